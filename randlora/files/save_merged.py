@@ -39,7 +39,7 @@ from randlora.hints import require_types, shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import in_own_dtypes
 from randlora.model.engines import is_first_copy
-from randlora.model.merged_tensors import MergedTensors, Share
+from randlora.model.merged_tensors import MergedTensors, Share, parameter_names
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.places import own_class
 from randlora.ranks import on_first_rank
@@ -266,12 +266,17 @@ def _on_meta(census: Census) -> Iterator[tuple[str, Tensor]]:
     """Yield the entries of the state dict as tensors without values, whole and dequantized."""
     without = _not_written(census)
     for prefix, module in census.prefixed:
-        for attribute, held in (*module._parameters.items(), *saved_buffers(module)):
-            if held is not None and f"{prefix}{attribute}" not in without:
-                site = census.sites_by_key.get((id(module), attribute))
-                is_coded = site is not None and site.layer_class.is_quantized
-                shape = site.shape if site is not None and is_coded else whole_shape(held)
-                yield f"{prefix}{attribute}", torch.empty(shape, dtype=held.dtype, device="meta")
+        held = {name: module._parameters.get(name) for name in parameter_names(census, module)}
+        for attribute, tensor in (*held.items(), *saved_buffers(module)):
+            if f"{prefix}{attribute}" not in without:
+                site = census.sites_by_key.get((id(module), "weight"))
+                if site is not None and site.layer_class.is_quantized and attribute in ("weight", "bias"):
+                    shape = site.shape if attribute == "weight" else site.shape[:1]
+                else:
+                    assert tensor is not None, "it is named"
+                    shape = whole_shape(tensor)
+                dtype = torch.float32 if tensor is None else tensor.dtype
+                yield f"{prefix}{attribute}", torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

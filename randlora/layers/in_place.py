@@ -97,9 +97,23 @@ class InPlace(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         """Save the original weight, since a merged one together with Λ and Γ would apply the update twice."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._save_unmerged(destination, prefix)
+
+    def _save_unmerged(self, destination: dict[str, Any], prefix: str) -> None:
         for layer in self.randlora.values():
             if layer.unmerged is not None and not layer.state.saves_merged:
                 layer.save_unmerged(self, destination, prefix)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state dict, with Λ and Γ even if the class writes its own entries and no others."""
+        written = super().state_dict(*args, **kwargs)
+        if self.randlora_base.state_dict is not nn.Module.state_dict:
+            destination, prefix = kwargs.get("destination", written), kwargs.get("prefix", "")
+            for name, child in super().named_children():
+                if isinstance(child, Diagonal):
+                    child.state_dict(destination=destination, prefix=f"{prefix}{name}.")
+            self._save_unmerged(destination, prefix)
+        return written
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict, except into merged weights, because unmerging would undo that."""

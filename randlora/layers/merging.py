@@ -38,6 +38,11 @@ class MergeableWeight(StoredWeight):
         assert weight is not None, "the caller asks for a weight"
         return weight.detach()
 
+    @classmethod
+    def bias_of(cls, owner: nn.Module) -> Tensor | None:
+        """Return the bias that the owner adds to the product, if any."""
+        return owner._parameters.get("bias")
+
     def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:  # noqa: ARG002  # for quantized layers
         """Return the dtype that the layer computes in, or ``None`` for the dtype of its input."""
         return None

@@ -13,7 +13,7 @@ from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.functional.region import Region, Spans
 from randlora.layers.update import Update, folded, sum_updates
-from randlora.places import Part, is_hooked, place_at
+from randlora.places import Part, Place, is_hooked, place_at, place_of
 
 
 class StoredWeight(ABC):
@@ -22,12 +22,14 @@ class StoredWeight(ABC):
     Attributes:
         attribute: The name of the parameter.
         is_transposed: Whether the weight is stored as ``(in_features, out_features)``, or as a stack of such matrices.
-        is_quantized: Whether the parameter holds codes instead of the values of the weight.
+        is_quantized: Whether the module holds codes instead of the values of the weight.
+        is_forward_only: Whether only the module's forward reads the codes, so that there is no weight to merge into.
     """
 
     attribute: ClassVar[str] = "weight"
     is_transposed: ClassVar[bool] = False
     is_quantized: ClassVar[bool] = False
+    is_forward_only: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
@@ -70,10 +72,18 @@ class StoredWeight(ABC):
         return out_features, in_features
 
     @classmethod
-    def weight_of(cls, owner: nn.Module) -> nn.Parameter | None:
-        """Return the owner's parameter without any update, or ``None`` if it is computed from others."""
+    def weight_of(cls, owner: nn.Module) -> Tensor | None:
+        """Return the owner's parameter without any update, or ``None`` if it is computed from others.
+
+        For codes that are held under another name, that is the tensor that has them.
+        """
         held = owner._parameters
         return held[cls.attribute] if cls.attribute in held else None  # noqa: SIM401  # ZeRO-3 does not see a get()
+
+    @classmethod
+    def place_in(cls, owner: nn.Module) -> Place:
+        """Return where the values of the owner's weight are."""
+        return place_of(owner, cls.attribute)
 
     @classmethod
     def site_fqn(cls, owner_fqn: str) -> str:

@@ -125,22 +125,26 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
         for site in sites
         if not isinstance(site.place, Plain) and not site.layer.is_quantized
     ]
-    return [*placed, *offloaded_diagonals(view.census)] or weight_problems(sites, Into("requantize"))
+    read = [site for site in sites if not site.layer.is_forward_only]
+    return [*placed, *offloaded_diagonals(view.census)] or weight_problems(read, Into("requantize"))
 
 
 def _mergeable(
     root: nn.Module, trial: Trial, refused: Mapping[AdaptedSite, float]
 ) -> tuple[list[AdaptedSite], list[str]]:
-    """Return the weights whose merged effect can be compared, and a note if there are none for a different reason."""
-    merging = [site for site in trial.sites if site not in refused]
+    """Return the weights whose merged effect can be compared, and notes on those that cannot."""
+    known = [site for site in trial.sites if not site.layer.is_forward_only]
+    unknown = [site.fqn for site in trial.sites if site.layer.is_forward_only]
+    notes = [f"only checked unmerged, as nothing can be merged into them: {shortened(unknown)}"] * bool(unknown)
+    merging = [site for site in known if site not in refused]
     if not merging:
-        return [], []
+        return [], notes
     try:
         with trial.only(merging, training=False), merged(root, quantized="dequantize"):
             pass
     except MergeError as error:
-        return [], [f"merged weights were not compared: {error}"]
-    return merging, []
+        return [], [*notes, f"merged weights were not compared: {error}"]
+    return merging, notes
 
 
 def _both_modes(trial: Trial, merging: Sequence[AdaptedSite], *, is_training: bool) -> tuple[list[_Mode], list[str]]:

@@ -82,9 +82,13 @@ def remerge_problems(sites: Sequence[AdaptedSite]) -> list[str]:
     return [
         f"{site.fqn} is merged into already, and its weight is sharded or offloaded: unmerge all, and merge together"
         for site in sites
-        if site.layer.unmerged is not None
-        and (site.layer.unmerged.place is not None or not isinstance(site.place, Plain))
+        if site.layer.unmerged is not None and (site.layer.unmerged.place is not None or not _is_here(site))
     ]
+
+
+def _is_here(site: AdaptedSite) -> bool:
+    """Whether all values of a weight, or all of its codes, are in this process."""
+    return site.place.part is None if site.layer.is_quantized else isinstance(site.place, Plain)
 
 
 def option_problems(quantized: Quantized, dtype: torch.dtype | None) -> list[str]:
@@ -113,7 +117,7 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
     return problems
 
 
-def _is_incomplete(site: AdaptedSite, weight: nn.Parameter) -> bool:
+def _is_incomplete(site: AdaptedSite, weight: Tensor) -> bool:
     """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
     place = place_at(weight) if site.layer.is_quantized else site.place
     is_part = lent(weight) is not None and weight.dim() < 2  # as no weight that is adapted has

@@ -173,8 +173,13 @@ def _value_problems(census: Census, state: ModelState) -> list[str]:
             if layer is None or not layer.factors(state.active):  # else `weight_problems` has said so
                 problems.append(f"{held.fqn} {NOT_HERE}")
         elif is_codes and not is_known:
-            kind = plain_class(held.module).__name__
-            problems.append(f"{held.fqn} is quantized, and the codes of a {kind} cannot be dequantized here")
+            problems.append(f"{held.fqn} {_unreadable(held.module)}")
+    problems += [
+        f"{site.fqn} {_unreadable(site.owner)}"
+        for site in census.sites
+        if site.layer_class.is_forward_only
+        and (site.adapter_layer is None or not site.adapter_layer.factors(state.active))  # as above
+    ]
     for prefix, module in census.prefixed:
         problems += [
             f"{prefix}{attribute} {NOT_HERE}"
@@ -182,6 +187,10 @@ def _value_problems(census: Census, state: ModelState) -> list[str]:
             if not _is_here(module, attribute, buffer)
         ]
     return problems
+
+
+def _unreadable(module: nn.Module) -> str:
+    return f"is quantized, and the codes of a {plain_class(module).__name__} cannot be dequantized here"
 
 
 def _is_here(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
@@ -213,12 +222,19 @@ class Entry(NamedTuple):
 def entries_of(census: Census, state: ModelState, into: Into) -> Iterator[Entry]:
     """Yield the entries of a model in the order of its state dict."""
     for prefix, module in census.prefixed:
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                fqn = f"{prefix}{attribute}"
-                yield Entry(fqn, partial(_value, census, module, attribute, fqn, state, into))
+        for attribute in parameter_names(census, module):
+            fqn = f"{prefix}{attribute}"
+            yield Entry(fqn, partial(_value, census, module, attribute, fqn, state, into))
         for attribute, _ in saved_buffers(module):
             yield Entry(f"{prefix}{attribute}", partial(_buffer, module, attribute))
+
+
+def parameter_names(census: Census, module: nn.Module) -> list[str]:
+    """Return the names of a module's parameters, or of those of the plain layer that a quantized one stands for."""
+    site = census.sites_by_key.get((id(module), "weight"))
+    if site is not None and site.layer_class.is_quantized:  # whose codes may have other names
+        return ["weight"] if site.layer_class.bias_of(module) is None else ["weight", "bias"]
+    return [name for name, parameter in module._parameters.items() if parameter is not None]
 
 
 def _value(
@@ -261,7 +277,7 @@ def _weight(fqn: str, site: Site, state: ModelState, into: Into, share: Share) -
 
 def _from_parts(layer: AdapterLayer, owner: nn.Module, factors: dict[str, float], into: Into) -> Tensor:
     """Return a merged weight; each process computes the part that it holds."""
-    place = place_of(owner, layer.attribute)
+    place = layer.place_in(owner)
     if place.part is None:
         return layer.merged(owner, factors, into).weight
     with raise_on_every_rank(ranks_of(owner.parameters())):  # or the others would wait for this process's part
@@ -287,7 +303,8 @@ def _dropped(parameter: Tensor) -> None:
 def _bias(site: Site, state: ModelState, into: Into) -> Tensor:
     """Return the bias of a quantized layer in the dtype of its dequantized weight."""
     layer = _layer(site, state)
-    bias = _held(site.owner, "bias")
+    bias = _held(site.owner, "bias") if "bias" in site.owner._parameters else layer.bias_of(site.owner)
+    assert bias is not None, "entries_of() asks for a bias"
     return bias if plain_class(site.owner) is nn.Linear else bias.to(_plain_dtype(layer, site.owner, into))
 
 

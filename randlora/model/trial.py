@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -212,9 +213,12 @@ def roles(sites: Sequence[AdaptedSite]) -> list[list[AdaptedSite]]:
 
 def _size(site: AdaptedSite) -> Tensor | float:
     """Return the norm of a weight, or of one of its size where that is zero."""
+    typical: float = SPREAD * math.prod(site.shape) ** 0.5
+    if site.layer.is_forward_only:
+        return typical
     own = site.layer.written_out(site.owner)
     norm: Tensor = torch.linalg.vector_norm(own, dtype=torch.promote_types(own.dtype, torch.float32))
-    return norm if norm > 0 and norm.isfinite() else (SPREAD * own.numel() ** 0.5)
+    return norm if norm > 0 and norm.isfinite() else typical
 
 
 def tensors_in(output: object) -> Output:

@@ -1,4 +1,4 @@
-"""Base class of adapter layers for quantized layers: merging, independent of the quantization."""
+"""Base classes of adapter layers for quantized layers: with codes that can be merged into, and with a forward alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from randlora.layers.in_place import change_class, detach_obstacle, plain_class
 from randlora.layers.inputs import input_of
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.update import Into, Merged, RoundingLoss
-from randlora.places import Kept
+from randlora.places import Kept, Place, place_at
 
 NOT_HERE = "has no values (its weight is on the meta device or offloaded): load the model's weights first"
 
@@ -28,7 +28,59 @@ class Form(NamedTuple):
     attributes: dict[str, Any]
 
 
-class QuantizedLayer(LinearAdapter):
+class ForwardOnly(LinearAdapter):
+    """Adapts a linear layer of whose weight only the forward is known: the adapter's output is added to its output.
+
+    This is the base class for layers with codes that a kernel multiplies by. A subclass that is registered with
+    `randlora.layers.register_layer` needs nothing more if the layer has ``in_features`` and ``out_features``, else it
+    defines `features`. Merging, and everything that needs the weight, is refused; `QuantizedLayer` is for layers whose
+    codes can be dequantized and quantized again.
+    """
+
+    is_quantized: ClassVar[bool] = True
+    is_forward_only: ClassVar[bool] = True
+    as_read: ClassVar[type[AdapterLayer] | None] = None  # what reads codes cannot be given weight + update
+
+    @staticmethod
+    def features(owner: Any) -> tuple[int, int]:
+        """Return ``(in_features, out_features)`` of a layer."""
+        return int(owner.in_features), int(owner.out_features)
+
+    @classmethod
+    def weight_of(cls, owner: nn.Module) -> Tensor | None:
+        """Return the codes, on whose device Λ and Γ are: the ``weight``, else the first matrix that the owner holds."""
+        if (own := super().weight_of(owner)) is not None:
+            return own
+        held = (*owner._parameters.values(), *owner._buffers.values())
+        return next((tensor for tensor in held if tensor is not None and tensor.dim() > 1), None)
+
+    @classmethod
+    def place_in(cls, owner: nn.Module) -> Place:
+        """Return the place of the codes."""
+        codes = cls.weight_of(owner)
+        return super().place_in(owner) if codes is None or "weight" in owner._parameters else place_at(codes)
+
+    @classmethod
+    def obstacle(cls, owner: nn.Module) -> str | None:
+        """Return why this layer cannot be adapted, or ``None``."""
+        codes = cls.weight_of(owner)
+        return NOT_HERE if codes is None or codes.is_meta else None
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Tensor] | None:
+        """Return ``None``: the layer's own forward always runs."""
+        return None
+
+    def merge_obstacle(self, owner: nn.Module, into: Into) -> str | None:  # noqa: ARG002  # whatever it would become
+        """Return why nothing can be merged into the owner."""
+        return (
+            f"has codes that only the forward of {plain_class(owner).__name__} reads, so nothing can be merged into "
+            "it: leave the adapter unmerged, or merge it into the checkpoint that the model was quantized from, with "
+            "randlora.files.merge"
+        )
+
+
+class QuantizedLayer(ForwardOnly):
     """Adapts a linear layer with a quantized weight, stored as codes and scales.
 
     A subclass is final and implements quantization and dequantization for its kind.
@@ -37,9 +89,8 @@ class QuantizedLayer(LinearAdapter):
         kept: Names of the attributes that the quantized class sets on a layer and a plain layer does not need.
     """
 
-    is_quantized: ClassVar[bool] = True
+    is_forward_only: ClassVar[bool] = False
     kept: ClassVar[tuple[str, ...]] = ()
-    as_read: ClassVar[type[AdapterLayer] | None] = None  # what reads codes cannot be given weight + update
 
     @classmethod
     def beside(cls, owner: nn.Module) -> list[object]:
@@ -107,8 +158,8 @@ class QuantizedLayer(LinearAdapter):
         if into.quantized == "dequantize":
             dtype = into.dtype or self.compute_dtype(owner) or torch.float32
             weight = weight.to(dtype)
-            bias = owner._parameters.get("bias")
-            if bias is not None and bias.dtype != dtype:
+            bias = self.bias_of(owner)
+            if bias is not None and (bias.dtype != dtype or not isinstance(bias, nn.Parameter)):
                 bias = nn.Parameter(bias.to(dtype), requires_grad=False)  # as it is put in for the time of the merge
             plain = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
             return Merged(weight, Form(nn.Linear, plain, {}))
@@ -128,6 +179,7 @@ class QuantizedLayer(LinearAdapter):
             return own_codes
         attributes = {name: owner.__dict__.pop(name) for name in self.kept if name in owner.__dict__}
         own = Form(plain_class(owner), dict(owner._parameters), attributes)
+        owner._parameters.clear()  # codes may be held under other names
         owner._parameters.update(held.parameters)
         owner.__dict__.update(held.attributes)
         change_class(owner, held.kind)
@@ -147,23 +199,33 @@ class QuantizedLayer(LinearAdapter):
         assert self.unmerged is not None, "it was merged into"
         held = self.unmerged.values
         if isinstance(held, Form):
+            for name in owner._parameters.keys() - held.parameters.keys():  # of the plain layer
+                destination.pop(f"{prefix}{name}", None)
             twin: Any = object.__new__(held.kind)
             twin.__dict__.update(owner.__dict__, _parameters=held.parameters, **held.attributes)
         else:
             twin = twin_of(owner)
             twin.__dict__.update({name: copy.copy(vars(owner)[name]) for name in self.kept if name in vars(owner)})
             self.put_in(twin, held)
-        type(twin)._save_to_state_dict(twin, destination, prefix, False)  # noqa: FBT003  # torch's signature
+        self.write_state(twin, destination, prefix)
+
+    def write_state(self, layer: nn.Module, destination: dict[str, Any], prefix: str) -> None:
+        """Write the entries of a layer of the quantized class into a state dict."""
+        layer._save_to_state_dict(destination, prefix, keep_vars=False)
 
     @torch.inference_mode(mode=False)  # the codes must not be inference tensors
     def unfold(self, owner: nn.Module) -> None:
         """Restore the original codes byte for byte, on the device that the owner is on now."""
         if self.unmerged is not None:
-            device = owner.get_parameter("weight").device
+            device = self.device_beside(owner)
             self.exchange(owner, self.unmerged.values)
             self.unmerged = None
-            if owner.get_parameter("weight").device != device:
-                owner.to(device)
+            if self.device_beside(owner) != device:
+                self.move(owner, device)
+
+    def move(self, owner: Any, device: torch.device) -> None:
+        """Move the owner, with its codes, to a device."""
+        owner.to(device)
 
 
 def twin_of(owner: nn.Module, **parameters: Tensor) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.layers.inputs import input_of
+from randlora.layers.linear import LinearAdapter
 from randlora.layers.registry import qualified_name, register_weight
 from randlora.places import Keeper, Place, register_keeper
 from randlora.quantized.layer import NOT_HERE, QuantizedLayer
@@ -42,6 +43,11 @@ class TorchaoAdapter(QuantizedLayer):
         if isinstance(weight.block_size, list | tuple) and _granularity(weight) is not None:
             return None
         return f"has a scale for each block of {weight.block_size}, expected one for each row, group or tensor"
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Tensor] | None:
+        """Return ``nn.Linear.forward``."""
+        return LinearAdapter.plain_forward()
 
     def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:
         """Return the dtype that the weight had before it was quantized."""

@@ -46,7 +46,7 @@ class ReadWeight(AdapterLayer):
         """Return which arguments of the owner's forward have the rows of the batch."""
         return Rows.first(args, kwargs, plain_class(owner).__name__)
 
-    def held_weight(self, owner: Any) -> nn.Parameter:
+    def held_weight(self, owner: Any) -> Tensor:
         """Return the parameter. Raises an `AdapterError` if the weight is now computed from other parameters."""
         if (weight := self.weight_of(owner)) is None:
             raise AdapterError(

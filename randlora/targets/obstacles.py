@@ -66,12 +66,14 @@ def obstacle(site: Site) -> str | None:
     if (reason := class_obstacle(site.owner, site.layer_class)) is not None:
         return reason
     weight = site.weight
-    if weight is None:
+    if weight is None and not site.layer_class.is_quantized:
         return "computes its weight from other parameters: remove the parametrization first"
     if is_parametrized(site.owner):  # removing it would restore another class
         return (
             "computes other parameters by a parametrization, which changed its class: remove the parametrization first"
         )
+    if weight is None:
+        return site.layer_class.obstacle(site.owner)
     if is_lazy(weight):
         return "has no shape yet: run one forward pass first"
     split = split_obstacle(site.owner, weight, is_quantized=site.layer_class.is_quantized)
@@ -114,7 +116,8 @@ def tied_names(census: Census, sites: Iterable[Site]) -> dict[tuple[int, str], l
             holders.setdefault(identity, []).append(held)
     tied = {}
     for site in sites:
-        if (weight := site.weight) is None:
+        weight = site.weight
+        if weight is None or site.layer_class.attribute not in site.owner._parameters:  # codes by a name of their own
             continue
         own = Held(site.fqn, site.owner, site.layer_class.attribute, weight)
         found = [held for identity in _identities(own) for held in holders.get(identity, [])]

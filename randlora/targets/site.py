@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
-from randlora.places import Place, place_of
+from randlora.places import Place
 
 Shapes = dict[str, Shape]
 """Shapes of adapted weights by FQN."""
@@ -49,14 +49,14 @@ class Site:
         return self.layer_class.shape_of(self.owner, config)
 
     @property
-    def weight(self) -> nn.Parameter | None:
+    def weight(self) -> Tensor | None:
         """The parameter without any update, or ``None`` if the owner computes it from others."""
         return self.layer_class.weight_of(self.owner)
 
     @property
     def place(self) -> Place:
         """Where the values of the weight are."""
-        return place_of(self.owner, self.layer_class.attribute)
+        return self.layer_class.place_in(self.owner)
 
     @property
     def adapter_layer(self) -> AdapterLayer | None:

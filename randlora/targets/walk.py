@@ -132,14 +132,20 @@ class Census:
     @cached_property
     def size(self) -> int:
         """Number of entries of all parameters, dequantized; a tied one counts once."""
-        own = {id(held.parameter): held for held in reversed(self.parameters)}
+        own = {id(held.tensor): held for held in reversed(self._counted)}
         return sum(map(count_numbers, own.values()))
+
+    @cached_property
+    def _counted(self) -> tuple[Held, ...]:
+        """All parameters, and the codes of quantized weights that are in buffers."""
+        codes = {id(site.weight) for site in self.sites if site.layer_class.is_quantized}
+        return (*self.parameters, *(held for held in self.buffers if id(held.tensor) in codes))
 
     @cached_property
     def matrices(self) -> tuple[tuple[Held, ...], ...]:
         """All parameters with two or more dimensions, or without a shape yet, each with all of its places."""
         places: dict[int, list[Held]] = {}
-        for held in self.parameters:
+        for held in self._counted:
             if is_lazy(held.parameter) or len(whole_shape(held.parameter)) >= 2:
                 places.setdefault(id(held.parameter), []).append(held)
         return tuple(map(tuple, places.values()))
@@ -157,7 +163,8 @@ class Census:
         if within and (owner := self._modules_by_fqn.get(owner_fqn)) is not None:
             return self.sites_by_key.get((id(owner), within.split(".")[0]))
         site = self.sites_by_key.get((id(held.module), AdapterLayer.attribute))
-        return site if site is not None and site.weight is None else None  # as of torch.nn.utils.weight_norm
+        is_of_codes = site is not None and site.layer_class.is_quantized and held.attribute != "bias"
+        return site if site is not None and (is_of_codes or site.weight is None) else None  # None by weight_norm
 
     @cached_property
     def uncalled(self) -> dict[tuple[int, str], str]:
@@ -297,8 +304,8 @@ def _is_of_transformers(module: nn.Module) -> bool:
 def count_numbers(held: Held) -> int:
     """Return the number of entries of a parameter, dequantized: one stored element may hold several codes."""
     layer_class = find_layer(held.module)
-    if held.attribute == "weight" and isinstance(layer_class, type) and layer_class.is_quantized:
-        return math.prod(layer_class.features(held.module))
+    if isinstance(layer_class, type) and layer_class.is_quantized and held.attribute != "bias":
+        return math.prod(layer_class.features(held.module)) if held.tensor is layer_class.weight_of(held.module) else 0
     if (state := getattr(held.parameter, "quant_state", None)) is not None:  # a bitsandbytes embedding
         return math.prod(state.shape)
     return 0 if is_lazy(held.parameter) else math.prod(whole_shape(held.parameter))

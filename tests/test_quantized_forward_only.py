@@ -1,0 +1,314 @@
+"""Layers of whose weight only the forward is known: an adapter is added to their output, and merging is refused.
+
+EETQ has a kernel for GPUs alone, whose place a product takes here; the layer is transformers' own.
+`make test-quantizers` runs this file where gptqmodel, autoawq and aqlm are installed, whose own code runs on a CPU.
+"""
+
+import copy
+import importlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations import eetq
+
+import randlora
+from randlora.layers import register_layer
+from randlora.quantized import ForwardOnly
+from tests import reference
+from tests.kit import all_bits, fill, same_bits
+from tests.laws import adapter_layer, assert_close, diagonals
+
+
+class Doubled(nn.Module):
+    """A layer that a user registers: int8 codes that stand for twice their value."""
+
+    codes: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.randn(out_features) if bias else None)
+        self.register_buffer("codes", torch.randint(-3, 4, (out_features, in_features), dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply."""
+        product = x @ self.codes.to(x.dtype).T * 2
+        return product if self.bias is None else product + self.bias
+
+
+@register_layer(Doubled)
+class DoubledAdapter(ForwardOnly):
+    """Adapts it: the shape is that of its codes."""
+
+    @staticmethod
+    def features(owner: nn.Module) -> tuple[int, int]:
+        """Return ``(in_features, out_features)``."""
+        out_features, in_features = owner.get_buffer("codes").shape
+        return in_features, out_features
+
+
+def _eetq(in_features: int, out_features: int, *, bias: bool) -> Any:
+    layer = eetq.EetqLinear(in_features, out_features, bias=bias)
+    layer.weight.copy_(torch.randint(-127, 128, layer.weight.shape))
+    nn.init.uniform_(layer.weight_scales.data, 0.005, 0.01)
+    if bias:
+        nn.init.normal_(layer.bias.data)
+    return layer.requires_grad_(requires_grad=False)
+
+
+def _aqlm(in_features: int, out_features: int, *, bias: bool) -> nn.Module:
+    kind: Any = importlib.import_module("aqlm").QuantizedLinear
+    layer = kind(in_features, out_features, 1, 1, num_codebooks=2, nbits_per_codebook=4, bias=bias)
+    for parameter in (layer.codebooks, layer.scales, *([layer.bias] if bias else [])):
+        nn.init.normal_(parameter)
+    layer.codes.copy_(torch.randint(0, 16, layer.codes.shape))
+    made: nn.Module = layer
+    return made
+
+
+def _gptqmodel(module: str, name: str) -> Callable[..., nn.Module]:
+    def build(in_features: int, out_features: int, *, bias: bool) -> Any:
+        kind = getattr(importlib.import_module(f"gptqmodel.nn_modules.qlinear.{module}"), name)
+        options = {"in_features": in_features, "out_features": out_features, "bias": bias, "register_buffers": True}
+        layer = _filled(kind(bits=4, group_size=16, sym=True, desc_act=False, **options))
+        layer.optimized = True  # or its own compiler is run
+        layer.post_init()
+        return layer
+
+    return build
+
+
+def _autoawq(in_features: int, out_features: int, *, bias: bool) -> Any:
+    kind = importlib.import_module("awq.modules.linear.gemm").WQLinear_GEMM
+    return _filled(kind(4, 16, in_features, out_features, bias, "cpu", training=True))
+
+
+def _filled(layer: Any) -> Any:
+    for packed in (layer.qweight, layer.qzeros):
+        packed.copy_(torch.randint(-(2**31), 2**31, packed.shape))
+    layer.scales.uniform_(0.01, 0.02)
+    if layer.bias is not None:
+        layer.bias.normal_()
+    return layer
+
+
+def _nibbles(packed: Tensor, dim: int, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -> Tensor:
+    """Unpack 4-bit codes along a dimension; ``order`` says which nibble has which."""
+    parts = torch.stack([(packed >> 4 * order.index(index)) & 15 for index in range(8)], dim + 1)
+    return parts.flatten(dim, dim + 1).double()
+
+
+def _weight_of_gptq(layer: Any) -> Any:
+    groups = layer.g_idx.long()
+    return ((_nibbles(layer.qweight, 0) - _nibbles(layer.qzeros, 1)[groups]) * layer.scales.double()[groups]).T
+
+
+def _weight_of_awq(layer: Any) -> Any:
+    codes, zeros = (_nibbles(packed, 1, (0, 2, 4, 6, 1, 3, 5, 7)) for packed in (layer.qweight, layer.qzeros))
+    return ((codes - zeros.repeat_interleave(16, 0)) * layer.scales.double().repeat_interleave(16, 0)).T
+
+
+def _weight_of_aqlm(layer: Any) -> Any:
+    books = zip(layer.codes.long().unbind(-1), layer.codebooks.double()[:, :, 0, 0], strict=True)
+    first, second = (book[part] for part, book in books)
+    return (first + second) * layer.scales.double()[:, :, 0, 0]
+
+
+class Kind(NamedTuple):
+    """A kind of layer.
+
+    Attributes:
+        build: Makes one with random codes from its sizes.
+        weight: Reads its weight, by what the codes mean.
+        library: What must be installed.
+        unit: What its sizes are multiples of.
+        dtype: What it computes in.
+        has_backward: Whether gradients flow through it on a CPU.
+    """
+
+    build: Callable[..., nn.Module]
+    weight: Callable[[Any], Tensor]
+    library: str = "torch"
+    unit: int = 1
+    dtype: torch.dtype = torch.float32
+    has_backward: bool = True
+
+
+KINDS = {
+    "of a user": Kind(Doubled, lambda layer: 2 * layer.codes.double()),
+    "eetq": Kind(_eetq, lambda layer: (layer.weight.double() * layer.weight_scales.double()).T),
+    "aqlm": Kind(_aqlm, _weight_of_aqlm, "aqlm"),
+    "gptq": Kind(_gptqmodel("torch", "TorchLinear"), _weight_of_gptq, "gptqmodel", 16, torch.bfloat16),
+    "awq": Kind(_gptqmodel("torch_awq", "AwqTorchLinear"), _weight_of_awq, "gptqmodel", 16, torch.float16),
+    "autoawq": Kind(_autoawq, _weight_of_awq, "awq", 16, torch.float16, has_backward=False),
+}
+KINDS = {name: kind for name, kind in KINDS.items() if find_spec(kind.library) is not None}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+every_trained_kind = pytest.mark.parametrize(
+    "kind",
+    [kind for kind in KINDS.values() if kind.has_backward],
+    ids=[k for k, each in KINDS.items() if each.has_backward],
+)
+sides = st.integers(1, 12)
+
+
+@pytest.fixture(autouse=True)
+def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        return x @ (codes.to(x.dtype) * scales.to(x.dtype))
+
+    monkeypatch.setattr(eetq, "eetq_kernels_hub", SimpleNamespace(w8_a16_gemm=product), raising=False)
+
+
+def built(kind: Kind, *widths: int) -> nn.Sequential:
+    """Return layers, the same ones each time, of which every other one has a bias."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [
+            kind.build(before * kind.unit, after * kind.unit, bias=index % 2 == 0)
+            for index, (before, after) in enumerate(pairwise(widths))
+        ]
+    return nn.Sequential(*layers)
+
+
+def tokens(kind: Kind, width: int, count: int = 3) -> Tensor:
+    """Return an input: one row, as EETQ computes gradients of no more."""
+    return torch.randn(1, count, width * kind.unit).to(kind.dtype)
+
+
+def adapted(kind: Kind, *widths: int, r: int = 3) -> nn.Sequential:
+    """Return such layers with an adapter."""
+    model = built(kind, *widths)
+    randlora.inject(model, r=r, alpha=2 * r, targets="all", stream="portable")
+    return fill(model)
+
+
+def oracle(layer: nn.Module) -> Tensor:
+    """Return the update of a layer whose adapter has alpha = 2r, in float64."""
+    lam, gamma = diagonals(layer)
+    part = adapter_layer(layer).adapters["default"]
+    out, into = part.shape
+    bases = part.basis.slices(max(out, into), min(out, into), device="cpu", dtype=torch.float64)
+    return reference.delta_weight(*bases, lam, gamma, 2.0, in_features=into)
+
+
+@every_kind
+@given(out=sides, into=sides, r=st.integers(1, 6))
+def test_an_adapter_adds_the_oracles_update_to_the_output(kind: Kind, out: int, into: int, r: int) -> None:
+    model, x = built(kind, into, out), tokens(kind, into)
+    base = copy.deepcopy(model)
+    randlora.inject(model, r=r, alpha=2 * r, targets="all", stream="portable")
+    assert same_bits(model(x), base(x))
+    fill(model)
+    assert_close(model(x), base(x).double() + x.double() @ oracle(model[0]).T, kind.dtype)
+
+
+@every_trained_kind
+def test_gradients_are_those_of_weight_plus_update_and_only_the_adapters(kind: Kind) -> None:
+    model, x = adapted(kind, 12, 20, 8), tokens(kind, 12).requires_grad_()
+    model(x).sum().backward()
+    outer, inner = (kind.weight(layer) + oracle(layer) for layer in reversed(model))
+    assert_close(x.grad, (outer @ inner).sum(0).expand_as(x), kind.dtype)  # type: ignore[arg-type]
+    trained = {id(parameter) for parameter in randlora.trainable_parameters(model)}
+    assert len(trained) == 4
+    assert {id(parameter) for parameter in model.parameters() if parameter.grad is not None} == trained
+
+
+@every_kind
+def test_an_adapter_is_saved_and_loaded(kind: Kind, tmp_path: Path) -> None:
+    model, x = adapted(kind, 12, 20, 6), tokens(kind, 12)
+    randlora.save(model, tmp_path)
+    twin = built(kind, 12, 20, 6)
+    randlora.load(twin, tmp_path)
+    assert same_bits(twin(x), model(x))
+    randlora.eject(model)
+    assert all_bits(model.state_dict()) == all_bits(built(kind, 12, 20, 6).state_dict())
+    assert [type(layer) for layer in model] == [type(layer) for layer in built(kind, 12, 20, 6)]
+
+
+@every_kind
+def test_a_copy_and_a_state_dict_have_the_adapter(kind: Kind) -> None:
+    model, x = adapted(kind, 12, 20, 6), tokens(kind, 12)
+    twin = copy.deepcopy(model)
+    assert same_bits(twin(x), model(x))
+    other = built(kind, 12, 20, 6)
+    randlora.inject(other, r=3, alpha=6, targets="all", stream="portable")
+    other.load_state_dict(model.state_dict())
+    assert same_bits(other(x), model(x))
+
+
+@every_trained_kind
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activations_may_be_computed_again(kind: Kind, use_reentrant: bool) -> None:
+    model, x = adapted(kind, 12, 20, 6), tokens(kind, 12).requires_grad_()
+    values = randlora.trainable_parameters(model)
+    whole = torch.autograd.grad(model(x).square().sum(), values)
+    checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert all(same_bits(value.grad, grad) for value, grad in zip(values, whole, strict=True))  # type: ignore[arg-type]
+
+
+@every_kind
+@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
+def test_merging_is_refused_with_what_to_do_and_changes_nothing(kind: Kind, quantized: str, tmp_path: Path) -> None:
+    model, x = adapted(kind, 12, 20, 6), tokens(kind, 12)
+    before, output = all_bits(model.state_dict()), model(x)
+    name = type(built(kind, 12, 20)[0]).__name__
+    reason = f"0 has codes that only the forward of {name} reads.*leave the adapter unmerged.*randlora.files.merge"
+    refused: list[Callable[[], object]] = [
+        lambda: randlora.merge(model, quantized=quantized, reversible=True),  # type: ignore[arg-type]
+        lambda: randlora.merge(model, quantized=quantized),  # type: ignore[arg-type]
+        lambda: list(randlora.merged_tensors(model)),
+        lambda: randlora.files.save_merged(model, tmp_path / "merged"),
+        lambda: randlora.merged(model, quantized=quantized).__enter__(),  # type: ignore[arg-type]
+    ]
+    for call in refused:
+        with pytest.raises(randlora.errors.MergeError, match=reason):
+            call()
+        assert all_bits(model.state_dict()) == before
+        assert same_bits(model(x), output)
+    assert not (tmp_path / "merged").exists()
+
+
+@every_kind
+def test_layers_without_an_adapter_have_no_tensors_to_yield_either(kind: Kind) -> None:
+    model = nn.Sequential(nn.Linear(8, 8 * kind.unit, dtype=kind.dtype), *built(kind, 8, 8))
+    randlora.inject(model, r=2, targets=["0"])
+    with pytest.raises(randlora.errors.MergeError, match="1 is quantized, and the codes of a"):
+        list(randlora.merged_tensors(model))
+    randlora.merge(model)  # which concerns the other one alone
+
+
+@every_kind
+def test_check_runs_unmerged_what_cannot_be_merged(kind: Kind) -> None:
+    model = nn.Sequential(*built(kind, 12, 20), nn.Linear(20 * kind.unit, 6, dtype=kind.dtype))
+    randlora.inject(model, r=3, targets="all")
+    report = randlora.check(model, tokens(kind, 12))
+    assert not report.problems
+    assert report.checked == ("0", "1")
+    assert "only checked unmerged, as nothing can be merged into them: 0" in report.notes
+
+
+@every_kind
+def test_a_report_counts_the_numbers_that_the_codes_stand_for(kind: Kind) -> None:
+    report = randlora.plan(built(kind, 12, 20), r=3, targets="all")
+    out_features = 20 * kind.unit
+    bias = out_features if "bias" in dict(built(kind, 12, 20)[0].named_parameters()) else 0
+    assert report.total_parameters == 12 * kind.unit * out_features + bias + report.trainable_parameters
+    assert not report.left_out
+
+
+@every_kind
+def test_a_layer_without_values_is_refused(kind: Kind) -> None:
+    model = built(kind, 12, 20).to("meta")
+    with pytest.raises(randlora.errors.TargetError, match="0 has no values"):
+        randlora.inject(model, r=3, targets=["0"])

@@ -1,0 +1,200 @@
+"""Linear layers that HQQ quantized: they train, are saved and loaded, and merge by rounding to such codes.
+
+`make test-quantizers` runs this file: where hqq is installed, transformers imports it, which takes seconds.
+"""
+
+import copy
+import pickle
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import randlora
+from tests import reference
+from tests.kit import all_bits, fill, same_bits
+from tests.laws import adapter_layer, assert_close, diagonals
+
+if find_spec("hqq") is None:
+    pytest.skip("hqq is not installed", allow_module_level=True)
+from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
+
+every_width = pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def quantized(bits: int, *widths: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Return layers that were quantized in groups of 8, the same ones each time; every other one has a bias."""
+    config = BaseQuantizeConfig(nbits=bits, group_size=8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Linear(*sizes, bias=index % 2 == 0) for index, sizes in enumerate(pairwise(widths))]
+    frozen = [layer.requires_grad_(requires_grad=False) for layer in layers]
+    return nn.Sequential(*(HQQLinear(layer, config, compute_dtype=dtype, device="cpu") for layer in frozen))
+
+
+def adapted(bits: int, *widths: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Return such layers with an adapter."""
+    model = quantized(bits, *widths, dtype=dtype)
+    randlora.inject(model, r=3, alpha=6, targets="all", stream="portable")
+    return fill(model, spread=0.2)
+
+
+def written_out(layer: Any) -> Tensor:
+    """Return the weight of a layer in float64: a scale for each group of 8, times code minus zero."""
+    codes = layer.unpack(dtype=torch.float64)[: layer.meta["scale"].numel()]  # three bits are padded
+    weight: Tensor = ((codes - layer.meta["zero"].double()) * layer.meta["scale"].double()).view(layer.meta["shape"])
+    return weight
+
+
+def oracle(layer: nn.Module) -> Tensor:
+    """Return the update of a layer whose adapter has alpha = 2r, in float64."""
+    lam, gamma = diagonals(layer)
+    part = adapter_layer(layer).adapters["default"]
+    out, into = part.shape
+    bases = part.basis.slices(max(out, into), min(out, into), device="cpu", dtype=torch.float64)
+    return reference.delta_weight(*bases, lam, gamma, 2.0, in_features=into)
+
+
+@every_width
+@every_dtype
+@given(out=st.integers(1, 3), into=st.integers(1, 3), r=st.integers(1, 6))
+def test_an_adapter_adds_the_oracles_update_to_the_output(
+    bits: int, dtype: torch.dtype, out: int, into: int, r: int
+) -> None:
+    model, x = quantized(bits, 8 * into, 8 * out, dtype=dtype), torch.randn(3, 8 * into).to(dtype)
+    base = copy.deepcopy(model)
+    randlora.inject(model, r=r, alpha=2 * r, targets="all", stream="portable")
+    assert same_bits(model(x), base(x))
+    fill(model)
+    assert_close(model(x), base(x).double() + x.double() @ oracle(model[0]).T, dtype)
+
+
+@pytest.mark.parametrize("backend", [HQQBackend.PYTORCH, HQQBackend.PYTORCH_FORWARD])
+def test_gradients_are_those_of_weight_plus_update(backend: HQQBackend) -> None:
+    model, x = adapted(4, 16, 8), torch.randn(4, 16, requires_grad=True)
+    HQQLinear.set_backend(backend)
+    try:
+        model(x).sum().backward()
+    finally:
+        HQQLinear.set_backend(HQQBackend.PYTORCH)
+    weight = written_out(model[0]) + oracle(model[0])
+    assert_close(x.grad, weight.sum(0).expand(4, 16), torch.float32)  # type: ignore[arg-type]
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    assert {*map(id, trained)} == {*map(id, diagonals(model[0]))}
+
+
+@every_width
+@every_dtype
+def test_merging_rounds_the_sum_as_hqq_does(bits: int, dtype: torch.dtype) -> None:
+    model, x = adapted(bits, 16, 24, dtype=dtype), torch.randn(3, 16).to(dtype)
+    exact, before = written_out(model[0]) + oracle(model[0]), model(x)
+    report = randlora.merge(model, reversible=True)
+    assert isinstance(model[0], HQQLinear)
+    plain = nn.Linear(16, 24, bias=False).requires_grad_(requires_grad=False)
+    plain.weight.copy_(exact)
+    config = BaseQuantizeConfig(nbits=bits, group_size=8)
+    own = HQQLinear(plain, config, compute_dtype=dtype, device="cpu")
+    norm = oracle(model[0]).norm()
+    off, least = (float((written_out(layer) - exact).norm() / norm) for layer in (model[0], own))
+    assert off == pytest.approx(least, rel=0.05, abs=1e-3)  # their sums differ in the last bits
+    assert report.rounding["0"].relative == pytest.approx(off, rel=0.05, abs=1e-2)
+    assert report.rounding["0"].step == pytest.approx(float(model[0].meta["scale"].abs().max()))
+    randlora.unmerge(model)
+    assert same_bits(model(x), before)
+
+
+@every_width
+def test_dequantizing_gives_a_plain_layer_with_the_sum(bits: int) -> None:
+    model, x = adapted(bits, 16, 24, 8), torch.randn(3, 16)
+    exact, before = [written_out(layer) + oracle(layer) for layer in model], model(x)
+    tensors = dict(randlora.merged_tensors(model))
+    assert [*tensors] == ["0.weight", "0.bias", "1.weight"]
+    randlora.merge(model, quantized="dequantize")
+    for index, layer in enumerate(model):
+        assert type(layer) is nn.Linear
+        assert_close(layer.weight, exact[index], torch.float32)
+        assert same_bits(tensors[f"{index}.weight"], layer.weight)
+    assert same_bits(tensors["0.bias"], model[0].get_parameter("bias"))
+    assert [*model.state_dict()] == [*tensors]
+    assert not {"W_q", "meta", "quant_config"} & vars(model[0]).keys()
+    assert_close(model(x), before.double(), torch.float32)
+
+
+def test_a_layer_without_an_adapter_is_yielded_dequantized() -> None:
+    model = quantized(4, 16, 24, 8)
+    randlora.inject(model, r=3, targets=["0"])
+    assert_close(dict(randlora.merged_tensors(model))["1.weight"], written_out(model[1]), torch.float32)
+
+
+@pytest.mark.parametrize("how", ["requantize", "dequantize"])
+def test_a_reversible_merge_leaves_the_state_dict_and_is_undone(how: Any) -> None:
+    model, x = adapted(4, 16, 24, 8), torch.randn(3, 16)
+    before, output = all_bits(model.state_dict()), model(x)
+    held = [*vars(model[0])]
+    with randlora.merged(model, quantized=how):
+        assert all_bits(model.state_dict()) == before
+        assert not same_bits(model(x), output) or how == "dequantize"
+    assert all_bits(model.state_dict()) == before
+    assert {*vars(model[0])} == {*held}
+    assert same_bits(model(x), output)
+
+
+def test_a_state_dict_has_the_adapter_as_if_the_class_wrote_all() -> None:
+    model, x = adapted(4, 16, 24, 8), torch.randn(3, 16)
+    state = model.state_dict()
+    assert {name for name in state if "randlora" in name} == {
+        f"{index}.randlora_{part}.default" for index in range(2) for part in ("lambda", "gamma")
+    }
+    assert {name for name in model[0].state_dict() if "randlora" in name} == {
+        "randlora_lambda.default",
+        "randlora_gamma.default",
+    }
+    twin = quantized(4, 16, 24, 8)
+    randlora.inject(twin, r=3, alpha=6, targets="all", stream="portable")
+    twin.load_state_dict(state)
+    assert same_bits(twin(x), model(x))
+
+
+def test_an_adapter_is_saved_and_loaded(tmp_path: Path) -> None:
+    model, x = adapted(4, 16, 24, 8), torch.randn(3, 16)
+    randlora.save(model, tmp_path)
+    twin = quantized(4, 16, 24, 8)
+    randlora.load(twin, tmp_path)
+    assert same_bits(twin(x), model(x))
+    assert same_bits(copy.deepcopy(model)(x), model(x))
+    assert same_bits(pickle.loads(pickle.dumps(model))(x), model(x))
+    randlora.eject(model)
+    assert [type(layer) for layer in model] == [HQQLinear, HQQLinear]
+    assert all_bits(model.state_dict()) == all_bits(quantized(4, 16, 24, 8).state_dict())
+
+
+def test_check_and_a_report_read_a_model_of_hqq() -> None:
+    model = quantized(4, 16, 24, 8)
+    report = randlora.inject(model, r=3, targets="all")
+    assert report.total_parameters == 16 * 24 + 24 * 8 + report.trainable_parameters  # a bias is none of HQQ's
+    assert not report.left_out
+    assert not randlora.check(model, torch.randn(3, 16)).problems
+
+
+def test_a_layer_whose_scales_are_away_is_dequantized_only() -> None:
+    model = adapted(4, 16, 24)
+    meta: Any = model[0].meta
+    meta["zero_scale"] = torch.stack([meta.pop("zero"), meta.pop("scale")])  # as offload_meta=True leaves them
+    with pytest.raises(randlora.errors.MergeError, match="0 has scales that are quantized or offloaded"):
+        randlora.merge(model)
+    randlora.merge(model, quantized="dequantize")
+
+
+def test_a_layer_that_is_not_quantized_yet_is_refused() -> None:
+    config = BaseQuantizeConfig(nbits=4, group_size=8)
+    model = nn.Sequential(HQQLinear(None, config, compute_dtype=torch.float32, device="cpu"))
+    vars(model[0]).update(in_features=8, out_features=8)
+    with pytest.raises(randlora.errors.TargetError, match="0 has no values"):
+        randlora.inject(model, r=3, targets=["0"])
