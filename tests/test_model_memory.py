@@ -21,6 +21,8 @@ from randlora.state import adapted_root
 from tests.further import further
 from tests.model_directories import write
 from tests.models import GPT2, LLAMA, RealModel
+from tests.quantized import FP4, NF4, quantized_model
+from tests.quantized import MODELS as QUANTIZED
 
 WITHIN = 0.15
 BATCH, TOKENS, WORDS = 4, 128, 2000
@@ -123,6 +125,50 @@ def test_a_model_of_4_bits_is_counted_as_it_is_stored(tmp_path: Path) -> None:
     planned = randlora.files.training_memory(tmp_path / "nf4", tokens=BATCH * TOKENS, **options)
     assert memory(model, tokens=BATCH * TOKENS, **options).total == pytest.approx(planned.total, rel=0.02)
     assert planned.total == pytest.approx(trained(model, **options), rel=WITHIN)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
+def test_what_would_be_loaded_in_4_bits_is_what_is(kind: RealModel, double: bool) -> None:
+    model = quantized_model(kind, FP4 if not double else NF4)
+    held = {tensor.untyped_storage().data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    weights = [weight for weight in model.parameters() if hasattr(weight, "quant_state")]
+    nested = [weight.quant_state for weight in weights if weight.quant_state.nested]
+    scales = [tensor for weight in weights for tensor in (weight.quant_state.absmax, weight.quant_state.code)]
+    scales += [tensor for state in nested for tensor in (state.offset, state.state2.absmax, state.state2.code)]
+    exact = sum(tensor.nbytes for tensor in (*held.values(), *scales))
+    assert memory(model).weights == exact
+    with torch.device("meta"):
+        planned = memory(kind.build(), load_in_4bit=True)
+    if not double:
+        assert planned.weights == exact
+    assert memory(kind.build(), load_in_4bit=True) == planned
+    assert str(planned).startswith("memory for training on one device, float32, weights in 4 bits:\n")
+    with pytest.raises(ConfigError, match="load_in_4bit=True is for a model that is not quantized"):
+        memory(model, load_in_4bit=True)
+
+
+def test_a_step_in_4_bits_takes_what_was_planned_before_it_was_loaded(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"r": 16, "targets": "all-linear"}
+    dense = MODELS["llama"]().to(torch.bfloat16)
+    write(dense, tmp_path)
+    planned = randlora.files.training_memory(tmp_path, tokens=BATCH * TOKENS, load_in_4bit=True, **options)
+    assert planned == memory(dense, tokens=BATCH * TOKENS, load_in_4bit=True, **options)
+    bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=bits)
+    assert planned.total == pytest.approx(trained(model, **options), rel=WITHIN)
+    whole = randlora.files.training_memory(tmp_path, tokens=BATCH * TOKENS, **options)
+    assert planned.backward - whole.backward == 704 * 256 * 2  # the widest weight, dequantized for one product
+
+
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_a_weight_of_torchao_is_counted_as_it_is_stored(config: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 128, bias=False))
+    quantization.quantize_(model, getattr(quantization, config)())
+    assert memory(model, targets=["0"]).weights == 64 * 128 + 4 * 128
 
 
 def forward(model: Any) -> Tensor:
@@ -257,6 +303,7 @@ def test_shards_are_of_the_first_dimension_and_padded_to_equally_many_rows() -> 
         ({"tokens": -1}, "tokens must be at least 0, got -1"),
         ({"strategy": "pp"}, "strategy must be one of ddp, fsdp2, tp, got 'pp'"),
         ({"dtype": torch.int8}, "dtype must be a floating one, got torch.int8"),
+        ({"strategy": "tp", "load_in_4bit": True}, "load_in_4bit=True and strategy='tp' exclude each other"),
         ({"strategy": "tp"}, "strategy='tp' needs tp_plan, because the model does not have a plan"),
         ({"token": 1}, "unknown option token="),
         ({"targets": "nothing"}, "nothing"),

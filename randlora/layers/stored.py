@@ -81,6 +81,12 @@ class StoredWeight(ABC):
         return held[cls.attribute] if cls.attribute in held else None  # noqa: SIM401  # ZeRO-3 does not see a get()
 
     @classmethod
+    def nbytes_of(cls, owner: nn.Module) -> int:
+        """Return the bytes of the owner's weight as it is held, with the scales of its codes."""
+        weight = cls.weight_of(owner)
+        return 0 if weight is None else weight.nbytes
+
+    @classmethod
     def place_in(cls, owner: nn.Module) -> Place:
         """Return where the values of the owner's weight are."""
         return place_of(owner, cls.attribute)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import dropwhile
@@ -22,11 +22,12 @@ from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import Shape, count_bases
 from randlora.config import RandLoRAConfig, further_options
-from randlora.errors import ConfigError, raise_collected
+from randlora.errors import ConfigError, raise_collected, spelled
 from randlora.functional.cost import Sizes, pass_over, step_cost
 from randlora.hints import mistyped
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.inject import Plan, make_plan
+from randlora.model.memory_codes import held_codes, planned_codes
 from randlora.model.view import opened_to_add
 from randlora.options import Strategy
 from randlora.report import FLOAT32_BYTES, as_bytes, table
@@ -59,6 +60,7 @@ class TrainingMemory:
         strategy: How parameters are divided among them.
         tokens: Tokens of a step on each device. 0 if not given; then nothing that depends on tokens is counted.
         dtype: The dtype in which the model is held and computes.
+        load_in_4bit: Whether linear layers are held in 4 bits.
         optimizer_states: Numbers that the optimizer keeps for each trained parameter: two for AdamW.
         weights: The model's parameters, including those that an adapter trains copies of, and its buffers.
         parameters: Λ and Γ in float32, and the copies of ``train_also`` in float32 or wider.
@@ -78,6 +80,7 @@ class TrainingMemory:
     strategy: Strategy
     tokens: int
     dtype: torch.dtype
+    load_in_4bit: bool
     optimizer_states: int
     weights: int
     parameters: int
@@ -114,8 +117,9 @@ class TrainingMemory:
             "together": self.total,
         }
         shown = [(name, as_bytes(size)) for name, size in rows.items() if size or "optimizer" in name]
+        dtype = str(self.dtype).removeprefix("torch.") + ", weights in 4 bits" * self.load_in_4bit
         lines = [
-            f"memory for training on {spread}, {str(self.dtype).removeprefix('torch.')}{how_well}:",
+            f"memory for training on {spread}, {dtype}{how_well}:",
             *table(("", ""), shown)[1:],
         ]
         if not self.tokens:
@@ -139,6 +143,7 @@ class Setup:
     tp_plan: Mapping[str, str] | None = None
     optimizer_states: int = 2
     checkpointing: bool = False
+    load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -152,6 +157,8 @@ class Setup:
         ]
         if self.dtype is not None and not self.dtype.is_floating_point:
             problems.append(f"dtype must be a floating one, got {self.dtype}")
+        if self.load_in_4bit and self.strategy == "tp":
+            problems.append("load_in_4bit=True and strategy='tp' exclude each other: a plan cannot split codes")
         raise_collected(ConfigError, problems, doing=doing)
 
 
@@ -168,6 +175,7 @@ def training_memory(
     tp_plan: Mapping[str, str] | None = None,
     optimizer_states: int = 2,
     checkpointing: bool = False,
+    load_in_4bit: bool = False,
     config: RandLoRAConfig | None = None,
     **options: Any,
 ) -> TrainingMemory:
@@ -191,6 +199,8 @@ def training_memory(
         optimizer_states: Numbers that the optimizer keeps for each trained parameter: two for AdamW, one for SGD with
             momentum.
         checkpointing: Whether backward recomputes blocks, so that only one block at a time keeps its activations.
+        load_in_4bit: Whether bitsandbytes holds linear layers in 4 bits, as in a model that transformers loads with
+            ``BitsAndBytesConfig(load_in_4bit=True)``. Embeddings and the output head are not quantized.
         config: As for `randlora.inject`.
         **options: The other options of `RandLoRAConfig`.
 
@@ -198,10 +208,11 @@ def training_memory(
         The sizes as fields. Prints as a table that also says what is not counted.
 
     Raises:
-        ConfigError: If numbers are negative, or ``"tp"`` has no plan.
+        ConfigError: If numbers are negative, ``"tp"`` has no plan or comes with ``load_in_4bit``, or the model is
+            quantized already and comes with it.
         RandLoRAError: Any error that `randlora.plan` would raise.
     """
-    setup = Setup(devices, strategy, tokens, dtype, tp_plan, optimizer_states, checkpointing)
+    setup = Setup(devices, strategy, tokens, dtype, tp_plan, optimizer_states, checkpointing, load_in_4bit)
     return memory_of(model, r, setup, {}, like_lora=like_lora, config=config, **options)
 
 
@@ -212,12 +223,19 @@ def memory_of(
     asked = {"name": "default", "active": True, "trainable": True, "r": r, **options}
     with opened_to_add(model, ["default"], "inject") as view:
         plan = make_plan(view, asked)
+    stored = {**held_codes(plan.census), **stored}
+    if setup.load_in_4bit:
+        if stored:
+            raise ConfigError(
+                f"{spelled('load_in_4bit', value=True)} is for a model that is not quantized, this one is"
+            )
+        stored = planned_codes(plan.census)
     dtypes = [site.weight.dtype for site in plan.selection.sites if site.weight is not None]
     dtype = setup.dtype or next((each for each in dtypes if each.is_floating_point), torch.bfloat16)
     style, block = _style_of(model, setup), _block_of(plan.census)
     own, trained = _parts(plan, setup, stored, block)
     frozen_size, trained_size = (sum(_held(part, setup, style) for part in parts) for parts in (own, trained))
-    kept = Activations(plan, dtype, setup.tokens, setup.devices, style, block)
+    kept = Activations(plan, dtype, setup.tokens, setup.devices, style, block, stored.keys())
     activations, backward = kept.by_block(), kept.backward()
     if setup.checkpointing:
         widths = {part.block: part.shape[-1] for part in reversed(own) if part.block and part.shape}
@@ -228,6 +246,7 @@ def memory_of(
         setup.strategy,
         setup.tokens,
         dtype,
+        setup.load_in_4bit,
         setup.optimizer_states,
         weights=frozen_size + sum(buffer.nbytes for buffer in model.buffers()),
         parameters=trained_size,
@@ -361,7 +380,10 @@ class _Product(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """A step of training an adapter with this number of tokens; `style` and `block` are functions of a layer's FQN."""
+    """A step of training an adapter with this number of tokens.
+
+    `style` and `block` are functions of a layer's FQN, and `quantized` are the parameters that are dequantized for it.
+    """
 
     plan: Plan
     dtype: torch.dtype
@@ -369,6 +391,7 @@ class Activations:
     devices: int
     style: Callable[[str], str]
     block: Callable[[str], str]
+    quantized: Collection[str]
 
     def _trains(self, site: Site) -> bool:
         adapter = self.plan.adapter
@@ -427,7 +450,14 @@ class Activations:
         """Return the most bytes that backward has at once in addition to activations."""
         products = [product for of_module in self._inner for product in of_module]
         widths = [each.rows * each.matrices * max(each.out_features, each.in_features) for each in products]
-        return IN_FLIGHT * max(widths, default=0) * self.dtype.itemsize + self._own_step(products)
+        return IN_FLIGHT * max(widths, default=0) * self.dtype.itemsize + self._own_step(products) + self._dequantized()
+
+    def _dequantized(self) -> int:
+        """Return the bytes of the largest weight that a product dequantizes, one at a time."""
+        products = [each.site for of_module in self._inner for each in of_module]
+        coded = [site for site in products if f"{site.fqn}.weight" in self.quantized or site.layer_class.is_quantized]
+        sizes = [math.prod(site.shape) for site in coded]
+        return max(sizes, default=0) * self.dtype.itemsize if self.tokens else 0
 
     def _own_step(self, products: list[_Product]) -> int:
         """Return the most that the step of an adapted layer takes more than a frozen one."""

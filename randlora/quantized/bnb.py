@@ -50,6 +50,12 @@ class Linear4bitAdapter(QuantizedLayer):
         return NOT_YET if state is None else bnb_codes.unreadable(weight.data, state, cls.features(owner)[::-1])
 
     @classmethod
+    def nbytes_of(cls, owner: nn.Module) -> int:
+        """Return the bytes of codes, scales and levels."""
+        weight = owner.get_parameter("weight")
+        return weight.nbytes + bnb_codes.nbytes_beside(bnb_codes.quant_state(owner, weight))
+
+    @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
         """Return ``Linear4bit.forward``, or ``None`` if it was replaced."""
         return _forward_of("Linear4bit")
@@ -156,6 +162,12 @@ class Linear8bitAdapter(QuantizedLayer):
         if owner.weight.dtype != torch.int8 or _scales(owner) is None:
             return NOT_YET
         return None
+
+    @classmethod
+    def nbytes_of(cls, owner: nn.Module) -> int:
+        """Return the bytes of codes and scales."""
+        scales = _scales(owner)
+        return super().nbytes_of(owner) + (0 if scales is None else scales.nbytes)
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:

@@ -74,6 +74,14 @@ def _scales(state: Any) -> Tensor:
     return bnb.dequantize_blockwise(absmax, state.state2).float() + state.offset if state.nested else absmax.float()
 
 
+def nbytes_beside(state: Any) -> int:
+    """Return the bytes of what a ``QuantState`` holds, or 0 if there is none."""
+    if state is None:
+        return 0
+    outer = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return sum(int(held.nbytes) for held in (state.absmax, state.code, *outer))
+
+
 def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
     """Return why 4-bit codes do not give a weight of a shape, as a phrase that follows a layer's name, or ``None``."""
     if state.quant_type not in QUANT_TYPES:

@@ -55,6 +55,11 @@ class HQQAdapter(QuantizedLayer):
         bias: Tensor | None = owner.bias
         return bias
 
+    @classmethod
+    def nbytes_of(cls, owner: Any) -> int:
+        """Return the bytes of codes, scales and zeros."""
+        return super().nbytes_of(owner) + sum(held.nbytes for held in owner.meta.values() if isinstance(held, Tensor))
+
     def product(self, owner: nn.Module, x: object) -> None:
         """Return ``None``: the layer's own forward dequantizes, and multiplies."""
 

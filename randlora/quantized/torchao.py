@@ -49,6 +49,12 @@ class TorchaoAdapter(QuantizedLayer):
         """Return ``nn.Linear.forward``."""
         return LinearAdapter.plain_forward()
 
+    @classmethod
+    def nbytes_of(cls, owner: nn.Module) -> int:
+        """Return the bytes of codes and scales."""
+        weight: Any = owner.get_parameter("weight")
+        return int(weight.qdata.nbytes + weight.scale.nbytes)
+
     def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:
         """Return the dtype that the weight had before it was quantized."""
         return owner.get_parameter("weight").dtype
