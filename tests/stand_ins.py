@@ -33,7 +33,7 @@ Writer = Callable[[Path], None]
 
 
 def package(name: str) -> Path:
-    """Return where an installed package lies, without importing it: those with models ask for runtimes."""
+    """Return where an installed package lies, without importing it: packages with models ask for runtimes."""
     if (spec := importlib.util.find_spec(name)) is None or not spec.submodule_search_locations:
         pytest.skip(f"the package {name} is not installed, which has the weights")
     return Path(spec.submodule_search_locations[0])
@@ -147,7 +147,7 @@ def vit(target: Path) -> None:
 
 
 def sdxl(target: Path) -> None:
-    """Write a pipeline, whose latents are an eighth of an image as those of the large one."""
+    """Write a pipeline, whose latents have an eighth of an image's sides, as in the large one."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
