@@ -141,7 +141,7 @@ def shard_in_two_places(place: str) -> str:
 def test_meshes_without_one_that_has_all_processes_are_refused(pair: Processes, tmp_path: Path) -> None:
     first, second = pair.run(shard_in_two_places, str(tmp_path / "adapter"))
     assert first == second
-    assert "whose processes [1] the first lacks" in first
+    assert "whose processes [1] are not in the first" in first
     assert not (tmp_path / "adapter").exists()
 
 
