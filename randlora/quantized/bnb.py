@@ -73,15 +73,15 @@ class Linear4bitAdapter(QuantizedLayer):
             owner.__dict__[MAY_REPACK] = self.may_repack
 
     def compute_dtype(self, owner: Any) -> torch.dtype | None:
-        """Return the dtype that the layer computes in: as configured, else that of its first input."""
+        """Return the dtype that the layer computes in: as configured, else the dtype of its first input."""
         dtype: torch.dtype | None = owner.compute_dtype
         return dtype
 
     def product(self, owner: Any, x: object) -> Product | None:
-        """Return the product if the layer would dequantize its weight to multiply, which the update can be added in.
+        """Return the product if the layer would dequantize its weight to multiply, so that the update can be added.
 
-        In evaluation it may use other kernels. Not under a compiler: the layer saves no dequantized weight for
-        backward, but a trace of our operation would.
+        In evaluation the layer may use other kernels. ``None`` under a compiler too: the layer saves no dequantized
+        weight for backward, but a trace of our operation would.
         """
         if not is_plain_tensor(x) or x.device != owner.weight.device or x.dim() == 0 or x.shape[-1] != self.shape[1]:
             return None
@@ -96,7 +96,7 @@ class Linear4bitAdapter(QuantizedLayer):
         return Product(partial(bnb_codes.write_out_4bit, owner.weight.data, state), dtype, x.dtype)
 
     def stand_in(self, owner: Any, x: Tensor) -> Any:
-        """Return a copy of the layer for its forward to run on, with codes in order if it would misread the owner's.
+        """Return a copy of the layer on which its forward runs, with ordered codes if it would misread the owner's.
 
         Codes may have been repacked, or scales transposed, after the adapter was added. The owner keeps them.
         """

@@ -2,9 +2,9 @@
 
 On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the codes of a layer in its first forward pass in evaluation mode.
 Such a layer gives no gradient of its input, and saving it can leave its scales transposed. The state of repacked codes
-is described only by private names of bitsandbytes, which are all in this file; a test fails if one is renamed. What
-concerns them can be deleted when the oldest supported bitsandbytes gives gradients of repacked layers, dequantizes
-their codes, and restores their scales when it saves them.
+is described only by private names of bitsandbytes, which are all in this file; a test fails if one is renamed. This
+code can be deleted when the oldest supported bitsandbytes gives gradients of repacked layers, dequantizes their codes,
+and restores their scales when it saves them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
 def is_misread(codes: Tensor, state: Any) -> bool:
     """Whether bitsandbytes dequantizes 4-bit codes incorrectly, as 0.50 does on CPUs if blocks do not divide rows.
 
-    Its own layer then computes with other weights than were quantized.
+    Its own layer then computes with different weights than were quantized.
     """
     if codes.device.type != "cpu" or state.shape[1] % state.blocksize == 0:
         return False
@@ -112,7 +112,7 @@ def is_misread(codes: Tensor, state: Any) -> bool:
 
 
 def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tensor, Any]:
-    """Quantize a float32 weight, ``(out_features, in_features)``, to 4-bit codes like those of another ``QuantState``.
+    """Quantize a float32 weight, ``(out_features, in_features)``, to 4-bit codes as described by a ``QuantState``.
 
     Returns:
         The codes in the dtype ``storage``, and their ``QuantState``.
@@ -138,7 +138,7 @@ def step_4bit(state: Any) -> float:
 
 
 def write_out_8bit(codes: Tensor, scales: Tensor) -> Tensor:
-    """Dequantize int8 codes, ``(out, in)``, to float32; 127 is the row's scale, of which there are ``(out,)``."""
+    """Dequantize int8 codes, ``(out, in)``, to float32. A code of 127 is the row's scale; ``scales`` is ``(out,)``."""
     return codes.float() * (scales.float() * (1 / 127)).unsqueeze(1)
 
 
@@ -160,12 +160,12 @@ MAY_REPACK = "support_avx512bf16_for_cpu"
 
 
 def is_out_of_order(state: Any, *, repacked: bool = True) -> bool:
-    """Whether 4-bit codes or their scales are in another order than they were quantized in.
+    """Whether 4-bit codes or their scales are in a different order than when they were quantized.
 
     Args:
         state: Their ``QuantState``, or ``None`` for codes without one.
         repacked: Whether to include repacked codes, which bitsandbytes reads correctly but without gradients. Scales
-            that it left transposed are always included: it misreads those.
+            that it left transposed are always included, because it misreads them.
     """
     if getattr(state, "packing_format_for_cpu", False):
         return repacked
@@ -175,8 +175,8 @@ def is_out_of_order(state: Any, *, repacked: bool = True) -> bool:
 def put_in_order(weight: Any, state: Any) -> None:
     """Restore the order of a weight's codes in place. Their scales stay rounded to bfloat16.
 
-    This runs in another thread, where no inference mode or `torch.func` transform of the caller is active, because the
-    restored codes must belong to neither.
+    This runs in a different thread, where no inference mode or `torch.func` transform of the caller is active, because
+    the restored codes must belong to neither.
     """
 
     def restore() -> None:

@@ -1,6 +1,6 @@
-"""The layers of libraries whose kernels multiply by codes that nothing here dequantizes: GPTQ, AWQ, AQLM and EETQ.
+"""Layers of GPTQ, AWQ, AQLM and EETQ, whose kernels multiply by codes that nothing here dequantizes.
 
-They are known by name, so that none of these libraries is imported.
+They are known by name, so none of these libraries is imported.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from randlora.quantized.layer import ForwardOnly
 @register_layer("awq.modules.linear.gemm.WQLinear_GEMM")
 @register_layer("aqlm.inference.QuantizedLinear")
 class CodesAdapter(ForwardOnly):
-    """Adapts layers of gptqmodel (GPTQ, AWQ and its other formats), of autoawq, and of aqlm."""
+    """Adapts layers of gptqmodel (GPTQ, AWQ and its other formats), autoawq and aqlm."""
 
 
 @register_layer("transformers.integrations.eetq.EetqLinear")
 class EetqAdapter(ForwardOnly):
-    """Adapts a layer of EETQ, as transformers has it: int8 with a scale for each output."""
+    """Adapts a layer of EETQ as in transformers: int8 with a scale for each output."""
 
     @staticmethod
     def features(owner: Any) -> tuple[int, int]:

@@ -45,13 +45,13 @@ class HQQAdapter(QuantizedLayer):
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
-        """Return ``HQQLinear.forward``, which is that of the backend that was chosen."""
+        """Return ``HQQLinear.forward``, which belongs to the chosen backend."""
         forward: Callable[..., Tensor] = sys.modules[MODULE].HQQLinear.forward
         return forward
 
     @classmethod
     def bias_of(cls, owner: Any) -> Tensor | None:
-        """Return the bias, which is no parameter unless the layer is merged into a plain one."""
+        """Return the bias, which is a parameter only if the layer is merged into a plain one."""
         bias: Tensor | None = owner.bias
         return bias
 
@@ -61,7 +61,7 @@ class HQQAdapter(QuantizedLayer):
         return super().nbytes_of(owner) + sum(held.nbytes for held in owner.meta.values() if isinstance(held, Tensor))
 
     def product(self, owner: nn.Module, x: object) -> None:
-        """Return ``None``: the layer's own forward dequantizes, and multiplies."""
+        """Return ``None``: the layer's own forward dequantizes and multiplies."""
 
     def compute_dtype(self, owner: Any) -> torch.dtype | None:
         """Return the dtype that the layer computes in."""
@@ -100,9 +100,9 @@ class HQQAdapter(QuantizedLayer):
         owner._parameters["W_q"], owner.meta = held
 
     def write_state(self, layer: nn.Module, destination: dict[str, Any], prefix: str) -> None:
-        """Write what the layer itself writes, which torch's own way of saving leaves out."""
+        """Write the entries that the layer itself writes, which torch's own saving leaves out."""
         layer.state_dict(destination=destination, prefix=prefix)
 
     def move(self, owner: Any, device: torch.device) -> None:
-        """Move the owner, whose ``to`` does nothing."""
+        """Move the owner. Its ``to`` does nothing."""
         owner.cuda(str(device))

@@ -1,4 +1,4 @@
-"""Base classes of adapter layers for quantized layers: with codes that can be merged into, and with a forward alone."""
+"""Base classes of adapter layers for quantized layers: with codes that can be merged into, and with only a forward."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Form(NamedTuple):
 
 
 class ForwardOnly(LinearAdapter):
-    """Adapts a linear layer of whose weight only the forward is known: the adapter's output is added to its output.
+    """Adapts a linear layer of which only the forward is known, by adding the adapter's output to the layer's output.
 
-    This is the base class for layers with codes that a kernel multiplies by. A subclass that is registered with
-    `randlora.layers.register_layer` needs nothing more if the layer has ``in_features`` and ``out_features``, else it
-    defines `features`. Merging, and everything that needs the weight, is refused; `QuantizedLayer` is for layers whose
-    codes can be dequantized and quantized again.
+    This is the base class for layers with codes that a kernel multiplies by. Register a subclass with
+    `randlora.layers.register_layer`. It needs nothing more if the layer has ``in_features`` and ``out_features``;
+    otherwise define `features`. Merging, and everything else that needs the weight, is refused. For layers whose codes
+    can be dequantized and quantized again, use `QuantizedLayer`.
     """
 
     is_quantized: ClassVar[bool] = True
@@ -48,7 +48,7 @@ class ForwardOnly(LinearAdapter):
 
     @classmethod
     def weight_of(cls, owner: nn.Module) -> Tensor | None:
-        """Return the codes, on whose device Λ and Γ are: the ``weight``, else the first matrix that the owner holds."""
+        """Return the codes, which determine the device of Λ and Γ: the ``weight``, else the owner's first matrix."""
         if (own := super().weight_of(owner)) is not None:
             return own
         held = (*owner._parameters.values(), *owner._buffers.values())
@@ -104,7 +104,7 @@ class QuantizedLayer(ForwardOnly):
 
     @abstractmethod
     def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[Any, float]:
-        """Quantize a weight, ``(out_features, in_features)`` float32, in the way of the owner.
+        """Quantize a weight, ``(out_features, in_features)`` float32, in the same way as the owner's.
 
         Returns:
             Codes for `put_in`, and the widest gap between neighboring levels at the largest scale.
@@ -132,7 +132,7 @@ class QuantizedLayer(ForwardOnly):
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the owner without adapters, computed by `stand_in` if there is one.
 
-        Not if a forward was set on the owner itself, which reads the owner, or the owner is merged into a plain layer.
+        `stand_in` is not used if a forward was set on the owner itself, or if the owner is merged into a plain layer.
         """
         kind, x = plain_class(owner), input_of(owner, args, kwargs)
         if kind is not nn.Linear and self.own_forward is None and isinstance(x, Tensor):
@@ -143,7 +143,7 @@ class QuantizedLayer(ForwardOnly):
         return super().base_output(owner, base_forward, *args, **kwargs)
 
     def stand_in(self, owner: nn.Module, x: Tensor) -> Any:
-        """Return a copy of the owner for the kind's forward to run on ``x``, or ``None`` to run it on the owner.
+        """Return a copy of the owner on which the kind's forward runs for ``x``, or ``None`` to run it on the owner.
 
         bitsandbytes casts the layer's bias in place in every forward, even if it is trained. The copy has a cast bias.
         """

@@ -39,7 +39,8 @@ class PreparationReport(NotTheModel):
         input_gradients: FQNs of the modules whose output now requires grad.
         checkpointing: Whether activation checkpointing is enabled.
         unpacked: FQNs of the 4-bit layers that bitsandbytes will not repack.
-        put_in_order: FQNs of those that were repacked before the call, or had transposed scales, and were restored.
+        put_in_order: FQNs of the layers that were restored, because they were repacked before the call or had
+            transposed scales.
         notes: Requested steps that were not possible.
     """
 
@@ -83,19 +84,19 @@ def prepare_quantized(
 ) -> PreparationReport:
     """Prepare a quantized model for training, in place. Call it before `inject` and before the first forward pass.
 
-    Each step is optional, and a second call changes nothing. A model without quantized layers is prepared in the same
-    way. ``requires_grad`` flags do not change: `inject` freezes the model.
+    Each step can be turned off, and a second call changes nothing. A model without quantized layers is prepared in the
+    same way. ``requires_grad`` flags do not change, because `inject` freezes the model.
 
     Args:
         model: Any module, such as a transformers model loaded with a ``BitsAndBytesConfig``.
-        full_precision: Whether to convert 16-bit norms and linear layers that are not quantized, such as the output
-            head, to float32, and to cast the outputs of embeddings to float32, so that hidden states are summed in it.
-            Embeddings stay 16-bit unless tied to the head. So do other layers such as convolutions, which cast their
-            inputs. The head and weights tied to it take twice the memory. A model that multiplies by a 16-bit parameter
-            outside of a layer, such as an embedding's weight, must cast by itself or set this to ``False``.
+        full_precision: Whether to convert 16-bit norms, and linear layers that are not quantized (such as the output
+            head), to float32, and to cast the outputs of embeddings to float32, so that hidden states are summed in
+            float32. Embeddings stay 16-bit unless tied to the head. Other layers, such as convolutions, stay 16-bit and
+            cast their inputs. The head and weights tied to it take twice the memory. If a model multiplies by a 16-bit
+            parameter outside of a layer, such as an embedding's weight, it must cast by itself; else use ``False``.
         inputs_require_grad: Whether the outputs of the input embeddings require grad, which reentrant checkpointing
-            needs. They are those returned by ``get_input_embeddings`` of the model or of a submodule, as in
-            transformers, else the first `nn.Embedding`.
+            needs. The embeddings are found by ``get_input_embeddings`` of the model or of a submodule, as in
+            transformers; otherwise, the first `nn.Embedding` is used.
         checkpointing: Whether to enable non-reentrant activation checkpointing if the model supports it. If it is
             enabled already, it is not changed. transformers may also make inputs require grad.
         unpacked: Whether to keep bitsandbytes from repacking 4-bit weights in their first forward pass in evaluation
@@ -104,7 +105,7 @@ def prepare_quantized(
             scales rounded to bfloat16, and is listed in the report.
 
     Returns:
-        The report of what was done and what was not possible.
+        A report of the changes, and of steps that were not possible.
 
     Raises:
         AdapterError: If adapters are merged.

@@ -1,7 +1,7 @@
 """The adapter layer of linear layers whose weight torchao quantized: int8, with or without inputs in int8, and float8.
 
-Such a layer remains an `nn.Linear`, whose weight is a subclass of tensors with codes and scales. torchao is imported
-only if the model has one. Written for the classes of torchao 0.18.
+Such a layer remains an `nn.Linear`. Its weight is a subclass of `torch.Tensor` with codes and scales. torchao is
+imported only if the model has one. Written for the classes of torchao 0.18.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TorchaoAdapter(QuantizedLayer):
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the owner without adapters, through which gradients flow to the input.
 
-        torchao computes none where it quantizes the input, too.
+        torchao does not compute gradients of the input if it also quantizes the input.
         """
         x, weight, bias = input_of(owner, args, kwargs), owner._parameters["weight"], owner._parameters["bias"]
         quantizes_input = getattr(weight, "act_quant_kwargs", None) is not None and isinstance(x, Tensor)
@@ -114,7 +114,7 @@ class _Through(torch.autograd.Function):
 
 
 class Codes(Place):
-    """The place of a weight of torchao, whose values are its codes, dequantized."""
+    """The place of a weight of torchao, whose values are its dequantized codes."""
 
     exchanges = "nothing"
 
@@ -135,7 +135,7 @@ class Codes(Place):
     whole = read
 
     def write(self, value: Tensor) -> None:  # noqa: ARG002
-        """Refuse to write: `TorchaoAdapter` exchanges the weight for another."""
+        """Refuse to write, because `TorchaoAdapter` exchanges the whole weight."""
         raise AdapterError("the weight is quantized by torchao: merge into it by randlora.merge")
 
     def stored(self, values: Tensor) -> Tensor:
