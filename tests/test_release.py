@@ -238,7 +238,9 @@ def test_the_citation_has_what_its_format_asks_for() -> None:
 def test_the_citation_is_of_this_version_and_of_the_paper_that_the_readme_cites() -> None:
     paper, readme = CITATION["preferred-citation"], (ROOT / "README.md").read_text(encoding="utf-8")
     assert CITATION["version"] == randlora.__version__
-    assert paper["title"] == re.sub(r"[{}]", "", str(re.search(r"title += {(.*)},", readme)[1]))  # type: ignore[index]
+    title = re.search(r"^  title += {(.*?)},$", readme, re.MULTILINE | re.DOTALL)
+    assert title is not None
+    assert paper["title"] == " ".join(re.sub(r"[{}]", "", title[1]).split())
     assert all(author["family-names"] in readme for author in paper["authors"])
     assert paper["url"] in readme
 
