@@ -67,7 +67,7 @@ def run_pages() -> Iterator[Any]:
             yield pytest.param(page, marks=[pytest.mark.medium] if models_of(page, real=False) else [])
 
 
-@pytest.mark.parametrize("page", run_pages(), ids=page_name)
+@pytest.mark.parametrize("page", list(run_pages()), ids=page_name)
 def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.name == "saving.md" and PEFT_STREAM != "torch":
         pytest.skip("PEFT draws other dense bases under torch 2.11 and older")
