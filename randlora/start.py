@@ -70,6 +70,9 @@ def equivalent_alpha(
         use_rslora: Whether LoRA's update is scaled by ``lora_alpha / sqrt(lora_r)`` instead, as with PEFT's option of
             this name.
 
+    Returns:
+        The alpha for ``inject(model, r=r, alpha=...)``.
+
     Raises:
         ConfigError: For invalid values.
 

@@ -182,6 +182,9 @@ class Basis:
             min_dim: The layer's smaller dim.
             device: Device of the result.
             dtype: A floating dtype; the result is exact in float32 and wider.
+
+        Returns:
+            ``A``, ``(r, 1, min_dim)``, and ``B``, ``(max_dim, num_bases, r)``.
         """
         self.extend(max_dim, min_dim)
         r, columns_B = self.spec.r, count_bases(min_dim, self.spec.r) * self.spec.r

@@ -112,7 +112,7 @@ class BasisSpec:
         return (self.kind, self.stream, self.seed, self.r) == asked and config.blocks in (None, self.blocks)
 
     def expected_rank(self, out_features: int, in_features: int) -> int:
-        """Estimate the rank of one layer's trained update."""
+        """Return the estimated rank of one layer's trained update."""
         dims = max(out_features, in_features), min(out_features, in_features)
         return KINDS[self.kind].expected_rank(self, *dims)
 

@@ -192,6 +192,9 @@ def inspect(
         norms: Whether to compute every layer's update, one at a time, and its norms.
         progress: Called for every layer.
 
+    Returns:
+        The summary, which prints as a table.
+
     Raises:
         ConfigError: If ``prefix`` is not a name, or is given without ``base``, or ``stream`` is not a stream.
         CheckpointError: If a file is damaged or has an unknown kind, the bases are not reproduced, or the adapter does

@@ -251,7 +251,7 @@ def _copies(planned: Plan) -> dict[str, Tensor]:
 def plan(model: nn.Module, name: str, **asked: Any) -> Report:
     """Return the report that `inject` would return for the same arguments, without changing the model.
 
-    This also works on the meta device and allocates no weights or bases.
+    This also works with a model on the meta device. It allocates no weights or bases.
 
     Raises:
         RandLoRAError: Any error that `inject` would raise before it draws bases.

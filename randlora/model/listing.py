@@ -85,6 +85,12 @@ class AdapterInfo:
 def adapters(model: nn.Module) -> list[AdapterInfo]:
     """Return a model's adapters in the order they were added; an empty list for a plain model.
 
+    Args:
+        model: Any model.
+
+    Returns:
+        The name, options and state of each adapter. Each prints as a few lines.
+
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> _ = randlora.inject(model, r=8)
@@ -120,6 +126,12 @@ def _with_factor(factor: Factor) -> str:
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters to train: Λ and Γ of the trainable adapters, and those named by ``train_also``.
+
+    Args:
+        model: A model with adapters.
+
+    Returns:
+        The parameters to pass to an optimizer.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))

@@ -82,6 +82,9 @@ def disabled(model: nn.Module) -> AbstractContextManager[Any]:
     Blocks can be nested. The previous state is restored on exit, even after an exception. If you copy the model inside
     the block, the adapters stay inactive in the copy.
 
+    Args:
+        model: A model with adapters.
+
     Raises:
         AdapterError: If the model has no adapter, or its adapters are merged. On exit, if an adapter trains copies of
             parameters that accelerate has offloaded inside the block: the adapters then stay disabled until the hooks
