@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.torch_version import TorchVersion
 
@@ -236,6 +237,22 @@ def test_the_pages_link_to_each_other() -> None:
 def test_the_navigation_lists_every_page() -> None:
     listed = re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS_PAGES)
+
+
+def entry_counts(entries: list[dict[str, Any]]) -> Iterator[int]:
+    """Yield how many entries each level of the navigation has, but for the page that the level's own name opens."""
+    yield sum(not str(target).endswith("/index.md") for entry in entries for target in entry.values())
+    for entry in entries:
+        for target in entry.values():
+            yield from entry_counts(target) if isinstance(target, list) else ()
+
+
+def test_the_navigation_shows_at_most_eight_entries_of_a_level() -> None:
+    written = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = yaml.safe_load(written[written.index("nav:") : written.index("hooks:")])["nav"]
+    counts = [*entry_counts(nav)]
+    assert len(counts) > len(nav)
+    assert max(counts) <= 8
 
 
 def test_pages_are_short() -> None:

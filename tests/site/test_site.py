@@ -131,6 +131,8 @@ def test_the_buttons_copy_the_code_beside_them(address_of_page: str, page: Page)
         ("save", "saving/"),
         ("checkpoint", "saving/"),
         ("memory", "scale/"),
+        ("qlora", "recipes/quantized/"),
+        ("axolotl", "other_trainers/"),
         ("resume", "training/"),
         ("peft", "from_peft/"),
         ("target_modules", "targets/"),
