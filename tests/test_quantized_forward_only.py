@@ -312,3 +312,67 @@ def test_a_layer_without_values_is_refused(kind: Kind) -> None:
     model = built(kind, 12, 20).to("meta")
     with pytest.raises(randlora.errors.TargetError, match="0 has no values"):
         randlora.inject(model, r=3, targets=["0"])
+
+
+class Flat(nn.Module):
+    """A layer with packed codes in one dimension, and a bias in a buffer, as kernels ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 8, 12
+        self.register_buffer("bias", torch.randn(12))
+        self.register_buffer("packed", torch.zeros(48, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the bias, as all weights are 0."""
+        return self.get_buffer("bias").expand(*x.shape[:-1], 12)
+
+
+class Nameless(Doubled):
+    """A layer that says nothing about its sizes."""
+
+
+class Away(nn.Module):
+    """A layer whose codes are neither parameters nor buffers."""
+
+    in_features, out_features = 8, 12
+
+
+class AwayAdapter(ForwardOnly):
+    """Adapts it, but does not know where its codes are."""
+
+
+for own, adapter_class in ((Flat, ForwardOnly), (Nameless, ForwardOnly), (Away, AwayAdapter)):
+    register_layer(own)(adapter_class)
+
+
+def test_codes_may_be_packed_in_one_dimension(tmp_path: Path) -> None:
+    model, x = nn.Sequential(Flat()), torch.randn(3, 8)
+    randlora.inject(model, r=2, targets="all", alpha=4)
+    fill(model)
+    assert_close(model(x), model[0].get_buffer("bias").double() + x.double() @ oracle(model[0]).T, torch.float32)
+    randlora.save(model, tmp_path)
+
+
+def test_a_layer_that_does_not_say_what_is_needed_is_refused_with_what_to_define() -> None:
+    message = "'Nameless' object has no attribute 'in_features': define features in the adapter layer of Nameless"
+    with pytest.raises(randlora.errors.AdapterError, match=message):
+        randlora.inject(nn.Sequential(nn.Linear(8, 8), Nameless(8, 8, bias=False)), r=2)
+    message = "1 has no codes in its parameters and buffers: .*, or define weight_of in AwayAdapter if codes"
+    with pytest.raises(randlora.errors.TargetError, match=message):
+        randlora.inject(nn.Sequential(nn.Linear(8, 8), Away()), r=2, targets=["1"])
+
+
+@pytest.mark.parametrize("names", [["1"], ["1.codes"], ["1.bias"]])
+def test_codes_in_buffers_are_not_trained(names: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Doubled(8, 8, bias=True))
+    with pytest.raises(
+        randlora.errors.TargetError, match=r"train_also includes 1\.(codes|bias), a buffer of a quantized"
+    ):
+        randlora.inject(model, r=2, targets=["0"], train_also=names)
+
+
+def test_memory_in_4_bits_is_not_planned_for_codes_in_buffers() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Doubled(8, 8, bias=True))
+    with pytest.raises(randlora.errors.ConfigError, match="not quantized, but this one is"):
+        randlora.training_memory(model, r=2, load_in_4bit=True)

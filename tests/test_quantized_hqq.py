@@ -196,5 +196,5 @@ def test_a_layer_that_is_not_quantized_yet_is_refused() -> None:
     config = BaseQuantizeConfig(nbits=4, group_size=8)
     model = nn.Sequential(HQQLinear(None, config, compute_dtype=torch.float32, device="cpu"))
     vars(model[0]).update(in_features=8, out_features=8)
-    with pytest.raises(randlora.errors.TargetError, match="0 has no values"):
+    with pytest.raises(randlora.errors.TargetError, match=r"0 has no codes .*: load the model's weights"):
         randlora.inject(model, r=3, targets=["0"])

@@ -39,13 +39,13 @@ from randlora.hints import require_types, shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import in_own_dtypes
 from randlora.model.engines import is_first_copy
-from randlora.model.merged_tensors import MergedTensors, Share, parameter_names
+from randlora.model.merged_tensors import MergedTensors, Share, buffers_beside, parameter_names
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.places import own_class
 from randlora.ranks import on_first_rank
 from randlora.replaced import whole_shape
 from randlora.targets.obstacles import tied_away
-from randlora.targets.walk import Census, saved_buffers
+from randlora.targets.walk import Census
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 """The units of sizes, as in ``save_pretrained``."""
@@ -267,7 +267,7 @@ def _on_meta(census: Census) -> Iterator[tuple[str, Tensor]]:
     without = _not_written(census)
     for prefix, module in census.prefixed:
         held = {name: module._parameters.get(name) for name in parameter_names(census, module)}
-        for attribute, tensor in (*held.items(), *saved_buffers(module)):
+        for attribute, tensor in (*held.items(), *buffers_beside(census, module)):
             if f"{prefix}{attribute}" not in without:
                 site = census.sites_by_key.get((id(module), "weight"))
                 if site is not None and site.layer_class.is_quantized and attribute in ("weight", "bias"):

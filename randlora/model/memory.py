@@ -225,10 +225,9 @@ def memory_of(
         plan = make_plan(view, asked)
     stored = {**held_codes(plan.census), **stored}
     if setup.load_in_4bit:
-        if stored:
-            raise ConfigError(
-                f"{spelled('load_in_4bit', value=True)} is for a model that is not quantized, this one is"
-            )
+        if stored or any(site.layer_class.is_quantized for site in plan.census.sites):  # codes may be buffers
+            option = spelled("load_in_4bit", value=True)
+            raise ConfigError(f"{option} is for a model that is not quantized, but this one is: leave it out")
         stored = planned_codes(plan.census)
     dtypes = [site.weight.dtype for site in plan.selection.sites if site.weight is not None]
     dtype = setup.dtype or next((each for each in dtypes if each.is_floating_point), torch.bfloat16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -190,7 +190,10 @@ def _value_problems(census: Census, state: ModelState) -> list[str]:
 
 
 def _unreadable(module: nn.Module) -> str:
-    return f"is quantized, and the codes of a {plain_class(module).__name__} cannot be dequantized here"
+    return (
+        f"is quantized, and the codes of a {plain_class(module).__name__} cannot be dequantized here: merge the "
+        "adapter into the checkpoint that the model was quantized from, with randlora.files.merge"
+    )
 
 
 def _is_here(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
@@ -225,16 +228,25 @@ def entries_of(census: Census, state: ModelState, into: Into) -> Iterator[Entry]
         for attribute in parameter_names(census, module):
             fqn = f"{prefix}{attribute}"
             yield Entry(fqn, partial(_value, census, module, attribute, fqn, state, into))
-        for attribute, _ in saved_buffers(module):
+        for attribute, _ in buffers_beside(census, module):
             yield Entry(f"{prefix}{attribute}", partial(_buffer, module, attribute))
 
 
 def parameter_names(census: Census, module: nn.Module) -> list[str]:
     """Return the names of a module's parameters, or of those of the plain layer that a quantized one stands for."""
-    site = census.sites_by_key.get((id(module), "weight"))
-    if site is not None and site.layer_class.is_quantized:  # whose codes may have other names
-        return ["weight"] if site.layer_class.bias_of(module) is None else ["weight", "bias"]
+    if (kind := _quantized_as(census, module)) is not None:  # its codes may have other names
+        return ["weight"] if kind.bias_of(module) is None else ["weight", "bias"]
     return [name for name, parameter in module._parameters.items() if parameter is not None]
+
+
+def buffers_beside(census: Census, module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Return the buffers that a state dict has, of a plain layer none: the buffers of a quantized one are its codes."""
+    return saved_buffers(module) if _quantized_as(census, module) is None else ()
+
+
+def _quantized_as(census: Census, module: nn.Module) -> type[AdapterLayer] | None:
+    site = census.sites_by_key.get((id(module), "weight"))
+    return site.layer_class if site is not None and site.layer_class.is_quantized else None
 
 
 def _value(

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from randlora.layers.in_place import can_cast
+from randlora.layers.in_place import can_cast, plain_class
 from randlora.modes import has_values
 from randlora.places import is_whole, place_at, values_within
 from randlora.replaced import ReplacedParameter
@@ -91,6 +91,13 @@ def train_also_problems(
             problems.append(
                 f"train_also includes {fqn} of dtype {parameter.dtype}, expected a floating dtype: leave it out"
             )
+    coded = {held.fqn: held.module for held in census.buffers if is_quantized(held.module)}
+    problems += [
+        f"train_also includes {fqn}, a buffer of a quantized layer ({plain_class(coded[fqn]).__name__}), which cannot "
+        "be trained: leave it out"
+        for fqn in select_buffers(census, names)
+        if fqn in coded
+    ]
     return problems
 
 

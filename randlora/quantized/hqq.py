@@ -50,12 +50,6 @@ class HQQAdapter(QuantizedLayer):
         return forward
 
     @classmethod
-    def bias_of(cls, owner: Any) -> Tensor | None:
-        """Return the bias, which is a parameter only if the layer is merged into a plain one."""
-        bias: Tensor | None = owner.bias
-        return bias
-
-    @classmethod
     def nbytes_of(cls, owner: Any) -> int:
         """Return the bytes of codes, scales and zeros."""
         return super().nbytes_of(owner) + sum(held.nbytes for held in owner.meta.values() if isinstance(held, Tensor))

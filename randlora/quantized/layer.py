@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import change_class, detach_obstacle, plain_class
 from randlora.layers.inputs import input_of
@@ -21,10 +22,11 @@ NOT_HERE = "has no values (its weight is on the meta device or offloaded): load 
 
 
 class Form(NamedTuple):
-    """The class of a layer, with its parameters and the other attributes that the class sets on it."""
+    """The class of a layer, with its parameters, its buffers and the other attributes that the class sets on it."""
 
     kind: type[nn.Module]
     parameters: dict[str, nn.Parameter | None]
+    buffers: dict[str, Tensor | None]
     attributes: dict[str, Any]
 
 
@@ -44,15 +46,23 @@ class ForwardOnly(LinearAdapter):
     @staticmethod
     def features(owner: Any) -> tuple[int, int]:
         """Return ``(in_features, out_features)`` of a layer."""
-        return int(owner.in_features), int(owner.out_features)
+        try:
+            return int(owner.in_features), int(owner.out_features)
+        except AttributeError as error:
+            kind = plain_class(owner).__name__
+            raise AdapterError(f"{error}: define features in the adapter layer of {kind}") from None
 
     @classmethod
     def weight_of(cls, owner: nn.Module) -> Tensor | None:
-        """Return the codes, which determine the device of Λ and Γ: the ``weight``, else the owner's first matrix."""
+        """Return the codes, which determine the device of Λ and Γ.
+
+        They are the ``weight``, else the owner's first matrix, else its first parameter or buffer except the bias.
+        """
         if (own := super().weight_of(owner)) is not None:
             return own
-        held = (*owner._parameters.values(), *owner._buffers.values())
-        return next((tensor for tensor in held if tensor is not None and tensor.dim() > 1), None)
+        named = {**owner._parameters, **owner._buffers}
+        held = [tensor for name, tensor in named.items() if tensor is not None and name != "bias"]
+        return next((tensor for tensor in held if tensor.dim() > 1), held[0] if held else None)
 
     @classmethod
     def place_in(cls, owner: nn.Module) -> Place:
@@ -63,8 +73,12 @@ class ForwardOnly(LinearAdapter):
     @classmethod
     def obstacle(cls, owner: nn.Module) -> str | None:
         """Return why this layer cannot be adapted, or ``None``."""
-        codes = cls.weight_of(owner)
-        return NOT_HERE if codes is None or codes.is_meta else None
+        if (codes := cls.weight_of(owner)) is None:
+            return (
+                "has no codes in its parameters and buffers: load the model's weights first, or define weight_of in "
+                f"{cls.__name__} if codes are elsewhere"
+            )
+        return NOT_HERE if codes.is_meta else None
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
@@ -93,6 +107,12 @@ class QuantizedLayer(ForwardOnly):
     kept: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
+    def bias_of(cls, owner: Any) -> Tensor | None:
+        """Return the bias, which may be a parameter, a buffer or another attribute."""
+        bias = getattr(owner, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @classmethod
     def beside(cls, owner: nn.Module) -> list[object]:
         """Return the quantization state."""
         held = (owner.__dict__.get(name) for name in cls.kept)
@@ -100,7 +120,7 @@ class QuantizedLayer(ForwardOnly):
 
     @abstractmethod
     def written_out(self, owner: nn.Module, held: Any = None) -> Tensor:
-        """Return the owner's codes, or those given, dequantized to ``(out_features, in_features)`` float32."""
+        """Return a new tensor: the owner's codes, or those given, as ``(out_features, in_features)`` float32."""
 
     @abstractmethod
     def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[Any, float]:
@@ -162,7 +182,7 @@ class QuantizedLayer(ForwardOnly):
             if bias is not None and (bias.dtype != dtype or not isinstance(bias, nn.Parameter)):
                 bias = nn.Parameter(bias.to(dtype), requires_grad=False)  # as it is put in for the time of the merge
             plain = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
-            return Merged(weight, Form(nn.Linear, plain, {}))
+            return Merged(weight, Form(nn.Linear, plain, {}, {}))
         merged_in = torch.linalg.vector_norm(delta)
         if merged_in == 0:  # requantizing would change scales that are quantized themselves
             return Merged(weight, self.codes(owner))
@@ -178,9 +198,11 @@ class QuantizedLayer(ForwardOnly):
             self.put_in(owner, held)
             return own_codes
         attributes = {name: owner.__dict__.pop(name) for name in self.kept if name in owner.__dict__}
-        own = Form(plain_class(owner), dict(owner._parameters), attributes)
+        own = Form(plain_class(owner), dict(owner._parameters), dict(owner._buffers), attributes)
         owner._parameters.clear()  # codes may be held under other names
         owner._parameters.update(held.parameters)
+        owner._buffers.clear()
+        owner._buffers.update(held.buffers)
         owner.__dict__.update(held.attributes)
         change_class(owner, held.kind)
         return own
@@ -202,7 +224,7 @@ class QuantizedLayer(ForwardOnly):
             for name in owner._parameters.keys() - held.parameters.keys():  # of the plain layer
                 destination.pop(f"{prefix}{name}", None)
             twin: Any = object.__new__(held.kind)
-            twin.__dict__.update(owner.__dict__, _parameters=held.parameters, **held.attributes)
+            twin.__dict__.update(owner.__dict__, _parameters=held.parameters, _buffers=held.buffers, **held.attributes)
         else:
             twin = twin_of(owner)
             twin.__dict__.update({name: copy.copy(vars(owner)[name]) for name in self.kept if name in vars(owner)})
