@@ -9,11 +9,18 @@ from torch import Tensor, nn
 
 def written_out(layer: nn.Module) -> Tensor:
     """Write a quantized layer's weight out, ``(out_features, in_features)`` in float64."""
+    if _is_of_torchao(layer):
+        return _of_torchao(layer.weight)
     return _of_8_bits(layer) if hasattr(layer, "state") else _of_4_bits(layer.weight)
 
 
 def step(layer: nn.Module) -> Tensor:
     """Measure the widest gap between neighboring levels around each entry, ``(out_features, in_features)``."""
+    if _is_of_torchao(layer):
+        weight: Any = layer.weight
+        widest = 1 if weight.qdata.dtype == torch.int8 else 448 - 416
+        steps: Tensor = widest * weight.scale.double()
+        return steps.expand(weight.shape)
     if hasattr(layer, "state"):
         scales: Tensor = _scales_of_8_bits(layer)
         return (scales.double() / 127).unsqueeze(1).expand(layer.weight.shape)  # type: ignore[arg-type]
@@ -36,14 +43,25 @@ def assert_rounded_to_nearest(layer: nn.Module, exact: Tensor) -> None:
     """
     exact = exact.double()
     lost = _lost_in_scales(layer, exact)
-    is_nested = not hasattr(layer, "state") and layer.weight.quant_state.nested  # type: ignore[union-attr]
+    is_nested = getattr(getattr(layer.weight, "quant_state", None), "nested", False)
     assert lost.max() <= exact.abs().max() * (0.05 if is_nested else 1e-5)
     error, allowed = (written_out(layer) - exact).abs(), step(layer) / 2 + 1e-5 * exact.abs().max()
     assert (error <= allowed + 1.2 * lost).all()  # a level is off by as much, half a gap by a fifth of it at most
 
 
+def _is_of_torchao(layer: nn.Module) -> bool:
+    return hasattr(layer.weight, "qdata")
+
+
+def _of_torchao(weight: Any) -> Tensor:
+    rows = zip(weight.qdata.double().tolist(), weight.scale.double().tolist(), strict=True)
+    return torch.tensor([[code * scale for code in row] for row, (scale,) in rows], dtype=torch.float64)
+
+
 def _lost_in_scales(layer: nn.Module, exact: Tensor) -> Tensor:
     """Measure how far each entry's scale is from the largest entry that shares it, ``(out_features, in_features)``."""
+    if _is_of_torchao(layer):
+        return torch.zeros_like(exact)
     if hasattr(layer, "state"):
         return (_scales_of_8_bits(layer) - exact.abs().amax(dim=1)).abs().unsqueeze(1).expand(exact.shape)
     state: Any = layer.weight.quant_state  # type: ignore[union-attr]

@@ -70,7 +70,11 @@ def bits(tensor: Tensor) -> Bits:
     """Return everything a tensor says, to be compared with ``==``: NaN equals itself, and -0.0 is not 0.0."""
     if is_lazy(tensor) or tensor.is_meta:
         return tensor.dtype, () if is_lazy(tensor) else tuple(tensor.shape), b""
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    held = tensor.detach()
+    if hasattr(held, "__tensor_flatten__"):  # a subclass that is made of several, as torchao's
+        raw = b"".join(bits(getattr(held, name))[2] for name in held.__tensor_flatten__()[0])
+    else:
+        raw = held.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return tensor.dtype, tuple(tensor.shape), raw
 
 

@@ -1,5 +1,6 @@
 """The capability table: one row per kind of layer that can be adapted. Every law runs over every row."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,11 +9,19 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from hypothesis import reject
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from transformers.pytorch_utils import Conv1D
 
+from randlora.layers import register_layer
+from randlora.quantized import ForwardOnly
 from tests.codes import step, written_out
+
+try:
+    quantization: Any = importlib.import_module("torchao.quantization")
+except Exception:  # it raises whatever comes of a torch that it was not built for
+    quantization = None
 
 
 @dataclass(frozen=True)
@@ -25,22 +34,36 @@ class LayerKind:
         weight: Reads its weight as ``(out_features, in_features)``.
         dtypes: What it can hold, or compute in where it holds codes; the most exact first.
         step: Reads how far apart the levels of its codes are, ``(out_features, in_features)``; ``None`` without codes.
+        library: What quantized it, if anything.
+        merges: Whether updates can be merged into its weight.
         is_one_operation: Whether base layer and adapter are computed as one, in training.
         keeps_dtype: Whether its output is of the input's dtype under autocast too.
+        converts: Whether it computes in another dtype, also float64, once its model is converted.
+        backpropagates: Whether the layer alone computes the gradient of its input.
+        rounds_inputs: Whether it quantizes inputs, which must then not be empty, so that outputs are off by percents.
+        casts_inputs: Whether it takes inputs of another dtype than it computes in.
+        pickles: Whether the layer alone can be pickled.
     """
 
     name: str
     build: Callable[[int, int, bool, torch.dtype], nn.Module]
-    weight: Callable[[nn.Module], Tensor]
+    weight: Callable[[Any], Tensor]
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     step: Callable[[nn.Module], Tensor] | None = None
+    library: str = ""
+    merges: bool = True
     is_one_operation: bool = True
     keeps_dtype: bool = False
+    converts: bool = True
+    backpropagates: bool = True
+    rounds_inputs: bool = False
+    casts_inputs: bool = True
+    pickles: bool = True
 
     @property
     def is_quantized(self) -> bool:
         """Whether it holds codes."""
-        return self.step is not None
+        return bool(self.library)
 
     @property
     def exact(self) -> torch.dtype:
@@ -81,6 +104,43 @@ def _of_8_bits(
     return _quantize(layer, dtype)
 
 
+def _of_torchao(
+    in_features: int, out_features: int, bias: bool, dtype: torch.dtype, *, config: Callable[[], Any]
+) -> nn.Module:
+    if 1 in (in_features, out_features):
+        reject()  # which torchao can neither quantize nor multiply by
+    layer = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    nn.init.normal_(layer.weight, std=0.3)
+    quantization.quantize_(nn.Sequential(layer), config())
+    del layer.extra_repr  # which cannot be pickled, and hides the adapters
+    return layer
+
+
+class Coded(nn.Module):
+    """A layer of which only the forward is known: int8 codes with one scale, as the kernel of a library would have."""
+
+    codes: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("codes", torch.randint(-40, 41, (out_features, in_features), dtype=torch.int8))
+        self.bias = nn.Parameter(torch.randn(out_features, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply."""
+        return nn.functional.linear(x, self.codes.to(x.dtype) / 64, self.bias)
+
+
+@register_layer(Coded)
+class CodedAdapter(ForwardOnly):
+    """Adapts it."""
+
+
+def _coded(in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
+    return Coded(in_features, out_features, bias=bias, dtype=dtype)
+
+
 def _quantize(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """Move it to its device, as a user does; its own forward would give the bias the input's dtype."""
     if layer.bias is not None:
@@ -88,25 +148,49 @@ def _quantize(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return layer.to("cpu")
 
 
-_quantized = partial(
-    LayerKind,
-    weight=written_out,
-    step=step,
-    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+CODED = (torch.float32, torch.bfloat16, torch.float16)
+_quantized = partial(LayerKind, weight=written_out, step=step, dtypes=CODED)
+_quantized_4bit = partial(_quantized, library="bitsandbytes", keeps_dtype=True)
+_quantized_8bit = partial(_quantized, library="bitsandbytes", is_one_operation=False)
+_quantized_by_torchao = partial(_quantized, library="torchao", is_one_operation=False, keeps_dtype=True, converts=False)
+TORCHAO: tuple[tuple[str, str, dict[str, bool]], ...] = (
+    ("int8", "Int8WeightOnlyConfig", {}),
+    ("int8-inputs", "Int8DynamicActivationInt8WeightConfig", {"backpropagates": False, "rounds_inputs": True}),
+    ("float8", "Float8WeightOnlyConfig", {"casts_inputs": False, "pickles": False}),
 )
-_quantized_4bit = partial(_quantized, keeps_dtype=True)
 LAYER_KINDS = (
-    LayerKind("Linear", _linear, lambda layer: layer.get_parameter("weight").detach()),
-    LayerKind("Conv1D", _conv1d, lambda layer: layer.get_parameter("weight").detach().T),
+    LayerKind("Linear", _linear, lambda layer: layer.weight.detach()),
+    LayerKind("Conv1D", _conv1d, lambda layer: layer.weight.detach().T),
     _quantized_4bit("NF4", partial(_of_4_bits, quant_type="nf4", compress_statistics=False)),
     _quantized_4bit("NF4-double", partial(_of_4_bits, quant_type="nf4", blocksize=128)),
     _quantized_4bit("FP4", partial(_of_4_bits, quant_type="fp4", blocksize=32, compress_statistics=False)),
     _quantized_4bit("FP4-double", partial(_of_4_bits, quant_type="fp4")),
-    _quantized("8bit", _of_8_bits, is_one_operation=False),
-    _quantized("8bit-outliers", partial(_of_8_bits, threshold=2.0), is_one_operation=False),
+    _quantized_8bit("8bit", _of_8_bits),
+    _quantized_8bit("8bit-outliers", partial(_of_8_bits, threshold=2.0)),
+    *(
+        _quantized_by_torchao(name, partial(_of_torchao, config=getattr(quantization, config)), **columns)
+        for name, config, columns in TORCHAO
+        if quantization is not None
+    ),
+    LayerKind(
+        "forward-only",
+        _coded,
+        lambda layer: layer.codes.double() / 64,
+        dtypes=CODED,
+        library="tests",
+        merges=False,
+        is_one_operation=False,
+    ),
 )
+BITSANDBYTES = [kind for kind in LAYER_KINDS if kind.library == "bitsandbytes"]
 
 every_kind = pytest.mark.parametrize("kind", LAYER_KINDS, ids=lambda kind: kind.name)
+every_mergeable_kind = pytest.mark.parametrize(
+    "kind", [kind for kind in LAYER_KINDS if kind.merges], ids=lambda kind: kind.name
+)
+every_convertible_kind = pytest.mark.parametrize(
+    "kind", [kind for kind in LAYER_KINDS if kind.converts], ids=lambda kind: kind.name
+)
 every_dense_kind = pytest.mark.parametrize(
     "kind", [kind for kind in LAYER_KINDS if not kind.is_quantized], ids=lambda kind: kind.name
 )
@@ -126,10 +210,10 @@ every_kind_compiled = pytest.mark.parametrize(
     "kind", [_compiled(kind) for kind in LAYER_KINDS], ids=lambda kind: kind.name
 )
 every_kind_of_4_bits_compiled = pytest.mark.parametrize(
-    "kind", [_compiled(kind) for kind in LAYER_KINDS if kind.keeps_dtype], ids=lambda kind: kind.name
+    "kind", [_compiled(kind) for kind in BITSANDBYTES if kind.keeps_dtype], ids=lambda kind: kind.name
 )
 every_quantized_kind = pytest.mark.parametrize(
-    "kind", [kind for kind in LAYER_KINDS if kind.is_quantized], ids=lambda kind: kind.name
+    "kind", [kind for kind in LAYER_KINDS if kind.is_quantized and kind.merges], ids=lambda kind: kind.name
 )
 
 
@@ -139,9 +223,12 @@ def _id(value: object) -> str:
 
 _all = [(kind, dtype) for kind in LAYER_KINDS for dtype in kind.dtypes]
 every_kind_and_dtype = pytest.mark.parametrize(("kind", "dtype"), _all, ids=_id)
+every_mergeable_kind_and_dtype = pytest.mark.parametrize(
+    ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if kind.merges], ids=_id
+)
 every_dense_kind_and_dtype = pytest.mark.parametrize(
     ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if not kind.is_quantized], ids=_id
 )
 every_quantized_kind_and_dtype = pytest.mark.parametrize(
-    ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if kind.is_quantized], ids=_id
+    ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if kind.is_quantized and kind.merges], ids=_id
 )

@@ -37,7 +37,7 @@ from tests.checkpoint_files import (
 )
 from tests.kit import adapter_values, all_bits, fill, same_bits, snapshot
 from tests.laws import TOKENS, Mixed
-from tests.layer_kinds import LayerKind, every_kind
+from tests.layer_kinds import LayerKind, every_mergeable_kind
 from tests.model_directories import contents
 from tests.read_kinds import ReadKind, every_read_kind
 from tests.strategies import KINDS_AND_STREAMS, seeds
@@ -286,7 +286,7 @@ def test_a_weight_that_one_adapter_trains_and_another_is_merged_into(kind: ReadK
     assert_truth_while_merged(model, dict(model.state_dict()), tmp_path)
 
 
-@every_kind
+@every_mergeable_kind
 @pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
 def test_what_one_adapter_trains_of_a_layer_that_another_is_merged_into(
     kind: LayerKind, quantized: Any, tmp_path: Path

@@ -235,7 +235,9 @@ def test_a_verb_does_the_same(verb: str, defaults: tuple[str, ...], beforehand: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*LAYER_KINDS, *READ_KINDS], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [*(kind for kind in LAYER_KINDS if kind.merges), *READ_KINDS], ids=lambda kind: kind.name
+)
 def test_a_layer_of_every_kind_does_the_same(kind: LayerKind | ReadKind, tmp_path: Path) -> None:
     if isinstance(kind, ReadKind):
         model, given, options = kind.model(), kind.arguments(), kind.adapter_options

@@ -156,7 +156,7 @@ print("same", *models["torch"])
 def test_copies_and_pickles_in_a_fresh_process_compute_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = {kind.name: (adapt(of_kind(kind)), given(kind)) for kind in LAYER_KINDS}
+    models = {kind.name: (adapt(of_kind(kind)), given(kind)) for kind in LAYER_KINDS if kind.pickles}
     models["reading"] = adapt(reading(monkeypatch)), X
     saved = {name: (model, x, model(x).detach()) for name, (model, x) in models.items()}
     for name, (model, x, expected) in saved.items():
@@ -241,7 +241,7 @@ def test_an_exported_program_of_4_bits_computes_the_same(kind: LayerKind) -> Non
 def test_a_model_compiles_to_one_graph(kind: LayerKind) -> None:
     model = adapt(of_kind(kind).float())
     found = torch.compile(model, fullgraph=True, backend="aot_eager")(X)
-    assert_close(found, model(X), torch.float32)
+    assert_close(found, model(X), torch.bfloat16 if kind.rounds_inputs else torch.float32)
 
 
 # accelerate

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +24,7 @@ from tests.laws import adapter_layer, assert_close, diagonals, plain, update_of
 from tests.layer_kinds import (
     LAYER_KINDS,
     LayerKind,
+    every_convertible_kind,
     every_dense_kind,
     every_kind,
     every_kind_and_dtype,
@@ -68,7 +69,9 @@ def test_the_table_has_a_row_for_every_registered_kind() -> None:
     served = {type(adapter_layer(adapted(kind, (4, 4), torch.float32)[0])) for kind in LAYER_KINDS}
     registered = {entry for name, entry in registry._layers.items() if not name.startswith("tests.")}
     elsewhere = (ReadWeight, CodesAdapter, EetqAdapter, HQQAdapter)  # see tests/test_quantized_forward_only.py
-    assert served == {entry for entry in registered if not (isinstance(entry, str) or issubclass(entry, elsewhere))}
+    rows = {entry for entry in registered if not (isinstance(entry, str) or issubclass(entry, elsewhere))}
+    rows |= {*registry._weights.values()} if any(kind.library == "torchao" for kind in LAYER_KINDS) else set()
+    assert {layer for layer in served if not layer.__module__.startswith("tests.")} == rows
 
 
 # Law 1: identity
@@ -112,6 +115,8 @@ def test_an_adapter_adds_the_oracles_update_to_the_output(
     x = torch.randn(3, shape[0]).to(dtype)
     bias_values = base.bias if bias else None
     expected = reference.linear(x, kind.weight(base).double() + update, bias_values)  # type: ignore[arg-type]
+    if kind.rounds_inputs:
+        expected = base(x).double() + x.double() @ update.T
     assert_close(layer(x), expected, dtype)
     assert_close(update_of(layer), update, torch.promote_types(dtype, torch.float32))
 
@@ -131,6 +136,7 @@ def test_the_identity_matrix_through_the_layer_is_the_update(
 @every_kind
 @given(leading=st.lists(st.integers(0, 3), max_size=3))
 def test_any_leading_shape_passes(kind: LayerKind, leading: list[int]) -> None:
+    assume(0 not in leading or not kind.rounds_inputs)
     layer, base = adapted(kind, (6, 9), kind.exact)
     fill_layer(layer)
     x = torch.randn(*leading, 6, dtype=kind.exact)
@@ -168,7 +174,7 @@ def test_autocast_computes_the_adapter_in_the_dtype_of_the_base(kind: LayerKind)
 @pytest.mark.parametrize("r", [2, 3, 8, 16])
 @pytest.mark.parametrize("shape", [(20, 20), (20, 28), (28, 20), (13, 17)], ids=str)
 def test_a_trained_update_has_full_rank(kind: LayerKind, basis: str, r: int, shape: tuple[int, int]) -> None:
-    layer, _ = adapted(kind, shape, torch.float64, r=r, basis=basis)
+    layer, _ = adapted(kind, shape, kind.exact, r=r, basis=basis)
     with torch.no_grad():
         for parameter in diagonals(layer):
             nn.init.uniform_(parameter, 0.5, 1.5)  # the layers that hold codes give the update in float32
@@ -178,7 +184,7 @@ def test_a_trained_update_has_full_rank(kind: LayerKind, basis: str, r: int, sha
 # Law 8: gradients
 
 
-@every_kind
+@every_convertible_kind
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6)], ids=["up", "down", "square"])
 @pytest.mark.parametrize("basis", ["dense", "block"])
 def test_gradients_are_those_of_finite_differences(kind: LayerKind, shape: tuple[int, int], basis: str) -> None:
@@ -311,11 +317,11 @@ def test_one_of_the_fresh_parameters_is_zero_and_the_other_a_constant(kind: Laye
 def test_bases_are_neither_parameters_nor_buffers(kind: LayerKind) -> None:
     layer, base = adapted(kind, (6, 9), torch.float32)
     layer(torch.randn(1, 6))
-    assert dict(layer.named_buffers()) == {}
+    assert dict(layer.named_buffers()).keys() == dict(base.named_buffers()).keys()
     assert set(layer.state_dict()) == set(base.state_dict()) | {"randlora_lambda.default", "randlora_gamma.default"}
 
 
-@every_kind
+@every_convertible_kind
 def test_halving_a_model_leaves_its_bases_exact(kind: LayerKind) -> None:
     layer, _ = adapted(kind, (6, 9), torch.float32)
     fill_layer(layer)
@@ -334,7 +340,8 @@ def test_copies_and_pickles_compute_the_same(kind: LayerKind) -> None:
     twin = copy.deepcopy(layer)
     assert torch.equal(twin(x), layer(x))
     assert adapter_layer(twin).adapters["default"].basis is adapter_layer(layer).adapters["default"].basis
-    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+    if kind.pickles:
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
 @every_dense_kind

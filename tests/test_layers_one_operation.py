@@ -16,7 +16,7 @@ from randlora.layers import AdapterLayer, registry
 from randlora.layers.linear import LinearAdapter
 from tests.kit import fill
 from tests.laws import adapter_layer, assert_close, plain, update_of
-from tests.layer_kinds import LayerKind, every_dense_kind, every_kind
+from tests.layer_kinds import LAYER_KINDS, LayerKind, every_dense_kind, every_kind
 
 
 def adapted(layer: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -221,8 +221,16 @@ def test_an_input_of_another_width_fails_as_it_does_on_the_plain_layer(kind: Lay
     assert str(caught.value) == str(own.value)
 
 
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (kind, dtype)
+        for kind in LAYER_KINDS
+        for dtype in (torch.float32, torch.bfloat16, torch.float64)
+        if kind.converts or dtype != torch.float64
+    ],
+    ids=lambda value: value.name if isinstance(value, LayerKind) else str(value),
+)
 def test_autocast_computes_as_it_does_on_the_plain_layer(kind: LayerKind, dtype: torch.dtype) -> None:
     _, layer = adapted(kind.build(6, 9, True, torch.float64 if dtype == torch.float64 else torch.float32))
     x = torch.randn(4, 6).to(dtype).requires_grad_()

@@ -13,7 +13,7 @@ from randlora.errors import AdapterError, MergeError
 from randlora.integrations.reference import Reference
 from tests.kit import all_bits, assert_unchanged, bits, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed, assert_close
-from tests.layer_kinds import LayerKind, every_kind_and_dtype
+from tests.layer_kinds import LayerKind, every_mergeable_kind_and_dtype
 from tests.read_kinds import ReadKind, every_read_kind
 
 BY_LAYER = {"0": -0.7, "1": 0.0, "2": 1.0}
@@ -32,7 +32,7 @@ def weights(model: nn.Module) -> dict[str, Any]:
     return all_bits({fqn: value for fqn, value in model.named_parameters() if "randlora" not in fqn})
 
 
-@every_kind_and_dtype
+@every_mergeable_kind_and_dtype
 def test_a_layer_computes_what_it_does_if_all_have_its_factor(kind: LayerKind, dtype: torch.dtype) -> None:
     model = nn.Sequential(*(kind.build(9, 9, True, dtype) for _ in BY_LAYER))
     for seed, name in enumerate("ab"):

@@ -23,7 +23,7 @@ from tests.laws import (
     assert_close,
     update_of,
 )
-from tests.layer_kinds import LAYER_KINDS, LayerKind, every_dense_kind_and_dtype, every_kind_and_dtype
+from tests.layer_kinds import LAYER_KINDS, LayerKind, every_dense_kind_and_dtype, every_mergeable_kind_and_dtype
 from tests.strategies import KINDS_AND_STREAMS
 
 shapes = st.tuples(st.integers(2, 15), st.integers(2, 15))
@@ -40,11 +40,12 @@ def assert_within_a_step(kind: LayerKind, model: nn.Sequential, x: Tensor, expec
     """Compare a merged layer's output; weights that are codes may each be a step off what was merged."""
     layer = model[0]
     found, allowed = model(x).double(), x.double().abs() @ kind.step(layer).double().T if kind.step else 0.0
-    rounding = TOLERANCES[x.dtype] * max(1.0, expected.abs().max().item())
+    tolerance = 0.05 if kind.rounds_inputs else TOLERANCES[x.dtype]
+    rounding = tolerance * max(1.0, expected.abs().max().item())
     assert ((found - expected.double()).abs() <= allowed + rounding).all()
 
 
-@every_kind_and_dtype
+@every_mergeable_kind_and_dtype
 @given(shape=shapes, r=st.integers(1, 6))
 def test_a_merged_layer_computes_what_the_adapted_one_does(
     kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int
@@ -69,7 +70,7 @@ def test_a_merged_weight_is_the_exact_sum_rounded_once(kind: LayerKind, dtype: t
     assert same_bits(kind.weight(model[0]), expected)
 
 
-@every_kind_and_dtype
+@every_mergeable_kind_and_dtype
 @given(shape=shapes)
 def test_unmerging_restores_every_bit(kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     model = one_layer(kind, shape, dtype)

@@ -16,7 +16,7 @@ from randlora.errors import AdapterError, ConfigError, MergeError
 from tests import models
 from tests.kit import all_bits, bits, fill, untouched
 from tests.laws import assert_close, needs_compiler, needs_export
-from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind_and_dtype
+from tests.layer_kinds import LAYER_KINDS, LayerKind, every_mergeable_kind_and_dtype
 from tests.read_kinds import ReadKind, every_read_kind
 
 
@@ -64,7 +64,7 @@ def beside(**options: Any) -> Beside:
     return fill(model)
 
 
-@every_kind_and_dtype
+@every_mergeable_kind_and_dtype
 def test_every_kind_of_layer_is_yielded_as_it_would_be_merged(kind: LayerKind, dtype: torch.dtype) -> None:
     model = nn.Sequential(kind.build(128, 96, True, dtype), nn.LayerNorm(96, dtype=dtype))
     randlora.inject(model, r=8, targets=["0"])

@@ -20,7 +20,7 @@ from randlora.layers.update import Quantized
 from tests.codes import assert_rounded_to_nearest
 from tests.kit import all_bits, assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import assert_close, plain, update_of
-from tests.layer_kinds import LAYER_KINDS, LayerKind, every_quantized_kind, every_quantized_kind_and_dtype
+from tests.layer_kinds import BITSANDBYTES, LAYER_KINDS, LayerKind, every_quantized_kind, every_quantized_kind_and_dtype
 
 sides = st.integers(2, 40).filter(lambda side: side % 16)  # of some such rows, bitsandbytes misreads the codes
 shapes = st.tuples(sides, sides)
@@ -93,12 +93,13 @@ def test_a_dequantized_layer_is_plain_and_computes_what_the_adapted_one_does(
     assert report.rounding == {}
     assert repr(linear) == repr(nn.Linear(*shape))
     assert_close(linear.weight, exact, dtype)
-    assert_close(model(x), expected, dtype)
+    if not kind.rounds_inputs:
+        assert_close(model(x), expected, dtype)
 
 
 def test_a_dequantized_layer_has_the_dtype_of_norms_else_of_what_else_there_is_else_its_own() -> None:
     def merged(*others: nn.Module) -> list[torch.dtype]:
-        layers = [kind.build(24, 24, True, torch.bfloat16) for kind in (LAYER_KINDS[2], LAYER_KINDS[-1])]
+        layers = [kind.build(24, 24, True, torch.bfloat16) for kind in (LAYER_KINDS[2], BITSANDBYTES[-1])]
         model = nn.Sequential(*others, *layers)
         randlora.inject(model, r=3, targets="all-linear")
         randlora.merge(model, quantized="dequantize")
@@ -116,9 +117,10 @@ def test_the_dtype_of_a_dequantized_layer_is_read_from_the_model_and_not_from_wh
 ) -> None:
     model = nn.Sequential(nn.LayerNorm(24), kind.build(24, 20, True, torch.bfloat16))
     randlora.inject(model, r=3, targets=["1"])
-    model[1](torch.randn(5, 24).half())
-    with torch.autocast("cpu", torch.bfloat16):
-        model(torch.randn(5, 24))
+    model[1](torch.randn(5, 24).to(torch.half if kind.casts_inputs else torch.bfloat16))
+    if kind.casts_inputs:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(5, 24))
     randlora.merge(model, quantized="dequantize")
     assert model[1].weight.dtype == torch.float32
     assert model(torch.randn(5, 24)).dtype == torch.float32
@@ -149,6 +151,8 @@ def test_every_byte_and_the_state_of_the_codes_come_back(
 
 
 def _contents(layer: Any) -> list[object]:
+    if hasattr(layer.weight, "qdata"):
+        return [layer.weight]
     if hasattr(layer, "state"):
         return [layer.weight, layer.state.CB, layer.state.SCB]
     return [layer.weight, layer.weight.quant_state, layer.quant_state]
@@ -182,7 +186,7 @@ def test_a_merge_that_would_not_be_finite_changes_nothing(kind: LayerKind, quant
 
 
 def test_an_overflow_of_a_dequantized_dtype_is_refused() -> None:
-    model = one_layer(LAYER_KINDS[-1], (24, 20), torch.float32, alpha=1e7)
+    model = one_layer(BITSANDBYTES[-1], (24, 20), torch.float32, alpha=1e7)
     with untouched(model), pytest.raises(MergeError, match=r"would not be finite in torch\.float16"):
         randlora.merge(model, quantized="dequantize", dtype=torch.float16)
 
@@ -230,6 +234,8 @@ def test_a_layer_whose_class_changed_since_is_not_made_plain_even_for_a_while(ki
 def test_a_copy_made_while_merged_is_merged_and_unmerges_to_the_same_codes(
     kind: LayerKind, quantized: Quantized, copied: Callable[[nn.Module], Any]
 ) -> None:
+    if copied is not copy.deepcopy and not kind.pickles:
+        pytest.skip("it cannot be pickled")
     model = one_layer(kind, (24, 20), torch.float32)
     x = torch.randn(5, 24)
     expected, saved = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -245,7 +251,8 @@ def test_a_copy_made_while_merged_is_merged_and_unmerges_to_the_same_codes(
     found_state = twin.state_dict()
     assert all(same_bits(found_state[name], tensor) for name, tensor in saved.items())
     assert twin[0] is not model[0]
-    assert twin[0].weight.data_ptr() != model[0].weight.data_ptr()
+    codes = [getattr(layer.weight, "qdata", layer.weight) for layer in (twin[0], model[0])]
+    assert codes[0].data_ptr() != codes[1].data_ptr()
     randlora.eject(twin)
     assert type(twin[0]) is model[0].randlora_base
 
@@ -262,7 +269,7 @@ def test_a_bias_trained_beside_is_saved_as_it_is_while_a_plain_layer_has_it_roun
     randlora.save(model, tmp_path / "before")
     options: Any = {"dtype": torch.bfloat16} if quantized == "dequantize" else {}
     with randlora.merged(model, quantized=quantized, **options):
-        model(torch.randn(5, 24).bfloat16())
+        model(torch.randn(5, 24).to(torch.bfloat16 if options or kind.casts_inputs else torch.float32))
         randlora.save(model, tmp_path / "while")
         assert model[0].bias.dtype == (torch.bfloat16 if options else torch.float32)
     assert model[0].bias is bias

@@ -12,7 +12,7 @@ from randlora.errors import AdapterError, ConfigError, RandLoRAError
 from randlora.state import adapted_root
 from tests.kit import adapter_values, all_bits, bits, fill, set_alpha, untouched
 from tests.laws import TOKENS, Mixed, assert_close, diagonals
-from tests.layer_kinds import LayerKind, every_kind
+from tests.layer_kinds import LayerKind, every_mergeable_kind
 from tests.read_kinds import ReadKind, every_read_kind
 
 FACTORS = {"a": 0.7, "b": -0.3}
@@ -36,7 +36,7 @@ def wanted(model: nn.Module, fqn: str, factors: dict[str, float]) -> Tensor:
     )
 
 
-@every_kind
+@every_mergeable_kind
 @pytest.mark.parametrize("equal", ["gamma", "lambda"])
 def test_the_sum_is_exact_where_one_of_both_is_the_same(kind: LayerKind, equal: str) -> None:
     model = two(nn.Sequential(kind.build(9, 14, True, kind.exact)), equal=equal)

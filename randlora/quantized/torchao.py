@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ class TorchaoAdapter(QuantizedLayer):
 
     The weight stays quantized while adapters train. Merging rounds weight + update to codes of the same kind.
     """
+
+    kept: ClassVar[tuple[str, ...]] = ("extra_repr",)
 
     @classmethod
     def obstacle(cls, owner: nn.Module) -> str | None:
