@@ -19,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AwqConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import eetq
+from transformers.integrations.awq import replace_with_awq_linear
 
 import randlora
 from randlora.layers import register_layer
@@ -376,3 +378,25 @@ def test_memory_in_4_bits_is_not_planned_for_codes_in_buffers() -> None:
     model = nn.Sequential(nn.Linear(8, 8), Doubled(8, 8, bias=True))
     with pytest.raises(randlora.errors.ConfigError, match="not quantized, but this one is"):
         randlora.training_memory(model, r=2, load_in_4bit=True)
+
+
+@pytest.mark.skipif("awq" not in KINDS, reason="gptqmodel is not installed")
+def test_a_model_with_the_layers_that_transformers_puts_in_for_awq_trains() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=96)).half()
+    config = AwqConfig(bits=4, group_size=16, zero_point=True, backend="torch_awq")
+    replace_with_awq_linear(model, ["lm_head"], quantization_config=config, device_map={"": "cpu"})
+    for layer in (module for module in model.modules() if "qweight" in module._buffers):
+        _filled(layer.to_empty(device="cpu")).post_init()
+    report = randlora.inject(model, r=4)
+    assert len(report.targets) == 4
+    assert not report.warning
+    ids = torch.randint(0, 96, (2, 8))
+    optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
