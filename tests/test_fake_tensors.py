@@ -111,7 +111,7 @@ def test_a_fake_model_is_refused_outside_of_its_mode_and_a_real_one_under_one() 
     with pytest.raises(AdapterError, match=r"embed\.weight is fake: call this, and the model, under"):
         randlora.inject(fake, r=4)
     real = Mixed()
-    with untouched(real), FakeTensorMode(), pytest.raises(AdapterError, match=r"embed\.weight has values, but tensors made under"):
+    with untouched(real), FakeTensorMode(), pytest.raises(AdapterError, match=r"embed\.weight has values, but"):
         randlora.inject(real, r=4)
 
 
