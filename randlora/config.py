@@ -57,7 +57,7 @@ class RandLoRAConfig:
             the names of any modules; a callable is called for the layers that ``targets`` match.
         alpha: The update is scaled by ``alpha / r``. ``None`` means ``20·r``, with each layer's r. The paper's author
             advises values from ``2·r`` to ``20·r``. A larger alpha needs a smaller learning rate. May also be a
-            mapping, with patterns as for ``r``. `randlora.inject` requires a positive alpha; files need not have one.
+            mapping, with patterns as for ``r``. `randlora.inject` requires a positive alpha; files may have others.
         dropout: Probability of zeroing an entry of the adapter's input in training, in [0, 1).
         basis: The kind of the frozen random bases.
         stream: The random stream of the bases. Each gives the same bits on every machine and version. ``"torch"`` gives

@@ -200,6 +200,11 @@ class ModelState:
         """Whether all adapters are disabled."""
         return len(self.disabled) > 0  # which the compiler of torch 2.9 reads, and not bool() of a list
 
+    @property
+    def disabled_by(self) -> str:
+        """The function that opened the innermost block in which adapters are disabled, for messages."""
+        return f"{'randlora.disabled' if self.run is None else self.run.words}(model)"
+
     def open_block(self, block: object) -> None:
         """Begin a block in which the active adapters do not act: one of `disabled`, or a `Run`."""
         self._set_blocks([*self.disabled, block])

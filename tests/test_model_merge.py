@@ -188,7 +188,10 @@ def test_a_merge_that_would_lose_something_is_refused(prepare: Callable[[nn.Modu
 def test_merging_while_disabled_and_unmerging_what_is_not_merged_are_refused() -> None:
     model = Mixed()
     randlora.inject(model, r=4)
-    with randlora.disabled(model), pytest.raises(MergeError, match=r"merge outside of randlora\.disabled"):
+    with randlora.disabled(model), pytest.raises(MergeError, match=r"merge outside of randlora\.disabled\(model\)"):
+        randlora.merge(model)
+    rows = randlora.serving.routed(model, ["default"])
+    with rows, pytest.raises(MergeError, match=r"merge outside of randlora\.serving\.routed"):
         randlora.merge(model)
     with untouched(model), pytest.raises(MergeError, match="the adapters are not merged"):
         randlora.unmerge(model)

@@ -314,7 +314,7 @@ def file_of(state: AdapterState) -> AdapterFile:
     """Check a state, and return the contents of the files that it would be saved as, with copies of the tensors.
 
     Raises:
-        CheckpointError: If it is not the state of an adapter, or its values were not changed with `with_tensors`.
+        CheckpointError: If it is not the state of an adapter, or its values were changed other than by `with_tensors`.
     """
     problems = [
         *mistyped(state.tensors, dict[str, Tensor], "tensors"),

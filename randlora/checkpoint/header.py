@@ -149,7 +149,7 @@ class ModelClass:
 
     @classmethod
     def of(cls, model: nn.Module, *, has_trained: bool) -> Self | None:
-        """Return the class of a model, or ``None`` if no library exports it. With labels if any are trained."""
+        """Return the class of a model, or ``None`` if no library exports it; with labels if ``has_trained``."""
         # `fully_shard` changes the class too
         kind = next(kind for kind in plain_class(model).__mro__ if not kind.__module__.startswith("torch."))
         library = kind.__module__.partition(".")[0]

@@ -115,7 +115,7 @@ def _checked(census: Census, trial: Trial) -> CheckReport:
 def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
     """Return messages about why the model cannot be run as an adapted one."""
     if view.state.is_disabled:
-        return ["the adapters are disabled: check outside of randlora.disabled(model)"]
+        return [f"the adapters are disabled: check outside of {view.state.disabled_by}"]
     if not sites:
         return [f"no adapter is active: activate one of {', '.join(view.state.adapters)}"]
     if view.ranks() is not None:

@@ -54,7 +54,7 @@ def state_problems(state: ModelState, names: Iterable[str], *, reversible: bool)
         return ["the adapters are merged already: call randlora.unmerge(model) first"]
     problems = []
     if state.is_disabled:
-        problems.append("the adapters are disabled: merge outside of randlora.disabled(model)")
+        problems.append(f"the adapters are disabled: merge outside of {state.disabled_by}")
     if not state.active:
         problems.append(f"no adapter is active: activate one of {', '.join(state.adapters)}")
     left = [name for name in state.adapters if name not in names]

@@ -149,7 +149,7 @@ def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
     active = [state.adapters[name] for name in state.active]
     problems = []
     if state.is_disabled:
-        problems.append("the adapters are disabled: call this outside of randlora.disabled(model)")
+        problems.append(f"the adapters are disabled: call this outside of {state.disabled_by}")
     if not active:
         problems.append(f"no adapter is active: activate one of {', '.join(state.adapters)}")
     if state.is_merged and state.active_unmerged:

@@ -16,10 +16,10 @@ from torch import Tensor
 from randlora.errors import AdapterError
 
 NONE = -1
-"""The number of entries that depend on no row, such as in a weight."""
+"""The number that stands for no row, in entries that depend on none, such as in a weight."""
 
 MIXED = -2
-"""The number of entries that depend on several rows, or on unknown rows."""
+"""The number that stands for several rows, or for unknown ones, in entries that depend on them."""
 
 LARGE = torch.iinfo(torch.int64).max
 
