@@ -189,6 +189,10 @@ def test_a_layer_whose_scales_are_away_is_dequantized_only() -> None:
     meta["zero_scale"] = torch.stack([meta.pop("zero"), meta.pop("scale")])  # as offload_meta=True leaves them
     with pytest.raises(randlora.errors.MergeError, match="0 has scales that are quantized or offloaded"):
         randlora.merge(model)
+    assert not randlora.check(model, torch.randn(3, 16)).problems
+    names = [*meta]
+    assert [name for name, _ in randlora.merged_tensors(model)] == ["0.weight", "0.bias"]
+    assert [*meta] == names  # which dequantizing changes
     randlora.merge(model, quantized="dequantize")
 
 

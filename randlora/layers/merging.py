@@ -28,8 +28,11 @@ class MergeableWeight(StoredWeight):
     def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
         """Return the updates of some adapters with all values of Λ and Γ; a collective if these are sharded."""
 
-    def merge_obstacle(self, owner: nn.Module, into: Into) -> str | None:  # noqa: ARG002  # for quantized layers
-        """Return why this weight cannot be merged into, as a phrase that follows its name, or ``None``."""
+    def merge_obstacle(self, owner: nn.Module, into: Into | None) -> str | None:  # noqa: ARG002  # for quantized layers
+        """Return why this weight cannot be merged into, as a phrase that follows its name, or ``None``.
+
+        If ``into`` is ``None``, the merged weight is only computed, and the owner does not change.
+        """
         return None
 
     def written_out(self, owner: nn.Module) -> Tensor:

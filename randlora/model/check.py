@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from randlora.errors import AdapterError, MergeError, raise_collected
-from randlora.layers.update import Into
 from randlora.model.change import undone
 from randlora.model.install import unwrapped_model
 from randlora.model.listing import offloaded_diagonals
@@ -126,7 +125,7 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
         if not isinstance(site.place, Plain) and not site.layer.is_quantized
     ]
     read = [site for site in sites if not site.layer.is_forward_only]
-    return [*placed, *offloaded_diagonals(view.census)] or weight_problems(read, Into("requantize"))
+    return [*placed, *offloaded_diagonals(view.census)] or weight_problems(read, None)
 
 
 def _mergeable(

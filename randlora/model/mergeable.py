@@ -101,8 +101,11 @@ def option_problems(quantized: Quantized, dtype: torch.dtype | None) -> list[str
     return problems
 
 
-def weight_problems(sites: Sequence[AdaptedSite], into: Into) -> list[str]:
-    """Return messages about weights that have no values here, or that cannot be merged into."""
+def weight_problems(sites: Sequence[AdaptedSite], into: Into | None) -> list[str]:
+    """Return messages about weights that have no values here, or that cannot be merged into.
+
+    ``None`` means that merged weights are only computed.
+    """
     problems = []
     for site in sites:
         layer, weight = site.layer, site.weight

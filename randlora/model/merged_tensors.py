@@ -157,7 +157,7 @@ def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
     if not state.is_merged:
         sites = [site for site in census.adapted if site.layer.factors(state.active)]
         problems += [*lost_parts(census, state, active), *tie_problems(census, sites)]
-        problems += [*weight_problems(sites, Into()), *product_problems(differences_from_product(sites))]
+        problems += [*weight_problems(sites, None), *product_problems(differences_from_product(sites))]
     raise_collected(MergeError, problems, doing=doing)
 
 

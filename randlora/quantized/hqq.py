@@ -62,9 +62,9 @@ class HQQAdapter(QuantizedLayer):
         dtype: torch.dtype | None = owner.compute_dtype
         return dtype
 
-    def merge_obstacle(self, owner: Any, into: Into) -> str | None:
+    def merge_obstacle(self, owner: Any, into: Into | None) -> str | None:
         """Return why the owner cannot be quantized again, or become a plain layer, or ``None``."""
-        if into.quantized == "requantize" and "scale" not in owner.meta:
+        if into is not None and into.quantized == "requantize" and "scale" not in owner.meta:
             return "has scales that are quantized or offloaded: merge with quantized='dequantize'"
         return super().merge_obstacle(owner, into)
 

@@ -85,7 +85,7 @@ class ForwardOnly(LinearAdapter):
         """Return ``None``: the layer's own forward always runs."""
         return None
 
-    def merge_obstacle(self, owner: nn.Module, into: Into) -> str | None:  # noqa: ARG002  # whatever it would become
+    def merge_obstacle(self, owner: nn.Module, into: Into | None) -> str | None:  # noqa: ARG002  # whatever it would become
         """Return why nothing can be merged into the owner."""
         return (
             f"has codes that only the forward of {plain_class(owner).__name__} reads, so nothing can be merged into "
@@ -138,9 +138,9 @@ class QuantizedLayer(ForwardOnly):
     def put_in(self, owner: nn.Module, held: Any) -> None:
         """Replace the owner's codes with their scales and quantization state."""
 
-    def merge_obstacle(self, owner: nn.Module, into: Into) -> str | None:
+    def merge_obstacle(self, owner: nn.Module, into: Into | None) -> str | None:
         """Return why the owner cannot become a plain layer, or ``None``."""
-        if into.quantized == "requantize":
+        if into is None or into.quantized == "requantize":
             return None
         if not self.runs_plain_forward(owner):
             return (
