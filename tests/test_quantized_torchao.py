@@ -9,7 +9,7 @@ from torch import nn
 
 import randlora
 from tests.codes import written_out
-from tests.kit import fill
+from tests.kit import all_bits, fill, same_bits
 from tests.laws import adapter_layer, assert_close, diagonals
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchao's own, of versions of Python and of the compiler
@@ -48,6 +48,24 @@ def test_gradients_are_those_of_the_dequantized_layer(config: Any) -> None:
     assert_close(x.grad, weight.sum(0).expand(4, 12), torch.float32)  # type: ignore[arg-type]
     assert all(parameter.grad is not None for parameter in diagonals(model[0]))
     assert model[0].weight.grad is None
+
+
+@every_config
+@pytest.mark.parametrize("how", ["requantize", "dequantize"])
+def test_adapters_are_merged_one_after_the_other_and_the_state_dict_stays(config: Any, how: Any) -> None:
+    model, x = quantized(config, 12, 8), torch.randn(4, 12)
+    for name in ("a", "b"):
+        randlora.inject(model, r=3, targets="all", name=name)
+        fill(model, name)
+    randlora.activate(model, ["a", "b"])
+    before, output = all_bits(model.state_dict()), model(x)
+    for name in ("a", "b"):
+        randlora.merge(model, adapters=name, reversible=True, quantized=how)
+        assert all_bits(model.state_dict()) == before
+    assert (model(x) - output).norm() < 0.1 * output.norm()
+    randlora.unmerge(model)
+    assert all_bits(model.state_dict()) == before
+    assert same_bits(model(x), output)
 
 
 def test_a_scale_for_blocks_of_rows_is_refused() -> None:

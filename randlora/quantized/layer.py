@@ -116,7 +116,7 @@ class QuantizedLayer(ForwardOnly):
     def beside(cls, owner: nn.Module) -> list[object]:
         """Return the quantization state."""
         held = (owner.__dict__.get(name) for name in cls.kept)
-        return [each for each in held if hasattr(each, "__dict__") and not isinstance(each, type)]
+        return [each for each in held if hasattr(each, "__dict__") and not callable(each)]
 
     @abstractmethod
     def written_out(self, owner: nn.Module, held: Any = None) -> Tensor:
@@ -227,7 +227,8 @@ class QuantizedLayer(ForwardOnly):
             twin.__dict__.update(owner.__dict__, _parameters=held.parameters, _buffers=held.buffers, **held.attributes)
         else:
             twin = twin_of(owner)
-            twin.__dict__.update({name: copy.copy(vars(owner)[name]) for name in self.kept if name in vars(owner)})
+            held_beside = {name: vars(owner)[name] for name in self.kept if name in vars(owner)}
+            twin.__dict__.update({name: copy.copy(each) for name, each in held_beside.items() if not callable(each)})
             self.put_in(twin, held)
         self.write_state(twin, destination, prefix)
 
