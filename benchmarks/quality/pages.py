@@ -22,6 +22,7 @@ REAL = ("film reviews", "tweets", "clothes", "word problems")
 ROWS = {
     "full": "full fine-tuning",
     "LoRA": "LoRA, r = 32",
+    "rsLoRA": "rsLoRA, r = 32",
     "LoRA, equal size": "LoRA of equal size",
     "dense": "RandLoRA, `dense`",
     "block": "RandLoRA, `block`",
@@ -30,7 +31,7 @@ ROWS = {
 FIGURES = DOCS / "figures"
 DRAWN = {"main": REAL, "ranks": ("clothes", "flat spectrum", "steep spectrum")}
 """The tasks in the figure of a group."""
-CURVES = {name: label.replace("`", "") for name, label in ROWS.items() if name != "block"}
+CURVES = {name: label.replace("`", "") for name, label in ROWS.items() if name not in ("rsLoRA", "block")}
 SIZES = {"LoRA": "LoRA", "dense": "RandLoRA, dense", "gamma first": "RandLoRA, Γ first"}
 """The methods in the figures of both groups, and what they are called there."""
 PLACE = re.compile(r"<!-- (?:(?P<kind>rates|overview) of )?(?P<group>\w+) of (?P<task>[\w ]+) -->\n(?:\n(?:\|.*\n)+)?")
