@@ -19,8 +19,7 @@ def step(layer: nn.Module) -> Tensor:
     if _is_of_torchao(layer):
         weight: Any = layer.weight
         widest = 1 if weight.qdata.dtype == torch.int8 else 448 - 416
-        steps: Tensor = widest * weight.scale.double()
-        return steps.expand(weight.shape)
+        return widest * _of_each(weight.scale, weight)
     if hasattr(layer, "state"):
         scales: Tensor = _scales_of_8_bits(layer)
         return (scales.double() / 127).unsqueeze(1).expand(layer.weight.shape)  # type: ignore[arg-type]
@@ -54,8 +53,14 @@ def _is_of_torchao(layer: nn.Module) -> bool:
 
 
 def _of_torchao(weight: Any) -> Tensor:
-    rows = zip(weight.qdata.double().tolist(), weight.scale.double().tolist(), strict=True)
-    return torch.tensor([[code * scale for code in row] for row, (scale,) in rows], dtype=torch.float64)
+    zeros = getattr(weight, "zero_point", torch.zeros(1, 1))
+    values: Tensor = (weight.qdata.double() - _of_each(zeros, weight)) * _of_each(weight.scale, weight)
+    return values
+
+
+def _of_each(scales: Tensor, weight: Any) -> Tensor:
+    """Repeat scales, one for a block of columns of each row, for each entry."""
+    return scales.double().expand(len(weight), -1).repeat_interleave(weight.shape[1] // scales.shape[1], 1)
 
 
 def _lost_in_scales(layer: nn.Module, exact: Tensor) -> Tensor:

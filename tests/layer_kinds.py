@@ -153,10 +153,16 @@ _quantized = partial(LayerKind, weight=written_out, step=step, dtypes=CODED)
 _quantized_4bit = partial(_quantized, library="bitsandbytes", keeps_dtype=True)
 _quantized_8bit = partial(_quantized, library="bitsandbytes", is_one_operation=False)
 _quantized_by_torchao = partial(_quantized, library="torchao", is_one_operation=False, keeps_dtype=True, converts=False)
-TORCHAO: tuple[tuple[str, str, dict[str, bool]], ...] = (
-    ("int8", "Int8WeightOnlyConfig", {}),
-    ("int8-inputs", "Int8DynamicActivationInt8WeightConfig", {"backpropagates": False, "rounds_inputs": True}),
-    ("float8", "Float8WeightOnlyConfig", {"casts_inputs": False, "pickles": False}),
+TORCHAO: tuple[tuple[str, str, dict[str, Any], dict[str, bool]], ...] = (
+    ("int8", "Int8WeightOnlyConfig", {}, {}),
+    ("int8-inputs", "Int8DynamicActivationInt8WeightConfig", {}, {"backpropagates": False, "rounds_inputs": True}),
+    ("float8", "Float8WeightOnlyConfig", {}, {"casts_inputs": False, "pickles": False}),
+    (
+        "int4",
+        "IntxWeightOnlyConfig",
+        {"weight_dtype": getattr(torch, "int4", None)},
+        {"keeps_dtype": False, "casts_inputs": False},
+    ),
 )
 LAYER_KINDS = (
     LayerKind("Linear", _linear, lambda layer: layer.weight.detach()),
@@ -168,8 +174,10 @@ LAYER_KINDS = (
     _quantized_8bit("8bit", _of_8_bits),
     _quantized_8bit("8bit-outliers", partial(_of_8_bits, threshold=2.0)),
     *(
-        _quantized_by_torchao(name, partial(_of_torchao, config=getattr(quantization, config)), **columns)
-        for name, config, columns in TORCHAO
+        _quantized_by_torchao(
+            name, partial(_of_torchao, config=partial(getattr(quantization, config), **options)), **columns
+        )
+        for name, config, options, columns in TORCHAO
         if quantization is not None
     ),
     LayerKind(

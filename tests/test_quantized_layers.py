@@ -232,13 +232,17 @@ def test_a_trained_bias_keeps_its_dtype_whatever_runs(kind: LayerKind) -> None:
     """A layer of bitsandbytes alone casts it in place, under the optimizer's feet."""
     base = kind.build(24, 20, True, torch.bfloat16)
     own = base.bias = nn.Parameter(torch.randn(20))
+    x = torch.randn(5, 24).bfloat16()
+    try:
+        base(x)
+    except RuntimeError:
+        pytest.skip("the layer alone takes no bias of another dtype")
     model, plain_bias = nn.Sequential(base), own.detach().clone()
     randlora.inject(model, r=4, train_also=["0.bias"])
     fill(model)
     layer: Any = model[0]
     bias = layer.bias.detach().clone()  # which bfloat16 would round
     optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=0.0)
-    x = torch.randn(5, 24).bfloat16()
     expected = x.double() @ (kind.weight(base) + update_of(layer)).T + bias
     for is_training in (True, False, True):
         output = model.train(is_training)(x)

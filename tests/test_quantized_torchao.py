@@ -1,7 +1,7 @@
 """What is torchao's own among the quantized layers of the table: gradients of inputs, scales of blocks, its text."""
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # torchao's own, of versions 
 try:
     from torchao import quantization
     from torchao.quantization import Int8Tensor as Int8Tensor
+    from torchao.utils import TorchAOBaseTensor
 except Exception as error:  # it raises whatever comes of a torch that it was not built for
     pytest.skip(f"torchao does not go with this torch: {error}", allow_module_level=True)
 
@@ -66,6 +67,71 @@ def test_adapters_are_merged_one_after_the_other_and_the_state_dict_stays(config
     randlora.unmerge(model)
     assert all_bits(model.state_dict()) == before
     assert same_bits(model(x), output)
+
+
+@pytest.mark.parametrize("mapping", ["SYMMETRIC", "ASYMMETRIC"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_codes_in_groups_are_merged_into_groups_of_the_same_size(bits: int, mapping: str) -> None:
+    config = quantization.IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"),
+        granularity=quantization.granularity.PerGroup(8),
+        mapping_type=quantization.MappingType[mapping],
+    )
+    model = quantized(lambda: config, 24, 20)
+    randlora.inject(model, r=3, targets="all")
+    fill(model)
+    layer: Any = model[0]
+    exact = written_out(layer) + adapter_layer(layer).delta_weight(layer, {"default": 1.0}).detach()
+    randlora.merge(model)
+    expected = quantized(lambda: config, 24, 20)
+    expected[0].weight = nn.Parameter(exact.float(), requires_grad=False)
+    quantization.quantize_(expected, config)
+    anew: Any = expected[0].weight
+    torch.testing.assert_close(layer.weight.scale, anew.scale)
+    assert torch.equal(layer.weight.zero_point, anew.zero_point)
+    step = layer.weight.scale.repeat_interleave(8, 1)
+    assert ((written_out(layer) - exact).abs() <= 1.01 * step).all()  # half of it, and as much where zero is rounded
+
+
+def test_a_rounded_input_of_4_bits_has_the_gradient_of_the_dequantized_layer() -> None:
+    config = quantization.Int8DynamicActivationIntxWeightConfig
+    model, x = quantized(config, 32, 8), torch.randn(4, 32, requires_grad=True)
+    randlora.inject(model, r=3, targets="all")
+    fill(model)
+    model(x).sum().backward()
+    weight = written_out(model[0]) + adapter_layer(model[0]).delta_weight(model[0], {"default": 1.0}).detach()
+    assert_close(x.grad, weight.sum(0).expand(4, 32), torch.float32)  # type: ignore[arg-type]
+
+
+class Packed(TorchAOBaseTensor):  # type: ignore[misc]  # torchao carries no types
+    """A format that is unknown here, as of int4 packed for a GPU."""
+
+    tensor_data_names: ClassVar[list[str]] = ["qdata"]
+    tensor_attribute_names: ClassVar[list[str]] = []
+
+    def __new__(cls, qdata: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, qdata.shape, dtype=torch.float32)
+
+    def __init__(self, qdata: torch.Tensor) -> None:
+        self.qdata = qdata
+
+
+@Packed.implements_torch_function(nn.functional.linear)  # type: ignore[untyped-decorator]
+def _product(function: Any, types: Any, args: Any, kwargs: Any) -> torch.Tensor:  # torchao's signature
+    x, weight, bias = args
+    return nn.functional.linear(x, weight.qdata / 64, bias)
+
+
+def test_a_weight_in_an_unknown_format_is_adapted_and_not_merged_into() -> None:
+    model, x = nn.Sequential(nn.Linear(12, 8)), torch.randn(4, 12)
+    model[0].weight = nn.Parameter(Packed(torch.randint(-40, 41, (8, 12)).float()), requires_grad=False)
+    expected = model(x)
+    randlora.inject(model, r=3, targets="all")
+    fill(model)
+    update = adapter_layer(model[0]).delta_weight(model[0], {"default": 1.0})
+    assert_close(model(x), expected + x @ update.T, torch.float32)
+    with pytest.raises(randlora.errors.MergeError, match="0 has codes that only the forward of Linear reads"):
+        randlora.merge(model)
 
 
 def test_a_scale_for_blocks_of_rows_is_refused() -> None:

@@ -78,7 +78,7 @@ def register_weight(weight_type: str) -> Callable[[Layer], Layer]:
 
     Args:
         weight_type: The qualified name of a subclass of `torch.Tensor`. The entry applies to modules that the base
-            class of the decorated class would adapt.
+            class of the decorated class would adapt, and to weights of subclasses without an entry.
 
     Returns:
         A decorator that returns the class unchanged.
@@ -163,7 +163,8 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
         if (entry := _layers.get(qualified_name(parent))) is not None:
             as_read = entry.as_read if isinstance(entry, type) else None
             is_inherited = _forward_of(plain_class(module)) is _forward_of(parent)
-            by_weight = _weights.get(qualified_name(type(_weight_or_source(module, "weight"))))
+            names = map(qualified_name, type(_weight_or_source(module, "weight")).__mro__)
+            by_weight = next((_weights[name] for name in names if name in _weights), None)
             if by_weight is not None and isinstance(entry, type) and issubclass(by_weight, entry):
                 return by_weight
             return entry if as_read is None or is_inherited else as_read

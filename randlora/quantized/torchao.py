@@ -1,4 +1,4 @@
-"""The adapter layer of linear layers whose weight torchao quantized: int8, with or without inputs in int8, and float8.
+"""The adapter layers of linear layers whose weight torchao quantized: to 1 to 8 bits, to float8, and in other formats.
 
 Such a layer remains an `nn.Linear`. Its weight is a subclass of `torch.Tensor` with codes and scales. torchao is
 imported only if the model has one. Written for the classes of torchao 0.18.
@@ -20,16 +20,24 @@ from randlora.layers.inputs import input_of
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.registry import qualified_name, register_weight
 from randlora.places import Keeper, Place, register_keeper
-from randlora.quantized.layer import NOT_HERE, QuantizedLayer
+from randlora.quantized.layer import NOT_HERE, ForwardOnly, QuantizedLayer
 
 MODULE = "torchao.quantization"
-INT8, FLOAT8 = f"{MODULE}.Int8Tensor", f"{MODULE}.Float8Tensor"
+INT8, FLOAT8, INTX = f"{MODULE}.Int8Tensor", f"{MODULE}.Float8Tensor", f"{MODULE}.IntxUnpackedToInt8Tensor"
+ANY = "torchao.utils.TorchAOBaseTensor"
+"""The base class of weights, also of those whose codes are packed for kernels."""
 
 
+@register_weight(ANY)
+class TorchaoPackedAdapter(ForwardOnly):
+    """Adapts an `nn.Linear` with a weight of torchao in any other format, such as int4 packed for a GPU."""
+
+
+@register_weight(INTX)
 @register_weight(FLOAT8)
 @register_weight(INT8)
 class TorchaoAdapter(QuantizedLayer):
-    """Adapts an `nn.Linear` with a weight of torchao. Its own forward runs, and the adapter's output is added.
+    """Adapts an `nn.Linear` with int8, float8 or 1 to 8 bits. Its own forward runs, and the adapter's output is added.
 
     The weight stays quantized while adapters train. Merging rounds weight + update to codes of the same kind.
     """
@@ -53,9 +61,9 @@ class TorchaoAdapter(QuantizedLayer):
 
     @classmethod
     def nbytes_of(cls, owner: nn.Module) -> int:
-        """Return the bytes of codes and scales."""
+        """Return the bytes of codes, scales and zeros."""
         weight: Any = owner.get_parameter("weight")
-        return int(weight.qdata.nbytes + weight.scale.nbytes)
+        return sum(getattr(weight, name).nbytes for name in weight.tensor_data_names)
 
     def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:
         """Return the dtype that the weight had before it was quantized."""
@@ -67,7 +75,8 @@ class TorchaoAdapter(QuantizedLayer):
         torchao does not compute gradients of the input if it also quantizes the input.
         """
         x, weight, bias = input_of(owner, args, kwargs), owner._parameters["weight"], owner._parameters["bias"]
-        quantizes_input = getattr(weight, "act_quant_kwargs", None) is not None and isinstance(x, Tensor)
+        options = (getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
+        quantizes_input = any(option is not None for option in options) and isinstance(x, Tensor)
         if quantizes_input and torch.is_grad_enabled() and self.runs_plain_forward(owner):
             output: Tensor = _Through.apply(x, weight, bias)  # type: ignore[no-untyped-call]
             return output
@@ -76,12 +85,21 @@ class TorchaoAdapter(QuantizedLayer):
     def written_out(self, owner: nn.Module, held: Any = None) -> Tensor:
         """Return the dequantized weight in float32."""
         weight: Any = owner.get_parameter("weight") if held is None else held
-        values: Tensor = weight.dequantize(torch.float32)
-        return values
+        return _dequantized(weight, torch.float32)
 
     def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[nn.Parameter, float]:
         """Quantize a weight to codes of the same dtype, with a scale for as many entries."""
         own: Any = owner.get_parameter("weight")
+        if qualified_name(type(own)) == INTX:
+            mapping = sys.modules["torchao.quantization"].MappingType
+            codes = type(own).from_hp(
+                weight.to(own.dtype),
+                own.block_size,
+                own.target_dtype,
+                mapping_type=mapping.ASYMMETRIC if own.zero_point.any() else mapping.SYMMETRIC,
+                activation_quantization=own.activation_quantization,
+            )
+            return nn.Parameter(codes, requires_grad=False), float(codes.scale.max())
         options = {"granularity": _granularity(own), "act_quant_kwargs": own.act_quant_kwargs}
         step = 1.0
         if (dtype := own.qdata.dtype) != torch.int8:
@@ -111,7 +129,7 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, _, needs_bias = ctx.needs_input_grad
-        grad_x = grad @ ctx.weight.dequantize(grad.dtype) if needs_x else None
+        grad_x = grad @ _dequantized(ctx.weight, grad.dtype) if needs_x else None
         return grad_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
 
 
@@ -127,7 +145,7 @@ class Codes(Place):
     @property
     def is_complete(self) -> bool:
         """Whether there are codes."""
-        return not self._weight.qdata.is_meta
+        return not self._weight.is_meta
 
     def read(self) -> Tensor:
         """Return the values, in the dtype that the weight had before it was quantized."""
@@ -151,7 +169,12 @@ class Torchao(Keeper):
 
     def place_at(self, tensor: Tensor) -> Codes | None:
         """Return the place of a weight of torchao."""
-        return Codes(tensor) if qualified_name(type(tensor)) in (INT8, FLOAT8) else None
+        return Codes(tensor) if ANY in map(qualified_name, type(tensor).__mro__) else None
+
+
+def _dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
+    values: Tensor = weight.to(dtype).dequantize() if qualified_name(type(weight)) == INTX else weight.dequantize(dtype)
+    return values
 
 
 def _granularity(weight: Any) -> Any:
