@@ -26,12 +26,12 @@ def files_of(room: str) -> list[Path]:
 
 def table(page: str) -> Iterator[str]:
     """Yield the lines of the table: each file with the first line of its docstring."""
-    yield from ("| room | file | what it has |", "|---|---|---|")
+    yield from ("| file | what it has |", "|---|---|")
     for room in rooms(page):
         for path in files_of(room):
             docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             first = docstring.partition("\n\n")[0].replace("\n", " ").replace("``", "`").replace("|", r"\|")
-            yield f"| {room} | `{path.relative_to(PACKAGE).as_posix()}` | {first} |"
+            yield f"| `{path.relative_to(PACKAGE).as_posix()}` | {first} |"
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: object) -> str:

@@ -49,8 +49,7 @@ def randlora(y: float) -> list[str]:
         diagonal(218, middle - THIN / 2, THIN, f"Λ{J}"),
         box(252, middle - THIN / 2, SIDE, THIN, "A", is_trained=False),
         diagonal(356, y, SIDE, f"Γ{J}"),
-        words(466, middle - 8, "B and A come from a seed,", size=13, anchor="start"),
-        words(466, middle + 10, "and all layers share them", size=13, anchor="start"),
+        words(14, y + SIDE + 36, "B and A come from a seed, and all layers share them", size=13, anchor="start"),
     ]
 
 
@@ -63,19 +62,19 @@ def lora(y: float) -> list[str]:
         words(126, middle + 6, "+", size=22),
         box(184, y, THIN, SIDE, "B", is_trained=True),
         box(218, middle - THIN / 2, SIDE, THIN, "A", is_trained=True),
-        box(466, middle - 26, 18, 14, "", is_trained=False),
-        words(492, middle - 14, "frozen", size=13, anchor="start"),
-        box(466, middle - 2, 18, 14, "", is_trained=True),
-        words(492, middle + 10, "trained", size=13, anchor="start"),
+        box(356, middle - 20, 18, 14, "", is_trained=False),
+        words(382, middle - 8, "frozen", size=13, anchor="start"),
+        box(356, middle + 4, 18, 14, "", is_trained=True),
+        words(382, middle + 16, "trained", size=13, anchor="start"),
     ]
 
 
 def main() -> None:
-    """Write the figure."""
-    size = 'width="660" height="310" viewBox="0 0 660 310"'
+    """Write the figure, narrow enough that its letters can be read on a phone."""
+    size = 'width="462" height="330" viewBox="0 0 462 330"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="15">'
-    background = '<rect width="660" height="310" fill="white"/>'
-    lines = [head, background, *randlora(40), *lora(200), "</svg>"]
+    background = '<rect width="462" height="330" fill="white"/>'
+    lines = [head, background, *randlora(40), *lora(224), "</svg>"]
     Path("docs/figures/method.svg").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

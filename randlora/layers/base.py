@@ -47,7 +47,7 @@ class AdapterLayer(MergeableWeight):
     that calls the adapter layer. A subclass of this class defines how one kind of layer stores its weight. For every
     kind
 
-        ``layer(x) with adapters - layer(x) without == x @ delta_weight.T``
+        layer(x) with adapters - layer(x) without == x @ delta_weight.T
 
     Attributes:
         kind: What the weight is: ``"linear"``, ``"attention"``, ``"convolution"``, ``"embedding"`` or ``"experts"``.
