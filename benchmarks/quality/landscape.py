@@ -183,11 +183,13 @@ def draw(seeds: Sequence[Mapping[str, Any]], file: Path) -> None:
         levels = np.geomspace(np.min(losses), np.max(losses), 14)
         norm = LogNorm(levels[0], levels[-1])
         filled = axes.contourf(plane["x"], plane["y"], losses, levels, norm=norm, cmap="cividis")
-        for (name, marker), corner in zip(CORNERS.items(), plane["corners"].values(), strict=True):
-            axes.plot(*corner, marker, color="white", markeredgecolor="black", label=LABELS[name])
+        corners = [
+            axes.plot(*corner, marker, color="white", markeredgecolor="black", label=LABELS[name])[0]
+            for (name, marker), corner in zip(CORNERS.items(), plane["corners"].values(), strict=True)
+        ]
         picture.colorbar(filled, ax=axes, format="%.2g", ticks=levels[::2]).ax.tick_params(colors=INK)
         axes.set_title(f"{part} loss", color=INK)
-        axes.legend(loc="upper right", fontsize="small")
+    picture.legend(handles=corners, loc="outside lower center", ncols=3, framealpha=0, labelcolor=INK)
     for name in (name for name in LABELS if name != "full"):
         by_block = zip(*(seed["contestants"][name]["cka"] for seed in seeds), strict=True)
         sums = [mean_and_error(block) for block in by_block]
