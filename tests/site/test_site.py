@@ -25,6 +25,30 @@ SHIFTED = """() => [...document.querySelectorAll(".md-typeset__scrollwrap")].fla
     return cells.filter((cell, i) => Math.abs(cell.getBoundingClientRect().left - before[i]) > box.clientWidth / 10);
 }).map(cell => cell.textContent)"""
 
+# Code that lies under a button
+COVERED = """() => [...document.querySelectorAll(".md-code__button")].flatMap(button => {
+    const box = button.getBoundingClientRect(), range = document.createRange();
+    range.selectNodeContents(button.closest(".highlight").querySelector("code"));
+    return [...range.getClientRects()].filter(text =>
+        text.width && text.height < box.height && text.right > box.left + 4 && text.left < box.right
+        && text.bottom > box.top + 4 && text.top < box.bottom - 4).map(() => range.toString().slice(0, 100));
+})"""
+
+# Words in tables that are broken over two lines, but for code and links
+BROKEN = r"""() => [...document.querySelectorAll("table:not([class]) :is(th, td)")].flatMap(cell => {
+    const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), range = document.createRange(), found = [];
+    while (texts.nextNode()) {
+        const text = texts.currentNode;
+        if (text.parentElement.closest("code, a")) continue;
+        for (const word of text.textContent.matchAll(/\w+/g)) {
+            range.setStart(text, word.index);
+            range.setEnd(text, word.index + word[0].length);
+            if (range.getClientRects().length > 1) found.push(word[0]);
+        }
+    }
+    return found;
+})"""
+
 
 def test_the_site_is_built() -> None:
     assert {"", "404.html", "api/", "api/inject/", "quickstart/"} <= {*PAGES}
@@ -41,6 +65,8 @@ def test_a_page_fits_the_screen_in_its_palette_and_reports_no_error(
     assert page.locator("h1").first.inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= look.width
     assert page.evaluate(STICKING_OUT, look.width) == []
+    assert page.evaluate(COVERED) == []
+    assert page.evaluate(BROKEN) == []
     assert page.locator("img").evaluate_all("all => all.filter(image => !image.naturalWidth).length") == 0
     height = min(page.evaluate("document.documentElement.scrollHeight"), 4000)  # enough to look at
     name = address_of_page.strip("/").replace("/", "-") or "index"
