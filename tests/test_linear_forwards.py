@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,20 @@ def test_dropout_cannot_reach_what_another_forward_reads() -> None:
 
 
 KINDS = "Linear|Conv1D|Embedding|Conv[123]d|ConvTranspose[123]d|MultiheadAttention"
+
+
+def test_a_class_with_its_own_state_dict_writes_the_adapters_parameters_and_not_copies() -> None:
+    class Own(nn.Linear):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return super().state_dict(*args, **kwargs)
+
+    model = nn.Sequential(Own(4, 6))
+    randlora.inject(model, r=2, targets="all")
+    state = model.state_dict(keep_vars=True)
+    assert all(held is state[name] for name, held in model.named_parameters())
+    assert model.state_dict().keys() == state.keys()
+
+
 SUBCLASS = re.compile(
     r"^class \w+\([^)]*\b(Linear|Conv1D|Embedding|Conv[123]d|ConvTranspose[123]d|MultiheadAttention)\b[^)]*\):",
     re.MULTILINE,

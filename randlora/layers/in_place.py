@@ -109,9 +109,10 @@ class InPlace(nn.Module):
         written = super().state_dict(*args, **kwargs)
         if self.randlora_base.state_dict is not nn.Module.state_dict:
             destination, prefix = kwargs.get("destination", written), kwargs.get("prefix", "")
+            keep_vars = kwargs.get("keep_vars", False)
             for name, child in super().named_children():
                 if isinstance(child, Diagonal):
-                    child.state_dict(destination=destination, prefix=f"{prefix}{name}.")
+                    child.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
             self._save_unmerged(destination, prefix)
         return written
 
