@@ -217,6 +217,12 @@ def test_importing_the_library_imports_every_file_of_it_but_the_command_line(fre
     assert names <= set(fresh["loaded"])
 
 
+def test_functions_on_files_know_the_features_in_a_new_process() -> None:
+    script = "import sys; from randlora.files import plan; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert {f"randlora.{feature}" for feature in FEATURES} <= {*done.stdout.split()}
+
+
 def test_importing_the_library_changes_no_global_state(fresh: dict[str, Any]) -> None:
     assert fresh["after"] == fresh["before"]
     assert fresh["after"]["cuda"] is False

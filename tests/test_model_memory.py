@@ -303,7 +303,7 @@ def test_shards_are_of_the_first_dimension_and_padded_to_equally_many_rows() -> 
         ({"tokens": -1}, "tokens must be at least 0, got -1"),
         ({"strategy": "pp"}, "strategy must be one of ddp, fsdp2, tp, got 'pp'"),
         ({"dtype": torch.int8}, "dtype must be a floating one, got torch.int8"),
-        ({"strategy": "tp", "load_in_4bit": True}, "load_in_4bit=True and strategy='tp' exclude each other"),
+        ({"strategy": "tp", "load_in_4bit": True}, 'load_in_4bit=True and strategy="tp" exclude each other'),
         ({"strategy": "tp"}, "strategy='tp' needs tp_plan, because the model does not have a plan"),
         ({"token": 1}, "unknown option token="),
         ({"targets": "nothing"}, "nothing"),

@@ -8,6 +8,7 @@ describes on the meta device, and `base_fit` finds an adapter's layers in the fi
 layer, and `changes` are what adapters do to a checkpoint.
 """
 
+import randlora.features as _features  # noqa: F401  (importing it registers what features have)
 from randlora.files.convert import convert, join
 from randlora.files.inspect import inspect, verify
 from randlora.files.load_model import load_model

@@ -158,7 +158,8 @@ class Setup:
         if self.dtype is not None and not self.dtype.is_floating_point:
             problems.append(f"dtype must be a floating one, got {self.dtype}")
         if self.load_in_4bit and self.strategy == "tp":
-            problems.append("load_in_4bit=True and strategy='tp' exclude each other: a plan cannot split codes")
+            both = f"{spelled('load_in_4bit', value=True)} and {spelled('strategy', 'tp')}"
+            problems.append(f"{both} exclude each other: a plan cannot split codes")
         raise_collected(ConfigError, problems, doing=doing)
 
 
