@@ -118,11 +118,15 @@ class Basis:
     spec: BasisSpec
     extent: tuple[int, int] = (0, 0)
     stored: Matrices | None = None
-    _drawn: Matrices | None = field(default=None, repr=False)
-    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _pairs: dict[Use, Pair] = field(default_factory=dict, repr=False)
-    _digests: dict[tuple[int, int], str] = field(default_factory=dict, repr=False)
-    _squares: dict[tuple[int, int, torch.device, torch.dtype], Squares] = field(default_factory=dict, repr=False)
+    _drawn: Matrices | None = field(init=False, default=None, repr=False)
+    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
+        init=False, default_factory=dict, repr=False
+    )
+    _pairs: dict[Use, Pair] = field(init=False, default_factory=dict, repr=False)
+    _digests: dict[tuple[int, int], str] = field(init=False, default_factory=dict, repr=False)
+    _squares: dict[tuple[int, int, torch.device, torch.dtype], Squares] = field(
+        init=False, default_factory=dict, repr=False
+    )
     identity: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
