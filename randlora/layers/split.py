@@ -63,7 +63,10 @@ def register_splitter(kind: type[Splitter]) -> type[Splitter]:
 
 def split_of(layer: type[StoredWeight], weight: Tensor) -> Split | None:
     """Return how to compute with a weight that is split over processes, or ``None`` if it is not split."""
-    return next((found for each in SPLITTERS if (found := each.split(layer, weight)) is not None), None)
+    for each in SPLITTERS:  # torch 2.6 does not compile next() with a default
+        if (found := each.split(layer, weight)) is not None:
+            return found
+    return None
 
 
 def split_obstacle(owner: nn.Module, weight: Tensor, *, is_quantized: bool) -> str | None:
