@@ -62,10 +62,12 @@ def models_of(page: Path, *, real: bool) -> list[str]:
 
 
 def run_pages() -> Iterator[Any]:
-    """Yield the pages with snippets; those that train a pretrained model take seconds."""
+    """Yield the pages with snippets; those that train a pretrained model take seconds, a language model more."""
     for page in PAGES:
         if snippets(page):
-            yield pytest.param(page, marks=[pytest.mark.medium] if models_of(page, real=False) else [])
+            names = models_of(page, real=False)
+            takes = pytest.mark.slow if any("SmolLM2" in name for name in names) else pytest.mark.medium
+            yield pytest.param(page, marks=[takes] if names else [])
 
 
 @pytest.mark.parametrize("page", list(run_pages()), ids=page_name)
