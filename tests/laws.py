@@ -10,6 +10,7 @@ from torch.torch_version import TorchVersion
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, detach
 from randlora.targets.walk import Census
+from tests import reference
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Relative to the largest value compared: a few roundings of the dtype."""
@@ -67,6 +68,15 @@ def adapted_names(model: nn.Module) -> set[str]:
 def update_of(layer: nn.Module, name: str = "default") -> Tensor:
     """Return the update of one adapter of one module, ``(out_features, in_features)``."""
     return adapter_layer(layer).delta_weight(layer, {name: 1.0})
+
+
+def oracle_of(layer: nn.Module) -> Tensor:
+    """Compute the update of one module whose adapter has alpha = 2r, by the loops of `tests.reference` in float64."""
+    lam, gamma = diagonals(layer)
+    part = adapter_layer(layer).adapters["default"]
+    out, into = part.shape
+    bases = part.basis.slices(max(out, into), min(out, into), device="cpu", dtype=torch.float64)
+    return reference.delta_weight(*bases, lam, gamma, 2.0, in_features=into)
 
 
 def plain(layer: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from randlora.readers.read_weight import ReadWeight
 from randlora.start import Init
 from tests import reference
 from tests.kit import fill, same_bits
-from tests.laws import adapter_layer, assert_close, diagonals, plain, update_of
+from tests.laws import adapter_layer, assert_close, diagonals, oracle_of, plain, update_of
 from tests.layer_kinds import (
     LAYER_KINDS,
     LayerKind,
@@ -110,10 +110,7 @@ def test_an_adapter_adds_the_oracles_update_to_the_output(
     layer, base = adapted(kind, shape, dtype, r=r, basis=basis, bias=bias)
     adapter_layer(layer).state.compute = compute
     fill_layer(layer)
-    drawn = adapter_layer(layer).adapters["default"].basis
-    bases = drawn.slices(max(shape), min(shape), device="cpu", dtype=torch.float64)
-    lam, gamma = diagonals(layer)
-    update = reference.delta_weight(*bases, lam, gamma, 2.0, in_features=shape[0])
+    update = oracle_of(layer)
     x = torch.randn(3, shape[0]).to(dtype)
     bias_values = base.bias if bias else None
     expected = reference.linear(x, kind.weight(base).double() + update, bias_values)  # type: ignore[arg-type]

@@ -26,9 +26,8 @@ from transformers.integrations.awq import replace_with_awq_linear
 import randlora
 from randlora.layers import register_layer
 from randlora.quantized import ForwardOnly
-from tests import reference
 from tests.kit import all_bits, fill, same_bits
-from tests.laws import adapter_layer, assert_close, diagonals
+from tests.laws import assert_close, oracle_of
 
 
 class Doubled(nn.Module):
@@ -195,15 +194,6 @@ def adapted(kind: Kind, *widths: int, r: int = 3) -> nn.Sequential:
     return fill(model)
 
 
-def oracle(layer: nn.Module) -> Tensor:
-    """Return the update of a layer whose adapter has alpha = 2r, in float64."""
-    lam, gamma = diagonals(layer)
-    part = adapter_layer(layer).adapters["default"]
-    out, into = part.shape
-    bases = part.basis.slices(max(out, into), min(out, into), device="cpu", dtype=torch.float64)
-    return reference.delta_weight(*bases, lam, gamma, 2.0, in_features=into)
-
-
 @every_kind
 @given(out=sides, into=sides, r=st.integers(1, 6))
 def test_an_adapter_adds_the_oracles_update_to_the_output(kind: Kind, out: int, into: int, r: int) -> None:
@@ -212,14 +202,14 @@ def test_an_adapter_adds_the_oracles_update_to_the_output(kind: Kind, out: int, 
     randlora.inject(model, r=r, alpha=2 * r, targets="all", stream="portable")
     assert same_bits(model(x), base(x))
     fill(model)
-    assert_close(model(x), base(x).double() + x.double() @ oracle(model[0]).T, kind.dtype)
+    assert_close(model(x), base(x).double() + x.double() @ oracle_of(model[0]).T, kind.dtype)
 
 
 @every_trained_kind
 def test_gradients_are_those_of_weight_plus_update_and_only_the_adapters(kind: Kind) -> None:
     model, x = adapted(kind, 12, 20, 8), tokens(kind, 12).requires_grad_()
     model(x).sum().backward()
-    outer, inner = (kind.weight(layer) + oracle(layer) for layer in reversed(model))
+    outer, inner = (kind.weight(layer) + oracle_of(layer) for layer in reversed(model))
     assert_close(x.grad, (outer @ inner).sum(0).expand_as(x), kind.dtype)  # type: ignore[arg-type]
     trained = {id(parameter) for parameter in randlora.trainable_parameters(model)}
     assert len(trained) == 4
@@ -353,7 +343,7 @@ def test_codes_may_be_packed_in_one_dimension(tmp_path: Path) -> None:
     model, x = nn.Sequential(Flat()), torch.randn(3, 8)
     randlora.inject(model, r=2, targets="all", alpha=4)
     fill(model)
-    assert_close(model(x), model[0].get_buffer("bias").double() + x.double() @ oracle(model[0]).T, torch.float32)
+    assert_close(model(x), model[0].get_buffer("bias").double() + x.double() @ oracle_of(model[0]).T, torch.float32)
     randlora.save(model, tmp_path)
 
 

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import randlora
-from tests import reference
 from tests.kit import all_bits, fill, same_bits
-from tests.laws import adapter_layer, assert_close, diagonals
+from tests.laws import assert_close, diagonals, oracle_of
 
 if find_spec("hqq") is None:
     pytest.skip("hqq is not installed", allow_module_level=True)
@@ -53,15 +52,6 @@ def written_out(layer: Any) -> Tensor:
     return weight
 
 
-def oracle(layer: nn.Module) -> Tensor:
-    """Return the update of a layer whose adapter has alpha = 2r, in float64."""
-    lam, gamma = diagonals(layer)
-    part = adapter_layer(layer).adapters["default"]
-    out, into = part.shape
-    bases = part.basis.slices(max(out, into), min(out, into), device="cpu", dtype=torch.float64)
-    return reference.delta_weight(*bases, lam, gamma, 2.0, in_features=into)
-
-
 @every_width
 @every_dtype
 @given(out=st.integers(1, 3), into=st.integers(1, 3), r=st.integers(1, 6))
@@ -73,7 +63,7 @@ def test_an_adapter_adds_the_oracles_update_to_the_output(
     randlora.inject(model, r=r, alpha=2 * r, targets="all", stream="portable")
     assert same_bits(model(x), base(x))
     fill(model)
-    assert_close(model(x), base(x).double() + x.double() @ oracle(model[0]).T, dtype)
+    assert_close(model(x), base(x).double() + x.double() @ oracle_of(model[0]).T, dtype)
 
 
 @pytest.mark.parametrize("backend", [HQQBackend.PYTORCH, HQQBackend.PYTORCH_FORWARD])
@@ -84,7 +74,7 @@ def test_gradients_are_those_of_weight_plus_update(backend: HQQBackend) -> None:
         model(x).sum().backward()
     finally:
         HQQLinear.set_backend(HQQBackend.PYTORCH)
-    weight = written_out(model[0]) + oracle(model[0])
+    weight = written_out(model[0]) + oracle_of(model[0])
     assert_close(x.grad, weight.sum(0).expand(4, 16), torch.float32)  # type: ignore[arg-type]
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     assert {*map(id, trained)} == {*map(id, diagonals(model[0]))}
@@ -94,14 +84,14 @@ def test_gradients_are_those_of_weight_plus_update(backend: HQQBackend) -> None:
 @every_dtype
 def test_merging_rounds_the_sum_as_hqq_does(bits: int, dtype: torch.dtype) -> None:
     model, x = adapted(bits, 16, 24, dtype=dtype), torch.randn(3, 16).to(dtype)
-    exact, before = written_out(model[0]) + oracle(model[0]), model(x)
+    exact, before = written_out(model[0]) + oracle_of(model[0]), model(x)
     report = randlora.merge(model, reversible=True)
     assert isinstance(model[0], HQQLinear)
     plain = nn.Linear(16, 24, bias=False).requires_grad_(requires_grad=False)
     plain.weight.copy_(exact)
     config = BaseQuantizeConfig(nbits=bits, group_size=8)
     own = HQQLinear(plain, config, compute_dtype=dtype, device="cpu")
-    norm = oracle(model[0]).norm()
+    norm = oracle_of(model[0]).norm()
     off, least = (float((written_out(layer) - exact).norm() / norm) for layer in (model[0], own))
     assert off == pytest.approx(least, rel=0.05, abs=1e-3)  # their sums differ in the last bits
     assert report.rounding["0"].relative == pytest.approx(off, rel=0.05, abs=1e-2)
@@ -113,7 +103,7 @@ def test_merging_rounds_the_sum_as_hqq_does(bits: int, dtype: torch.dtype) -> No
 @every_width
 def test_dequantizing_gives_a_plain_layer_with_the_sum(bits: int) -> None:
     model, x = adapted(bits, 16, 24, 8), torch.randn(3, 16)
-    exact, before = [written_out(layer) + oracle(layer) for layer in model], model(x)
+    exact, before = [written_out(layer) + oracle_of(layer) for layer in model], model(x)
     tensors = dict(randlora.merged_tensors(model))
     assert [*tensors] == ["0.weight", "0.bias", "1.weight"]
     randlora.merge(model, quantized="dequantize")

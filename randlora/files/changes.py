@@ -258,7 +258,7 @@ def find_changes(
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Say in an error of the block which adapter cannot be merged."""
+    """Raise an error of the block anew, with the name of the adapter that cannot be merged."""
     try:
         yield
     except CheckpointError as error:

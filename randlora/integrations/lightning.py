@@ -192,7 +192,7 @@ def _check(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def _bases_of(entry: dict[str, Any]) -> str:
-    """Say on which bases an adapter of a checkpoint was trained, which default options do not say."""
+    """Return the bases of an adapter of a checkpoint, as words for an error: default options do not name them."""
     return ", on " + " and ".join(str(BasisSpec.from_dict(spec)) for spec in entry["bases"])
 
 

@@ -90,7 +90,7 @@ class TorchaoAdapter(QuantizedLayer):
     def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[nn.Parameter, float]:
         """Quantize a weight to codes of the same dtype, with a scale for as many entries."""
         own: Any = owner.get_parameter("weight")
-        if qualified_name(type(own)) == INTX:
+        if _is_of(own, INTX):
             mapping = sys.modules["torchao.quantization"].MappingType
             codes = type(own).from_hp(
                 weight.to(own.dtype),
@@ -169,11 +169,16 @@ class Torchao(Keeper):
 
     def place_at(self, tensor: Tensor) -> Codes | None:
         """Return the place of a weight of torchao."""
-        return Codes(tensor) if ANY in map(qualified_name, type(tensor).__mro__) else None
+        return Codes(tensor) if _is_of(tensor, ANY) else None
+
+
+def _is_of(weight: Tensor, kind: str) -> bool:
+    """Whether a weight is of a class, or of a subclass, without importing it: an `isinstance` by name."""
+    return kind in map(qualified_name, type(weight).__mro__)
 
 
 def _dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
-    values: Tensor = weight.to(dtype).dequantize() if qualified_name(type(weight)) == INTX else weight.dequantize(dtype)
+    values: Tensor = weight.to(dtype).dequantize() if _is_of(weight, INTX) else weight.dequantize(dtype)
     return values
 
 
