@@ -35,7 +35,6 @@ OPTIONAL = {
     "files.transformers_model": {"transformers"},
     "integrations.axolotl": {"axolotl", "pydantic"},
     "integrations.lightning": set(),  # by importlib, whichever of its packages there is
-    "integrations.reference": {"transformers"},
     "integrations.swift": {"swift"},
     "integrations.transformers": {"accelerate", "transformers"},
     "quantized.bnb_codes": {"bitsandbytes"},

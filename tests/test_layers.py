@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import randlora
 from randlora.functional import Compute
 from randlora.layers import registry
-from randlora.quantized.forward_only import CodesAdapter, EetqAdapter
 from randlora.quantized.hqq import HQQAdapter
+from randlora.quantized.layer import CodesAdapter, EetqAdapter
 from randlora.quantized.torchao import TorchaoPackedAdapter
 from randlora.readers.read_weight import ReadWeight
 from randlora.start import Init

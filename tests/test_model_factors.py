@@ -10,7 +10,7 @@ from torch import nn
 
 import randlora
 from randlora.errors import AdapterError, MergeError
-from randlora.integrations.reference import Reference
+from randlora.integrations.transformers import Reference
 from tests.kit import all_bits, assert_unchanged, bits, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed, assert_close
 from tests.layer_kinds import LayerKind, every_mergeable_kind_and_dtype

@@ -1,7 +1,6 @@
 """Adapter layers of what other libraries quantized, and preparing a model that has such layers for training."""
 
 from randlora.quantized import bnb as bnb
-from randlora.quantized import forward_only as forward_only
 from randlora.quantized import hqq as hqq
 from randlora.quantized import torchao as torchao
 from randlora.quantized.layer import ForwardOnly as ForwardOnly
