@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from randlora.quantized import bnb_codes
+from randlora.quantized import bnb
 from tests.floors import PYPROJECT, floors
 
 
@@ -22,7 +22,7 @@ def test_what_is_installed_is_not_older_than_the_floor(name: str) -> None:
 
 
 def test_the_oldest_bitsandbytes_is_the_one_that_the_layers_ask_for() -> None:
-    assert numbers(floors()["bitsandbytes"]) == bnb_codes.OLDEST
+    assert numbers(floors()["bitsandbytes"]) == bnb.OLDEST
 
 
 def test_the_script_pins_every_floor() -> None:

@@ -37,7 +37,7 @@ OPTIONAL = {
     "integrations.lightning": set(),  # by importlib, whichever of its packages there is
     "integrations.swift": {"swift"},
     "integrations.transformers": {"accelerate", "transformers"},
-    "quantized.bnb_codes": {"bitsandbytes"},
+    "quantized.bnb": {"bitsandbytes"},
     "offloaded": {"accelerate"},
 }
 """What a file may import beyond what the project depends on, inside functions only."""

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from randlora.errors import how_to_install
-from randlora.quantized import bnb_codes
+from randlora.quantized import bnb
 from tests.codes import assert_rounded_to_nearest, step, written_out
 from tests.kit import same_bits
 
-quant_types = st.sampled_from(bnb_codes.QUANT_TYPES)
+quant_types = st.sampled_from(bnb.QUANT_TYPES)
 blocksizes = st.sampled_from([32, 64, 128])
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
 storages = st.sampled_from([torch.uint8, torch.bfloat16, torch.float32])
@@ -37,17 +37,17 @@ def test_4_bit_codes_are_written_out_as_their_tables_say(
 ) -> None:
     assume(shape[0] * shape[1] % 8 == 0 or storage == torch.uint8)
     layer = quantized(torch.randn(shape), quant_type, blocksize, nested, storage)
-    found, expected = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state), written_out(layer)
+    found, expected = bnb.write_out_4bit(layer.weight.data, layer.weight.quant_state), written_out(layer)
     is_misread = not torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-6)
-    assert bnb_codes.is_misread(layer.weight.data, layer.weight.quant_state) == is_misread
+    assert bnb.is_misread(layer.weight.data, layer.weight.quant_state) == is_misread
     assert not is_misread or shape[1] % blocksize  # rows that blocks divide are always read right
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_codes_are_written_out_in_any_dtype_rounded_once(dtype: torch.dtype) -> None:
     layer = quantized(torch.randn(20, 64), "nf4", 64, True, torch.uint8)
-    exact = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state)
-    assert same_bits(bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state, dtype), exact.to(dtype))
+    exact = bnb.write_out_4bit(layer.weight.data, layer.weight.quant_state)
+    assert same_bits(bnb.write_out_4bit(layer.weight.data, layer.weight.quant_state, dtype), exact.to(dtype))
 
 
 @given(shape=shapes, quant_type=quant_types, blocksize=blocksizes, storage=storages)
@@ -58,7 +58,7 @@ def test_rounding_what_codes_stand_for_gives_the_codes(
     layer = quantized(torch.randn(shape), quant_type, blocksize, False, storage)
     state = layer.weight.quant_state
     meant = written_out(layer)
-    codes, found = bnb_codes.round_to_4bit(meant.float(), state, storage)
+    codes, found = bnb.round_to_4bit(meant.float(), state, storage)
     assert codes.dtype == storage
     layer.weight = Params4bit(codes, quant_state=found, bnb_quantized=True)
     torch.testing.assert_close(written_out(layer), meant)  # not the codes: FP4 has two for zero
@@ -76,15 +76,15 @@ def test_4_bit_rounding_goes_to_the_nearest_level(
 ) -> None:
     like = quantized(torch.randn(shape), quant_type, blocksize, nested, torch.uint8)
     weight = torch.randn(shape) * scale
-    codes, state = bnb_codes.round_to_4bit(weight, like.weight.quant_state, torch.uint8)
+    codes, state = bnb.round_to_4bit(weight, like.weight.quant_state, torch.uint8)
     like.weight = Params4bit(codes, quant_state=state, bnb_quantized=True)
     assert_rounded_to_nearest(like, weight)
-    assert bnb_codes.step_4bit(state) == pytest.approx(step(like).max().item(), rel=1e-5)
+    assert bnb.step_4bit(state) == pytest.approx(step(like).max().item(), rel=1e-5)
 
 
 def test_the_dtype_that_codes_came_from_is_kept() -> None:
     layer = quantized(torch.randn(20, 64, dtype=torch.bfloat16), "nf4", 64, True, torch.uint8)
-    _, state = bnb_codes.round_to_4bit(torch.randn(20, 64), layer.weight.quant_state, torch.uint8)
+    _, state = bnb.round_to_4bit(torch.randn(20, 64), layer.weight.quant_state, torch.uint8)
     assert state.dtype == torch.bfloat16
 
 
@@ -92,12 +92,12 @@ def test_the_dtype_that_codes_came_from_is_kept() -> None:
 def test_8_bit_rounding_goes_to_the_nearest_level(shape: tuple[int, int], scale: float) -> None:
     weight = torch.randn(shape) * scale
     weight[0] = 0
-    codes, scales = bnb_codes.round_to_8bit(weight)
-    error = (bnb_codes.write_out_8bit(codes, scales) - weight).abs()
+    codes, scales = bnb.round_to_8bit(weight)
+    error = (bnb.write_out_8bit(codes, scales) - weight).abs()
     assert codes.dtype == torch.int8
     assert (codes[0] == 0).all()
     assert (error <= (scales / 127 / 2).unsqueeze(1) * (1 + 1e-4)).all()
-    again, same = bnb_codes.round_to_8bit(bnb_codes.write_out_8bit(codes, scales))
+    again, same = bnb.round_to_8bit(bnb.write_out_8bit(codes, scales))
     assert torch.equal(again, codes)
     torch.testing.assert_close(same, scales)
 
@@ -105,16 +105,16 @@ def test_8_bit_rounding_goes_to_the_nearest_level(shape: tuple[int, int], scale:
 def test_8_bit_rounding_is_finer_than_the_way_through_float16() -> None:
     weight = torch.randn(64, 64)
     codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
-    theirs = (bnb_codes.write_out_8bit(codes, scales) - weight).abs().max()
-    ours = (bnb_codes.write_out_8bit(*bnb_codes.round_to_8bit(weight)) - weight).abs().max()
+    theirs = (bnb.write_out_8bit(codes, scales) - weight).abs().max()
+    ours = (bnb.write_out_8bit(*bnb.round_to_8bit(weight)) - weight).abs().max()
     assert ours < theirs
 
 
 @pytest.fixture
 def _ask_anew() -> object:
-    bnb_codes.missing.cache_clear()
+    bnb.missing.cache_clear()
     yield
-    bnb_codes.missing.cache_clear()
+    bnb.missing.cache_clear()
 
 
 @pytest.mark.usefixtures("_ask_anew")
@@ -133,29 +133,29 @@ def test_a_bitsandbytes_that_is_missing_or_too_old_is_named_with_the_extra(
             raise PackageNotFoundError
         return found
 
-    monkeypatch.setattr(bnb_codes, "version", version)
+    monkeypatch.setattr(bnb, "version", version)
     with pytest.raises(AssertionError, match=said):
-        raise AssertionError(bnb_codes.missing())
+        raise AssertionError(bnb.missing())
 
 
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 def test_what_bitsandbytes_repacks_has_the_private_names_that_are_read_here(storage: torch.dtype, nested: bool) -> None:
-    """On every CPU, because packing itself is plain torch. See randlora/quantized/bnb_codes.py."""
+    """On every CPU, because packing itself is plain torch. See randlora/quantized/bnb.py."""
     layer = quantized(torch.randn(32, 64), "nf4", 64, nested, storage)
-    assert hasattr(layer, bnb_codes.MAY_REPACK)
+    assert hasattr(layer, bnb.MAY_REPACK)
     codes, state, wanted = layer.weight.data.clone(), layer.weight.quant_state, written_out(layer)
-    assert bnb_codes.quantization(state, storage) == (nested, torch.float32, storage)
+    assert bnb.quantization(state, storage) == (nested, torch.float32, storage)
     layer.weight.data, layer.quant_state = functional._convert_weight_packed_for_cpu(layer.weight.data, state)
     assert state.packing_format_for_cpu
-    assert bnb_codes.is_out_of_order(state)
-    assert not bnb_codes.is_out_of_order(state, repacked=False)
-    assert bnb_codes.quantization(state, torch.uint8) == (nested, torch.float32, storage)
-    found = bnb_codes.write_out_4bit(layer.weight.data, state)
+    assert bnb.is_out_of_order(state)
+    assert not bnb.is_out_of_order(state, repacked=False)
+    assert bnb.quantization(state, torch.uint8) == (nested, torch.float32, storage)
+    found = bnb.write_out_4bit(layer.weight.data, state)
     torch.testing.assert_close(found.double(), wanted, rtol=0.01, atol=0)  # the scales are rounded
-    bnb_codes.put_in_order(layer.weight, state)
+    bnb.restore_order(layer.weight, state)
     assert torch.equal(layer.weight.data.view(torch.uint8), codes.view(torch.uint8))
-    assert not bnb_codes.is_out_of_order(state)
+    assert not bnb.is_out_of_order(state)
     torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
 
 
@@ -164,4 +164,4 @@ def test_the_state_of_codes_is_found_at_the_layer_where_the_weight_lost_it() -> 
     layer = quantized(torch.randn(8, 64), "nf4", 64, False, torch.uint8)
     state, bare = layer.weight.quant_state, nn.Parameter(layer.weight.data, requires_grad=False)
     layer.quant_state = state
-    assert bnb_codes.quant_state(layer, bare) is state
+    assert bnb.quant_state(layer, bare) is state

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import TargetError
-from randlora.quantized import bnb_codes
+from randlora.quantized import bnb
 from tests.codes import written_out
 from tests.further import further
 from tests.kit import fill, same_bits, untouched
@@ -88,7 +88,7 @@ def test_codes_that_bitsandbytes_misreads_are_refused() -> None:
 
 @pytest.mark.parametrize("build", [four_bits, lambda: Linear8bitLt(64, 96, has_fp16_weights=False).to("cpu")])
 def test_without_bitsandbytes_the_layer_is_named(build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bnb_codes, "missing", lambda: "needs bitsandbytes")
+    monkeypatch.setattr(bnb, "missing", lambda: "needs bitsandbytes")
     model = nn.Sequential(build())
     with untouched(model), pytest.raises(TargetError, match="0 needs bitsandbytes"):
         randlora.inject(model, r=4, targets=["0"])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.layers import in_place
-from randlora.quantized import bnb_codes
-from randlora.quantized.bnb_codes import MAY_REPACK
+from randlora.quantized import bnb
+from randlora.quantized.bnb import MAY_REPACK
 from tests.codes import written_out
 from tests.kit import fill, same_bits
 from tests.laws import adapter_layer, assert_close, plain, update_of
@@ -133,7 +133,7 @@ def test_scales_that_a_state_dict_left_turned_are_read_right() -> None:
     _, layer = adapted(four_bits(compress_statistics=False))
     wanted = written_out(layer)
     turn(layer)
-    found = bnb_codes.write_out_4bit(layer.weight.data, layer.weight.quant_state)
+    found = bnb.write_out_4bit(layer.weight.data, layer.weight.quant_state)
     torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=0)  # the scales were rounded to bfloat16
 
 
