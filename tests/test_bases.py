@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from randlora.bases import BasisBank, BasisSpec, compact, streams
+from randlora.bases import BasisBank, BasisSpec, streams
+from randlora.bases import spec as storage
 from randlora.bases.basis import Bases, Basis
-from randlora.bases.compact import CompactMatrix
+from randlora.bases.spec import CompactMatrix
 from randlora.errors import ConfigError
 from tests.strategies import KINDS_AND_STREAMS, specs
 
@@ -272,7 +273,7 @@ def test_a_copied_bank_shares_its_bases_and_not_its_list() -> None:
     assert next(iter(twin)) is held
 
 
-ROWS = 2 * compact.CHUNK_ROWS + 3
+ROWS = 2 * storage.CHUNK_ROWS + 3
 
 FORMS = {
     torch.int8: torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0)).sign() * 1.7,
@@ -287,7 +288,7 @@ def test_a_matrix_is_kept_in_its_smallest_form(form: torch.dtype) -> None:
     assert torch.equal(kept.to_dense(device="cpu", dtype=torch.float32), FORMS[form])
 
 
-@pytest.mark.parametrize("row", [0, compact.CHUNK_ROWS - 1, compact.CHUNK_ROWS, ROWS - 1])
+@pytest.mark.parametrize("row", [0, storage.CHUNK_ROWS - 1, storage.CHUNK_ROWS, ROWS - 1])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_one_number_that_a_form_cannot_hold_is_enough_to_keep_the_matrix_itself(form: torch.dtype, row: int) -> None:
     matrix = FORMS[form].clone()
@@ -301,7 +302,7 @@ def test_chunks_of_rows_are_the_rows(rows: int, columns: int, stride: int, wante
     values = torch.randn(rows, -(-columns // stride), generator=torch.Generator().manual_seed(0))
     matrix = CompactMatrix(values, columns, scale=0.5, stride=stride)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compact, "CHUNK_ROWS", 3)
+        patch.setattr(storage, "CHUNK_ROWS", 3)
         chunks = [chunk.clone() for chunk in matrix.dense_chunks(min(wanted, rows))]
     assert all(len(chunk) <= 3 * stride for chunk in chunks)
     expected = matrix.to_dense(device="cpu", dtype=torch.float32)[:wanted]

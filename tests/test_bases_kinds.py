@@ -13,9 +13,8 @@ from torch import nn
 import randlora
 from randlora import RandLoRAConfig
 from randlora.bases.basis import Basis
-from randlora.bases.compact import CompactMatrix
 from randlora.bases.kinds import DENSE, block_parts, default_blocks
-from randlora.bases.spec import KINDS, BasisSpec, count_bases, spec_for
+from randlora.bases.spec import KINDS, BasisSpec, CompactMatrix, count_bases, spec_for
 from randlora.config import OPTIONS, BasisKind
 from randlora.errors import ConfigError
 from tests.kit import fill, same_bits

@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import randlora
 from randlora.bases.basis import Basis
-from randlora.bases.compact import CompactMatrix
-from randlora.bases.spec import BasisSpec, count_bases
+from randlora.bases.spec import BasisSpec, CompactMatrix, count_bases
 from randlora.config import BasisKind, Stream
 from randlora.errors import AdapterError, ConfigError
 from tests.further import further

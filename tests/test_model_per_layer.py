@@ -17,8 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import randlora
 from randlora.bases import BasisBank, BasisSpec
 from randlora.bases.basis import Basis
-from randlora.bases.compact import CompactMatrix
-from randlora.bases.spec import KINDS
+from randlora.bases.spec import KINDS, CompactMatrix
 from randlora.checkpoint.header import parse_header
 from randlora.config import BasisKind, Stream
 from randlora.errors import CheckpointError

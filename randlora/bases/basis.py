@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.bases.compact import Matrices
-from randlora.bases.spec import KINDS, BasisSpec, Kind, count_bases
+from randlora.bases.spec import KINDS, BasisSpec, Kind, Matrices, count_bases
 from randlora.errors import ConfigError
 from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.operation import pair_like

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from randlora.bases import streams
-from randlora.bases.compact import Matrices
-from randlora.bases.spec import KINDS, BasisSpec, Kind, count_bases, reach_all
+from randlora.bases.spec import KINDS, BasisSpec, Kind, Matrices, count_bases, reach_all
 from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.cost import SMALL_WEIGHT
 from randlora.functional.region import Sides, Spans, entries_of, take_spans

@@ -24,8 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from randlora.bases.compact import CompactMatrix, Matrices
-from randlora.bases.spec import KINDS, BasisSpec, count_bases
+from randlora.bases.spec import KINDS, BasisSpec, CompactMatrix, Matrices, count_bases
 from randlora.errors import ConfigError
 
 VERSION = 1

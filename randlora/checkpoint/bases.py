@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from randlora.bases.basis import Basis, BasisBank
-from randlora.bases.compact import CompactMatrix
 from randlora.bases.spec import (
     PEFT_STREAMS,
     BasisSpec,
+    CompactMatrix,
     Shape,
     count_bases,
     default_stream,
