@@ -17,21 +17,17 @@ and the update is ``scaling · UB @ UA``, transposed if ``in > out``, where row 
 ``lam[k, j] · basis_A[k] · gamma[j]`` and ``UB`` is ``basis_B``. The pairing by the flat index p is the same as in PEFT
 0.15 to 0.21 and in the authors' code; an adapter is only valid with the pairing it was trained with.
 
-Files: `dense` and `block` implement the same products for their kinds of bases; `adapted` combines a layer's weight and
-update; `cost` chooses how to compute. The others are autograd functions: `operation` for a layer, `update` for the
-update alone, `rows` for some of its rows, `grouped` for the updates of a stack, `summed` for a layer whose update is
-already formed.
+Files: `pairs` implements the same products for each form of bases; `adapted` combines a layer's weight and update;
+`cost` chooses how to compute. The others are autograd functions: `operation` for a layer, `update` for the update alone
+or some of its rows, `stacks` for the weights of a stack.
 """
 
-from randlora.functional.adapted import Pair, WriteOut
-from randlora.functional.block import BlockPair
+from randlora.functional.adapted import WriteOut
 from randlora.functional.cost import Compute
-from randlora.functional.dense import DensePair
-from randlora.functional.grouped import grouped_update
 from randlora.functional.operation import Diagonals, adapted_linear
-from randlora.functional.rows import update_rows
-from randlora.functional.summed import summed_linear
-from randlora.functional.update import delta_weight, update_norm
+from randlora.functional.pairs import BlockPair, DensePair, Pair
+from randlora.functional.stacks import grouped_update, summed_linear
+from randlora.functional.update import delta_weight, update_norm, update_rows
 
 __all__ = [
     "BlockPair",

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.functional import scratch
-from randlora.functional.block import BlockPair
 from randlora.functional.cost import Way
-from randlora.functional.dense import DensePair
+from randlora.functional.pairs import Pair
 
-Pair = DensePair | BlockPair
 WIDE = (torch.float32, torch.float64)
 
 WriteOut = Callable[[torch.dtype], Tensor]

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from randlora.functional.adapted import Pair, WriteOut, adapted
-from randlora.functional.block import BlockPair
+from randlora.functional.adapted import WriteOut, adapted
 from randlora.functional.cost import Compute, chosen_backward, chosen_forward, is_small
-from randlora.functional.dense import DensePair
+from randlora.functional.pairs import BlockPair, DensePair, Pair
 from randlora.functional.scratch import in_dtype, is_in_transform, is_traced
 
 

@@ -1,4 +1,4 @@
-"""The autograd function of the updates of a stack of weights, each multiplied by its own few tokens."""
+"""Autograd functions for stacks of weights: products with the update of each, or with the sum of a weight and one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.functional.adapted import Adapted, Pair, adapted
+from randlora.functional.adapted import Adapted, adapted
 from randlora.functional.operation import Diagonals
+from randlora.functional.pairs import Pair
 from randlora.functional.scratch import in_dtype, without_autocast
 
 ENTRIES = 2**22
@@ -95,3 +97,41 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             if each is not None:
                 total.index_add_(0, which, in_dtype(each, total.dtype))
     return torch.cat(grads_x) if needs_x else None, grad_lam, grad_gamma, None
+
+
+def summed_linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute ``x @ (weight + delta).T + bias``. The sum is not kept for backward.
+
+    Args:
+        x: ``(..., in_features)``.
+        weight: ``(out_features, in_features)`` in the dtype of x, or in a dtype to be cast to it.
+        delta: ``(out_features, in_features)`` in the dtype of x.
+        bias: ``(out_features,)``.
+
+    Returns:
+        ``(..., out_features)`` in the dtype of x.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    with without_autocast(x.device.type):
+        output: Tensor = _SummedLinear.apply(rows, weight, delta)  # type: ignore[no-untyped-call]
+        output = output if bias is None else output + bias.to(output.dtype)
+    return output.view(*x.shape[:-1], output.shape[1])
+
+
+class _SummedLinear(torch.autograd.Function):
+    """`summed_linear` of a matrix. Many weights may have one update, and plain autograd would keep a sum for each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, delta)
+        return F.linear(x, weight.to(x.dtype) + delta)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, delta = ctx.saved_tensors
+        needs_x, needs_weight, needs_delta = ctx.needs_input_grad
+        with without_autocast(grad.device.type):
+            grad_x = grad @ (weight.to(x.dtype) + delta) if needs_x else None
+            grad_sum = grad.T @ x if needs_weight or needs_delta else None
+        grad_weight = grad_sum.to(weight.dtype) if needs_weight and grad_sum is not None else None
+        return grad_x, grad_weight, grad_sum if needs_delta else None
