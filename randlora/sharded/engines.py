@@ -29,9 +29,7 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
 from randlora.model.engines import Engine, Parts, register_engine
 from randlora.replaced import ReplacedParameter
-from randlora.sharded.flattened import flattening
-from randlora.sharded.mesh import all_fsdp_modules, fsdp_modules, is_dtensor
-from randlora.sharded.zero3 import is_managed
+from randlora.sharded.places import all_fsdp_modules, flattening, fsdp_modules, is_dtensor, is_managed
 from randlora.state import ModelState
 from randlora.targets.match import shortened
 

@@ -25,7 +25,7 @@ import randlora
 from randlora.errors import AdapterError
 from randlora.layers.diagonals import Diagonal
 from randlora.sharded.engines import DataMeshes
-from randlora.sharded.mesh import all_fsdp_modules
+from randlora.sharded.places import all_fsdp_modules
 from randlora.start import Init
 from tests.distributed.processes import Processes
 from tests.distributed.test_fsdp_at_rest import Two

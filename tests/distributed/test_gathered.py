@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import randlora
-from randlora.sharded import zero3
+from randlora.sharded import places
 from tests.distributed.engines import engine_of, needs_deepspeed
 from tests.distributed.processes import Processes
 from tests.distributed.trained import Drawn
@@ -56,7 +56,7 @@ def fully_sharded(verb: str, place: Path) -> list[int]:
 
 def spread(verb: str, place: Path) -> list[int]:
     model = engine_of(DRAWN, "3").module
-    with watched(zero3, "gathered") as alive:
+    with watched(places, "gathered") as alive:
         VERBS[verb](model, place)
     return alive
 

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import randlora
 from randlora.disk.tensor_file import write_tensor_file
 from randlora.errors import MergeError
-from randlora.sharded import zero3
+from randlora.sharded import places
 from tests.distributed.engines import engine_around, engine_of, needs_deepspeed
 from tests.distributed.processes import Processes
 from tests.distributed.test_fsdp_faults import failing_in_last
@@ -118,7 +118,7 @@ def test_tensors_and_files_are_those_of_one_process_under_zero(zero_pair: Proces
 def write_and_count(name: str, place: Path) -> tuple[list[int], int]:
     """Return how many gathered tensors there were at once, and how many files this process wrote."""
     model = {**ENGINES, **ZERO}[name]()
-    on: tuple[Any, str] = (DTensor, "full_tensor") if name == "FSDP2" else (zero3, "gathered")
+    on: tuple[Any, str] = (DTensor, "full_tensor") if name == "FSDP2" else (places, "gathered")
     written = mock.Mock(side_effect=write_tensor_file)
     with watched(*on) as alive, mock.patch(f"{SAVING}.write_tensor_file", written):
         randlora.files.save_merged(model, place / "out", max_shard_size=SHARD)
@@ -173,7 +173,7 @@ def test_a_model_that_is_flattened_is_refused_in_all_processes(pair: Processes, 
 def fail_in_one(name: str, place: Path) -> None:
     """Raise in one process at each place where it might, and find that all raise and nothing is left."""
     model = {**ENGINES, **ZERO}[name]()
-    gather: tuple[str, Any] = ("full_tensor", DTensor) if name == "FSDP2" else ("gathered", zero3)
+    gather: tuple[str, Any] = ("full_tensor", DTensor) if name == "FSDP2" else ("gathered", places)
     out, no_room = place / "out", MemoryError("no room")
     for call in (0, 2, 5):  # Λ, the weight, and what has no adapter
         for verb in (lambda: dict(randlora.merged_tensors(model)), lambda: randlora.files.save_merged(model, out)):

@@ -10,7 +10,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from randlora.places import values_within
-from randlora.sharded.mesh import is_split, part_at
+from randlora.sharded.places import is_split, part_at
 
 placed = st.one_of(
     st.integers(0, 1).map(Shard),

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import randlora
-from randlora.sharded.mesh import is_dtensor
+from randlora.sharded.places import is_dtensor
 from tests.distributed.processes import Processes
 from tests.distributed.test_tensor_parallel import close, in_float64, outputs_of
 from tests.kit import fill

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import randlora
 from randlora.errors import RandLoRAError
-from randlora.sharded.products import on_mesh
+from randlora.sharded.tensor_parallel import on_mesh
 from tests.distributed import test_tensor_parallel
 from tests.distributed.processes import LAW, Processes
 from tests.examples import snippet
@@ -194,7 +194,7 @@ def count_sums(place: Path) -> None:
     _, model = pair_of(case, place)
     randlora.inject(model, r=4, targets=".*experts.*")
     fill(model)
-    with mock.patch("randlora.sharded.products.on_mesh", side_effect=on_mesh) as counted:
+    with mock.patch("randlora.sharded.tensor_parallel.on_mesh", side_effect=on_mesh) as counted:
         model(input_ids=torch.arange(12).view(2, 6))
     assert counted.call_count == 2  # of one layer: gate_up_proj and down_proj, whose experts all have tokens
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import randlora
 from randlora.errors import AdapterError
-from randlora.sharded import zero3
+from randlora.sharded import places
 from tests.distributed.engines import (
     config,
     deepspeed,
@@ -147,7 +147,7 @@ def fail_to_copy() -> None:
     """Raise in one process between the gathers of what is trained beside Λ and Γ."""
     with deepspeed().zero.Init(config_dict_or_path=config("3")):
         model = DRAWN.build()
-    with failing_in_last("gathered", zero3, 0, MemoryError("no room")), pytest.raises(MemoryError, match="no room"):
+    with failing_in_last("gathered", places, 0, MemoryError("no room")), pytest.raises(MemoryError, match="no room"):
         DRAWN.adapt(model)
     assert randlora.adapters(model) == []
     DRAWN.adapt(model)

@@ -13,7 +13,7 @@ from torch import Tensor
 import randlora
 from randlora.errors import CheckpointError
 from randlora.model import merge, mergeable
-from randlora.sharded.zero3 import Spread
+from randlora.sharded.places import Spread
 from tests.distributed.engines import engine_of, needs_deepspeed, trained, whole_values
 from tests.distributed.processes import Processes
 from tests.distributed.trained import Drawn, distance
