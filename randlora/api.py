@@ -34,7 +34,7 @@ from randlora.model.updates import check_ranks as check_ranks
 from randlora.model.updates import delta_weight as delta_weight
 from randlora.model.updates import limit_norms as limit_norms
 from randlora.model.updates import update_norms as update_norms
-from randlora.start import equivalent_alpha as equivalent_alpha
+from randlora.targets.options import equivalent_alpha as equivalent_alpha
 from randlora.targets.select import find_targets as find_targets
 
 if _find_spec("randlora.quantized") is not None:  # a feature, which could be deleted

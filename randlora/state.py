@@ -22,10 +22,9 @@ from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import IN_PLACE, NotTheModel, shortly
-from randlora.options import Factor, LayerOptions
+from randlora.options import Factor, Init, LayerOptions
 from randlora.places import loaded_modules, place_at, settle
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, RequiredGrad, like, path_to
-from randlora.start import Init
 
 ATTRIBUTE = "randlora_state"
 

@@ -16,7 +16,7 @@ from benchmarks.quality.contestants import GROUPS, MAIN
 from benchmarks.quality.runs import Key, Run
 from benchmarks.quality.task import Prepared, Size, Targets, Task
 from benchmarks.quality.training import make_run
-from randlora.start import first_learning_rate
+from randlora.targets.options import first_learning_rate
 
 STEPS = 20
 

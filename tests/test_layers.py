@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 import randlora
 from randlora.functional import Compute
 from randlora.layers import registry
+from randlora.options import Init
 from randlora.quantized.hqq import HQQAdapter
 from randlora.quantized.layer import CodesAdapter, EetqAdapter
 from randlora.quantized.torchao import TorchaoPackedAdapter
 from randlora.readers.read_weight import ReadWeight
-from randlora.start import Init
 from tests import reference
 from tests.kit import fill, same_bits
 from tests.laws import adapter_layer, assert_close, diagonals, oracle_of, plain, update_of

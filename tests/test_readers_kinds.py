@@ -9,7 +9,7 @@ import randlora
 from randlora.functional import Compute
 from randlora.layers import registry
 from randlora.layers.base import AdapterLayer
-from randlora.start import Init
+from randlora.options import Init
 from randlora.targets.walk import Census
 from tests.in_place_models import register
 from tests.kit import read, same_bits

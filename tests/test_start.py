@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.errors import ConfigError
 from randlora.layers.diagonals import Diagonal
-from randlora.start import Init
+from randlora.options import Init
 from tests.attention_kinds import AttentionKind, every_attention
 from tests.kit import adapter_values, all_bits, bits, fill, untouched
 from tests.laws import TOKENS, Mixed

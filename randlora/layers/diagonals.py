@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from randlora.bases.spec import Shape, count_bases
 from randlora.errors import AdapterError
 from randlora.layers.scopes import is_in_call
-from randlora.start import initial_values
+from randlora.options import Init
 from randlora.state import SiteAdapter
 
 Named = dict[str, nn.Parameter | None]
@@ -179,3 +179,13 @@ def diagonal_shapes(shape: Shape, r: int) -> tuple[Shape, Shape]:
     min_dim = min(out_features, in_features)
     num_bases = count_bases(min_dim, r)
     return (*matrices, r, num_bases), (*matrices, num_bases, min_dim)
+
+
+def initial_values(init: Init, shape: Shape) -> tuple[float, float]:
+    """Return the initial values of all entries of Λ and of Γ, for an update of this shape or a stack of them.
+
+    One of them starts at zero, so that the update is zero, and the other at a constant, whose gradient is then zero. So
+    the first step of an optimizer moves only the one at zero. Adam moves each entry by the learning rate.
+    """
+    constant = 1 / min(shape[-2:])
+    return (0.0, constant) if init == "lambda" else (constant, 0.0)

@@ -20,7 +20,7 @@ from randlora.errors import CheckpointError, MergeError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal, Gamma, Lambda
 from randlora.layers.scopes import ReadAttribute
-from randlora.layers.split import adopted, split_of
+from randlora.layers.weight import adopted, split_of
 from randlora.places import loaded_modules
 from randlora.replaced import CASTS
 from randlora.state import SiteAdapter

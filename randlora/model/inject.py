@@ -44,12 +44,11 @@ from randlora.model.train_also import (
 )
 from randlora.model.view import View, opened, opened_to_add
 from randlora.modes import has_values
-from randlora.options import LayerOptions, by_rank
+from randlora.options import Init, LayerOptions, by_rank
 from randlora.places import place_at, ranks_of, whole
 from randlora.ranks import raise_on_every_rank, run_collectives
 from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, left_out_lines, next_steps
-from randlora.start import Init
 from randlora.state import Adapter, ModelState, SavePretrained, require_unused
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.match import shortened

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from randlora.errors import MergeError
 from randlora.functional.scratch import is_transformed
 from randlora.hints import shortly
+from randlora.layers.base import is_plain_tensor
 from randlora.layers.diagonals import Diagonal
-from randlora.layers.inputs import is_plain_tensor
 from randlora.layers.update import Into, Quantized
 from randlora.places import Plain, Whole, lent, place_at
 from randlora.state import ModelState, attached_state

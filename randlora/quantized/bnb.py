@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from randlora.errors import how_to_install
 from randlora.functional.scratch import is_in_transform
-from randlora.layers.base import Product
-from randlora.layers.inputs import autocast_dtype, is_plain_tensor
+from randlora.layers.base import Product, autocast_dtype, is_plain_tensor
 from randlora.layers.registry import register_layer
 from randlora.quantized.layer import NOT_HERE, QuantizedLayer, twin_of
 

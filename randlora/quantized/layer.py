@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from randlora.errors import AdapterError
-from randlora.layers.base import AdapterLayer
+from randlora.layers.base import AdapterLayer, input_of
 from randlora.layers.in_place import change_class, detach_obstacle, plain_class
-from randlora.layers.inputs import input_of
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.registry import refuse_layer, register_layer
 from randlora.layers.update import Into, Merged, RoundingLoss

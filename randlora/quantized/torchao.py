@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.errors import AdapterError
-from randlora.layers.inputs import input_of
+from randlora.layers.base import input_of
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.registry import qualified_name, register_weight
 from randlora.places import Keeper, Place, register_keeper

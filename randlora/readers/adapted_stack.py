@@ -14,7 +14,7 @@ from torch import Tensor
 from randlora.functional import Compute, adapted_linear, grouped_update, summed_linear
 from randlora.functional.cost import chosen_all_at_once, chosen_forward
 from randlora.functional.scratch import without_autocast
-from randlora.layers.inputs import autocast_dtype, is_plain_tensor, product_dtype
+from randlora.layers.base import autocast_dtype, is_plain_tensor, product_dtype
 from randlora.layers.update import Update, folded, sum_updates
 from randlora.modes import has_values
 

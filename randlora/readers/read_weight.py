@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from randlora.blocks import ForwardCall, Rows
 from randlora.errors import AdapterError
-from randlora.layers.base import AdapterLayer
+from randlora.layers.base import AdapterLayer, input_of
 from randlora.layers.in_place import adapter_layers_of, plain_class
-from randlora.layers.inputs import input_of
 from randlora.layers.linear import FORWARD, LinearAdapter
 from randlora.layers.scopes import cast, read_so_far, run_forward
-from randlora.layers.split import split_of
 from randlora.layers.update import Update
+from randlora.layers.weight import split_of
 
 
 class ReadWeight(AdapterLayer):

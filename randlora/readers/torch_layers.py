@@ -23,12 +23,12 @@ from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional import update_rows
 from randlora.functional.region import Region, Spans, all_of
+from randlora.layers.base import input_of
 from randlora.layers.in_place import plain_class
-from randlora.layers.inputs import input_of
 from randlora.layers.registry import refuse_layer, register_form, register_layer
 from randlora.layers.scopes import cast
-from randlora.layers.split import split_of
 from randlora.layers.update import Update
+from randlora.layers.weight import split_of
 from randlora.readers.read_weight import ReadWeight
 
 LOOKUP = nn.Embedding.forward  # read on import, in case it is replaced later

@@ -19,11 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from randlora.blocks import ForwardCall, Run
 from randlora.errors import AdapterError
 from randlora.functional import Diagonals, Pair, update_rows
-from randlora.layers.base import AdapterLayer
+from randlora.layers.base import AdapterLayer, input_of, require_product
 from randlora.layers.in_place import plain_class
-from randlora.layers.inputs import input_of, require_product
 from randlora.layers.scopes import in_call
-from randlora.layers.split import split_of
+from randlora.layers.weight import split_of
 from randlora.serving.routing import Layout, Routing, Sorted, follow, layout_of, layout_of_rows, unfollowed
 from randlora.serving.stacked import (
     Find,

@@ -27,9 +27,8 @@ from randlora.functional import Compute, adapted_linear, update_rows
 from randlora.functional.region import Region, entries_of
 from randlora.layers.base import AdapterLayer
 from randlora.layers.scopes import forward_of
-from randlora.layers.split import Split, Splitter, register_splitter
-from randlora.layers.stored import StoredWeight
 from randlora.layers.update import Update
+from randlora.layers.weight import Split, Splitter, StoredWeight, register_splitter
 from randlora.sharded.places import Shard, is_dtensor, is_split
 
 

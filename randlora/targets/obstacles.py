@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.in_place import class_obstacle, plain_class
-from randlora.layers.split import split_obstacle
+from randlora.layers.weight import split_obstacle
 from randlora.places import Place, loaded_modules, place_of
 from randlora.targets.site import Site
 from randlora.targets.walk import Census, Held

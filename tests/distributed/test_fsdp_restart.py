@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import randlora
 from randlora.errors import AdapterError
 from randlora.layers.diagonals import Diagonal
+from randlora.options import Init
 from randlora.sharded.engines import DataMeshes
 from randlora.sharded.places import all_fsdp_modules
-from randlora.start import Init
 from tests.distributed.processes import Processes
 from tests.distributed.test_fsdp_at_rest import Two
 from tests.distributed.test_fsdp_training import TOKENS, Case, exchange, share_of, train, values

@@ -1,0 +1,331 @@
+"""The weight that is adapted: how a kind of layer stores it, how updates are merged into it, and how it is split."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from randlora.bases.spec import Shape
+from randlora.config import RandLoRAConfig
+from randlora.functional import Compute
+from randlora.functional.region import Region, Spans
+from randlora.layers.update import Into, Merged, Update, folded, sum_updates
+from randlora.places import Kept, Part, Place, is_hooked, place_at, place_of
+from randlora.ranks import run_collectives
+
+
+class StoredWeight(ABC):
+    """How one kind of layer stores its weight, a named parameter of the module. Used as a class; it has no state.
+
+    Attributes:
+        attribute: The name of the parameter.
+        is_transposed: Whether the weight is stored as ``(in_features, out_features)``, or as a stack of such matrices.
+        is_quantized: Whether the module holds codes instead of the values of the weight.
+        is_forward_only: Whether only the module's forward reads the codes, so that there is no weight to merge into.
+    """
+
+    attribute: ClassVar[str] = "weight"
+    is_transposed: ClassVar[bool] = False
+    is_quantized: ClassVar[bool] = False
+    is_forward_only: ClassVar[bool] = False
+
+    @staticmethod
+    @abstractmethod
+    def features(owner: nn.Module) -> tuple[int, int]:
+        """Return ``(in_features, out_features)`` of a module's weight, even if it has no values.
+
+        For a stack of matrices these are the features of one of them.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Return an update, as `as_one_matrix` returns it, in the layout of the owner's weight.
+
+        The result has the shape of the weight, a shape that broadcasts to it, or the shape of the weight viewed as a
+        matrix.
+        """
+
+    @staticmethod
+    def as_one_matrix(delta: Tensor) -> Tensor:
+        """Return an update in a form in which updates of one weight that differ in shape can be added."""
+        return delta
+
+    @classmethod
+    def obstacle(cls, owner: nn.Module) -> str | None:
+        """Return why this module cannot be adapted, as a phrase that follows its name, or ``None``."""
+        weight = cls.weight_of(owner)  # not the attribute, whose value may include updates
+        assert weight is not None, "obstacles() asks for a weight"
+        if weight.dtype.is_floating_point and weight.dtype.itemsize > 1:  # torch does not add 8-bit numbers
+            return None
+        return f"has a weight of {weight.dtype}, expected a floating dtype of 16 bits or more: dequantize it first"
+
+    @classmethod
+    def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:  # noqa: ARG003  # for stacks of matrices
+        """Return the shape of the update of an adapter with these options: ``(out_features, in_features)``.
+
+        For a stack of matrices, each with its own Λ and Γ, the number of matrices comes first.
+        """
+        in_features, out_features = cls.features(owner)
+        return out_features, in_features
+
+    @classmethod
+    def weight_of(cls, owner: nn.Module) -> Tensor | None:
+        """Return the owner's parameter without any update, or ``None`` if it is computed from others.
+
+        For codes that are held under another name, that is the tensor that has them.
+        """
+        held = owner._parameters
+        return held[cls.attribute] if cls.attribute in held else None  # noqa: SIM401  # ZeRO-3 does not see a get()
+
+    @classmethod
+    def nbytes_of(cls, owner: nn.Module) -> int:
+        """Return the bytes of the owner's weight as it is held, with the scales of its codes."""
+        weight = cls.weight_of(owner)
+        return 0 if weight is None else weight.nbytes
+
+    @classmethod
+    def place_in(cls, owner: nn.Module) -> Place:
+        """Return where the values of the owner's weight are."""
+        return place_of(owner, cls.attribute)
+
+    @classmethod
+    def site_fqn(cls, owner_fqn: str) -> str:
+        """Return the name of the weight in files: the FQN of the parameter, or of the module for its ``weight``."""
+        return owner_fqn if cls.attribute == "weight" else f"{owner_fqn}.{cls.attribute}"
+
+    @classmethod
+    def parameter_names(cls) -> tuple[str, str]:
+        """Return the names under which the owner, which may have several such weights, holds Λ and Γ."""
+        prefix = "" if cls.attribute == "weight" else f"{cls.attribute}_"
+        return f"{prefix}randlora_lambda", f"{prefix}randlora_gamma"
+
+    @classmethod
+    def device_beside(cls, owner: nn.Module) -> torch.device:
+        """Return the device of Λ and Γ: the weight's device, or the CPU if accelerate offloads the weight."""
+        weight = cls.weight_of(owner)
+        assert weight is not None, "obstacles() asks for a weight"
+        return torch.device("cpu") if cls.is_offloaded(owner) else weight.device
+
+    @classmethod
+    def is_offloaded(cls, owner: nn.Module) -> bool:
+        """Whether accelerate offloads the weight and loads it for each forward."""
+        weight = cls.weight_of(owner)
+        return weight is not None and weight.is_meta and is_hooked(owner)
+
+    @classmethod
+    def with_updates(cls, weight: Tensor, updates: Sequence[Update], region: Region | None = None) -> Tensor:
+        """Return a weight of this kind plus some updates of it, added in float32 or wider and rounded once.
+
+        This is the arithmetic of merging, in memory and on disk.
+
+        Args:
+            weight: The weight, or the part of it within the region.
+            updates: The updates of the whole weight.
+            region: The part of the weight that is given, from `region_of`; ``None`` for all of it.
+        """
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        delta = cls.summed(updates, region, device=weight.device, dtype=dtype)
+        return folded(weight, cls.in_storage_layout(delta))
+
+    @classmethod
+    def part_with_updates(cls, own: Tensor, part: Part, shape: Shape, updates: Sequence[Update]) -> Tensor:
+        """Return a part of the weight plus that part of some updates, added as `with_updates` does.
+
+        Args:
+            own: The part, in the layout of the weight.
+            part: Which entries of each dimension of the weight it has.
+            shape: The shape of the whole weight, as stored.
+            updates: The updates, with all of Λ and Γ.
+        """
+        if not own.numel():
+            return own
+        return cls.with_updates(own, updates, cls.region_of(shape, part))
+
+    @classmethod
+    def summed(
+        cls, updates: Iterable[Update], region: Region | None, *, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the sum of some updates, `as_one_matrix`, or of their parts within a region, computed alone."""
+        parts = updates if region is None else [update.within(region) for update in updates]
+        return sum_updates(parts, (), device=device, dtype=dtype, as_one_matrix=cls.as_one_matrix)
+
+    @classmethod
+    def region_here(cls, weight: Tensor) -> Region:
+        """Return the part of the update for this process's part of a sharded weight."""
+        part = place_at(weight).part
+        assert part is not None, "it is sharded"
+        return cls.region_of(tuple(weight.shape), part)
+
+    @classmethod
+    def region_of(cls, shape: Shape, spans: Sequence[Spans]) -> Region:  # noqa: ARG003  # for convolutions
+        """Return the part of the update, `as_one_matrix`, for a part of the parameter.
+
+        Args:
+            shape: The shape of the whole parameter.
+            spans: The part, in each dimension.
+        """
+        *stack, rows, columns = spans
+        if cls.is_transposed:
+            rows, columns = columns, rows
+        return Region(rows, columns, stack[0] if stack else None)
+
+
+class MergeableWeight(StoredWeight):
+    """A weight of a module that updates can be merged into, reversibly or for good.
+
+    Attributes:
+        unmerged: The original weight while it is merged into.
+    """
+
+    unmerged: Kept | None = None
+
+    @abstractmethod
+    def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
+        """Return the updates of some adapters with all values of Λ and Γ; a collective if these are sharded."""
+
+    def merge_obstacle(self, owner: nn.Module, into: Into | None) -> str | None:  # noqa: ARG002  # for quantized layers
+        """Return why this weight cannot be merged into, as a phrase that follows its name, or ``None``.
+
+        If ``into`` is ``None``, the merged weight is only computed, and the owner does not change.
+        """
+        return None
+
+    def written_out(self, owner: nn.Module) -> Tensor:
+        """Return the owner's weight without any update, dequantized if it is quantized."""
+        weight = self.weight_of(owner)
+        assert weight is not None, "the caller asks for a weight"
+        return weight.detach()
+
+    @classmethod
+    def bias_of(cls, owner: nn.Module) -> Tensor | None:
+        """Return the bias that the owner adds to the product, if any."""
+        return owner._parameters.get("bias")
+
+    def compute_dtype(self, owner: nn.Module) -> torch.dtype | None:  # noqa: ARG002  # for quantized layers
+        """Return the dtype that the layer computes in, or ``None`` for the dtype of its input."""
+        return None
+
+    @torch.no_grad()
+    def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantized layers
+        """Return the weight plus the updates of some adapters, added in float32 or wider and rounded once.
+
+        If it is merged already, the updates are added to the original weight. For a sharded weight the result is the
+        part that this process holds. A collective if Λ and Γ are sharded.
+
+        Args:
+            owner: The adapted module, which is not changed.
+            weights: Adapter names and factors.
+            into: What a quantized layer becomes.
+        """
+        weight, place = self.weight_of(owner), place_of(owner, self.attribute)
+        assert weight is not None, "merge() asks for a weight"
+        updates, own = run_collectives([partial(self.whole_updates, owner, weights), place.read])
+        if self.unmerged is not None:  # then it is plain
+            own = self.unmerged.values.to(device=weight.device, dtype=weight.dtype)
+        part, shape = place.part, tuple(weight.shape)
+        return Merged(self.part_with_updates(own, part, shape, updates) if part else self.with_updates(own, updates))
+
+    def fold(self, owner: nn.Module, merged: Merged) -> None:
+        """Replace the owner's weight by a merged one and keep the original in `unmerged`."""
+        place = place_of(owner, self.attribute)
+        if self.unmerged is None:
+            self.unmerged = place.keep()  # before the values change, so that `unfold` can undo that
+        place.write(merged.weight)
+
+    def keep_merged(self, owner: nn.Module) -> None:
+        """Make a merge permanent: the original parameter, which an optimizer may hold, gets the merged values."""
+        assert self.unmerged is not None, "it was merged into"
+        (own, place), self.unmerged = self.unmerged, None
+        if place is None and not own.is_inference():  # whose data cannot be set: it would be of both modes
+            merged = self.weight_of(owner)
+            assert merged is not None, "it was merged into"
+            own.data = merged.data
+            owner._parameters[self.attribute] = own
+
+    def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
+        """Write the original weight into a state dict that has the merged one, on its device and in its dtype."""
+        weight = self.weight_of(owner)
+        assert weight is not None, "it was merged into"
+        assert self.unmerged is not None, "it was merged into"
+        if (own := self.unmerged.stored(place_of(owner, self.attribute))) is not None:
+            destination[f"{prefix}{self.attribute}"] = own.detach().to(device=weight.device, dtype=weight.dtype)
+
+    @torch.inference_mode(mode=False)  # the weight must not be an inference tensor
+    def unfold(self, owner: nn.Module) -> None:
+        """Restore the original weight bit for bit, on the device and in the dtype that the owner has now."""
+        if self.unmerged is not None:
+            self.unmerged.put_back(place_of(owner, self.attribute))
+            self.unmerged = None
+
+
+class Split(ABC):
+    """A weight of which this process has a part, with the tensors that its layer computes with."""
+
+    @abstractmethod
+    def product(self, update: Update, x: Tensor, compute: Compute) -> Tensor:
+        """Return the product of an input, ``(..., in_features)``, with an update, split as the layer's output."""
+
+    @abstractmethod
+    def rows(self, updates: Sequence[Update], ids: Tensor, padding_idx: int | None) -> Tensor:
+        """Return rows of a table with updates, split as the layer's lookup. The padding row gets no gradient."""
+
+    @abstractmethod
+    def value(self, updates: Sequence[Update]) -> Tensor:
+        """Return the weight with updates, split as it is."""
+
+
+class Piece(Protocol):
+    """The part of a weight on this process, while the layer computes with this part as with a plain tensor."""
+
+    def part(self, update: Update) -> Update:
+        """Return the part of an update for this process, with Λ and Γ whose gradients are summed over processes."""
+
+
+class Splitter:
+    """A way of splitting weights over processes. Register a subclass with `register_splitter`."""
+
+    def split(self, layer: type[StoredWeight], weight: Tensor) -> Split | None:  # noqa: ARG002
+        """Return how to compute with a split weight of a kind of layer, or ``None``; see `split_of`."""
+        return None
+
+    def obstacle(self, owner: nn.Module, weight: Tensor, *, is_quantized: bool) -> str | None:  # noqa: ARG002
+        """Return why a split weight cannot be adapted, as a phrase after its name, or ``None``."""
+        return None
+
+    def adopt(self, owner: nn.Module, layer: Any, held_as: str) -> bool:  # noqa: ARG002
+        """Have an adapter layer computed within a forward that was set on its owner, if this splitter set it."""
+        return False
+
+
+SPLITTERS: list[Splitter] = []
+
+
+def register_splitter(kind: type[Splitter]) -> type[Splitter]:
+    """Add a splitter; a decorator of its class."""
+    SPLITTERS.append(kind())
+    return kind
+
+
+def split_of(layer: type[StoredWeight], weight: Tensor) -> Split | None:
+    """Return how to compute with a weight that is split over processes, or ``None`` if it is not split."""
+    for each in SPLITTERS:  # torch 2.6 does not compile next() with a default
+        if (found := each.split(layer, weight)) is not None:
+            return found
+    return None
+
+
+def split_obstacle(owner: nn.Module, weight: Tensor, *, is_quantized: bool) -> str | None:
+    """Return why a weight that is split over processes cannot be adapted, as a phrase after its name, or ``None``."""
+    reasons = (each.obstacle(owner, weight, is_quantized=is_quantized) for each in SPLITTERS)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def adopted(owner: nn.Module, layer: Any, held_as: str) -> bool:
+    """Whether an adapter layer is now computed within a forward that a splitter of its weight set on its owner."""
+    return any(each.adopt(owner, layer, held_as) for each in SPLITTERS)
