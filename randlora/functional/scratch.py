@@ -15,7 +15,7 @@ from torch import Tensor
 from randlora.modes import may_be_kept
 
 # Private, but the only way to ask, and what torch's own `Function.apply` asks. Without it everything runs as under a
-# transform, which is correct but slower; tests/test_functional_transforms.py fails if torch renames it.
+# transform, which is correct but slower; tests/test_functional.py fails if torch renames it.
 is_in_transform: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 """Whether a `torch.func` transform is active."""
 
