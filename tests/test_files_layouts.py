@@ -1,7 +1,7 @@
 """A LoRA in the files of other programs: each gets the update that was measured, by its own rules for names and ranks.
 
 diffusers and PEFT are the real ones. vLLM, SGLang, llama.cpp and mlx-lm are not installed with the tests; what they do
-with names, ranks and scalings is written down here, and the test of mlx-lm runs where it is.
+with names, ranks and scalings is written down here.
 """
 
 import json
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -19,36 +18,27 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import randlora
-from randlora.checkpoint.peft_config import CONFIG_FILE
-from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import CheckpointError, ConfigError
-from randlora.files.convert import ConversionReport
+from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, read_fields
 from tests.diffusion_models import flux, noise, patches, unet
-from tests.directories import base_directory, our_directory
+from tests.directories import our_directory
 from tests.kit import fill, same_bits
 from tests.model_directories import contents
-from tests.models import BERT, GPT2, LLAMA, RealModel, outputs, reproducible
+from tests.models import BERT, GPT2, LLAMA, RealModel, reproducible
 from tests.peer import PREFIX, THEIR_WARNINGS, assert_same_effect, in_peft
 
 pytestmark = THEIR_WARNINGS
 
 FULL = 1e-5  # a tolerance that only a full rank is within
+both_kinds = pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
 
 
-def fields_of(directory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((directory / CONFIG_FILE).read_text())
-    return found
-
-
-def updates(model: nn.Module) -> dict[str, Tensor]:
-    """Compute the updates of a model's adapter in float64."""
-    return {fqn: randlora.delta_weight(model, fqn).detach().double() for fqn in randlora.adapters(model)[0].targets}
-
-
-def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], within: float = FULL) -> None:
-    assert found.keys() == expected.keys()
-    for fqn, update in expected.items():
-        assert torch.linalg.norm(found[fqn] - update) <= within * torch.linalg.norm(update), fqn
+def assert_updates(found: dict[str, Tensor], model: nn.Module) -> None:
+    """Compare with the updates of a model's adapter, in float64."""
+    assert found.keys() == {*randlora.adapters(model)[0].targets}
+    for fqn, each in found.items():
+        update = randlora.delta_weight(model, fqn).detach().double()
+        assert torch.linalg.norm(each - update) <= FULL * torch.linalg.norm(update), fqn
 
 
 # --- what other programs make of PEFT's layout -----------------------------------------------------------------------
@@ -56,17 +46,15 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], within: f
 
 def pairs(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Return B and A of every layer, by its name; any tensor of another name is an error, as to all of the servers."""
-    tensors = load_file(directory / TENSORS_FILE)
-    rule = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight")
-    names = {key: match.groups() for key in tensors if (match := rule.fullmatch(key))}
-    assert names.keys() == tensors.keys()
-    by_name = {found: tensors[key].double() for key, found in names.items()}
-    return {fqn: (by_name[fqn, "B"], by_name[fqn, "A"]) for fqn, _ in names.values()}
+    tensors = {key: tensor.double() for key, tensor in load_file(directory / TENSORS_FILE).items()}
+    fqns = {key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in tensors}
+    assert tensors.keys() == {f"{PREFIX}{fqn}.lora_{part}.weight" for fqn in fqns for part in "AB"}
+    return {fqn: (tensors[f"{PREFIX}{fqn}.lora_B.weight"], tensors[f"{PREFIX}{fqn}.lora_A.weight"]) for fqn in fqns}
 
 
 def in_vllm(directory: Path) -> dict[str, Tensor]:
     """Scale every layer by one number, and pad its factors to the server's rank."""
-    fields = fields_of(directory)
+    fields = read_fields(directory)
     assert not fields["modules_to_save"]
     assert not fields["use_dora"]
     assert isinstance(fields["target_modules"], str | list)
@@ -77,83 +65,82 @@ def in_vllm(directory: Path) -> dict[str, Tensor]:
 
 def in_sglang(directory: Path) -> dict[str, Tensor]:
     """Copy factors into room for exactly r, and take names of modules from a list."""
-    fields = fields_of(directory)
+    fields = read_fields(directory)
     assert isinstance(fields["target_modules"], list)
-    for lora_B, lora_A in pairs(directory).values():
-        if (len(lora_A), lora_B.shape[1]) != (fields["r"], fields["r"]):
-            raise ValueError("shape mismatch")
+    if {len(lora_A) for _, lora_A in pairs(directory).values()} != {fields["r"]}:
+        raise ValueError("shape mismatch")
     return in_vllm(directory)
 
 
 def in_llama_cpp(directory: Path) -> dict[str, Tensor]:
     """Keep one alpha of the JSON, and divide it by the rank of each tensor."""
-    alpha = fields_of(directory)["lora_alpha"]
+    alpha = read_fields(directory)["lora_alpha"]
     return {fqn: alpha / lora_B.shape[1] * lora_B @ lora_A for fqn, (lora_B, lora_A) in pairs(directory).items()}
 
 
-SERVERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
-    "vllm": in_vllm,
-    "sglang": in_sglang,
-    "llama.cpp": in_llama_cpp,
-}
-
-
-@pytest.mark.parametrize("server", SERVERS.values(), ids=SERVERS)
-@pytest.mark.parametrize("options", [{"rank": 32, "tolerance": FULL}, {"tolerance": FULL, "same_rank": True}], ids=str)
-def test_every_server_of_one_rank_adds_the_update(
-    server: Callable[[Path], dict[str, Tensor]], options: dict[str, Any], tmp_path: Path
+def test_servers_of_one_rank_add_the_update_and_a_note_says_where_ranks_that_differ_are_none_for_them(
+    tmp_path: Path,
 ) -> None:
     source, model = our_directory(LLAMA, tmp_path)
-    randlora.files.convert(source, tmp_path / "lora", "lora", **options)
-    assert_near(server(tmp_path / "lora"), updates(model))
-
-
-def test_ranks_that_differ_are_for_peft_and_vllm_alone_and_a_note_says_so(tmp_path: Path) -> None:
-    source, model = our_directory(LLAMA, tmp_path)
-    report = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=FULL)
-    assert "SGLang does not, and llama.cpp would scale layers wrongly; same_rank=True" in report.notes[-1]
-    assert_near(in_vllm(tmp_path / "lora"), updates(model))
+    one = randlora.files.convert(source, tmp_path / "one", "lora", rank=32, tolerance=FULL)
+    assert one.notes == ()
+    padded = randlora.files.convert(source, tmp_path / "padded", "lora", tolerance=FULL, same_rank=True)
+    assert padded.notes[-1].endswith("padded with zeros to rank 32, which changes no update")
+    fields = read_fields(tmp_path / "padded")
+    assert (fields["r"], fields["lora_alpha"], fields["rank_pattern"], fields["alpha_pattern"]) == (32, 32, {}, {})
+    assert_same_effect(model, in_peft(LLAMA, tmp_path / "padded"), LLAMA)
+    for server in (in_vllm, in_sglang, in_llama_cpp):
+        for name in ("one", "padded"):
+            assert_updates(server(tmp_path / name), model)
+    mixed = randlora.files.convert(source, tmp_path / "mixed", "lora", tolerance=FULL)
+    assert mixed.layers == padded.layers
+    assert "SGLang does not, and llama.cpp would scale layers wrongly; same_rank=True" in mixed.notes[-1]
+    assert_updates(in_vllm(tmp_path / "mixed"), model)
     with pytest.raises(ValueError, match="shape mismatch"):
-        in_sglang(tmp_path / "lora")
+        in_sglang(tmp_path / "mixed")
     with pytest.raises(AssertionError):
-        assert_near(in_llama_cpp(tmp_path / "lora"), updates(model))
+        assert_updates(in_llama_cpp(tmp_path / "mixed"), model)
 
 
 def test_a_choice_of_layers_that_sglang_cannot_read_is_noted(tmp_path: Path) -> None:
-    source, _ = our_directory(LLAMA, tmp_path)
-    assert randlora.files.convert(source, tmp_path / "lora", "lora", rank=32).notes == ()
-    regex = LLAMA.build()
-    randlora.inject(regex, r=4, targets=r".*layers\.1\.mlp\.up_proj")
-    randlora.save(fill(regex), tmp_path / "regex")
+    model = LLAMA.build()
+    randlora.inject(model, r=4, targets=r".*layers\.1\.mlp\.up_proj")
+    randlora.save(fill(model), tmp_path / "regex")
     report = randlora.files.convert(tmp_path / "regex", tmp_path / "by_regex", "lora", rank=32)
-    assert fields_of(tmp_path / "by_regex")["target_modules"] == r"model\.layers\.1\.mlp\.up_proj"
+    assert read_fields(tmp_path / "by_regex")["target_modules"] == r"model\.layers\.1\.mlp\.up_proj"
     assert report.notes[0].endswith("SGLang reads only a list")
 
 
-def test_padding_to_one_rank_changes_nothing_in_peft(tmp_path: Path) -> None:
-    source, model = our_directory(LLAMA, tmp_path)
-    padded = randlora.files.convert(source, tmp_path / "one", "lora", tolerance=FULL, same_rank=True)
-    mixed = randlora.files.convert(source, tmp_path / "mixed", "lora", tolerance=FULL)
-    assert padded.layers == mixed.layers
-    assert padded.notes[-1].endswith("padded with zeros to rank 32, which changes no update")
-    fields = fields_of(tmp_path / "one")
-    assert (fields["r"], fields["lora_alpha"], fields["rank_pattern"], fields["alpha_pattern"]) == (32, 32, {}, {})
-    assert_near(in_vllm(tmp_path / "one"), in_vllm(tmp_path / "mixed"), within=0)
-    assert_same_effect(model, in_peft(LLAMA, tmp_path / "one"), LLAMA)
+@both_kinds  # it has other names for GPT-2's layers
+def test_mlx_lm_adds_the_update(kind: RealModel, tmp_path: Path) -> None:
+    """It computes ``scale · a b``, transposed, of the layers that the configuration names; all have its one rank."""
+    source, model = our_directory(kind, tmp_path)
+    randlora.files.convert(source, tmp_path / "lora", "lora", format="mlx", tolerance=FULL)
+    assert contents(tmp_path / "lora").keys() == {CONFIG_FILE, "adapters.safetensors"}
+    fields, tensors = read_fields(tmp_path / "lora"), load_file(tmp_path / "lora" / "adapters.safetensors")
+    options = fields["lora_parameters"]
+    assert (fields["fine_tune_type"], options["dropout"]) == ("lora", 0.0)
+    assert tensors.keys() == {f"{fqn}.lora_{part}" for fqn in options["keys"] for part in "ab"}
+    found = {}
+    for fqn in options["keys"]:
+        a, b = (tensors[f"{fqn}.lora_{part}"].double() for part in "ab")
+        assert (a.shape[1], b.shape[0]) == (options["rank"], options["rank"])
+        found[fqn] = options["scale"] * (a @ b).T
+    assert_updates(found, model)
 
 
-# --- diffusers -------------------------------------------------------------------------------------------------------
+# --- diffusers and ComfyUI -------------------------------------------------------------------------------------------
 
 
-def pipeline(**parts: Any) -> Any:
+def pipeline(component: str, model: nn.Module) -> Any:
     """Build a pipeline of Stable Diffusion or of Flux around one of its models."""
     import diffusers
 
-    if "transformer" in parts:
+    if component == "transformer":
         others = ["scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
-        return diffusers.FluxPipeline(**dict.fromkeys(others), **parts)
+        return diffusers.FluxPipeline(**dict.fromkeys(others), transformer=model)
     others = ["vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"]
-    parts = dict.fromkeys(others) | {"unet": unet()} | parts
+    parts = dict.fromkeys(others) | {"unet": unet()} | {component: model}
     return diffusers.StableDiffusionPipeline(requires_safety_checker=False, **parts)
 
 
@@ -165,15 +152,22 @@ def clip() -> nn.Module:
     return reproducible(lambda: CLIPTextModel(config))
 
 
-def tokens() -> dict[str, Any]:
-    return {"input_ids": torch.arange(12).reshape(2, 6)}
-
-
-PARTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], Any]] = {
-    "unet": (unet, noise, None),
-    "transformer": (flux, patches, r".*\.to_q|proj_out|.*\.proj_mlp"),  # a `proj_out` within a block is not adapted
-    "text_encoder": (clip, tokens, None),
+PARTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], Any, str]] = {
+    "unet": (unet, noise, None, r"lora_unet_(down|up|mid)_block[s_]\w+_to_\w+\.diff"),
+    "transformer": (  # of whose `proj_out` those within a block are not adapted
+        flux,
+        patches,
+        r".*\.to_q|proj_out|.*\.proj_mlp",
+        r"transformer\.[\w.]+\.diff",
+    ),
+    "text_encoder": (
+        clip,
+        lambda: {"input_ids": torch.arange(12).reshape(2, 6)},
+        None,
+        r"text_encoder\.text_model\.encoder\.layers\.\d\.self_attn\.[qv]_proj\.diff",
+    ),
 }
+every_part = pytest.mark.parametrize("component", PARTS)
 
 
 def output(model: nn.Module, inputs: Callable[[], dict[str, Any]]) -> Tensor:
@@ -184,153 +178,67 @@ def output(model: nn.Module, inputs: Callable[[], dict[str, Any]]) -> Tensor:
 
 
 def saved(component: str, parent: Path) -> tuple[Path, nn.Module]:
-    build, _, targets = PARTS[component]
+    build, _, targets, _ = PARTS[component]
     model = build().eval()
     randlora.inject(model, r=4, alpha=8, targets=targets)
-    fill(model)
-    randlora.save(model, parent / "ours")
+    randlora.save(fill(model), parent / "ours")
     return parent / "ours", model
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("component", PARTS)
-def test_a_pipeline_loads_the_update_without_a_prefix_stripped_by_hand(component: str, tmp_path: Path) -> None:
-    build, inputs, _ = PARTS[component]
+@every_part
+def test_a_pipeline_of_diffusers_loads_the_update_without_a_prefix_stripped_by_hand(
+    component: str, tmp_path: Path
+) -> None:
+    build, inputs, *_ = PARTS[component]
     source, model = saved(component, tmp_path)
     report = randlora.files.convert(source, tmp_path / "lora", "lora", format="diffusers", tolerance=FULL)
-    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == ["pytorch_lora_weights.safetensors"]
+    (file,) = (tmp_path / "lora").iterdir()
+    assert file.name == "pytorch_lora_weights.safetensors"
     assert report.notes[0].startswith(f"for {component!r} of a pipeline")
     assert len({layer.rank for layer in report.layers}) > 1
-    pipe = pipeline(**{component: build().eval()})
+    pipe = pipeline(component, build().eval())
     pipe.load_lora_weights(tmp_path / "lora")
     served = getattr(pipe, component)
     expected, base = output(model, inputs), output(build().eval(), inputs)
     assert (output(served, inputs) - expected).abs().max() < 1e-4 * (expected - base).abs().max()
     adapted = {name.split(".lora_A")[0] for name, _ in served.named_parameters() if ".lora_A" in name}
     assert adapted == {layer.fqn for layer in report.layers}
+    with safe_open(file, "pt") as opened:  # versions that read no metadata get the same scaling
+        packed = json.loads(opened.metadata()["lora_adapter_metadata"])
+    config = LoraConfig(**{name.removeprefix(f"{component}."): value for name, value in packed.items()})
+    assert {each.shape[1] for key, each in load_file(file).items() if "lora_B" in key} == {config.r}
+    assert config.lora_alpha == config.r
 
 
-@pytest.mark.medium
-def test_a_model_alone_loads_it_with_the_name_of_its_part(tmp_path: Path) -> None:
-    source, model = saved("unet", tmp_path)
-    randlora.files.convert(source, tmp_path / "lora", "lora", format="diffusers", tolerance=FULL)
-    alone: Any = unet().eval()
-    alone.load_lora_adapter(tmp_path / "lora", prefix="unet", use_safetensors=True)
-    torch.testing.assert_close(output(alone, noise), output(model, noise), rtol=1e-4, atol=1e-5)
-
-
-def test_versions_of_diffusers_that_read_no_metadata_get_the_same_scaling(tmp_path: Path) -> None:
-    source, _ = saved("transformer", tmp_path)
-    randlora.files.convert(source, tmp_path / "lora", "lora", format="diffusers", tolerance=FULL)
-    path = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
-    tensors = load_file(path)
-    ranks = {tensor.shape[1] for key, tensor in tensors.items() if "lora_B" in key}
-    with safe_open(path, "pt") as file:
-        packed = json.loads(file.metadata()["lora_adapter_metadata"])
-    config = LoraConfig(**{name.removeprefix("transformer."): value for name, value in packed.items()})
-    assert ranks == {config.r} == {config.lora_alpha}
-
-
-def test_another_part_of_a_pipeline_can_be_named(tmp_path: Path) -> None:
-    source, _ = saved("text_encoder", tmp_path)
-    options: dict[str, Any] = {"format": "diffusers", "rank": 16, "component": "text_encoder_2"}
-    randlora.files.convert(source, tmp_path / "lora", "lora", **options)
-    keys = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
-    assert all(key.startswith("text_encoder_2.encoder.layers.") for key in keys)
-
-
-# --- mlx-lm ----------------------------------------------------------------------------------------------------------
-
-
-def in_mlx(directory: Path) -> dict[str, Tensor]:
-    """Compute ``scale · a b``, transposed, of the layers that the configuration names; all have its one rank."""
-    found = fields_of(directory)
-    options = found["lora_parameters"]
-    assert (found["fine_tune_type"], options["dropout"]) == ("lora", 0.0)
-    tensors = load_file(directory / "adapters.safetensors")
-    assert tensors.keys() == {f"{fqn}.lora_{part}" for fqn in options["keys"] for part in "ab"}
-    result = {}
-    for fqn in options["keys"]:
-        a, b = (tensors[f"{fqn}.lora_{part}"].double() for part in "ab")
-        assert (a.shape[1], b.shape[0]) == (options["rank"], options["rank"])
-        result[fqn] = options["scale"] * (a @ b).T
-    return result
-
-
-@pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)  # it has other names for GPT-2's layers
-def test_mlx_lm_adds_the_update(kind: RealModel, tmp_path: Path) -> None:
-    source, model = our_directory(kind, tmp_path)
-    report = randlora.files.convert(source, tmp_path / "lora", "lora", format="mlx", tolerance=FULL)
-    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == [CONFIG_FILE, "adapters.safetensors"]
-    assert_near(in_mlx(tmp_path / "lora"), updates(model))
-    assert len(report.layers) == len(in_mlx(tmp_path / "lora"))
-
-
-@pytest.mark.slow
-def test_the_real_mlx_lm_computes_what_the_adapter_does(tmp_path: Path) -> None:
-    mx = pytest.importorskip("mlx.core")
-    tuner, loading = pytest.importorskip("mlx_lm.tuner.utils"), pytest.importorskip("mlx_lm.utils")
-    source, model = our_directory(LLAMA, tmp_path)
-    randlora.files.convert(source, tmp_path / "lora", "lora", format="mlx", tolerance=FULL)
-    theirs, _ = loading.load_model(base_directory(LLAMA, tmp_path))
-    tuner.load_adapters(theirs, str(tmp_path / "lora"))
-    ids = LLAMA.inputs()["input_ids"]
-    merged = randlora.files.merge(source, tmp_path / "merged", base=tmp_path / "base").out
-    for each in (theirs, loading.load_model(merged)[0]):
-        found = torch.from_numpy(np.array(each(mx.array(ids.numpy()))))
-        torch.testing.assert_close(found, outputs(model, {"input_ids": ids}), rtol=1e-4, atol=1e-5)
-
-
-# --- ComfyUI ---------------------------------------------------------------------------------------------------------
-
-KEYS = {
-    "unet": r"lora_unet_(down|up|mid)_block[s_]\w+_to_\w+\.diff",
-    "transformer": r"transformer\.[\w.]+\.diff",
-    "text_encoder": r"text_encoder\.text_model\.encoder\.layers\.\d\.self_attn\.[qv]_proj\.diff",
-}
-
-
-@pytest.mark.parametrize("component", PARTS)
+@every_part
 def test_full_updates_are_exact_under_keys_that_comfyui_knows(component: str, tmp_path: Path) -> None:
     source, model = saved(component, tmp_path)
     told: list[tuple[int, int, str]] = []
     report = randlora.files.convert(source, tmp_path / "diff", "diff", progress=lambda *news: told.append(news))
-    tensors = load_file(tmp_path / "diff" / "diff.safetensors")
+    tensors, targets = load_file(tmp_path / "diff" / "diff.safetensors"), randlora.adapters(model)[0].targets
     assert report.relative_error == 0
-    assert all(re.fullmatch(KEYS[component], key) for key in tensors)
-    targets = randlora.adapters(model)[0].targets
-    expected = {fqn: randlora.delta_weight(model, fqn).detach() for fqn in targets}
-    found = {key.removesuffix(".diff").replace(".", "_"): tensor for key, tensor in tensors.items()}
-    assert len(found) == len(targets)
-    for fqn, update in expected.items():
-        (tensor,) = (found[key] for key in found if key.endswith(f"_{fqn.replace('.', '_')}") and _is_whole(key, fqn))
-        assert same_bits(tensor, update), fqn
+    assert all(re.fullmatch(PARTS[component][-1], key) for key in tensors)
     assert [done for done, _, _ in told] == [*range(len(targets)), len(targets)]
-
-
-def _is_whole(key: str, fqn: str) -> bool:
     beginnings = ("lora_unet_", "transformer_", "text_encoder_text_model_")
-    return key in {f"{beginning}{fqn.replace('.', '_')}" for beginning in beginnings}
+    plain = {key.removesuffix(".diff").replace(".", "_"): tensor for key, tensor in tensors.items()}
+    assert len(plain) == len(targets)
+    for fqn in targets:
+        (tensor,) = (plain[key] for key in plain if key in {f"{each}{fqn.replace('.', '_')}" for each in beginnings})
+        assert same_bits(tensor, randlora.delta_weight(model, fqn).detach()), fqn
 
 
-@pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
-def test_a_full_update_has_the_layout_of_the_weight_that_it_is_added_to(kind: RealModel, tmp_path: Path) -> None:
+@both_kinds
+def test_a_full_update_has_a_generic_key_and_the_layout_of_its_weight(kind: RealModel, tmp_path: Path) -> None:
     source, model = our_directory(kind, tmp_path)
-    randlora.files.convert(source, tmp_path / "diff", "diff")
-    before, targets = kind.build().state_dict(), randlora.adapters(model)[0].targets
+    report = randlora.files.convert(source, tmp_path / "diff", "diff")
+    assert "for 'diffusion_model'" in report.notes[-1]
+    before, diff = kind.build().state_dict(), load_file(tmp_path / "diff" / "diff.safetensors")
+    targets = randlora.adapters(model)[0].targets
     randlora.merge(model)
     for fqn in targets:
-        diff = load_file(tmp_path / "diff" / "diff.safetensors")[f"diffusion_model.{fqn}.diff"]
-        torch.testing.assert_close(before[f"{fqn}.weight"] + diff, model.get_parameter(f"{fqn}.weight").data)
-
-
-def test_names_that_authors_gave_have_the_generic_key(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"double_blocks": nn.ModuleList([nn.ModuleDict({"qkv": nn.Linear(8, 24)})])})
-    randlora.inject(model, r=4)
-    randlora.save(model, tmp_path / "ours")
-    report = randlora.files.convert(tmp_path / "ours", tmp_path / "diff", "diff")
-    assert load_file(tmp_path / "diff" / "diff.safetensors").keys() == {"diffusion_model.double_blocks.0.qkv.diff"}
-    assert "for 'diffusion_model'" in report.notes[-1]
+        found = before[f"{fqn}.weight"] + diff[f"diffusion_model.{fqn}.diff"]
+        torch.testing.assert_close(found, model.get_parameter(f"{fqn}.weight").data)
 
 
 # --- what is refused, before anything is written ---------------------------------------------------------------------
@@ -338,15 +246,15 @@ def test_names_that_authors_gave_have_the_generic_key(tmp_path: Path) -> None:
 
 def refused(parent: Path, message: str, **options: Any) -> None:
     """Assert that a conversion is an error, and that nothing is written."""
+    before = contents(parent)
     with pytest.raises((ConfigError, CheckpointError), match=message):
         randlora.files.convert(parent / "ours", parent / "out", **options)
-    assert not (parent / "out").exists()
+    assert contents(parent) == before
 
 
 WRONG: dict[str, dict[str, Any]] = {
     "format= and same_rank= are for to=\"lora\", not 'peft'": {"to": "peft", "format": "peft"},
     "format= and same_rank= are for to=\"lora\", not 'diff'": {"to": "diff", "same_rank": True},
-    "rank= and tolerance= are for to=\"lora\": 'diff' is exact": {"to": "diff", "rank": 3},
     "rank= and tolerance= are for to=\"lora\": 'peft' is exact": {"rank": 4},
     'component= is for to="diff", and': {"to": "lora", "component": "unet"},
     'component="diffusion_model" is for to="diff"': {
@@ -362,62 +270,36 @@ WRONG: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("message", "options"), WRONG.items(), ids=WRONG)
-def test_options_that_mean_nothing_are_errors(message: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_options_that_mean_nothing_are_errors(tmp_path: Path) -> None:
     our_directory(LLAMA, tmp_path)
-    refused(tmp_path, message, **options)
+    for message, options in WRONG.items():
+        refused(tmp_path, message, **options)
 
 
-ALONE: dict[str, dict[str, Any]] = {
-    "diffusers": {"to": "lora", "format": "diffusers"},
-    "mlx": {"to": "lora", "format": "mlx"},
-    "diff": {"to": "diff"},
-}
-updates_alone = pytest.mark.parametrize("options", ALONE.values(), ids=ALONE)
-
-
-@updates_alone
-def test_parameters_trained_too_are_for_peft_alone(options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{"to": "lora", "format": "diffusers"}, {"to": "lora", "format": "mlx"}, {"to": "diff"}], ids=str
+)
+def test_what_files_of_updates_alone_have_no_place_for_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     model = BERT.build()
     randlora.inject(model, r=4, train_also=["classifier"])
     randlora.save(model, tmp_path / "ours")
-    refused(
-        tmp_path, r"holds only updates, but the adapter has trained classifier\.bias, classifier\.weight", **options
-    )
-
-
-@updates_alone
-def test_layers_that_are_not_linear_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8))
-    randlora.inject(model, r=4, targets="all")
-    randlora.save(model, tmp_path / "ours")
+    trained = r"holds only updates, but the adapter has trained classifier\.bias, classifier\.weight"
+    refused(tmp_path, trained, **options)
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8))
+    randlora.inject(convolution, r=4, targets="all")
+    randlora.save(convolution, tmp_path / "ours")
     refused(tmp_path, "0 is of kind convolution, and only linear layers", **options)
+    source, _ = our_directory(LLAMA, tmp_path)
+    first, second = (randlora.files.convert(source, tmp_path / "again", overwrite=True, **options) for _ in range(2))
+    assert first == second
+    assert first.nbytes == sum(path.stat().st_size for path in (tmp_path / "again").iterdir())
+    randlora.files.convert(source, tmp_path / "out", "peft")
+    refused(tmp_path, "holds files of a different format, such as adapter_model", overwrite=True, **options)
 
 
 def test_two_names_that_comfyui_does_not_tell_apart_are_refused(tmp_path: Path) -> None:
-    model = nn.ModuleDict({
-        "down_blocks": nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
-    })
+    blocks = nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
+    model = nn.ModuleDict({"down_blocks": blocks})
     randlora.inject(model, r=2)
     randlora.save(model, tmp_path / "ours")
     refused(tmp_path, r"two layers would have the key lora_unet_down_blocks_a_b\.diff", to="diff")
-
-
-@updates_alone
-def test_files_of_another_format_are_not_left_beside_the_new_ones(options: dict[str, Any], tmp_path: Path) -> None:
-    our_directory(LLAMA, tmp_path)
-    randlora.files.convert(tmp_path / "ours", tmp_path / "out", "peft")
-    before = contents(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="holds files of a different format, such as adapter_model"):
-        randlora.files.convert(tmp_path / "ours", tmp_path / "out", overwrite=True, **options)
-    assert contents(tmp_path / "out") == before
-
-
-@updates_alone
-def test_files_of_the_same_format_are_replaced(options: dict[str, Any], tmp_path: Path) -> None:
-    our_directory(LLAMA, tmp_path)
-    reports: list[ConversionReport] = [
-        randlora.files.convert(tmp_path / "ours", tmp_path / "out", overwrite=True, **options) for _ in range(2)
-    ]
-    assert reports[0] == reports[1]
-    assert reports[0].nbytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
