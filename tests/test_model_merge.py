@@ -1,32 +1,30 @@
-"""Law 3: a merged layer is the adapted one, and unmerging gives every bit back."""
+"""Law 3: a merged layer is the adapted one, and unmerging gives every bit back, in any order of several adapters."""
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import randlora
 from randlora.errors import AdapterError, MergeError
-from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
-from tests.laws import (
-    TOKENS,
-    TOLERANCES,
-    Mixed,
-    adapted_names,
-    assert_close,
-    update_of,
+from tests.kit import Bits, adapter_values, all_bits, assert_unchanged, fill, same_bits, snapshot, untouched
+from tests.laws import TOKENS, TOLERANCES, Mixed, adapted_names, assert_close, update_of
+from tests.layer_kinds import (
+    LayerKind,
+    every_dense_kind_and_dtype,
+    every_mergeable_kind,
+    every_mergeable_kind_and_dtype,
 )
-from tests.layer_kinds import LAYER_KINDS, LayerKind, every_dense_kind_and_dtype, every_mergeable_kind_and_dtype
-from tests.strategies import KINDS_AND_STREAMS
-
-shapes = st.tuples(st.integers(2, 15), st.integers(2, 15))
+from tests.read_kinds import ReadKind, every_read_kind
 
 
 def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, r: int = 3) -> nn.Sequential:
@@ -34,6 +32,12 @@ def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, r: in
     randlora.inject(model, r=r, alpha=r, stream="portable")
     fill(model)
     return model
+
+
+def mixed(dtype: torch.dtype = torch.float32, **options: Any) -> Mixed:
+    model = Mixed(dtype)
+    randlora.inject(model, r=4, **options)
+    return fill(model)
 
 
 def assert_within_a_step(kind: LayerKind, model: nn.Sequential, x: Tensor, expected: Tensor) -> None:
@@ -46,14 +50,19 @@ def assert_within_a_step(kind: LayerKind, model: nn.Sequential, x: Tensor, expec
 
 
 @every_mergeable_kind_and_dtype
-@given(shape=shapes, r=st.integers(1, 6))
-def test_a_merged_layer_computes_what_the_adapted_one_does(
+@settings(max_examples=8)
+@given(shape=st.tuples(st.integers(2, 15), st.integers(2, 15)), r=st.integers(1, 6))
+def test_a_merged_layer_computes_what_the_adapted_one_does_and_unmerging_restores_every_bit(
     kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int
 ) -> None:
     model = one_layer(kind, shape, dtype, r)
-    x = torch.randn(5, shape[0]).to(dtype)
+    before, layer, x = snapshot(model), model[0], torch.randn(5, shape[0]).to(dtype)
     expected = model(x)
-    layer = model[0]
+    for _ in range(2):
+        with randlora.merged(model):
+            assert_within_a_step(kind, model, x, expected)
+        assert_unchanged(model, before)
+        assert same_bits(model(x), expected)
     randlora.merge(model)
     assert model[0] is layer
     assert adapted_names(model) == set()
@@ -61,46 +70,20 @@ def test_a_merged_layer_computes_what_the_adapted_one_does(
 
 
 @every_dense_kind_and_dtype
-def test_a_merged_weight_is_the_exact_sum_rounded_once(kind: LayerKind, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_cast", [False, True])
+def test_a_merged_weight_is_the_exact_sum_rounded_once(kind: LayerKind, dtype: torch.dtype, is_cast: bool) -> None:
     model = one_layer(kind, (9, 14), dtype)
-    layer = model[0]
     wide = torch.promote_types(dtype, torch.float32)
-    expected = (kind.weight(layer).to(wide) + update_of(layer)).to(dtype)
-    randlora.merge(model)
+    expected = (kind.weight(model[0]).to(wide) + update_of(model[0])).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+        randlora.merge(model)
     assert same_bits(kind.weight(model[0]), expected)
-
-
-@every_mergeable_kind_and_dtype
-@given(shape=shapes)
-def test_unmerging_restores_every_bit(kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    model = one_layer(kind, shape, dtype)
-    before, x = snapshot(model), torch.randn(5, shape[0]).to(dtype)
-    expected = model(x)
-    for _ in range(3):
-        with randlora.merged(model):
-            assert_within_a_step(kind, model, x, expected)
-        assert_unchanged(model, before)
-        assert same_bits(model(x), expected)
-
-
-@pytest.mark.parametrize(("basis", "stream"), KINDS_AND_STREAMS)
-def test_every_kind_of_basis_merges(basis: str, stream: str) -> None:
-    model = Mixed(torch.float64)
-    randlora.inject(model, r=4, basis=basis, stream=stream)  # type: ignore[arg-type]
-    fill(model)
-    expected = model(TOKENS)
-    report = randlora.merge(model)
-    assert report.targets == ("q", "up", "down")
-    assert adapted_names(model) == set()
-    assert_close(model(TOKENS), expected, torch.float64)
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.get_parameter("0.weight").is_contiguous()
 
 
 def test_several_adapters_are_summed_before_the_one_rounding() -> None:
-    model = Mixed(torch.bfloat16)
-    randlora.inject(model, r=4)
+    model = mixed(torch.bfloat16)
     randlora.inject(model, r=4, name="b", targets=["q"])
-    fill(model)
     fill(model, "b", seed=1)
     randlora.activate(model, {"default": 0.7, "b": -0.3})
     delta = 0.7 * randlora.delta_weight(model, "q", name="default") - 0.3 * randlora.delta_weight(model, "q", name="b")
@@ -112,6 +95,7 @@ def test_several_adapters_are_summed_before_the_one_rounding() -> None:
 
 def test_merged_nests_and_leaves_the_state_it_found() -> None:
     model = Mixed()
+    before = snapshot(model)
     randlora.inject(model, r=4)
     fill(model)
     with randlora.merged(model) as outer:
@@ -122,95 +106,112 @@ def test_merged_nests_and_leaves_the_state_it_found() -> None:
     report = randlora.merge(model, reversible=True)
     with randlora.merged(model) as inner:
         assert inner is report
-    assert randlora.unmerge(model) == ("q", "up", "down")
+    assert randlora.unmerge(model) == report.targets == ("q", "up", "down")
+    with randlora.merged(model):
+        randlora.eject(model)
+    assert_unchanged(model, before)
 
 
-def test_weights_merged_in_inference_mode_can_be_trained_later() -> None:
-    model = Mixed()
-    randlora.inject(model, r=4)
+def test_what_is_merged_or_unmerged_in_inference_mode_can_be_trained_later() -> None:
+    model, other = mixed(), mixed()
+    randlora.merge(other, reversible=True)
+    other.double()
     with torch.inference_mode():
         randlora.merge(model)
-    model(TOKENS).sum().backward()
-    assert model.q.weight.grad is not None
+        randlora.unmerge(other)
+    other.embed.requires_grad_()
+    for each in (model, other):
+        each(TOKENS).sum().backward()
+        assert each.embed.weight.grad is not None
+    assert all(parameter.grad is not None for parameter in model.parameters())  # trained as before the adapter
 
 
-def _poison(model: Mixed, value: float) -> None:
-    with torch.no_grad():
-        model.get_parameter("down.randlora_lambda.default").fill_(value)
-
-
-@pytest.mark.parametrize("reversible", [True, False])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_merge_that_would_not_be_finite_changes_nothing(reversible: bool, value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(float("nan"), torch.float32), (float("inf"), torch.float32), (1e6, torch.float16)]
+)
+def test_a_merge_that_would_not_be_finite_changes_nothing(value: float, dtype: torch.dtype) -> None:
     """PEFT's safe_merge leaves the layers before the bad one merged."""
-    model = Mixed()
-    randlora.inject(model, r=4)
-    fill(model)
-    _poison(model, value)
-    with untouched(model), pytest.raises(MergeError, match="merged weight of down would not be finite"):
-        randlora.merge(model, reversible=reversible)
+    model = mixed(dtype)
+    model.get_parameter("down.randlora_lambda.default").data.fill_(value)
+    for reversible in (False, True):
+        with untouched(model), pytest.raises(MergeError, match=f"weight of down would not be finite in {dtype}"):
+            randlora.merge(model, reversible=reversible)
 
 
-def test_an_overflow_of_half_precision_is_refused() -> None:
-    model = Mixed(torch.float16)
-    randlora.inject(model, r=4)
-    _poison(model, 1e6)
-    with untouched(model), pytest.raises(MergeError, match=r"would not be finite in torch\.float16"):
-        randlora.merge(model)
+def _tie(model: Any) -> None:
+    model.norm.weight = nn.Parameter(model.q.weight.data)
 
 
 def _two(model: nn.Module) -> None:
     randlora.inject(model, r=4, name="b", targets=["q"])
 
 
-def _disable(model: nn.Module) -> None:
-    with randlora.disabled(model):
-        pass
+def _in(block: Any, verb: Callable[[nn.Module], object] = lambda _: None) -> Callable[[nn.Module], None]:
+    def call(model: nn.Module) -> None:
+        with block(model):
+            verb(model)
+
+    return call
 
 
-@pytest.mark.parametrize(
-    ("prepare", "message"),
-    [
-        (_two, "b would be lost: save and remove inactive adapters"),
-        (lambda model: randlora.activate(model, []), "no adapter is active: activate one of default"),
-        (lambda model: randlora.merge(model, reversible=True), r"merged already: call randlora\.unmerge"),
-        (lambda model: model.to("meta"), "3 problems"),
-    ],
-)
-def test_a_merge_that_would_lose_something_is_refused(prepare: Callable[[nn.Module], object], message: str) -> None:
-    model = Mixed()
-    randlora.inject(model, r=4)
+def _nothing(_: nn.Module) -> None:
+    pass
+
+
+def _reversibly(model: nn.Module, adapters: Any = None) -> None:
+    randlora.merge(model, adapters=adapters, reversible=True)
+
+
+def _beside(model: nn.Module) -> None:
+    randlora.inject(model, r=4, name="b")
+    randlora.inject(model, r=4, name="idle")
+    randlora.activate(model, ["default", "b"])
+
+
+def _partly(model: nn.Module) -> None:
+    _beside(model)
+    _reversibly(model, "b")
+
+
+_routed = lambda model: randlora.serving.routed(model, ["default"])  # noqa: E731
+WHILE_MERGED = r"while the adapters are merged: call randlora\.unmerge"
+REFUSED: list[tuple[Callable[[nn.Module], object], Callable[[nn.Module], object], type[Exception], str]] = [
+    (_two, randlora.merge, MergeError, "b would be lost: save and remove inactive adapters"),
+    (lambda model: randlora.activate(model, []), randlora.merge, MergeError, "active: activate one of default"),
+    (_reversibly, randlora.merge, MergeError, r"merged already: call randlora\.unmerge"),
+    (lambda model: model.to("meta"), randlora.merge, MergeError, "3 problems"),
+    (_tie, randlora.merge, MergeError, r"the weight of q is tied to norm\.weight"),
+    (_nothing, _in(randlora.disabled, randlora.merge), MergeError, r"outside of randlora\.disabled\(model\)"),
+    (_nothing, _in(_routed, randlora.merge), MergeError, r"merge outside of randlora\.serving\.routed"),
+    (_nothing, randlora.unmerge, MergeError, "the adapters are not merged"),
+    (_reversibly, lambda model: randlora.activate(model, {"default": 2.0}), AdapterError, WHILE_MERGED),
+    (_reversibly, lambda model: randlora.remove(model, "default"), AdapterError, WHILE_MERGED),
+    (_reversibly, _in(randlora.disabled), AdapterError, WHILE_MERGED),
+    (_reversibly, _two, AdapterError, WHILE_MERGED),
+    (randlora.merge, randlora.merge, AdapterError, "a merge that is not reversible removed it"),
+    (randlora.merge, randlora.unmerge, AdapterError, "a merge that is not reversible removed it"),
+    (_beside, partial(_reversibly, adapters="x"), MergeError, "no adapter named 'x'"),
+    (_beside, partial(_reversibly, adapters=[[]]), MergeError, r"no adapter named \[\]"),
+    (_beside, partial(_reversibly, adapters=3), MergeError, "no adapter named 3"),
+    (_beside, partial(_reversibly, adapters=[]), MergeError, "adapters is empty"),
+    (_beside, partial(_reversibly, adapters="idle"), MergeError, "'idle' is not active"),
+    (_beside, partial(randlora.merge, adapters="b"), MergeError, "default, idle would be lost: save and remove other"),
+    (_partly, partial(_reversibly, adapters=["default", "b"]), MergeError, "'b' is merged already"),
+    (_partly, lambda model: randlora.unmerge(model, ["default"]), MergeError, "'default' is not merged: b is"),
+    (_partly, lambda model: randlora.unmerge(model, [[]]), MergeError, r"\[\] is not merged: b is"),  # type: ignore[list-item]
+    (_partly, randlora.merged_tensors, MergeError, "default is active and not merged, as others are"),
+    (_partly, _in(randlora.disabled), AdapterError, "while the adapters are merged"),
+    (_partly, _in(_routed), AdapterError, "while the adapters are merged"),
+]
+
+
+@pytest.mark.parametrize(("prepare", "verb", "error", "message"), REFUSED)
+def test_what_would_lose_something_or_go_wrong_while_merged_is_refused(
+    prepare: Callable[[nn.Module], object], verb: Callable[[nn.Module], object], error: type[Exception], message: str
+) -> None:
+    model = mixed()
     prepare(model)
-    with untouched(model), pytest.raises(MergeError, match=message):
-        randlora.merge(model)
-
-
-def test_merging_while_disabled_and_unmerging_what_is_not_merged_are_refused() -> None:
-    model = Mixed()
-    randlora.inject(model, r=4)
-    with randlora.disabled(model), pytest.raises(MergeError, match=r"merge outside of randlora\.disabled\(model\)"):
-        randlora.merge(model)
-    rows = randlora.serving.routed(model, ["default"])
-    with rows, pytest.raises(MergeError, match=r"merge outside of randlora\.serving\.routed"):
-        randlora.merge(model)
-    with untouched(model), pytest.raises(MergeError, match="the adapters are not merged"):
-        randlora.unmerge(model)
-
-
-@pytest.mark.parametrize(
-    "verb",
-    [
-        lambda model: randlora.activate(model, {"default": 2.0}),
-        lambda model: randlora.remove(model, "default"),
-        _disable,
-        _two,
-    ],
-)
-def test_verbs_that_would_go_wrong_while_merged_are_refused(verb: Callable[[nn.Module], object]) -> None:
-    model = Mixed()
-    randlora.inject(model, r=4)
-    randlora.merge(model, reversible=True)
-    with untouched(model), pytest.raises(AdapterError, match=r"while the adapters are merged: call randlora\.unmerge"):
+    with untouched(model), pytest.raises(error, match=message):
         verb(model)
 
 
@@ -242,137 +243,213 @@ class Dataclass:
 @pytest.mark.parametrize(
     ("form", "loss_of"),
     [
-        (lambda out: out, lambda out: out),
         (lambda out: (out, None), lambda out: out[0]),
         (lambda out: {"loss": out.sum(), "states": [out]}, lambda out: out["states"][0]),
         (lambda out: CausalLMOutput(loss=out.sum(), logits=out), lambda out: out.loss),
         (lambda out: Named(1, out), lambda out: out.states),
         (lambda out: Dataclass(out), lambda out: out.states),  # noqa: PLW0108
     ],
-    ids=["tensor", "tuple", "dict", "output", "named tuple", "dataclass"],
+    ids=["tuple", "dict", "output", "named tuple", "dataclass"],
 )
 def test_a_backward_pass_while_merged_is_refused_and_gradients_of_inputs_are_right(form: Any, loss_of: Any) -> None:
     model = Wrapped(form)
     randlora.inject(model, r=4, targets=["q", "up", "down"], train_also=["norm"])
     fill(model)
-    x = TOKENS
     inner: Any = model.inner
-    expected = torch.autograd.grad(loss_of(model(x)).sum(), inner.norm.weight)[0]
-    plain = loss_of(model(x)).detach()
+
+    def gradient() -> tuple[Tensor, Tensor]:
+        out = loss_of(model(TOKENS))
+        return torch.autograd.grad(out.sum(), inner.norm.weight)[0], out.detach()
+
+    before = loss_of(model(TOKENS)).sum()  # a graph that was made before the merge
+    expected = torch.autograd.grad(before, inner.norm.weight, retain_graph=True)[0], loss_of(model(TOKENS)).detach()
     with randlora.merged(model):
-        out = model(x)
-        torch.testing.assert_close(loss_of(out).detach(), plain)
-        found = torch.autograd.grad(loss_of(out).sum(), inner.norm.weight)[0]
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradient(), expected)
+        assert torch.equal(torch.autograd.grad(before, inner.norm.weight)[0], expected[0])
         with pytest.raises(MergeError, match=r"would get no gradients: call randlora\.unmerge\(model\) first"):
-            loss_of(model(x)).sum().backward()
+            loss_of(model(TOKENS)).sum().backward()
         with torch.no_grad():
-            assert not loss_of(model(x)).requires_grad
+            assert not loss_of(model(TOKENS)).requires_grad
         copy.deepcopy(model)
         randlora.set_trainable(model, "default", trainable=False)
         inner.head.weight.requires_grad_()
-        loss_of(model(x)).sum().backward()  # no adapter is trained, and the rest is right
+        loss_of(model(TOKENS)).sum().backward()  # no adapter is trained, and the rest is right
         randlora.set_trainable(model, "default")
-    loss_of(model(x)).sum().backward()
+    loss_of(model(TOKENS)).sum().backward()
     assert all(each.grad is not None for each in randlora.trainable_parameters(model))
 
 
-def test_merging_twice_says_what_the_first_merge_did() -> None:
-    model = Mixed()
-    randlora.inject(model, r=4)
-    randlora.merge(model)
-    for verb in (randlora.merge, randlora.unmerge):
-        with pytest.raises(AdapterError, match="a merge that is not reversible removed it"):
-            verb(model)
-
-
-def test_a_merged_layer_is_as_contiguous_as_torch_likes_it() -> None:
-    model = nn.Sequential(nn.Linear(4, 8))
-    randlora.inject(model, r=2, targets="all-linear")
-    fill(model)
-    randlora.merge(model)
-    weight: Tensor = model[0].weight  # type: ignore[assignment]
-    assert weight.is_contiguous()
-
-
-def test_autocast_does_not_reach_into_a_merge() -> None:
-    weights = []
-    for enabled in (True, False):
-        torch.manual_seed(0)
-        model = one_layer(LAYER_KINDS[0], (9, 14), torch.float32)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            randlora.merge(model)
-        weights.append(model.get_parameter("0.weight"))
-    assert same_bits(*weights)
-
-
-def test_a_state_dict_saved_while_merged_counts_no_adapter_twice() -> None:
-    model, twin = Mixed(), Mixed()
-    for each in (model, twin):
-        randlora.inject(each, r=4)
-    fill(model)
+def test_a_state_dict_of_a_merged_model_counts_no_adapter_twice_and_follows_its_dtype() -> None:
+    model, twin = mixed(), Mixed()
+    randlora.inject(twin, r=4)
     with randlora.merged(model):
         saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert model.state_dict(keep_vars=True)["q.bias"] is model.q.bias
     twin.load_state_dict(saved)
     assert same_bits(twin(TOKENS), model(TOKENS))
+    randlora.merge(model, reversible=True)
+    assert {tensor.dtype for tensor in model.half().state_dict().values()} == {torch.float16}
 
 
-def test_ejecting_inside_merged_ends_well() -> None:
-    model = Mixed()
-    before = snapshot(model)
-    randlora.inject(model, r=4)
-    fill(model)
-    with randlora.merged(model):
-        randlora.eject(model)
+# Some of several adapters, while the others stay active on top
+
+FACTORS = {"a": 1.0, "b": -0.7, "c": 0.4}
+SUBSETS = [frozenset(subset) for size in range(4) for subset in itertools.combinations(FACTORS, size)]
+ORDERS = [*itertools.permutations(map(frozenset, FACTORS))]
+PATHS = [
+    [
+        *itertools.accumulate(merging, frozenset.union, initial=frozenset[str]()),
+        *itertools.accumulate(unmerging, frozenset.difference, initial=frozenset(FACTORS)),
+    ]
+    for merging, unmerging in itertools.product(ORDERS, ORDERS)
+]
+"""Which adapters are merged, step by step: one more at a time, then one fewer, in all orders."""
+
+
+def with_three(model: nn.Module, **options: Any) -> nn.Module:
+    for seed, name in enumerate(FACTORS):
+        randlora.inject(model, name=name, **{"r": 3, "alpha": 4 + seed, "stream": "portable", "seed": seed, **options})
+        fill(model, name, seed=seed)
+    randlora.activate(model, FACTORS)
+    return model
+
+
+def now_merged(model: nn.Module) -> set[str]:
+    return {info.name for info in randlora.adapters(model) if info.is_merged}
+
+
+def step(model: nn.Module, wanted: Iterable[str], **options: Any) -> None:
+    """Merge and unmerge adapters one by one until those wanted are merged."""
+    now = now_merged(model)
+    for name in {*wanted} - now:
+        assert randlora.merge(model, adapters=[name], reversible=True, **options).adapters == {name: FACTORS[name]}
+    for name in now.difference(wanted):
+        randlora.unmerge(model, name)
+    assert now_merged(model) == {*wanted}
+
+
+def values(model: nn.Module) -> dict[str, Bits]:
+    """Take down the weights that the model computes with, without Λ and Γ, which stay."""
+    return all_bits({name: value for name, value in model.named_parameters() if "randlora" not in name})
+
+
+def at_once(model: nn.Module, **options: Any) -> dict[frozenset[str], dict[str, Bits]]:
+    """Return the weights with each subset of the adapters merged, from merging it in one call."""
+    found = {}
+    for subset in SUBSETS:
+        if subset:
+            randlora.merge(model, adapters=subset, reversible=True, **options)
+        found[subset] = values(model)
+        if subset:
+            randlora.unmerge(model)
+    return found
+
+
+def test_every_order_of_merging_and_unmerging_gives_the_same_bits() -> None:
+    model = with_three(Mixed(torch.bfloat16), targets=["q", "up"])
+    randlora.inject(model, r=3, targets=["down"], name="elsewhere")
+    before, expected = snapshot(model), at_once(model)
+    assert len({str(each) for each in expected.values()}) == len(SUBSETS)
+    for path in PATHS[::5]:  # each order of merging, and each of unmerging
+        for wanted in path:
+            step(model, wanted)
+            assert values(model) == expected[wanted]
+        assert_unchanged(model, before)
+
+
+def assert_any_order(model: nn.Module, path: list[Any], run: Callable[[], Tensor], check: Any, **options: Any) -> None:
+    before, expected, wanted = snapshot(model), at_once(model, **options), run()
+    for merged in path:
+        step(model, merged, **options)
+        assert values(model) == expected[merged]
+        check(run(), wanted)
+    step(model, ())
     assert_unchanged(model, before)
+    assert same_bits(run(), wanted)
 
 
-def test_what_is_unmerged_in_inference_mode_can_be_trained_through() -> None:
-    model = Mixed()
-    randlora.inject(model, r=4)
-    randlora.merge(model, reversible=True)
-    model.double()
-    with torch.inference_mode():
-        randlora.unmerge(model)
-    model.embed.requires_grad_()
-    model(TOKENS).sum().backward()
-    assert model.embed.weight.grad is not None
+@every_mergeable_kind
+def test_a_layer_of_any_kind_computes_the_sum_and_gets_back_every_bit(kind: LayerKind) -> None:
+    model = with_three(nn.Sequential(kind.build(9, 14, True, kind.exact)))
+    x = torch.randn(5, 9).to(kind.exact)
+    tolerance = 0.5 if kind.rounds_inputs else 1e-4
+    close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        check = (lambda *_: None) if kind.is_quantized else partial(assert_close, dtype=kind.exact)
+        assert_any_order(model, PATHS[3], lambda: model(x), check)
+        if kind.is_quantized:
+            options: dict[str, Any] = {"quantized": "dequantize", "dtype": torch.float32}
+            assert_any_order(model, PATHS[3][1:], lambda: model(x), close, **options)
+            step(model, {"c"}, **options)
+            with untouched(model), pytest.raises(MergeError, match="others are merged with different options"):
+                randlora.merge(model, reversible=True)
 
 
-def test_merging_lets_go_of_the_bases_written_out() -> None:
-    model = Mixed(torch.bfloat16)
-    randlora.inject(model, r=4)
-    model(TOKENS)
+@every_read_kind
+def test_a_weight_that_is_read_is_the_sum_and_gets_back_every_bit(kind: ReadKind) -> None:
+    dtype = kind.dtypes[0]
+    model = with_three(kind.model(dtype), **{**kind.adapter_options, "alpha": 5})
+    check = partial(assert_close, dtype=dtype)
+    assert_any_order(model, [*map(frozenset, ("a", "ac", "c"))], lambda: kind.run(model, dtype), check)
+
+
+def test_a_block_merges_the_rest_and_leaves_what_was_merged() -> None:
+    model = with_three(Mixed())
+    randlora.merge(model, adapters="b", reversible=True)
+    before = values(model)
+    with randlora.merged(model) as report:
+        assert report.adapters == {"a": 1.0, "c": 0.4}
+        everything = values(model)
+        with randlora.merged(model):
+            assert values(model) == everything
+        assert values(model) == everything
+    assert values(model) == before
     with randlora.merged(model):
-        assert [basis._copies for basis in randlora.state.adapted_root(model)[1].bank] == [{}]
-
-
-def test_a_graph_made_before_a_merge_keeps_its_gradients() -> None:
-    model = Mixed()
-    randlora.inject(model, r=4)
-    fill(model)
-    x = torch.randn(3, 12, requires_grad=True)
-    (expected,) = torch.autograd.grad(model.q(x).sum(), x)
-    output = model.q(x).sum()
-    with randlora.merged(model):
-        (found,) = torch.autograd.grad(output, x)
-    assert torch.equal(found, expected)
-
-
-def test_a_state_dict_of_a_merged_model_follows_its_dtype_and_keeps_the_parameters_objects() -> None:
-    model = Mixed()
-    randlora.inject(model, r=4)
-    fill(model)
+        randlora.unmerge(model, "a")
+    assert values(model) == before
+    with pytest.raises(MergeError, match="'x' is not merged: a, b, c is"), randlora.merged(model):
+        randlora.unmerge(model, "x")
+    assert values(model) == before
     randlora.merge(model, reversible=True)
-    model.half()
-    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float16}
-    assert model.state_dict(keep_vars=True)["q.bias"] is model.q.bias
+    assert {name for name, _ in randlora.merged_tensors(model)} == {*Mixed().state_dict()}
 
 
-def test_merging_is_refused_where_a_weight_was_tied_after_it_was_adapted() -> None:
+def test_what_is_active_on_top_trains_and_can_be_switched_if_what_is_merged_is_named_too() -> None:
+    model = with_three(Mixed(torch.float64))
+    randlora.activate(model, {"a": 1.0, "c": 0.5})
+    randlora.set_trainable(model, "c")
+    expected = model(TOKENS)
+    trained = [*adapter_values(model, "c").values()]
+    gradients = torch.autograd.grad(expected.sum(), trained)
+    randlora.activate(model, {"a": 1.0, "b": 2.0})
+    randlora.merge(model, adapters="a", reversible=True)
+    randlora.activate(model, {"a": 1.0, "c": 0.5})
+    assert_close(model(TOKENS), expected, torch.float64)
+    for found, wanted in zip(torch.autograd.grad(model(TOKENS).sum(), trained), gradients, strict=True):
+        assert_close(found, wanted, torch.float64)
+    for others in ({"b": 1.0}, {"a": 2.0, "b": 1.0}, dict[str, float]()):
+        with untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"):
+            randlora.activate(model, others)
+    randlora.unmerge(model)
+    assert {info.name: info.weight for info in randlora.adapters(model)} == {"a": 1.0, "b": None, "c": 0.5}
+
+
+def test_a_parameter_trained_beside_stays_with_its_adapter() -> None:
     model = Mixed()
-    randlora.inject(model, r=4, targets=["q"])
-    fill(model)
-    model.norm.weight = nn.Parameter(model.q.weight.data)
-    with untouched(model), pytest.raises(MergeError, match=r"the weight of q is tied to norm\.weight"):
-        randlora.merge(model)
+    randlora.inject(model, r=3, targets=["q"], name="a", train_also=["head"])
+    randlora.inject(model, r=3, targets=["up"], name="b", train_also=["q.weight"])
+    fill(fill(model, "a"), "b", seed=1)
+    randlora.activate(model, ["a", "b"])
+    before, expected = snapshot(model), model(TOKENS)
+    with untouched(model), pytest.raises(MergeError, match=r"'b' would not be merged, but trains a copy of q\.weight"):
+        randlora.merge(model, adapters="a", reversible=True)
+    for name in ("b", "a"):
+        randlora.merge(model, adapters=name, reversible=True)
+        assert_close(model(TOKENS), expected, torch.float32)
+    randlora.unmerge(model, "b")
+    randlora.unmerge(model, "a")
+    assert_unchanged(model, before)
+    randlora.activate(model, "b")
+    randlora.merge(model, adapters="b", reversible=True)
+    with untouched(model), pytest.raises(AdapterError, match="activate adapters with train_also"):
+        randlora.activate(model, ["a", "b"])

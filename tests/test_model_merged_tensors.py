@@ -1,10 +1,8 @@
 """`merged_tensors` and programs made of a merged model: the bits of a merge, from a model that stays as it is."""
 
 import copy
-import gc
-import resource
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, ConfigError, MergeError
-from tests import models
 from tests.kit import all_bits, bits, fill, untouched
 from tests.laws import assert_close, needs_compiler, needs_export
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_mergeable_kind_and_dtype
@@ -79,28 +76,24 @@ def test_every_weight_that_is_read_is_yielded_as_it_would_be_merged(kind: ReadKi
     assert yielded_bits(model) == merged_bits(model)
 
 
-def test_names_and_order_are_those_of_the_plain_models_state_dict() -> None:
-    plain, model = Beside(), beside()
-    assert [name for name, _ in randlora.merged_tensors(model)] == list(plain.state_dict())
-    assert yielded_bits(model) == merged_bits(model)
-    assert {"table.weight", "head.weight", "again.weight", "norm.running_mean", "kept"} <= yielded_bits(model).keys()
-
-
-def test_what_is_yielded_loads_into_a_plain_model_that_then_computes_the_same() -> None:
-    model, plain = beside().eval(), Beside().eval()
+def test_names_order_and_bits_are_those_of_the_plain_models_state_dict() -> None:
+    plain, model = Beside().eval(), beside().eval()
+    expected, names = merged_bits(model), list(plain.state_dict())
+    assert list(yielded_bits(model)) == names
+    assert yielded_bits(model) == yielded_bits(torch.nn.DataParallel(model)) == expected
+    with randlora.merged(model):
+        assert yielded_bits(model) == expected
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert all_bits(dict(randlora.merged_tensors(model))) == expected
+    assert not any(tensor.requires_grad for _, tensor in randlora.merged_tensors(model))
     plain.load_state_dict(dict(randlora.merged_tensors(model)), strict=True)
     ids = torch.randint(0, 20, (7,))
     torch.testing.assert_close(plain(ids), model(ids))
-
-
-@pytest.mark.parametrize("build", [models.llama, models.gpt2, models.bert], ids=lambda build: build.__name__)
-def test_models_of_transformers(build: Callable[[], nn.Module]) -> None:
-    model = build()
-    names = list(model.state_dict())
-    randlora.inject(model, r=4, targets="all-linear")
-    fill(model)
-    assert [name for name, _ in randlora.merged_tensors(model)] == names
-    assert yielded_bits(model) == merged_bits(model)
+    outer = nn.Sequential(model, nn.Linear(20, 2))
+    assert list(yielded_bits(outer)) == [*(f"0.{name}" for name in names), "1.weight", "1.bias"]
+    tensors = dict(randlora.merged_tensors(model))
+    for name, tensor in randlora.merged_tensors(model, dtype=torch.bfloat16):
+        assert bits(tensor) == bits(tensors[name].bfloat16() if tensors[name].is_floating_point() else tensors[name])
 
 
 def test_several_adapters_are_summed_with_their_weights() -> None:
@@ -117,13 +110,6 @@ def test_several_adapters_are_summed_with_their_weights() -> None:
     assert found["norm.weight"] != yielded_bits(model)["norm.weight"], "only the first trains the norm"
 
 
-def test_what_is_merged_reversibly_is_yielded_as_it_is() -> None:
-    model = beside()
-    expected = yielded_bits(model)
-    with randlora.merged(model):
-        assert yielded_bits(model) == expected
-
-
 @pytest.mark.parametrize("how", ["requantize", "dequantize"])
 def test_quantized_layers_that_are_merged_are_yielded_as_they_are(how: Any) -> None:
     kind = next(kind for kind in LAYER_KINDS if kind.name == "NF4")
@@ -138,77 +124,18 @@ def test_quantized_layers_that_are_merged_are_yielded_as_they_are(how: Any) -> N
     assert found.keys() == expected.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_dtype_is_that_of_all_floating_tensors(dtype: torch.dtype) -> None:
-    model = beside()
-    plain = dict(randlora.merged_tensors(model))
-    for name, tensor in randlora.merged_tensors(model, dtype=dtype):
-        assert bits(tensor) == bits(plain[name].to(dtype) if plain[name].is_floating_point() else plain[name])
-
-
-def test_the_values_are_those_of_the_moment_at_which_they_are_asked_for() -> None:
-    model = beside()
-    tensors = randlora.merged_tensors(model)
-    fill(model, seed=3)
-    expected = merged_bits(model)
-    assert all_bits(dict(tensors)) == expected
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_a_wrapper_of_torch_does_not_appear_in_the_names() -> None:
-    model = beside()
-    assert yielded_bits(torch.nn.DataParallel(model)) == yielded_bits(model)
-    compiled: Any = torch.compile(model)
-    assert dict.fromkeys(yielded_bits(compiled)) == dict.fromkeys(yielded_bits(model))
-
-
-def test_a_model_around_an_adapted_one_is_yielded_whole() -> None:
-    outer = nn.Sequential(beside(), nn.Linear(20, 2))
-    names = [f"0.{name}" for name in Beside().state_dict()] + ["1.weight", "1.bias"]
-    assert list(yielded_bits(outer)) == names
-
-
-def test_at_most_one_merged_tensor_is_held() -> None:
+def test_each_value_is_computed_when_it_is_asked_for_and_not_kept() -> None:
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)))
     randlora.inject(model, r=4, targets="all-linear")
-    fill(model)
-    alive: list[weakref.ref[Tensor]] = []
-    for name, tensor in randlora.merged_tensors(model):
+    tensors = randlora.merged_tensors(model)
+    expected, alive = merged_bits(fill(model)), list[weakref.ref[Tensor]]()
+    for name, tensor in tensors:
+        assert bits(tensor) == expected[name]
         if name.endswith("weight"):
             assert [each for each in alive if each() is not None] == []
             alive.append(weakref.ref(tensor))
         del tensor
     assert len(alive) == 6
-
-
-@pytest.mark.slow
-def test_after_1000_syncs_with_training_between_the_base_is_as_it_was_and_memory_has_not_grown() -> None:
-    model = beside().train()
-    rollout = Beside()
-    trained = {id(parameter) for parameter in randlora.trainable_parameters(model)}
-    held = {name: bits(value) for name, value in model.named_parameters() if id(value) not in trained}
-    optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
-    ids = torch.randint(0, 20, (8,))
-
-    def sync() -> None:
-        rollout.load_state_dict(dict(randlora.merged_tensors(model)))
-        nn.functional.cross_entropy(model(ids), ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for _ in range(100):
-        sync()
-    gc.collect()
-    objects, resident = len(gc.get_objects()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(900):
-        sync()
-    gc.collect()
-    assert {name: bits(value) for name, value in model.named_parameters() if id(value) not in trained} == held
-    assert len(gc.get_objects()) - objects < 100
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 2048, "KiB"
-    rollout.load_state_dict(dict(randlora.merged_tensors(model)))
-    randlora.merge(model)
-    assert all_bits(model.state_dict()) == all_bits(rollout.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -223,19 +150,15 @@ def test_after_1000_syncs_with_training_between_the_base_is_as_it_was_and_memory
 )
 def test_a_model_that_cannot_be_merged_is_refused_at_the_call(change: Callable[[Any], object], message: str) -> None:
     model = beside()
-    change(model)
-    with pytest.raises(MergeError, match=message):
-        randlora.merged_tensors(model)
-
-
-def test_a_call_in_a_disabled_block_a_wrong_dtype_and_a_plain_model_are_refused() -> None:
-    model = beside()
     with randlora.disabled(model), pytest.raises(MergeError, match=r"call this outside of randlora.disabled"):
         randlora.merged_tensors(model)
     with pytest.raises(ConfigError, match="a floating dtype or None"):
         randlora.merged_tensors(model, dtype=torch.int8)
     with pytest.raises(AdapterError, match="has no adapter"):
         randlora.merged_tensors(nn.Linear(2, 2))
+    change(model)
+    with pytest.raises(MergeError, match=message):
+        randlora.merged_tensors(model)
 
 
 def _disable(model: nn.Module) -> None:
@@ -244,46 +167,35 @@ def _disable(model: nn.Module) -> None:
     model.__dict__["block"] = block  # which ends with what holds it
 
 
+def _poison(model: nn.Module) -> None:
+    randlora.trainable_parameters(model)[0].data.fill_(float("nan"))
+
+
+OF_TWO = "so the tensors would be from two different models"
+
+
 @pytest.mark.parametrize(
-    "change",
-    [randlora.merge, randlora.eject, _disable, lambda model: randlora.activate(model, {"default": 0.5})],
-    ids=["merge", "eject", "disabled", "activate"],
+    ("change", "message"),
+    [
+        *((change, OF_TWO) for change in (randlora.merge, randlora.eject, _disable)),
+        (lambda model: randlora.activate(model, {"default": 0.5}), OF_TWO),
+        (_poison, r"the merged weight of first.weight would not be finite"),
+    ],
+    ids=["merge", "eject", "disabled", "activate", "nan"],
 )
-def test_a_change_of_the_adapters_between_two_tensors_is_an_error(change: Callable[[nn.Module], object]) -> None:
+def test_a_change_between_two_tensors_and_values_that_are_not_finite_are_refused(
+    change: Callable[[nn.Module], object], message: str
+) -> None:
     model = beside()
-    tensors: Iterator[tuple[str, Tensor]] = randlora.merged_tensors(model)
+    tensors = randlora.merged_tensors(model)
     next(tensors)
     change(model)
-    with pytest.raises(MergeError, match="so the tensors would be from two different models"):
-        next(tensors)
-
-
-def test_values_that_are_not_finite_are_refused_by_name() -> None:
-    model = beside()
-    with torch.no_grad():
-        randlora.trainable_parameters(model)[0].fill_(float("nan"))
-    with pytest.raises(MergeError, match=r"the merged weight of first.weight would not be finite"):
-        dict(randlora.merged_tensors(model))
-
-
-def test_nothing_that_is_yielded_needs_gradients_in_any_mode() -> None:
-    model = beside()
-    assert not any(tensor.requires_grad for _, tensor in randlora.merged_tensors(model))
-    with torch.inference_mode():
-        inferred = all_bits(dict(randlora.merged_tensors(model)))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert inferred == all_bits(dict(randlora.merged_tensors(model))) == yielded_bits(model)
+    with pytest.raises(MergeError, match=message):
+        dict(tensors)
 
 
 X = torch.linspace(-1, 1, 24).reshape(3, 8)
 Program = Callable[[Tensor], Tensor]
-
-
-def adapted() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-    randlora.inject(model, r=2, targets="all")
-    return fill(model)
 
 
 def exported(model: nn.Module) -> Program:
@@ -296,59 +208,31 @@ def traced(model: nn.Module) -> Program:
     return program
 
 
-def compiled(model: nn.Module) -> Program:
-    return torch.compile(model, backend="eager")
-
-
-PROGRAMS = [
-    pytest.param(exported, marks=[needs_export, pytest.mark.medium]),
-    pytest.param(traced, marks=pytest.mark.filterwarnings("ignore:`torch.jit.trace")),
-    pytest.param(compiled, marks=[needs_compiler, pytest.mark.medium]),
-]
-
-
-@pytest.mark.parametrize("make", PROGRAMS)
-def test_a_program_of_a_merged_model_stays_what_it_was_after_unmerging(make: Callable[[nn.Module], Program]) -> None:
-    model = adapted()
-    expected = model(X)
-    with randlora.merged(model):
-        program = make(model)
-        assert_close(program(X), expected, torch.float32)
-    assert_close(program(X), expected, torch.float32)
-    assert_close(model(X), expected, torch.float32)
-
-
-@pytest.mark.parametrize("make", PROGRAMS)
-def test_a_program_of_a_model_merged_for_good_has_no_adapter(make: Callable[[nn.Module], Program]) -> None:
-    model = adapted()
-    expected = model(X)
-    randlora.merge(model)
-    program = make(model)
-    assert_close(program(X), expected, torch.float32)
-    assert not [name for name in getattr(program, "state_dict", dict)() if "randlora" in name]
-
-
-def test_merging_for_good_changes_the_parameters_that_an_optimizer_holds() -> None:
-    model = adapted()
-    held = {name: parameter for name, parameter in model.named_parameters() if "randlora" not in name}
-    randlora.merge(model)
-    assert all(parameter is held[name] for name, parameter in model.named_parameters())
-
-
-def test_unmerging_puts_the_parameters_themselves_back() -> None:
-    model = adapted()
-    held = dict(model.named_parameters())
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(exported, marks=[needs_export, pytest.mark.medium]),
+        pytest.param(traced, marks=pytest.mark.filterwarnings("ignore:`torch.jit.trace")),
+        pytest.param(lambda model: torch.compile(model, backend="eager"), marks=[needs_compiler, pytest.mark.medium]),
+    ],
+)
+def test_a_program_of_a_merged_model_stays_what_it_was_and_parameters_are_the_same_objects(
+    make: Callable[[nn.Module], Program],
+) -> None:
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    randlora.inject(model, r=2, targets="all")
+    expected, held = fill(model)(X), dict(model.named_parameters())
     held["1.weight"].sharded = True  # type: ignore[attr-defined]  # as libraries mark parameters
     with randlora.merged(model):
         assert model.get_parameter("1.weight") is not held["1.weight"]
         assert model.get_parameter("1.weight").sharded  # type: ignore[attr-defined]
+        program = make(model)
+        assert_close(program(X), expected, torch.float32)
+    assert_close(program(X), expected, torch.float32)
+    assert_close(model(X), expected, torch.float32)
     assert all(parameter is held[name] for name, parameter in model.named_parameters())
-
-
-def test_buffers_that_no_state_dict_has_are_not_yielded() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    model.register_buffer("saved", torch.ones(2))
-    model.register_buffer("scratch", torch.zeros(2), persistent=False)
-    expected = [*model.state_dict()]
-    randlora.inject(model, r=2, targets="all")
-    assert sorted(name for name, _ in randlora.merged_tensors(model)) == sorted(expected)
+    randlora.merge(model)
+    assert all(parameter is held[name] for name, parameter in model.named_parameters())  # which an optimizer holds
+    program = make(model)
+    assert_close(program(X), expected, torch.float32)
+    assert not [name for name in getattr(program, "state_dict", dict)() if "randlora" in name]
