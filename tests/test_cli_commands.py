@@ -9,8 +9,7 @@ import torch
 import typer.main
 
 import randlora
-from randlora.cli.app import app, main
-from randlora.cli.output import plain
+from randlora.cli.app import app, main, plain
 from randlora.config import OPTIONS
 from randlora.errors import on_command_line
 from tests.checkpoint_files import edit_fields

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from randlora.bases.spec import BasisSpec
-from randlora.cli.app import main
-from randlora.cli.output import complain, plain, progress_bar, show, show_json, visible
+from randlora.cli.app import complain, main, plain, progress_bar, show, show_json, visible
 from randlora.errors import on_command_line, spelled
 from randlora.files.inspect import Check, Verification
 from randlora.files.merge import FileMergeReport

@@ -1,23 +1,33 @@
-"""The commands, each of which calls the verb of its name in `randlora.files`, and how they report errors."""
+"""The commands, each of which calls the verb of its name in `randlora.files`, and what they print.
+
+Results go to stdout, as text or JSON; progress and errors to stderr.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
 from inspect import Parameter as Signed
 from inspect import Signature
 from io import TextIOWrapper
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import randlora
-from randlora.cli.output import complain, plain, progress_bar, show, show_json
 from randlora.cli.verb import Parameter, read_verb
 from randlora.errors import ConfigError, RandLoRAError, TargetError, on_command_line, spelled
+
+if TYPE_CHECKING:
+    from randlora import report
 
 FILES_ERROR, USAGE_ERROR = 1, 2
 """Exit codes: for errors with files and failed checks, and for command lines that cannot be used."""
@@ -109,7 +119,9 @@ def _plan(**given: Any) -> Printed:
 def _demo(**given: Any) -> Printed:
     from randlora.cli.demo import demo  # noqa: PLC0415 - it imports torch, too
 
-    return demo(**given)
+    with progress_bar() as progress:
+        text, facts = demo(**given, progress=progress)
+    return text, plain(facts)
 
 
 MEMORY = "model/memory", "training_memory"
@@ -213,3 +225,51 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         complain(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
     return FILES_ERROR
+
+
+def show(value: object) -> None:
+    """Print a result as text."""
+    typer.echo(visible(str(value)))
+
+
+def show_json(value: object) -> None:
+    """Print a result as one JSON object."""
+    typer.echo(visible(json.dumps(plain(value), indent=2, ensure_ascii=False)))
+
+
+def complain(message: str) -> None:
+    """Print an error on stderr."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print("error:", visible(message), style=None)
+
+
+def visible(text: str) -> str:
+    """Return text with unprintable characters escaped as in JSON: names in files may contain terminal commands."""
+    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
+
+
+def plain(value: Any) -> Any:
+    """Return a result as JSON values: dataclasses as objects, with numbers that are properties; paths as strings."""
+    if is_dataclass(value) and not isinstance(value, type):
+        found = {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        more = {name: getattr(value, name) for name, each in vars(type(value)).items() if isinstance(each, property)}
+        return found | {name: each for name, each in more.items() if each is None or isinstance(each, int | float)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(entry) for entry in value]
+    is_json = value is None or isinstance(value, str | int | float)
+    return value if is_json else str(value).removeprefix("torch.")  # a dtype's, else a path
+
+
+@contextmanager
+def progress_bar() -> Iterator[report.Progress]:
+    """Yield a callback that shows progress on a terminal, and nothing in a pipe or a log."""
+    from randlora.report import no_progress  # noqa: PLC0415 - it imports torch, which `--help` should not
+
+    if not sys.stderr.isatty():
+        yield no_progress
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda done, total, doing: bars.update(task, completed=done, total=total, description=visible(doing))

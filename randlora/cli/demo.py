@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from randlora.cli.output import plain, progress_bar
 from randlora.errors import CheckpointError
-from randlora.report import Progress, as_bytes
+from randlora.report import Progress, as_bytes, no_progress
 
 STEPS, WARM_UP = 300, 20
 WIDTH, EXAMPLES = 64, 512
@@ -23,7 +22,7 @@ Stage = tuple[str, str, dict[str, Any]]
 """One step of the demo: what is called, the result in words, and its figures for JSON."""
 
 
-def demo(*, keep: str | None = None) -> tuple[str, dict[str, Any]]:
+def demo(*, keep: str | None = None, progress: Progress = no_progress) -> tuple[str, dict[str, Any]]:
     """Show every step on a small model that is made on the spot: inject, train, save, load, merge, verify.
 
     The task is to imitate a model with entirely different weights. Nothing is downloaded, and it takes seconds on one
@@ -31,10 +30,11 @@ def demo(*, keep: str | None = None) -> tuple[str, dict[str, Any]]:
 
     Args:
         keep: Keep the adapter in this directory, which must not exist.
+        progress: Called for every step of training.
     """
     if keep is not None and Path(keep).exists():
         raise CheckpointError(f"{keep} exists: choose a different name, or remove it")
-    with TemporaryDirectory() as scratch, progress_bar() as progress, torch.random.fork_rng(devices=[]):
+    with TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stages = list(_stages(Path(keep or f"{scratch}/adapter"), progress))
     told = [f"{number}. {title}\n{said.rstrip()}" for number, (title, said, _) in enumerate(stages, 1)]
@@ -58,7 +58,7 @@ def _stages(directory: Path, progress: Progress) -> Iterator[Stage]:
     yield "a model, and a task that it cannot do yet", f"error on new examples: {before:.0%}", {"before": before}
 
     report = randlora.inject(model, r=4)
-    yield "randlora.inject(model, r=4)", str(report), {"report": plain(report)}
+    yield "randlora.inject(model, r=4)", str(report), {"report": report}
 
     _train(model, examples, wanted, report.learning_rate, progress)
     after = _error(model, new, expected)
