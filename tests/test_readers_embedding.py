@@ -13,7 +13,7 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 import randlora
 from randlora.errors import AdapterError, TargetError
-from randlora.readers.torch_layers import EmbeddingAdapter
+from randlora.readers.read_weight import EmbeddingAdapter
 from tests.kit import fill, same_bits, untouched
 from tests.laws import adapter_layer, assert_close
 from tests.models import BERT, GPT2, outputs

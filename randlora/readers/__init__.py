@@ -2,5 +2,4 @@
 
 from randlora.readers import experts as experts
 from randlora.readers import parents as parents
-from randlora.readers import torch_layers as torch_layers
 from randlora.readers.read_weight import ReadWeight as ReadWeight

@@ -1,8 +1,17 @@
-"""`ReadWeight`: weights that other code reads, such as in attention or experts; `ReadLinear`: such linear layers."""
+"""`ReadWeight`: weights that code reads, and torch's modules with such weights: attention, convolutions and embeddings.
+
+`ReadLinear` adapts linear layers that are read. The ``in_proj_weight`` of `nn.MultiheadAttention` stacks the query, key
+and value projections. If keys or values have a different width, there are ``q_proj_weight``, ``k_proj_weight`` and
+``v_proj_weight`` instead. The attention reads the weight of ``out_proj`` too. The kernel of a convolution is adapted as
+a matrix with one row per output channel. For an embedding's table, only the rows of the update that a batch looks up
+are computed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,14 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from randlora.bases.spec import Shape
 from randlora.blocks import ForwardCall, Rows
+from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
+from randlora.functional import update_rows
+from randlora.functional.region import Region, Spans, all_of
 from randlora.layers.base import AdapterLayer, input_of
 from randlora.layers.in_place import adapter_layers_of, plain_class
 from randlora.layers.linear import FORWARD, LinearAdapter
+from randlora.layers.registry import refuse_layer, register_form, register_layer
 from randlora.layers.scopes import cast, read_so_far, run_forward
 from randlora.layers.update import Update
 from randlora.layers.weight import split_of
+
+LOOKUP = nn.Embedding.forward  # read on import, in case it is replaced later
+
+PROJECTIONS = 3
+"""Query, key and value."""
 
 
 class ReadWeight(AdapterLayer):
@@ -134,3 +153,254 @@ class ReadLinear(ReadWeight, LinearAdapter):
 
 
 LinearAdapter.as_read = ReadLinear
+
+
+class ProjectionAdapter(ReadWeight):
+    """Adapts a matrix that attention multiplies by, stored ``(out_features, in_features)``."""
+
+    kind = "attention"
+    is_read_once = True
+
+    @classmethod
+    def features(cls, owner: nn.Module) -> tuple[int, int]:
+        """Return ``(in_features, out_features)``, from ``ds_shape`` if DeepSpeed's ZeRO-3 emptied the weight."""
+        weight = owner._parameters[cls.attribute]
+        assert weight is not None, "is_held_by() asks for a weight"
+        out_features, in_features = getattr(weight, "ds_shape", weight.shape)
+        return int(in_features), int(out_features)
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Return the update unchanged, ``(out_features, in_features)``."""
+        return delta
+
+    @classmethod
+    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+        """Return which arguments have the rows. ``batch_first`` says where; a mask may have a row for each head."""
+        base = plain_class(owner)
+        given = inspect.signature(base.forward).bind(owner, *args, **kwargs).arguments
+        del given["self"]
+        x: Tensor = next(iter(given.values()))
+        axis = 0 if owner.batch_first else 1
+        if x.dim() != 3:
+            raise AdapterError(
+                f"an adapted {base.__name__} was given an input of shape {tuple(x.shape)}, which has no "
+                "batch: routed needs (batch, tokens, features), in the order that batch_first says"
+            )
+        axes: dict[int | str, tuple[int, int]] = {}
+        for name, value in given.items():
+            if name == "attn_mask":
+                if isinstance(value, Tensor) and value.dim() == 3:
+                    axes[name] = 0, value.shape[0] // x.shape[axis]
+            elif isinstance(value, Tensor):
+                axes[name] = (0, 1) if name == "key_padding_mask" else (axis, 1)
+        return Rows((), dict(given), axes, x.shape[axis], x.device, (axis, 0), is_declared=True)
+
+
+@register_form("in_proj_weight")
+@register_layer("open_clip.transformer.Attention")
+@register_layer(nn.MultiheadAttention)
+class InProjAdapter(ProjectionAdapter):
+    """Adapts an ``in_proj_weight``, ``(3 * embed_dim, embed_dim)``, as one matrix or as three."""
+
+    attribute = "in_proj_weight"
+
+    @classmethod
+    def obstacle(cls, owner: nn.Module) -> str | None:
+        """Return the obstacle for any weight, or that this one is not a stack of three matrices of equal size."""
+        out_features = cls.features(owner)[1]
+        if out_features % PROJECTIONS:
+            return f"has {out_features} rows, expected equally many for query, key and value: exclude it"
+        return super().obstacle(owner)
+
+    @classmethod
+    def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:
+        """Return ``(3 * embed_dim, embed_dim)``, or ``(3, embed_dim, embed_dim)`` if the options say ``"split"``."""
+        in_features, out_features = cls.features(owner)
+        if config.in_proj == "split":
+            return PROJECTIONS, out_features // PROJECTIONS, in_features
+        return out_features, in_features
+
+    @staticmethod
+    def as_one_matrix(delta: Tensor) -> Tensor:
+        """Return an update of either form as one matrix."""
+        return delta.flatten(end_dim=-2)
+
+    @classmethod
+    def summed(
+        cls, updates: Iterable[Update], region: Region | None, *, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the sum of some updates as one matrix, or the slice of this sum within a region.
+
+        A region may begin in one of the three matrices and end in a different one.
+        """
+        total = super().summed(updates, None, device=device, dtype=dtype)
+        return total if region is None else region.of(total)
+
+
+@register_layer(nn.MultiheadAttention)
+class QueryAdapter(ProjectionAdapter):
+    """Adapts a ``q_proj_weight``, ``(embed_dim, embed_dim)``."""
+
+    attribute = "q_proj_weight"
+
+
+@register_layer(nn.MultiheadAttention)
+class KeyAdapter(ProjectionAdapter):
+    """Adapts a ``k_proj_weight``, ``(embed_dim, kdim)``."""
+
+    attribute = "k_proj_weight"
+
+
+@register_layer(nn.MultiheadAttention)
+class ValueAdapter(ProjectionAdapter):
+    """Adapts a ``v_proj_weight``, ``(embed_dim, vdim)``."""
+
+    attribute = "v_proj_weight"
+
+
+@register_layer(nn.modules.linear.NonDynamicallyQuantizableLinear)
+class OutProjAdapter(ProjectionAdapter):
+    """Adapts the weight of ``out_proj``, ``(embed_dim, embed_dim)``, a layer that attention does not call.
+
+    Its own forward, if it is called, reads the weight too.
+    """
+
+
+@register_form("kernel")
+@register_layer(nn.Conv1d)
+@register_layer(nn.Conv2d)
+@register_layer(nn.Conv3d)
+@register_layer(nn.ConvTranspose1d)
+@register_layer(nn.ConvTranspose2d)
+@register_layer(nn.ConvTranspose3d)
+class ConvolutionAdapter(ReadWeight):
+    """Adapts the kernel of a convolution, viewed as a matrix.
+
+    The update is ``(out_channels, in_channels/groups·prod(kernel_size))``. For a transposed convolution, which stores
+    its kernel with the input channels first, it is ``(in_channels, out_channels/groups·prod(kernel_size))``.
+
+    The owner's forward reads kernel + update and convolves with it once, so torch handles stride, padding, dilation,
+    groups and memory format. Autograd keeps this sum, which is as large as the kernel, for backward.
+    """
+
+    kind: ClassVar[str] = "convolution"
+
+    @staticmethod
+    def features(owner: nn.Module) -> tuple[int, int]:
+        """Return the sizes of a row and a column of the kernel as a matrix, even if DeepSpeed's ZeRO-3 emptied it."""
+        assert isinstance(owner, nn.modules.conv._ConvNd)
+        first, second = int(owner.out_channels), int(owner.in_channels)
+        if owner.transposed:
+            first, second = second, first
+        return second // owner.groups * math.prod(owner.kernel_size), first
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Return the update unchanged. Its entries are in the order of the kernel's entries."""
+        return delta
+
+    @classmethod
+    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+        """Return which arguments have the rows of the batch. Raises an error if the input has no batch."""
+        x: Tensor = args[0] if args else kwargs["input"]
+        if x.dim() != len(owner.kernel_size) + 2:
+            raise AdapterError(
+                f"an adapted {owner.randlora_base.__name__} was given an input of shape {tuple(x.shape)}, which has no "
+                "batch: routed needs (batch, channels, ...)"
+            )
+        return super().rows_of(owner, args, kwargs)
+
+    @classmethod
+    def region_of(cls, shape: Shape, spans: Sequence[Spans]) -> Region:
+        """Return the part of the update for a part of the kernel, which may be split by its channels."""
+        rows, channels, *inside = spans
+        if inside != [all_of(size) for size in shape[2:]]:
+            raise AdapterError(f"a kernel of shape {tuple(shape)} is split inside, into {spans}: split its channels")
+        entries = math.prod(shape[2:])
+        return Region(rows, tuple((start * entries, stop * entries) for start, stop in channels))
+
+
+@register_layer(nn.Embedding)
+class EmbeddingAdapter(ReadWeight):
+    """Adapts the table of an embedding; the update is ``(num_embeddings, embedding_dim)``.
+
+    For every index, including ``padding_idx``, the output is that row of weight + update. Only the rows that a batch
+    looks up are computed, unless a subclass has its own forward or other code reads the weight: these read the table
+    with the whole update.
+    """
+
+    kind: ClassVar[str] = "embedding"
+    is_called: ClassVar[bool] = True
+
+    @staticmethod
+    def features(owner: nn.Module) -> tuple[int, int]:
+        """Return ``(embedding_dim, num_embeddings)``, the sizes of a row and of a column of the table."""
+        assert isinstance(owner, nn.Embedding)
+        return int(owner.embedding_dim), int(owner.num_embeddings)
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        """Return the update unchanged, ``(num_embeddings, embedding_dim)``."""
+        return delta
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Tensor] | None:
+        """Return ``nn.Embedding.forward``, as torch defines it."""
+        return LOOKUP
+
+    @classmethod
+    def obstacle(cls, owner: nn.Module) -> str | None:
+        """Return why the table cannot be adapted: its dtype is not floating, or its forward changes it."""
+        assert isinstance(owner, nn.Embedding)
+        if owner.max_norm is None:
+            return super().obstacle(owner)
+        return (
+            f"has max_norm={owner.max_norm}, with which its forward changes the weight in place: adapted weights are "
+            "frozen; renormalize the rows once and set max_norm to None, or exclude the layer"
+        )
+
+    def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the embeddings of some indices.
+
+        Args:
+            owner: The adapted embedding.
+            base_forward: Its forward without adapters, except that it reads the weight, which includes them.
+            *args: Arguments of the forward; the first is the indices.
+            **kwargs: Keyword arguments of the forward; the indices may be the first of them.
+
+        Returns:
+            ``(*indices.shape, embedding_dim)`` in the dtype of the weight, or the result of an overridden forward.
+        """
+        assert isinstance(owner, nn.Embedding)
+        is_plain = self.runs_plain_forward(owner)
+        if is_plain and (run := self.state.run) is not None and run.takes_over:
+            return run.rows(self, ForwardCall(owner, base_forward, args, kwargs))
+        if not is_plain or not (active := self.active()):
+            return super().forward(owner, base_forward, *args, **kwargs)
+        weight, ids = self.held_weight(owner), input_of(owner, args, kwargs)
+        num_rows, row_size = self.shape
+        if (owner.num_embeddings, owner.embedding_dim) != self.shape:  # as by transformers' resize_token_embeddings
+            raise AdapterError(
+                f"the table of {type(owner).__name__}({owner.num_embeddings}, {owner.embedding_dim}) had the shape "
+                f"{self.shape} when it was adapted: resize it before adapting it"
+            )
+        if (split := split_of(type(self), weight)) is not None:
+            updates = [self.update(owner, part, factor) for part, factor in active]
+            return split.rows(updates, ids, owner.padding_idx)
+        table, frequency = cast(owner, "weight", weight), owner.scale_grad_by_freq
+        output = F.embedding(ids, table, owner.padding_idx, scale_grad_by_freq=frequency, sparse=owner.sparse)
+        for part, factor in active:
+            pair, diagonals = self.update(owner, part, factor).parts(output.device, output.dtype)
+            rows = update_rows(ids, pair, diagonals, num_rows=num_rows, is_wide=row_size <= num_rows)
+            if owner.padding_idx is not None:  # which gets no gradient, as in torch
+                rows = torch.where((ids == owner.padding_idx).unsqueeze(-1), rows.detach(), rows)
+            output = output + rows
+        return output
+
+
+for quantized in ("Embedding8bit", "Embedding4bit"):
+    refuse_layer(
+        f"bitsandbytes.nn.modules.{quantized}",
+        "its table is quantized, but only a table of a floating dtype can be adapted: leave the embedding unquantized",
+    )
