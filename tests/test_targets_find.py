@@ -1,10 +1,14 @@
-"""Which layers and weights a pattern means, by which rule, and which patterns are refused."""
+"""Which layers a pattern means, by which rule, and which patterns are refused, with what was probably meant."""
 
+import json
 import re
-from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,22 +17,11 @@ from randlora.errors import ConfigError, TargetError
 from randlora.targets.select import find_targets, select
 from randlora.targets.walk import Census
 from tests.kit import untouched
-from tests.left_out_models import mixed, quiet_plan, register
 from tests.walk_models import LINEAR, Model, found
 
-
-class WithOutputEmbeddings(Model):
-    """A model that says what its head is, under a name that does not."""
-
-    def __init__(self) -> None:
-        super().__init__(head="to_words")
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.get_submodule("to_words")
-
-
-BODY = [f"layers.{index}.{name}" for index in (0, 1) for name in ("attention.q_proj", "attention.v_proj")]
-PROJ = ["layers.0.attention.proj", "layers.1.attention.proj"]
+BODY = [f"layers.{index}.attention.{name}" for index in (0, 1) for name in ("q_proj", "v_proj")]
+UP = ["layers.0.up", "layers.1.up"]
+HEAD = {"head": "the output head"}
 
 
 def is_linear(fqn: str, module: nn.Module) -> bool:
@@ -43,85 +36,79 @@ def nothing(fqn: str, module: nn.Module) -> bool:
     return False
 
 
-# What a pattern means
-
-
-PATTERNS: list[tuple[str, Any, list[str]]] = [
-    ("regex", r".*\.(q|v)_proj", BODY),
-    ("regex-of-one", r"layers\.1\.up", ["layers.1.up"]),
-    ("regex-over-containers", r"layers\.\d\.(attention(\.proj)?|norm|up)", [LINEAR[i] for i in (2, 3, 6, 7)]),
-    ("suffixes", ["q_proj", "v_proj"], BODY),
-    ("suffix-is-no-substring", ["proj"], PROJ),
-    ("suffix-of-two-components", ["attention.proj"], PROJ),
-    ("whole-name", ["layers.0.up"], ["layers.0.up"]),
-    ("tuple", ("up",), ["layers.0.up", "layers.1.up"]),
-    ("set", {"up"}, ["layers.0.up", "layers.1.up"]),
-    ("all-linear", "all-linear", LINEAR),
-    ("callable", is_conv1d, ["layers.0.up", "layers.1.up"]),
-    ("a-module", ["layers.0"], LINEAR[:4]),
-    ("modules-of-a-name", ["attention"], [LINEAR[i] for i in (0, 1, 2, 4, 5, 6)]),
-    ("a-module-and-layers", ["layers.0.attention", "up"], [LINEAR[i] for i in (0, 1, 2, 3, 7)]),
-    ("a-module-of-modules", ["layers"], LINEAR),
-    ("callable-by-name", lambda fqn, _: fqn.startswith("layers.0") and fqn.endswith("q_proj"), [LINEAR[0]]),
-    ("head-by-regex", "head", ["head"]),
-    ("head-by-suffix", ["head"], ["head"]),
+PATTERNS: list[tuple[Any, Any, list[str]]] = [
+    (r".*\.(q|v)_proj", None, BODY),
+    (r"layers\.\d\.(attention(\.proj)?|norm|up)", None, [LINEAR[i] for i in (2, 3, 6, 7)]),
+    ("head", None, ["head"]),
+    (("up",), None, UP),
+    ({"up"}, None, UP),
+    (is_conv1d, None, UP),
+    (lambda fqn, _: fqn.startswith("layers.0") and fqn.endswith("q_proj"), None, LINEAR[:1]),
+    *[(rule, None, LINEAR) for rule in (None, "all-linear")],
+    *[(rule, r".*\.attention\..*", UP) for rule in (None, "all-linear")],
+    (None, r"(?!.*\.up$).*", UP),
+    (None, lambda fqn, _: not fqn.endswith(".up"), UP),
+    (None, is_linear, UP),
+    (None, lambda _, module: module.bias.numel() != 12, LINEAR[3::4]),  # it sees no module without a bias
+    *[(None, anyway, LINEAR) for anyway in (nothing, ["head"], ["norm"], r".*\.norm")],
+    (None, ["embed", "layers.0"], LINEAR[4:]),
 ]
 
 
-@pytest.mark.parametrize(("pattern", "expected"), [row[1:] for row in PATTERNS], ids=[row[0] for row in PATTERNS])
-def test_a_pattern_means_these_layers_in_the_models_order(pattern: Any, expected: list[str]) -> None:
-    assert found(Model(), pattern) == expected
+@pytest.mark.parametrize(("pattern", "exclude", "expected"), PATTERNS, ids=str)
+def test_a_pattern_means_these_layers_in_the_models_order(pattern: Any, exclude: Any, expected: list[str]) -> None:
+    model = Model()
+    with untouched(model):
+        assert found(model, pattern, exclude) == expected
 
 
-EXCLUDED: list[tuple[str, Any, list[str]]] = [
-    ("regex", r".*\.attention\..*", ["layers.0.up", "layers.1.up"]),
-    ("suffixes", ["q_proj", "v_proj"], [LINEAR[i] for i in (2, 3, 6, 7)]),
-    ("suffix-is-no-substring", ["proj"], [LINEAR[i] for i in (0, 1, 3, 4, 5, 7)]),
-    ("whole-name", ["layers.0.up"], [fqn for fqn in LINEAR if fqn != "layers.0.up"]),
-    ("callable", is_linear, ["layers.0.up", "layers.1.up"]),
-    ("callable-of-nothing", nothing, LINEAR),
-    ("what-is-left-out-anyway", ["head"], LINEAR),
-    ("all-in-a-module", ["layers.0"], LINEAR[4:]),
-    ("all-but-by-regex", r"(?!.*\.up$).*", ["layers.0.up", "layers.1.up"]),
-    ("all-but-by-callable", lambda fqn, _: not fqn.endswith(".up"), ["layers.0.up", "layers.1.up"]),
-    ("all-in-modules-of-a-name", ["attention"], ["layers.0.up", "layers.1.up"]),
-    ("a-norm", ["norm"], LINEAR),
-    ("norms-by-regex", r".*\.norm", LINEAR),
-    ("an-embedding-and-a-module", ["embed", "layers.0"], LINEAR[4:]),
-    ("by-an-attribute-of-linear-layers", lambda _, module: module.bias.numel() != 12, LINEAR[3::4]),
-]
+NAMES = sorted({
+    ".".join(parts[start:])
+    for fqn, _ in Model().named_modules()
+    for parts in [fqn.split(".")]
+    for start in range(len(parts) if fqn else 0)
+})
+HOLDING = [name for name in NAMES if any(f".{name}." in f".{fqn}." for fqn in [*LINEAR, "head"])]
 
 
-@pytest.mark.parametrize(("exclude", "expected"), [row[1:] for row in EXCLUDED], ids=[row[0] for row in EXCLUDED])
-def test_what_is_excluded_is_left_out(exclude: Any, expected: list[str]) -> None:
-    assert found(Model(), None, exclude) == expected
-    assert found(Model(), "all-linear", exclude) == expected
+@given(
+    st.lists(st.sampled_from(HOLDING), min_size=1, max_size=3), st.none() | st.lists(st.sampled_from(NAMES), min_size=1)
+)
+def test_a_list_means_the_layers_of_its_names_and_in_modules_of_its_names(
+    names: list[str], exclude: list[str] | None
+) -> None:
+    def means(entries: list[str], fqn: str) -> bool:
+        return any(f".{entry}." in f".{fqn}." for entry in entries)
+
+    expected = [fqn for fqn in [*LINEAR, "head"] if means(names, fqn) and not means(exclude or [], fqn)]
+    if expected:
+        assert found(Model(), names, exclude) == expected
+    else:
+        with pytest.raises(TargetError, match="without the excluded: no layer is left to adapt"):
+            find_targets(Model(), names, exclude)
 
 
 @pytest.mark.parametrize("exclude", [["b"], ["a"], "b", "a", ["a", "b"]], ids=str)
-def test_a_layer_of_two_names_is_excluded_by_either(exclude: Any) -> None:
+def test_a_layer_of_two_names_is_found_and_excluded_by_either_and_called_by_its_first(exclude: Any) -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
     model["b"] = model["a"]
-    assert found(model, None, exclude) == ["c"]
-    assert found(model, ["a", "c"], exclude) == ["c"]
-
-
-# Which rule applies
+    assert found(model, exclude) == ["a"]
+    assert found(model, None, exclude) == found(model, ["a", "c"], exclude) == ["c"]
 
 
 @pytest.mark.parametrize(
     ("model", "pattern", "rule", "count"),
     [
         (Model("llama"), None, "the preset of model_type 'llama' (q_proj, v_proj)", 4),
+        (Model("blip-2"), None, "the preset of model_type 'blip-2' (q, v, q_proj, v_proj)", 4),  # q, v: of a variant
         (Model("unheard-of"), None, "the query and value projections (q_proj, v_proj)", 4),
         (Model(None), None, "all linear layers but the output head", 8),
         (Model("llama"), "all-linear", "all linear layers but the output head", 8),
-        (Model("llama"), ["up"], "the names up", 2),
         (Model("llama"), ["up", "proj"], "the names up, proj", 4),
         (Model("llama"), "head", "the regex 'head'", 1),
         (Model("llama"), is_conv1d, "the callable is_conv1d", 2),
     ],
-    ids=["preset", "unknown-type", "no-type", "all-linear-over-preset", "name", "names", "regex", "callable"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_rule_that_applied_is_told(model: nn.Module, pattern: Any, rule: str, count: int) -> None:
     selection = select(Census.of(model), pattern, None)
@@ -130,41 +117,34 @@ def test_the_rule_that_applied_is_told(model: nn.Module, pattern: Any, rule: str
     assert select(Census.of(model), pattern, lambda *_: False).rule == f"{rule}, without the excluded"
 
 
-def test_a_preset_may_name_layers_that_a_variant_lacks() -> None:
-    model = Model("blip-2")  # q, v, q_proj, v_proj: the first two are of another half
-    assert found(model) == BODY
+def test_the_names_of_a_preset_are_those_of_layers() -> None:
+    model = nn.ModuleDict({"q": nn.ModuleDict({"inner": nn.Linear(2, 2)}), "v": nn.Linear(2, 2)})
+    model.__dict__["config"] = SimpleNamespace(model_type="t5")  # q, v
+    assert found(model) == ["v"]
+    assert found(model, ["q", "v"]) == ["q.inner", "v"]
 
 
-def test_a_preset_that_matches_nothing_is_refused_with_what_the_model_has() -> None:
-    with pytest.raises(
-        TargetError, match=r"the preset of model_type 'gpt2' \(c_attn\) matches no layer or weight that can be adapted"
-    ):
-        find_targets(Model("gpt2"))
+# Output heads
 
 
 @pytest.mark.parametrize("head", ["lm_head", "classifier", "score", "qa_outputs", "heads", "embed_out"])
-def test_a_head_is_left_out_by_its_name(head: str) -> None:
+def test_a_head_is_left_out_by_its_name_at_the_top(head: str) -> None:
     selection = select(Census.of(Model(head=head)), None, None)
     assert [site.fqn for site in selection.sites] == LINEAR
     assert selection.skipped == {head: "the output head"}
-
-
-def test_a_layer_deeper_in_the_model_is_no_head_for_its_name() -> None:
-    model = nn.ModuleDict({"body": nn.ModuleDict({"head": nn.Linear(2, 2)}), "head": nn.Sequential(nn.Linear(2, 2))})
+    model = nn.ModuleDict({"body": nn.ModuleDict({head: nn.Linear(2, 2)}), head: nn.Sequential(nn.Linear(2, 2))})
     selection = select(Census.of(model), None, None)
-    assert [site.fqn for site in selection.sites] == ["body.head"]
-    assert selection.skipped == {"head.0": "the output head"}
+    assert [site.fqn for site in selection.sites] == [f"body.{head}"]
+    assert selection.skipped == {f"{head}.0": "the output head"}
 
 
-def test_a_head_is_left_out_where_the_model_says_which_it_is() -> None:
-    selection = select(Census.of(WithOutputEmbeddings()), None, None)
+def test_a_head_is_left_out_where_the_model_says_which_it_is_unless_it_is_asked_for() -> None:
+    model = Model(head="to_words")
+    model.get_output_embeddings = lambda: model.get_submodule("to_words")  # type: ignore[assignment]
+    selection = select(Census.of(model), None, None)
     assert [site.fqn for site in selection.sites] == LINEAR
     assert selection.skipped == {"to_words": "the output head"}
-
-
-def test_a_head_is_left_out_still_where_it_is_adapted_already() -> None:
-    model = WithOutputEmbeddings()
-    randlora.inject(model, r=2, targets=["to_words"])
+    assert randlora.inject(model, r=2, targets=["to_words"]).targets == ("to_words",)
     assert found(model) == LINEAR
 
 
@@ -176,86 +156,131 @@ def test_a_head_of_two_names_is_left_out_under_both() -> None:
     assert set(selection.skipped) == {"out", "head"}
 
 
-def test_a_head_that_is_asked_for_is_adapted() -> None:
-    assert found(WithOutputEmbeddings(), ["to_words"]) == ["to_words"]
+# What cannot be adapted, and is excluded or left out
 
 
-def test_all_linear_includes_attention() -> None:
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "up": nn.Linear(4, 4)})
-    selection = select(Census.of(model), "all-linear", None)
-    assert [site.fqn for site in selection.sites] == ["attention.in_proj_weight", "attention.out_proj", "up"]
-    assert selection.skipped == {}
+def vision_transformer() -> nn.Module:
+    """Build what has timm's names: but the projection of patches is of a type without an adapter layer."""
+    blocks = nn.ModuleList(
+        nn.ModuleDict({"qkv": nn.Linear(4, 12), "proj": nn.Linear(4, 4), "norm": nn.LayerNorm(4)}) for _ in range(2)
+    )
+    return nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": nn.Bilinear(3, 4, 2)}), "blocks": blocks})
+
+
+IN_BLOCKS = [f"blocks.{index}.{name}" for index in (0, 1) for name in ("qkv", "proj")]
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude"),
+    [
+        (["qkv", "proj"], ["patch_embed.proj"]),
+        (["qkv", "proj"], r"patch_embed\..*"),
+        (["qkv", "proj"], lambda _, module: isinstance(module, nn.Bilinear)),
+        (r".*\.(qkv|proj)", ["patch_embed.proj"]),
+        (lambda fqn, _: fqn.endswith(("qkv", "proj")), ["patch_embed.proj"]),
+        (["patch_embed.proj", "qkv", "proj"], ["patch_embed"]),
+    ],
+    ids=str,
+)
+def test_what_is_excluded_is_not_refused(targets: Any, exclude: Any) -> None:
+    with pytest.raises(TargetError, match=r'Bilinear, for which .* exclude=\["patch_embed\.proj"\]'):
+        find_targets(vision_transformer(), targets)
+    assert found(vision_transformer(), targets, exclude) == IN_BLOCKS
+
+
+def test_what_a_named_module_holds_beside_linear_layers_is_left_out_with_the_reason() -> None:
+    model = nn.ModuleDict({"body": vision_transformer()})
+    selection = select(Census.of(model), ["body"], None)
+    assert [site.fqn for site in selection.sites] == [f"body.{fqn}" for fqn in IN_BLOCKS]
+    assert selection.skipped == {"body.patch_embed.proj": "of type Bilinear, for which there is no adapter layer"}
+    assert select(Census.of(model), ["body"], ["patch_embed"]).skipped == {}
 
 
 # What is refused
 
-
-REFUSED: list[tuple[str, Any, str]] = [
-    (
-        "regex-of-nothing",
-        "q_prj",
-        "'q_prj' matches no layer or weight that can be adapted; the nearest names are q_proj, ",
-    ),
-    ("regex-by-search", "attention", "'attention' matches no layer or weight that can be adapted"),
-    (
-        "name-of-nothing",
-        ["q_prj"],
-        "'q_prj' matches no layer or weight that can be adapted; the nearest names are q_proj, ",
-    ),
-    ("name-of-nothing-beside-one", ["v_proj", "q_prj"], "'q_prj' matches no layer or weight that can be adapted"),
-    (
-        "path-of-nothing",
-        ["layers.2.up"],
-        "'layers.2.up' matches no layer or weight that can be adapted; the nearest names are layers.1.up, layers.0.up",
-    ),
-    ("a-norm", ["norm"], "'norm' matches no layer or weight that can be adapted"),
-    ("a-norm-beside-one", ["norm", "up"], "'norm' matches no layer or weight that can be adapted"),
-    ("norms-by-regex", r".*\.norm", "matches no layer or weight that can be adapted"),
-    ("an-embedding", ["embed"], "embed is of type EmbeddingBag, for which there is no adapter layer"),
-    ("an-embedding-by-regex", "embed|head", "embed is of type EmbeddingBag, for which there is no adapter layer"),
-    ("everything", ".*", "embed is of type EmbeddingBag, for which there is no adapter layer: narrow the pattern"),
-    (
-        "callable-of-nothing",
-        nothing,
-        "the callable nothing matches no layer or weight that can be adapted; the model has",
-    ),
+NONE = "matches no layer or weight that can be adapted"
+NO_EMBED = "embed is of type EmbeddingBag, for which there is no adapter layer"
+REFUSED: list[tuple[Any, Any, str]] = [
+    ("q_prj", None, f"'q_prj' {NONE}; the nearest names are q_proj, "),
+    (["v_proj", "q_prj"], None, f"'q_prj' {NONE}; the nearest names are q_proj, "),
+    (["layers.2.up"], None, f"'layers.2.up' {NONE}; the nearest names are layers.1.up, layers.0.up"),
+    (["norm", "up"], None, f"'norm' {NONE}"),
+    (r".*\.norm", None, NONE),
+    (["embed"], None, NO_EMBED),
+    (".*", None, f"{NO_EMBED}: narrow the pattern"),
+    (nothing, None, f"the callable nothing {NONE}; the model has"),
+    (["up"], ["up"], "the names up, without the excluded: no layer is left to adapt"),
+    (None, ["q_proj", "k_proj"], "exclude='k_proj' matches no layer or weight"),
+    (None, ["nrm"], "exclude='nrm' matches no layer or weight; the nearest names are norm"),
+    (["q_prj"], ["v_prj"], "2 problems"),
+    *[
+        (targets, None, f'did you mean targets=["{meant}"]?')
+        for targets, meant in {
+            "attention.q_proj": "attention.q_proj",
+            "(q_proj|v_proj)": 'q_proj", "v_proj',
+            "q_proj, v_proj": 'q_proj", "v_proj',
+            ("q_proj,v_proj",): 'q_proj", "v_proj',
+            "attention": "attention",
+            r"layers\.0": "layers.0",
+        }.items()
+    ],
+    ([r".*\.q_proj"], None, r'did you mean targets=r".*\.q_proj"?'),
+    *[(word, None, 'did you mean targets="all-linear"?') for word in ("all_linear", "ALL-LINEAR", "All Linear")],
+    (["all_linear", "up"], None, 'did you mean targets="all-linear"?'),
+    (None, r"layers\.0", 'did you mean exclude=["layers.0"]?'),
+    (None, "attention.proj|up", 'did you mean exclude=["attention.proj", "up"]?'),
 ]
 
 
-@pytest.mark.parametrize(("pattern", "message"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
-def test_a_pattern_that_means_no_linear_layer_is_refused(pattern: Any, message: str) -> None:
+@pytest.mark.parametrize(("targets", "exclude", "message"), REFUSED, ids=str)
+def test_a_pattern_that_means_nothing_is_refused_with_what_was_probably_meant(
+    targets: Any, exclude: Any, message: str
+) -> None:
     with pytest.raises(TargetError, match=re.escape(message)):
-        find_targets(Model(), pattern)
-
-
-@pytest.mark.parametrize(
-    ("exclude", "message"),
-    [
-        (["q_prj"], "exclude='q_prj' matches no layer or weight; the nearest names are q_proj"),
-        (["q_proj", "k_proj"], "exclude='k_proj' matches no layer or weight"),
-        (["nrm"], "exclude='nrm' matches no layer or weight; the nearest names are norm"),
-        (["embd", "layers.0"], "exclude='embd' matches no layer or weight; the nearest names are embed"),
-        ("proj", "exclude='proj' matches no layer or weight"),
-        (r"layers\.0", "exclude='layers\\\\.0' matches no layer or weight"),
-    ],
-    ids=["name", "one-of-two", "a-norm", "an-embedding", "regex-by-search", "regex-of-a-module"],
-)
-def test_an_exclude_that_matches_nothing_is_refused(exclude: Any, message: str) -> None:
-    with pytest.raises(TargetError, match=re.escape(message)):
-        find_targets(Model(), None, exclude)
+        find_targets(Model(), targets, exclude)
 
 
 @pytest.mark.parametrize("pattern", ["(", ["q", 3], 7], ids=str)
 @pytest.mark.parametrize("name", ["targets", "exclude"])
 def test_a_pattern_that_is_none_is_refused(name: str, pattern: Any) -> None:
-    patterns = {"targets": None, "exclude": None, name: pattern}
     with pytest.raises(ConfigError, match=f"configure RandLoRA: {name}"):
-        find_targets(Model(), patterns["targets"], patterns["exclude"])
+        randlora.plan(Model(), r=2, **{name: pattern})
 
 
-def test_excluding_every_layer_is_refused() -> None:
-    with pytest.raises(TargetError, match="the names up, without the excluded: no layer is left to adapt"):
-        find_targets(Model(), ["up"], ["up"])
+words = st.sampled_from(NAMES) | st.text("abhdeornqpuv_.01|", min_size=1, max_size=8)
+
+
+@given(words | st.lists(words, min_size=1, max_size=2), st.sampled_from([Model(), nn.Sequential(nn.Tanh())]))
+def test_no_answer_suggests_what_was_written(targets: Any, model: nn.Module) -> None:
+    answer = ""
+    try:
+        find_targets(model, targets)
+    except TargetError as error:
+        answer = str(error)
+    except ConfigError:
+        pass  # no regular expression
+    lines = re.findall(r"targets='(.*)' matches no layer or weight that can be adapted(.*)", answer)
+    assume(lines)
+    for said, rest in lines:
+        suggested = re.findall(r"did you mean targets=(.*)\?|the nearest names are (.*)|(the model has) ", rest)
+        assert suggested
+        for meant, near, _ in suggested:
+            assert meant not in {json.dumps(targets), f'r"{targets}"'}
+            assert not {said, "none"} & set(near.split(", "))
+
+
+@pytest.mark.parametrize("targets", ["q", ["q"], "all-linear", nothing], ids=str)
+def test_of_a_model_without_linear_layers_it_is_told_what_it_has(targets: Any) -> None:
+    with pytest.raises(TargetError, match=r"; the model has no .* adapted, only Bilinear, Tanh"):
+        find_targets(nn.Sequential(nn.Bilinear(1, 1, 1), nn.Tanh()), targets)
+    with pytest.raises(TargetError, match="; the model has no submodules"):
+        find_targets(nn.Sequential(), targets)
+
+
+def test_a_named_module_without_layers_to_adapt_is_refused() -> None:
+    model = nn.ModuleDict({"up": nn.Linear(2, 2), "norms": nn.Sequential(nn.LayerNorm(2))})
+    with pytest.raises(TargetError, match=rf"targets='norms' {NONE}, only norms \(Sequential\)"):
+        find_targets(model, ["up", "norms"])
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), Conv1D(2, 2)], ids=["Linear", "Conv1D"])
@@ -264,57 +289,10 @@ def test_the_model_itself_cannot_be_a_target(model: nn.Module) -> None:
         find_targets(model)
 
 
-def test_finding_targets_leaves_no_trace() -> None:
-    model = Model()
-    before = [(fqn, id(module), sorted(vars(module))) for fqn, module in model.named_modules()]
-    find_targets(model, ".*proj", ["v_proj"])
-    assert [(fqn, id(module), sorted(vars(module))) for fqn, module in model.named_modules()] == before
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _kinds() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        register(patch)
-        yield
-
-
-def test_a_weight_that_other_code_reads_is_found_by_its_name_and_its_last_component() -> None:
-    model = nn.ModuleDict({"first": mixed(), "second": mixed()})
-    assert quiet_plan(model, targets=["up_proj"]).targets == ("first.experts.up_proj", "second.experts.up_proj")
-    assert quiet_plan(model, targets=["second.experts.up_proj"]).targets == ("second.experts.up_proj",)
-    assert quiet_plan(model, targets=r".*\.up_proj").targets == ("first.experts.up_proj", "second.experts.up_proj")
-    with pytest.raises(TargetError, match=r'did you mean targets=\["up_proj"\]'):
-        quiet_plan(model, targets="up_proj")
-    with pytest.raises(TargetError, match=r"nearest names are up_proj"):
-        quiet_plan(model, targets=["up_prjo"])
-
-
-NO_LAYER = "for which there is no adapter layer"
-OF_NO_KIND: list[tuple[str, Any, str]] = [
-    ("name", ["odd.table"], rf"odd\.table is a parameter of Odd with shape \(3, 5\), {NO_LAYER}: narrow the pattern, "),
-    ("beside-others", ["up", "stack"], rf"odd\.stack is a parameter of Odd with shape \(2, 3, 4\), {NO_LAYER}"),
-    ("regex", r"up|odd\.table", rf"odd\.table is a parameter of Odd .*, {NO_LAYER}"),
-    ("of-an-owner", r"experts\..*", rf"experts\.router is a parameter of Experts .*, {NO_LAYER}"),
-    ("module", ["odd"], rf"odd is of type Odd, {NO_LAYER}: .* or register one with randlora\.layers\.register_layer"),
-    ("last-component", "table", rf"'table' matches .*, only odd\.table \(a parameter of Odd .*, {NO_LAYER}: register"),
-    ("vector", ["scale"], r"only odd\.scale \(a parameter of Odd with shape \(7,\), not a matrix\)"),
-    ("of-a-layer", ["up.weight"], r"only up\.weight \(a parameter of up, which is the name to give\)"),
-    ("in-a-named-module", ["experts", "router"], rf"experts\.router is a parameter of Experts .*, {NO_LAYER}"),
-]
-
-
-@pytest.mark.parametrize(("targets", "message"), [row[1:] for row in OF_NO_KIND], ids=[row[0] for row in OF_NO_KIND])
-def test_a_parameter_that_no_kind_serves_is_refused_by_name_and_type(targets: Any, message: str) -> None:
-    model = mixed()
-    with untouched(model), pytest.raises(TargetError, match=message):
-        randlora.inject(model, r=2, targets=targets)
-
-
-def test_a_module_that_is_refused_stands_for_its_parameters() -> None:
-    with pytest.raises(TargetError, match=r"^cannot find the targets: odd is of type Odd, .*$"):
-        quiet_plan(mixed(), targets=r"odd.*")
-
-
-def test_a_parameter_that_no_kind_serves_can_be_excluded() -> None:
-    report = quiet_plan(mixed(), targets=r"experts\..*", exclude=["router"])
-    assert report.targets == ("experts.up_proj", "experts.down_proj")
+def test_of_many_refused_modules_five_are_named_and_the_rest_counted() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Bilinear(1, 1, 1) for _ in range(560)))
+    with pytest.raises(TargetError, match="560 problems") as caught:
+        find_targets(model, ".*")
+    assert len(str(caught.value).splitlines()) == 7
+    assert str(caught.value).endswith("and 555 more")

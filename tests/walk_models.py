@@ -10,7 +10,7 @@ from randlora.targets.select import find_targets
 
 
 class Attention(nn.Module):
-    """Four layers, two of which have names that end alike."""
+    """Three layers, two of which have names that end alike."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,16 +20,6 @@ class Attention(nn.Module):
         self.register_module("dropout", None)
 
 
-class Block(nn.Module):
-    """Attention, a norm and a feed-forward layer stored transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = Attention()
-        self.norm = nn.LayerNorm(6)
-        self.up = Conv1D(12, 6)
-
-
 class Model(nn.Module):
     """Two blocks between a bag of embeddings, which no adapter layer adapts, and a head."""
 
@@ -37,15 +27,12 @@ class Model(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(model_type=model_type)
         self.embed = nn.EmbeddingBag(10, 6)
-        self.layers = nn.ModuleList([Block(), Block()])
+        blocks = ({"attention": Attention(), "norm": nn.LayerNorm(6), "up": Conv1D(12, 6)} for _ in range(2))
+        self.layers = nn.ModuleList(map(nn.ModuleDict, blocks))
         self.add_module(head, nn.Linear(6, 10))
 
 
-LINEAR = [
-    f"layers.{index}.{name}"
-    for index in (0, 1)
-    for name in ("attention.q_proj", "attention.v_proj", "attention.proj", "up")
-]
+LINEAR = [f"layers.{i}.{name}" for i in (0, 1) for name in (*(f"attention.{p}proj" for p in ("q_", "v_", "")), "up")]
 
 
 def found(model: nn.Module, pattern: Any = None, exclude: Any = None) -> list[str]:
