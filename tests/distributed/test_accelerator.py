@@ -1,4 +1,4 @@
-"""`accelerate.Accelerator` on two processes: the same training as without it, and what its FSDP plugin is on a CPU."""
+"""`accelerate.Accelerator` on two processes: the same training as without it, resumed with the same bits."""
 
 import os
 from pathlib import Path
@@ -41,23 +41,22 @@ def trained_alone() -> nn.Module:
     return model
 
 
-def train_as_launched(folder: str, with_fsdp_plugin: bool) -> Any:
+def train_as_launched(folder: str) -> Any:
     """Call `train` with the environment of a process that torchrun has started."""
     rank, count = str(dist.get_rank()), str(dist.get_world_size())
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     with mock.patch.dict(os.environ, launched):
-        return train(folder, with_fsdp_plugin)
+        return train(folder)
 
 
-def train(folder: str, with_fsdp_plugin: bool) -> tuple[str, dict[str, Any], dict[str, Any], bool]:
+def train(folder: str) -> tuple[str, dict[str, Any], dict[str, Any], bool]:
     """Train, save the state, train on, go back, and save; return the class of the model, its values and those alone."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
+    from accelerate import Accelerator  # type: ignore[import-untyped]
     from accelerate.state import AcceleratorState, GradientState, PartialState  # type: ignore[import-untyped]
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2) if with_fsdp_plugin else None
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator = Accelerator(cpu=True)
     model = built()
     optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=1e-3)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -88,22 +87,13 @@ def train(folder: str, with_fsdp_plugin: bool) -> tuple[str, dict[str, Any], dic
     return type(model).__name__, values, adapter_values(trained_alone()), is_whole
 
 
-def check(pair: Processes, folder: Path, *, with_fsdp_plugin: bool) -> None:
-    (kind, first, alone, is_whole), (_, second, *_) = pair.run(train_as_launched, str(folder), with_fsdp_plugin)
+def test_an_accelerator_trains_saves_and_resumes_an_adapter(pair: Processes, tmp_path: Path) -> None:
+    (kind, first, alone, is_whole), (_, second, *_) = pair.run(train_as_launched, str(tmp_path))
     assert kind == DistributedDataParallel.__name__
     assert is_whole
     assert all_bits(first) == all_bits(second)
     for name, value in first.items():
         torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-6)
     loaded = nn.Sequential(nn.Linear(INPUTS, 12), nn.Tanh(), nn.Linear(12, INPUTS))
-    randlora.load(loaded, folder / "adapter")
+    randlora.load(loaded, tmp_path / "adapter")
     assert all_bits(adapter_values(loaded)) == all_bits(first)
-
-
-def test_an_accelerator_trains_saves_and_resumes_an_adapter(pair: Processes, tmp_path: Path) -> None:
-    check(pair, tmp_path, with_fsdp_plugin=False)
-
-
-def test_the_fsdp_plugin_of_accelerate_is_ddp_on_a_cpu(pair: Processes, tmp_path: Path) -> None:
-    """So that nobody takes a test through `Accelerator` on a CPU for one of FSDP."""
-    check(pair, tmp_path, with_fsdp_plugin=True)

@@ -145,7 +145,7 @@ def bytes_of_peft() -> int:
     return sum(sent)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_peft_sends_its_bases_in_every_forward(pair: Processes) -> None:
     """What is compared with: once this fails, docs/distributed.md is to be corrected."""
     pytest.importorskip("peft")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -64,32 +63,15 @@ def test_a_mesh_of_two_dimensions(four: Processes, first: bool, tmp_path: Path) 
     four.run(on_two_dimensions, first, tmp_path)
 
 
-def compiled_in_the_pages_order() -> None:
-    """Split, adapt and shard as docs/tensor_parallel.md does, and compare the model compiled with itself as it is."""
-    drawn = Drawn(16, 32, 30, True, "whole", {})
+def in_the_pages_order() -> None:
+    """Split, adapt and shard as docs/tensor_parallel.md does, and train."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    models = []
-    for _ in range(2):
-        model = plain(drawn)
-        exec(snippet("tensor_parallel.md", "parallelize_module"), {"randlora": randlora, "model": model, "mesh": mesh})
-        for parameter in randlora.trainable_parameters(model):
-            torch.nn.init.constant_(parameter, 0.05)
-        models.append(model)
-    ids = torch.arange(8).view(2, 4) + 8 * mesh["dp"].get_local_rank()
-    counter = CompileCounterWithBackend("aot_eager")
-    outputs = [models[0](ids), torch.compile(models[1], backend=counter, fullgraph=True)(ids)]
-    assert counter.frame_count == 1
-    close(outputs[1], outputs[0])
-    for output in outputs:
-        output.square().mean().backward()
-    expected, found = ([*randlora.trainable_parameters(each)] for each in models)
-    assert len(found) == 4
-    for ours, theirs in zip(found, expected, strict=True):
-        assert isinstance(ours.grad, DTensor)
-        assert isinstance(theirs.grad, DTensor)
-        close(ours.grad.full_tensor(), theirs.grad.full_tensor())
+    model = plain(Drawn(16, 32, 30, True, "whole", {}))
+    exec(snippet("tensor_parallel.md", "parallelize_module"), {"randlora": randlora, "model": model, "mesh": mesh})
+    model(torch.arange(8).view(2, 4)).square().mean().backward()
+    assert [type(parameter.grad) for parameter in randlora.trainable_parameters(model)] == [DTensor] * 4
 
 
 @pytest.mark.medium
-def test_a_model_on_two_dimensions_is_compiled(four: Processes) -> None:
-    four.run(compiled_in_the_pages_order)
+def test_the_order_of_the_page(four: Processes) -> None:
+    four.run(in_the_pages_order)
