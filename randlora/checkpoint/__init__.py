@@ -5,9 +5,8 @@ files, `fit` compares them with a model. `save`, `load` and `swap` are the verbs
 """
 
 from randlora.checkpoint.contents import AdapterState, adapter_state
-from randlora.checkpoint.load import load, load_all
+from randlora.checkpoint.load import load, load_all, swap
 from randlora.checkpoint.save import save, save_all
-from randlora.checkpoint.swap import swap
 
 __all__ = [
     "AdapterState",

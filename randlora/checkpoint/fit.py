@@ -89,8 +89,12 @@ def parameter_names(census: Census) -> set[str]:
     return {held.fqn for held in census.parameters}
 
 
-def with_prefix(file: AdapterFile, prefix: str, known: Collection[str], parameters: Collection[str]) -> AdapterFile:
-    """Return an adapter with a prefix added to its names, or removed from them if that gives known layers."""
+def with_prefix(
+    file: AdapterFile, prefix: str | None, known: Collection[str], parameters: Collection[str]
+) -> AdapterFile:
+    """Return an adapter with a prefix, if any, added to its names, or removed from them if that gives known layers."""
+    if prefix is None:
+        return file
     if not prefix.strip("."):
         raise ConfigError(f"prefix must be the name of a module, such as 'bert', got {prefix!r}")
     dotted = f"{prefix.removesuffix('.')}."

@@ -190,8 +190,7 @@ def _fit_model(
 ) -> tuple[BaseFit, list[str]]:
     """Find the tensors of the weights that an adapter names in a model."""
     entries = base.directory.entries
-    if prefix is not None:
-        file = with_prefix(file, prefix, model.census.sites_by_fqn, parameter_names(model.census))
+    file = with_prefix(file, prefix, model.census.sites_by_fqn, parameter_names(model.census))
     sites = named_sites(model.census, file)
     file = without_repeats(model.census, file)
     problems = obstacles(model.census, sites, file.config.dropout)
@@ -247,8 +246,7 @@ def _fit_names(
 ) -> tuple[BaseFit, list[str]]:
     """Find an adapter's weights by the names of tensors; their layout is the one that the adapter states."""
     known = {*entries, *(name.removesuffix(".weight") for name in entries)}
-    if prefix is not None:
-        file = with_prefix(file, prefix, known, entries)
+    file = with_prefix(file, prefix, known, entries)
     slots: dict[str, Slot] = {}
     places: dict[str, str] = {}
     problems = prefix_problems(file, known, entries)

@@ -22,7 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
 
 import randlora
-from randlora.checkpoint.swap import swap_each
+from randlora.checkpoint.load import swap_each
 from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import AdapterError, CheckpointError, warn
 from randlora.model.engines import is_held_together
