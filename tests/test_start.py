@@ -15,29 +15,23 @@ import randlora
 from randlora.errors import ConfigError
 from randlora.layers.diagonals import Diagonal
 from randlora.options import Init
-from tests.attention_kinds import AttentionKind, every_attention
 from tests.kit import adapter_values, all_bits, bits, fill, untouched
 from tests.laws import TOKENS, Mixed
 from tests.model_directories import contents
 from tests.models import LLAMA, outputs
 from tests.peer import ALPHA, PEFT_STREAM, THEIR_WARNINGS, R, in_ours, in_peft, our_model, their_values
-from tests.read_kinds import ReadKind, every_read_kind
+from tests.read_kinds import ReadKind, every_family
 from tests.strategies import every_start
 
 pytestmark = THEIR_WARNINGS
 
 LR = 1e-3
-SHAPES = (256, 192), (192, 192), (96, 256)
+TALL, SQUARE, WIDE = (256, 192), (192, 192), (96, 256)
 """Of layers, ``(out, in)``: large enough for the size of an update to be near its expectation."""
-
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def step(shape: tuple[int, int], adapt: Any) -> tuple[nn.Module, Tensor]:
-    """Adapt a linear layer and take a step of Adam; return the model, and the gradient of the weight before the step.
-
-    The layer and its data are the same whatever the adapter is.
-    """
+    """Adapt a linear layer, always the same, and take a step of Adam; return it, and the gradient before the step."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
     x, y = torch.randn(512, shape[1]), torch.randn(512, shape[0])
@@ -55,6 +49,11 @@ def first_update(shape: tuple[int, int], **options: Any) -> tuple[Tensor, Tensor
     return randlora.delta_weight(model.double(), "0").detach(), gradient.double()
 
 
+def size(update: Tensor) -> float:
+    """Return the root mean square of the entries."""
+    return float(update.square().mean().sqrt())
+
+
 def size_of_lora(shape: tuple[int, int], **options: Any) -> float:
     """Return the size of the update of PEFT's LoRA of the same layer after the same step."""
     config: Any = peft.LoraConfig(target_modules=["0"], **options)
@@ -62,23 +61,15 @@ def size_of_lora(shape: tuple[int, int], **options: Any) -> float:
     return size(model.base_model.model[0].get_delta_weight("default").detach())
 
 
-def size(update: Tensor) -> float:
-    """Return the root mean square of the entries."""
-    return float(update.square().mean().sqrt())
-
-
 def cosine(update: Tensor, gradient: Tensor) -> float:
     """Return the cosine between an update and the negative gradient."""
     return -float((update * gradient).sum() / update.norm() / gradient.norm())
 
 
-# What moves first
-
-
 @every_start
 def test_one_of_both_moves_in_the_first_step_and_the_other_in_the_second(init: Init) -> None:
     model = Mixed()
-    randlora.inject(model, r=4, init=init)
+    randlora.inject(model, config=randlora.RandLoRAConfig(r=4), init=init)
     optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), LR, weight_decay=0.0)
     seen = [{key: value.clone() for key, value in adapter_values(model).items()}]
     for _ in range(2):
@@ -91,7 +82,7 @@ def test_one_of_both_moves_in_the_first_step_and_the_other_in_the_second(init: I
     assert not [key for key in start if torch.equal(first[key], second[key])]
 
 
-@every_shape
+@pytest.mark.parametrize("shape", [TALL, WIDE], ids=str)
 def test_the_first_update_from_gamma_is_of_full_rank_and_nearer_to_the_gradient(shape: tuple[int, int]) -> None:
     (by_lambda, gradient), (by_gamma, _) = (first_update(shape, r=4, init=init) for init in ("lambda", "gamma"))
     assert int(torch.linalg.matrix_rank(by_lambda)) == 4
@@ -101,40 +92,36 @@ def test_the_first_update_from_gamma_is_of_full_rank_and_nearer_to_the_gradient(
     assert cosine(by_gamma, gradient) == pytest.approx(math.sqrt(2 / math.pi * num_moved / math.prod(shape)), rel=0.1)
 
 
-# How large the first step is
-
-
-@every_shape
-@pytest.mark.parametrize("r", [4, 32, 128])  # one that does not divide the shorter side: the bases are more than it
-@pytest.mark.parametrize("lora", [{"r": 32, "lora_alpha": 64}, {"r": 8, "lora_alpha": 8, "use_rslora": True}], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "r", "lora"),
+    [
+        (TALL, 4, {"r": 32, "lora_alpha": 64}),
+        (WIDE, 4, {"r": 32, "lora_alpha": 64}),
+        (SQUARE, 32, {"r": 8, "lora_alpha": 8, "use_rslora": True}),
+        (WIDE, 128, {"r": 32, "lora_alpha": 64}),  # which does not divide the shorter side: the bases are more than it
+    ],
+)
 def test_the_first_step_is_as_large_as_that_of_pefts_lora(shape: tuple[int, int], r: int, lora: dict[str, Any]) -> None:
     wanted = size_of_lora(shape, **lora)
     given = {"lora_r": lora["r"], "lora_alpha": lora["lora_alpha"], "use_rslora": lora.get("use_rslora", False), "r": r}
-    alpha = randlora.equivalent_alpha(**given, shape=shape)
     for init in ("lambda", "gamma"):
+        alpha = randlora.equivalent_alpha(**given, shape=shape)
         assert size(first_update(shape, r=r, alpha=alpha, init=init)[0]) == pytest.approx(wanted, rel=0.1)
-
-
-@every_shape
-def test_without_a_shape_the_first_step_is_as_large_if_a_layer_is_no_wider_than_high(shape: tuple[int, int]) -> None:
-    found = size(first_update(shape, r=4, alpha=randlora.equivalent_alpha(32, 64, 4))[0])
-    wanted = size_of_lora(shape, r=32, lora_alpha=64)
-    assert found == pytest.approx(wanted * math.sqrt(max(1, shape[1] / shape[0])), rel=0.1)
+    if r < min(shape):
+        without_shape = size(first_update(shape, r=r, alpha=randlora.equivalent_alpha(**given))[0])
+        assert without_shape == pytest.approx(wanted * math.sqrt(max(1, shape[1] / shape[0])), rel=0.1)
 
 
 def test_an_equivalent_alpha_is_that_of_the_formulas() -> None:
     assert randlora.equivalent_alpha(32, 64) == pytest.approx(32 * 6.532, rel=1e-4)
     assert randlora.equivalent_alpha(32, 16, 8) == pytest.approx(8 * 1.633, rel=1e-3)
     assert randlora.equivalent_alpha(16, 8, use_rslora=True) == pytest.approx(32 * 2 * math.sqrt(16 / 3))
-    assert randlora.equivalent_alpha(32, 64, shape=(3072, 3072)) == pytest.approx(randlora.equivalent_alpha(32, 64))
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"lora_r": 0}, "lora_r must be a positive integer of at most 1048576, got 0"),
-        ({"lora_r": 2.5}, "lora_r must be an integer, got 2.5"),
-        ({"lora_r": 10**5000}, "lora_r must be a positive integer of at most 1048576, got an integer of"),
         ({"lora_alpha": -1}, r"lora_alpha must be a positive number of at most 1e\+15, got -1"),
         ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
         ({"r": {".*": 4}}, "r must be an integer, got {'"),
@@ -149,34 +136,25 @@ def test_an_equivalent_alpha_of_other_values_is_refused(given: dict[str, Any], m
         randlora.equivalent_alpha(**{"lora_r": 32, "lora_alpha": 64, **given})
 
 
-# What does not depend on it
-
-
-@pytest.mark.parametrize("bases", ["seed", "stored"])
-def test_files_do_not_say_how_an_adapter_started(bases: Any, tmp_path: Path) -> None:
+def test_files_do_not_say_how_an_adapter_started(tmp_path: Path) -> None:
     by_gamma, by_lambda = our_model(LLAMA, init="gamma"), our_model(LLAMA)
     with torch.no_grad():
         for own, other in zip(adapter_values(by_gamma).values(), adapter_values(by_lambda).values(), strict=True):
             other.copy_(own)
-    randlora.save(by_lambda, tmp_path / "lambda", bases=bases)
-    randlora.save(by_gamma, tmp_path / "gamma", bases=bases)
+    randlora.save(by_lambda, tmp_path / "lambda")
+    randlora.save(by_gamma, tmp_path / "gamma")
     assert contents(tmp_path / "gamma") == contents(tmp_path / "lambda")
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.05], ids=["fresh", "trained"])
-def test_what_started_from_gamma_is_loaded_here_and_by_peft(spread: float, tmp_path: Path) -> None:
+def test_what_started_from_gamma_is_loaded_here_and_by_peft(tmp_path: Path) -> None:
     model = LLAMA.build()
     randlora.inject(model, r=R, alpha=ALPHA, targets=LLAMA.targets, stream=PEFT_STREAM, init="gamma")
-    fill(model, spread=spread)
-    randlora.save(model, tmp_path)
+    randlora.save(fill(model), tmp_path)
     own, theirs = all_bits(adapter_values(model)), in_peft(LLAMA, tmp_path)
     assert all_bits(adapter_values(in_ours(LLAMA, tmp_path))) == own
     for fqn, *values in their_values(theirs):
         assert [*map(bits, values)] == [own[f"{fqn}.randlora_{part}"] for part in ("lambda", "gamma")]
     torch.testing.assert_close(outputs(theirs, LLAMA.inputs()), outputs(model, LLAMA.inputs()))
-
-
-# `reset_parameters`
 
 
 def reset(model: nn.Module) -> None:
@@ -186,7 +164,7 @@ def reset(model: nn.Module) -> None:
             module.reset_parameters()  # type: ignore[operator]  # of both kinds of `Diagonal`
 
 
-@every_read_kind
+@every_family
 def test_weights_that_are_read_start_again_as_they_did(kind: ReadKind) -> None:
     for init in get_args(Init):
         model = kind.adapted(filled=False, init=init)
@@ -195,26 +173,17 @@ def test_weights_that_are_read_start_again_as_they_did(kind: ReadKind) -> None:
         assert all_bits(adapter_values(model)) == start
 
 
-@every_attention
-def test_attention_starts_again_as_it_did(kind: AttentionKind) -> None:
-    model = kind.adapted(filled=False, init="gamma")
-    start = all_bits(adapter_values(model))
-    reset(fill(model))
-    assert all_bits(adapter_values(model)) == start
-
-
 def test_each_adapter_starts_again_as_it_did_whatever_happened_to_it(tmp_path: Path) -> None:
-    model = Mixed()
+    model, second = Mixed(), {"r": 3, "name": "b", "targets": ["up", "down"], "stream": "portable"}
     randlora.inject(model, r=4, name="a", init="gamma", stream="portable")
-    randlora.inject(model, r=3, name="b", targets=["up", "down"], stream="portable")
+    randlora.inject(model, **second)  # type: ignore[arg-type]
     start = {name: all_bits(adapter_values(model, name)) for name in ("a", "b")}
     randlora.save(model, tmp_path, name="a")
     randlora.load(model, tmp_path, name="loaded")
     randlora.rename(model, "a", "c")
-    randlora.remove(model, "b")
-    randlora.inject(model, r=3, name="b", targets=["up", "down"], stream="portable", init="gamma")
-    randlora.remove(model, "b")
-    randlora.inject(model, r=3, name="b", targets=["up", "down"], stream="portable")
+    for init in ("gamma", "lambda"):
+        randlora.remove(model, "b")
+        randlora.inject(model, **second, init=init)  # type: ignore[arg-type]
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         for name in ("b", "c", "loaded"):
             fill(each, name)
@@ -226,14 +195,8 @@ def test_each_adapter_starts_again_as_it_did_whatever_happened_to_it(tmp_path: P
 
 
 @pytest.mark.parametrize("verb", [randlora.inject, randlora.plan])
-@pytest.mark.parametrize("init", ["Gamma", None, True, 0])
-def test_another_start_is_refused_before_anything_changes(verb: Any, init: Any) -> None:
+def test_another_start_is_refused_before_anything_changes(verb: Any) -> None:
     model = Mixed()
-    with untouched(model), pytest.raises(ConfigError, match=f"init must be one of lambda, gamma, got {init!r}"):
-        verb(model, r=4, init=init)
-
-
-def test_a_start_goes_with_a_config() -> None:
-    model = Mixed()
-    randlora.inject(model, config=randlora.RandLoRAConfig(r=4), init="gamma")
-    assert not [key for key, value in adapter_values(model).items() if value.any() == ("gamma" in key)]
+    for init in ("Gamma", None):
+        with untouched(model), pytest.raises(ConfigError, match=f"init must be one of lambda, gamma, got {init!r}"):
+            verb(model, r=4, init=init)
