@@ -84,12 +84,13 @@ def test_unknown_options_are_answered_at_once_with_ours() -> None:
     with pytest.raises(ConfigError, match=r"unknown options lora_alpha, rank: the options are alpha, basis"):
         RandLoRAConfig.from_dict({"rank": 4, "lora_alpha": 8, "r": 4})
     model = nn.Sequential(nn.Linear(6, 4))
-    for verb in (RandLoRAConfig, partial(randlora.inject, model), partial(randlora.plan, model)):
+    verbs: list[Any] = [RandLoRAConfig, partial(randlora.inject, model), partial(randlora.plan, model)]
+    for verb in verbs:
         with pytest.raises(TypeError, match="unknown option dropot=: the nearest options are dropout") as caught:
-            verb(dropot=0.5)  # type: ignore[operator]
+            verb(dropot=0.5)
         assert isinstance(caught.value, OptionError)
         with pytest.raises(TypeError, match="unknown option x_y=: the options are"):
-            verb(x_y=1)  # type: ignore[operator]
+            verb(x_y=1)
     with pytest.raises(OptionError, match=r"cannot call inject, 2 problems:\n(.|\n)*use r=(.|\n)*use alpha="):
         randlora.inject(model, rank=4, lora_alpha=8)  # type: ignore[call-arg]
     assert randlora.adapters(model) == []

@@ -219,9 +219,9 @@ def test_what_a_model_has_no_more_is_said() -> None:
     info = randlora.adapters(model)[0]
     assert info.problems
     assert " ".join(str(info).split()).endswith(" ".join(info.problems[0].split()))
-    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({"x\ny": nn.LayerNorm(8)}))
-    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
-    assert str(randlora.adapters(model)[0]).endswith("\nalso trained: 1.x\\ny.weight, 1.x\\ny.bias")
+    named = nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({"x\ny": nn.LayerNorm(8)}))
+    randlora.inject(named, r=2, targets=["0"], train_also=["1"])
+    assert str(randlora.adapters(named)[0]).endswith("\nalso trained: 1.x\\ny.weight, 1.x\\ny.bias")
 
 
 IDS = {"input_ids": torch.arange(12).view(2, 6)}
@@ -246,22 +246,26 @@ def output(model: nn.Module, *names: str) -> Tensor:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("second", SECOND)
-def test_neither_changes_the_other_and_both_come_back(second: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("second", "order"), [*((each, 1) for each in SECOND), ("larger layers too", -1), ("another seed", -1)]
+)
+def test_neither_changes_the_other_and_both_come_back(second: str, order: int, tmp_path: Path) -> None:
     model, loaded, wanted = llama(num_hidden_layers=1), llama(num_hidden_layers=1), {}
-    for name, options in (("first", {}), ("second", SECOND[second])):
-        add(model, name, options)
+    added = {"first": {}, "second": SECOND[second]}
+    one, other = names = [*added][::order]
+    for name in names:
+        add(model, name, added[name])
         wanted[name] = output(model, name)
-        randlora.save(model, tmp_path / name, name=name, bases="seed" if name == "first" else "stored")
-    assert torch.equal(output(model, "first"), wanted["first"])
+        randlora.save(model, tmp_path / name, name=name, bases="seed" if name == one else "stored")
+    assert torch.equal(output(model, one), wanted[one])
     if second != "the same":
-        assert not torch.allclose(wanted["first"], wanted["second"], atol=1e-4)
-    for name in wanted:
+        assert not torch.allclose(wanted[one], wanted[other], atol=1e-4)
+    for name in names:
         randlora.load(loaded, tmp_path / name, name=name)
-        for known in ("first", name):
+        for known in (one, name):
             assert torch.equal(output(loaded, known), wanted[known])
-    randlora.remove(loaded, "first")
-    assert torch.equal(output(loaded, "second"), wanted["second"])
+    randlora.remove(loaded, one)
+    assert torch.equal(output(loaded, other), wanted[other])
 
 
 @pytest.mark.medium

@@ -209,11 +209,14 @@ def test_buffers_without_values_that_no_state_dict_has_are_spoken_of_when_the_mo
 
 
 def test_a_wrapper_shows_the_adapters_inside_it_and_those_of_two_parts_cannot_be_told_apart() -> None:
-    model = nn.Sequential(nn.Sequential(Mixed(), Mixed()))
+    first, second = Mixed(), Mixed()
+    model = nn.Sequential(nn.Sequential(first, second))
     assert not is_adapted(model)
-    randlora.inject(model[0][0], r=4)
+    randlora.inject(first, r=4)
     assert is_adapted(model)
-    assert adapted_root(model)[0] is model[0][0]
-    randlora.inject(model[0][1], r=4)
-    with pytest.raises(AdapterError, match=r"several submodules have adapters \(0.0, 0.1\): call this on one of them"):
+    assert adapted_root(model)[0] is first
+    randlora.inject(second, r=4)
+    with pytest.raises(
+        AdapterError, match=r"several submodules have adapters \(0\.0, 0\.1\): call this on one of them"
+    ):
         randlora.merge(model)
