@@ -64,6 +64,11 @@ def output_inside(block: Callable[[nn.Module], Any]) -> Callable[[Place], Tensor
     return run
 
 
+def merged_for_good(at: Place) -> Any:
+    randlora.remove(at.model, "b")
+    return randlora.merge(at.model)
+
+
 def pooled(at: Place) -> Tensor:
     randlora.eject(at.model)
     pool = randlora.serving.AdapterPool(at.model, at.saved, max_loaded=1)
@@ -105,7 +110,7 @@ VERBS: dict[str, Callable[[Place], Any]] = {
     "load": lambda at: randlora.load(at.model, at.saved / "b", name="c", trainable=True),
     "load_all": lambda at: (randlora.eject(at.model), randlora.load_all(at.model, at.saved)),
     "files.load_model": lambda at: randlora.files.load_model(at.adapter, base=at.base),
-    "merge": lambda at: randlora.merge(at.model),
+    "merge": merged_for_good,
     "merged": output_inside(randlora.merged),
     "merged_tensors": lambda at: dict(randlora.merged_tensors(at.model)),
     "plan": lambda at: randlora.plan(at.model, r=3, name="c"),

@@ -216,7 +216,5 @@ def test_a_wrapper_shows_the_adapters_inside_it_and_those_of_two_parts_cannot_be
     assert is_adapted(model)
     assert adapted_root(model)[0] is first
     randlora.inject(second, r=4)
-    with pytest.raises(
-        AdapterError, match=r"several submodules have adapters \(0\.0, 0\.1\): call this on one of them"
-    ):
+    with pytest.raises(AdapterError, match=r"several submodules have adapters \(0\.0, 0\.1\): call this"):
         randlora.merge(model)
