@@ -1,48 +1,18 @@
-"""The gate of the benchmarks, and what they count. What `make bench` itself would fail for is not tested again."""
+"""The gate of the benchmarks. What `make bench` itself would fail for is not tested."""
 
 import json
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
-from torch import nn
 
-from benchmarks import (
-    command,
-    compiled,
-    experts,
-    laws,
-    low_rank,
-    memory,
-    overhead,
-    peft_faults,
-    pool,
-    routed,
-)
+from benchmarks import command, laws
 from benchmarks.results import Results, Row
 from benchmarks.targets import TARGETS, Target, faster, only_in_full, only_on, passed_over, verdicts, within
-from benchmarks.timing import Figure, interleaved
-from tests.peer import THEIR_WARNINGS
-
-pytestmark = [
-    *THEIR_WARNINGS,
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),  # what torch.compile imports
-]
+from benchmarks.timing import Figure
 
 
 def row(case: str, sweep: tuple[str, float] | None = None, **seconds: float) -> Row:
     return Row(case, {name: Figure(value, 2 * value, "s") for name, value in seconds.items()}, sweep)
-
-
-def test_contestants_are_called_in_turn_and_the_first_round_does_not_count() -> None:
-    called: list[str] = []
-    figures = interleaved(
-        {"a": lambda: called.append("a"), "b": lambda: called.append("b")}, device="cpu", repeats=2, calls=2
-    )
-    assert called == list("bbaa" + "aabb" + "bbaa")
-    assert set(figures) == {"a", "b"}
-    assert all(0 <= figure.best <= figure.median for figure in figures.values())
 
 
 @pytest.mark.parametrize(
@@ -154,70 +124,6 @@ def test_results_are_written_as_json_a_table_and_a_picture(tmp_path: Path) -> No
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-TINY: dict[ModuleType, dict[str, Any]] = {
-    compiled: {
-        "WINDOWS": 1,
-        "CALLS": 1,
-        "LLAMA_TOKENS": 4,
-        "backend": lambda _: "inductor",
-        "compiled": lambda model, _: model,
-        "graphs": lambda *_: 1,
-    },
-    experts: {"MODELS": {"Mixtral": ("Mixtral", 64, 32, 4, 2)}, "REPEATS": 1},
-    low_rank: {
-        "LAYERS": 1,
-        "SIDE": 32,
-        "STEPS": 2,
-        "ROWS": 2,
-        "LENGTH": 512,
-        "R": 4,
-        "RANKS": (2,),
-        "TOLERANCES": (0.3,),
-    },
-    overhead: {
-        "CALLS": 1,
-        "WINDOWS": 1,
-        "WIDE": 32,
-        "MODEL_WINDOWS": 1,
-        "COMPILED_CALLS": 1,
-        "llama": lambda _, side: nn.Linear(side, side),
-        "adapt": lambda model, *_: model,
-        "model_step": lambda *_: lambda: None,
-        "start_compiler": lambda _: None,
-        "graphs": lambda *_, **__: 1,
-    },
-    pool: {"SIZES": ((1, 64), (2, 64)), "REPEATS": 1},
-    routed: {
-        "LAYERS": 1,
-        "SIDE": 64,
-        "ROWS": 4,
-        "LOADED": {1: 1, 3: 2},
-        "REPEATS": 1,
-        "FEW_REPEATS": 1,
-        "TOKENS": {"decode": 1, "prefill": 3},
-    },
-}
-"""Benchmarks by the sizes with which all of their cases, those of ``--full`` too, run in seconds."""
-
-
-@pytest.mark.medium
-@pytest.mark.parametrize("benchmark", TINY, ids=lambda benchmark: benchmark.__name__.rpartition(".")[2])
-def test_all_cases_run(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in TINY[benchmark].items():
-        monkeypatch.setattr(benchmark, name, value)
-    rows = benchmark.run(command.Settings("cpu", is_quick=False))
-    assert len({row.case for row in rows}) == len(rows) > 0
-    assert all(figure.best >= 0 for row in rows for figure in row.figures.values())
-
-
-# What is counted
-
-
-@pytest.mark.parametrize("words", peft_faults.FAULTS)
-def test_a_fault_of_peft_is_not_ours(words: str) -> None:
-    assert not peft_faults.provoke(peft_faults.FAULTS[words]).randlora
-
-
 @pytest.mark.parametrize("field", ["failures", "errors", "skipped"])
 def test_a_law_that_failed_or_was_skipped_did_not_hold(field: str, tmp_path: Path) -> None:
     counts = {"tests": 9, "failures": 0, "errors": 0, "skipped": 0, field: 2}
@@ -225,11 +131,3 @@ def test_a_law_that_failed_or_was_skipped_did_not_hold(field: str, tmp_path: Pat
     suite = " ".join(f'{name}="{count}"' for name, count in counts.items())
     report.write_text(f"<testsuites><testsuite {suite}/></testsuites>", encoding="utf-8")
     assert {name: figure.best for name, figure in laws.held(report).items()} == {"held": 7, "all": 9}
-
-
-@pytest.mark.parametrize("tokens", [1, 2048])
-def test_ours_keep_the_input_and_nothing_else(tokens: int) -> None:
-    floats = {name: figure.best / memory.FLOAT for name, figure in memory.kept(tokens, "cpu").figures.items()}
-    of_input, of_weight = tokens * memory.SIDE, memory.SIDE**2
-    assert {floats[name] for name in ("full", "dense", "block", "very_sparse", "PEFT less m² floats")} == {of_input}
-    assert floats["PEFT"] == of_input + of_weight
