@@ -19,12 +19,11 @@ from randlora.hints import NotTheModel
 from randlora.layers.update import RoundingLoss
 from randlora.options import Factor
 from randlora.state import Adapter
-from randlora.targets.defaults import NEW_HEADS
+from randlora.targets.census import Census, Shapes
 from randlora.targets.left_out import LeftOut, Remaining, left_out, lines
 from randlora.targets.match import shortened
 from randlora.targets.options import first_learning_rate, lora_parameters
-from randlora.targets.site import Shapes
-from randlora.targets.walk import Census
+from randlora.targets.select import NEW_HEADS
 
 FLOAT32_BYTES = 4
 WIDTH = 80

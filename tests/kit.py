@@ -14,7 +14,7 @@ import randlora
 from randlora.layers.scopes import in_call
 from randlora.report import Report
 from randlora.state import attached_state
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 
 WAIT = 30.0  # seconds until a test fails that would wait for ever
 

@@ -9,7 +9,7 @@ from torch.torch_version import TorchVersion
 
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, detach
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 from tests import reference
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -23,8 +23,7 @@ from randlora.checkpoint.tensors import MODEL_PREFIX, TOP_BASIS_A, TOP_BASIS_B, 
 from randlora.config import LARGEST_FACTOR
 from randlora.disk.tensor_file import LONGEST_NAME
 from randlora.errors import AdapterError, CheckpointError, ConfigError, RandLoRAError, TargetError
-from randlora.targets.site import Shapes
-from randlora.targets.walk import is_part
+from randlora.targets.census import Shapes, is_part
 from tests.kit import adapter_values, all_bits, fill, untouched
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind
 from tests.read_kinds import READ_KINDS, ReadKind, every_read_kind

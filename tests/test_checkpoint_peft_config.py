@@ -15,7 +15,7 @@ from torch import nn
 import randlora
 from randlora.checkpoint.peft_config import base_model_name, is_same_model, repo_of, target_modules, whole_modules
 from randlora.errors import CheckpointError
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 from tests import models
 from tests.checkpoint_files import (
     CASES,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.errors import CheckpointError
 from randlora.readers.experts import Experts
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 from tests.checkpoint_files import CARD_FILE, edit_tensors, read_tensors
 from tests.kit import adapter_values, fill, same_bits
 from tests.model_directories import assert_same_tensors, contents, stored, write

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.layers.scopes import begin_call, end_call
 from randlora.model.calls import check_call
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 from tests.in_place_models import Reading, X, adapt, given, of_kind, register
 from tests.kit import fill, same_bits
 from tests.laws import assert_close, needs_export

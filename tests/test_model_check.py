@@ -18,7 +18,7 @@ import randlora
 from randlora.errors import AdapterError
 from randlora.layers import registry
 from randlora.layers.linear import LinearAdapter
-from randlora.targets import walk
+from randlora.targets import census
 from tests.further import further
 from tests.kit import fill, untouched
 from tests.models import bert, clip, image, llama, reproducible, tokens, torchvision_vit
@@ -103,7 +103,7 @@ def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {name: entry for name, entry in registry._layers.items() if not isinstance(entry, str)}
     monkeypatch.setattr(registry, "_layers", known)
     monkeypatch.setattr(LinearAdapter, "as_read", None)
-    monkeypatch.setattr(walk, "readings_in", lambda _: iter(()))
+    monkeypatch.setattr(census, "readings_in", lambda _: iter(()))
 
 
 FAULTS: dict[str, tuple[Run, Callable[[], nn.Module] | None, str, tuple[str, ...]]] = {

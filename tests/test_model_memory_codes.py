@@ -11,7 +11,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
 from randlora.model.memory_codes import planned_codes
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 
 RESNET = {
     "depths": [1] * 4,

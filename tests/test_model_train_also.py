@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize, prune
 import randlora
 from randlora.errors import TargetError
 from randlora.model.train_also import select_parameters
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 from tests.kit import assert_unchanged, bits, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
 from tests.quantized import of_4_bits

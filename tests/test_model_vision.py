@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 from tests.diffusion_models import flux, noise, patches, unet
 from tests.kit import all_bits, fill, same_bits
 from tests.models import reproducible

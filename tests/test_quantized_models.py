@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.errors import MergeError
 from randlora.layers.update import Quantized
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 from tests import peer
 from tests.kit import fill, same_bits
 from tests.models import RealModel, logits, outputs

@@ -10,7 +10,7 @@ from randlora.functional import Compute
 from randlora.layers import registry
 from randlora.layers.base import AdapterLayer
 from randlora.options import Init
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 from tests.in_place_models import register
 from tests.kit import read, same_bits
 from tests.laws import assert_close

@@ -11,7 +11,7 @@ from torch import nn
 
 import randlora
 from randlora.report import as_bytes, table
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 from tests.kit import fill
 from tests.laws import Mixed, diagonals
 from tests.quantized import INT8, MODELS, NF4, Codes, of_4_bits, quantized_model

@@ -17,9 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.errors import TargetError
-from randlora.targets.defaults import HEAD_NAMES, TARGET_PRESETS
-from randlora.targets.select import Selection, select
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
+from randlora.targets.select import HEAD_NAMES, TARGET_PRESETS, Selection, select
 from tests.further import further
 from tests.models import LLAMA
 from tests.transformers_zoo import every_type, on_meta

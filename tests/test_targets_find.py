@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.errors import ConfigError, TargetError
+from randlora.targets.census import Census
 from randlora.targets.select import find_targets, select
-from randlora.targets.walk import Census
 from tests.kit import untouched
 from tests.walk_models import LINEAR, Model, found
 

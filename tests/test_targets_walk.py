@@ -16,11 +16,10 @@ import randlora
 from randlora.bases.spec import drawn_dims, sliced_dims
 from randlora.config import RandLoRAConfig
 from randlora.errors import TargetError
+from randlora.targets.census import Census, shapes_of
 from randlora.targets.match import as_list, has_suffix, matches, nearest_names
 from randlora.targets.obstacles import obstacles
 from randlora.targets.select import find_targets
-from randlora.targets.site import shapes_of
-from randlora.targets.walk import Census
 from tests.walk_models import LINEAR, Model, found
 
 names = st.sampled_from(["a", "b", "0"])

@@ -38,9 +38,8 @@ from randlora.places import copied
 from randlora.ranks import Ranks, raise_on_every_rank, run_collectives
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, ModelState
+from randlora.targets.census import AdaptedSite, Census, other_kinds, shapes_of
 from randlora.targets.match import shortened
-from randlora.targets.site import AdaptedSite, other_kinds, shapes_of
-from randlora.targets.walk import Census
 
 StoredAs = Literal["seed", "stored"]
 """Whether the bases of an adapter are left out, because the seed reproduces them, or stored as they are."""

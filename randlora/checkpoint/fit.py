@@ -16,10 +16,9 @@ from randlora.disk.tensor_file import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import find_layer
+from randlora.targets.census import Census, Shapes, Site, shapes_of, sizes
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
-from randlora.targets.site import Shapes, Site, shapes_of, sizes
-from randlora.targets.walk import Census
 
 
 def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:

@@ -28,9 +28,9 @@ from randlora.hints import UNIONS, mistyped
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS
 from randlora.options import LayerOptions, by_rank
+from randlora.targets.census import Shapes
 from randlora.targets.match import is_names
 from randlora.targets.options import listed, options_listed
-from randlora.targets.site import Shapes
 
 HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does

@@ -34,8 +34,8 @@ from randlora.ranks import raise_on_every_rank
 from randlora.replaced import like, whole_shape
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, SavePretrained, require_unmerged, require_unused
+from randlora.targets.census import AdaptedSite, Shapes, Site, shapes_of, sizes
 from randlora.targets.match import nearest_names, shortened
-from randlora.targets.site import AdaptedSite, Shapes, Site, shapes_of, sizes
 
 Source = str | os.PathLike[str] | AdapterState
 """A directory, the safetensors file in it, a repository on the Hub, or what `randlora.adapter_state` returns."""

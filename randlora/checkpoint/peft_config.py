@@ -20,8 +20,8 @@ from randlora.errors import CheckpointError, ConfigError
 from randlora.layers.in_place import plain_class
 from randlora.options import LayerOptions, described
 from randlora.state import Adapter
+from randlora.targets.census import Census
 from randlora.targets.match import has_suffix, shortened
-from randlora.targets.walk import Census
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_TYPE = "RANDLORA"

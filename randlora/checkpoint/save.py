@@ -44,8 +44,8 @@ from randlora.options import described
 from randlora.ranks import on_first_rank
 from randlora.report import Report, adapter_report, as_bytes
 from randlora.state import ModelState, adapted_root
+from randlora.targets.census import Census
 from randlora.targets.match import shortened
-from randlora.targets.walk import Census
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"

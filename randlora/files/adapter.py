@@ -24,7 +24,7 @@ from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_i
 from randlora.hints import shortly
 from randlora.layers.update import Update, sum_updates
 from randlora.options import by_rank
-from randlora.targets.site import Shapes, sizes
+from randlora.targets.census import Shapes, sizes
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,9 +36,9 @@ from randlora.files.transformers_model import Conversion, TransformersModel, bui
 from randlora.layers.base import AdapterLayer
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
 from randlora.layers.registry import FORMS
+from randlora.targets.census import Shapes, Site
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles
-from randlora.targets.site import Shapes, Site
 
 
 class Base(NamedTuple):

@@ -27,7 +27,7 @@ from randlora.files.model_directory import find_model
 from randlora.hints import require_types
 from randlora.options import LayerOptions, described
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
-from randlora.targets.site import Shapes
+from randlora.targets.census import Shapes
 
 DIGEST_SHOWN = 12
 

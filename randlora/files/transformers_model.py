@@ -27,7 +27,7 @@ from randlora.disk.hub import offline
 from randlora.disk.untrusted import open_regular, path_of
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.model_directory import MODEL_CONFIG_FILE, ModelDirectory
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 
 INSTALL = "python -m pip install 'transformers>=5.0'"
 

@@ -28,8 +28,8 @@ from randlora.errors import AdapterError, CheckpointError, warn
 from randlora.model.engines import is_held_together
 from randlora.model.listing import AdapterInfo
 from randlora.state import adapted_root
+from randlora.targets.census import Census
 from randlora.targets.match import shortened
-from randlora.targets.walk import Census
 
 PRIVATE = ("_load_from_checkpoint", "_load_best_model", "_save_optimizer_and_scheduler")
 """Private methods of `Trainer` that `AdapterCheckpoints` overrides. A test checks their signatures and callers."""

@@ -11,8 +11,8 @@ from randlora.errors import AdapterError
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.scopes import begin_call, end_call
 from randlora.replaced import CASTS
+from randlora.targets.census import Census
 from randlora.targets.match import prefixes
-from randlora.targets.walk import Census
 
 ARGUMENT = "adapter_names"
 """PEFT's argument for adapter names in a call. Models of transformers accept any argument and ignore this one."""

@@ -23,8 +23,7 @@ from randlora.model.save_guard import savers
 from randlora.places import holders, place_at
 from randlora.replaced import ReplacedParameter
 from randlora.state import ModelState
-from randlora.targets.site import Site
-from randlora.targets.walk import Census
+from randlora.targets.census import Census, Site
 
 
 @contextmanager

@@ -22,9 +22,8 @@ from randlora.model.view import View, opened
 from randlora.places import Plain
 from randlora.report import wrapped
 from randlora.state import require_unmerged
+from randlora.targets.census import AdaptedSite, Census
 from randlora.targets.match import shortened
-from randlora.targets.site import AdaptedSite
-from randlora.targets.walk import Census
 
 Sites = Collection[AdaptedSite]
 

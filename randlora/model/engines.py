@@ -14,7 +14,7 @@ from randlora.places import ranks_of, settle
 from randlora.ranks import Ranks
 from randlora.replaced import ReplacedParameter
 from randlora.state import ModelState, adapted_root
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 
 Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]
 """Adapters of weights: for each, the module, its adapter layer, and the adapter's name."""

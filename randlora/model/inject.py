@@ -50,13 +50,12 @@ from randlora.ranks import raise_on_every_rank, run_collectives
 from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, require_unused
+from randlora.targets.census import Census, Shapes, shapes_of
 from randlora.targets.left_out import doubt, lines
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
 from randlora.targets.options import one_config, r_like_lora, resolve, useless_options
 from randlora.targets.select import Selection, select
-from randlora.targets.site import Shapes, shapes_of
-from randlora.targets.walk import Census
 
 CHECKED = ("active", "init", "save_pretrained", "trainable")
 """Arguments of `inject` that are not in the table of options. Their types are checked here."""

@@ -39,9 +39,8 @@ from randlora.state import (
     attached_state,
     require_unmerged,
 )
-from randlora.targets.obstacles import offloaded_with
-from randlora.targets.site import Site, sizes
-from randlora.targets.walk import Census
+from randlora.targets.census import Census, Site, sizes
+from randlora.targets.obstacles import foreign_adapters, offloaded_with
 
 NOWHERE: tuple[dict[str, SiteAdapter], Shape | None] = {}, None
 """The adapters and the shape of a weight that does not exist in a model."""
@@ -83,7 +82,7 @@ def owned_state(census: Census, doing: str) -> ModelState:
         )
     if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
         raise AdapterError(f"cannot {doing}: the model already has an attribute {ATTRIBUTE}; rename it")
-    raise_collected(AdapterError, census.foreign, doing=doing)
+    raise_collected(AdapterError, foreign_adapters(census), doing=doing)
     for held in census.parameters:
         if (reason := fake_obstacle(held.parameter)) is not None:
             raise AdapterError(f"cannot {doing}: {held.fqn} {reason}")

@@ -21,9 +21,9 @@ from randlora.model.view import opened
 from randlora.options import Factor, LayerOptions, described
 from randlora.report import FLOAT32_BYTES, as_lines, wrapped
 from randlora.state import Adapter, ModelState, adapted_root, is_adapted
+from randlora.targets.census import Census
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import offloaded_with
-from randlora.targets.walk import Census
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ from randlora.model.memory_codes import held_codes, planned_codes
 from randlora.model.view import opened_to_add
 from randlora.options import Strategy
 from randlora.report import FLOAT32_BYTES, as_bytes, table
-from randlora.targets.site import Site
-from randlora.targets.walk import Census
+from randlora.targets.census import Census, Site
 
 GATHERED_BLOCKS = 2
 """Blocks that FSDP2 has gathered at once: the one that computes, and the next one, which is on its way."""

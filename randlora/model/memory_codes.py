@@ -10,9 +10,8 @@ from torch import nn
 from randlora.layers.in_place import plain_class
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
 from randlora.report import FLOAT32_BYTES
+from randlora.targets.census import Census, Site
 from randlora.targets.obstacles import tied_names
-from randlora.targets.site import Site
-from randlora.targets.walk import Census
 
 BLOCK, LEVELS = 64, 16
 """In bitsandbytes, 64 weights share a scale and a layer has 16 levels, both in float32. This is its default; scales may

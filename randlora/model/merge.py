@@ -42,9 +42,8 @@ from randlora.places import Kept
 from randlora.ranks import Ranks, raise_on_every_rank
 from randlora.report import MergeReport
 from randlora.state import CHANGING, ModelState, adapted_root
+from randlora.targets.census import AdaptedSite, Census
 from randlora.targets.obstacles import tie_problems
-from randlora.targets.site import AdaptedSite
-from randlora.targets.walk import Census
 
 
 @torch.inference_mode(mode=False)  # the weights must not be inference tensors

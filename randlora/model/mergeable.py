@@ -18,9 +18,8 @@ from randlora.layers.diagonals import Diagonal
 from randlora.layers.update import Into, Quantized
 from randlora.places import Plain, Whole, lent, place_at
 from randlora.state import ModelState, attached_state
+from randlora.targets.census import AdaptedSite, Census, is_norm, is_quantized
 from randlora.targets.match import shortened
-from randlora.targets.site import AdaptedSite
-from randlora.targets.walk import Census, is_norm, is_quantized
 
 
 def require_finite(fqn: str, weight: Tensor) -> Tensor:

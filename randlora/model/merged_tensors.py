@@ -25,9 +25,8 @@ from randlora.model.view import View, opened
 from randlora.places import lent, place_of, ranks_of, settle, whole, withheld
 from randlora.ranks import Ranks, raise_on_every_rank, run_collectives
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
+from randlora.targets.census import Census, Site, is_quantized, saved_buffers
 from randlora.targets.obstacles import tie_problems
-from randlora.targets.site import Site
-from randlora.targets.walk import Census, is_quantized, saved_buffers
 
 Result = TypeVar("Result")
 

@@ -15,7 +15,7 @@ from randlora.layers.scopes import run_forward
 from randlora.layers.update import folded
 from randlora.model.change import undone
 from randlora.places import Plain
-from randlora.targets.site import AdaptedSite
+from randlora.targets.census import AdaptedSite
 
 TOLERANCE = 0.02
 """How far the two may differ, as a share of the product. Results computed in 16 bits are within a quarter of it."""

@@ -22,7 +22,7 @@ from randlora.layers.in_place import InPlace, adapter_layers_of
 from randlora.layers.scopes import in_own_dtypes
 from randlora.model.engines import is_held_together
 from randlora.state import ModelState, SavePretrained, attached_state
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 
 METHODS = ("save_pretrained", "save")
 """Guarded methods. The second only if a module also has the first, which calls it, as in a SentenceTransformer."""

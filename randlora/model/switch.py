@@ -25,9 +25,8 @@ from randlora.options import Factor
 from randlora.places import is_whole
 from randlora.replaced import whole_shape
 from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unused
+from randlora.targets.census import AdaptedSite, Census
 from randlora.targets.options import by_target, meant_by, one_or_all
-from randlora.targets.site import AdaptedSite
-from randlora.targets.walk import Census
 
 
 def activate(

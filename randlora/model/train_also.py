@@ -20,9 +20,8 @@ from randlora.modes import has_values
 from randlora.places import is_whole, place_at, values_within
 from randlora.replaced import ReplacedParameter
 from randlora.state import Adapter, ModelState
+from randlora.targets.census import Census, Held, Site, is_quantized, sizes
 from randlora.targets.match import matches_name, prefixes, shortened, suggestion, unmatched
-from randlora.targets.site import Site, sizes
-from randlora.targets.walk import Census, Held, is_quantized
 
 HALF_RISKS = {
     torch.float16: "Adam's eps is 0 there, and values become NaN within some steps",

@@ -19,8 +19,7 @@ from randlora.model.change import Snapshot, set_requires_grad
 from randlora.model.merge import merged
 from randlora.modes import uncompiled
 from randlora.state import ModelState, SiteAdapter
-from randlora.targets.site import AdaptedSite
-from randlora.targets.walk import Census
+from randlora.targets.census import AdaptedSite, Census
 
 SHARE = 0.5
 """The norm of a random update, as a share of the norm of the weight."""

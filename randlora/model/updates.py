@@ -19,9 +19,9 @@ from randlora.model.view import View, opened
 from randlora.options import Factor
 from randlora.places import is_whole, place_at
 from randlora.state import Adapter, ModelState, adapted_root, require_unmerged
+from randlora.targets.census import AdaptedSite
 from randlora.targets.match import nearest_names
 from randlora.targets.options import by_target
-from randlora.targets.site import AdaptedSite
 
 Facts = Mapping[str, str]
 """Facts that must be equal in all processes, by a phrase that names them."""

@@ -14,7 +14,7 @@ from randlora.model.install import owned_state, require_new_name, require_own
 from randlora.places import settle
 from randlora.ranks import Ranks
 from randlora.state import CHANGING, ModelState, adapted_root
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 
 
 @dataclass(frozen=True)

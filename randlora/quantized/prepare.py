@@ -22,8 +22,8 @@ from randlora.layers.registry import find_layer
 from randlora.model.change import unchanged_if_raised
 from randlora.quantized.bnb import MAY_REPACK, Linear4bitAdapter, put_in_order
 from randlora.state import attached_state, require_unmerged
+from randlora.targets.census import Census, Visit, is_norm, is_quantized
 from randlora.targets.match import shortened
-from randlora.targets.walk import Census, Visit, is_norm, is_quantized
 
 HALVES = (torch.float16, torch.bfloat16)
 

@@ -25,10 +25,10 @@ from randlora.places import whole
 from randlora.ranks import raise_on_every_rank, run_collectives
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState
+from randlora.targets.census import AdaptedSite, shapes_of, sizes
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles
 from randlora.targets.options import listed
-from randlora.targets.site import AdaptedSite, shapes_of, sizes
 
 ROUNDINGS = 16
 """How many roundings of Λ and Γ a sum may be off and still count as exact."""

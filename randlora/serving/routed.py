@@ -30,7 +30,7 @@ from randlora.serving.routing import Routing, RunningCall, require_here
 from randlora.serving.run import Hook, RowByRow, RowsOfAttention
 from randlora.serving.tracking import RowTracking
 from randlora.state import ModelState, adapted_root, require_unmerged
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 
 ELSEWHERE = "another thread or task routes through this model: wait for it, or gather the rows into one batch"
 

@@ -16,11 +16,10 @@ from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import SHOWN, spelled
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS, find_layer, find_readers
+from randlora.targets.census import Census, Held, Site, Visit, count_numbers
 from randlora.targets.match import has_suffix, is_names, is_regex_of, matches_name, prefixes, shortened, suggestion
 from randlora.targets.obstacles import obstacle, tied_names
 from randlora.targets.options import ranks_of_others
-from randlora.targets.site import Site
-from randlora.targets.walk import Census, Held, Visit, count_numbers
 
 ALL, ALL_LINEAR = "all", "all-linear"
 LINEAR_KINDS = frozenset({"linear", "attention"})

@@ -12,11 +12,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.weight import split_obstacle
 from randlora.places import Place, loaded_modules, place_of
-from randlora.targets.site import Site
-from randlora.targets.walk import Census, Held
+from randlora.targets.census import Census, Held, Site
 
 NAMES = "all_tied_weights_keys"
 """The attribute in which models of transformers map each tied parameter to the one that it is tied to."""
+
+LIBRARIES = {"peft": "PEFT", "loralib": "loralib", "lycoris": "LyCORIS"}
+"""Names of libraries of adapters, by their package."""
 
 
 def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
@@ -170,3 +172,24 @@ def _named_groups(census: Census) -> list[set[str]]:
         for name, source in names.items() if isinstance(names, dict) else ():
             groups.setdefault(f"{prefix}{source}", {f"{prefix}{source}"}).add(f"{prefix}{name}")
     return [*groups.values()]
+
+
+def foreign_adapters(census: Census) -> list[str]:
+    """Return a message for each library that has adapters in a model."""
+    found: dict[str, list[str]] = {}
+    kinds: dict[type, str | None] = {}
+    for fqn, module in ("", census.model), *((visit.fqn, visit.module) for visit in census.first_visits):
+        kind = type(module)
+        if kind not in kinds:
+            packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
+            kinds[kind] = next((package for package in packages if package in LIBRARIES), None)
+        if (package := kinds[kind]) is not None:
+            found.setdefault(package, []).append(f"{fqn or 'the model itself'} ({kind.__module__}.{kind.__name__})")
+    return [
+        f"the model has adapters of {LIBRARIES[package]}: {', '.join(places[-2:])}"
+        f"{f' and {len(places) - 2} more modules' if len(places) > 2 else ''}; they would be frozen, and their "
+        "matrices are not layers of the model: merge or remove them first, such as with merge_and_unload() or unload() "
+        "of a PeftModel, or build the model again; a RandLoRA adapter of PEFT can be saved there and read with "
+        "randlora.load"
+        for package, places in found.items()
+    ]

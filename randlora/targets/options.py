@@ -14,8 +14,8 @@ from randlora.config import ALPHA_PER_RANK, LARGEST_FACTOR, LARGEST_RANK, OPTION
 from randlora.errors import ConfigError, raise_collected, spelled
 from randlora.hints import require_types, shortly
 from randlora.options import NO_REGEX, LayerOptions, by_rank
+from randlora.targets.census import Site
 from randlora.targets.match import nearest_names, prefixes, shortened
-from randlora.targets.site import Site
 
 SMALL_RANK = 1024
 """An r that costs little, whatever the layers."""

@@ -1,9 +1,12 @@
-"""The walk over a model's modules and parameters, done once per call and shared by everything that inspects it."""
+"""The census of a model: its modules, its parameters, and its sites, the weights that are or can be adapted.
+
+It is taken once per call and shared by everything that inspects the model.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -12,18 +15,89 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import Shape
+from randlora.config import RandLoRAConfig
 from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.registry import Reading, find_layer, find_readers, readings_in
+from randlora.places import Place
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
 from randlora.targets.match import prefixes
-from randlora.targets.site import AdaptedSite, Site
 
-LIBRARIES = {"peft": "PEFT", "loralib": "loralib", "lycoris": "LyCORIS"}
-"""Names of libraries of adapters, by their package."""
+Shapes = dict[str, Shape]
+"""Shapes of adapted weights by FQN."""
+
+DEFAULT = RandLoRAConfig()
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One weight that is or can be adapted.
+
+    Attributes:
+        fqn: The fully qualified name used in files: the name of the module if its forward is the product with the
+            weight, else the name of the parameter. The first name, if the module is used in several places.
+        owner: The module that has the weight.
+        layer_class: The class of its adapter layer.
+    """
+
+    fqn: str
+    owner: nn.Module
+    layer_class: type[AdapterLayer]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """A key that identifies the weight, independent of its name."""
+        return id(self.owner), self.layer_class.attribute
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the update of an adapter with the default options."""
+        return self.shape_with(DEFAULT)
+
+    def shape_with(self, config: RandLoRAConfig) -> Shape:
+        """Return the shape of the update of an adapter with these options."""
+        return self.layer_class.shape_of(self.owner, config)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The parameter without any update, or ``None`` if the owner computes it from others."""
+        return self.layer_class.weight_of(self.owner)
+
+    @property
+    def place(self) -> Place:
+        """Where the values of the weight are."""
+        return self.layer_class.place_in(self.owner)
+
+    @property
+    def adapter_layer(self) -> AdapterLayer | None:
+        """The current adapter layer, if any."""
+        return adapter_layers_of(self.owner).get(self.layer_class.attribute)
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedSite(Site):
+    """An adapted weight, with its adapter layer."""
+
+    layer: AdapterLayer
+
+
+def shapes_of(sites: Iterable[Site], config: RandLoRAConfig) -> Shapes:
+    """Return the shapes of an adapter's updates of some sites, by FQN."""
+    return {site.fqn: site.shape_with(config) for site in sites}
+
+
+def other_kinds(sites: Iterable[Site]) -> dict[str, str]:
+    """Return the kinds of the weights that do not belong to linear layers, by FQN."""
+    return {site.fqn: kind for site in sites if (kind := site.layer_class.kind) != "linear"}
+
+
+def sizes(shape: Sequence[int]) -> str:
+    """Return a shape as text: ``"20 x 12"``."""
+    return " x ".join(map(str, shape))
+
 
 PARTS = frozenset({"lora_A", "lora_B", "lora_a", "lora_b", "lora_down", "lora_up", "vera_A", "vera_B"})
 """Names of modules that hold a matrix of an adapter, in any library or in users' code."""
@@ -277,11 +351,6 @@ class Census:
         )
 
     @cached_property
-    def foreign(self) -> list[str]:
-        """One message for each library that has adapters in the model."""
-        return foreign_adapters([("", self.model), *((visit.fqn, visit.module) for visit in self.first_visits)])
-
-    @cached_property
     def around_adapted(self) -> tuple[nn.Module, ...]:
         """The model and all submodules that contain an adapted weight's owner."""
         adapted = [visit.fqn for visit in self.visits if adapter_layers_of(visit.module)]
@@ -336,27 +405,6 @@ def _walk(module: nn.Module, prefix: str, around: dict[int, str]) -> Iterator[Vi
                 )
             yield Visit(fqn, child)
             yield from _walk(child, f"{fqn}.", {**around, id(child): fqn})
-
-
-def foreign_adapters(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
-    """Return a message for each library that has adapters in a model, given the model's modules by FQN."""
-    found: dict[str, list[str]] = {}
-    kinds: dict[type, str | None] = {}
-    for fqn, module in modules:
-        kind = type(module)
-        if kind not in kinds:
-            packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
-            kinds[kind] = next((package for package in packages if package in LIBRARIES), None)
-        if (package := kinds[kind]) is not None:
-            found.setdefault(package, []).append(f"{fqn or 'the model itself'} ({kind.__module__}.{kind.__name__})")
-    return [
-        f"the model has adapters of {LIBRARIES[package]}: {', '.join(places[-2:])}"
-        f"{f' and {len(places) - 2} more modules' if len(places) > 2 else ''}; they would be frozen, and their "
-        "matrices are not layers of the model: merge or remove them first, such as with merge_and_unload() or unload() "
-        "of a PeftModel, or build the model again; a RandLoRA adapter of PEFT can be saved there and read with "
-        "randlora.load"
-        for package, places in found.items()
-    ]
 
 
 def is_part(fqn: str) -> bool:
