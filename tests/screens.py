@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from randlora.__main__ import main
-from randlora.disk.tensor_file import Planned, header_bytes
+from randlora.disk.formats import Planned, header_bytes
 from tests.model_directories import save_adapter, save_model
 from tests.models import LLAMA
 from tests.quantized_checkpoints import quantize

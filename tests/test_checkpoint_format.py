@@ -21,7 +21,7 @@ from randlora.bases import BasisSpec
 from randlora.checkpoint.header import BasisRecord, Header, ModelClass, dump_header, parse_header
 from randlora.checkpoint.tensors import MODEL_PREFIX, TOP_BASIS_A, TOP_BASIS_B, trained_fqn, trained_key, value_keys
 from randlora.config import LARGEST_FACTOR
-from randlora.disk.tensor_file import LONGEST_NAME
+from randlora.disk.formats import LONGEST_NAME
 from randlora.errors import AdapterError, CheckpointError, ConfigError, RandLoRAError, TargetError
 from randlora.targets.census import Shapes, is_part
 from tests.kit import adapter_values, all_bits, fill, untouched

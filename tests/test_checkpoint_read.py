@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.checkpoint import read
-from randlora.disk.tensor_file import open_shard
+from randlora.disk.formats import open_shard
 from randlora.errors import CheckpointError
 from tests.checkpoint_files import (
     CONFIG_FILE,

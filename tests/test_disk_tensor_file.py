@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from randlora.disk import tensor_file
-from randlora.disk.tensor_file import (
+from randlora.disk import formats
+from randlora.disk.formats import (
     TORCH_DTYPES,
     Planned,
     bytes_of,
@@ -33,7 +33,7 @@ PIECE = 16
 def small_pieces() -> Iterator[None]:
     """Read in pieces of a few bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensor_file, "PIECE_BYTES", PIECE)
+        patch.setattr(formats, "PIECE_BYTES", PIECE)
         yield
 
 
@@ -199,11 +199,11 @@ def test_without_metadata_there_is_none(tmp_path: Path) -> None:
 
 
 def test_a_large_tensor_is_read_in_pieces_of_bounded_size(tmp_path: Path) -> None:
-    tensor = torch.randn(3, tensor_file.PIECE_BYTES // 4 + 1)
+    tensor = torch.randn(3, formats.PIECE_BYTES // 4 + 1)
     save_file({"x": tensor}, tmp_path / "file")
     (entry,) = read_shard(tmp_path / "file").entries
     pieces = [piece.clone() for piece in read_pieces(entry)]
-    assert max(piece.nbytes for piece in pieces) <= tensor_file.PIECE_BYTES < tensor.nbytes
+    assert max(piece.nbytes for piece in pieces) <= formats.PIECE_BYTES < tensor.nbytes
     assert torch.equal(torch.cat(pieces).reshape(tensor.shape), tensor)
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 import randlora
 from randlora.checkpoint.header import HEADER_KEY
-from randlora.disk.tensor_file import read_shard
+from randlora.disk.formats import read_shard
 from randlora.errors import TargetError
 from tests.attention_kinds import ATTENTION_KINDS, Attending, Subclass
 from tests.kit import all_bits, fill, same_bits, untouched

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import randlora
-from randlora.disk.tensor_file import write_tensor_file
+from randlora.disk.formats import write_tensor_file
 from randlora.errors import AdapterError, ConfigError, MergeError
 from randlora.files.model_directory import INDEX_FILE
 from tests.kit import all_bits, fill, untouched

@@ -28,7 +28,7 @@ from randlora.checkpoint.tensors import (
     trained_key,
     value_keys,
 )
-from randlora.disk.tensor_file import LONGEST_NAME
+from randlora.disk.formats import LONGEST_NAME
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, require_types, shortly
 from randlora.layers.diagonals import diagonal_shapes

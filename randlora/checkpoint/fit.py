@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.peft_config import mismatch, name_of, whole_modules
 from randlora.checkpoint.read import AdapterFile
-from randlora.disk.tensor_file import Entry
+from randlora.disk.formats import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import find_layer

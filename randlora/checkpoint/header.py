@@ -21,8 +21,7 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims
 from randlora.checkpoint.tensors import METADATA
 from randlora.config import OPTIONS, RandLoRAConfig
-from randlora.disk.tensor_file import bytes_of
-from randlora.disk.untrusted import parse_json
+from randlora.disk.formats import bytes_of, parse_json
 from randlora.errors import SHOWN, CheckpointError
 from randlora.hints import UNIONS, mistyped
 from randlora.layers.in_place import plain_class

@@ -19,8 +19,8 @@ from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIE
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.checkpoint.tensors import TENSORS_FILE, master
 from randlora.config import Stream
+from randlora.disk.formats import is_there
 from randlora.disk.hub import local_path
-from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types
 from randlora.model.install import commit, lost_parts, prepare

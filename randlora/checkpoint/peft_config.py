@@ -14,8 +14,8 @@ from torch.torch_version import TorchVersion
 
 from randlora.bases.spec import KINDS, BasisSpec, peft_streams
 from randlora.config import OPTIONS, BasisKind, RandLoRAConfig, Stream
+from randlora.disk.formats import is_there
 from randlora.disk.hub import is_repo_id
-from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError, ConfigError
 from randlora.layers.in_place import plain_class
 from randlora.options import LayerOptions, described

@@ -46,9 +46,8 @@ from randlora.checkpoint.tensors import (
     value_keys,
 )
 from randlora.config import RandLoRAConfig, Stream
+from randlora.disk.formats import Shard, is_equal, is_there, open_shard, read_json, read_tensor
 from randlora.disk.hub import local_path
-from randlora.disk.tensor_file import Shard, is_equal, open_shard, read_tensor
-from randlora.disk.untrusted import is_there, read_json
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, shortly
 from randlora.options import LayerOptions

@@ -31,9 +31,9 @@ from randlora.checkpoint.header import HEADER_KEY, Header, metadata_of
 from randlora.checkpoint.load import IN_ROOT
 from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, is_own_directory, repo_of
 from randlora.checkpoint.tensors import TENSORS_FILE
+from randlora.disk.formats import Planned, write_tensor_file
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import Files, write_files
-from randlora.disk.tensor_file import Planned, write_tensor_file
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types, shortly
 from randlora.layers.in_place import plain_class

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from randlora.bases.spec import count_bases
-from randlora.disk.tensor_file import TORCH_DTYPES
+from randlora.disk.formats import TORCH_DTYPES
 from randlora.modes import has_values
 from randlora.options import LayerOptions
 from randlora.places import lent

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeGuard
 
-from randlora.disk.untrusted import is_there
+from randlora.disk.formats import is_there
 from randlora.errors import CheckpointError, how_to_install
 
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)

@@ -29,7 +29,7 @@ from randlora.checkpoint.fit import (
 from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.read import AdapterFile
 from randlora.config import RandLoRAConfig
-from randlora.disk.tensor_file import Entry
+from randlora.disk.formats import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.model_directory import Codes, ModelDirectory, find_codes, find_model, read_model_directory
 from randlora.files.transformers_model import Conversion, TransformersModel, build_model

@@ -18,7 +18,7 @@ from randlora.bases.basis import BasisBank
 from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.read import AdapterFile
-from randlora.disk.tensor_file import Entry, Planned, Shard, read_pieces, read_tensor
+from randlora.disk.formats import Entry, Planned, Shard, read_pieces, read_tensor
 from randlora.errors import CheckpointError, MergeError
 from randlora.files.adapter import open_fitted
 from randlora.files.base_fit import Base, Slot, as_trained

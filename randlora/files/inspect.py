@@ -18,7 +18,7 @@ from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIE
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.config import RandLoRAConfig, Stream
-from randlora.disk.untrusted import is_there
+from randlora.disk.formats import is_there
 from randlora.errors import CheckpointError, spelled
 from randlora.files.adapter import OpenAdapter, adapter_bases, digests, known_shapes, open_adapter, require_base_for
 from randlora.files.base_fit import fit_base, read_base, shapes_in

@@ -13,8 +13,8 @@ from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.load import load
 from randlora.checkpoint.read import locate, read_adapter
 from randlora.config import Stream
+from randlora.disk.formats import is_there
 from randlora.disk.hub import is_repo_id
-from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.adapter import named_base
 from randlora.files.transformers_model import INSTALL, model_class_named

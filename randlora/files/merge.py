@@ -16,10 +16,9 @@ import torch
 
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
+from randlora.disk.formats import Planned, Shard, is_there, write_tensor_file
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
-from randlora.disk.tensor_file import Planned, Shard, write_tensor_file
-from randlora.disk.untrusted import is_there
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected, spelled
 from randlora.files.adapter import named_base, out_problems
 from randlora.files.base_fit import open_base, read_base

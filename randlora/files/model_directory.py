@@ -18,9 +18,8 @@ import torch
 
 from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.peft_config import CONFIG_FILE
+from randlora.disk.formats import Entry, Shard, is_there, open_regular, read_json, read_shard, require_regular, shard_of
 from randlora.disk.hub import is_on_hub, local_path, read_header
-from randlora.disk.tensor_file import Entry, Shard, read_shard, shard_of
-from randlora.disk.untrusted import is_there, open_regular, read_json, require_regular
 from randlora.errors import CheckpointError, raise_collected
 from randlora.targets.match import shortened
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from randlora.checkpoint.tensors import METADATA
+from randlora.disk.formats import TORCH_DTYPES, Planned, write_tensor_file
 from randlora.disk.replace import new_directory
-from randlora.disk.tensor_file import TORCH_DTYPES, Planned, write_tensor_file
 from randlora.errors import ConfigError, MergeError
 from randlora.files.merge import FileMergeReport
 from randlora.files.model_directory import (

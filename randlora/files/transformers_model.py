@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from randlora.checkpoint.header import ModelClass
+from randlora.disk.formats import open_regular, path_of
 from randlora.disk.hub import offline
-from randlora.disk.untrusted import open_regular, path_of
 from randlora.errors import CheckpointError, raise_collected
 from randlora.files.model_directory import MODEL_CONFIG_FILE, ModelDirectory
 from randlora.targets.census import Census

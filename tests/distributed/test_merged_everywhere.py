@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import randlora
-from randlora.disk.tensor_file import write_tensor_file
+from randlora.disk.formats import write_tensor_file
 from randlora.errors import MergeError
 from randlora.sharded import places
 from tests.distributed.engines import engine_around, engine_of, needs_deepspeed
