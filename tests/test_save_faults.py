@@ -16,38 +16,22 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),  # of Python 3.12, in a process with threads
 ]
 
-TESTED = {"new", "over ours", "over PEFT's", "LoRA over ours"}
-"""`make torture` runs all scenarios."""
 
-every_scenario = pytest.mark.parametrize(
-    "scenario",
-    [
-        pytest.param(found, marks=[pytest.mark.slow] if found.name != "over ours" else [])
-        for found in SCENARIOS
-        if found.name in TESTED
-    ],
-    ids=lambda scenario: scenario.name,
-)
+def over(*names: str) -> pytest.MarkDecorator:
+    """Parametrize over some scenarios; `make torture` kills in all of them, at every call."""
+    return pytest.mark.parametrize(
+        "scenario", [each for each in SCENARIOS if each.name in names], ids=lambda it: it.name
+    )
 
 
-@every_scenario
-def test_a_kill_at_any_call_leaves_the_old_or_the_new_and_nothing_after_the_next(
-    scenario: Scenario, fast_path: Path
+@over("over ours")
+@pytest.mark.parametrize("is_killed", [True, False], ids=["kill", "error"])
+def test_a_kill_or_an_error_at_a_call_leaves_the_old_or_the_new_and_nothing_after_the_next(
+    scenario: Scenario, is_killed: bool, fast_path: Path
 ) -> None:
     stage = Stage(scenario, fast_path)
-    for at in count(1):
-        broken = after_a_kill(stage, at)
-        if broken is None:
-            break
-        assert broken == []
-    assert at > 20
-
-
-@every_scenario
-def test_an_error_at_any_call_leaves_the_old_or_the_new_and_nothing_hidden(scenario: Scenario, fast_path: Path) -> None:
-    stage = Stage(scenario, fast_path)
-    for at in count(1):
-        broken = after_an_error(stage, at, ERRORS[at % len(ERRORS)])
+    for at in count(1 + is_killed, 3):
+        broken = after_a_kill(stage, at) if is_killed else after_an_error(stage, at, ERRORS[at % len(ERRORS)])
         if broken is None:
             break
         assert broken == []
@@ -55,9 +39,6 @@ def test_an_error_at_any_call_leaves_the_old_or_the_new_and_nothing_hidden(scena
 
 
 # Of all that was not flushed, a power failure may leave any part
-
-each_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
-over_another = pytest.mark.parametrize("scenario", SCENARIOS[1:], ids=lambda scenario: scenario.name)
 
 Names = frozenset[tuple[str, bool]]
 """Names in a directory, each with whether it stands for the new file."""
@@ -92,7 +73,7 @@ def applied(names: dict[str, bool], steps: list[tuple[str, bool]]) -> dict[str, 
     return changed
 
 
-@over_another
+@over("over ours", "over PEFT's", "LoRA over ours")
 def test_any_part_of_the_steps_after_the_last_flush_leaves_the_old_or_the_new_adapter(
     scenario: Scenario, fast_path: Path
 ) -> None:
@@ -110,7 +91,7 @@ def test_any_part_of_the_steps_after_the_last_flush_leaves_the_old_or_the_new_ad
     assert any({(CONFIG_FILE, True), (TENSORS_FILE, True)} <= names for names in left)
 
 
-@each_scenario
+@over("new", "over ours", "LoRA over ours")
 def test_what_gets_its_name_is_on_disk_before_and_the_name_after(scenario: Scenario, fast_path: Path) -> None:
     stage = Stage(scenario, fast_path)
     calls = stage.run().calls

@@ -16,10 +16,10 @@ import randlora
 from randlora.disk.formats import write_tensor_file
 from randlora.errors import AdapterError, ConfigError, MergeError
 from randlora.files.model_directory import INDEX_FILE
+from tests import quantized
 from tests.kit import all_bits, fill, untouched
 from tests.model_directories import SHARD, contents, merge_in_memory, save_adapter, write
-from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model, outputs, reproducible, tokens
-from tests.quantized import NF4, every_model, quantized_model
+from tests.models import BERT, GPT2, LLAMA, RealModel, outputs, reproducible, tokens
 
 WRITER = "randlora.files.save_merged.write_tensor_file"
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -37,8 +37,7 @@ def adapted(model: nn.Module, **options: Any) -> Any:
     return fill(model)
 
 
-@every_transformers_model
-@pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
+@pytest.mark.parametrize(("kind", "is_sharded"), [(LLAMA, True), (GPT2, False), (BERT, False)])
 def test_the_files_are_those_of_merging_and_saving(kind: RealModel, is_sharded: bool, tmp_path: Path) -> None:
     adapter = save_adapter(kind, tmp_path / "adapter", dtype=torch.bfloat16)
     model = kind.build().to(torch.bfloat16)
@@ -71,20 +70,6 @@ MODELS: dict[str, Callable[[], Any]] = {
         lambda: BertForMaskedLM(BertConfig(**SIZES, num_attention_heads=2))
     ),
     "experts": lambda: causal("mixtral", num_local_experts=4),
-    "experts beside a shared one": lambda: causal(
-        "deepseek_v3",
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=8,
-        n_group=1,
-        topk_group=1,
-        kv_lora_rank=8,
-        q_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=4,
-        first_k_dense_replace=1,
-    ),
 }
 
 
@@ -95,15 +80,17 @@ def test_transformers_loads_the_merged_model_from_the_files_that_it_would_write(
     loaded, kinds = type(model).from_pretrained(report.out, output_loading_info=True)
     assert not kinds["missing_keys"]
     assert not kinds["unexpected_keys"]
+    with randlora.merged(model):
+        assert contents(randlora.files.save_merged(model, tmp_path / "again").out) == contents(report.out)
     randlora.merge(model)
     assert torch.equal(outputs(loaded.eval(), tokens()), outputs(model, tokens()))
     model.save_pretrained(tmp_path / "expected")
     assert contents(report.out) == contents(tmp_path / "expected")
 
 
-@every_model
+@pytest.mark.parametrize("kind", quantized.MODELS[:2], ids=lambda kind: kind.name)
 def test_a_quantized_model_is_written_as_the_plain_one_that_it_stands_for(kind: RealModel, tmp_path: Path) -> None:
-    model: Any = adapted(quantized_model(kind, NF4), targets=kind.targets)
+    model: Any = adapted(quantized.quantized_model(kind, quantized.NF4), targets=kind.targets)
     report = randlora.files.save_merged(model, tmp_path / "out")
     loaded = type(model).from_pretrained(report.out).eval()
     assert getattr(loaded.config, "quantization_config", None) is None != model.config.quantization_config
@@ -143,10 +130,6 @@ def test_a_model_without_a_config_has_its_state_dict_written(tmp_path: Path) -> 
     assert [*contents(report.out)] == ["model.safetensors"]
     assert all_bits(tensors(report.out)) == expected
     Plain().load_state_dict(tensors(report.out))
-
-
-def test_a_model_whose_config_cannot_be_saved_has_a_note(tmp_path: Path) -> None:
-    model = adapted(Plain())
     model.config = {"width": 8}
     report = randlora.files.save_merged(model, tmp_path / "out")
     assert "no config was written: the config of a Plain has no save_pretrained" in str(report)
@@ -164,15 +147,6 @@ def test_an_adapter_that_nothing_has_trained_and_statistics_that_moved_are_noted
     loaded.load_state_dict(tensors(report.out))
     x = torch.randn(4, 8)
     assert torch.equal(loaded.eval()(x), model.eval()(x))
-
-
-def test_what_is_merged_reversibly_is_written_as_it_is(tmp_path: Path) -> None:
-    model = adapted(GPT2.build())
-    unmerged = randlora.files.save_merged(model, tmp_path / "unmerged")
-    with randlora.merged(model):
-        merged = randlora.files.save_merged(model, tmp_path / "merged")
-    assert contents(merged.out) == contents(unmerged.out)
-    assert merged.merged == unmerged.merged != ()
 
 
 def poisoned() -> nn.Module:
@@ -215,22 +189,20 @@ def test_nothing_is_written_over(what: str, tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [out]
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
-    written = mock.Mock(side_effect=[None, OSError(28, "No space left on device")])
-    with mock.patch(WRITER, written), pytest.raises(OSError, match="No space"):
-        randlora.files.save_merged(adapted(LLAMA.build()), tmp_path / "out", max_shard_size=SHARD)
-    assert [*tmp_path.iterdir()] == []
-
-
-def test_at_most_the_tensors_of_one_file_are_held(tmp_path: Path) -> None:
+def test_at_most_the_tensors_of_one_file_are_held_and_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     held: list[int] = []
 
     def counting(path: Path, planned: Any, metadata: Any) -> None:
         held.append(sum(each.nbytes for each in planned))
         write_tensor_file(path, planned, metadata)
 
+    model = adapted(LLAMA.build())
     with mock.patch(WRITER, counting):
-        report = randlora.files.save_merged(adapted(BERT.build()), tmp_path / "out", max_shard_size=20_000)
+        report = randlora.files.save_merged(model, tmp_path / "out", max_shard_size=20_000)
     assert max(held) <= 20_000
     index = json.loads((report.out / INDEX_FILE).read_text(encoding="utf-8"))
     assert index["metadata"]["total_size"] == report.nbytes == sum(held)
+    written = mock.Mock(side_effect=[None, OSError(28, "No space left on device")])
+    with mock.patch(WRITER, written), pytest.raises(OSError, match="No space"):
+        randlora.files.save_merged(model, tmp_path / "full", max_shard_size=SHARD)
+    assert [*tmp_path.iterdir()] == [report.out]
