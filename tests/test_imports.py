@@ -107,6 +107,8 @@ from importlib.machinery import PathFinder
 import torch
 from torch import nn
 
+hidden = ""
+
 class Hidden(PathFinder):
     @classmethod
     def find_spec(cls, fullname, path=None, target=None):
