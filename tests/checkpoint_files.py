@@ -29,6 +29,7 @@ CARD_FILE = "README.md"
 
 PREFIX = "base_model.model."
 LAMBDA, GAMMA = f"{PREFIX}0.randlora_lambda", f"{PREFIX}0.randlora_gamma"
+BASIS_A, BASIS_B = "base_model.randlora_A", "base_model.randlora_B"
 
 
 class Twice(nn.Module):
@@ -107,14 +108,7 @@ class Odd(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what is adapted in it.
-
-    Attributes:
-        name: For test ids.
-        make: Makes the model, with random weights; its input is ``(rows, 6)``.
-        options: What `randlora.inject` is told beside r and the bases.
-        dtype: Of the model and its input.
-    """
+    """A model for inputs ``(rows, 6)``, and what `randlora.inject` is told beside r and the bases."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -135,10 +129,6 @@ class Case:
         return output
 
 
-def _linear() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 5))
-
-
 def _conv1d() -> nn.Module:
     model = nn.Sequential(Conv1D(9, 6), nn.Tanh(), Conv1D(5, 9))
     for parameter in model.parameters():
@@ -146,17 +136,16 @@ def _conv1d() -> nn.Module:
     return model
 
 
-def _mixed() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 3, bias=False), Conv1D(12, 3))
-
-
-LINEAR = Case("Linear", _linear)
+LINEAR = Case("Linear", lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 5)))
 BY_LAYER = {"head": 3, ".*": 2}
 HEADED = Case("head-and-bias", Headed, {"targets": ["0", "2"], "train_also": ["head", "norm.bias"]})
 CASES = (
     LINEAR,
     Case("Conv1D", _conv1d),
-    Case("mixed-sizes", _mixed),
+    Case(
+        "mixed-sizes",
+        lambda: nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 3, bias=False), Conv1D(12, 3)),
+    ),
     Case("two-places", Twice, {"targets": "all-linear"}),
     HEADED,
     Case("biases-of-targets", Headed, {"targets": ["0", "2"], "train_also": r"body\.\d\.bias"}),

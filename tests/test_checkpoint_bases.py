@@ -12,6 +12,8 @@ import randlora
 from randlora.bases import BasisSpec
 from randlora.bases.basis import Basis
 from tests.checkpoint_files import (
+    BASIS_A,
+    BASIS_B,
     HEADED,
     LINEAR,
     Case,
@@ -27,20 +29,12 @@ from tests.checkpoint_files import (
 )
 from tests.kit import fill
 
-BASIS_A, BASIS_B = "base_model.randlora_A", "base_model.randlora_B"
 
-
-def foreign(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def foreign(directory: Path, seed: int = 0) -> Path:
     """Make a PEFT file whose bases no seed brings back."""
     generator = torch.Generator().manual_seed(seed)
-    peft_directory(directory)
-    edit_tensors(
-        directory,
-        {
-            BASIS_A: torch.randn(2, 1, 5, generator=generator).to(dtype),
-            BASIS_B: torch.randn(6, 3, 2, generator=generator).to(dtype),
-        },
-    )
+    drawn = {BASIS_A: torch.randn(2, 1, 5, generator=generator), BASIS_B: torch.randn(6, 3, 2, generator=generator)}
+    edit_tensors(peft_directory(directory), drawn)
     return directory
 
 
@@ -52,7 +46,7 @@ def loaded(*directories: Path) -> nn.Module:
     return model
 
 
-def output(model: nn.Module, name: str) -> Tensor:
+def output(model: nn.Module, name: str = "a0") -> Tensor:
     """Run the model with one adapter."""
     randlora.activate(model, name)
     return LINEAR.output(model)
@@ -72,64 +66,44 @@ def output(model: nn.Module, name: str) -> Tensor:
 def test_bases_of_no_seed_are_kept_in_the_smallest_form_that_loses_nothing(
     values: Callable[[tuple[int, int, int]], Tensor], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    directory = peft_directory(tmp_path)
     changes = {BASIS_A: values((2, 1, 5)), BASIS_B: values((6, 3, 2))}
-    edit_tensors(directory, changes)
-    basis = basis_of(loaded(directory), "a0")
+    edit_tensors(peft_directory(tmp_path), changes)
+    basis = basis_of(loaded(tmp_path), "a0")
     assert {matrix.values.dtype for matrix in basis.matrices()} == {dtype}
     kept = basis.slices(6, 5, device="cpu", dtype=torch.float64)
     assert torch.equal(kept.A, changes[BASIS_A].double())
     assert torch.equal(kept.B, changes[BASIS_B].double())
 
 
-def test_equal_bases_of_no_seed_are_held_once(tmp_path: Path) -> None:
-    model = loaded(foreign(tmp_path / "one"), foreign(tmp_path / "two"))
-    assert basis_of(model, "a0") is basis_of(model, "a1")
-
-
-def test_different_bases_of_one_spec_are_held_apart(tmp_path: Path) -> None:
-    one, two = foreign(tmp_path / "one", seed=1), foreign(tmp_path / "two", seed=2)
-    both = loaded(one, two)
-    assert basis_of(both, "a0").spec == basis_of(both, "a1").spec
-    assert torch.equal(output(both, "a0"), output(loaded(one), "a0"))
-    assert torch.equal(output(both, "a1"), output(loaded(two), "a0"))
-
-
-@pytest.mark.parametrize("foreign_first", [True, False])
-def test_bases_of_no_seed_and_the_drawn_ones_of_their_spec_are_held_apart(foreign_first: bool, tmp_path: Path) -> None:
-    stored, drawn = foreign(tmp_path / "stored"), peft_directory(tmp_path / "drawn")
-    first, second = (stored, drawn) if foreign_first else (drawn, stored)
-    both = loaded(first, second)
-    assert basis_of(both, "a0").spec == basis_of(both, "a1").spec
-    assert torch.equal(output(both, "a0"), output(loaded(first), "a0"))
-    assert torch.equal(output(both, "a1"), output(loaded(second), "a0"))
-
-
-def test_an_adapter_added_later_does_not_share_bases_of_no_seed(tmp_path: Path) -> None:
-    model, alone = loaded(foreign(tmp_path)), LINEAR.build()
-    randlora.inject(model, r=2, name="ours")
-    randlora.inject(alone, r=2, name="ours")
+def test_bases_of_no_seed_are_shared_by_files_that_hold_the_same_and_by_nothing_else(tmp_path: Path) -> None:
+    places = [foreign(tmp_path / "one"), foreign(tmp_path / "two", 1), peft_directory(tmp_path / "drawn")]
+    same = loaded(places[0], foreign(tmp_path / "again"))
+    assert basis_of(same, "a0") is basis_of(same, "a1")
+    for first, second in [(0, 1), (0, 2), (2, 0)]:
+        both = loaded(places[first], places[second])
+        assert basis_of(both, "a0").spec == basis_of(both, "a1").spec
+        assert torch.equal(output(both, "a0"), output(loaded(places[first])))
+        assert torch.equal(output(both, "a1"), output(loaded(places[second])))
+    model, alone = loaded(places[0]), LINEAR.build()
+    for each in (model, alone):
+        randlora.inject(each, r=2, name="ours")
     assert torch.equal(output(fill(model, "ours"), "ours"), output(fill(alone, "ours"), "ours"))
 
 
-def test_stored_bases_larger_than_needed_that_their_key_brings_back_are_drawn_not_kept(tmp_path: Path) -> None:
-    directory = peft_directory(tmp_path)
-    wide = Basis(BasisSpec("dense", "torch", seed=0, r=2, max_dim=9, min_dim=7))
-    drawn = wide.slices(9, 7, device="cpu", dtype=torch.float32)
-    edit_tensors(directory, {BASIS_A: drawn.A, BASIS_B: drawn.B})
-    basis = basis_of(loaded(directory), "a0")
+def test_stored_bases_are_kept_unless_their_key_brings_back_every_number(tmp_path: Path) -> None:
+    """Also those that are larger than any layer needs."""
+    drawn = Basis(BasisSpec("dense", "torch", seed=0, r=2, max_dim=9, min_dim=7))
+    bases = drawn.slices(9, 7, device="cpu", dtype=torch.float32)
+    peft_directory(tmp_path)
+    edit_tensors(tmp_path, {BASIS_A: bases.A, BASIS_B: bases.B})
+    basis = basis_of(loaded(tmp_path), "a0")
     assert (basis.stored, basis.spec.max_dim, basis.spec.min_dim) == (None, 9, 7)
-
-
-@pytest.mark.parametrize("part", [BASIS_A, BASIS_B], ids=["A", "B"])
-def test_one_changed_number_of_pefts_bases_is_enough_to_keep_them(part: str, tmp_path: Path) -> None:
-    directory = peft_directory(tmp_path)
-    changed = read_tensors(directory)[0][part].clone()
-    changed.view(-1)[0] += 2**-9
-    edit_tensors(directory, {part: changed})
-    basis = basis_of(loaded(directory), "a0")
-    kept = basis.slices(6, 5, device="cpu", dtype=torch.float32)
-    assert torch.equal(kept.A if part == BASIS_A else kept.B, changed)
+    for part, own in ((BASIS_A, bases.A), (BASIS_B, bases.B)):
+        changed = own.clone()
+        changed.view(-1)[0] += 2**-9
+        edit_tensors(tmp_path, {BASIS_A: bases.A, BASIS_B: bases.B, part: changed})
+        kept = basis_of(loaded(tmp_path), "a0").slices(9, 7, device="cpu", dtype=torch.float32)
+        assert torch.equal(kept.A if part == BASIS_A else kept.B, changed)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {"torch": {}, "portable": {"stream": "portable"}, "block": {"basis": "block"}}
@@ -137,50 +111,40 @@ OPTIONS: dict[str, dict[str, Any]] = {"torch": {}, "portable": {"stream": "porta
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_bases_that_are_not_those_trained_with_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
-    randlora.save(trained(LINEAR, **options), tmp_path)
-    reseal(tmp_path, digest="0" * 64)
-    refused(LINEAR.build(), tmp_path, "save it there with bases='stored'")
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_bases_that_are_refused_do_not_grow_those_the_model_holds(options: dict[str, Any], tmp_path: Path) -> None:
-    narrow = Case("narrow", Headed, {"targets": ["head"]})
+    """And those that the model has for another adapter do not grow."""
     randlora.save(trained(HEADED, **options), tmp_path)
     reseal(tmp_path, digest="0" * 64)
-    refused(trained(narrow, name="first", **options), tmp_path, "when the adapter was saved with torch", name="second")
+    refused(HEADED.build(), tmp_path, "save it there with bases='stored'")
+    narrow = trained(Case("narrow", Headed, {"targets": ["head"]}), name="first", **options)
+    refused(narrow, tmp_path, "when the adapter was saved with torch", name="second")
 
 
-@pytest.mark.parametrize("part", [BASIS_A, BASIS_B], ids=["A", "B"])
-@pytest.mark.parametrize("is_foreign", [False, True])
-def test_stored_bases_that_contradict_the_header_are_refused(part: str, is_foreign: bool, tmp_path: Path) -> None:
-    model = loaded(foreign(tmp_path / "peft")) if is_foreign else trained(LINEAR)
+def test_bases_that_contradict_what_the_file_says_of_them_are_refused(tmp_path: Path) -> None:
+    for model in (trained(LINEAR), loaded(foreign(tmp_path / "peft"))):
+        for part in (BASIS_A, BASIS_B):
+            randlora.save(model, tmp_path, bases="stored")
+            reseal(tmp_path, {part: read_tensors(tmp_path)[0][part] * 2})
+            refused(LINEAR.build(), tmp_path, "the bases stored in the file are not those it names")
     randlora.save(model, tmp_path, bases="stored")
-    reseal(tmp_path, {part: read_tensors(tmp_path)[0][part] * 2})
-    refused(LINEAR.build(), tmp_path, "the bases stored in the file are not those it names")
-
-
-def test_bases_of_no_seed_that_the_file_lost_are_missed(tmp_path: Path) -> None:
-    randlora.save(loaded(foreign(tmp_path / "peft")), tmp_path, bases="stored")
     reseal(tmp_path, drop=[BASIS_A, BASIS_B])
     refused(LINEAR.build(), tmp_path, "the file holds no bases, and no seed reproduces those it was trained with")
-
-
-def test_bases_that_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
-    case = Case("thin", lambda: nn.Sequential(nn.Linear(6, 1)))
-    randlora.save(trained(case, r=1, stream="portable"), tmp_path, bases="stored")
+    thin = Case("thin", lambda: nn.Sequential(nn.Linear(6, 1)))
+    randlora.save(trained(thin, r=1, stream="portable"), tmp_path, bases="stored")
     edit_tensors(tmp_path, {}, drop=[BASIS_A, BASIS_B])
-    refused(case.build(), tmp_path, "the bases that the file names cannot be drawn")
+    refused(thin.build(), tmp_path, "the bases that the file names cannot be drawn")
 
 
-def test_the_key_of_bases_of_no_seed_is_saved_with_them(tmp_path: Path) -> None:
-    directory = foreign(tmp_path / "peft")
-    edit_fields(directory, {"projection_prng_key": 77})
-    model = loaded(directory)
+@pytest.mark.parametrize("rows", [6, 12], ids=lambda rows: f"rows={rows}")
+def test_bases_of_no_seed_reload_as_they_are_with_their_key_even_larger_than_needed(rows: int, tmp_path: Path) -> None:
+    peft_directory(tmp_path / "peft")
+    edit_tensors(tmp_path / "peft", {BASIS_A: torch.randn(2, 1, 8), BASIS_B: torch.randn(rows, 4, 2)})
+    edit_fields(tmp_path / "peft", {"projection_prng_key": 77})
+    model = loaded(tmp_path / "peft")
     randlora.save(model, tmp_path / "ours", bases="stored")
     twin = loaded(tmp_path / "ours")
     assert basis_of(twin, "a0").spec.seed == 77
     assert basis_of(twin, "a0").stored is not None
-    assert torch.equal(output(twin, "a0"), output(model, "a0"))
+    assert torch.equal(output(twin), output(model))
 
 
 def test_stored_bases_are_used_where_a_seed_draws_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
