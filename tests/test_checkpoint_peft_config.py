@@ -72,7 +72,11 @@ def test_fan_in_fan_out_means_that_every_target_stores_its_weight_transposed(
     assert saved_fields(tmp_path, case)["fan_in_fan_out"] is expected
 
 
-FOREIGN: dict[str, Any] = {"a_field_of_tomorrow": [1, {"x": None}], "auto_mapping": {"base_model_class": "Bert"}, "bias": "lora_only"}
+FOREIGN: dict[str, Any] = {
+    "a_field_of_tomorrow": [1, {"x": None}],
+    "auto_mapping": {"base_model_class": "Bert"},
+    "bias": "lora_only",
+}
 FOREIGN |= {"base_model_name_or_path": "org/base", "init_weights": False, "layers_to_transform": [0]}
 FOREIGN |= {"revision": "main", "task_type": "SEQ_CLS"}
 

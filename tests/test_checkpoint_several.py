@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, RandLoraConfig, get_peft_model
+from peft import PeftModel
 from torch import nn
 
 import randlora
@@ -16,6 +16,7 @@ from randlora.errors import AdapterError, CheckpointError
 from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, HEADED, LINEAR, TENSORS_FILE, trained
 from tests.kit import adapter_values, all_bits, fill, untouched
 from tests.laws import assert_close
+from tests.model_directories import contents
 from tests.peer import THEIR_WARNINGS
 
 FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
@@ -30,18 +31,13 @@ def model_of_three() -> nn.Module:
     return fill(fill(model, "a", seed=1), "b", seed=2)
 
 
-def written(directory: Path) -> set[str]:
-    """Return the paths of all files in a directory."""
-    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
-
-
 def test_each_is_in_a_directory_of_its_name_and_default_in_the_root(tmp_path: Path) -> None:
     model = model_of_three()
     with untouched(model):
         reports = randlora.save_all(model, tmp_path / "all")
     places = {"default": tmp_path / "all", "a": tmp_path / "all" / "a", "b": tmp_path / "all" / "b"}
     assert {report.name: report.directory for report in reports} == places
-    assert written(tmp_path / "all") == {*FILES, *(f"{name}/{file}" for name in "ab" for file in FILES)}
+    assert {*contents(tmp_path / "all")} == {*FILES, *(f"{name}/{file}" for name in "ab" for file in FILES)}
     for name, place in places.items():
         randlora.save(model, tmp_path / "one", name=name)
         for file in FILES:
@@ -57,33 +53,20 @@ def test_each_is_in_a_directory_of_its_name_and_default_in_the_root(tmp_path: Pa
 def test_some_are_saved_and_loaded_by_name(tmp_path: Path) -> None:
     model, twin = model_of_three(), HEADED.build()
     randlora.save_all(model, tmp_path, names=["b", "a"], bases="stored")
-    assert written(tmp_path) == {f"{name}/{file}" for name in "ab" for file in FILES}
+    assert {*contents(tmp_path)} == {f"{name}/{file}" for name in "ab" for file in FILES}
     randlora.load_all(twin, tmp_path, names=["a"], trainable=True)
     assert [(each.name, each.is_trainable) for each in randlora.adapters(twin)] == [("a", True)]
     randlora.load_all(twin, str(tmp_path), names=["b"])
     assert [each.name for each in randlora.adapters(twin)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("broken", NAMES)
-def test_nothing_is_written_unless_all_can_be(broken: str, tmp_path: Path) -> None:
-    model = model_of_three()
-    with torch.no_grad():
-        next(iter(adapter_values(model, broken).values())).fill_(float("nan"))
-    with pytest.raises(CheckpointError, match="holds NaN"):
-        randlora.save_all(model, tmp_path / "out", names=NAMES)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("is_there", [False, True])
 @pytest.mark.parametrize("failing", [0, 4, 8])
-def test_nothing_is_seen_if_the_disk_is_full(
-    failing: int, is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, out = model_of_three(), tmp_path / "out"
-    if is_there:
-        randlora.save_all(trained(LINEAR), out)
-        randlora.save_all(trained(LINEAR, name="a"), out)
-    before = {name: (out / name).read_bytes() for name in written(out)}
+def test_nothing_is_seen_if_the_disk_is_full(failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of a new directory nor of one that is replaced."""
+    model, old = model_of_three(), tmp_path / "old"
+    randlora.save_all(trained(LINEAR), old)
+    randlora.save_all(trained(LINEAR, name="a"), old)
+    before = contents(tmp_path)
     flush, flushed = replacing.flush, list[Path]()
 
     def fail(path: Path) -> None:
@@ -94,42 +77,42 @@ def test_nothing_is_seen_if_the_disk_is_full(
         flush(path)
 
     monkeypatch.setattr(replacing, "flush", fail)
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        randlora.save_all(model, out, names=NAMES)
-    assert {name: (out / name).read_bytes() for name in written(out)} == before
-    assert {path.name for path in tmp_path.iterdir()} == ({"out"} if is_there else set())
+    for out in (old, tmp_path / "new"):
+        flushed.clear()
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            randlora.save_all(model, out, names=NAMES)
+    assert contents(tmp_path) == before
+    assert [*tmp_path.iterdir()] == [old]
 
 
-@pytest.mark.parametrize(
-    ("names", "error", "message"),
-    [
-        (["a", "c"], AdapterError, "no adapter named 'c'"),
-        (["a", "a"], CheckpointError, "'a' is named twice"),
-        ([], CheckpointError, "no adapter is named"),
-        ("a", Exception, "names must be"),
-    ],
-)
-def test_names_that_cannot_be_saved_are_refused(
-    names: Any, error: type[Exception], message: str, tmp_path: Path
-) -> None:
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "unknown": (["a", "c"], AdapterError, "no adapter named 'c'"),
+    "twice": (["a", "a"], CheckpointError, "'a' is named twice"),
+    "none": ([], CheckpointError, "no adapter is named"),
+    "text": ("a", Exception, "names must be"),
+    "nan": (NAMES, CheckpointError, "holds NaN"),
+}
+
+
+@pytest.mark.parametrize(("names", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_nothing_is_written_unless_all_can_be(names: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
+    model = model_of_three()
+    with torch.no_grad():
+        [*adapter_values(model, "a").values()][-1].fill_(float("nan"))
     with pytest.raises(error, match=message):
-        randlora.save_all(model_of_three(), tmp_path / "out", names=names)
+        randlora.save_all(model, tmp_path / "out", names=names)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["a/b", "/"])
-def test_a_name_that_no_directory_has_is_refused(name: str, tmp_path: Path) -> None:
-    model = trained(LINEAR, name=name)
-    with pytest.raises(CheckpointError, match="cannot be the name of a directory: rename the adapter"):
-        randlora.save_all(model, tmp_path / "out")
+def test_a_name_that_no_directory_has_is_refused(tmp_path: Path) -> None:
+    for name in ("a/b", "/"):
+        with pytest.raises(CheckpointError, match="cannot be the name of a directory: rename the adapter"):
+            randlora.save_all(trained(LINEAR, name=name), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_file_in_the_way_of_one_is_refused_before_any_is_written(tmp_path: Path) -> None:
     (tmp_path / "b").touch()
     with pytest.raises(CheckpointError, match=r"b' is a file or a broken link: expected the name of a directory"):
         randlora.save_all(model_of_three(), tmp_path)
-    assert written(tmp_path) == {"b"}
+    assert contents(tmp_path) == {"b": b""}
 
 
 @pytest.mark.parametrize("is_adapted", [False, True])
@@ -149,50 +132,34 @@ def test_all_are_loaded_or_none(damage: str, is_adapted: bool, tmp_path: Path) -
 
 
 def test_directories_without_adapters_are_refused(tmp_path: Path) -> None:
-    model = HEADED.build()
-    randlora.save_all(model_of_three(), tmp_path / "all")
-    with untouched(model), pytest.raises(CheckpointError, match=r"no adapter named 'c'; the nearest are"):
-        randlora.load_all(model, tmp_path / "all", names=["a", "c"])
-    for place in (tmp_path / "all" / "a" / "b", tmp_path / "none"):
-        with untouched(model), pytest.raises(CheckpointError, match=f"cannot load '{place}': .* has no adapters"):
-            randlora.load_all(model, place)
-    with untouched(model), pytest.raises(CheckpointError, match="a path has no revision, got 'main'"):
-        randlora.load_all(model, tmp_path / "all", revision="main")
+    model, place = HEADED.build(), tmp_path / "all"
+    randlora.save_all(model_of_three(), place)
+    with untouched(model):
+        for options, message in (
+            ({"source": place, "names": ["a", "c"]}, r"no adapter named 'c'; the nearest are"),
+            ({"source": place / "a" / "b"}, f"cannot load '{place / 'a' / 'b'}': .* has no adapters"),
+            ({"source": tmp_path / "none"}, f"cannot load '{tmp_path / 'none'}': .* has no adapters"),
+            ({"source": place, "revision": "main"}, "a path has no revision, got 'main'"),
+        ):
+            with pytest.raises(CheckpointError, match=message):
+                randlora.load_all(model, **options)  # type: ignore[arg-type]
     for subfolder in ("a", "b"):
-        randlora.load(model, tmp_path / "all", subfolder=subfolder, name=subfolder)
+        randlora.load(model, place, subfolder=subfolder, name=subfolder)
     with untouched(model), pytest.raises(CheckpointError, match="a file has no subfolder, got 'a'"):
-        randlora.load(model, tmp_path / "all" / TENSORS_FILE, subfolder="a", name="c")
+        randlora.load(model, place / TENSORS_FILE, subfolder="a", name="c")
 
 
-class TestPeft:
-    """PEFT's directories of several adapters, read here, and ours, read there."""
+def test_ours_are_loaded_by_peft(tmp_path: Path) -> None:
+    ours = trained(LINEAR)
+    randlora.inject(ours, r=2, name="other")
+    fill(ours, "other", seed=3)
+    randlora.save_all(ours, tmp_path, bases="stored")
+    theirs = PeftModel.from_pretrained(LINEAR.build(), tmp_path)
+    theirs.load_adapter(tmp_path / "other", "other")
+    for name in ("default", "other"):
+        theirs.set_adapter(name)
+        randlora.activate(ours, name)
+        assert_close(LINEAR.output(theirs), LINEAR.output(ours), torch.float32)
 
-    pytestmark = THEIR_WARNINGS
 
-    def test_theirs_are_loaded_here(self, tmp_path: Path) -> None:
-        config = RandLoraConfig(r=2, target_modules=["0", "2"])
-        theirs = get_peft_model(LINEAR.build(), config)
-        theirs.add_adapter("other", config)
-        for name, parameter in theirs.named_parameters():
-            if "randlora_lambda" in name:
-                nn.init.normal_(parameter)
-        theirs.save_pretrained(tmp_path)
-        assert {f"other/{TENSORS_FILE}", TENSORS_FILE} < written(tmp_path)
-        ours = LINEAR.build()
-        assert [report.name for report in randlora.load_all(ours, tmp_path)] == ["default", "other"]
-        for name in ("default", "other"):
-            theirs.set_adapter(name)
-            randlora.activate(ours, name)
-            assert_close(LINEAR.output(ours), LINEAR.output(theirs.eval()), torch.float32)
-
-    def test_ours_are_loaded_there(self, tmp_path: Path) -> None:
-        ours = trained(LINEAR)
-        randlora.inject(ours, r=2, name="other")
-        fill(ours, "other", seed=3)
-        randlora.save_all(ours, tmp_path, bases="stored")
-        theirs = PeftModel.from_pretrained(LINEAR.build(), tmp_path)
-        theirs.load_adapter(tmp_path / "other", "other")
-        for name in ("default", "other"):
-            theirs.set_adapter(name)
-            randlora.activate(ours, name)
-            assert_close(LINEAR.output(theirs), LINEAR.output(ours), torch.float32)
+test_ours_are_loaded_by_peft.pytestmark = THEIR_WARNINGS

@@ -13,7 +13,7 @@ import randlora
 from randlora.checkpoint.peft_config import CONFIG_FILE
 from randlora.config import BasisKind, Stream
 from tests.checkpoint_files import edit_fields, read_fields, refused
-from tests.kit import fill
+from tests.kit import adapter_values, all_bits, fill
 from tests.models import (
     BERT,
     GPT2,
@@ -52,9 +52,13 @@ def test_adapters_of_any_name_in_peft_load_under_any_name_here(tmp_path: Path) -
             lam.mul_(1.0 if name == "default" else -0.5)
     theirs.save_pretrained(tmp_path)
 
+    together = LLAMA.build()
+    assert [report.name for report in randlora.load_all(together, tmp_path)] == ["default", "french"]
     ours = LLAMA.build()
     randlora.load(ours, tmp_path, name="english")
     randlora.load(ours, tmp_path / "french", name="français")
+    for name, other in (("default", "english"), ("french", "français")):
+        assert all_bits(adapter_values(together, name)) == all_bits(adapter_values(ours, other))
 
     theirs.set_adapter("default")
     assert_same_effect(ours, theirs, LLAMA)
