@@ -209,9 +209,9 @@ def test_a_model_that_does_not_fit_is_refused(make: Callable[[], nn.Module], mes
 
 
 def test_every_misfit_is_named_at_once_and_leaves_adapters_alone(saved: Path) -> None:
-    model = nn.Sequential(nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 6))
+    both = nn.Sequential(nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 6))
     for part in ("2 problems", "0 is 4 x 7 here", "2 is 6 x 4 here"):
-        refused(model, saved, part)
+        refused(both, saved, part)
     for model in (HEADED.build(), trained(HEADED, name="first", r=4)):
         refused(model, saved, 'give prefix="body"', name="second")
 

@@ -19,6 +19,8 @@ from tests.laws import assert_close
 from tests.model_directories import contents
 from tests.peer import THEIR_WARNINGS
 
+pytestmark = THEIR_WARNINGS
+
 FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
 NAMES = ("b", "default", "a")
 
@@ -142,7 +144,7 @@ def test_directories_without_adapters_are_refused(tmp_path: Path) -> None:
             ({"source": place, "revision": "main"}, "a path has no revision, got 'main'"),
         ):
             with pytest.raises(CheckpointError, match=message):
-                randlora.load_all(model, **options)  # type: ignore[arg-type]
+                randlora.load_all(model, **options)
     for subfolder in ("a", "b"):
         randlora.load(model, place, subfolder=subfolder, name=subfolder)
     with untouched(model), pytest.raises(CheckpointError, match="a file has no subfolder, got 'a'"):
@@ -160,6 +162,3 @@ def test_ours_are_loaded_by_peft(tmp_path: Path) -> None:
         theirs.set_adapter(name)
         randlora.activate(ours, name)
         assert_close(LINEAR.output(theirs), LINEAR.output(ours), torch.float32)
-
-
-test_ours_are_loaded_by_peft.pytestmark = THEIR_WARNINGS
