@@ -12,9 +12,9 @@ from concurrent.futures import thread
 from types import FrameType
 from typing import Any
 
-from randlora.model import change
+from randlora.model import view
 
-GUARD = change.unchanged_if_raised.__wrapped__.__code__  # type: ignore[attr-defined]  # of the generator itself
+GUARD = view.unchanged_if_raised.__wrapped__.__code__  # type: ignore[attr-defined]  # of the generator itself
 
 SPARED = tuple(
     str(module.__file__) for module in (contextlib, queue, threading, weakref, concurrent.futures._base, thread)

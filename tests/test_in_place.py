@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.layers.scopes import begin_call, end_call
-from randlora.model.calls import check_call
+from randlora.model.install import check_call
 from randlora.targets.census import Census
 from tests.in_place_models import Reading, X, adapt, given, of_kind, register
 from tests.kit import fill, same_bits

@@ -32,8 +32,8 @@ from randlora.disk.formats import LONGEST_NAME
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, require_types, shortly
 from randlora.layers.diagonals import diagonal_shapes
-from randlora.model.install import lost_parts, require_own
-from randlora.model.view import opened
+from randlora.model.install import lost_parts
+from randlora.model.view import opened, require_own
 from randlora.places import copied
 from randlora.ranks import Ranks, raise_on_every_rank, run_collectives
 from randlora.replaced import whole_shape

@@ -11,14 +11,11 @@ import torch
 from torch import nn
 
 from randlora.errors import AdapterError, MergeError, raise_collected
-from randlora.model.change import undone
-from randlora.model.install import unwrapped_model
 from randlora.model.listing import offloaded_diagonals
 from randlora.model.merge import merged
-from randlora.model.mergeable import weight_problems
-from randlora.model.probe import TOLERANCE, differences_from_product
+from randlora.model.mergeable import TOLERANCE, differences_from_product, weight_problems
 from randlora.model.trial import WIDENED, Trial, acting_sites, distances, half_precision, held_by, roles, roundings
-from randlora.model.view import View, opened
+from randlora.model.view import View, opened, undone, unwrapped_model
 from randlora.places import Plain
 from randlora.report import wrapped
 from randlora.state import require_unmerged

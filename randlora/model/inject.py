@@ -29,7 +29,6 @@ from randlora.config import (
 )
 from randlora.errors import ConfigError, TargetError, raise_collected, warn
 from randlora.hints import require_types
-from randlora.model.change import all_or_nothing
 from randlora.model.install import commit, detach_all, prepare, require_detachable, unfold_all
 from randlora.model.train_also import (
     copy_dtype,
@@ -42,7 +41,7 @@ from randlora.model.train_also import (
     select_parameters,
     train_also_problems,
 )
-from randlora.model.view import View, opened, opened_to_add
+from randlora.model.view import View, all_or_nothing, opened, opened_to_add
 from randlora.modes import has_values
 from randlora.options import Init, LayerOptions, by_rank
 from randlora.places import place_at, ranks_of, whole

@@ -1,4 +1,4 @@
-"""Adding one adapter to a model and removing all of them: the only code that changes a model's modules.
+"""Adding one adapter to a model, removing all of them, and watching the calls. Only this changes a model's modules.
 
 Everything that can fail happens before `commit` changes the first module, and unforeseen failures are undone, so a call
 that raises does not change the model.
@@ -6,10 +6,9 @@ that raises does not change the model.
 
 from __future__ import annotations
 
-import keyword
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,48 +16,23 @@ from torch import Tensor, nn
 from randlora.bases.spec import Shape, sliced_dims
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, raise_collected
-from randlora.hints import shortly
 from randlora.layers.base import AdapterLayer
-from randlora.layers.diagonals import Gamma
-from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, has_attribute, set_casts
-from randlora.model.calls import unwatch, watch
-from randlora.model.change import all_or_nothing, set_requires_grad
+from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, set_casts
+from randlora.layers.scopes import begin_call, end_call
 from randlora.model.engines import require_averaged, tell_added, tell_changed
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.model.train_also import lost_parameters, remembered
-from randlora.modes import fake_obstacle
+from randlora.model.view import all_or_nothing, set_requires_grad
 from randlora.options import by_rank
 from randlora.places import place_at
-from randlora.replaced import CASTS, ReplacedParameter, RequiredGrad, held_at, whole_shape
-from randlora.state import (
-    ATTRIBUTE,
-    Adapter,
-    ModelState,
-    SavePretrained,
-    SiteAdapter,
-    attached_state,
-    require_unmerged,
-)
+from randlora.replaced import CASTS, ReplacedParameter, RequiredGrad, whole_shape
+from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteAdapter
 from randlora.targets.census import Census, Site, sizes
-from randlora.targets.obstacles import foreign_adapters, offloaded_with
+from randlora.targets.match import prefixes
+from randlora.targets.obstacles import offloaded_with
 
 NOWHERE: tuple[dict[str, SiteAdapter], Shape | None] = {}, None
 """The adapters and the shape of a weight that does not exist in a model."""
-
-WRAPPERS = {
-    "OptimizedModule": "_orig_mod",
-    **dict.fromkeys(
-        ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"), "module"
-    ),
-}
-"""Types that wrap a whole model, and the attribute with the model."""
-
-
-def unwrapped_model(model: nn.Module) -> nn.Module:
-    """Return a model without torch's wrappers around it (for compiling it, or for sending gradients)."""
-    while (attribute := held_at(model, WRAPPERS)) is not None:
-        model = getattr(model, attribute)
-    return model
 
 
 class Addition(NamedTuple):
@@ -70,56 +44,6 @@ class Addition(NamedTuple):
     replaced: Mapping[str, ReplacedParameter]
     trainable: bool
     save_pretrained: SavePretrained | None
-
-
-def owned_state(census: Census, doing: str) -> ModelState:
-    """Return the model's state, or a new one, after checking that adapters can be added."""
-    model = census.model
-    if (attribute := held_at(model, WRAPPERS)) is not None:
-        raise AdapterError(
-            f"cannot {doing} through a {type(model).__name__}, which changes the name of every layer; call this on the "
-            f"wrapped model.{attribute}"
-        )
-    if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
-        raise AdapterError(f"cannot {doing}: the model already has an attribute {ATTRIBUTE}; rename it")
-    raise_collected(AdapterError, foreign_adapters(census), doing=doing)
-    for held in census.parameters:
-        if (reason := fake_obstacle(held.parameter)) is not None:
-            raise AdapterError(f"cannot {doing}: {held.fqn} {reason}")
-    state = attached_state(model) or ModelState()
-    state.require_loaded(model)
-    state.adopt_parameters(model)
-    require_own(census, state, doing)
-    unfit = [held.fqn for held in census.parameters if not held.parameter.is_leaf]
-    if unfit:
-        raise AdapterError(f"cannot {doing}: {unfit[0]} is not a leaf tensor and cannot be frozen; detach it")
-    require_unmerged(state, doing)
-    return state
-
-
-def require_new_name(state: ModelState, name: str, doing: str) -> None:
-    """Raise an `AdapterError` if a new adapter cannot have this name."""
-    # torch.export writes the names of parameters as code
-    is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
-    if not is_name or keyword.iskeyword(name) or name in dir(Gamma({})):
-        raise AdapterError(
-            f"cannot {doing} an adapter named {shortly(name)}: expected a printable name without dots, "
-            "not an attribute of ParameterDict or a keyword of Python"
-        )
-    if name in state.adapters:
-        raise AdapterError(
-            f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose a different name"
-        )
-
-
-def require_own(census: Census, state: ModelState, doing: str) -> None:
-    """Raise an `AdapterError` if a layer belongs to adapters of a different module, such as a copied layer."""
-    for site in census.adapted:
-        if site.layer.state is not state:
-            raise AdapterError(
-                f"cannot {doing} here: {site.fqn} has adapters that were added to a different module (a submodule, a "
-                "parent or a copy of this one); call this on that module, or replace the layer"
-            )
 
 
 def prepare(
@@ -313,3 +237,89 @@ def _rounded(module: nn.Module) -> dict[str, torch.dtype]:
             else:
                 parameter.data = parameter.data.to(dtype)
     return left
+
+
+ARGUMENT = "adapter_names"
+"""PEFT's argument for adapter names in a call. Models of transformers accept any argument and ignore this one."""
+
+NUMBER = int.from_bytes(b"randlora", "big")
+"""The fixed number of counting hooks in each module. If torch numbered them, compiled code would not be shared."""
+
+Check = Callable[[nn.Module, Any], None]
+
+_checks: dict[Check, Callable[[nn.Module], bool]] = {}
+
+
+def register_check(where: Callable[[nn.Module], bool]) -> Callable[[Check], Check]:
+    """Register a check of calls of modules that contain adapted ones; a decorator of a forward pre-hook."""
+
+    def register(check: Check) -> Check:
+        _checks[check] = where
+        return check
+
+    return register
+
+
+def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001  # a hook's signature
+    """Check a call of a model with adapters, before its forward. Used as a hook.
+
+    Raises:
+        AdapterError: If the call names adapters, because models ignore this argument.
+    """
+    if ARGUMENT in kwargs:
+        raise AdapterError(
+            f"{ARGUMENT} has no effect on this model: call the model inside `with randlora.serving.routed(model, "
+            "names):`, which takes a name for each row"
+        )
+
+
+def watch(census: Census) -> None:
+    """Watch the calls of a model with adapters, and of those modules in it for which a check is registered.
+
+    Calls of modules around a weight that is read are counted: see `randlora.layers.scopes`.
+    """
+    root = census.model
+    if check_call not in root._forward_pre_hooks.values():
+        root.register_forward_pre_hook(check_call, with_kwargs=True, prepend=True)
+    for module in census.around_adapted:
+        for check, where in _checks.items():
+            if where(module) and check not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(check)
+    _count(census)
+
+
+def unwatch(census: Census) -> None:
+    """Stop watching a model without adapters, except modules in which a parameter is still cast as it is read."""
+    for module in census.modules:
+        _remove(module, check_call, *_checks)
+    _count(census)
+
+
+def _count(census: Census) -> None:
+    read = [visit for visit in census.visits if _is_read(visit.module)]
+    around = {name for visit in read for name in prefixes(visit.fqn)[:-1]}
+    inside = {visit.module for visit in census.visits if visit.fqn in around}
+    # their own calls too where the forward is not ours: beside a copy that is cast, or set on the module
+    inside.update(visit.module for visit in read if vars(visit.module).keys() & {CASTS, "forward"})
+    if around or census.adapted:
+        inside.add(census.model)
+    for module in census.modules:
+        if module not in inside:
+            _remove(module, begin_call, end_call)
+        elif NUMBER not in module._forward_hooks:
+            module._forward_pre_hooks[NUMBER], module._forward_hooks[NUMBER] = begin_call, end_call
+            module._forward_hooks_always_called[NUMBER] = True
+
+
+def _is_read(module: nn.Module) -> bool:
+    """Whether code reads a weight of a module as something else than the parameter."""
+    return CASTS in vars(module) or any(layer.is_read for layer in adapter_layers_of(module).values())
+
+
+def _remove(module: nn.Module, *hooks: Any) -> None:
+    """Remove functions from the hooks of a module, which may be a copy, of which no handle is known."""
+    for held in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [number for number, hook in held.items() if hook in hooks]:
+            del held[number]
+            for options in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
+                options.pop(number, None)

@@ -20,13 +20,14 @@ from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.hints import listed, require_types, shortly
 from randlora.layers.base import AdapterLayer
 from randlora.layers.update import Into, Quantized, RoundingLoss
-from randlora.model.change import all_or_nothing
-from randlora.model.install import detach_all, lost_parts, require_detachable, require_own, unfold_all
+from randlora.model.install import detach_all, lost_parts, require_detachable, unfold_all
 from randlora.model.mergeable import (
+    differences_from_product,
     merge_notes,
     model_dtype,
     name_problems,
     option_problems,
+    product_problems,
     refuse_backward,
     remerge_problems,
     require_finite,
@@ -34,9 +35,8 @@ from randlora.model.mergeable import (
     trained_problems,
     weight_problems,
 )
-from randlora.model.probe import differences_from_product, product_problems
 from randlora.model.train_also import moved_note, untrained_notes
-from randlora.model.view import View, opened
+from randlora.model.view import View, all_or_nothing, opened, require_own
 from randlora.options import Factor
 from randlora.places import Kept
 from randlora.ranks import Ranks, raise_on_every_rank

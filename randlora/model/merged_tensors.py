@@ -18,10 +18,15 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import cast
 from randlora.layers.update import Into
-from randlora.model.install import lost_parts, require_own, unwrapped_model
-from randlora.model.mergeable import model_dtype, require_finite, weight_problems
-from randlora.model.probe import differences_from_product, product_problems
-from randlora.model.view import View, opened
+from randlora.model.install import lost_parts
+from randlora.model.mergeable import (
+    differences_from_product,
+    model_dtype,
+    product_problems,
+    require_finite,
+    weight_problems,
+)
+from randlora.model.view import View, opened, require_own, unwrapped_model
 from randlora.places import lent, place_of, ranks_of, settle, whole, withheld
 from randlora.ranks import Ranks, raise_on_every_rank, run_collectives
 from randlora.state import ATTRIBUTE, CHANGING, ModelState

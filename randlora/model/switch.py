@@ -15,12 +15,11 @@ from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import is_finite, listed, require_types, shortly
 from randlora.layers.in_place import drop_adapter
-from randlora.model.change import all_or_nothing
 from randlora.model.engines import tell_changed
 from randlora.model.inject import eject
-from randlora.model.install import require_detachable, require_new_name, require_own, shared_slots
+from randlora.model.install import require_detachable, shared_slots
 from randlora.model.listing import offloaded_diagonals
-from randlora.model.view import opened
+from randlora.model.view import all_or_nothing, opened, require_new_name, require_own
 from randlora.options import Factor
 from randlora.places import is_whole
 from randlora.replaced import whole_shape

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from randlora.functional import Compute
 from randlora.layers.diagonals import Diagonal
-from randlora.model.change import Snapshot, set_requires_grad
 from randlora.model.merge import merged
+from randlora.model.view import Snapshot, set_requires_grad
 from randlora.modes import uncompiled
 from randlora.state import ModelState, SiteAdapter
 from randlora.targets.census import AdaptedSite, Census

@@ -1,20 +1,52 @@
-"""How a verb begins and ends: one thread at a time opens an adapted model, and a verb that raises changes nothing."""
+"""How a verb begins and ends: one thread at a time opens an adapted model, and a verb that raises changes nothing.
+
+The checks of a call find most reasons for it to fail. Reasons that no check can foresee, such as a lack of memory, an
+interrupt or a class that sets attributes in its own way, may still raise in the middle of a change, which is then
+undone. The checks hold until the change is made, because only one thread at a time changes models.
+"""
 
 from __future__ import annotations
 
+import keyword
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from randlora.model.change import all_or_nothing
+from randlora.errors import AdapterError, raise_collected
+from randlora.hints import shortly
+from randlora.layers.diagonals import Diagonal, Gamma, Values
+from randlora.layers.in_place import has_attribute
 from randlora.model.engines import ranks_holding
-from randlora.model.install import owned_state, require_new_name, require_own
-from randlora.places import settle
+from randlora.model.save_guard import savers
+from randlora.modes import fake_obstacle
+from randlora.places import holders, place_at, settle
 from randlora.ranks import Ranks
-from randlora.state import CHANGING, ModelState, adapted_root
-from randlora.targets.census import Census
+from randlora.replaced import ReplacedParameter, held_at
+from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root, attached_state, require_unmerged
+from randlora.targets.census import Census, Site
+from randlora.targets.obstacles import foreign_adapters
+
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    **dict.fromkeys(
+        ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"), "module"
+    ),
+}
+"""Types that wrap a whole model, and the attribute with the model."""
+
+
+def unwrapped_model(model: nn.Module) -> nn.Module:
+    """Return a model without torch's wrappers around it (for compiling it, or for sending gradients)."""
+    while (attribute := held_at(model, WRAPPERS)) is not None:
+        model = getattr(model, attribute)
+    return model
 
 
 @dataclass(frozen=True)
@@ -72,3 +104,261 @@ def opened_to_add(model: nn.Module, names: Iterable[str], doing: str) -> Iterato
         for name in names:
             require_new_name(state, name, doing)
         yield View(model, state, census)
+
+
+def owned_state(census: Census, doing: str) -> ModelState:
+    """Return the model's state, or a new one, after checking that adapters can be added."""
+    model = census.model
+    if (attribute := held_at(model, WRAPPERS)) is not None:
+        raise AdapterError(
+            f"cannot {doing} through a {type(model).__name__}, which changes the name of every layer; call this on the "
+            f"wrapped model.{attribute}"
+        )
+    if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
+        raise AdapterError(f"cannot {doing}: the model already has an attribute {ATTRIBUTE}; rename it")
+    raise_collected(AdapterError, foreign_adapters(census), doing=doing)
+    for held in census.parameters:
+        if (reason := fake_obstacle(held.parameter)) is not None:
+            raise AdapterError(f"cannot {doing}: {held.fqn} {reason}")
+    state = attached_state(model) or ModelState()
+    state.require_loaded(model)
+    state.adopt_parameters(model)
+    require_own(census, state, doing)
+    unfit = [held.fqn for held in census.parameters if not held.parameter.is_leaf]
+    if unfit:
+        raise AdapterError(f"cannot {doing}: {unfit[0]} is not a leaf tensor and cannot be frozen; detach it")
+    require_unmerged(state, doing)
+    return state
+
+
+def require_new_name(state: ModelState, name: str, doing: str) -> None:
+    """Raise an `AdapterError` if a new adapter cannot have this name."""
+    # torch.export writes the names of parameters as code
+    is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
+    if not is_name or keyword.iskeyword(name) or name in dir(Gamma({})):
+        raise AdapterError(
+            f"cannot {doing} an adapter named {shortly(name)}: expected a printable name without dots, "
+            "not an attribute of ParameterDict or a keyword of Python"
+        )
+    if name in state.adapters:
+        raise AdapterError(
+            f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose a different name"
+        )
+
+
+def require_own(census: Census, state: ModelState, doing: str) -> None:
+    """Raise an `AdapterError` if a layer belongs to adapters of a different module, such as a copied layer."""
+    for site in census.adapted:
+        if site.layer.state is not state:
+            raise AdapterError(
+                f"cannot {doing} here: {site.fqn} has adapters that were added to a different module (a submodule, a "
+                "parent or a copy of this one); call this on that module, or replace the layer"
+            )
+
+
+@contextmanager
+def all_or_nothing(
+    census: Census, state: ModelState, sites: Iterable[Site] = (), replaced: Iterable[ReplacedParameter] = ()
+) -> Iterator[None]:
+    """Undo everything that the block has changed if it raises: modules, parameters, and the state with its adapters.
+
+    Values written in place are restored only for sharded parameters that adapters train copies of. Nothing else here
+    writes in place.
+
+    Args:
+        census: The model.
+        state: Its state, attached or not.
+        sites: The weights that are to be adapted. Those that are adapted are always included.
+        replaced: The parameters that are to be replaced by trained copies. Those that are replaced are included too.
+    """
+    replaced = list(replaced)
+    own = [held.parameter for held in census.parameters]
+    objects: list[object] = [
+        *own,
+        *census.around_adapted,
+        *savers(census),
+        state,
+        state.activation,
+        state.bank,
+        *state.bank,
+        *state.adapters.values(),
+    ]
+    values = [parameter for adapter in state.adapters.values() for parameter in adapter.trained.values()]
+    for entry in (*state.replaced.values(), *replaced):
+        objects += [entry, *(module for module, _ in entry.places.values())]
+        values += [entry.original, entry.installed]
+    for site in (*sites, *census.adapted):
+        owner = site.owner
+        diagonals = (each._parameters for each in owner._modules.values() if isinstance(each, Diagonal))
+        objects += [owner, *owner._modules.values(), *(each for each in diagonals if isinstance(each, Values))]
+        objects += [*site.layer_class.beside(owner), site.adapter_layer]
+        objects += holders(owner)
+        objects += site.adapter_layer.adapters.values() if site.adapter_layer is not None else ()
+        values += owner.parameters()
+    places = [place_at(entry.installed) for entry in (*state.replaced.values(), *replaced)]
+    kept = [(place, place.keep()) for place in places if place.exchanges == "values"]
+    with unchanged_if_raised(objects, values, own):
+        try:
+            yield
+        except BaseException:
+            for place, before in kept:
+                place.restore(before.values)
+            raise
+
+
+@contextmanager
+def unchanged_if_raised(objects: Iterable[object], values: Iterable[Tensor], flags: Iterable[Tensor]) -> Iterator[None]:
+    """If the block raises, restore objects as `Attributes` does, the data of tensors (``values``), and their flags."""
+    held = {id(each): Attributes(each) for each in objects if each is not None}
+    required_grad = [(each, each.requires_grad) for each in (*values, *flags)]
+    data = [(each, each.data) for each in values if not is_lazy(each) and type(each.data) is Tensor]
+    try:
+        yield
+    except BaseException:
+        for attributes in held.values():
+            attributes.restore()
+        for tensor, own in data:
+            if tensor.data_ptr() != own.data_ptr() or tensor.dtype != own.dtype:
+                tensor.data = own
+        for tensor, flag in required_grad:
+            set_requires_grad(tensor, flag)
+        raise
+
+
+def set_requires_grad(tensor: Tensor, flag: bool) -> None:  # noqa: FBT001
+    """Set ``requires_grad``. For integers, such as a weight that was quantized since, it stays ``False``."""
+    if tensor.requires_grad == flag or (flag and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)):
+        return
+    is_inference = not is_lazy(tensor) and tensor.is_inference()
+    with torch.inference_mode(is_inference):  # of a model built in this mode it can be set in it alone
+        tensor.requires_grad = flag  # the method does not work on uninitialized parameters
+
+
+class Attributes:
+    """The class and the attributes of an object, and the entries of attributes that are dicts or lists."""
+
+    def __init__(self, owner: Any) -> None:
+        """Note them."""
+        self.owner, self.kind, self.attributes = owner, type(owner), dict(vars(owner))
+        containers = [each for each in self.attributes.values() if isinstance(each, dict | list)]
+        self.entries = [(each, dict(each) if isinstance(each, dict) else list(each)) for each in containers]
+
+    def restore(self) -> None:
+        """Set the class and the attributes again, and delete new ones."""
+        if type(self.owner) is not self.kind:
+            object.__setattr__(self.owner, "__class__", self.kind)
+        self.owner.__dict__.clear()
+        self.owner.__dict__.update(self.attributes)
+        for container, entries in self.entries:
+            if _is_changed(container, entries):  # a dict that cannot change, as diffusers has, is not
+                container.clear()
+                container.update(entries) if isinstance(container, dict) else container.extend(entries)
+
+
+def _is_changed(container: Any, entries: Any) -> bool:
+    """Whether a dict or a list has different entries than before, or a different order."""
+    if isinstance(container, dict):
+        container, entries = ([part for pair in each.items() for part in pair] for each in (container, entries))
+    return len(container) != len(entries) or any(own is not was for own, was in zip(container, entries, strict=True))
+
+
+class Snapshot:
+    """Everything that running a model may change, to be restored bit for bit.
+
+    It contains the class and the attributes of each object, with the entries of attributes that are dicts or lists; the
+    same for each parameter and buffer, with values and ``requires_grad``; and the states of the random number
+    generators. Changes inside other objects, such as a cache that a module holds, are not included.
+    """
+
+    def __init__(
+        self, modules: Iterable[nn.Module], others: Iterable[object] = (), copies: Snapshot | None = None
+    ) -> None:
+        """Take a snapshot, with the copies of an earlier one of the values that have not changed since."""
+        inside = {id(each): each for module in modules for each in module.modules()}
+        tensors = {
+            id(tensor): tensor
+            for module in inside.values()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None and not is_lazy(tensor)
+        }
+        self._values: list[_Values]
+        self._objects = [Attributes(each) for each in (*inside.values(), *tensors.values(), *others)]
+        earlier = {} if copies is None else {id(held.tensor): held for held in copies._values}
+        self._values = [_Values(tensor, earlier.get(key)) for key, tensor in tensors.items()]
+        devices = {tensor.device for tensor in tensors.values()} - {torch.device("meta")}
+        self._random = _RandomStates(device for device in devices if device.type != "cpu")
+
+    def restore(self, *, thoroughly: bool = False) -> None:
+        """Restore everything; unless ``thoroughly``, only values that torch knows to have been written."""
+        for attributes in self._objects:
+            attributes.restore()
+        for values in self._values:
+            values.restore(thoroughly=thoroughly)
+        self._random.restore()
+
+
+@contextmanager
+def undone(modules: Iterable[nn.Module], others: Iterable[object] = ()) -> Iterator[Snapshot]:
+    """Run a block and restore everything that it has changed in some modules, even if it raises."""
+    snapshot = Snapshot(modules, others)
+    try:
+        yield snapshot
+    finally:
+        snapshot.restore(thoroughly=True)
+
+
+class _Values:
+    """The values of one tensor, and whether it requires grad."""
+
+    def __init__(self, tensor: Tensor, earlier: _Values | None) -> None:
+        self.tensor, self.data, self.requires_grad = tensor, tensor.data, tensor.requires_grad
+        self.version = _version(tensor)
+        is_plain = type(self.data) is Tensor and not tensor.is_meta
+        is_as_earlier = earlier is not None and earlier.is_untouched()
+        self.copy: Tensor | None = None
+        if is_as_earlier and earlier is not None:
+            self.copy = earlier.copy
+        elif is_plain:
+            self.copy = self.data.to("cpu", copy=True)
+
+    def is_untouched(self) -> bool:
+        """Whether torch knows of no change of the values."""
+        is_same = self.tensor.data_ptr() == self.data.data_ptr() and self.tensor.dtype == self.data.dtype
+        return is_same and self.version is not None and _version(self.tensor) == self.version
+
+    def restore(self, *, thoroughly: bool) -> None:
+        """Restore the values."""
+        if self.copy is not None and (thoroughly or not self.is_untouched()):
+            if self.tensor.data_ptr() != self.data.data_ptr() or self.tensor.dtype != self.data.dtype:
+                self.tensor.data = self.data
+            if not torch.equal(_bits(self.data).to("cpu"), _bits(self.copy)):
+                with torch.inference_mode(self.tensor.is_inference()):
+                    self.data.copy_(self.copy)
+            self.version = _version(self.tensor)
+        set_requires_grad(self.tensor, self.requires_grad)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+class _RandomStates:
+    """The states of all generators that a forward may draw from."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self.python, self.cpu = random.getstate(), torch.get_rng_state()
+        self.numpy = np.random.get_state()  # noqa: NPY002  # models draw from it
+        self.devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+
+    def restore(self) -> None:
+        """Restore them."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        torch.set_rng_state(self.cpu)
+        for device, state in self.devices.items():
+            module: Any = torch.get_device_module(device)
+            module.set_rng_state(state, device)

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from randlora.hints import NotTheModel, require_types
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.registry import find_layer
-from randlora.model.change import unchanged_if_raised
+from randlora.model.view import unchanged_if_raised
 from randlora.quantized.bnb import MAY_REPACK, Linear4bitAdapter, put_in_order
 from randlora.state import attached_state, require_unmerged
 from randlora.targets.census import Census, Visit, is_norm, is_quantized

@@ -16,7 +16,7 @@ from torch import nn
 from randlora.errors import AdapterError
 from randlora.layers.in_place import adapter_layers_of, plain_class
 from randlora.layers.registry import Reading, qualified_name, register_readings
-from randlora.model.calls import register_check
+from randlora.model.install import register_check
 
 TRANSFORMERS = "transformers.models"
 NO_EFFECT = "so an adapter would have no effect"

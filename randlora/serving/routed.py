@@ -20,9 +20,10 @@ from randlora.blocks import open_elsewhere
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.in_place import adapter_layers_of
-from randlora.model.install import lost_sites, require_own
+from randlora.model.install import lost_sites
 from randlora.model.listing import adapter_parameters, offloaded_diagonals
 from randlora.model.switch import without_active
+from randlora.model.view import require_own
 from randlora.modes import uncompiled
 from randlora.places import is_whole
 from randlora.serving.labels import first_dimension
