@@ -144,7 +144,6 @@ WHILE_MERGED = {
 ON_ANY_MODEL = {
     "a rank of 0": (ConfigError, _inject(r=0)),
     "an infinite alpha": (ConfigError, _inject(alpha=float("inf"))),
-    "no such basis": (ConfigError, _inject(basis="denser")),
     "no such option": (OptionError, _inject(lora_alpha=2)),
     "a name with a dot": (AdapterError, _inject(name="a.b")),
     "a name of an attribute": (AdapterError, _inject(name="keys")),
@@ -152,6 +151,7 @@ ON_ANY_MODEL = {
 }
 UNLESS_MERGED = {
     "an alpha of 0": (ConfigError, _inject(alpha=0)),
+    "no such basis": (ConfigError, _inject(basis="denser")),
     "no such target": (TargetError, _inject(targets=["nowhere"])),
     "no such parameter": (TargetError, _inject(train_also=["nowhere"])),
     "ranks for another layer": (TargetError, _inject(r={"nowhere": 2})),
