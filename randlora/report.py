@@ -13,11 +13,10 @@ from itertools import accumulate
 from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import KINDS, BasisSpec, count_bases, count_trainable, reach_all
-from randlora.config import RandLoRAConfig
+from randlora.config import Factor, RandLoRAConfig
 from randlora.errors import spelled
 from randlora.hints import NotTheModel
 from randlora.layers.update import RoundingLoss
-from randlora.options import Factor
 from randlora.state import Adapter
 from randlora.targets.census import Census, Shapes
 from randlora.targets.left_out import LeftOut, Remaining, left_out, lines

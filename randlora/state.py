@@ -18,11 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from randlora.bases.basis import Basis, BasisBank
 from randlora.bases.spec import Shape
 from randlora.blocks import Run
-from randlora.config import RandLoRAConfig
+from randlora.config import Factor, Init, LayerOptions, RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import IN_PLACE, NotTheModel, shortly
-from randlora.options import Factor, Init, LayerOptions
 from randlora.places import loaded_modules, place_at, settle
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, RequiredGrad, like, path_to
 

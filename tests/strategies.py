@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from randlora.bases.kinds import default_blocks
 from randlora.bases.spec import BasisSpec
-from randlora.config import BasisKind, Stream
-from randlora.options import Init
+from randlora.config import BasisKind, Init, Stream
 
 KINDS_AND_STREAMS: tuple[tuple[BasisKind, Stream], ...] = (
     ("dense", "torch"),

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import randlora
+from randlora.config import Init
 from randlora.functional import Compute
 from randlora.layers import registry
-from randlora.options import Init
 from randlora.quantized.hqq import HQQAdapter
 from randlora.quantized.layer import CodesAdapter, EetqAdapter
 from randlora.quantized.torchao import TorchaoPackedAdapter

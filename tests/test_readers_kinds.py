@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import randlora
+from randlora.config import Init
 from randlora.functional import Compute
 from randlora.layers import registry
 from randlora.layers.base import AdapterLayer
-from randlora.options import Init
 from randlora.targets.census import Census
 from tests.in_place_models import register
 from tests.kit import read, same_bits

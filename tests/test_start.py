@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import randlora
+from randlora.config import Init
 from randlora.errors import ConfigError
 from randlora.layers.diagonals import Diagonal
-from randlora.options import Init
 from tests.kit import adapter_values, all_bits, bits, fill, untouched
 from tests.laws import TOKENS, Mixed
 from tests.model_directories import contents

@@ -12,8 +12,8 @@ from torch import nn
 
 import randlora
 from randlora import RandLoRAConfig
+from randlora.config import LayerOptions
 from randlora.errors import ConfigError, TargetError
-from randlora.options import LayerOptions
 from randlora.targets.options import listed, options_listed, r_like_lora, ranks_of_others, resolve
 from tests import models
 from tests.kit import untouched

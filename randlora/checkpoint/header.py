@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims
 from randlora.checkpoint.tensors import METADATA
-from randlora.config import OPTIONS, RandLoRAConfig
+from randlora.config import OPTIONS, LayerOptions, RandLoRAConfig, by_rank
 from randlora.disk.formats import bytes_of, parse_json
 from randlora.errors import SHOWN, CheckpointError
 from randlora.hints import UNIONS, mistyped
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS
-from randlora.options import LayerOptions, by_rank
 from randlora.targets.census import Shapes
 from randlora.targets.match import is_names
 from randlora.targets.options import listed, options_listed

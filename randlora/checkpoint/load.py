@@ -18,7 +18,7 @@ from randlora.checkpoint.header import BasisRecord, Header
 from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIELDS, kept_fields, mismatch
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.checkpoint.tensors import TENSORS_FILE, master
-from randlora.config import Stream
+from randlora.config import Stream, by_rank
 from randlora.disk.formats import is_there
 from randlora.disk.hub import local_path
 from randlora.errors import CheckpointError, raise_collected, warn
@@ -28,7 +28,6 @@ from randlora.model.switch import remove
 from randlora.model.train_also import copy_dtype, half_notes, moving_note, replacements
 from randlora.model.view import View, opened, opened_to_add
 from randlora.modes import has_values, in_mode, without_modes
-from randlora.options import by_rank
 from randlora.places import Kept, Place, place_at, values_within
 from randlora.ranks import raise_on_every_rank
 from randlora.replaced import like, whole_shape

@@ -13,12 +13,11 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from randlora.bases.spec import KINDS, BasisSpec, peft_streams
-from randlora.config import OPTIONS, BasisKind, RandLoRAConfig, Stream
+from randlora.config import OPTIONS, BasisKind, LayerOptions, RandLoRAConfig, Stream, described
 from randlora.disk.formats import is_there
 from randlora.disk.hub import is_repo_id
 from randlora.errors import CheckpointError, ConfigError
 from randlora.layers.in_place import plain_class
-from randlora.options import LayerOptions, described
 from randlora.state import Adapter
 from randlora.targets.census import Census
 from randlora.targets.match import has_suffix, shortened

@@ -45,12 +45,11 @@ from randlora.checkpoint.tensors import (
     trained_key,
     value_keys,
 )
-from randlora.config import RandLoRAConfig, Stream
+from randlora.config import LayerOptions, RandLoRAConfig, Stream
 from randlora.disk.formats import Shard, is_equal, is_there, open_shard, read_json, read_tensor
 from randlora.disk.hub import local_path
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, shortly
-from randlora.options import LayerOptions
 from randlora.targets.options import listed, options_listed
 
 COPY = re.compile(rf"\.{BASIS_B}(\.r\d+)?$")

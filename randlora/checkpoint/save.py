@@ -31,6 +31,7 @@ from randlora.checkpoint.header import HEADER_KEY, Header, metadata_of
 from randlora.checkpoint.load import IN_ROOT
 from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, is_own_directory, repo_of
 from randlora.checkpoint.tensors import TENSORS_FILE
+from randlora.config import described
 from randlora.disk.formats import Planned, write_tensor_file
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import Files, write_files
@@ -40,7 +41,6 @@ from randlora.layers.in_place import plain_class
 from randlora.model.listing import adapter_parameters
 from randlora.model.save_guard import SaveGuard
 from randlora.model.train_also import moved_note, untrained_note
-from randlora.options import described
 from randlora.ranks import on_first_rank
 from randlora.report import Report, adapter_report, as_bytes
 from randlora.state import ModelState, adapted_root

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from randlora.bases.spec import count_bases
+from randlora.config import LayerOptions
 from randlora.disk.formats import TORCH_DTYPES
 from randlora.modes import has_values
-from randlora.options import LayerOptions
 from randlora.places import lent
 
 TENSORS_FILE = "adapter_model.safetensors"

@@ -28,13 +28,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import randlora
-import randlora.options
+import randlora.config
 from randlora.errors import ConfigError, RandLoRAError, TargetError, on_command_line, spelled
 from randlora.hints import UNIONS, mistyped
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
-NAMES = {**vars(randlora.options), "torch": SimpleNamespace(dtype=Dtype)}
+NAMES = {**vars(randlora.config), "torch": SimpleNamespace(dtype=Dtype)}
 """The names used in annotations of verbs."""
 
 ABSENT = frozenset({"active", "config", "model", "name", "progress", "save_pretrained", "trainable"})

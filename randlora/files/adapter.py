@@ -17,13 +17,12 @@ from randlora.checkpoint.fit import misfits
 from randlora.checkpoint.peft_config import BASE_FIELD
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.checkpoint.tensors import master
-from randlora.config import Stream
+from randlora.config import Stream, by_rank
 from randlora.disk.replace import is_free
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
 from randlora.hints import shortly
 from randlora.layers.update import Update, sum_updates
-from randlora.options import by_rank
 from randlora.targets.census import Shapes, sizes
 
 

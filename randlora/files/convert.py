@@ -21,7 +21,7 @@ from randlora.checkpoint.header import Header
 from randlora.checkpoint.peft_config import BASE_FIELD, UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
 from randlora.checkpoint.save import adapter_files
 from randlora.checkpoint.tensors import adapter_tensors, basis_keys
-from randlora.config import RandLoRAConfig
+from randlora.config import Component, Format, Layout, RandLoRAConfig, Stream
 from randlora.disk.replace import NEW, scratch_for, write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
@@ -38,7 +38,6 @@ from randlora.files.layouts import (
     recognized,
 )
 from randlora.hints import require_types
-from randlora.options import Component, Format, Layout, Stream
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
 from randlora.targets.match import shortened
 from randlora.targets.options import listed

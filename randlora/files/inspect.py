@@ -17,7 +17,7 @@ from randlora.checkpoint.bases import Known, stream_notes
 from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIELDS, kept_fields
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.checkpoint.tensors import TENSORS_FILE
-from randlora.config import RandLoRAConfig, Stream
+from randlora.config import LayerOptions, RandLoRAConfig, Stream, described
 from randlora.disk.formats import is_there
 from randlora.errors import CheckpointError, spelled
 from randlora.files.adapter import OpenAdapter, adapter_bases, digests, known_shapes, open_adapter, require_base_for
@@ -25,7 +25,6 @@ from randlora.files.base_fit import fit_base, read_base, shapes_in
 from randlora.files.layouts import frobenius_norm, spectral_norm
 from randlora.files.model_directory import find_model
 from randlora.hints import require_types
-from randlora.options import LayerOptions, described
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
 from randlora.targets.census import Shapes
 

@@ -24,12 +24,12 @@ from torch import Tensor
 from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION
 from randlora.checkpoint.save import files_of
 from randlora.checkpoint.tensors import METADATA, MODEL_PREFIX, TENSORS_FILE, trained_key
+from randlora.config import Component
 from randlora.disk.formats import Entry, Planned, read_shard, read_tensor, write_tensor_file
 from randlora.disk.replace import write_files
 from randlora.errors import ConfigError, raise_collected, spelled
 from randlora.files.adapter import OpenAdapter
 from randlora.hints import shortly
-from randlora.options import Component
 from randlora.report import Progress
 from randlora.targets.match import has_suffix
 

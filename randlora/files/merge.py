@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
-from randlora.config import Stream
+from randlora.config import Factor, Source, Sources, Stream
 from randlora.disk.formats import Planned, Shard, is_there, write_tensor_file
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
@@ -34,7 +34,6 @@ from randlora.files.model_directory import (
     write_json,
 )
 from randlora.hints import require_types
-from randlora.options import Factor, Source, Sources
 from randlora.report import Progress, as_bytes, as_lines, no_progress, with_factor
 from randlora.targets.match import shortened
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, count_bases
 from randlora.blocks import ForwardCall
+from randlora.config import Init
 from randlora.errors import CheckpointError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import diagonal_shapes, initial_values
 from randlora.layers.update import Update, sum_updates
 from randlora.layers.weight import MergeableWeight, Piece, split_of
-from randlora.options import Init
 from randlora.places import is_hooked, whole
 from randlora.ranks import run_collectives
 from randlora.replaced import watched

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, count_bases
+from randlora.config import Init
 from randlora.errors import AdapterError
 from randlora.layers.scopes import is_in_call
-from randlora.options import Init
 from randlora.state import SiteAdapter
 
 Named = dict[str, nn.Parameter | None]

@@ -19,11 +19,14 @@ from randlora.bases.spec import sliced_dims, spec_for
 from randlora.config import (
     BasisKind,
     Experts,
+    Init,
     InProj,
+    LayerOptions,
     Names,
     Pattern,
     RandLoRAConfig,
     Stream,
+    by_rank,
     explain_options,
     same_options,
 )
@@ -43,7 +46,6 @@ from randlora.model.train_also import (
 )
 from randlora.model.view import View, all_or_nothing, opened, opened_to_add
 from randlora.modes import has_values
-from randlora.options import Init, LayerOptions, by_rank
 from randlora.places import place_at, ranks_of, whole
 from randlora.ranks import raise_on_every_rank, run_collectives
 from randlora.replaced import ReplacedParameter, like

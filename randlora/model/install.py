@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, sliced_dims
-from randlora.config import RandLoRAConfig
+from randlora.config import RandLoRAConfig, by_rank
 from randlora.errors import AdapterError, raise_collected
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, set_casts
@@ -23,7 +23,6 @@ from randlora.model.engines import require_averaged, tell_added, tell_changed
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.model.train_also import lost_parameters, remembered
 from randlora.model.view import all_or_nothing, set_requires_grad
-from randlora.options import by_rank
 from randlora.places import place_at
 from randlora.replaced import CASTS, ReplacedParameter, RequiredGrad, whole_shape
 from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteAdapter

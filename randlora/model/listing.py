@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from randlora.bases.spec import BasisSpec
-from randlora.config import RandLoRAConfig
+from randlora.config import Factor, LayerOptions, RandLoRAConfig, described
 from randlora.errors import AdapterError, raise_collected, warn
 from randlora.hints import listed, require_types
 from randlora.layers.diagonals import Diagonal
@@ -17,7 +17,6 @@ from randlora.model.engines import require_averaged, tell_changed
 from randlora.model.install import lost_parts
 from randlora.model.train_also import HALF_RISKS, copy_dtype
 from randlora.model.view import opened, set_requires_grad
-from randlora.options import Factor, LayerOptions, described
 from randlora.report import FLOAT32_BYTES, as_lines, wrapped
 from randlora.state import Adapter, ModelState, adapted_root, is_adapted
 from randlora.targets.census import Census

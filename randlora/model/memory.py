@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import Shape, count_bases
-from randlora.config import RandLoRAConfig, further_options
+from randlora.config import RandLoRAConfig, Strategy, further_options
 from randlora.errors import ConfigError, raise_collected, spelled
 from randlora.functional.cost import Sizes, pass_over, step_cost
 from randlora.hints import mistyped
@@ -29,7 +29,6 @@ from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.inject import Plan, make_plan
 from randlora.model.memory_codes import held_codes, planned_codes
 from randlora.model.view import opened_to_add
-from randlora.options import Strategy
 from randlora.report import FLOAT32_BYTES, as_bytes, table
 from randlora.targets.census import Census, Site
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from randlora.blocks import BLOCKS
+from randlora.config import Factor
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.hints import listed, require_types, shortly
 from randlora.layers.base import AdapterLayer
@@ -37,7 +38,6 @@ from randlora.model.mergeable import (
 )
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import View, all_or_nothing, opened, require_own
-from randlora.options import Factor
 from randlora.places import Kept
 from randlora.ranks import Ranks, raise_on_every_rank
 from randlora.report import MergeReport

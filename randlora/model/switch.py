@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from randlora.blocks import BLOCKS, open_elsewhere
-from randlora.config import LARGEST_FACTOR
+from randlora.config import LARGEST_FACTOR, Factor
 from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import is_finite, listed, require_types, shortly
@@ -20,7 +20,6 @@ from randlora.model.inject import eject
 from randlora.model.install import require_detachable, shared_slots
 from randlora.model.listing import offloaded_diagonals
 from randlora.model.view import all_or_nothing, opened, require_new_name, require_own
-from randlora.options import Factor
 from randlora.places import is_whole
 from randlora.replaced import whole_shape
 from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unused

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from randlora.config import Factor
 from randlora.errors import AdapterError, ConfigError, RandLoRAError, TargetError, raise_collected
 from randlora.hints import is_finite, require_types, shortly
 from randlora.model.listing import offloaded_diagonals
 from randlora.model.view import View, opened
-from randlora.options import Factor
 from randlora.places import is_whole, place_at
 from randlora.state import Adapter, ModelState, adapted_root, require_unmerged
 from randlora.targets.census import AdaptedSite

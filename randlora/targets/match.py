@@ -9,7 +9,7 @@ from typing import TypeGuard
 
 from torch import nn
 
-from randlora.options import NO_REGEX, Pattern
+from randlora.config import NO_REGEX, Pattern
 
 NEAREST = 5
 

@@ -10,10 +10,18 @@ from dataclasses import replace
 from typing import Any
 
 from randlora.bases.spec import KINDS, Shape, count_bases, count_trainable
-from randlora.config import ALPHA_PER_RANK, LARGEST_FACTOR, LARGEST_RANK, OPTIONS, RandLoRAConfig
+from randlora.config import (
+    ALPHA_PER_RANK,
+    LARGEST_FACTOR,
+    LARGEST_RANK,
+    NO_REGEX,
+    OPTIONS,
+    LayerOptions,
+    RandLoRAConfig,
+    by_rank,
+)
 from randlora.errors import ConfigError, raise_collected, spelled
 from randlora.hints import require_types, shortly
-from randlora.options import NO_REGEX, LayerOptions, by_rank
 from randlora.targets.census import Site
 from randlora.targets.match import nearest_names, prefixes, shortened
 

@@ -22,9 +22,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import randlora
+from randlora.config import Init
 from randlora.errors import AdapterError
 from randlora.layers.diagonals import Diagonal
-from randlora.options import Init
 from randlora.sharded.engines import DataMeshes
 from randlora.sharded.places import all_fsdp_modules
 from tests.distributed.processes import Processes

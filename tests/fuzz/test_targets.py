@@ -33,7 +33,7 @@ def nothing(*_: Any, **__: Any) -> list[Any]:
 BREAKS: dict[str, tuple[str, str, Any]] = {
     "shapes of Λ and Γ": ("adapter", "randlora.checkpoint.tensors._shape_problems", nothing),
     "kind of bases": ("peft_config", "randlora.checkpoint.peft_config.peft_kind", lambda _: "dense"),
-    "regexes": ("patterns", "randlora.options.NO_REGEX", ()),
+    "regexes": ("patterns", "randlora.config.NO_REGEX", ()),
     "exit code": ("command_line", "randlora.cli.app.FILES_ERROR", 0),
 }
 """What is broken: the target that must see it, and what is put in the place of a check."""
