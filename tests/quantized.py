@@ -58,7 +58,6 @@ NF4 = Codes("nf4-double", {**_4_bit, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use
 FP4 = Codes("fp4", {**_4_bit, "bnb_4bit_quant_type": "fp4"})
 INT8 = Codes("8bit", {"load_in_8bit": True}, kind="Linear8bitLt", tolerance=0.05)  # rounds its inputs to 8 bits too
 
-every_codes = pytest.mark.parametrize("codes", [NF4, FP4, INT8], ids=lambda codes: codes.name)
 every_model = every(MODELS)
 
 
@@ -109,12 +108,6 @@ def of_4_bits(in_features: int, out_features: int, *, repacks: bool = False, **o
     layer.support_avx512bf16_for_cpu = repacks and REPACKS
     quantized: nn.Linear = layer.to("cpu")
     return quantized
-
-
-def of_8_bits(in_features: int, out_features: int) -> nn.Linear:
-    """Quantize one layer of random weights to 8 bits."""
-    layer: nn.Linear = bitsandbytes.nn.Linear8bitLt(in_features, out_features, has_fp16_weights=False).to("cpu")
-    return layer
 
 
 def half_precision_model(kind: RealModel, *, bits: int = 4, **options: Any) -> transformers.PreTrainedModel:

@@ -1,10 +1,8 @@
 """Whole transformers models whose layers bitsandbytes quantized: the life of an adapter, and its files and PEFT's."""
 
 import copy
-import io
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,17 +14,15 @@ from randlora.errors import MergeError
 from randlora.layers.update import Quantized
 from randlora.targets.census import Census
 from tests import peer
-from tests.kit import fill, same_bits
+from tests.kit import all_bits, fill, same_bits
 from tests.models import RealModel, logits, outputs
 from tests.peer import ALPHA, R, assert_same_effect, peft_draw
 from tests.quantized import (
     FP4,
+    INT8,
     MODELS,
     NF4,
     Codes,
-    checkpoint_activations,
-    every_codes,
-    every_model,
     half_precision_model,
     needs_repacking,
     quantized_layers,
@@ -35,10 +31,16 @@ from tests.quantized import (
 
 pytestmark = peer.THEIR_WARNINGS
 
-LLAMA = MODELS[0]
+LLAMA, GPT2, BERT, _ = MODELS
+CASES = [(LLAMA, NF4), (GPT2, FP4), (BERT, INT8)]
+every_case = pytest.mark.parametrize(
+    ("kind", "codes"),
+    [pytest.param(*case, marks=[pytest.mark.medium] * (case[0] is BERT)) for case in CASES],
+    ids=lambda value: value.name,
+)
 
 
-def adapted(kind: RealModel, codes: Codes, **options: Any) -> nn.Module:
+def adapted(kind: RealModel, codes: Codes, **options: Any) -> Any:
     """Quantize a model and give it an adapter that has learned something."""
     model: nn.Module = quantized_model(kind, codes)
     randlora.inject(model, **{"r": R, "targets": "all-linear", **options})
@@ -50,20 +52,13 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def state_bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-
-
-def assert_same_state(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    found = state_bits(model)
-    assert found.keys() == expected.keys()
-    assert [name for name in found if not same_bits(found[name], expected[name])] == []
+def state_bits(model: nn.Module) -> dict[str, Any]:
+    return all_bits({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
 
 
 def loss(model: nn.Module, kind: RealModel) -> Tensor:
-    inputs = kind.inputs()
     torch.manual_seed(1)  # of dropout
-    rows = logits(model(**inputs)).flatten(0, -2)
+    rows = logits(model(**kind.inputs())).flatten(0, -2)
     return nn.functional.cross_entropy(rows, torch.arange(len(rows)) % rows.shape[-1])
 
 
@@ -73,21 +68,16 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [gradient for gradient in found if gradient is not None and gradient.abs().max() > 0]
 
 
-@every_codes
-@every_model
-def test_the_presets_choose_the_layers_that_they_choose_of_the_dense_model(kind: RealModel, codes: Codes) -> None:
+@every_case
+def test_an_adapter_is_planned_as_for_the_dense_model_added_trained_switched_off_and_ejected(
+    kind: RealModel, codes: Codes
+) -> None:
     dense, model = kind.build(), quantized_model(kind, codes)
     assert {type(layer).__name__ for layer in quantized_layers(model).values()} == {codes.kind}
     for targets in (None, "all-linear", kind.targets):
         found, expected = (randlora.plan(each, R, targets=targets) for each in (model, dense))
         assert (found.targets, found.rule, found.skipped) == (expected.targets, expected.rule, expected.skipped)
         assert (found.rows, found.specs) == (expected.rows, expected.specs)
-
-
-@every_codes
-@every_model
-def test_an_adapter_is_added_trained_switched_off_and_ejected(kind: RealModel, codes: Codes) -> None:
-    model = quantized_model(kind, codes)
     state, plain, modules = state_bits(model), outputs(model, kind.inputs()), dict(model.named_modules())
     classes = {fqn: type(module) for fqn, module in modules.items()}
     before = loss(model.train(), kind)
@@ -111,71 +101,25 @@ def test_an_adapter_is_added_trained_switched_off_and_ejected(kind: RealModel, c
     randlora.eject(model)
     assert {fqn: type(module) for fqn, module in model.named_modules()} == classes
     assert all(model.get_submodule(fqn) is module for fqn, module in modules.items())
-    assert_same_state(model, state)
+    assert state_bits(model) == state
     assert same_bits(outputs(model, kind.inputs()), plain)
 
 
-@pytest.mark.parametrize("is_reentrant", [False, True], ids=["not reentrant", "reentrant"])
-@every_codes
-@every_model
-def test_gradients_reach_the_first_layer_and_checkpointing_changes_none(
-    kind: RealModel, codes: Codes, is_reentrant: bool
-) -> None:
-    first = randlora.plan(quantized_model(kind, codes), R, targets="all-linear").targets[0]
-    model: Any = adapted(kind, codes, targets=[first]).train()
-    loss(model, kind).backward()
-    expected = gradients(model)
-    assert len(expected) == 2
-    model.zero_grad()
-    checkpoint_activations(model, is_reentrant=is_reentrant)
-    model.enable_input_require_grads()
-    loss(model, kind).backward()
-    torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=3e-6)
-
-
-def saved_whole(model: nn.Module) -> nn.Module:
-    torch.save(model, file := io.BytesIO())
-    file.seek(0)
-    copied: nn.Module = torch.load(file, weights_only=False)
-    return copied
-
-
-def moved(model: nn.Module) -> nn.Module:
-    return nn.Module.to(model, "cpu")  # transformers' own refuses to move 8 bits
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, saved_whole, moved], ids=lambda call: call.__name__)
-@every_codes
-@every_model
-def test_a_copy_computes_trains_and_merges_as_the_model(kind: RealModel, codes: Codes, copied: Any) -> None:
-    model = adapted(kind, codes).train()
-    expected = loss(model, kind)
-    twin = copied(model)
-    assert same_bits(loss(twin, kind), expected)
-    loss(twin, kind).backward()
-    assert gradients(twin)
-    assert same_bits(outputs(twin.eval(), kind.inputs()), outputs(model.eval(), kind.inputs()))
-    randlora.merge(twin, quantized="dequantize")
-    assert distance(outputs(twin, kind.inputs()), outputs(model, kind.inputs())) < codes.tolerance
-
-
-@every_codes
-@every_model
+@every_case
 def test_merging_is_within_a_step_of_the_codes_or_into_plain_layers_and_gives_every_bit_back(
     kind: RealModel, codes: Codes
 ) -> None:
     model = adapted(kind, codes)
     state, with_adapter = state_bits(model), outputs(model, kind.inputs())
     layers: dict[str, Any] = {site.fqn: site.owner for site in Census.of(model).adapted}
-    ways: Iterable[Quantized] = ("requantize", "dequantize")
-    for quantized in ways:
+    for quantized in get_args(Quantized):
         with randlora.merged(model, quantized=quantized):
             assert not torch.equal(outputs(model, kind.inputs()), with_adapter)
-            assert_same_state(model, state)
-        assert_same_state(model, state)
+            assert state_bits(model) == state
+        assert state_bits(model) == state
         assert same_bits(outputs(model, kind.inputs()), with_adapter)
     twin = copy.deepcopy(model)
-    assert randlora.merge(twin, quantized="dequantize").rounding == {}
+    randlora.merge(twin, quantized="dequantize")
     assert {type(twin.get_submodule(fqn)) for fqn in layers} == {nn.Linear}
     assert distance(outputs(twin, kind.inputs()), with_adapter) < codes.tolerance
     report = randlora.merge(model)
@@ -194,18 +138,12 @@ def codes_and_scales(model: nn.Module) -> list[Tensor]:
 
 
 @needs_repacking
-@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
-@pytest.mark.parametrize("codes", [NF4, FP4], ids=lambda codes: codes.name)
+@pytest.mark.parametrize(("codes", "quantized"), [(NF4, "requantize"), (FP4, "dequantize")], ids=str)
 def test_what_bitsandbytes_repacked_is_put_in_order_merged_and_given_back(codes: Codes, quantized: Quantized) -> None:
     model = quantized_model(LLAMA, codes, repacks=True)
     plain = outputs(model, LLAMA.inputs())
     assert all(layer.weight.quant_state.packing_format_for_cpu for layer in quantized_layers(model).values())
     randlora.inject(model, R, targets="all-linear")
-    assert not any(
-        layer.weight.quant_state.packing_format_for_cpu
-        for layer in quantized_layers(model).values()
-        if hasattr(layer, "randlora")
-    )
     assert distance(outputs(model, LLAMA.inputs()), plain) < 0.02  # it multiplied in bfloat16
     fill(model)
     held, with_adapter = codes_and_scales(model), outputs(model, LLAMA.inputs())
@@ -218,13 +156,12 @@ def test_what_bitsandbytes_repacked_is_put_in_order_merged_and_given_back(codes:
     assert same_bits(outputs(model, LLAMA.inputs()), with_adapter)
 
 
-@pytest.mark.parametrize("is_merged", [False, True], ids=["adapted", "merged"])
-@every_codes
+@pytest.mark.parametrize(("codes", "is_merged"), [(NF4, False), (INT8, True)], ids=["adapted", "merged"])
 def test_what_transformers_dequantized_under_the_adapters_is_neither_merged_nor_saved(
     codes: Codes, is_merged: bool, tmp_path: Path
 ) -> None:
     """It puts other modules in the place of the adapted ones."""
-    model: Any = adapted(LLAMA, codes)
+    model = adapted(LLAMA, codes)
     if is_merged:
         randlora.merge(model, reversible=True)
     model.dequantize()
@@ -237,8 +174,11 @@ def test_what_transformers_dequantized_under_the_adapters_is_neither_merged_nor_
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("options", [{"bits": 8}, {}, {"bnb_4bit_compute_dtype": torch.float32}], ids=str)
-@pytest.mark.parametrize("is_prepared", [True, False])
+@pytest.mark.parametrize(
+    ("options", "is_prepared"),
+    [({"bits": 8}, True), ({}, False), ({"bnb_4bit_compute_dtype": torch.float32}, True)],
+    ids=str,
+)
 def test_a_model_that_never_ran_computes_after_it_is_dequantized(options: dict[str, Any], is_prepared: bool) -> None:
     """Loaded in bfloat16; a plain layer does not cast what it is given."""
     model: Any = half_precision_model(LLAMA, **options)
@@ -249,26 +189,17 @@ def test_a_model_that_never_ran_computes_after_it_is_dequantized(options: dict[s
     with randlora.merged(model, quantized="dequantize") as report:
         assert report.notes == ()  # for a while only
     assert "config still says that it is quantized" in str(randlora.merge(model, quantized="dequantize"))
-    with torch.no_grad():
-        assert model(**LLAMA.inputs()).logits.isfinite().all()
+    assert outputs(model, LLAMA.inputs()).isfinite().all()
     assert quantized_layers(model) == {}
 
 
-# Files
-
-
-def trained_on(model: nn.Module, kind: RealModel) -> nn.Module:
-    randlora.inject(model, R, targets=kind.targets)
-    return fill(model)
-
-
-@every_codes
-@every_model
+@every_case
 def test_an_adapter_fits_the_model_and_what_bitsandbytes_made_of_it(
     kind: RealModel, codes: Codes, tmp_path: Path
 ) -> None:
-    of_codes, of_dense = trained_on(quantized_model(kind, codes), kind), trained_on(kind.build(), kind)
-    for trained, name in ((of_codes, "codes"), (of_dense, "dense")):
+    for trained, name in ((quantized_model(kind, codes), "codes"), (kind.build(), "dense")):
+        randlora.inject(trained, R, targets=kind.targets)
+        fill(trained)
         randlora.save(trained, tmp_path / name)
         for other in (quantized_model(kind, codes), kind.build()):
             randlora.load(other, tmp_path / name)
@@ -280,42 +211,28 @@ def test_an_adapter_fits_the_model_and_what_bitsandbytes_made_of_it(
                 assert same_bits(outputs(other, kind.inputs()), outputs(trained, kind.inputs()))
 
 
-@every_codes
-@every_model
-def test_pefts_adapter_of_codes_computes_the_same_here(kind: RealModel, codes: Codes, tmp_path: Path) -> None:
+@every_case
+def test_an_adapter_of_codes_computes_the_same_in_peft_and_pefts_here(
+    kind: RealModel, codes: Codes, tmp_path: Path
+) -> None:
     config = RandLoraConfig(r=R, randlora_alpha=ALPHA, target_modules=list(kind.targets))
     theirs = get_peft_model(quantized_model(kind, codes), config).eval()
-    fill(theirs).save_pretrained(tmp_path)
+    fill(theirs).save_pretrained(tmp_path / "theirs")
     ours = quantized_model(kind, codes)
-    randlora.load(ours, tmp_path)
+    randlora.load(ours, tmp_path / "theirs")
+    assert_same_effect(ours, theirs, kind)
+    ours = adapted(kind, codes, alpha=ALPHA, targets=kind.targets, stream=peft_draw("dense"))
+    randlora.save(ours, tmp_path / "ours", bases="stored" if codes is NF4 else "seed")
+    theirs = PeftModel.from_pretrained(quantized_model(kind, codes), tmp_path / "ours").eval()
     assert_same_effect(ours, theirs, kind)
 
 
-@pytest.mark.parametrize("bases", ["seed", "stored"])
-@every_codes
-@every_model
-def test_our_adapter_of_codes_computes_the_same_in_peft(
-    kind: RealModel, codes: Codes, bases: Literal["seed", "stored"], tmp_path: Path
-) -> None:
-    ours = quantized_model(kind, codes)
-    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, stream=peft_draw("dense"))
-    fill(ours)
-    randlora.save(ours, tmp_path, bases=bases)
-    theirs = PeftModel.from_pretrained(quantized_model(kind, codes), tmp_path).eval()
-    assert_same_effect(ours, theirs, kind)
-
-
-@every_codes
-@pytest.mark.parametrize(
-    # of a GPT-2, transformers leaves nn.Linear where its own code reads the files of Conv1D, which are the other way
-    "kind",
-    [kind for kind in MODELS if kind.name != "gpt2"],
-    ids=lambda kind: kind.name,
-)
+# of a GPT-2, transformers leaves nn.Linear where its own code reads the files of Conv1D, which are the other way
+@pytest.mark.parametrize(("kind", "codes"), [(LLAMA, NF4), (BERT, INT8)], ids=lambda value: value.name)
 def test_a_model_that_transformers_dequantized_takes_the_adapter_and_is_saved(
     kind: RealModel, codes: Codes, tmp_path: Path
 ) -> None:
-    model = trained_on(quantized_model(kind, codes), kind)
+    model = adapted(kind, codes, targets=kind.targets)
     randlora.save(model, tmp_path / "adapter")
     plain = quantized_model(kind, codes).dequantize()
     randlora.load(plain, tmp_path / "adapter")

@@ -18,16 +18,7 @@ from randlora.errors import AdapterError
 from randlora.quantized.prepare import PreparationReport
 from tests.kit import assert_unchanged, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
-from tests.models import (
-    BERT,
-    GPT2,
-    LLAMA,
-    VIT,
-    RealModel,
-    every_transformers_model,
-    logits,
-    outputs,
-)
+from tests.models import GPT2, LLAMA, VIT, RealModel, logits, outputs
 from tests.quantized import checkpoint_activations, four_bit_linear, half_precision_model, needs_repacking
 
 NOTHING = {"full_precision": False, "inputs_require_grad": False, "checkpointing": False, "unpacked": False}
@@ -43,25 +34,18 @@ def hooks(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def output_of(model: nn.Module, fqn: str) -> list[Tensor]:
-    """Collect what a module returns from now on, with its gradients."""
+def input_gradient(model: nn.Module, fqn: str, run: Callable[[], Tensor]) -> Tensor:
+    """Return the gradient of what a module returns."""
     found: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        output.retain_grad()
-        found.append(output)
-
-    model.get_submodule(fqn).register_forward_hook(keep)
-    return found
-
-
-def gradient(found: list[Tensor]) -> Tensor:
+    module = model.get_submodule(fqn)
+    with module.register_forward_hook(lambda _module, _args, output: found.append(output) or output.retain_grad()):
+        run().float().square().mean().backward()
     (output,) = found
     assert output.grad is not None
     return output.grad
 
 
-@every_transformers_model
+@pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
 def test_norms_and_dense_layers_become_float32_in_place_and_nothing_else_changes(kind: RealModel) -> None:
     model = half_precision_model(kind)
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
@@ -72,96 +56,59 @@ def test_norms_and_dense_layers_become_float32_in_place_and_nothing_else_changes
     assert set(report.cast) == {*dense, *norms, *tied[:1]}
     for name, parameter in model.named_parameters():
         held, value = before[name]
-        assert parameter is held
-        assert not parameter.requires_grad
         expected = torch.float32 if name.rpartition(".")[0] in report.cast else value.dtype
-        assert parameter.dtype == expected
+        assert (parameter is held, parameter.requires_grad, parameter.dtype) == (True, False, expected)
         assert same_bits(parameter, value.to(expected))
+    theirs = peft.prepare_model_for_kbit_training(half_precision_model(kind), use_gradient_checkpointing=False)
+    for each in (model, theirs):
+        prepare_quantized(each, **only("unpacked"))
+    assert same_bits(outputs(model, kind.inputs()), outputs(theirs, kind.inputs()))
+    assert sum(p.nbytes for p in model.parameters()) < sum(p.nbytes for p in theirs.parameters())
 
 
-@pytest.mark.parametrize("kind", [LLAMA, GPT2, BERT], ids=lambda kind: kind.name)
-def test_a_prepared_model_computes_what_pefts_does_and_holds_no_more(kind: RealModel) -> None:
-    ours, theirs = half_precision_model(kind), half_precision_model(kind)
-    prepare_quantized(ours)
-    theirs = peft.prepare_model_for_kbit_training(theirs, use_gradient_checkpointing=False)
-    prepare_quantized(theirs, **only("unpacked"))
-    assert same_bits(outputs(ours, kind.inputs()), outputs(theirs, kind.inputs()))
-    assert sum(p.nbytes for p in ours.parameters()) < sum(p.nbytes for p in theirs.parameters())
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@every_transformers_model
-def test_a_prepared_model_trains_with_gradients_down_to_its_inputs(kind: RealModel, bits: int) -> None:
+@pytest.mark.parametrize(("kind", "bits"), [(LLAMA, 4), (GPT2, 8), (VIT, 4)], ids=str)
+def test_a_prepared_model_trains_with_gradients_down_to_its_inputs_and_a_second_call_changes_nothing(
+    kind: RealModel, bits: int
+) -> None:
     model = half_precision_model(kind, bits=bits)
     report = prepare_quantized(model)
-    assert report.notes == ()
-    assert report.checkpointing
+    assert (report.notes, report.checkpointing) == ((), True)
     assert len(report.quantized) == sum("bit" in type(module).__name__ for module in model.modules())
     assert report.unpacked == (report.quantized if bits == 4 else ())
-    inputs = output_of(model, report.input_gradients[0])
     output = logits(model.train()(**kind.inputs()))
     assert output.dtype == torch.float32
-    output.square().mean().backward()
-    assert gradient(inputs).abs().max() > 0
-
-
-@every_transformers_model
-def test_a_second_call_changes_nothing_more(kind: RealModel) -> None:
-    model = half_precision_model(kind)
-    first = prepare_quantized(model)
+    found = input_gradient(model, report.input_gradients[0], lambda: logits(model(**kind.inputs())))
+    assert found.abs().max() > 0
     before, hung = snapshot(model), hooks(model)
-    second = prepare_quantized(model)
+    again = prepare_quantized(model)
     assert_unchanged(model, before)
     assert hooks(model) == hung
-    assert second == dataclasses.replace(first, cast=())
+    assert again == dataclasses.replace(report, cast=())
 
 
-def test_a_model_made_16_bits_again_is_prepared_again_with_the_hooks_it_has() -> None:
-    model = Mixed(torch.bfloat16)
-    first, hung = prepare_quantized(model), hooks(model)
-    assert prepare_quantized(model.half()) == first
-    assert hooks(model) == hung
-    assert model.head.weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_a_call_without_steps_and_a_model_of_more_bits_are_left_alone(dtype: torch.dtype) -> None:
     model = Mixed(dtype)
-    before = snapshot(model)
-    is_half = dtype.itemsize == 2
-    report = prepare_quantized(model, **(NOTHING if is_half else only("full_precision")))
-    assert_unchanged(model, before)
+    with untouched(model):
+        report = prepare_quantized(model, **(NOTHING if dtype == torch.float16 else only("full_precision")))
     assert set(hooks(model).values()) == {(0, 0)}
     assert report == PreparationReport()
 
 
-def test_a_model_without_quantized_layers_is_prepared_all_the_same() -> None:
+def test_a_model_without_quantized_layers_is_prepared_all_the_same_and_again_and_its_copies() -> None:
     model = Mixed(torch.bfloat16)
-    report = prepare_quantized(model)
-    assert str(report).splitlines() == [
-        "quantized layers: none",
-        "converted to float32: q, up, down, norm and 1 more",
-        "outputs that now require grad: embed",
-        "checkpointing: off",
-        "layers with repacking disabled: none",
-        "checkpointing stays off: Mixed has no method for it",
-    ]
-    assert model.embed.weight.dtype == torch.bfloat16
-    inputs = output_of(model, "embed")
-    model(TOKENS).sum().backward()
-    assert gradient(inputs).dtype == torch.float32
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@every_transformers_model
-def test_a_copy_of_a_prepared_model_is_prepared(kind: RealModel, copied: Callable[[nn.Module], nn.Module]) -> None:
-    model = kind.build().bfloat16()
-    prepare_quantized(model, checkpointing=False)  # transformers then adds hooks of its own, which pickle cannot take
-    twin = copied(model)
-    assert same_bits(outputs(twin, kind.inputs()), outputs(model, kind.inputs()))
-    prepare_quantized(twin, checkpointing=False)
-    assert hooks(twin) == hooks(model)
-    assert all(parameter.requires_grad for parameter in twin.parameters())
+    report, hung = prepare_quantized(model), hooks(model)
+    assert report.notes == ("checkpointing stays off: Mixed has no method for it",)
+    assert "converted to float32: q, up, down, norm and 1 more\noutputs that now require grad: embed" in str(report)
+    assert prepare_quantized(model.half()) == report
+    assert hooks(model) == hung
+    assert (model.embed.weight.dtype, model.head.weight.dtype) == (torch.float16, torch.float32)
+    assert input_gradient(model, "embed", lambda: model(TOKENS)).dtype == torch.float32
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same_bits(twin(TOKENS), model(TOKENS))
+        prepare_quantized(twin)
+        assert hooks(twin) == hung
+        assert all(parameter.requires_grad for parameter in twin.parameters())
 
 
 def test_what_is_tied_stays_tied_and_a_layer_used_twice_is_hooked_once() -> None:
@@ -190,7 +137,7 @@ def test_weights_without_values_yet_or_of_another_librarys_form_are_left_alone()
 
 
 @pytest.mark.parametrize("adapted_first", [False, True])
-def test_dense_layers_that_are_adapted_are_prepared_too(adapted_first: bool) -> None:
+def test_dense_layers_that_are_adapted_are_prepared_too_but_no_merged_model(adapted_first: bool) -> None:
     model = Mixed(torch.bfloat16)
     if not adapted_first:
         prepare_quantized(model)
@@ -201,50 +148,28 @@ def test_dense_layers_that_are_adapted_are_prepared_too(adapted_first: bool) -> 
     assert output.dtype == torch.float32
     output.square().mean().backward()
     assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
-
-
-def test_a_merged_model_is_not_prepared() -> None:
-    model = nn.Sequential(four_bit_linear(), nn.LayerNorm(32, dtype=torch.bfloat16))
-    randlora.inject(model, r=4)
-    with (
-        randlora.merged(model, quantized="dequantize"),
-        untouched(model),
-        pytest.raises(AdapterError, match=r"cannot prepare the model while the adapters are merged"),
-    ):
+    said = "cannot prepare the model while the adapters are merged"
+    with randlora.merged(model), untouched(model), pytest.raises(AdapterError, match=said):
         prepare_quantized(model)
 
 
-class Convolutional(nn.Module):
-    """A convolution after a norm, with a weight of its own and with one computed from others."""
-
-    def __init__(self, *, is_parametrized: bool) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(4)
-        convolution = nn.Conv1d(4, 4, 3)
-        self.conv = nn.utils.parametrizations.weight_norm(convolution) if is_parametrized else convolution
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.conv(self.norm(x))
-        return output
-
-
-def encoder_layer() -> nn.Module:
-    return nn.Sequential(nn.LayerNorm(8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
-
-
-def parametrized_linear() -> nn.Module:
-    linear: nn.Module = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
-    return nn.Sequential(nn.LayerNorm(8), linear)
+def convolution(*, is_parametrized: bool) -> nn.Module:
+    """Return a convolution after a norm, with a weight or with one computed from others."""
+    conv = nn.Conv1d(4, 4, 3)
+    return nn.Sequential(nn.BatchNorm1d(4), nn.utils.parametrizations.weight_norm(conv) if is_parametrized else conv)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
-        (lambda: Convolutional(is_parametrized=False), (2, 4, 8)),
-        (lambda: Convolutional(is_parametrized=True), (2, 4, 8)),
-        (encoder_layer, (2, 4, 8)),
-        (parametrized_linear, (4, 8)),
+        (lambda: convolution(is_parametrized=False), (2, 4, 8)),
+        (lambda: convolution(is_parametrized=True), (2, 4, 8)),
+        (
+            lambda: nn.Sequential(nn.LayerNorm(8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)),
+            (2, 4, 8),
+        ),
+        (lambda: nn.Sequential(nn.LayerNorm(8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))), (4, 8)),
     ],
     ids=["convolution", "parametrized convolution", "attention", "parametrized linear"],
 )
@@ -254,12 +179,18 @@ def test_matrices_that_keep_their_16_bits_meet_the_float32_that_norms_give(
     model = build().bfloat16().train(training)
     x = torch.randn(shape, dtype=torch.bfloat16)
     expected = copy.deepcopy(model)(x)
-    report = prepare_quantized(model, **only("full_precision"))
-    kept = {parameter.dtype for parameter in model.parameters() if parameter.ndim > 1}
-    assert torch.bfloat16 in kept
-    assert report.cast
+    assert prepare_quantized(model, **only("full_precision")).cast
+    assert torch.bfloat16 in {parameter.dtype for parameter in model.parameters() if parameter.ndim > 1}
     with torch.set_grad_enabled(training):
         torch.testing.assert_close(model(x).float(), expected.float(), rtol=0.05, atol=0.05)
+
+
+def test_what_is_given_in_a_tuple_is_cast_too() -> None:
+    model = nn.ModuleDict({"norm": nn.LayerNorm(8), "rnn": nn.LSTM(8, 8)}).bfloat16()
+    prepare_quantized(model)
+    state = torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)
+    output, _ = model["rnn"](model["norm"](torch.randn(3, 2, 8)), state)
+    assert output.dtype == torch.bfloat16
 
 
 def test_a_model_of_text_and_images_has_two_inputs() -> None:
@@ -292,72 +223,51 @@ def trainable_gradients(model: nn.Module, kind: RealModel) -> dict[str, Tensor |
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@every_transformers_model
-def test_checkpointing_changes_no_gradient(kind: RealModel, reentrant: bool) -> None:
-    plain, model = (
-        half_precision_model(kind).train(),
-        half_precision_model(kind).train(),
-    )
-    for each in (plain, model):
-        for module in each.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+@pytest.mark.parametrize(("kind", "reentrant"), [(LLAMA, False), (VIT, True)], ids=str)
+def test_checkpointing_changes_no_gradient_and_a_reentrant_one_gets_the_inputs_it_needs(
+    kind: RealModel, reentrant: bool
+) -> None:
+    plain, model = half_precision_model(kind).train(), half_precision_model(kind).train()
     if reentrant:
         checkpoint_activations(model, is_reentrant=True)
+        with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+            lost = trainable_gradients(model, kind)
+        assert None in lost.values()
+        model.zero_grad()
     assert prepare_quantized(model).checkpointing
     assert not prepare_quantized(plain, checkpointing=False).checkpointing
-    used = {module._gradient_checkpointing_func.keywords["use_reentrant"] for module in checkpointed(model)}
-    assert used == {reentrant}
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert {each._gradient_checkpointing_func.keywords["use_reentrant"] for each in checkpointed} == {reentrant}
     expected = trainable_gradients(plain, kind)
     torch.testing.assert_close(trainable_gradients(model, kind), expected, rtol=1e-5, atol=1e-7)
-    assert all(value is not None for value in expected.values())
-
-
-def checkpointed(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-
-
-def test_reentrant_checkpointing_needs_inputs_that_require_grad() -> None:
-    model = half_precision_model(VIT).train()  # of images, for which transformers does not see to that itself
-    checkpoint_activations(model, is_reentrant=True)
-    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
-        lost = trainable_gradients(model, VIT)
-    assert [name for name, value in lost.items() if value is not None] == ["vit.layernorm.weight", "vit.layernorm.bias"]
-    prepare_quantized(model, **only("inputs_require_grad"))
-    assert all(value is not None for value in trainable_gradients(model, VIT).values())
+    assert None not in expected.values()
 
 
 class ChecksPoints(nn.Module):
     """A model that offers checkpointing under the older name, and no more of transformers."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Mixed()
-        self.gradient_checkpointing = False
-        self.options: list[dict[str, Any]] = []
+    gradient_checkpointing = False
+    options: list[dict[str, Any]]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
         self.gradient_checkpointing = True
-        self.options.append(gradient_checkpointing_kwargs)
+        self.options = [*getattr(self, "options", []), gradient_checkpointing_kwargs]
 
 
-def test_the_older_name_of_checkpointing_is_known_and_called_once() -> None:
-    model = ChecksPoints()
-    assert prepare_quantized(model).checkpointing
-    assert prepare_quantized(model).checkpointing
-    assert model.options == [{"use_reentrant": False}]
-
-
-def test_a_transformers_model_that_cannot_checkpoint_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LLAMA.build()
+def test_the_older_name_of_checkpointing_is_known_and_a_model_that_cannot_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    older, model = ChecksPoints(), LLAMA.build()
+    assert prepare_quantized(older).checkpointing
+    assert prepare_quantized(older).checkpointing
+    assert older.options == [{"use_reentrant": False}]
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
     report = prepare_quantized(model)
     assert not report.checkpointing
     assert report.notes == ("checkpointing stays off: LlamaForCausalLM has no method for it",)
 
 
-def input_gradient_after_evaluation(layer: nn.Module) -> Tensor | None:
+def gradient_after_evaluation(layer: nn.Module) -> Tensor | None:
     """Evaluate a layer, then train what lies before it; ``None`` where nothing comes back."""
     x = torch.randn(4, 64, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -369,8 +279,7 @@ def input_gradient_after_evaluation(layer: nn.Module) -> Tensor | None:
     return leaf.grad
 
 
-@pytest.mark.parametrize("out_features", [32, 48, 7])
-@pytest.mark.parametrize("compress_statistics", [True, False])
+@pytest.mark.parametrize(("out_features", "compress_statistics"), [(32, True), (7, False)])
 def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits(
     out_features: int, compress_statistics: bool
 ) -> None:
@@ -379,74 +288,46 @@ def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits(
     before = copy.deepcopy(layer.state_dict())
     report = prepare_quantized(model, **only("unpacked"))
     assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ())
-    found = input_gradient_after_evaluation(model)
+    found = gradient_after_evaluation(model)
     assert found is not None
     assert found.abs().max() > 0
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
 
 
+def _nothing(layer: Any) -> None:
+    if gradient_after_evaluation(layer) is not None:
+        pytest.skip("this bitsandbytes passes gradients through repacked layers")
+
+
+def _turned(layer: Any) -> None:
+    layer.state_dict()
+    if layer.weight.quant_state.absmax.ndim == 1:
+        pytest.skip("this bitsandbytes turns them back")
+
+
+def _without_state(layer: Any) -> None:
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+
+
 @needs_repacking
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
-@pytest.mark.parametrize("compress_statistics", [True, False])
-def test_without_the_step_an_evaluation_cuts_gradients_off_and_a_later_call_mends_that(
-    compress_statistics: bool,
+@pytest.mark.parametrize(
+    ("change", "compress_statistics"), [(_nothing, True), (_nothing, False), (_turned, False), (_without_state, True)]
+)
+def test_without_the_step_an_evaluation_repacks_and_a_later_call_puts_in_order(
+    change: Callable[[Any], None], compress_statistics: bool
 ) -> None:
-    model = nn.Sequential(four_bit_linear(bias=False, compress_statistics=compress_statistics))
-    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    layer = four_bit_linear(bias=False, compress_statistics=compress_statistics)
+    model, x = nn.Sequential(layer), torch.randn(3, 64, dtype=torch.bfloat16)
     expected = model(x)  # with a bias, a forward pass in training would raise from here on
-    if input_gradient_after_evaluation(model) is not None:
-        pytest.skip("this bitsandbytes passes gradients through repacked layers")
+    model.eval()(x)
+    change(layer)
     report = prepare_quantized(model)
     assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ("0",))
     assert "restored after repacking: 0 (scales rounded to bfloat16)" in str(report)
-    assert input_gradient_after_evaluation(model) is not None
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    if change is not _without_state:
+        assert gradient_after_evaluation(model) is not None
+        for is_training in (True, False):
+            found = model.train(is_training)(x)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
     assert prepare_quantized(model).put_in_order == ()
-
-
-@needs_repacking
-def test_scales_that_a_state_dict_left_turned_are_turned_back_and_named() -> None:
-    layer = four_bit_linear(256, bias=False, compress_statistics=False)
-    model, x = nn.Sequential(layer), torch.randn(3, 256, dtype=torch.bfloat16)
-    expected = model(x)
-    model.eval()(x)
-    model.state_dict()
-    if layer.weight.quant_state.absmax.ndim == 1:
-        pytest.skip("this bitsandbytes turns them back")
-    assert prepare_quantized(model).put_in_order == ("0",)
-    for is_training in (True, False):
-        found = model.train(is_training)(x)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
-
-
-@needs_repacking
-def test_a_repacked_layer_whose_weight_lost_its_state_is_named_too() -> None:
-    layer = four_bit_linear(bias=False)
-    model = nn.Sequential(layer)
-    model.eval()(torch.randn(3, 64, dtype=torch.bfloat16))
-    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-    assert prepare_quantized(model).put_in_order == ("0",)
-
-
-def test_a_model_that_cannot_name_its_embeddings_is_left_as_it_is() -> None:
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.LayerNorm(8, dtype=torch.bfloat16)
-
-        def get_input_embeddings(self) -> nn.Module:
-            return self.embed  # type: ignore[return-value]
-
-    model = Broken()
-    with pytest.raises(AttributeError):
-        prepare_quantized(model)
-    assert model.norm.weight.dtype == torch.bfloat16
-    assert not model.norm._forward_pre_hooks
-
-
-def test_what_is_given_in_a_tuple_is_cast_too() -> None:
-    model = nn.ModuleDict({"norm": nn.LayerNorm(8), "rnn": nn.LSTM(8, 8)}).bfloat16()
-    prepare_quantized(model)
-    state = torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)
-    output, _ = model["rnn"](model["norm"](torch.randn(3, 2, 8)), state)
-    assert output.dtype == torch.bfloat16

@@ -63,7 +63,8 @@ def test_codes_are_put_in_order_when_the_adapter_comes_and_kept_so(nested: bool)
     wanted = written_out(layer)
     layer.eval()(torch.randn(5, 64))
     assert layer.weight.quant_state.packing_format_for_cpu
-    model, layer = adapted(layer)
+    with torch.inference_mode():
+        model, layer = adapted(layer)
     assert not layer.weight.quant_state.packing_format_for_cpu
     assert layer.weight.quant_state.nested == nested
     torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
@@ -71,49 +72,31 @@ def test_codes_are_put_in_order_when_the_adapter_comes_and_kept_so(nested: bool)
     for is_training in (False, True, False):
         model.train(is_training)(torch.randn(5, 64))
         assert_held(layer, before)
+    for each in (model.train(), plain(layer)):  # though put in order in inference mode
+        input_gradient(each, torch.randn(5, 64, requires_grad=True))
 
 
-@pytest.mark.parametrize("is_allowed", [True, False])
-@pytest.mark.parametrize("ending", [randlora.eject, randlora.merge])
+@pytest.mark.parametrize(
+    ("is_allowed", "is_prepared", "ending"),
+    [(True, False, randlora.eject), (True, True, randlora.eject), (False, False, randlora.merge)],
+)
 def test_bitsandbytes_may_repack_again_once_the_adapters_are_gone(
-    ending: Callable[[Any], Any], is_allowed: bool
+    is_allowed: bool, is_prepared: bool, ending: Callable[[Any], Any]
 ) -> None:
     base = four_bits()
     base.__dict__[MAY_REPACK] = is_allowed
     model, layer = adapted(base)
+    if is_prepared:
+        randlora.prepare_quantized(model)
     assert not vars(layer)[MAY_REPACK]
     with randlora.merged(model, quantized="dequantize"):
         assert MAY_REPACK not in vars(layer)
     assert not vars(layer)[MAY_REPACK]
     ending(model)
-    assert vars(layer)[MAY_REPACK] == is_allowed
+    assert vars(layer)[MAY_REPACK] == (is_allowed and not is_prepared)
 
 
-def test_what_was_prepared_while_it_is_adapted_stays_prepared() -> None:
-    model, layer = adapted(four_bits())
-    randlora.prepare_quantized(model)
-    randlora.eject(model)
-    assert not vars(layer)[MAY_REPACK]
-
-
-@every_nesting
-def test_gradients_pass_codes_that_are_repacked_all_the_same(nested: bool) -> None:
-    """A layer of bitsandbytes alone leads none, and torch warns of it."""
-    model, layer = adapted(four_bits(bias=False, compress_statistics=nested))
-    x = torch.randn(5, 64, requires_grad=True)
-    wanted = input_gradient(model, x)
-    repack(layer)
-    before = held(layer)
-    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
-        plain(layer)(x).sum().backward()
-    assert x.grad is None
-    for is_training in (True, False):
-        assert_close(input_gradient(model.train(is_training), x), wanted, torch.bfloat16)  # the scales are rounded
-    assert_held(layer, before)
-
-
-@every_nesting
-@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
+@pytest.mark.parametrize(("nested", "quantized"), [(True, "requantize"), (False, "requantize"), (False, "dequantize")])
 def test_a_repacked_layer_merges_and_comes_back(nested: bool, quantized: Any) -> None:
     model, layer = adapted(four_bits(compress_statistics=nested))
     x = torch.randn(5, 64)
@@ -129,19 +112,11 @@ def test_a_repacked_layer_merges_and_comes_back(nested: bool, quantized: Any) ->
     assert model[0].weight.quant_state.nested == nested
 
 
-def test_scales_that_a_state_dict_left_turned_are_read_right() -> None:
-    _, layer = adapted(four_bits(compress_statistics=False))
-    wanted = written_out(layer)
-    turn(layer)
-    found = bnb.write_out_4bit(layer.weight.data, layer.weight.quant_state)
-    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=0)  # the scales were rounded to bfloat16
-
-
 def test_a_layer_computes_right_with_scales_that_a_state_dict_left_turned() -> None:
     """A layer of bitsandbytes alone misreads them."""
     model, layer = adapted(four_bits(256, bias=False, compress_statistics=False))
     x = torch.randn(5, 256)
-    expected, base = model(x), plain(layer)(x)
+    expected, base, weight = model(x), plain(layer)(x), written_out(layer)
     turn(layer)
     before = held(layer)
     for is_training in (True, False):
@@ -149,28 +124,17 @@ def test_a_layer_computes_right_with_scales_that_a_state_dict_left_turned() -> N
         with randlora.disabled(model):
             assert_close(model(x), base, torch.bfloat16)
     assert_held(layer, before)
+    found = bnb.write_out_4bit(layer.weight.data, layer.weight.quant_state)
+    torch.testing.assert_close(found.double(), weight, rtol=2**-8, atol=0)  # the scales were rounded to bfloat16
 
 
-@pytest.mark.parametrize("is_training", [True, False])
-def test_transforms_pass_a_layer_that_is_repacked(is_training: bool) -> None:
-    """A layer of bitsandbytes alone passes no gradient transform."""
-    model, layer = adapted(four_bits(bias=False))
-    x = torch.randn(5, 64, requires_grad=True)
-    wanted = input_gradient(model, x)
-    repack(layer)
-    model.train(is_training)
-    found = torch.func.grad(lambda x: model(x).square().sum())(x.detach())
-    assert_close(found, wanted, torch.bfloat16)
-    assert_close(torch.func.vmap(model)(x.detach()), model(x), torch.float32)
+def _nothing(layer: Any) -> None:
+    """Leave it to the adapter to multiply."""
 
 
 def _with_dropout(layer: Any) -> None:
     adapter = adapter_layer(layer).adapters["default"].adapter
     adapter.config = replace(adapter.config, dropout=1e-9)
-
-
-def _with_hook(layer: Any) -> None:
-    layer.register_forward_hook(lambda _module, _args, output: output)
 
 
 def _with_a_forward_of_its_own(layer: Any) -> None:
@@ -181,16 +145,24 @@ def _with_a_forward_of_its_own(layer: Any) -> None:
 
 
 @every_nesting
-@pytest.mark.parametrize("change", [_with_dropout, _with_hook, _with_a_forward_of_its_own])
-def test_gradients_pass_a_repacked_layer_whose_own_forward_runs(change: Callable[[Any], None], nested: bool) -> None:
+@pytest.mark.parametrize("change", [_nothing, _with_dropout, _with_a_forward_of_its_own])
+def test_gradients_and_transforms_pass_a_layer_that_is_repacked(change: Callable[[Any], None], nested: bool) -> None:
+    """A layer of bitsandbytes alone leads none, and torch warns of it."""
     model, layer = adapted(four_bits(bias=False, compress_statistics=nested))
     change(layer)
     x = torch.randn(5, 64, requires_grad=True)
     wanted = input_gradient(model, x)
     repack(layer)
     before = held(layer)
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        plain(layer)(x).sum().backward()
+    assert x.grad is None
     for is_training in (True, False):
-        assert_close(input_gradient(model.train(is_training), x), wanted, torch.bfloat16)
+        assert_close(input_gradient(model.train(is_training), x), wanted, torch.bfloat16)  # the scales are rounded
+        if change is _nothing:
+            found = torch.func.grad(lambda x: model(x).square().sum())(x.detach())
+            assert_close(found, wanted, torch.bfloat16)
+            assert_close(torch.func.vmap(model)(x.detach()), model(x), torch.float32)
     assert_held(layer, before)
 
 
@@ -209,27 +181,14 @@ def test_a_bias_trained_beside_repacked_codes_gets_its_gradient_and_keeps_its_dt
     assert_close(found, wanted, torch.bfloat16)
 
 
-@pytest.mark.parametrize("in_features", [64, 128])
-def test_codes_repacked_before_backward_change_no_gradient(in_features: int) -> None:
+def test_codes_repacked_before_backward_change_no_gradient() -> None:
     """Backward reads the codes again; a layer of bitsandbytes alone gets that wrong."""
-    model, layer = adapted(four_bits(in_features, bias=False))
-    x = torch.randn(5, in_features, requires_grad=True)
+    model, layer = adapted(four_bits(bias=False))
+    x = torch.randn(5, 64, requires_grad=True)
     wanted = input_gradient(model, x)
     loss = model(x).square().sum()
     layer.__dict__[MAY_REPACK] = True
     with torch.no_grad():
-        model.eval()(torch.randn(3, in_features))
+        model.eval()(torch.randn(3, 64))
     assert layer.weight.quant_state.packing_format_for_cpu
     assert same_bits(torch.autograd.grad(loss, x)[0], wanted)
-
-
-def test_codes_put_in_order_in_inference_mode_can_be_trained_on() -> None:
-    layer = four_bits(bias=False)
-    layer.eval()(torch.randn(5, 64))
-    with torch.inference_mode():
-        model, layer = adapted(layer)
-    assert not layer.weight.data.is_inference()
-    assert not layer.weight.quant_state.absmax.is_inference()
-    x = torch.randn(5, 64, requires_grad=True)
-    input_gradient(model.train(), x)
-    input_gradient(plain(layer), x)

@@ -11,7 +11,7 @@ from torch import nn
 import randlora
 from tests.codes import written_out
 from tests.kit import all_bits, fill, same_bits
-from tests.laws import adapter_layer, assert_close, diagonals
+from tests.laws import assert_close, diagonals, update_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchao's own, of versions of Python and of the compiler
 
@@ -47,21 +47,23 @@ def quantized(config: Any, *widths: int, dtype: torch.dtype = torch.float32, see
 
 
 @every_config
-def test_gradients_are_those_of_the_dequantized_layer(config: Any) -> None:
+def test_gradients_are_those_of_the_dequantized_layer_and_check_finds_nothing(config: Any) -> None:
     model, x = quantized(config, 12, 8), torch.randn(4, 12, requires_grad=True)
     randlora.inject(model, r=3, targets="all")
     fill(model)
     model(x).sum().backward()
-    weight = written_out(model[0]) + adapter_layer(model[0]).delta_weight(model[0], {"default": 1.0}).detach()
+    weight = written_out(model[0]) + update_of(model[0]).detach()
     assert_close(x.grad, weight.sum(0).expand(4, 12), torch.float32)  # type: ignore[arg-type]
     assert all(parameter.grad is not None for parameter in diagonals(model[0]))
     assert model[0].weight.grad is None
+    assert not randlora.check(model, x).problems
 
 
 @every_config
 @pytest.mark.parametrize("how", ["requantize", "dequantize"])
 def test_adapters_are_merged_one_after_the_other_and_the_state_dict_stays(config: Any, how: Any) -> None:
     model, x = quantized(config, 12, 8), torch.randn(4, 12)
+    text = vars(model[0])["extra_repr"]
     for name in ("a", "b"):
         randlora.inject(model, r=3, targets="all", name=name)
         fill(model, name)
@@ -70,14 +72,15 @@ def test_adapters_are_merged_one_after_the_other_and_the_state_dict_stays(config
     for name in ("a", "b"):
         randlora.merge(model, adapters=name, reversible=True, quantized=how)
         assert all_bits(model.state_dict()) == before
+    assert ("extra_repr" in vars(model[0])) == (how == "requantize")  # the text of a quantized layer
     assert (model(x) - output).norm() < 0.2 * output.norm()
     randlora.unmerge(model)
     assert all_bits(model.state_dict()) == before
     assert same_bits(model(x), output)
+    assert vars(model[0])["extra_repr"] is text
 
 
-@pytest.mark.parametrize("mapping", ["SYMMETRIC", "ASYMMETRIC"])
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("bits", "mapping"), [(2, "SYMMETRIC"), (4, "ASYMMETRIC")])
 def test_codes_in_groups_are_merged_into_groups_of_the_same_size(bits: int, mapping: str) -> None:
     config = quantization.IntxWeightOnlyConfig(
         weight_dtype=getattr(torch, f"int{bits}"),
@@ -88,7 +91,7 @@ def test_codes_in_groups_are_merged_into_groups_of_the_same_size(bits: int, mapp
     randlora.inject(model, r=3, targets="all")
     fill(model)
     layer: Any = model[0]
-    exact = written_out(layer) + adapter_layer(layer).delta_weight(layer, {"default": 1.0}).detach()
+    exact = written_out(layer) + update_of(layer).detach()
     randlora.merge(model)
     expected = quantized(lambda: config, 24, 20)
     expected[0].weight = nn.Parameter(exact.float(), requires_grad=False)
@@ -125,7 +128,7 @@ def test_a_weight_in_an_unknown_format_is_adapted_and_not_merged_into() -> None:
     expected = model(x)
     randlora.inject(model, r=3, targets="all")
     fill(model)
-    update = adapter_layer(model[0]).delta_weight(model[0], {"default": 1.0})
+    update = update_of(model[0])
     assert_close(model(x), expected + x @ update.T, torch.float32)
     with pytest.raises(randlora.errors.MergeError, match="0 has codes that only the forward of Linear reads"):
         randlora.merge(model)
@@ -139,26 +142,8 @@ def test_a_scale_for_blocks_of_rows_is_refused() -> None:
         randlora.inject(model, r=3, targets="all")
 
 
-@every_config
-def test_check_runs_a_model_of_torchao(config: Any) -> None:
-    model = quantized(config, 12, 20, 6)
-    randlora.inject(model, r=3, targets="all")
-    assert not randlora.check(model, torch.randn(3, 12)).problems
-
-
 def test_a_bias_is_trained_with_an_input_without_a_batch() -> None:
     model = quantized(CONFIGS["int8-inputs"], 12, 20)
     randlora.inject(model, r=3, targets="all", train_also=["0.bias"])
     model(torch.randn(12)).sum().backward()
     assert torch.equal(model[0].bias.grad, torch.ones(20))  # type: ignore[arg-type]
-
-
-def test_a_plain_layer_has_not_the_text_of_a_quantized_one() -> None:
-    model = quantized(CONFIGS["int8"], 12, 20)
-    own = vars(model[0])["extra_repr"]
-    randlora.inject(model, r=3, targets="all")
-    with randlora.merged(model, quantized="dequantize"):
-        assert "extra_repr" not in vars(model[0])
-    assert vars(model[0])["extra_repr"] is own
-    randlora.merge(model, quantized="dequantize")
-    assert repr(model[0]) == repr(nn.Linear(12, 20))
