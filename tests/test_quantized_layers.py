@@ -234,8 +234,13 @@ def test_compiled_nothing_as_large_as_the_weight_is_kept_either() -> None:
     model, _ = adapted(four_bits(256, 192), r=7)
     compiled: Any = torch.compile(model, backend="aot_eager_decomp_partition")
     kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
     x = torch.randn(4, 256, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = compiled(x)
     assert_close(output, model(x), torch.float32)
     assert not [tensor for tensor in kept if tensor.is_floating_point() and sorted(tensor.shape) == [192, 256]]

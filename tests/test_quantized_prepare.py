@@ -37,8 +37,12 @@ def hooks(model: nn.Module) -> dict[str, tuple[int, int]]:
 def input_gradient(model: nn.Module, fqn: str, run: Callable[[], Tensor]) -> Tensor:
     """Return the gradient of what a module returns."""
     found: list[Tensor] = []
-    module = model.get_submodule(fqn)
-    with module.register_forward_hook(lambda _module, _args, output: found.append(output) or output.retain_grad()):
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.retain_grad()
+        found.append(output)
+
+    with model.get_submodule(fqn).register_forward_hook(keep):
         run().float().square().mean().backward()
     (output,) = found
     assert output.grad is not None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError
+from randlora.serving.tracking import RowTracking
 from tests import transformers_zoo as zoo
 from tests.serving import Names, each_alone, row_by_row, with_adapters
 
@@ -44,6 +45,13 @@ class Arranging(nn.Module):
         return self.last(self.back(y))  # type: ignore[no-any-return]
 
 
+def in_parts(x: Tensor) -> Tensor:
+    found = torch.zeros_like(x)
+    found[:, 1:] = x[:, 1:]
+    found[:, 0] += x[:, 0]
+    return found
+
+
 ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "tokens first": (lambda x: x.transpose(0, 1), lambda x: x.transpose(0, 1)),
     "flattened": (lambda x: x.flatten(0, 1), lambda x: x.unflatten(0, (ROWS, -1))),
@@ -61,29 +69,18 @@ ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
         lambda x: nn.functional.pad(x, (0, 0, 0, x.shape[1] % 2)).unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 2),
         lambda x: x.unflatten(0, (ROWS, 2, -1)).transpose(1, 2).flatten(1, 2),
     ),
-    "a token before": (
-        lambda x: torch.cat([torch.ones(1, 1, 6).expand(ROWS, -1, -1), x], 1),
-        lambda x: x[:, 1:],
-    ),
+    "a token before": (lambda x: torch.cat([torch.ones(1, 1, 6).expand(ROWS, -1, -1), x], 1), lambda x: x[:, 1:]),
     "written into": (
         lambda x: torch.zeros(x.shape[1], ROWS, 6).index_copy_(1, torch.arange(ROWS), x.transpose(0, 1)),
         lambda x: x.transpose(0, 1),
     ),
-    "written into a part": (lambda x: _in_parts(x), lambda x: x),  # noqa: PLW0108  # defined below
+    "written into a part": (in_parts, lambda x: x),
 }
 
 
-def _in_parts(x: Tensor) -> Tensor:
-    found = torch.zeros_like(x)
-    found[:, 1:] = x[:, 1:]
-    found[:, 0] += x[:, 0]
-    return found
-
-
-@pytest.mark.parametrize("tokens", [ROWS - 1, ROWS, ROWS + 1])
 @pytest.mark.parametrize("arranged", ARRANGED)
-def test_rows_anywhere(arranged: str, tokens: int) -> None:
-    torch.manual_seed(0)
+def test_rows_anywhere(arranged: str) -> None:
+    tokens = ROWS + 1 if arranged == "windows" else ROWS  # as many as rows, so that sizes tell nothing
     model, x = with_adapters(Arranging(*ARRANGED[arranged])), torch.randn(ROWS, tokens, 6)
     assert rows_are_right(model, lambda: model(x))
 
@@ -95,8 +92,7 @@ def by_gate(x: Tensor) -> Tensor:
 
 
 def by_python(x: Tensor) -> Tensor:
-    places = x.sum((1, 2)).argsort().tolist()
-    return torch.stack([x[place] for place in places])
+    return torch.stack([x[place] for place in x.sum((1, 2)).argsort().tolist()])
 
 
 def by_floats(x: Tensor) -> Tensor:
@@ -111,7 +107,6 @@ def over_tokens(x: Tensor) -> Tensor:
     return torch.einsum("bth,bsh->ts", x, x)[:ROWS, :1] + torch.ones(6)
 
 
-@pytest.mark.parametrize("tokens", [1, ROWS - 1, ROWS])
 @pytest.mark.parametrize(
     ("choose", "message"),
     [
@@ -120,14 +115,12 @@ def over_tokens(x: Tensor) -> Tensor:
         (over_tokens, "are mixed"),
     ],
 )
-def test_rows_that_cannot_be_known_are_an_error_at_every_length(choose: Any, message: str, tokens: int) -> None:
-    torch.manual_seed(0)
+def test_rows_that_cannot_be_known_are_an_error_at_every_length(choose: Any, message: str) -> None:
     model = with_adapters(Arranging(choose, lambda x: x))
     with randlora.serving.routed(model, NAMES), torch.no_grad():
-        for length in (tokens, ROWS, tokens):
-            if choose is not over_tokens or tokens > 1:
-                with pytest.raises(AdapterError, match=message):
-                    model(torch.randn(ROWS, length, 6))
+        for length in (ROWS - 1, ROWS, ROWS - 1):
+            with pytest.raises(AdapterError, match=message):
+                model(torch.randn(ROWS, length, 6))
 
 
 def test_calls_that_differ_in_a_flag_are_not_of_one_kind() -> None:
@@ -166,38 +159,27 @@ def test_a_table_as_long_as_the_batch_is_no_batch() -> None:
         table(x)
 
 
-SIZES: dict[str, Any] = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
-
-
-def switch() -> Any:
-    torch.manual_seed(0)
-    config = transformers.SwitchTransformersConfig(
-        **SIZES, num_experts=ROWS, expert_capacity=64, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
-        pad_token_id=0, decoder_start_token_id=0,
-    )  # fmt: skip
-    return transformers.SwitchTransformersForConditionalGeneration(config)
-
-
 @pytest.mark.medium
-@pytest.mark.parametrize("targets", ["all-linear", ["q", "v"]], ids=str)
-def test_experts_that_are_layers(targets: Any) -> None:
-    model = with_adapters(switch().double(), targets)
-    for tokens in (1, ROWS):
-        ids = torch.randint(3, 60, (ROWS, tokens))
+def test_experts_that_are_layers_are_refused_and_layers_beside_them_are_not() -> None:
+    config = transformers.SwitchTransformersConfig(
+        d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2, vocab_size=64, num_experts=ROWS, expert_capacity=64,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, pad_token_id=0, decoder_start_token_id=0,
+    )  # fmt: skip
+    ids = torch.randint(3, 60, (ROWS, ROWS))
+    for targets in (["q", "v"], "all-linear"):
+        model = with_adapters(transformers.SwitchTransformersForConditionalGeneration(config).double(), targets)
 
-        def run(ids: Tensor = ids) -> Tensor:
+        def run(model: Any = model) -> Tensor:
             return model(input_ids=ids, decoder_input_ids=ids).logits  # type: ignore[no-any-return]
 
-        try:
-            assert rows_are_right(model, run)
-        except AdapterError as error:
-            if targets != "all-linear" or "were chosen or sorted by values" not in str(error):
-                raise
+        if targets == "all-linear":
+            with pytest.raises(AdapterError, match="were chosen or sorted by values"):
+                rows_are_right(model, run)
         else:
-            assert targets != "all-linear"
+            assert rows_are_right(model, run)
 
 
-QUICK = ("fsmt", "xlnet", "gpt2", "vit")
+QUICK = ("xlnet", "vit")
 CLASSES = [
     pytest.param(*each, id=each[2], marks=pytest.mark.medium if each[1] in QUICK else pytest.mark.slow)
     for each in zoo.classes()
@@ -207,7 +189,6 @@ CLASSES = [
 @pytest.mark.filterwarnings("ignore:the default adapts only:UserWarning")
 @pytest.mark.parametrize(("task", "model_type", "name"), CLASSES)
 def test_every_class(task: str, model_type: str, name: str) -> None:
-    torch.manual_seed(0)
     if (model := zoo.tiny(model_type, name)) is None:
         pytest.skip("its config cannot be cut down")
     try:
@@ -216,17 +197,14 @@ def test_every_class(task: str, model_type: str, name: str) -> None:
         pytest.skip(str(error))
     if task == "vision":
         model = model.double()  # some enlarge rounding in float32
-    for tokens in (ROWS - 1, ROWS, ROWS + 1):
+    for tokens in (ROWS, ROWS + 1):
         ids = torch.randint(3, 100, (ROWS, tokens))
-        inputs: dict[str, Tensor] = {"input_ids": ids}
-        if task == "encoder and decoder":
-            inputs["decoder_input_ids"] = ids[:, 1:]
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, 1:]} if task == "encoder and decoder" else {})
         if task == "vision":
             config: Any = model.config
             size = getattr(config, "image_size", 32)
             sides = (size, size) if isinstance(size, int) else tuple(size)[:2]
-            images = torch.randn(ROWS, getattr(config, "num_channels", 3), *sides, dtype=torch.float64)
-            inputs = {"pixel_values": images}
+            inputs = {"pixel_values": torch.randn(ROWS, getattr(config, "num_channels", 3), *sides).double()}
 
         def run(inputs: dict[str, Tensor] = inputs) -> Tensor:
             output = model(**inputs)
@@ -248,7 +226,6 @@ def test_every_class(task: str, model_type: str, name: str) -> None:
 
 
 def llama() -> Any:
-    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = transformers.LlamaConfig(**sizes, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2)
     return with_adapters(transformers.LlamaForCausalLM(config))
@@ -273,30 +250,25 @@ def test_rows_that_a_model_repeats_itself_in_generate_are_an_error() -> None:
 
 
 def test_only_the_first_call_of_a_kind_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from randlora.serving.tracking import RowTracking
+    begun: list[RowTracking] = []
+    begin = RowTracking.__enter__
 
-    begun: list[object] = []
-    monkeypatch.setattr(RowTracking, "__init__", _counted(RowTracking.__init__, begun))
+    def noted(self: RowTracking) -> RowTracking:
+        begun.append(self)
+        return begin(self)
+
+    monkeypatch.setattr(RowTracking, "__enter__", noted)
     model, ids = llama(), torch.randint(3, 60, (ROWS, 5))
     hooks = [{**module._forward_hooks} for module in model.modules()]
     with randlora.serving.routed(model, NAMES):
         for _ in range(2):
             model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-        assert len(begun) == 2, "the prompts, and a token after them"
+        assert len({*map(id, begun)}) == 2, "the prompts, and a token after them"
         assert not any(layer._forward_pre_hooks for layer in model.model.layers)
     assert hooks == [{**module._forward_hooks} for module in model.modules()]
 
 
-def _counted(begin: Any, begun: list[object]) -> Any:
-    def counted(self: Any) -> None:
-        begun.append(self)
-        begin(self)
-
-    return counted
-
-
 def simple() -> nn.Module:
-    torch.manual_seed(0)
     return with_adapters(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)))  # type: ignore[no-any-return]
 
 
@@ -327,7 +299,6 @@ def test_an_adapter_of_an_open_block_is_not_changed(verb: str) -> None:
 def test_overlapping_blocks_of_two_tasks_are_an_error() -> None:
     model, x = simple(), torch.randn(2, 6)
     alone = each_alone(model, "ab", lambda: model(x))
-    raised: list[str] = []
 
     async def first(begun: asyncio.Event, go_on: asyncio.Event) -> None:
         with randlora.serving.routed(model, ["a", "a"]):
@@ -341,13 +312,12 @@ def test_overlapping_blocks_of_two_tasks_are_an_error() -> None:
     async def second(begun: asyncio.Event, go_on: asyncio.Event) -> None:
         await begun.wait()
         for block in (lambda: randlora.serving.routed(model, ["b", "b"]), lambda: randlora.disabled(model)):
-            with pytest.raises(AdapterError, match="routes through this model"), block():
+            with pytest.raises(AdapterError, match="another thread or task routes through this model"), block():
                 pass
         calls: list[Any] = [model, model.get_submodule("0")]
         for call in calls:
-            with pytest.raises(AdapterError, match="open in another thread or task") as caught:
+            with pytest.raises(AdapterError, match="open in another thread or task"):
                 call(x)
-            raised.append(str(caught.value))
         go_on.set()
 
     async def both() -> None:
@@ -357,12 +327,10 @@ def test_overlapping_blocks_of_two_tasks_are_an_error() -> None:
             assert torch.allclose(model(x), alone["b"], atol=1e-5)
 
     asyncio.run(both())
-    assert len(raised) == 2
 
 
 def test_two_threads_in_one_block_take_turns_or_raise() -> None:
     model, begun, go_on = simple(), threading.Event(), threading.Event()
-    other = contextvars.copy_context
 
     def wait(*_: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -371,7 +339,7 @@ def test_two_threads_in_one_block_take_turns_or_raise() -> None:
 
     model[1].register_forward_pre_hook(wait)  # type: ignore[index]
     with randlora.serving.routed(model, ["a", "b"]):
-        thread = threading.Thread(target=other().run, args=[model, torch.randn(2, 6)])
+        thread = threading.Thread(target=contextvars.copy_context().run, args=[model, torch.randn(2, 6)])
         thread.start()
         assert begun.wait(60)
         with pytest.raises(AdapterError, match="another thread is in a call"):
@@ -384,21 +352,19 @@ def test_two_threads_in_one_block_take_turns_or_raise() -> None:
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("inside", [False, True])
 def test_attention_of_which_only_the_output_is_adapted(batch_first: bool, inside: bool) -> None:
-    torch.manual_seed(0)
     attention = nn.MultiheadAttention(12, 2, batch_first=batch_first)
     model = nn.TransformerEncoderLayer(12, 2, 16, batch_first=batch_first) if inside else nn.Sequential(attention)
     with_adapters(model, ["out_proj"])
-    axis = 0 if batch_first else 1
     x = torch.randn(*((ROWS, 5) if batch_first else (5, ROWS)), 12)
+    call: Any = model if inside else lambda x: model[0](x, x, x)[0]  # type: ignore[index]
     if inside and not batch_first:
         with torch.no_grad(), pytest.raises(AdapterError), randlora.serving.routed(model, NAMES):
             model(x)
         return
-    call: Any = model if inside else model[0]  # type: ignore[index]
-    assert rows_are_right(model, lambda: call(x) if inside else call(x, x, x)[0], axis)
-    with randlora.serving.routed(model, NAMES), pytest.raises((AdapterError, RuntimeError, AssertionError)):
-        call(torch.randn(7)) if inside else call(torch.randn(7), x, x)
-    assert rows_are_right(model, lambda: call(x) if inside else call(x, x, x)[0], axis)
+    for _ in range(2):
+        assert rows_are_right(model, lambda: call(x), 0 if batch_first else 1)
+        with randlora.serving.routed(model, NAMES), pytest.raises((AdapterError, RuntimeError, AssertionError)):
+            call(torch.randn(7))
 
 
 @pytest.mark.medium
@@ -424,7 +390,6 @@ def sentence_model(directory: Any) -> Any:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcd"]
     (directory / "vocab.txt").write_text("\n".join(words))
     tokenizer = transformers.BertTokenizerFast(str(directory / "vocab.txt"))
-    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=len(words))).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
