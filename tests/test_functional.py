@@ -11,9 +11,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
-from randlora.functional import Compute, DensePair, Diagonals, adapted_linear, delta_weight, update_rows
+from randlora.functional import (
+    Compute,
+    DensePair,
+    Diagonals,
+    adapted_linear,
+    cost,
+    delta_weight,
+    summed_linear,
+    update_rows,
+)
 from randlora.functional.adapted import adapted
-from randlora.functional.cost import chosen_forward
 from randlora.functional.scratch import is_in_transform
 from tests import reference
 from tests.pairs import Case, case, every_form
@@ -67,12 +75,34 @@ def test_output_is_that_of_the_sum_of_weight_and_update(
 
 @every_form
 @pytest.mark.parametrize("shape", [(24, 24), (23, 39), (39, 23)], ids=str)
-def test_few_tokens_are_taken_through_without_building_the_basis(form: str, shape: tuple[int, int]) -> None:
+def test_few_tokens_are_taken_through_without_building_the_basis(
+    form: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In backward by layers of 256 and more: the further operators cost smaller ones more than they spare."""
+    monkeypatch.setattr(cost, "MORE_OPERATORS", 0)
     made, x = case(form, *shape, 8), torch.randn(1, shape[1], dtype=torch.float64)
     weight, is_wide = torch.randn(shape, dtype=torch.float64), shape[1] == min(shape)
-    assert chosen_forward(1, made.pair, is_wide=is_wide, has_weight=True, compute="auto") == "few_tokens"
-    expected = x @ (weight + oracle(made, shape[1])).T
-    torch.testing.assert_close(adapted_linear(x, made.pair, made.diagonals, weight=weight), expected)
+    chosen: dict[str, Any] = {"is_wide": is_wide, "has_weight": True, "compute": "auto"}
+    assert cost.chosen_forward(1, made.pair, **chosen) == "few_tokens"
+    assert cost.chosen_backward(1, made.pair, needs=(True, False, True), **chosen) == ("few_tokens", "few_tokens")
+
+    def run(x: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
+        return adapted_linear(x, made.pair, Diagonals(lam, gamma, 0.7), weight=weight)
+
+    lam, gamma = made.diagonals[:2]
+    torch.testing.assert_close(run(x, lam, gamma), x @ (weight + oracle(made, shape[1])).T)
+    for needs_input in (True, False):
+        leaves = x.requires_grad_(needs_input), lam.requires_grad_(), gamma.requires_grad_()
+        assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+def test_gradients_through_the_sum_of_a_weight_and_an_update() -> None:
+    shapes = (2, 3, 5), (4, 5), (4, 5), (4,)
+    for trained in ((1,), (2, 3), (0,), (0, 1, 2, 3)):
+        leaves = [
+            torch.randn(shape, dtype=torch.float64).requires_grad_(at in trained) for at, shape in enumerate(shapes)
+        ]
+        assert torch.autograd.gradcheck(summed_linear, leaves)
 
 
 def test_delta_weight_of_a_case_worked_out_by_hand() -> None:
