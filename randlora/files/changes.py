@@ -81,8 +81,8 @@ class ConvertedMerging:
         return {name: part.clone() for name, part in zip(names, parts, strict=True)}  # one may be kept longer
 
     def _changed(self, fqn: str, weight: Tensor, at: int | None = None) -> Tensor:
-        if (own := self.replaced.get(fqn)) is not None:  # one adapter's own version, which another may adapt
-            weight = (own if at is None else own[at : at + 1]).to(weight.dtype)
+        if (own := self.replaced.get(fqn)) is not None:  # one adapter's own, which another may adapt, and may be wider
+            weight = (own if at is None else own[at : at + 1]).to(torch.promote_types(own.dtype, weight.dtype))
         merging = self.parts.get(fqn)
         return weight if merging is None else merging.merged(weight, at)
 
