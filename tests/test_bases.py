@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from randlora.bases import BasisBank, BasisSpec, streams
+from randlora.bases import BasisBank, BasisSpec, kinds
 from randlora.bases import spec as storage
 from randlora.bases.basis import Bases, Basis
 from randlora.bases.spec import CompactMatrix
@@ -114,8 +114,8 @@ def test_portable_bases_grow_without_changing_a_bit(spec: BasisSpec) -> None:
 def test_any_chunking_draws_the_same_bits(spec: BasisSpec, chunk: int) -> None:
     whole = slices(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "PORTABLE_CHUNK", chunk)
-        patch.setattr(streams, "TORCH_CHUNK", chunk)
+        patch.setattr(kinds, "PORTABLE_CHUNK", chunk)
+        patch.setattr(kinds, "TORCH_CHUNK", chunk)
         assert_same(slices(spec), whole)
 
 
