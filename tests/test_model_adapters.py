@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.config import LARGEST_FACTOR
-from randlora.errors import AdapterError, ConfigError, TargetError
+from randlora.errors import AdapterError, ConfigError, MergeError, TargetError
 from randlora.functional import Compute
 from tests.kit import assert_unchanged, fill, on_one_line, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
@@ -93,6 +93,8 @@ def test_a_further_adapter_is_inactive_and_frozen_and_an_inactive_one_gets_an_op
     randlora.remove(model, "c")
     before = {*randlora.trainable_parameters(model)}
     randlora.activate(model, [])
+    with untouched(model), pytest.raises(MergeError, match="no adapter is active: activate one of default, b"):
+        randlora.merge(model)
     assert ({*randlora.trainable_parameters(model)}, len(before)) == (before, 8)
 
 
