@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -229,18 +230,18 @@ TORCHVISION = (
     *("resnet18", "squeezenet1_1", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5"),
     *("regnet_y_400mf", "efficientnet_b0", "densenet121"),
 )
+
+
+def from_torchvision(name: str) -> nn.Module:
+    return reproducible(getattr(library("torchvision").models, name))
+
+
 OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "UNet": (unet, noise),
     "Flux": (flux, patches),
     "CLIP": (clip, lambda: {"image": image()["x"][:1], "text": CLIP_TEXT}),
     "ViT": (torchvision_vit, image),
-    **{
-        name: (
-            lambda name=name: reproducible(getattr(library("torchvision").models, name)),
-            lambda: {"x": torch.randn(2, 3, 64, 64)},
-        )
-        for name in TORCHVISION
-    },
+    **{name: (partial(from_torchvision, name), lambda: {"x": torch.randn(2, 3, 64, 64)}) for name in TORCHVISION},
 }
 
 

@@ -49,7 +49,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 EXPERTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
-ALL = {"r": 16, "targets": "all-linear"}
+ALL: dict[str, Any] = {"r": 16, "targets": "all-linear"}
 
 
 def build(name: str, config: str = "", options: dict[str, Any] | None = None) -> Any:
@@ -120,7 +120,8 @@ def test_the_sum_is_within_15_percent_of_a_measured_step(
 
 
 def test_a_step_in_4_bits_takes_what_was_planned_before_and_after_it_was_loaded(tmp_path: Path) -> None:
-    dense, options = build("llama").to(torch.bfloat16), {**ALL, "tokens": BATCH * TOKENS}
+    dense = build("llama").to(torch.bfloat16)
+    options: dict[str, Any] = {**ALL, "tokens": BATCH * TOKENS}
     write(dense, tmp_path / "dense")
     planned = randlora.files.training_memory(tmp_path / "dense", load_in_4bit=True, **options)
     assert planned == memory(dense, load_in_4bit=True, **options)
