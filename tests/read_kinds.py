@@ -328,18 +328,6 @@ FAMILIES = (
 """One row of each family, for laws in which the sizes of a weight do not matter."""
 
 every_family = pytest.mark.parametrize("kind", [kind for kind in READ_KINDS if kind.name in FAMILIES], ids=_id)
-COMPILED = "Conv2d-groups", "ConvTranspose2d", "Embedding", "attention-in_proj-split", "experts-down-square-batched"
-"""One kind of each family, which `make test` compiles; `make slow` compiles the others."""
-
-every_read_kind_of_one_graph = pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=[] if kind.name in COMPILED else [pytest.mark.slow])
-        for kind in READ_KINDS
-        if kind.is_one_graph
-    ],
-    ids=_id,
-)
 
 
 def or_medium(is_quick: bool, *values: object) -> Any:
