@@ -41,16 +41,7 @@ class Subclass(nn.MultiheadAttention):
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """A form of attention.
-
-    Attributes:
-        name: For test ids.
-        options: Of the constructor.
-        sites: What ``targets="all-linear"`` adapts.
-        in_proj: How the packed weight is adapted.
-        build: The class.
-        context: Widths of keys and values, if they are not the query's.
-    """
+    """A form of attention, with what ``targets="all-linear"`` adapts, and keys' and values' widths if others."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)

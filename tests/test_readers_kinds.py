@@ -18,7 +18,7 @@ from randlora.errors import MergeError, RandLoRAError, TargetError
 from randlora.functional import Compute
 from randlora.layers import registry
 from randlora.layers.base import AdapterLayer
-from randlora.targets.walk import Census
+from randlora.targets.census import Census
 from tests.kit import adapter_values, all_bits, assert_unchanged, fill, read, same_bits, snapshot, untouched
 from tests.laws import TOLERANCES, assert_close
 from tests.read_kinds import (
