@@ -1,25 +1,38 @@
 """Bases: deterministic, prefix-stable where they say so, small in storage without losing a bit, shared by content."""
 
 import copy
+import hashlib
 import json
+import math
+import os
 import pickle
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from randlora.bases import BasisBank, BasisSpec, kinds
 from randlora.bases import spec as storage
 from randlora.bases.basis import Bases, Basis
-from randlora.bases.spec import CompactMatrix
+from randlora.bases.spec import KINDS, PEFT_STREAMS, CompactMatrix
+from randlora.config import BasisKind
 from randlora.errors import ConfigError
+from tests.further import further
+from tests.peer import PEFT_STREAM
 from tests.strategies import KINDS_AND_STREAMS, specs
 
 GOLDEN = Path(__file__).parent / "data" / "golden_digests.json"
+LARGE = BasisSpec("dense", "torch", 3, 32, 3072, 768)
+"""Bases of 2.4 million entries, of which some are others wherever torch rounds twice."""
+SMALL = BasisSpec("dense", "torch", 0, 4, 12, 8)
 
 
 def slices(spec: BasisSpec, dims: tuple[int, int] | None = None, dtype: torch.dtype = torch.float32) -> Bases:
@@ -31,50 +44,67 @@ def assert_same(ours: Bases, theirs: Bases) -> None:
     assert torch.equal(ours.B, theirs.B)
 
 
-def golden_spec(kind: str, stream: str) -> BasisSpec:
-    blocks = (2, 4) if kind == "block" else None
-    return BasisSpec(kind, stream, 7, 8, 48, 30, blocks)  # type: ignore[arg-type]
-
-
 # Law 5: determinism
 
+GOLDEN_SPECS = {
+    f"{kind}/{stream}": BasisSpec(kind, stream, 7, 8, 48, 30, (2, 4) if kind == "block" else None)
+    for kind, stream in KINDS_AND_STREAMS
+} | {f"dense/{stream} 3072x768": replace(LARGE, stream=stream) for stream in PEFT_STREAMS}
+DIGESTS = """
+import json, sys
+from randlora.bases.basis import Basis
+from randlora.bases.spec import BasisSpec
+specs = [BasisSpec.from_dict(facts) for facts in json.load(sys.stdin)]
+print(json.dumps([Basis(spec).digest(spec.max_dim, spec.min_dim) for spec in specs]))
+"""
 
-@pytest.mark.parametrize(("kind", "stream"), KINDS_AND_STREAMS)
-def test_bases_are_the_committed_ones(kind: str, stream: str) -> None:
-    """To add a kind: `json.dumps` of the digests, once, by hand. A digest that changes breaks every saved adapter."""
+
+@pytest.mark.medium
+@pytest.mark.parametrize("capability", ["default", further("avx2"), further("avx512")])
+def test_bases_are_the_committed_ones_here_and_on_every_cpu(capability: str) -> None:
+    """To add a kind: `json.dumps` of the digests, once, by hand. A digest that changes breaks every saved adapter.
+
+    In a process each, as torch chooses once. What this CPU cannot do, torch would do all the same, and crash.
+    """
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    assert Basis(golden_spec(kind, stream)).digest(48, 30) == golden[f"{kind}/{stream}"]
+    assert {name: Basis(spec).digest(spec.max_dim, spec.min_dim) for name, spec in GOLDEN_SPECS.items()} == golden
+    ranks = ("default", "avx2", "avx512")
+    here = torch.backends.cpu.get_cpu_capability().lower()
+    if capability != "default" and (here not in ranks or ranks.index(here) < ranks.index(capability)):
+        pytest.skip(f"the CPU has no {capability}")
+    facts = json.dumps([spec.to_dict() for spec in GOLDEN_SPECS.values()])
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-c", DIGESTS]
+    found = subprocess.run(command, env=environment, input=facts, check=True, capture_output=True, text=True).stdout
+    assert dict(zip(GOLDEN_SPECS, json.loads(found), strict=True)) == golden
 
 
-@given(specs())
-def test_bases_depend_on_nothing_but_their_spec(spec: BasisSpec) -> None:
-    first = slices(spec)
+@given(specs(), st.integers(1, 2**32 - 1), st.integers(1, 200))
+def test_bases_depend_on_nothing_but_their_spec(spec: BasisSpec, step: int, chunk: int) -> None:
+    torch_before, numpy_before = torch.get_rng_state(), pickle.dumps(np.random.get_state())  # noqa: NPY002
+    basis, dims = Basis(spec), (spec.max_dim, spec.min_dim)
+    first = basis.slices(*dims, device="cpu", dtype=torch.float32)
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert pickle.dumps(np.random.get_state()) == numpy_before  # noqa: NPY002
     torch.rand(3)
-    np.random.default_rng().random(3)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(1 if threads > 1 else 2)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            second = slices(spec)
+            assert_same(slices(spec), first)
     finally:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
-    assert_same(first, second)
-
-
-@given(specs())
-def test_drawing_neither_reads_nor_advances_the_global_generators(spec: BasisSpec) -> None:
-    torch_before, numpy_before = torch.get_rng_state(), pickle.dumps(np.random.get_state())  # noqa: NPY002
-    slices(spec)
-    assert torch.equal(torch.get_rng_state(), torch_before)
-    assert pickle.dumps(np.random.get_state()) == numpy_before  # noqa: NPY002
-
-
-@given(specs(), st.integers(1, 2**32 - 1))
-def test_another_seed_draws_other_bits(spec: BasisSpec, step: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kinds, "PORTABLE_CHUNK", chunk)
+        patch.setattr(kinds, "TORCH_CHUNK", chunk)
+        assert_same(slices(spec), first)
+    data = pickle.dumps(basis)
+    assert len(data) < 2000
+    assert_same(pickle.loads(data).slices(*dims, device="cpu", dtype=torch.float32), first)
+    assert BasisSpec.from_dict(spec.to_dict()) == spec
     other = replace(spec, seed=(spec.seed + step) % 2**64)
-    dims = (spec.max_dim, spec.min_dim)
     assert Basis(spec).digest(*dims) != Basis(other).digest(*dims)
 
 
@@ -99,24 +129,11 @@ def test_a_larger_portable_draw_begins_with_the_smaller(spec: BasisSpec, more_ro
     small, dims = slices(spec), (spec.max_dim, spec.min_dim)
     larger = slices(replace(spec, max_dim=spec.max_dim + more_rows, min_dim=spec.min_dim + more_columns))
     assert_same(small, Bases(larger.A[:, :, : dims[1]], larger.B[: dims[0], : spec.num_bases]))
-
-
-@given(specs(prefix_stable=True))
-def test_portable_bases_grow_without_changing_a_bit(spec: BasisSpec) -> None:
     basis = Basis(spec)
-    before = basis.digest(spec.max_dim, spec.min_dim)
-    basis.extend(spec.max_dim + 9, spec.min_dim + 5)
-    assert basis.spec.max_dim == spec.max_dim + 9
-    assert basis.digest(spec.max_dim, spec.min_dim) == before
-
-
-@given(specs(), st.integers(1, 200))
-def test_any_chunking_draws_the_same_bits(spec: BasisSpec, chunk: int) -> None:
-    whole = slices(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kinds, "PORTABLE_CHUNK", chunk)
-        patch.setattr(kinds, "TORCH_CHUNK", chunk)
-        assert_same(slices(spec), whole)
+    before = basis.digest(*dims)
+    basis.extend(dims[0] + more_rows, dims[1] + more_columns)
+    assert basis.spec.max_dim == dims[0] + more_rows
+    assert basis.digest(*dims) == before
 
 
 def test_the_portable_stream_is_the_documented_one() -> None:
@@ -129,7 +146,50 @@ def test_the_portable_stream_is_the_documented_one() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-# The kinds
+# The streams of PEFT
+
+
+def peft_dense(spec: BasisSpec) -> tuple[Tensor, Tensor]:
+    """Draw dense bases as PEFT 0.21.2 does, with whatever torch is installed: A, then each matrix of B."""
+    generator = torch.Generator().manual_seed(spec.seed)
+
+    def uniform(*shape: int) -> Tensor:
+        drawn = torch.empty(shape, dtype=torch.bfloat16)
+        return nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+
+    basis_A = uniform(spec.r, 1, spec.min_dim)
+    basis_B = torch.cat([uniform(spec.max_dim, 1, spec.r) for _ in range(spec.num_bases)], dim=1)
+    return basis_A / basis_A.std(), basis_B / basis_B.std()
+
+
+@pytest.mark.parametrize(
+    "spec", [LARGE, BasisSpec("dense", "torch", 2**64 - 1, 1, 64, 64), BasisSpec("dense", "torch", 1, 100, 333, 7)]
+)
+def test_the_installed_torch_draws_one_of_the_two_streams(spec: BasisSpec) -> None:
+    if PEFT_STREAM == "torch" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("torch rounds twice here")
+    ours = slices(replace(spec, stream=PEFT_STREAM), dtype=torch.bfloat16)
+    for found, expected in zip(ours, peft_dense(spec), strict=True):
+        assert torch.equal(found, expected)
+
+
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(["sparse", "very_sparse"]),
+    seed=st.integers(0, 2**32),
+    r=st.integers(4, 32),
+    sides=st.tuples(st.integers(16, 300), st.integers(16, 300)),
+)
+def test_the_scale_of_a_ternary_basis_is_that_of_peft(
+    kind: BasisKind, seed: int, r: int, sides: tuple[int, int]
+) -> None:
+    """PEFT divides by what torch's ``std`` makes of the float32 entries, we by what their counts are."""
+    spec = BasisSpec(kind, "torch", seed, r, max(sides), min(sides))
+    for matrix in Basis(spec, extent=(spec.max_dim, spec.min_dim)).matrices():
+        assert matrix.scale == (1 / matrix.values.float().std()).item()
+
+
+# Values and storage
 
 
 @given(specs(smallest=8))
@@ -142,63 +202,43 @@ def test_entries_have_mean_square_one(spec: BasisSpec) -> None:
         assert basis_B.square().mean().item() == pytest.approx(1, rel=0.15)
 
 
-@given(specs())
-def test_ternary_kinds_hold_three_values_and_the_others_bfloat16(spec: BasisSpec) -> None:
-    whole = slices(spec)
+@given(specs(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_values_are_stored_in_few_bytes_and_hashed_as_the_page_on_files_says(
+    spec: BasisSpec, dtype: torch.dtype
+) -> None:
+    """Recomputed here from the slices: a line with the shapes, then float32 values in little-endian order."""
+    basis, whole, dims = Basis(spec), slices(spec), (spec.max_dim, spec.min_dim)
+    basis.extend(*dims)
+    values = [matrix.values for matrix in basis.matrices()]
+    assert sum(each.nbytes for each in values) == basis.nbytes == spec.nbytes(*dims)
+    assert {each.dtype for each in values} == {KINDS[spec.kind].dtype}
     for matrix in whole:
         if spec.kind in ("sparse", "very_sparse"):
             assert len(set(matrix.flatten().tolist()) | {0.0}) <= 3
         else:
             assert torch.equal(matrix.to(torch.bfloat16).float(), matrix)
+        flat = matrix.flatten(1).to(dtype)
+        assert torch.equal(CompactMatrix.from_dense(flat).to_dense(device="cpu", dtype=dtype), flat)
+    header = f"A {spec.r}x{spec.min_dim} B {spec.max_dim}x{spec.num_bases * spec.r}\n".encode()
+    expected = hashlib.sha256(header + whole.A.numpy().tobytes() + whole.B.numpy().tobytes())
+    assert basis.digest(*dims) == expected.hexdigest()
 
 
 @given(specs(), st.sampled_from([(1, 1), (2, 4), (4, 2), (1, 8), (8, 1)]))
 def test_block_entries_are_non_zero_exactly_on_their_stride(spec: BasisSpec, blocks: tuple[int, int]) -> None:
-    spec = BasisSpec("block", "portable", spec.seed, 8, spec.max_dim, spec.min_dim, blocks)
-    whole = slices(spec)
+    whole = slices(BasisSpec("block", "portable", spec.seed, 8, spec.max_dim, spec.min_dim, blocks))
     for matrix, stride in zip((whole.A[:, 0], whole.B.flatten(1)), blocks, strict=True):
         rows, columns = torch.meshgrid(torch.arange(matrix.shape[0]), torch.arange(matrix.shape[1]), indexing="ij")
         assert torch.equal(matrix != 0, rows % stride == columns % stride)
         assert matrix.abs().max() <= (3 * stride) ** 0.5 * (1 + 2**-8)
 
 
-def test_very_sparse_has_the_density_of_its_own_min_dim() -> None:
+def test_very_sparse_has_the_density_of_its_own_min_dim_and_needs_a_spread() -> None:
     spec = BasisSpec("very_sparse", "portable", 0, 16, 500, 400)
     assert (slices(spec).B != 0).float().mean().item() == pytest.approx(1 / 20, rel=0.05)
     assert not spec.is_prefix_stable
-
-
-def test_a_ternary_draw_without_spread_is_refused_before_it_does_harm() -> None:
     with pytest.raises(ConfigError, match=r"standard deviation of 0: use basis='dense'"):
         slices(BasisSpec("very_sparse", "torch", 7, 1, 16, 16))
-
-
-# Storage
-
-
-@given(specs())
-def test_storage_takes_the_bytes_the_spec_says(spec: BasisSpec) -> None:
-    basis = Basis(spec)
-    basis.extend(spec.max_dim, spec.min_dim)
-    stored = sum(matrix.values.numel() * matrix.values.element_size() for matrix in basis.matrices())
-    assert stored == basis.nbytes == spec.nbytes(spec.max_dim, spec.min_dim)
-
-
-@given(specs(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_a_matrix_from_a_file_is_kept_without_losing_a_bit(spec: BasisSpec, dtype: torch.dtype) -> None:
-    for matrix in slices(spec):
-        flat = matrix.flatten(1).to(dtype)
-        assert torch.equal(CompactMatrix.from_dense(flat).to_dense(device="cpu", dtype=dtype), flat)
-
-
-@given(specs())
-def test_copying_shares_and_pickling_draws_again(spec: BasisSpec) -> None:
-    basis = Basis(spec)
-    found = basis.slices(spec.max_dim, spec.min_dim, device="cpu", dtype=torch.float32)
-    assert copy.deepcopy(basis) is basis
-    data = pickle.dumps(basis)
-    assert len(data) < 2000
-    assert_same(pickle.loads(data).slices(spec.max_dim, spec.min_dim, device="cpu", dtype=torch.float32), found)
 
 
 def test_pickling_keeps_bases_that_no_seed_brings_back() -> None:
@@ -209,92 +249,23 @@ def test_pickling_keeps_bases_that_no_seed_brings_back() -> None:
     assert twin.digest(6, 4) == basis.digest(6, 4) != Basis(spec).digest(6, 4)
 
 
-@given(specs())
-def test_a_digest_is_of_the_values_and_of_the_shapes(spec: BasisSpec) -> None:
-    """Recomputed here from the slices: a line with the shapes, then float32 values in little-endian order."""
-    import hashlib
-
-    dims = (spec.max_dim, spec.min_dim)
-    found = slices(spec)
-    header = f"A {spec.r}x{spec.min_dim} B {spec.max_dim}x{spec.num_bases * spec.r}\n".encode()
-    expected = hashlib.sha256(header + found.A.numpy().tobytes() + found.B.numpy().tobytes())
-    assert Basis(spec).digest(*dims) == expected.hexdigest()
-
-
-# The bank
-
-
-def test_equal_specs_are_one_object_and_others_are_not() -> None:
-    bank, spec = BasisBank(), BasisSpec("dense", "torch", 0, 4, 12, 8)
-    first = bank.acquire(spec)
-    assert bank.acquire(BasisSpec("dense", "torch", 0, 4, 12, 8)) is first
-    assert bank.acquire(replace(spec, seed=1)) is not first
-    assert len(bank) == 2
-
-
-def test_an_existing_set_that_is_large_enough_serves_a_further_adapter() -> None:
-    bank, spec = BasisBank(), BasisSpec("dense", "torch", 0, 4, 12, 8)
-    held = bank.acquire(spec)
-    smaller = replace(spec, max_dim=10, min_dim=6)
-    assert bank.find(smaller, used=(10, 6)) is held
-    assert bank.find(smaller) is None, "a file wants the very bits it was trained with"
-
-
-@pytest.mark.parametrize(
-    "wanted",
-    [
-        BasisSpec("dense", "torch", 1, 4, 12, 8),
-        BasisSpec("sparse", "torch", 0, 4, 12, 8),
-        BasisSpec("dense", "portable", 0, 4, 12, 8),
-        BasisSpec("dense", "torch", 0, 2, 12, 8),
-        BasisSpec("dense", "torch", 0, 4, 16, 8),
-    ],
-    ids=["seed", "kind", "stream", "rank", "larger"],
-)
-def test_bases_of_another_family_or_too_small_ones_do_not_serve(wanted: BasisSpec) -> None:
-    bank = BasisBank()
-    held = bank.acquire(BasisSpec("dense", "torch", 0, 4, 12, 8))
-    held.extend(12, 8)
-    assert bank.find(wanted, used=(wanted.max_dim, wanted.min_dim)) is None
-
-
-def test_portable_bases_serve_larger_layers_too() -> None:
-    bank, spec = BasisBank(), BasisSpec("block", "portable", 0, 4, 12, 8, (2, 2))
-    held = bank.acquire(spec)
-    assert bank.find(replace(spec, max_dim=30, min_dim=20), used=(30, 20)) is held
-
-
-def test_a_copied_bank_shares_its_bases_and_not_its_list() -> None:
-    bank = BasisBank()
-    held = bank.acquire(BasisSpec("dense", "torch", 0, 4, 12, 8))
-    twin = copy.deepcopy(bank)
-    twin.acquire(BasisSpec("dense", "torch", 1, 4, 12, 8))
-    assert list(bank) == [held]
-    assert next(iter(twin)) is held
-
-
 ROWS = 2 * storage.CHUNK_ROWS + 3
-
-FORMS = {
-    torch.int8: torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0)).sign() * 1.7,
-    torch.bfloat16: torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(0)).bfloat16().float(),
+FORMS: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
+    torch.int8: lambda values: values.sign() * 1.7,
+    torch.bfloat16: lambda values: values.bfloat16().float(),
 }
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_a_matrix_is_kept_in_its_smallest_form(form: torch.dtype) -> None:
-    kept = CompactMatrix.from_dense(FORMS[form])
-    assert kept.values.dtype == form
-    assert torch.equal(kept.to_dense(device="cpu", dtype=torch.float32), FORMS[form])
-
-
-@pytest.mark.parametrize("row", [0, storage.CHUNK_ROWS - 1, storage.CHUNK_ROWS, ROWS - 1])
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_one_number_that_a_form_cannot_hold_is_enough_to_keep_the_matrix_itself(form: torch.dtype, row: int) -> None:
-    matrix = FORMS[form].clone()
-    matrix[row, -1] = 1 / 3
+def test_a_matrix_is_kept_in_its_smallest_form_unless_one_number_does_not_fit(form: torch.dtype) -> None:
+    matrix = FORMS[form](torch.randn(ROWS, 4))
     kept = CompactMatrix.from_dense(matrix)
-    assert kept.values is matrix
+    assert kept.values.dtype == form
+    assert torch.equal(kept.to_dense(device="cpu", dtype=torch.float32), matrix)
+    for row in (0, storage.CHUNK_ROWS - 1, storage.CHUNK_ROWS, ROWS - 1):
+        other = matrix.clone()
+        other[row, -1] = 1 / 3
+        assert CompactMatrix.from_dense(other).values is other
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([1, 2, 4]), st.integers(0, 40))
@@ -307,3 +278,23 @@ def test_chunks_of_rows_are_the_rows(rows: int, columns: int, stride: int, wante
     assert all(len(chunk) <= 3 * stride for chunk in chunks)
     expected = matrix.to_dense(device="cpu", dtype=torch.float32)[:wanted]
     assert torch.equal(torch.cat([torch.empty(0, columns), *chunks]), expected)
+
+
+# The bank
+
+
+def test_a_bank_shares_bases_of_one_family_that_are_large_enough() -> None:
+    bank = BasisBank()
+    held = bank.acquire(SMALL)
+    held.extend(12, 8)
+    assert bank.acquire(replace(SMALL)) is held
+    assert bank.find(replace(SMALL, max_dim=10, min_dim=6), used=(10, 6)) is held
+    assert bank.find(replace(SMALL, max_dim=10, min_dim=6)) is None, "a file wants the bits it was trained with"
+    for other in ({"seed": 1}, {"kind": "sparse"}, {"stream": "portable"}, {"r": 2}, {"max_dim": 16}):
+        wanted = replace(SMALL, **other)  # type: ignore[arg-type]
+        assert bank.find(wanted, used=(wanted.max_dim, wanted.min_dim)) is None
+    twin = copy.deepcopy(bank)
+    blocks = BasisSpec("block", "portable", 0, 4, 12, 8, (2, 2))
+    grows = twin.acquire(blocks)
+    assert twin.find(replace(blocks, max_dim=30, min_dim=20), used=(30, 20)) is grows
+    assert (list(bank), next(iter(twin)), len(twin)) == ([held], held, 2)

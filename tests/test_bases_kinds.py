@@ -1,4 +1,4 @@
-"""The identity of a pair of bases, and the registry of their kinds."""
+"""The registry of kinds of bases, the ranks of their updates, and which entries the blocks of ``block`` reach."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,129 +6,117 @@ from typing import Any, Literal, get_args
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
 import randlora
 from randlora import RandLoRAConfig
-from randlora.bases.basis import Basis
 from randlora.bases.kinds import DENSE, block_parts, default_blocks
-from randlora.bases.spec import KINDS, BasisSpec, CompactMatrix, count_bases, spec_for
+from randlora.bases.spec import KINDS, BasisSpec, CompactMatrix, count_bases, reach_all, spec_for
 from randlora.config import OPTIONS, BasisKind
-from randlora.errors import ConfigError
+from randlora.errors import CheckpointError, ConfigError
+from tests.checkpoint_files import reseal
 from tests.kit import fill, same_bits
 from tests.laws import assert_close
-from tests.strategies import KINDS_AND_STREAMS, specs
+from tests.strategies import KINDS_AND_STREAMS
+
+Shape = tuple[int, int]
+sides = st.integers(1, 130)
 
 
-@given(specs())
-def test_spec_survives_its_dict(spec: BasisSpec) -> None:
-    assert BasisSpec.from_dict(spec.to_dict()) == spec
+def divisors(r: int) -> list[int]:
+    return [size for size in range(1, r + 1) if r % size == 0]
 
 
-@given(specs())
-def test_enough_bases_to_reach_full_rank_and_no_more(spec: BasisSpec) -> None:
-    assert (spec.num_bases - 1) * spec.r < spec.min_dim <= spec.num_bases * spec.r
+def is_reached(r: int, blocks: tuple[int, int], num_bases: int) -> bool:
+    """Whether each pair of a class of rows and one of columns has an index p, by going through all of them."""
+    c, b = blocks
+    return len({(p % b, p // num_bases % c) for p in range(r * num_bases)}) == c * b
+
+
+def layers(*shapes: Shape, **options: Any) -> nn.Module:
+    """Make layers ``(out, in)`` with one trained adapter in float64."""
+    model = nn.Sequential(*(nn.Linear(wide, out, bias=False, dtype=torch.float64) for out, wide in shapes))
+    randlora.inject(model, **{"targets": "all", "basis": "block", **options})
+    return fill(model.double(), spread=1)
 
 
 @pytest.mark.parametrize(
-    ("kind", "r", "expected"),
-    [("dense", 32, 768), ("very_sparse", 32, 531), ("very_sparse", 6, 152), ("sparse", 6, 701), ("sparse", 32, 768)],
+    ("kind", "shape", "r", "expected"),
+    [
+        ("dense", (768, 768), 32, 768),
+        ("very_sparse", (768, 768), 32, 531),  # measured were 533, 152, and 702 for sparse
+        ("very_sparse", (768, 768), 6, 152),
+        ("sparse", (768, 768), 6, 701),
+        ("block", (18, 18), 16, 17),
+        ("block", (100, 100), 32, 98),
+        ("block", (104, 104), 32, 104),
+    ],
 )
-def test_expected_rank_of_a_layer_of_768(kind: str, r: int, expected: int) -> None:
-    """Measured were 533 and 152 for very_sparse, 702 for sparse at r = 6."""
-    config = RandLoRAConfig(r=r, basis=kind)  # type: ignore[arg-type]
-    assert spec_for(config, r, [(768, 768)]).expected_rank(768, 768) == pytest.approx(expected, abs=1)
+def test_expected_ranks_and_enough_bases_to_reach_them(kind: BasisKind, shape: Shape, r: int, expected: int) -> None:
+    spec = spec_for(RandLoRAConfig(r=r, basis=kind, blocks=KINDS[kind].default_blocks(r, ())), r, [shape])
+    assert spec.expected_rank(*shape) == pytest.approx(expected, abs=1 if kind != "block" else 0)
+    assert (spec.num_bases - 1) * r < shape[1] <= spec.num_bases * r
 
 
-sides = st.integers(2, 110)
-
-
-@given(shape=st.tuples(sides, sides) | sides.map(lambda side: (side, side)), r=st.sampled_from([4, 8, 12, 16, 24, 32]))
-def test_block_updates_have_the_expected_rank(shape: tuple[int, int], r: int) -> None:
+@given(
+    shape=st.tuples(st.integers(2, 110), st.integers(2, 110)) | st.integers(2, 110).map(lambda side: (side, side)),
+    r=st.sampled_from([4, 8, 12, 16, 24, 32]),
+    data=st.data(),
+)
+def test_block_updates_have_the_expected_rank_and_their_parts_share_out_rows_and_columns(
+    shape: Shape, r: int, data: st.DataObject
+) -> None:
     model = nn.Sequential(nn.Linear(*shape, dtype=torch.float64))
     report = randlora.inject(model, r=r, basis="block", blocks=default_blocks(r, ()))  # which may leave entries out
     fill(model)
     assert torch.linalg.matrix_rank(randlora.delta_weight(model, "0"), rtol=1e-11) == report.rows[0].expected_rank
+    blocks = data.draw(st.tuples(*2 * [st.sampled_from(divisors(r))]))
+    parts = block_parts(max(shape), min(shape), r, blocks)
+    assert [sum(part[side] for part in parts) for side in (0, 1)] == [max(shape), min(shape)]
 
 
-@given(max_dim=sides, min_dim=sides, r=st.integers(1, 40), data=st.data())
-def test_the_parts_of_a_block_update_share_out_its_rows_and_columns(
-    max_dim: int, min_dim: int, r: int, data: st.DataObject
-) -> None:
-    divisors = st.sampled_from([size for size in range(1, r + 1) if r % size == 0])
-    parts = block_parts(max_dim, min_dim, r, (data.draw(divisors), data.draw(divisors)))
-    assert [sum(part[side] for part in parts) for side in (0, 1)] == [max_dim, min_dim]
+def test_kinds_are_registered_under_their_names_with_their_streams() -> None:
+    assert set(KINDS) == set(get_args(BasisKind))
+    assert {(name, stream) for name, kind in KINDS.items() for stream in kind.draws} == set(KINDS_AND_STREAMS)
+    flags = [kind.peft_flags for kind in KINDS.values() if kind.peft_flags is not None]
+    assert len(flags) == len(set(flags)), "two kinds would be the same to PEFT"
+    for kind in KINDS:
+        spec = spec_for(RandLoRAConfig(basis=kind), 32, [(8, 8)])
+        assert spec.stream == ("portable" if kind == "block" else "torch")
+        assert (spec.blocks is not None) == (kind == "block")
 
 
 @pytest.mark.parametrize(
-    ("shape", "r", "expected"), [((18, 18), 16, 17), ((100, 100), 32, 98), ((104, 104), 32, 104), ((768, 768), 32, 768)]
+    ("facts", "message"),
+    [
+        (("dense", "torch", 0, 0, 4, 4), "positive integer"),
+        (("dense", "torch", 0, 2, 0, 4), "positive integer"),
+        (("dense", "torch", 0, 2, 4, True), "positive integer"),
+        (("dense", "portable", 0, 2, 4, 4, (1, 1)), "block"),
+        (("block", "portable", 0, 2, 4, 4, None), "block"),
+        (("block", "torch", 0, 2, 4, 4, (1, 1)), "block"),
+    ],
 )
-def test_expected_rank_of_block_updates(shape: tuple[int, int], r: int, expected: int) -> None:
-    """All sides that b divides are full, and all layers of many bases."""
-    config = RandLoRAConfig(r=r, basis="block", blocks=default_blocks(r, ()))
-    assert spec_for(config, r, [shape]).expected_rank(*shape) == expected
+def test_a_spec_that_means_no_bases_is_refused(facts: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BasisSpec(*facts)
 
 
-@pytest.mark.parametrize("basis", ["dense", "sparse", "very_sparse", "block"])
-def test_stream_defaults_to_the_one_the_kind_has(basis: str) -> None:
-    spec = spec_for(RandLoRAConfig(basis=basis), 32, [(8, 8)])  # type: ignore[arg-type]
-    assert spec.stream == ("portable" if basis == "block" else "torch")
-    assert (spec.blocks is not None) == (basis == "block")
-
-
-@pytest.mark.parametrize("sizes", [(0, 4, 4), (2, 0, 4), (2, 4, -1), (2, 4, True)], ids=str)
-def test_sizes_that_are_no_positive_integers_are_refused(sizes: tuple[int, int, int]) -> None:
-    with pytest.raises(ConfigError, match="positive integer"):
-        BasisSpec("dense", "torch", 0, *sizes)
-
-
-@pytest.mark.parametrize(("kind", "blocks"), [("dense", (1, 1)), ("block", None)])
-def test_blocks_go_with_block_and_with_nothing_else(kind: str, blocks: tuple[int, int] | None) -> None:
-    with pytest.raises(ConfigError, match="block"):
-        BasisSpec(kind, "portable", 0, 2, 4, 4, blocks)  # type: ignore[arg-type]
-
-
-def test_every_name_of_a_kind_is_registered_and_no_other() -> None:
-    assert set(KINDS) == set(get_args(BasisKind))
-
-
-def test_every_kind_is_tested_with_every_stream_that_it_has() -> None:
-    assert {(name, stream) for name, kind in KINDS.items() for stream in kind.draws} == set(KINDS_AND_STREAMS)
-
-
-def test_no_two_kinds_are_the_same_to_peft() -> None:
-    flags = [kind.peft_flags for kind in KINDS.values() if kind.peft_flags is not None]
-    assert len(flags) == len(set(flags))
-
-
-@pytest.mark.parametrize("name", get_args(BasisKind))
-def test_the_dtype_of_a_kind_is_that_of_its_draws(name: BasisKind) -> None:
-    for stream in KINDS[name].draws:
-        basis = Basis(BasisSpec(name, stream, 0, 8, 40, 24, KINDS[name].default_blocks(8, ())))
-        basis.extend(40, 24)
-        assert {matrix.values.dtype for matrix in basis.matrices()} == {KINDS[name].dtype}
-
-
-@pytest.fixture
-def new_kind(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Register a kind, as its entry would, and name it."""
-
+def test_a_new_kind_is_an_entry_and_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def draw(spec: BasisSpec, max_dim: int, min_dim: int) -> tuple[CompactMatrix, CompactMatrix]:
         columns_B = count_bases(min_dim, spec.r) * spec.r
         sizes = ((spec.r, min_dim), (max_dim, columns_B))
         drawn = [torch.outer(torch.arange(rows), torch.arange(columns)).sin().bfloat16() for rows, columns in sizes]
         return CompactMatrix(drawn[0], min_dim), CompactMatrix(drawn[1], columns_B)
 
-    monkeypatch.setitem(KINDS, "sine", replace(DENSE, draws={"portable": draw}, peft_flags=None))  # type: ignore[misc]
+    new_kind: Any = "sine"
+    monkeypatch.setitem(KINDS, new_kind, replace(DENSE, draws={"portable": draw}, peft_flags=None))
     monkeypatch.setitem(OPTIONS, "basis", replace(OPTIONS["basis"], type=Literal["dense", "sparse", "block", "sine"]))
-    return "sine"
-
-
-def test_a_new_kind_is_an_entry_and_a_name(new_kind: Any, tmp_path: Path) -> None:
-    plain = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
-    model, x = nn.Sequential(*plain), torch.randn(3, 8)
+    model, x = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)), torch.randn(3, 8)
+    with pytest.raises(ConfigError, match="sine bases need stream=portable, got stream='torch'"):
+        randlora.plan(model, r=4, targets="all-linear", basis=new_kind, stream="torch")
     spec = randlora.inject(model, r=4, targets="all-linear", basis=new_kind).specs[0]
     assert (spec.kind, spec.stream) == ("sine", "portable")
     fill(model)
@@ -142,6 +130,93 @@ def test_a_new_kind_is_an_entry_and_a_name(new_kind: Any, tmp_path: Path) -> Non
     assert_close(model(x).detach(), adapted.detach(), torch.float32)
 
 
-def test_a_stream_that_a_kind_does_not_have_is_refused(new_kind: Any) -> None:
-    with pytest.raises(ConfigError, match="sine bases need stream=portable, got stream='torch'"):
-        randlora.plan(nn.Sequential(nn.Linear(8, 12)), r=4, targets="all-linear", basis=new_kind, stream="torch")
+# Blocks
+
+
+@given(r=st.integers(1, 96), counts=st.sets(st.integers(1, 12), max_size=3))
+def test_default_blocks_reach_all_entries_and_no_larger_ones_do(r: int, counts: set[int]) -> None:
+    every = [(c, b) for c in divisors(r) for b in divisors(r)]
+    for blocks in every:
+        for num_bases in counts:
+            assert reach_all(blocks, num_bases) == is_reached(r, blocks, num_bases), (blocks, num_bases)
+    c, b = default_blocks(r, counts)
+    allowed = [(more_c, more_b) for more_c, more_b in every if more_b <= 8 and (more_c == 1 or r // more_c >= 8)]
+    reaching = [pair for pair in allowed if all(is_reached(r, pair, num_bases) for num_bases in counts)]
+    assert (c, b) in reaching
+    assert not [pair for pair in reaching if pair != (c, b) and pair[0] >= c and pair[1] >= b]
+    if min(counts, default=8) >= 8:
+        assert (c, b) == max(allowed)
+
+
+def test_the_table_of_the_docs_has_the_default_blocks() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "method_bases.md").read_text(encoding="utf-8")
+    for r in (16, 32, 64):
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| r = {r} |"))
+        blocks = [default_blocks(r, {num_bases, 8, 33}) for num_bases in range(1, 9)]
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == [str(each) for each in blocks]
+
+
+@pytest.mark.medium
+@given(shapes=st.lists(st.tuples(sides, sides), min_size=1, max_size=3), r=st.sampled_from([6, 8, 16, 24, 32, 48, 64]))
+@example([(100, 100)], 32)
+@example([(300, 260), (32, 50)], 32)
+def test_default_blocks_leave_out_no_entry_and_no_rank(shapes: list[Shape], r: int) -> None:
+    model = layers(*shapes, r=r)
+    for index, shape in enumerate(shapes):
+        update = randlora.delta_weight(model, str(index))
+        assert (update != 0).all()
+        assert torch.linalg.matrix_rank(update, rtol=1e-12) == min(shape)
+
+
+@given(shape=st.tuples(sides, sides), data=st.data())
+def test_a_report_says_where_given_blocks_leave_entries_out(shape: Shape, data: st.DataObject) -> None:
+    r = data.draw(st.sampled_from([12, 16, 32]))
+    blocks = data.draw(st.tuples(*2 * [st.sampled_from(divisors(r))]))
+    model = nn.Sequential(nn.Linear(*shape, bias=False), nn.Linear(r * 33, r * 33, bias=False, device="meta"))
+    report = randlora.plan(model, r, targets="all", basis="block", blocks=blocks)
+    is_left = not is_reached(r, blocks, count_bases(min(shape), r))
+    told = [note for note in report.notes if note.startswith("blocks=")]
+    assert [f"{blocks} leave entries of the update always zero in 0," in note for note in told] == [True] * is_left
+
+
+def test_layers_of_one_rank_share_blocks_and_those_of_another_have_their_own() -> None:
+    model = nn.Sequential(nn.Linear(320, 320), nn.Linear(320, 50), nn.Linear(50, 64))
+    assert not randlora.plan(model, 32, targets=["0"], basis="block").notes
+    planned = randlora.plan(model, {"2": 16, ".*": 32}, targets="all", basis="block")
+    report = randlora.inject(model, {"2": 16, ".*": 32}, targets="all", basis="block")
+    assert planned == report
+    assert {spec.r: spec.blocks for spec in report.specs} == {32: (4, 2), 16: (2, 4)}
+    assert report.notes == (
+        "blocks=(4, 2) instead of (4, 8) for r=32: few bases in 1",
+        "blocks=(2, 4) instead of (2, 8) for r=16: few bases in 2",
+    )
+
+
+@pytest.mark.parametrize("shape", [(14, 18), (20, 28)], ids=str)
+def test_a_file_with_the_blocks_of_earlier_defaults_means_what_it_did(shape: Shape, tmp_path: Path) -> None:
+    """Those did not look at the number of bases."""
+    old = layers(shape, r=16, blocks=(2, 8))
+    randlora.save(old, tmp_path / "saved")
+    reseal(tmp_path / "saved", config=RandLoRAConfig(r=16, targets=["0"], basis="block"))
+    update = randlora.delta_weight(old, "0")
+    assert not (update != 0).all()
+    with pytest.raises(CheckpointError, match=r"blocks=.*, and in the files .*blocks=\(2, 8\)\)"):
+        randlora.swap(layers(shape, r=16), tmp_path / "saved")
+    model = nn.Sequential(nn.Linear(*shape[::-1], bias=False, dtype=torch.float64))
+    report = randlora.load(model, tmp_path / "saved")
+    assert "blocks=(2, 8) leave entries of the update always zero in 0" in str(report)
+    randlora.save(model, tmp_path / "again")
+    randlora.serving.combine(model, {"default": 1.0}, name="twin")
+    assert {info.specs[0].blocks for info in randlora.adapters(model)} == {(2, 8)}
+    randlora.swap(model, tmp_path / "again", name="default")
+    for name in ("default", "twin"):
+        assert same_bits(randlora.delta_weight(model, "0", name=name), update)
+
+
+def test_a_sum_is_on_the_bases_of_its_adapters_if_they_have_other_blocks_than_by_default() -> None:
+    model = nn.Sequential(nn.Linear(30, 40), nn.Linear(14, 18))
+    randlora.inject(model, r=8, targets=["0"], basis="block", name="a")
+    randlora.inject(model, r=16, targets=["1"], basis="block", blocks=(2, 8), name="b")
+    fill(fill(model, "a"), "b")
+    randlora.serving.combine(model, {"a": 1.0, "b": 1.0}, name="c")
+    assert same_bits(randlora.delta_weight(model, "1", name="c"), randlora.delta_weight(model, "1", name="b"))
