@@ -291,7 +291,7 @@ def test_a_bank_shares_bases_of_one_family_that_are_large_enough() -> None:
     assert bank.find(replace(SMALL, max_dim=10, min_dim=6), used=(10, 6)) is held
     assert bank.find(replace(SMALL, max_dim=10, min_dim=6)) is None, "a file wants the bits it was trained with"
     for other in ({"seed": 1}, {"kind": "sparse"}, {"stream": "portable"}, {"r": 2}, {"max_dim": 16}):
-        wanted = replace(SMALL, **other)  # type: ignore[arg-type]
+        wanted = replace(SMALL, **other)
         assert bank.find(wanted, used=(wanted.max_dim, wanted.min_dim)) is None
     twin = copy.deepcopy(bank)
     blocks = BasisSpec("block", "portable", 0, 4, 12, 8, (2, 2))

@@ -87,7 +87,7 @@ def test_a_layer_computes_the_same_with_written_out_block_bases(shape: tuple[int
     weight, grad = torch.randn(shape, dtype=torch.float64), torch.randn(tokens, shape[0], dtype=torch.float64)
     found = []
     for compute in ("auto", "factored"):
-        output = adapted_linear(x, made, Diagonals(lam, gamma, 0.7), weight=weight, compute=compute)  # type: ignore[arg-type]
+        output = adapted_linear(x, made, Diagonals(lam, gamma, 0.7), weight=weight, compute=compute)
         found.append((output, *torch.autograd.grad(output, leaves, grad)))
     torch.testing.assert_close(*found)
 

@@ -65,12 +65,6 @@ def oracle(model: nn.Sequential, shape: tuple[int, int]) -> Tensor:
     return reference.delta_weight(*bases, lam, gamma, 2.0, in_features=shape[0])
 
 
-def test_everything_of_an_adapted_model_is_on_the_device() -> None:
-    model = adapted(KINDS["Linear"], (6, 9), torch.float32, "dense")
-    assert {tensor.device.type for tensor in model.state_dict().values()} == {torch.device(DEVICE).type}
-    assert model(random(2, 6)).device.type == torch.device(DEVICE).type
-
-
 @dense_kinds
 @every_dtype
 @every_basis
@@ -96,9 +90,8 @@ def test_an_adapter_adds_the_oracles_update(
 def test_a_fresh_adapter_leaves_every_bit_of_the_output(
     kind: LayerKind, dtype: torch.dtype, basis: str, compute: Compute
 ) -> None:
-    base = kind.build(96, 160, True, dtype)
-    plain = nn.Sequential(copy.deepcopy(base)).to(DEVICE)
-    model = nn.Sequential(base).to(DEVICE)
+    plain = nn.Sequential(kind.build(96, 160, True, dtype)).to(DEVICE)
+    model = copy.deepcopy(plain)
     randlora.inject(model, r=8, basis=basis)  # type: ignore[arg-type]
     randlora.set_compute(model, compute)
     for tokens in (1, 7, 512):
@@ -119,6 +112,7 @@ def test_merging_computes_the_same_and_unmerging_restores_every_bit(
         assert_close(model(x).detach(), expected, dtype)
     assert_unchanged(model, before)
     assert same_bits(model(x).detach(), expected)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {torch.device(DEVICE).type}
 
 
 @every_compute
@@ -138,7 +132,7 @@ def test_gradients_are_those_of_finite_differences(shape: tuple[int, int], basis
 
 @every_basis
 @every_dtype
-@pytest.mark.parametrize("tokens", [1, 40, 700])
+@pytest.mark.parametrize("tokens", [1, 700])
 def test_every_way_to_compute_gives_the_same_output_and_gradients(basis: str, dtype: torch.dtype, tokens: int) -> None:
     model = adapted(KINDS["Linear"], (96, 160), dtype, basis, r=8)
     x, grad = random(tokens, 96, dtype=dtype).requires_grad_(), random(tokens, 160, dtype=dtype)
@@ -196,25 +190,17 @@ def test_a_model_that_moves_takes_its_adapter_along(basis: str) -> None:
 
 @quantized
 @pytest.mark.parametrize("basis", ["dense", "block"])
-def test_an_adapter_adds_the_oracles_update_to_a_quantized_layer(
+def test_an_adapter_adds_the_oracles_update_to_a_quantized_layer_and_is_unmerged_to_every_bit(
     kind: LayerKind, dtype: torch.dtype, basis: str
 ) -> None:
-    base = kind.build(64, 128, True, dtype)
-    model = nn.Sequential(base).to(DEVICE)
+    model = nn.Sequential(kind.build(64, 128, True, dtype)).to(DEVICE)
     x = random(5, 64, dtype=dtype)
     plain = model(x).detach()
     randlora.inject(model, r=4, alpha=8, basis=basis, stream="portable")  # type: ignore[arg-type]
     assert same_bits(model(x).detach(), plain)
     fill(model)
-    expected = plain.double() + x.double() @ oracle(model, (64, 128)).to(DEVICE).T
+    before, expected = snapshot(model), plain.double() + x.double() @ oracle(model, (64, 128)).to(DEVICE).T
     assert_close(model(x).detach(), expected, dtype)
-
-
-@quantized
-@pytest.mark.parametrize("basis", ["dense", "block"])
-def test_a_quantized_layer_is_unmerged_to_every_bit_and_trains(kind: LayerKind, dtype: torch.dtype, basis: str) -> None:
-    model = adapted(kind, (64, 128), dtype, basis, r=4)
-    before, x = snapshot(model), random(5, 64, dtype=dtype)
     with randlora.merged(model):
         model(x)
     assert_unchanged(model, before)

@@ -14,8 +14,6 @@ from typing import Any, Literal, TypedDict
 import peft
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 import randlora
@@ -51,15 +49,19 @@ class Bytes:
         return b"x"
 
 
-NO_PATHS: tuple[Any, ...] = (None, 7, b"bytes", [], ["a"], object(), "", "a\0b", BadPath(), Bytes(), 10**5000)
-NO_NAMES: tuple[Any, ...] = (7, b"bytes", [], object())
-NO_FLAGS: tuple[Any, ...] = (1, "yes", None, [], 0.0)
-NO_NUMBERS: tuple[Any, ...] = ("a", [], True, float("nan"), float("inf"), 10**400, None, object())
+NO_PATHS: tuple[Any, ...] = (None, 7, "a\0b")
+EVERY_NO_PATH: tuple[Any, ...] = (
+    *(*NO_PATHS, b"bytes", [], ["a"], object(), ""),
+    *(BadPath(), Bytes(), 10**5000, "a" * 300 + "/b"),
+)
+NO_NAMES: tuple[Any, ...] = (7, b"bytes", [])
+NO_FLAGS: tuple[Any, ...] = (1, "yes", None)
+NO_NUMBERS: tuple[Any, ...] = ("a", True, float("nan"), float("inf"), 10**400, None)
 
 files = randlora.files
 Call = Callable[[Any, Path, Path, Path], object]
 ON_FILES: dict[str, tuple[tuple[Any, ...], Call]] = {
-    "load source": (NO_PATHS, lambda bad, *_: randlora.load(LINEAR.build(), bad)),
+    "load source": (EVERY_NO_PATH, lambda bad, *_: randlora.load(LINEAR.build(), bad)),
     "load trainable": (NO_FLAGS, lambda bad, ours, *_: randlora.load(LINEAR.build(), ours, trainable=bad)),
     "load active": ((1, "no", []), lambda bad, ours, *_: randlora.load(LINEAR.build(), ours, active=bad)),
     "load name": ((*NO_NAMES, None), lambda bad, ours, *_: randlora.load(LINEAR.build(), ours, name=bad)),
@@ -69,7 +71,7 @@ ON_FILES: dict[str, tuple[tuple[Any, ...], Call]] = {
     "save directory": (NO_PATHS, lambda bad, *_: randlora.save(trained(LINEAR), bad)),
     "save name": (NO_NAMES, lambda bad, _, __, out: randlora.save(trained(LINEAR), out, name=bad)),
     "save model": ((None, 7), lambda bad, _, __, out: randlora.save(bad, out)),
-    "plan": (NO_PATHS, lambda bad, *_: files.plan(bad)),
+    "plan": (EVERY_NO_PATH, lambda bad, *_: files.plan(bad)),
     "inspect": (NO_PATHS, lambda bad, *_: files.inspect(bad)),
     "inspect base": (NO_PATHS[1:], lambda bad, ours, *_: files.inspect(ours, bad)),
     "inspect prefix": (NO_NAMES, lambda bad, ours, base, _: files.inspect(ours, base, prefix=bad)),
@@ -85,7 +87,7 @@ ON_FILES: dict[str, tuple[tuple[Any, ...], Call]] = {
         lambda bad, ours, _, out: files.convert(ours, out, "lora", rank=bad, tolerance=1),
     ),
     "convert tolerance": (
-        (*NO_NUMBERS[:-2], -0.1, 1.1),
+        (*NO_NUMBERS[:-1], -0.1, 1.1),
         lambda bad, ours, _, out: files.convert(ours, out, "lora", tolerance=bad),
     ),
     "convert overwrite": (NO_FLAGS, lambda bad, ours, _, out: files.convert(ours, out, overwrite=bad)),
@@ -101,7 +103,6 @@ ON_FILES: dict[str, tuple[tuple[Any, ...], Call]] = {
         lambda bad, ours, base, out: files.merge(ours, out, base=base, dtype=bad),
     ),
 }
-BAD = {f"{name} {index}": (call, bad) for name, (values, call) in ON_FILES.items() for index, bad in enumerate(values)}
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +114,13 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return parent
 
 
-@pytest.mark.parametrize(("call", "bad"), BAD.values(), ids=BAD)
-def test_a_bad_argument_is_our_error_and_nothing_is_written(call: Call, bad: object, places: Path) -> None:
+@pytest.mark.parametrize(("values", "call"), ON_FILES.values(), ids=ON_FILES)
+def test_a_bad_argument_is_our_error_and_nothing_is_written(values: tuple[Any, ...], call: Call, places: Path) -> None:
     before = contents(places)
-    with pytest.raises(RandLoRAError) as caught:
-        call(bad, places / "ours", places / "base", places / "out")
-    assert len(str(caught.value)) < 1500
+    for bad in values:
+        with pytest.raises(RandLoRAError) as caught:
+            call(bad, places / "ours", places / "base", places / "out")
+        assert len(str(caught.value)) < 1500
     assert contents(places) == before
 
 
@@ -128,15 +130,6 @@ def test_a_bad_argument_of_load_leaves_the_model_alone(places: Path) -> None:
     for wrong in options:
         with untouched(model), pytest.raises(ConfigError):
             randlora.load(model, places / "ours", name="second", **wrong)
-
-
-@pytest.mark.parametrize("long", ["a" * 5000, "a/" * 3000 + "b", "a" * 300 + "/b"])
-def test_a_name_longer_than_a_system_has_is_our_error(long: str) -> None:
-    for call in (files.inspect, files.plan):
-        with pytest.raises(RandLoRAError):
-            call(long)
-    with pytest.raises(RandLoRAError):
-        randlora.load(LINEAR.build(), long)
 
 
 class Facts(TypedDict):
@@ -170,22 +163,15 @@ WRONG: list[tuple[object, Any, str]] = [
     ("1", int | list[int], "x must be an integer or a list, got '1'"),
     (["1"], int | list[int], "x[0] must be an integer, got '1'"),
     ("c", Literal["a", "b"], "x must be one of a, b, got 'c'"),
-    (
-        "dens",
-        Literal["dense", "sparse"] | None,
-        "x must be one of dense, sparse or None, got 'dens': did you mean 'dense'?",
-    ),
+    ("dens", Literal["dense", "b"] | None, "x must be one of dense, b or None, got 'dens': did you mean 'dense'?"),
 ]
 
 
-@pytest.mark.parametrize(("value", "hint"), GOOD, ids=str)
-def test_what_is_of_a_type_is_no_problem(value: object, hint: Any) -> None:
-    assert [*mistyped(value, hint, "x")] == []
-
-
-@pytest.mark.parametrize(("value", "hint", "message"), WRONG, ids=str)
-def test_what_is_not_of_a_type_is_named(value: object, hint: Any, message: str) -> None:
-    assert next(mistyped(value, hint, "x")) == message
+def test_what_is_not_of_a_type_is_named() -> None:
+    for value, hint in GOOD:
+        assert [*mistyped(value, hint, "x")] == []
+    for value, hint, message in WRONG:
+        assert next(mistyped(value, hint, "x")) == message
 
 
 VERBS = (randlora.inject, randlora.plan, randlora.training_memory, randlora.files.plan, randlora.files.training_memory)
@@ -207,31 +193,26 @@ def test_an_option_that_a_call_does_not_have_is_answered_in_its_own_name(verb: A
 
 
 def test_every_option_of_pefts_configs_is_answered() -> None:
-    known = inspect.signature(randlora.inject).parameters.keys()
+    own = inspect.signature(randlora.inject).parameters.keys()
     theirs = {field.name for config in (peft.LoraConfig, peft.RandLoraConfig) for field in fields(config)}
-    assert theirs - known <= MEANT.keys()
-    assert not MEANT.keys() & known
+    assert theirs - own <= MEANT.keys()
+    assert not MEANT.keys() & own
     with pytest.raises(OptionError) as caught:
         randlora.inject(small(), **peft.LoraConfig(target_modules=["0"], use_dora=True).to_dict())
-    assert "and 1 more" not in str(caught.value)
     assert all(word in str(caught.value) for word in ("use targets=", "use alpha=", "use_dora=: leave it out"))
-
-
-def test_the_answers_name_options_that_there_are() -> None:
     known = {*inspect.signature(randlora.inject).parameters, *inspect.signature(randlora.save).parameters}
     for answer in MEANT.values():
         assert {*re.findall(r"(\w+)=", answer)} <= known | {"use_rslora"}
         assert answer.startswith(("use ", "leave it out"))
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_of_peft_is_answered_with_one_that_there_is(name: str) -> None:
-    with pytest.raises(AttributeError, match=f"'{name}': call ") as caught:
-        getattr(randlora, name)
-    assert not hasattr(randlora, name)
-    called = re.findall(r"randlora\.([\w.]+)\(", str(caught.value))
-    assert called
-    assert all(callable(operator.attrgetter(each)(randlora)) for each in called)
+def test_a_call_of_peft_is_answered_with_one_that_there_is() -> None:
+    for name in CALLS:
+        with pytest.raises(AttributeError, match=f"'{name}': call ") as caught:
+            getattr(randlora, name)
+        called = re.findall(r"randlora\.([\w.]+)\(", str(caught.value))
+        assert called
+        assert all(callable(operator.attrgetter(each)(randlora)) for each in called)
 
 
 def test_a_report_that_is_taken_for_the_model_says_where_the_model_is() -> None:
@@ -283,11 +264,10 @@ def test_the_parameters_to_train_can_be_listed_again_and_again() -> None:
     assert nn.utils.clip_grad_norm_(parameters, 1.0) == 0
 
 
-@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, lambda model: model.to("cpu", torch.half)])
-def test_training_in_half_precision_by_a_conversion_is_warned_of_with_the_way_back(convert: Any) -> None:
+def test_training_in_half_precision_by_a_conversion_is_warned_of_with_the_way_back() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     randlora.inject(model, 2, train_also=["1"])
-    convert(model)  # which may be for inference
+    model.half()  # which may be for inference
     with pytest.warns(UserWarning, match="where small steps are lost: convert the model before inject") as caught:
         randlora.trainable_parameters(model)
     assert [warning.filename for warning in caught] == [__file__]
@@ -307,36 +287,17 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "builtin"), KINDS, ids=lambda kind: kind.__name__)
-def test_every_error_is_one_of_ours_and_one_of_pythons(error: type[Exception], builtin: type[Exception]) -> None:
-    assert issubclass(error, RandLoRAError)
-    assert issubclass(error, builtin)
-
-
-def test_no_problems_raise_nothing() -> None:
+def test_errors_are_ours_and_pythons_and_list_all_problems_up_to_a_number() -> None:
+    assert all(issubclass(error, RandLoRAError) and issubclass(error, builtin) for error, builtin in KINDS)
     raise_collected(ConfigError, [], doing="inject")
-
-
-def test_one_problem_is_one_line() -> None:
     with pytest.raises(TargetError, match=r"^cannot inject: no such layer$"):
         raise_collected(TargetError, ["no such layer"], doing="inject")
-
-
-def test_several_problems_are_counted_and_listed_in_order() -> None:
-    with pytest.raises(MergeError) as caught:
-        raise_collected(MergeError, ["one", "two", "three"], doing="merge")
-    assert str(caught.value) == "cannot merge, 3 problems:\n  - one\n  - two\n  - three"
-
-
-@given(st.integers(2, 1000), st.sampled_from([(TargetError, 5), (ConfigError, 100), (OptionError, 100)]))
-def test_however_many_problems_there_are_five_or_all_options_are_shown_and_the_rest_counted(
-    count: int, kind: tuple[type[RandLoRAError], int]
-) -> None:
-    error, most = kind
-    problems = [f"problem {index}" for index in range(count)]
-    with pytest.raises(error) as caught:
-        raise_collected(error, problems, doing="inject")
-    first, *lines = str(caught.value).splitlines()
-    assert first == f"cannot inject, {count} problems:"
-    assert lines[:most] == [f"  - {problem}" for problem in problems[:most]]
-    assert lines[most:] == ([f"  - and {count - most} more"] if count > most else [])
+    for error, most in ((TargetError, 5), (ConfigError, 100), (OptionError, 100)):
+        for count in (2, 5, 6, 100, 101):
+            problems = [f"problem {index}" for index in range(count)]
+            with pytest.raises(error) as caught:
+                raise_collected(error, problems, doing="inject")
+            first, *lines = str(caught.value).splitlines()
+            assert first == f"cannot inject, {count} problems:"
+            assert lines[:most] == [f"  - {problem}" for problem in problems[:most]]
+            assert lines[most:] == ([f"  - and {count - most} more"] if count > most else [])
