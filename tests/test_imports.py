@@ -31,7 +31,6 @@ ROOMS.insert(ROOMS.index("api") + 1, "")  # the package itself
 
 OPTIONAL = {
     "disk.hub": {"huggingface_hub"},
-    "files.load_model": {"transformers"},
     "files.transformers_model": {"transformers"},
     "integrations.axolotl": {"axolotl", "pydantic"},
     "integrations.lightning": set(),  # by importlib, whichever of its packages there is

@@ -20,6 +20,7 @@ from torch import Tensor
 from randlora.bases.spec import KINDS
 from randlora.checkpoint.header import HEADER_KEY, SEAL_WORD, Header, parse_header
 from randlora.checkpoint.peft_config import (
+    BASE_FIELD,
     CLASS_FIELDS,
     CONFIG_FILE,
     PEFT_TYPE,
@@ -48,7 +49,7 @@ from randlora.checkpoint.tensors import (
 from randlora.config import LayerOptions, RandLoRAConfig, Stream
 from randlora.disk.formats import Shard, is_equal, is_there, open_shard, read_json, read_tensor
 from randlora.disk.hub import local_path
-from randlora.errors import CheckpointError, raise_collected
+from randlora.errors import CheckpointError, raise_collected, spelled
 from randlora.hints import mistyped, shortly
 from randlora.targets.options import listed, options_listed
 
@@ -336,3 +337,16 @@ def disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str]
     ]
     reason = "the files come from different saves, or the JSON was edited, which does not change options"
     return [f"{CONFIG_FILE} says {' and '.join(found)}; the latter is used: {reason}; save it again"] if found else []
+
+
+def named_base(adapters: Mapping[str, AdapterFile]) -> str:
+    """Return the base model that all adapters name. No name, or different names, raise a `CheckpointError`."""
+    named = {adapter: file.fields.get(BASE_FIELD) for adapter, file in adapters.items()}
+    give = f"give {spelled('base')}, a directory or a repository"
+    for adapter, name in named.items():
+        if not isinstance(name, str) or not name:
+            raise CheckpointError(f"{adapter!r} names no base model ({BASE_FIELD} is {shortly(name)}): {give}")
+    first, *others = dict.fromkeys(named.values())
+    if others:
+        raise CheckpointError(f"the adapters name different base models, {first!r} and {others[0]!r}: {give}")
+    return str(first)

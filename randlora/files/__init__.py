@@ -11,10 +11,10 @@ layer, and `changes` are what adapters do to a checkpoint.
 import randlora.features as _features  # noqa: F401  (importing it registers what features have)
 from randlora.files.convert import convert, join
 from randlora.files.inspect import inspect, verify
-from randlora.files.load_model import load_model
 from randlora.files.merge import merge
 from randlora.files.plan import plan, training_memory
 from randlora.files.save_merged import save_merged
+from randlora.files.transformers_model import load_model
 from randlora.report import Progress
 
 __all__ = [

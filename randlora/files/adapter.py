@@ -21,7 +21,6 @@ from randlora.config import Stream, by_rank
 from randlora.disk.replace import is_free
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
-from randlora.hints import shortly
 from randlora.layers.update import Update, sum_updates
 from randlora.targets.census import Shapes, sizes
 
@@ -72,19 +71,6 @@ class OpenAdapter:
                 f"give {spelled('base')}, the directory of its base model{f', {named!r}' if named else ''}"
             )
         return self.shapes
-
-
-def named_base(adapters: Mapping[str, AdapterFile]) -> str:
-    """Return the base model that all adapters name. No name, or different names, raise a `CheckpointError`."""
-    named = {adapter: file.fields.get(BASE_FIELD) for adapter, file in adapters.items()}
-    give = f"give {spelled('base')}, a directory or a repository"
-    for adapter, name in named.items():
-        if not isinstance(name, str) or not name:
-            raise CheckpointError(f"{adapter!r} names no base model ({BASE_FIELD} is {shortly(name)}): {give}")
-    first, *others = dict.fromkeys(named.values())
-    if others:
-        raise CheckpointError(f"the adapters name different base models, {first!r} and {others[0]!r}: {give}")
-    return str(first)
 
 
 def out_problems(out: Path, inputs: Iterable[str | os.PathLike[str]], *, overwrite: bool) -> list[str]:

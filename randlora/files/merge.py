@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from randlora.checkpoint.read import AdapterFile, locate, read_adapter
+from randlora.checkpoint.read import AdapterFile, locate, named_base, read_adapter
 from randlora.config import Factor, Source, Sources, Stream
 from randlora.disk.formats import Planned, Shard, is_there, write_tensor_file
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected, spelled
-from randlora.files.adapter import named_base, out_problems
+from randlora.files.adapter import out_problems
 from randlora.files.base_fit import open_base, read_base
 from randlora.files.changes import Changes, find_changes, naming
 from randlora.files.model_directory import (
