@@ -19,8 +19,7 @@ from benchmarks.held import peak_of
 from benchmarks.memory import kept_by
 from randlora.errors import ConfigError, RandLoRAError
 from randlora.functional.cost import Pass
-from randlora.model.memory import TrainingMemory
-from randlora.model.memory_codes import planned_codes
+from randlora.model.memory import TrainingMemory, planned_codes
 from randlora.state import adapted_root
 from randlora.targets.census import Census
 from tests.model_directories import write
@@ -252,7 +251,7 @@ def test_what_a_llama_keeps_for_backward_is_counted(dtype: torch.dtype, targets:
 def test_the_work_is_that_of_the_operators_that_run(
     basis: Any, tokens: int, checkpointing: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for user in ("functional.pairs", "model.memory"):  # a counter of operators has no passes
+    for user in ("functional.pairs", "model.activations"):  # a counter of operators has no passes
         monkeypatch.setattr(f"randlora.{user}.pass_over", lambda *_: Pass(0, is_measured=True))
     model = nn.ModuleDict({"a": nn.Linear(*shape, bias=False)})
     weight, down, up = model.get_parameter("a.weight").detach(), leaf(32, shape[0]), leaf(shape[1], 32)
