@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +22,10 @@ import randlora
 from randlora.disk import replace
 from randlora.disk.replace import Files, is_free, new_directory, scratch_for, write_files
 from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, HEADED, TENSORS_FILE, trained
-from tests.further import further
 from tests.kit import adapter_values, all_bits, snapshot
+from tests.model_directories import contents
 
 OLD = {"one": b"old one", "two": b"old two"}
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Read every file, hidden ones included."""
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def write(directory: Path, **texts: bytes | Callable[[Path], object]) -> int:
@@ -58,77 +52,58 @@ def fail_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
     return failing
 
 
-def test_files_are_written_and_nothing_else(tmp_path: Path) -> None:
-    assert write(tmp_path / "a" / "b", one=b"1", two=b"22") == 3
-    assert contents(tmp_path / "a" / "b") == {"one": b"1", "two": b"22"}
-
-
-def test_old_files_are_replaced_and_others_left_alone(tmp_path: Path) -> None:
-    write(tmp_path, **OLD, other=b"other")
-    write(tmp_path, one=b"1", two=b"2")
-    assert contents(tmp_path) == {"one": b"1", "two": b"2", "other": b"other"}
-
-
-def test_a_file_is_as_readable_as_any_new_one(tmp_path: Path) -> None:
-    before = os.umask(0o027)
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    """Set the umask, and check that it stays."""
+    before = os.umask(mask)
     try:
-        write(tmp_path, one=b"1")
+        yield
     finally:
-        os.umask(before)
-    assert (tmp_path / "one").stat().st_mode & 0o777 == 0o640
-    assert os.umask(before) == before, "the umask is as it was"
+        assert os.umask(before) == mask
 
 
-def test_a_file_is_as_readable_as_the_one_that_it_replaces(tmp_path: Path) -> None:
-    write(tmp_path, **OLD)
-    (tmp_path / "one").chmod(0o600)
-    write(tmp_path, one=b"1", two=b"2")
-    assert (tmp_path / "one").stat().st_mode & 0o777 == 0o600, "what was private stays private"
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_files_are_written_and_replaced_and_as_readable_as_any_or_as_those_before(tmp_path: Path) -> None:
+    place = tmp_path / "a" / "b"
+    with umask(0o027):
+        assert write(place, one=b"1", two=b"22", other=b"other") == 8
+    assert mode(place / "one") == 0o640
+    (place / "one").chmod(0o600)
+    write(place, one=b"11", two=b"2")
+    assert mode(place / "one") == 0o600, "what was private stays private"
+    assert contents(place) == {"one": b"11", "two": b"2", "other": b"other"}
+    with pytest.raises(OSError, match="one"):
+        write(place / "one", one=b"1")
+    assert contents(tmp_path) == {"a/b/one": b"11", "a/b/two": b"2", "a/b/other": b"other"}
 
 
 @pytest.mark.parametrize(("failing", "error"), [("one", ValueError), ("two", KeyboardInterrupt)])
-def test_a_writer_that_fails_half_way_leaves_the_old_files_whole(
-    failing: str, error: type[BaseException], tmp_path: Path
+def test_a_write_that_fails_half_way_leaves_the_old_files_whole(
+    failing: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_half(path: Path) -> None:
         path.write_bytes(b"hal")
         raise error("half-way")
 
-    texts: dict[str, bytes | Callable[[Path], object]] = {"one": b"1", "two": b"2", failing: write_half}
     write(tmp_path, **OLD)
+    texts: dict[str, bytes | Callable[[Path], object]] = {"one": b"1", "two": b"2", failing: write_half}
     with pytest.raises(error, match="half-way"):
         write(tmp_path, **texts)
     assert contents(tmp_path) == OLD
-
-
-@pytest.mark.parametrize("name", ["one", "two"])
-def test_a_directory_in_the_way_of_a_file_leaves_the_rest_whole(name: str, tmp_path: Path) -> None:
-    write(tmp_path, **OLD)
-    (tmp_path / name).unlink()
-    (tmp_path / name).mkdir()
-    with pytest.raises(OSError, match=name):
-        write(tmp_path, one=b"1", two=b"2")
-    (tmp_path / name).rmdir()
-    assert contents(tmp_path) == {other: text for other, text in OLD.items() if other != name}
-
-
-def test_the_old_files_come_back_where_the_file_system_has_no_links(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path, **OLD)
-    monkeypatch.setattr(Path, "hardlink_to", fail_at(1, Path.hardlink_to))
+    monkeypatch.setattr(Path, "hardlink_to", fail_at(1, Path.hardlink_to))  # as where the file system has no links
     monkeypatch.setattr(Path, "replace", fail_at(2, Path.replace))
     with pytest.raises(OSError, match="the disk refuses"):
         write(tmp_path, one=b"1", two=b"2")
     monkeypatch.undo()
     assert contents(tmp_path) == OLD
-
-
-def test_a_directory_that_is_a_file_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "taken").write_bytes(b"text")
-    with pytest.raises(OSError, match="taken"):
-        write(tmp_path / "taken", one=b"1")
-    assert contents(tmp_path) == {"taken": b"text"}
+    (tmp_path / failing).unlink()
+    (tmp_path / failing).mkdir()
+    with pytest.raises(OSError, match=failing):
+        write(tmp_path, one=b"1", two=b"2")
+    assert contents(tmp_path) == {other: text for other, text in OLD.items() if other != failing}
 
 
 @pytest.mark.parametrize(
@@ -140,13 +115,14 @@ def test_a_save_that_fails_leaves_the_older_adapter_loadable_and_the_model_alone
 ) -> None:
     old, model = trained(HEADED), trained(HEADED, r=4, seed=9)
     randlora.save(old, tmp_path)
-    before = snapshot(model)
+    before, card = snapshot(model), contents(tmp_path)[CARD_FILE]
     monkeypatch.setattr(target, name, fail_at(call, getattr(target, name)))
     with pytest.raises(OSError, match="the disk refuses"):
         randlora.save(model, tmp_path)
     monkeypatch.undo()
     assert snapshot(model) == before
     assert sorted(contents(tmp_path)) == [CARD_FILE, CONFIG_FILE, TENSORS_FILE]
+    assert contents(tmp_path)[CARD_FILE] == card
     twin = HEADED.build()
     randlora.load(twin, tmp_path)
     assert all_bits(adapter_values(twin)) == all_bits(adapter_values(old))
@@ -155,26 +131,7 @@ def test_a_save_that_fails_leaves_the_older_adapter_loadable_and_the_model_alone
 # New directories
 
 
-def test_a_new_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-    with new_directory(out) as new:
-        (new / "file").write_text("x")
-        assert not out.exists()
-    assert contents(out) == {"file": b"x"}
-    assert list(out.parent.iterdir()) == [out]
-
-
-def test_a_new_directory_is_as_readable_as_any(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        with new_directory(tmp_path / "out"):
-            pass
-    finally:
-        os.umask(before)
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
-
-
-def test_all_of_a_new_directory_is_flushed_before_its_rename_and_the_parent_after_it(
+def test_all_of_a_new_directory_is_flushed_before_it_appears_and_the_parent_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
@@ -186,15 +143,21 @@ def test_all_of_a_new_directory_is_flushed_before_its_rename_and_the_parent_afte
 
     monkeypatch.setattr(replace, "flush", lambda path: done.append(path.name))
     monkeypatch.setattr(Path, "rename", watched_rename)
-    with new_directory(tmp_path / "out") as new:
+    out = tmp_path / "deep" / "out"
+    with umask(0o027), new_directory(out) as new:
         (new / "folder").mkdir()
         (new / "folder" / "file").write_text("x")
-    assert sorted(done[:2]) == ["file", "folder"]
-    assert done[2:] == ["new", "new to out", tmp_path.name]
+        assert not out.exists()
+    assert {"file", "folder"} <= {*done[:-3]}
+    assert done[-3:] == ["new", "new to out", "deep"]
+    assert (contents(out), mode(out)) == ({"folder/file": b"x"}, 0o750)
+    assert list(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_nothing_is_left_of_a_block_that_raises(error: type[BaseException], tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_new_directory_that_fails(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail() -> None:
         with new_directory(tmp_path / "deep" / "er" / "out") as new:
             (new / "file").write_text("x")
@@ -202,12 +165,6 @@ def test_nothing_is_left_of_a_block_that_raises(error: type[BaseException], tmp_
 
     with pytest.raises(error):
         fail()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_nothing_is_left_of_a_directory_whose_name_cannot_be_flushed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(os, "fsync", fail_at(2, os.fsync))
     with pytest.raises(OSError, match="the disk refuses"), new_directory(tmp_path / "out"):
         pass
@@ -216,28 +173,23 @@ def test_nothing_is_left_of_a_directory_whose_name_cannot_be_flushed(
 
 def test_a_directory_is_replaced_as_a_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    with new_directory(out) as new:
-        (new / "first").write_text("x")
-    with new_directory(out, overwrite=True) as new:
-        (new / "second").write_text("y")
-    assert contents(out) == {"second": b"y"}
+    for name in ("first", "second"):
+        with new_directory(out, overwrite=True) as new:
+            (new / name).write_text("x")
+        assert contents(out) == {name: b"x"}
+
+    def appear() -> None:
+        with new_directory(tmp_path / "other"):
+            (tmp_path / "other").mkdir()
+            (tmp_path / "other" / "file").write_text("theirs")
+
+    with pytest.raises(OSError, match="other"):
+        appear()
     monkeypatch.setattr(os, "fsync", fail_at(2, os.fsync))  # of what has both directories
     with pytest.raises(OSError, match="the disk refuses"), new_directory(out, overwrite=True):
         pass
-    assert contents(out) == {"second": b"y"}
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_a_directory_that_appeared_meanwhile_stays(tmp_path: Path) -> None:
-    def appear() -> None:
-        with new_directory(tmp_path / "out"):
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "file").write_text("theirs")
-
-    with pytest.raises(OSError, match="out"):
-        appear()
-    assert contents(tmp_path / "out") == {"file": b"theirs"}
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(tmp_path) == {"out/second": b"x", "other/file": b"theirs"}
+    assert {*tmp_path.iterdir()} == {out, tmp_path / "other"}
 
 
 # Several calls at once, and what a killed one left
@@ -261,12 +213,11 @@ else:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("through", [further("real"), "link"])
 @pytest.mark.parametrize("kind", ["new", "files"])
-def test_the_next_call_removes_what_a_killed_process_left(kind: str, through: str, tmp_path: Path) -> None:
+def test_the_next_call_removes_what_a_killed_process_left(kind: str, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    out = tmp_path / through / "out"
+    out = tmp_path / "link" / "out"
     killed = subprocess.run([sys.executable, "-c", KILLED, out, kind], check=False)
     assert killed.returncode == -signal.SIGKILL
     place = out.parent if kind == "new" else out
@@ -281,18 +232,6 @@ def test_the_next_call_removes_what_a_killed_process_left(kind: str, through: st
         assert not is_free(out)
     assert contents(out) == {"file": b"x"}
     assert [path.name for path in (tmp_path / "real").iterdir()] == ["out"]
-
-
-def test_two_calls_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
-    with scratch_for(tmp_path / "out", is_inside=False) as first:
-        (first / "file").write_text("x")
-        with (
-            scratch_for(tmp_path / "out", is_inside=False) as second,
-            scratch_for(tmp_path / "other", is_inside=False) as third,
-        ):
-            assert len({first, second, third}) == 3
-            assert (first / "file").read_text() == "x"
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # of Python 3.12, in a process with threads
@@ -333,22 +272,6 @@ def test_threads_that_write_one_directory_leave_the_files_of_one_of_them(tmp_pat
     assert sorted(path.name for path in out.iterdir()) == ["one", "two"]
 
 
-def test_a_call_waits_while_another_moves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    move, second = Path.replace, threading.Thread(target=lambda: write(tmp_path, one=b"2", two=b"2"))
-
-    def move_beside_another(path: Path, target: Path) -> Path:
-        moved = move(path, target)
-        if second.ident is None:
-            second.start()
-            second.join(0.2)
-        return moved
-
-    monkeypatch.setattr(Path, "replace", move_beside_another)
-    write(tmp_path, one=b"1", two=b"1")
-    second.join()
-    assert contents(tmp_path) == {"one": b"2", "two": b"2"}
-
-
 def test_what_another_process_is_removing_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, locked = tmp_path / f".{tmp_path.name}.unfinished-abcdefgh", replace._locked
     theirs.mkdir()
@@ -376,12 +299,12 @@ def test_a_link_under_a_hidden_name_is_not_followed(tmp_path: Path) -> None:
     assert contents(tmp_path / "data") == {"file": b"theirs"}
 
 
-@pytest.mark.parametrize("name", [".out.unfinished-mine", ".out.unfinished-chapter1", ".out.unfinished-chapter1.old"])
-def test_a_directory_that_only_looks_like_a_leftover_stays(name: str, tmp_path: Path) -> None:
-    write(tmp_path / name, file=b"theirs")
-    with new_directory(tmp_path / "out"):
-        pass
-    assert contents(tmp_path / name) == {"file": b"theirs"}
+def test_a_directory_that_only_looks_like_a_leftover_stays(tmp_path: Path) -> None:
+    for name in (".out.unfinished-mine", ".out.unfinished-chapter1", ".out.unfinished-chapter1.old"):
+        write(tmp_path / name, file=b"theirs")
+        with new_directory(tmp_path / "out", overwrite=True):
+            pass
+        assert contents(tmp_path / name) == {"file": b"theirs"}
 
 
 def test_names_with_the_signs_of_patterns_are_names(tmp_path: Path) -> None:

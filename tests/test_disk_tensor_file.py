@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,16 +64,28 @@ def same_file(path: Path, first: str, second: str) -> bool:
         return is_equal(entries[second], read_tensor(entries[first], raw), raw)
 
 
-@given(st.dictionaries(names, tensors(), min_size=1, max_size=5), st.none() | st.dictionaries(names, names, max_size=2))
-def test_every_tensor_is_what_safetensors_reads(written: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+def planned(name: str, tensor: Tensor) -> Planned:
+    """Plan a tensor in as many pieces as it has numbers."""
+    return Planned(name, tensor.dtype, tuple(tensor.shape), lambda: iter(tensor.flatten().split(1)))
+
+
+@given(st.dictionaries(names, tensors(), min_size=1, max_size=6), st.dictionaries(names, names, max_size=1))
+def test_every_tensor_is_read_and_written_as_safetensors_does(
+    held: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    wrote: list[int] = []
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "file")
-        save_file(written, path, metadata)
+        path, ours = Path(directory, "file"), Path(directory, "ours")
+        save_file(held, path, metadata or None)
         with open_shard(path) as (shard, raw):
-            assert shard.metadata == (metadata or {})
+            assert shard.metadata == metadata
             found = {entry.name: read_tensor(entry, raw) for entry in reversed(shard.entries)}
         again = {entry.name: read_tensor(entry) for entry in read_shard(path).entries}
-        assert all_bits(again) == all_bits(found) == all_bits(load_file(path)) == all_bits(written)
+        assert all_bits(again) == all_bits(found) == all_bits(load_file(path)) == all_bits(held)
+        plans = [planned(name, tensor) for name, tensor in held.items()]
+        write_tensor_file(ours, plans, metadata, lambda count, _: wrote.append(count))
+        assert ours.read_bytes() == path.read_bytes()
+    assert sum(wrote) == sum(tensor.nbytes for tensor in held.values())
 
 
 @given(tensors(), st.data())
@@ -89,36 +102,18 @@ def test_a_copy_is_told_from_what_differs_in_one_bit(tensor: Tensor, data: st.Da
         assert same_file(path, "a", "c") == (not size)
 
 
-@pytest.mark.parametrize("length", [PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
-def test_a_copy_is_compared_to_its_last_byte(length: int, tmp_path: Path) -> None:
-    tensor = torch.arange(length, dtype=torch.uint8)
-    for place in range(length):
-        other = tensor.clone()
-        other[place] ^= 0x80
-        save_file({"a": tensor, "b": other}, tmp_path / "file")
-        assert not same_file(tmp_path / "file", "a", "b"), place
-
-
-OTHERS = {
-    "dtype": torch.arange(6, dtype=torch.int64).view(torch.float64),
-    "shape": torch.arange(6).reshape(2, 3),
-    "shorter": torch.arange(5),
-    "longer": torch.arange(7),
-    "zero of the other sign": torch.tensor([-0.0]),
-}
-
-
-@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_a_copy_is_told_from_one_of_another_kind(other: Tensor, tmp_path: Path) -> None:
-    tensor = torch.tensor([0.0]) if len(other) == 1 else torch.arange(6)
-    save_file({"a": tensor, "b": other}, tmp_path / "file")
-    assert not same_file(tmp_path / "file", "a", "b")
-
-
-def test_a_copy_of_what_is_no_number_is_a_copy(tmp_path: Path) -> None:
-    nan = torch.full((9,), float("nan"))
-    save_file({"a": nan, "b": nan.clone()}, tmp_path / "file")
-    assert same_file(tmp_path / "file", "a", "b")
+def test_a_copy_is_told_from_one_of_another_kind(tmp_path: Path) -> None:
+    six, nan = torch.arange(6), torch.full((9,), float("nan"))
+    for first, second, is_same in (
+        (six, six.view(torch.float64), False),
+        (six, six.reshape(2, 3), False),
+        (six, torch.arange(5), False),
+        (six, torch.arange(7), False),
+        (torch.tensor([0.0]), torch.tensor([-0.0]), False),
+        (nan, nan, True),
+    ):
+        save_file({"a": first.clone(), "b": second.clone()}, tmp_path / "file")
+        assert same_file(tmp_path / "file", "a", "b") == is_same
 
 
 def test_what_is_read_is_aligned_and_outlives_the_file(tmp_path: Path) -> None:
@@ -144,76 +139,38 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(read: Callable[..., obj
             read(second, raw)
 
 
-@pytest.mark.parametrize("contents", [b"", b"\0" * 7, b"\0" * 8, b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]"], ids=repr)
-def test_what_is_no_safetensors_file_is_refused(contents: bytes, tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(contents)
-    with pytest.raises(CheckpointError, match="is truncated or damaged"), open_shard(tmp_path / "file"):
-        pass
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not what may not be read, and not for an error of the caller."""
+    path = tmp_path / "file"
+    for contents in (b"", b"\0" * 7, b"\0" * 8, b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]"):
+        path.write_bytes(contents)
+        with pytest.raises(CheckpointError, match="is truncated or damaged"), open_shard(path):
+            pass
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(KeyError), open_shard(path):
+        raise KeyError("a")
 
-
-def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    save_file({"a": torch.zeros(1)}, tmp_path / "file")
     monkeypatch.setattr("os.open", refuse)
     with pytest.raises(CheckpointError, match=r"^cannot read .*file \(Permission denied\)$"):
-        read_shard(tmp_path / "file")
+        read_shard(path)
 
 
-def test_an_error_of_the_caller_is_not_taken_for_one_of_the_file(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(1)}, tmp_path / "file")
-    with pytest.raises(KeyError), open_shard(tmp_path / "file"):
-        raise KeyError("a")
-
-
-# Writing
-
-
-def planned(name: str, tensor: Tensor) -> Planned:
-    """Plan a tensor in as many pieces as it has numbers."""
-    return Planned(name, tensor.dtype, tuple(tensor.shape), lambda: iter(tensor.flatten().split(1)))
-
-
-@given(held=st.dictionaries(names, tensors(), min_size=1, max_size=6))
-def test_the_file_is_byte_for_byte_the_packages(
-    held: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    directory = tmp_path_factory.mktemp("model")
-    wrote: list[int] = []
-    write_tensor_file(
-        directory / "ours",
-        [planned(name, tensor) for name, tensor in held.items()],
-        {"format": "pt"},
-        lambda count, _: wrote.append(count),
-    )
-    save_file(held, directory / "theirs", {"format": "pt"})
-    assert (directory / "ours").read_bytes() == (directory / "theirs").read_bytes()
-    assert sum(wrote) == sum(tensor.nbytes for tensor in held.values())
-
-
-def test_without_metadata_there_is_none(tmp_path: Path) -> None:
-    write_tensor_file(tmp_path / "ours", [planned("x", torch.ones(3))], {})
-    save_file({"x": torch.ones(3)}, tmp_path / "theirs")
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-
-
-def test_a_large_tensor_is_read_in_pieces_of_bounded_size(tmp_path: Path) -> None:
+def test_a_large_tensor_is_read_in_pieces_of_bounded_size_and_written_after_the_one_before(tmp_path: Path) -> None:
     tensor = torch.randn(3, formats.PIECE_BYTES // 4 + 1)
     save_file({"x": tensor}, tmp_path / "file")
     (entry,) = read_shard(tmp_path / "file").entries
     pieces = [piece.clone() for piece in read_pieces(entry)]
     assert max(piece.nbytes for piece in pieces) <= formats.PIECE_BYTES < tensor.nbytes
     assert torch.equal(torch.cat(pieces).reshape(tensor.shape), tensor)
-
-
-def test_tensors_are_asked_for_one_after_the_other(tmp_path: Path) -> None:
     asked: list[str] = []
 
-    def pieces(name: str) -> Iterator[Tensor]:
+    def ask(name: str) -> Iterator[Tensor]:
         asked.append(name)
         yield torch.ones(2)
 
-    plans = [Planned(name, torch.float32, (2,), lambda name=name: pieces(name)) for name in "bca"]  # type: ignore[misc]
+    plans = [Planned(name, torch.float32, (2,), partial(ask, name)) for name in "bca"]
     write_tensor_file(tmp_path / "x", plans, {}, lambda _, name: asked.append(f"wrote {name}"))
     assert asked == ["a", "wrote a", "b", "wrote b", "c", "wrote c"]
