@@ -55,9 +55,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-every_damage = pytest.mark.parametrize(("maker", "damage"), CASES.values(), ids=CASES)
-
-
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of a header and a JSON that disagree
 
 
@@ -80,7 +77,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return parent
 
 
-@every_damage
+@pytest.mark.parametrize(("maker", "damage"), CASES.values(), ids=CASES)
 def test_every_verb_refuses_a_hostile_file_and_touches_nothing(
     maker: str, damage: Damage, sound: Path, tmp_path: Path
 ) -> None:
@@ -95,18 +92,19 @@ def test_every_verb_refuses_a_hostile_file_and_touches_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
-@pytest.mark.parametrize(("maker", "damage"), [*CASES.values()][::6], ids=[*CASES][::6])
+@pytest.mark.parametrize(("maker", "damage"), [*CASES.values()][::8], ids=[*CASES][::8])
 def test_every_command_ends_with_1_and_a_message(
     maker: str, damage: Damage, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = hostile(sound / maker, damage, tmp_path / "adapter")
-    commands: dict[str, list[str | Path]] = {
-        "inspect": [directory],
-        "convert": [directory, tmp_path / "out", "--to", "peft"],
-        "merge": [directory, tmp_path / "out", "--base", sound / "base"],
-    }
-    for command, words in commands.items():
-        assert main([command, *map(str, words)]) == 1
+    out_directory = tmp_path / "out"
+    commands: tuple[tuple[str | Path, ...], ...] = (
+        ("inspect", directory),
+        ("convert", directory, out_directory, "--to", "peft"),
+        ("merge", directory, out_directory, "--base", sound / "base"),
+    )
+    for words in commands:
+        assert main([*map(str, words)]) == 1
         out, err = capsys.readouterr()
         assert (out, err[:7]) == ("", "error: ")
     assert main(["verify", str(directory)]) == 1
@@ -149,8 +147,7 @@ import resource, sys
 from pathlib import Path
 import randlora
 from tests.checkpoint_files import LINEAR
-from tests.hostile_files import CASES, Damage, hostile, model_directory, our_adapter, reseal_text, sound_directories
-from tests.test_hostile_files import verbs
+from tests.hostile_files import CASES, hostile, verbs
 
 sound, parent = map(Path, sys.argv[1:])
 for maker in {maker for maker, _ in CASES.values()}:  # all that a first call imports
@@ -258,9 +255,9 @@ def test_every_place_of_a_header_has_its_types(tmp_path: Path) -> None:
     whole = (directory / TENSORS_FILE).read_bytes()
     found = header_of(directory)
     assert len({*places(found)}) > 30
-    for place in places(found):
+    for number, place in enumerate(places(found)):
         own = functools.reduce(lambda held, key: held[key], place, found)
-        for wrong in WRONG:
+        for wrong in WRONG[number % 4 :: 4]:
             rewritten(put(found, place, wrong))(directory)
             error = outcome(directory)
             (directory / TENSORS_FILE).write_bytes(whole)
@@ -272,41 +269,30 @@ def test_every_place_of_a_header_has_its_types(tmp_path: Path) -> None:
 def test_every_field_of_pefts_has_its_types(sound: Path, tmp_path: Path) -> None:
     directory = hostile(sound / "peft_directory", lambda _: None, tmp_path / "one")
     found = read_fields(directory)
-    for field, own in found.items():
-        for wrong in WRONG:
+    for number, (field, own) in enumerate(found.items()):
+        for wrong in WRONG[number % 3 :: 3]:
             (directory / CONFIG_FILE).write_text(json.dumps({**found, field: wrong}), encoding="utf-8")
             error = outcome(directory)
             assert isinstance(error, CheckpointError | None), (field, wrong, error)
             assert error or type(wrong) in PEFT_TYPES.get(field, {type(own)}), (field, wrong)
 
 
+ODD = ("%99999999d", "(a+)+$", "torch", "portable", "block", "sparse", "0", "2", 2**40, 2**63, -(2**63))
 json_values = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers()
     | st.integers(-(10**320), 10**320)
+    | st.integers()
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from([
-        "%99999999d",
-        "(a+)+$",
-        "torch",
-        "portable",
-        "block",
-        "sparse",
-        "0",
-        "2",
-        2**40,
-        2**63,
-        -(2**63),
-    ]),
+    | st.sampled_from(ODD),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4) | st.just("0"), inner, max_size=4),
     max_leaves=8,
 )
 
 
 @pytest.mark.medium
-@settings(max_examples=150)
+@settings(max_examples=70)
 @given(data=st.data())
 def test_any_header_is_refused_or_loads(data: st.DataObject, sound: Path) -> None:
     directory = sound / data.draw(st.sampled_from([*OPTIONS]))
@@ -321,7 +307,7 @@ def test_any_header_is_refused_or_loads(data: st.DataObject, sound: Path) -> Non
 
 
 @pytest.mark.medium
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_any_json_is_refused_or_loads_and_can_be_saved_again(data: st.DataObject, sound: Path) -> None:
     whole = contents(sound / "peft_directory")
@@ -341,7 +327,7 @@ def test_any_json_is_refused_or_loads_and_can_be_saved_again(data: st.DataObject
 
 
 @pytest.mark.medium
-@settings(max_examples=150)
+@settings(max_examples=70)
 @given(data=st.data())
 def test_any_bytes_of_a_file_without_checksum_are_refused_or_load(data: st.DataObject, sound: Path) -> None:
     path = sound / "peft_directory" / TENSORS_FILE
