@@ -109,21 +109,13 @@ class Stacks(nn.Module):
 
 @dataclass(frozen=True)
 class Body:
-    """A model for golden files.
-
-    Attributes:
-        build: Its class.
-        format_version: The version of the files.
-        options: Those of the adapter that do not depend on the bases.
-        shapes: ``(out_features, in_features)`` by target, with the number of matrices before them for a stack.
-        ranks: r by target, where it is not 2.
-    """
+    """A model for golden files, with the version of their format and the options that do not depend on the bases."""
 
     build: Callable[[], nn.Module]
     format_version: int
     options: Mapping[str, Any]
-    shapes: Mapping[str, Shape]
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    shapes: Mapping[str, Shape]  # (out_features, in_features), after the number of matrices of a stack
+    ranks: Mapping[str, int] = field(default_factory=dict)  # where r is not 2
 
 
 _EACH = {"in_proj": "split", "r": {"linear": 4, ".*": 2}, "alpha": {"linear": 2.0, ".*": 4.0}}
@@ -157,7 +149,6 @@ class Golden:
 
     @property
     def directory(self) -> Path:
-        """Where it is."""
         return DATA / self.name
 
     @property

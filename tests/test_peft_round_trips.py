@@ -11,13 +11,13 @@ import randlora
 from randlora.config import BasisKind, Stream
 from randlora.errors import CheckpointError
 from tests.checkpoint_files import basis_of, edit_tensors, read_tensors
+from tests.further import name_of
 from tests.kit import adapter_values, all_bits
-from tests.models import BERT, GPT2, LLAMA, RealModel, every_transformers_model, outputs
+from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, outputs
 from tests.peer import (
     PREFIX,
     THEIR_WARNINGS,
     assert_same_effect,
-    every_peft_kind,
     in_ours,
     in_peft,
     in_peft_bit_for_bit,
@@ -41,21 +41,21 @@ def one_copy_only(directory: Path) -> None:
     edit_tensors(directory, {}, drop=copies)
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "a copy a layer": {"save_projection": True},
-    "one copy": {"save_projection": True},
-    "no bases": {"save_projection": False},
-}
+BACK_AND_FORTH: tuple[tuple[RealModel, BasisKind, str], ...] = (
+    (LLAMA, "dense", "a copy a layer"),
+    (GPT2, "sparse", "one copy"),
+    (BERT, "very_sparse", "no bases"),
+    (VIT, "dense", "no bases"),
+)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@every_peft_kind
-@every_transformers_model
+@pytest.mark.parametrize(("kind", "basis", "layout"), BACK_AND_FORTH, ids=name_of)
 def test_what_went_from_peft_to_us_and_back_is_what_it_was(
     kind: RealModel, basis: BasisKind, layout: str, tmp_path: Path
 ) -> None:
     heads = [HEADS[kind.name]] if kind.name in HEADS else None
-    theirs = peft_model(kind, basis, projection_prng_key=11, modules_to_save=heads, **LAYOUTS[layout])
+    options = {"projection_prng_key": 11, "modules_to_save": heads, "save_projection": layout != "no bases"}
+    theirs = peft_model(kind, basis, **options)
     theirs.save_pretrained(tmp_path / "theirs")
     if layout == "one copy":
         one_copy_only(tmp_path / "theirs")
@@ -68,18 +68,18 @@ def test_what_went_from_peft_to_us_and_back_is_what_it_was(
         assert torch.equal(outputs(back, kind.inputs()), outputs(theirs, kind.inputs()))
 
 
-FROM_A_SEED: tuple[BasisKind, ...] = ("dense", "sparse", "very_sparse")
-ONLY_STORED: tuple[BasisKind, ...] = (*FROM_A_SEED, "block")
-
-BASES: list[tuple[BasisKind, Stream, Any]] = [
-    *((basis, peft_draw(basis) or "torch", "seed") for basis in FROM_A_SEED),
-    *((basis, "torch", "stored") for basis in FROM_A_SEED),
-    *((basis, "portable", "stored") for basis in ONLY_STORED),
+THERE_AND_BACK: list[tuple[RealModel, BasisKind, Stream, Any]] = [
+    (LLAMA, "dense", peft_draw("dense") or "torch", "seed"),
+    (GPT2, "sparse", "torch", "seed"),
+    (BERT, "very_sparse", "torch", "stored"),
+    (VIT, "block", "portable", "stored"),
+    (LLAMA, "dense", "portable", "stored"),
 ]
 
 
-@pytest.mark.parametrize(("basis", "stream", "bases"), BASES)
-@every_transformers_model
+@pytest.mark.parametrize(
+    ("kind", "basis", "stream", "bases"), THERE_AND_BACK, ids=lambda each: getattr(each, "name", each)
+)
 def test_what_went_from_us_to_peft_and_back_is_what_it_was(
     kind: RealModel, basis: BasisKind, stream: Stream, bases: Any, tmp_path: Path
 ) -> None:
@@ -103,9 +103,8 @@ def test_what_went_from_us_to_peft_and_back_is_what_it_was(
         torch.testing.assert_close(outputs(back, kind.inputs()), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("basis", ["dense", "block"])
-def test_bases_that_peft_cannot_draw_travel_on_from_peft_and_not_as_a_seed(basis: BasisKind, tmp_path: Path) -> None:
-    ours = our_model(LLAMA, basis, stream="portable")
+def test_bases_that_peft_cannot_draw_travel_on_from_peft_and_not_as_a_seed(tmp_path: Path) -> None:
+    ours = our_model(LLAMA, "block", stream="portable")
     randlora.save(ours, tmp_path / "ours", bases="stored")
     in_peft(LLAMA, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     back = in_ours(LLAMA, tmp_path / "theirs")
@@ -115,18 +114,24 @@ def test_bases_that_peft_cannot_draw_travel_on_from_peft_and_not_as_a_seed(basis
     assert torch.equal(outputs(in_ours(LLAMA, tmp_path / "again"), LLAMA.inputs()), outputs(back, LLAMA.inputs()))
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("bases", ["seed", "stored"])
-def test_peft_reads_the_same_however_it_makes_its_layers(bases: Any, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+def test_peft_reads_the_same_however_it_makes_its_layers(bases: Any, tmp_path: Path) -> None:
     ours = our_model(BERT, train_also=["classifier"])
     randlora.save(ours, tmp_path, bases=bases)
-    loaded = in_peft(BERT, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded = in_peft(BERT, tmp_path, low_cpu_mem_usage=True)
     assert in_peft_bit_for_bit(loaded) == in_peft_bit_for_bit(in_peft(BERT, tmp_path, is_trainable=True))
 
 
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-every_autocast = pytest.mark.parametrize("autocast", [True, False], ids=["float32 adapter", "adapter as the base"])
-linear_and_conv1d = pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
+IN_DTYPES: tuple[tuple[torch.dtype, bool, BasisKind], ...] = (
+    (torch.float32, True, "sparse"),
+    (torch.bfloat16, True, "dense"),
+    (torch.bfloat16, False, "very_sparse"),
+    (torch.float16, False, "dense"),
+    (torch.float16, True, "sparse"),
+)
+"""Of the base, whether the adapter is float32 all the same, and the bases."""
+
+every_dtype = pytest.mark.parametrize(("dtype", "autocast", "basis"), IN_DTYPES, ids=str)
 
 
 def loaded(kind: RealModel, directory: Path, dtype: torch.dtype) -> nn.Module:
@@ -148,13 +153,11 @@ def assert_same_deltas(ours: nn.Module, theirs: nn.Module, kind: RealModel, tole
         assert (randlora.delta_weight(ours, fqn) - expected).norm() <= tolerance * expected.norm(), fqn
 
 
-@every_peft_kind
-@every_autocast
 @every_dtype
-@linear_and_conv1d
 def test_files_with_bases_add_what_they_added_in_peft(
-    kind: RealModel, dtype: torch.dtype, autocast: bool, basis: BasisKind, tmp_path: Path
+    dtype: torch.dtype, autocast: bool, basis: BasisKind, tmp_path: Path
 ) -> None:
+    kind = GPT2 if autocast else LLAMA
     theirs = peft_model(kind, basis, dtype=dtype, autocast=autocast)
     theirs.save_pretrained(tmp_path / "theirs")
     dtypes = {tensor.dtype for tensor in read_tensors(tmp_path / "theirs")[0].values()}
@@ -168,14 +171,14 @@ def test_files_with_bases_add_what_they_added_in_peft(
     assert [all_bits(dict(zip("λγ", values, strict=True))) for _, *values in their_values(back)] == [
         all_bits(dict(zip("λγ", values, strict=True))) for _, *values in their_values(theirs)
     ]
+    other = loaded(kind, tmp_path / "theirs", torch.float16 if dtype == torch.float32 else torch.float32)
+    assert_same_deltas(other, theirs, kind, 1e-5)
 
 
 SCALES_ROUNDED = 2**-7
 """How far two scales rounded to bfloat16, of 8 bits each, can take a product at most."""
 
 
-@every_peft_kind
-@every_autocast
 @every_dtype
 def test_files_without_bases_add_what_they_added_in_peft_but_for_the_scale_that_peft_rounds(
     dtype: torch.dtype, autocast: bool, basis: BasisKind, tmp_path: Path
@@ -191,10 +194,9 @@ def test_files_without_bases_add_what_they_added_in_peft_but_for_the_scale_that_
     assert_same_deltas(ours, theirs, LLAMA, SCALES_ROUNDED if is_rounded else 1e-5)
 
 
-@pytest.mark.parametrize("basis", ["sparse", "very_sparse"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("basis", "dtype"), [("sparse", torch.bfloat16), ("very_sparse", torch.float16)], ids=str)
 def test_bases_whose_scale_peft_rounded_are_kept_as_they_are(
-    dtype: torch.dtype, basis: BasisKind, tmp_path: Path
+    basis: BasisKind, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     peft_model(LLAMA, basis, dtype=dtype).save_pretrained(tmp_path / "rounded")
     peft_model(LLAMA, basis).save_pretrained(tmp_path / "exact")
@@ -206,13 +208,6 @@ def test_bases_whose_scale_peft_rounded_are_kept_as_they_are(
     assert held.stored is not None
     assert torch.equal(held.slices(*held.extent, device="cpu", dtype=torch.float32).B, rounded)
     assert basis_of(loaded(LLAMA, tmp_path / "exact", dtype)).stored is None
-
-
-@every_dtype
-def test_a_file_fits_a_base_of_another_dtype_than_it_was_trained_on(dtype: torch.dtype, tmp_path: Path) -> None:
-    theirs = peft_model(LLAMA, dtype=torch.bfloat16)
-    theirs.save_pretrained(tmp_path)
-    assert_same_deltas(loaded(LLAMA, tmp_path, dtype), theirs, LLAMA, 1e-5)
 
 
 def test_a_model_of_pefts_cast_as_a_whole_is_read(tmp_path: Path) -> None:
