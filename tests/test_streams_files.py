@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ import randlora
 from randlora.bases.basis import Basis
 from randlora.bases.spec import PEFT_STREAMS
 from randlora.checkpoint.header import parse_header
-from randlora.config import BasisKind, Stream
+from randlora.config import Stream
 from randlora.errors import CheckpointError, ConfigError
 from tests.checkpoint_files import (
+    BASIS_A,
+    BASIS_B,
     LINEAR,
     basis_of,
     edit_fields,
@@ -43,57 +45,49 @@ EXPECTED = json.loads((OURS / "expected.json").read_text(encoding="utf-8"))["del
 """The update of each layer, computed under torch 2.11.0; a test compares PEFT's with ours."""
 
 ASSUMED = "PEFT stored neither the bases nor the torch that drew them"
-BASIS_A, BASIS_B = "base_model.randlora_A", "base_model.randlora_B"
-
-
-# Files of ours that were saved before the stream had a name
 
 
 def delta_weights(model: nn.Module) -> dict[str, Any]:
     return {fqn: randlora.delta_weight(model, fqn).tolist() for fqn in TARGETS}
 
 
-def test_the_recorded_updates_are_those_of_peft_too() -> None:
-    assert json.loads((PEFTS / "expected.json").read_text(encoding="utf-8"))["delta_weight"] == EXPECTED
+def stream_of(directory: Path, of: str = "basis") -> str:
+    """Read the stream in a header."""
+    return str(json.loads(read_tensors(directory)[1]["randlora"])[of]["stream"])
 
 
-@pytest.mark.parametrize("stream", [None, "torch-2.11"])
-def test_a_digest_decides_between_the_streams(stream: Stream | None, tmp_path: Path) -> None:
-    model = CASE.build()
-    report = randlora.load(model, OURS, stream=stream)
-    assert delta_weights(model) == EXPECTED
-    assert [spec.stream for spec in report.specs] == ["torch-2.11"]
-    assert ASSUMED not in str(report)
+# Files of ours that were saved before the stream had a name
+
+
+def test_a_digest_decides_between_the_streams(tmp_path: Path) -> None:
+    streams: tuple[Stream | None, ...] = (None, "torch-2.11")
+    for stream in streams:
+        model, twin = CASE.build(), CASE.build()
+        report = randlora.load(model, OURS, stream=stream)
+        assert delta_weights(model) == EXPECTED
+        assert [spec.stream for spec in report.specs] == ["torch-2.11"]
+        assert ASSUMED not in str(report)
     randlora.save(model, tmp_path / "again")
-    assert json.loads(read_tensors(tmp_path / "again")[1]["randlora"])["basis"]["stream"] == "torch-2.11"
-    twin = CASE.build()
+    assert stream_of(tmp_path / "again") == "torch-2.11"
     randlora.load(twin, tmp_path / "again")
     assert delta_weights(twin) == EXPECTED
     assert randlora.adapters(twin)[0].config == randlora.adapters(model)[0].config
+    refused(CASE.build(), OURS, "stream=\"torch\" is given, but the file's bases are from 'torch-2.11'", stream="torch")
 
-
-def test_every_verb_on_files_finds_the_stream_of_an_old_file(tmp_path: Path) -> None:
     summary = randlora.files.inspect(OURS)
     assert (summary.config.stream, summary.bases[0].spec.stream, summary.notes) == ("torch-2.11", "torch-2.11", ())
     assert randlora.files.verify(OURS).passed
     randlora.files.convert(OURS, tmp_path / "native", "native")
-    assert json.loads(read_tensors(tmp_path / "native")[1]["randlora"])["config"]["stream"] == "torch-2.11"
-    report = randlora.files.convert(OURS, tmp_path / "peft", "peft")
-    assert report.notes == ("the bases are in the file: PEFT would draw different ones from the seed",)
+    assert stream_of(tmp_path / "native", "config") == "torch-2.11"
+    converted = randlora.files.convert(OURS, tmp_path / "peft", "peft")
+    assert converted.notes == ("the bases are in the file: PEFT would draw different ones from the seed",)
 
 
 # Files of PEFT without bases, which do not say under which torch they were trained
 
 
-@dataclass(frozen=True)
-class Old:
-    """A file that PEFT saves without bases, of an adapter trained under torch 2.11 or older, with its base model.
-
-    Attributes:
-        adapter: Its directory.
-        base: The directory of the base model.
-        updates: What it was trained to, by layer.
-    """
+class Old(NamedTuple):
+    """A file that PEFT saves without bases, of an adapter trained under torch 2.11 or older, with its base model."""
 
     adapter: Path
     base: Path
@@ -126,18 +120,15 @@ def load_updates(directory: Path, *, is_assumed: bool = False, **options: Any) -
     return updates(model)
 
 
-def test_an_adapter_that_peft_trained_under_torch_2_11_computes_the_same_by_its_stream() -> None:
-    model = CASE.build()
+def test_without_a_stream_todays_is_assumed_and_the_report_says_so() -> None:
+    assert json.loads((PEFTS / "expected.json").read_text(encoding="utf-8"))["delta_weight"] == EXPECTED
+    model, other = CASE.build(), CASE.build()
     report = randlora.load(model, PEFTS, stream="torch-2.11")
     assert delta_weights(model) == EXPECTED
     assert ASSUMED not in str(report)
-
-
-def test_without_a_stream_todays_is_assumed_and_the_report_says_so() -> None:
-    model = CASE.build()
-    (note,) = [note for note in randlora.load(model, PEFTS).notes if note.startswith(ASSUMED)]
+    (note,) = [note for note in randlora.load(other, PEFTS).notes if note.startswith(ASSUMED)]
     assert 'give stream="torch-2.11" for it' in note
-    assert delta_weights(model) != EXPECTED
+    assert delta_weights(other) != EXPECTED
 
 
 def test_every_verb_on_files_takes_the_stream(old: Old, tmp_path: Path) -> None:
@@ -170,34 +161,28 @@ def test_every_verb_on_files_says_what_it_assumed(old: Old, tmp_path: Path) -> N
 def test_a_converted_file_says_its_stream_and_proves_it(stream: Stream | None, old: Old, tmp_path: Path) -> None:
     report = randlora.files.convert(old.adapter, tmp_path / "native", "native", base=old.base, stream=stream)
     assert bool(report.notes) == (stream is None)
-    header = json.loads(read_tensors(tmp_path / "native")[1]["randlora"])
-    assert header["basis"]["stream"] == header["config"]["stream"] == (stream or "torch")
+    assert {stream_of(tmp_path / "native", of) for of in ("basis", "config")} == {stream or "torch"}
     assert_updates(load_updates(tmp_path / "native"), old.updates, are_equal=stream == "torch-2.11")
     outcomes = [check.outcome for check in randlora.files.verify(tmp_path / "native").checks]
     assert outcomes == ["passed"] * 3
 
 
 def test_what_is_converted_for_peft_needs_no_old_torch_any_more(old: Old, tmp_path: Path) -> None:
-    """PEFT finds the bases in the file, and draws none."""
+    """PEFT finds the bases in the file, and draws none. Without the layers' shapes the file would say as little."""
     randlora.files.convert(old.adapter, tmp_path / "peft", "peft", base=old.base, stream="torch-2.11")
     rescued = LLAMA.build()
     randlora.load(rescued, old.adapter, stream="torch-2.11")
     assert_same_effect(rescued, in_peft(LLAMA, tmp_path / "peft"), LLAMA)
-
-
-def test_a_stream_that_a_conversion_would_lose_is_an_error(tmp_path: Path) -> None:
-    """Without the layers' shapes a file of PEFT becomes another, which says as little."""
     with pytest.raises(CheckpointError, match="give base=, the directory of its base model"):
-        randlora.files.convert(PEFTS, tmp_path / "peft", "peft", stream="torch-2.11")
-    assert not (tmp_path / "peft").exists()
+        randlora.files.convert(PEFTS, tmp_path / "lost", "peft", stream="torch-2.11")
+    assert not (tmp_path / "lost").exists()
 
 
-@pytest.mark.parametrize("basis", ["sparse", "very_sparse"])
-def test_the_ternary_kinds_have_one_stream_and_need_no_note(basis: BasisKind, tmp_path: Path) -> None:
-    directory = peft_directory(tmp_path, r=4, basis=basis)
+def test_the_ternary_kinds_have_one_stream_and_need_no_note(tmp_path: Path) -> None:
+    directory = peft_directory(tmp_path, r=4, basis="sparse")
     edit_tensors(directory, {}, drop=[BASIS_A, BASIS_B])
     assert ASSUMED not in str(randlora.load(LINEAR.build(), directory))
-    message = f"PEFT draws {basis} bases from stream='torch', got 'torch-2.11'"
+    message = "PEFT draws sparse bases from stream='torch', got 'torch-2.11'"
     refused(LINEAR.build(), directory, message, stream="torch-2.11")
 
 
@@ -226,29 +211,13 @@ def of_no_seed(parent: Path) -> Path:
     return directory
 
 
+GIVEN = "is given, but the file's bases are from"
 CONTRADICTIONS: dict[str, tuple[Callable[[Path], Path], Stream, str]] = {
-    "the header's": (
-        saved,
-        "torch-2.11",
-        "stream=\"torch-2.11\" is given, but the file's bases are from 'torch': omit it",
-    ),
-    "portable": (
-        lambda parent: saved(parent, stream="portable"),
-        "torch",
-        "stream=\"torch\" is given, but the file's bases are from 'portable': omit it",
-    ),
-    "named": (
-        lambda parent: saved(parent, stream="torch-2.11"),
-        "torch",
-        "stream=\"torch\" is given, but the file's bases are from 'torch-2.11': omit it",
-    ),
-    "stored": (peft_directory, "torch-2.11", "but the file's bases are from 'torch': omit it"),
-    "of no seed": (of_no_seed, "torch", 'stream="torch" is given, but the file\'s bases are from no seed: omit it'),
-    "not PEFT's": (
-        lambda _: PEFTS,
-        "portable",
-        "PEFT draws dense bases from stream='torch' or 'torch-2.11', got",
-    ),
+    "the header's": (saved, "torch-2.11", f"stream=\"torch-2.11\" {GIVEN} 'torch': omit it"),
+    "portable": (lambda place: saved(place, stream="portable"), "torch", f"stream=\"torch\" {GIVEN} 'portable': omit"),
+    "stored": (peft_directory, "torch-2.11", f"{GIVEN} 'torch': omit it"),
+    "of no seed": (of_no_seed, "torch", f'stream="torch" {GIVEN} no seed: omit it'),
+    "not PEFT's": (lambda _: PEFTS, "portable", "PEFT draws dense bases from stream='torch' or 'torch-2.11', got"),
 }
 
 
@@ -268,19 +237,15 @@ def test_a_stream_that_contradicts_the_file_is_an_error(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_old_files_stream_is_what_its_digest_says_whatever_the_caller_does() -> None:
-    refused(CASE.build(), OURS, "stream=\"torch\" is given, but the file's bases are from 'torch-2.11'", stream="torch")
-
-
 @pytest.mark.parametrize("stream", ["numpy", 3])
 def test_what_is_no_stream_is_an_error_of_every_verb(stream: Any, tmp_path: Path) -> None:
-    message = "stream must be one of torch, torch-2.11, portable or None, got "
+    message, out = "stream must be one of torch, torch-2.11, portable or None, got ", tmp_path / "out"
     refused(CASE.build(), OURS, message, error=ConfigError, stream=stream)
     calls: list[Callable[[], object]] = [
         lambda: randlora.files.inspect(OURS, stream=stream),
         lambda: randlora.files.verify(OURS, stream=stream),
-        lambda: randlora.files.convert(OURS, tmp_path / "out", stream=stream),
-        lambda: randlora.files.merge(OURS, tmp_path / "out", base=base_directory(LLAMA, tmp_path), stream=stream),
+        lambda: randlora.files.convert(OURS, out, stream=stream),
+        lambda: randlora.files.merge(OURS, out, base=tmp_path / "base", stream=stream),
     ]
     for call in calls:
         with pytest.raises(ConfigError, match=message):
@@ -300,17 +265,18 @@ def test_bases_of_two_streams_in_one_file_are_refused(tmp_path: Path) -> None:
 # PEFT, for which a file is saved
 
 
-@pytest.mark.parametrize(("version", "warned"), [("2.11.0", "torch"), ("2.12.0", None), ("2.15.0+cpu", None)])
-@pytest.mark.parametrize("stream", PEFT_STREAMS)
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.0", "2.15.0+cpu"])
 def test_save_says_under_which_torch_peft_draws_the_same(
-    stream: Stream, version: str, warned: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = trained(LINEAR, stream=stream)
+    adapters = {stream: trained(LINEAR, stream=stream) for stream in PEFT_STREAMS}
     monkeypatch.setattr(torch, "__version__", version)
-    notes = randlora.save(model, tmp_path / "seed").notes
-    those = {"torch": "2.12 and newer", "torch-2.11": "2.11 and older"}[stream]
-    note = f"PEFT draws stream={stream!r} under torch {those} only: save with bases='stored' to load under any"
-    assert notes == ((note,) if stream in ("torch-2.11", warned) else ())
-    assert read_fields(tmp_path / "seed").get("randlora_stream") == (None if stream == "torch" else stream)
-    assert randlora.save(model, tmp_path / "stored", bases="stored").notes == ()
-    assert "randlora_stream" not in read_fields(tmp_path / "stored")
+    newer, older = "2.12 and newer", "2.11 and older"
+    for stream, model in adapters.items():
+        notes = randlora.save(model, tmp_path / "seed").notes
+        those = newer if stream == "torch" else older
+        note = f"PEFT draws stream={stream!r} under torch {those} only: save with bases='stored' to load under any"
+        assert notes == ((note,) if stream == "torch-2.11" or version == "2.11.0" else ())
+        assert read_fields(tmp_path / "seed").get("randlora_stream") == (None if stream == "torch" else stream)
+        assert randlora.save(model, tmp_path / "stored", bases="stored").notes == ()
+        assert "randlora_stream" not in read_fields(tmp_path / "stored")
