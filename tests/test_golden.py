@@ -64,8 +64,8 @@ def oracle_update(golden: Golden, model: nn.Module, fqn: str) -> Tensor:
     bases = bases_of(model)[r].slices(*sides, device="cpu", dtype=torch.float64)
     lam, gamma = (expected_values(body)[f"{fqn}.{part}"] for part in ("randlora_lambda", "randlora_gamma"))
     updates = [
-        reference.delta_weight(*bases, *pair, alpha / r, in_features=in_features)
-        for pair in (zip(lam, gamma, strict=True) if stack else [(lam, gamma)])
+        reference.delta_weight(*bases, own_lam, own_gamma, alpha / r, in_features=in_features)
+        for own_lam, own_gamma in (zip(lam, gamma, strict=True) if stack else [(lam, gamma)])
     ]
     return torch.stack(updates) if stack else updates[0]
 

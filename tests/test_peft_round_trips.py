@@ -54,7 +54,11 @@ def test_what_went_from_peft_to_us_and_back_is_what_it_was(
     kind: RealModel, basis: BasisKind, layout: str, tmp_path: Path
 ) -> None:
     heads = [HEADS[kind.name]] if kind.name in HEADS else None
-    options = {"projection_prng_key": 11, "modules_to_save": heads, "save_projection": layout != "no bases"}
+    options: dict[str, Any] = {
+        "projection_prng_key": 11,
+        "modules_to_save": heads,
+        "save_projection": layout != "no bases",
+    }
     theirs = peft_model(kind, basis, **options)
     theirs.save_pretrained(tmp_path / "theirs")
     if layout == "one copy":
