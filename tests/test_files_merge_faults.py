@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ import randlora
 from randlora.__main__ import main
 from randlora.disk import replace
 from randlora.errors import CheckpointError, ConfigError, MergeError
-from tests.checkpoint_files import edit_fields, reseal
+from tests.checkpoint_files import TENSORS_FILE, edit_fields, reseal
 from tests.kit import fill
-from tests.model_directories import contents, save_adapter, save_model, write
+from tests.model_directories import contents, merge_in_memory, save_adapter, save_model, write
 from tests.models import BERT, GPT2, LLAMA, SIDES, VOCABULARY
 
 
@@ -54,106 +54,92 @@ def refused(root: Path, match: str, error: type[Exception] = CheckpointError, **
 def save(model: nn.Module, directory: Path, **options: Any) -> None:
     """Save an adapter of some model."""
     randlora.inject(model, r=4, **options)
-    fill(model)
-    randlora.save(model, directory)
+    randlora.save(fill(model), directory)
 
 
-def llama(**options: Any) -> nn.Module:
-    """Build a Llama that differs from the base."""
-    config = transformers.LlamaConfig(**{"vocab_size": VOCABULARY, "num_key_value_heads": 2, **SIDES, **options})
-    model: nn.Module = transformers.LlamaForCausalLM(config)
-    return model
+def of_other_llama(root: Path, targets: list[str] | None = None, **sides: int) -> None:
+    """Save an adapter of a Llama that differs from the base."""
+    config = transformers.LlamaConfig(**{"vocab_size": VOCABULARY, "num_key_value_heads": 2, **SIDES, **sides})
+    save(transformers.LlamaForCausalLM(config), root / "adapter", targets=targets)
 
 
-def test_a_base_that_lacks_a_target_is_refused(base: Path, tmp_path: Path) -> None:
-    save(llama(num_hidden_layers=3), tmp_path / "adapter")
-    refused(tmp_path, r"cannot merge .*adapter(?s:.*)the model has no layer model\.layers\.2\.self_attn\.q_proj")
-
-
-def test_a_base_of_other_shapes_is_refused(base: Path, tmp_path: Path) -> None:
-    save(llama(intermediate_size=40), tmp_path / "adapter", targets=["up_proj"])
-    refused(tmp_path, r"model\.layers\.0\.mlp\.up_proj is 48 x 32 here, the adapter was trained on out x in = 40 x 32")
-
-
-def test_a_base_that_lacks_what_was_trained_beside_is_refused(tmp_path: Path) -> None:
-    transformers.BertModel(transformers.BertConfig(vocab_size=VOCABULARY, **SIDES)).save_pretrained(tmp_path / "base")
-    save(BERT.build(), tmp_path / "adapter", train_also=["classifier"])
-    reseal(tmp_path / "adapter", model_class=None)  # as version 0.2 wrote it
-    with pytest.raises(CheckpointError, match=r"the model has no parameter classifier\.weight"):
-        randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base", prefix="bert")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_target_whose_weight_is_tied_in_the_base_is_refused(tmp_path: Path) -> None:
-    save_model(GPT2, tmp_path / "base")
+def of_untied_head(root: Path) -> None:
+    shutil.rmtree(root / "base")
+    save_model(GPT2, root / "base")
     config = transformers.GPT2Config(**{**GPT2.build().config.to_dict(), "tie_word_embeddings": False})  # type: ignore[operator, union-attr]
-    save(transformers.GPT2LMHeadModel(config), tmp_path / "adapter", targets=["lm_head"])
-    refused(tmp_path, r"the weight of lm_head is tied to transformer\.wte\.weight")
+    save(transformers.GPT2LMHeadModel(config), root / "adapter", targets=["lm_head"])
 
 
-def test_a_target_that_is_a_norm_in_the_base_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
-    held = load_file(adapter / "adapter_model.safetensors")
+def of_norm(root: Path) -> None:
+    held = load_file(save_adapter(LLAMA, root / "adapter") / TENSORS_FILE)
     renamed = {name.replace("layers.0.self_attn.q_proj", "norm"): tensor for name, tensor in held.items()}
-    save_file(renamed, adapter / "adapter_model.safetensors")
-    refused(tmp_path, r"model\.norm \(LlamaRMSNorm\) has no weight that can be adapted")
+    save_file(renamed, root / "adapter" / TENSORS_FILE)
 
 
-def test_two_adapters_that_trained_the_same_parameter_are_refused(base: Path, tmp_path: Path) -> None:
-    for name in ("adapter", "other"):
-        save_adapter(LLAMA, tmp_path / name, train_also=["model.norm"])
-    both = [tmp_path / "adapter", tmp_path / "other"]
-    refused(tmp_path, r"cannot merge .*other.*trained model\.norm\.weight too", adapters=both)
+def of_head(root: Path) -> None:
+    shutil.rmtree(root / "base")
+    transformers.BertModel(transformers.BertConfig(vocab_size=VOCABULARY, **SIDES)).save_pretrained(root / "base")
+    save(BERT.build(), root / "adapter", train_also=["classifier"])
+    reseal(root / "adapter", model_class=None)  # as version 0.2 wrote it
 
 
-@pytest.mark.parametrize(
-    ("match", "error", "options"),
-    [
-        ("must be a finite number, got nan", ConfigError, {"factor": float("nan")}),
-        ("dtype must be one of .*got torch.int8", ConfigError, {"dtype": torch.int8}),
-        ("there is no adapter", ConfigError, {"adapters": []}),
-        ("would not be finite in torch.float32", MergeError, {"factor": 1e38}),
-        ("values that are too large for torch.float16", MergeError, {"factor": 1e6, "dtype": torch.float16}),
-    ],
-    ids=["factor", "dtype", "none", "infinite", "too-narrow"],
-)
-def test_what_cannot_be_computed_is_refused(
-    match: str, error: type[Exception], options: dict[str, Any], base: Path, adapter: Path, tmp_path: Path
+MISFITS: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
+    r"cannot merge .*adapter(?s:.*)the model has no layer model\.layers\.2\.self_attn\.q_proj": (
+        lambda root: of_other_llama(root, num_hidden_layers=3),
+        {},
+    ),
+    r"model\.layers\.0\.mlp\.up_proj is 48 x 32 here, the adapter was trained on out x in = 40 x 32": (
+        lambda root: of_other_llama(root, ["up_proj"], intermediate_size=40),
+        {},
+    ),
+    r"the weight of lm_head is tied to transformer\.wte\.weight": (of_untied_head, {}),
+    r"model\.norm \(LlamaRMSNorm\) has no weight that can be adapted": (of_norm, {}),
+    r"the model has no parameter classifier\.weight": (of_head, {"prefix": "bert"}),
+}
+
+
+@pytest.mark.parametrize(("match", "prepared"), MISFITS.items(), ids=["layer", "shape", "tied", "norm", "head"])
+def test_an_adapter_that_does_not_fit_the_base_is_refused(
+    match: str, prepared: tuple[Callable[[Path], object], dict[str, Any]], base: Path, tmp_path: Path
 ) -> None:
-    if "factor" in options:
-        options = {**options, "adapters": {adapter: options["factor"]}}
-        options.pop("factor")
-    refused(tmp_path, match, error, **options)
+    prepare, options = prepared
+    prepare(tmp_path)
+    refused(tmp_path, match, **options)
 
 
-def test_an_adapter_named_twice_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_meant_or_computed_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     link, detour = tmp_path / "link", adapter / ".." / adapter.name
     link.symlink_to(adapter)
     for twice in ([adapter, adapter], {str(adapter): 0.5, f"{adapter}/": 0.25}, [adapter, link], [detour, adapter]):
         refused(tmp_path, "named twice", ConfigError, adapters=twice)
+    refused(tmp_path, "must be a finite number, got nan", ConfigError, adapters={adapter: float("nan")})
+    refused(tmp_path, "dtype must be one of .*got torch.int8", ConfigError, dtype=torch.int8)
+    refused(tmp_path, "there is no adapter", ConfigError, adapters=[])
+    refused(tmp_path, "would not be finite in torch.float32", MergeError, adapters={adapter: 1e38})
+    large = {"adapters": {adapter: 1e6}, "dtype": torch.float16}
+    refused(tmp_path, "values that are too large for torch.float16", MergeError, **large)
+    both = [save_adapter(LLAMA, tmp_path / name, train_also=["model.norm"]) for name in ("adapter", "other")]
+    refused(tmp_path, r"cannot merge .*other.*trained model\.norm\.weight too", adapters=both)
 
 
-def test_an_output_that_exists_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_bytes(b"x")
-    refused(tmp_path, "out exists and is not empty: choose a different name, or give overwrite=True", MergeError)
-    shutil.rmtree(tmp_path / "out")
-    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    for overwrite in (False, True):
-        refused(tmp_path, "out is a file or a broken link", MergeError, overwrite=overwrite)
-
-
-def test_a_merged_model_is_replaced_as_a_whole_and_nothing_else_is(base: Path, adapter: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    single = save_model(LLAMA, tmp_path / "single")
+def test_an_output_is_replaced_as_a_whole_on_demand_and_nothing_else_is(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    out, single = tmp_path / "out", save_model(LLAMA, tmp_path / "single")
     randlora.files.merge(adapter, out, base=base)
+    refused(tmp_path, "out exists and is not empty: choose a different name, or give overwrite=True", MergeError)
     expected = contents(randlora.files.merge(adapter, tmp_path / "expected", base=single).out)
     randlora.files.merge(adapter, out, base=single, overwrite=True)  # which has no index and no shards
     assert contents(out) == expected
     (out / "checkpoint-10").mkdir()
     (out / "checkpoint-10" / "model.safetensors").write_bytes(b"x")
     refused(tmp_path, r"out holds other files, which would be lost: checkpoint-10", MergeError, overwrite=True)
-    for inside in (base, tmp_path):
+    for inside in (base, tmp_path, base / "deep" / "out", adapter / "deep" / "out"):
         refused(tmp_path, "an input that must not change|would be lost", MergeError, out=inside, overwrite=True)
+    shutil.rmtree(out)
+    out.symlink_to(tmp_path / "nowhere")
+    for overwrite in (False, True):
+        refused(tmp_path, "out is a file or a broken link", MergeError, overwrite=overwrite)
 
 
 def test_a_replacement_that_fails_leaves_the_model_that_was_there(
@@ -173,76 +159,48 @@ def test_a_replacement_that_fails_leaves_the_model_that_was_there(
     assert contents(tmp_path) == before
 
 
-def named(adapter: Path, base: object) -> Path:
-    """Write the name of a base model into an adapter's JSON."""
-    edit_fields(adapter, {"base_model_name_or_path": base})
-    return adapter
-
-
 def test_without_a_base_the_adapters_name_it(base: Path, adapter: Path, tmp_path: Path) -> None:
+    def name(directory: Path, place: str) -> Path:
+        edit_fields(directory, {"base_model_name_or_path": place})
+        return directory
+
     expected = contents(randlora.files.merge(adapter, tmp_path / "expected", base=base).out)
     refused(tmp_path, "adapter' names no base model .*give base=", base=None)
-    named(adapter, str(base))
-    assert contents(randlora.files.merge(adapter, tmp_path / "out", overwrite=True).out) == expected
-    other = named(save_adapter(LLAMA, tmp_path / "other"), str(tmp_path))
-    refused(tmp_path, "the adapters name different base models", base=None, adapters=[adapter, other], overwrite=True)
-    named(adapter, "no/such/place")
-    refused(tmp_path, "'no/such/place', which the adapter names, is not there: give base=", base=None, overwrite=True)
-
-
-@pytest.mark.parametrize("inside", ["base", "adapter"])
-def test_an_output_inside_an_input_is_refused(inside: str, base: Path, adapter: Path, tmp_path: Path) -> None:
-    refused(
-        tmp_path,
-        "is .* or inside it, an input that must not change",
-        MergeError,
-        out=tmp_path / inside / "deep" / "out",
-    )
+    assert contents(randlora.files.merge(name(adapter, str(base)), tmp_path / "out").out) == expected
+    other: dict[str, Any] = {"base": None, "overwrite": True}
+    both = [adapter, name(save_adapter(LLAMA, tmp_path / "other"), str(tmp_path))]
+    refused(tmp_path, "the adapters name different base models", adapters=both, **other)
+    name(adapter, "no/such/place")
+    refused(tmp_path, "'no/such/place', which the adapter names, is not there: give base=", **other)
 
 
 @contextmanager
 def without_rights() -> Iterator[None]:
     """Be a user to whom permissions apply, as they do not to root."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
     try:
         yield
     finally:
-        os.seteuid(0)
+        if is_root:
+            os.seteuid(0)
 
 
-def test_a_directory_that_cannot_be_written_to_is_refused() -> None:
+def test_inputs_are_never_opened_for_writing_and_a_locked_directory_is_refused() -> None:
     with tempfile.TemporaryDirectory() as made:  # pytest's own directories let nobody else in
-        root = Path(made)
-        save_model(LLAMA, root / "base")
-        save_adapter(LLAMA, root / "adapter")
-        (root / "locked").mkdir()
+        root, locked, out = Path(made), Path(made) / "locked", Path(made) / "open"
+        base, adapter = save_model(LLAMA, root / "base"), save_adapter(LLAMA, root / "adapter")
+        locked.mkdir()
+        out.mkdir()
         for path in (root, *root.rglob("*")):
             path.chmod(0o555 if path.is_dir() else 0o444)
+        out.chmod(0o777)
         with without_rights():
-            refused(root, "Permission denied", PermissionError, out=root / "locked" / "out")
+            refused(root, "Permission denied", PermissionError, out=locked / "out")
+            randlora.files.merge(adapter, out / "merged", base=base)
         for path in (root, *root.rglob("*")):
             path.chmod(path.stat().st_mode | stat.S_IWUSR)
-
-
-def test_no_input_is_opened_for_writing(base: Path, adapter: Path, tmp_path: Path) -> None:
-    before, written, is_watched = contents(tmp_path), list[str](), True
-
-    def audit(event: str, args: Any) -> None:
-        is_write = event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if is_write and is_watched:
-            written.append(os.path.realpath(args[0]))
-
-    sys.addaudithook(audit)  # for as long as the process lives
-    try:
-        randlora.files.merge(adapter, tmp_path / "out", base=base)
-    finally:
-        is_watched = False
-    assert any("unfinished" in path for path in written)
-    assert [path for path in written if path.startswith((os.path.realpath(base), os.path.realpath(adapter)))] == []
-    assert {name: content for name, content in contents(tmp_path).items() if not name.startswith("out")} == before
 
 
 def test_what_the_disk_has_no_room_for_is_not_begun(adapter: Path, tmp_path: Path) -> None:
@@ -300,11 +258,7 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_final_name_and_the_same_c
 ) -> None:
     before = contents(tmp_path)
     process = subprocess.Popen(
-        [sys.executable, "-c", HALTING],
-        cwd=tmp_path,
-        env=without_transformers,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", HALTING], cwd=tmp_path, env=without_transformers, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "halfway\n"
@@ -317,7 +271,5 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_final_name_and_the_same_c
 
     out = randlora.files.merge(adapter, tmp_path / "out", base=base).out
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base", "out"}
-    model = LLAMA.build()
-    randlora.load(model, adapter)
-    randlora.merge(model)
-    assert contents(out) == contents(write(model, tmp_path / "expected", is_sharded=True))
+    expected = write(merge_in_memory(LLAMA, {adapter: 1.0}), tmp_path / "expected", is_sharded=True)
+    assert contents(out) == contents(expected)
