@@ -189,14 +189,6 @@ def test_matrices_that_keep_their_16_bits_meet_the_float32_that_norms_give(
         torch.testing.assert_close(model(x).float(), expected.float(), rtol=0.05, atol=0.05)
 
 
-def test_what_is_given_in_a_tuple_is_cast_too() -> None:
-    model = nn.ModuleDict({"norm": nn.LayerNorm(8), "rnn": nn.LSTM(8, 8)}).bfloat16()
-    prepare_quantized(model)
-    state = torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)
-    output, _ = model["rnn"](model["norm"](torch.randn(3, 2, 8)), state)
-    assert output.dtype == torch.bfloat16
-
-
 def test_a_model_of_text_and_images_has_two_inputs() -> None:
     sides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     text, vision = {"vocab_size": 64, **sides}, {"image_size": 16, "patch_size": 8, **sides}

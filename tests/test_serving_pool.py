@@ -3,6 +3,7 @@
 import shutil
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.errors import AdapterError, CheckpointError, ConfigError
 from randlora.serving import AdapterPool
-from randlora.state import attached_state
-from tests.kit import WAIT, Same, fill, until, untouched
+from tests.kit import WAIT, fill, until, untouched
 from tests.laws import assert_close
 
 NAMES = tuple("abcdef")
@@ -50,7 +50,9 @@ def assert_rows(pool: AdapterPool, model: nn.Module, outputs: dict[str, Any], *n
     assert_close(found, torch.stack(expected), torch.float32)
 
 
-def test_adapters_are_loaded_when_they_are_asked_for_and_the_oldest_go_first(outputs: dict[str, Any]) -> None:
+def test_adapters_are_loaded_when_they_are_asked_for_and_the_oldest_go_first_but_no_bases(
+    outputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = plain()
     pool = AdapterPool(model, outputs["files"], max_loaded=3)
     assert pool.names == NAMES
@@ -66,6 +68,7 @@ def test_adapters_are_loaded_when_they_are_asked_for_and_the_oldest_go_first(out
     ]
     for names, loaded, counts in expected:
         assert_rows(pool, model, outputs, *names)
+        monkeypatch.setattr("randlora.bases.basis.KINDS", {})  # no more can be drawn
         assert pool.loaded == loaded
         assert {each.name for each in randlora.adapters(model)} == set(loaded)
         stats = pool.stats()
@@ -102,40 +105,41 @@ def test_no_adapter_is_removed_while_it_is_in_use(outputs: dict[str, Any]) -> No
     assert "a" not in pool.loaded
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["a", "b", "c"], "3 adapters are asked for at once, and the pool loads 2: raise max_loaded"),
-        (["a", "g", None], "the pool has no adapter named 'g'; the nearest are"),
-        (["a"] * 0, "expected for each row the name of an adapter"),
-        ("abc", "expected for each row the name of an adapter"),
-    ],
-)
-def test_what_a_pool_cannot_do_is_refused_before_anything_is_loaded(
-    names: Any, message: str, outputs: dict[str, Any]
-) -> None:
+REFUSED: list[tuple[Any, type[Exception], str]] = [
+    (["a", "b", "c"], AdapterError, "3 adapters are asked for at once, and the pool loads 2: raise max_loaded"),
+    (["a", "g", None], AdapterError, "the pool has no adapter named 'g'; the nearest are"),
+    ([], AdapterError, "expected for each row the name of an adapter"),
+    ("abc", AdapterError, "expected for each row the name of an adapter"),
+]
+
+
+def test_what_a_pool_cannot_do_is_refused_before_anything_is_loaded(outputs: dict[str, Any]) -> None:
     model = plain()
     pool = AdapterPool(model, outputs["files"], max_loaded=2)
     assert_rows(pool, model, outputs, "d", "e", "d")
     before = pool.stats(), pool.loaded
     with untouched(model):
-        refused(pool, names, AdapterError, message)
+        for names, error, message in REFUSED:
+            refused(pool, names, error, message)
+        for strange in (3, None, [1], [[]], {"a": "b"}):
+            with pytest.raises(ConfigError, match=r"cannot prefetch: .*names"):
+                pool.prefetch(strange)  # type: ignore[arg-type]
+            with pytest.raises(ConfigError, match=r"cannot using: .*names"), pool.using(strange):  # type: ignore[arg-type]
+                pass
     assert (pool.stats(), pool.loaded) == before
 
 
-@pytest.mark.parametrize("is_ahead", [False, True])
-@pytest.mark.parametrize("damage", ["cut", "another model's", "gone"])
+@pytest.mark.parametrize(("damage", "is_ahead"), [("cut", False), ("another model's", True), ("gone", True)])
 def test_a_load_that_fails_leaves_model_and_pool_and_names_the_file(
     damage: str, is_ahead: bool, outputs: dict[str, Any], tmp_path: Path
 ) -> None:
     files = tmp_path / "adapters"
     shutil.copytree(outputs["files"], files)
-    model = plain()
+    model, first = plain(), plain()
     pool = AdapterPool(model, files, max_loaded=3)
     assert_rows(pool, model, outputs, "a", "b", "c")
-    good = (files / "e" / FILE).read_bytes()
     if damage == "cut":
-        (files / "e" / FILE).write_bytes(good[:-4])
+        (files / "e" / FILE).write_bytes((files / "e" / FILE).read_bytes()[:-4])
     elif damage == "gone":
         (files / "e" / FILE).unlink()
     else:
@@ -145,17 +149,14 @@ def test_a_load_that_fails_leaves_model_and_pool_and_names_the_file(
     if is_ahead:
         pool.prefetch(["d", "e"])
     before = pool.loaded
-    with untouched(model):
+    with untouched(model), untouched(first):
         refused(pool, ["a", "d", "e"], CheckpointError, str(files / "e"))
+        sources = {name: files / name for name in "de"}
+        refused(AdapterPool(first, sources, max_loaded=3), ["d", "e", None], CheckpointError, str(files / "e"))
     assert pool.loaded == before
     assert pool.stats().failures == 1
     shutil.copytree(outputs["files"] / "e", files / "e", dirs_exist_ok=True)
     assert_rows(pool, model, outputs, "a", "d", "e")
-    plain_one = plain()
-    (files / "e" / FILE).write_bytes(good[:-4])
-    first = AdapterPool(plain_one, files, max_loaded=3)
-    with untouched(plain_one):
-        refused(first, ["d", "e", None], CheckpointError, str(files / "e"))
 
 
 def test_prefetched_files_are_read_in_another_thread(outputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,43 +179,28 @@ def test_prefetched_files_are_read_in_another_thread(outputs: dict[str, Any], mo
     assert_rows(pool, model, outputs, "b", "d", None)
     main = threading.current_thread().name
     assert (threads["a"], threads["b"], threads["d"].rpartition("_")[0]) == (main, main, "randlora-prefetch")
-    with pytest.raises(AdapterError, match=r"prefetch adapters of the pool.*no adapter named 'z'"):
-        pool.prefetch(["z"])
-    with pytest.raises(AdapterError, match="3 adapters are asked for at once"):
-        pool.prefetch(["a", "b", "c"])
+    for names, message in ((["z"], r"pool.*no adapter named 'z'"), ([*"abc"], "3 adapters are asked for at once")):
+        with pytest.raises(AdapterError, match=message):
+            pool.prefetch(names)
 
 
 def test_threads_take_turns_and_each_row_is_its_own(outputs: dict[str, Any]) -> None:
     model = plain()
     pool = AdapterPool(model, outputs["files"], max_loaded=3)
-    failed: list[BaseException] = []
 
-    def serve(start: int) -> None:
-        try:
-            for step in range(12):
-                names = [NAMES[(start + step * each) % len(NAMES)] for each in (1, 2, 3)]
-                pool.prefetch(names[:1])
-                assert_rows(pool, model, outputs, *names)
-                assert pool.stats().loaded >= 0
-        except BaseException as error:
-            failed.append(error)
+    def serve(start: int) -> int:
+        asked = [[NAMES[(start + step * each) % len(NAMES)] for each in (1, 2, 3)] for step in range(6)]
+        for names in asked:
+            pool.prefetch(names[:1])
+            assert_rows(pool, model, outputs, *names)
+            assert pool.stats().loaded >= 0
+        return sum(len({*names}) for names in asked)
 
-    threads = [threading.Thread(target=serve, args=(start,), daemon=True) for start in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not failed, failed
+    with ThreadPoolExecutor(4) as threads:
+        total = sum(threads.map(serve, range(4), timeout=WAIT))
     stats = pool.stats()
-    assert stats.hits + stats.misses == sum(len({*names}) for names in _asked())
+    assert stats.hits + stats.misses == total
     assert stats.loads == stats.misses == stats.evictions + len(pool.loaded)
-
-
-def _asked() -> list[list[str]]:
-    return [
-        [NAMES[(start + step * each) % len(NAMES)] for each in (1, 2, 3)] for start in range(4) for step in range(12)
-    ]
 
 
 def test_adapters_of_the_model_itself_are_left_alone(outputs: dict[str, Any]) -> None:
@@ -252,38 +238,23 @@ def test_what_routed_cannot_take_is_used_by_other_means(tmp_path: Path) -> None:
             pass
 
 
-def test_bases_are_drawn_once_for_all(outputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = plain()
-    pool = AdapterPool(model, outputs["files"], max_loaded=1)
-    assert_rows(pool, model, outputs, "a", None, None)
-    state = attached_state(model)
-    assert state is not None
-    bases = [Same(basis) for basis in state.bank]
-    monkeypatch.setattr("randlora.bases.basis.KINDS", {})  # none can be drawn
-    for name in "bcb":
-        with pool.using(name):
-            assert [Same(basis) for basis in state.bank] == bases
-
-
-def test_a_directory_is_read_again_for_a_new_name(outputs: dict[str, Any], tmp_path: Path) -> None:
+def test_sources_are_directories_read_again_for_a_new_name_states_and_the_packed_names_of_tokens(
+    outputs: dict[str, Any], tmp_path: Path
+) -> None:
     shutil.copytree(outputs["files"] / "a", tmp_path / "a")
     (tmp_path / ".b.unfinished-12345678").mkdir()
     (tmp_path / ".b.unfinished-12345678" / FILE).touch()
-    model = plain()
+    model, loaded = plain(), plain()
     pool = AdapterPool(model, str(tmp_path), max_loaded=2)
     assert list(pool.names) == ["a"]
     shutil.copytree(outputs["files"] / "b", tmp_path / "b")
     assert_rows(pool, model, outputs, "a", "b", None)
     assert list(pool.names) == ["a", "b"]
-
-
-def test_sources_are_paths_states_and_the_packed_names_of_tokens(outputs: dict[str, Any]) -> None:
-    loaded, model = plain(), plain()
     randlora.load(loaded, outputs["files"] / "b")
-    sources = {"one": outputs["files"] / "a", "two": randlora.adapter_state(loaded)}
-    pool = AdapterPool(model, sources, max_loaded=2)
-    with pool.routed([["one", "two", None]]):
-        found = model(X.unsqueeze(0))
+    other = plain()
+    states = {"one": outputs["files"] / "a", "two": randlora.adapter_state(loaded)}
+    with AdapterPool(other, states, max_loaded=2).routed([["one", "two", None]]):
+        found = other(X.unsqueeze(0))
     assert_close(found[0, :2], torch.stack([outputs["a"][0], outputs["b"][1]]), torch.float32)
 
 
@@ -300,12 +271,3 @@ def test_sources_are_paths_states_and_the_packed_names_of_tokens(outputs: dict[s
 def test_wrong_options_are_refused(sources: Any, max_loaded: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         AdapterPool(plain(), sources, max_loaded=max_loaded)
-
-
-@pytest.mark.parametrize("names", [3, None, [1], [[]], {"a": "b"}])
-def test_names_of_another_type_are_refused(names: Any, outputs: dict[str, Any]) -> None:
-    pool = AdapterPool(plain(), outputs["files"], max_loaded=2)
-    with pytest.raises(ConfigError, match=r"cannot prefetch: .*names"):
-        pool.prefetch(names)
-    with pytest.raises(ConfigError, match=r"cannot using: .*names"), pool.using(names):
-        pass

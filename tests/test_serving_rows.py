@@ -191,12 +191,7 @@ CLASSES = [
 def test_every_class(task: str, model_type: str, name: str) -> None:
     if (model := zoo.tiny(model_type, name)) is None:
         pytest.skip("its config cannot be cut down")
-    try:
-        with_adapters(model, None)
-    except randlora.errors.RandLoRAError as error:
-        pytest.skip(str(error))
-    if task == "vision":
-        model = model.double()  # some enlarge rounding in float32
+    model = model.double()  # some enlarge rounding in float32
     for tokens in (ROWS, ROWS + 1):
         ids = torch.randint(3, 100, (ROWS, tokens))
         inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, 1:]} if task == "encoder and decoder" else {})
@@ -212,9 +207,10 @@ def test_every_class(task: str, model_type: str, name: str) -> None:
             return first if isinstance(first, Tensor) else output[0]
 
         try:
-            with torch.no_grad():
-                alone = each_alone(model, "ab", run)
-        except Exception as error:  # sizes that do not go together
+            if tokens == ROWS:
+                with_adapters(model, None)
+            alone = each_alone(model, "ab", run)
+        except Exception as error:  # what cannot be adapted, or sizes that do not go together
             pytest.skip(str(error))
         if torch.allclose(alone["a"], alone["b"], atol=1e-3, equal_nan=True):
             pytest.skip("its adapters make no difference in so small a model")

@@ -5,19 +5,18 @@ import gc
 import pickle
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import randlora
 from randlora.functional import Diagonals
 from randlora.serving import stacked
-from randlora.serving.stacked import Stack, Way, goes_together, one_by_one, stacked_update
+from randlora.serving.stacked import Stack, Way, one_by_one, stacked_update
 from tests import reference
 from tests.kit import fill
 from tests.pairs import Case, case, every_form
@@ -48,6 +47,7 @@ def expected(x: Tensor, counts: list[int], deltas: list[Tensor]) -> Tensor:
 
 
 @every_form
+@settings(max_examples=8)
 @given(out=sides, into=sides, r=ranks, counts=every_count, way=st.sampled_from([*get_args(Way), None]), at_once=at_once)
 def test_each_token_gets_the_oracles_update(
     form: str, out: int, into: int, r: int, counts: list[int], way: Way | None, at_once: int
@@ -68,39 +68,24 @@ def test_each_token_gets_the_oracles_update(
 
 
 @pytest.mark.parametrize(
-    ("shape", "form"), [((64, 48), "dense"), ((48, 64), "dense"), ((64, 48), "block(2,4)")], ids=str
+    ("shape", "form", "way"),
+    [
+        ((24, 16), "dense", "whole"),
+        ((16, 24), "dense", "by row"),
+        ((24, 16), "dense", "by term"),
+        ((24, 16), "block(2,4)", "by row"),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("way", get_args(Way))
 def test_in_bfloat16_it_is_as_close_as_one_by_one(shape: tuple[int, int], form: str, way: Way) -> None:
-    if form != "dense" and way == "by term":
-        return
     made, diagonals, deltas = updates(form, *shape, 8, 3)
-    kind = type(made.pair)
-    pair = kind(made.pair.A.float(), made.pair.B.bfloat16(), *made.pair.rest)
+    pair = type(made.pair)(made.pair.A.float(), made.pair.B.bfloat16(), *made.pair.rest)
     x, counts = torch.randn(6, shape[1], dtype=torch.float64).bfloat16(), [1, 2, 3]
     wanted, is_wide = expected(x.double(), counts, deltas), shape[1] <= shape[0]
     near = one_by_one(x, pair, diagonals, counts, is_wide=is_wide)
     found = stacked_update(x, pair, Stack.of(pair, diagonals), counts, is_wide=is_wide, way=way)
     errors = [(each.double() - wanted).norm() / wanted.norm() for each in (near, found)]
     assert errors[1] < 2 * errors[0] + 1e-3
-
-
-def test_what_goes_together() -> None:
-    made, diagonals, _ = updates("dense", 32, 32, 4, 2)
-    x = torch.randn(6, 32, dtype=torch.float64)
-    parts = [part.detach() for one in diagonals for part in one[:2]]
-
-    def together(counts: list[int], **options: Any) -> bool:
-        return goes_together(x, parts, made.pair, counts, **{"is_wide": True, "compute": "auto", **options})
-
-    assert together([3, 3])
-    assert not together([6])
-    assert not together([3, 3], compute="materialized")
-    assert not together([3000, 3])
-    parts[2].requires_grad_()
-    assert not together([3, 3])
-    with torch.no_grad():
-        assert together([3, 3])
 
 
 def test_a_few_tokens_of_each_adapter_build_no_large_factor() -> None:
@@ -151,17 +136,17 @@ def lam(model: nn.Module, name: str) -> nn.Parameter:
 
 
 @pytest.mark.parametrize("basis", ["dense", "block"])
-def test_values_are_copied_once_a_block(basis: str, copies: list[Stack]) -> None:
+def test_values_are_copied_once_a_block_and_are_in_no_copy_of_the_model(basis: str, copies: list[Stack]) -> None:
     model, x = adapted(basis), torch.randn(5, 16)
+    size = len(pickle.dumps(model))
     with torch.no_grad():
         wanted = alone(model, x)
-        for _ in range(2):
-            copies.clear()
-            with randlora.serving.routed(model, NAMES):
-                for tokens in (x, x.unsqueeze(1).expand(5, 3, 16), x):
-                    found = model(tokens)
-                    torch.testing.assert_close(found if found.dim() == 2 else found[:, 1], wanted)
-            assert len(copies) == 2, "one for each layer"
+        with randlora.serving.routed(model, NAMES):
+            for tokens in (x, x.unsqueeze(1).expand(5, 3, 16), x):
+                found = model(tokens)
+                torch.testing.assert_close(found if found.dim() == 2 else found[:, 1], wanted)
+                assert len(pickle.dumps(copy.deepcopy(model))) < size + 2000
+        assert len(copies) == 2, "one for each layer"
         kept = weakref.ref(copies.pop().gamma)
         copies.clear()
         gc.collect()
@@ -184,10 +169,6 @@ def in_inference_mode(model: nn.Module) -> None:
         lam(model, "b").mul_(-3)
 
 
-def other_data(model: nn.Module) -> None:
-    lam(model, "b").data = lam(model, "b").data * -3
-
-
 def other_data_twice(model: nn.Module) -> None:
     other = lam(model, "b").data * -3
     lam(model, "b").data = torch.zeros_like(other)
@@ -201,31 +182,19 @@ def other_parameter(model: nn.Module) -> None:
     parameters["b"] = nn.Parameter(parameters["b"] * -3, requires_grad=False)
 
 
-def by_a_state_dict(model: nn.Module) -> None:
-    model.load_state_dict({
-        name: value * -3 if name.endswith("lambda.b") else value for name, value in model.state_dict().items()
-    })
-
-
-def by_an_optimizer(model: nn.Module) -> None:
-    parameter = lam(model, "b")
-    parameter.grad = torch.ones_like(parameter)
-    torch.optim.AdamW([parameter], lr=0.5).step()
-
-
 def other_dtype(model: nn.Module) -> None:
     model.half()
     model.float()
 
 
-CHANGES: list[Callable[[nn.Module], None]] = [
-    in_place, by_another_thread, in_inference_mode, other_data, other_data_twice, other_parameter, by_a_state_dict,
-    by_an_optimizer, other_dtype,
-]  # fmt: skip
+CHANGES = [in_place, by_another_thread, in_inference_mode, other_data_twice, other_parameter, other_dtype]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("change", "mode"),
+    [*((change, torch.no_grad) for change in CHANGES), (in_place, torch.inference_mode)],
+    ids=lambda value: value.__name__,
+)
 def test_a_change_inside_of_the_block_is_seen(change: Any, mode: Any, model: nn.Module) -> None:
     x = torch.randn(5, 16)
     with randlora.serving.routed(model, NAMES):
@@ -263,13 +232,3 @@ def test_gradients_after_a_forward_without(model: nn.Module) -> None:
         torch.testing.assert_close(found, without)
         found.square().sum().backward()
     assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
-
-
-def test_copies_and_pickles_made_inside_leave_it(model: nn.Module, copies: list[Stack]) -> None:
-    x, size = torch.randn(5, 16), len(pickle.dumps(model))
-    with randlora.serving.routed(model, NAMES), torch.no_grad():
-        model(x)
-        assert len(pickle.dumps(model)) < size + 2000
-        copy.deepcopy(model)
-        model(x)
-    assert len(copies) == 2
