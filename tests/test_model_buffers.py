@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,6 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "old-spectral": lambda: spectral_norm(nn.Linear(6, 6)),
     "own": Counter,
 }
-MOVES = [kind for kind in KINDS if kind != "own"]
 MOVES_IN_EVAL = pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.11", reason="older versions of torch write rounded statistics in eval, too"
 )
@@ -96,14 +96,20 @@ def adapted(kind: str) -> Any:
     return model
 
 
-def train(model: nn.Module, steps: int = 2, x: Tensor = X) -> None:
-    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.01)
+def loaded(kind: str, source: Any, dtype: torch.dtype = torch.float32) -> Any:
+    model = build(kind).to(dtype)
+    randlora.load(model, source)
+    return model
+
+
+def train(model: nn.Module, x: Tensor = X) -> nn.Module:
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.01)
     model.train()
-    for _ in range(steps):
+    for _ in range(2):
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
-    model.eval()
+    return model.eval()
 
 
 def said(report: object, word: str = "running statistics") -> bool:
@@ -111,19 +117,24 @@ def said(report: object, word: str = "running statistics") -> bool:
 
 
 @every_kind
-def test_a_trained_module_is_saved_and_loaded_with_its_buffers(kind: str, tmp_path: Path) -> None:
-    model, before = adapted(kind), build(kind).state_dict()
-    train(model)
-    report = randlora.save(model, tmp_path)
-    assert not said(report, "moved")
-    fresh = build(kind)
-    buffers = randlora.load(fresh, tmp_path).buffers
-    assert same_bits(fresh(X), model(X))
-    assert buffers == randlora.adapters(model)[0].buffers
-    assert buffers
-    assert all(name in dict(build(kind).named_buffers()) for name in buffers)
-    assert any(bits(adapter_values(model)[name]) != bits(before[name]) for name in buffers)
+def test_a_trained_module_is_saved_loaded_and_swapped_with_its_buffers(kind: str, tmp_path: Path) -> None:
+    model, before = train(adapted(kind)), build(kind).state_dict()
+    assert not said(randlora.save(model, tmp_path), "moved")
     assert randlora.files.verify(tmp_path).passed
+    fresh, expected, state = build(kind), model(X), randlora.adapter_state(model)
+    report = randlora.load(fresh, tmp_path)
+    buffers = report.buffers
+    assert buffers == randlora.adapters(model)[0].buffers == randlora.plan(build(kind), config=report.config).buffers
+    assert {*buffers} <= {name for name, _ in build(kind).named_buffers()}
+    assert any(bits(adapter_values(model)[name]) != bits(before[name]) for name in buffers)
+    assert same_bits(fresh(X), expected)
+    assert same_bits(loaded(kind, state)(X), expected)
+    for source in (tmp_path, pickle.loads(pickle.dumps(state))):
+        assert not same_bits(train(model, x=2 * X)(X), expected)
+        live = {name: value for name, value in model.named_buffers() if name in buffers}
+        randlora.swap(model, source)
+        assert same_bits(model(X), expected)
+        assert all(dict(model.named_buffers())[name] is value for name, value in live.items())
     for each in (model, fresh):
         with randlora.disabled(each):
             assert all_bits({name: each.state_dict()[name] for name in before}) == all_bits(before)
@@ -131,24 +142,21 @@ def test_a_trained_module_is_saved_and_loaded_with_its_buffers(kind: str, tmp_pa
         assert all_bits(each.state_dict()) == all_bits(before)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["batch", "old-spectral", "own"])
 def test_each_of_several_adapters_has_its_own(kind: str) -> None:
-    model = adapted(kind)
-    train(model)
+    model = train(adapted(kind))
     first = model(X)
     randlora.inject(model, r=2, name="b", targets=["first"], train_also=["norm"], active=True, trainable=True)
-    buffers = randlora.adapters(model)[1].buffers
-    own = {name: bits(value) for name, value in build(kind).state_dict().items()}
-    assert {name: bits(adapter_values(model, "b")[name]) for name in buffers} == {name: own[name] for name in buffers}
-    train(model, x=3 * X)
-    second = model(X)
+    own = build(kind).state_dict()
+    assert all(same_bits(adapter_values(model, "b")[name], own[name]) for name in randlora.adapters(model)[1].buffers)
+    second = train(model, x=3 * X)(X)
     assert not same_bits(first, second)
     for _ in range(2):
         randlora.activate(model, "default")
         assert same_bits(model(X), first)
         randlora.activate(model, "b")
         assert same_bits(model(X), second)
-    with pytest.raises(AdapterError, match="each trained their own copy of norm"):
+    with untouched(model), pytest.raises(AdapterError, match="each trained their own copy of norm"):
         randlora.activate(model, ["default", "b"])
     with untouched(model), pytest.raises(AdapterError, match=r"'b' has buffers \(norm.*which have no sum"):
         randlora.serving.combine(model, {"b": 0.5}, name="c")
@@ -159,224 +167,124 @@ def test_each_of_several_adapters_has_its_own(kind: str) -> None:
 
 @every_kind
 def test_a_merged_model_has_them(kind: str) -> None:
-    model = adapted(kind)
-    train(model)
-    expected, buffers = model(X), {name: bits(adapter_values(model)[name]) for name in adapter_values(model)}
+    model, plain = train(adapted(kind)), build(kind)
+    expected, buffers = model(X), all_bits(adapter_values(model))
     tensors = dict(randlora.merged_tensors(model))
-    plain = build(kind)
     plain.load_state_dict(tensors)
-    torch.testing.assert_close(plain(X), expected)
     with randlora.merged(model):
         torch.testing.assert_close(model(X), expected)
     assert same_bits(model(X), expected)
     assert not said(randlora.merge(model), "moved")
-    torch.testing.assert_close(model(X), expected)
+    for each in (plain, model):
+        torch.testing.assert_close(each(X), expected)
     assert all(bits(value) == buffers.get(name, bits(value)) for name, value in model.state_dict().items())
     assert all_bits(model.state_dict()) == all_bits(tensors)
 
 
-@every_kind
-def test_states_swaps_and_restored_files_have_them(kind: str, tmp_path: Path) -> None:
-    model = adapted(kind)
-    train(model)
-    randlora.save(model, tmp_path)
-    state, expected = randlora.adapter_state(model), model(X)
-    live = {name: value for name, value in model.named_buffers() if name in randlora.adapters(model)[0].buffers}
-    puts: list[Callable[[], None]] = [
-        lambda: randlora.swap(model, tmp_path),
-        lambda: randlora.swap(model, pickle.loads(pickle.dumps(state))),
-    ]
-    for put in puts:
-        train(model, x=2 * X)
-        assert not same_bits(model(X), expected)
-        live = {name: dict(model.named_buffers())[name] for name in live}
-        put()
-        assert same_bits(model(X), expected)
-        assert all(dict(model.named_buffers())[name] is value for name, value in live.items())
-    fresh = build(kind)
-    randlora.load(fresh, state)
-    assert same_bits(fresh(X), expected)
-
-
 @pytest.mark.parametrize("kind", ["batch", "own"])
 def test_they_follow_a_model_that_is_copied_cast_or_filled(kind: str, tmp_path: Path) -> None:
-    model = adapted(kind)
-    train(model)
-    other = copy.deepcopy(model)
-    train(other, x=2 * X)
-    assert not same_bits(other(X), model(X))
-    loaded = pickle.loads(pickle.dumps(model))
-    assert same_bits(loaded(X), model(X))
-    train(loaded)
-    randlora.save(loaded, tmp_path)
-    fresh = build(kind)
-    randlora.load(fresh, tmp_path)
-    assert same_bits(fresh(X), loaded(X))
-    own = build(kind).double()
-    fresh.double()
-    randlora.activate(fresh, [])
-    assert same_bits(fresh(X.double()), own(X.double()))
+    model = train(adapted(kind))
+    assert not same_bits(train(copy.deepcopy(model), x=2 * X)(X), model(X))
+    pickled = pickle.loads(pickle.dumps(model))
+    assert same_bits(pickled(X), model(X))
+    randlora.save(train(pickled), tmp_path)
+    fresh = loaded(kind, tmp_path)
+    assert same_bits(fresh(X), pickled(X))
+    randlora.activate(fresh.double(), [])
+    assert same_bits(fresh(X.double()), build(kind).double()(X.double()))
     randlora.activate(fresh, "default")
     fresh.load_state_dict(fresh.state_dict(), assign=True)
     randlora.set_trainable(fresh, "default")
-    train(fresh, x=X.double())
-    randlora.save(fresh, tmp_path)
-    again = build(kind).double()
-    randlora.load(again, tmp_path)
-    assert same_bits(again(X.double()), fresh(X.double()))
+    randlora.save(train(fresh, x=X.double()), tmp_path)
+    assert same_bits(loaded(kind, tmp_path, torch.float64)(X.double()), fresh(X.double()))
 
 
 def test_a_call_that_raises_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted("batch")
-    train(model)
+    model, plain = train(adapted("batch")), build("batch")
     with untouched(model), pytest.raises(TargetError, match="matches no module"):
         randlora.inject(model, r=2, name="b", targets=["first"], train_also=["norm", "nrom"])
     monkeypatch.setattr("randlora.model.install.tell_changed", lambda _: 1 / 0)
-    with untouched(model), pytest.raises(ZeroDivisionError):
-        randlora.inject(model, r=2, name="b", targets=["first"], train_also=["norm"], active=True)
-    with untouched(plain := build("batch")), pytest.raises(ZeroDivisionError):
-        randlora.inject(plain, r=2, targets=["first"], train_also=["norm"])
+    for each in (model, plain):
+        with untouched(each), pytest.raises(ZeroDivisionError):
+            randlora.inject(each, r=2, name="b", targets=["first"], train_also=["norm"], active=True)
 
 
-@pytest.mark.parametrize(
-    ("names", "buffers"),
-    [
-        (["norm"], True),
-        (r"norm", True),
-        (r".*orm.*", True),
-        (["norm.weight"], False),
-        (r"norm\..*", False),
-    ],
-    ids=str,
-)
-def test_modules_have_their_buffers_and_parameters_have_none(names: list[str] | str, buffers: bool) -> None:
+@pytest.mark.parametrize("names", [["norm"], r".*orm.*", ["norm.weight"], r"norm\..*"], ids=str)
+def test_modules_have_their_buffers_and_parameters_have_none(names: list[str] | str) -> None:
     report = randlora.plan(build("batch"), r=2, targets=["first"], train_also=names)
-    expected = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"} if buffers else set()
-    assert {*report.buffers} == expected
+    own = {f"norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert {*report.buffers} == (own if names in (["norm"], r".*orm.*") else set())
     assert "norm.weight" in report.train_also
 
 
-def test_an_adapters_options_name_the_same_again(tmp_path: Path) -> None:
-    model = adapted("batch")
-    randlora.save(model, tmp_path)
-    fresh = build("batch")
-    loaded = randlora.load(fresh, tmp_path)
-    again = randlora.plan(build("batch"), config=loaded.config)
-    assert (again.train_also, again.buffers) == (loaded.train_also, loaded.buffers)
-
-
-@pytest.mark.parametrize("kind", MOVES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "own"])
 def test_statistics_that_no_adapter_has_are_spoken_of(kind: str, tmp_path: Path) -> None:
     model = build(kind)
     report = randlora.inject(model, r=2, targets=["first", "last"])
     assert said(report, "norm, other.1 have running statistics, which move in train mode")
-    assert not said(randlora.save(model, tmp_path), "moved since")
-    twin = copy.deepcopy(model).double()
-    assert not said(randlora.save(twin, tmp_path), "moved since")
+    for each in (model, copy.deepcopy(model).double()):
+        assert not said(randlora.save(each, tmp_path), "moved since")
     for trainable in (True, False):
         assert said(randlora.load(build(kind), tmp_path, trainable=trainable)) == trainable
-    train(model)
-    assert said(randlora.save(model, tmp_path), "moved since the model was adapted: they are not in the files")
+    assert said(randlora.save(train(model), tmp_path), "moved since the model was adapted: they are not in the files")
     for put in (pickle.loads(pickle.dumps(model)) if "spectral" not in kind else copy.deepcopy(model), model):
         assert said(randlora.merge(put, reversible=True), "moved since the model was adapted: the merged model")
 
 
-@pytest.mark.parametrize("also", [["norm.weight", "norm.bias"], ["norm"]], ids=str)
-def test_and_those_of_other_modules_are_when_some_have_a_copy(also: list[str], tmp_path: Path) -> None:
-    model = build("batch")
-    report = randlora.inject(model, r=2, targets=["first", "last"], train_also=also)
-    assert said(report, "norm, other.1 have running" if "norm.bias" in also else "other.1 has running statistics")
-    train(model)
-    (note,) = (each for each in randlora.save(model, tmp_path).notes if "moved since" in each)
-    assert ("norm.running_mean" in note) == ("norm.bias" in also)
-    assert "other.1.running_mean" in note
-
-
-@pytest.mark.parametrize("situation", ["eval", "owned", "frozen", "none"])
-def test_nothing_is_said_where_nothing_moves(situation: str, tmp_path: Path) -> None:
-    model = build("batch")
-    if situation == "none":
-        model.norm, model.other = nn.LayerNorm(6), nn.BatchNorm1d(3, track_running_stats=False)
-    also = ["norm", "other"] if situation == "owned" else None
-    trainable = False if situation == "frozen" else None
-    report = randlora.inject(model, r=2, targets=["first", "last"], train_also=also, trainable=trainable)
-    assert said(report) == (situation == "eval")
-    model(X)
-    assert not said(randlora.save(model, tmp_path), "moved")
-    assert not said(randlora.merge(model), "moved")
-
-
-def test_what_was_no_number_from_the_start_has_not_moved(tmp_path: Path) -> None:
-    model = build("batch")
-    for entry in range(2):
-        model.norm.running_mean[entry] = torch.nan
-        if entry == 0:
-            randlora.inject(model, r=2, targets=["first", "last"])
-        assert said(randlora.save(model, tmp_path), "norm.running_mean moved since") == (entry == 1)
-
-
-def test_what_has_no_values_is_passed_over(tmp_path: Path) -> None:
-    with torch.device("meta"):
+def test_and_those_of_other_modules_are_when_some_have_a_copy(tmp_path: Path) -> None:
+    for also in (["norm.weight", "norm.bias"], ["norm"]):
+        has_copy, model = also == ["norm"], build("batch")
+        report = randlora.inject(model, r=2, targets=["first", "last"], train_also=also)
+        assert said(report, "other.1 has running statistics" if has_copy else "norm, other.1 have running")
+        (note,) = (each for each in randlora.save(train(model), tmp_path).notes if "moved since" in each)
+        assert ("norm.running_mean" in note, "other.1.running_mean" in note) == (not has_copy, True)
+    for situation in ("eval", "owned", "frozen", "none"):
         model = build("batch")
-    report = randlora.inject(model, r=2, targets=["first", "last"], train_also=["norm"])
+        if situation == "none":
+            model.norm, model.other = nn.LayerNorm(6), nn.BatchNorm1d(3, track_running_stats=False)
+        options: dict[str, Any] = {"owned": {"train_also": ["norm", "other"]}, "frozen": {"trainable": False}}
+        report = randlora.inject(model, r=2, targets=["first", "last"], **options.get(situation, {}))
+        assert said(report) == (situation == "eval")
+        model(X)
+        assert not said(randlora.save(model, tmp_path), "moved")
+        assert not said(randlora.merge(model), "moved")
+
+
+def test_what_has_no_values_or_was_no_number_from_the_start_has_not_moved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        empty = build("batch")
+    report = randlora.inject(empty, r=2, targets=["first", "last"], train_also=["norm"])
     assert said(report, "other.1 has running statistics")
-    model.to_empty(device="cpu")
-    for parameter in (*model.parameters(), *model.buffers()):
-        parameter.data.zero_()
+    empty.to_empty(device="cpu")
+    for tensor in (*empty.parameters(), *empty.buffers()):
+        tensor.data.zero_()
+    assert not said(randlora.save(empty, tmp_path), "moved since")
+    model = build("batch")
+    model.norm.running_mean[0] = torch.nan
+    randlora.inject(model, r=2, targets=["first", "last"])
     assert not said(randlora.save(model, tmp_path), "moved since")
-
-
-class Chained(nn.Module):
-    """Layers that PEFT adapts too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
-            self.norm, self.plain = nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False)
-            self.head = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(n, 6)`` to ``(n, 2)``."""
-        output: Tensor = self.head(self.plain(self.last(self.norm(self.first(x)))))
-        return output
-
-
-WHOLE = ["norm", "plain", "head"]
+    model.norm.running_mean[1] = torch.nan
+    assert said(randlora.save(model, tmp_path), "norm.running_mean moved since")
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
-def test_peft_loads_the_buffers_that_are_saved(tmp_path: Path) -> None:
-    model = Chained()
-    randlora.inject(model, r=2, targets=["first", "last"], train_also=WHOLE)
-    train(model)
-    assert randlora.save(model, tmp_path, bases="stored").notes == ()
-    assert {*json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]} == {*WHOLE}
-    theirs = peft.PeftModel.from_pretrained(Chained(), tmp_path).eval()
+@pytest.mark.parametrize("kind", ["batch", "plain-batch"])
+def test_buffers_are_saved_for_peft_and_loaded_from_it(kind: str, tmp_path: Path) -> None:
+    model = train(adapted(kind))
+    assert randlora.save(model, tmp_path / "ours", bases="stored").notes == ()
+    fields = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert {*fields["modules_to_save"]} == {"norm", "other"}
+    theirs: Any = peft.PeftModel.from_pretrained(build(kind), tmp_path / "ours", is_trainable=True).eval()
     torch.testing.assert_close(theirs(X), model(X))
-
-
-def test_the_buffers_that_peft_saves_are_loaded(tmp_path: Path) -> None:
-    config = peft.RandLoraConfig(r=2, target_modules=["first", "last"], modules_to_save=WHOLE, randlora_alpha=4)
-    theirs = peft.get_peft_model(Chained(), config)
-    optimizer = torch.optim.SGD([each for each in theirs.parameters() if each.requires_grad], lr=0.05)
-    theirs.train()
-    for _ in range(2):
-        theirs(X).square().mean().backward()
-        optimizer.step()
-    theirs.eval().save_pretrained(tmp_path / "theirs")
-    model = Chained()
+    train(theirs).save_pretrained(tmp_path / "theirs")  # type: ignore[operator]
+    model = build(kind)
     report = randlora.load(model, tmp_path / "theirs")
-    assert len(report.buffers) == 9
+    assert len(report.buffers) == 6
     torch.testing.assert_close(model(X), theirs(X))
     randlora.save(model, tmp_path / "saved")
     randlora.files.convert(tmp_path / "saved", tmp_path / "native", to="native")
     for place in ("saved", "native"):
-        fresh = Chained()
-        randlora.load(fresh, tmp_path / place)
-        assert same_bits(fresh(X), model(X))
+        assert same_bits(loaded(kind, tmp_path / place)(X), model(X))
 
 
 def golden() -> nn.Sequential:
@@ -404,28 +312,22 @@ def test_a_file_of_format_3_loads_for_ever(tmp_path: Path) -> None:
     assert all_bits(read_tensors(tmp_path)[0]) == all_bits(read_tensors(DATA)[0])
 
 
-def test_counts_that_the_model_has_no_buffer_for_are_refused(tmp_path: Path) -> None:
-    model = adapted("own")
-    randlora.save(model, tmp_path)
-    plain = build("own")
-    del plain.norm._buffers["steps"]
-    with untouched(plain), pytest.raises(CheckpointError, match=r"no buffer norm\.steps"):
-        randlora.load(plain, tmp_path)
-    plain.norm.steps = nn.Parameter(torch.zeros((), dtype=torch.int32), requires_grad=False)
-    with untouched(plain), pytest.raises(CheckpointError, match=r"norm\.steps holds torch\.int32 here"):
-        randlora.load(plain, tmp_path)
-    wider = build("own")
+def test_buffers_that_do_not_fit_or_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    randlora.save(adapted("own"), tmp_path)
+    lacking, trained, wider = (build("own") for _ in range(3))
+    del lacking.norm._buffers["steps"], trained.norm._buffers["steps"]
+    trained.norm.steps = nn.Parameter(torch.zeros((), dtype=torch.int32), requires_grad=False)
     wider.norm.steps = wider.norm.steps.long()
-    with untouched(wider), pytest.raises(CheckpointError, match=r"norm\.steps holds torch\.int64 here"):
-        randlora.load(wider, tmp_path)
-
-
-def test_statistics_that_are_not_numbers_are_not_saved(tmp_path: Path) -> None:
+    refused = {lacking: "no buffer norm.steps"}
+    refused |= {trained: "norm.steps holds torch.int32 here", wider: "norm.steps holds torch.int64 here"}
+    for model, message in refused.items():
+        with untouched(model), pytest.raises(CheckpointError, match=re.escape(message)):
+            randlora.load(model, tmp_path)
     model = adapted("batch")
     model.norm.running_var.fill_(torch.nan)
     with pytest.raises(CheckpointError, match=r"norm\.running_var holds NaN"):
-        randlora.save(model, tmp_path)
-    assert not (tmp_path / TENSORS_FILE).exists()
+        randlora.save(model, tmp_path / "new")
+    assert not (tmp_path / "new" / TENSORS_FILE).exists()
 
 
 if __name__ == "__main__":
