@@ -73,14 +73,6 @@ def test_few_tokens_are_laid_out_only_where_they_take_no_more_room_than_the_weig
     assert tokens * found.num_bases * found.min_dim <= shape[0] * shape[1]
 
 
-@pytest.mark.parametrize("way", ["factored", "materialized"])
-@given(shape=shapes, tokens=st.integers(0, 100_000))
-def test_a_way_that_is_asked_for_is_taken(way: Way, shape: tuple[int, int], tokens: int) -> None:
-    found = sizes(tokens, *shape)
-    assert forward_way(found, way) == way  # type: ignore[arg-type]
-    assert backward_ways(found, needs_input=True, needs_diagonals=True, compute=way) == (way, way)  # type: ignore[arg-type]
-
-
 @given(shape=shapes, tokens=st.integers(1, 100_000))
 def test_what_is_there_already_is_not_paid_for_again(shape: tuple[int, int], tokens: int) -> None:
     found = sizes(tokens, *shape)

@@ -148,10 +148,8 @@ class Sizes(NamedTuple):
         return self.build_A + self.update + tokens_through_update
 
 
-def forward_way(sizes: Sizes, compute: Compute = "auto") -> Way:
-    """Return the cheapest way to compute the output, or ``compute`` if that is not ``"auto"``."""
-    if compute != "auto":
-        return compute
+def forward_way(sizes: Sizes) -> Way:
+    """Return the cheapest way to compute the output."""
     costs = _forward_costs(sizes)
     return min(costs, key=costs.__getitem__)
 
@@ -165,19 +163,12 @@ def _forward_costs(sizes: Sizes) -> dict[Way, float]:
 
 
 def backward_ways(
-    sizes: Sizes,
-    *,
-    needs_input: bool,
-    needs_diagonals: bool,
-    needs_weight: bool = False,
-    compute: Compute = "auto",
+    sizes: Sizes, *, needs_input: bool, needs_diagonals: bool, needs_weight: bool = False
 ) -> tuple[Way, Way]:
     """Return how to compute the gradients of the input and of Λ and Γ, chosen together because they share a product.
 
     The gradients of Λ and Γ can also be computed from the weight's gradient, if this is needed.
     """
-    if compute != "auto":
-        return compute, compute
     costs = _backward_costs(sizes, needs_input=needs_input, needs_diagonals=needs_diagonals, needs_weight=needs_weight)
     return min(costs, key=costs.__getitem__)
 

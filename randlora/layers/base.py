@@ -17,7 +17,7 @@ from randlora.errors import CheckpointError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import diagonal_shapes, initial_values
 from randlora.layers.update import Update, sum_updates
-from randlora.layers.weight import MergeableWeight, Piece, split_of
+from randlora.layers.weight import Piece, StoredWeight, split_of
 from randlora.places import is_hooked, whole
 from randlora.ranks import run_collectives
 from randlora.replaced import watched
@@ -85,7 +85,7 @@ class Product(NamedTuple):
     output_dtype: torch.dtype
 
 
-class AdapterLayer(MergeableWeight):
+class AdapterLayer(StoredWeight):
     """Adapts one weight of a module, its owner, in place.
 
     The owner remains the same object, with its parameters and hooks. Its class becomes a subclass of its original class

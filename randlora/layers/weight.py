@@ -20,19 +20,21 @@ from randlora.ranks import run_collectives
 
 
 class StoredWeight(ABC):
-    """How one kind of layer stores its weight, a named parameter of the module. Used as a class; it has no state.
+    """How one kind of layer stores its weight, a named parameter of the module, and how updates are merged into it.
 
     Attributes:
         attribute: The name of the parameter.
         is_transposed: Whether the weight is stored as ``(in_features, out_features)``, or as a stack of such matrices.
         is_quantized: Whether the module holds codes instead of the values of the weight.
         is_forward_only: Whether only the module's forward reads the codes, so that there is no weight to merge into.
+        unmerged: The original weight while it is merged into.
     """
 
     attribute: ClassVar[str] = "weight"
     is_transposed: ClassVar[bool] = False
     is_quantized: ClassVar[bool] = False
     is_forward_only: ClassVar[bool] = False
+    unmerged: Kept | None = None
 
     @staticmethod
     @abstractmethod
@@ -174,16 +176,6 @@ class StoredWeight(ABC):
         if cls.is_transposed:
             rows, columns = columns, rows
         return Region(rows, columns, stack[0] if stack else None)
-
-
-class MergeableWeight(StoredWeight):
-    """A weight of a module that updates can be merged into, reversibly or for good.
-
-    Attributes:
-        unmerged: The original weight while it is merged into.
-    """
-
-    unmerged: Kept | None = None
 
     @abstractmethod
     def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from randlora.errors import ConfigError, MergeError, raise_collected
-from randlora.hints import shortly
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import cast
@@ -22,6 +21,7 @@ from randlora.model.install import lost_parts
 from randlora.model.mergeable import (
     differences_from_product,
     model_dtype,
+    option_problems,
     product_problems,
     require_finite,
     weight_problems,
@@ -101,8 +101,7 @@ class MergedTensors:
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None, *, doing: str) -> MergedTensors:
         """Check in all processes that together hold a model that it can be merged and has all values."""
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ConfigError(f"dtype must be a floating dtype or None, got {shortly(dtype)}")
+        raise_collected(ConfigError, option_problems("dequantize", dtype), doing=doing)
         with opened(model, None) as view:
             root, state, census = view.root, view.state, Census.of(unwrapped_model(model))
             ranks = View(root, state, census).ranks()  # parts of the model without adapters may be sharded
@@ -229,11 +228,9 @@ class Entry(NamedTuple):
 def entries_of(census: Census, state: ModelState, into: Into) -> Iterator[Entry]:
     """Yield the entries of a model in the order of its state dict."""
     for prefix, module in census.prefixed:
-        for attribute in parameter_names(census, module):
+        for attribute in (*parameter_names(census, module), *dict(buffers_beside(census, module))):
             fqn = f"{prefix}{attribute}"
             yield Entry(fqn, partial(_value, census, module, attribute, fqn, state, into))
-        for attribute, _ in buffers_beside(census, module):
-            yield Entry(f"{prefix}{attribute}", partial(_buffer, module, attribute))
 
 
 def parameter_names(census: Census, module: nn.Module) -> list[str]:
@@ -256,7 +253,7 @@ def _quantized_as(census: Census, module: nn.Module) -> type[AdapterLayer] | Non
 def _value(
     census: Census, module: nn.Module, attribute: str, fqn: str, state: ModelState, into: Into, share: Share
 ) -> Tensor | None:
-    """Return the value of one parameter now, in the dtype that its module computes with."""
+    """Return the value of one parameter or buffer now, in the dtype that its module computes with."""
     site = census.sites_by_key.get((id(module), attribute))
     beside = census.sites_by_key.get((id(module), "weight")) if attribute == "bias" else None
     if site is not None and (site.adapter_layer is not None or site.layer_class.is_quantized):
@@ -266,10 +263,6 @@ def _value(
     else:
         value = _held(module, attribute)
     return None if value is None else cast(module, attribute, value)
-
-
-def _buffer(module: nn.Module, attribute: str, _: Share) -> Tensor:
-    return _held(module, attribute)
 
 
 def _weight(fqn: str, site: Site, state: ModelState, into: Into, share: Share) -> Tensor | None:

@@ -268,11 +268,11 @@ def _values(view: View) -> dict[str, str]:
     }
     for name, adapter in view.state.adapters.items():
         trained |= {f"{fqn}, which {name!r} trains": (copy,) for fqn, copy in adapter.trained.items()}
-    return {what: _sha256(parts) for what, parts in trained.items() if all(map(_is_whole, parts))}
-
-
-def _is_whole(parameter: Tensor) -> bool:
-    return is_whole(parameter) and not parameter.is_meta
+    return {
+        what: _sha256(parts)
+        for what, parts in trained.items()
+        if all(is_whole(each) and not each.is_meta for each in parts)
+    }
 
 
 def _sha256(tensors: Iterable[Tensor]) -> str:

@@ -177,13 +177,10 @@ def _named_groups(census: Census) -> list[set[str]]:
 def foreign_adapters(census: Census) -> list[str]:
     """Return a message for each library that has adapters in a model."""
     found: dict[str, list[str]] = {}
-    kinds: dict[type, str | None] = {}
     for fqn, module in ("", census.model), *((visit.fqn, visit.module) for visit in census.first_visits):
         kind = type(module)
-        if kind not in kinds:
-            packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
-            kinds[kind] = next((package for package in packages if package in LIBRARIES), None)
-        if (package := kinds[kind]) is not None:
+        packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
+        if (package := next(filter(LIBRARIES.__contains__, packages), None)) is not None:
             found.setdefault(package, []).append(f"{fqn or 'the model itself'} ({kind.__module__}.{kind.__name__})")
     return [
         f"the model has adapters of {LIBRARIES[package]}: {', '.join(places[-2:])}"
