@@ -56,7 +56,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.medium
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a fault in a finalizer, see below
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(name=st.sampled_from([*VERBS, *AFTER_MERGING, "load"]), share=st.floats(0, 1, exclude_max=True))
 def test_a_change_that_fails_at_any_call_is_undone(saved: Path, name: str, share: float) -> None:
     verbs: dict[str, Verb] = {
