@@ -21,20 +21,13 @@ HOSTILE: tuple[Any, ...] = (
     *(
         "",
         " ",
-        "%",
-        "%s%n",
-        "%2000000000d",
-        ".",
         "..",
-        "/",
         "../x",
-        "a",
-        "0",
-        "1",
         "\0",
         "\ud800",
         "é\u202e",
         "x" * 300,
+        *["%", "%s%n", "%2000000000d", ".", "/", "a", "0", "1"],
     ),
     *([], {}, [[]], [0], [1, 2], ["a"], {"": ""}, {"a": 1}, [0, 2**63], [2**40, 2], [None], [["a", 1]], [True, 1]),
     *(".*", "(", "[a", "(?i)w", "a{99999999999}", "(?P<a>", "\\", "w|t", "all-linear", "all", "torch", "portable"),
@@ -42,22 +35,7 @@ HOSTILE: tuple[Any, ...] = (
 )
 """Values that readers were seen to stumble over, and words that mean something to ours."""
 
-NAMES = (
-    "a",
-    "wide",
-    "tall",
-    "",
-    ".",
-    "a.b",
-    "..",
-    "wide.weight",
-    "base_layer",
-    "randlora_A",
-    "0",
-    "é",
-    "\ud800",
-    "x" * 300,
-)
+NAMES = ("", "\ud800", "x" * 300, "a", "wide", "tall", ".", "a.b", "..", "wide.weight", "base_layer", "randlora_A", "0")
 """New names of layers, keys and tensors."""
 
 
@@ -111,14 +89,8 @@ def _tweaked(value: Any, random: Random) -> Any:
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int):
-        return random.choice((
-            value + 1,
-            value - 1,
-            -value,
-            2 * value,
-            value // 2,
-            float(value) if abs(value) < 2**63 else 0,
-        ))
+        whole = float(value) if abs(value) < 2**63 else 0
+        return random.choice((value + 1, value - 1, -value, 2 * value, value // 2, whole))
     if isinstance(value, float):
         return random.choice((-value, value / 2, value * 2, value + 1, int(value) if value == value // 1 else 1))
     if isinstance(value, str):
@@ -133,11 +105,7 @@ def _renamed(text: str, random: Random) -> str:
     if choice == 0:
         return random.choice(NAMES)
     if choice == 1:
-        return (
-            text[:place]
-            + random.choice((".", "a", "0", "%", "\0", "\ud800", "é", " ", "(", "*", "|", "/"))
-            + text[place:]
-        )
+        return text[:place] + random.choice((*".a0%é (*|/", "\0", "\ud800")) + text[place:]
     if choice == 2:
         return text[:place] + text[place + 1 :]
     return random.choice((text + text[:1], text[::-1], text.upper(), text[place:], text[:place], f"{text}.r2"))
@@ -213,16 +181,8 @@ def _mutate_tensors(file: TensorFile, random: Random) -> None:
 
 
 def _side(side: int, random: Random) -> int:
-    return random.choice((
-        side,
-        side,
-        side + 1,
-        max(0, side - 1),
-        0,
-        1,
-        2 * side,
-        2**40 if random.random() < 0.1 else side,
-    ))
+    huge = 2**40 if random.random() < 0.1 else side
+    return random.choice((side, side, side + 1, max(0, side - 1), 0, 1, 2 * side, huge))
 
 
 def _mutate_values(file: TensorFile, random: Random) -> None:

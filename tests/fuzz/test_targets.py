@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -15,10 +14,9 @@ import torch
 from randlora.checkpoint.read import read_adapter
 from randlora.errors import CheckpointError
 from tests.fuzz import limits
-from tests.fuzz.files import CORPUS, laid_out, pack, packed, tree, unpack
+from tests.fuzz.files import CORPUS, laid_out, tree
 from tests.fuzz.limits import Violation, bounded, writing_only
-from tests.fuzz.mutate import HOSTILE, mutate_json
-from tests.fuzz.seeds import GOLDEN, golden
+from tests.fuzz.seeds import golden
 from tests.fuzz.targets import TARGETS
 from tests.fuzz.tensors import parse, reseal, unparse
 
@@ -66,8 +64,7 @@ def _waste(seconds: float) -> None:
 TOO_MUCH: dict[str, tuple[type[BaseException], Callable[[], object]]] = {
     "processor": (Violation, lambda: _waste(5.0)),
     "waiting": (Violation, lambda: threading.Event().wait(60)),
-    "memory": (MemoryError, lambda: bytearray(2**30)),
-    "memory of torch": (RuntimeError, lambda: torch.empty(2**30)),
+    "memory": (RuntimeError, lambda: torch.empty(2**30)),
 }
 
 
@@ -104,7 +101,7 @@ def test_writing_is_refused_outside_of_a_directory(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"inside": "folder", "inside/y": b"x", "outside": "folder", "outside/x": b"x"}
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", ["golden_v1_stored", "golden_v2_options"])
 def test_a_file_that_is_sealed_again_is_read_and_one_that_is_not_is_refused(name: str) -> None:
     files = golden(name)
     file = parse(files[TENSORS])
@@ -118,32 +115,3 @@ def test_a_file_that_is_sealed_again_is_read_and_one_that_is_not_is_refused(name
         header = read_adapter(root / "adapter").header
     assert header is not None
     assert header.library_version == "another"
-
-
-@pytest.mark.parametrize("name", TARGETS)
-def test_a_seed_repeats_every_change(name: str) -> None:
-    inputs = [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
-    for seed in range(60):
-        found = [inputs[seed % len(inputs)]] * 2
-        for _ in range(3):
-            found = [TARGETS[name].mutate(data, Random(seed), lambda part: part[1:]) for data in found]
-        assert found[0] == found[1]
-
-
-def test_any_part_of_a_json_value_is_changed_and_becomes_any_hostile_one() -> None:
-    value = {"a": [1, {"b": "c"}], "d": 0.5}
-    changed = [json.dumps(mutate_json(value, Random(seed))) for seed in range(5000)]
-    assert value == {"a": [1, {"b": "c"}], "d": 0.5}
-    for part in HOSTILE:
-        assert any(json.dumps(part) in text for text in changed), part
-    for part in ('"a": [1, {"b": "c"}]', '1, {"b": "c"}', '"b": "c"', '"d": 0.5'):
-        assert any(part not in text for text in changed)
-
-
-def test_archives_hold_files_and_stay_in_their_directory(tmp_path: Path) -> None:
-    files = {"a/b": b"x", "../c": b"x", "/d": b"x", "@link/a/e": b"b", "@link/a/f": b"/etc/passwd", "@pipe/g": b""}
-    assert unpack(pack(files)) == files
-    assert unpack(b"x") is None
-    with laid_out(files) as root:
-        assert tree(root) == {"a": "folder", "a/b": b"x", "a/e": "link to b", "g": "special"}
-        assert unpack(packed(root)) == {"a/b": b"x", "a/e": b"x"}

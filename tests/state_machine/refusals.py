@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,18 +13,15 @@ if TYPE_CHECKING:
     from tests.state_machine.base import ModelMachine
 
 
+Call = Callable[["ModelMachine"], object]
+
+
 @dataclass(frozen=True)
 class Refusal:
-    """A call that must be refused.
-
-    Attributes:
-        error: What must be raised.
-        call: Makes the call.
-        applies: Whether the call can be made now, and would not be refused for another reason.
-    """
+    """A call that must be refused with an error, when it can be made and would not be refused for another reason."""
 
     error: type[Exception]
-    call: Callable[["ModelMachine"], object]
+    call: Call
     applies: Callable[["ModelMachine"], bool] = lambda _: True
 
 
@@ -33,31 +29,11 @@ def _is_adapted(machine: "ModelMachine") -> bool:
     return bool(machine.truth.adapters)
 
 
-def _is_free(machine: "ModelMachine") -> bool:
-    return bool(machine.truth.adapters) and machine.truth.merged is None
-
-
-def _takes_adapters(machine: "ModelMachine") -> bool:
-    return machine.truth.merged is None
-
-
-def _is_plain(machine: "ModelMachine") -> bool:
-    return not machine.truth.adapters
-
-
 def _is_merged(machine: "ModelMachine") -> bool:
     return machine.truth.merged is not None
 
 
-def _has_saved(machine: "ModelMachine") -> bool:
-    return bool(machine.saved)
-
-
-def _can_load(machine: "ModelMachine") -> bool:
-    return _takes_adapters(machine) and _has_saved(machine)
-
-
-def _inject(**options: Any) -> Callable[["ModelMachine"], object]:
+def _inject(**options: Any) -> Call:
     def call(machine: "ModelMachine") -> object:
         first = machine.truth.kind.weights[0].fqn
         return randlora.inject(machine.model, **{"targets": [first], "r": 2, "name": "new", **options})
@@ -65,16 +41,16 @@ def _inject(**options: Any) -> Callable[["ModelMachine"], object]:
     return call
 
 
-def _on_model(verb: Callable[..., object], *args: Any, **options: Any) -> Callable[["ModelMachine"], object]:
+def _on_model(verb: Callable[..., object], *args: Any, **options: Any) -> Call:
     return lambda machine: verb(machine.model, *args, **options)
 
 
-def _of_first(verb: Callable[..., object], make: Callable[[str], Any]) -> Callable[["ModelMachine"], object]:
+def _of_first(verb: Callable[..., object], make: Callable[[str], Any]) -> Call:
     """Call a verb with something made of the name of the first adapter."""
     return lambda machine: verb(machine.model, make(next(iter(machine.truth.adapters))))
 
 
-def _load_damaged(damage: Callable[[bytes], bytes]) -> Callable[["ModelMachine"], object]:
+def _load_damaged(damage: Callable[[bytes], bytes]) -> Call:
     """Load a saved adapter whose tensors were damaged on the way."""
 
     def call(machine: "ModelMachine") -> object:
@@ -99,24 +75,16 @@ def _train_twice(machine: "ModelMachine") -> object:
     return randlora.inject(machine.model, targets=[first.fqn], train_also=[first.name], r=2, name="new")
 
 
-def _load_nothing(machine: "ModelMachine") -> object:
-    return randlora.load(machine.model, Path(machine.root), name="new")
-
-
-def _entered(block: Callable[..., Any]) -> Callable[["ModelMachine"], object]:
+def _entered(block: Callable[..., Any]) -> Call:
     return lambda machine: block(machine.model).__enter__()
 
 
-def _save(**options: Any) -> Callable[["ModelMachine"], object]:
+def _save(**options: Any) -> Call:
     return lambda machine: randlora.save(machine.model, machine.root / "refused", **options)
 
 
 def _load_saved(machine: "ModelMachine") -> object:
     return randlora.load(machine.model, machine.path(min(machine.saved)), name="new")
-
-
-def _trainable(machine: "ModelMachine") -> object:
-    return list(randlora.trainable_parameters(machine.model))
 
 
 ON_A_PLAIN_MODEL = {
@@ -129,7 +97,7 @@ ON_A_PLAIN_MODEL = {
     "unmerge": _on_model(randlora.unmerge),
     "delta_weight": _on_model(randlora.delta_weight, "head"),
     "set_compute": _on_model(randlora.set_compute, "auto"),
-    "trainable_parameters": _trainable,
+    "trainable_parameters": lambda machine: list(randlora.trainable_parameters(machine.model)),
     "save": _save(),
 }
 WHILE_MERGED = {
@@ -156,7 +124,7 @@ UNLESS_MERGED = {
     "no such parameter": (TargetError, _inject(train_also=["nowhere"])),
     "ranks for another layer": (TargetError, _inject(r={"nowhere": 2})),
     "trained and adapted": (TargetError, _train_twice),
-    "load nothing": (CheckpointError, _load_nothing),
+    "load nothing": (CheckpointError, lambda machine: randlora.load(machine.model, machine.root, name="new")),
 }
 OF_AN_ADAPTED_MODEL = {
     "activate the unknown": (AdapterError, _on_model(randlora.activate, "unknown")),
@@ -164,10 +132,7 @@ OF_AN_ADAPTED_MODEL = {
     "a factor in words": (AdapterError, _of_first(randlora.activate, lambda name: {name: "much"})),
     "one adapter twice": (AdapterError, _of_first(randlora.activate, lambda name: [name, name])),
     "rename the unknown": (AdapterError, _on_model(randlora.rename, "unknown", "new")),
-    "rename to a name with a dot": (
-        AdapterError,
-        _of_first(lambda model, name: randlora.rename(model, name, "a.b"), str),
-    ),
+    "rename to a dot": (AdapterError, _of_first(lambda model, name: randlora.rename(model, name, "a.b"), str)),
     "train the unknown": (AdapterError, _on_model(randlora.set_trainable, "unknown")),
     "combine the unknown": (AdapterError, _on_model(randlora.serving.combine, {"unknown": 1.0}, name="new")),
     "merge the unknown": (MergeError, _on_model(randlora.merge, adapters="unknown", reversible=True)),
@@ -186,18 +151,31 @@ DAMAGED = {
 }
 
 REFUSALS = {
-    **{f"{verb} without adapters": Refusal(AdapterError, call, _is_plain) for verb, call in ON_A_PLAIN_MODEL.items()},
+    **{
+        f"{verb} without adapters": Refusal(AdapterError, call, lambda machine: not _is_adapted(machine))
+        for verb, call in ON_A_PLAIN_MODEL.items()
+    },
     **{f"{verb} while merged": Refusal(AdapterError, call, _is_merged) for verb, call in WHILE_MERGED.items()},
     "merge while merged": Refusal(MergeError, _on_model(randlora.merge), _is_merged),
-    "unmerge while not merged": Refusal(MergeError, _on_model(randlora.unmerge), _is_free),
+    "unmerge while not merged": Refusal(
+        MergeError, _on_model(randlora.unmerge), lambda machine: _is_adapted(machine) and not _is_merged(machine)
+    ),
     "load while merged": Refusal(
-        AdapterError, _load_saved, lambda machine: _is_merged(machine) and _has_saved(machine)
+        AdapterError, _load_saved, lambda machine: _is_merged(machine) and bool(machine.saved)
     ),
     **{words: Refusal(error, call) for words, (error, call) in ON_ANY_MODEL.items()},
-    **{words: Refusal(error, call, _takes_adapters) for words, (error, call) in UNLESS_MERGED.items()},
+    **{
+        words: Refusal(error, call, lambda machine: not _is_merged(machine))
+        for words, (error, call) in UNLESS_MERGED.items()
+    },
     **{words: Refusal(error, call, _is_adapted) for words, (error, call) in OF_AN_ADAPTED_MODEL.items()},
     **{
-        f"load {words}": Refusal(CheckpointError, _load_damaged(damage), _can_load) for words, damage in DAMAGED.items()
+        f"load {words}": Refusal(
+            CheckpointError,
+            _load_damaged(damage),
+            lambda machine: not _is_merged(machine) and bool(machine.saved),
+        )
+        for words, damage in DAMAGED.items()
     },
 }
 """The calls by what is wrong with them."""
