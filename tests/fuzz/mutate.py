@@ -105,7 +105,7 @@ def _renamed(text: str, random: Random) -> str:
     if choice == 0:
         return random.choice(NAMES)
     if choice == 1:
-        return text[:place] + random.choice((*".a0%é (*|/", "\0", "\ud800")) + text[place:]
+        return text[:place] + random.choice(".a0%é (*|/\0\ud800") + text[place:]
     if choice == 2:
         return text[:place] + text[place + 1 :]
     return random.choice((text + text[:1], text[::-1], text.upper(), text[place:], text[:place], f"{text}.r2"))
