@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import safetensors.torch
@@ -58,21 +59,18 @@ def test_attention_computes_as_one_whose_weights_were_changed(kind: AttentionKin
                 assert_close(weights, by, torch.float64)
 
 
-def test_the_fast_path_is_taken_and_each_update_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    fast, value = torch._native_multi_head_attention, ReadWeight.value
-    monkeypatch.setattr(torch, "_native_multi_head_attention", lambda *args: (calls.append("fast"), fast(*args))[1])
-    monkeypatch.setattr(ReadWeight, "value", lambda layer, owner: (calls.append(layer), value(layer, owner))[1])
+@is_training
+def test_the_fast_path_is_taken_and_each_update_computed_once(training: bool) -> None:
     for kind in (PACKED_KIND, SPLIT_KIND):
-        model = kind.adapted().eval()
-        calls.clear()
-        with torch.no_grad():
+        model = kind.adapted().train(training)
+        with (
+            torch.set_grad_enabled(training),
+            patch.object(torch, "_native_multi_head_attention", wraps=torch._native_multi_head_attention) as fast,
+            patch.object(ReadWeight, "value", autospec=True, side_effect=ReadWeight.value) as value,
+        ):
             model(*kind.inputs())
-        assert len(calls) == len(set(calls)) == 3
-        assert "fast" in calls
-        calls.clear()
-        model.train()(*kind.inputs())
-        assert len(calls) == len(set(calls)) == 2
+        assert fast.call_count == (0 if training else 1)
+        assert len({call.args[0] for call in value.call_args_list}) == value.call_count == 2
 
 
 def test_what_a_forward_reads_without_gradients_has_them_where_it_reads_with_them() -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from randlora.functional import stacks
 from randlora.layers import registry
 from randlora.layers.in_place import adapter_layers_of
 from randlora.readers import adapted_stack
+from randlora.readers.adapted_stack import Own, Parts
 from randlora.readers.experts import Experts
 from tests import reference
 from tests.kit import fill, read, untouched
@@ -125,16 +127,14 @@ def test_every_implementation_computes_as_one_whose_experts_were_changed_and_has
         torch.testing.assert_close(gradients(model), found[-1])
 
 
-def test_an_expert_that_no_token_visits_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expert_that_no_token_visits_costs_nothing() -> None:
     model: Any = made(mixtral)
     randlora.inject(model, r=3, targets=EXPERTS)
     experts = model.model.layers[0].mlp.experts
-    formed: list[int] = []
-    original = adapted_stack.Parts.at
-    monkeypatch.setattr(adapted_stack.Parts, "at", lambda parts, at: (formed.append(int(at)), original(parts, at))[1])
     x, visited = torch.randn(3, 16, dtype=torch.float64), torch.tensor([[1, 3], [1, 3], [3, 1]])
-    experts(x, visited, torch.full((3, 2), 0.5, dtype=torch.float64)).sum().backward()
-    assert {*formed} == {1, 3}
+    with patch.object(Parts, "at", autospec=True, side_effect=Parts.at) as at:
+        experts(x, visited, torch.full((3, 2), 0.5, dtype=torch.float64)).sum().backward()
+    assert {int(call.args[1]) for call in at.call_args_list} == {1, 3}
     gradient = experts.gate_up_proj_randlora_lambda["default"].grad
     assert gradient[[1, 3]].any()
     assert not gradient[[0, 2]].any()
@@ -180,16 +180,15 @@ def test_a_grouped_product_all_at_once_equals_one_matrix_after_the_other(
     offs = torch.tensor(counts).cumsum(0).to(torch.int32)
     trained = [module.get_parameter(f"{stack}_randlora_{kind}.default") for kind in ("lambda", "gamma")]
     monkeypatch.setattr(stacks, "ENTRIES", 1)  # several parts
-    results, products = [], []
-    grouped = adapted_stack.Own.products
-    monkeypatch.setattr(adapted_stack.Own, "products", lambda *given: (products.append(1), grouped(*given))[1])
+    results = []
     for at_once in (True, False):
         monkeypatch.setattr(adapted_stack, "chosen_all_at_once", lambda *_, at_once=at_once, **__: at_once)
         rows = x.clone().requires_grad_()
-        output = grouped_product(rows, read(module, stack).mT, offs=offs)[:tokens]
+        with patch.object(Own, "products", autospec=True, side_effect=Own.products) as products:
+            output = grouped_product(rows, read(module, stack).mT, offs=offs)[:tokens]
+        assert products.call_count == at_once
         of = torch.autograd.grad(output.square().sum(), [rows, *trained])
         results.append([output, of[0][:tokens], *of[1:]])
-    assert len(products) == 1
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 

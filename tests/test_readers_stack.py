@@ -1,7 +1,6 @@
 """An adapted stack as an operand: no gradient is lost, and torch's ways of calling a function all work."""
 
 import copy
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,6 +49,9 @@ class Product(torch.autograd.Function):
         return grad @ weight.reshape(-1, IN), (grad.mT @ x).view(weight.shape)
 
 
+PRODUCT: Callable[[Tensor, Tensor], Tensor] = Product.apply
+
+
 def adapted(experts: Any = "each") -> Any:
     model = nn.Sequential()
     model.mlp = Stack()
@@ -67,8 +69,8 @@ def tokens(*shape: int) -> Tensor:
 
 
 OPAQUE: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Tensor], Tensor]]] = {
-    "function": (Product.apply, lambda whole: whole.flatten(0, 1)),
-    "of a matrix": (lambda x, stack: Product.apply(x, stack[1]), lambda whole: whole[1]),
+    "function": (PRODUCT, lambda whole: whole.flatten(0, 1)),
+    "of a matrix": (lambda x, stack: PRODUCT(x, stack[1]), lambda whole: whole[1]),
     "checkpoint": (
         lambda x, stack: checkpoint(lambda x, stack: x @ stack[0].mT, x, stack, use_reentrant=True),
         lambda whole: whole[0],
@@ -110,7 +112,7 @@ def test_other_checkpointing_and_what_needs_no_gradient_work_with_the_stack_itse
     found = gradients(model, checkpoint(lambda x, stack: x @ stack[0].mT, x, model.mlp.up_proj, use_reentrant=False))
     torch.testing.assert_close(found, expected)
     with torch.no_grad():
-        output = Product.apply(x, model.mlp.up_proj)
+        output = PRODUCT(x, model.mlp.up_proj)
         torch.testing.assert_close(output, x @ (model.mlp.up_proj + 0).flatten(0, 1).mT)
         assert torch.equal(copy.deepcopy(model.mlp.up_proj), model.mlp.up_proj + 0)
 
@@ -169,7 +171,7 @@ def test_unknown_arguments_are_torchs_own_errors() -> None:
 
 WRITES: dict[str, Callable[[Any], Any]] = {
     "__setitem__": lambda stack: stack.__setitem__(0, torch.zeros(OUT, IN)),
-    "add_": lambda stack: operator.iadd(stack, 1),
+    "add_": lambda stack: stack.__iadd__(1),
     "zero_": lambda stack: stack.zero_(),
     "normal_": nn.init.normal_,
     "add": lambda stack: torch.add(torch.ones(EXPERTS, OUT, IN), 1, out=stack),
