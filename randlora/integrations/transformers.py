@@ -355,7 +355,8 @@ def referring(trainer: Any, given: inspect.BoundArguments, reference: Reference)
     """Within the block, have a new trainer of TRL use the reference instead of a model that it would load."""
     arguments: Any = given.arguments.get("args")
     takes_one = "ref_model" in given.signature.parameters and given.arguments.get("ref_model") is None
-    beta = getattr(arguments, "beta", 0.0) if _has_beta(type(trainer)) else 0.0
+    kinds = {base.__name__ for base in type(trainer).__mro__ if base.__module__.startswith("trl.")}
+    beta = getattr(arguments, "beta", 0.0) if kinds & WITH_BETA else 0.0
     if not takes_one and not beta:
         yield
         return
@@ -388,10 +389,6 @@ def referring(trainer: Any, given: inspect.BoundArguments, reference: Reference)
         trainer.beta = beta
     if beta or trainer.ref_model is not None:  # without the engine that TRL has put around it
         trainer.ref_model = reference
-
-
-def _has_beta(trainer: type) -> bool:
-    return any(base.__name__ in WITH_BETA and base.__module__.startswith("trl.") for base in trainer.__mro__)
 
 
 def _warn_if_trained(reference: Reference) -> None:

@@ -282,7 +282,8 @@ def kept_stack(
     known = kept.get(key)
     if known is not None and known.is_of(parameters):
         return known.stack
-    is_lasting = _is_lasting(parameters)
+    # torch tells when values change, except of parameters that were made in inference mode
+    is_lasting = all(type(part) is nn.Parameter and not part.is_inference() for part in parameters)
     versions = _versions(parameters) if is_lasting else []  # before the values, which another thread may be changing
     with torch.no_grad():
         here_as = [parameter.to(pair.B.device) for parameter in parameters]
@@ -296,8 +297,3 @@ def kept_stack(
 def _versions(parameters: list[nn.Parameter]) -> list[int]:
     """Return what changes with the values of some parameters."""
     return [*map(VERSION, parameters), *map(Tensor.data_ptr, parameters)]
-
-
-def _is_lasting(parameters: list[nn.Parameter]) -> bool:
-    """Whether torch tells when values of these parameters change: not if they were made in inference mode."""
-    return all(type(part) is nn.Parameter and not part.is_inference() for part in parameters)

@@ -233,7 +233,8 @@ class Reducers(Engine):
         """Warn of parameters that require grad and that the engine around the model does not know."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return  # then there is no engine, or nothing to average
-        trained = {name: each for name, each in root.named_parameters() if each.requires_grad and _is_plain(each)}
+        wanting = ((name, each) for name, each in root.named_parameters() if each.requires_grad)
+        trained = {name: each for name, each in wanting if type(each.data) is Tensor}  # a DTensor needs no wrapper
         own = {id(parameter) for parameter in root.parameters()}
         if not trained or _unknown(trained, own) == []:
             return
@@ -272,11 +273,6 @@ def _look_for(kinds: Iterable[type]) -> None:
     """Find all engines of some types that there are."""
     every = tuple(_with_subclasses(kinds))
     _SEEN.update(each for each in gc.get_referrers(*every) if type(each) in every)
-
-
-def _is_plain(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is not a `DTensor`, which belongs to an engine that needs no wrapper."""
-    return type(parameter.data) is Tensor
 
 
 def _deepspeed_engines() -> list[type]:
