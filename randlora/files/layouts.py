@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION
+from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION, pattern_fields
 from randlora.checkpoint.save import files_of
 from randlora.checkpoint.tensors import METADATA, MODEL_PREFIX, TENSORS_FILE, trained_key
-from randlora.config import Component
+from randlora.config import Component, LayerOptions
 from randlora.disk.formats import Entry, Planned, read_shard, read_tensor, write_tensor_file
 from randlora.disk.replace import write_files
 from randlora.errors import ConfigError, raise_collected, spelled
@@ -242,14 +242,11 @@ def _padded(keys: tuple[str, str], factors: StoredFactors, rank: int, *, is_tran
 def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the JSON. Every scaling is ``alpha / rank = 1``, so the product of the factors is the update."""
     own, rank = adapter.file.fields, max(ranks.values())
-    pattern = {}
-    if {*ranks.values()} != {rank}:  # PEFT matches each regex with the ends of names too: the longest comes first
-        pattern = {re.escape(fqn): ranks[fqn] for fqn in sorted(ranks, key=lambda fqn: (-len(fqn), fqn))}
     bias = own.get("bias", "none")
     fields = {
         **{name: own.get(name) for name in CARRIED_FIELDS},
         **_targets(own, tuple(ranks)),
-        "alpha_pattern": pattern,
+        "alpha_pattern": {},
         "bias": "lora_only" if bias == "randlora_only" else bias,
         "fan_in_fan_out": bool(own.get("fan_in_fan_out")),
         "inference_mode": True,
@@ -259,9 +256,10 @@ def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
         "r": rank,
-        "rank_pattern": pattern,
+        "rank_pattern": {},
         "use_dora": False,
         "use_rslora": False,
+        **pattern_fields({fqn: LayerOptions(each, float(each)) for fqn, each in ranks.items()}),
     }
     return dict(sorted(fields.items()))
 
