@@ -165,34 +165,33 @@ def test_an_interrupt_at_any_call_leaves_no_block_open(name: str, share: float) 
             pass
 
     block()
-    counted = Interrupt(None)
-    counted.during(block)
-    with untouched(model), contextlib.suppress(KeyboardInterrupt):
-        Interrupt(1 + int(share * counted.calls)).during(block)
+    calls = interrupted(block, None)
+    with untouched(model):
+        interrupted(block, 1 + int(share * calls))
 
 
-class Interrupt:
-    """Raises `KeyboardInterrupt` as the k-th function of this library is called; with `None` at none.
+def interrupted(block: Callable[[], None], k: int | None) -> int:
+    """Raise `KeyboardInterrupt` as the k-th function of this library is called; return how many were.
 
     Python handles signals where a function begins, and where a loop goes on; closing a generator, it drops them.
     """
+    calls = 0
 
-    def __init__(self, k: int | None) -> None:
-        self.k, self.calls = k, 0
-
-    def trace(self, frame: FrameType, event: str, arg: object) -> None:  # noqa: ARG002
+    def trace(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal calls
         if frame.f_globals.get("__name__", "").startswith("randlora.") and frame.f_code.co_name != "<genexpr>":
-            self.calls += 1
-            if self.calls == self.k:
+            calls += 1
+            if calls == k:
                 raise KeyboardInterrupt
 
-    def during(self, call: Callable[[], None]) -> None:
-        before = sys.gettrace()
-        sys.settrace(self.trace)
-        try:
-            call()
-        finally:
-            sys.settrace(before)
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            block()
+    finally:
+        sys.settrace(before)
+    return calls
 
 
 @pytest.mark.parametrize("change", ["load", "replace"])

@@ -232,24 +232,6 @@ def test_embeddings_and_heads_of_language_models(also: str, is_tied: bool, tmp_p
     model(IDS)
 
 
-@pytest.mark.parametrize("part", ["model.embed_tokens", "lm_head"])
-@pytest.mark.parametrize("is_trained_first", [True, False])
-def test_what_one_adapter_trains_beside_it_another_adapts(part: str, is_trained_first: bool) -> None:
-    model = llama(is_tied=False).half()
-    adding: list[dict[str, Any]] = [
-        {"name": "a", "targets": ["q_proj"], "train_also": [f"{part}.weight"]},
-        {"name": "b", "targets": [part]},
-    ]
-    for options in adding if is_trained_first else adding[::-1]:
-        randlora.inject(model, r=2, **options)
-    randlora.activate(model, ["a", "b"])
-    output = fill(fill(model, "a"), "b")(IDS).logits
-    assert output.dtype == torch.float16
-    output.float().sum().backward()
-    with torch.no_grad(), randlora.merged(model):
-        torch.testing.assert_close(model(IDS).logits, output, rtol=0.02, atol=0.02)
-
-
 class Computed(nn.Module):
     """A class with an attribute in the place of its parameter."""
 
