@@ -28,16 +28,22 @@ def delta_weight(pair: Pair, diagonals: Diagonals, *, is_wide: bool) -> Tensor:
     Returns:
         ``(out_features, in_features)``, or ``(matrices, out_features, in_features)`` of a stack.
     """
-    lam, gamma, scaling = diagonals
-    needs_grad = torch.is_grad_enabled() and (lam.requires_grad or gamma.requires_grad)
-    if needs_grad and not is_transformed():
-        update: Tensor = _Update.apply(lam, gamma, scaling, pair, is_wide)  # type: ignore[no-untyped-call]
-        return update
-    return _update(lam, gamma, scaling, pair, is_wide)
+    return _computed(None, diagonals, pair, is_wide=is_wide)
 
 
-def _update(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, is_wide: bool) -> Tensor:  # noqa: FBT001
+def _computed(ids: Tensor | None, diagonals: Diagonals, pair: Pair, *, is_wide: bool) -> Tensor:
+    """Compute an update, or rows of it with these indices, which backward computes again."""
+    lam, gamma, _ = diagonals
+    if torch.is_grad_enabled() and (lam.requires_grad or gamma.requires_grad) and not is_transformed():
+        computed: Tensor = _Update.apply(*diagonals, ids, pair, is_wide)  # type: ignore[no-untyped-call]
+        return computed
+    return _update(*diagonals, ids, pair, is_wide)
+
+
+def _update(lam: Tensor, gamma: Tensor, scaling: float, ids: Tensor | None, pair: Pair, is_wide: bool) -> Tensor:  # noqa: FBT001
     """Compute one update after the other: a batch of them would need as many times the memory in between."""
+    if ids is not None:
+        return _of(lam, gamma, scaling, pair, is_wide).rows(ids)
     if lam.dim() == 2:
         return _of(lam, gamma, scaling, pair, is_wide).total()
     if is_transformed():  # one set of operators, however many matrices there are
@@ -51,13 +57,14 @@ def _of(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, is_wide: bool) -
 
 
 class _Update(torch.autograd.Function):
-    """`delta_weight`. Plain autograd would keep ``UA`` and its factors, ``2·min_dim²`` numbers a matrix."""
+    """`_update`. Plain autograd would keep rows of UB, and ``UA`` with its factors, ``2·min_dim²`` numbers a matrix."""
 
     @staticmethod
-    def forward(ctx: Any, lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, is_wide: bool) -> Tensor:  # noqa: FBT001
-        ctx.save_for_backward(lam, gamma)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        lam, gamma, scaling, ids, pair, is_wide = inputs
         ctx.rest = scaling, pair, is_wide
-        return _update(lam, gamma, scaling, pair, is_wide)
+        ctx.save_for_backward(lam, gamma, ids)
+        return _update(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,13 +74,15 @@ class _Update(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of Λ and Γ."""
-    lam, gamma = ctx.saved_tensors
-    if lam.dim() == 2:
+    lam, gamma, ids = ctx.saved_tensors
+    if ids is not None:
+        parts = _of(lam, gamma, *ctx.rest).gradients_from_rows(ids, grad)
+    elif lam.dim() == 2:
         parts = _of(lam, gamma, *ctx.rest).gradients_from_update(grad)
     else:
         each = [_of(*one, *ctx.rest).gradients_from_update(part) for *one, part in zip(lam, gamma, grad, strict=True)]
         parts = torch.stack([pair[0] for pair in each]), torch.stack([pair[1] for pair in each])
-    return in_dtype(parts[0], lam.dtype), in_dtype(parts[1], gamma.dtype), None, None, None
+    return in_dtype(parts[0], lam.dtype), in_dtype(parts[1], gamma.dtype), None, None, None, None
 
 
 def update_norm(squared_A: Tensor, squared_B: Tensor, diagonals: Diagonals) -> Tensor:
@@ -127,46 +136,9 @@ def update_rows(ids: Tensor, pair: Pair, diagonals: Diagonals, *, num_rows: int,
         columns = torch.arange(num_rows, device=ids.device)
         chosen = (flat.unsqueeze(1) == columns).to(pair.B.dtype)
         rows = adapted_linear(chosen, pair, diagonals, is_wide=True)
-    elif is_transformed():
-        rows = _rows(flat, *diagonals, pair)
-    elif (
-        device == "cpu" and not are_bases_fake()
-    ):  # elsewhere the program would wait for the number of different indices
+    elif device == "cpu" and not (is_transformed() or are_bases_fake()):
         different, places = flat.unique(return_inverse=True)
-        rows = F.embedding(places, _recomputed(different, diagonals, pair))
-    else:
-        rows = _recomputed(flat, diagonals, pair)
+        rows = F.embedding(places, _computed(different, diagonals, pair, is_wide=True))
+    else:  # elsewhere the program would wait for the number of different indices
+        rows = _computed(flat, diagonals, pair, is_wide=True)
     return rows.view(*ids.shape, rows.shape[1])
-
-
-def _recomputed(ids: Tensor, diagonals: Diagonals, pair: Pair) -> Tensor:
-    """Compute the same as `_rows`, which backward computes again."""
-    lam, gamma, scaling = diagonals
-    if torch.is_grad_enabled() and (lam.requires_grad or gamma.requires_grad):
-        rows: Tensor = _Rows.apply(ids, lam, gamma, scaling, pair)  # type: ignore[no-untyped-call]
-        return rows
-    return _rows(ids, lam, gamma, scaling, pair)
-
-
-def _rows(ids: Tensor, lam: Tensor, gamma: Tensor, scaling: float, pair: Pair) -> Tensor:
-    """Compute rows of ``UB @ UA``, ``(ids, row_size)``: the table has no fewer rows than columns."""
-    return adapted(None, pair, lam, gamma, scaling, is_wide=True).rows(ids)
-
-
-class _Rows(torch.autograd.Function):
-    """`_rows`. Plain autograd would keep rows of UB, and UA with its factors."""
-
-    @staticmethod
-    def forward(ctx: Any, ids: Tensor, lam: Tensor, gamma: Tensor, scaling: float, pair: Pair) -> Tensor:
-        ctx.save_for_backward(ids, lam, gamma)
-        ctx.rest = scaling, pair
-        return _rows(ids, lam, gamma, scaling, pair)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ids, lam, gamma = ctx.saved_tensors
-        scaling, pair = ctx.rest
-        with without_autocast(grad.device.type):  # it may be on in backward alone
-            table = adapted(None, pair, lam, gamma, scaling, is_wide=True)
-            grad_lam, grad_gamma = table.gradients_from_rows(ids, grad)
-        return None, in_dtype(grad_lam, lam.dtype), in_dtype(grad_gamma, gamma.dtype), None, None
