@@ -8,14 +8,12 @@ from typing import Literal
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
 
 import randlora
 from randlora.checkpoint import AdapterState
 from randlora.errors import AdapterError, CheckpointError, ConfigError
 from tests.checkpoint_files import HEADED, LINEAR, Case, every_case, read_fields, read_tensors, trained
 from tests.kit import adapter_values, all_bits, fill, untouched
-from tests.read_kinds import ReadKind, every_read_kind
 
 
 @pytest.mark.parametrize("bases", ["seed", "stored"])
@@ -35,13 +33,6 @@ def test_a_state_is_what_the_files_hold(case: Case, bases: Literal["seed", "stor
     assert torch.equal(case.output(twin), case.output(model))
     again = randlora.adapter_state(twin, bases=bases)
     assert (all_bits(again.tensors), again.metadata, again.config) == (all_bits(tensors), metadata, state.config)
-
-
-@every_read_kind
-def test_a_state_sets_a_module_of_each_kind_that_is_read(kind: ReadKind) -> None:
-    model, twin = kind.adapted(), kind.model()
-    randlora.load(twin, randlora.adapter_state(model), trainable=True)  # else attention is fused
-    assert torch.equal(kind.run(twin), kind.run(model))
 
 
 def test_a_state_sets_an_adapter_in_place_where_there_is_one() -> None:
@@ -71,35 +62,6 @@ def test_a_state_belongs_to_no_model_and_is_sent_as_bytes() -> None:
     for tensor in sent.tensors.values():
         tensor.zero_()
     assert torch.equal(HEADED.output(twin), expected)
-
-
-def client(start: AdapterState, seed: int) -> nn.Module:
-    """Train a model on data of its own, from a state."""
-    model = HEADED.build()
-    randlora.load(model, start, trainable=True)
-    optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=0.05)
-    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
-    return model
-
-
-def test_federated_averaging_of_two_clients() -> None:
-    """One round: the server sends a state, two clients train, it averages by the sizes of their data."""
-    server = trained(HEADED)
-    start = randlora.adapter_state(server)
-    clients = [client(start, seed) for seed in (1, 2)]
-    states = [randlora.adapter_state(each) for each in clients]
-    average = {name: 0.75 * states[0].tensors[name] + 0.25 * states[1].tensors[name] for name in start.tensors}
-    randlora.swap(server, start.with_tensors(average))
-    first, second, found = (adapter_values(each) for each in (*clients, server))
-    for name, value in found.items():
-        assert torch.equal(value, 0.75 * first[name] + 0.25 * second[name])
-    for each in clients:  # the next round begins
-        randlora.swap(each, randlora.adapter_state(server))
-        assert torch.equal(HEADED.output(each), HEADED.output(server))
 
 
 def test_other_values_are_given_whole_and_in_any_dtype() -> None:

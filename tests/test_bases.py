@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,8 @@ from randlora.bases.basis import Bases, Basis
 from randlora.bases.spec import KINDS, PEFT_STREAMS, CompactMatrix
 from randlora.config import BasisKind
 from randlora.errors import ConfigError
+from randlora.functional import Diagonals, Pair, delta_weight
+from tests import reference
 from tests.further import further
 from tests.peer import PEFT_STREAM
 from tests.strategies import KINDS_AND_STREAMS, specs
@@ -99,7 +100,10 @@ def test_bases_depend_on_nothing_but_their_spec(spec: BasisSpec, step: int, chun
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kinds, "PORTABLE_CHUNK", chunk)
         patch.setattr(kinds, "TORCH_CHUNK", chunk)
-        assert_same(slices(spec), first)
+        patch.setattr(storage, "CHUNK_ROWS", 3)
+        twin = Basis(spec)
+        assert_same(twin.slices(*dims, device="cpu", dtype=torch.float32), first)
+        assert twin.digest(*dims) == basis.digest(*dims)
     data = pickle.dumps(basis)
     assert len(data) < 2000
     assert_same(pickle.loads(data).slices(*dims, device="cpu", dtype=torch.float32), first)
@@ -241,45 +245,6 @@ def test_very_sparse_has_the_density_of_its_own_min_dim_and_needs_a_spread() -> 
         slices(BasisSpec("very_sparse", "torch", 7, 1, 16, 16))
 
 
-def test_pickling_keeps_bases_that_no_seed_brings_back() -> None:
-    spec = BasisSpec("dense", "torch", 0, 2, 6, 4)
-    stored = (CompactMatrix.from_dense(torch.randn(2, 4)), CompactMatrix.from_dense(torch.randn(6, 4)))
-    basis = Basis(spec, extent=(6, 4), stored=stored)
-    twin = pickle.loads(pickle.dumps(basis))
-    assert twin.digest(6, 4) == basis.digest(6, 4) != Basis(spec).digest(6, 4)
-
-
-ROWS = 2 * storage.CHUNK_ROWS + 3
-FORMS: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
-    torch.int8: lambda values: values.sign() * 1.7,
-    torch.bfloat16: lambda values: values.bfloat16().float(),
-}
-
-
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_a_matrix_is_kept_in_its_smallest_form_unless_one_number_does_not_fit(form: torch.dtype) -> None:
-    matrix = FORMS[form](torch.randn(ROWS, 4))
-    kept = CompactMatrix.from_dense(matrix)
-    assert kept.values.dtype == form
-    assert torch.equal(kept.to_dense(device="cpu", dtype=torch.float32), matrix)
-    for row in (0, storage.CHUNK_ROWS - 1, storage.CHUNK_ROWS, ROWS - 1):
-        other = matrix.clone()
-        other[row, -1] = 1 / 3
-        assert CompactMatrix.from_dense(other).values is other
-
-
-@given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([1, 2, 4]), st.integers(0, 40))
-def test_chunks_of_rows_are_the_rows(rows: int, columns: int, stride: int, wanted: int) -> None:
-    values = torch.randn(rows, -(-columns // stride), generator=torch.Generator().manual_seed(0))
-    matrix = CompactMatrix(values, columns, scale=0.5, stride=stride)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "CHUNK_ROWS", 3)
-        chunks = [chunk.clone() for chunk in matrix.dense_chunks(min(wanted, rows))]
-    assert all(len(chunk) <= 3 * stride for chunk in chunks)
-    expected = matrix.to_dense(device="cpu", dtype=torch.float32)[:wanted]
-    assert torch.equal(torch.cat([torch.empty(0, columns), *chunks]), expected)
-
-
 # The bank
 
 
@@ -298,3 +263,50 @@ def test_a_bank_shares_bases_of_one_family_that_are_large_enough() -> None:
     grows = twin.acquire(blocks)
     assert twin.find(replace(blocks, max_dim=30, min_dim=20), used=(30, 20)) is grows
     assert (list(bank), next(iter(twin)), len(twin)) == ([held], held, 2)
+
+
+# The form in which layers are handed them
+
+
+def pair(basis: Basis, max_dim: int, min_dim: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Pair:
+    basis.extend(max_dim, min_dim)
+    return basis.pair(max_dim, min_dim, device=torch.device(device), dtype=dtype)
+
+
+@given(specs(), st.data())
+def test_the_form_to_compute_with_means_the_same_bases(spec: BasisSpec, data: st.DataObject) -> None:
+    """Its update is that of the oracle with the bases written out, for any layer that slices them."""
+    max_dim = data.draw(st.integers(1, spec.max_dim))
+    min_dim = data.draw(st.integers(1, min(max_dim, spec.min_dim)))
+    basis = Basis(spec)
+    basis.extend(spec.max_dim, spec.min_dim)
+    found = pair(basis, max_dim, min_dim, torch.float64)
+    num_bases = -(-min_dim // spec.r)
+    lam, gamma = torch.randn(spec.r, num_bases).double(), torch.randn(num_bases, min_dim).double()
+    written_out = basis.slices(max_dim, min_dim, device="cpu", dtype=torch.float64)
+    expected = reference.delta_weight(*written_out, lam, gamma, 1.0, in_features=min_dim)
+    torch.testing.assert_close(delta_weight(found, Diagonals(lam, gamma, 1.0), is_wide=True), expected)
+    if found.written is not None:  # as those of small blocks are, too
+        torch.testing.assert_close(found.written.A, written_out.A.transpose(0, 1), rtol=0, atol=0)
+        torch.testing.assert_close(found.written.B, written_out.B.flatten(1), rtol=0, atol=0)
+
+
+def test_one_copy_is_made_per_device_and_dtype_without_zeros_and_none_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    for spec in (replace(SMALL, stream="portable"), BasisSpec("block", "portable", 0, 8, 48, 32, (2, 4))):
+        dims, basis = (spec.max_dim, spec.min_dim), Basis(spec)
+        with torch.inference_mode():
+            first, again, half = pair(basis, *dims), pair(basis, 10, 6), pair(basis, *dims, torch.bfloat16)
+        assert first is pair(basis, *dims)
+        assert first.B.data_ptr() == again.B.data_ptr()
+        assert (half.A.dtype, half.B.dtype) == (torch.float32, torch.bfloat16)
+        assert half.B.data_ptr() == basis.matrices()[1].values.data_ptr(), "it is the storage"
+        assert not first.A.is_inference()
+        assert not first.B.is_inference()
+        stored = [matrix.values.numel() for matrix in basis.matrices()]
+        assert [tensor.untyped_storage().nbytes() for tensor in (first.A, first.B)] == [4 * each for each in stored]
+        draws = dict.fromkeys(KINDS[spec.kind].draws, lambda *_: pytest.fail("drew for a model without values"))
+        monkeypatch.setitem(KINDS, spec.kind, replace(KINDS[spec.kind], draws=draws))
+        assert pair(Basis(spec), *dims, device="meta").B.is_meta
+    for kind, dtype in (("sparse", torch.bfloat16), ("very_sparse", torch.float16)):
+        signs = pair(Basis(BasisSpec(kind, "torch", 0, 8, 48, 30)), 48, 30, dtype).B.unique()  # type: ignore[arg-type]
+        assert set(signs.tolist()) == {-1.0, 0.0, 1.0}, "signs are exact in any dtype"

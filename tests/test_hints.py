@@ -59,50 +59,29 @@ NO_FLAGS: tuple[Any, ...] = (1, "yes", None)
 NO_NUMBERS: tuple[Any, ...] = ("a", True, float("nan"), float("inf"), 10**400, None)
 
 files = randlora.files
-Call = Callable[[Any, Path, Path, Path], object]
-ON_FILES: dict[str, tuple[tuple[Any, ...], Call]] = {
-    "load source": (EVERY_NO_PATH, lambda bad, *_: randlora.load(LINEAR.build(), bad)),
-    "load trainable": (NO_FLAGS, lambda bad, ours, *_: randlora.load(LINEAR.build(), ours, trainable=bad)),
-    "load active": ((1, "no", []), lambda bad, ours, *_: randlora.load(LINEAR.build(), ours, active=bad)),
-    "load name": ((*NO_NAMES, None), lambda bad, ours, *_: randlora.load(LINEAR.build(), ours, name=bad)),
-    "load prefix": (NO_NAMES, lambda bad, ours, *_: randlora.load(LINEAR.build(), ours, prefix=bad)),
-    "load revision": (NO_NAMES, lambda bad, ours, *_: randlora.load(LINEAR.build(), ours, revision=bad)),
-    "load model": ((None, 7, "model"), lambda bad, ours, *_: randlora.load(bad, ours)),
-    "save directory": (NO_PATHS, lambda bad, *_: randlora.save(trained(LINEAR), bad)),
-    "save name": (NO_NAMES, lambda bad, _, __, out: randlora.save(trained(LINEAR), out, name=bad)),
-    "save model": ((None, 7), lambda bad, _, __, out: randlora.save(bad, out)),
-    "plan": (EVERY_NO_PATH, lambda bad, *_: files.plan(bad)),
-    "inspect": (NO_PATHS, lambda bad, *_: files.inspect(bad)),
-    "inspect base": (NO_PATHS[1:], lambda bad, ours, *_: files.inspect(ours, bad)),
-    "inspect prefix": (NO_NAMES, lambda bad, ours, base, _: files.inspect(ours, base, prefix=bad)),
-    "inspect norms": (NO_FLAGS, lambda bad, ours, *_: files.inspect(ours, norms=bad)),
-    "inspect progress": ((7, "a"), lambda bad, ours, *_: files.inspect(ours, progress=bad)),
-    "verify": (NO_PATHS, lambda bad, *_: files.verify(bad)),
-    "verify base": (NO_PATHS[1:], lambda bad, ours, *_: files.verify(ours, bad)),
-    "convert": (NO_PATHS, lambda bad, _, __, out: files.convert(bad, out)),
-    "convert out": (NO_PATHS, lambda bad, ours, *_: files.convert(ours, bad)),
-    "convert to": ((None, 7, "gguf", []), lambda bad, ours, _, out: files.convert(ours, out, bad)),
-    "convert rank": (
-        (0, -1, 1.5, True, "4", 10**6, 10**400, []),
-        lambda bad, ours, _, out: files.convert(ours, out, "lora", rank=bad, tolerance=1),
-    ),
-    "convert tolerance": (
-        (*NO_NUMBERS[:-1], -0.1, 1.1),
-        lambda bad, ours, _, out: files.convert(ours, out, "lora", tolerance=bad),
-    ),
-    "convert overwrite": (NO_FLAGS, lambda bad, ours, _, out: files.convert(ours, out, overwrite=bad)),
-    "merge base": (NO_PATHS, lambda bad, ours, _, out: files.merge(ours, out, base=bad)),
-    "merge adapters": (
-        (None, 7, b"bytes", [], {}, [7], [None], {7: 1.0}, [""], {"": 1.0}),
-        lambda bad, _, base, out: files.merge(bad, out, base=base),
-    ),
-    "merge factor": (NO_NUMBERS, lambda bad, ours, base, out: files.merge({ours: bad}, out, base=base)),
-    "merge out": (NO_PATHS, lambda bad, ours, base, _: files.merge(ours, bad, base=base)),
-    "merge dtype": (
-        ("float32", 7, torch.int8),
-        lambda bad, ours, base, out: files.merge(ours, out, base=base, dtype=bad),
-    ),
+FUNCTIONS: dict[str, Callable[..., object]] = {
+    "load": randlora.load, "save": randlora.save, "plan": files.plan, "inspect": files.inspect,
+    "verify": files.verify, "convert": files.convert, "merge": files.merge,
+}  # fmt: skip
+VALUES: dict[str, tuple[Any, ...]] = {
+    "load source": EVERY_NO_PATH,
+    "plan directory": EVERY_NO_PATH,
+    "save directory": NO_PATHS,
+    "inspect directory": NO_PATHS,
+    "verify base": NO_PATHS[1:],
+    "convert out": NO_PATHS,
+    "load name": (*NO_NAMES, None),
+    "load trainable": NO_FLAGS,
+    "save name": NO_NAMES,
+    "inspect norms": NO_FLAGS,
+    "convert to": (None, 7, "gguf", []),
+    "convert rank": (0, -1, 1.5, True, "4", 10**6, 10**400, []),
+    "convert tolerance": (*NO_NUMBERS[:-1], -0.1, 1.1),
+    "merge adapters": (None, 7, b"bytes", [], {}, [7], [None], {7: 1.0}, [""], {"": 1.0}),
+    "merge out": NO_PATHS,
+    "merge dtype": ("float32", 7, torch.int8),
 }
+"""By function and parameter what is no value of it; a plain object is none of any."""
 
 
 @pytest.fixture(scope="module")
@@ -114,22 +93,30 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return parent
 
 
-@pytest.mark.parametrize(("values", "call"), ON_FILES.values(), ids=ON_FILES)
-def test_a_bad_argument_is_our_error_and_nothing_is_written(values: tuple[Any, ...], call: Call, places: Path) -> None:
-    before = contents(places)
-    for bad in values:
-        with pytest.raises(RandLoRAError) as caught:
-            call(bad, places / "ours", places / "base", places / "out")
-        assert len(str(caught.value)) < 1500
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_bad_argument_is_our_error_and_nothing_is_written(name: str, places: Path) -> None:
+    function, before, model = FUNCTIONS[name], contents(places), trained(LINEAR)
+    usual: dict[str, dict[str, Any]] = {
+        "load": {"model": model, "source": places / "ours", "name": "b"},
+        "save": {"model": model, "directory": places / "out"},
+        "plan": {"directory": places / "base"},
+        "inspect": {"directory": places / "ours", "base": places / "base"},
+        "verify": {"directory": places / "ours"},
+        "convert": {"directory": places / "ours", "out": places / "out", "to": "lora", "tolerance": 1},
+        "merge": {"adapters": places / "ours", "out": places / "out", "base": places / "base"},
+    }
+    parameters = [each for each in inspect.signature(function).parameters if each != "options"]
+    assert {*usual[name]} | {each.split()[1] for each in VALUES if each.split()[0] == name} <= {*parameters}
+    with untouched(model):
+        for parameter in parameters:
+            for bad in (*VALUES.get(f"{name} {parameter}", ()), object()):
+                with pytest.raises(RandLoRAError) as caught:
+                    function(**{**usual[name], parameter: bad})
+                assert len(str(caught.value)) < 1500
+    for factor in NO_NUMBERS:
+        with pytest.raises(RandLoRAError):
+            files.merge({places / "ours": factor}, places / "out", base=places / "base")
     assert contents(places) == before
-
-
-def test_a_bad_argument_of_load_leaves_the_model_alone(places: Path) -> None:
-    model = trained(LINEAR, name="first")
-    options: list[dict[str, Any]] = [{"trainable": 1}, {"active": "yes"}, {"prefix": 7}, {"revision": b"x"}]
-    for wrong in options:
-        with untouched(model), pytest.raises(ConfigError):
-            randlora.load(model, places / "ours", name="second", **wrong)
 
 
 class Facts(TypedDict):
