@@ -4,12 +4,10 @@ import doctest
 import importlib
 import inspect
 import io
-import json
 import pkgutil
 import re
 import runpy
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from randlora.layers import registry
 from tests import stand_ins
 from tests.examples import DOCS, SNIPPET
 from tests.notebook import NOTEBOOK, PAGE, notebook_of
-from tests.pages import FENCE, NOT_RUN, ROOT, run_page, snippets
+from tests.pages import FENCE, ROOT, run_page, snippets
 from tests.peer import PEFT_STREAM, THEIR_WARNINGS, TRAINERS_WARNINGS
 
 pytestmark = [*THEIR_WARNINGS, *TRAINERS_WARNINGS]  # of pages that show them at work
@@ -95,40 +93,6 @@ def test_the_blocks_for_real_models_run_with_small_ones_of_the_same_names(
     run_page(page, real=True)
 
 
-@pytest.mark.parametrize("page", sorted((DOCS / "recipes").glob("*.md")), ids=page_name)
-def test_a_recipe_names_a_model_of_the_hub(page: Path) -> None:
-    assert [*models_of(page, real=True), *models_of(page, real=False)]
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/quickstart.md"])
-def test_the_pages_that_users_meet_first_have_snippets(name: str) -> None:
-    assert snippets(ROOT / name)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("# Title\n\n```python\nx = 1\n\nx.missing\n```\n", r"page\.md:6: AttributeError"),
-        ("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n", r"page\.md:6: AssertionError"),
-        ("```python\nx = = 1\n```\n", r"page\.md:2: SyntaxError"),
-        ("```python\nprint(1)\n```\n```text\n2\n```\n", r"page\.md:2: prints"),
-        ("```python\nprint(1)\n```\n\n```text\n2\n```\n", r"page\.md:2: prints"),
-    ],
-    ids=["raises", "second block", "syntax", "prints otherwise", "prints otherwise after a blank line"],
-)
-def test_a_wrong_snippet_is_reported_with_its_line(text: str, message: str, tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(text, encoding="utf-8")
-    with pytest.raises(AssertionError, match=message):
-        run_page(page)
-
-
-def test_a_snippet_marked_not_run_is_not_run(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"```python {NOT_RUN}\nraise ValueError\n```\n", encoding="utf-8")
-    run_page(page)
-
-
 ELSEWHERE = ("axolotl", "swift")
 """Modules of `randlora.integrations` whose library is in an environment of its own; see `make test-trainers`."""
 
@@ -152,60 +116,36 @@ def test_the_example_of_a_docstring_runs(
     assert report.getvalue() == ""
 
 
-def test_the_examples_in_the_package_have_80_columns() -> None:
-    lines = [line for path in PACKAGE.rglob("*.py") for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [line for line in map(str.strip, lines) if line.startswith((">>> ", "... ")) and len(line) > 80] == []
-
-
-def test_every_example_in_the_package_is_found() -> None:
-    written = sum(path.read_text(encoding="utf-8").count(">>> ") for path in PACKAGE.rglob("*.py"))
-    assert sum(len(example.examples) for example in package_examples()) == written > 0
+def test_every_example_in_the_package_is_found_and_has_80_columns() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")]
+    found = sum(len(example.examples) for example in package_examples())
+    assert found == sum(text.count(">>> ") for text in texts) > 0
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    assert [line for line in lines if line.startswith((">>> ", "... ")) and len(line) > 80] == []
 
 
 def test_the_notebook_is_its_page() -> None:
     assert NOTEBOOK.read_text(encoding="utf-8") == notebook_of(PAGE), "python -m tests.notebook makes it anew"
 
 
-def test_the_cells_of_the_notebook_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    assert len(cells) == len(snippets(PAGE)) > 0
-    namespace: dict[str, Any] = {}
-    for cell in cells:
-        with redirect_stdout(io.StringIO()) as printed:
-            exec("".join(cell["source"]), namespace)
-        assert not cell["outputs"] or printed.getvalue() == "".join(cell["outputs"][0]["text"])
-
-
-def api_entries() -> list[str]:
-    """Find what the pages of the API show."""
-    return [entry for page in sorted(DOCS.glob("api/*.md")) for entry in API_ENTRY.findall(page.read_text("utf-8"))]
-
-
 def api_object(entry: str) -> Any:
-    """Return what an entry of these pages shows."""
+    """Return what an entry of the pages of the API shows."""
     module, _, name = f"randlora.{entry}".rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
-def test_the_pages_of_the_api_show_every_public_name_once() -> None:
-    objects = [api_object(entry) for entry in api_entries()]
-    assert len({id(found) for found in objects}) == len(objects)
+def test_the_pages_of_the_api_show_every_public_name_once_where_it_is_defined() -> None:
+    entries = [entry for page in DOCS.glob("api/*.md") for entry in API_ENTRY.findall(page.read_text("utf-8"))]
+    objects = [api_object(entry) for entry in entries]
+    assert len({id(found) for found in objects}) == len(objects) > 0
+    assert [f"{each.__module__}.{each.__qualname__}" for each in objects] == [f"randlora.{entry}" for entry in entries]
     public = [getattr(randlora, name) for name in randlora.__all__]
     for space in (randlora.files, randlora.serving):
         public += [getattr(space, name) for name in space.__all__ if name != "Progress"]
     raised = [found for found in vars(randlora.errors).values() if inspect.isclass(found)]
     public += [found for found in raised if found.__module__ == "randlora.errors"]
     shown = {id(found) for found in objects}
-    missing = [found for found in public if not inspect.ismodule(found) and id(found) not in shown]
-    assert missing == []
-
-
-def test_the_pages_of_the_api_name_each_object_where_it_is_defined() -> None:
-    entries = api_entries()
-    found = [api_object(entry) for entry in entries]
-    assert [f"{each.__module__}.{each.__qualname__}" for each in found] == [f"randlora.{entry}" for entry in entries]
-    assert entries
+    assert [found for found in public if not inspect.ismodule(found) and id(found) not in shown] == []
 
 
 def code_lines(page: Path) -> Iterator[str]:
@@ -216,31 +156,13 @@ def code_lines(page: Path) -> Iterator[str]:
                 yield line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_the_code_on_a_page_has_80_columns(page: Path) -> None:
-    assert [line for line in code_lines(page) if len(line) > 80] == []
-
-
-def links(page: Path) -> list[str]:
-    """Find the targets of a page's links to files of the repository, outside of code."""
-    text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    targets = (match["target"] for match in LINK.finditer(text))
-    return [target for target in targets if "://" not in target and not target.startswith(("#", "mailto:"))]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_the_files_that_a_page_links_to_exist(page: Path) -> None:
-    missing = [target for target in links(page) if not (page.parent / target.split("#")[0]).exists()]
-    assert missing == []
-
-
-def test_the_pages_link_to_each_other() -> None:
-    assert sum(len(links(page)) for page in PAGES) > len(PAGES)
-
-
-def test_the_navigation_lists_every_page() -> None:
-    listed = re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS_PAGES)
+def test_the_code_on_pages_has_80_columns_and_their_links_lead_to_files() -> None:
+    for page in PAGES:
+        assert [line for line in code_lines(page) if len(line) > 80] == [], page
+        text = FENCE.sub("", page.read_text(encoding="utf-8"))
+        targets = [match["target"] for match in LINK.finditer(text)]
+        own = [target for target in targets if "://" not in target and not target.startswith(("#", "mailto:"))]
+        assert [target for target in own if not (page.parent / target.split("#")[0]).exists()] == [], page
 
 
 def entry_counts(entries: list[dict[str, Any]]) -> Iterator[int]:
@@ -251,12 +173,12 @@ def entry_counts(entries: list[dict[str, Any]]) -> Iterator[int]:
             yield from entry_counts(target) if isinstance(target, list) else ()
 
 
-def test_the_navigation_shows_at_most_eight_entries_of_a_level() -> None:
+def test_the_navigation_lists_every_page_and_at_most_eight_entries_of_a_level() -> None:
     written = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r"([\w/-]+\.md)$", written, re.MULTILINE)
+    assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS_PAGES)
     nav = yaml.safe_load(written[written.index("nav:") : written.index("hooks:")])["nav"]
-    counts = [*entry_counts(nav)]
-    assert len(counts) > len(nav)
-    assert max(counts) <= 8
+    assert max(entry_counts(nav)) <= 8
 
 
 def test_pages_are_short() -> None:
@@ -266,10 +188,20 @@ def test_pages_are_short() -> None:
 
 
 def test_the_architecture_page_draws_every_room_of_the_package_and_lists_its_files() -> None:
-    hook, page = (
-        runpy.run_path(str(DOCS / "assets" / "rooms.py")),
-        (DOCS / "architecture.md").read_text(encoding="utf-8"),
-    )
+    hook = runpy.run_path(str(DOCS / "assets" / "rooms.py"))
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     listed = [line.split("`")[1] for line in hook["table"](page) if "`" in line]
     own = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
     assert sorted(listed) == sorted(name for name in own if name != "__init__.py")
+
+
+def test_the_pages_on_trust_name_a_test_for_each_promise_and_have_one_place_for_the_figures() -> None:
+    trust = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("trust.md", "trust_figures.md"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    defined = set(re.findall(r"^ *def (test_\w+)\(", tests, re.MULTILINE))
+    assert set(re.findall(r"`(test_\w+)`", trust)) <= defined
+    tables = re.findall(r"^\| promise \| test \|\n\|---\|---\|\n((?:\|.*\n)+)", trust, re.MULTILINE)
+    rows = [row for table in tables for row in table.splitlines()]
+    assert len(tables) == 9
+    assert [row for row in rows if not re.search(r"\| `test_\w+`(, `test_\w+`)* \|$", row)] == []
+    assert trust.count("<!-- torture -->\n") == trust.count("<!-- /torture -->\n") == 1

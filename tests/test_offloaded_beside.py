@@ -7,9 +7,7 @@ from typing import Any
 import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
-from accelerate.hooks import (  # type: ignore[import-untyped]
-    remove_hook_from_submodules,
-)
+from accelerate.hooks import remove_hook_from_submodules  # type: ignore[import-untyped]
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,37 +16,18 @@ import randlora
 from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
 from tests.kit import all_bits, bits, fill
 from tests.model_directories import contents
+from tests.test_offloaded_weights import Placing, dispatched, in_ram, on_disk
 
 CPU = torch.device("cpu")
 NORM = ["norm.weight", "norm.bias"]
+FILE = "adapter_model.safetensors"
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 
 
 def llama(*, is_tied: bool = False) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=is_tied,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def in_ram(model: nn.Module, folder: Path) -> Any:
-    return accelerate.cpu_offload(model, CPU, offload_buffers=True)
-
-
-def on_disk(model: nn.Module, folder: Path) -> Any:
-    return accelerate.disk_offload(model, folder / "offloaded", CPU, offload_buffers=True)
-
-
-def dispatched(model: nn.Module, folder: Path) -> Any:
-    device_map = {name: "disk" for name, _ in model.named_children()}
-    return accelerate.dispatch_model(model, device_map, offload_dir=folder / "offloaded", offload_buffers=True)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=is_tied, **sizes)).eval()
 
 
 def from_a_checkpoint(model: Any, folder: Path) -> Any:
@@ -56,22 +35,11 @@ def from_a_checkpoint(model: Any, folder: Path) -> Any:
     return LlamaForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=folder / "offloaded")
 
 
-Placing = Callable[[Any, Path], Any]
+def preloaded(model: nn.Module, folder: Path) -> Any:
+    return accelerate.cpu_offload(model, CPU, preload_module_classes=["Sequential"])
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched, from_a_checkpoint])
-def test_a_head_that_was_tied_when_it_was_offloaded_is_refused_as_without_offloading(
-    place: Placing, tmp_path: Path
-) -> None:
-    with pytest.raises(TargetError) as plain:
-        randlora.inject(llama(is_tied=True), r=4, targets=["lm_head", "up_proj"])
-    assert "lm_head is tied to model.embed_tokens.weight" in str(plain.value)
-    model = place(llama(is_tied=True), tmp_path)
-    with pytest.raises(TargetError) as there:
-        randlora.inject(model, r=4, targets=["lm_head", "up_proj"])
-    assert str(there.value) == str(plain.value)
-    assert "randlora_lambda" not in str(model)
+every_placement = pytest.mark.parametrize("place", [in_ram, on_disk, dispatched])
 
 
 class Tied(nn.Module):
@@ -94,32 +62,40 @@ def from_one_file(model: nn.Module, folder: Path) -> Any:
     return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_index=index)
 
 
-@pytest.mark.parametrize("place", [in_ram, dispatched, from_one_file])
-def test_weights_that_no_name_says_are_tied_are_refused_where_accelerate_knows(place: Placing, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("build", "place", "targets"),
+    [
+        (Tied, in_ram, ["up", "down"]),
+        (Tied, dispatched, ["up", "down"]),
+        (Tied, from_one_file, ["up", "down"]),
+        (lambda: llama(is_tied=True), on_disk, ["lm_head", "up_proj"]),
+        (lambda: llama(is_tied=True), from_a_checkpoint, ["lm_head", "up_proj"]),
+    ],
+)
+def test_weights_that_are_tied_are_refused_as_without_offloading(
+    build: Callable[[], nn.Module], place: Placing, targets: list[str], tmp_path: Path
+) -> None:
     with pytest.raises(TargetError) as plain:
-        randlora.inject(Tied(), r=4, targets=["up", "down"])
-    model = place(Tied(), tmp_path)
+        randlora.inject(build(), r=4, targets=targets)
+    model = place(build(), tmp_path)
     with pytest.raises(TargetError) as there:
-        randlora.inject(model, r=4, targets=["up", "down"])
+        randlora.inject(model, r=4, targets=targets)
     assert str(there.value) == str(plain.value)
-    assert randlora.inject(model, r=4, targets="alone").targets == ("alone",)
+    assert "randlora_lambda" not in str(model)
+    if build is Tied:
+        assert randlora.inject(model, r=4, targets="alone").targets == ("alone",)
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched, from_a_checkpoint])
+@pytest.mark.parametrize("place", [on_disk, from_a_checkpoint])
 def test_weights_that_are_equal_or_untied_are_not_taken_for_tied(place: Placing, tmp_path: Path) -> None:
-    model = llama()
+    model, other = llama(), llama(is_tied=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.5)
     report = randlora.inject(place(model, tmp_path), r=4, targets=["lm_head", "up_proj", "gate_proj"])
     assert len(report.targets) == 5
-
-
-def test_a_head_that_was_untied_by_hand_is_adapted(tmp_path: Path) -> None:
-    model = llama(is_tied=True)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
-    assert randlora.inject(on_disk(model, tmp_path), r=4, targets=["lm_head"]).targets == ("lm_head",)
+    other.lm_head.weight = nn.Parameter(other.lm_head.weight.detach() + 1)
+    assert randlora.inject(on_disk(other, tmp_path / "other"), r=4, targets=["lm_head"]).targets == ("lm_head",)
 
 
 class Beside(nn.Module):
@@ -144,37 +120,24 @@ def adapted(model: nn.Module, **options: Any) -> Any:
     return fill(model, spread=0.3)
 
 
-@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched])
-@pytest.mark.parametrize("is_first", [True, False], ids=["adapted first", "offloaded first"])
-def test_the_tensors_of_the_merged_model_are_loaded_and_not_meta(
-    place: Placing, is_first: bool, tmp_path: Path
-) -> None:
+@every_placement
+def test_the_tensors_of_the_merged_model_are_loaded_and_not_meta(place: Placing, tmp_path: Path) -> None:
     plain = adapted(Beside().eval())
-    model = place(adapted(Beside().eval()), tmp_path) if is_first else adapted(place(Beside().eval(), tmp_path))
+    model = adapted(place(Beside().eval(), tmp_path)) if place is in_ram else place(adapted(Beside().eval()), tmp_path)
     expected = all_bits(dict(randlora.merged_tensors(plain)))
     assert all_bits(dict(randlora.merged_tensors(model))) == expected
     with randlora.merged(model):
         assert all_bits(dict(randlora.merged_tensors(model))) == expected
-    assert model.down.weight.is_meta
-    assert model.norm.running_mean.is_meta
-    twin = Beside()
-    twin.load_state_dict(dict(randlora.merged_tensors(model)))
+    assert (model.down.weight.is_meta, model.norm.running_mean.is_meta) == (True, True)
     randlora.merge(plain)
-    assert all_bits(twin.state_dict()) == all_bits(plain.state_dict())
-
-
-def test_a_buffer_without_values_is_no_tensor_of_the_merged_model() -> None:
-    model = adapted(Beside())
-    model.norm.running_mean = torch.empty(12, device="meta")
+    assert all_bits(plain.state_dict()) == expected
+    lacking = adapted(Beside())
+    lacking.norm.running_mean = torch.empty(12, device="meta")
     with pytest.raises(MergeError, match=r"norm\.running_mean has no values here"):
-        randlora.merged_tensors(model)
+        randlora.merged_tensors(lacking)
 
 
-def preloaded(model: nn.Module, folder: Path) -> Any:
-    return accelerate.cpu_offload(model, CPU, preload_module_classes=["Sequential"])
-
-
-@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched])
+@every_placement
 def test_offloaded_parameters_are_no_ones_to_train_copies_of(place: Placing, tmp_path: Path) -> None:
     randlora.save(adapted(Beside(), train_also=NORM), tmp_path / "adapter")
     model = place(Beside().eval(), tmp_path)
@@ -204,9 +167,7 @@ def test_parameters_beside_those_that_are_offloaded_are_trained_saved_switched_a
             assert bits(model(X)) == bits(base)
         for each, name in ((model, "there"), (plain, "here")):
             randlora.save(each, tmp_path / name)
-        assert (tmp_path / "there" / "adapter_model.safetensors").read_bytes() == (
-            tmp_path / "here" / "adapter_model.safetensors"
-        ).read_bytes()
+        assert (tmp_path / "there" / FILE).read_bytes() == (tmp_path / "here" / FILE).read_bytes()
         assert all_bits(dict(randlora.merged_tensors(model))) == all_bits(dict(randlora.merged_tensors(plain)))
         with randlora.merged(model), randlora.merged(plain):
             assert bits(model(X)) == bits(plain(X))
@@ -214,8 +175,10 @@ def test_parameters_beside_those_that_are_offloaded_are_trained_saved_switched_a
         assert bits(model(X)) == bits(base)
 
 
-@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched, preloaded])
-@pytest.mark.parametrize("is_active", [True, False])
+@pytest.mark.parametrize(
+    ("place", "is_active"),
+    [(in_ram, True), (on_disk, False), (dispatched, True), (preloaded, True), (preloaded, False)],
+)
 def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_removed(
     place: Placing, is_active: bool, tmp_path: Path
 ) -> None:
@@ -245,8 +208,7 @@ def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_re
     assert bits(model(X)) == bits(expected)
     remove_hook_from_submodules(model)
     randlora.save(model, tmp_path / "after", name="default")
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+    assert (tmp_path / "after" / FILE).read_bytes() == (tmp_path / "before" / FILE).read_bytes()
     assert bits(model(X)) == bits(expected)
     with randlora.merged(model):
         torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
@@ -273,7 +235,7 @@ def test_copies_of_parameters_that_are_not_offloaded_are_switched_where_layers_a
     assert bits(model(X)) == trained
 
 
-@pytest.mark.parametrize("place", [in_ram, on_disk, dispatched, preloaded])
+@pytest.mark.parametrize("place", [in_ram, preloaded])
 def test_copies_that_are_offloaded_while_disabled_come_back_when_the_hooks_are_removed(
     place: Placing, tmp_path: Path
 ) -> None:
@@ -298,25 +260,19 @@ def test_copies_that_are_offloaded_while_disabled_come_back_when_the_hooks_are_r
     assert bits(model(X)) == bits(expected)
 
 
-DEVICE_MAPS: dict[str, dict[str, str]] = {
-    "all on disk": {"": "disk"},
-    "a layer on disk": {"model.layers.0": "cpu", "model.layers.1": "disk"},
-    "all but a layer on disk": {"model.layers.0": "disk", "model.layers.1": "cpu", "lm_head": "disk"},
-}
-BESIDE_LAYERS = {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")} | {"lm_head": "cpu"}
+BESIDE_LAYERS = {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")}
+PARTLY = BESIDE_LAYERS | {"model.layers.0": "disk", "model.layers.1": "cpu", "lm_head": "disk"}
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("placement", DEVICE_MAPS)
-def test_a_model_of_transformers_that_is_offloaded_as_it_is_loaded(placement: str, tmp_path: Path) -> None:
-    device_map = DEVICE_MAPS[placement] if "" in DEVICE_MAPS[placement] else BESIDE_LAYERS | DEVICE_MAPS[placement]
+@pytest.mark.parametrize("device_map", [{"": "disk"}, PARTLY], ids=["all on disk", "all but a layer on disk"])
+def test_a_model_of_transformers_that_is_offloaded_as_it_is_loaded(device_map: dict[str, str], tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
-    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    before = contents(tmp_path / "base")
 
     def loaded(**options: Any) -> Any:
         model = LlamaForCausalLM.from_pretrained(tmp_path / "base", **options).eval()
-        randlora.inject(model, r=4, targets="all-linear", stream="portable")
-        return fill(model, spread=0.1)
+        return adapted(model, targets="all-linear", stream="portable")
 
     plain = loaded()
     model = loaded(device_map=device_map, offload_folder=tmp_path / "offloaded")
@@ -325,15 +281,12 @@ def test_a_model_of_transformers_that_is_offloaded_as_it_is_loaded(placement: st
     assert bits(model(tokens).logits) == bits(expected)
     for each, name in ((model, "there"), (plain, "here")):
         randlora.save(each, tmp_path / name)
-    there, here = (tmp_path / name / "adapter_model.safetensors" for name in ("there", "here"))
-    assert there.read_bytes() == here.read_bytes()
+    assert (tmp_path / "there" / FILE).read_bytes() == (tmp_path / "here" / FILE).read_bytes()
     assert all_bits(dict(randlora.merged_tensors(model))) == all_bits(dict(randlora.merged_tensors(plain)))
-    for each in (model, plain):
-        randlora.merge(each, reversible=True)
-    assert bits(model(tokens).logits) == bits(plain(tokens).logits)
-    randlora.unmerge(model)
+    with randlora.merged(model), randlora.merged(plain):
+        assert bits(model(tokens).logits) == bits(plain(tokens).logits)
     assert bits(model(tokens).logits) == bits(expected)
-    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+    assert contents(tmp_path / "base") == before
 
 
 @pytest.mark.medium
@@ -348,23 +301,19 @@ def test_layers_of_bitsandbytes_are_merged_where_they_are_and_refused_where_they
         torch.manual_seed(0)
         return nn.Sequential(*(getattr(nn_of_bnb, kind)(64, 64, **options) for _ in range(2))).to("cpu")
 
-    def with_adapter(model: nn.Module) -> nn.Module:
-        randlora.inject(model, r=4, targets="all-linear")
-        return fill(model, spread=0.1)
-
     def half(model: nn.Module) -> Any:
         return accelerate.dispatch_model(model, {"0": "cpu", "1": "disk"}, offload_dir=tmp_path)
 
     x = torch.randn(3, 64)
-    plain = with_adapter(built())
-    model = with_adapter(accelerate.dispatch_model(built(), {"": "cpu"}, force_hooks=True))
+    plain = adapted(built(), targets="all-linear")
+    model = adapted(accelerate.dispatch_model(built(), {"": "cpu"}, force_hooks=True), targets="all-linear")
     assert bits(model(x)) == bits(plain(x))
     with randlora.merged(model), randlora.merged(plain):
         assert bits(model(x)) == bits(plain(x))
     assert bits(model(x)) == bits(plain(x))
     with pytest.raises(TargetError, match="1 has no values"):
-        with_adapter(half(built()))
-    late = half(with_adapter(built()))
+        adapted(half(built()), targets="all-linear")
+    late = half(adapted(built(), targets="all-linear"))
     codes = bits(late[0].weight)
     for refused in (randlora.merge, randlora.merged_tensors):
         with pytest.raises(MergeError, match="the weight of 1 is incomplete"):
@@ -373,7 +322,7 @@ def test_layers_of_bitsandbytes_are_merged_where_they_are_and_refused_where_they
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("place", [in_ram, on_disk, from_a_checkpoint])
+@pytest.mark.parametrize("place", [in_ram, from_a_checkpoint])
 def test_the_files_of_the_merged_model_are_those_without_offloading(place: Placing, tmp_path: Path) -> None:
     plain, model = llama(is_tied=True), place(llama(is_tied=True), tmp_path / "base")
     for each, name in ((plain, "plain"), (model, "offloaded")):

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import pickle
+import re
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,12 +14,13 @@ from typing import Any
 import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
 from accelerate.hooks import (  # type: ignore[import-untyped]
     AlignDevicesHook,
     add_hook_to_module,
     remove_hook_from_submodules,
 )
-from accelerate.utils import align_module_device, modeling  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, align_module_device, modeling  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -29,7 +31,8 @@ from randlora import offloaded as offloaded_module
 from randlora.errors import AdapterError, CheckpointError, MergeError
 from randlora.offloaded import MergedFile, Offloaded
 from randlora.places import Plain, place_of
-from tests.kit import adapter_values, all_bits, bits, fill
+from tests.kit import adapter_values, bits, fill
+from tests.model_directories import contents
 from tests.models import LLAMA, outputs
 
 CPU = torch.device("cpu")
@@ -54,56 +57,46 @@ class Small(nn.Module):
         return torch.tanh(self.again(hidden)) if hasattr(self, "again") else hidden
 
 
-def as_checkpoint(model: nn.Module, folder: Path) -> Path:
-    save_file({name: value.clone() for name, value in model.state_dict().items()}, folder / "model.safetensors")
-    return folder / "model.safetensors"
+def in_ram(model: nn.Module, folder: Path) -> Any:
+    return accelerate.cpu_offload(model, execution_device=CPU, offload_buffers=True)
 
 
-def in_ram(model: nn.Module, folder: Path) -> nn.Module:
-    placed: nn.Module = accelerate.cpu_offload(model, execution_device=CPU)
-    return placed
+def on_disk(model: nn.Module, folder: Path) -> Any:
+    return accelerate.disk_offload(model, folder / "offloaded", execution_device=CPU, offload_buffers=True)
 
 
-def on_disk(model: nn.Module, folder: Path) -> nn.Module:
-    placed: nn.Module = accelerate.disk_offload(model, folder / "offloaded", execution_device=CPU)
-    return placed
-
-
-def partly_on_disk(model: nn.Module, folder: Path) -> nn.Module:
-    device_map = {name: "disk" if name == "down" else "cpu" for name, _ in model.named_children()}
-    placed: nn.Module = accelerate.dispatch_model(model, device_map, offload_dir=folder / "offloaded")
-    return placed
-
-
-def in_a_checkpoint(model: nn.Module, folder: Path) -> nn.Module:
-    """Dispatch a model whose weights stay in a file of safetensors, as ``from_pretrained`` does."""
-    plain = {name: value for name, value in model.state_dict().items() if "randlora" not in name}
-    path = folder / "model.safetensors"
-    save_file({name: value.clone() for name, value in plain.items()}, path)
-    index = {name: {"safetensors_file": str(path), "weight_name": name} for name in plain}
+def dispatched(model: nn.Module, folder: Path) -> Any:
     device_map = {name: "disk" for name, _ in model.named_children()}
-    placed: nn.Module = accelerate.dispatch_model(model, device_map, offload_index=index)
-    return placed
+    return accelerate.dispatch_model(model, device_map, offload_dir=folder / "offloaded", offload_buffers=True)
+
+
+def partly_on_disk(model: nn.Module, folder: Path) -> Any:
+    device_map = {name: "disk" if name == "down" else "cpu" for name, _ in model.named_children()}
+    return accelerate.dispatch_model(model, device_map, offload_dir=folder / "offloaded")
+
+
+def in_a_checkpoint(model: nn.Module, folder: Path) -> Any:
+    """Dispatch a model whose weights stay in a file of safetensors, as ``from_pretrained`` does."""
+    plain = {name: value.clone() for name, value in model.state_dict().items() if "randlora" not in name}
+    save_file(plain, path := folder / "model.safetensors")
+    index = {name: {"safetensors_file": str(path), "weight_name": name} for name in plain}
+    return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_index=index)
 
 
 PLACEMENTS = {"RAM": in_ram, "disk": on_disk, "both": partly_on_disk, "checkpoint": in_a_checkpoint}
-Placing = Callable[[nn.Module, Path], nn.Module]
+Placing = Callable[[nn.Module, Path], Any]
 every_placement = pytest.mark.parametrize("place", PLACEMENTS.values(), ids=PLACEMENTS)
 
 
-def adapted(model: nn.Module, *, seed: int = 0, **options: Any) -> nn.Module:
+def adapted(model: nn.Module, **options: Any) -> Any:
     randlora.inject(model, **{"r": 3, "targets": "all-linear", **options})
-    return fill(model, seed=seed, spread=0.3)
+    return fill(model, spread=0.3)
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
     model(x).float().square().sum().backward()
     values = adapter_values(model)
     return {name: value.grad for name, value in values.items()}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.medium
@@ -115,7 +108,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     st.sampled_from(["dense", "block", "sparse"]),
     st.integers(0, 3),
 )
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_an_offloaded_model_computes_trains_saves_and_merges_as_one_that_is_not(
     tmp_path_factory: pytest.TempPathFactory,
     placement: str,
@@ -158,47 +151,38 @@ def test_an_offloaded_model_computes_trains_saves_and_merges_as_one_that_is_not(
 @every_placement
 def test_hooks_that_are_removed_leave_the_weights_as_they_are_then(place: Placing, tmp_path: Path) -> None:
     x = torch.randn(3, WIDTHS[0])
-    expected = adapted(Small())
-    for reversible in (True, False):
-        model = adapted(place(Small(), tmp_path))
-        randlora.merge(model, reversible=reversible)
-        merged = model(x)
-        if reversible:
-            randlora.unmerge(model)
-            remove_hook_from_submodules(model)
-            assert bits(model(x)) == bits(expected(x))
-            continue
-        remove_hook_from_submodules(model)
-        assert bits(model(x)) == bits(merged)
-        assert not any(parameter.is_meta for parameter in model.parameters())
-
-
-def test_hooks_that_are_removed_while_merged_are_no_reason_to_lose_the_original(tmp_path: Path) -> None:
-    model, x = adapted(in_ram(Small(), tmp_path)), torch.randn(3, WIDTHS[0])
+    model = adapted(place(Small(), tmp_path))
     plain = model(x)
     randlora.merge(model, reversible=True)
-    remove_hook_from_submodules(model)
     randlora.unmerge(model)
+    remove_hook_from_submodules(model)
     assert bits(model(x)) == bits(plain)
+    model = adapted(place(Small(), tmp_path))
+    randlora.merge(model)
+    merged = model(x)
+    remove_hook_from_submodules(model)
+    assert bits(model(x)) == bits(merged)
+    assert not any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_a_merged_model_that_is_offloaded_is_unmerged_there(tmp_path: Path) -> None:
+def test_what_was_merged_is_unmerged_wherever_it_is_offloaded_since(tmp_path: Path) -> None:
     model, x = adapted(Small()), torch.randn(3, WIDTHS[0])
     plain = model(x)
+    for change in (in_ram, lambda model, _: remove_hook_from_submodules(model), on_disk):
+        randlora.merge(model, reversible=True)
+        change(model, tmp_path)
+        randlora.unmerge(model)
+        assert bits(model(x)) == bits(plain)
     randlora.merge(model, reversible=True)
+    remove_hook_from_submodules(model)
     in_ram(model, tmp_path)
     randlora.unmerge(model)
     assert bits(model(x)) == bits(plain)
-    randlora.merge(model, reversible=True)
-    remove_hook_from_submodules(model)
-    on_disk(model, tmp_path)
-    randlora.unmerge(model)
-    assert bits(model(x)) == bits(plain)
 
 
-@every_placement
+@pytest.mark.parametrize(("place", "reversible"), [(in_ram, True), (on_disk, False), (partly_on_disk, False)])
 def test_a_merge_that_fails_leaves_the_maps_and_files_as_they_were(
-    place: Placing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Placing, reversible: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = adapted(place(Small(), tmp_path)), torch.randn(3, WIDTHS[0])
     plain, before = model(x), contents(tmp_path)
@@ -211,13 +195,11 @@ def test_a_merge_that_fails_leaves_the_maps_and_files_as_they_were(
             raise OSError("the disk is full")
 
     monkeypatch.setattr(Offloaded, "write", fail_late)
-    for reversible in (True, False):
-        calls.clear()
-        with pytest.raises(OSError, match="disk is full"):
-            randlora.merge(model, reversible=reversible)
-        gc.collect()
-        assert bits(model(x)) == bits(plain)
-        assert contents(tmp_path) == before
+    with pytest.raises(OSError, match="disk is full"):
+        randlora.merge(model, reversible=reversible)
+    gc.collect()
+    assert bits(model(x)) == bits(plain)
+    assert contents(tmp_path) == before
 
 
 def test_a_merge_into_files_says_where_they_are_and_deletes_them_with_the_model(tmp_path: Path) -> None:
@@ -234,21 +216,13 @@ def test_a_merge_into_files_says_where_they_are_and_deletes_them_with_the_model(
     del model, report
     gc.collect()
     assert bits(twin(x)) == bits(merged)
+    for path in added:  # only the process that wrote them deletes them
+        offloaded_module._delete(tmp_path / path, -1)
+    assert type(pickle.loads(pickle.dumps(MergedFile(str(tmp_path / "other"))))) is str
+    assert contents(tmp_path).keys() == before.keys() | added
     del twin
     gc.collect()
     assert contents(tmp_path) == before
-
-
-def test_the_file_of_merged_values_is_deleted_by_the_process_that_wrote_it(tmp_path: Path) -> None:
-    path = tmp_path / "merged"
-    path.touch()
-    own = MergedFile(str(path))
-    assert type(pickle.loads(pickle.dumps(own))) is str
-    offloaded_module._delete(path, -1)
-    assert path.exists()
-    del own
-    gc.collect()
-    assert not path.exists()
 
 
 def test_one_layer_at_a_time_is_loaded_to_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,29 +243,23 @@ def test_one_layer_at_a_time_is_loaded_to_merge(tmp_path: Path, monkeypatch: pyt
     randlora.unmerge(model)
 
 
-def test_a_layer_used_twice_is_merged_at_both_of_its_places(tmp_path: Path) -> None:
+def test_a_layer_used_twice_is_merged_at_both_of_its_places_and_values_that_are_loaded_at_present(
+    tmp_path: Path,
+) -> None:
     model, here = in_ram(Small(shared=True), tmp_path), adapted(Small(shared=True))
     adapted(model)
     x = torch.randn(3, WIDTHS[0])
-    plain = model(x)
-    assert bits(plain) == bits(here(x))
-    with randlora.merged(model), randlora.merged(here):
-        assert bits(model(x)) == bits(here(x))
-        remove_hook_from_submodules(model)
-        assert bits(model(x)) == bits(here(x))
-
-
-def test_values_that_are_loaded_at_present_are_merged_too(tmp_path: Path) -> None:
-    model: Any = adapted(in_ram(Small(), tmp_path))
-    x, here = torch.randn(3, WIDTHS[0]), adapted(Small())
-    with align_module_device(model.up):
-        own = bits(model.up.weight)
+    assert bits(model(x)) == bits(here(x))
+    with align_module_device(model.down):
+        own = bits(model.down.weight)
         with randlora.merged(model):
-            assert bits(model.up.weight) != own
-            assert bits(model.up.state_dict()["weight"]) == own  # beside Λ and Γ it is the original
-        assert bits(model.up.weight) == own
+            assert bits(model.down.weight) != own
+            assert bits(model.down.state_dict()["weight"]) == own  # beside Λ and Γ it is the original
+        assert bits(model.down.weight) == own
         randlora.merge(model)
     randlora.merge(here)
+    assert bits(model(x)) == bits(here(x))
+    remove_hook_from_submodules(model)
     assert bits(model(x)) == bits(here(x))
 
 
@@ -321,15 +289,13 @@ def test_offloaded_diagonals_refuse_gradients_that_would_be_lost(tmp_path: Path)
 
 
 def test_what_is_offloaded_with_all_around_it_runs_and_is_refused_elsewhere(tmp_path: Path) -> None:
-    model = randlora_llama()
+    model = adapted(LLAMA.build(), targets=LLAMA.targets)
     expected = outputs(model, LLAMA.inputs())
     accelerate.cpu_offload(model, execution_device=CPU, preload_module_classes=["LlamaDecoderLayer"])
     assert torch.equal(outputs(model, LLAMA.inputs()), expected)
-    layer = "model.layers.0.mlp.up_proj"
     for refused, error in (
         (lambda: list(randlora.trainable_parameters(model)), AdapterError),
-        (lambda: randlora.delta_weight(model, layer), AdapterError),
-        (lambda: randlora.update_norms(model), AdapterError),
+        (lambda: randlora.delta_weight(model, "model.layers.0.mlp.up_proj"), AdapterError),
         (lambda: randlora.merge(model), MergeError),
         (lambda: randlora.save(model, tmp_path), CheckpointError),
         (lambda: randlora.eject(model), AdapterError),
@@ -341,23 +307,13 @@ def test_what_is_offloaded_with_all_around_it_runs_and_is_refused_elsewhere(tmp_
     randlora.merge(model)
 
 
-def randlora_llama() -> nn.Module:
-    model = LLAMA.build()
-    randlora.inject(model, r=4, targets=LLAMA.targets)
-    return fill(model)
+def test_a_checkpoint_is_dispatched_before_it_is_adapted_unless_the_model_has_values(tmp_path: Path) -> None:
+    path, x = tmp_path / "model.safetensors", torch.randn(3, WIDTHS[0])
+    save_file(Small().state_dict(), path)
 
-
-@pytest.mark.parametrize("device_map", [{"": "cpu"}, {"up": "cpu", "down": "disk"}], ids=["cpu", "disk"])
-def test_a_checkpoint_is_dispatched_before_it_is_adapted_unless_the_model_has_values(
-    device_map: dict[str, str], tmp_path: Path
-) -> None:
-    checkpoint, x = as_checkpoint(Small(), tmp_path), torch.randn(3, WIDTHS[0])
-
-    def dispatch(model: nn.Module) -> nn.Module:
-        placed: nn.Module = accelerate.load_checkpoint_and_dispatch(
-            model, str(checkpoint), device_map=device_map, offload_folder=tmp_path / "offloaded", force_hooks=True
-        )
-        return placed
+    def dispatch(model: nn.Module) -> Any:
+        options = {"device_map": {"up": "cpu", "down": "disk"}, "offload_folder": tmp_path / "offloaded"}
+        return accelerate.load_checkpoint_and_dispatch(model, str(path), force_hooks=True, **options)
 
     expected = adapted(Small())(x)
     with accelerate.init_empty_weights():
@@ -381,21 +337,107 @@ def test_a_map_that_cannot_be_written_to_is_no_place_to_merge_into() -> None:
         randlora.merge(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_loaded_in_the_dtype_of_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
-    checkpoint = as_checkpoint(Small(torch.float64), tmp_path)
-    index = {name: {"safetensors_file": str(checkpoint), "weight_name": name} for name in Small().state_dict()}
+def test_weights_are_loaded_in_the_dtype_of_the_model(tmp_path: Path) -> None:
+    dtype = torch.bfloat16
+    save_file(Small(torch.float64).state_dict(), path := tmp_path / "model.safetensors")
+    index = {name: {"safetensors_file": str(path), "weight_name": name} for name in Small().state_dict()}
     placed = accelerate.dispatch_model(Small(dtype), {"up": "disk", "down": "disk"}, offload_index=index)
     there, here = adapted(placed), adapted(Small(torch.float64).to(dtype))
-    places = {name: place_of(there.get_submodule(name), "weight") for name in ("up", "down")}
     x = torch.randn(3, WIDTHS[0], dtype=dtype)
     plain = there(x)
     assert bits(plain) == bits(here(x))
     for model in (there, here):
         randlora.merge(model, reversible=True)
     assert bits(there(x)) == bits(here(x))
-    merged = {f"{name}.weight": place.read() for name, place in places.items() if place is not None}
-    assert [value.dtype for value in merged.values()] == [dtype, dtype]
-    assert all_bits(merged) == all_bits({name: here.get_parameter(name) for name in merged})
+    for name in ("up", "down"):
+        place = place_of(there.get_submodule(name), "weight")
+        assert place is not None
+        assert bits(place.read()) == bits(here.get_parameter(f"{name}.weight"))
     randlora.unmerge(there)
     assert bits(there(x)) == bits(plain)
+
+
+def with_a_hook_on_every_layer(model: nn.Module, folder: Path) -> nn.Module:
+    for module in [module for module in model.modules() if isinstance(module, nn.Linear)]:
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    return model
+
+
+def with_forced_hooks(model: nn.Module, folder: Path) -> Any:
+    return accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+@pytest.mark.parametrize(
+    ("is_before", "place"),
+    [(True, with_a_hook_on_every_layer), (False, with_forced_hooks), (True, in_ram), (False, in_ram)],
+)
+def test_a_model_with_hooks_is_adapted_loaded_merged_and_ejected(
+    is_before: bool, place: Placing, tmp_path: Path
+) -> None:
+    inputs = LLAMA.inputs()
+    plain, trained = outputs(LLAMA.build(), inputs), adapted(LLAMA.build(), targets=LLAMA.targets)
+    model = place(LLAMA.build(), tmp_path) if is_before else LLAMA.build()
+    randlora.inject(model, r=3, targets=LLAMA.targets)
+    assert torch.equal(outputs(model, inputs), plain)
+    fill(model, spread=0.3)
+    model = model if is_before else place(model, tmp_path)
+    expected = outputs(trained, inputs)
+    assert torch.equal(outputs(model, inputs), expected)
+    with randlora.disabled(model):
+        assert torch.equal(outputs(model, inputs), plain)
+    with randlora.merged(model):
+        torch.testing.assert_close(outputs(model, inputs), expected, rtol=1e-4, atol=1e-4)
+    randlora.eject(model)
+    assert torch.equal(outputs(model, inputs), plain)
+    randlora.save(trained, tmp_path / "adapter")
+    randlora.load(model, tmp_path / "adapter")
+    assert torch.equal(outputs(model, inputs), expected)
+    remove_hook_from_submodules(model)
+    assert not any("_hf_hook" in vars(module) for module in model.modules())
+    assert torch.equal(outputs(model, inputs), expected)
+    randlora.eject(model)
+    assert torch.equal(outputs(model, inputs), plain)
+    assert not any("Adapted" in type(module).__name__ for module in model.modules())
+
+
+@pytest.mark.parametrize("hook_first", [True, False])
+@pytest.mark.parametrize("unhook_first", [True, False])
+def test_a_forward_of_the_layers_own_outlives_hooks_and_adapters(hook_first: bool, unhook_first: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    layer: Any = model[0]
+    plain = layer.forward
+    own = layer.forward = lambda x: 2 * plain(x)
+    x = torch.randn(3, 4)
+    expected = layer(x)
+    hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
+    if hook_first:
+        add_hook_to_module(layer, hook)
+    randlora.inject(model, r=2, targets="all-linear")
+    if not hook_first:
+        add_hook_to_module(layer, hook)
+    assert torch.equal(layer(x), expected)
+    fill(model)
+    adapted = expected + x @ randlora.delta_weight(model, "0").T
+    torch.testing.assert_close(layer(x), adapted)
+    if unhook_first:
+        remove_hook_from_submodules(model)
+        torch.testing.assert_close(layer(x), adapted)
+    randlora.eject(model)
+    assert ("_hf_hook" in vars(layer)) is not unhook_first
+    assert torch.equal(layer(x), expected)
+    remove_hook_from_submodules(model)
+    assert torch.equal(layer(x), expected)
+    assert layer.forward is own
+
+
+def test_accelerate_reads_the_configs_of_the_docs(tmp_path: Path) -> None:
+    page = Path(__file__).parent.parent / "docs" / "accelerate.md"
+    kinds = {}
+    for text in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+        config = load_config_from_file(str(tmp_path / "config.yaml"))
+        kinds[config.distributed_type] = config
+    assert kinds.keys() >= {DistributedType.FSDP, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED}
+    assert kinds[DistributedType.FSDP].fsdp_config["fsdp_version"] == 2
+    assert kinds[DistributedType.MULTI_GPU].parallelism_config["parallelism_config_tp_size"] == 8
+    assert kinds[DistributedType.DEEPSPEED].deepspeed_config["zero_stage"] == 3

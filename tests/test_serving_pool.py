@@ -121,10 +121,11 @@ def test_what_a_pool_cannot_do_is_refused_before_anything_is_loaded(outputs: dic
     with untouched(model):
         for names, error, message in REFUSED:
             refused(pool, names, error, message)
-        for strange in (3, None, [1], [[]], {"a": "b"}):
+        strange: list[Any] = [3, None, [1], [[]], {"a": "b"}]
+        for names in strange:
             with pytest.raises(ConfigError, match=r"cannot prefetch: .*names"):
-                pool.prefetch(strange)  # type: ignore[arg-type]
-            with pytest.raises(ConfigError, match=r"cannot using: .*names"), pool.using(strange):  # type: ignore[arg-type]
+                pool.prefetch(names)
+            with pytest.raises(ConfigError, match=r"cannot using: .*names"), pool.using(names):
                 pass
     assert (pool.stats(), pool.loaded) == before
 

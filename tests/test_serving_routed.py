@@ -145,13 +145,14 @@ def model() -> nn.Module:
 
 
 PER_ROW = "expected for each row the name of an adapter"
+STRANGE: list[Any] = ["a", [], None, [[]], [True]]
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (["a", "z"], "no adapter named 'z'"),
-        *((names, PER_ROW) for names in ("a", [], None, [[]], [True])),
+        *((names, PER_ROW) for names in STRANGE),
         ([1, "a"], "got 1"),
         ([["a"], "a"], "got both"),
         ([["a"], ["a", "b"]], r"different numbers of names, \[1, 2\]"),
@@ -193,8 +194,8 @@ def test_some_of_the_tokens_in_another_order() -> None:
 
 
 def llama4_experts() -> nn.Module:
-    experts = Llama4TextExperts(Llama4TextConfig(hidden_size=4, intermediate_size=8, num_local_experts=2))
-    nn.init.normal_(experts.gate_up_proj)
+    experts: nn.Module = Llama4TextExperts(Llama4TextConfig(hidden_size=4, intermediate_size=8, num_local_experts=2))
+    nn.init.normal_(experts.get_parameter("gate_up_proj"))
     return experts
 
 
