@@ -158,56 +158,40 @@ def test_what_cannot_be_answered_is_refused_with_its_reason(server: ModuleType, 
     assert lines["randlora_pool_loaded"] == "0"
 
 
-def test_requests_beyond_the_limit_are_refused_at_once(
+def test_requests_beyond_the_limit_are_refused_at_once_and_given_up_if_they_wait_too_long(
     server: ModuleType, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits, body = server.Limits(waiting=2, batch=1), {"prompt": "a", "max_new_tokens": 1}
     with server.serving(server.tiny_model(), adapters, limits) as running, ThreadPoolExecutor(3) as clients:
-        gate = Gate(running, monkeypatch)
-        answers = [clients.submit(post, running.server_port, body)]
+        gate, port = Gate(running, monkeypatch), running.server_port
+        answers = [clients.submit(post, port, body)]
         assert gate.has_begun.wait(30)
-        answers += [clients.submit(post, running.server_port, body) for _ in range(2)]
+        monkeypatch.setattr(server, "PATIENCE", 0.2)
+        assert post(port, body)[0] == 504
+        monkeypatch.setattr(server, "PATIENCE", 60.0)
+        answers += [clients.submit(post, port, body) for _ in range(2)]
         until(lambda: len(running.batcher.waiting) == 2)
-        status, answer = post(running.server_port, body)
+        status, answer = post(port, body)
         gate.open()
         assert (status, answer["error"]) == (503, "2 requests wait: try again later")
         assert [answer.result(60)[0] for answer in answers] == [200] * 3
+        assert running.batcher.counts["rows"] == 3  # and not the one that was given up
 
 
-def test_a_request_that_waits_too_long_is_given_up(
-    server: ModuleType, adapters: Path, monkeypatch: pytest.MonkeyPatch
+def test_damaged_files_of_one_adapter_fail_its_requests_alone_and_one_that_is_saved_later_is_served(
+    server: ModuleType, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(server, "PATIENCE", 0.2)
-    with server.serving(server.tiny_model(), adapters, server.Limits(batch=1)) as running:
-        gate = Gate(running, monkeypatch)
-        while not gate.has_begun.is_set():
-            assert post(running.server_port, {"prompt": "a"})[0] == 504
-        assert post(running.server_port, {"prompt": "a"})[0] == 504
-        monkeypatch.setattr(server, "PATIENCE", 60.0)
-        gate.open()
-        assert post(running.server_port, {"prompt": "a", "max_new_tokens": 1})[0] == 200
-        assert running.batcher.counts["rows"] == 2  # the one that ran already, and none that waited
-
-
-def test_damaged_files_of_one_adapter_fail_its_requests_alone(server: ModuleType, tmp_path: Path) -> None:
     server.make_adapters(server.tiny_model(), tmp_path, 3)
+    (tmp_path / "tenant_2").rename(tmp_path.parent / "later")
     weights = tmp_path / "tenant_1" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     asks = [Ask(name, "Once", 2) for name in ("tenant_0", "tenant_1", "tenant_2", None)]
     with server.serving(server.tiny_model(), tmp_path, server.Limits(batch=4, seconds=30.0)) as running:
         found = together(running, asks)
-    assert [status for status, _ in found] == [200, 500, 200, 200]
-    assert found[1][1]["error"].startswith("CheckpointError")
-
-
-def test_an_adapter_that_is_saved_later_is_served(server: ModuleType, tmp_path: Path) -> None:
-    server.make_adapters(server.tiny_model(), tmp_path, 1)
-    with server.serving(server.tiny_model(), tmp_path) as running:
-        body = {"adapter": "tenant_1", "prompt": "Once", "max_new_tokens": 2}
-        assert post(running.server_port, body)[0] == 404
-        server.make_adapters(server.tiny_model(), tmp_path / "new", 2)
-        (tmp_path / "new" / "tenant_1").rename(tmp_path / "tenant_1")
-        assert post(running.server_port, body)[0] == 200
+        assert [status for status, _ in found] == [200, 500, 404, 200]
+        assert found[1][1]["error"].startswith("CheckpointError")
+        (tmp_path.parent / "later").rename(tmp_path / "tenant_2")
+        assert post(running.server_port, asks[2]._asdict())[0] == 200
 
 
 def test_what_waits_is_answered_when_the_server_ends(

@@ -62,11 +62,11 @@ def adapted(**options: Any) -> Any:
     return model
 
 
-def grpo(model: nn.Module, **options: Any) -> Any:
+def grpo(model: nn.Module, kind: Any = GRPO, **options: Any) -> Any:
     given = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 4, **options}
     prompts = Dataset.from_dict({"prompt": [f"{i} squared is" for i in range(16)]})
     args = arguments(GRPOConfig, "run", **given)
-    return GRPO(model, digits, args=args, train_dataset=prompts, processing_class=tokenizer())
+    return kind(model, digits, args=args, train_dataset=prompts, processing_class=tokenizer())
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +104,7 @@ def test_the_reference_is_the_plain_base_and_no_model_is_loaded(monkeypatch: pyt
         grpo(adapted(), beta=0.5, sync_ref_model=True)
 
 
-@pytest.mark.parametrize("mode", ["colocate", "server"])
-@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("mode", "is_tied"), [("colocate", False), ("server", True)])
 def test_an_engine_samples_with_the_bits_of_the_merged_model(
     mode: str, is_tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,20 +140,16 @@ def test_an_engine_samples_with_the_bits_of_the_merged_model(
     assert changed == {name for name in places if "_proj" in name or name == "model.norm.weight"}
 
 
-def test_a_trainer_that_sends_weights_by_code_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Other(GRPO):
-        """As those of TRL's experiments."""
+class Other(GRPO):
+    """A trainer that sends weights by its own code, as those of TRL's experiments."""
 
-        vllm_generation = property(lambda _: None, lambda *_: None)
+    vllm_generation = property(lambda _: None, lambda *_: None)
 
+
+def test_a_trainer_or_trl_that_cannot_send_merged_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda _: None)
-    monkeypatch.setattr("tests.test_integrations_grpo.GRPO", Other)
     with pytest.raises(AdapterError, match="cannot send the merged weights to vLLM"):
-        grpo(adapted(), use_vllm=True, vllm_mode="colocate")
-
-
-def test_a_trl_that_cannot_send_merged_weights_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda _: None)
+        grpo(adapted(), Other, use_vllm=True, vllm_mode="colocate")
     monkeypatch.delattr(VLLMGeneration, "_iter_named_params")
     with pytest.raises(AdapterError, match="cannot send the merged weights to vLLM"):
         grpo(adapted(), use_vllm=True, vllm_mode="colocate")

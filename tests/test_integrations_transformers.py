@@ -5,6 +5,7 @@ import inspect
 import json
 import shutil
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 import randlora
 from randlora.errors import AdapterError, CheckpointError
 from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, AdapterTrainer, LoadsAdapters
-from tests.further import further
 from tests.hub_server import point_client_at, running_hub
 from tests.kit import fill
 from tests.trainers import (
@@ -46,57 +46,45 @@ def _in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "train-also-and-dropout": {"train_also": ["norm"], "dropout": 0.2},
-    "block": {"basis": "block"},
-}
+def momentum(model: nn.Module) -> tuple[Any, Any]:
+    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1, momentum=0.9)
+    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
 
-USUAL = ["plain", "train-also-and-dropout"]
-
-
-@pytest.mark.parametrize("resumed_from", ["run/checkpoint-2", True])
-@pytest.mark.parametrize("options", [*map(OPTIONS.get, USUAL), further(OPTIONS["block"])], ids=[*USUAL, "block"])
-def test_a_resumed_run_ends_with_the_same_bits(options: dict[str, Any], resumed_from: str | bool) -> None:
-    through = trainer(adapted_model(**options), "run")
-    through.train()
+@pytest.mark.parametrize(
+    ("options", "resumed_from", "is_given"),
+    [
+        ({"train_also": ["norm"], "dropout": 0.2}, "run/checkpoint-2", False),
+        ({"basis": "block"}, True, True),
+    ],
+    ids=["usual", "given"],
+)
+def test_a_resumed_run_goes_on_in_the_same_parameters_and_ends_with_the_same_bits(
+    options: dict[str, Any], resumed_from: str | bool, is_given: bool
+) -> None:
+    model, other = adapted_model(**options), fill(adapted_model(**options))
+    trainer(model, "run", **({"optimizers": momentum(model)} if is_given else {})).train()
     assert files("run/checkpoint-2") >= ADAPTER_FILES | {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert not [name for name in files("run/checkpoint-2") if name.startswith(("model", "pytorch_model"))]
     shutil.rmtree("run/checkpoint-4")
-    rest = trainer(fill(adapted_model(**options)), "run")
-    rest.train(resume_from_checkpoint=resumed_from)
-    assert trained_bits(rest.model) == trained_bits(through.model)
-
-
-def test_a_run_goes_on_in_the_parameters_that_it_has_and_with_an_optimizer_that_was_given() -> None:
-    def given(model: nn.Module) -> tuple[Any, Any]:
-        optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1, momentum=0.9)
-        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-
-    model = adapted_model()
-    through = trainer(model, "run", optimizers=given(model))
-    through.train()
-    other = fill(adapted_model())
     before = list(randlora.trainable_parameters(other))
-    rest = trainer(other, "run", optimizers=given(other))
-    rest.train(resume_from_checkpoint="run/checkpoint-2")
+    rest = trainer(other, "run", **({"optimizers": momentum(other)} if is_given else {}))
+    rest.train(resume_from_checkpoint=resumed_from)
     assert all(map(lambda one, two: one is two, before, randlora.trainable_parameters(other)))
     assert trained_bits(other) == trained_bits(model)
 
 
-@pytest.mark.parametrize(("steps", "after"), [(4, 5), further(8, 8)], ids=["within-an-epoch", "an-epoch"])
-def test_a_finished_run_that_is_resumed_takes_the_step_that_transformers_own_takes(steps: int, after: int) -> None:
+def test_a_finished_run_that_is_resumed_takes_the_step_that_transformers_own_takes() -> None:
     def own(directory: str) -> Trainer:
-        return Trainer(plain_model(), arguments(TrainingArguments, directory, max_steps=steps), train_dataset=rows())
+        return Trainer(plain_model(), arguments(TrainingArguments, directory, max_steps=2), train_dataset=rows())
 
     own("plain").train()
     stock = own("plain")
     stock.train(resume_from_checkpoint=True)
-    trainer(adapted_model(), "run", max_steps=steps).train()
-    rest = trainer(adapted_model(), "run", max_steps=steps)
+    trainer(adapted_model(), "run", max_steps=2).train()
+    rest = trainer(adapted_model(), "run", max_steps=2)
     rest.train(resume_from_checkpoint=True)
-    assert rest.state.global_step == stock.state.global_step == after
+    assert rest.state.global_step == stock.state.global_step == 3
 
 
 def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted() -> None:
@@ -136,130 +124,107 @@ def test_the_adapter_that_is_trained_is_saved_beside_one_that_is_not() -> None:
     assert trained_bits(other) == trained_bits(model)
 
 
-def test_several_adapters_that_are_trained_are_saved_each_in_a_directory() -> None:
-    def two() -> nn.Module:
-        model: nn.Module = adapted_model()
-        randlora.inject(model, r=4, name="task", trainable=True, targets=["up_proj"])
-        randlora.activate(model, ["default", "task"])
-        randlora.set_trainable(model, ["default", "task"])
-        return model
-
-    through = trainer(two(), "run")
-    through.train()
-    assert files("run/checkpoint-2/task") == files("run/checkpoint-2/default") == ADAPTER_FILES
-    rest = trainer(two(), "run")
-    rest.train(resume_from_checkpoint="run/checkpoint-2")
-    assert trained_bits(rest.model) == trained_bits(through.model)
-
-
-def several(*names: str) -> nn.Module:
+def several(*names: str) -> Any:
     model: nn.Module = plain_model()
     for name in names:
         randlora.inject(model, r=4, name=name, trainable=True)
+        fill(model, name)
     randlora.activate(model, [*names])
     randlora.set_trainable(model, [*names])
     return model
 
 
-def _damage() -> None:
-    path = Path("run/checkpoint-2/b/adapter_model.safetensors")
-    path.write_bytes(path.read_bytes()[:50])
+def test_several_adapters_that_are_trained_are_saved_each_in_a_directory_and_restored_all_or_none() -> None:
+    through = trainer(several("a", "b", "c"), "run")
+    through.train()
+    checkpoint = Path("run/checkpoint-2")
+    assert files(checkpoint / "a") == files(checkpoint / "b") == ADAPTER_FILES
+    rest = trainer(several("a", "b", "c"), "run")
+    rest.train(resume_from_checkpoint=str(checkpoint))
+    assert trained_bits(rest.model) == trained_bits(through.model)
+
+    def refused(names: str, message: str) -> None:
+        model = several(*names)
+        before = trained_bits(model)
+        with pytest.raises(CheckpointError, match=message):
+            trainer(model, "run").train(resume_from_checkpoint=str(checkpoint))
+        assert trained_bits(model) == before
+
+    refused("ab", "it has c, which the model lacks")
+    refused("a", "there are some inside it: a, b, c")
+    (checkpoint / "c").rename("c")
+    refused("abd", r"cannot load 'run/checkpoint-2/d'")
+    Path("c").rename(checkpoint / "c")
+    tensors = checkpoint / "b" / "adapter_model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:50])
+    refused("abc", "b/adapter_model.safetensors is truncated")
 
 
-@pytest.mark.parametrize(
-    ("names", "change", "message"),
-    [
-        (("a", "b"), lambda: None, "it has c, which the model lacks"),
-        (("a", "b", "c"), _damage, "b/adapter_model.safetensors is truncated"),
-        (("a", "b", "d"), lambda: shutil.rmtree("run/checkpoint-2/c"), r"cannot load 'run/checkpoint-2/d'"),
-        (("a",), lambda: None, "there are some inside it: a, b, c"),
-    ],
-    ids=["fewer", "damaged", "another", "one"],
-)
-def test_of_several_adapters_all_are_restored_or_none(names: tuple[str, ...], change: Any, message: str) -> None:
-    trainer(several("a", "b", "c"), "run", max_steps=2).train()
-    change()
-    model = several(*names)
-    for name in names:
-        fill(model, name)
-    before = trained_bits(model)
-    with pytest.raises(CheckpointError, match=message):
-        trainer(model, "run").train(resume_from_checkpoint="run/checkpoint-2")
-    assert trained_bits(model) == before
-
-
-@pytest.mark.parametrize("block", [randlora.merged, randlora.disabled])
-def test_training_that_would_not_change_the_adapter_is_refused(block: Any) -> None:
-    run = trainer(adapted_model(train_also=["norm"]), "run")
-    with (
-        block(run.model),
-        pytest.raises(AdapterError, match=r"are (merged|disabled), so training"),
-    ):
-        run.train()
-
-
-def test_training_an_adapter_that_is_not_active_is_refused() -> None:
+def inactive() -> Any:
     model: nn.Module = plain_model()
     randlora.inject(model, r=4, name="base")
     randlora.inject(model, r=4, name="other", trainable=True)
     randlora.activate(model, "base")
     randlora.set_trainable(model, "base", trainable=False)
-    with pytest.raises(AdapterError, match=r"other is not active and .* call randlora\.activate"):
+    return model
+
+
+def with_a_head_that_is_trained() -> Any:
+    model = adapted_model()
+    model.lm_head.weight.requires_grad = True
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "block", "message"),
+    [
+        (adapted_model, randlora.merged, "are merged, so training"),
+        (adapted_model, randlora.disabled, "are disabled, so training"),
+        (inactive, nullcontext, r"other is not active and .* call randlora\.activate"),
+        (plain_model, nullcontext, "no trainable adapter"),
+        (with_a_head_that_is_trained, nullcontext, r"lm_head.weight requires grad .* train_also="),
+    ],
+)
+def test_training_that_checkpoints_would_not_have_is_refused(build: Any, block: Any, message: str) -> None:
+    model = build()
+    with block(model), pytest.raises(AdapterError, match=message):
         trainer(model, "run").train()
 
 
-def test_save_model_saves_the_tokenizer_and_the_arguments_too() -> None:
-    trainer(adapted_model(), "run", processing_class=tokenizer()).save_model("saved")
-    assert files("saved") == ADAPTER_FILES | {"tokenizer.json", "tokenizer_config.json", "training_args.bin"}
-
-
-@pytest.mark.parametrize("damage", [further("no-state"), "half-a-state", "no-adapter"])
+@pytest.mark.parametrize("damage", ["half-a-state", "no-adapter"])
 def test_true_passes_over_a_checkpoint_that_was_not_written_to_its_end(damage: str) -> None:
+    with pytest.raises(ValueError, match="no complete checkpoint in 'run'"):
+        trainer(adapted_model(), "run").train(resume_from_checkpoint=True)
     through = trainer(adapted_model(), "run")
     through.train()
     last = Path("run/checkpoint-4")
     if damage == "no-adapter":
         (last / "adapter_model.safetensors").unlink()
     else:
-        (last / "trainer_state.json").write_text("" if damage == "no-state" else '{"epoch": 1')
+        (last / "trainer_state.json").write_text('{"epoch": 1')
     rest = trainer(adapted_model(), "run")
     rest.train(resume_from_checkpoint=True)
     assert trained_bits(rest.model) == trained_bits(through.model)
     assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 4
 
 
-def test_true_without_a_checkpoint_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no complete checkpoint in 'run'"):
-        trainer(adapted_model(), "run").train(resume_from_checkpoint=True)
+DIFFERENCES: list[tuple[dict[str, Any], str]] = [
+    ({"r": 4}, "has r=4 and alpha=80, but in the files r=8 and alpha=160"),
+    ({"alpha": 1}, "has r=8 and alpha=1, but in the files r=8 and alpha=160"),
+    ({"seed": 1}, r"the bases are .*, and in the files"),
+    ({"targets": ["up_proj"]}, "the files have no layer model.layers.0.mlp.up_proj"),
+    ({"train_also": ["norm"]}, "the files have no trained parameter model.norm.weight"),
+]
 
 
-DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
-    "r": ({"r": 4}, "has r=4 and alpha=80, but in the files r=8 and alpha=160"),
-    "alpha": ({"alpha": 1}, "has r=8 and alpha=1, but in the files r=8 and alpha=160"),
-    "seed": ({"seed": 1}, r"the bases are .*, and in the files"),
-    "targets": ({"targets": ["up_proj"]}, "the files have no layer model.layers.0.mlp.up_proj"),
-    "train_also": ({"train_also": ["norm"]}, "the files have no trained parameter model.norm.weight"),
-}
-
-
-@pytest.mark.parametrize("case", [case if case in ("r", "targets") else further(case) for case in DIFFERENCES])
-def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(case: str) -> None:
-    options, message = DIFFERENCES[case]
+def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing() -> None:
     trainer(adapted_model(), "run", max_steps=2).train()
-    other = trainer(fill(adapted_model(**options)), "run")
-    before = trained_bits(other.model)
-    with pytest.raises(CheckpointError, match=message):
-        other.train(resume_from_checkpoint=True)
-    assert trained_bits(other.model) == before
-
-
-def test_what_checkpoints_would_not_have_is_refused() -> None:
-    with pytest.raises(AdapterError, match="no trainable adapter"):
-        trainer(plain_model(), "run")
-    model = adapted_model()
-    model.lm_head.weight.requires_grad = True
-    with pytest.raises(AdapterError, match=r"lm_head.weight requires grad .* train_also="):
-        trainer(model, "run")
+    for options, message in DIFFERENCES:
+        other = trainer(fill(adapted_model(**options)), "run")
+        before = trained_bits(other.model)
+        with pytest.raises(CheckpointError, match=message):
+            other.train(resume_from_checkpoint=True)
+        assert trained_bits(other.model) == before
 
 
 class Own(Trainer):  # type: ignore[misc]
@@ -285,21 +250,20 @@ def test_seq2seq_trainers_and_a_model_made_by_a_function() -> None:
     class Seq2Seq(AdapterCheckpoints, Seq2SeqTrainer):  # type: ignore[misc]
         pass
 
-    def without_options() -> Any:
-        return adapted_model()
+    def make() -> Any:
+        given = arguments(Seq2SeqTrainingArguments, "run")
+        return Seq2Seq(args=given, model_init=lambda: adapted_model(), train_dataset=rows())  # noqa: PLW0108
 
-    def make(directory: str) -> Any:
-        options = arguments(Seq2SeqTrainingArguments, directory)
-        return Seq2Seq(args=options, model_init=without_options, train_dataset=rows())
-
-    through, rest = make("run"), make("run")
+    through, rest = make(), make()
     through.train()
     rest.train(resume_from_checkpoint="run/checkpoint-2")
     assert files("run/checkpoint-2") >= ADAPTER_FILES
     assert trained_bits(rest.model) == trained_bits(through.model)
 
 
-def test_a_push_has_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_push_has_the_adapter_and_save_model_the_tokenizer_and_the_arguments_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -307,8 +271,10 @@ def test_a_push_has_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         point_client_at(hub.url, monkeypatch)
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # a client that an earlier test may have made
         options = {"push_to_hub": True, "hub_model_id": "me/adapter", "hub_token": "hf_none", "max_steps": 2}
-        run = trainer(adapted_model(), "run", **options)
+        run = trainer(adapted_model(), "run", processing_class=tokenizer(), **options)
         run.train()
+        run.save_model("saved")
+        assert files("saved") == ADAPTER_FILES | {"tokenizer.json", "tokenizer_config.json", "training_args.bin"}
         run.push_to_hub()
         with pytest.warns(UserWarning, match="wrote adapter 'default'"):
             run.model.push_to_hub("me/by-method", token="hf_none")
@@ -316,27 +282,6 @@ def test_a_push_has_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         found = set(hub.repositories["me/adapter"].files())
         assert found >= ADAPTER_FILES
         assert not [name for name in found if name.startswith(("model", "pytorch_model"))]
-
-
-# What is overridden and is not public
-
-
-def test_the_private_methods_that_are_overridden_are_those_that_are_named() -> None:
-    written = vars(AdapterCheckpoints) | vars(LoadsAdapters)
-    own = {name for name in written if name in dir(Trainer) and not name.startswith("__")}
-    assert {name for name in own if name.startswith("_")} == set(PRIVATE)
-    assert own - set(PRIVATE) == {"save_model", "train", "args", "model", "state"} & own
-
-
-def test_the_signatures_of_what_is_overridden_are_as_they_were() -> None:
-    def names(method: Any) -> list[str]:
-        return list(inspect.signature(method).parameters)[1:]
-
-    assert names(Trainer._load_from_checkpoint) == ["resume_from_checkpoint", "model"]
-    assert names(Trainer._load_best_model) == []
-    assert names(Trainer._save_optimizer_and_scheduler) == ["output_dir"]
-    assert names(Trainer.save_model) == ["output_dir", "_internal_call"]
-    assert names(Trainer.train)[0] == "resume_from_checkpoint"
 
 
 CALLS = {
@@ -348,15 +293,25 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_what_is_overridden_is_called_where_it_was(name: str) -> None:
+def test_what_is_overridden_and_not_public_is_named_and_called_as_and_where_it_was() -> None:
+    written = vars(AdapterCheckpoints) | vars(LoadsAdapters)
+    own = {name for name in written if name in dir(Trainer) and not name.startswith("__")}
+    assert {name for name in own if name.startswith("_")} == set(PRIVATE)
+    assert own - set(PRIVATE) == {"save_model", "train", "args", "model", "state"} & own
+
+    def parameters(method: Any) -> list[str]:
+        return list(inspect.signature(method).parameters)[1:]
+
+    assert parameters(Trainer._load_from_checkpoint) == ["resume_from_checkpoint", "model"]
+    assert parameters(Trainer._load_best_model) == []
+    assert parameters(Trainer._save_optimizer_and_scheduler) == ["output_dir"]
+    assert parameters(Trainer.save_model) == ["output_dir", "_internal_call"]
+    assert parameters(Trainer.train)[0] == "resume_from_checkpoint"
     (kind,) = ast.parse(textwrap.dedent(inspect.getsource(Trainer))).body
     assert isinstance(kind, ast.ClassDef)
-    callers = {
-        method.name
-        for method in kind.body
-        if isinstance(method, ast.FunctionDef)
-        for node in ast.walk(method)
-        if isinstance(node, ast.Attribute) and node.attr == name
-    }
-    assert callers == CALLS[name]
+    callers: dict[str, set[str]] = {name: set() for name in CALLS}
+    for method in kind.body:
+        for node in ast.walk(method):
+            if isinstance(method, ast.FunctionDef) and isinstance(node, ast.Attribute) and node.attr in CALLS:
+                callers[node.attr].add(method.name)
+    assert callers == CALLS

@@ -14,13 +14,12 @@ from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
-from transformers import BertConfig, BertModel, BitsAndBytesConfig, LlamaForCausalLM, TrainingArguments
+from transformers import BertConfig, BertModel, BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import randlora
 from randlora.errors import AdapterError
-from randlora.integrations.transformers import AdapterCheckpoints, AdapterTrainer
-from tests.further import further
+from randlora.integrations.transformers import AdapterCheckpoints
 from tests.kit import bits, fill, same_bits
 from tests.trainers import (
     ADAPTER_FILES,
@@ -62,46 +61,31 @@ def _in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("make", [sft, further(dpo)])
-def test_a_resumed_run_ends_with_the_same_bits(make: Any) -> None:
-    through = make(adapted_model(train_also=["norm"]))
+def test_a_resumed_run_ends_with_the_same_bits() -> None:
+    through = sft(adapted_model(train_also=["norm"]))
     through.train()
     assert files("run/checkpoint-2") >= ADAPTER_FILES | {"optimizer.pt", "tokenizer.json"}
     assert not [name for name in files("run/checkpoint-2") if name.startswith("model")]
-    rest = make(fill(adapted_model(train_also=["norm"]), spread=0.0))
+    rest = sft(fill(adapted_model(train_also=["norm"])))
     rest.train(resume_from_checkpoint="run/checkpoint-2")
     assert trained_bits(rest.model) == trained_bits(through.model)
 
 
-# DPO's reference
-
-
-def reference_of(trainer: Any) -> list[torch.Tensor]:
+def reference_of(trainer: Any, model: Any = None) -> list[torch.Tensor]:
     batch = next(iter(trainer.get_train_dataloader()))
-    return list(trainer.compute_ref_log_probs(trainer.ref_model, batch))
+    return list(trainer.compute_ref_log_probs(trainer.ref_model if model is None else model, batch))
 
 
-def test_the_reference_of_dpo_is_the_plain_base_to_the_last_bit_and_no_other_model() -> None:
-    trainer = dpo(adapted_model(train_also=["norm", "lm_head"]))
-    assert list(trainer.ref_model.parameters()) == []
-    trainer.train()
-    base = DPOTrainer(
-        plain_model(),
-        ref_model=plain_model(),
-        args=arguments(DPOConfig, "other"),
-        train_dataset=preferences(),
-        processing_class=tokenizer(),
-    )
-    assert [*map(bits, reference_of(trainer))] == [*map(bits, reference_of(base))]
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert not same_bits(trainer.compute_ref_log_probs(trainer.model, batch)[0], reference_of(base)[0])
-
-
-def test_dpo_trains_as_with_a_copy_of_the_base() -> None:
-    shared, copied = dpo(adapted_model()), dpo(adapted_model(), ref_model=plain_model())
+def test_dpo_trains_as_with_a_copy_of_the_base_which_is_its_reference_to_the_last_bit() -> None:
+    beside = ["norm", "lm_head"]
+    shared = dpo(adapted_model(train_also=beside))
+    copied = dpo(adapted_model(train_also=beside), ref_model=plain_model())
+    assert list(shared.ref_model.parameters()) == []
     shared.train()
     copied.train()
     assert trained_bits(shared.model) == trained_bits(copied.model)
+    assert [*map(bits, reference_of(shared))] == [*map(bits, reference_of(copied))]
+    assert not same_bits(reference_of(shared, shared.model)[0], reference_of(copied)[0])
 
 
 def test_references_that_are_computed_before_training_are_those_of_the_base() -> None:
@@ -121,39 +105,24 @@ def test_an_adapter_that_moves_gamma_first_was_not_trained_before() -> None:
 
 
 def test_an_adapter_that_is_not_trained_is_part_of_the_reference() -> None:
-    def two() -> Any:
-        model = fill(adapted_model())
-        randlora.activate(model, "default")
-        randlora.set_trainable(model, "default", trainable=False)
-        randlora.inject(model, r=4, name="dpo", trainable=True)
-        randlora.activate(model, ["default", "dpo"])
-        return model
-
-    merged = fill(adapted_model())
-    batch = next(iter(dpo(adapted_model()).get_train_dataloader()))
-    trainer = dpo(two())
+    model: Any = fill(adapted_model())
+    randlora.activate(model, "default")
+    randlora.set_trainable(model, "default", trainable=False)
+    randlora.inject(model, r=4, name="dpo", trainable=True)
+    randlora.activate(model, ["default", "dpo"])
+    trainer = dpo(model)
     trainer.train()
-    found = trainer.compute_ref_log_probs(trainer.ref_model, batch)
-    expected = dpo(merged, ref_model=plain_model()).compute_ref_log_probs(merged, batch)
-    assert [*map(bits, found)] == [*map(bits, expected)]
-    assert [info.name for info in randlora.adapters(trainer.model) if info.is_active] == ["default", "dpo"]
+    expected = dpo(fill(adapted_model()), ref_model=plain_model())
+    assert [*map(bits, reference_of(trainer))] == [*map(bits, reference_of(expected, expected.model))]
+    assert [info.name for info in randlora.adapters(model) if info.is_active] == ["default", "dpo"]
 
 
-def test_what_a_reference_in_the_same_model_cannot_do_is_refused() -> None:
+def test_what_a_reference_in_the_same_model_cannot_do_and_configs_of_peft_are_refused() -> None:
     with pytest.raises(AdapterError, match="sync_ref_model=True"):
         dpo(adapted_model(), sync_ref_model=True)
-
-
-@pytest.mark.parametrize("kind", [SFT, DPO])
-def test_a_config_of_peft_is_refused_before_anything_is_made(kind: Any) -> None:
-    model = adapted_model()
-    before = trained_bits(model)
-    with pytest.raises(AdapterError, match=r"peft_config= .* leave it out"):
-        kind(model, peft_config=LoraConfig(target_modules=["q_proj"]))
-    assert trained_bits(model) == before
-
-
-# The output head, whose weight TRL reads instead of calling it
+    for kind in (SFT, DPO):
+        with pytest.raises(AdapterError, match=r"peft_config= .* leave it out"):
+            kind(adapted_model(), peft_config=LoraConfig(target_modules=["q_proj"]))
 
 
 def stock(model: nn.Module) -> Any:
@@ -161,7 +130,7 @@ def stock(model: nn.Module) -> Any:
     return SFTTrainer(model, given, train_dataset=texts(), processing_class=tokenizer())
 
 
-@pytest.mark.parametrize("make", [sft, dpo, stock])
+@pytest.mark.parametrize("make", [dpo, stock])  # which read the weight of the head instead of calling it
 def test_an_adapter_of_the_head_is_trained_and_acts_as_if_it_were_merged(make: Any) -> None:
     model = adapted_model(targets=["lm_head"])
     before = trained_bits(model)
@@ -187,11 +156,7 @@ def test_dropout_cannot_reach_a_head_that_is_read() -> None:
         trainer.train()
 
 
-# Quantized models
-
-
-@pytest.mark.parametrize("make", [further("Trainer"), "SFTTrainer"])
-def test_a_quantized_model_is_trained_in_float32(make: str) -> None:
+def test_a_quantized_model_is_trained_in_float32() -> None:
     plain_model(hidden_size=64).save_pretrained("base")
 
     def quantized() -> Any:
@@ -201,21 +166,13 @@ def test_a_quantized_model_is_trained_in_float32(make: str) -> None:
         randlora.inject(model, r=8)
         return model
 
-    def trainer(model: Any) -> Any:
-        if make == "SFTTrainer":
-            return sft(model)
-        return AdapterTrainer(model, arguments(TrainingArguments, "run"), train_dataset=rows())
-
-    through = trainer(quantized())
+    through = sft(quantized())
     assert {parameter.dtype for parameter in randlora.trainable_parameters(through.model)} == {torch.float32}
     assert not through.model._hf_peft_config_loaded
     through.train()
-    rest = trainer(quantized())
+    rest = sft(quantized())
     rest.train(resume_from_checkpoint="run/checkpoint-2")
     assert trained_bits(rest.model) == trained_bits(through.model)
-
-
-# sentence-transformers
 
 
 class Sentences(AdapterCheckpoints, sentence_transformers.SentenceTransformerTrainer):  # type: ignore[misc]
@@ -233,17 +190,13 @@ def encoder() -> Any:
     return sentence_transformers.SentenceTransformer(modules=parts, device="cpu")
 
 
-PARTS = {"whole": lambda model: model, "transformer": lambda model: model[0].auto_model}
-
-
-@pytest.mark.parametrize("part", ["whole", further("transformer")])
-def test_a_sentence_transformer_goes_on_with_the_same_bits(part: str) -> None:
+def test_a_sentence_transformer_goes_on_with_the_same_bits() -> None:
     data = Dataset.from_dict({"a": [f"{i}" for i in range(16)], "b": ["x"] * 16, "score": [i / 16 for i in range(16)]})
 
     def trainer() -> Any:
         model = encoder()
         model[2].requires_grad_(False)
-        randlora.inject(PARTS[part](model), r=4, targets=["query", "value"])
+        randlora.inject(model, r=4, targets=["query", "value"])
         given = arguments(sentence_transformers.SentenceTransformerTrainingArguments, "run")
         return Sentences(model=model, args=given, train_dataset=data, loss=CosineSimilarityLoss(model))
 
@@ -256,24 +209,29 @@ def test_a_sentence_transformer_goes_on_with_the_same_bits(part: str) -> None:
     assert trained_bits(rest.model) == trained_bits(through.model)
 
 
-@pytest.mark.parametrize(("part", "method"), [("whole", "save"), ("whole", "save_pretrained"), ("transformer", "save")])
-def test_a_sentence_transformer_saves_the_adapter_and_as_it_was_merged(part: str, method: str) -> None:
+def whole(model: Any) -> Any:
+    return model
+
+
+def inside(model: Any) -> Any:
+    return model[0].auto_model
+
+
+@pytest.mark.parametrize(("part", "method"), [(whole, "save_pretrained"), (inside, "save")])
+def test_a_sentence_transformer_saves_the_adapter_and_as_it_was_merged(part: Any, method: str) -> None:
     model = encoder()
-    randlora.inject(PARTS[part](model), r=4, targets=["query", "value"], save_pretrained="adapter")
-    fill(PARTS[part](model))
+    randlora.inject(part(model), r=4, targets=["query", "value"], save_pretrained="adapter")
+    fill(part(model))
     getattr(model, method)("saved")
     assert files("saved") >= ADAPTER_FILES
     other = encoder()
-    randlora.load(PARTS[part](other), "saved")
+    randlora.load(part(other), "saved")
     assert same_bits(other.encode("7", convert_to_tensor=True), model.encode("7", convert_to_tensor=True))
-    with randlora.merged(PARTS[part](model)):
+    with randlora.merged(part(model)):
         expected = model.encode("7", convert_to_tensor=True)
         model.save("merged")
     again = sentence_transformers.SentenceTransformer("merged", device="cpu")
     assert same_bits(again.encode("7", convert_to_tensor=True), expected)
-
-
-# transformers' own method
 
 
 def test_a_merged_model_reloads_as_it_was_merged() -> None:
@@ -287,11 +245,8 @@ def test_a_merged_model_reloads_as_it_was_merged() -> None:
     assert torch.equal(again(ids).logits, expected)
 
 
-@pytest.mark.parametrize("choice", [None, further("adapter")])
-def test_a_stock_trainer_saves_the_adapter_and_says_that_it_cannot_resume(choice: Any) -> None:
-    from transformers import Trainer
-
-    model = adapted_model(save_pretrained=choice)
+def test_a_stock_trainer_saves_the_adapter_and_says_that_it_cannot_resume() -> None:
+    model = adapted_model()
     with pytest.warns(UserWarning, match=r"neither resume .* put AdapterCheckpoints first") as told:
         Trainer(model, arguments(TrainingArguments, "run"), train_dataset=rows()).train()
     assert len({str(each.message) for each in told if "wrote" in str(each.message)}) == 1

@@ -21,7 +21,7 @@ from randlora.quantized import bnb
 from tests.codes import assert_rounded_to_nearest, step, written_out
 from tests.kit import fill, same_bits, untouched
 from tests.laws import adapter_layer, assert_close, plain, update_of
-from tests.layer_kinds import BITSANDBYTES, LayerKind, compiles_codes, every_quantized_kind
+from tests.layer_kinds import BITSANDBYTES, LayerKind, every_quantized_kind
 from tests.quantized import of_4_bits
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -222,24 +222,6 @@ def _dense() -> list[torch.Size]:
     """List the floating tensors of the weight's shape that are alive."""
     alive = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
     return [found.shape for found in alive if found.is_floating_point() and found.shape in {(192, 256), (256, 192)}]
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own affair
-@compiles_codes
-def test_compiled_nothing_as_large_as_the_weight_is_kept_either() -> None:
-    model, _ = adapted(four_bits(256, 192), r=7)
-    compiled: Any = torch.compile(model, backend="aot_eager_decomp_partition")
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    x = torch.randn(4, 256, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = compiled(x)
-    assert_close(output, model(x), torch.float32)
-    assert not [tensor for tensor in kept if tensor.is_floating_point() and sorted(tensor.shape) == [192, 256]]
 
 
 @pytest.mark.parametrize(("quantized", "storage"), [("requantize", torch.bfloat16), ("dequantize", torch.uint8)])

@@ -240,24 +240,6 @@ def test_a_copy_made_while_merged_is_merged_and_unmerges_to_the_same_codes(
     assert type(twin[0]) is model[0].randlora_base
 
 
-@every_way
-@one_of_each_library
-def test_a_bias_trained_beside_is_saved_as_it_is_while_a_plain_layer_has_it_rounded(
-    kind: LayerKind, quantized: Quantized, tmp_path: Path
-) -> None:
-    model = layers(kind, train_also=["0.bias"])
-    bias = model[0].bias
-    randlora.save(model, tmp_path / "before")
-    options: Any = {"dtype": torch.bfloat16} if quantized == "dequantize" else {}
-    with randlora.merged(model, quantized=quantized, **options):
-        model(torch.randn(5, 24).to(torch.bfloat16))
-        randlora.save(model, tmp_path / "while")
-        assert model[0].bias.dtype == (torch.bfloat16 if options else torch.float32)
-    assert model[0].bias is bias
-    before, within = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "while"))
-    assert all_bits(within) == all_bits(before)
-
-
 @one_of_each_library
 def test_merging_nothing_leaves_every_code(kind: LayerKind) -> None:
     """Rounding could change scales that are codes themselves."""

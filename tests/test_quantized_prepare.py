@@ -239,24 +239,8 @@ def test_checkpointing_changes_no_gradient_and_a_reentrant_one_gets_the_inputs_i
     assert None not in expected.values()
 
 
-class ChecksPoints(nn.Module):
-    """A model that offers checkpointing under the older name, and no more of transformers."""
-
-    gradient_checkpointing = False
-    options: list[dict[str, Any]]
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None:
-        self.gradient_checkpointing = True
-        self.options = [*getattr(self, "options", []), gradient_checkpointing_kwargs]
-
-
-def test_the_older_name_of_checkpointing_is_known_and_a_model_that_cannot_is_reported(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    older, model = ChecksPoints(), LLAMA.build()
-    assert prepare_quantized(older).checkpointing
-    assert prepare_quantized(older).checkpointing
-    assert older.options == [{"use_reentrant": False}]
+def test_a_model_that_cannot_checkpoint_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LLAMA.build()
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
     report = prepare_quantized(model)
     assert not report.checkpointing
