@@ -15,8 +15,6 @@ from tests.kit import bits
 
 
 class Module(pl.LightningModule):
-    """A module that notes its losses."""
-
     def __init__(self, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(0)

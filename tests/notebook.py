@@ -14,7 +14,6 @@ ABOUT_IT = "\nThis page is also [a notebook](quickstart.ipynb)."
 
 
 def notebook_of(page: Path) -> str:
-    """Return a page as the JSON of a notebook."""
     text = page.read_text(encoding="utf-8").replace(ABOUT_IT, "")
     cells: list[dict[str, Any]] = []
     place = 0
@@ -33,12 +32,10 @@ def notebook_of(page: Path) -> str:
 
 
 def text_cell(text: str) -> dict[str, Any]:
-    """Return a cell of Markdown."""
     return {"cell_type": "markdown", "metadata": {}, "source": lines(text.strip())}
 
 
 def code_cell(code: str) -> dict[str, Any]:
-    """Return a cell of Python that has not run."""
     return {
         "cell_type": "code",
         "execution_count": None,
@@ -49,7 +46,6 @@ def code_cell(code: str) -> dict[str, Any]:
 
 
 def lines(text: str) -> list[str]:
-    """Split text as notebooks have it."""
     return text.splitlines(keepends=True)
 
 

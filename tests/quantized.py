@@ -33,24 +33,12 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Codes:
-    """A way to quantize.
-
-    Attributes:
-        name: For test ids.
-        options: Of a ``BitsAndBytesConfig``.
-        kind: Name of the class of the layers it leaves.
-        tolerance: How far two ways to compute one product may differ, as a share of the largest output.
-    """
+    """A way to quantize, with options of a ``BitsAndBytesConfig``, and how far two ways to compute may then differ."""
 
     name: str
     options: dict[str, Any]
     kind: str = "Linear4bit"
     tolerance: float = 1e-4
-
-    @property
-    def is_4_bit(self) -> bool:
-        """Whether two codes share a byte."""
-        return self.kind == "Linear4bit"
 
 
 _4_bit = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
@@ -96,7 +84,6 @@ def quantized_model(kind: RealModel, codes: Codes, *, repacks: bool = False) -> 
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
-    """Find the layers of bitsandbytes by name."""
     kinds = bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
     return {fqn: module for fqn, module in model.named_modules() if isinstance(module, kinds)}
 
@@ -120,7 +107,6 @@ def half_precision_model(kind: RealModel, *, bits: int = 4, **options: Any) -> t
 
 
 def four_bit_linear(in_features: int = 64, out_features: int = 32, **options: Any) -> Linear4bit:
-    """Quantize a layer of random weights."""
     layer = Linear4bit(in_features, out_features, quant_type="nf4", compute_dtype=torch.bfloat16, **options)
     return layer.bfloat16().to("cpu").requires_grad_(requires_grad=False)
 

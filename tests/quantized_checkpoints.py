@@ -42,6 +42,5 @@ def quantize(kind: RealModel, quantization: str, directory: Path, *, is_sharded:
 
 
 def load_quantized(dense: Path, quantization: str) -> Any:
-    """Let transformers quantize a model while it loads it."""
     config = transformers.BitsAndBytesConfig(**QUANTIZATIONS[quantization])
     return transformers.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, device_map="cpu")

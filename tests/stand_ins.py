@@ -40,7 +40,6 @@ def package(name: str) -> Path:
 
 
 def minilm(target: Path) -> None:
-    """Link the files of the sentence encoder, as its package ships them."""
     target.symlink_to(package(MINILM) / "model")
 
 
@@ -60,7 +59,6 @@ def smollm2(target: Path) -> None:
 
 
 def write_smollm2(weights: Path, target: Path) -> None:
-    """Write a GGUF file as a directory of transformers, in bfloat16 as on the Hub."""
     import transformers
 
     directory, file = str(weights.parent), weights.name
@@ -89,7 +87,6 @@ def letters(*special: str, pad: str | None = None, template: str | None = None) 
 
 
 def save(target: Path, model: Any, tokenizer: Any) -> None:
-    """Write both, in the files that transformers makes of them."""
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -103,7 +100,6 @@ def llama(target: Path) -> None:
 
 
 def qwen3(target: Path) -> None:
-    """Write a model that chats."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = letters("<|endoftext|>", "<|im_start|>", "<|im_end|>", pad="<|endoftext|>", template=CHATML)
@@ -127,7 +123,6 @@ def roberta(target: Path) -> None:
 
 
 def bge(target: Path) -> None:
-    """Write a model of sentence-transformers."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel
@@ -139,7 +134,6 @@ def bge(target: Path) -> None:
 
 
 def vit(target: Path) -> None:
-    """Write an encoder of images, of the size that its processor makes them."""
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
     ViTModel(ViTConfig(image_size=224, patch_size=56, **SIZES)).save_pretrained(target)
@@ -210,7 +204,6 @@ SQUARES = [(f"What is {i} squared?", f"{i} times {i}.", str(i * i)) for i in ran
 
 
 def picture(color: int) -> dict[str, bytes | None]:
-    """Return an image as a data set holds it."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -274,7 +267,6 @@ def named(code: str) -> list[str]:
 
 
 def write(names: Iterable[str], directory: Path) -> None:
-    """Write what stands for these names below a directory."""
     for name in names:
         target = directory / name
         target.parent.mkdir(exist_ok=True)

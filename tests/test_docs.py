@@ -55,7 +55,6 @@ def _known_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def models_of(page: Path, *, real: bool) -> list[str]:
-    """Return the names of the Hub in the code of a page that there is a directory for."""
     return stand_ins.named("".join(snippet.code for snippet in snippets(page, real=real)))
 
 
@@ -98,7 +97,6 @@ ELSEWHERE = ("axolotl", "swift")
 
 
 def package_examples() -> Iterator[doctest.DocTest]:
-    """Find the examples in the package's docstrings."""
     found = [info.name for info in pkgutil.walk_packages(randlora.__path__, "randlora.")]
     names = [name for name in found if name.removeprefix("randlora.integrations.") not in ELSEWHERE]
     for module in map(importlib.import_module, ["randlora", *names]):
@@ -129,7 +127,6 @@ def test_the_notebook_is_its_page() -> None:
 
 
 def api_object(entry: str) -> Any:
-    """Return what an entry of the pages of the API shows."""
     module, _, name = f"randlora.{entry}".rpartition(".")
     return getattr(importlib.import_module(module), name)
 

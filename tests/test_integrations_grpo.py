@@ -42,9 +42,7 @@ class Engine:
             assert tensor.shape == places[name].shape
             places[name].data.copy_(tensor)
 
-    def reset_prefix_cache(self) -> None:
-        """Forget what was computed with the old weights."""
-
+    def reset_prefix_cache(self) -> None: ...
     def update_named_params(self, metadata: list[tuple[str, str, list[int]]], weights: Any) -> None:
         """Take tensors as the client of a server does, which is told all names, dtypes and shapes before."""
         held = list(weights)

@@ -29,8 +29,6 @@ def test_a_checkpoint_has_what_is_trained_and_statistics_and_nothing_of_the_base
 
 
 class Own(Module):
-    """A module that has the hook of loading itself."""
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.found = checkpoint["epoch"]
 

@@ -110,20 +110,6 @@ def test_deepspeed_gives_the_best_back_from_its_own_files(monkeypatch: pytest.Mo
     assert loaded == ["run/checkpoint-1"]
 
 
-def test_the_adapter_that_is_trained_is_saved_beside_one_that_is_not() -> None:
-    model = fill(adapted_model())
-    randlora.inject(model, r=4, name="task")
-    randlora.activate(model, "default")
-    randlora.set_trainable(model, "default", trainable=False)
-    randlora.activate(model, "task")
-    randlora.set_trainable(model, "task")
-    randlora.activate(model, ["default", "task"])
-    trainer(model, "run").train()
-    other = plain_model()
-    randlora.load(other, "run/checkpoint-4", trainable=True)
-    assert trained_bits(other) == trained_bits(model)
-
-
 def several(*names: str) -> Any:
     model: nn.Module = plain_model()
     for name in names:

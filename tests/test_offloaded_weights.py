@@ -40,8 +40,6 @@ WIDTHS = 12, 20, 12
 
 
 class Small(nn.Module):
-    """Two linear layers of several shapes, one of which may be used twice."""
-
     def __init__(self, dtype: torch.dtype = torch.float32, *, shared: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -398,36 +396,6 @@ def test_a_model_with_hooks_is_adapted_loaded_merged_and_ejected(
     randlora.eject(model)
     assert torch.equal(outputs(model, inputs), plain)
     assert not any("Adapted" in type(module).__name__ for module in model.modules())
-
-
-@pytest.mark.parametrize("hook_first", [True, False])
-@pytest.mark.parametrize("unhook_first", [True, False])
-def test_a_forward_of_the_layers_own_outlives_hooks_and_adapters(hook_first: bool, unhook_first: bool) -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    layer: Any = model[0]
-    plain = layer.forward
-    own = layer.forward = lambda x: 2 * plain(x)
-    x = torch.randn(3, 4)
-    expected = layer(x)
-    hook = AlignDevicesHook(execution_device="cpu", io_same_device=True)
-    if hook_first:
-        add_hook_to_module(layer, hook)
-    randlora.inject(model, r=2, targets="all-linear")
-    if not hook_first:
-        add_hook_to_module(layer, hook)
-    assert torch.equal(layer(x), expected)
-    fill(model)
-    adapted = expected + x @ randlora.delta_weight(model, "0").T
-    torch.testing.assert_close(layer(x), adapted)
-    if unhook_first:
-        remove_hook_from_submodules(model)
-        torch.testing.assert_close(layer(x), adapted)
-    randlora.eject(model)
-    assert ("_hf_hook" in vars(layer)) is not unhook_first
-    assert torch.equal(layer(x), expected)
-    remove_hook_from_submodules(model)
-    assert torch.equal(layer(x), expected)
-    assert layer.forward is own
 
 
 def test_accelerate_reads_the_configs_of_the_docs(tmp_path: Path) -> None:

@@ -170,7 +170,6 @@ def tokens(kind: Kind, width: int, count: int = 3) -> Tensor:
 
 
 def adapted(kind: Kind, *widths: int, r: int = 3) -> nn.Sequential:
-    """Return such layers with an adapter."""
     model = built(kind, *widths)
     randlora.inject(model, r=r, alpha=2 * r, targets="all", stream="portable")
     return fill(model)

@@ -37,7 +37,6 @@ def quantized(bits: int, *widths: int, dtype: torch.dtype = torch.float32) -> nn
 
 
 def adapted(bits: int, *widths: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Return such layers with an adapter."""
     model = quantized(bits, *widths, dtype=dtype)
     randlora.inject(model, r=3, alpha=6, targets="all", stream="portable")
     return fill(model, spread=0.2)

@@ -208,7 +208,6 @@ def test_the_output_has_the_dtype_of_the_input_and_is_computed_in_that_of_the_la
 
 @pytest.mark.parametrize("name", ["NF4-double", "8bit-outliers"])
 def test_nothing_as_large_as_the_weight_stays_between_forward_and_backward(name: str) -> None:
-    """No dense copy of it, above all."""
     (kind,) = (kind for kind in BITSANDBYTES if kind.name == name)
     _, layer = adapted(kind.build(256, 192, False, torch.float32), r=7)  # bases of other shapes
     x = torch.randn(4, 256, requires_grad=True)
@@ -219,7 +218,6 @@ def test_nothing_as_large_as_the_weight_stays_between_forward_and_backward(name:
 
 
 def _dense() -> list[torch.Size]:
-    """List the floating tensors of the weight's shape that are alive."""
     alive = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
     return [found.shape for found in alive if found.is_floating_point() and found.shape in {(192, 256), (256, 192)}]
 

@@ -267,7 +267,6 @@ class Rounded(nn.Module):
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes, and a scale for each row."""
     scales = weight.abs().amax(1, keepdim=True) / 127
     return (weight / scales).round().to(torch.int8), scales
 

@@ -38,14 +38,12 @@ every_case = pytest.mark.parametrize(
 
 
 def adapted(kind: RealModel, codes: Codes, **options: Any) -> Any:
-    """Quantize a model and give it an adapter that has learned something."""
     model: nn.Module = quantized_model(kind, codes)
     randlora.inject(model, **{"r": R, "targets": "all-linear", **options})
     return fill(model)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Measure the largest difference as a share of the largest value."""
     return float((found - expected).abs().max() / expected.abs().max())
 
 

@@ -35,7 +35,6 @@ def hooks(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def input_gradient(model: nn.Module, fqn: str, run: Callable[[], Tensor]) -> Tensor:
-    """Return the gradient of what a module returns."""
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -212,7 +211,6 @@ def test_a_model_without_embeddings_is_reported(build: Callable[[], nn.Module]) 
 
 
 def trainable_gradients(model: nn.Module, kind: RealModel) -> dict[str, Tensor | None]:
-    """Train the norms of a model for one step."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in name.lower() or "ln_" in name)
     logits(model(**kind.inputs())).float().square().mean().backward()

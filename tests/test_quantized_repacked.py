@@ -43,7 +43,6 @@ def turn(layer: Any) -> None:
 
 
 def held(layer: Any) -> list[object]:
-    """Return what a layer's codes are, and copies of what they hold."""
     weight, state = layer.weight, layer.weight.quant_state
     return [weight, state, state.packing_format_for_cpu, weight.data.clone(), state.absmax.clone()]
 

@@ -37,7 +37,6 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def quantized(config: Any, *widths: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
-    """Return layers that were quantized, the same ones for a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers = [nn.Linear(before, after, dtype=dtype) for before, after in pairwise(widths)]

@@ -31,7 +31,6 @@ def two(model: nn.Module, *, equal: str | None = "gamma", **options: Any) -> nn.
 
 
 def wanted(model: nn.Module, fqn: str, factors: dict[str, float]) -> Tensor:
-    """Sum the updates of some adapters that have a layer."""
     return sum(
         (f * randlora.delta_weight(model, fqn, name=name).double() for name, f in factors.items()), torch.zeros(())
     )

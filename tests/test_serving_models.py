@@ -41,7 +41,6 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def built(name: str) -> Any:
-    """Build a model with random weights and adapters."""
     kind, options = MODELS[name]
     return with_adapters(kind(kind.config_class(**options)), "all" if name == "Mixtral" else None, r=4)
 

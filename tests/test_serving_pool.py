@@ -23,7 +23,6 @@ FILE = "adapter_model.safetensors"
 
 
 def plain() -> nn.Sequential:
-    """Make the same model always."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
@@ -42,7 +41,6 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def assert_rows(pool: AdapterPool, model: nn.Module, outputs: dict[str, Any], *names: str | None) -> None:
-    """Check that a pool runs each row through the adapter that is named for it."""
     base = plain()(X).detach()
     with pool.routed(names):
         found = model(X)
@@ -79,7 +77,6 @@ def test_adapters_are_loaded_when_they_are_asked_for_and_the_oldest_go_first_but
 
 
 def refused(pool: AdapterPool, names: Any, error: type[Exception], message: str) -> None:
-    """Check that a block of a pool does not begin."""
     with pytest.raises(error, match=message), pool.routed(names):
         pass
 

@@ -174,25 +174,6 @@ def test_another_number_of_rows_and_a_layer_that_does_not_tell_them_are_an_error
                 model.get_submodule("0")(torch.randn(shape))
 
 
-def test_some_of_the_tokens_in_another_order() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.chosen = nn.Linear(6, 6), torch.arange(8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            output: Tensor = self.layer(x.flatten(0, 1)[self.chosen])
-            return output
-
-    experts: Any = with_adapters(Experts(), ["a", "b"], targets=["layer"])
-    x = torch.randn(2, 4, 6)
-    for chosen in (torch.arange(8), torch.arange(6), torch.tensor([5, 0, 7]), torch.tensor([1, 6])):
-        experts.chosen = chosen
-        a, b = each_alone(experts, "ab", lambda: experts(x)).values()
-        with randlora.serving.routed(experts, ["a", "b"]):
-            torch.testing.assert_close(experts(x), torch.where((chosen < 4).unsqueeze(1), a, b))
-
-
 def llama4_experts() -> nn.Module:
     experts: nn.Module = Llama4TextExperts(Llama4TextConfig(hidden_size=4, intermediate_size=8, num_local_experts=2))
     nn.init.normal_(experts.get_parameter("gate_up_proj"))

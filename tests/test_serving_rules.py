@@ -56,7 +56,6 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
 
 
 def _into(x: Tensor, dim: int) -> Tensor:
-    """Write into a part of a tensor."""
     found = torch.zeros(*(size + 1 for size in x.shape))
     part = found.narrow(dim, 1, x.shape[dim])
     for other in range(x.dim()):
@@ -67,7 +66,6 @@ def _into(x: Tensor, dim: int) -> Tensor:
 
 
 def followed(operation: Callable[[Tensor], Any], x: Tensor, axis: int) -> list[tuple[Tensor, Label | None]]:
-    """Return what an operation returns, with the labels."""
     given, tracking = x.clone(), RowTracking()
     tracking.set(given, Label(torch.arange(4).view(*[1] * axis, -1, *[1] * (x.dim() - axis - 1))))
     torch.manual_seed(0)

@@ -113,7 +113,6 @@ def adapted(basis: Any) -> nn.Module:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[Stack]:
-    """Record every copy that is made of Λ and Γ."""
     made: list[Stack] = []
     copied = Stack.of
 
@@ -126,7 +125,6 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[Stack]:
 
 
 def alone(model: nn.Module, x: Tensor) -> Tensor:
-    """Return what each adapter alone gives, from a copy of the model."""
     twin = copy.deepcopy(model)
     return row_by_row(twin, NAMES, lambda: twin(x))
 

@@ -36,7 +36,6 @@ def plain_model(**options: Any) -> LlamaForCausalLM:
 
 
 def adapted_model(**options: Any) -> LlamaForCausalLM:
-    """Make the model with an adapter."""
     model = plain_model()
     randlora.inject(model, **{"r": 8, **options})
     return model
@@ -83,5 +82,4 @@ def trained_bits(model: nn.Module) -> list[Bits]:
 
 
 def files(directory: Path | str) -> set[str]:
-    """Return the names of the files of a directory."""
     return {path.name for path in Path(directory).iterdir()}
