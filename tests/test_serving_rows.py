@@ -180,7 +180,7 @@ def test_experts_that_are_layers_are_refused_and_layers_beside_them_are_not() ->
             assert rows_are_right(model, lambda: model(input_ids=ids, decoder_input_ids=ids).logits)  # noqa: B023
 
 
-QUICK = ("xlnet", "vit")
+QUICK = ("vit",)
 CLASSES = [
     pytest.param(*each, id=each[2], marks=pytest.mark.medium if each[1] in QUICK else pytest.mark.slow)
     for each in zoo.classes()
