@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -89,10 +90,10 @@ def saved_and_trained(order: str, directory: Path) -> None:
     state: dict[str, Any] = get_model_state_dict(model)
     assert set(state) == set(expected)
     assert {name for name in state if "randlora" not in name} == plain
-    dcp.save(state, checkpoint_id=directory)
+    save(state, checkpoint_id=directory)
     other = adapt(Mixed())
     loaded: dict[str, Any] = get_model_state_dict(other)
-    dcp.load(loaded, checkpoint_id=directory)
+    load(loaded, checkpoint_id=directory)
     set_model_state_dict(other, loaded)
     assert torch.equal(full(model(TOKENS)), other(TOKENS))
     if order == "layer-after":
@@ -121,9 +122,10 @@ def routed() -> None:
     with torch.no_grad():
         with randlora.serving.routed(model, ["a", "b"]):
             before = model(x)
-            for name, parameter in model.named_parameters():
+            sharded: dict[str, Any] = dict(model.named_parameters())
+            for name, value in sharded.items():
                 if name.endswith("lambda.b"):
-                    parameter.to_local().mul_(-3)  # type: ignore[operator]
+                    value.to_local().mul_(-3)
             after = model(x)
         randlora.activate(model, "b")
         torch.testing.assert_close(after[1], model(x)[1])

@@ -63,7 +63,7 @@ def test_a_plain_layer_is_one_operation_and_its_output_may_be_changed_in_place(
 class Doubled(nn.Linear):
     """A linear layer with a forward, and arguments, of its own."""
 
-    def forward(self, input: Tensor, factor: Any = 2.0, *, shift: float = 0.0) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor, factor: float | Tensor = 2.0, *, shift: float = 0.0) -> Tensor:  # noqa: A002
         """Return a multiple of the output."""
         return super().forward(input) * factor + shift
 

@@ -25,12 +25,14 @@ def inputs(draw: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 @every_model
-def test_of_joined_projections_the_joined_are_adapted(build: Build, draw: Any) -> None:
+def test_of_joined_projections_the_joined_are_adapted_and_a_single_one_is_refused(build: Build, draw: Any) -> None:
     model, given = build().eval(), inputs(draw)
     model.fuse_qkv_projections()
+    refused = r"\.to_v \(Linear\) is not called, because \w+ calls to_qkv"
+    with untouched(model), pytest.raises(TargetError, match=refused):
+        randlora.inject(model, r=2, targets=["to_v"])
     report = randlora.inject(model, r=2)
-    named = {fqn.rpartition(".")[2] for fqn in report.targets}
-    assert "to_qkv" in named
+    assert "to_qkv" in {fqn.rpartition(".")[2] for fqn in report.targets}
     left = [why for fqn, why in report.skipped.items() if fqn.endswith(".to_v")]
     assert any("calls to_qkv instead, so an adapter would have no effect" in why for why in left)
     output = fill(model)(**given).sample
@@ -41,20 +43,9 @@ def test_of_joined_projections_the_joined_are_adapted(build: Build, draw: Any) -
 
 
 @every_model
-def test_a_single_one_that_is_named_is_an_error(build: Build, draw: Any) -> None:
-    model = build()
-    model(**inputs(draw))
-    model.fuse_qkv_projections()
-    with (
-        untouched(model),
-        pytest.raises(TargetError, match=r"\.to_v \(Linear\) is not called, because \w+ calls to_qkv"),
-    ):
-        randlora.inject(model, r=2, targets=["to_v"])
-
-
-@every_model
 def test_joining_what_is_adapted_is_an_error_when_it_is_used_until_it_is_undone(build: Build, draw: Any) -> None:
     model, given = build().eval(), inputs(draw)
+    before = hooks(model)
     randlora.inject(model, r=2)
     expected = fill(model)(**given).sample
     model.fuse_qkv_projections()
@@ -63,36 +54,22 @@ def test_joining_what_is_adapted_is_an_error_when_it_is_used_until_it_is_undone(
             each(**given)
     model.unfuse_qkv_projections()
     assert same_bits(model(**given).sample, expected)
-
-
-def test_taking_apart_what_is_adapted_is_an_error_of_an_older_attention_which_keeps_it() -> None:
-    model: Any = unet().eval()
-    given = inputs(noise)
-    model.fuse_qkv_projections()
-    randlora.inject(model, r=2)
-    model.unfuse_qkv_projections()
-    with pytest.raises(AdapterError, match=r"to_qkv is adapted and is not called, because Attention calls to_q, to_k"):
-        model(**given)
-
-
-def test_taking_apart_what_is_adapted_deletes_it_which_is_said() -> None:
-    model: Any = flux()
-    model.fuse_qkv_projections()
-    randlora.inject(model, r=2)
-    model.unfuse_qkv_projections()
-    with pytest.raises(AdapterError, match=r"to_qkv no longer has adapter 'default': the module was replaced"):
-        [*randlora.trainable_parameters(model)]
-
-
-@every_model
-def test_what_is_ejected_may_be_joined(build: Build, draw: Any) -> None:
-    model = build()
-    before = hooks(model)
-    randlora.inject(model, r=2)
     randlora.eject(model)
     assert hooks(model) == before
     model.fuse_qkv_projections()
-    model(**inputs(draw))
+    model(**given)
+
+
+def test_taking_apart_what_is_adapted_is_an_error_and_where_that_deletes_it_it_is_said() -> None:
+    models: list[Any] = [unet().eval(), flux()]
+    for model in models:
+        model.fuse_qkv_projections()
+        randlora.inject(model, r=2)
+        model.unfuse_qkv_projections()
+    with pytest.raises(AdapterError, match=r"to_qkv is adapted and is not called, because Attention calls to_q, to_k"):
+        models[0](**inputs(noise))
+    with pytest.raises(AdapterError, match=r"to_qkv no longer has adapter 'default': the module was replaced"):
+        [*randlora.trainable_parameters(models[1])]
 
 
 def hooks(model: nn.Module) -> int:
