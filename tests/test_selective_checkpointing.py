@@ -20,7 +20,7 @@ from randlora.functional import Compute
 from randlora.modes import Observer, may_be_kept
 from tests.kit import fill
 from tests.layer_kinds import LAYER_KINDS, LayerKind
-from tests.read_kinds import ReadKind, every_read_kind, weighted
+from tests.read_kinds import ReadKind, every_family, weighted
 
 aten = torch.ops.aten
 PRODUCTS = aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default
@@ -84,57 +84,47 @@ def assert_same_gradients(run: Run, plain: Run, leaves: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYER_KINDS if kind.backpropagates], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("basis", ["dense", "block"])
 @pytest.mark.parametrize("compute", get_args(Compute))
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=["up", "down"])
-def test_it_changes_no_gradient(kind: LayerKind, basis: str, compute: Compute, shape: tuple[int, int]) -> None:
-    model = nn.Sequential(kind.build(*shape, True, kind.exact), nn.Tanh())
-    x = torch.randn(5, shape[0], dtype=kind.exact, requires_grad=True)
-    plain = nn.Sequential(kind.build(*shape, True, kind.exact), nn.Tanh()).requires_grad_(False)
-    randlora.inject(model, r=4, targets="all", basis=basis)  # type: ignore[arg-type]
-    randlora.set_compute(model, compute)
-    fill(model)
-    assert_same_gradients(lambda: model(x), lambda: plain(x), [x, *randlora.trainable_parameters(model)])
+def test_it_changes_no_gradient(kind: LayerKind, compute: Compute) -> None:
+    for shape, basis in (((24, 40), "dense"), ((40, 24), "block")):
+        model = nn.Sequential(kind.build(*shape, True, kind.exact), nn.Tanh())
+        x = torch.randn(5, shape[0], dtype=kind.exact, requires_grad=True)
+        plain = nn.Sequential(kind.build(*shape, True, kind.exact), nn.Tanh()).requires_grad_(False)
+        randlora.inject(model, r=4, targets="all", basis=basis)  # type: ignore[arg-type]
+        randlora.set_compute(model, compute)
+        leaves = [x, *randlora.trainable_parameters(fill(model))]
+        assert_same_gradients(partial(model, x), partial(plain, x), leaves)
 
 
-@every_read_kind
-@pytest.mark.parametrize("basis", ["dense", "block"])
-def test_it_changes_no_gradient_of_a_weight_that_is_read(kind: ReadKind, basis: str) -> None:
-    model, plain = kind.adapted(basis=basis), kind.model()
+@every_family
+def test_it_changes_no_gradient_of_a_weight_that_is_read(kind: ReadKind) -> None:
+    model, plain = kind.adapted(), kind.model()
     assert_same_gradients(lambda: kind.run(model), lambda: kind.run(plain), [*randlora.trainable_parameters(model)])
 
 
-def test_it_changes_no_gradient_under_autocast() -> None:
-    model, x = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)), torch.randn(5, 24, requires_grad=True)
-    randlora.inject(model, r=4, targets="all")
-    fill(model)
+def test_it_changes_no_gradient_under_autocast_and_beside_rows_of_several_adapters() -> None:
+    """The first layer needs no gradient, and without modes the updates of its rows are computed together."""
+    model, x = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)), torch.randn(6, 24, requires_grad=True)
+    for name in ("a", "b"):
+        randlora.inject(model, r=4, name=name, targets=["0"], basis="block")
+        fill(model, name)
 
-    def run() -> Tensor:
+    def autocast() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output: Tensor = model(x)
         return output.float()
 
-    assert_same_gradients(run, x.cos, [x, *randlora.trainable_parameters(model)])
-
-
-@pytest.mark.parametrize("basis", ["dense", "block"])
-def test_it_changes_no_gradient_beside_rows_of_several_adapters(basis: str) -> None:
-    """The first layer needs no gradient, and without modes the updates of its rows are computed together."""
-    model, x = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)), torch.randn(6, 24)
+    assert_same_gradients(autocast, x.cos, [x, *randlora.trainable_parameters(model)])
     for name in ("a", "b"):
-        randlora.inject(model, r=4, name=name, targets=["0"], basis=basis)  # type: ignore[arg-type]
-        fill(model, name)
+        randlora.set_trainable(model, name, trainable=False)
     head = model[2].requires_grad_()
-    for adapter in ("a", "b"):
-        randlora.set_trainable(model, adapter, trainable=False)
 
-    def run() -> Tensor:
-        with randlora.serving.routed(model, ["a", "b", "a", "b", "a", "b"]):
-            output: Tensor = model(x)
+    def routed() -> Tensor:
+        with randlora.serving.routed(model, ["a", "b"] * 3):
+            output: Tensor = model(x.detach())
         return output
 
-    weight = head.get_parameter("weight")
-    assert_same_gradients(run, weight.cos, [*head.parameters()])
+    assert_same_gradients(routed, head.get_parameter("weight").cos, [*head.parameters()])
 
 
 class Keeping(TorchDispatchMode):
@@ -152,23 +142,18 @@ class Keeping(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("kind", LAYER_KINDS[:2], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_no_result_is_overwritten_under_a_mode_of_the_user(kind: LayerKind, mode: Callable[[], Any]) -> None:
-    model = nn.Sequential(kind.build(24, 40, True, kind.exact))
+def test_no_result_is_overwritten_under_a_mode_of_the_user(mode: Callable[[], Any]) -> None:
+    """A mode is known by private names: see randlora/modes.py."""
+    model = nn.Sequential(nn.Linear(24, 40))
     randlora.inject(model, r=4, targets="all")
     fill(model)
     with mode(), Keeping() as keeping:
-        model(torch.randn(5, 24, dtype=kind.exact))
+        model(torch.randn(5, 24))
     assert len(keeping.kept) > 5
     assert all(torch.equal(result, then) for result, then in keeping.kept)
-
-
-def test_torch_says_whether_a_mode_is_active() -> None:
-    """By private names: see randlora/modes.py."""
     assert not may_be_kept()
     with Observer():  # type: ignore[no-untyped-call]
         assert not may_be_kept()
         with Keeping():
             assert may_be_kept()
-    assert not may_be_kept()
