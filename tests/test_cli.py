@@ -23,7 +23,7 @@ import randlora
 from randlora.__main__ import main
 from randlora.bases.spec import BasisSpec
 from randlora.cli.app import app, complain, plain, progress_bar, show, show_json, visible
-from randlora.errors import how_to_install, on_command_line, spelled
+from randlora.errors import how_to_install
 from randlora.files.inspect import Check, Verification
 from randlora.files.merge import FileMergeReport
 from randlora.report import no_progress
@@ -178,19 +178,6 @@ def test_every_bad_value_ends_with_2_and_says_what_is_meant(
         assert shown.out == ""
         assert said in " ".join(shown.err.replace("│", " ").split())
     assert not Path("out").exists()
-
-
-def test_messages_name_options_as_the_caller_gives_them() -> None:
-    for name, value, said, shown in (
-        ("base", None, "base=", "--base"),
-        ("tolerance", 0.05, "tolerance=0.05", "--tolerance 0.05"),
-        ("same_rank", True, "same_rank=True", "--same-rank"),
-        ("to", "lora", 'to="lora"', "--to lora"),
-        ("train_also", ["a", "b"], 'train_also=["a", "b"]', "--train-also a,b"),
-    ):
-        assert spelled(name, value) == said
-        with on_command_line():
-            assert spelled(name, value) == shown
 
 
 def test_a_wide_result_is_not_cut_in_a_pipe_and_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:

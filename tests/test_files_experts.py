@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import CheckpointError
+from randlora.readers.experts import Experts
 from tests.checkpoint_files import CARD_FILE
 from tests.kit import adapter_values, fill, same_bits
 from tests.model_directories import assert_same_tensors, contents, stored, write
@@ -99,10 +100,20 @@ def test_adapters_of_both_forms_and_stacks_trained_with_one_add_up_as_in_memory(
         randlora.files.merge([trained, again], tmp_path / "twice", base=base)
 
 
-def test_the_tensors_of_an_expert_may_be_in_any_files_but_must_be_there_in_their_shape(tmp_path: Path) -> None:
+def test_the_tensors_of_an_expert_may_be_in_any_files_but_must_be_there_in_their_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = made(mixtral, dtype=torch.float32)
     base, adapter = checkpoint(model, tmp_path), adapted(model, tmp_path / "adapter")
+    computed, compute = list[int](), Experts.with_updates.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type[Experts], weight: Tensor, *args: Any) -> Tensor:
+        computed.append(len(weight))
+        return cast("Tensor", compute(cls, weight, *args))
+
+    monkeypatch.setattr(Experts, "with_updates", classmethod(counted))
     expected = randlora.files.merge(adapter, tmp_path / "expected", base=base).out
+    assert computed == [1] * 16  # one matrix at a time, and each once
     tensors = stored(base)
     spread = write(model, tmp_path / "spread")
     (spread / "model.safetensors").unlink()

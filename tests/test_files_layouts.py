@@ -102,15 +102,6 @@ def test_servers_of_one_rank_add_the_update_and_a_note_says_where_ranks_that_dif
         assert_updates(in_llama_cpp(tmp_path / "mixed"), model)
 
 
-def test_a_choice_of_layers_that_sglang_cannot_read_is_noted(tmp_path: Path) -> None:
-    model = LLAMA.build()
-    randlora.inject(model, r=4, targets=r".*layers\.1\.mlp\.up_proj")
-    randlora.save(fill(model), tmp_path / "regex")
-    report = randlora.files.convert(tmp_path / "regex", tmp_path / "by_regex", "lora", rank=32)
-    assert read_fields(tmp_path / "by_regex")["target_modules"] == r"model\.layers\.1\.mlp\.up_proj"
-    assert report.notes[0].endswith("SGLang reads only a list")
-
-
 @both_kinds  # it has other names for GPT-2's layers
 def test_mlx_lm_adds_the_update(kind: RealModel, tmp_path: Path) -> None:
     """It computes ``scale · a b``, transposed, of the layers that the configuration names; all have its one rank."""
@@ -262,11 +253,8 @@ WRONG: dict[str, dict[str, Any]] = {
         "format": "diffusers",
         "component": "diffusion_model",
     },
-    "format": {"to": "lora", "format": "gguf"},
-    "to must be one of peft, native, lora, diff, got 'gguf'": {"to": "gguf"},
     "rank must be a positive integer, got 0": {"to": "lora", "rank": 0},
     "tolerance must be a finite number, got nan": {"to": "lora", "tolerance": float("nan")},
-    "tolerance must be a finite number or None": {"to": "lora", "tolerance": "a"},
 }
 
 

@@ -23,7 +23,7 @@ from tests.model_directories import (
     stored,
     write,
 )
-from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, outputs
+from tests.models import BERT, GPT2, LLAMA, VIT, RealModel
 from tests.peer import THEIR_WARNINGS, peft_model
 from tests.read_kinds import ReadKind, every_read_kind
 from tests.transformers_zoo import tiny
@@ -173,24 +173,6 @@ def test_files_of_every_kind_are_inspected_merged_as_in_memory_and_not_converted
     randlora.files.merge(adapter, tmp_path / "out", base=tmp_path / "base")
     randlora.merge(model)
     assert all_bits(load_file(tmp_path / "out" / "model.safetensors")) == all_bits(model.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("kind", "targets"),
-    [(BERT, ["word_embeddings", "position_embeddings", "query"]), (VIT, ["projection", "q_proj"])],
-    ids=["words", "patches"],
-)
-def test_a_model_that_transformers_wrote_is_merged_as_in_memory(kind: Any, targets: list[str], tmp_path: Path) -> None:
-    model = kind.build()
-    write(model, tmp_path / "base")
-    randlora.inject(model, r=4, targets=targets)
-    expected = outputs(fill(model), kind.inputs())
-    randlora.save(model, tmp_path / "adapter")
-    randlora.files.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
-    merged = type(model).from_pretrained(tmp_path / "out").eval()
-    randlora.merge(model)
-    assert all(same_bits(merged.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
-    torch.testing.assert_close(outputs(merged, kind.inputs()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_kernel_of_another_size_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

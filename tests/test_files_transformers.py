@@ -23,7 +23,7 @@ from randlora.files.model_directory import read_model_directory
 from randlora.files.transformers_model import build_model
 from randlora.report import Report
 from randlora.targets.census import Census
-from tests.checkpoint_files import TENSORS_FILE, edit_fields, reseal
+from tests.checkpoint_files import TENSORS_FILE, edit_fields, read_fields, reseal
 from tests.kit import fill, same_bits
 from tests.model_directories import assert_same_tensors, contents, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT
@@ -162,7 +162,8 @@ def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(
     one: str, other: str, both: dict[str, tuple[nn.Module, Path, Path]], tmp_path: Path
 ) -> None:
     model, base, own = both[one]
-    adapter = both[other][2]
+    adapter, class_of_peft = both[other][2], {"auto_mapping": {"base_model_class": "X"}, "task_type": "CAUSAL_LM"}
+    edit_fields(adapter, class_of_peft)
     named = "differ by the prefix 'bert': give prefix=\"bert\""
     for wrong in (None, "ber", "bert.encoder"):
         with pytest.raises(CheckpointError, match=named):
@@ -184,6 +185,7 @@ def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(
     assert re.search(r"with 'bert\.' (added|removed)$", report.rule)
     randlora.save(model, tmp_path / "again")  # under the names of the model that carries it now
     assert_same_tensors(tmp_path / "again", own)
+    assert class_of_peft.keys() & {name for name, value in read_fields(tmp_path / "again").items() if value} == set()
 
 
 def test_a_prefix_must_fit_one_way_and_no_trained_parameter_is_taken_for_another(tmp_path: Path) -> None:
@@ -208,20 +210,6 @@ def test_a_prefix_must_fit_one_way_and_no_trained_parameter_is_taken_for_another
     randlora.eject(nested)
     draft = nn.ModuleDict({"m": layer(), "draft": nested})
     assert randlora.load(draft, tmp_path / "adapter", prefix="draft").targets == ("draft.m.q",)
-
-
-def test_an_adapter_under_other_names_forgets_the_class_that_it_was_trained_on(tmp_path: Path) -> None:
-    bare = BERT.build().get_submodule("bert")
-    randlora.inject(bare, r=4, targets=["query"])
-    randlora.save(bare, tmp_path / "adapter")
-    edit_fields(
-        tmp_path / "adapter", {"auto_mapping": {"base_model_class": "BertModel"}, "task_type": "FEATURE_EXTRACTION"}
-    )
-    full = BERT.build()
-    randlora.load(full, tmp_path / "adapter", prefix="bert")
-    randlora.save(full, tmp_path / "again")
-    fields = json.loads((tmp_path / "again" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert (fields["auto_mapping"], fields["task_type"]) == (None, None)
 
 
 @pytest.mark.filterwarnings(
