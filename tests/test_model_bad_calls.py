@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError, RandLoRAError, TargetError
@@ -148,24 +147,6 @@ def test_a_model_built_in_inference_mode_or_without_shapes_is_adapted_merged_and
         randlora.set_trainable(shapeless, "default")
         verb(shapeless)
         assert all(parameter.requires_grad for parameter in shapeless.parameters())
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda model: model.requires_grad_(True),
-        lambda model: randlora.prepare_quantized(model.requires_grad_(False).bfloat16()),
-        lambda model: randlora.inject(model, r=2, targets=["2"], name="b", train_also=["1", "0.bias"], active=True),
-        lambda model: randlora.merge(model, reversible=True),
-        lambda model: model.load_state_dict(model.state_dict(), assign=True),
-        lambda model: prune.remove(prune.l1_unstructured(model[2], "weight", 0.5), "weight"),
-    ],
-)
-def test_flags_are_what_they_were_whatever_was_called_between(call: Callable[[Any], object]) -> None:
-    model = adapted()
-    call(model)
-    randlora.eject(model)
-    assert {name for name, each in model.named_parameters() if not each.requires_grad} == {"2.weight", "2.bias"}
 
 
 CONFIGS = [
