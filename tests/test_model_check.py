@@ -164,7 +164,7 @@ class Untidy(nn.Module):
         self.frozen = nn.Parameter(torch.zeros(6), requires_grad=False)
         self.register_buffer("calls", torch.zeros(()))
         self.history: list[int] = []
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.get_buffer("calls").add_(1)
@@ -214,9 +214,9 @@ def test_everything_is_as_before() -> None:
 def test_a_forward_that_raises_is_undone() -> None:
     model = untidy()
     before = states()
-    for model.error in (KeyboardInterrupt(), ValueError("3")):
-        with untouched(model), pytest.raises(type(model.error)):
-            randlora.check(model, X)
+    model.error = ValueError("3")
+    with untouched(model), pytest.raises(ValueError, match="3"):
+        randlora.check(model, X)
     model.eval()
     with untouched(model):
         assert randlora.check(model, X).notes == ("not checked in training mode: ValueError: 3",)
@@ -226,6 +226,20 @@ def test_a_forward_that_raises_is_undone() -> None:
 class Largest(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.argmax(-1)
+
+
+def test_an_interrupt_is_undone() -> None:
+    model, counts = adapted(around(calls)), iter(range(100))
+
+    def interrupt(*_: object) -> None:
+        if next(counts) == 9:
+            raise KeyboardInterrupt
+
+    model.register_forward_hook(
+        interrupt
+    )  # in a forward, it would leave the thread inside of a call: see docs/limits.md
+    with untouched(model), pytest.raises(KeyboardInterrupt):
+        randlora.check(model, X)
 
 
 @dataclass
