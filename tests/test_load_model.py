@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -32,10 +31,9 @@ from randlora.checkpoint.header import ModelClass
 from randlora.errors import CheckpointError, ConfigError
 from tests import models
 from tests.checkpoint_files import reseal
-from tests.further import further
 from tests.kit import adapter_values, all_bits, fill, same_bits
 from tests.model_directories import assert_same_tensors
-from tests.models import BERT, SIDES, VIT, VOCABULARY
+from tests.models import BERT, SIDES, VIT, VOCABULARY, RealModel
 from tests.peer import THEIR_WARNINGS, as_peft_draws
 from tests.trainers import plain_model
 
@@ -197,14 +195,6 @@ CONFIG = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **SIDES)
 FIVE = ViTConfig(image_size=16, patch_size=8, num_labels=5, **SIDES)
 BARE: Callable[[], Any] = lambda: BertModel(CONFIG)  # noqa: E731
 
-CASES: dict[str, tuple[Callable[[], Any], Any, Any, list[str]]] = {
-    "bare": (BARE, AutoModelForSequenceClassification, BERT, ["classifier"]),
-    "masked": (lambda: BertForMaskedLM(CONFIG), AutoModelForSequenceClassification, BERT, ["classifier", "pooler"]),
-    "without-pooler": (BARE, AutoModelForTokenClassification, BERT, ["classifier"]),
-    "other-labels": (lambda: ViTForImageClassification(FIVE), AutoModelForImageClassification, VIT, ["classifier"]),
-    "renamed-labels": (VIT.build, AutoModelForImageClassification, VIT, ["classifier"]),
-}
-
 
 @pytest.fixture(autouse=True)
 def _in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,10 +217,19 @@ def logits_of(model: Any, kind: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("case", ["bare", "masked", *map(further, [*CASES][2:])])
-def test_a_new_head_is_loaded_and_merged_with_the_class_that_was_trained(case: str) -> None:
-    make, auto, kind, train_also = CASES[case]
-    model = trained(make, auto, train_also, **({"max_shard_size": "20KB"} if case == "masked" else {}))
+@pytest.mark.parametrize(
+    ("make", "auto", "kind", "train_also"),
+    [
+        (BARE, AutoModelForSequenceClassification, BERT, ["classifier"]),
+        (lambda: BertForMaskedLM(CONFIG), AutoModelForSequenceClassification, BERT, ["classifier", "pooler"]),
+        (lambda: ViTForImageClassification(FIVE), AutoModelForImageClassification, VIT, ["classifier"]),
+    ],
+    ids=["bare", "masked", "other-labels"],
+)
+def test_a_new_head_is_loaded_and_merged_with_the_class_that_was_trained(
+    make: Callable[[], Any], auto: Any, kind: RealModel, train_also: list[str]
+) -> None:
+    model = trained(make, auto, train_also, max_shard_size="20KB")
     loaded = randlora.files.load_model("adapter")
     assert same_bits(logits_of(loaded, kind), logits_of(model, kind))
     report = randlora.files.merge("adapter", "merged", base="base")
@@ -246,12 +245,8 @@ def test_a_new_head_is_loaded_and_merged_with_the_class_that_was_trained(case: s
     assert randlora.files.verify("adapter", base="base").passed
 
 
-def bert(train_also: tuple[str, ...] = ("classifier",)) -> Any:
-    return trained(BARE, AutoModelForSequenceClassification, [*train_also])
-
-
 def test_a_file_of_version_0_2_which_names_no_class_is_loaded_as_the_class_that_is_given() -> None:
-    model = bert()
+    model = trained(BARE, AutoModelForSequenceClassification, ["classifier"])
     reseal(Path("adapter"), model_class=None)
     with pytest.raises(
         CheckpointError, match=r"no parameter classifier\.weight.*, which was trained with the adapter$"
@@ -266,17 +261,12 @@ def test_a_file_of_version_0_2_which_names_no_class_is_loaded_as_the_class_that_
             randlora.files.load_model("adapter", model_class=other)
     with pytest.raises(CheckpointError, match=r"and that model_class=LlamaModel fits its config\.json, or give base="):
         randlora.files.load_model("adapter", model_class=LlamaModel)
-
-
-def test_a_directory_of_sentence_transformers_is_one_only_if_that_was_trained() -> None:
-    model = bert()
-    Path("base/modules.json").write_text("[]")
+    Path("base/modules.json").write_text("[]")  # as sentence-transformers writes
+    with pytest.raises(CheckpointError, match="a model of sentence-transformers: create it with"):
+        randlora.files.load_model("adapter")
+    known = ModelClass("transformers", "BertForSequenceClassification", tuple(LABELS.values()), "regression")
+    reseal(Path("adapter"), model_class=known)
     assert same_bits(logits_of(randlora.files.load_model("adapter"), BERT), logits_of(model, BERT))
-    known = ModelClass("sentence_transformers", "SentenceTransformer")
-    for written in (known, None):
-        reseal(Path("adapter"), model_class=written)
-        with pytest.raises(CheckpointError, match="a model of sentence-transformers: create it with"):
-            randlora.files.load_model("adapter")
 
 
 BOTH: tuple[Callable[[], object], ...] = (
@@ -286,7 +276,7 @@ BOTH: tuple[Callable[[], object], ...] = (
 
 
 def test_a_class_in_a_file_that_transformers_does_not_export_or_that_does_not_fit_is_not_made() -> None:
-    bert()
+    trained(BARE, AutoModelForSequenceClassification, ["classifier"])
     for name in ("pipeline", "__path__", "os.system", "GPT2Model"):
         reseal(Path("adapter"), model_class=ModelClass("transformers", name))
         for call in BOTH:
@@ -300,13 +290,3 @@ def test_what_was_random_when_the_head_was_trained_and_is_in_no_file_is_refused(
         with pytest.raises(CheckpointError, match=r"bert\.pooler\.dense\.weight"):
             call()
     assert not Path("merged").exists()
-
-
-def test_the_class_is_recorded_as_it_is_without_wrappers_and_with_labels_if_a_head_is_trained() -> None:
-    model = bert()
-    labels = tuple(LABELS.values())
-    expected = ModelClass("transformers", "BertForSequenceClassification", labels, "regression")
-    assert ModelClass.of(model, has_trained=True) == expected
-    assert ModelClass.of(model, has_trained=False) == ModelClass("transformers", "BertForSequenceClassification")
-    assert ModelClass.of(torch.nn.Linear(2, 2), has_trained=True) is None
-    assert ModelClass.of(type("Own", (BertModel,), {})(CONFIG), has_trained=True) is None

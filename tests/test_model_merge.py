@@ -107,6 +107,8 @@ def test_merged_nests_and_leaves_the_state_it_found() -> None:
         assert inner is report
     assert randlora.unmerge(model) == report.targets == ("q", "up", "down")
     with randlora.merged(model):
+        randlora.unmerge(model)
+    with randlora.merged(model):
         randlora.eject(model)
     assert_unchanged(model, before)
 
@@ -293,6 +295,11 @@ def test_a_backward_pass_while_merged_is_refused_and_gradients_of_inputs_are_rig
         randlora.set_trainable(model, "default")
     loss_of(model(TOKENS)).sum().backward()
     assert all(each.grad is not None for each in randlora.trainable_parameters(model))
+    randlora.inject(model, r=4, targets=["q"], name="on top")
+    randlora.activate(model, ["default", "on top"])
+    randlora.set_trainable(model, "on top")
+    randlora.merge(model, adapters="default", reversible=True)
+    loss_of(model(TOKENS)).sum().backward()
 
 
 def test_a_state_dict_of_a_merged_model_counts_no_adapter_twice_and_follows_its_dtype() -> None:
@@ -310,7 +317,7 @@ def test_a_state_dict_of_a_merged_model_counts_no_adapter_twice_and_follows_its_
 # Some of several adapters, while the others stay active on top
 
 FACTORS = {"a": 1.0, "b": -0.7, "c": 0.4}
-WAY = [frozenset(names) for names in ("a", "ab", "abc", "bc", "c", "ca", "a", "")]
+WAY = [frozenset(names) for names in ("a", "ab", "abc", "bc", "c", "ca", "cab", "b", "")]
 """Which adapters are merged, step by step: one more or one fewer at a time."""
 
 

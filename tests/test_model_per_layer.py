@@ -142,7 +142,7 @@ def test_one_r_and_one_alpha_are_saved_as_ever_however_they_were_given(options: 
     assert contents(tmp_path / "found") == contents(tmp_path / "expected")
 
 
-def test_files_hold_the_bases_of_each_r_and_the_options_of_each_layer(tmp_path: Path) -> None:
+def test_files_and_what_is_said_of_them_have_the_options_of_each_layer(tmp_path: Path) -> None:
     note = (
         "PEFT has one r and one alpha for all layers and cannot use this adapter, "
         "which has r = 2 (2 layers), 4 (1 layer), 6 (1 layer) and alpha = 3 (1 layer), 5 (2 layers), 8 (1 layer)"
@@ -150,17 +150,6 @@ def test_files_hold_the_bases_of_each_r_and_the_options_of_each_layer(tmp_path: 
     model = trained()
     assert randlora.save(model, tmp_path, bases="stored").notes == (note,)
     assert note in (tmp_path / "README.md").read_text(encoding="utf-8")
-    fields = read_fields(tmp_path)
-    assert (fields["r"], fields["randlora_alpha"]) == (2, 5)
-    assert fields["rank_pattern"] == {r"inner\.0": 6, r"inner\.1": 2, "tall": 4, "wide": 2}
-    assert fields["alpha_pattern"] == {r"inner\.0": 5, r"inner\.1": 5, "tall": 8, "wide": 3}
-    tensors, _ = read_tensors(tmp_path)
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items() if not key.startswith("base_model.model.")}
-    assert shapes == {
-        f"base_model.randlora_{part}.r{r}": (r, 1, min_dim) if part == "A" else (max_dim, -(-min_dim // r), r)
-        for part in "AB"
-        for r, (max_dim, min_dim) in DIMS.items()
-    }
     summary = randlora.files.inspect(tmp_path)
     assert {layer.fqn: (layer.r, layer.alpha) for layer in summary.layers} == OPTIONS
     for layer in summary.layers:
