@@ -18,7 +18,7 @@ import randlora
 from randlora.bases.basis import Basis
 from randlora.checkpoint.header import dump_header, parse_header
 from randlora.errors import CheckpointError
-from randlora.state import ModelState, attached_state
+from randlora.state import attached_state
 from tests.kit import fill, snapshot
 
 Stored = Literal["seed", "stored"]
@@ -176,13 +176,9 @@ def basis_of(model: nn.Module, name: str = "default") -> Basis:
 
 def bases_of(model: nn.Module, name: str = "default") -> dict[int, Basis]:
     """Return the bases of one adapter by r."""
-    return _state(model).adapter(name).bases
-
-
-def _state(model: nn.Module) -> ModelState:
     state = attached_state(model)
     assert state is not None, "the model is adapted"
-    return state
+    return state.adapter(name).bases
 
 
 def refused(

@@ -43,16 +43,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The repositories of a server, and what it does to those who ask.
-
-    Attributes:
-        url: Its address.
-        repositories: By id.
-        gated: Ids of those that nobody may read.
-        writable: Whether anybody may write.
-        requests: Methods and paths of what it was asked, in order.
-        sent: Bytes that it has sent of files.
-    """
+    """The repositories of a server by id, which of them nobody may read, what it was asked, and the bytes it sent."""
 
     url: str
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -139,10 +130,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _tree(self, repo_id: str, revision: str) -> list[dict[str, Any]]:
         _, files = self._read(repo_id, revision)
-        return [
-            {"type": "file", "path": name, "size": len(content), "oid": _oid(content)}
-            for name, content in files.items()
-        ]
+        return [{"type": "file", "path": name, "size": len(files[name]), "oid": _oid(files[name])} for name in files]
 
     def _resolve(self, repo_id: str, revision: str, name: str) -> bytes:
         commit, files = self._read(repo_id, revision)

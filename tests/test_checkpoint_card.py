@@ -62,7 +62,9 @@ def test_the_card_says_what_the_report_of_inject_says_whatever_else_the_model_ca
 def test_the_hubs_own_library_reads_the_front_matter(tmp_path: Path) -> None:
     model = models.llama()
     randlora.inject(model, r=8)
-    for name, base in {"org/tiny: llama\"'": None, "org/tiny-llama": "org/tiny-llama"}.items():
+    cached = "/home/me/.cache/huggingface/hub/models--org--tiny-llama/snapshots/0123"
+    names = {"org/tiny: llama\"'": None, "model": None, "org/tiny-llama": "org/tiny-llama", cached: "org/tiny-llama"}
+    for name, base in names.items():
         model.config._name_or_path = name  # type: ignore[union-attr]
         randlora.save(model, tmp_path)
         data = ModelCard.load(tmp_path / CARD_FILE).data

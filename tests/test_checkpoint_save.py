@@ -176,7 +176,6 @@ from tests.kit import adapter_values, all_bits, fill
 from tests.laws import Mixed
 
 class Whole(nn.Module):
-    "Blocks and a head."
     def __init__(self):
         super().__init__()
         self.blocks, self.head = nn.ModuleList([Mixed(), Mixed()]), nn.Linear(12, 3)

@@ -134,22 +134,13 @@ def test_a_save_that_fails_leaves_the_older_adapter_loadable_and_the_model_alone
 def test_all_of_a_new_directory_is_flushed_before_it_appears_and_the_parent_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[str] = []
-    rename = Path.rename
-
-    def watched_rename(path: Path, to: Path) -> Path:
-        done.append(f"{path.name} to {to.name}")
-        return rename(path, to)
-
-    monkeypatch.setattr(replace, "flush", lambda path: done.append(path.name))
-    monkeypatch.setattr(Path, "rename", watched_rename)
-    out = tmp_path / "deep" / "out"
+    out, done = tmp_path / "deep" / "out", list[tuple[str, bool]]()
+    monkeypatch.setattr(replace, "flush", lambda path: done.append((path.name, out.exists())))
     with umask(0o027), new_directory(out) as new:
         (new / "folder").mkdir()
         (new / "folder" / "file").write_text("x")
-        assert not out.exists()
-    assert {"file", "folder"} <= {*done[:-3]}
-    assert done[-3:] == ["new", "new to out", "deep"]
+    assert {("file", False), ("folder", False), ("new", False)} <= {*done}
+    assert done[-1] == ("deep", True)
     assert (contents(out), mode(out)) == ({"folder/file": b"x"}, 0o750)
     assert list(out.parent.iterdir()) == [out]
 
@@ -270,22 +261,6 @@ def test_threads_that_write_one_directory_leave_the_files_of_one_of_them(tmp_pat
     assert contents(out)["one"] == contents(out)["two"]
     assert contents(out)["one"] in texts
     assert sorted(path.name for path in out.iterdir()) == ["one", "two"]
-
-
-def test_what_another_process_is_removing_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs, locked = tmp_path / f".{tmp_path.name}.unfinished-abcdefgh", replace._locked
-    theirs.mkdir()
-
-    @contextmanager
-    def locked_too_late(directory: Path, *, seconds: float = 0) -> Iterator[bool]:
-        with locked(directory, seconds=seconds) as is_locked:
-            if directory == theirs:
-                theirs.rmdir()
-            yield is_locked
-
-    monkeypatch.setattr(replace, "_locked", locked_too_late)
-    write(tmp_path, one=b"1")
-    assert contents(tmp_path) == {"one": b"1"}
 
 
 def test_a_link_under_a_hidden_name_is_not_followed(tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ from peft import get_peft_model, get_peft_model_state_dict, inject_adapter_in_mo
 from safetensors.torch import save_file
 
 import randlora
-from randlora.checkpoint.peft_config import CONFIG_FILE
-from randlora.config import BasisKind, Stream
-from tests.checkpoint_files import edit_fields, read_fields, refused
+from randlora.config import Stream
+from tests.checkpoint_files import read_fields, refused
 from tests.kit import adapter_values, all_bits, fill
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model, outputs
 from tests.peer import (
@@ -20,7 +19,6 @@ from tests.peer import (
     THEIR_WARNINGS,
     R,
     assert_same_effect,
-    every_peft_kind,
     in_ours,
     in_peft,
     in_peft_bit_for_bit,
@@ -133,15 +131,6 @@ def test_peft_loads_an_adapter_whose_bases_were_drawn_for_larger_layers_only_whe
     assert_same_effect(ours, in_peft(LLAMA, tmp_path / "stored"), LLAMA)
 
 
-def test_peft_loads_nothing_without_the_json_which_a_kill_may_take(tmp_path: Path) -> None:
-    randlora.save(our_model(LLAMA), tmp_path / "saved", bases="stored")
-    randlora.files.convert(tmp_path / "saved", tmp_path / "out", "lora")
-    in_peft(LLAMA, tmp_path / "out")
-    (tmp_path / "out" / CONFIG_FILE).unlink()
-    with pytest.raises(ValueError, match=f"Can't find '{CONFIG_FILE}'"):
-        in_peft(LLAMA, tmp_path / "out")
-
-
 def test_an_adapter_of_any_name_lies_in_a_directory_of_that_name_which_the_error_names(tmp_path: Path) -> None:
     for name in ("two words", "a/b", "randlora_A"):  # which stands in the keys of the tensors too
         theirs = peft_model(LLAMA, adapter=name)
@@ -187,27 +176,15 @@ def test_layers_that_peft_chose_by_number_come_and_go(
     assert {name: read_fields(tmp_path / "ours")[name] for name in options} == options
 
 
-@every_peft_kind
-def test_an_adapter_that_began_at_random_comes_and_goes(basis: BasisKind, tmp_path: Path) -> None:
+def test_an_adapter_that_began_at_random_comes_and_goes(tmp_path: Path) -> None:
     """``init_weights=False``: not trained, and yet it changes the model."""
-    theirs = get_peft_model(LLAMA.build(), peft_config(LLAMA, basis, init_weights=False)).eval()
+    theirs = get_peft_model(LLAMA.build(), peft_config(LLAMA, "sparse", init_weights=False)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = in_ours(LLAMA, tmp_path / "theirs")
     assert_same_effect(ours, theirs, LLAMA)
     randlora.save(ours, tmp_path / "ours")
     assert read_fields(tmp_path / "ours")["init_weights"] is False
     assert in_peft_bit_for_bit(in_peft(LLAMA, tmp_path / "ours")) == in_peft_bit_for_bit(theirs)
-
-
-def test_peft_names_fields_that_it_does_not_know_and_passes_over_them(tmp_path: Path) -> None:
-    theirs = peft_model(LLAMA)
-    theirs.save_pretrained(tmp_path / "theirs")
-    edit_fields(tmp_path / "theirs", {"use_quantum": True})
-    randlora.save(in_ours(LLAMA, tmp_path / "theirs"), tmp_path / "ours")
-    assert read_fields(tmp_path / "ours")["use_quantum"] is True
-    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \[.*'use_quantum'\] for class RandLoraConfig"):
-        back = in_peft(LLAMA, tmp_path / "ours")
-    assert in_peft_bit_for_bit(back) == in_peft_bit_for_bit(theirs)
 
 
 def test_peft_warns_of_a_stream_that_it_would_draw_otherwise(tmp_path: Path) -> None:

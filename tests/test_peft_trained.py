@@ -22,7 +22,6 @@ from tests.peer import (
     in_peft,
     in_peft_bit_for_bit,
     our_model,
-    peft_config,
     peft_model,
 )
 
@@ -115,24 +114,6 @@ def test_biases_that_peft_trained_come_and_go(kind: RealModel, bias: str, tmp_pa
 def test_modules_that_peft_trained_come_and_go(modules: list[str], tmp_path: Path) -> None:
     theirs = peft_model(LLAMA, modules_to_save=modules)
     assert_same_effect(assert_returns(theirs, LLAMA, tmp_path), theirs, LLAMA)
-
-
-def test_adapters_of_two_names_keep_each_its_own_head(tmp_path: Path) -> None:
-    theirs = peft_model(BERT, modules_to_save=["classifier"], adapter="one")
-    theirs.add_adapter("two", peft_config(BERT, modules_to_save=["classifier"]))
-    theirs.set_adapter("two")
-    fill(theirs)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.mul_(-0.5 if parameter.requires_grad else 1.0)
-    theirs.save_pretrained(tmp_path)
-    ours = BERT.build()
-    for name in ("one", "two"):
-        randlora.load(ours, tmp_path / name, name=name)
-    for name in ("one", "two"):
-        theirs.set_adapter(name)
-        randlora.activate(ours, name)
-        assert_same_effect(ours, theirs, BERT)
 
 
 GPT2_NAMES = ("transformer.wte.weight", "lm_head.weight")

@@ -21,7 +21,6 @@ from tests.checkpoint_files import HEADED, LINEAR, edit_fields, peft_directory, 
 from tests.kit import Same, adapter_values, all_bits, fill, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LayerKind, every_kind
-from tests.read_kinds import READ_KINDS, ReadKind
 
 
 def model_with(values: int = 0, *, name: str = "a", **options: Any) -> nn.Sequential:
@@ -65,11 +64,6 @@ def test_a_layer_of_each_kind_has_the_values_of_the_other(kind: LayerKind) -> No
     randlora.inject(model, r=3, alpha=6, stream="portable")
     other = fill(copy.deepcopy(model), seed=1, spread=0.5)
     swapped(fill(model), other, lambda each: each(x))
-
-
-@pytest.mark.parametrize("kind", READ_KINDS[::4], ids=lambda kind: kind.name)
-def test_a_module_of_each_kind_that_is_read_has_the_values_of_the_other(kind: ReadKind) -> None:
-    swapped(kind.adapted(), fill(kind.adapted(filled=False), seed=1, spread=0.5), kind.run)
 
 
 def test_trained_parameters_are_swapped_too_and_files_are_as_good_as_states(tmp_path: Path) -> None:

@@ -14,16 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that can be adapted.
+    """A weight that can be adapted: its FQN in files, and ``(out_features, in_features)``, of one matrix of a stack.
 
-    Attributes:
-        fqn: Its name in files.
-        shape: ``(out_features, in_features)``, of one matrix if it is a stack.
-        parameter: The name of the parameter; ``None`` means ``weight`` of a module called ``fqn``.
-        stack: The number of matrices that may have a Λ and a Γ each.
-        option: The option that decides whether they have, and the value with which they do.
-        is_transposed: Whether it is stored as ``(in_features, out_features)``.
-        is_called: Whether its module is called with the input, so that dropout is possible.
+    ``option`` is the name and the value of the option with which each matrix of the stack has its Λ and Γ.
     """
 
     fqn: str

@@ -24,14 +24,8 @@ DTYPES = torch.float32, torch.float64, torch.bfloat16
 class Recipe:
     """The options of an adapter.
 
-    Attributes:
-        places: Which of a model's weights are adapted, counted round and round.
-        beside: Which of its other parameters are trained, likewise.
-        r: The ranks of the first weight and of the others.
-        alpha: The same of alpha.
-        basis: Kind and stream of the bases.
-        apart: Whether each matrix of a stack has its own Λ and Γ.
-        is_fresh: Whether it keeps its first values, with which it changes nothing, and is not stirred as by training.
+    Places of weights and parameters are counted round and round; r and alpha are of the first weight and of the others;
+    each matrix of a stack may be apart, and no training stirs what is fresh.
     """
 
     places: tuple[int, ...]

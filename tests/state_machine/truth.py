@@ -39,16 +39,9 @@ def update(bases: Pair, lam: Tensor, gamma: Tensor, scaling: float, shape: tuple
 
 @dataclass
 class Adapter:
-    """One adapter.
+    """One adapter: what it was injected with, and ``(r, alpha)``, Λ and Γ of each weight by FQN.
 
-    Attributes:
-        options: What it was injected with, complete.
-        scales: ``(r, alpha)`` of each weight, by FQN.
-        bases: A and B, by r.
-        values: Λ and Γ of each weight, by FQN.
-        copies: The parameters trained with it, by name.
-        factor: Its factor while active, of each weight by FQN if they differ and 0 where it is left out, else ``None``.
-        trains: Whether its parameters require grad.
+    ``factor`` is ``None`` while it is inactive, and by FQN where it differs, 0 where it is left out.
     """
 
     options: dict[str, Any]
@@ -81,15 +74,8 @@ class Adapter:
 class Truth:
     """What the model must be.
 
-    Attributes:
-        own: The model's own parameters, by first name. One that is displaced, by an adapter's copy or a merged weight,
-            keeps its bits until it is put back, whatever dtype the model has meanwhile.
-        own_grad: Whether each requires grad while the model is plain.
-        adapters: The adapters by name.
-        merged: The merged weights by name of parameter, or ``None``.
-        merged_names: The adapters that are merged.
-        disabled: The number of open blocks of ``disabled``.
-        life: Counts up whenever the model becomes plain.
+    Of ``own``, the model's own parameters, one that is displaced by an adapter's copy or a merged weight keeps its bits
+    until it is put back, whatever dtype the model has meanwhile. ``life`` counts up whenever the model becomes plain.
     """
 
     kind: Kind
