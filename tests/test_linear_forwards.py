@@ -1,8 +1,6 @@
 """Subclasses of `nn.Linear` with another forward are adapted so that it reads weight + update, as once merged."""
 
-import ast
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +18,6 @@ from randlora.layers.linear import LinearAdapter
 from randlora.layers.registry import find_layer
 from tests.kit import fill, same_bits
 from tests.read_kinds import or_medium
-from tests.weight_reads import LIBRARIES, files_of
 
 Build = Callable[[], nn.Module]
 
@@ -103,12 +100,6 @@ def test_dropout_cannot_reach_what_another_forward_reads() -> None:
     randlora.inject(model_of(PRODUCTS["timm"]), r=2, targets="0", dropout=0.1)
 
 
-# Forwards that would not read the weight
-
-
-KINDS = "Linear|Conv1D|Embedding|Conv[123]d|ConvTranspose[123]d|MultiheadAttention"
-
-
 def test_a_class_with_its_own_state_dict_writes_the_adapters_parameters_and_not_copies() -> None:
     class Own(nn.Linear):
         def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,36 +110,3 @@ def test_a_class_with_its_own_state_dict_writes_the_adapters_parameters_and_not_
     state = model.state_dict(keep_vars=True)
     assert all(held is state[name] for name, held in model.named_parameters())
     assert model.state_dict().keys() == state.keys()
-
-
-SUBCLASS = re.compile(
-    r"^class \w+\([^)]*\b(Linear|Conv1D|Embedding|Conv[123]d|ConvTranspose[123]d|MultiheadAttention)\b[^)]*\):",
-    re.MULTILINE,
-)
-READS = re.compile(r"self\.weight\b|super\(\)\.forward\(|self\._conv_forward\(")
-LOSES = re.compile(r"self\.weight\.(data|detach|\w+_\()|no_grad|self\.weight = ")
-INTEGERS = {"transformers.integrations.gemma_quant.QuantizedLinear"}
-"""A class that reads its weight in a method of its own, as codes, whose dtype is refused."""
-
-
-def subclasses(library: str) -> Iterator[tuple[str, ast.ClassDef]]:
-    """Go through the classes of a library that derive from a layer of torch, with their qualified names."""
-    for path, text in files_of(library):
-        for node in ast.parse(text).body if SUBCLASS.search(text) else ():
-            if isinstance(node, ast.ClassDef):
-                bases = ", ".join(map(ast.unparse, node.bases))
-                if SUBCLASS.search(f"class {node.name}({bases}):"):
-                    yield ".".join((*path.with_suffix("").parts, node.name)), node
-
-
-@pytest.mark.medium
-def test_the_forward_of_every_subclass_reads_the_weight_with_its_gradient() -> None:
-    codes = {
-        name: ast.unparse(part)
-        for library in LIBRARIES
-        for name, node in subclasses(library)
-        for part in node.body
-        if isinstance(part, ast.FunctionDef) and part.name == "forward"
-    }
-    assert len(codes) > 30
-    assert {name for name, code in codes.items() if not READS.search(code) or LOSES.search(code)} <= INTEGERS

@@ -79,7 +79,8 @@ def test_positions_of_padding_have_the_rows_of_the_table_and_no_gradient() -> No
 
 
 def test_options_that_concern_the_gradient_of_the_frozen_table_change_nothing() -> None:
-    models = [adapted(nn.Embedding(30, 12, **each)) for each in ({}, {"scale_grad_by_freq": True}, {"sparse": True})]
+    tables = nn.Embedding(30, 12), nn.Embedding(30, 12, scale_grad_by_freq=True), nn.Embedding(30, 12, sparse=True)
+    models = [adapted(table) for table in tables]
     gradients = []
     for model in models:
         model[0].load_state_dict(models[0][0].state_dict())
