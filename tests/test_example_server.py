@@ -153,7 +153,7 @@ def test_what_cannot_be_answered_is_refused_with_its_reason(server: ModuleType, 
 def test_requests_beyond_the_limit_are_refused_at_once_and_given_up_if_they_wait_too_long(
     server: ModuleType, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits, body = server.Limits(waiting=2, batch=1), {"prompt": "a", "max_new_tokens": 1}
+    limits, body = server.Limits(waiting=3, batch=1), {"prompt": "a", "max_new_tokens": 1}
     with server.serving(server.tiny_model(), adapters, limits) as running, ThreadPoolExecutor(3) as clients:
         gate, port = Gate(running, monkeypatch), running.server_port
         answers = [clients.submit(post, port, body)]
@@ -162,10 +162,10 @@ def test_requests_beyond_the_limit_are_refused_at_once_and_given_up_if_they_wait
         assert post(port, body)[0] == 504
         monkeypatch.setattr(server, "PATIENCE", 60.0)
         answers += [clients.submit(post, port, body) for _ in range(2)]
-        until(lambda: len(running.batcher.waiting) == 2)
+        until(lambda: len(running.batcher.waiting) == 3)  # the one that was given up leaves with the next batch
         status, answer = post(port, body)
         gate.open()
-        assert (status, answer["error"]) == (503, "2 requests wait: try again later")
+        assert (status, answer["error"]) == (503, "3 requests wait: try again later")
         assert [answer.result(60)[0] for answer in answers] == [200] * 3
         assert running.batcher.counts["rows"] == 3  # and not the one that was given up
 
