@@ -21,8 +21,6 @@ from accelerate.hooks import (  # type: ignore[import-untyped]
     remove_hook_from_submodules,
 )
 from accelerate.utils import DistributedType, align_module_device, modeling  # type: ignore[import-untyped]
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -81,9 +79,7 @@ def in_a_checkpoint(model: nn.Module, folder: Path) -> Any:
     return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_index=index)
 
 
-PLACEMENTS = {"RAM": in_ram, "disk": on_disk, "both": partly_on_disk, "checkpoint": in_a_checkpoint}
 Placing = Callable[[nn.Module, Path], Any]
-every_placement = pytest.mark.parametrize("place", PLACEMENTS.values(), ids=PLACEMENTS)
 
 
 def adapted(model: nn.Module, **options: Any) -> Any:
@@ -91,76 +87,46 @@ def adapted(model: nn.Module, **options: Any) -> Any:
     return fill(model, spread=0.3)
 
 
-def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
-    model(x).float().square().sum().backward()
-    values = adapter_values(model)
-    return {name: value.grad for name, value in values.items()}
-
-
-@pytest.mark.medium
-@given(
-    st.sampled_from(sorted(PLACEMENTS)),
-    st.booleans(),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
-    st.integers(1, 13),
-    st.sampled_from(["dense", "block", "sparse"]),
-    st.integers(0, 3),
+@pytest.mark.parametrize(
+    ("place", "is_adapted_first", "dtype"),
+    [
+        (in_ram, True, torch.float32),
+        (in_ram, False, torch.float64),
+        (on_disk, False, torch.bfloat16),
+        (partly_on_disk, True, torch.float64),
+        (in_a_checkpoint, False, torch.float32),
+        (in_a_checkpoint, True, torch.bfloat16),
+    ],
 )
-@settings(max_examples=8)
 def test_an_offloaded_model_computes_trains_saves_and_merges_as_one_that_is_not(
-    tmp_path_factory: pytest.TempPathFactory,
-    placement: str,
-    is_adapted_first: bool,
-    dtype: torch.dtype,
-    r: int,
-    basis: str,
-    seed: int,
+    place: Placing, is_adapted_first: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    folder, place = tmp_path_factory.mktemp("law"), PLACEMENTS[placement]
-    options: dict[str, Any] = {"r": r, "basis": basis, "seed": seed}
-    here = adapted(Small(dtype), **options)
-    there = place(adapted(Small(dtype), **options), folder) if is_adapted_first else None
-    there = adapted(place(Small(dtype), folder), **options) if there is None else there
-    before = contents(folder)
-    x = torch.randn(3, WIDTHS[0], dtype=dtype)
+    here = adapted(Small(dtype))
+    there = place(adapted(Small(dtype)), tmp_path) if is_adapted_first else adapted(place(Small(dtype), tmp_path))
+    before, x = contents(tmp_path), torch.randn(3, WIDTHS[0], dtype=dtype)
     plain = here(x)
     assert bits(there(x)) == bits(plain)
-    found, expected = gradients(there, x), gradients(here, x)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        assert gradient is not None, name
-        assert bits(gradient) == bits(expected[name])  # type: ignore[arg-type]
     for model, name in ((here, "here"), (there, "there")):
-        randlora.save(model, folder / name)
-    assert contents(folder / "here") == contents(folder / "there")
+        model(x).float().square().sum().backward()
+        randlora.save(model, tmp_path / name)
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+    for value, expected in zip(adapter_values(there).values(), adapter_values(here).values(), strict=True):
+        assert value.grad is not None
+        assert bits(value.grad) == bits(expected.grad)  # type: ignore[arg-type]
     with randlora.merged(here), randlora.merged(there):
         merged = here(x)
         assert bits(there(x)) == bits(merged)
-    assert {name: value for name, value in contents(folder).items() if "here" not in name} == before
+    assert {name: value for name, value in contents(tmp_path).items() if "here" not in name} == before
     assert bits(there(x)) == bits(plain)
     randlora.merge(here)
     randlora.merge(there)
     gc.collect()
     assert bits(there(x)) == bits(merged)
-    assert {name: contents(folder)[name] for name in before} == before
+    assert {name: contents(tmp_path)[name] for name in before} == before
     assert not any("randlora" in name for name, _ in there.named_parameters())
-
-
-@every_placement
-def test_hooks_that_are_removed_leave_the_weights_as_they_are_then(place: Placing, tmp_path: Path) -> None:
-    x = torch.randn(3, WIDTHS[0])
-    model = adapted(place(Small(), tmp_path))
-    plain = model(x)
-    randlora.merge(model, reversible=True)
-    randlora.unmerge(model)
-    remove_hook_from_submodules(model)
-    assert bits(model(x)) == bits(plain)
-    model = adapted(place(Small(), tmp_path))
-    randlora.merge(model)
-    merged = model(x)
-    remove_hook_from_submodules(model)
-    assert bits(model(x)) == bits(merged)
-    assert not any(parameter.is_meta for parameter in model.parameters())
+    remove_hook_from_submodules(there)
+    assert bits(there(x)) == bits(merged)
+    assert not any(parameter.is_meta for parameter in there.parameters())
 
 
 def test_what_was_merged_is_unmerged_wherever_it_is_offloaded_since(tmp_path: Path) -> None:
