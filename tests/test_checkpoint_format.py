@@ -91,6 +91,7 @@ BROKEN: dict[str, Callable[[Facts], object]] = {
     "exclude": lambda facts: facts["config"].update(exclude="(a+)+b"),
     "unknown-option": lambda facts: facts["config"].update(rank=2),
     "rank-zero": lambda facts: facts["config"].update(r=0),
+    "dims": lambda facts: facts["basis"].update(min_dim=0),
 }
 
 
