@@ -244,38 +244,24 @@ def test_a_layer_of_another_kind_with_the_same_shape_takes_the_adapter(saved: Pa
     assert torch.equal(randlora.delta_weight(model, "0"), randlora.delta_weight(twin, "0"))
 
 
-@pytest.fixture
-def saved_headed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with an adapter of ``HEADED``, two levels below the working directory."""
+def test_a_path_that_exists_is_loaded_whatever_it_looks_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is neither path nor repository is refused; a path object never means a repository."""
     randlora.save(trained(HEADED), tmp_path / "user" / "repo")
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "user" / "repo"
 
-
-def test_a_path_that_exists_is_loaded_whatever_it_looks_like(
-    saved_headed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = all_bits(adapter_values(trained(HEADED)))
-    file = f"user/repo/{TENSORS_FILE}"
-    for place in ("user/repo", "user/repo/", "./user/repo", file, f"./{file}", Path("user/repo"), Path(file)):
+    def loads(place: str | Path) -> None:
         twin = HEADED.build()
         randlora.load(twin, place)
-        assert all_bits(adapter_values(twin)) == expected
-    monkeypatch.chdir(saved_headed)
-    twin = HEADED.build()
-    randlora.load(twin, TENSORS_FILE)
-    assert all_bits(adapter_values(twin)) == expected
+        assert all_bits(adapter_values(twin)) == all_bits(adapter_values(trained(HEADED)))
 
-
-@pytest.mark.usefixtures("saved_headed")
-def test_a_name_that_is_neither_path_nor_repository_is_refused() -> None:
-    """A path object never means a repository, and no path has a revision."""
-    for place in ("nowhere", "./no/where", "/no/where", "a/b/c", "../a/b", "~/a", Path("user/none")):
-        refused(LINEAR.build(), place, f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}")
-    refused(
-        LINEAR.build(),
-        f"user/repo/{CONFIG_FILE}",
-        f"expected a directory, or the file {TENSORS_FILE} in one",
-    )
-    for place in ("user/repo", f"user/repo/{TENSORS_FILE}", "./nowhere", "nowhere", "a/b/c"):
+    file = f"user/repo/{TENSORS_FILE}"
+    for place in ("user/repo", "user/repo/", "./user/repo", file, f"./{file}", Path("user/repo"), Path(file)):
+        loads(place)
+    for nowhere in ("nowhere", "./no/where", "/no/where", "a/b/c", "../a/b", "~/a", Path("user/none")):
+        refused(LINEAR.build(), nowhere, f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}")
+    other = Path("user", "repo", CONFIG_FILE)
+    refused(LINEAR.build(), other, f"expected a directory, or the file {TENSORS_FILE} in one")
+    for place in ("user/repo", file, "./nowhere", "nowhere", "a/b/c"):
         refused(HEADED.build(), place, "a path has no revision, got 'main'", revision="main")
+    monkeypatch.chdir(tmp_path / "user" / "repo")
+    loads(TENSORS_FILE)
