@@ -9,10 +9,9 @@ from torch import nn
 import randlora
 from randlora.errors import AdapterError, MergeError
 from randlora.integrations.transformers import Reference
-from tests.kit import all_bits, assert_unchanged, bits, fill, same_bits, snapshot, untouched
+from tests.kit import all_bits, assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed, assert_close
 from tests.layer_kinds import LayerKind, every_mergeable_kind
-from tests.read_kinds import ReadKind, every_family
 
 BY_LAYER = {"0": -0.7, "1": 0.0, "2": 1.0}
 
@@ -55,28 +54,6 @@ def test_a_layer_computes_what_it_does_if_all_have_its_factor(kind: LayerKind) -
     assert_unchanged(model, before)
 
 
-@every_family
-def test_a_weight_that_is_read_is_the_one_with_its_factor(kind: ReadKind) -> None:
-    dtype, options = kind.dtypes[0], kind.adapter_options
-    model = nn.Sequential(kind.model(dtype)[0], nn.Linear(3, 3, dtype=dtype))
-    randlora.inject(model, name="a", **{**options, "targets": [*options["targets"], "1"]})
-    fill(model, "a")
-
-    def found(factor: Any) -> tuple[Any, ...]:
-        randlora.activate(model, {"a": factor})
-        output = kind.run(nn.Sequential(model[0]), dtype)
-        delta = randlora.delta_weight(model, kind.target)
-        with randlora.merged(model):
-            return bits(output), bits(delta), bits(model.get_parameter(kind.parameter_fqn))
-
-    with randlora.disabled(model):
-        plain, weight = bits(kind.run(nn.Sequential(model[0]), dtype)), bits(model.get_parameter(kind.parameter_fqn))
-    assert found({kind.target: 0.4, ".*": -2.0}) == found(0.4)
-    output, delta, merged = found({kind.target: 0.0, ".*": -2.0})
-    assert (output, merged) == (plain, weight)
-    assert delta != found(0.4)[1]
-
-
 @pytest.mark.parametrize("layers", ["q|up", ["q", "up"], ("up", "q.?")])
 def test_layers_are_named_by_patterns(layers: Any) -> None:
     model = mixed("a", "b")
@@ -95,24 +72,6 @@ def test_layers_are_named_by_patterns(layers: Any) -> None:
     assert randlora.adapters(model)[0].weight == 0.5
     randlora.activate(model, "a", layers=".*")
     assert randlora.adapters(model)[0].weight == 1.0
-
-
-@pytest.mark.parametrize("zero", [0.0, {"q": -0.0, ".*": 0}])
-def test_an_adapter_with_the_factor_0_in_all_layers_does_not_act(zero: Any) -> None:
-    model, plain = mixed(), Mixed()
-    plain.load_state_dict(model.state_dict(), strict=False)
-    randlora.activate(model, {"a": zero})
-    randlora.set_trainable(model, "a")
-    output = model(TOKENS)
-    assert same_bits(output, plain(TOKENS))
-    assert not output.requires_grad
-    assert randlora.adapters(model)[0].is_active
-    with untouched(model):
-        assert randlora.merge(model, reversible=True).targets == ()
-        assert all_bits(dict(randlora.merged_tensors(model))) == all_bits(plain.state_dict())
-        randlora.unmerge(model)
-    assert randlora.merge(model).targets == ()
-    assert all_bits(model.state_dict()) == all_bits(plain.state_dict())
 
 
 def test_parameters_trained_beside_have_no_factor_and_a_layer_that_is_left_out_is_not_trained() -> None:
@@ -164,6 +123,9 @@ def test_a_layer_that_is_left_out_is_not_merged_into() -> None:
 
     assert randlora.merge(model, adapters=["a"], reversible=True).targets == ("q",)
     assert changed() == ["q.weight"]
+    for other in (1.0, {"q": 0.5, ".*": 1.0}):
+        with untouched(model), pytest.raises(AdapterError, match="cannot activate others while the adapters"):
+            randlora.activate(model, {"a": other, "b": 1.0})
     with pytest.raises(MergeError, match="b is active and not merged"):
         next(iter(randlora.merged_tensors(model)))
     report = randlora.merge(model, adapters=["b"], reversible=True)
