@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import randlora
 from randlora.errors import AdapterError, TargetError
-from tests.kit import fill, same_bits, untouched
+from tests.kit import same_bits, untouched
 from tests.laws import assert_close, needs_compiler, needs_export
 from tests.read_kinds import ATTENTION, READ_KINDS, ReadKind, every_family, output_of, weighted
 
@@ -105,17 +105,6 @@ def test_a_model_on_meta_is_planned_adapted_and_given_values_later(kind: ReadKin
     model.to_empty(device="cpu")
     model.load_state_dict(kind.adapted().state_dict())
     assert same_bits(kind.run(model), kind.run(kind.adapted()))
-
-
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
-def test_a_lazy_convolution_is_refused_as_a_target_and_is_no_matter_elsewhere() -> None:
-    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.Conv2d(4, 4, 3))
-    with pytest.raises(TargetError, match="0 has no shape yet: run one forward pass first"):
-        randlora.inject(model, r=2, targets=["0", "1"])
-    assert randlora.inject(model, r=2, targets=["1"]).targets == ("1",)
-    randlora.eject(model)
-    model(torch.randn(1, 3, 8, 8))
-    assert randlora.inject(model, r=2, targets=["0"]).rows[0].in_features == 27
 
 
 # Compilers: tests/test_compiled_kinds.py has blocks of layers
@@ -223,14 +212,3 @@ def test_a_weight_that_is_computed_since_is_an_error_of_the_forward_until_that_i
         parametrize.remove_parametrizations(owner, kind.attribute)
         assert same_bits(kind.run(model), before)
         randlora.eject(model)
-
-
-@every_family
-@torch.no_grad()
-def test_weight_norm_of_another_module_stands_beside(kind: ReadKind) -> None:
-    model = nn.Sequential(kind.model()[0], parametrizations.weight_norm(nn.Linear(3, 3)))
-    x = torch.randn(2, 3)
-    normed = model[1](x)
-    randlora.inject(model, **kind.adapter_options)
-    assert same_bits(kind.run(fill(model)), kind.run(kind.adapted()))
-    assert same_bits(model[1](x), normed)

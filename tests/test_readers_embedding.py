@@ -16,7 +16,7 @@ from randlora.errors import AdapterError, TargetError
 from randlora.readers.read_weight import EmbeddingAdapter
 from tests.kit import fill, same_bits, untouched
 from tests.laws import adapter_layer, assert_close
-from tests.models import BERT, GPT2, outputs
+from tests.models import GPT2
 from tests.read_kinds import Scaled
 
 
@@ -42,24 +42,6 @@ def test_the_update_of_the_table_is_not_formed_for_a_batch(monkeypatch: pytest.M
     found = model(torch.tensor([[1, 2], [2, 29]]))
     assert_close(found, expected, torch.float32)
     found.sum().backward()
-
-
-def test_code_that_reads_the_table_gets_the_update_too() -> None:
-    class TiedByHand(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.words = nn.Embedding(20, 12)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            output: Tensor = self.words(ids) @ self.words.weight.T
-            return output
-
-    model, ids = TiedByHand(), torch.tensor([1, 5])
-    randlora.inject(model, r=3, targets=["words"])
-    fill(model)
-    expected = model(ids)
-    randlora.merge(model)
-    assert_close(model(ids), expected, torch.float32)
 
 
 def test_positions_of_padding_have_the_rows_of_the_table_and_no_gradient() -> None:
@@ -127,23 +109,6 @@ def test_a_forward_of_a_subclass_computes_with_the_adapted_table(embedding: Any,
     assert all(parameter.grad.abs().max() > 0 for parameter in randlora.trainable_parameters(model))  # type: ignore[union-attr]
     assert randlora.merge(model).notes == ()
     assert_close(model[0](*given), found, torch.float32)
-
-
-def test_a_language_model_trains_its_words_and_positions_alone() -> None:
-    model, inputs = BERT.build(), BERT.inputs()
-    base = outputs(model, inputs)
-    report = randlora.inject(model, r=4, targets=["word_embeddings", "position_embeddings", "token_type_embeddings"])
-    assert report.targets == tuple(f"bert.embeddings.{name}_embeddings" for name in ("word", "position", "token_type"))
-    assert torch.equal(outputs(model, inputs), base)
-    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=1.0)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(**inputs).logits.square().sum().backward()
-        optimizer.step()
-    trained = outputs(model, inputs)
-    assert trained.square().sum() < base.square().sum()
-    randlora.merge(model)
-    assert_close(outputs(model, inputs), trained, torch.float32)
 
 
 def test_a_table_that_was_resized_since_is_an_error_and_not_another_result() -> None:

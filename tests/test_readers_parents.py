@@ -16,7 +16,7 @@ from randlora.errors import TargetError
 from randlora.layers.scopes import in_call
 from randlora.readers.parents import PARENTS, WITHOUT_GRADIENT, Parent
 from tests.kit import fill, same_bits, untouched
-from tests.models import clip, image, reproducible, torchvision_vit
+from tests.models import clip, image, reproducible
 from tests.transformers_zoo import tiny
 
 TRANSFORMERS = "transformers.models"
@@ -385,33 +385,18 @@ def test_a_module_that_calls_them_with_its_options_is_adapted(options: dict[str,
 # No adapter is a silent no-op
 
 
-def t5() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    return reproducible(lambda: transformers.T5Model(config))
-
-
-def mamba() -> nn.Module:
-    return reproducible(lambda: transformers.MambaModel(transformers.MambaConfig(vocab_size=20, **STATES)))
-
-
 IDS = torch.tensor([[1, 2, 3, 4]])
 PIXELS = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
     "clip": (clip, lambda model: model(image()["x"][:1], IDS.repeat(1, 2))),
-    "vit": (torchvision_vit, lambda model: model(**image())),
-    "mamba": (mamba, lambda model: model(IDS)),
     "swin": (swin, lambda model: model(PIXELS)),
     "swin v2": (lambda: swin("V2"), lambda model: model(PIXELS)),
-    "t5": (t5, lambda model: model(input_ids=IDS, decoder_input_ids=IDS)),
     "wavlm": (wavlm, lambda model: model(torch.randn(1, 200))),
 }
 
 
 READ = {
     "clip": ["out_proj"],
-    "mamba": ["dt_proj"],
     "swin": ["attn.qkv", "attn.proj"],
     "swin v2": ["attn.qkv", "attn.proj"],
     "wavlm": ["q_proj", "k_proj", "v_proj", "out_proj"],

@@ -1,7 +1,6 @@
 """A weight that code reads has its updates in a call of its module or of one around it, and is held as it is."""
 
 import copy
-import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -87,21 +86,6 @@ def test_what_goes_wrong_while_reading_is_not_answered_with_the_plain_weight(mon
     monkeypatch.setattr(TableReader, "in_storage_layout", staticmethod(broken))
     with pytest.raises(RuntimeError, match="cannot compute the adapted table: of the kind"):
         model(X)
-
-
-def test_an_owner_in_two_places_is_adapted_once() -> None:
-    shared = Tables()
-    model = nn.ModuleDict({"first": shared, "second": shared})
-    report = randlora.inject(model, r=3, targets=["second.table"])
-    assert report.targets == ("first.table",)
-    fill(model)
-    assert torch.equal(model["first"](X), model["second"](X))
-    assert {name for name in model.state_dict() if "randlora" in name} == {
-        f"{place}.table_randlora_{which}.default" for place in ("first", "second") for which in ("lambda", "gamma")
-    }
-    randlora.eject(model)
-    assert model["first"] is model["second"] is shared
-    assert type(shared) is Tables
 
 
 def test_another_weight_of_an_owner_whose_class_was_changed_since_is_refused() -> None:
@@ -238,19 +222,6 @@ def test_another_thread_reads_the_parameter_meanwhile() -> None:
     model.inner.register_forward_hook(look)
     model(IDS)
     assert found == [False, True]
-
-
-@pytest.mark.parametrize("twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_have_scopes_of_their_own_until_they_are_ejected(twin: Callable[[Any], Any]) -> None:
-    model = head()
-    other, plain = twin(model), Head()
-    assert same_bits(other(IDS), model(IDS))
-    assert is_parameter(other)
-    randlora.eject(other)
-    assert [(type(part), part._forward_hooks, part._forward_pre_hooks) for part in other.modules()] == [
-        (type(part), {}, {}) for part in plain.modules()
-    ]
-    assert_close(model(IDS), merged_output(model), torch.float32)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

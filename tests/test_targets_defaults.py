@@ -3,7 +3,7 @@
 import inspect
 import re
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import pytest
@@ -20,7 +20,6 @@ from randlora.errors import TargetError
 from randlora.targets.census import Census
 from randlora.targets.select import HEAD_NAMES, TARGET_PRESETS, Selection, select
 from tests.further import further
-from tests.models import LLAMA
 from tests.transformers_zoo import every_type, on_meta
 
 TYPES = {
@@ -226,32 +225,6 @@ def test_attention_alone_is_adapted_in_every_model_of_diffusers() -> None:
         assert [fqn for fqn in fqns if re.search(r"time|proj_out|norm_out|conv_out", fqn)] == []
     assert without == set(OTHERS)
     assert covered >= 80
-
-
-def test_weights_that_several_layers_share_are_left_out_with_the_reason() -> None:
-    """The attention of Zamba 2, all of which is shared; another layer's weight that a third one shares."""
-    sides = {"mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "num_mem_blocks": 1, "adapter_rank": 4}
-    kinds = ["mamba", "hybrid", "mamba", "hybrid"]
-    config = transformers.Zamba2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, hybrid_layer_ids=[1, 3], layers_block_type=kinds, **sides,
-    )  # fmt: skip
-    model = transformers.Zamba2ForCausalLM(config)
-    for targets in (None, "all-linear"):
-        report = randlora.plan(model, r=4, targets=targets)
-        assert report.targets
-        assert not any("shared_transformer" in fqn for fqn in report.targets)
-        why = report.skipped["model.layers.1.shared_transformer.self_attn.q_proj"]
-        assert why == "tied to model.layers.3.shared_transformer.self_attn.q_proj.weight"
-    with pytest.raises(TargetError, match="is tied to"):
-        randlora.plan(model, r=4, targets=["q_proj"])
-    llama = cast("Any", LLAMA.build())
-    llama.model.layers[0].self_attn.v_proj.weight = llama.model.layers[1].self_attn.v_proj.weight
-    report = randlora.plan(llama, r=4)
-    assert {fqn.rpartition(".")[2] for fqn in report.targets} == {"q_proj"}
-    assert [fqn for fqn in report.skipped if fqn.endswith("v_proj")] == [
-        f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)
-    ]
 
 
 NOT_IN_TRANSFORMERS = {

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import TargetError
-from randlora.layers import AdapterLayer, registry
-from randlora.readers.read_weight import ReadWeight
+from randlora.layers.linear import LinearAdapter
 from randlora.report import Report
 from randlora.targets.left_out import LeftOut
 from tests.kit import fill, on_one_line, untouched
 from tests.transformers_zoo import tiny
 
 RULES = (None, "all-linear", "all")
+ATTENTION = ("attention.in_proj_weight", "attention.out_proj")
 HEAD = "the output head"
 NO_LAYER = "for which there is no adapter layer"
 
@@ -44,55 +44,15 @@ class Odd(Held):
         super().__init__(table=(3, 5), stack=(2, 3, 4), scale=(7,))
 
 
-class Kernel(Held):
-    """A layer of the kind "convolution"."""
-
-    def __init__(self) -> None:
-        super().__init__(weight=(6, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.get_parameter("weight").T
-
-
 class Experts(Held):
-    """Two matrices that other code reads, of the kind "experts", and one that no kind serves."""
+    """Two stacks of the kind "experts", and a matrix that no kind serves."""
 
     def __init__(self) -> None:
-        super().__init__(up_proj=(8, 6), down_proj=(6, 8), router=(4, 6))
+        super().__init__(up_proj=(2, 8, 6), down_proj=(2, 6, 8), router=(4, 6))
 
 
-class Attention(Held):
-    """A matrix that other code reads, of the kind "attention"."""
-
-    def __init__(self) -> None:
-        super().__init__(in_proj=(12, 4))
-
-
-class Plain(AdapterLayer):
-    @classmethod
-    def features(cls, owner: nn.Module) -> tuple[int, int]:
-        out_features, in_features = owner._parameters[cls.attribute].shape  # type: ignore[union-attr]
-        return in_features, out_features
-
-    @staticmethod
-    def in_storage_layout(delta: Tensor) -> Tensor:
-        return delta
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _kinds() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_layers", dict(registry._layers))
-        patch.setattr(registry, "_readers", {name: dict(kinds) for name, kinds in registry._readers.items()})
-        for owner, base, kind, attribute in (
-            (Kernel, Plain, "convolution", "weight"),
-            (Experts, ReadWeight, "experts", "up_proj"),
-            (Experts, ReadWeight, "experts", "down_proj"),
-            (Attention, ReadWeight, "attention", "in_proj"),
-        ):
-            made = type("Reader", (Plain,) if base is Plain else (Plain, base), {"kind": kind, "attribute": attribute})
-            randlora.layers.register_layer(owner)(made)
-        yield
+def kernel() -> nn.Module:
+    return nn.Conv1d(4, 6, 1, bias=False)
 
 
 def quiet_plan(model: nn.Module, **options: Any) -> Report:
@@ -107,12 +67,12 @@ def groups(report: Report) -> dict[str, LeftOut]:
 
 def mixed() -> nn.ModuleDict:
     return nn.ModuleDict({
-        "attention": Attention(),
+        "attention": nn.MultiheadAttention(4, 2),
         "up": nn.Linear(4, 6),
-        "kernel": Kernel(),
+        "kernel": kernel(),
         "experts": Experts(),
         "odd": Odd(),
-        "head": nn.Sequential(Kernel(), nn.Linear(6, 3)),
+        "head": nn.Sequential(kernel(), nn.Linear(6, 3)),
     })
 
 
@@ -153,32 +113,32 @@ def assert_every_matrix_is_told_of_once(model: nn.Module, report: Report) -> Non
 def test_all_linear_is_linear_layers_and_attention_and_all_is_every_kind() -> None:
     heads = {"head.1": HEAD, "head.0": HEAD}
     report = quiet_plan(mixed(), targets="all-linear")
-    assert report.targets == quiet_plan(mixed()).targets == ("attention.in_proj", "up")
+    assert report.targets == quiet_plan(mixed()).targets == (*ATTENTION, "up")
     assert report.skipped == heads
     report = quiet_plan(mixed(), targets="all")
-    assert report.targets == ("attention.in_proj", "up", "kernel", "experts.up_proj", "experts.down_proj")
+    assert report.targets == (*ATTENTION, "up", "kernel", "experts.up_proj", "experts.down_proj")
     assert report.skipped == heads
     assert report.rule == "all layers and weights that can be adapted but the output head"
     rows = [(row.kind, row.count, row.in_features, row.out_features) for row in report.rows]
-    assert rows[2:] == [("convolution", 1, 4, 6), ("experts", 1, 6, 8), ("experts", 1, 8, 6)]
+    assert rows[3:] == [("convolution", 1, 4, 6), ("experts", 2, 6, 8), ("experts", 2, 8, 6)]
 
 
 def test_a_report_says_what_is_left_out_and_how_much_of_the_model_that_is() -> None:
     report = quiet_plan(mixed(), targets="all-linear")
     total = sum(parameter.numel() for parameter in mixed().parameters())
     register = "register one with randlora.layers.register_layer"
-    adds = 'targets="all" adapts them and trains 48 more parameters'
+    adds = 'targets="all" adapts them and trains 96 more parameters'
     said = [
         "left out: head.1, head.0 (the output head)",
         f'left out: 1 convolution, {24 / total:.2%} of the weights: targets="all" adapts it',
-        f"left out: 2 expert tensors, {96 / total:.2%} of the weights: {adds}",
+        f"left out: 2 expert tensors, {192 / total:.2%} of the weights: {adds}",
         f"no adapter layer for 2 parameters of Odd, {39 / total:.2%} of the weights: {register}",
         f"no adapter layer for 1 parameter of Experts, {24 / total:.2%} of the weights: {register}",
     ]
     assert " ".join(said) in on_one_line(report)
     fqns = ("experts.up_proj", "experts.down_proj")
-    assert groups(report)["experts"] == LeftOut("experts", None, fqns, 96, 96 / total, 48, "all", None)
-    assert quiet_plan(mixed(), targets=[*fqns]).trainable_parameters == 48
+    assert groups(report)["experts"] == LeftOut("experts", None, fqns, 192, 192 / total, 96, "all", None)
+    assert quiet_plan(mixed(), targets=[*fqns]).trainable_parameters == 96
 
 
 def test_a_preset_adapts_what_it_names_in_a_head_too_and_leaves_out_other_layers() -> None:
@@ -231,7 +191,7 @@ UNSOUND: dict[str, Callable[[], nn.Module]] = {
     "integers": integers,
     "normed": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)),
     "normed_of_old": old_weight_norm,
-    "normed_kernel": lambda: torch.nn.utils.parametrizations.weight_norm(Kernel()),
+    "normed_kernel": lambda: torch.nn.utils.parametrizations.weight_norm(kernel()),
 }
 
 
@@ -258,7 +218,7 @@ def test_all_skips_with_the_reason_what_all_linear_refuses(make: Any, reason: st
 
 
 def test_a_weight_tied_to_the_head_is_skipped_by_all_and_an_error_if_named() -> None:
-    model = nn.ModuleDict({"kernel": Kernel(), "up": nn.Linear(4, 6), "head": nn.Linear(4, 6)})
+    model = nn.ModuleDict({"kernel": kernel(), "up": nn.Linear(4, 6), "head": nn.Linear(4, 6)})
     model["head"].weight = model["kernel"].weight
     report = quiet_plan(model, targets="all")
     assert (report.targets, report.skipped) == (("up",), {"head": HEAD, "kernel": "tied to head.weight"})
@@ -268,7 +228,7 @@ def test_a_weight_tied_to_the_head_is_skipped_by_all_and_an_error_if_named() -> 
 
 def test_where_the_default_finds_nothing_the_error_says_what_there_is() -> None:
     with pytest.raises(TargetError, match="no layer is left to adapt") as caught:
-        quiet_plan(nn.ModuleDict({"kernel": Kernel(), "odd": Odd(), "head": nn.Linear(6, 3)}))
+        quiet_plan(nn.ModuleDict({"kernel": kernel(), "odd": Odd(), "head": nn.Linear(6, 3)}))
     told = str(caught.value)
     assert re.search(r'; left out: 1 convolution, .* of the weights: targets="all" adapts it', told)
     assert "; skipped: head (the output head)" in told
@@ -277,7 +237,7 @@ def test_where_the_default_finds_nothing_the_error_says_what_there_is() -> None:
 
 def test_a_kind_that_there_is_not_cannot_be_registered() -> None:
     with pytest.raises(TypeError, match="Misnamed has kind='conv': expected one of linear, attention, convolution"):
-        randlora.layers.register_layer(Kernel)(type("Misnamed", (Plain,), {"kind": "conv"}))
+        randlora.layers.register_layer(Odd)(type("Misnamed", (LinearAdapter,), {"kind": "conv"}))
 
 
 OF_NO_KIND: list[tuple[Any, str]] = [
@@ -324,7 +284,7 @@ def test_a_default_that_adapts_only_a_head_warns_at_the_line_that_asked() -> Non
 
 
 def test_a_warning_that_is_an_error_changes_nothing() -> None:
-    model = nn.Sequential(Kernel(), nn.Linear(6, 2))
+    model = nn.Sequential(kernel(), nn.Linear(6, 2))
     with untouched(model), pytest.raises(UserWarning, match=r'the default adapts only 1, .*: give targets="all"; left'):
         randlora.inject(model, r=2)
     with torch.device("meta"):
@@ -336,12 +296,12 @@ def test_a_warning_that_is_an_error_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("layers", "options"),
     [
-        ((Kernel(), nn.Linear(6, 2)), {"targets": "all-linear"}),
-        ((Kernel(), nn.Linear(6, 2)), {"targets": ["1"]}),
-        ((Kernel(), nn.Linear(6, 2)), {"exclude": ["0"]}),
+        ((kernel(), nn.Linear(6, 2)), {"targets": "all-linear"}),
+        ((kernel(), nn.Linear(6, 2)), {"targets": ["1"]}),
+        ((kernel(), nn.Linear(6, 2)), {"exclude": ["0"]}),
         ((nn.Linear(6, 2),), {}),
         ((nn.Linear(6, 2), nn.Tanh(), nn.LayerNorm(2)), {}),
-        ((nn.Linear(6, 2), Kernel()), {}),
+        ((nn.Linear(6, 2), kernel()), {}),
     ],
     ids=["all-linear", "named", "excluded", "alone", "no-matrix-beside", "not-the-last"],
 )
@@ -356,12 +316,11 @@ SOUND: dict[str, Callable[[], nn.Module]] = {
     "norm": lambda: nn.LayerNorm(4),
     "odd": Odd,
     "rare": type("Rare", (Odd,), {}),
-    "kernel": Kernel,
+    "kernel": kernel,
     "experts": Experts,
-    "attention": Attention,
     "torchs_attention": lambda: nn.MultiheadAttention(4, 2),
     "recurrent": lambda: nn.GRU(4, 4),
-    "nested": lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(Kernel(), Odd())),
+    "nested": lambda: nn.Sequential(nn.Linear(4, 4), nn.Sequential(kernel(), Odd())),
 }
 
 
@@ -372,13 +331,13 @@ def models(draw: st.DrawFn, leaves: dict[str, Any]) -> nn.ModuleDict:
     for place, name in enumerate(draw(st.lists(st.sampled_from(sorted(leaves)), max_size=6))):
         model[f"{name}_{place}"] = leaves[name]()
     if draw(st.booleans()):
-        model["head"] = draw(st.sampled_from([lambda: nn.Linear(4, 5), Odd, Kernel, Experts]))()
+        model["head"] = draw(st.sampled_from([lambda: nn.Linear(4, 5), Odd, kernel, Experts]))()
     names = sorted(model)
     if draw(st.booleans()):
         model["again"] = model[draw(st.sampled_from(names))]
     if draw(st.booleans()):
         model["tied"] = Odd()
-        kernels = [name for name in names if isinstance(model[name], Kernel) and "weight" in model[name]._parameters]
+        kernels = [name for name in names if isinstance(model[name], nn.Conv1d) and "weight" in model[name]._parameters]
         model["tied"].table = model[draw(st.sampled_from(kernels))].weight if kernels else model["tied"].table
     if model.__dict__["config"].model_type:
         model["query_key_value"] = nn.Linear(4, 12)
