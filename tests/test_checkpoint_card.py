@@ -75,7 +75,8 @@ def test_the_hubs_own_library_reads_the_front_matter(tmp_path: Path) -> None:
 
 def bart() -> nn.Module:
     sides = {f"{side}_{key}": 2 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
-    model: nn.Module = transformers.BartForConditionalGeneration(transformers.BartConfig(d_model=16, vocab_size=20, **sides))
+    config = transformers.BartConfig(d_model=16, vocab_size=20, **sides)
+    model: nn.Module = transformers.BartForConditionalGeneration(config)
     return model
 
 

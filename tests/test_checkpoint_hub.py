@@ -1,6 +1,5 @@
 """The Hub: adapters pushed to a small one on this machine and loaded from it, by huggingface_hub's own client."""
 
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -104,32 +103,6 @@ def test_a_card_that_somebody_wrote_survives_a_push_and_ones_own_wins(
     files = pushed.repositories["user/repo"].files()
     assert files[CARD_FILE] == (here or there)
     assert files[TENSORS_FILE] == (tmp_path / "again" / TENSORS_FILE).read_bytes()
-
-
-def cached(tmp_path: Path, commit: str = "0123456789abcdef0123456789abcdef01234567") -> Path:
-    """Lay an adapter out as huggingface_hub's cache does: a ref, a snapshot of links, and what they point to."""
-    randlora.save(trained(LINEAR), tmp_path / "saved")
-    repository = tmp_path / "cache" / "models--user--repo"
-    snapshot_directory = repository / "snapshots" / commit
-    for directory in (snapshot_directory, repository / "blobs", repository / "refs"):
-        directory.mkdir(parents=True)
-    for number, name in enumerate([CONFIG_FILE, TENSORS_FILE]):
-        blob = repository / "blobs" / f"{number:040x}"
-        blob.write_bytes((tmp_path / "saved" / name).read_bytes())
-        (snapshot_directory / name).symlink_to(os.path.relpath(blob, snapshot_directory))
-    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
-    return snapshot_directory
-
-
-def test_a_cache_that_somebody_filled_is_read_offline(tmp_path: Path) -> None:
-    directory = cached(tmp_path)
-    for revision in (None, "main", directory.name):
-        loads("user/repo", LINEAR, revision=revision)
-    path = directory / TENSORS_FILE
-    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
-    refused(LINEAR.build(), "user/repo", "cannot load 'user/repo': the file's contents do not match its checksum")
-    path.unlink()
-    refused(LINEAR.build(), "user/repo", f"the Hub's repository 'user/repo' has no {TENSORS_FILE}")
 
 
 # Several adapters in one repository

@@ -1,33 +1,25 @@
 """`load`: where it reads, what it adds, what it leaves alone, and every model it refuses without a trace."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.errors import AdapterError
 from tests.checkpoint_files import (
-    CASES,
     CONFIG_FILE,
     HEADED,
     LINEAR,
     TENSORS_FILE,
-    Case,
-    Headed,
     basis_of,
     refused,
     trained,
 )
 from tests.kit import adapter_values, all_bits, bits, fill, on_one_line
-from tests.strategies import KINDS_AND_STREAMS
 
 
 @pytest.fixture
@@ -78,34 +70,6 @@ def test_a_trainable_adapter_trains_its_own_parameters_and_nothing_else(headed: 
     assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
 
 
-# Beside other adapters
-
-
-@st.composite
-def bases(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw a rank, a kind and a seed that two adapters may or may not have in common."""
-    kind, stream = draw(st.sampled_from(KINDS_AND_STREAMS))
-    return {"basis": kind, "stream": stream, "r": draw(st.sampled_from([8, 12])), "seed": draw(st.integers(0, 1))}
-
-
-@given(st.sampled_from(CASES), bases(), bases())
-def test_loading_a_second_adapter_changes_no_bit_of_the_first(
-    case: Case, first: dict[str, Any], second: dict[str, Any]
-) -> None:
-    model = trained(case, **first, name="first")
-    output, values = case.output(model), all_bits(adapter_values(model, "first"))
-    parameters = {id(parameter) for parameter in randlora.trainable_parameters(model)}
-    with tempfile.TemporaryDirectory() as directory:
-        randlora.save(trained(case, **second), directory)
-        randlora.load(model, directory, name="second")
-    assert torch.equal(case.output(model), output)
-    assert all_bits(adapter_values(model, "first")) == values
-    assert {id(parameter) for parameter in randlora.trainable_parameters(model)} == parameters
-    infos = {info.name: info for info in randlora.adapters(model)}
-    assert (infos["second"].weight, infos["second"].is_trainable) == (None, False)
-    assert (infos["first"].weight, infos["first"].is_trainable) == (1.0, True)
-
-
 def test_load_can_make_the_second_adapter_the_only_active_one_and_share_its_bases(saved: Path) -> None:
     alone, model = LINEAR.build(), trained(LINEAR, name="first")
     fill(model, "first", seed=4)
@@ -114,22 +78,6 @@ def test_load_can_make_the_second_adapter_the_only_active_one_and_share_its_base
     assert [info.weight for info in randlora.adapters(model)] == [None, 1.0]
     assert torch.equal(LINEAR.output(model), LINEAR.output(alone))
     assert basis_of(model, "first") is basis_of(model, "second")
-
-
-@pytest.mark.parametrize("stream", ["portable", "torch"])
-def test_a_portable_basis_grows_for_a_larger_adapter_and_one_of_torchs_brings_its_own(
-    stream: str, tmp_path: Path
-) -> None:
-    small, large = Case("small", Headed, {"targets": ["head"]}), Case("large", Headed, {"targets": ["0", "2"]})
-    randlora.save(trained(large, stream=stream), tmp_path)
-    model, alone = trained(small, stream=stream, name="small"), large.build()
-    output = small.output(model)
-    randlora.load(model, tmp_path, name="large")
-    randlora.load(alone, tmp_path)
-    assert (basis_of(model, "small") is basis_of(model, "large")) == (stream == "portable")
-    assert torch.equal(small.output(model), output)
-    randlora.activate(model, "large")
-    assert torch.equal(large.output(model), large.output(alone))
 
 
 def test_a_model_that_can_take_no_adapter_of_that_name_or_none_now_is_refused(saved: Path) -> None:

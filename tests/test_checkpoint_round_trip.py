@@ -1,7 +1,6 @@
 """Law 9: what is saved and then loaded is the same adapter, bit for bit, whatever the model is doing meanwhile."""
 
 import copy
-import tempfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -32,7 +31,6 @@ from tests.checkpoint_files import (
 )
 from tests.kit import Bits, adapter_values, all_bits, fill, same_bits, snapshot
 from tests.laws import TOKENS, Mixed
-from tests.layer_kinds import LayerKind, every_mergeable_kind
 from tests.model_directories import contents
 from tests.strategies import KINDS_AND_STREAMS, seeds
 
@@ -75,33 +73,24 @@ def inject_options(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@settings(max_examples=40)
 @given(st.sampled_from(CASES), inject_options(), st.sampled_from(["seed", "stored"]))
-def test_save_then_load_is_the_identity_for_any_options(case: Case, options: dict[str, Any], bases: Stored) -> None:
+def test_save_then_load_is_the_identity_for_any_options_and_leaves_no_trace(
+    case: Case, options: dict[str, Any], bases: Stored
+) -> None:
     model, twin = trained(case, **options), case.build()
-    with tempfile.TemporaryDirectory() as directory:
-        randlora.save(model, directory, bases=bases)
-        randlora.load(twin, directory)
-    assert_same_adapter(model, twin, case)
-
-
-@pytest.mark.parametrize(
-    ("case", "bases"),
-    [(case, ("seed", "stored")[place % 2]) for place, case in enumerate(CASES)],
-    ids=lambda value: getattr(value, "name", value),
-)
-def test_every_model_is_saved_and_loaded_and_left_without_a_trace(case: Case, bases: Stored, tmp_path: Path) -> None:
-    model, twin = trained(case), case.build()
-    before, fresh, plain, generator = snapshot(model), snapshot(twin), case.output(twin), torch.get_rng_state()
-    randlora.save(model, tmp_path / "first", bases=bases)
-    with torch.inference_mode():
-        randlora.save(nn.ModuleDict({"inner": model}), tmp_path / "again", bases=bases)  # its names are its own
-    assert snapshot(model) == before
-    randlora.load(twin, tmp_path / "first")
-    assert torch.equal(torch.get_rng_state(), generator)
-    assert_same_adapter(model, twin, case)
-    assert not torch.equal(case.output(twin), plain)
-    randlora.save(twin, tmp_path / "second", bases=bases)
-    assert contents(tmp_path / "second") == contents(tmp_path / "first") == contents(tmp_path / "again")
+    before, fresh, generator = snapshot(model), snapshot(twin), torch.get_rng_state()
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        randlora.save(model, place / "first", bases=bases)
+        with torch.inference_mode():
+            randlora.save(nn.ModuleDict({"inner": model}), place / "again", bases=bases)  # its names are its own
+        assert snapshot(model) == before
+        randlora.load(twin, place / "first")
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert_same_adapter(model, twin, case)
+        randlora.save(twin, place / "second", bases=bases)
+        assert contents(place / "second") == contents(place / "first") == contents(place / "again")
     randlora.eject(twin)
     assert snapshot(twin) == fresh
 
@@ -163,17 +152,6 @@ def test_an_adapter_whose_bases_grew_for_another_is_saved_as_if_alone(bases: Sto
     assert found == expected
 
 
-def test_an_inactive_adapter_is_saved_with_its_own_copy_of_a_parameter(tmp_path: Path) -> None:
-    model = trained(HEADED, name="one")
-    randlora.inject(model, **{**HEADED.options, "r": 2, "name": "two"})
-    fill(model, "two", seed=9)
-    twin = HEADED.build()
-    randlora.save(model, tmp_path, name="two")
-    randlora.load(twin, tmp_path)
-    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(model, "two"))
-    assert all_bits(adapter_values(twin)) != all_bits(adapter_values(model, "one"))
-
-
 LAYERS = "embed", "q", "up", "down", "head"
 PARAMETERS = tuple(name for name, _ in Mixed().named_parameters())
 SITUATIONS: dict[str, Any] = {
@@ -231,29 +209,3 @@ def test_what_is_saved_does_not_depend_on_the_situation_and_makes_a_fresh_model_
 def saved(model: nn.Module, directory: Path, name: str) -> bytes:
     randlora.save(model, directory, name=name)
     return (directory / TENSORS_FILE).read_bytes()
-
-
-@every_mergeable_kind
-@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
-def test_what_one_adapter_trains_of_a_layer_that_another_is_merged_into(
-    kind: LayerKind, quantized: Any, tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    layer = kind.build(128, 32, True, kind.exact)
-    model = nn.Sequential(layer, nn.Linear(4, 6))
-    also = ["0.bias"] if kind.is_quantized else ["0.bias", "0.weight"]
-    randlora.inject(model, r=4, targets=["0"], name="a")
-    randlora.inject(model, r=2, targets=["1"], train_also=also, name="b")
-    fill(model, "a")
-    fill(model, "b")
-    randlora.activate(model, ["a", "b"])
-    before, state = saved(model, tmp_path, "b"), tensors_of(model.state_dict())
-    with randlora.merged(model, quantized=quantized):
-        assert saved(model, tmp_path, "b") == before
-        assert tensors_of(model.state_dict()) == state
-        assert saved(copy.deepcopy(model), tmp_path, "b") == before
-    assert saved(model, tmp_path, "b") == before
-
-
-def tensors_of(state: dict[str, Any]) -> dict[str, Any]:
-    return all_bits({name: value for name, value in state.items() if isinstance(value, Tensor)})

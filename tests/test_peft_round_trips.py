@@ -212,10 +212,3 @@ def test_bases_whose_scale_peft_rounded_are_kept_as_they_are(
     assert held.stored is not None
     assert torch.equal(held.slices(*held.extent, device="cpu", dtype=torch.float32).B, rounded)
     assert basis_of(loaded(LLAMA, tmp_path / "exact", dtype)).stored is None
-
-
-def test_a_model_of_pefts_cast_as_a_whole_is_read(tmp_path: Path) -> None:
-    theirs = peft_model(LLAMA).half()
-    theirs.save_pretrained(tmp_path)
-    assert {tensor.dtype for tensor in read_tensors(tmp_path)[0].values()} == {torch.float16}
-    assert_same_deltas(loaded(LLAMA, tmp_path, torch.float16), theirs, LLAMA, 1e-5)
