@@ -1,7 +1,9 @@
-"""Tracers and modes of torch: whatever sees a model first leaves it as good as it was."""
+"""Tracers, exporters and modes of torch: what sees a model first leaves it as good as it was, and computes the same."""
 
+import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,18 +14,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import randlora
 from randlora.errors import AdapterError
+from tests.examples import snippet
 from tests.kit import fill, same_bits, untouched
 from tests.laws import assert_close, needs_export
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script(_method)?. is deprecated"),  # what the compiler imports
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),  # of torch about itself
+]
 every_basis = pytest.mark.parametrize("basis", ["dense", "block"])
 
 
-def cold_model(basis: Any) -> nn.Sequential:
+def cold_model(**options: Any) -> nn.Module:
     """Make a filled model whose bases nothing has written out yet."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
-    randlora.inject(model, r=4, targets="all-linear", basis=basis)
-    return fill(model)
+    randlora.inject(model, r=4, targets="all-linear", **options)
+    return fill(model, spread=0.3)
 
 
 def compile_in_inference_mode(model: nn.Module, x: Tensor) -> Tensor:
@@ -62,8 +69,8 @@ def run_with_fake_tensors(model: nn.Module, x: Tensor) -> Tensor:
 def test_a_tracer_that_comes_first_sees_the_right_values_and_spoils_none(
     see: Callable[[nn.Module, Tensor], Tensor], basis: str
 ) -> None:
-    expected = cold_model(basis)(x := torch.randn(3, 8))
-    model = cold_model(basis)
+    expected = cold_model(basis=basis)(x := torch.randn(3, 8))
+    model = cold_model(basis=basis)
     assert_close(see(model, x).detach(), expected.detach(), torch.float32)
     assert same_bits(model(x), expected)
     model(x).sum().backward()
@@ -72,7 +79,7 @@ def test_a_tracer_that_comes_first_sees_the_right_values_and_spoils_none(
 
 @every_basis
 def test_a_transform_that_comes_first_spoils_no_bases_for_the_next(basis: str) -> None:
-    model = pickle.loads(pickle.dumps(cold_model(basis)))  # a pickle holds no bases that a seed brings back
+    model = pickle.loads(pickle.dumps(cold_model(basis=basis)))  # a pickle holds no bases that a seed brings back
     lam, x = model.get_parameter("0.randlora_lambda.default").detach(), torch.randn(3, 8)
 
     def loss(lam: Tensor) -> Tensor:
@@ -109,10 +116,80 @@ def test_the_number_of_tokens_is_no_condition_of_a_graph(basis: Any, dynamic: bo
     assert counter.frame_count == most
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # what torch.compile imports
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
 def test_a_wrapper_is_not_adapted_under_the_names_it_gives(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     wrapped = wrap(model)
     with untouched(model), pytest.raises(AdapterError, match=r"call this on the wrapped model\.(_orig_mod|module)"):
         randlora.inject(wrapped, r=4)
+
+
+# Programs exported from adapted models, run by other runtimes: packages of AOTInductor, and ONNX
+
+DYNAMIC = ({0: torch.export.Dim("tokens", min=2, max=64)},)
+
+
+@pytest.mark.medium
+@needs_export
+@pytest.mark.parametrize(
+    ("options", "strict"),
+    [({}, False), ({"basis": "block"}, True), ({"basis": "sparse", "stream": "portable"}, False)],
+    ids=["dense", "block, strict", "sparse"],
+)
+def test_a_program_of_any_number_of_tokens_is_saved_loaded_and_trained(options: dict[str, Any], strict: bool) -> None:
+    model, file = cold_model(**options), io.BytesIO()
+    exported = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=DYNAMIC, strict=strict)
+    torch.export.save(exported, file)
+    file.seek(0)
+    program = torch.export.load(file).module()
+    for tokens in (2, 64):
+        x = torch.randn(tokens, 8)
+        assert_close(program(x), model(x), torch.float32)
+    program = torch.export.export(model, (x,)).module()
+    program(x).square().sum().backward()
+    model(x).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = dict(program.named_parameters())
+    assert len(expected) == 4
+    for name, grad in expected.items():
+        ours = found[name].grad
+        assert grad is not None
+        assert ours is not None
+        assert_close(ours, grad, torch.float32)
+
+
+@pytest.mark.medium
+@needs_export
+def test_onnx_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    model, x = cold_model(basis="block"), torch.randn(3, 8)
+    exec(snippet("compiling.md", "torch.onnx"), found := {"torch": torch, "model": model, "x": x})
+    assert_close(torch.from_numpy(found["output"]), model(x), torch.float32)
+
+
+@pytest.mark.slow
+@needs_export
+def test_a_package_of_aotinductor_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = cold_model(basis="block")
+    exec(snippet("compiling.md", "aoti"), found := {"torch": torch, "model": model, "x": torch.randn(3, 8)})
+    run: Any = found["run"]
+    for tokens in (2, 7):
+        x = torch.randn(tokens, 8)
+        assert_close(run(x), model(x), torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace(_method)?. is deprecated")
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean might")  # sizes, which are constants of it
+@every_basis
+def test_a_traced_model_computes_the_same_and_is_trained(basis: str) -> None:
+    """The check that torch makes is another trace, without gradients, which must have the same operators."""
+    model, x = cold_model(basis=basis), torch.randn(3, 8)
+    traced: Any = torch.jit.trace(model, (x,))
+    outputs, trained = (traced(x), model(x)), [*randlora.trainable_parameters(model)]
+    assert_close(outputs[0].detach(), outputs[1].detach(), torch.float32)
+    found, expected = (torch.autograd.grad(out.square().sum(), trained) for out in outputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, torch.float32)

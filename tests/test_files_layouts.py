@@ -1,7 +1,7 @@
 """A LoRA in the files of other programs: each gets the update that was measured, by its own rules for names and ranks.
 
 diffusers and PEFT are the real ones. vLLM, SGLang, llama.cpp and mlx-lm are not installed with the tests; what they do
-with names, ranks and scalings is written down here.
+with names, ranks and scalings is said where it is checked.
 """
 
 import json
@@ -41,65 +41,39 @@ def assert_updates(found: dict[str, Tensor], model: nn.Module) -> None:
         assert torch.linalg.norm(each - update) <= FULL * torch.linalg.norm(update), fqn
 
 
-# --- what other programs make of PEFT's layout -----------------------------------------------------------------------
-
-
-def pairs(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return B and A of every layer, by its name; any tensor of another name is an error, as to all of the servers."""
-    tensors = {key: tensor.double() for key, tensor in load_file(directory / TENSORS_FILE).items()}
-    fqns = {key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in tensors}
-    assert tensors.keys() == {f"{PREFIX}{fqn}.lora_{part}.weight" for fqn in fqns for part in "AB"}
-    return {fqn: (tensors[f"{PREFIX}{fqn}.lora_B.weight"], tensors[f"{PREFIX}{fqn}.lora_A.weight"]) for fqn in fqns}
-
-
-def in_vllm(directory: Path) -> dict[str, Tensor]:
-    """Scale every layer by one number, and pad its factors to the server's rank."""
-    fields = read_fields(directory)
-    assert not fields["modules_to_save"]
-    assert not fields["use_dora"]
-    assert isinstance(fields["target_modules"], str | list)
-    assert all(len(lora_A) <= fields["r"] for _, lora_A in pairs(directory).values())
-    scaling = fields["lora_alpha"] / fields["r"]
-    return {fqn: scaling * lora_B @ lora_A for fqn, (lora_B, lora_A) in pairs(directory).items()}
-
-
-def in_sglang(directory: Path) -> dict[str, Tensor]:
-    """Copy factors into room for exactly r, and take names of modules from a list."""
-    fields = read_fields(directory)
-    assert isinstance(fields["target_modules"], list)
-    if {len(lora_A) for _, lora_A in pairs(directory).values()} != {fields["r"]}:
-        raise ValueError("shape mismatch")
-    return in_vllm(directory)
-
-
-def in_llama_cpp(directory: Path) -> dict[str, Tensor]:
-    """Keep one alpha of the JSON, and divide it by the rank of each tensor."""
-    alpha = read_fields(directory)["lora_alpha"]
-    return {fqn: alpha / lora_B.shape[1] * lora_B @ lora_A for fqn, (lora_B, lora_A) in pairs(directory).items()}
-
-
 def test_servers_of_one_rank_add_the_update_and_a_note_says_where_ranks_that_differ_are_none_for_them(
     tmp_path: Path,
 ) -> None:
+    """Of vLLM, SGLang and llama.cpp.
+
+    vLLM scales every layer by ``lora_alpha / r`` and pads its factors to r, SGLang copies them into room for exactly r
+    and reads names from a list, and llama.cpp divides ``lora_alpha`` by the rank of each tensor. Any tensor of another
+    name is an error to all of them, and so are ``modules_to_save`` and ``use_dora``.
+    """
     source, model = our_directory(LLAMA, tmp_path)
-    one = randlora.files.convert(source, tmp_path / "one", "lora", rank=32, tolerance=FULL)
-    assert one.notes == ()
-    padded = randlora.files.convert(source, tmp_path / "padded", "lora", tolerance=FULL, same_rank=True)
-    assert padded.notes[-1].endswith("padded with zeros to rank 32, which changes no update")
-    fields = read_fields(tmp_path / "padded")
-    assert (fields["r"], fields["lora_alpha"], fields["rank_pattern"], fields["alpha_pattern"]) == (32, 32, {}, {})
-    assert_same_effect(model, in_peft(LLAMA, tmp_path / "padded"), LLAMA)
-    for server in (in_vllm, in_sglang, in_llama_cpp):
-        for name in ("one", "padded"):
-            assert_updates(server(tmp_path / name), model)
-    mixed = randlora.files.convert(source, tmp_path / "mixed", "lora", tolerance=FULL)
-    assert mixed.layers == padded.layers
-    assert "SGLang does not, and llama.cpp would scale layers wrongly; same_rank=True" in mixed.notes[-1]
-    assert_updates(in_vllm(tmp_path / "mixed"), model)
-    with pytest.raises(ValueError, match="shape mismatch"):
-        in_sglang(tmp_path / "mixed")
-    with pytest.raises(AssertionError):
-        assert_updates(in_llama_cpp(tmp_path / "mixed"), model)
+    options: dict[str, dict[str, Any]] = {"one": {"rank": 32}, "padded": {"same_rank": True}, "mixed": {}}
+    notes, layers = {}, {}
+    for name, given in options.items():
+        report = randlora.files.convert(source, tmp_path / name, "lora", tolerance=FULL, **given)
+        notes[name], layers[name] = report.notes, report.layers
+        fields, tensors = read_fields(tmp_path / name), load_file(tmp_path / name / TENSORS_FILE)
+        assert not fields["modules_to_save"]
+        assert not fields["use_dora"]
+        assert isinstance(fields["target_modules"], list)
+        fqns = [layer.fqn for layer in report.layers]
+        assert tensors.keys() == {f"{PREFIX}{fqn}.lora_{part}.weight" for fqn in fqns for part in "AB"}
+        ranks = {len(tensor) for key, tensor in tensors.items() if ".lora_A." in key}
+        assert (ranks == {fields["r"]}) == (name != "mixed")
+        assert max(ranks) <= fields["r"] == fields["lora_alpha"]
+        factors = {fqn: [tensors[f"{PREFIX}{fqn}.lora_{part}.weight"].double() for part in "BA"] for fqn in fqns}
+        assert_updates({fqn: lora_B @ lora_A for fqn, (lora_B, lora_A) in factors.items()}, model)
+        if name != "mixed":
+            assert (fields["r"], fields["rank_pattern"], fields["alpha_pattern"]) == (32, {}, {})
+            assert_same_effect(model, in_peft(LLAMA, tmp_path / name), LLAMA)
+    assert layers["mixed"] == layers["padded"]
+    assert notes["one"] == ()
+    assert notes["padded"][-1].endswith("padded with zeros to rank 32, which changes no update")
+    assert "SGLang does not, and llama.cpp would scale layers wrongly; same_rank=True" in notes["mixed"][-1]
 
 
 @both_kinds  # it has other names for GPT-2's layers

@@ -20,21 +20,6 @@ from tests.model_directories import save_adapter, save_model
 from tests.models import BERT, LLAMA
 
 
-@pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
-def test_the_entries_are_the_tensors_of_the_files(is_sharded: bool, tmp_path: Path) -> None:
-    directory = read_model_directory(save_model(LLAMA, tmp_path, is_sharded=is_sharded))
-    held = {name: (path, tensor) for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    assert directory.entries.keys() == held.keys()
-    for name, (path, tensor) in held.items():
-        entry = directory.entries[name]
-        assert (entry.file, entry.dtype, entry.shape) == (path, tensor.dtype, tuple(tensor.shape))
-        raw = path.read_bytes()[entry.offset : entry.offset + entry.nbytes]
-        assert raw == tensor.flatten().view(torch.uint8).numpy().tobytes()
-    assert directory.nbytes == sum(tensor.nbytes for _, tensor in held.values())
-    assert directory.model_type == "llama"
-    assert (directory.index is not None) == is_sharded == (len(directory.shards) > 1)
-
-
 def shards(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
 
