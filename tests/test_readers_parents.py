@@ -61,13 +61,6 @@ def sparse(kind: Any) -> tuple[nn.Module, Callable[[Any], Any]]:
     return kind(8, 12, k=3, k_aux=4), lambda owner: owner({"sentence_embedding": x})
 
 
-def layoutlm(kind: Any) -> tuple[nn.Module, Callable[[Any], Any]]:
-    config = transformers.LayoutLMv2Config(**SIZES, max_2d_position_embeddings=16)
-    box = torch.zeros(1, 3, 4, dtype=torch.long)
-    mask = torch.zeros(1, 1, 1, 3)
-    return kind(config), lambda owner: owner(torch.randn(1, 3, 16), mask, bbox=box, position_ids=torch.arange(3)[None])
-
-
 def inside(make: Callable[[], Any], name: str) -> Callable[[Any], tuple[nn.Module, Callable[[Any], Any]]]:
     """Return the module of a whole model, and what runs the model."""
 
