@@ -89,6 +89,16 @@ def files_of(library: str) -> Iterator[tuple[Path, str]]:
             yield path.relative_to(root.parent), path.read_text(encoding="utf-8", errors="replace")
 
 
+def _read(node: ast.AST) -> tuple[ast.expr | None, str]:
+    """Return the module whose weight an expression reads, if it does, and the name of the weight."""
+    match node:
+        case ast.Attribute(value=owner, attr=name) if name in WEIGHTS:
+            return owner, name
+        case ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str(name)), *_]) if name in WEIGHTS:
+            return owner, name
+    return None, ""
+
+
 @cache
 def reads_in(library: str) -> tuple[Read, ...]:
     """Return the places in a library's code that read weights of modules that may be linear layers."""
@@ -115,15 +125,9 @@ def reads_of(text: str, path: Path) -> Iterator[Read]:
     def go(node: ast.AST, parent: ast.AST | None, scope: tuple[str, ...]) -> Iterator[Read]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             scope = (*scope, node.name)
-        match node:
-            case ast.Attribute(value=owner, attr=name) if name in WEIGHTS:
-                pass
-            case ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=name), *_]) if name in WEIGHTS:
-                pass
-            case _:
-                owner = None
+        owner, name = _read(node)
         if owner is not None and not is_harmless(owner, parent, scope):
-            yield Read(f"{path}:{node.lineno}", ".".join((module, *scope)), f"{ast.unparse(owner)}.{name}")  # type: ignore[attr-defined]
+            yield Read(f"{path}:{owner.lineno}", ".".join((module, *scope)), f"{ast.unparse(owner)}.{name}")
         for child in ast.iter_child_nodes(node):
             yield from go(child, node, scope)
 
