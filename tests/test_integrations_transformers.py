@@ -74,19 +74,6 @@ def test_a_resumed_run_goes_on_in_the_same_parameters_and_ends_with_the_same_bit
     assert trained_bits(other) == trained_bits(model)
 
 
-def test_a_finished_run_that_is_resumed_takes_the_step_that_transformers_own_takes() -> None:
-    def own(directory: str) -> Trainer:
-        return Trainer(plain_model(), arguments(TrainingArguments, directory, max_steps=2), train_dataset=rows())
-
-    own("plain").train()
-    stock = own("plain")
-    stock.train(resume_from_checkpoint=True)
-    trainer(adapted_model(), "run", max_steps=2).train()
-    rest = trainer(adapted_model(), "run", max_steps=2)
-    rest.train(resume_from_checkpoint=True)
-    assert rest.state.global_step == stock.state.global_step == 3
-
-
 def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted() -> None:
     model = adapted_model()
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
