@@ -305,6 +305,7 @@ def test_weights_are_loaded_in_the_dtype_of_the_model(tmp_path: Path) -> None:
     dtype = torch.bfloat16
     save_file(Small(torch.float64).state_dict(), path := tmp_path / "model.safetensors")
     index = {name: {"safetensors_file": str(path), "weight_name": name} for name in Small().state_dict()}
+    given = copy.deepcopy(index)  # which other models may be given, too
     placed = accelerate.dispatch_model(Small(dtype), {"up": "disk", "down": "disk"}, offload_index=index)
     there, here = adapted(placed), adapted(Small(torch.float64).to(dtype))
     x = torch.randn(3, WIDTHS[0], dtype=dtype)
@@ -317,6 +318,7 @@ def test_weights_are_loaded_in_the_dtype_of_the_model(tmp_path: Path) -> None:
         place = place_of(there.get_submodule(name), "weight")
         assert place is not None
         assert bits(place.read()) == bits(here.get_parameter(f"{name}.weight"))
+    assert index == given
     randlora.unmerge(there)
     assert bits(there(x)) == bits(plain)
 

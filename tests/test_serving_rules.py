@@ -25,6 +25,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "joined": lambda x: [torch.cat([x, x.flip(0)]), torch.cat([x, TABLE.expand(4, 4, 4)], 1), torch.stack([x, x], 1)],
     "products": lambda x: [x @ WEIGHT, WEIGHT @ x, x @ x.mT, F.linear(x, WEIGHT, TABLE)],
     "einsum": lambda x: torch.einsum("abc,adc->abd", x, x),
+    "mixed with one": lambda x: [torch.cat([x.mean(0, keepdim=True), x[:1]]).sum(0), x.flip(1)],
     "solved": lambda x: [torch.linalg.solve_triangular(SQUARE.triu(), x, upper=True), torch.cdist(x, WEIGHT)],
     "norms": lambda x: [F.layer_norm(x, (4,)), F.layer_norm(x, (4, 4)), F.group_norm(x, 2), F.instance_norm(x)],
     "batch norm": lambda x: [F.batch_norm(x, None, None, training=True), F.batch_norm(x, TABLE, TABLE + 1)],
@@ -99,11 +100,18 @@ def test_an_operation_that_is_not_known_makes_rows_unknown() -> None:
     assert "matrix_exp" in label.why
 
 
-@pytest.mark.parametrize("read", [Tensor.tolist, lambda x: [int(each) for each in x], lambda x: x.numpy()])
-def test_rows_that_python_has_chosen_are_marked(read: Any) -> None:
-    def chosen(x: Tensor) -> Tensor:
-        return torch.stack([x[place] for place in read(x.sum((1, 2)).argsort())])
+def by_reading(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.stack([x[place] for place in read(x.sum((1, 2)).argsort())])
 
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        *map(by_reading, [Tensor.tolist, lambda x: [int(each) for each in x], lambda x: x.numpy()]),
+        lambda x: torch.zeros(4, 4, 4).index_copy(0, x.sum((1, 2)).argsort(), x),
+    ],
+)
+def test_rows_that_values_have_chosen_are_marked(chosen: Callable[[Tensor], Tensor]) -> None:
     ((_, label),) = followed(chosen, torch.rand(4, 4, 4), 0)
     assert label is not None
     assert label.by_values
