@@ -51,8 +51,10 @@ def test_delta_weight_is_the_oracles_for_a_weight_and_for_a_stack(
     made = case(form, out, into, r)
     lam, gamma, scaling = diagonals = diagonals_of(made, matrices)
     found = delta_weight(made.pair, diagonals, is_wide=into <= out)
-    each = zip(lam, gamma, strict=True) if matrices else [(lam, gamma)]
-    expected = [reference.delta_weight(made.basis_A, made.basis_B, *parts, scaling, in_features=into) for parts in each]
+    expected = [
+        reference.delta_weight(made.basis_A, made.basis_B, own_lam, own_gamma, scaling, in_features=into)
+        for own_lam, own_gamma in (zip(lam, gamma, strict=True) if matrices else [(lam, gamma)])
+    ]
     torch.testing.assert_close(found, torch.stack(expected) if matrices else expected[0])
 
 

@@ -107,7 +107,7 @@ def test_a_model_on_meta_is_planned_adapted_and_given_values_later(kind: ReadKin
     assert same_bits(kind.run(model), kind.run(kind.adapted()))
 
 
-# Compilers: tests/test_compiled_kinds.py has blocks of layers
+# Compilers: tests/test_compiled_switching.py has blocks of layers
 
 
 def of_one_graph(*quick: str) -> pytest.MarkDecorator:
