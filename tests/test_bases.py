@@ -274,21 +274,20 @@ def pair(basis: Basis, max_dim: int, min_dim: int, dtype: torch.dtype = torch.fl
 
 
 @given(specs(), st.data())
-def test_the_form_to_compute_with_means_the_same_bases(spec: BasisSpec, data: st.DataObject) -> None:
+def test_the_form_to_compute_with_means_the_same_bases_as_they_grow(spec: BasisSpec, data: st.DataObject) -> None:
     """Its update is that of the oracle with the bases written out, for any layer that slices them."""
     max_dim = data.draw(st.integers(1, spec.max_dim))
     min_dim = data.draw(st.integers(1, min(max_dim, spec.min_dim)))
     basis = Basis(spec)
-    basis.extend(spec.max_dim, spec.min_dim)
-    found = pair(basis, max_dim, min_dim, torch.float64)
-    num_bases = -(-min_dim // spec.r)
-    lam, gamma = torch.randn(spec.r, num_bases).double(), torch.randn(num_bases, min_dim).double()
-    written_out = basis.slices(max_dim, min_dim, device="cpu", dtype=torch.float64)
-    expected = reference.delta_weight(*written_out, lam, gamma, 1.0, in_features=min_dim)
-    torch.testing.assert_close(delta_weight(found, Diagonals(lam, gamma, 1.0), is_wide=True), expected)
-    if found.written is not None:  # as those of small blocks are, too
-        torch.testing.assert_close(found.written.A, written_out.A.transpose(0, 1), rtol=0, atol=0)
-        torch.testing.assert_close(found.written.B, written_out.B.flatten(1), rtol=0, atol=0)
+    for dims in ((max_dim, min_dim), (spec.max_dim, spec.min_dim)):
+        found, num_bases = pair(basis, *dims, torch.float64), -(-dims[1] // spec.r)
+        lam, gamma = torch.randn(spec.r, num_bases).double(), torch.randn(num_bases, dims[1]).double()
+        written_out = basis.slices(*dims, device="cpu", dtype=torch.float64)
+        expected = reference.delta_weight(*written_out, lam, gamma, 1.0, in_features=dims[1])
+        torch.testing.assert_close(delta_weight(found, Diagonals(lam, gamma, 1.0), is_wide=True), expected)
+        if found.written is not None:  # as those of small blocks are, too
+            torch.testing.assert_close(found.written.A, written_out.A.transpose(0, 1), rtol=0, atol=0)
+            torch.testing.assert_close(found.written.B, written_out.B.flatten(1), rtol=0, atol=0)
 
 
 def test_one_copy_is_made_per_device_and_dtype_without_zeros_and_none_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:

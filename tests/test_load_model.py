@@ -165,13 +165,15 @@ def test_no_code_of_a_base_model_is_run_and_nothing_unpickled(
     Path("base/modeling.py").write_text("open('ran', 'w')\n", encoding="utf-8")
     edit("base/config.json", auto_map={"AutoModelForCausalLM": "modeling.Any"}, _attn_implementation="some/kernel")
     assert torch.equal(logits(randlora.files.load_model("adapter")), logits(saved))
+    tensors = load_file("base/model.safetensors")
     Path("base/model.safetensors").unlink()
-    torch.save(Hostile(), "base/pytorch_model.bin")
     pickle.loads(pickle.dumps(Hostile()))
     assert Path("ran").exists(), "it is hostile"
     Path("ran").unlink()
-    with pytest.raises(CheckpointError, match="base model 'base'"):
-        randlora.files.load_model("adapter")
+    for pickled in (tensors, Hostile()):
+        torch.save(pickled, "base/pytorch_model.bin")
+        with pytest.raises(CheckpointError, match="base model 'base'"):
+            randlora.files.load_model("adapter")
     assert not Path("ran").exists()
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"pip install 'transformers>=5\.0'"):
