@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,16 +121,6 @@ def instead(name: str, make: Callable[[Path], object]) -> Damage:
     return damage
 
 
-def a_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listening:
-        here = Path.cwd()
-        os.chdir(path.parent)  # the name of a socket may have 107 characters
-        try:
-            listening.bind(path.name)
-        finally:
-            os.chdir(here)
-
-
 def sparse(size: int, start: bytes = b"") -> Callable[[Path], object]:
     """Make a file of any size that takes no space."""
 
@@ -147,7 +136,6 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
     "device-without-end": lambda path: path.symlink_to("/dev/zero"),
     "device-that-waits": lambda path: path.symlink_to("/dev/tty"),
     "directory": lambda path: path.mkdir(),
-    "socket": a_socket,
     "link-to-itself": lambda path: path.symlink_to(path.name),
 }
 """What is no file, though its name is one's."""

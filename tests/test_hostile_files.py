@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -208,6 +208,10 @@ def rewritten(changed: Any) -> Damage:
     return lambda directory: reseal_text(directory, edit, json.dumps)
 
 
+def write_json(directory: Path, fields: Any) -> None:
+    (directory / CONFIG_FILE).write_text(json.dumps(fields), encoding="utf-8")
+
+
 def outcome(directory: Path) -> Exception | None:
     """Load an adapter, which either gives an error and no trace, or is removed again without one."""
     model = LINEAR.build()
@@ -227,7 +231,8 @@ def header_of(directory: Path) -> dict[str, Any]:
 
 WRONG: tuple[Any, ...] = (None, True, 2.5, -1, 10**30, "%2000000000d", "(a+)+$", [], [[]], {}, {"a": {}}, [["0", 2]])
 NUMBER_OR_NONE = {int, float, type(None)}
-HEADER_TYPES: dict[tuple[str, ...], set[type]] = {
+Types = dict[tuple[Any, ...], set[type]]
+HEADER_TYPES: Types = {
     ("config", "alpha"): NUMBER_OR_NONE,
     ("config", "dropout"): NUMBER_OR_NONE - {type(None)},
     ("config", "train_also"): {list, type(None)},
@@ -236,45 +241,41 @@ HEADER_TYPES: dict[tuple[str, ...], set[type]] = {
     ("config", "stream"): {str, type(None)},
 }
 """Places of a header that may have several types."""
-PEFT_TYPES: dict[str, set[type]] = {
-    **{field: {dict, type(None)} for field in ("alpha_pattern", "auto_mapping", "rank_pattern")},
-    **{field: {str, type(None)} for field in ("base_model_name_or_path", "peft_version", "revision", "task_type")},
-    "layers_pattern": {list, str, type(None)},
-    "layers_to_transform": {list, int, type(None)},
-    "modules_to_save": {list, type(None)},
-    "randlora_alpha": {int, float},
-    "randlora_dropout": {int, float},
-    "target_modules": {list, str, type(None)},
+PEFT_TYPES: Types = {
+    **{(field,): {dict, type(None)} for field in ("alpha_pattern", "auto_mapping", "rank_pattern")},
+    **{(field,): {str, type(None)} for field in ("base_model_name_or_path", "peft_version", "revision", "task_type")},
+    ("layers_pattern",): {list, str, type(None)},
+    ("layers_to_transform",): {list, int, type(None)},
+    ("modules_to_save",): {list, type(None)},
+    ("randlora_alpha",): {int, float},
+    ("randlora_dropout",): {int, float},
+    ("target_modules",): {list, str, type(None)},
+    ("target_modules", 0): {*map(type, WRONG)},
+    ("target_modules", 1): {*map(type, WRONG)},
 }
 """Fields of PEFT's that may have several types."""
 
 
 @pytest.mark.medium
-def test_every_place_of_a_header_has_its_types(tmp_path: Path) -> None:
-    directory = our_adapter(tmp_path / "one", alpha=3.5, train_also=["0.bias"])
-    whole = (directory / TENSORS_FILE).read_bytes()
-    found = header_of(directory)
-    assert len({*places(found)}) > 30
-    for number, place in enumerate(places(found)):
-        own = functools.reduce(lambda held, key: held[key], place, found)
-        for wrong in WRONG[number % 4 :: 4]:
-            rewritten(put(found, place, wrong))(directory)
-            error = outcome(directory)
-            (directory / TENSORS_FILE).write_bytes(whole)
-            assert isinstance(error, CheckpointError | None), (place, wrong, error)
-            assert error or type(wrong) in HEADER_TYPES.get(place, {type(own)}), (place, wrong)
-
-
-@pytest.mark.medium
-def test_every_field_of_pefts_has_its_types(sound: Path, tmp_path: Path) -> None:
-    directory = hostile(sound / "peft_directory", lambda _: None, tmp_path / "one")
-    found = read_fields(directory)
-    for number, (field, own) in enumerate(found.items()):
-        for wrong in WRONG[number % 3 :: 3]:
-            (directory / CONFIG_FILE).write_text(json.dumps({**found, field: wrong}), encoding="utf-8")
-            error = outcome(directory)
-            assert isinstance(error, CheckpointError | None), (field, wrong, error)
-            assert error or type(wrong) in PEFT_TYPES.get(field, {type(own)}), (field, wrong)
+def test_every_place_of_a_header_and_every_field_of_pefts_has_its_types(sound: Path, tmp_path: Path) -> None:
+    """A part of the wrong values at each place."""
+    ours = our_adapter(tmp_path / "ours", alpha=3.5, train_also=["0.bias"])
+    theirs = hostile(sound / "peft_directory", lambda _: None, tmp_path / "theirs")
+    both: list[tuple[Path, Any, Types, Callable[[Any], object]]] = [
+        (ours, header_of(ours), HEADER_TYPES, lambda changed: rewritten(changed)(ours)),
+        (theirs, read_fields(theirs), PEFT_TYPES, lambda changed: write_json(theirs, changed)),
+    ]
+    for directory, found, types, write in both:
+        whole = (directory / TENSORS_FILE).read_bytes()
+        assert len({*places(found)}) > 20
+        for number, place in enumerate(places(found)):
+            own = functools.reduce(lambda held, key: held[key], place, found)
+            for wrong in WRONG[number % 4 :: 4]:
+                write(put(found, place, wrong))
+                error = outcome(directory)
+                (directory / TENSORS_FILE).write_bytes(whole)
+                assert isinstance(error, CheckpointError | None), (place, wrong, error)
+                assert error or type(wrong) in types.get(place, {type(own)}), (place, wrong)
 
 
 ODD = ("%99999999d", "(a+)+$", "torch", "portable", "block", "sparse", "0", "2", 2**40, 2**63, -(2**63))
@@ -315,7 +316,7 @@ def test_any_json_is_refused_or_loads_and_can_be_saved_again(data: st.DataObject
     for _ in range(data.draw(st.integers(1, 3))):
         found = put(found, data.draw(st.sampled_from([*places(found)])), data.draw(json_values))
     with suppress(ValueError):  # of an integer that Python does not write
-        (sound / "peft_directory" / CONFIG_FILE).write_text(json.dumps(found), encoding="utf-8")
+        write_json(sound / "peft_directory", found)
     error, model = outcome(sound / "peft_directory"), LINEAR.build()
     if error is None:
         randlora.load(model, sound / "peft_directory")
