@@ -14,7 +14,7 @@ from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
-from transformers import BertConfig, BertModel, BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import randlora
@@ -157,25 +157,6 @@ def test_dropout_cannot_reach_a_head_that_is_read() -> None:
     trainer = sft(adapted_model(targets=["lm_head"], dropout=0.1))
     with pytest.raises(AdapterError, match=r"dropout cannot act \(TRL's trainers do this"):
         trainer.train()
-
-
-def test_a_quantized_model_is_trained_in_float32() -> None:
-    plain_model(hidden_size=64).save_pretrained("base")
-
-    def quantized() -> Any:
-        options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-        model = LlamaForCausalLM.from_pretrained("base", quantization_config=options, device_map="cpu")
-        randlora.prepare_quantized(model)
-        randlora.inject(model, r=8)
-        return model
-
-    through = sft(quantized())
-    assert {parameter.dtype for parameter in randlora.trainable_parameters(through.model)} == {torch.float32}
-    assert not through.model._hf_peft_config_loaded
-    through.train()
-    rest = sft(quantized())
-    rest.train(resume_from_checkpoint="run/checkpoint-2")
-    assert trained_bits(rest.model) == trained_bits(through.model)
 
 
 class Sentences(AdapterCheckpoints, sentence_transformers.SentenceTransformerTrainer):  # type: ignore[misc]
