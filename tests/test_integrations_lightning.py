@@ -82,8 +82,10 @@ def test_a_module_without_an_adapter_and_checkpoints_of_weights_only_are_refused
     randlora.eject(plain.model)
     with pytest.raises(AdapterError, match=r"Module has no adapter: call randlora\.inject before trainer\.fit"):
         fit(plain, tmp_path, epochs=1)
+    module = Module()
     with pytest.raises(CheckpointError, match="writes the whole model"):
-        fit(Module(), tmp_path, epochs=1, checkpoints={"save_weights_only": True})
+        fit(module, tmp_path, epochs=1, checkpoints={"save_weights_only": True})
+    assert module.losses == []
     trainer = fit(Module(), tmp_path, epochs=1)
     with pytest.raises(CheckpointError, match="writes the whole model"):
         trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
