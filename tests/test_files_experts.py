@@ -9,7 +9,6 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -140,7 +139,6 @@ def test_the_tensors_of_an_expert_may_be_in_any_files_but_must_be_there_in_their
         assert not randlora.files.verify(adapter, base).passed
 
 
-@pytest.mark.filterwarnings("ignore:Specified to not save basis_A and basis_B:UserWarning")
 def test_save_and_its_card_say_that_peft_has_no_place_for_experts(tmp_path: Path) -> None:
     model = made(mixtral, dtype=torch.float32)
     randlora.inject(model, r=3, targets=[*EXPERTS, "o_proj"])
@@ -150,9 +148,6 @@ def test_save_and_its_card_say_that_peft_has_no_place_for_experts(tmp_path: Path
     card = (tmp_path / CARD_FILE).read_text(encoding="utf-8")
     assert f"- {note}" in card
     assert "PeftModel" not in card
-    randlora.eject(model)
-    with pytest.raises(ValueError, match="No layers types compatible"):
-        PeftModel.from_pretrained(model, adapted(model, tmp_path / "experts"))
 
 
 @every_model
