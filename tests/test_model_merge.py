@@ -304,15 +304,17 @@ def values(model: nn.Module) -> dict[str, Bits]:
     return all_bits({name: value for name, value in model.named_parameters() if "randlora" not in name})
 
 
-def assert_any_order(model: nn.Module, run: Callable[[], Tensor], check: Any, **options: Any) -> None:
+def assert_any_order(
+    model: nn.Module, run: Callable[[], Tensor], check: Any, way: list[frozenset[str]] = WAY, **options: Any
+) -> None:
     """Compare the weights on a way with those that one merge makes, and go back to every bit."""
     before, wanted, at_once = snapshot(model), run(), {frozenset[str](): values(model)}
-    for names in {*WAY} - {frozenset()}:
+    for names in {*way} - {frozenset()}:
         randlora.merge(model, adapters=names, reversible=True, **options)
         at_once[names] = values(model)
         randlora.unmerge(model)
-    assert len({str(each) for each in at_once.values()}) > 3
-    for names in WAY:
+    assert len({str(each) for each in at_once.values()}) > len(at_once) / 2
+    for names in way:
         step(model, names, **options)
         assert values(model) == at_once[names]
         check(run(), wanted)
@@ -342,4 +344,4 @@ def test_a_weight_that_is_read_is_the_sum_and_gets_back_every_bit(kind: ReadKind
     dtype = kind.dtypes[0]
     model = with_three(kind.model(dtype), **{**kind.adapter_options, "alpha": 5})
     check = partial(assert_close, dtype=dtype)
-    assert_any_order(model, lambda: kind.run(model, dtype), check)
+    assert_any_order(model, lambda: kind.run(model, dtype), check, [*map(frozenset, ("a", "ac", "c", ""))])
