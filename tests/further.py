@@ -43,12 +43,8 @@ STANDS_FOR_OTHERS: dict[str, tuple[object, ...]] = {
 REPEATS_OTHERS = (
     *("NF4", "FP4-double"),
     "bert",
-    *("Conv1d", "Conv2d-stride", "Conv2d-depthwise", "ConvTranspose3d"),
-    *("Embedding-many", "Embedding-square"),
-    *("attention-in_proj-split-no-bias", "attention-k_proj"),
-    *("attention-out_proj-no-bias", "attention-out_proj-beside-separate"),
-    *("experts-gate_up", "experts-transposed-down-square-shared"),
-    "Linear-other-forward",
+    *("Conv2d-stride", "ConvTranspose3d", "Embedding-many"),
+    *("attention-k_proj", "experts-gate_up", "Linear-other-forward"),
 )
 """Values of ``kind`` of which every part is in another one too."""
 

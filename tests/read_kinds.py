@@ -189,7 +189,6 @@ def _ids(num_rows: int, *shape: int) -> Callable[[], tuple[Tensor]]:
 _convolution = partial(ReadKind, kind="convolution")
 _embedding = partial(ReadKind, kind="embedding", is_whole_read=False)
 CONVOLUTIONS = (
-    _convolution(name="Conv1d", build=lambda: nn.Conv1d(6, 8, 3), inputs=_image(6, 9)),
     _convolution(
         name="Conv1d-circular",
         build=lambda: nn.Conv1d(4, 5, 3, padding=1, padding_mode="circular", bias=False),
@@ -199,7 +198,6 @@ CONVOLUTIONS = (
     _convolution(
         name="Conv2d-groups", build=lambda: nn.Conv2d(6, 4, (3, 2), dilation=2, groups=2), inputs=_image(6, 6, 5)
     ),
-    _convolution(name="Conv2d-depthwise", build=lambda: nn.Conv2d(12, 12, 3, groups=12), inputs=_image(12, 4, 4)),
     _convolution(
         name="Conv2d-same",
         build=lambda: nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect"),
@@ -225,7 +223,6 @@ EMBEDDINGS = (
     _embedding(name="Embedding", build=lambda: nn.Embedding(30, 12), inputs=_ids(30, 2, 5)),
     _embedding(name="Embedding-many", build=lambda: nn.Embedding(14, 12), inputs=_ids(14, 4, 5)),
     _embedding(name="Embedding-few-rows", build=lambda: nn.Embedding(9, 12), inputs=_ids(9, 5)),
-    _embedding(name="Embedding-square", build=lambda: nn.Embedding(12, 12), inputs=_ids(12, 1, 3)),
     _embedding(
         name="Embedding-padding",
         build=lambda: nn.Embedding(30, 12, padding_idx=2),
@@ -264,13 +261,10 @@ ATTENTION = (
     _packed("in_proj", "packed"),
     _packed("in_proj-no-bias", "packed", bias=False),
     _packed("in_proj-split", "split"),
-    _packed("in_proj-split-no-bias", "split", bias=False),
     _attention("q_proj", attribute="q_proj_weight", widths=CONTEXT),
     _attention("k_proj", attribute="k_proj_weight", widths=CONTEXT),
     _attention("v_proj-no-bias", attribute="v_proj_weight", widths=CONTEXT, bias=False),
     _attention("out_proj", place="out_proj"),
-    _attention("out_proj-no-bias", place="out_proj", bias=False),
-    _attention("out_proj-beside-separate", place="out_proj", widths=CONTEXT),
 )
 
 
@@ -310,7 +304,6 @@ EXPERTS = (
     _experts("transposed-gate_up", "gate_up_proj", is_transposed=True),
     _experts("transposed-gate_up-shared-batched", "gate_up_proj", "shared", "batched_mm", is_transposed=True),
     _experts("transposed-down-square", "down_proj", inner=16, is_transposed=True),
-    _experts("transposed-down-square-shared", "down_proj", "shared", inner=16, is_transposed=True),
 )
 LINEAR = ReadKind("Linear-other-forward", "linear", lambda: Absolute(12, 8), lambda: (torch.randn(2, 5, 12),))
 READ_KINDS = (*CONVOLUTIONS, *EMBEDDINGS, *ATTENTION, *EXPERTS, LINEAR)

@@ -199,7 +199,7 @@ def test_a_merged_weight_is_the_exact_sum_rounded_once_and_unmerging_restores_ev
     assert model.state_dict().keys() == base.state_dict().keys()
 
 
-@every_read_kind
+@every_family
 def test_adapters_are_independent_and_add_up(kind: ReadKind) -> None:
     model, base = kind.adapted(), kind.model(torch.float64)
     alone = kind.run(model)
