@@ -47,40 +47,11 @@ WORDS = (
     *("inspect", "verify", "convert", "merge", "plan", "--help", "--json", "--base", "--prefix", "--to", "--rank"),
     *("--tolerance", "--overwrite", "--adapter", "--scale", "--out", "--dtype", "--r", "--alpha", "--targets"),
     *("--exclude", "--train-also", "--basis", "--stream", "--blocks", "--seed", "--in-proj", "--"),
-    *(
-        "ours",
-        "peft",
-        "drawn",
-        "odd",
-        "base",
-        "nf4",
-        "llama",
-        "damaged",
-        "file",
-        "link",
-        "zero",
-        "empty",
-        "out",
-        "ours/x",
-        ".",
-    ),
+    *("ours", "peft", "drawn", "odd", "base", "nf4", "llama", "damaged", "file", "link", "zero", "empty", "out"),
     *("..", "/", "", "/dev/null", "/dev/zero", "0", "1", "2", "-1", "3.5", "nan", "inf", "1e400", "1048576", "1048577"),
-    *(
-        "9" * 5000,
-        "wide",
-        "tall",
-        "wide=2",
-        ".*=2",
-        "(",
-        "(?i)W",
-        "lora",
-        "native",
-        "block",
-        "portable",
-        "float64",
-        "é",
-    ),
+    *("9" * 5000, "wide", "tall", "wide=2", ".*=2", "(", "(?i)W", "lora", "native", "block", "portable", "float64"),
     *("\udcff", "a" * 300, "%s", "[red]x", "all", "all-linear", "split", "--no-norms", "-h", "-x", "--to=lora"),
+    *("ours/x", ".", "é"),
 )
 
 
@@ -101,12 +72,8 @@ def _mutate_line(data: bytes, random: Random, mutate_bytes: MutateBytes) -> byte
 
 
 _adapter = tuple(f"adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"))
-_base = (
-    "base/config.json",
-    "base/model.safetensors",
-    "base/model.safetensors.index.json",
-    "base/x/adapter_config.json",
-)
+_files = ("config.json", "model.safetensors", "model.safetensors.index.json", "x/adapter_config.json")
+_base = tuple(f"base/{name}" for name in _files)
 
 TARGETS = {
     target.name: target
