@@ -19,7 +19,7 @@ from tests.laws import TOKENS, Mixed
 VALUES: list[Any] = [1.0, -1, "yes", b"no", np.True_, (), {}, [[]], {"a": "b"}, {1: 1.0}, object(), None, torch.ones(2)]
 VALUES += [10**400, 10**5000, float("nan"), {"default": 10**400}, [10**5000]]
 VERBS: list[Callable[..., Any]] = [
-    *(randlora.inject, randlora.plan, randlora.eject, randlora.activate, randlora.remove, randlora.delta_weight),
+    *(randlora.inject, randlora.eject, randlora.activate, randlora.remove, randlora.delta_weight),
     *(randlora.set_compute, randlora.merge, randlora.unmerge, randlora.adapters, randlora.prepare_quantized),
     *(randlora.find_targets, randlora.rename, randlora.set_trainable, randlora.serving.combine),
     *(randlora.adapter_state, randlora.swap, randlora.update_norms, randlora.limit_norms),
@@ -53,7 +53,7 @@ def test_an_argument_of_any_type_is_used_or_refused_by_an_error_of_ours(verb: Ca
     without = [name for name, each in parameters.items() if each.default is inspect.Parameter.empty and name != "model"]
     given = REQUIRED | dict.fromkeys(("state", "source"), randlora.adapter_state(adapted()))
     required = {name: given[name] for name in without}
-    required |= {"name": "other"} if verb in (randlora.inject, randlora.plan, randlora.serving.combine) else {}
+    required |= {"name": "other"} if verb in (randlora.inject, randlora.serving.combine) else {}
     model, refused = adapted(), ""
     for name in parameters:
         for value in VALUES:
