@@ -117,27 +117,25 @@ def test_each_value_is_computed_when_it_is_asked_for_and_not_kept() -> None:
     assert len(alive) == 6
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda model: randlora.activate(model, []), "no adapter is active: activate one of default"),
-        (lambda model: model.first.to("meta"), "first.* incomplete"),
-        (lambda model: setattr(model, "scale", nn.Parameter(torch.ones(1, device="meta"))), "scale has no values here"),
-        (lambda model: setattr(model, "second", nn.Linear(16, 12)), "second no longer has adapter 'default'"),
-    ],
-    ids=["inactive", "meta", "meta-beside", "lost"],
-)
-def test_a_model_that_cannot_be_merged_is_refused_at_the_call(change: Callable[[Any], object], message: str) -> None:
+def test_a_model_that_cannot_be_merged_is_refused_at_the_call() -> None:
+    def refused(error: type[Exception], message: str, model: nn.Module, **options: Any) -> None:
+        with pytest.raises(error, match=message):
+            randlora.merged_tensors(model, **options)
+
     model = beside()
-    with randlora.disabled(model), pytest.raises(MergeError, match=r"call this outside of randlora.disabled"):
-        randlora.merged_tensors(model)
-    with pytest.raises(ConfigError, match="a floating dtype or None"):
-        randlora.merged_tensors(model, dtype=torch.int8)
-    with pytest.raises(AdapterError, match="has no adapter"):
-        randlora.merged_tensors(nn.Linear(2, 2))
-    change(model)
-    with pytest.raises(MergeError, match=message):
-        randlora.merged_tensors(model)
+    refused(AdapterError, "has no adapter", Beside())
+    refused(ConfigError, "a floating dtype or None", model, dtype=torch.int8)
+    with randlora.disabled(model):
+        refused(MergeError, r"call this outside of randlora.disabled", model)
+    randlora.activate(model, [])
+    refused(MergeError, "no adapter is active: activate one of default", model)
+    randlora.activate(model, "default")
+    model.scale = nn.Parameter(torch.ones(1, device="meta"))
+    refused(MergeError, "scale has no values here", model)
+    model.first.to("meta")
+    refused(MergeError, "first.* incomplete", model)
+    model.second = nn.Linear(16, 12)
+    refused(MergeError, "second no longer has adapter 'default'", model)
 
 
 def _disable(model: nn.Module) -> None:
