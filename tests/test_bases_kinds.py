@@ -12,7 +12,7 @@ from torch import nn
 
 import randlora
 from randlora import RandLoRAConfig
-from randlora.bases.kinds import DENSE, block_parts, default_blocks
+from randlora.bases.kinds import DENSE, default_blocks
 from randlora.bases.spec import KINDS, BasisSpec, CompactMatrix, count_bases, reach_all, spec_for
 from randlora.config import OPTIONS, BasisKind
 from randlora.errors import CheckpointError, ConfigError
@@ -63,18 +63,12 @@ def test_expected_ranks_and_enough_bases_to_reach_them(kind: BasisKind, shape: S
 @given(
     shape=st.tuples(st.integers(2, 110), st.integers(2, 110)) | st.integers(2, 110).map(lambda side: (side, side)),
     r=st.sampled_from([4, 8, 12, 16, 24, 32]),
-    data=st.data(),
 )
-def test_block_updates_have_the_expected_rank_and_their_parts_share_out_rows_and_columns(
-    shape: Shape, r: int, data: st.DataObject
-) -> None:
+def test_block_updates_have_the_expected_rank(shape: Shape, r: int) -> None:
     model = nn.Sequential(nn.Linear(*shape, dtype=torch.float64))
     report = randlora.inject(model, r=r, basis="block", blocks=default_blocks(r, ()))  # which may leave entries out
     fill(model)
     assert torch.linalg.matrix_rank(randlora.delta_weight(model, "0"), rtol=1e-11) == report.rows[0].expected_rank
-    blocks = data.draw(st.tuples(*2 * [st.sampled_from(divisors(r))]))
-    parts = block_parts(max(shape), min(shape), r, blocks)
-    assert [sum(part[side] for part in parts) for side in (0, 1)] == [max(shape), min(shape)]
 
 
 def test_kinds_are_registered_under_their_names_with_their_streams() -> None:
@@ -88,20 +82,14 @@ def test_kinds_are_registered_under_their_names_with_their_streams() -> None:
         assert (spec.blocks is not None) == (kind == "block")
 
 
-@pytest.mark.parametrize(
-    ("facts", "message"),
-    [
-        (("dense", "torch", 0, 0, 4, 4), "positive integer"),
-        (("dense", "torch", 0, 2, 0, 4), "positive integer"),
-        (("dense", "torch", 0, 2, 4, True), "positive integer"),
-        (("dense", "portable", 0, 2, 4, 4, (1, 1)), "block"),
-        (("block", "portable", 0, 2, 4, 4, None), "block"),
-        (("block", "torch", 0, 2, 4, 4, (1, 1)), "block"),
-    ],
-)
-def test_a_spec_that_means_no_bases_is_refused(facts: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        BasisSpec(*facts)
+def test_a_spec_that_means_no_bases_is_refused() -> None:
+    for sizes in ((0, 4, 4), (2, 0, 4), (2, 4, True)):
+        with pytest.raises(ConfigError, match="positive integer"):
+            BasisSpec("dense", "torch", 0, *sizes)
+    others: list[Any] = [("dense", "portable", (1, 1)), ("block", "portable", None), ("block", "torch", (1, 1))]
+    for kind, stream, blocks in others:
+        with pytest.raises(ConfigError, match="block"):
+            BasisSpec(kind, stream, 0, 2, 4, 4, blocks)
 
 
 def test_a_new_kind_is_an_entry_and_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
