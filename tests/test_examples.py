@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-from torch import Tensor
 
 import randlora
 from tests import models
@@ -80,27 +79,6 @@ def test_training_and_test_reviews_do_not_overlap(sentiment: ModuleType) -> None
         sentiment.split(reviews, 30, 21, 0)
 
 
-def test_batches_hold_every_text_once_with_little_padding(sentiment: ModuleType) -> None:
-    texts = tiny_texts(sentiment)
-    for batches in (list(texts.batches(5)), list(texts.shuffled_batches(5, torch.Generator().manual_seed(0)))):
-        rows = [tuple(ids[mask > 0].tolist()) for batch in batches for ids, mask in _rows(batch)]
-        assert sorted(rows) == sorted(tuple(ids[mask > 0].tolist()) for ids, mask in _rows(texts))
-        assert all(batch.attention_mask.sum(0).min() > 0 for batch in batches)
-    assert [len(batch) for batch in texts.batches(5)] == [5, 5, 5, 5, 4]
-
-
-def _rows(texts: Any) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(texts.input_ids, texts.attention_mask, strict=True))
-
-
-def test_the_head_learns_on_frozen_features(sentiment: ModuleType) -> None:
-    model, texts = tiny_classifier(sentiment), tiny_texts(sentiment)
-    before = copy.deepcopy(model.encoder.state_dict())
-    sentiment.train_head(model, texts, weight_decay=1e-4)
-    assert sentiment.accuracy(sentiment.predict(model, texts), texts) > 0.9
-    torch.testing.assert_close(model.encoder.state_dict(), before, rtol=0, atol=0)
-
-
 def test_a_classifier_learns_again_the_same_reloads_merges_and_is_drawn(
     sentiment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,20 +117,6 @@ def test_tales_are_read_by_their_titles_and_those_held_out_are_not_trained_on(
     training, held_out = causal_lm.split(tales)
     assert (len(training), len(held_out)) == (13, 4)
     assert {*training, *held_out} == set(tales)
-
-
-class CharacterTokenizer:
-    """Stands in for a tokenizer: a character is a token."""
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(character) % models.VOCABULARY for character in text]}
-
-
-def test_windows_stay_inside_a_tale(causal_lm: ModuleType) -> None:
-    tales = [causal_lm.Tale("a", "a" * 200), causal_lm.Tale("b", "b" * 100)]
-    found = causal_lm.windows(CharacterTokenizer(), tales)
-    assert found.shape == (3, causal_lm.WINDOW)
-    assert [row.unique().tolist() for row in found] == [[33], [33], [34]]
 
 
 def test_a_language_model_learns_its_tales(causal_lm: ModuleType) -> None:

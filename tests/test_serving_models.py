@@ -79,20 +79,6 @@ def test_generate_of_left_padded_rows(name: str, options: dict[str, Any]) -> Non
             assert each > 1 or run() == greedy
 
 
-def test_sampled_sequences_of_each_row() -> None:
-    model, batch = built("Llama"), ids(2)
-
-    def run() -> Any:
-        torch.manual_seed(0)
-        options = {"do_sample": True, "num_return_sequences": 3, "output_scores": True}
-        return model.generate(batch, max_new_tokens=4, return_dict_in_generate=True, **options).scores[0].split(3)
-
-    expected = one_by_one(model, ["b", "a"], run)
-    with randlora.serving.routed(model, ["b", "a"]):
-        for found, wanted in zip(run(), expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
-
-
 def test_names_given_to_generate_are_refused() -> None:
     model = built("Llama")
     with pytest.raises(AdapterError, match="adapter_names has no effect"):

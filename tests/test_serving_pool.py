@@ -232,8 +232,8 @@ def test_what_routed_cannot_take_is_used_by_other_means(tmp_path: Path) -> None:
         with pool.using(name):
             randlora.activate(model, name)
             assert torch.equal(model(X), expected[name])
-        with pytest.raises(AdapterError, match="train_also"), pool.routed([name] * 3):
-            pass
+        with untouched(model):
+            refused(pool, [name] * 3, AdapterError, rf"{name!r} trained 2.weight, 2.bias with train_also")
 
 
 def test_sources_are_directories_read_again_for_a_new_name_states_and_the_packed_names_of_tokens(

@@ -275,9 +275,6 @@ VERBS: dict[str, Callable[[nn.Module], object]] = {
     "rename": lambda model: randlora.rename(model, "a", "c"),
     "merge": randlora.merge,
     "swap": lambda model: randlora.swap(model, randlora.adapter_state(model, name="a"), name="a"),
-    "load": lambda model: randlora.load(model, randlora.adapter_state(model, name="a"), name="a"),
-    "combine": lambda model: randlora.serving.combine(model, {"b": 1.0}, name="a"),
-    "inject": lambda model: randlora.inject(model, r=2, name="a"),
 }
 
 
