@@ -36,13 +36,13 @@ from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.cost import SMALL_WEIGHT
 from randlora.functional.region import Sides, Spans, entries_of, take_spans
 
-VERSION = 1
+VERSION = 1  # of the portable stream
 PORTABLE_CHUNK = 2**20
 INDEX_A, INDEX_B = 0, 1
+TORCH_CHUNK = 2**17  # which a core's cache holds
 
 Lanes = NDArray[np.uint32]
 Values = NDArray[np.generic]
-TORCH_CHUNK = 2**17  # which a core's cache holds
 
 Sizes = tuple[int, int, int]
 

@@ -39,12 +39,6 @@ from randlora.targets.match import nearest_names, shortened
 Source = str | os.PathLike[str] | AdapterState
 """A directory, the safetensors file in it, a repository on the Hub, or what `randlora.adapter_state` returns."""
 
-DOING = "swap the values of an adapter"
-
-ADVICE = (
-    "make the adapter with the options that it was saved with, or load it as a separate adapter, with a different name="
-)
-
 
 class Found(NamedTuple):
     """An adapter that was read, what it was taken from, for messages, and how its targets are chosen, for reports."""
@@ -298,6 +292,13 @@ def warn_of_doubts(model: nn.Module, file: AdapterFile) -> list[str]:
     return doubts
 
 
+SWAPPING = "swap the values of an adapter"
+
+ADVICE = (
+    "make the adapter with the options that it was saved with, or load it as a separate adapter, with a different name="
+)
+
+
 @torch.inference_mode(mode=False)
 def swap(
     model: nn.Module,
@@ -338,7 +339,7 @@ def swap(
     """
     given = {"model": model, "name": name, "source": source, "revision": revision}
     require_types(swap, {**given, "subfolder": subfolder, "prefix": prefix})
-    with opened(model, DOING) as view:
+    with opened(model, SWAPPING) as view:
         adapter, file, values = _planned(view, name, source, revision=revision, subfolder=subfolder, prefix=prefix)
         _write_all(values.items())
         adapter.peft_fields = kept_fields(file.fields)
@@ -347,7 +348,7 @@ def swap(
 @torch.inference_mode(mode=False)
 def swap_each(model: nn.Module, sources: Mapping[str, Source]) -> None:
     """Swap the values of several adapters, by name, as `swap` does: all of them, or none."""
-    with opened(model, DOING) as view:
+    with opened(model, SWAPPING) as view:
         planned = [_planned(view, name, source) for name, source in sources.items()]
         _write_all(chain.from_iterable(values.items() for _, _, values in planned))
         for adapter, file, _ in planned:

@@ -1,6 +1,7 @@
 """`training_memory`: the bytes that training an adapter takes on each device, computed by formula.
 
-Nothing is run. tests/test_model_memory.py compares the result with measurements.
+Nothing is run. A quantized weight counts with its scales. tests/test_model_memory.py compares the result with
+measurements.
 """
 
 from __future__ import annotations

@@ -228,9 +228,10 @@ def _refuse(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
 
 
 TOLERANCE = 0.02
-"""How far the two may differ, as a share of the product. Results computed in 16 bits are within a quarter of it."""
+"""How far a forward may differ from the product, as a share of it. Results in 16 bits are within a quarter of this."""
 
 TOKENS = 2, 3
+"""The shape of the input that a forward is tried on, without its features."""
 
 
 def differences_from_product(sites: Iterable[AdaptedSite]) -> dict[AdaptedSite, float | None]:

@@ -2,7 +2,8 @@
 
 The checks of a call find most reasons for it to fail. Reasons that no check can foresee, such as a lack of memory, an
 interrupt or a class that sets attributes in its own way, may still raise in the middle of a change, which is then
-undone. The checks hold until the change is made, because only one thread at a time changes models.
+undone. The checks hold until the change is made, because only one thread at a time changes models. `undone` restores
+modules after a run of their code, which may have changed anything in them.
 """
 
 from __future__ import annotations

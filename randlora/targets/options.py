@@ -38,7 +38,8 @@ OUT_OF_REACH = 1.5
 """The factor by which the nearest number of parameters may differ from the wanted one."""
 
 FIRST_STEP = 0.5
-"""The share of its initial value, 1 / min_dim, by which Adam's first step changes Γ with the default alpha."""
+"""The share of its initial value, 1 / min_dim, by which Adam's first step changes Γ with the default alpha: from 50
+features on, below which `LARGEST_RATE` is less."""
 
 LARGEST_RATE = 1e-2
 """The largest learning rate to try first."""
