@@ -61,7 +61,7 @@ def test_a_plain_layer_is_one_operation_and_its_output_may_be_changed_in_place(
 
 
 class Doubled(nn.Linear):
-    """A linear layer with a forward, and arguments, of its own."""
+    """A linear layer with a different forward, which takes further arguments."""
 
     def forward(self, input: Tensor, factor: float | Tensor = 2.0, *, shift: float = 0.0) -> Tensor:  # noqa: A002
         """Return a multiple of the output."""

@@ -172,7 +172,7 @@ SUBCLASS = re.compile(
 READS = re.compile(r"self\.weight\b|super\(\)\.forward\(|self\._conv_forward\(")
 LOSES = re.compile(r"self\.weight\.(data|detach|\w+_\()|no_grad|self\.weight = ")
 INTEGERS = {"transformers.integrations.gemma_quant.QuantizedLinear"}
-"""A class that reads its weight in a method of its own, as codes, whose dtype is refused."""
+"""A class that reads its weight as codes in another method; their dtype is refused."""
 
 
 def subclasses(library: str) -> Iterator[tuple[str, ast.ClassDef]]:

@@ -258,7 +258,7 @@ def test_rules_skip_quantized_ones_with_the_reason(targets: str | None) -> None:
     assert {fqn: why for fqn, why in report.skipped.items() if "attn" in fqn} == dict.fromkeys(places, reason)
     assert report.targets
     assert not {*places} & {*report.targets}
-    if targets is None:  # a default that finds nothing else is that of other models
+    if targets is None:  # a default that finds nothing adapts all linear layers
         report = randlora.inject(quantize(wavlm(), "q_proj", "k_proj", "v_proj", "out_proj"), r=2)
         assert "all linear layers" in report.rule
         assert report.targets
