@@ -66,7 +66,8 @@ def test_only_the_two_files_are_downloaded(pushed: Hub, tmp_path: Path, monkeypa
     pushed.requests.clear()
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        loads("user/repo", HEADED)
+        for revision in (None, "main", directory.name):
+            loads("user/repo", HEADED, revision=revision)
     point_client_at(NOBODY, monkeypatch)
     loads("user/repo", HEADED)
     assert pushed.requests == []
