@@ -179,13 +179,14 @@ def test_a_limit_of_zero_ends_in_zero_and_values_that_are_not_finite_stay() -> N
 
 
 def test_a_limit_that_is_none_is_refused() -> None:
-    model: Any = adapted()
-    for limit, message in (
+    model = adapted()
+    limits: list[tuple[Any, str]] = [
         *((number, f"must be a number of at least 0, got {number}") for number in (-1.0, math.nan, True)),
         ({"q": 1.0}, r"limit= has no pattern for .*add '\.\*'"),
         ({"nowhere": 1.0, ".*": 1.0}, "'nowhere'.*matches no target"),
         ({"q": "1"}, "the limit of 'q' must be a number of at least 0, got '1'"),
-    ):
+    ]
+    for limit, message in limits:
         with untouched(model), pytest.raises(ConfigError, match=message):
             randlora.limit_norms(model, limit)
 

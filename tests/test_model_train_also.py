@@ -22,31 +22,26 @@ from tests.kit import assert_unchanged, bits, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
 from tests.quantized import of_4_bits
 
+NAMES: list[tuple[list[str] | str, list[str]]] = [
+    (["head"], ["head.weight", "head.bias"]),
+    (["bias"], ["q.bias", "down.bias", "norm.bias", "head.bias"]),
+    (r"(q|down)\.bias", ["q.bias", "down.bias"]),
+    (r"norm", ["norm.weight", "norm.bias"]),
+    (["norm", "head.bias"], ["norm.weight", "norm.bias", "head.bias"]),
+    (["twin"], ["embed.weight"]),  # a tied parameter goes by its first name
+]
 
-def tied() -> Mixed:
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_names_mean_modules_or_parameters(is_adapted: bool) -> None:
     model = Mixed()
     model.twin = nn.Embedding(11, 12)
     model.twin.weight = model.embed.weight
-    return model
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["head"], ["head.weight", "head.bias"]),
-        (["bias"], ["q.bias", "down.bias", "norm.bias", "head.bias"]),
-        (r"(q|down)\.bias", ["q.bias", "down.bias"]),
-        (r"norm", ["norm.weight", "norm.bias"]),
-        (["norm", "head.bias"], ["norm.weight", "norm.bias", "head.bias"]),
-        (["twin"], ["embed.weight"]),  # a tied parameter goes by its first name
-    ],
-    ids=str,
-)
-def test_names_mean_modules_or_parameters(names: list[str] | str, expected: list[str]) -> None:
-    model = tied()
-    assert [*randlora.inject(model, r=4, train_also=names).train_also] == expected
-    assert [*randlora.plan(model, r=4, train_also=names, name="b").train_also] == expected
-    assert "embed" not in randlora.plan(tied(), r=4, targets="all", train_also=["twin"]).targets
+    if is_adapted:
+        randlora.inject(model, r=4)
+    for names, expected in NAMES:
+        assert [*randlora.plan(model, r=4, train_also=names, name="b").train_also] == expected
+    assert "embed" not in randlora.plan(model, r=4, targets="all", train_also=["twin"], name="b").targets
 
 
 def test_the_bias_of_an_adapted_layer_trains_and_comes_back() -> None:
