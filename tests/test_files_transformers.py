@@ -104,8 +104,12 @@ def test_without_transformers_names_that_agree_are_merged_and_others_are_said(
     transformers.LlamaForCausalLM.from_pretrained(base).model.save_pretrained(tmp_path / "bare")
     vit, of_vit = save_model(VIT, tmp_path / "vit"), save_adapter(VIT, tmp_path / "of vit")
     expected = randlora.files.merge(adapter, tmp_path / "expected", base=base).out
+    reseal(earlier := save_adapter(LLAMA, tmp_path / "earlier", targets=["up_proj"]), transposed=None)
+    of_earlier = randlora.files.merge(earlier, tmp_path / "of earlier", base=base).out
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert contents(randlora.files.merge(adapter, tmp_path / "merged", base=base).out) == contents(expected)
+    again = randlora.files.merge(earlier, tmp_path / "again", base=base).out  # a weight's shape says how it is stored
+    assert contents(again) == contents(of_earlier)
     assert randlora.files.verify(adapter, base).passed
     with pytest.raises(CheckpointError, match="differ by the prefix 'model': give prefix=\"model\""):
         randlora.files.merge(adapter, tmp_path / "out", base=tmp_path / "bare")
