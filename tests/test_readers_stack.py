@@ -124,6 +124,7 @@ x_of, tokens_of = tokens(3, IN), tokens(EXPERTS, 3, IN)
 CALLS: dict[str, Callable[[Any], Tensor]] = {
     "linear-weight": lambda stack: F.linear(x_of, weight=stack[1]),
     "linear-input": lambda stack: F.linear(input=x_of, weight=stack[1], bias=torch.ones(OUT)),
+    "linear-many": lambda stack: F.linear(tokens(60, IN), stack[1], torch.ones(OUT)),
     "matmul": lambda stack: torch.matmul(input=x_of, other=stack[1].mT),
     "matmul-other": lambda stack: x_of.matmul(other=stack[1].mT),
     "mm": lambda stack: torch.mm(x_of, mat2=stack[1].mT),
