@@ -93,12 +93,11 @@ def test_mixes_of_as_many_adapters_and_factors_of_the_same_layers_share_a_graph(
         {"a": {"0": 0.25, "2": -1.0}},
         {"b": {"0": -3.0, "2": 0.75}},
         {"a": {"0": 0.0, "2": 0.3}},
-        {"b": {"0": 0.0, "2": 0.7}},
     )
     for names in mixes:
         randlora.activate(model, names)
         graphs.append(run.graphs())
-    assert graphs == [1, 2, 2, 3, 3, 3, 4, 4]
+    assert graphs == [1, 2, 2, 3, 3, 3, 4]
 
 
 @needs_compiler
@@ -300,7 +299,7 @@ def test_blocks_compiled_one_by_one_take_as_many_graphs_as_plain_ones(checkpoint
     randlora.inject(adapted := copy.deepcopy(plain), r=2, targets="all-linear")
     for model in (plain, fill(adapted, spread=0.3)):
         torch._dynamo.reset()
-        twin, counter = copy.deepcopy(model), CompileCounterWithBackend("aot_eager")
+        twin, counter = copy.deepcopy(model), CompileCounterWithBackend("eager")
         for block in model.blocks:
             block.compile(fullgraph=True, backend=counter)
         for tokens in (3, 7, 12):
