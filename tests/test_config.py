@@ -138,7 +138,7 @@ GOOD: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", GOOD, ids=str)
+@pytest.mark.parametrize("options", GOOD)
 def test_values_at_the_edge_are_accepted_and_collections_become_tuples(options: dict[str, Any]) -> None:
     config = RandLoRAConfig(**options)
     assert {name: getattr(config, name) for name in options} == {

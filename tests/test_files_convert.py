@@ -51,7 +51,6 @@ def assert_same_tensors_file(found: Path, expected: Path) -> None:
         (LLAMA, "stored", {"basis": "block"}),
         (GPT2, "stored", {"stream": "portable"}),
     ],
-    ids=str,
 )
 def test_what_was_converted_for_peft_is_loaded_there_and_here_and_back_the_file_that_save_writes(
     kind: RealModel, bases: Any, options: dict[str, Any], tmp_path: Path

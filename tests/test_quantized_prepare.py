@@ -69,7 +69,7 @@ def test_norms_and_dense_layers_become_float32_in_place_and_nothing_else_changes
     assert sum(p.nbytes for p in model.parameters()) < sum(p.nbytes for p in theirs.parameters())
 
 
-@pytest.mark.parametrize(("kind", "bits"), [(LLAMA, 4), (GPT2, 8), (VIT, 4)], ids=str)
+@pytest.mark.parametrize(("kind", "bits"), [(LLAMA, 4), (GPT2, 8), (VIT, 4)])
 def test_a_prepared_model_trains_with_gradients_down_to_its_inputs_and_a_second_call_changes_nothing(
     kind: RealModel, bits: int
 ) -> None:
@@ -217,7 +217,7 @@ def trainable_gradients(model: nn.Module, kind: RealModel) -> dict[str, Tensor |
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize(("kind", "reentrant"), [(LLAMA, False), (VIT, True)], ids=str)
+@pytest.mark.parametrize(("kind", "reentrant"), [(LLAMA, False), (VIT, True)])
 def test_checkpointing_changes_no_gradient_and_a_reentrant_one_gets_the_inputs_it_needs(
     kind: RealModel, reentrant: bool
 ) -> None:

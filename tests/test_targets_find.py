@@ -55,7 +55,7 @@ PATTERNS: list[tuple[Any, Any, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("pattern", "exclude", "expected"), PATTERNS, ids=str)
+@pytest.mark.parametrize(("pattern", "exclude", "expected"), PATTERNS)
 def test_a_pattern_means_these_layers_in_the_models_order(pattern: Any, exclude: Any, expected: list[str]) -> None:
     model = Model()
     with untouched(model):
