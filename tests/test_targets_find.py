@@ -180,7 +180,6 @@ IN_BLOCKS = [f"blocks.{index}.{name}" for index in (0, 1) for name in ("qkv", "p
         (lambda fqn, _: fqn.endswith(("qkv", "proj")), ["patch_embed.proj"]),
         (["patch_embed.proj", "qkv", "proj"], ["patch_embed"]),
     ],
-    ids=str,
 )
 def test_what_is_excluded_is_not_refused(targets: Any, exclude: Any) -> None:
     with pytest.raises(TargetError, match=r'Bilinear, for which .* exclude=\["patch_embed\.proj"\]'):
