@@ -207,6 +207,8 @@ WRONG_TENSORS: dict[str, tuple[Mapping[str, Tensor], tuple[str, ...], str]] = {
     "lambda-of-other-length": ({LAMBDA: ones(2, 3)}, (), "randlora_lambda (2, 3)"),
     "lambda-scalar": ({LAMBDA: torch.tensor(1.0)}, (), "randlora_lambda ()"),
     "gamma-of-three-dims": ({GAMMA: ones(2, 4, 1)}, (), "randlora_gamma (2, 4, 1)"),
+    "one-basis-more": ({LAMBDA: ones(2, 3), GAMMA: ones(3, 4)}, (), "randlora_gamma (3, 4)"),
+    "stacks-of-stacks": ({LAMBDA: ones(1, 1, 2, 2), GAMMA: ones(1, 1, 2, 4)}, (), "randlora_lambda (1, 1, 2, 2)"),
     "gamma-narrower": ({GAMMA: ones(2, 3)}, (), "0 is 4 x 6 here, the adapter was trained on a smaller side of 3"),
     "empty": (
         {LAMBDA: ones(2, 0), GAMMA: ones(0, 0)},
