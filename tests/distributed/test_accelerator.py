@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,8 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 import randlora
 from tests.distributed.processes import Processes
 from tests.kit import adapter_values, all_bits, fill
-
-pytestmark = pytest.mark.medium
 
 INPUTS, STEPS = 8, 3
 

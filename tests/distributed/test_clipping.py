@@ -60,7 +60,6 @@ def clip_split() -> None:
     require_clipped_alike(one, model)
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("clip", [clip_sharded, clip_split])
 def test_gradients_are_clipped_as_in_one_process(pair: Processes, clip: Any) -> None:
     pair.run(clip)

@@ -67,7 +67,6 @@ def train_in_parts(drawn: Drawn, options: dict[str, bool], accumulated: int) -> 
     return max(abs(a - b) for a, b in zip(losses, expected_losses, strict=True)), distance(values, expected)
 
 
-@pytest.mark.medium
 @settings(LAW, max_examples=10)
 @given(drawn=drawn_models(checkpointed=st.booleans()), options=OPTIONS, accumulated=st.sampled_from([1, 1, 3]))
 def test_training_equals_that_of_one_process(
@@ -92,7 +91,6 @@ def train_compiled(drawn: Drawn) -> float:
     return distance(values_of(model), trained_alone(drawn)[1])
 
 
-@pytest.mark.medium
 def test_compiled_training_equals_that_of_one_process(pair: Processes) -> None:
     assert max(pair.run(train_compiled, Drawn((6, 8, 6), 2, "block", 2.0, ("norms",)))) <= 1e-6
 
@@ -122,7 +120,6 @@ def bytes_sent(drawn: Drawn) -> dict[str, int]:
     }
 
 
-@pytest.mark.medium
 @LAW
 @given(drawn=drawn_models(others=st.sampled_from([0, 2])))
 def test_no_byte_of_bases_is_sent(pair: Processes, drawn: Drawn) -> None:
@@ -167,7 +164,6 @@ def join(drawn: Drawn) -> None:
     require_equal_on_ranks(values_of(model))
 
 
-@pytest.mark.medium
 def test_uneven_inputs_are_joined(pair: Processes) -> None:
     pair.run(join, Drawn((6, 8, 6), 2, "block", 2.0, ("norms",)))
 
@@ -191,7 +187,6 @@ def save_and_load(drawn: Drawn, directory: str, *, everywhere: bool) -> None:
     assert torch.equal(ddp(rows), other(rows))
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("everywhere", [False, True], ids=["rank-0", "all-ranks"])
 def test_an_adapter_is_saved_on_one_or_on_all_ranks(pair: Processes, tmp_path: Path, *, everywhere: bool) -> None:
     drawn = Drawn((6, 8, 6), 2, "dense", 2.0, ("norms",))

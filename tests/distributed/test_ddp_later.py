@@ -16,8 +16,6 @@ import randlora
 from tests.distributed.processes import Processes
 from tests.distributed.trained import Drawn, loss_of, optimizer_of, values_of
 
-pytestmark = pytest.mark.medium
-
 DRAWN = Drawn((6, 8, 6), 2, "block", 2.0)
 
 

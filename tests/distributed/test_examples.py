@@ -18,8 +18,6 @@ from tests.distributed.engines import deepspeed, needs_deepspeed
 from tests.distributed.processes import Processes
 from tests.examples import imported
 
-pytestmark = pytest.mark.medium
-
 ROOT = Path(__file__).parents[2]
 
 

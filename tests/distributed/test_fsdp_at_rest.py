@@ -161,7 +161,6 @@ def save_in_each(order: str, place: Path) -> tuple[int, list[str]]:
     return written.call_count, errors
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("order", ["inject, shard", "split, inject"])
 def test_one_process_writes_and_all_learn_of_errors(pair: Processes, order: str, tmp_path: Path) -> None:
     (first, errors), (second, others) = pair.run(save_in_each, order, tmp_path)
@@ -169,7 +168,6 @@ def test_one_process_writes_and_all_learn_of_errors(pair: Processes, order: str,
     assert errors == others
 
 
-@pytest.mark.medium
 def test_one_process_of_a_mesh_of_two_dimensions_writes(four: Processes, tmp_path: Path) -> None:
     found = four.run(save_in_each, "inject, split, shard", tmp_path)
     assert [count for count, _ in found] == [2, 0, 0, 0]

@@ -59,7 +59,6 @@ def use_after(end: Callable[[nn.Module], Any], place: Path) -> None:
         torch.testing.assert_close(model(TOKENS), one(TOKENS), rtol=0, atol=1e-6)
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("end", [randlora.eject, randlora.merge])
 def test_what_had_an_adapter_is_used_and_adapted_again(
     pair: Processes, tmp_path: Path, end: Callable[[nn.Module], Any]

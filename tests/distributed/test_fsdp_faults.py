@@ -251,7 +251,6 @@ def test_copies_of_sharded_parameters_are_made_without_gathering(pair: Processes
     pair.run(inject_without_gathering)
 
 
-@pytest.mark.medium
 def test_what_fails_in_one_process_between_two_gathers_is_raised_in_all(pair: Processes, tmp_path: Path) -> None:
     pair.run(fail_between_gathers, tmp_path / "adapter", seconds=30)
     assert not (tmp_path / "adapter").exists()

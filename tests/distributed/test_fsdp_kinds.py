@@ -94,7 +94,6 @@ def train_save_and_merge(name: str, directory: Path, is_sharded_first: bool) -> 
     assert distance(values(model), dict(Run(kind.model()[0]).named_parameters())) == 0
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize(("name", "is_sharded_first"), [(name, index % 2 == 1) for index, name in enumerate(NAMES)])
 def test_each_kind_trains_is_saved_and_merged(
     pair: Processes, tmp_path: Path, name: str, is_sharded_first: bool

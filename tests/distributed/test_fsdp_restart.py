@@ -168,7 +168,6 @@ def resume(case: Case, directory: Path, expected: dict[str, Tensor]) -> None:
     assert distance(values(model), expected) <= 1e-6
 
 
-@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as it is meant
 @pytest.mark.parametrize("is_sharded_first", [False, True])
 def test_another_number_of_processes_resumes(

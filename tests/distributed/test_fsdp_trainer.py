@@ -23,8 +23,6 @@ from tests.distributed.referring import compared
 from tests.further import further
 from tests.kit import Bits, bits
 
-pytestmark = pytest.mark.medium
-
 
 @contextmanager
 def launched() -> Iterator[None]:

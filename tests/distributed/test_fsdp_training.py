@@ -125,14 +125,12 @@ cases = st.builds(
 ).filter(lambda case: case.is_sharded_first or case.dtype == torch.float32)  # what FSDP2 trains has one dtype
 
 
-@pytest.mark.medium
 @LAW
 @given(case=cases)
 def test_a_sharded_model_trains_as_in_one_process(pair: Processes, case: Case) -> None:
     pair.run(assert_as_one_process, case)
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("is_sharded_first", [False, True])
 def test_replicas_of_shards_train_as_in_one_process(four: Processes, is_sharded_first: bool) -> None:
     case = Case(is_sharded_first=is_sharded_first, train_also=("norm",), replicas=2)

@@ -67,7 +67,6 @@ def test_one_tensor_at_a_time_is_gathered_by_fully_shard(pair: Processes, verb: 
 
 
 @needs_deepspeed
-@pytest.mark.medium
 @pytest.mark.parametrize("verb", VERBS)
 def test_one_tensor_at_a_time_is_gathered_by_zero(zero_pair: Processes, verb: str, tmp_path: Path) -> None:
     assert zero_pair.run(spread, verb, tmp_path) == [[1] * COUNT] * 2

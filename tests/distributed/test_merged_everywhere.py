@@ -98,7 +98,6 @@ def of_one(place: Path) -> tuple[str, str]:
     return str(wrote).replace("alone", "out"), f"another process, with a copy of the model, writes {place / 'out'}"
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("name", ENGINES)
 def test_tensors_and_files_are_those_of_one_process(pair: Processes, name: str, tmp_path: Path) -> None:
     reports = pair.run(yield_and_write, name, tmp_path)
@@ -106,7 +105,6 @@ def test_tensors_and_files_are_those_of_one_process(pair: Processes, name: str, 
     assert reports == [wrote, left if name in ("DDP", "FSDP, summoned") else wrote]
 
 
-@pytest.mark.medium
 @needs_deepspeed
 @pytest.mark.parametrize("name", ZERO)
 def test_tensors_and_files_are_those_of_one_process_under_zero(zero_pair: Processes, name: str, tmp_path: Path) -> None:
@@ -132,12 +130,10 @@ def require_bounded(found: list[tuple[list[int], int]]) -> None:
     assert set(alive) == {1}
 
 
-@pytest.mark.medium
 def test_a_process_that_writes_nothing_holds_one_tensor(pair: Processes, tmp_path: Path) -> None:
     require_bounded(pair.run(write_and_count, "FSDP2", tmp_path))
 
 
-@pytest.mark.medium
 @needs_deepspeed
 def test_a_process_that_writes_nothing_holds_one_tensor_under_zero(zero_pair: Processes, tmp_path: Path) -> None:
     require_bounded(zero_pair.run(write_and_count, "ZeRO-3", tmp_path))
@@ -161,7 +157,6 @@ def refuse(place: Path) -> list[str]:
     return errors
 
 
-@pytest.mark.medium
 def test_a_model_that_is_flattened_is_refused_in_all_processes(pair: Processes, tmp_path: Path) -> None:
     first, second = pair.run(refuse, tmp_path)
     assert first == second
@@ -192,12 +187,10 @@ def fail_in_one(name: str, place: Path) -> None:
     randlora.files.save_merged(model, out)
 
 
-@pytest.mark.medium
 def test_what_fails_in_one_process_is_raised_in_all_and_leaves_nothing(pair: Processes, tmp_path: Path) -> None:
     pair.run(fail_in_one, "FSDP2", tmp_path, seconds=30)
 
 
-@pytest.mark.medium
 @needs_deepspeed
 def test_what_fails_in_one_process_under_zero_is_raised_in_all(zero_pair: Processes, tmp_path: Path) -> None:
     zero_pair.run(fail_in_one, "ZeRO-3", tmp_path, seconds=30)
@@ -220,12 +213,10 @@ def save_as_transformers_does(name: str, place: Path) -> None:
     assert not (place / "merged").exists()
 
 
-@pytest.mark.medium
 def test_what_would_write_a_part_of_a_model_is_refused(pair: Processes, tmp_path: Path) -> None:
     pair.run(save_as_transformers_does, "FSDP2", tmp_path)
 
 
-@pytest.mark.medium
 @needs_deepspeed
 def test_what_would_write_a_part_of_a_model_under_zero_is_refused(zero_pair: Processes, tmp_path: Path) -> None:
     zero_pair.run(save_as_transformers_does, "ZeRO-3", tmp_path)
@@ -264,13 +255,11 @@ def write_language_model(name: str, engine: str, place: Path) -> None:
     dist.barrier()
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("name", ["tied Llama", "Mixtral"])
 def test_a_model_of_transformers_is_written_for_it_to_load(pair: Processes, name: str, tmp_path: Path) -> None:
     pair.run(write_language_model, name, "FSDP2", tmp_path)
 
 
-@pytest.mark.medium
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["tied Llama", "Mixtral"])
 def test_a_model_of_transformers_under_zero_is_written_for_it_to_load(

@@ -30,7 +30,6 @@ def check(drawn: Drawn) -> None:
     randlora.check_ranks(DistributedDataParallel(model, broadcast_buffers=False), group=dist.new_group())
 
 
-@pytest.mark.medium
 @LAW
 @given(drawn=drawn_models(others=st.sampled_from([0, 1])))
 def test_equal_adapters_pass(pair: Processes, drawn: Drawn) -> None:

@@ -87,7 +87,6 @@ def test_an_adapter_has_the_statistics_of_the_first_process(how: str, pair: Proc
 
 
 @needs_deepspeed
-@pytest.mark.medium
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_and_under_deepspeed(stage: str, zero_pair: Processes, tmp_path: Path) -> None:
     require_saved(zero_pair.run(saved, f"zero-{stage}", tmp_path))

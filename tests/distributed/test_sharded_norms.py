@@ -78,7 +78,6 @@ def read_norms_of_an_engine(stage: str) -> None:
 
 
 @needs_deepspeed
-@pytest.mark.medium
 @pytest.mark.parametrize("stage", ["3", "3-persistent"])
 def test_under_zero_3_norms_are_read_and_neither_trained_nor_limited(zero_pair: Processes, stage: str) -> None:
     zero_pair.run(read_norms_of_an_engine, stage)

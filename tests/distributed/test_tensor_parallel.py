@@ -163,7 +163,6 @@ drawn_models = st.builds(
 )
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_split_model_trains_saves_and_merges_as_in_one_process(
     pair: Processes, dtype: torch.dtype, tmp_path_factory: pytest.TempPathFactory
@@ -256,7 +255,6 @@ def _grad_of(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("first", [True, False])
 def test_dropout_leaves_processes_with_the_same_adapter(pair: Processes, first: bool) -> None:
     pair.run(with_dropout, first)
@@ -284,7 +282,6 @@ def parts_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.medium
 def test_unmerging_restores_the_bits(pair: Processes) -> None:
     pair.run(merged_reversibly)
 
@@ -311,7 +308,6 @@ def with_split_loss() -> None:
         close(_grad_of(ours), _grad_of(theirs))
 
 
-@pytest.mark.medium
 def test_a_loss_of_split_logits(pair: Processes) -> None:
     pair.run(with_split_loss)
 
@@ -330,6 +326,5 @@ def compiled() -> None:
         close(_grad_of(ours), _grad_of(expected))
 
 
-@pytest.mark.medium
 def test_a_split_model_is_compiled_in_one_graph(pair: Processes) -> None:
     pair.run(compiled)

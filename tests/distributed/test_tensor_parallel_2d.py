@@ -57,7 +57,6 @@ def on_two_dimensions(first: bool, place: Path) -> None:
         close(outputs_of(model, ids), outputs_of(one, ids))
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("first", [True, False])
 def test_a_mesh_of_two_dimensions(four: Processes, first: bool, tmp_path: Path) -> None:
     four.run(on_two_dimensions, first, tmp_path)
@@ -72,6 +71,5 @@ def in_the_pages_order() -> None:
     assert [type(parameter.grad) for parameter in randlora.trainable_parameters(model)] == [DTensor] * 4
 
 
-@pytest.mark.medium
 def test_the_order_of_the_page(four: Processes) -> None:
     four.run(in_the_pages_order)

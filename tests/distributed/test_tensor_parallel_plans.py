@@ -148,7 +148,6 @@ def planned(case: Case, place: Path) -> None:
         close(model(input_ids=ids).logits, expected)
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_that_its_plan_splits(pair: Processes, case: str, tmp_path: Path) -> None:
     pair.run(planned, CASES[case], tmp_path)
@@ -177,7 +176,6 @@ drawn_cases = st.builds(
 )
 
 
-@pytest.mark.medium
 def test_models_of_other_sizes(pair: Processes, tmp_path_factory: pytest.TempPathFactory) -> None:
     @settings(LAW, max_examples=3)
     @given(drawn_cases)
@@ -199,7 +197,6 @@ def count_sums(place: Path) -> None:
     assert counted.call_count == 2  # of one layer: gate_up_proj and down_proj, whose experts all have tokens
 
 
-@pytest.mark.medium
 def test_each_stack_of_experts_sums_once(pair: Processes, tmp_path: Path) -> None:
     pair.run(count_sums, tmp_path)
 
@@ -216,7 +213,6 @@ def as_on_the_page(place: Path) -> None:
     assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
 
 
-@pytest.mark.medium
 def test_the_snippet_of_a_plan_runs(pair: Processes, tmp_path: Path) -> None:
     pair.run(as_on_the_page, tmp_path)
 
@@ -237,7 +233,6 @@ def one_token(place: Path) -> None:
         close(found, expected)
 
 
-@pytest.mark.medium
 def test_processes_whose_experts_have_no_tokens_take_part(pair: Processes, tmp_path: Path) -> None:
     pair.run(one_token, tmp_path, seconds=30)
 
@@ -253,7 +248,6 @@ def refuse_other_batches(place: Path) -> None:
     assert before == {name: type(module) for name, module in model.named_modules()}
 
 
-@pytest.mark.medium
 def test_experts_of_processes_with_different_batches_are_refused(pair: Processes, tmp_path: Path) -> None:
     pair.run(refuse_other_batches, tmp_path)
 
@@ -275,7 +269,6 @@ def refuse_quantized(place: Path) -> None:
     assert before == {name: type(module) for name, module in model.named_modules()}
 
 
-@pytest.mark.medium
 def test_quantized_layers_that_a_plan_splits_are_refused(pair: Processes, tmp_path: Path) -> None:
     pair.run(refuse_quantized, tmp_path)
 

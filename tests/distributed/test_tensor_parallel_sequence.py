@@ -75,7 +75,6 @@ def in_sequence(first: bool) -> None:
         close(model(x), outputs[0])
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("first", [True, False])
 def test_a_model_whose_tokens_are_split_between_its_layers(pair: Processes, first: bool) -> None:
     pair.run(in_sequence, first)

@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch.distributed as dist
 
 import randlora
 from tests.distributed.processes import Processes
 from tests.kit import Bits, fill
-
-pytestmark = pytest.mark.medium
 
 
 @contextmanager

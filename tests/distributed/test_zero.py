@@ -34,7 +34,7 @@ from tests.distributed.trained import (
     trained_alone,
 )
 
-pytestmark = [pytest.mark.medium, needs_deepspeed]
+pytestmark = needs_deepspeed
 
 DRAWN = Drawn((12, 12, 8, 12), 4, "dense", 2.0, ("norms",))
 HALF: dict[str, dict[str, Any]] = {"bf16": {}, "fp16": {"loss_scale": 128}}  # else the first steps look for a scale

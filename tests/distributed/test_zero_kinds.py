@@ -14,7 +14,7 @@ from tests.distributed.trained import distance, optimizer_of, values_of
 from tests.kit import all_bits
 from tests.read_kinds import READ_KINDS, output_of, weighted
 
-pytestmark = [pytest.mark.medium, needs_deepspeed]
+pytestmark = needs_deepspeed
 
 NAMES = ["Conv2d-stride", "Embedding", "attention-in_proj", "attention-out_proj", "experts-gate_up"]
 """One of each group of kinds."""

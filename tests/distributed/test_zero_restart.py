@@ -18,7 +18,7 @@ from tests.distributed.engines import engine_of, needs_deepspeed, trained, whole
 from tests.distributed.processes import Processes
 from tests.distributed.trained import Drawn, distance
 
-pytestmark = [pytest.mark.medium, needs_deepspeed]
+pytestmark = needs_deepspeed
 
 DRAWN = Drawn((12, 12, 8, 12), 4, "dense", 2.0, ("norms",))
 

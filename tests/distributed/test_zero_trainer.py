@@ -20,7 +20,7 @@ from tests.distributed.referring import compared
 from tests.distributed.trained import distance
 from tests.further import further
 
-pytestmark = [pytest.mark.medium, needs_deepspeed]
+pytestmark = needs_deepspeed
 
 
 @contextmanager
