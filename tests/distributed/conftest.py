@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import Processes
+from tests.distributed.engines import LACKING, has_deepspeed
+from tests.distributed.processes import For, Processes
 
 HERE = Path(__file__).parent
 
@@ -30,6 +31,20 @@ def zero_pair() -> Iterator[Processes]:
     processes = Processes(2)
     yield processes
     processes.stop()
+
+
+@pytest.fixture
+def processes_of(request: pytest.FixtureRequest) -> For:
+    """Give two processes for an engine by its name, and skip the test if that needs DeepSpeed and there is none."""
+
+    def given(engine: str) -> Processes:
+        is_zero = engine.lower().startswith("zero")
+        if is_zero and not has_deepspeed:
+            pytest.skip(LACKING)
+        found: Processes = request.getfixturevalue("zero_pair" if is_zero else "pair")
+        return found
+
+    return given
 
 
 @pytest.fixture(scope="session")

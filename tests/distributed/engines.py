@@ -15,10 +15,9 @@ from torch.nn import functional
 from tests.distributed.trained import ROWS, Drawn, loss_of, optimizer_of
 from tests.kit import fill
 
-needs_deepspeed = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or importlib.util.find_spec("deepspeed") is None,
-    reason="DeepSpeed is not installed",
-)
+LACKING = "DeepSpeed is not installed"
+has_deepspeed = sys.platform.startswith("linux") and importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not has_deepspeed, reason=LACKING)
 
 LINEAR = functional.linear
 """What DeepSpeed replaces in a process for good, also for engines that are told not to."""

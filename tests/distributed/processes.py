@@ -89,6 +89,10 @@ class Processes:
             self._running.append((process, here))
 
 
+For = Callable[[str], Processes]
+"""Gives the processes for an engine by its name."""
+
+
 def _serve(calls: Connection, rank: int, count: int, meeting: Path) -> None:
     """Run what arrives until the other end is closed."""
     torch.set_num_threads(1)

@@ -174,27 +174,6 @@ def test_one_process_of_a_mesh_of_two_dimensions_writes(four: Processes, tmp_pat
     assert all(errors == found[0][1] for _, errors in found)
 
 
-def merge_and_unmerge() -> None:
-    one, model = pair_of_models()
-    before, expected = shards(model), one(TOKENS)
-    assert torch.equal(randlora.delta_weight(model, "first.up"), randlora.delta_weight(one, "first.up"))
-    model(TOKENS)  # after which the root holds whole parameters, which the next forward forgets
-    with torch.no_grad(), randlora.merged(model), randlora.merged(one):
-        assert torch.allclose(model(TOKENS), expected, rtol=0, atol=1e-6)
-        merged = {name: parameter.detach().clone() for name, parameter in one.named_parameters()}
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        for name, parameter in model.named_parameters():
-            assert torch.allclose(full(parameter), merged[name], rtol=1e-6, atol=1e-6), name  # parts of products
-    after = shards(model)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-
-
-def test_merging_and_unmerging(pair: Processes) -> None:
-    pair.run(merge_and_unmerge)
-
-
 def fail_to_merge() -> None:
     _, model = pair_of_models()
     if dist.get_rank() == 1:

@@ -1,4 +1,4 @@
-"""Activation checkpointing that was switched on before `inject` changes no training and no name under `fully_shard`."""
+"""Activation checkpointing changes no training and no name under `fully_shard`, whenever it is switched on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.distributed.test_fsdp_training import filled, values
 from tests.distributed.trained import distance
 
 WRAPPER = "_checkpoint_wrapped_module."
-WAYS = ["reentrant", "non-reentrant", "wrapped-blocks", "wrapped-targets"]
+WAYS = ["reentrant", "non-reentrant", "wrapped-blocks", "wrapped-targets", "later"]
 
 
 def llama() -> LlamaForCausalLM:
@@ -31,16 +31,14 @@ def llama() -> LlamaForCausalLM:
     return model
 
 
-def checkpointed(way: str) -> LlamaForCausalLM:
-    model = llama()
-    if way.startswith("wrapped"):
+def checkpoint(model: LlamaForCausalLM, way: str) -> None:
+    if way.endswith("reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
+    else:
         kinds = type(model.model.layers[0]) if way == "wrapped-blocks" else nn.Linear | type(model.model.norm)
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, kinds))
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
     if way == "reentrant":
         model.enable_input_require_grads()
-    return model
 
 
 def shard(model: LlamaForCausalLM) -> None:
@@ -70,9 +68,13 @@ def train_and_save(way: str, directory: Path) -> None:
     expected = dict(one.named_parameters())
     assert distance(expected, before) > 1e-3
     for first, second in ((adapt, shard), (shard, adapt)):
-        model = checkpointed(way)
+        model = llama()
+        if way != "later":
+            checkpoint(model, way)
         first(model)
         second(model)
+        if way == "later":
+            checkpoint(model, way)
         train(model.train(), tokens.view(2, 2, 6)[dist.get_rank()])
         found = {name.replace(WRAPPER, ""): value for name, value in values(model).items()}
         assert distance(found, expected) <= 1e-6
@@ -86,5 +88,5 @@ def train_and_save(way: str, directory: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_checkpointing_before_inject_changes_no_training_and_no_name(pair: Processes, tmp_path: Path, way: str) -> None:
+def test_checkpointing_changes_no_training_and_no_name(pair: Processes, tmp_path: Path, way: str) -> None:
     pair.run(train_and_save, way, tmp_path)

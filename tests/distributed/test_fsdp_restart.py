@@ -19,17 +19,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import randlora
 from randlora.config import Init
 from randlora.errors import AdapterError
 from randlora.layers.diagonals import Diagonal
-from randlora.sharded.engines import DataMeshes
-from randlora.sharded.places import all_fsdp_modules
 from tests.distributed.processes import Processes
 from tests.distributed.test_fsdp_at_rest import Two
-from tests.distributed.test_fsdp_training import TOKENS, Case, exchange, share_of, train, values
+from tests.distributed.test_fsdp_training import TOKENS, Case, require_alike, share_of, train_alike, values
 from tests.distributed.trained import distance
 
 TRAINED = StateDictOptions(ignore_frozen_params=True)
@@ -57,10 +54,8 @@ def build_on_meta(is_sharded_first: bool, init: Init) -> None:
     for module in model.modules():
         if isinstance(module, Diagonal):
             module.reset_parameters()  # type: ignore[operator]  # of both kinds of `Diagonal`
-    assert distance(values(model), dict(one.named_parameters())) == 0
-    train(one, TOKENS)
-    train(model, share_of(TOKENS, 1))
-    assert distance(values(model), dict(one.named_parameters())) <= 1e-6
+    require_alike(one, model, within=0)
+    train_alike(one, model)
 
 
 @pytest.mark.parametrize(("is_sharded_first", "init"), [(False, "gamma"), (True, "lambda")])
@@ -76,7 +71,7 @@ def follow_the_docs() -> None:
     names |= {"device": "cpu", "rank": rank, "base_weights": base.state_dict()}
     exec(block, names)
     randlora.inject(base, r=32)
-    assert distance(values(names["model"]), dict(base.named_parameters())) == 0
+    require_alike(base, names["model"], within=0)
     x = torch.randn(2, 8)
     torch.testing.assert_close(names["model"](x), base(x))
 
@@ -111,24 +106,6 @@ def test_what_the_docs_do_on_meta_is_enough(pair: Processes) -> None:
     pair.run(follow_the_docs)
 
 
-def train_a_part() -> None:
-    """A part of a model that got other parameters is averaged too if only its own forward is called."""
-    case = Case(is_sharded_first=True)
-    one, model = case.adapt(case.base()), case.sharded()
-    exchange(model)
-    for each, tokens in ((one, TOKENS), (model, share_of(TOKENS, 1))):
-        optimizer = torch.optim.SGD(randlora.trainable_parameters(each), lr=0.02)
-        for _ in range(2):
-            each.first(tokens).pow(2).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    assert distance(values(model), dict(one.named_parameters())) <= 1e-6
-
-
-def test_a_part_that_is_called_itself_is_averaged(pair: Processes) -> None:
-    pair.run(train_a_part)
-
-
 def momentum(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(randlora.trainable_parameters(model), lr=0.02, momentum=0.9)
 
@@ -142,14 +119,14 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) ->
 
 def train_and_save(case: Case, directory: Path) -> dict[str, Tensor]:
     """Train, save, train on; return the values of the adapter."""
-    model = case.sharded()
+    model = case.models()[1]
     optimizer = momentum(model)
-    steps(model, optimizer, share_of(TOKENS, 1))
+    steps(model, optimizer, share_of(TOKENS))
     state, moments = get_state_dict(model, optimizer, options=TRAINED)
     assert state
     assert all("randlora" in key or "norm" in key for key in state), "only what is trained"
     state_dict_saver.save({"model": state, "optimizer": moments}, checkpoint_id=directory)
-    steps(model, optimizer, share_of(TOKENS, 1))
+    steps(model, optimizer, share_of(TOKENS))
     return {name: value.clone() for name, value in values(model).items()}
 
 
@@ -163,8 +140,8 @@ def resumed(model: nn.Module, directory: Path, tokens: Tensor, *, is_alone: bool
 
 
 def resume(case: Case, directory: Path, expected: dict[str, Tensor]) -> None:
-    model = case.sharded()
-    resumed(model, directory, share_of(TOKENS, 1))
+    model = case.models()[1]
+    resumed(model, directory, share_of(TOKENS))
     assert distance(values(model), expected) <= 1e-6
 
 
@@ -181,51 +158,11 @@ def test_another_number_of_processes_resumes(
     assert distance(dict(alone.named_parameters()), expected) <= 1e-6
 
 
-class Gathered(TorchDispatchMode):
-    """Counts the bytes that are gathered."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.nbytes: int = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and call an operation."""
-        if "allgather" in func.name():
-            self.nbytes += args[0].nbytes
-        return func(*args, **(kwargs or {}))
-
-
-def gathered_bytes(model: nn.Module) -> int:
-    """Return the bytes that FSDP2 gathers in a forward."""
-    with torch.no_grad(), Gathered() as gathered:
-        model(TOKENS)
-    nbytes: int = gathered.nbytes
-    assert nbytes > 0
-    return nbytes
-
-
-def eject_and_gather() -> None:
-    case = Case()
-    plain, model, later = case.shard(case.base()), case.sharded(), Case(is_sharded_first=True).sharded()
-    adapter = sum(parameter.nbytes for parameter in randlora.trainable_parameters(model))
-    base = gathered_bytes(plain)
-    assert gathered_bytes(later) == base
-    before = gathered_bytes(model)
-    assert before >= base + adapter  # each is padded to shards of one size
-    randlora.eject(model)
-    assert gathered_bytes(model) == before
-
-
-def test_what_was_sharded_is_gathered_after_eject_too(pair: Processes) -> None:
-    """A limit of FSDP2, which keeps what it has sharded; docs/distributed.md says so."""
-    pair.run(eject_and_gather)
-
-
 def without_private_names() -> None:
     """A torch that renames what tells of all sharded modules must not lead to processes that differ silently."""
     composable = vars(torch.distributed)["_composable_state"]
     mapping = composable._module_state_mapping
-    model, plain, adapted = Case().shard(Case().base()), Case().base(), Case().sharded()
+    model, plain, adapted = Case().shard(Case().base()), Case().base(), Case().models()[1]
     del composable._module_state_mapping
     try:
         with pytest.raises(AdapterError, match="does not tell which modules fully_shard was called on"):
@@ -241,15 +178,3 @@ def without_private_names() -> None:
 
 def test_names_that_torch_could_change_are_missed_loudly(pair: Processes) -> None:
     pair.run(without_private_names)
-
-
-def read_private_names() -> None:
-    model = Case().shard(Case().base())
-    found = all_fsdp_modules(model.first.q)
-    assert {id(model), id(model.first)} <= {id(each) for each in found}, "also of modules around a part"
-    meshes = DataMeshes.of(model)
-    assert all(meshes.by_weight[id(each)] == meshes.others[0] for each in model.parameters())
-
-
-def test_the_private_names_of_torch_are_as_expected(pair: Processes) -> None:
-    pair.run(read_private_names)

@@ -110,9 +110,9 @@ def loss_of(output: Tensor) -> Tensor:
     return (output - 0.3).square().mean()
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
     """Return an optimizer that does not amplify rounding, as Adam does where gradients are small."""
-    return torch.optim.SGD(randlora.trainable_parameters(model), lr=0.05, momentum=0.9)
+    return torch.optim.SGD(randlora.trainable_parameters(model), lr=lr, momentum=0.9)
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
