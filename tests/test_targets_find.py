@@ -88,7 +88,7 @@ def test_a_list_means_the_layers_of_its_names_and_in_modules_of_its_names(
             find_targets(Model(), names, exclude)
 
 
-@pytest.mark.parametrize("exclude", [["b"], ["a"], "b", "a", ["a", "b"]], ids=str)
+@pytest.mark.parametrize("exclude", [["b"], ["a"], "b", "a", ["a", "b"]])
 def test_a_layer_of_two_names_is_found_and_excluded_by_either_and_called_by_its_first(exclude: Any) -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
     model["b"] = model["a"]
@@ -231,7 +231,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("targets", "exclude", "message"), REFUSED, ids=str)
+@pytest.mark.parametrize(("targets", "exclude", "message"), REFUSED)
 def test_a_pattern_that_means_nothing_is_refused_with_what_was_probably_meant(
     targets: Any, exclude: Any, message: str
 ) -> None:
@@ -239,7 +239,7 @@ def test_a_pattern_that_means_nothing_is_refused_with_what_was_probably_meant(
         find_targets(Model(), targets, exclude)
 
 
-@pytest.mark.parametrize("pattern", ["(", ["q", 3], 7], ids=str)
+@pytest.mark.parametrize("pattern", ["(", ["q", 3], 7])
 @pytest.mark.parametrize("name", ["targets", "exclude"])
 def test_a_pattern_that_is_none_is_refused(name: str, pattern: Any) -> None:
     with pytest.raises(ConfigError, match=f"configure RandLoRA: {name}"):
@@ -268,7 +268,7 @@ def test_no_answer_suggests_what_was_written(targets: Any, model: nn.Module) -> 
             assert not {said, "none"} & set(near.split(", "))
 
 
-@pytest.mark.parametrize("targets", ["q", ["q"], "all-linear", nothing], ids=str)
+@pytest.mark.parametrize("targets", ["q", ["q"], "all-linear", nothing])
 def test_of_a_model_without_linear_layers_it_is_told_what_it_has(targets: Any) -> None:
     with pytest.raises(TargetError, match=r"; the model has no .* adapted, only Bilinear, Tanh"):
         find_targets(nn.Sequential(nn.Bilinear(1, 1, 1), nn.Tanh()), targets)
