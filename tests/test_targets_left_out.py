@@ -148,7 +148,7 @@ def test_a_preset_adapts_what_it_names_in_a_head_too_and_leaves_out_other_layers
     assert [(group.kind, group.fqns, group.targets) for group in report.left_out] == [("linear", ("up",), "all-linear")]
 
 
-@pytest.mark.parametrize("targets", [["up"], "up", lambda fqn, _: fqn == "up", ["kernel", "up"]], ids=str)
+@pytest.mark.parametrize("targets", [["up"], "up", lambda fqn, _: fqn == "up", ["kernel", "up"]])
 def test_of_targets_that_the_user_described_nothing_is_told(targets: Any) -> None:
     report = quiet_plan(mixed(), targets=targets)
     assert (report.left_out, report.warning) == ((), "")
@@ -254,14 +254,14 @@ OF_NO_KIND: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("targets", "message"), OF_NO_KIND, ids=str)
+@pytest.mark.parametrize(("targets", "message"), OF_NO_KIND)
 def test_a_parameter_that_no_kind_serves_is_refused_by_name_and_type(targets: Any, message: str) -> None:
     model = mixed()
     with untouched(model), pytest.raises(TargetError, match=message):
         randlora.inject(model, r=2, targets=targets)
 
 
-@pytest.mark.parametrize("targets", [["up_proj"], ["experts.up_proj"], r".*\.up_proj"], ids=str)
+@pytest.mark.parametrize("targets", [["up_proj"], ["experts.up_proj"], r".*\.up_proj"])
 def test_a_weight_that_other_code_reads_is_found_by_its_name_and_its_last_component(targets: Any) -> None:
     assert quiet_plan(mixed(), targets=targets).targets == ("experts.up_proj",)
     assert quiet_plan(mixed(), targets=r"experts\..*", exclude=["router", "down_proj"]).targets == ("experts.up_proj",)
@@ -373,7 +373,7 @@ def test_all_skips_what_cannot_be_adapted_and_tells_of_it(model: nn.ModuleDict) 
     randlora.eject(fill(model) if randlora.inject(model, r=2, targets="all", stream="portable") else model)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES)
 def test_of_a_mixtral_every_matrix_is_told_of(rule: str | None) -> None:
     model = tiny("mixtral", "MixtralForCausalLM")
     assert isinstance(model, transformers.MixtralForCausalLM)
