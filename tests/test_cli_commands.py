@@ -177,11 +177,11 @@ def test_inspect_and_verify_print_what_the_library_says(tmp_path: Path, capsys: 
 
 def test_convert_takes_every_option_and_prints_its_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, _ = their_directory(LLAMA, tmp_path)
-    words = ("convert", source, tmp_path / "lora", "--to", "lora")
+    words: list[str | Path] = ["convert", source, tmp_path / "lora", "--to", "lora"]
     code, out, err = run(capsys, *words)
     assert (code, out) == (1, "")
     assert "give --base, the directory of its base model" in err
-    words = (*words, "--base", base_directory(LLAMA, tmp_path))
+    words += ["--base", base_directory(LLAMA, tmp_path)]
     code, out, err = run(capsys, *words, "--rank", "4")
     assert (code, out) == (2, "")
     assert "with --rank 4, 8 of 8 layers have a relative error above --tolerance 0.05" in err
