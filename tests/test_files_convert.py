@@ -196,8 +196,8 @@ def save_all(models: list[nn.ModuleDict], root: Path, **options: Any) -> list[Pa
     """Adapt models, fill the adapters by name, save them, and return where."""
     for index, model in enumerate(models):
         also = ["head"] if "head" in model else None
-        options = {"r": 2, "targets": ["q", "v"], "stream": "portable"} | options
-        randlora.inject(model, train_also=also, **options)
+        given: dict[str, Any] = {"r": 2, "targets": ["q", "v"], "stream": "portable", **options}
+        randlora.inject(model, train_also=also, **given)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 generator = torch.Generator().manual_seed(sum(name.encode()))

@@ -78,8 +78,8 @@ def test_ranks_reach_the_right_layers_whatever_their_names(tmp_path: Path) -> No
     """Names that are ends of one another, or that mean something as a regex."""
 
     def build() -> nn.Module:
-        body: OrderedDict[str, nn.Module] = OrderedDict({"up": nn.Linear(30, 14), "a+b": nn.Linear(14, 20), "a_b": nn.Linear(20, 9)})
-        return nn.Sequential(OrderedDict(up=nn.Linear(12, 30), body=nn.Sequential(body)))
+        inner: dict[str, nn.Module] = {"up": nn.Linear(30, 14), "a+b": nn.Linear(14, 20), "a_b": nn.Linear(20, 9)}
+        return nn.Sequential(OrderedDict(up=nn.Linear(12, 30), body=nn.Sequential(OrderedDict(inner))))
 
     model = reproducible(build)
     randlora.inject(model, r=4, alpha=8)
