@@ -24,6 +24,7 @@ from randlora.layers.base import AdapterLayer
 from randlora.model import merge
 from tests.distributed.processes import Processes
 from tests.distributed.test_fsdp_at_rest import shards
+from tests.distributed.trained import require_equal_on_ranks
 from tests.kit import fill
 
 
@@ -73,10 +74,9 @@ def fail_in_a_backward() -> None:
     handle.remove()
     model.zero_grad()
     model(x).sum().backward()
-    for parameter in randlora.trainable_parameters(model):
-        both = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
-        dist.all_gather(both, parameter.grad)
-        assert torch.equal(both[0], both[1])
+    gradients = [each.grad for each in randlora.trainable_parameters(model) if each.grad is not None]
+    assert len(gradients) == 4
+    require_equal_on_ranks({str(index): grad for index, grad in enumerate(gradients)})
 
 
 def interrupt_merges() -> None:
@@ -154,6 +154,11 @@ def failing_in_last(method: str, on: Any, call: int, error: BaseException) -> It
         yield
 
 
+def require_shards(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    found = shards(model)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def fail_between_gathers(place: Path) -> None:
     model = adapted()
     before = shards(model)
@@ -167,8 +172,7 @@ def fail_between_gathers(place: Path) -> None:
         failing = failing_in_last("full_tensor", DTensor, call, MemoryError("no room"))
         with failing, pytest.raises(MemoryError, match="no room"):
             verb()
-    after = shards(model)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    require_shards(model, before)
     randlora.merge(model)
 
 
@@ -188,8 +192,7 @@ def fail_to_unmerge() -> None:
     is_last = dist.get_rank() == dist.get_world_size() - 1
     with failing(KeyboardInterrupt()), pytest.raises(KeyboardInterrupt) if is_last else nullcontext():
         randlora.unmerge(model)
-    after = shards(model)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    require_shards(model, before)
     randlora.merge(model)
 
 
@@ -207,7 +210,7 @@ def rename_what_is_sharded() -> None:
     assert randlora.adapters(model) == infos
     after = {name: (id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()}
     assert list(after.items()) == list(held.items())
-    assert all(torch.equal(value, before[name]) for name, value in shards(model).items())
+    require_shards(model, before)
     assert torch.equal(model(x), expected)
     randlora.rename(model, "whole", "new")
     assert [info.name for info in randlora.adapters(model)] == ["default", "new"]
@@ -226,43 +229,27 @@ def raise_in_one_block() -> None:
         with suppress(ZeroDivisionError), randlora.merged(model):
             raise ZeroDivisionError
         dist.send(torch.zeros(1), 0)
-    after = shards(model)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    require_shards(model, before)
 
 
-def test_processes_that_use_different_experts_get_the_same_average(pair: Processes) -> None:
-    pair.run(train_another_expert_in_each)
-
-
-def test_a_backward_that_failed_does_not_stop_the_averaging(pair: Processes) -> None:
-    pair.run(fail_in_a_backward)
-
-
-def test_an_interrupted_merge_leaves_the_values_as_they_were(pair: Processes) -> None:
-    pair.run(interrupt_merges)
-
-
-def test_copies_that_nothing_would_average_are_refused(pair: Processes) -> None:
-    pair.run(train_a_copy_that_is_not_sharded)
-    pair.run(activate_a_copy_that_is_not_sharded)
-
-
-def test_copies_of_sharded_parameters_are_made_without_gathering(pair: Processes) -> None:
-    pair.run(inject_without_gathering)
+@pytest.mark.parametrize(
+    "check",
+    [
+        train_another_expert_in_each,
+        fail_in_a_backward,
+        interrupt_merges,
+        train_a_copy_that_is_not_sharded,
+        activate_a_copy_that_is_not_sharded,
+        inject_without_gathering,
+        rename_what_is_sharded,
+        fail_to_unmerge,
+        raise_in_one_block,
+    ],
+)
+def test_processes_cannot_come_to_differ(pair: Processes, check: Callable[[], None]) -> None:
+    pair.run(check, seconds=30)
 
 
 def test_what_fails_in_one_process_between_two_gathers_is_raised_in_all(pair: Processes, tmp_path: Path) -> None:
     pair.run(fail_between_gathers, tmp_path / "adapter", seconds=30)
     assert not (tmp_path / "adapter").exists()
-
-
-def test_a_sharded_adapter_keeps_its_name_and_a_whole_one_is_renamed(pair: Processes) -> None:
-    pair.run(rename_what_is_sharded)
-
-
-def test_what_fails_in_one_process_while_it_unmerges_is_raised_in_all(pair: Processes) -> None:
-    pair.run(fail_to_unmerge, seconds=30)
-
-
-def test_an_error_in_a_block_of_one_process_does_not_wait_for_others(pair: Processes) -> None:
-    pair.run(raise_in_one_block, seconds=30)

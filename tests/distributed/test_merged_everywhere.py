@@ -1,9 +1,10 @@
-"""The tensors of the merged model and its files, of whatever engine spreads the model: those of one process."""
+"""What is written and yielded of a model that any engine spreads: tensors and files of one process, one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,12 +23,11 @@ import randlora
 from randlora.disk.formats import write_tensor_file
 from randlora.errors import MergeError
 from randlora.sharded import places
-from tests.distributed.engines import engine_around, engine_of, needs_deepspeed
-from tests.distributed.processes import Processes
+from tests.distributed.engines import engine_around, engine_of
+from tests.distributed.processes import For, Processes
 from tests.distributed.test_fsdp_faults import failing_in_last
-from tests.distributed.test_gathered import watched
 from tests.distributed.trained import Chain, Drawn
-from tests.kit import all_bits, fill
+from tests.kit import Bits, all_bits, fill
 from tests.model_directories import contents
 
 DRAWN = Drawn((12, 16, 8, 12), 4, "dense", 2.0, ("norms.0",))
@@ -57,8 +57,6 @@ ENGINES: dict[str, Callable[[], nn.Module]] = {
     "FSDP2": lambda: fully_sharded(DRAWN.adapted()),
     "FSDP2, offloaded": lambda: fully_sharded(DRAWN.adapted(), offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "tensor parallel": lambda: split(DRAWN.adapted()),
-}
-ZERO: dict[str, Callable[[], nn.Module]] = {
     "ZeRO-2": lambda: engine_of(DRAWN, "2"),
     "ZeRO-3": lambda: engine_of(DRAWN, "3"),
     "ZeRO-3, init first": lambda: engine_of(DRAWN, "3", is_spread_first=True).module,
@@ -69,8 +67,8 @@ PARTS = "FSDP2", "FSDP2, offloaded", "tensor parallel"
 """Engines under which each process computes a part of a merged weight, which may round otherwise than all of it."""
 
 
-def yield_and_write(name: str, place: Path) -> str:
-    one, model = DRAWN.adapted(), {**ENGINES, **ZERO}[name]()
+def yield_and_write(name: str, place: Path) -> tuple[str, dict[str, Bits]]:
+    one, model = DRAWN.adapted(), ENGINES[name]()
     is_summoned = name == "FSDP, summoned"
     here: AbstractContextManager[object] = (
         FullyShardedDataParallel.summon_full_params(model) if is_summoned else nullcontext()
@@ -88,55 +86,61 @@ def yield_and_write(name: str, place: Path) -> str:
     if dist.get_rank() == 0:
         randlora.files.save_merged(DRAWN.adapted(), place / "one", max_shard_size=SHARD)
         assert contents(place / "out") == contents(place / "one")
-    return str(report)
-
-
-def of_one(place: Path) -> tuple[str, str]:
-    """Return what the reports of two processes are where the first writes for both."""
-    wrote = randlora.files.save_merged(DRAWN.adapted(), place / "alone", max_shard_size=SHARD)
-    assert wrote.shards > 2
-    return str(wrote).replace("alone", "out"), f"another process, with a copy of the model, writes {place / 'out'}"
+    return str(report), all_bits(found)
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_tensors_and_files_are_those_of_one_process(pair: Processes, name: str, tmp_path: Path) -> None:
-    reports = pair.run(yield_and_write, name, tmp_path)
-    wrote, left = of_one(tmp_path)
-    assert reports == [wrote, left if name in ("DDP", "FSDP, summoned") else wrote]
+def test_tensors_and_files_are_those_of_one_process(processes_of: For, name: str, tmp_path: Path) -> None:
+    (first, tensors), (second, others) = processes_of(name).run(yield_and_write, name, tmp_path)
+    assert tensors == others
+    wrote = randlora.files.save_merged(DRAWN.adapted(), tmp_path / "alone", max_shard_size=SHARD)
+    assert wrote.shards > 2
+    assert first == str(wrote).replace("alone", "out")
+    left = f"another process, with a copy of the model, writes {tmp_path / 'out'}"
+    assert second == (left if name in ("DDP", "FSDP, summoned", "ZeRO-2") else first)
 
 
-@needs_deepspeed
-@pytest.mark.parametrize("name", ZERO)
-def test_tensors_and_files_are_those_of_one_process_under_zero(zero_pair: Processes, name: str, tmp_path: Path) -> None:
-    reports = zero_pair.run(yield_and_write, name, tmp_path)
-    wrote, left = of_one(tmp_path)
-    assert reports == [wrote, left if name == "ZeRO-2" else wrote]
+@contextmanager
+def watched(on: Any, name: str) -> Iterator[list[int]]:
+    """Yield how many of the tensors that a function has returned are there whenever it returns another."""
+    own, held, alive = getattr(on, name), list[Any](), list[int]()
+
+    def watching(*args: Any, **options: Any) -> Tensor:
+        found: Tensor = own(*args, **options)
+        held.append(weakref.ref(found))
+        alive.append(sum(each() is not None for each in held))
+        return found
+
+    with mock.patch.object(on, name, watching):
+        yield alive
 
 
-def write_and_count(name: str, place: Path) -> tuple[list[int], int]:
-    """Return how many gathered tensors there were at once, and how many files this process wrote."""
-    model = {**ENGINES, **ZERO}[name]()
+def write_and_count(name: str, place: Path) -> tuple[list[list[int]], int]:
+    """Return how many gathered tensors there were at once in each call, and how many files this process wrote."""
+    model = ENGINES[name]()
     on: tuple[Any, str] = (DTensor, "full_tensor") if name == "FSDP2" else (places, "gathered")
     written = mock.Mock(side_effect=write_tensor_file)
-    with watched(*on) as alive, mock.patch(f"{SAVING}.write_tensor_file", written):
-        randlora.files.save_merged(model, place / "out", max_shard_size=SHARD)
-    return alive, written.call_count
+    counts: list[list[int]] = []
+    verbs: list[Callable[[], object]] = [
+        lambda: randlora.save(model, place / "adapter"),
+        lambda: randlora.adapter_state(model),
+        lambda: randlora.files.save_merged(model, place / "out", max_shard_size=SHARD),
+    ]
+    for verb in verbs:
+        with watched(*on) as alive, mock.patch(f"{SAVING}.write_tensor_file", written):
+            verb()
+        counts.append(alive)
+    return counts, written.call_count
 
 
-def require_bounded(found: list[tuple[list[int], int]]) -> None:
-    (_, files), (alive, others) = found
+@pytest.mark.parametrize("name", ["FSDP2", "ZeRO-3"])
+def test_one_tensor_at_a_time_is_gathered(processes_of: For, name: str, tmp_path: Path) -> None:
+    (of_first, files), (of_second, others) = processes_of(name).run(write_and_count, name, tmp_path)
+    adapter = [1] * (3 * 2 + 2)  # Λ and Γ of three layers, and what is trained beside them
+    assert of_first[:2] == of_second[:2] == [adapter, adapter]
+    assert len(of_second[2]) > 10
+    assert set(of_second[2]) == {1}, "the process that writes nothing holds one"
     assert (files > 2, others) == (True, 0)
-    assert len(alive) > 10
-    assert set(alive) == {1}
-
-
-def test_a_process_that_writes_nothing_holds_one_tensor(pair: Processes, tmp_path: Path) -> None:
-    require_bounded(pair.run(write_and_count, "FSDP2", tmp_path))
-
-
-@needs_deepspeed
-def test_a_process_that_writes_nothing_holds_one_tensor_under_zero(zero_pair: Processes, tmp_path: Path) -> None:
-    require_bounded(zero_pair.run(write_and_count, "ZeRO-3", tmp_path))
 
 
 def refuse(place: Path) -> list[str]:
@@ -167,7 +171,7 @@ def test_a_model_that_is_flattened_is_refused_in_all_processes(pair: Processes, 
 
 def fail_in_one(name: str, place: Path) -> None:
     """Raise in one process at each place where it might, and find that all raise and nothing is left."""
-    model = {**ENGINES, **ZERO}[name]()
+    model = ENGINES[name]()
     gather: tuple[str, Any] = ("full_tensor", DTensor) if name == "FSDP2" else ("gathered", places)
     out, no_room = place / "out", MemoryError("no room")
     for call in (0, 2, 5):  # Λ, the weight, and what has no adapter
@@ -187,20 +191,18 @@ def fail_in_one(name: str, place: Path) -> None:
     randlora.files.save_merged(model, out)
 
 
-def test_what_fails_in_one_process_is_raised_in_all_and_leaves_nothing(pair: Processes, tmp_path: Path) -> None:
-    pair.run(fail_in_one, "FSDP2", tmp_path, seconds=30)
-
-
-@needs_deepspeed
-def test_what_fails_in_one_process_under_zero_is_raised_in_all(zero_pair: Processes, tmp_path: Path) -> None:
-    zero_pair.run(fail_in_one, "ZeRO-3", tmp_path, seconds=30)
+@pytest.mark.parametrize("name", ["FSDP2", "ZeRO-3"])
+def test_what_fails_in_one_process_is_raised_in_all_and_leaves_nothing(
+    processes_of: For, name: str, tmp_path: Path
+) -> None:
+    processes_of(name).run(fail_in_one, name, tmp_path, seconds=30)
 
 
 def save_as_transformers_does(name: str, place: Path) -> None:
     """Call a model's own method in a block in which it writes the merged model, if that is whole."""
     own = mock.Mock(return_value="its own result")
     with mock.patch.object(Chain, "save_pretrained", lambda _, *args, **options: own(*args, **options), create=True):
-        model: Any = {**ENGINES, **ZERO}[name]()
+        model: Any = ENGINES[name]()
         inner = getattr(model, "module", model)
         with pytest.warns(UserWarning, match=r"for that, call randlora.files.save_merged\(model, directory\)"):
             inner.save_pretrained(place / "adapter")
@@ -213,13 +215,9 @@ def save_as_transformers_does(name: str, place: Path) -> None:
     assert not (place / "merged").exists()
 
 
-def test_what_would_write_a_part_of_a_model_is_refused(pair: Processes, tmp_path: Path) -> None:
-    pair.run(save_as_transformers_does, "FSDP2", tmp_path)
-
-
-@needs_deepspeed
-def test_what_would_write_a_part_of_a_model_under_zero_is_refused(zero_pair: Processes, tmp_path: Path) -> None:
-    zero_pair.run(save_as_transformers_does, "ZeRO-3", tmp_path)
+@pytest.mark.parametrize("name", ["FSDP2", "ZeRO-3"])
+def test_what_would_write_a_part_of_a_model_is_refused(processes_of: For, name: str, tmp_path: Path) -> None:
+    processes_of(name).run(save_as_transformers_does, name, tmp_path)
 
 
 def language_model(name: str) -> Any:
@@ -255,17 +253,14 @@ def write_language_model(name: str, engine: str, place: Path) -> None:
     dist.barrier()
 
 
-@pytest.mark.parametrize("name", ["tied Llama", "Mixtral"])
-def test_a_model_of_transformers_is_written_for_it_to_load(pair: Processes, name: str, tmp_path: Path) -> None:
-    pair.run(write_language_model, name, "FSDP2", tmp_path)
-
-
-@needs_deepspeed
-@pytest.mark.parametrize("name", ["tied Llama", "Mixtral"])
-def test_a_model_of_transformers_under_zero_is_written_for_it_to_load(
-    zero_pair: Processes, name: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("tied Llama", "FSDP2"), ("Mixtral", "FSDP2"), ("tied Llama", "ZeRO-3"), ("Mixtral", "ZeRO-3")],
+)
+def test_a_model_of_transformers_is_written_for_it_to_load(
+    processes_of: For, name: str, engine: str, tmp_path: Path
 ) -> None:
-    zero_pair.run(write_language_model, name, "ZeRO-3", tmp_path)
+    processes_of(engine).run(write_language_model, name, engine, tmp_path)
 
 
 def write_from_a_mesh(kind: str, place: Path) -> None:

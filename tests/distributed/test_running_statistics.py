@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import randlora
-from tests.distributed.engines import engine_around, needs_deepspeed
-from tests.distributed.processes import Processes
+from tests.distributed.engines import engine_around
+from tests.distributed.processes import For
 from tests.kit import all_bits, bits
 
 X = torch.linspace(-1, 1, 12).view(2, 6)
@@ -81,20 +81,10 @@ def saved(how: str, directory: Path) -> tuple[Tensor, Tensor, tuple[str, ...], d
         return run(X), fresh(X), notes, all_bits(own), all_bits(theirs)
 
 
-@pytest.mark.parametrize("how", ["ddp", "sharded-first", "sharded-after"])
-def test_an_adapter_has_the_statistics_of_the_first_process(how: str, pair: Processes, tmp_path: Path) -> None:
-    require_saved(pair.run(saved, how, tmp_path))
-
-
-@needs_deepspeed
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_and_under_deepspeed(stage: str, zero_pair: Processes, tmp_path: Path) -> None:
-    require_saved(zero_pair.run(saved, f"zero-{stage}", tmp_path))
-
-
-def require_saved(found: list[Any]) -> None:
+@pytest.mark.parametrize("how", ["ddp", "sharded-first", "sharded-after", "zero-2", "zero-3"])
+def test_an_adapter_has_the_statistics_of_the_first_process(how: str, processes_of: For, tmp_path: Path) -> None:
+    (output, loaded, notes, own, theirs), _ = processes_of(how).run(saved, how, tmp_path)
     before = {name: bits(value) for name, value in build().named_buffers()}
-    output, loaded, notes, own, theirs = found[0]
     torch.testing.assert_close(output, loaded)
     assert own == theirs
     assert own.keys() == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}

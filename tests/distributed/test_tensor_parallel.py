@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +20,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import randlora
 from tests.distributed.processes import LAW, Processes
+from tests.distributed.test_fsdp_at_rest import shards
+from tests.distributed.trained import require_equal_on_ranks
 from tests.kit import fill
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -110,40 +114,58 @@ def close(found: Tensor, expected: Tensor, within: float | None = None) -> None:
     assert error <= within * scale, (error, scale)
 
 
+def require_gradients_alike(one: nn.Module, model: nn.Module, within: float | None = None) -> None:
+    """Compare the gradients of Λ and Γ."""
+    for ours, expected in zip(*map(randlora.trainable_parameters, (model, one)), strict=True):
+        close(gradient_of(ours), gradient_of(expected), within)
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+
+
+def require_alike(one: nn.Module, model: nn.Module, x: Tensor, fresh: nn.Module, place: Path) -> None:
+    """Compare output, gradients, the merged model, the base and the saved files with those of one process."""
+    outputs = [each(x) for each in (one, model)]
+    close(outputs[1], outputs[0])
+    for each, output in zip((one, model), outputs, strict=True):
+        each.zero_grad()
+        output.square().mean().log1p().backward()  # else some diverge, and amplify how products of parts round
+    require_gradients_alike(one, model)
+    before, kept = outputs_of(model, x), shards(model)
+    randlora.merge(model, reversible=True)
+    close(outputs_of(model, x), outputs[0])
+    randlora.unmerge(model)
+    assert all(torch.equal(value, kept[fqn]) for fqn, value in shards(model).items())
+    assert torch.equal(outputs_of(model, x), before)
+    merged = dict(randlora.merged_tensors(model))
+    for name, value in randlora.merged_tensors(one):
+        close(merged[name], value)
+    with randlora.disabled(model), randlora.disabled(one):
+        close(outputs_of(model, x), outputs_of(one, x))
+    randlora.save(model, place)
+    dist.barrier()
+    randlora.load(fresh, place)
+    close(outputs_of(fresh, x), outputs[0])
+
+
 def train(drawn: Drawn, dtype: torch.dtype, place: Path) -> None:
-    """Compare output, gradients, some steps, the saved files and the merged weights."""
+    """Compare some steps and then all of it."""
     one, model = models(drawn, dtype)
     assert isinstance(model.up._parameters["weight"], DTensor)
+    assert {type(parameter) for parameter in randlora.trainable_parameters(model)} == {nn.Parameter}
     ids = torch.randint(drawn.rows, (2, 5), generator=torch.Generator().manual_seed(1))
     ids[0, 0] = 0
     optimizers = [torch.optim.SGD(randlora.trainable_parameters(each), lr=1e-5) for each in (one, model)]
     for _ in range(2):
-        outputs = [each(ids) for each in (one, model)]
-        close(outputs[1], outputs[0])
-        for optimizer, output in zip(optimizers, outputs, strict=True):
-            optimizer.zero_grad()
-            output.square().mean().log1p().backward()  # else some diverge, and amplify how products of parts round
-        ours, expected = (list(randlora.trainable_parameters(each)) for each in (model, one))
-        for parameter, other in zip(ours, expected, strict=True):
-            assert type(parameter) is nn.Parameter
-            assert parameter.grad is not None
-            assert other.grad is not None
-            close(parameter.grad, other.grad)
-        for optimizer in optimizers:
+        for each, optimizer in zip((one, model), optimizers, strict=True):
+            each(ids).square().mean().log1p().backward()
             optimizer.step()
+            optimizer.zero_grad()
     for fqn in LAYERS:
         close(randlora.delta_weight(model, fqn), randlora.delta_weight(one, fqn))
-    randlora.save(model, place)
-    dist.barrier()
-    other = plain(drawn).to(dtype)
-    randlora.load(other, place)
-    close(other(ids), outputs_of(one, ids))
-    before = model.down._parameters["weight"].to_local().clone()
-    with randlora.merged(model):
-        close(outputs_of(model, ids), outputs_of(one, ids))
-    assert torch.equal(model.down._parameters["weight"].to_local(), before)
-    with randlora.disabled(model), randlora.disabled(one):
-        close(outputs_of(model, ids), outputs_of(one, ids))
+    require_alike(one, model, ids, plain(drawn).to(dtype), place)
 
 
 @torch.no_grad()
@@ -199,19 +221,13 @@ def count_collectives() -> None:
     assert both[1] == both[0] + 2 * len(LAYERS)  # of Λ and of Γ
 
 
-def test_nothing_is_sent_but_the_gradients(pair: Processes) -> None:
-    pair.run(count_collectives)
-
-
-def several(place: Path) -> None:
+def several() -> None:
     """Use two adapters, load one into a split model, and eject."""
     drawn = Drawn(8, 16, 30, True, "columns", {"r": 4})
     one, model = models(drawn)
-    if dist.get_rank() == 0:
-        randlora.save(one, place / "saved")
-    dist.barrier()
+    state = randlora.adapter_state(one)
     for each in (one, model):
-        randlora.load(each, place / "saved", name="second")
+        randlora.load(each, state, name="second")
         randlora.activate(each, {"default": 0.5, "second": 0.25})
     ids = torch.arange(8).view(2, 4)
     close(outputs_of(model, ids), outputs_of(one, ids))
@@ -224,12 +240,8 @@ def several(place: Path) -> None:
     assert weight.placements == (Shard(0),)
 
 
-def test_several_adapters_of_a_split_model(pair: Processes, tmp_path: Path) -> None:
-    pair.run(several, tmp_path)
-
-
 def with_dropout(first: bool) -> None:
-    """Train with another seed in each process, and compare the processes."""
+    """Compare processes that train with different seeds."""
     drawn = Drawn(8, 16, 30, first, "whole", {"r": 4, "dropout": 0.5})
     model = plain(drawn)
     if first:
@@ -243,47 +255,8 @@ def with_dropout(first: bool) -> None:
     found = [model(ids), model(ids)]
     assert not torch.equal(*found)
     found[0].square().mean().backward()
-    found += map(_grad_of, randlora.trainable_parameters(model))
-    for each in found:
-        theirs = [torch.empty_like(each) for _ in range(dist.get_world_size())]
-        dist.all_gather(theirs, each.detach().contiguous())
-        assert all(torch.equal(each, other) for other in theirs)
-
-
-def _grad_of(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_dropout_leaves_processes_with_the_same_adapter(pair: Processes, first: bool) -> None:
-    pair.run(with_dropout, first)
-
-
-def merged_reversibly() -> None:
-    """Merge and unmerge, with parts of different sizes."""
-    _, model = models(Drawn(8, 7, 30, True, "rows", {"r": 4}))
-    ids = torch.arange(8).view(2, 4)
-    output, kept = outputs_of(model, ids), parts_of(model)
-    randlora.merge(model, reversible=True)
-    close(outputs_of(model, ids), output)
-    merged = parts_of(model)
-    assert all(not torch.equal(merged[f"{fqn}.weight"], kept[f"{fqn}.weight"]) for fqn in LAYERS)
-    randlora.unmerge(model)
-    assert all(torch.equal(value, kept[fqn]) for fqn, value in parts_of(model).items())
-    assert torch.equal(outputs_of(model, ids), output)
-
-
-def parts_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of what a process holds."""
-    return {
-        fqn: (each.to_local() if isinstance(each, DTensor) else each).detach().clone()
-        for fqn, each in model.named_parameters()
-    }
-
-
-def test_unmerging_restores_the_bits(pair: Processes) -> None:
-    pair.run(merged_reversibly)
+    found += map(gradient_of, randlora.trainable_parameters(model))
+    require_equal_on_ranks({str(index): each.detach() for index, each in enumerate(found)})
 
 
 def with_split_loss() -> None:
@@ -304,12 +277,7 @@ def with_split_loss() -> None:
         loss: Any = nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
         loss.backward()
     close(loss.full_tensor(), expected)
-    for ours, theirs in zip(*map(randlora.trainable_parameters, (model, one)), strict=True):
-        close(_grad_of(ours), _grad_of(theirs))
-
-
-def test_a_loss_of_split_logits(pair: Processes) -> None:
-    pair.run(with_split_loss)
+    require_gradients_alike(one, model)
 
 
 def compiled() -> None:
@@ -322,9 +290,13 @@ def compiled() -> None:
     close(outputs[1], outputs[0])
     for output in outputs:
         output.square().mean().backward()
-    for ours, expected in zip(*map(randlora.trainable_parameters, (model, plain_split)), strict=True):
-        close(_grad_of(ours), _grad_of(expected))
+    require_gradients_alike(plain_split, model)
 
 
-def test_a_split_model_is_compiled_in_one_graph(pair: Processes) -> None:
-    pair.run(compiled)
+@pytest.mark.parametrize(
+    "check",
+    [count_collectives, several, partial(with_dropout, True), partial(with_dropout, False), with_split_loss, compiled],
+    ids=["nothing-is-sent-but-gradients", "several", "dropout-split-first", "dropout", "split-loss", "compiled"],
+)
+def test_what_else_a_split_model_does(pair: Processes, check: Callable[[], None]) -> None:
+    pair.run(check)

@@ -1,19 +1,24 @@
 """DeepSpeed's ZeRO: training as in one process, and adapters saved, merged and switched while they are spread."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import randlora
-from randlora.errors import AdapterError
+from randlora.errors import AdapterError, CheckpointError
+from randlora.model import merge, mergeable
 from randlora.sharded import places
+from randlora.sharded.places import Spread
 from tests.distributed.engines import (
     config,
     deepspeed,
@@ -32,17 +37,13 @@ from tests.distributed.trained import (
     mean_over_ranks,
     require_equal_on_ranks,
     trained_alone,
+    values_of,
 )
 
 pytestmark = needs_deepspeed
 
 DRAWN = Drawn((12, 12, 8, 12), 4, "dense", 2.0, ("norms",))
 HALF: dict[str, dict[str, Any]] = {"bf16": {}, "fp16": {"loss_scale": 128}}  # else the first steps look for a scale
-every_spread = pytest.mark.parametrize(
-    ("stage", "is_spread_first"),
-    [("3", False), ("3", True), ("3-persistent", False), ("3-offload", False)],
-    ids=["inject-first", "init-first", "persistent", "offload"],
-)
 
 
 def train(drawn: Drawn, stage: str, *, is_spread_first: bool) -> tuple[float, float]:
@@ -76,29 +77,21 @@ def alone(drawn: Drawn, engine: Any) -> torch.nn.Module:
     return model
 
 
-def save(stage: str, directory: str, *, is_spread_first: bool) -> None:
-    engine = engine_of(DRAWN, stage, is_spread_first=is_spread_first)
-    trained(engine, DRAWN, dist.get_rank(), 0)
-    report = randlora.save(engine.module, directory)
-    assert report.directory == Path(directory)
+def require_saved(engine: Any, directory: str) -> None:
+    """Assert that a directory has what the engine has trained."""
     dist.barrier()
     loaded = DRAWN.build()
     randlora.load(loaded, directory, trainable=True)
-    values = {name: each.detach() for name, each in loaded.named_parameters() if each.requires_grad}
-    assert distance(values, whole_values(engine.module)) == 0
+    expected = {name: value.float() for name, value in whole_values(engine.module).items()}
+    assert distance(values_of(loaded), expected) == 0
 
 
-@every_spread
-def test_spread_adapters_are_saved_whole(
-    zero_pair: Processes, tmp_path: Path, stage: str, *, is_spread_first: bool
-) -> None:
-    zero_pair.run(save, stage, str(tmp_path / "adapter"), is_spread_first=is_spread_first)
-
-
-def merge_and_back(stage: str, *, is_spread_first: bool) -> None:
+def save_merge_and_back(stage: str, directory: str, *, is_spread_first: bool) -> None:
     engine = engine_of(DRAWN, stage, is_spread_first=is_spread_first)
     model, rank = engine.module, dist.get_rank()
     trained(engine, DRAWN, rank, 0)
+    assert randlora.save(model, directory).directory == Path(directory)
+    require_saved(engine, directory)
     twin, rows = alone(DRAWN, engine), DRAWN.batch(rank, 5)
     before = engine(rows).detach()
     for fqn in ("layers.0", "layers.1", "layers.2"):
@@ -116,31 +109,15 @@ def merge_and_back(stage: str, *, is_spread_first: bool) -> None:
     assert torch.equal(engine(rows), expected)
 
 
-@every_spread
-def test_merging_equals_that_of_one_process(zero_pair: Processes, stage: str, *, is_spread_first: bool) -> None:
-    zero_pair.run(merge_and_back, stage, is_spread_first=is_spread_first)
-
-
-def merge_and_count() -> list[int]:
-    """Return how many parameters were gathered together, each time, while adapters were merged and saved."""
-    engine = engine_of(DRAWN, "3")
-    together: list[int] = []
-    original = deepspeed().zero.GatheredParameters
-
-    def counting(parameters: list[torch.nn.Parameter]) -> Any:
-        assert all(each.ds_status.name == "NOT_AVAILABLE" for each in engine.module.parameters())
-        together.append(len(parameters))
-        return original(parameters)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deepspeed().zero, "GatheredParameters", counting)
-        randlora.merge(engine.module)
-    return together
-
-
-def test_one_parameter_at_a_time_is_gathered(zero_pair: Processes) -> None:
-    for together in zero_pair.run(merge_and_count):
-        assert together == [1] * 9  # Λ, Γ and the weight of three layers
+@pytest.mark.parametrize(
+    ("stage", "is_spread_first"),
+    [("3", False), ("3", True), ("3-persistent", False), ("3-offload", False)],
+    ids=["inject-first", "init-first", "persistent", "offload"],
+)
+def test_spread_adapters_are_saved_and_merged_as_by_one_process(
+    zero_pair: Processes, tmp_path: Path, stage: str, *, is_spread_first: bool
+) -> None:
+    zero_pair.run(save_merge_and_back, stage, str(tmp_path / "adapter"), is_spread_first=is_spread_first)
 
 
 def fail_to_copy() -> None:
@@ -224,11 +201,7 @@ def train_in_half_precision(stage: str, directory: str, dtype: str) -> None:
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 0.02
     require_equal_on_ranks(whole_values(engine.module))
     randlora.save(engine.module, directory)
-    dist.barrier()
-    loaded = DRAWN.build()
-    randlora.load(loaded, directory, trainable=True)
-    values = {name: each.detach() for name, each in loaded.named_parameters() if each.requires_grad}
-    assert distance(values, {name: each.float() for name, each in whole_values(engine.module).items()}) == 0
+    require_saved(engine, directory)
     rows = DRAWN.batch(0, 5).to(next(engine.module.parameters()).dtype)
     twin = alone(DRAWN, engine).to(rows.dtype)
     before = engine(rows)
@@ -243,3 +216,73 @@ def train_in_half_precision(stage: str, directory: str, dtype: str) -> None:
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_engines_of_half_precision_train(zero_pair: Processes, tmp_path: Path, stage: str, dtype: str) -> None:
     zero_pair.run(train_in_half_precision, stage, str(tmp_path / "adapter"), dtype)
+
+
+def resume(stage: str, directory: str, *, has_all: bool) -> None:
+    """Train, with a checkpoint in between; another model goes on from there and has the same losses and values."""
+    rank = dist.get_rank()
+    through = engine_of(DRAWN, stage)
+    trained(through, DRAWN, rank, 0)
+    through.save_checkpoint(directory, exclude_frozen_parameters=not has_all)
+    expected = [trained(through, DRAWN, rank, step) for step in (1, 2)]
+    rest = engine_of(DRAWN, stage)
+    path, _ = rest.load_checkpoint(directory, load_module_strict=has_all)
+    assert path is not None
+    assert [trained(rest, DRAWN, rank, step) for step in (1, 2)] == expected
+    values = whole_values(through.module)
+    assert distance(whole_values(rest.module), values) == 0
+    randlora.save(through.module, f"{directory}/adapter")
+    dist.barrier()
+    if stage == "3":
+        with pytest.raises(CheckpointError, match=r"engine\.load_checkpoint"):  # the optimizer would overwrite them
+            randlora.swap(rest.module, f"{directory}/adapter")
+        assert distance(whole_values(rest.module), values) == 0
+
+
+@pytest.mark.parametrize("has_all", [True, False], ids=["all", "trained"])
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_a_checkpoint_of_deepspeed_resumes_a_run(
+    zero_pair: Processes, tmp_path: Path, stage: str, *, has_all: bool
+) -> None:
+    zero_pair.run(resume, stage, str(tmp_path / "checkpoint"), has_all=has_all)
+
+
+def fail_in_one_of_all(stage: str, *, reversible: bool) -> None:
+    engine = engine_of(DRAWN, stage)
+    model, rows = engine.module, DRAWN.batch(dist.get_rank(), 5)
+    expected, before = engine(rows), pieces(model)
+    check, write, calls = mergeable.require_finite, Spread.write, []
+
+    def fail_before(fqn: str, weight: Tensor) -> Tensor:
+        if fqn == "layers.1" and dist.get_rank() == 1:
+            raise MemoryError("in one process")
+        return check(fqn, weight)
+
+    def fail_after(self: Spread, value: Tensor) -> None:
+        write(self, value)
+        calls.append(value)
+        if len(calls) == 2 and dist.get_rank() == 1:
+            raise MemoryError("in one process")
+
+    for owner, name, fail in ((merge, "require_finite", fail_before), (Spread, "write", fail_after)):
+        with mock.patch.object(owner, name, fail), pytest.raises(MemoryError, match="in one process"):
+            randlora.merge(engine, reversible=reversible)
+        assert all(map(torch.equal, pieces(model), before))
+        assert torch.equal(engine(rows), expected)
+    with randlora.merged(engine):
+        torch.testing.assert_close(engine(rows), expected)
+    trained(engine, DRAWN, dist.get_rank(), 0)
+
+
+def pieces(model: torch.nn.Module) -> list[Tensor]:
+    """Return copies of what this process has of each parameter."""
+    held: list[Any] = [*model.parameters()]
+    return [copy.deepcopy(each.ds_tensor.data) for each in held]
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("stage", ["3", "3-persistent"])
+def test_a_merge_that_fails_in_one_process_is_undone_in_all(
+    zero_pair: Processes, stage: str, *, reversible: bool
+) -> None:
+    zero_pair.run(fail_in_one_of_all, stage, reversible=reversible, seconds=30)
