@@ -178,7 +178,7 @@ def test_damaged_files_of_one_adapter_fail_its_requests_alone_and_one_that_is_sa
     weights = tmp_path / "tenant_1" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     asks = [Ask(name, "Once", 2) for name in ("tenant_0", "tenant_1", "tenant_2", None)]
-    with server.serving(server.tiny_model(), tmp_path, server.Limits(batch=4, seconds=30.0)) as running:
+    with server.serving(server.tiny_model(), tmp_path, server.Limits(batch=4, seconds=1.0)) as running:
         found = together(running, asks)
         assert [status for status, _ in found] == [200, 500, 404, 200]
         assert found[1][1]["error"].startswith("CheckpointError")
