@@ -19,7 +19,7 @@ def lines(table: str) -> list[str]:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", ["Llama-3 8B", "Mixtral-8x7B, experts too", further("Qwen3-235B-A22B")])
+@pytest.mark.parametrize("name", ["Llama-3 8B", *map(further, ("Mixtral-8x7B, experts too", "Qwen3-235B-A22B"))])
 def test_the_rows_of_a_model_are_what_the_formulas_give(name: str) -> None:
     assert scale.sizes_row(name, scale.MODELS[name]) in lines("sizes")
     assert scale.totals_row(name, scale.MODELS[name]) in lines("totals")

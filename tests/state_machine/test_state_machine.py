@@ -16,7 +16,7 @@ def test_every_verb_does_what_the_truth_says() -> None:
     run_state_machine_as_test(
         RandLoRAMachine,
         settings=settings(
-            max_examples=30, stateful_step_count=25, deadline=None, derandomize=True, database=None,
+            max_examples=20, stateful_step_count=25, deadline=None, derandomize=True, database=None,
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
