@@ -36,7 +36,8 @@ quality-quick: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.docs
-	$(MAKE) --jobs 2 --output-sync=line lint types docs alone distributed
+	$(MAKE) --jobs 2 --output-sync lint types docs
+	$(MAKE) alone distributed
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

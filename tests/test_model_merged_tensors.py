@@ -3,6 +3,7 @@
 import copy
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -138,14 +139,14 @@ def test_a_model_that_cannot_be_merged_is_refused_at_the_call() -> None:
     refused(MergeError, "second no longer has adapter 'default'", model)
 
 
-def _disable(model: nn.Module) -> None:
-    block = randlora.disabled(model)
-    block.__enter__()
-    model.__dict__["block"] = block  # which ends with what holds it
+def _weigh(model: nn.Module) -> AbstractContextManager[None]:
+    randlora.activate(model, {"default": 0.5})
+    return nullcontext()
 
 
-def _poison(model: nn.Module) -> None:
+def _poison(model: nn.Module) -> AbstractContextManager[None]:
     randlora.trainable_parameters(model)[0].data.fill_(float("nan"))
+    return nullcontext()
 
 
 OF_TWO = "so the tensors would be from two different models"
@@ -154,20 +155,21 @@ OF_TWO = "so the tensors would be from two different models"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *((change, OF_TWO) for change in (randlora.merge, randlora.eject, _disable)),
-        (lambda model: randlora.activate(model, {"default": 0.5}), OF_TWO),
+        (lambda model: nullcontext(randlora.merge(model)), OF_TWO),
+        (lambda model: nullcontext(randlora.eject(model)), OF_TWO),
+        (randlora.disabled, OF_TWO),
+        (_weigh, OF_TWO),
         (_poison, r"the merged weight of first.weight would not be finite"),
     ],
     ids=["merge", "eject", "disabled", "activate", "nan"],
 )
 def test_a_change_between_two_tensors_and_values_that_are_not_finite_are_refused(
-    change: Callable[[nn.Module], object], message: str
+    change: Callable[[nn.Module], AbstractContextManager[object]], message: str
 ) -> None:
     model = beside()
     tensors = randlora.merged_tensors(model)
     next(tensors)
-    change(model)
-    with pytest.raises(MergeError, match=message):
+    with change(model), pytest.raises(MergeError, match=message):
         dict(tensors)
 
 
