@@ -8,8 +8,6 @@ BIN := $(VENV)/bin
 BASIS ?= dense
 R ?= 32
 SEED ?= 0
-export PIP_NO_COMPILE := 1
-# of the many files in packages, Python compiles those that it imports
 ARGS ?=  # further options of an example: make demo ARGS="--epochs 3"
 REVIEWS := build/data/vaderSentiment-0.5.zip
 CLOTHES := build/data/fashion-mnist

@@ -237,6 +237,3 @@ every_mergeable_kind_and_dtype = pytest.mark.parametrize(
 every_dense_kind_and_dtype = pytest.mark.parametrize(
     ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if not kind.is_quantized], ids=_id
 )
-every_quantized_kind_and_dtype = pytest.mark.parametrize(
-    ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if kind.is_quantized and kind.merges], ids=_id
-)
