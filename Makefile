@@ -1,5 +1,7 @@
 # Everything needs python >= 3.11 and make; whatever else it needs is installed into .venv or .venv-*.
 PYTHON ?= python3
+# Python compiles what is imported; pip would compile all 21,000 files of the packages first
+export PIP_COMPILE := 0
 NEWEST_PYTHON ?= $(PYTHON)  # of test-newest; the newest that torch is built for
 PYTHONS ?= python3.11 python3.12 python3.13  # of test-matrix and dist-check
 # make test LOCKED=1: with exactly the versions of requirements.lock
