@@ -135,11 +135,6 @@ class Sizes(NamedTuple):
         passes = 3 if self.shares[0] == 1 else 4
         return self.tokens * self.hidden * self.min_dim * self.shares[0] + passes * self.entry * self.laid_out
 
-    @property
-    def has_few_tokens(self) -> bool:
-        """Whether the tokens repeated for each term take no more memory than the weight."""
-        return self.laid_out <= self.max_dim * self.min_dim
-
     def product(self, way: Way) -> float:
         """Cost of multiplying the tokens by the update, factored or materialized."""
         if way == "factored":
@@ -157,8 +152,7 @@ def forward_way(sizes: Sizes) -> Way:
 def _forward_costs(sizes: Sizes) -> dict[Way, float]:
     """Return the cost of each way to compute the output, beside the product with the weight."""
     costs: dict[Way, float] = {way: sizes.product(way) for way in ALWAYS}
-    if sizes.has_few_tokens:
-        costs["few_tokens"] = sizes.through_terms + sizes.through_B
+    costs["few_tokens"] = sizes.through_terms + sizes.through_B
     return costs
 
 
@@ -189,11 +183,10 @@ def _backward_costs(
         for x_way in ALWAYS
         for diagonals_way in ALWAYS
     }
-    if sizes.has_few_tokens:
-        through_A, through_B = (2, 1 if sizes.is_wide else 1 + needs_input) if needs_diagonals else (1, 1)
-        products = through_A * sizes.through_terms + through_B * sizes.through_B
-        sums = 2 * needs_diagonals * sizes.laid_out  # over the terms for the input, over the tokens for Γ
-        costs["few_tokens", "few_tokens"] = products + sizes.entry * (sums + MORE_OPERATORS)
+    through_A, through_B = (2, 1 if sizes.is_wide else 1 + needs_input) if needs_diagonals else (1, 1)
+    products = through_A * sizes.through_terms + through_B * sizes.through_B
+    sums = 2 * needs_diagonals * sizes.laid_out  # over the terms for the input, over the tokens for Γ
+    costs["few_tokens", "few_tokens"] = products + sizes.entry * (sums + MORE_OPERATORS)
     return costs
 
 
