@@ -21,8 +21,7 @@ from randlora.targets.options import resolve
 from tests.strategies import KINDS_AND_STREAMS, seeds
 
 OPTION_NAMES = [field.name for field in fields(RandLoRAConfig)]
-names = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3)
-regexes = st.text(max_size=12).map(re.escape)
+names = st.none() | st.text(max_size=12).map(re.escape) | st.lists(st.text(min_size=1), min_size=1, max_size=3)
 
 
 @st.composite
@@ -35,15 +34,13 @@ def configs(draw: st.DrawFn) -> RandLoRAConfig:
     alphas = st.integers(-(10**9), 10**9) | st.floats(-LARGEST_FACTOR, LARGEST_FACTOR)
     return RandLoRAConfig(
         r=draw(st.just(r) | st.dictionaries(patterns, st.sampled_from([r, 2 * r]), min_size=1, max_size=3)),
-        targets=draw(st.none() | regexes | names),
-        exclude=draw(st.none() | regexes | names),
         alpha=draw(st.none() | alphas | st.dictionaries(patterns, alphas, min_size=1, max_size=3)),
         dropout=draw(st.floats(0, 1, exclude_max=True)),
         basis=kind,
         stream=draw(st.sampled_from([stream, None])),
         blocks=draw(st.none() | st.tuples(divisors, divisors)) if kind == "block" else None,
         seed=draw(seeds),
-        train_also=draw(st.none() | regexes | names),
+        **{name: draw(names) for name in ("targets", "exclude", "train_also")},
     )
 
 
@@ -63,9 +60,9 @@ def test_nothing_of_a_config_can_be_changed_and_no_verb_changes_it() -> None:
     assert repr(config.r) == "{'0': 4, '.*': 2}"
     with pytest.raises(TypeError):
         config.r["0"] = 8  # type: ignore[index]
-    for name in OPTION_NAMES:
+    for name, value in held.items():
         with pytest.raises(FrozenInstanceError):
-            setattr(config, name, getattr(config, name))
+            setattr(config, name, value)
     for verb in (randlora.plan, randlora.inject):
         assert verb(nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), config=config).config is config
     assert all(getattr(config, name) is value for name, value in held.items())
@@ -86,9 +83,8 @@ def test_unknown_options_are_answered_at_once_with_ours() -> None:
     model = nn.Sequential(nn.Linear(6, 4))
     verbs: list[Any] = [RandLoRAConfig, partial(randlora.inject, model), partial(randlora.plan, model)]
     for verb in verbs:
-        with pytest.raises(TypeError, match="unknown option dropot=: the nearest options are dropout") as caught:
+        with pytest.raises(OptionError, match="unknown option dropot=: the nearest options are dropout"):
             verb(dropot=0.5)
-        assert isinstance(caught.value, OptionError)
         with pytest.raises(TypeError, match="unknown option x_y=: the options are"):
             verb(x_y=1)
     with pytest.raises(OptionError, match=r"cannot call inject, 2 problems:\n(.|\n)*use r=(.|\n)*use alpha="):
@@ -109,46 +105,41 @@ def test_signatures_have_every_option_of_the_table_with_its_type_its_default_and
             assert re.search(rf"^ +{name}: [A-Z`]", documented.__doc__ or "", re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("options", "alpha", "scaling"),
-    [({}, 640.0, 20.0), ({"r": 6}, 120.0, 20.0), ({"r": 6, "alpha": 3}, 3.0, 0.5), ({"alpha": 0}, 0.0, 0.0)],
-)
-def test_the_update_is_scaled_by_alpha_over_r_with_20_r_as_the_default(
-    options: dict[str, Any], alpha: float, scaling: float
-) -> None:
-    resolved, problems = resolve(RandLoRAConfig(**options), ["a"])
-    assert (resolved["a"].alpha, resolved["a"].scaling, problems) == (alpha, scaling, [])
+def test_the_update_is_scaled_by_alpha_over_r_with_20_r_as_the_default() -> None:
+    scaled: list[tuple[dict[str, Any], tuple[float, float]]] = [
+        ({}, (640.0, 20.0)),
+        ({"r": 6}, (120.0, 20.0)),
+        ({"r": 6, "alpha": 3}, (3.0, 0.5)),
+        ({"alpha": 0}, (0.0, 0.0)),
+    ]
+    for options, expected in scaled:
+        resolved, problems = resolve(RandLoRAConfig(**options), ["a"])
+        assert ((resolved["a"].alpha, resolved["a"].scaling), problems) == (expected, [])
 
 
 def predicate(fqn: str, module: nn.Module) -> bool:
     return True
 
 
-GOOD: list[dict[str, Any]] = [
-    {"r": 1, "alpha": -1.5},
-    {"r": 2**20, "alpha": LARGEST_FACTOR},
-    {"r": {"(": 4}, "alpha": {".*": -0.5}},  # which may be a name
-    {"r": {"a": 4, ".*": 12}, "basis": "block", "blocks": (4, 2)},
-    {"alpha": 0, "dropout": 0, "seed": 0},
-    {"dropout": 1 - 2**-53, "seed": 2**64 - 1},
-    {"basis": "block", "stream": "portable", "r": 12, "blocks": [12, 1]},
-    {"targets": ""},
-    {"targets": predicate, "exclude": partial(predicate)},
-    {"targets": ["q"], "exclude": ("k",), "train_also": ["head"]},
-]
-
-
-@pytest.mark.parametrize("options", GOOD)
-def test_values_at_the_edge_are_accepted_and_collections_become_tuples(options: dict[str, Any]) -> None:
-    config = RandLoRAConfig(**options)
-    assert {name: getattr(config, name) for name in options} == {
-        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
-    }
+def test_values_at_the_edge_are_accepted_and_collections_become_tuples() -> None:
+    good: list[dict[str, Any]] = [
+        {"r": 1, "alpha": -1.5, "seed": 2**64 - 1, "dropout": 1 - 2**-53, "targets": ""},
+        {"r": 2**20, "alpha": LARGEST_FACTOR, "seed": 0, "dropout": 0},
+        {"r": {"(": 4}, "alpha": {".*": -0.5}},  # which may be a name
+        {"r": {"a": 4, ".*": 12}, "basis": "block", "blocks": (4, 2)},
+        {"r": 12, "alpha": 0, "basis": "block", "stream": "portable", "blocks": [12, 1]},
+        {"targets": predicate, "exclude": partial(predicate)},
+        {"targets": ["q"], "exclude": ("k",), "train_also": ["head"]},
+    ]
+    for options in good:
+        config = RandLoRAConfig(**options)
+        assert {name: getattr(config, name) for name in options} == {
+            name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+        }
     assert RandLoRAConfig(targets={"q", "k"}).targets == ("k", "q")  # type: ignore[arg-type]
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"r": 0}, "r must be a positive integer of at most 1048576, got 0"),
     ({"r": 0, "basis": "block", "blocks": (2, 2)}, "r must be a positive integer of at most 1048576, got 0"),
     ({"r": 2**20 + 1}, "r must be a positive integer of at most 1048576, got 1048577"),
     ({"r": 4.0}, "r must be an integer or a mapping, got 4.0"),
@@ -162,14 +153,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"alpha": {"q": None}}, "alpha['q'] must be a finite number, got None"),
     ({"alpha": float("nan")}, "alpha must be a finite number, got nan"),
     ({"alpha": 10**400}, "alpha must be a finite number"),
-    ({"alpha": 1e16}, "alpha must be a number of at most 1e+15 in size, got 1e+16"),
-    ({"alpha": True}, "alpha must be a finite number, a mapping or None, got True"),
+    ({"alpha": -1e16}, "alpha must be a number of at most 1e+15 in size, got -1e+16"),
     ({"dropout": 1}, "dropout must be a number in [0, 1), got 1"),
     ({"dropout": -0.1}, "dropout must be a number in [0, 1), got -0.1"),
-    ({"dropout": None}, "dropout must be a finite number, got None"),
     ({"seed": -1}, "seed must be an integer in [0, 2**64), got -1"),
     ({"seed": 2**64}, "seed must be an integer in [0, 2**64), got 18446744073709551616"),
-    ({"seed": 0.0}, "seed must be an integer, got 0.0"),
     ({"basis": ["dense"]}, "basis must be one of dense, sparse, very_sparse, block, got ('dense',)"),
     ({"stream": "numpy"}, "stream must be one of torch, torch-2.11, portable or None, got 'numpy'"),
     ({"in_proj": "three"}, "in_proj must be one of packed, split, got 'three'"),
@@ -177,7 +165,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"basis": "block", "stream": "torch"}, "basis 'block' needs stream 'portable', got 'torch'"),
     ({"basis": "sparse", "stream": "torch-2.11"}, "stream 'torch-2.11' is for basis 'dense': every torch draws"),
     ({"blocks": (2, 2)}, "blocks (2, 2) need basis 'block', got 'dense'"),
-    ({"basis": "block", "r": 8, "blocks": (2, 3)}, "both of blocks (2, 3) must divide r=8"),
     ({"basis": "block", "r": 8, "blocks": (16, 1)}, "both of blocks (16, 1) must divide r=8"),
     ({"basis": "block", "blocks": (0, 2)}, "blocks must be two positive integers (c, b), got (0, 2)"),
     ({"basis": "block", "blocks": (2,)}, "blocks must have 2 entries, got 1"),
@@ -187,7 +174,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"exclude": ()}, "exclude must be at least one name, and no empty names, got ()"),
     ({"targets": [""]}, "targets must be at least one name, and no empty names, got ('',)"),
     ({"targets": {"q", 3}}, "targets[0] must be a string, got 3"),
-    ({"targets": 3}, "targets must be a string, a sequence, a function or None, got 3"),
     ({"exclude": {"q": 1}}, "exclude must be a string, a sequence, a function or None, got {'q': 1}"),
     ({"train_also": predicate}, "train_also must be a string, a sequence or None, got <function"),
 ]
@@ -199,19 +185,16 @@ def test_a_value_that_cannot_work_is_named_with_what_was_expected(options: dict[
         RandLoRAConfig(**options)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"basis": "block", "blocks": ["2", "2"]}, "must be an integer"),
+def test_a_dict_with_a_value_that_cannot_work_is_refused_the_same_way() -> None:
+    bad: list[tuple[dict[str, Any], str]] = [
         ({"r": []}, "r must have patterns that are names or regexes"),
         ({"r": [["q", 0]]}, r"r\['q'\] must be a positive integer"),
         ({"r": [[["q"], 4]]}, "r must be an integer or a mapping"),
         ({"alpha": ["qk"]}, "alpha must be a finite number"),
-    ],
-)
-def test_a_dict_with_a_value_that_cannot_work_is_refused_the_same_way(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        RandLoRAConfig.from_dict(values)
+    ]
+    for values, message in bad:
+        with pytest.raises(ConfigError, match=message):
+            RandLoRAConfig.from_dict(values)
 
 
 def test_all_values_that_cannot_work_are_named_at_once() -> None:
@@ -224,7 +207,7 @@ def test_all_values_that_cannot_work_are_named_at_once() -> None:
     assert [problem.removeprefix("  - ").split(" ")[0] for problem in problems] == [*bad]
 
 
-@pytest.mark.parametrize("name", ["targets", "exclude"])
-def test_a_callable_cannot_be_written_down(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is a callable, which cannot be serialized: give the layers'"):
-        RandLoRAConfig(**{name: predicate}).to_dict()  # type: ignore[arg-type]
+def test_a_callable_cannot_be_written_down() -> None:
+    for name in ("targets", "exclude"):
+        with pytest.raises(ConfigError, match=f"{name} is a callable, which cannot be serialized: give the layers'"):
+            RandLoRAConfig(**{name: predicate}).to_dict()  # type: ignore[arg-type]
