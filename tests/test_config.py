@@ -31,6 +31,7 @@ def configs(draw: st.DrawFn) -> RandLoRAConfig:
     r = draw(st.integers(1, 64))
     divisors = st.sampled_from([size for size in range(1, r + 1) if r % size == 0])
     patterns = st.text(min_size=1, max_size=3)
+    named: dict[str, Any] = {name: draw(names) for name in ("targets", "exclude", "train_also")}
     alphas = st.integers(-(10**9), 10**9) | st.floats(-LARGEST_FACTOR, LARGEST_FACTOR)
     return RandLoRAConfig(
         r=draw(st.just(r) | st.dictionaries(patterns, st.sampled_from([r, 2 * r]), min_size=1, max_size=3)),
@@ -40,7 +41,7 @@ def configs(draw: st.DrawFn) -> RandLoRAConfig:
         stream=draw(st.sampled_from([stream, None])),
         blocks=draw(st.none() | st.tuples(divisors, divisors)) if kind == "block" else None,
         seed=draw(seeds),
-        **{name: draw(names) for name in ("targets", "exclude", "train_also")},
+        **named,
     )
 
 

@@ -1,18 +1,15 @@
-"""Files and directories appear complete or not at all, whatever fails, and nothing temporary remains.
+"""Files and directories appear whole or not at all, whatever fails at whatever call, and nothing temporary remains."""
 
-`test_save_faults` breaks every system call of a save: these are the cases beside it.
-"""
-
+import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +17,35 @@ import pytest
 
 import randlora
 from randlora.disk import replace
-from randlora.disk.replace import Files, is_free, new_directory, scratch_for, write_files
+from randlora.disk.replace import Files, is_free, new_directory, write_files
 from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, HEADED, TENSORS_FILE, trained
-from tests.kit import adapter_values, all_bits, snapshot
+from tests.kit import adapter_values, all_bits, untouched
 from tests.model_directories import contents
+from tests.torture.faults import ERRORS, Call, in_child
+from tests.torture.replacing import SCENARIOS, Scenario, Stage, after_a_kill, after_an_error
 
-OLD = {"one": b"old one", "two": b"old two"}
+# of Python 3.12, in a process with threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+OLD, NEW = {"one": b"old one", "two": b"old two"}, {"one": b"new 1", "two": b"new 2"}
 
 
-def write(directory: Path, **texts: bytes | Callable[[Path], object]) -> int:
-    """Write each of these texts whole, the second withdrawn, or have it written."""
+def writers(texts: Mapping[str, bytes]) -> dict[str, Callable[[Path], object]]:
+    return {name: partial(Path.write_bytes, data=text) for name, text in texts.items()}
 
-    def writer(text: bytes) -> Callable[[Path], object]:
-        return lambda path: path.write_bytes(text)
 
-    writers = {name: writer(text) if isinstance(text, bytes) else text for name, text in texts.items()}
-    (size,) = write_files(Files(directory, writers, withdrawn="two" if "two" in writers else None))
+def write(directory: Path, texts: Mapping[str, bytes] = NEW) -> int:
+    """Write files, of which the second is withdrawn meanwhile."""
+    (size,) = write_files(Files(directory, writers(texts), withdrawn="two"))
     return size
 
 
-def fail_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that one of its calls, counted from 1, raises."""
-    calls = []
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        if len(calls) == call:
-            raise OSError("the disk refuses")
-        return function(*args, **kwargs)
-
-    return failing
+def make(directory: Path, **options: Any) -> None:
+    """Make a directory, with one inside of it."""
+    with new_directory(directory, **options) as new:
+        (new / "folder").mkdir()
+        for name, text in NEW.items():
+            (new / "folder" / name).write_bytes(text)
 
 
 @contextmanager
@@ -66,189 +62,123 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
+def fail_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function so that one of its calls, counted from 1, raises."""
+    calls = count(1)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise OSError("the disk refuses")
+        return function(*args, **kwargs)
+
+    return failing
+
+
 def test_files_are_written_and_replaced_and_as_readable_as_any_or_as_those_before(tmp_path: Path) -> None:
     place = tmp_path / "a" / "b"
     with umask(0o027):
-        assert write(place, one=b"1", two=b"22", other=b"other") == 8
-    assert mode(place / "one") == 0o640
+        assert write(place, {**OLD, "other": b"other"}) == 19
+        make(tmp_path / "c")
+    assert (mode(place / "one"), mode(tmp_path / "c")) == (0o640, 0o750)
     (place / "one").chmod(0o600)
-    write(place, one=b"11", two=b"2")
+    write(place)
     assert mode(place / "one") == 0o600, "what was private stays private"
-    assert contents(place) == {"one": b"11", "two": b"2", "other": b"other"}
+    assert contents(place) == {**NEW, "other": b"other"}
     with pytest.raises(OSError, match="one"):
-        write(place / "one", one=b"1")
-    assert contents(tmp_path) == {"a/b/one": b"11", "a/b/two": b"2", "a/b/other": b"other"}
+        write(place / "one")
+    assert len(contents(tmp_path)) == 5
 
 
-@pytest.mark.parametrize(("failing", "error"), [("one", ValueError), ("two", KeyboardInterrupt)])
-def test_a_write_that_fails_half_way_leaves_the_old_files_whole(
-    failing: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+FOLDER = {f"folder/{name}": text for name, text in NEW.items()}
+ACTIONS: dict[str, tuple[Callable[[Path], object], dict[str, bytes], dict[str, bytes]]] = {
+    "files": (write, OLD, NEW),
+    "new files": (write, {}, NEW),
+    "directory": (make, {}, FOLDER),
+    "replaced directory": (partial(make, overwrite=True), OLD, FOLDER),
+}
+"""Each with what is there before and after it."""
+
+
+def hidden(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("is_killed", [True, False], ids=["kill", "error"])
+@pytest.mark.parametrize("name", ACTIONS)
+def test_the_next_call_removes_what_a_killed_process_left(name: str, is_killed: bool, fast_path: Path) -> None:
+    """Killed at any call, it left the old files or the new ones; an error left the old ones and nothing else."""
+    (act, old, new), real = ACTIONS[name], fast_path / "real"
+    out = fast_path / "link" / "deep" / "out"
+    (fast_path / "link").symlink_to(real)
+    for at in count(1 + is_killed, 2):
+        shutil.rmtree(real, ignore_errors=True)
+        real.mkdir()
+        if old:
+            write(out, old)
+        outcome = in_child(lambda: act(out), at, None if is_killed else errno.ENOSPC)
+        if not outcome.was_killed and len(outcome.calls) < at:
+            break
+        found = {name: text for name, text in contents(out).items() if "unfinished" not in name}
+        assert found in (old, new, {}) or (act is write and "two" not in found)
+        if outcome.raised:
+            assert (outcome.raised, found, hidden(real)) == ("OSError", old, [])
+            assert [*real.iterdir()] == [real / "deep"] * bool(old)
+        assert outcome.was_killed or found == (old if outcome.raised else new)
+        assert not out.exists() or is_free(out) == (not found)
+        with suppress(OSError):  # of a new directory, which is there by now
+            act(out)
+        assert (contents(out), hidden(real)) == (new, [])
+    assert at > 10
+
+
+def test_a_writer_that_fails_half_way_leaves_the_old_files_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write_half(path: Path) -> None:
         path.write_bytes(b"hal")
-        raise error("half-way")
+        raise KeyboardInterrupt
 
-    write(tmp_path, **OLD)
-    texts: dict[str, bytes | Callable[[Path], object]] = {"one": b"1", "two": b"2", failing: write_half}
-    with pytest.raises(error, match="half-way"):
-        write(tmp_path, **texts)
-    assert contents(tmp_path) == OLD
+    out = tmp_path / "out"
+    write(out, OLD)
+    for failing in OLD:
+        with pytest.raises(KeyboardInterrupt):
+            write_files(Files(out, {**writers(NEW), failing: write_half}))
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "deep" / "er") as new:
+        write_half(new / "file")
     monkeypatch.setattr(Path, "hardlink_to", fail_at(1, Path.hardlink_to))  # as where the file system has no links
     monkeypatch.setattr(Path, "replace", fail_at(2, Path.replace))
     with pytest.raises(OSError, match="the disk refuses"):
-        write(tmp_path, one=b"1", two=b"2")
+        write(out)
     monkeypatch.undo()
-    assert contents(tmp_path) == OLD
-    (tmp_path / failing).unlink()
-    (tmp_path / failing).mkdir()
-    with pytest.raises(OSError, match=failing):
-        write(tmp_path, one=b"1", two=b"2")
-    assert contents(tmp_path) == {other: text for other, text in OLD.items() if other != failing}
+    assert contents(tmp_path) == {f"out/{name}": text for name, text in OLD.items()}
+    assert [*tmp_path.iterdir()] == [out]
+    (out / "two").unlink()
+    (out / "two").mkdir()
+    with pytest.raises(OSError, match="two"):
+        write(out)
+    assert contents(out) == {"one": OLD["one"]}
 
 
-@pytest.mark.parametrize(
-    ("target", "name", "call"),
-    [(Path, "mkdir", 1), (os, "fsync", 2), (os, "fsync", 4), (Path, "replace", 1), (Path, "replace", 3)],
-)
-def test_a_save_that_fails_leaves_the_older_adapter_loadable_and_the_model_alone(
-    target: Any, name: str, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, model = trained(HEADED), trained(HEADED, r=4, seed=9)
-    randlora.save(old, tmp_path)
-    before, card = snapshot(model), contents(tmp_path)[CARD_FILE]
-    monkeypatch.setattr(target, name, fail_at(call, getattr(target, name)))
-    with pytest.raises(OSError, match="the disk refuses"):
-        randlora.save(model, tmp_path)
-    monkeypatch.undo()
-    assert snapshot(model) == before
-    assert sorted(contents(tmp_path)) == [CARD_FILE, CONFIG_FILE, TENSORS_FILE]
-    assert contents(tmp_path)[CARD_FILE] == card
-    twin = HEADED.build()
-    randlora.load(twin, tmp_path)
-    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(old))
-
-
-# New directories
-
-
-def test_all_of_a_new_directory_is_flushed_before_it_appears_and_the_parent_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, done = tmp_path / "deep" / "out", list[tuple[str, bool]]()
-    monkeypatch.setattr(replace, "flush", lambda path: done.append((path.name, out.exists())))
-    with umask(0o027), new_directory(out) as new:
-        (new / "folder").mkdir()
-        (new / "folder" / "file").write_text("x")
-    assert {("file", False), ("folder", False), ("new", False)} <= {*done}
-    assert done[-1] == ("deep", True)
-    assert (contents(out), mode(out)) == ({"folder/file": b"x"}, 0o750)
-    assert list(out.parent.iterdir()) == [out]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_nothing_is_left_of_a_new_directory_that_fails(
-    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail() -> None:
-        with new_directory(tmp_path / "deep" / "er" / "out") as new:
-            (new / "file").write_text("x")
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    monkeypatch.setattr(os, "fsync", fail_at(2, os.fsync))
-    with pytest.raises(OSError, match="the disk refuses"), new_directory(tmp_path / "out"):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_directory_is_replaced_as_a_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    for name in ("first", "second"):
-        with new_directory(out, overwrite=True) as new:
-            (new / name).write_text("x")
-        assert contents(out) == {name: b"x"}
-
+def test_a_directory_that_another_process_makes_meanwhile_stays(tmp_path: Path) -> None:
     def appear() -> None:
-        with new_directory(tmp_path / "other"):
-            (tmp_path / "other").mkdir()
-            (tmp_path / "other" / "file").write_text("theirs")
+        with new_directory(tmp_path / "out"):
+            write(tmp_path / "out", OLD)
 
-    with pytest.raises(OSError, match="other"):
+    with pytest.raises(OSError, match="out"):
         appear()
-    monkeypatch.setattr(os, "fsync", fail_at(2, os.fsync))  # of what has both directories
-    with pytest.raises(OSError, match="the disk refuses"), new_directory(out, overwrite=True):
-        pass
-    assert contents(tmp_path) == {"out/second": b"x", "other/file": b"theirs"}
-    assert {*tmp_path.iterdir()} == {out, tmp_path / "other"}
+    assert contents(tmp_path) == {f"out/{name}": text for name, text in OLD.items()}
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
 
 
-# Several calls at once, and what a killed one left
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from randlora.disk.replace import Files, new_directory, write_files
-
-def half(path):
-    path.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-out = Path(sys.argv[1])
-if sys.argv[2] == "new":
-    with new_directory(out) as new:
-        half(new / "file")
-else:
-    write_files(Files(out, {"file": half}))
-"""
-
-
-@pytest.mark.medium
-@pytest.mark.parametrize("kind", ["new", "files"])
-def test_the_next_call_removes_what_a_killed_process_left(kind: str, tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    out = tmp_path / "link" / "out"
-    killed = subprocess.run([sys.executable, "-c", KILLED, out, kind], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    place = out.parent if kind == "new" else out
-    assert any(path.name.startswith(".out.unfinished-") for path in place.iterdir())
-    if kind == "new":
-        assert not out.exists()
-        with new_directory(out) as new:
-            (new / "file").write_text("x")
-    else:
-        assert is_free(out)
-        write(out, file=b"x")
-        assert not is_free(out)
-    assert contents(out) == {"file": b"x"}
-    assert [path.name for path in (tmp_path / "real").iterdir()] == ["out"]
-
-
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # of Python 3.12, in a process with threads
-def test_a_process_forked_while_a_lock_is_held_does_not_keep_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    children: list[int] = []
-    make = tempfile.mkdtemp
-
-    def forking(*args: Any, **kwargs: Any) -> Any:
+def test_a_process_forked_while_a_lock_is_held_does_not_keep_it(tmp_path: Path) -> None:
+    with replace._locked(tmp_path):
         if (child := os.fork()) == 0:
             time.sleep(30)
             os._exit(0)
-        children.append(child)
-        return make(*args, **kwargs)
-
-    monkeypatch.setattr(tempfile, "mkdtemp", forking)
-    monkeypatch.setattr(replace, "PATIENCE", 5.0)
-    with scratch_for(tmp_path):
-        pass
-    monkeypatch.undo()
     with replace._locked(tmp_path, seconds=5.0) as is_locked:
         assert is_locked
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def test_threads_that_write_one_directory_leave_the_files_of_one_of_them(tmp_path: Path) -> None:
@@ -256,36 +186,145 @@ def test_threads_that_write_one_directory_leave_the_files_of_one_of_them(tmp_pat
     out = tmp_path / "out"
     texts = [bytes([number]) * 100 for number in range(8)]
     with ThreadPoolExecutor(len(texts)) as pool:
-        sizes = pool.map(lambda text: [write(out, one=text, two=text) for _ in range(5)], texts)
+        sizes = pool.map(lambda text: [write(out, {"one": text, "two": text}) for _ in range(5)], texts)
         assert [*sizes] == [[200] * 5] * len(texts)
-    assert contents(out)["one"] == contents(out)["two"]
-    assert contents(out)["one"] in texts
-    assert sorted(path.name for path in out.iterdir()) == ["one", "two"]
-
-
-def test_a_link_under_a_hidden_name_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "file").write_text("theirs")
-    link = tmp_path / ".out.unfinished-a_link_1"
-    link.symlink_to(tmp_path / "data")
-    with new_directory(tmp_path / "out"):
-        pass
-    assert link.is_symlink()
-    assert contents(tmp_path / "data") == {"file": b"theirs"}
+    assert contents(out) in [{"one": text, "two": text} for text in texts]
 
 
 def test_a_directory_that_only_looks_like_a_leftover_stays(tmp_path: Path) -> None:
-    for name in (".out.unfinished-mine", ".out.unfinished-chapter1", ".out.unfinished-chapter1.old"):
-        write(tmp_path / name, file=b"theirs")
-        with new_directory(tmp_path / "out", overwrite=True):
-            pass
-        assert contents(tmp_path / name) == {"file": b"theirs"}
+    """A link is not followed, and the signs of patterns in a name are its letters."""
+    looks = (".a[1].unfinished-mine", ".a[1].unfinished-chapter1", ".a[1].unfinished-chapter1.old")
+    for name in looks:
+        write(tmp_path / name)
+    (tmp_path / ".a1.unfinished-leftover").mkdir()
+    (tmp_path / ".a[1].unfinished-leftover").mkdir()
+    link = tmp_path / ".a[1].unfinished-a_link_1"
+    link.symlink_to(tmp_path / "data")
+    write(tmp_path / "data" / "new")
+    make(tmp_path / "a[1]")
+    assert {path.name for path in tmp_path.iterdir()} == {*looks, ".a1.unfinished-leftover", link.name, "data", "a[1]"}
+    assert all(contents(tmp_path / name) == NEW for name in (*looks, "data/new"))
 
 
-def test_names_with_the_signs_of_patterns_are_names(tmp_path: Path) -> None:
-    for name in ("a[1]", "a1"):
-        (tmp_path / f".{name}.unfinished-leftover").mkdir()
-    with new_directory(tmp_path / "a[1]"):
-        assert not (tmp_path / ".a[1].unfinished-leftover").exists()
-    assert (tmp_path / ".a1.unfinished-leftover").exists()
-    shutil.rmtree(tmp_path / ".a1.unfinished-leftover")
+# Saves and conversions
+
+
+def test_a_save_that_fails_leaves_the_older_adapter_loadable_and_the_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, model, twin = trained(HEADED), trained(HEADED, r=4, seed=9), HEADED.build()
+    randlora.save(old, tmp_path)
+    card = contents(tmp_path)[CARD_FILE]
+    for target, name, call in ((os, "fsync", 2), (Path, "replace", 1), (Path, "replace", 3)):
+        monkeypatch.setattr(target, name, fail_at(call, getattr(target, name)))
+        with untouched(model), pytest.raises(OSError, match="the disk refuses"):
+            randlora.save(model, tmp_path)
+        monkeypatch.undo()
+        assert contents(tmp_path).keys() == {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
+        assert contents(tmp_path)[CARD_FILE] == card
+    randlora.load(twin, tmp_path)
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(old))
+
+
+def over(*names: str) -> pytest.MarkDecorator:
+    """Parametrize over some scenarios; `make torture` kills in all of them, at every call."""
+    return pytest.mark.parametrize(
+        "scenario", [each for each in SCENARIOS if each.name in names], ids=lambda it: it.name
+    )
+
+
+@pytest.mark.medium
+@over("over ours")
+@pytest.mark.parametrize("is_killed", [True, False], ids=["kill", "error"])
+def test_a_kill_or_an_error_at_a_call_leaves_the_old_or_the_new_and_nothing_after_the_next(
+    scenario: Scenario, is_killed: bool, fast_path: Path
+) -> None:
+    stage = Stage(scenario, fast_path)
+    for at in count(1 + is_killed, 3):
+        broken = after_a_kill(stage, at) if is_killed else after_an_error(stage, at, ERRORS[at % len(ERRORS)])
+        if broken is None:
+            break
+        assert broken == []
+    assert at > 20
+
+
+# Of all that was not flushed, a power failure may leave any part
+
+Names = frozenset[tuple[str, bool]]
+"""Names in a directory, each with whether it stands for the new file."""
+
+
+def survivors(calls: tuple[Call, ...], directory: Path, old: frozenset[str]) -> Iterator[Names]:
+    """Yield what a power failure before, between or after the calls may leave of a directory's names.
+
+    That is the names at its last flush, changed by any of the steps after it.
+    """
+    flushed: dict[str, bool] = dict.fromkeys(old, False)
+    steps: list[tuple[str, bool]] = []  # a name, and whether it is given to a new file or taken away
+    yield frozenset(flushed.items())
+    for call in calls:
+        last = Path(call.paths[-1])
+        if call.name == "fsync" and last == directory:
+            flushed = applied(flushed, steps)
+            steps = []
+        elif last.parent == directory and not last.name.startswith(".") and call.name in {"rename", "unlink"}:
+            steps.append((last.name, call.name == "rename"))
+        for length in range(len(steps) + 1):
+            for kept in combinations(steps, length):
+                yield frozenset(applied(flushed, list(kept)).items())
+
+
+def applied(names: dict[str, bool], steps: list[tuple[str, bool]]) -> dict[str, bool]:
+    """Return the names after some steps."""
+    changed = dict(names)
+    for name, is_new in steps:
+        changed.pop(name, None)
+        changed |= {name: True} if is_new else {}
+    return changed
+
+
+@pytest.mark.medium
+@over("over ours", "over PEFT's", "LoRA over ours")
+def test_any_part_of_the_steps_after_the_last_flush_leaves_the_old_or_the_new_adapter(
+    scenario: Scenario, fast_path: Path
+) -> None:
+    stage = Stage(scenario, fast_path)
+    shutil.copytree(stage.target, fast_path / "new")
+    calls = stage.run().calls
+    assert_flushed(calls)
+    left = {*survivors(calls, stage.target, frozenset(stage.old.files))}
+    assert len(left) >= 3
+    for names in left:
+        shutil.rmtree(stage.target)
+        stage.target.mkdir()
+        for name, is_new in names:
+            shutil.copy(fast_path / ("new" if is_new else "kept") / name, stage.target / name)
+        assert [*stage.broken()] == [], sorted(names)
+    assert any({(CONFIG_FILE, True), (TENSORS_FILE, True)} <= names for names in left)
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_what_gets_its_name_is_on_disk_before_and_the_name_after(name: str, fast_path: Path) -> None:
+    act, old, _ = ACTIONS[name]
+    if old:
+        write(fast_path / "deep" / "out", old)
+    assert_flushed(in_child(lambda: act(fast_path / "deep" / "out")).calls)
+
+
+def assert_flushed(calls: tuple[Call, ...]) -> None:
+    """Check that files and directories are flushed before they get their names, and those after it."""
+    visible = [at for at, call in enumerate(calls) if call.name == "rename" and "unfinished" not in call.paths[1]]
+    assert visible
+    for at in visible:
+        source, target = calls[at].paths
+        written = {place: call.paths[0] for place, call in enumerate(calls[:at]) if call.name in {"write", "mkdir"}}
+        inside = {path: place for place, path in written.items() if path.startswith(source)}  # at its last write
+        assert inside
+        for path, place in inside.items():
+            assert Call("fsync", (path,)) in calls[place:at], f"{path} is not flushed before its name"
+        following = next(call for call in calls[at + 1 :])
+        assert following == Call("fsync", (str(Path(target).parent),)), f"{target} is not flushed after it has its name"
+    for at, call in enumerate(calls):
+        created = Path(call.paths[0])
+        if call.name == "mkdir" and "unfinished" not in call.paths[0]:
+            assert calls[at + 1] == Call("fsync", (str(created.parent),)), f"{created} is not flushed into its parent"
