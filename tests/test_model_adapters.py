@@ -1,7 +1,6 @@
 """Adapters of one model never touch one another, also where they act in some layers only, or by a factor in each."""
 
 import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -16,50 +15,91 @@ from randlora.config import LARGEST_FACTOR
 from randlora.errors import AdapterError, ConfigError, MergeError, TargetError
 from randlora.functional import Compute
 from randlora.integrations.transformers import Reference
+from randlora.state import adapted_root
 from tests.kit import all_bits, assert_unchanged, fill, on_one_line, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed, assert_close
 from tests.layer_kinds import LayerKind, every_mergeable_kind
-from tests.models import llama, outputs
+
+TARGETS = ["q", "up", "down"]
 
 
-def with_one(**options: Any) -> Mixed:
-    model = Mixed()
-    randlora.inject(model, r=4, **options)
-    return fill(model)
+def mixed(*names: str, **options: Any) -> Mixed:
+    """Return a model that is always the same, with adapters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Mixed()
+    for seed, name in enumerate(names):
+        randlora.inject(model, **{"r": 3, "targets": TARGETS, "seed": seed, "stream": "portable", **options}, name=name)
+        fill(model, name, seed=seed, spread=0.3)
+    return model
 
 
-@pytest.mark.parametrize("others", [{"seed": 1}, {"stream": "portable"}, {"r": 2}, {"basis": "block"}], ids=str)
-def test_bases_that_do_not_fit_come_beside_the_first_and_the_report_says_so(others: dict[str, Any]) -> None:
-    model = with_one()
-    (first,) = randlora.state.attached_state(model).bank  # type: ignore[union-attr]
-    options: dict[str, Any] = {"r": 4, "name": "b", **others}
-    planned = randlora.plan(model, **options)
-    assert str(randlora.inject(model, **options)) == str(planned)
-    assert len(randlora.state.attached_state(model).bank) == 2  # type: ignore[union-attr]
-    held = f"{first.spec}, {first.nbytes:,} bytes"
-    said = f"its bases are additional, because those of the other adapters cannot be shared: {held}"
-    assert said in on_one_line(planned)
-    randlora.remove(model, "b")
-    assert [*randlora.state.attached_state(model).bank] == [first]  # type: ignore[union-attr]
+def output(model: nn.Module, names: Any) -> Tensor:
+    randlora.activate(model, names)
+    found: Tensor = model(TOKENS)
+    return found
 
 
-def test_a_portable_basis_grows_for_larger_layers_without_changing_the_first_adapter() -> None:
-    model = with_one(targets=lambda fqn, _: fqn == "head", stream="portable")
-    expected = model(TOKENS)
-    randlora.inject(model, r=4, stream="portable", name="b")
-    assert same_bits(model(TOKENS), expected)
-    assert len(randlora.state.attached_state(model).bank) == 1  # type: ignore[union-attr]
-    assert randlora.adapters(pickle.loads(pickle.dumps(model))) == randlora.adapters(model)
-    assert randlora.adapters(model)[0].config.targets == ("head",)
+SECOND: dict[str, dict[str, Any]] = {
+    "the same": {},
+    "a smaller r": {"r": 2},
+    "an r above every dim": {"r": 100},
+    "larger layers too": {"targets": ["q", "down"]},
+    "another seed": {"seed": 7},
+    "block bases": {"basis": "block", "blocks": (2, 2), "targets": TARGETS},
+}
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["added first", "added second"])
+@pytest.mark.parametrize("second", SECOND)
+def test_neither_changes_the_other_and_both_come_back_and_act_together(
+    second: str, is_first: bool, tmp_path: Path
+) -> None:
+    one, other = names = ["second", "first"] if is_first else ["first", "second"]
+    model, loaded, summed = mixed(), mixed(), mixed()
+    wanted: dict[str, Tensor] = {}
+    for name in names:
+        options = SECOND[second] if name == "second" else {}
+        randlora.inject(model, name=name, **{"r": 4, "alpha": 8, "targets": ["q"], **options})
+        wanted[name] = output(fill(model, name, seed=len(name), spread=0.3), name)
+        randlora.save(model, tmp_path / name, name=name, bases="seed" if name == one else "stored")
+    assert torch.equal(output(model, one), wanted[one])
+    assert (second == "the same") or not torch.allclose(wanted[one], wanted[other], atol=1e-4)
+    with randlora.serving.routed(model, [one, other, None] * 3), torch.no_grad():
+        rows = [wanted[one][0], wanted[other][1], mixed()(TOKENS)[2]]
+        torch.testing.assert_close(model(TOKENS)[:3], torch.stack(rows))
+    for name in names:
+        randlora.load(loaded, tmp_path / name, name=name)
+        assert all(torch.equal(output(loaded, known), wanted[known]) for known in (one, name))
+    factors = {one: 0.5, other: 2.0}
+    for info in randlora.adapters(model):
+        for fqn in info.targets:
+            update = factors[info.name] * randlora.delta_weight(model, fqn, name=info.name)
+            summed.get_parameter(f"{fqn}.weight").data.add_(update)
+    torch.testing.assert_close(output(model, factors), summed(TOKENS))
+    randlora.remove(loaded, one)
+    assert torch.equal(output(loaded, other), wanted[other])
+
+
+def test_bases_that_do_not_fit_come_beside_the_first_and_the_report_says_so() -> None:
+    others: list[dict[str, Any]] = [{"seed": 1}, {"stream": "torch"}, {"r": 2}, {"basis": "block"}]
+    for other in others:
+        model = mixed("a")
+        bank = adapted_root(model)[1].bank
+        (first,) = bank
+        options: dict[str, Any] = {"r": 3, "stream": "portable", "name": "b", **other}
+        planned = randlora.plan(model, **options)
+        assert str(randlora.inject(model, **options)) == str(planned)
+        assert len(bank) == 2
+        said = f"cannot be shared: {first.spec}, {first.nbytes:,} bytes"
+        assert f"its bases are additional, because those of the other adapters {said}" in on_one_line(planned)
+        randlora.remove(model, "b")
+        assert [*bank] == [first]
 
 
 def test_deltas_are_summed_in_the_order_of_their_activation() -> None:
     """The order is part of the sum's bits, and must not be that of a set, which changes from process to process."""
-    model = with_one()
-    names = ["default", "b", "c", "d", "e"]
-    for seed, name in enumerate(names[1:], start=1):
-        randlora.inject(model, r=4, name=name)
-        fill(model, name, seed=seed)
+    model = mixed(*(names := ["a", "b", "c", "d", "e"]))
     randlora.activate(model, names)
     expected = torch.zeros(12, 12)
     for name in names:
@@ -93,136 +133,55 @@ def test_a_fresh_adapter_leaves_every_bit_whatever_its_factors(dtype: torch.dtyp
         assert same_bits(model(x), expected)
 
 
-def of_two() -> Mixed:
-    model = Mixed()
-    randlora.inject(model, r=3, targets=["q", "up", "down"], name="a")
+def test_an_adapter_prints_as_its_options_and_state_and_what_the_model_has_no_more() -> None:
+    model = mixed("a")
     randlora.inject(model, r=3, targets=["q"], train_also=["norm"], name="b")
-    return fill(fill(model, "a"), "b", seed=1)
+    fill(model, "b", seed=1)
 
+    def assert_listed(first: str, second: str = "inactive, frozen") -> None:
+        also = "also trained: norm.weight, norm.bias"
+        expected = [f"'a': r=3, alpha=60, 3 layers, {first}", f"'b': r=3, alpha=60, 1 layer, {second}\n{also}"]
+        assert [str(info) for info in randlora.adapters(model)] == expected
 
-def test_an_adapter_prints_as_its_options_and_state() -> None:
-    model = of_two()
-
-    def listed(first: str, second: str = "inactive, frozen") -> bool:
-        return [str(info) for info in randlora.adapters(model)] == [
-            f"'a': r=3, alpha=60, 3 layers, {first}",
-            f"'b': r=3, alpha=60, 1 layer, {second}\nalso trained: norm.weight, norm.bias",
-        ]
-
-    assert listed("active, trainable")
+    assert_listed("active, trainable")
     randlora.activate(model, {"a": np.float32(-0.25)})
-    assert listed("active with the factor -0.25, trainable")
+    assert_listed("active with the factor -0.25, trainable")
     randlora.activate(model, "a", layers=["q"])
-    assert listed("active with a factor for each layer, trainable")
+    assert_listed("active with a factor for each layer, trainable")
     randlora.set_trainable(model, "a", False)
     randlora.activate(model, "b")
-    assert listed("inactive, frozen", "active, frozen")
+    assert_listed("inactive, frozen", "active, frozen")
     randlora.merge(model, reversible=True)
-    assert listed("inactive, frozen", "active, frozen, merged")
-
-
-def test_what_a_model_has_no_more_is_said() -> None:
-    model = of_two()
+    assert_listed("inactive, frozen", "active, frozen, merged")
     model.up = nn.Linear(5, 7)
     info = randlora.adapters(model)[0]
-    assert info.problems
     assert " ".join(str(info).split()).endswith(" ".join(info.problems[0].split()))
     named = nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({"x\ny": nn.LayerNorm(8)}))
     randlora.inject(named, r=2, targets=["0"], train_also=["1"])
     assert str(randlora.adapters(named)[0]).endswith("\nalso trained: 1.x\\ny.weight, 1.x\\ny.bias")
 
 
-IDS = {"input_ids": torch.arange(12).view(2, 6)}
-SECOND: dict[str, dict[str, Any]] = {
-    "the same": {},
-    "a smaller r": {"r": 2},
-    "an r above every dim": {"r": 100},
-    "larger layers too": {"targets": ["v_proj", "down_proj"]},
-    "another seed": {"seed": 7},
-    "block bases": {"basis": "block", "blocks": (2, 2), "targets": "all-linear"},
-}
-
-
-def add(model: nn.Module, name: str, options: dict[str, Any]) -> None:
-    randlora.inject(model, name=name, **{"r": 4, "alpha": 8, "targets": ["v_proj"], **options})
-    fill(model, name, seed=len(name), spread=0.3)
-
-
-def output(model: nn.Module, *names: str) -> Tensor:
-    randlora.activate(model, names)
-    return outputs(model, IDS)
-
-
-@pytest.mark.medium
-@pytest.mark.parametrize(
-    ("second", "order"), [*((each, 1) for each in SECOND), ("larger layers too", -1), ("another seed", -1)]
-)
-def test_neither_changes_the_other_and_both_come_back(second: str, order: int, tmp_path: Path) -> None:
-    model, loaded, wanted = llama(num_hidden_layers=1), llama(num_hidden_layers=1), {}
-    added = {"first": {}, "second": SECOND[second]}
-    one, other = names = [*added][::order]
-    for name in names:
-        add(model, name, added[name])
-        wanted[name] = output(model, name)
-        randlora.save(model, tmp_path / name, name=name, bases="seed" if name == one else "stored")
-    assert torch.equal(output(model, one), wanted[one])
-    if second != "the same":
-        assert not torch.allclose(wanted[one], wanted[other], atol=1e-4)
-    for name in names:
-        randlora.load(loaded, tmp_path / name, name=name)
-        for known in (one, name):
-            assert torch.equal(output(loaded, known), wanted[known])
-    randlora.remove(loaded, one)
-    assert torch.equal(output(loaded, other), wanted[other])
-
-
-@pytest.mark.medium
-@pytest.mark.parametrize("second", SECOND)
-@torch.no_grad()
-def test_both_act_together_and_on_rows_of_one_batch(second: str) -> None:
-    """PEFT's `PeftMixedModel`, which activates adapters of several kinds, takes none of RandLoRA."""
-    model, summed = llama(num_hidden_layers=1), llama(num_hidden_layers=1)
-    add(model, "first", {})
-    add(model, "second", SECOND[second])
-    rows = torch.stack([output(model, "second")[0], output(model, "first")[1]])
-    with randlora.serving.routed(model, ["second", "first"]):
-        torch.testing.assert_close(outputs(model, IDS), rows, rtol=1e-5, atol=1e-5)
-    factors = {"first": 0.5, "second": 2.0}
-    for info in randlora.adapters(model):
-        for fqn in info.targets:
-            update = factors[info.name] * randlora.delta_weight(model, fqn, name=info.name)
-            summed.get_parameter(f"{fqn}.weight").add_(update)
-    randlora.activate(model, factors)
-    torch.testing.assert_close(outputs(model, IDS), outputs(summed, IDS), rtol=1e-5, atol=1e-5)
-
-
 def test_a_way_to_compute_serves_adapters_that_come_later_and_ends_with_them() -> None:
-    model = with_one()
+    model = mixed("a")
     with untouched(model), pytest.raises(ConfigError, match="one of auto, factored, materialized, got 'fast'"):
         randlora.set_compute(model, "fast")  # type: ignore[arg-type]
     randlora.set_compute(model, "factored")
     randlora.inject(model, r=4, name="other")
-    assert randlora.state.adapted_root(model)[1].compute == "factored"
+    assert adapted_root(model)[1].compute == "factored"
     randlora.activate(model, [])
-    with untouched(model), pytest.raises(MergeError, match="no adapter is active: activate one of default, other"):
+    with untouched(model), pytest.raises(MergeError, match="no adapter is active: activate one of a, other"):
         randlora.merge(model)
     randlora.eject(model)
     for call in (randlora.set_compute, lambda plain: list(randlora.trainable_parameters(plain))):
         with pytest.raises(AdapterError, match="the model has no adapter: call"):
             call(model)
     randlora.inject(model, r=4)
-    assert randlora.state.adapted_root(model)[1].compute == "auto"
+    assert adapted_root(model)[1].compute == "auto"
 
+
+# By layer
 
 BY_LAYER = {"0": -0.7, "1": 0.0, "2": 1.0}
-
-
-def mixed(*names: str) -> Mixed:
-    model = Mixed()
-    for seed, name in enumerate(names or ["a"]):
-        randlora.inject(model, r=3, name=name, targets=["q", "up", "down"], seed=seed, stream="portable")
-        fill(model, name, seed=seed)
-    return model
 
 
 def weights(model: nn.Module) -> dict[str, Any]:
@@ -265,10 +224,9 @@ def test_layers_are_named_by_patterns(layers: Any) -> None:
         "b": {"q": 0.25, "up": 2.0, "down": 0.0},
         "wide": {"q": 1.0, "head": 0.0},
     }
-    deltas = {fqn: randlora.delta_weight(model, fqn) for fqn in ("up", "down")}
     a, b = (randlora.delta_weight(model, "up", name=name) for name in "ab")
-    assert not deltas["down"].any()
-    assert_close(deltas["up"], 0.5 * a + 2 * b, torch.float32)
+    assert not randlora.delta_weight(model, "down").any()
+    assert_close(randlora.delta_weight(model, "up"), 0.5 * a + 2 * b, torch.float32)
     randlora.activate(model, {"a": {"up": 0.5, ".*": 0.5}})
     assert randlora.adapters(model)[0].weight == 0.5
     randlora.activate(model, "a", layers=".*")
@@ -276,9 +234,8 @@ def test_layers_are_named_by_patterns(layers: Any) -> None:
 
 
 def test_parameters_trained_beside_have_no_factor_and_a_layer_that_is_left_out_is_not_trained() -> None:
-    model = Mixed()
-    randlora.inject(model, r=3, name="a", targets=["q", "up"], train_also=["q.bias"])
-    copied = fill(model, "a").q.bias
+    model = mixed("a", targets=["q", "up"], train_also=["q.bias"])
+    copied = model.q.bias
     randlora.activate(model, "a", layers=["up"])
     assert model.q.bias is copied
     assert same_bits(dict(randlora.merged_tensors(model))["q.bias"], copied)
@@ -314,7 +271,7 @@ def test_parameters_trained_beside_have_no_factor_and_a_layer_that_is_left_out_i
     ],
 )
 def test_what_cannot_be_activated_is_refused(names: Any, layers: Any, message: str) -> None:
-    model = mixed()
+    model = mixed("a")
     randlora.inject(model, r=3, name="elsewhere", targets=["head"], active=False)
     with untouched(model), pytest.raises(AdapterError, match=message):
         randlora.activate(model, names, layers=layers)
@@ -346,24 +303,10 @@ def test_a_layer_that_is_left_out_is_not_merged_into() -> None:
     assert_unchanged(model, before)
 
 
-def test_a_layer_that_was_away_follows_when_it_is_back() -> None:
-    model = mixed()
-    up = model.up
-    model.up = nn.Identity()  # type: ignore[assignment]
-    randlora.activate(model, {"a": {"q": 1.0, ".*": 0.0}})
-    model.up = up
-    found = model(TOKENS)
-    randlora.activate(model, "a", layers=["q"])
-    assert same_bits(model(TOKENS), found)
-
-
 def test_a_reference_leaves_the_layers_of_others_as_they_are() -> None:
     model = mixed("sft", "dpo")
     by_layer = {"sft": {"q": 0.5, "up": 0.0, "down": 1.0}, "dpo": {"q": 0.0, "up": 1.0, "down": 1.0}}
-    randlora.activate(model, {"sft": by_layer["sft"]})
-    alone = model(TOKENS)
-    randlora.activate(model, by_layer)
-    both = model(TOKENS)
+    alone, both = output(model, {"sft": by_layer["sft"]}), output(model, by_layer)
     assert same_bits(Reference(lambda: model, ["dpo"])(TOKENS), alone)
     assert {info.name: info.weight for info in randlora.adapters(model)} == by_layer
     assert same_bits(model(TOKENS), both)
