@@ -46,7 +46,7 @@ def test_an_exception_in_a_block_is_not_hidden_by_leaving_it(name: str) -> None:
     for block in BLOCKS.values():
         twin = copy.deepcopy(model := adapted())
         randlora.eject(twin)
-        with pytest.raises(ZeroDivisionError), block(model):
+        with pytest.raises(ZeroDivisionError), block(model):  # noqa: PT012
             with contextlib.suppress(RandLoRAError):
                 INSIDE[name](model)
             raise ZeroDivisionError
