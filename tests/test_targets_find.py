@@ -1,4 +1,4 @@
-"""Which layers a pattern means, by which rule, and which patterns are refused, with what was probably meant."""
+"""The walk over a model, which layers a pattern means, by which rule, and what was probably meant by one refused."""
 
 import json
 import re
@@ -13,19 +13,42 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
+from randlora.bases.spec import drawn_dims, sliced_dims
+from randlora.config import RandLoRAConfig
 from randlora.errors import ConfigError, TargetError
-from randlora.targets.census import Census
-from randlora.targets.select import find_targets, select
+from randlora.targets.census import Census, shapes_of
+from randlora.targets.match import as_list, has_suffix, matches, nearest_names
+from randlora.targets.obstacles import obstacles
+from randlora.targets.select import Selection, find_targets, select
 from tests.kit import untouched
-from tests.walk_models import LINEAR, Model, found
-
-BODY = [f"layers.{index}.attention.{name}" for index in (0, 1) for name in ("q_proj", "v_proj")]
-UP = ["layers.0.up", "layers.1.up"]
-HEAD = {"head": "the output head"}
 
 
-def is_linear(fqn: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+class Model(nn.Module):
+    """Two blocks between a bag of embeddings, which no adapter layer adapts, and a head."""
+
+    def __init__(self, model_type: str | None = None, head: str = "head") -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type=model_type)
+        self.embed = nn.EmbeddingBag(10, 6)
+        self.layers = nn.ModuleList()
+        for _ in range(2):
+            attention = {"q_proj": nn.Linear(6, 6), "v_proj": nn.Linear(6, 3), "proj": nn.Linear(6, 6)}
+            block = {"attention": nn.ModuleDict(attention), "norm": nn.LayerNorm(6), "up": Conv1D(12, 6)}
+            block["attention"].register_module("dropout", None)
+            self.layers.append(nn.ModuleDict(block))
+        self.add_module(head, nn.Linear(6, 10))
+
+
+LINEAR = [f"layers.{i}.{name}" for i in (0, 1) for name in (*(f"attention.{p}proj" for p in ("q_", "v_", "")), "up")]
+BODY, UP = [LINEAR[i] for i in (0, 1, 4, 5)], LINEAR[3::4]
+
+
+def selected(model: nn.Module, pattern: Any = None, exclude: Any = None) -> Selection:
+    return select(Census.of(model), pattern, exclude)
+
+
+def found(model: nn.Module, pattern: Any = None, exclude: Any = None) -> list[str]:
+    return [target.fqn for target in find_targets(model, pattern, exclude)]
 
 
 def is_conv1d(fqn: str, module: nn.Module) -> bool:
@@ -36,20 +59,79 @@ def nothing(fqn: str, module: nn.Module) -> bool:
     return False
 
 
+# The walk
+
+names = st.sampled_from(["a", "b", "0"])
+trees: st.SearchStrategy[Any] = st.recursive(
+    st.none(), lambda inner: st.dictionaries(names, inner, max_size=3), max_leaves=12
+)
+
+
+def build(tree: dict[str, Any] | None) -> nn.Module:
+    return nn.Linear(2, 2) if tree is None else nn.ModuleDict({name: build(inner) for name, inner in tree.items()})
+
+
+@given(trees.filter(bool))
+def test_a_walk_comes_past_every_module_under_its_name_and_sees_an_adapted_model_as_it_was(tree: Any) -> None:
+    model = nn.ModuleDict({"top": build(tree), "more": nn.Linear(2, 2), "layer": nn.Linear(2, 2)})
+    named = [(fqn, module) for fqn, module in model.named_modules() if fqn]
+    plain = Census.of(model)
+    assert [(visit.fqn, visit.module) for visit in plain.visits] == named
+    assert plain.adapted == ()
+    parameters = [(held.fqn, id(held.parameter)) for held in plain.parameters]
+    randlora.inject(model, r=1, targets="all-linear", exclude="layer")
+    census = Census.of(model)
+    assert [(visit.fqn, visit.module) for visit in census.visits] == named
+    assert [(held.fqn, id(held.parameter)) for held in census.parameters] == parameters
+    linear = {fqn for fqn, module in named if isinstance(module, nn.Linear)}
+    assert {site.fqn for site in census.adapted} == linear - {"layer"}
+    assert {site.fqn for site in find_targets(model, "all-linear") if site.adapter_layer} == linear - {"layer"}
+
+
+def test_parameters_come_once_for_every_place_and_layers_once_in_all() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    model[1].weight = model[0].bias
+    model.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    listed = Census.of(model).parameters
+    assert [fqn for fqn, *_ in listed] == ["scale", "0.weight", "0.bias", "1.weight", "1.bias"]
+    assert all(module._parameters[attribute] is parameter for _, module, attribute, parameter in listed)
+    block = nn.Sequential(nn.Linear(2, 2))
+    shared = nn.ModuleDict({"a": block, "b": block})
+    (site,) = find_targets(shared)
+    assert site.owner is block[0]
+    assert obstacles(Census.of(shared), [site], 0.0) == []  # it is not tied to itself
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 30)] * 2), min_size=1, max_size=5), st.booleans())
+def test_dims_are_those_that_peft_draws_and_those_that_layers_slice(
+    shapes: list[tuple[int, int]], conv1d: bool
+) -> None:
+    model = nn.Sequential(*(Conv1D(out, in_) if conv1d else nn.Linear(in_, out) for out, in_ in shapes))
+    assert [site.shape for site in find_targets(model)] == shapes
+    largest = (0, 0)
+    for out, in_ in shapes:  # as PEFT 0.21.2 goes through them
+        largest = (max(largest[0], out), max(largest[1], in_))
+    assert drawn_dims(shapes) == (max(largest), min(largest))
+    assert sliced_dims(shapes) == (max(max(shape) for shape in shapes), max(min(shape) for shape in shapes))
+    for parameter in model.parameters():  # empty, as between forwards of ZeRO-3: they are not taken for tied ones
+        parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
+        parameter.data = torch.empty(0)
+    assert [*shapes_of(find_targets(model), RandLoRAConfig()).values()] == shapes
+    assert obstacles(Census.of(model), find_targets(model), 0.0) == []
+
+
+# What a pattern means
+
 PATTERNS: list[tuple[Any, Any, list[str]]] = [
     (r".*\.(q|v)_proj", None, BODY),
     (r"layers\.\d\.(attention(\.proj)?|norm|up)", None, [LINEAR[i] for i in (2, 3, 6, 7)]),
-    ("head", None, ["head"]),
-    (("up",), None, UP),
     ({"up"}, None, UP),
-    (is_conv1d, None, UP),
     (lambda fqn, _: fqn.startswith("layers.0") and fqn.endswith("q_proj"), None, LINEAR[:1]),
-    *[(rule, None, LINEAR) for rule in (None, "all-linear")],
-    *[(rule, r".*\.attention\..*", UP) for rule in (None, "all-linear")],
+    (None, None, LINEAR),
+    ("all-linear", r".*\.attention\..*", UP),
     (None, r"(?!.*\.up$).*", UP),
     (None, lambda fqn, _: not fqn.endswith(".up"), UP),
-    (None, is_linear, UP),
-    (None, lambda _, module: module.bias.numel() != 12, LINEAR[3::4]),  # it sees no module without a bias
+    (None, lambda _, module: module.bias.numel() != 12, UP),  # it sees no module without a bias
     *[(None, anyway, LINEAR) for anyway in (nothing, ["head"], ["norm"], r".*\.norm")],
     (None, ["embed", "layers.0"], LINEAR[4:]),
 ]
@@ -88,7 +170,7 @@ def test_a_list_means_the_layers_of_its_names_and_in_modules_of_its_names(
             find_targets(Model(), names, exclude)
 
 
-@pytest.mark.parametrize("exclude", [["b"], ["a"], "b", "a", ["a", "b"]])
+@pytest.mark.parametrize("exclude", [["b"], "a", ["a", "b"]])
 def test_a_layer_of_two_names_is_found_and_excluded_by_either_and_called_by_its_first(exclude: Any) -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
     model["b"] = model["a"]
@@ -97,24 +179,22 @@ def test_a_layer_of_two_names_is_found_and_excluded_by_either_and_called_by_its_
 
 
 @pytest.mark.parametrize(
-    ("model", "pattern", "rule", "count"),
+    ("model_type", "pattern", "rule", "count"),
     [
-        (Model("llama"), None, "the preset of model_type 'llama' (q_proj, v_proj)", 4),
-        (Model("blip-2"), None, "the preset of model_type 'blip-2' (q, v, q_proj, v_proj)", 4),  # q, v: of a variant
-        (Model("unheard-of"), None, "the query and value projections (q_proj, v_proj)", 4),
-        (Model(None), None, "all linear layers but the output head", 8),
-        (Model("llama"), "all-linear", "all linear layers but the output head", 8),
-        (Model("llama"), ["up", "proj"], "the names up, proj", 4),
-        (Model("llama"), "head", "the regex 'head'", 1),
-        (Model("llama"), is_conv1d, "the callable is_conv1d", 2),
+        ("llama", None, "the preset of model_type 'llama' (q_proj, v_proj)", 4),
+        ("blip-2", None, "the preset of model_type 'blip-2' (q, v, q_proj, v_proj)", 4),  # q, v: of a variant
+        ("unheard-of", None, "the query and value projections (q_proj, v_proj)", 4),
+        (None, None, "all linear layers but the output head", 8),
+        ("llama", "all-linear", "all linear layers but the output head", 8),
+        (None, ["up", "proj"], "the names up, proj", 4),
+        (None, "head", "the regex 'head'", 1),
+        (None, is_conv1d, "the callable is_conv1d", 2),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_rule_that_applied_is_told(model: nn.Module, pattern: Any, rule: str, count: int) -> None:
-    selection = select(Census.of(model), pattern, None)
-    assert selection.rule == rule
-    assert len(selection.sites) == count
-    assert select(Census.of(model), pattern, lambda *_: False).rule == f"{rule}, without the excluded"
+def test_the_rule_that_applied_is_told(model_type: str | None, pattern: Any, rule: str, count: int) -> None:
+    selection = selected(Model(model_type), pattern)
+    assert (selection.rule, len(selection.sites)) == (rule, count)
+    assert selected(Model(model_type), pattern, lambda *_: False).rule == f"{rule}, without the excluded"
 
 
 def test_the_names_of_a_preset_are_those_of_layers() -> None:
@@ -124,56 +204,35 @@ def test_the_names_of_a_preset_are_those_of_layers() -> None:
     assert found(model, ["q", "v"]) == ["q.inner", "v"]
 
 
-# Output heads
-
-
-@pytest.mark.parametrize("head", ["lm_head", "classifier", "score", "qa_outputs", "heads", "embed_out"])
-def test_a_head_is_left_out_by_its_name_at_the_top(head: str) -> None:
-    selection = select(Census.of(Model(head=head)), None, None)
-    assert [site.fqn for site in selection.sites] == LINEAR
-    assert selection.skipped == {head: "the output head"}
-    model = nn.ModuleDict({"body": nn.ModuleDict({head: nn.Linear(2, 2)}), head: nn.Sequential(nn.Linear(2, 2))})
-    selection = select(Census.of(model), None, None)
-    assert [site.fqn for site in selection.sites] == [f"body.{head}"]
-    assert selection.skipped == {f"{head}.0": "the output head"}
-
-
-def test_a_head_is_left_out_where_the_model_says_which_it_is_unless_it_is_asked_for() -> None:
-    model = Model(head="to_words")
-    model.get_output_embeddings = lambda: model.get_submodule("to_words")  # type: ignore[assignment]
-    selection = select(Census.of(model), None, None)
-    assert [site.fqn for site in selection.sites] == LINEAR
-    assert selection.skipped == {"to_words": "the output head"}
-    assert randlora.inject(model, r=2, targets=["to_words"]).targets == ("to_words",)
-    assert found(model) == LINEAR
-
-
-def test_a_head_of_two_names_is_left_out_under_both() -> None:
-    model = nn.ModuleDict({"body": nn.Linear(2, 2), "out": nn.Linear(2, 2)})
-    model["head"] = model["out"]
-    selection = select(Census.of(model), None, None)
-    assert [site.fqn for site in selection.sites] == ["body"]
-    assert set(selection.skipped) == {"out", "head"}
-
-
-# What cannot be adapted, and is excluded or left out
+# What is left out
 
 
 def vision_transformer() -> nn.Module:
     """Build what has timm's names: but the projection of patches is of a type without an adapter layer."""
-    blocks = nn.ModuleList(
-        nn.ModuleDict({"qkv": nn.Linear(4, 12), "proj": nn.Linear(4, 4), "norm": nn.LayerNorm(4)}) for _ in range(2)
-    )
+    blocks = nn.ModuleList(nn.ModuleDict({"qkv": nn.Linear(4, 12), "proj": nn.Linear(4, 4)}) for _ in range(2))
     return nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": nn.Bilinear(3, 4, 2)}), "blocks": blocks})
 
 
-IN_BLOCKS = [f"blocks.{index}.{name}" for index in (0, 1) for name in ("qkv", "proj")]
+@pytest.mark.parametrize("head", ["lm_head", "classifier", "score", "qa_outputs", "heads", "embed_out"])
+def test_a_head_is_left_out_by_its_name_at_the_top(head: str) -> None:
+    model = nn.ModuleDict({"body": nn.ModuleDict({head: nn.Linear(2, 2)}), head: nn.Sequential(nn.Linear(2, 2))})
+    assert found(model) == [f"body.{head}"]
+    assert selected(model).skipped == {f"{head}.0": "the output head"}
+
+
+def test_a_head_is_left_out_where_the_model_says_which_it_is_under_all_names_unless_it_is_asked_for() -> None:
+    model = Model(head="to_words")
+    model.get_output_embeddings = lambda: model.get_submodule("to_words")  # type: ignore[assignment]
+    model.add_module("again", model.get_submodule("to_words"))
+    assert found(model) == LINEAR
+    assert selected(model).skipped == {"to_words": "the output head", "again": "the output head"}
+    assert randlora.inject(model, r=2, targets=["to_words"]).targets == ("to_words",)
+    assert found(model) == LINEAR
 
 
 @pytest.mark.parametrize(
     ("targets", "exclude"),
     [
-        (["qkv", "proj"], ["patch_embed.proj"]),
         (["qkv", "proj"], r"patch_embed\..*"),
         (["qkv", "proj"], lambda _, module: isinstance(module, nn.Bilinear)),
         (r".*\.(qkv|proj)", ["patch_embed.proj"]),
@@ -181,24 +240,31 @@ IN_BLOCKS = [f"blocks.{index}.{name}" for index in (0, 1) for name in ("qkv", "p
         (["patch_embed.proj", "qkv", "proj"], ["patch_embed"]),
     ],
 )
-def test_what_is_excluded_is_not_refused(targets: Any, exclude: Any) -> None:
+def test_what_is_excluded_is_not_refused_and_what_is_inside_of_what_was_named_is_left_out(
+    targets: Any, exclude: Any
+) -> None:
+    model = vision_transformer()
     with pytest.raises(TargetError, match=r'Bilinear, for which .* exclude=\["patch_embed\.proj"\]'):
-        find_targets(vision_transformer(), targets)
-    assert found(vision_transformer(), targets, exclude) == IN_BLOCKS
-
-
-def test_what_a_named_module_holds_beside_linear_layers_is_left_out_with_the_reason() -> None:
-    model = nn.ModuleDict({"body": vision_transformer()})
-    selection = select(Census.of(model), ["body"], None)
-    assert [site.fqn for site in selection.sites] == [f"body.{fqn}" for fqn in IN_BLOCKS]
-    assert selection.skipped == {"body.patch_embed.proj": "of type Bilinear, for which there is no adapter layer"}
-    assert select(Census.of(model), ["body"], ["patch_embed"]).skipped == {}
+        find_targets(model, targets)
+    in_blocks = [f"blocks.{index}.{name}" for index in (0, 1) for name in ("qkv", "proj")]
+    assert found(model, targets, exclude) == in_blocks
+    inside = selected(nn.ModuleDict({"body": model}), ["body"])
+    assert [site.fqn for site in inside.sites] == [f"body.{fqn}" for fqn in in_blocks]
+    assert inside.skipped == {"body.patch_embed.proj": "of type Bilinear, for which there is no adapter layer"}
+    assert selected(nn.ModuleDict({"body": model}), ["body"], ["patch_embed"]).skipped == {}
 
 
 # What is refused
 
 NONE = "matches no layer or weight that can be adapted"
 NO_EMBED = "embed is of type EmbeddingBag, for which there is no adapter layer"
+OTHERS = {
+    "bilinear": nn.Sequential(nn.Bilinear(1, 1, 1), nn.Tanh()),
+    "empty": nn.Sequential(),
+    "norms": nn.ModuleDict({"up": nn.Linear(2, 2), "norms": nn.Sequential(nn.LayerNorm(2))}),
+    "layer": Conv1D(2, 2),
+}
+ONLY = "; the model has no layer or weight that can be adapted, only Bilinear, Tanh"
 REFUSED: list[tuple[Any, Any, str]] = [
     ("q_prj", None, f"'q_prj' {NONE}; the nearest names are q_proj, "),
     (["v_proj", "q_prj"], None, f"'q_prj' {NONE}; the nearest names are q_proj, "),
@@ -212,22 +278,21 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (None, ["q_proj", "k_proj"], "exclude='k_proj' matches no layer or weight"),
     (None, ["nrm"], "exclude='nrm' matches no layer or weight; the nearest names are norm"),
     (["q_prj"], ["v_prj"], "2 problems"),
-    *[
-        (targets, None, f'did you mean targets=["{meant}"]?')
-        for targets, meant in {
-            "attention.q_proj": "attention.q_proj",
-            "(q_proj|v_proj)": 'q_proj", "v_proj',
-            "q_proj, v_proj": 'q_proj", "v_proj',
-            ("q_proj,v_proj",): 'q_proj", "v_proj',
-            "attention": "attention",
-            r"layers\.0": "layers.0",
-        }.items()
-    ],
+    ("attention.q_proj", None, 'did you mean targets=["attention.q_proj"]?'),
+    *[(joined, None, 'did you mean targets=["q_proj", "v_proj"]?') for joined in ("(q_proj|v_proj)", "q_proj, v_proj")],
+    (("q_proj,v_proj",), None, 'did you mean targets=["q_proj", "v_proj"]?'),
+    (r"layers\.0", None, 'did you mean targets=["layers.0"]?'),
     ([r".*\.q_proj"], None, r'did you mean targets=r".*\.q_proj"?'),
-    *[(word, None, 'did you mean targets="all-linear"?') for word in ("all_linear", "ALL-LINEAR", "All Linear")],
-    (["all_linear", "up"], None, 'did you mean targets="all-linear"?'),
+    *[
+        (word, None, 'did you mean targets="all-linear"?')
+        for word in ("all_linear", "All Linear", ["all_linear", "up"])
+    ],
     (None, r"layers\.0", 'did you mean exclude=["layers.0"]?'),
     (None, "attention.proj|up", 'did you mean exclude=["attention.proj", "up"]?'),
+    *[(targets, OTHERS["bilinear"], ONLY) for targets in ("q", ["q"], "all-linear", nothing)],
+    ("q", OTHERS["empty"], "; the model has no submodules"),
+    (["up", "norms"], OTHERS["norms"], f"targets='norms' {NONE}, only norms (Sequential)"),
+    (None, OTHERS["layer"], "the model itself is a layer (Conv1D) and has no name within a model: wrap it in a module"),
 ]
 
 
@@ -235,15 +300,22 @@ REFUSED: list[tuple[Any, Any, str]] = [
 def test_a_pattern_that_means_nothing_is_refused_with_what_was_probably_meant(
     targets: Any, exclude: Any, message: str
 ) -> None:
-    with pytest.raises(TargetError, match=re.escape(message)):
-        find_targets(Model(), targets, exclude)
+    model, exclude = (exclude, None) if isinstance(exclude, nn.Module) else (Model(), exclude)
+    with untouched(model), pytest.raises(TargetError, match=re.escape(message)):
+        find_targets(model, targets, exclude)
 
 
-@pytest.mark.parametrize("pattern", ["(", ["q", 3], 7])
-@pytest.mark.parametrize("name", ["targets", "exclude"])
-def test_a_pattern_that_is_none_is_refused(name: str, pattern: Any) -> None:
-    with pytest.raises(ConfigError, match=f"configure RandLoRA: {name}"):
-        randlora.plan(Model(), r=2, **{name: pattern})
+def test_a_pattern_that_is_none_is_refused_and_of_many_refused_modules_five_are_named() -> None:
+    patterns: list[tuple[str, Any]] = [("targets", "("), ("targets", ["q", 3]), ("exclude", 7), ("exclude", "(")]
+    for name, pattern in patterns:
+        with pytest.raises(ConfigError, match=f"configure RandLoRA: {name}"):
+            randlora.plan(Model(), r=2, **{name: pattern})
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Bilinear(1, 1, 1) for _ in range(560)))
+    with pytest.raises(TargetError, match="560 problems") as caught:
+        find_targets(model, ".*")
+    assert len(str(caught.value).splitlines()) == 7
+    assert str(caught.value).endswith("and 555 more")
 
 
 words = st.sampled_from(NAMES) | st.text("abhdeornqpuv_.01|", min_size=1, max_size=8)
@@ -268,30 +340,39 @@ def test_no_answer_suggests_what_was_written(targets: Any, model: nn.Module) -> 
             assert not {said, "none"} & set(near.split(", "))
 
 
-@pytest.mark.parametrize("targets", ["q", ["q"], "all-linear", nothing])
-def test_of_a_model_without_linear_layers_it_is_told_what_it_has(targets: Any) -> None:
-    with pytest.raises(TargetError, match=r"; the model has no .* adapted, only Bilinear, Tanh"):
-        find_targets(nn.Sequential(nn.Bilinear(1, 1, 1), nn.Tanh()), targets)
-    with pytest.raises(TargetError, match="; the model has no submodules"):
-        find_targets(nn.Sequential(), targets)
+# Names
+
+components = st.lists(st.sampled_from(["q", "proj", "q_proj", "0", "10", "q+"]), min_size=1, max_size=4)
+paths = components.map(".".join)
 
 
-def test_a_named_module_without_layers_to_adapt_is_refused() -> None:
-    model = nn.ModuleDict({"up": nn.Linear(2, 2), "norms": nn.Sequential(nn.LayerNorm(2))})
-    with pytest.raises(TargetError, match=rf"targets='norms' {NONE}, only norms \(Sequential\)"):
-        find_targets(model, ["up", "norms"])
+@given(components, components)
+def test_a_suffix_is_the_last_whole_components_and_an_escaped_name_the_regex_of_itself(
+    fqn: list[str], suffix: list[str]
+) -> None:
+    name, other = ".".join(fqn), ".".join(suffix)
+    assert has_suffix(name, other) == (fqn[-len(suffix) :] == suffix)
+    assert matches(re.escape(name), other, nn.Identity()) == (name == other)
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), Conv1D(2, 2)], ids=["Linear", "Conv1D"])
-def test_the_model_itself_cannot_be_a_target(model: nn.Module) -> None:
-    with pytest.raises(TargetError, match=f"itself is a layer .{type(model).__name__}. .*wrap it in a module"):
-        find_targets(model)
+@given(paths | st.text(max_size=6), st.lists(paths, max_size=8))
+def test_nearest_names_exist_are_at_most_five_and_never_what_was_written(entry: str, fqns: list[str]) -> None:
+    near = nearest_names(entry, fqns)
+    names = near.split(", ") if near else []
+    assert all(any(has_suffix(fqn, name) for fqn in fqns) for name in names)
+    assert entry not in names
+    assert bool(names) == bool(set(fqns) - {entry})
+    assert len(nearest_names("layer.1", [f"layer.{index}" for index in range(20)]).split(", ")) == 5
+    projections = ["a.q_proj", "a.v_proj", "b.q_proj"]
+    assert nearest_names("xyzzy", [*projections, "a", "b"], common=projections) == "q_proj, v_proj"  # none is alike
+    assert nearest_names("gate", ["zzzz", "gxxe"]) == "gxxe"
 
 
-def test_of_many_refused_modules_five_are_named_and_the_rest_counted() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(*(nn.Bilinear(1, 1, 1) for _ in range(560)))
-    with pytest.raises(TargetError, match="560 problems") as caught:
-        find_targets(model, ".*")
-    assert len(str(caught.value).splitlines()) == 7
-    assert str(caught.value).endswith("and 555 more")
+@given(st.lists(paths, min_size=1, max_size=4), st.sampled_from(["|", ",", ", ", " "]), st.data())
+def test_names_joined_in_a_string_are_taken_for_a_list_where_all_of_them_are_there(
+    fqns: list[str], separator: str, data: st.DataObject
+) -> None:
+    names = [".".join(fqn.split(".")[-data.draw(st.integers(1, 4)) :]) for fqn in fqns]
+    assert as_list(separator.join(names), fqns) == json.dumps(names)
+    assert as_list(separator.join(name.replace(".", "\\.") for name in names), fqns) == json.dumps(names)
+    assert as_list(separator.join([*names, "unheard-of"]), fqns) is None

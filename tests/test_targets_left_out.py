@@ -1,4 +1,4 @@
-"""What a rule selects, and that every matrix of a model is adapted, skipped or said to be left out, once."""
+"""What a rule selects and what cannot be adapted: every matrix is adapted, skipped or said to be left out, once."""
 
 import re
 import warnings
@@ -121,6 +121,11 @@ def test_all_linear_is_linear_layers_and_attention_and_all_is_every_kind() -> No
     assert report.rule == "all layers and weights that can be adapted but the output head"
     rows = [(row.kind, row.count, row.in_features, row.out_features) for row in report.rows]
     assert rows[3:] == [("convolution", 1, 4, 6), ("experts", 2, 6, 8), ("experts", 2, 8, 6)]
+    named: list[tuple[Any, Any]] = [(["up_proj"], None), (["experts.up_proj"], None), (r".*\.up_proj", None)]
+    for targets, exclude in [*named, (r"experts\..*", ["router", "down_proj"])]:
+        report = quiet_plan(mixed(), targets=targets, exclude=exclude)
+        assert report.targets == ("experts.up_proj",)
+        assert (report.left_out, report.warning) == ((), "")  # nothing is told of what the user described
 
 
 def test_a_report_says_what_is_left_out_and_how_much_of_the_model_that_is() -> None:
@@ -148,12 +153,6 @@ def test_a_preset_adapts_what_it_names_in_a_head_too_and_leaves_out_other_layers
     assert [(group.kind, group.fqns, group.targets) for group in report.left_out] == [("linear", ("up",), "all-linear")]
 
 
-@pytest.mark.parametrize("targets", [["up"], "up", lambda fqn, _: fqn == "up", ["kernel", "up"]])
-def test_of_targets_that_the_user_described_nothing_is_told(targets: Any) -> None:
-    report = quiet_plan(mixed(), targets=targets)
-    assert (report.left_out, report.warning) == ((), "")
-
-
 def test_what_the_user_excluded_is_told_as_such_and_what_is_trained_also_is_not_left_out() -> None:
     report = quiet_plan(mixed(), targets="all-linear", exclude=["up", "experts"])
     reasons = {group.fqns: group.reason for group in report.left_out}
@@ -174,9 +173,18 @@ def test_of_many_types_without_an_adapter_layer_three_are_named_and_the_rest_cou
     assert told[-1].startswith("no adapter layer for 12 parameters of Odd3, Odd4, Odd5, Odd6 and 2 more, ")
 
 
-def integers() -> nn.Module:
-    layer = nn.Linear(4, 4)
-    layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+# What cannot be adapted
+
+
+def of_dtype(dtype: torch.dtype) -> nn.Module:
+    layer = nn.Linear(4, 6)
+    layer.weight = nn.Parameter(torch.ones(6, 4).to(dtype), requires_grad=False)
+    return layer
+
+
+def without_a_weight() -> nn.Module:
+    layer = nn.Linear(4, 6)
+    layer.register_parameter("weight", None)
     return layer
 
 
@@ -188,42 +196,59 @@ def old_weight_norm() -> nn.Module:
 
 
 UNSOUND: dict[str, Callable[[], nn.Module]] = {
-    "integers": integers,
+    "integers": lambda: of_dtype(torch.int8),
     "normed": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)),
     "normed_of_old": old_weight_norm,
     "normed_kernel": lambda: torch.nn.utils.parametrizations.weight_norm(kernel()),
 }
+FLOATING = "expected a floating dtype of 16 bits or more: dequantize it first"
+COMPUTED = "computes its weight from other parameters: remove the parametrization first"
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (integers, "has a weight of torch.int8"),
-        (lambda: nn.LazyLinear(3), "has no shape yet"),
-        (UNSOUND["normed"], "computes its weight from other parameters"),
-        (old_weight_norm, "computes its weight from other parameters"),
+        (UNSOUND["integers"], f"has a weight of torch.int8, {FLOATING}"),
+        (lambda: of_dtype(torch.float8_e4m3fn), f"has a weight of torch.float8_e4m3fn, {FLOATING}"),
+        (lambda: nn.LazyLinear(3), "has no shape yet: run one forward pass first"),
+        (UNSOUND["normed"], COMPUTED),
+        (old_weight_norm, COMPUTED),
+        (without_a_weight, COMPUTED),
     ],
-    ids=["integers", "lazy", "parametrized", "weight-norm"],
+    ids=["integers", "float8", "lazy", "parametrized", "weight-norm", "no-weight"],
 )
-def test_all_skips_with_the_reason_what_all_linear_refuses(make: Any, reason: str) -> None:
+def test_all_skips_with_the_reason_what_all_linear_and_names_refuse(make: Any, reason: str) -> None:
     model = nn.ModuleDict({"up": nn.Linear(4, 6), "unfit": make()})
     report = quiet_plan(model, targets="all")
     assert report.targets == ("up",)
-    assert report.skipped["unfit"].startswith(reason)
-    with pytest.raises(TargetError, match=f"unfit {reason}"):
-        quiet_plan(model, targets="all-linear")
-    with pytest.raises(TargetError, match=rf"no layer is left to adapt; .*; skipped: unfit \({reason}"):
+    assert report.skipped["unfit"] == reason
+    for targets in ("all-linear", ["unfit"]):
+        with untouched(model), pytest.raises(TargetError, match=f"unfit {reason}"):
+            randlora.inject(model, r=1, targets=targets)
+    with pytest.raises(TargetError, match=rf"no layer is left to adapt; .*; skipped: unfit \({reason[:20]}"):
         quiet_plan(nn.ModuleDict({"unfit": make()}), targets="all")
 
 
-def test_a_weight_tied_to_the_head_is_skipped_by_all_and_an_error_if_named() -> None:
-    model = nn.ModuleDict({"kernel": kernel(), "up": nn.Linear(4, 6), "head": nn.Linear(4, 6)})
-    model["head"].weight = model["kernel"].weight
+@pytest.mark.parametrize("how", ["parameter", "storage", "on meta"])
+def test_a_weight_tied_to_another_is_skipped_by_all_and_refused_by_name_and_a_tied_bias_is_neither(how: str) -> None:
+    with torch.device("meta" if how == "on meta" else "cpu"):
+        model = nn.ModuleDict({"kernel": kernel(), "up": nn.Linear(4, 6), "head": nn.Linear(4, 6)})
+        model["a"], model["b"] = nn.Linear(6, 4), nn.Linear(6, 4)
+    weight = model.get_parameter("kernel.weight")
+    model["head"].weight = nn.Parameter(weight.detach()) if how == "storage" else weight
+    model["a"].bias = model["b"].bias
     report = quiet_plan(model, targets="all")
-    assert (report.targets, report.skipped) == (("up",), {"head": HEAD, "kernel": "tied to head.weight"})
-    with untouched(model), pytest.raises(TargetError, match=r"the weight of kernel is tied to head\.weight"):
+    assert report.targets == ("up", "a", "b")
+    assert report.skipped == {"head": HEAD, "kernel": "tied to head.weight"}
+    tied = r"the weight of kernel is tied to head\.weight: untie it, or exclude the layer"
+    with untouched(model), pytest.raises(TargetError, match=tied):
         randlora.inject(model, r=2, targets=["kernel"])
+    model["b"].weight, model["c"] = model["a"].weight, UNSOUND["normed"]()
+    with untouched(model), pytest.raises(TargetError, match="3 problems") as caught:
+        randlora.inject(model, r=1, targets=[*"abc"])
+    for said in ("weight of a is tied to b.weight", "weight of b is tied to a.weight", "c computes its weight"):
+        assert said in str(caught.value)
 
 
 def test_where_the_default_finds_nothing_the_error_says_what_there_is() -> None:
@@ -261,12 +286,6 @@ def test_a_parameter_that_no_kind_serves_is_refused_by_name_and_type(targets: An
         randlora.inject(model, r=2, targets=targets)
 
 
-@pytest.mark.parametrize("targets", [["up_proj"], ["experts.up_proj"], r".*\.up_proj"])
-def test_a_weight_that_other_code_reads_is_found_by_its_name_and_its_last_component(targets: Any) -> None:
-    assert quiet_plan(mixed(), targets=targets).targets == ("experts.up_proj",)
-    assert quiet_plan(mixed(), targets=r"experts\..*", exclude=["router", "down_proj"]).targets == ("experts.up_proj",)
-
-
 # Defaults that adapt next to nothing
 
 
@@ -283,30 +302,18 @@ def test_a_default_that_adapts_only_a_head_warns_at_the_line_that_asked() -> Non
         assert sum(group.share for group in report.left_out) == pytest.approx(0.9553, abs=1e-3)
 
 
-def test_a_warning_that_is_an_error_changes_nothing() -> None:
+def test_a_warning_that_is_an_error_changes_nothing_and_what_was_asked_for_or_adapts_the_body_does_not_warn() -> None:
     model = nn.Sequential(kernel(), nn.Linear(6, 2))
     with untouched(model), pytest.raises(UserWarning, match=r'the default adapts only 1, .*: give targets="all"; left'):
         randlora.inject(model, r=2)
     with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(1000, 1000))
+        tiny_part = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(1000, 1000))
     with pytest.warns(UserWarning, match=r"the default adapts only 0, 1, 0\.00% of the weights: give"):
-        randlora.plan(model, r=2)
-
-
-@pytest.mark.parametrize(
-    ("layers", "options"),
-    [
-        ((kernel(), nn.Linear(6, 2)), {"targets": "all-linear"}),
-        ((kernel(), nn.Linear(6, 2)), {"targets": ["1"]}),
-        ((kernel(), nn.Linear(6, 2)), {"exclude": ["0"]}),
-        ((nn.Linear(6, 2),), {}),
-        ((nn.Linear(6, 2), nn.Tanh(), nn.LayerNorm(2)), {}),
-        ((nn.Linear(6, 2), kernel()), {}),
-    ],
-    ids=["all-linear", "named", "excluded", "alone", "no-matrix-beside", "not-the-last"],
-)
-def test_what_was_asked_for_and_defaults_that_adapt_the_body_do_not_warn(layers: Any, options: Any) -> None:
-    assert randlora.plan(nn.Sequential(*layers), r=2, **options).warning == ""  # warnings are errors here
+        randlora.plan(tiny_part, r=2)
+    for options in ({"targets": "all-linear"}, {"targets": ["1"]}, {"exclude": ["0"]}):
+        assert randlora.plan(model, r=2, **options).warning == ""  # warnings are errors here
+    for layers in ([nn.Linear(6, 2)], [nn.Linear(6, 2), nn.Tanh(), nn.LayerNorm(2)], [nn.Linear(6, 2), kernel()]):
+        assert randlora.plan(nn.Sequential(*layers), r=2).warning == ""
 
 
 # Every matrix, once

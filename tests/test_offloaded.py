@@ -1,0 +1,545 @@
+"""Models that accelerate offloads or hooks: adapted before and after, trained, saved, merged, switched, refused."""
+
+import copy
+import gc
+import json
+import pickle
+import re
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import accelerate  # type: ignore[import-untyped]
+import bitsandbytes
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
+from accelerate.hooks import (  # type: ignore[import-untyped]
+    AlignDevicesHook,
+    add_hook_to_module,
+    remove_hook_from_submodules,
+)
+from accelerate.utils import DistributedType, align_module_device, modeling  # type: ignore[import-untyped]
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import randlora
+from randlora import offloaded as offloaded_module
+from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
+from randlora.offloaded import MergedFile, Offloaded
+from randlora.places import Plain, place_of
+from tests.kit import adapter_values, all_bits, bits, fill, same_bits
+from tests.model_directories import contents
+
+CPU = torch.device("cpu")
+NORM = ["norm.weight", "norm.bias"]
+FILE = "adapter_model.safetensors"
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Small(nn.Module):
+    """Two linear layers, perhaps one of them in two places, around a norm whose buffers are in the state dict."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, *, shared: bool = False) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 8)
+        self.again = nn.Sequential(self.up) if shared else None
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for tensor in (*self.parameters(), self.norm.get_buffer("running_mean")):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / 2)
+        self.to(dtype).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.down(self.norm(self.up(x)))
+        return hidden if self.again is None else self.again(hidden)
+
+
+class Tied(nn.Module):
+    """Two layers that share a weight, which only the model itself knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.alone = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.down.weight = self.up.weight
+
+
+def llama(*, is_tied: bool = False) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=is_tied, **sizes)).eval()
+
+
+def adapted(model: nn.Module, **options: Any) -> Any:
+    randlora.inject(model, **{"r": 3, "targets": "all-linear", **options})
+    return fill(model, spread=0.3)
+
+
+def save(model: nn.Module, folder: Path) -> bytes:
+    randlora.save(model, folder, name="default")
+    return (folder / FILE).read_bytes()
+
+
+Placing = Callable[[nn.Module, Path], Any]
+
+
+def in_ram(model: nn.Module, folder: Path) -> Any:
+    return accelerate.cpu_offload(model, execution_device=CPU, offload_buffers=True)
+
+
+def on_disk(model: nn.Module, folder: Path) -> Any:
+    return accelerate.disk_offload(model, folder / "offloaded", execution_device=CPU, offload_buffers=True)
+
+
+def partly_on_disk(model: nn.Module, folder: Path) -> Any:
+    device_map = {name: "disk" if name == "down" else "cpu" for name, _ in model.named_children()}
+    return accelerate.dispatch_model(model, device_map, offload_dir=folder / "offloaded")
+
+
+def on_disk_by_a_map(model: nn.Module, folder: Path) -> Any:
+    return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_dir=folder)
+
+
+def in_a_checkpoint(model: nn.Module, folder: Path, of: nn.Module | None = None, index: Any = None) -> Any:
+    """Dispatch a model whose weights stay in a file of safetensors, as ``from_pretrained`` does."""
+    plain = {name: value.clone() for name, value in (of or model).state_dict().items() if "randlora" not in name}
+    save_file(plain, path := folder / "model.safetensors")
+    index = {} if index is None else index
+    index |= {name: {"safetensors_file": str(path), "weight_name": name} for name in plain}
+    return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_index=index)
+
+
+def from_one_file(model: nn.Module, folder: Path) -> Any:
+    """Dispatch a `Tied` whose file has each shared tensor once."""
+    save_file({"up.weight": torch.ones(8, 8), "alone.weight": torch.ones(8, 8), "bias": torch.ones(8)}, folder / "file")
+    tensors = {"down.weight": "up.weight"} | {f"{name}.bias": "bias" for name, _ in model.named_children()}
+    index = {
+        name: {"safetensors_file": str(folder / "file"), "weight_name": tensors.get(name, name)}
+        for name in model.state_dict()
+    }
+    model.to("meta")  # as from_pretrained has it
+    return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_index=index)
+
+
+def from_pretrained(model: Any, folder: Path) -> Any:
+    model.save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=folder / "offloaded")
+
+
+def preloaded(model: nn.Module, folder: Path) -> Any:
+    return accelerate.cpu_offload(model, CPU, preload_module_classes=["Sequential"])
+
+
+def with_forced_hooks(model: nn.Module, folder: Path) -> Any:
+    return accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+
+
+# Weights
+
+
+@pytest.mark.parametrize(
+    ("place", "is_adapted_first", "dtype"),
+    [
+        (in_ram, True, torch.float32),
+        (on_disk, False, torch.bfloat16),
+        (partly_on_disk, True, torch.float64),
+        (in_a_checkpoint, False, torch.float32),
+        (in_a_checkpoint, True, torch.bfloat16),
+        (with_forced_hooks, False, torch.float32),
+    ],
+)
+def test_an_offloaded_model_computes_trains_saves_and_merges_as_one_that_is_not(
+    place: Placing, is_adapted_first: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    here, base, x = adapted(Small(dtype)), Small(dtype), X.to(dtype)
+    there = place(adapted(Small(dtype)), tmp_path) if is_adapted_first else adapted(place(Small(dtype), tmp_path))
+    plain = here(x)
+    assert same_bits(there(x), plain)
+    with randlora.disabled(there):
+        assert same_bits(there(x), base(x))
+    for model in (here, there):
+        model(x).float().square().sum().backward()
+    assert save(here, tmp_path / "here") == save(there, tmp_path / "there")
+    for value, own in zip(adapter_values(there).values(), adapter_values(here).values(), strict=True):
+        assert value.grad is not None
+        assert same_bits(value.grad, own.grad)  # type: ignore[arg-type]
+    randlora.eject(there)
+    assert same_bits(there(x), base(x))
+    assert not any("randlora" in name for name, _ in there.named_parameters())
+    randlora.load(there, tmp_path / "here")
+    before, expected = contents(tmp_path), all_bits(dict(randlora.merged_tensors(here)))
+    with randlora.merged(here), randlora.merged(there):
+        merged = here(x)
+        assert same_bits(there(x), merged)
+        assert all_bits(dict(randlora.merged_tensors(there))) == expected
+    assert all_bits(dict(randlora.merged_tensors(there))) == expected
+    assert same_bits(there(x), plain)
+    assert contents(tmp_path) == before
+    randlora.merge(there)
+    gc.collect()
+    assert same_bits(there(x), merged)
+    assert {name: contents(tmp_path)[name] for name in before} == before
+    remove_hook_from_submodules(there)
+    assert same_bits(there(x), merged)
+    assert all_bits(there.state_dict()) == expected
+    assert not any("_hf_hook" in vars(each) or "Adapted" in type(each).__name__ for each in there.modules())
+
+
+def test_what_was_merged_is_unmerged_wherever_it_is_offloaded_since(tmp_path: Path) -> None:
+    model = adapted(Small())
+    plain = bits(model(X))
+    for change in (in_ram, lambda model, _: remove_hook_from_submodules(model), on_disk):
+        randlora.merge(model, reversible=True)
+        change(model, tmp_path)
+        randlora.unmerge(model)
+        assert bits(model(X)) == plain
+    randlora.merge(model, reversible=True)
+    remove_hook_from_submodules(model)
+    in_ram(model, tmp_path)
+    randlora.unmerge(model)
+    assert bits(model(X)) == plain
+
+
+@pytest.mark.parametrize(("place", "reversible"), [(in_ram, True), (on_disk, False), (partly_on_disk, False)])
+def test_a_merge_that_fails_leaves_the_maps_and_files_as_they_were(
+    place: Placing, reversible: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(place(Small(), tmp_path))
+    plain, before = bits(model(X)), contents(tmp_path)
+    write, calls = Offloaded.write, []
+
+    def fail_late(self: Offloaded, value: Tensor) -> None:
+        calls.append(value)
+        write(self, value)
+        if len(calls) == 2 or place is partly_on_disk:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(Offloaded, "write", fail_late)
+    with pytest.raises(OSError, match="disk is full"):
+        randlora.merge(model, reversible=reversible)
+    gc.collect()
+    assert bits(model(X)) == plain
+    assert contents(tmp_path) == before
+
+
+def test_a_merge_into_files_says_where_they_are_and_deletes_them_with_the_model(tmp_path: Path) -> None:
+    model = adapted(on_disk(Small(), tmp_path))
+    before = contents(tmp_path)
+    report = randlora.merge(model)
+    assert any(str(tmp_path / "offloaded") in note and "up, down" in note for note in report.notes)
+    added = contents(tmp_path).keys() - before.keys()
+    assert len(added) == 2
+    assert json.loads((tmp_path / "offloaded" / "index.json").read_text()).keys() == Small().state_dict().keys()
+    assert same_bits(on_disk(Small(), tmp_path)(X), Small()(X))  # another model of that folder is not merged
+    twin, merged = copy.deepcopy(model), model(X)
+    del model, report
+    gc.collect()
+    assert same_bits(twin(X), merged)
+    for path in added:  # only the process that wrote them deletes them
+        offloaded_module._delete(tmp_path / path, -1)
+    assert type(pickle.loads(pickle.dumps(MergedFile(str(tmp_path / "other"))))) is str
+    assert contents(tmp_path).keys() == before.keys() | added
+    del twin
+    gc.collect()
+    assert contents(tmp_path) == before
+
+
+def test_one_layer_at_a_time_is_loaded_to_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(on_disk(Small(), tmp_path))
+    read = Offloaded.read
+    alive: list[weakref.ref[Tensor]] = []
+
+    def counted(self: Offloaded) -> Tensor:
+        gc.collect()
+        assert not any(is_alive() is not None for is_alive in alive)
+        value = read(self)
+        alive.append(weakref.ref(value))
+        return value
+
+    monkeypatch.setattr(Offloaded, "read", counted)
+    randlora.merge(model, reversible=True)
+    assert len(alive) == 2
+    randlora.unmerge(model)
+
+
+def test_a_layer_used_twice_is_merged_at_both_of_its_places_and_values_that_are_loaded_at_present(
+    tmp_path: Path,
+) -> None:
+    model, here = adapted(in_ram(Small(shared=True), tmp_path)), adapted(Small(shared=True))
+    assert same_bits(model(X), here(X))
+    with align_module_device(model.down):
+        own = bits(model.down.weight)
+        with randlora.merged(model):
+            assert bits(model.down.weight) != own
+            assert bits(model.down.state_dict()["weight"]) == own  # beside Λ and Γ it is the original
+        assert bits(model.down.weight) == own
+        randlora.merge(model)
+    randlora.merge(here)
+    assert same_bits(model(X), here(X))
+    remove_hook_from_submodules(model)
+    assert same_bits(model(X), here(X))
+
+
+def test_diagonals_are_neither_offloaded_nor_counted_and_refuse_gradients_that_would_be_lost(tmp_path: Path) -> None:
+    model = adapted(Small())
+    values, expected = adapter_values(model), model(X).detach()
+    sizes = modeling.compute_module_sizes(model)
+    assert sizes[""] == sum(value.nbytes for value in [*Small().state_dict().values(), *values.values()])
+    in_ram(model, tmp_path)
+    assert all(adapter_values(model)[name] is value for name, value in values.items())
+    remove_hook_from_submodules(model)
+    for held in (model.up.randlora_lambda, model.up.randlora_gamma):
+        add_hook_to_module(held, AlignDevicesHook(execution_device=CPU, offload=True))
+    output = model(X)
+    assert same_bits(output, expected)
+    with pytest.raises(AdapterError, match="hooks on Λ and Γ themselves"):
+        output.sum().backward()
+    save(model, tmp_path)
+    with randlora.merged(model):
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_checkpoint_is_dispatched_before_it_is_adapted_and_loaded_in_the_dtype_of_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(Small().state_dict(), path)
+
+    def dispatch(model: nn.Module) -> Any:
+        options = {"device_map": {"up": "cpu", "norm": "cpu", "down": "disk"}, "offload_folder": tmp_path / "offloaded"}
+        return accelerate.load_checkpoint_and_dispatch(model, str(path), force_hooks=True, **options)
+
+    with accelerate.init_empty_weights():
+        empty, injected = Small(), Small()
+    assert same_bits(adapted(dispatch(empty))(X), adapted(Small())(X))
+    randlora.inject(injected, r=3, targets="all-linear")
+    with pytest.raises(ValueError, match="is on the meta device, we need a `value`"):
+        dispatch(injected)
+    wide, x, index = Small(torch.float64), X.bfloat16(), dict[str, Any]()
+    there = adapted(in_a_checkpoint(Small(torch.bfloat16), tmp_path, wide, index))
+    given = copy.deepcopy(index)  # other models may be given it, too
+    here = adapted(wide.bfloat16())
+    plain = there(x)
+    assert same_bits(plain, here(x))
+    for model in (there, here):
+        randlora.merge(model, reversible=True)
+    assert same_bits(there(x), here(x))
+    place = place_of(there.down, "weight")
+    assert place is not None
+    assert same_bits(place.read(), here.down.weight)
+    assert index == given
+    randlora.unmerge(there)
+    assert same_bits(there(x), plain)
+
+
+@pytest.mark.parametrize(
+    ("build", "place", "targets"),
+    [
+        (Tied, in_ram, ["up", "down"]),
+        (Tied, on_disk_by_a_map, ["up", "down"]),
+        (Tied, from_one_file, ["up", "down"]),
+        (lambda: llama(is_tied=True), from_pretrained, ["lm_head", "up_proj"]),
+    ],
+)
+def test_weights_that_are_tied_are_refused_as_without_offloading_and_equal_ones_are_not(
+    build: Callable[[], nn.Module], place: Placing, targets: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(TargetError) as plain:
+        randlora.inject(build(), r=4, targets=targets)
+    model = place(build(), tmp_path)
+    with pytest.raises(TargetError) as there:
+        randlora.inject(model, r=4, targets=targets)
+    assert str(there.value) == str(plain.value)
+    assert "randlora_lambda" not in str(model)
+    if build is Tied:
+        assert randlora.inject(model, r=4, targets="alone").targets == ("alone",)
+        return
+    equal, untied = llama(), llama(is_tied=True)
+    with torch.no_grad():
+        for parameter in equal.parameters():
+            parameter.fill_(0.5)
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach() + 1)
+    for each, folder in ((equal, "equal"), (untied, "untied")):
+        assert len(randlora.inject(on_disk(each, tmp_path / folder), r=4, targets=targets).targets) == 3
+
+
+def test_what_is_not_in_memory_is_refused_where_values_are_needed(tmp_path: Path) -> None:
+    model: Any = adapted(nn.Sequential(Small()))
+    expected = bits(model(X))
+    preloaded(model, tmp_path)
+    assert bits(model(X)) == expected
+    for refused, error in (
+        (lambda: list(randlora.trainable_parameters(model)), AdapterError),
+        (lambda: randlora.delta_weight(model, "0.up"), AdapterError),
+        (lambda: randlora.merge(model), MergeError),
+        (lambda: randlora.save(model, tmp_path), CheckpointError),
+        (lambda: randlora.eject(model), AdapterError),
+    ):
+        with pytest.raises(error, match=r"offloaded|meta"):
+            refused()
+    remove_hook_from_submodules(model)
+    assert bits(model(X)) == expected
+    randlora.merge(model)
+    model = Small()
+    values = MappingProxyType({name: value.detach() for name, value in model.up.named_parameters()})  # is not written
+    add_hook_to_module(model.up, AlignDevicesHook(execution_device=CPU, offload=True, weights_map=values))
+    assert isinstance(place_of(model.up, "weight"), Plain)
+    with pytest.raises(MergeError, match="up is incomplete"):
+        randlora.merge(adapted(model))
+    model = adapted(Small())
+    model.norm.running_mean = torch.empty(12, device="meta")
+    with pytest.raises(MergeError, match=r"norm\.running_mean has no values here"):
+        randlora.merged_tensors(model)
+
+
+# Parameters that are trained beside the layers
+
+
+@pytest.mark.parametrize("place", [in_ram, in_a_checkpoint])
+def test_offloaded_parameters_are_no_ones_to_train_copies_of(place: Placing, tmp_path: Path) -> None:
+    save(adapted(Small(), train_also=NORM), tmp_path / "adapter")
+    model = place(Small(), tmp_path)
+    with pytest.raises(TargetError, match=r"norm\.weight is offloaded by accelerate.*\n.*norm\.bias is"):
+        adapted(model, train_also=NORM)
+    with pytest.raises(CheckpointError, match=r"norm\.weight is offloaded by accelerate"):
+        randlora.load(model, tmp_path / "adapter")
+    assert not any("randlora" in name for name, _ in model.named_parameters())
+    assert same_bits(model(X), Small()(X))
+
+
+def test_parameters_beside_those_that_are_offloaded_are_trained_saved_switched_and_ejected(tmp_path: Path) -> None:
+    plain, base = adapted(Small(), train_also=NORM), Small()(X)
+    expected = plain(X)
+    during = adapted(Small(), train_also=NORM)
+    with randlora.disabled(during):  # a block may begin before the model is offloaded, and end after
+        assert same_bits(partly_on_disk(during, tmp_path)(X), base)
+    for model in (
+        during,
+        adapted(partly_on_disk(Small(), tmp_path), train_also=NORM),
+        partly_on_disk(adapted(Small(), train_also=NORM), tmp_path),
+    ):
+        assert same_bits(model(X), expected)
+        model(X).sum().backward()
+        assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
+        with randlora.disabled(model):
+            assert same_bits(model(X), base)
+        assert save(model, tmp_path / "there") == save(plain, tmp_path / "here")
+        assert all_bits(dict(randlora.merged_tensors(model))) == all_bits(dict(randlora.merged_tensors(plain)))
+        with randlora.merged(model), randlora.merged(plain):
+            assert same_bits(model(X), plain(X))
+        torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1).step()
+        assert not same_bits(model(X), expected)
+        randlora.eject(model)
+        assert same_bits(model(X), base)
+
+
+@pytest.mark.parametrize(("place", "is_active"), [(in_ram, True), (on_disk, False), (preloaded, True)])
+def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_removed(
+    place: Placing, is_active: bool, tmp_path: Path
+) -> None:
+    model: Any = nn.Sequential(Small())
+    adapted(model, targets="0.up", train_also=[f"0.{name}" for name in NORM])
+    adapted(model, targets="0.down", name="other")
+    if not is_active:
+        randlora.activate(model, "other")
+    before, expected = save(model, tmp_path / "before"), model(X)
+    place(model, tmp_path)
+    if is_active:  # else nothing that is offloaded would be trained
+        with pytest.raises(AdapterError, match=r"accelerate.*remove_hook_from_submodules"):
+            model(X).sum().backward()
+    for refused in (
+        lambda: [*randlora.trainable_parameters(model)],
+        lambda: randlora.save(model, tmp_path / "never", name="default"),
+        lambda: randlora.activate(model, "other"),
+        lambda: randlora.disabled(model).__enter__(),
+        lambda: randlora.merge(model),
+        lambda: randlora.merged_tensors(model),
+        lambda: randlora.inject(model, r=2, targets="0.down", name="third"),
+        lambda: randlora.eject(model),
+    ):
+        with pytest.raises(AdapterError, match=r"0\.norm\.weight.*remove_hook_from_submodules"):
+            refused()
+    assert same_bits(model(X), expected)
+    remove_hook_from_submodules(model)
+    assert save(model, tmp_path / "after") == before
+    block = randlora.disabled(model)  # offloaded while disabled, copies come back when the hooks are removed
+    block.__enter__()
+    base = place(model, tmp_path)(X)
+    for refused in (lambda: block.__exit__(None, None, None), lambda: randlora.adapters(model)):
+        with pytest.raises(AdapterError, match=r"norm\.weight.*remove_hook_from_submodules"):
+            refused()
+        assert same_bits(model(X), base)
+    remove_hook_from_submodules(model)
+    assert [info.name for info in randlora.adapters(model)] == ["default", "other"]
+    assert same_bits(model(X), expected)
+    with randlora.merged(model):
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-4)
+    randlora.eject(model)
+    assert same_bits(model(X), base)
+    assert same_bits(base, Small()(X))
+
+
+# Models of libraries
+
+BESIDE = {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")} | {"lm_head": "cpu"}
+PARTLY = BESIDE | {"model.layers.0": "disk", "model.layers.1": "cpu"}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("device_map", [{"": "disk"}, PARTLY], ids=["all on disk", "a layer on disk"])
+def test_a_model_of_transformers_that_is_offloaded_as_it_is_loaded(device_map: dict[str, str], tmp_path: Path) -> None:
+    llama(is_tied=True).save_pretrained(tmp_path / "base")
+    before, ids = contents(tmp_path / "base"), torch.arange(6)[None]
+
+    def loaded(**options: Any) -> Any:
+        return adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base", **options).eval(), stream="portable")
+
+    plain, model = loaded(), loaded(device_map=device_map, offload_folder=tmp_path / "offloaded")
+    expected = bits(plain(ids).logits)
+    assert bits(model(ids).logits) == expected
+    assert save(model, tmp_path / "there") == save(plain, tmp_path / "here")
+    with randlora.merged(model), randlora.merged(plain):
+        assert same_bits(model(ids).logits, plain(ids).logits)
+    assert bits(model(ids).logits) == expected
+    for each, name in ((plain, "plain"), (model, "merged")):
+        randlora.files.save_merged(each, tmp_path / name)
+    assert contents(tmp_path / "merged") == contents(tmp_path / "plain")
+    assert contents(tmp_path / "base") == before
+
+
+@pytest.mark.medium
+def test_layers_of_bitsandbytes_are_merged_where_they_are_and_refused_where_they_are_offloaded(tmp_path: Path) -> None:
+    def built() -> nn.Module:
+        torch.manual_seed(0)
+        layers = {name: bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32) for name in ("up", "down")}
+        return nn.Sequential(OrderedDict(layers)).to("cpu")
+
+    x = torch.randn(3, 64)
+    plain, model = adapted(built()), adapted(with_forced_hooks(built(), tmp_path))
+    assert same_bits(model(x), plain(x))
+    with randlora.merged(model), randlora.merged(plain):
+        assert same_bits(model(x), plain(x))
+    assert same_bits(model(x), plain(x))
+    with pytest.raises(TargetError, match="down has no values"):
+        adapted(partly_on_disk(built(), tmp_path))
+    late = partly_on_disk(adapted(built()), tmp_path)
+    codes = bits(late.up.weight)
+    for refused in (randlora.merge, randlora.merged_tensors):
+        with pytest.raises(MergeError, match="the weight of down is incomplete"):
+            refused(late)
+    assert bits(late.up.weight) == codes
+
+
+def test_accelerate_reads_the_configs_of_the_docs(tmp_path: Path) -> None:
+    page = Path(__file__).parent.parent / "docs" / "accelerate.md"
+    kinds = {}
+    for text in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+        config = load_config_from_file(str(tmp_path / "config.yaml"))
+        kinds[config.distributed_type] = config
+    assert kinds.keys() >= {DistributedType.FSDP, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED}
+    assert kinds[DistributedType.FSDP].fsdp_config["fsdp_version"] == 2
+    assert kinds[DistributedType.MULTI_GPU].parallelism_config["parallelism_config_tp_size"] == 8
+    assert kinds[DistributedType.DEEPSPEED].deepspeed_config["zero_stage"] == 3
