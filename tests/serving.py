@@ -24,12 +24,8 @@ def each_alone(model: nn.Module, names: Iterable[str | None], run: Callable[[], 
     """Run the whole batch through each adapter, or through the base for ``None``."""
     outputs: dict[str | None, Any] = {}
     for name in dict.fromkeys(names):
-        if name is None:
-            with randlora.disabled(model):
-                outputs[name] = run()
-        else:
-            randlora.activate(model, name)
-            outputs[name] = run()
+        randlora.activate(model, [] if name is None else name)
+        outputs[name] = run()
     return outputs
 
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -37,9 +36,9 @@ def adapters(server: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return directory
 
 
-def get(port: int, path: str) -> tuple[int, str]:
+def request(port: int, method: str, path: str, *given: Any) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("GET", path)
+    connection.request(method, path, *given)
     response = connection.getresponse()
     return response.status, response.read().decode()
 
@@ -48,17 +47,14 @@ class Gate:
     """Holds the model before it runs a batch, as if it were busy."""
 
     def __init__(self, running: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.has_begun, self._is_open = threading.Event(), threading.Event()
-        self._generate: Callable[[list[Any]], list[list[int]]] = running.batcher._generate
-        monkeypatch.setattr(running.batcher, "_generate", self._held)
+        self.has_begun, self.is_open, generate = threading.Event(), threading.Event(), running.batcher._generate
 
-    def _held(self, batch: list[Any]) -> list[list[int]]:
-        self.has_begun.set()
-        assert self._is_open.wait(60)
-        return self._generate(batch)
+        def held(batch: list[Any]) -> Any:
+            self.has_begun.set()
+            assert self.is_open.wait(60)
+            return generate(batch)
 
-    def open(self) -> None:
-        self._is_open.set()
+        monkeypatch.setattr(running.batcher, "_generate", held)
 
 
 def together(running: Any, asks: list[Ask]) -> list[tuple[int, Any]]:
@@ -74,17 +70,15 @@ def while_busy(running: Any, asks: list[Ask], monkeypatch: pytest.MonkeyPatch) -
         assert gate.has_begun.wait(30)
         answers = clients.submit(together, running, asks)
         until(lambda: len(running.batcher.waiting) == len(asks))
-        gate.open()
+        gate.is_open.set()
         assert other.result(60)[0] == 200
         return answers.result(60)
 
 
 def asked(count: int) -> list[Ask]:
     names = [None, *(f"tenant_{number}" for number in range(ADAPTERS))]
-    return [
-        Ask(names[number % len(names)], f"{number} upon a time"[: 3 + number], 2 + number % 3)
-        for number in range(count)
-    ]
+    texts = [f"{number} upon a time"[: 3 + number] for number in range(count)]
+    return [Ask(names[number % len(names)], text, 2 + number % 3) for number, text in enumerate(texts)]
 
 
 @pytest.mark.parametrize("room", [ADAPTERS, 2])
@@ -106,51 +100,45 @@ def test_answers_are_those_of_the_adapter_alone(
     assert stats.evictions == (0 if room == ADAPTERS else 3)
 
 
-REFUSED: dict[str, tuple[Any, int, str]] = {
-    "unknown adapter": ({"adapter": "tenant_x", "prompt": "a"}, 404, "no adapter named 'tenant_x'; the nearest are"),
-    "no object": ([], 400, "expected an object with a prompt"),
-    "unknown field": ({"prompt": "a", "temperature": 1}, 400, "of the fields adapter, prompt, max_new_tokens"),
-    "no prompt": ({"adapter": "tenant_0"}, 400, "expected an object with a prompt"),
-    "empty prompt": ({"prompt": ""}, 400, "prompt a token at least"),
-    "adapter of another type": ({"prompt": "a", "adapter": 3}, 400, "adapter must be a name or null"),
-    "no tokens": ({"prompt": "a", "max_new_tokens": 0}, 400, "max_new_tokens must be a positive integer, got 0"),
-    "half tokens": ({"prompt": "a", "max_new_tokens": 1.5}, 400, "max_new_tokens must be a positive integer, got 1.5"),
-    "long prompt": ({"prompt": "a" * 513}, 413, "expected a prompt of 512 tokens"),
-    "long answer": ({"prompt": "a", "max_new_tokens": 129}, 413, "got 1 and 129"),
-    "long body": ({"prompt": "a" * 2**20}, 413, "expected a body of at most 1048576 bytes"),
-}
+A_PROMPT, POSITIVE = "expected an object with a prompt", "max_new_tokens must be a positive integer, got"
+REFUSED: list[tuple[Any, int, str]] = [
+    ({"adapter": "tenant_x", "prompt": "a"}, 404, "no adapter named 'tenant_x'; the nearest are"),
+    ([], 400, A_PROMPT),
+    ({"adapter": "tenant_0"}, 400, A_PROMPT),
+    ({"prompt": ""}, 400, "prompt a token at least"),
+    ({"prompt": "a", "temperature": 1}, 400, "of the fields adapter, prompt, max_new_tokens"),
+    ({"prompt": "a", "adapter": 3}, 400, "adapter must be a name or null"),
+    ({"prompt": "a", "max_new_tokens": 0}, 400, f"{POSITIVE} 0"),
+    ({"prompt": "a", "max_new_tokens": 1.5}, 400, f"{POSITIVE} 1.5"),
+    ({"prompt": "a" * 513}, 413, "expected a prompt of 512 tokens"),
+    ({"prompt": "a", "max_new_tokens": 129}, 413, "got 1 and 129"),
+]
+RAW: list[tuple[bytes, dict[str, str], int]] = [
+    *((raw, {}, 400) for raw in (b"{", b"\xff", b"[" * 100_000)),
+    (b"", {"Content-Length": "-1"}, 411),
+    *((b"", {"Content-Length": size}, 413) for size in ("1048577", "9" * 5000)),
+]
 
 
 def test_what_cannot_be_answered_is_refused_with_its_reason(server: ModuleType, adapters: Path) -> None:
     with server.serving(server.tiny_model(), adapters) as running:
-        for what, (body, status, message) in REFUSED.items():
-            try:
-                found, answer = post(running.server_port, body)
-            except ConnectionError:  # of a body that the server did not read
-                assert what == "long body"
-                continue
-            assert (found, message in answer["error"]) == (status, True), (what, answer)
-        for raw, headers, status in (
-            (b"{", {}, 400),
-            (b"\xff", {}, 400),
-            (b"[" * 100_000, {}, 400),
-            (b"", {"Content-Length": "-1"}, 411),
-            (b"", {"Content-Length": "9" * 5000}, 413),
-        ):
-            connection = http.client.HTTPConnection("127.0.0.1", running.server_port, timeout=30)
-            connection.request("POST", "/generate", raw, headers)
-            assert connection.getresponse().status == status, raw[:10]
-        assert get(running.server_port, "/no")[0] == 404
-        assert post(running.server_port, {"prompt": "\ud800", "max_new_tokens": 1})[0] == 200
-        assert json.loads(get(running.server_port, "/adapters")[1])["adapters"] == [f"tenant_{n}" for n in range(5)]
-        _, metrics = get(running.server_port, "/metrics")
+        port = running.server_port
+        for body, status, message in REFUSED:
+            found, answer = post(port, body)
+            assert (found, message in answer["error"]) == (status, True), answer
+        for raw, headers, status in RAW:
+            assert request(port, "POST", "/generate", raw, headers)[0] == status, raw[:10]
+        assert request(port, "GET", "/no")[0] == 404
+        assert post(port, {"prompt": "\ud800", "max_new_tokens": 1})[0] == 200
+        assert json.loads(request(port, "GET", "/adapters")[1])["adapters"] == [f"tenant_{n}" for n in range(5)]
+        _, metrics = request(port, "GET", "/metrics")
     lines = dict(line.rsplit(" ", 1) for line in metrics.splitlines())
     assert (lines["randlora_rows"], lines["randlora_tokens"], lines["randlora_waiting"]) == ("1", "1", "0")
     assert lines['randlora_answers{status="400"}'] == "10"
     assert lines["randlora_pool_loaded"] == "0"
 
 
-def test_requests_beyond_the_limit_are_refused_at_once_and_given_up_if_they_wait_too_long(
+def test_requests_beyond_the_limit_are_refused_and_what_waits_is_answered_when_the_server_ends(
     server: ModuleType, adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits, body = server.Limits(waiting=3, batch=1), {"prompt": "a", "max_new_tokens": 1}
@@ -164,10 +152,17 @@ def test_requests_beyond_the_limit_are_refused_at_once_and_given_up_if_they_wait
         answers += [clients.submit(post, port, body) for _ in range(2)]
         until(lambda: len(running.batcher.waiting) == 3)  # the one that was given up leaves with the next batch
         status, answer = post(port, body)
-        gate.open()
         assert (status, answer["error"]) == (503, "3 requests wait: try again later")
+        ending = threading.Thread(target=running.close)
+        ending.start()
+        until(lambda: bool(running.batcher._is_closing))
+        gate.is_open.set()
+        ending.join(60)
         assert [answer.result(60)[0] for answer in answers] == [200] * 3
         assert running.batcher.counts["rows"] == 3  # and not the one that was given up
+        with pytest.raises(ConnectionError):
+            post(port, body)
+        assert not [thread for thread in threading.enumerate() if thread.name in {"batcher", "server"}]
 
 
 def test_damaged_files_of_one_adapter_fail_its_requests_alone_and_one_that_is_saved_later_is_served(
@@ -184,28 +179,6 @@ def test_damaged_files_of_one_adapter_fail_its_requests_alone_and_one_that_is_sa
         assert found[1][1]["error"].startswith("CheckpointError")
         (tmp_path.parent / "later").rename(tmp_path / "tenant_2")
         assert post(running.server_port, asks[2]._asdict())[0] == 200
-
-
-def test_what_waits_is_answered_when_the_server_ends(
-    server: ModuleType, adapters: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limits = server.Limits(batch=2)
-    with ThreadPoolExecutor(5) as clients, server.serving(server.tiny_model(), adapters, limits) as running:
-        gate, port = Gate(running, monkeypatch), running.server_port
-        first, *later = asked(5)
-        answers = [clients.submit(post, port, first._asdict())]
-        assert gate.has_begun.wait(30)
-        answers += [clients.submit(post, port, ask._asdict()) for ask in later]
-        until(lambda: len(running.batcher.waiting) == 4)  # all have arrived before the server ends
-        ending = threading.Thread(target=running.close)
-        ending.start()
-        until(lambda: bool(running.batcher._is_closing))
-        gate.open()
-        ending.join(60)
-        assert [answer.result(60)[0] for answer in answers] == [200] * 5
-        with pytest.raises(ConnectionError):
-            post(port, {"prompt": "a"})
-        assert not [thread for thread in threading.enumerate() if thread.name in {"batcher", "server"}]
 
 
 @pytest.mark.slow

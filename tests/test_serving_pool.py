@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, ConfigError
-from randlora.serving import AdapterPool
+from randlora.serving import AdapterPool, routed
 from tests.kit import WAIT, fill, until, untouched
 from tests.laws import assert_close
 
@@ -48,6 +48,11 @@ def assert_rows(pool: AdapterPool, model: nn.Module, outputs: dict[str, Any], *n
     assert_close(found, torch.stack(expected), torch.float32)
 
 
+def refused(pool: AdapterPool, verb: str, names: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(pool, verb)(names).__enter__()
+
+
 def test_adapters_are_loaded_when_they_are_asked_for_and_the_oldest_go_first_but_no_bases(
     outputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,17 +77,9 @@ def test_adapters_are_loaded_when_they_are_asked_for_and_the_oldest_go_first_but
         stats = pool.stats()
         assert (stats.hits, stats.misses, stats.loads, stats.evictions) == counts
         assert (stats.failures, stats.loaded) == (0, len(loaded))
-        assert stats.nbytes == 4 * sum(parameter.numel() for _, parameter in _diagonals(model))
+        own = [value for name, value in model.named_parameters() if "randlora_" in name]
+        assert stats.nbytes == 4 * sum(value.numel() for value in own)
     assert pool.stats().seconds_loading > 0
-
-
-def refused(pool: AdapterPool, names: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message), pool.routed(names):
-        pass
-
-
-def _diagonals(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(fqn, each) for fqn, each in model.named_parameters() if "randlora_" in fqn]
 
 
 def test_no_adapter_is_removed_while_it_is_in_use(outputs: dict[str, Any]) -> None:
@@ -94,19 +91,32 @@ def test_no_adapter_is_removed_while_it_is_in_use(outputs: dict[str, Any]) -> No
             assert "a" in pool.loaded
         assert_rows(pool, model, outputs, "b", "a", "c")
         assert_close(model(X), outputs["a"], torch.float32)
+        message = "4 adapters are asked for at once, and the pool loads 3"
         with untouched(model):
-            refused(pool, ["b", "c", "d"], AdapterError, "4 adapters are asked for at once, and the pool loads 3")
-        with pool.routed(["e", "b", None]), pytest.raises(AdapterError, match="4 adapters are asked for at once"):
-            pool.using("c").__enter__()
+            refused(pool, "routed", ["b", "c", "d"], AdapterError, message)
+        with pool.routed(["e", "b", None]):
+            refused(pool, "using", "c", AdapterError, message)
     assert_rows(pool, model, outputs, "b", "c", "d")
     assert "a" not in pool.loaded
 
 
-REFUSED: list[tuple[Any, type[Exception], str]] = [
-    (["a", "b", "c"], AdapterError, "3 adapters are asked for at once, and the pool loads 2: raise max_loaded"),
-    (["a", "g", None], AdapterError, "the pool has no adapter named 'g'; the nearest are"),
-    ([], AdapterError, "expected for each row the name of an adapter"),
-    ("abc", AdapterError, "expected for each row the name of an adapter"),
+NO_NAMES: list[Any] = [3, None, [1], [[]], {"a": "b"}]
+TOO_MANY = "3 adapters are asked for at once, and the pool loads 2: raise max_loaded"
+REFUSED: list[tuple[str, Any, type[Exception], str]] = [
+    ("routed", [*"abc"], AdapterError, TOO_MANY),
+    ("prefetch", [*"abc"], AdapterError, TOO_MANY),
+    ("routed", ["a", "g", None], AdapterError, "the pool has no adapter named 'g'; the nearest are"),
+    ("prefetch", ["z"], AdapterError, "the pool has no adapter named 'z'"),
+    ("routed", [], AdapterError, "expected for each row the name of an adapter"),
+    ("routed", "abc", AdapterError, "expected for each row the name of an adapter"),
+    *((verb, names, ConfigError, f"cannot {verb}: .*names") for verb in ("prefetch", "using") for names in NO_NAMES),
+]
+OPTIONS: list[tuple[Any, Any, type[Exception], str]] = [
+    ({}, 0, ConfigError, "max_loaded must be at least 1, got 0"),
+    ({}, "3", ConfigError, "max_loaded must be an integer, got '3'"),
+    ({1: "a"}, 2, ConfigError, "a name in sources must be a string, got 1"),
+    (None, 2, ConfigError, "sources must be"),
+    ("nowhere", 2, CheckpointError, "'nowhere' has no adapters: expected directories with adapter_model"),
 ]
 
 
@@ -116,14 +126,11 @@ def test_what_a_pool_cannot_do_is_refused_before_anything_is_loaded(outputs: dic
     assert_rows(pool, model, outputs, "d", "e", "d")
     before = pool.stats(), pool.loaded
     with untouched(model):
-        for names, error, message in REFUSED:
-            refused(pool, names, error, message)
-        strange: list[Any] = [3, None, [1], [[]], {"a": "b"}]
-        for names in strange:
-            with pytest.raises(ConfigError, match=r"cannot prefetch: .*names"):
-                pool.prefetch(names)
-            with pytest.raises(ConfigError, match=r"cannot using: .*names"), pool.using(names):
-                pass
+        for verb, names, error, message in REFUSED:
+            refused(pool, verb, names, error, message)
+        for sources, max_loaded, error, message in OPTIONS:
+            with pytest.raises(error, match=message):
+                AdapterPool(model, sources, max_loaded=max_loaded)
     assert (pool.stats(), pool.loaded) == before
 
 
@@ -131,8 +138,7 @@ def test_what_a_pool_cannot_do_is_refused_before_anything_is_loaded(outputs: dic
 def test_a_load_that_fails_leaves_model_and_pool_and_names_the_file(
     damage: str, is_ahead: bool, outputs: dict[str, Any], tmp_path: Path
 ) -> None:
-    files = tmp_path / "adapters"
-    shutil.copytree(outputs["files"], files)
+    files = shutil.copytree(outputs["files"], tmp_path / "adapters")
     model, first = plain(), plain()
     pool = AdapterPool(model, files, max_loaded=3)
     assert_rows(pool, model, outputs, "a", "b", "c")
@@ -146,11 +152,10 @@ def test_a_load_that_fails_leaves_model_and_pool_and_names_the_file(
         randlora.save(other, files / "e")
     if is_ahead:
         pool.prefetch(["d", "e"])
-    before = pool.loaded
+    before, sources = pool.loaded, {name: files / name for name in "de"}
     with untouched(model), untouched(first):
-        refused(pool, ["a", "d", "e"], CheckpointError, str(files / "e"))
-        sources = {name: files / name for name in "de"}
-        refused(AdapterPool(first, sources, max_loaded=3), ["d", "e", None], CheckpointError, str(files / "e"))
+        refused(pool, "routed", ["a", "d", "e"], CheckpointError, str(files / "e"))
+        refused(AdapterPool(first, sources, max_loaded=3), "using", ["d", "e"], CheckpointError, str(files / "e"))
     assert pool.loaded == before
     assert pool.stats().failures == 1
     shutil.copytree(outputs["files"] / "e", files / "e", dirs_exist_ok=True)
@@ -177,9 +182,6 @@ def test_prefetched_files_are_read_in_another_thread(outputs: dict[str, Any], mo
     assert_rows(pool, model, outputs, "b", "d", None)
     main = threading.current_thread().name
     assert (threads["a"], threads["b"], threads["d"].rpartition("_")[0]) == (main, main, "randlora-prefetch")
-    for names, message in ((["z"], r"pool.*no adapter named 'z'"), ([*"abc"], "3 adapters are asked for at once")):
-        with pytest.raises(AdapterError, match=message):
-            pool.prefetch(names)
 
 
 def test_threads_take_turns_and_each_row_is_its_own(outputs: dict[str, Any]) -> None:
@@ -204,23 +206,22 @@ def test_threads_take_turns_and_each_row_is_its_own(outputs: dict[str, Any]) -> 
 def test_adapters_of_the_model_itself_are_left_alone(outputs: dict[str, Any]) -> None:
     model = plain()
     randlora.inject(model, r=3, targets=["0"], name="own", stream="portable")
-    fill(model, "own", spread=0.5)
-    own = model(X)
+    own = fill(model, "own", spread=0.5)(X)
     pool = AdapterPool(model, {name: outputs["files"] / name for name in "abc"}, max_loaded=1)
     for name in "abca":
         assert_rows(pool, model, outputs, name, name, None)
         assert torch.equal(model(X), own)
-    with randlora.serving.routed(model, ["own", "a", None]):
+    with routed(model, ["own", "a", None]):
         model(X)
     randlora.inject(model, r=2, name="b")
-    with untouched(model), pytest.raises(AdapterError, match="the model has an adapter of that name"):
-        pool.using(["b"]).__enter__()
+    with untouched(model):
+        refused(pool, "using", ["b"], AdapterError, "the model has an adapter of that name")
     randlora.remove(model, "a")  # behind the pool's back
     assert_rows(pool, model, outputs, "a", None, "a")
 
 
 def test_what_routed_cannot_take_is_used_by_other_means(tmp_path: Path) -> None:
-    expected: dict[str, Tensor] = {}
+    expected = {}
     for seed, name in enumerate("ab"):
         model = plain()
         randlora.inject(model, r=3, targets=["0"], train_also=["2"], stream="portable")
@@ -233,7 +234,7 @@ def test_what_routed_cannot_take_is_used_by_other_means(tmp_path: Path) -> None:
             randlora.activate(model, name)
             assert torch.equal(model(X), expected[name])
         with untouched(model):
-            refused(pool, [name] * 3, AdapterError, rf"{name!r} trained 2.weight, 2.bias with train_also")
+            refused(pool, "routed", [name] * 3, AdapterError, rf"{name!r} trained 2.weight, 2.bias with train_also")
 
 
 def test_sources_are_directories_read_again_for_a_new_name_states_and_the_packed_names_of_tokens(
@@ -242,30 +243,14 @@ def test_sources_are_directories_read_again_for_a_new_name_states_and_the_packed
     shutil.copytree(outputs["files"] / "a", tmp_path / "a")
     (tmp_path / ".b.unfinished-12345678").mkdir()
     (tmp_path / ".b.unfinished-12345678" / FILE).touch()
-    model, loaded = plain(), plain()
+    model, loaded, other = plain(), plain(), plain()
     pool = AdapterPool(model, str(tmp_path), max_loaded=2)
     assert list(pool.names) == ["a"]
     shutil.copytree(outputs["files"] / "b", tmp_path / "b")
     assert_rows(pool, model, outputs, "a", "b", None)
     assert list(pool.names) == ["a", "b"]
     randlora.load(loaded, outputs["files"] / "b")
-    other = plain()
     states = {"one": outputs["files"] / "a", "two": randlora.adapter_state(loaded)}
     with AdapterPool(other, states, max_loaded=2).routed([["one", "two", None]]):
         found = other(X.unsqueeze(0))
     assert_close(found[0, :2], torch.stack([outputs["a"][0], outputs["b"][1]]), torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("sources", "max_loaded", "error", "message"),
-    [
-        ({}, 0, ConfigError, "max_loaded must be at least 1, got 0"),
-        ({}, "3", ConfigError, "max_loaded must be an integer, got '3'"),
-        ({1: "a"}, 2, ConfigError, "a name in sources must be a string, got 1"),
-        (None, 2, ConfigError, "sources must be"),
-        ("nowhere", 2, CheckpointError, "'nowhere' has no adapters: expected directories with adapter_model"),
-    ],
-)
-def test_wrong_options_are_refused(sources: Any, max_loaded: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        AdapterPool(plain(), sources, max_loaded=max_loaded)

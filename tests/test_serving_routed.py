@@ -2,25 +2,29 @@
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
 
 import randlora
-from randlora.errors import AdapterError
+from randlora.errors import AdapterError, MergeError
 from randlora.functional import Compute
 from randlora.layers.scopes import in_call
+from randlora.serving import routed
 from tests.kit import fill, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LayerKind, every_kind
 from tests.read_kinds import READ_KINDS, ReadKind, output_of
-from tests.serving import Names, each_alone, row_by_row
+from tests.serving import Names, each_alone, row_by_row, with_adapters
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "a": {"r": 3, "alpha": 6},
@@ -32,56 +36,54 @@ OPTIONS: dict[str, dict[str, Any]] = {
 names_of_rows = st.lists(st.sampled_from([*OPTIONS, None]), min_size=1, max_size=7)
 
 
-def with_adapters(model: nn.Module, names: Names | None = None, **options: Any) -> nn.Module:
+def with_some(model: nn.Module, names: Names | None = None, **options: Any) -> nn.Module:
     """Add the adapters of `OPTIONS`, or those of some names and "a", with values as after some training."""
     chosen = {name: own for name, own in OPTIONS.items() if names is None or name in ("a", *names)}
     for seed, (name, own) in enumerate(chosen.items()):
-        randlora.inject(model, name=name, stream="portable", **{**options, **own})
+        randlora.inject(model, name=name, stream="portable", **{"targets": ["0", "1"], **options, **own})
         fill(model, name, seed=seed)
     return model
+
+
+def in_block(model: nn.Module, names: Names, run: Callable[[], Tensor]) -> Tensor:
+    with routed(model, names):
+        return run()
 
 
 @every_kind
 @settings(max_examples=6)
 @given(
-    st.integers(1, 20).filter(lambda side: side != 16),
-    st.integers(1, 20).filter(lambda side: side != 16),
+    st.tuples(*[st.integers(1, 20).filter(lambda side: side != 16)] * 2),
     names_of_rows,
     st.sampled_from([(), (1,), (3,), (2, 2)]),
     st.sampled_from(get_args(Compute)),
     st.booleans(),
 )
 def test_rows_are_those_of_each_adapter_alone(
-    kind: LayerKind, inside: int, out: int, names: Names, lead: tuple[int, ...], compute: Compute, has_grad: bool
+    kind: LayerKind, sides: tuple[int, int], names: Names, lead: tuple[int, ...], compute: Compute, has_grad: bool
 ) -> None:
-    layers = kind.build(inside, out, True, kind.exact), nn.Linear(out, 4)
-    model = with_adapters(nn.Sequential(*layers), names, targets=["0"]).to(kind.exact)
+    layers = kind.build(*sides, True, kind.exact), nn.Linear(sides[1], 4)
+    model = with_some(nn.Sequential(*layers), names, targets=["0"]).to(kind.exact)
     randlora.set_compute(model, compute)
-    x = torch.randn(len(names), *lead, inside, dtype=kind.exact)
+    x = torch.randn(len(names), *lead, sides[0], dtype=kind.exact)
     with torch.set_grad_enabled(has_grad):
         expected = row_by_row(model, names, lambda: model(x))
-        with randlora.serving.routed(model, names):
-            assert_close(model(x), expected, kind.exact)
+        assert_close(in_block(model, names, lambda: model(x)), expected, kind.exact)
 
 
 @settings(max_examples=8)
 @given(names_of_rows, st.integers(1, 4))
 def test_gradients_are_those_of_each_adapter_alone(names: Names, tokens: int) -> None:
-    model = with_adapters(nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 8)).double(), targets=["0", "1"], trainable=True)
+    model = with_some(nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 8)).double(), trainable=True)
     x = torch.randn(len(names), tokens, 10, dtype=torch.float64, requires_grad=True)
     factors = torch.randn(len(names), tokens, 8, dtype=torch.float64)
     wanted = [x, *randlora.trainable_parameters(model)]
     found = []
-    for run in (row_by_row, routed):
+    for run in (row_by_row, in_block):
         loss = (run(model, names, lambda: model(x)) * factors).sum()
         found.append(torch.autograd.grad(loss, wanted, materialize_grads=True))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one.to(other.dtype), rtol=1e-6, atol=1e-7)  # Λ and Γ are float32
-
-
-def routed(model: nn.Module, names: Names, run: Callable[[], Tensor]) -> Tensor:
-    with randlora.serving.routed(model, names):
-        return run()
 
 
 @pytest.mark.parametrize(  # out_proj is a weight that attention reads of a layer inside of it
@@ -93,9 +95,8 @@ def test_rows_of_modules_that_read_their_weight(kind: ReadKind) -> None:
     fill(model, "b", seed=7)
     args = kind.arguments(torch.float64)
     names: Names = [("default", None, "b")[row % 3] for row in range(args[0].shape[0])]
-    module = model.get_submodule("0")
-    expected = row_by_row(model, names, lambda: output_of(module(*args)))
-    assert_close(routed(model, names, lambda: output_of(module(*args))), expected, torch.float64)
+    expected = row_by_row(model, names, lambda: output_of(model[0](*args)))
+    assert_close(in_block(model, names, lambda: output_of(model[0](*args))), expected, torch.float64)
     assert len(names) == 1 or not torch.equal(expected[0], expected[1])
 
 
@@ -103,11 +104,8 @@ def test_rows_of_modules_that_read_their_weight(kind: ReadKind) -> None:
     ("batch_first", "masked"), [(True, "nothing"), (False, "padding"), (True, "heads"), (False, "all")]
 )
 def test_attention_with_both_projections(batch_first: bool, masked: str) -> None:
-    model = nn.Sequential(nn.MultiheadAttention(12, 2, batch_first=batch_first).double(), nn.Identity())
-    for seed, adapter in enumerate("ab"):
-        randlora.inject(model, r=3, targets="all", name=adapter, seed=seed)
-        fill(model, adapter, seed=seed)
-    names: Names = ["b", "a", None, "a"]
+    attention = nn.MultiheadAttention(12, 2, batch_first=batch_first).double()
+    model, names = with_adapters(nn.Sequential(attention, nn.Identity()), "all"), ["b", "a", None, "a"]
     tokens, axis = 4 if masked == "all" else 5, 0 if batch_first else 1
     x = torch.randn(*((4, tokens) if batch_first else (tokens, 4)), 12, dtype=torch.float64)
     others = ~torch.eye(tokens, dtype=torch.bool)
@@ -118,54 +116,47 @@ def test_attention_with_both_projections(batch_first: bool, masked: str) -> None
         "all": {"attn_mask": others.triu(1)},
     }[masked]
     singles = each_alone(model, names, lambda: model[0](x, x, x, **options))
-    with randlora.serving.routed(model, names):
+    with routed(model, names):
         output, weights = model[0](x, x, x, **options)
     for row, name in enumerate(names):
         torch.testing.assert_close(output.select(axis, row), singles[name][0].select(axis, row), equal_nan=True)
         torch.testing.assert_close(weights[row], singles[name][1][row], equal_nan=True)
 
 
-def test_tokens_of_a_packed_row() -> None:
-    model = with_adapters(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double(), targets=["0", "1"])
-    x = torch.randn(2, 3, 6, dtype=torch.float64)
-    names: list[Names] = [["a", "a", "b"], [None, "c", "a"]]
-    outputs = each_alone(model, ("a", "b", "c", None), lambda: model(x))
-    expected = torch.stack([
-        torch.stack([outputs[name][row, token] for token, name in enumerate(each)]) for row, each in enumerate(names)
-    ])
-    with randlora.serving.routed(model, names):
-        assert_close(model(x), expected, torch.float64)
-        with pytest.raises(AdapterError, match="names for 2 rows of 3 tokens"):
-            model(torch.randn(2, 4, 6, dtype=torch.float64))
-
-
 @pytest.fixture
 def model() -> nn.Module:
-    return with_adapters(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), targets=["0", "1"])
+    return with_some(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)))
+
+
+def test_tokens_of_a_packed_row(model: nn.Module) -> None:
+    x = torch.randn(2, 3, 6)
+    names: list[Names] = [["a", "a", "b"], [None, "c", "a"]]
+    outputs = each_alone(model, ("a", "b", "c", None), lambda: model(x))
+    with routed(model, names):
+        found = model(x)
+        with pytest.raises(AdapterError, match="names for 2 rows of 3 tokens"):
+            model(torch.randn(2, 4, 6))
+    for row, token in ((row, token) for row in range(2) for token in range(3)):
+        assert_close(found[row, token], outputs[names[row][token]][row, token], torch.float32)
 
 
 PER_ROW = "expected for each row the name of an adapter"
 STRANGE: list[Any] = ["a", [], None, [[]], [True]]
+WRONG: list[tuple[Any, str]] = [
+    (["a", "z"], "no adapter named 'z'"),
+    *((names, PER_ROW) for names in STRANGE),
+    ([1, "a"], "got 1"),
+    ([["a"], "a"], "got both"),
+    ([["a"], ["a", "b"]], r"different numbers of names, \[1, 2\]"),
+    ([["a", 3]], "got 3"),
+]
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["a", "z"], "no adapter named 'z'"),
-        *((names, PER_ROW) for names in STRANGE),
-        ([1, "a"], "got 1"),
-        ([["a"], "a"], "got both"),
-        ([["a"], ["a", "b"]], r"different numbers of names, \[1, 2\]"),
-        ([["a", 3]], "got 3"),
-    ],
-)
-def test_wrong_names_are_refused_before_anything_changes(model: nn.Module, names: Any, message: str) -> None:
-    with untouched(model), pytest.raises(AdapterError, match=message), randlora.serving.routed(model, names):
-        pass
-
-
-def test_another_number_of_rows_and_a_layer_that_does_not_tell_them_are_an_error(model: nn.Module) -> None:
-    with randlora.serving.routed(model, ["a", "b"]):
+def test_wrong_names_and_inputs_of_another_number_of_rows_are_refused(model: nn.Module) -> None:
+    for names, message in WRONG:
+        with untouched(model), pytest.raises(AdapterError, match=message), routed(model, names):
+            pass
+    with routed(model, ["a", "b"]):
         for rows in (3, 4, 1):
             with pytest.raises(AdapterError, match=f"names for 2 rows.*which has {rows}"):
                 model(torch.randn(rows, 6))
@@ -186,46 +177,35 @@ def reads_elsewhere(layer: Any) -> None:
         layer.weight.sum()
 
 
-@pytest.mark.parametrize(
-    ("build", "call", "message"),
-    [
-        (llama4_experts, lambda module: module(torch.randn(4, 4)), "sorted by expert"),
-        (
-            lambda: nn.Conv1d(4, 4, 3),
-            lambda module: module(torch.randn(4, 9)),
-            r"Conv1d was given an input of shape .4, 9., which has no batch",
-        ),
-        (
-            lambda: nn.MultiheadAttention(4, 2),
-            lambda module: module(*[torch.randn(4, 4)] * 3),
-            r"MultiheadAttention was given an input of shape .4, 4., which has no",
-        ),
-        (lambda: nn.Conv1d(4, 4, 1), reads_elsewhere, "reads an adapted weight outside"),
-    ],
-    ids=["experts", "unbatched convolution", "unbatched attention", "read elsewhere"],
-)
-def test_what_has_no_rows_is_an_error(build: Callable[[], nn.Module], call: Any, message: str) -> None:
+X = torch.randn(4, 4)
+UNBATCHED = r" was given an input of shape .4, 4., which has no"
+WITHOUT_ROWS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], object], str]] = {
+    "experts": (llama4_experts, lambda module: module(X), "sorted by expert"),
+    "convolution": (lambda: nn.Conv1d(4, 4, 3), lambda module: module(X), f"Conv1d{UNBATCHED} batch"),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), lambda module: module(X, X, X), f"Attention{UNBATCHED}"),
+    "read elsewhere": (lambda: nn.Conv1d(4, 4, 1), reads_elsewhere, "reads an adapted weight outside"),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT_ROWS)
+def test_what_has_no_rows_is_an_error(what: str) -> None:
+    build, call, message = WITHOUT_ROWS[what]
     model = nn.Sequential(build())
     randlora.inject(model, r=2, targets="all", name="a")
-    with randlora.serving.routed(model, ["a", None, "a", "a"]), pytest.raises(AdapterError, match=message):
+    with routed(model, ["a", None, "a", "a"]), pytest.raises(AdapterError, match=message):
         call(model[0])
 
 
-class Swallowing(nn.Module):
+class Swallowing(nn.ModuleList):
     """A model that ignores what it does not know, as those of transformers do."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG002
-        output: Tensor = self.layer(x)
+        output: Tensor = self[0](x)
         return output
 
 
 def test_names_in_a_call_are_refused() -> None:
-    model, x = Swallowing(), torch.randn(2, 4)
-    model(x, adapter_names=["a", "b"])
+    model, x = Swallowing([nn.Linear(4, 4)]), torch.randn(2, 4)
     randlora.inject(model, r=2, name="a")
     for each in (model, copy.deepcopy(model)):
         with pytest.raises(AdapterError, match=r"randlora.serving.routed\(model, names\)"):
@@ -236,32 +216,119 @@ def test_names_in_a_call_are_refused() -> None:
         assert not each._forward_pre_hooks_with_kwargs
 
 
-def test_blocks_nest_the_innermost_counts_and_an_error_ends_them(model: nn.Module) -> None:
+def test_blocks_nest_the_innermost_counts_an_error_ends_them_and_copies_are_inactive(model: nn.Module) -> None:
     x = torch.randn(2, 6)
     a, b, base = each_alone(model, ("a", "b", None), lambda: model(x)).values()
     randlora.activate(model, "c")
     c = model(x)
-    with randlora.serving.routed(model, ["a", "b"]):
+    with routed(model, ["a", "b"]):
         torch.testing.assert_close(model(x), torch.stack([a[0], b[1]]))
         with randlora.disabled(model):
             assert torch.equal(model(x), base)
-            with randlora.serving.routed(model, ["b", None]):
+            with routed(model, ["b", None]):
                 torch.testing.assert_close(model(x), torch.stack([b[0], base[1]]))
             assert torch.equal(model(x), base)
         torch.testing.assert_close(model(x), torch.stack([a[0], b[1]]))
-        with pytest.raises(randlora.errors.MergeError, match="disabled"):
+        with pytest.raises(MergeError, match="disabled"):
             randlora.merge(model)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(x), base)
+            assert not [info.name for info in randlora.adapters(twin) if info.is_active]
     assert torch.equal(model(x), c)
-    with pytest.raises(ZeroDivisionError), randlora.serving.routed(model, ["a", "b"]):
+    with pytest.raises(ZeroDivisionError), routed(model, ["a", "b"]):
         raise ZeroDivisionError
     assert torch.equal(model(x), c)
 
 
-def test_a_copy_made_inside_has_inactive_adapters(model: nn.Module) -> None:
-    x = torch.randn(2, 6)
-    base = each_alone(model, [None], lambda: model(x))[None]
-    with randlora.serving.routed(model, ["a", "b"]):
-        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-    for twin in twins:
-        assert torch.equal(twin(x), base)
-        assert not [info.name for info in randlora.adapters(twin) if info.is_active]
+# Real models in `generate`, and compiled ones
+
+NAMES: Names = ["a", "b", None, "a"]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+MODELS: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "Llama": (transformers.LlamaForCausalLM, SIZES, None),
+    "Mixtral": (transformers.MixtralForCausalLM, SIZES | EXPERTS, "all"),
+    "GPT-2": (transformers.GPT2LMHeadModel, SIZES | {"n_embd": 32, "n_layer": 2, "n_head": 4}, None),
+    "T5": (
+        transformers.T5ForConditionalGeneration,
+        {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1} | T5,
+        None,
+    ),
+}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GPT-2", {"num_beams": 3}),
+        ("Mixtral", {"num_beams": 2, "num_return_sequences": 2}),
+        ("Llama", {"cache_implementation": "static", "disable_compile": True}),
+        ("GPT-2", {"use_cache": False}),
+        ("T5", {"num_beams": 2}),
+    ],
+)
+def test_generate_of_left_padded_rows(name: str, options: dict[str, Any]) -> None:
+    kind, sizes, targets = MODELS[name]
+    model, batch = with_adapters(kind(kind.config_class(**sizes)), targets, r=4), torch.randint(3, 60, (4, 6))
+    mask = torch.ones_like(batch)
+    if name != "T5":
+        mask[1, :2] = mask[3, :3] = 0
+        batch[mask == 0] = 0
+    each = options.get("num_return_sequences", 1)
+
+    def run(**options: Any) -> list[Any]:
+        usual = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        return list(model.generate(batch, attention_mask=mask, **usual, **options).split(each))
+
+    with pytest.raises((AdapterError, ValueError), match="adapter_names"):
+        run(adapter_names=NAMES)
+    for own in (options, {} if each == 1 else options, options):  # the second time after a batch of beams
+        alone = each_alone(model, NAMES, lambda: run(**own))  # noqa: B023
+        with routed(model, NAMES):
+            found = run(**own)
+        assert [one.tolist() for one in found] == [alone[name][row].tolist() for row, name in enumerate(NAMES)]
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_block_runs_uncompiled_compiles_nothing_and_exports_nothing(model: nn.Module, is_whole: bool) -> None:
+    counter, x = CompileCounterWithBackend("aot_eager"), torch.randn(4, 6)
+    compiled: Any = torch.compile(model, fullgraph=True, backend=counter) if is_whole else model
+    for layer in () if is_whole else model.children():
+        layer.compile(fullgraph=True, backend=counter)
+    with torch.no_grad():
+        expected = row_by_row(model, NAMES, lambda: compiled(x))
+        before = counter.frame_count
+        for _ in range(2):
+            with routed(model, NAMES), routed(model, NAMES):
+                torch.testing.assert_close(compiled(x), expected)
+        compiled(x)
+    assert counter.frame_count == before > 0
+    with routed(model, NAMES), pytest.raises(AdapterError, match="cannot be exported or compiled in"):
+        torch.export.export(model, (x,), strict=False)
+
+
+@pytest.mark.medium
+def test_blocks_of_several_models_end_in_any_order(model: nn.Module) -> None:
+    compiled: Any = torch.compile(nn.Linear(4, 4), backend=(counter := CompileCounterWithBackend("aot_eager")))
+    begun, go_on = threading.Event(), threading.Event()
+    other = with_adapters(nn.Sequential(nn.Linear(4, 4)))
+
+    def hold() -> None:
+        with routed(other, ["a"]):
+            begun.set()
+            go_on.wait(60)
+
+    thread = threading.Thread(target=hold)
+    with routed(model, ["a", "b"]):
+        thread.start()
+        assert begun.wait(60)
+    compiled(torch.randn(2, 4))
+    assert counter.frame_count == 0, "the other block is open"
+    go_on.set()
+    thread.join()
+    compiled(torch.randn(2, 4))
+    assert counter.frame_count == 1

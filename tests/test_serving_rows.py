@@ -5,6 +5,7 @@ import contextvars
 import copy
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 import randlora
-from randlora.errors import AdapterError
+from randlora.errors import AdapterError, RandLoRAError
+from randlora.serving import routed
 from randlora.serving.tracking import RowTracking
 from tests import transformers_zoo as zoo
 from tests.serving import Names, each_alone, row_by_row, with_adapters
@@ -26,9 +28,9 @@ def rows_are_right(model: nn.Module, run: Callable[[], Tensor], axis: int = 0) -
     """Whether the rows of each adapter are its own, in the first call and in the second; an error is no answer."""
     with torch.no_grad():
         alone, expected = each_alone(model, "ab", run), row_by_row(model, NAMES, run, axis)
-    assert not torch.allclose(alone["a"], alone["b"], atol=1e-3), "or nothing could be wrong"
-    with torch.no_grad(), randlora.serving.routed(model, NAMES):
-        found = [run(), run()]
+        assert not torch.allclose(alone["a"], alone["b"], atol=1e-3), "or nothing could be wrong"
+        with routed(model, NAMES):
+            found = [run(), run()]
     return all(torch.allclose(each, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())) for each in found)
 
 
@@ -53,8 +55,6 @@ def in_parts(x: Tensor) -> Tensor:
 
 
 ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "tokens first": (lambda x: x.transpose(0, 1), lambda x: x.transpose(0, 1)),
-    "flattened": (lambda x: x.flatten(0, 1), lambda x: x.unflatten(0, (ROWS, -1))),
     "tokens first, flattened": (
         lambda x: x.transpose(0, 1).flatten(0, 1),
         lambda x: x.unflatten(0, (-1, ROWS)).transpose(0, 1),
@@ -68,7 +68,6 @@ ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     ),
     "some tokens": (lambda x: x.flatten(0, 1)[[14, 1, 5, 8]], lambda x: x[[1, 2, 3, 0]]),
     "backwards": (lambda x: x.flip(0), lambda x: x.flip(0)),
-    "rolled": (lambda x: x.roll(1, 0), lambda x: x.roll(-1, 0)),
     "split": (lambda x: torch.cat([*reversed(x.split(1))]), lambda x: torch.cat([*reversed(x.split(1))])),
     "windows": (
         lambda x: nn.functional.pad(x, (0, 0, 0, x.shape[1] % 2)).unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 2),
@@ -95,16 +94,8 @@ def by_gate(x: Tensor) -> Tensor:
     return flat[flat.sum(-1).topk(ROWS).indices]
 
 
-def by_python(x: Tensor) -> Tensor:
-    return torch.stack([x[place] for place in x.sum((1, 2)).argsort().tolist()])
-
-
 def by_floats(x: Tensor) -> Tensor:
     return torch.stack([x[place] for place in sorted(range(len(x)), key=x.sum((1, 2)).tolist().__getitem__)])
-
-
-def through_numpy(x: Tensor) -> Tensor:
-    return torch.from_numpy(x.numpy()[::-1].copy())
 
 
 def over_tokens(x: Tensor) -> Tensor:
@@ -114,53 +105,46 @@ def over_tokens(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("choose", "message"),
     [
-        *((choose, "were chosen or sorted by values") for choose in (by_gate, by_python, by_floats)),
-        (through_numpy, r"mixed or unknown, since Tensor\.numpy"),
+        (by_gate, "were chosen or sorted by values"),
+        (by_floats, "were chosen or sorted by values"),
+        (lambda x: torch.from_numpy(x.numpy()[::-1].copy()), r"mixed or unknown, since Tensor\.numpy"),
         (over_tokens, "are mixed"),
     ],
 )
 def test_rows_that_cannot_be_known_are_an_error_at_every_length(choose: Any, message: str) -> None:
     model = with_adapters(Arranging(choose, lambda x: x))
-    with randlora.serving.routed(model, NAMES), torch.no_grad():
+    with routed(model, NAMES), torch.no_grad():
         for length in (ROWS - 1, ROWS, ROWS - 1):
             with pytest.raises(AdapterError, match=message):
                 model(torch.randn(ROWS, length, 6))
 
 
-def test_calls_that_differ_in_a_flag_are_not_of_one_kind() -> None:
-    class Flagged(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(6, 6)
+class Flagged(nn.ModuleList):
+    def forward(self, x: Tensor, *, tokens_first: bool = False) -> Tensor:
+        y: Tensor = self[0](x.transpose(0, 1) if tokens_first else x)
+        return y.transpose(0, 1) if tokens_first else y
 
-        def forward(self, x: Tensor, *, tokens_first: bool = False) -> Tensor:
-            y: Tensor = self.layer(x.transpose(0, 1) if tokens_first else x)
-            return y.transpose(0, 1) if tokens_first else y
 
-    model, x = with_adapters(Flagged()), torch.randn(ROWS, ROWS, 6)
+class Table(nn.ModuleList):
+    """A model whose layer is given a table, or one row of it for each row of the batch."""
+
+    def forward(self, x: Tensor, *, is_queries: bool) -> Tensor:
+        table = torch.ones(ROWS, 6)
+        y: Tensor = self[0](table[:1].expand(len(x), -1) if is_queries else table)
+        return x * y.unsqueeze(1) if is_queries else x @ y.T
+
+
+def test_calls_that_differ_in_a_flag_are_not_of_one_kind_and_a_table_as_long_as_the_batch_is_none() -> None:
+    model, x = with_adapters(Flagged([nn.Linear(6, 6)])), torch.randn(ROWS, ROWS, 6)
     assert rows_are_right(model, lambda: model(x, tokens_first=True))
-    with randlora.serving.routed(model, NAMES), torch.no_grad():
+    with routed(model, NAMES), torch.no_grad():
         model(x)
         with pytest.raises(AdapterError, match="in different places than before"):
             model(x, tokens_first=True)
-
-
-def test_a_table_as_long_as_the_batch_is_no_batch() -> None:
-    class Table(nn.Module):
-        def __init__(self, *, is_queries: bool) -> None:
-            super().__init__()
-            self.layer, self.table, self.is_queries = nn.Linear(6, 6), torch.randn(ROWS, 6), is_queries
-
-        def forward(self, x: Tensor) -> Tensor:
-            table = self.layer(self.table if self.is_queries is False else self.table[:1].expand(len(x), -1))
-            return x * table.unsqueeze(1) if self.is_queries else x @ table.T  # type: ignore[no-any-return]
-
-    x = torch.randn(ROWS, 5, 6)
-    queries, table = with_adapters(Table(is_queries=True)), with_adapters(Table(is_queries=False))
-    assert rows_are_right(queries, lambda: queries(x))
-    own = randlora.serving.routed(table, NAMES)
-    with torch.no_grad(), own, pytest.raises(AdapterError, match="the same for all rows"):
-        table(x)
+    table = with_adapters(Table([nn.Linear(6, 6)]))
+    assert rows_are_right(table, lambda: table(x, is_queries=True))
+    with torch.no_grad(), routed(table, NAMES), pytest.raises(AdapterError, match="the same for all rows"):
+        table(x, is_queries=False)
 
 
 @pytest.mark.medium
@@ -170,14 +154,14 @@ def test_experts_that_are_layers_are_refused_and_layers_beside_them_are_not() ->
         num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, pad_token_id=0, decoder_start_token_id=0,
     )  # fmt: skip
     ids = torch.randint(3, 60, (ROWS, ROWS))
-    for targets in (["q", "v"], "all-linear"):
-        model = with_adapters(transformers.SwitchTransformersForConditionalGeneration(config).double(), targets)
-        if targets == "all-linear":
-            refused = pytest.raises(AdapterError, match="were chosen or sorted by values")
-            with refused, torch.no_grad(), randlora.serving.routed(model, NAMES):
-                model(input_ids=ids, decoder_input_ids=ids)
-        else:
-            assert rows_are_right(model, lambda: model(input_ids=ids, decoder_input_ids=ids).logits)  # noqa: B023
+    beside, experts = (
+        with_adapters(transformers.SwitchTransformersForConditionalGeneration(config).double(), targets)
+        for targets in (["q", "v"], "all-linear")
+    )
+    assert rows_are_right(beside, lambda: beside(input_ids=ids, decoder_input_ids=ids).logits)
+    refused = pytest.raises(AdapterError, match="were chosen or sorted by values")
+    with refused, torch.no_grad(), routed(experts, NAMES):
+        experts(input_ids=ids, decoder_input_ids=ids)
 
 
 QUICK = ("vit",)
@@ -222,10 +206,12 @@ def test_every_class(task: str, model_type: str, name: str) -> None:
                 raise
 
 
-def llama() -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**sizes, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2)
-    return with_adapters(transformers.LlamaForCausalLM(config))
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def llama(kind: Any = transformers.LlamaForCausalLM) -> Any:
+    config = transformers.LlamaConfig(**SIZES, vocab_size=64, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    return with_adapters(kind(config))
 
 
 @pytest.mark.medium
@@ -240,9 +226,8 @@ def test_rows_that_a_model_repeats_itself_in_generate_are_an_error() -> None:
             output.logits = output.logits.chunk(2)[0]
             return output
 
-    model: Any = llama()
-    model.__class__ = Guided
-    with randlora.serving.routed(model, NAMES), pytest.raises(AdapterError, match="which the model arranges itself"):
+    model = llama(Guided)
+    with routed(model, NAMES), pytest.raises(AdapterError, match="which the model arranges itself"):
         model.generate(torch.randint(3, 60, (ROWS, ROWS)), max_new_tokens=2, do_sample=False)
 
 
@@ -257,12 +242,48 @@ def test_only_the_first_call_of_a_kind_is_followed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(RowTracking, "__enter__", noted)
     model, ids = llama(), torch.randint(3, 60, (ROWS, 5))
     hooks = [{**module._forward_hooks} for module in model.modules()]
-    with randlora.serving.routed(model, NAMES):
+    with routed(model, NAMES):
         for _ in range(2):
             model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         assert len({*map(id, begun)}) == 2, "the prompts, and a token after them"
         assert not any(layer._forward_pre_hooks for layer in model.model.layers)
     assert hooks == [{**module._forward_hooks} for module in model.modules()]
+
+
+@pytest.mark.parametrize(("batch_first", "inside"), [(True, False), (False, False), (True, True)])
+def test_attention_of_which_only_the_output_is_adapted(batch_first: bool, inside: bool) -> None:
+    attention = nn.MultiheadAttention(12, 2, batch_first=batch_first)
+    model = nn.TransformerEncoderLayer(12, 2, 16, batch_first=batch_first) if inside else nn.Sequential(attention)
+    with_adapters(model, ["out_proj"])
+    x = torch.randn(*((ROWS, 5) if batch_first else (5, ROWS)), 12)
+    call: Any = model if inside else lambda x: model[0](x, x, x)[0]  # type: ignore[index]
+    for _ in range(2):
+        assert rows_are_right(model, lambda: call(x), 0 if batch_first else 1)
+        with routed(model, NAMES), pytest.raises((AdapterError, RuntimeError, AssertionError)):
+            call(torch.randn(7))
+
+
+@pytest.mark.medium
+def test_sentences_of_which_each_has_its_adapter(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcd"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    transformers.BertModel(transformers.BertConfig(**SIZES, vocab_size=len(words))).save_pretrained(tmp_path)
+    modules = [Transformer(str(tmp_path)), Pooling(32, pooling_mode="mean")]
+    model = with_adapters(SentenceTransformer(modules=modules, device="cpu"), None)
+    texts = ["a", "a b c d", "a b", "a b c d a b c"]
+    features = model.tokenize(texts)
+    assert rows_are_right(model, lambda: model({**features})["sentence_embedding"])
+    with routed(model, NAMES):
+        with pytest.raises(AdapterError, match=r"encode of sentence-transformers sorts texts by length.*preprocess"):
+            model.encode(texts)
+        twin = copy.deepcopy(model)
+    assert "encode" not in vars(model)
+    assert model.encode(texts).shape == twin.encode(texts).shape
 
 
 def simple() -> nn.Module:
@@ -278,14 +299,14 @@ VERBS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_an_adapter_of_an_open_block_is_not_changed(verb: str) -> None:
+def test_an_adapter_of_an_open_block_is_not_changed() -> None:
     model, x = simple(), torch.randn(2, 6)
-    with randlora.serving.routed(model, ["a", None]):
+    with routed(model, ["a", None]):
         before = model(x)
-        with pytest.raises(randlora.errors.RandLoRAError):
-            VERBS[verb](model)
-        assert torch.equal(model(x), before)
+        for verb in VERBS.values():
+            with pytest.raises(RandLoRAError):
+                verb(model)
+            assert torch.equal(model(x), before)
         randlora.remove(model, "b")  # which the block does not name
         assert torch.equal(model(x), before)
 
@@ -295,7 +316,7 @@ def test_overlapping_blocks_of_two_tasks_are_an_error() -> None:
     alone = each_alone(model, "ab", lambda: model(x))
 
     async def first(begun: asyncio.Event, go_on: asyncio.Event) -> None:
-        with randlora.serving.routed(model, ["a", "a"]):
+        with routed(model, ["a", "a"]):
             begun.set()
             await go_on.wait()
             assert torch.allclose(model(x), alone["a"], atol=1e-5)
@@ -305,7 +326,7 @@ def test_overlapping_blocks_of_two_tasks_are_an_error() -> None:
 
     async def second(begun: asyncio.Event, go_on: asyncio.Event) -> None:
         await begun.wait()
-        for block in (lambda: randlora.serving.routed(model, ["b", "b"]), lambda: randlora.disabled(model)):
+        for block in (lambda: routed(model, ["b", "b"]), lambda: randlora.disabled(model)):
             with pytest.raises(AdapterError, match="another thread or task routes through this model"), block():
                 pass
         calls: list[Any] = [model, model.get_submodule("0")]
@@ -317,7 +338,7 @@ def test_overlapping_blocks_of_two_tasks_are_an_error() -> None:
     async def both() -> None:
         events = asyncio.Event(), asyncio.Event()
         await asyncio.gather(first(*events), second(*events))
-        with randlora.serving.routed(model, ["b", "b"]):
+        with routed(model, ["b", "b"]):
             assert torch.allclose(model(x), alone["b"], atol=1e-5)
 
     asyncio.run(both())
@@ -332,7 +353,7 @@ def test_two_threads_in_one_block_take_turns_or_raise() -> None:
             assert go_on.wait(60)
 
     model[1].register_forward_pre_hook(wait)  # type: ignore[index]
-    with randlora.serving.routed(model, ["a", "b"]):
+    with routed(model, ["a", "b"]):
         thread = threading.Thread(target=contextvars.copy_context().run, args=[model, torch.randn(2, 6)])
         thread.start()
         assert begun.wait(60)
@@ -341,50 +362,3 @@ def test_two_threads_in_one_block_take_turns_or_raise() -> None:
         go_on.set()
         thread.join()
         model(torch.randn(2, 6))
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("inside", [False, True])
-def test_attention_of_which_only_the_output_is_adapted(batch_first: bool, inside: bool) -> None:
-    attention = nn.MultiheadAttention(12, 2, batch_first=batch_first)
-    model = nn.TransformerEncoderLayer(12, 2, 16, batch_first=batch_first) if inside else nn.Sequential(attention)
-    with_adapters(model, ["out_proj"])
-    x = torch.randn(*((ROWS, 5) if batch_first else (5, ROWS)), 12)
-    call: Any = model if inside else lambda x: model[0](x, x, x)[0]  # type: ignore[index]
-    if inside and not batch_first:
-        with torch.no_grad(), pytest.raises(AdapterError), randlora.serving.routed(model, NAMES):
-            model(x)
-        return
-    for _ in range(2):
-        assert rows_are_right(model, lambda: call(x), 0 if batch_first else 1)
-        with randlora.serving.routed(model, NAMES), pytest.raises((AdapterError, RuntimeError, AssertionError)):
-            call(torch.randn(7))
-
-
-@pytest.mark.medium
-def test_sentences_of_which_each_has_its_adapter(tmp_path: Any) -> None:
-    model = with_adapters(sentence_model(tmp_path), None)
-    texts = ["a", "a b c d", "a b", "a b c d a b c"]
-    features = model.tokenize(texts)
-    assert rows_are_right(model, lambda: model({**features})["sentence_embedding"])
-    with randlora.serving.routed(model, NAMES):
-        with pytest.raises(AdapterError, match=r"encode of sentence-transformers sorts texts by length.*preprocess"):
-            model.encode(texts)
-        twin = copy.deepcopy(model)
-    assert "encode" not in vars(model)
-    assert model.encode(texts).shape == twin.encode(texts).shape
-
-
-def sentence_model(directory: Any) -> Any:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Dense, Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcd"]
-    (directory / "vocab.txt").write_text("\n".join(words))
-    tokenizer = transformers.BertTokenizerFast(str(directory / "vocab.txt"))
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=len(words))).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    modules = [Transformer(str(directory)), Pooling(32, pooling_mode="mean"), Dense(32, 8)]
-    return SentenceTransformer(modules=modules, device="cpu")

@@ -137,13 +137,14 @@ class Routing:
         key = self.times, device
         if (known := layout.arranged.get(key)) is not None:
             return known
-        of_token = self._of_tokens(layout, module).contiguous()
-        numbers, counts = of_token.unique(return_counts=True)
-        by_count = counts.argsort(stable=True)
-        order = by_count.argsort()[torch.searchsorted(numbers, of_token)].argsort(stable=True)
-        adapters = tuple(None if number == BASE else self.adapters[number] for number in numbers[by_count].tolist())
-        is_in_order = bool((order == torch.arange(len(order), device="cpu")).all())
-        found = Sorted(order.to(device), adapters, tuple(counts[by_count].tolist()), is_in_order)
+        with torch.inference_mode(mode=False):  # a later call may need gradients
+            of_token = self._of_tokens(layout, module).contiguous()
+            numbers, counts = of_token.unique(return_counts=True)
+            by_count = counts.argsort(stable=True)
+            order = by_count.argsort()[torch.searchsorted(numbers, of_token)].argsort(stable=True)
+            adapters = tuple(None if number == BASE else self.adapters[number] for number in numbers[by_count].tolist())
+            is_in_order = bool((order == torch.arange(len(order), device="cpu")).all())
+            found = Sorted(order.to(device), adapters, tuple(counts[by_count].tolist()), is_in_order)
         layout.arranged[key] = found
         return found
 

@@ -224,6 +224,7 @@ class RowByRow(Routing, Run):
         return stacked_update(own, pair, stack, group.counts, is_wide=is_wide, way=way)
 
 
+@torch.inference_mode(mode=False)  # a later call may need gradients
 def _found_by_bases(parts: Mapping[str, SiteAdapter], ordered: Sorted) -> list[Routed]:
     found: dict[int, tuple[list[Tensor], list[SiteAdapter], list[int]]] = {}
     start = 0

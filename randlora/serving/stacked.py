@@ -285,7 +285,7 @@ def kept_stack(
     # torch tells when values change, except of parameters that were made in inference mode
     is_lasting = all(type(part) is nn.Parameter and not part.is_inference() for part in parameters)
     versions = _versions(parameters) if is_lasting else []  # before the values, which another thread may be changing
-    with torch.no_grad():
+    with torch.inference_mode(mode=False), torch.no_grad():  # a later call may need gradients of inputs
         here_as = [parameter.to(pair.B.device) for parameter in parameters]
         each = zip(here_as[: len(parts)], here_as[len(parts) :], parts, strict=True)
         stack = Stack.of(pair, [Diagonals(lam, gamma, part.scaling) for lam, gamma, part in each])
