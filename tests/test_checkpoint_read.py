@@ -1,46 +1,48 @@
-"""Reading files: what is damaged or foreign is refused without a trace, the header decides, and memory is bounded."""
+"""What `load` makes of files: ours, PEFT's in every layout, bases of any seed or none, and two files that disagree."""
 
-import os
+import re
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import randlora
+from randlora.bases import BasisSpec
+from randlora.bases.basis import Basis
 from randlora.checkpoint import read
 from randlora.disk.formats import open_shard
-from randlora.errors import CheckpointError
+from randlora.errors import AdapterError
 from tests.checkpoint_files import (
+    BASIS_A,
+    BASIS_B,
     CONFIG_FILE,
-    GAMMA,
     HEADED,
     LAMBDA,
     LINEAR,
     PREFIX,
     TENSORS_FILE,
     Case,
-    Stored,
+    Headed,
+    Twice,
     basis_of,
     doubted,
     edit_fields,
     edit_tensors,
+    peft_directory,
+    read_fields,
     read_tensors,
     refused,
     reseal,
     trained,
-    write_tensors,
 )
-from tests.kit import adapter_values, all_bits, bits, snapshot
-
-SMALL = Case("small", lambda: nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3)), {"train_also": ["1.bias"]})
-OPTIONS: dict[str, Any] = {"stream": "portable", "seed": 5, "alpha": 3, "dropout": 0.25}
+from tests.hostile_files import our_adapter
+from tests.kit import adapter_values, all_bits, bits, fill, on_one_line
 
 
 @pytest.fixture(autouse=True)
@@ -48,172 +50,360 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read, "PATIENCE", 0)
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """A directory that no seed of torch's stands for, with a parameter trained beside the adapter."""
-    randlora.save(trained(SMALL, **OPTIONS), tmp_path / "saved")
-    return tmp_path / "saved"
+def output(model: nn.Module, name: str = "a0") -> Tensor:
+    """Run the model with one adapter."""
+    randlora.activate(model, name)
+    return LINEAR.output(model)
 
 
-def facts(model: nn.Module, case: Case) -> tuple[object, ...]:
-    """All that a file says about an adapter, as a model understood it."""
-    (info,) = randlora.adapters(model)
-    values = all_bits(adapter_values(model))
-    return info, values, basis_of(model).digest(6, 2), bits(case.output(model))
+def loaded(*directories: Path) -> nn.Module:
+    """Load adapters ``a0``, ``a1``, … one after the other."""
+    model = LINEAR.build()
+    for index, directory in enumerate(directories):
+        randlora.load(model, directory, name=f"a{index}")
+    return model
 
 
-def misread(directory: Path, case: Case, file: Path, versions: Iterable[tuple[object, bytes]]) -> list[object]:
-    """Give a file other contents, one after the other, and list those that load as another adapter than the file's."""
-    model, whole = case.build(), file.read_bytes()
-    before = snapshot(model)
-    randlora.load(model, directory)
-    expected = facts(model, case)
+# What a load adds
+
+
+def test_a_loaded_adapter_is_active_and_frozen_where_it_is_the_first(tmp_path: Path) -> None:
+    randlora.save(trained(HEADED), tmp_path)
+    model = HEADED.build()
+    plain, own = HEADED.output(model), bits(model.get_parameter("head.weight"))
+    report = randlora.load(model, tmp_path, name="mine", active=False)
+    assert randlora.adapters(model)[0].weight is None
+    assert torch.equal(HEADED.output(model), plain)
+    assert (report.name, report.targets) == ("mine", ("body.0", "body.2"))
+    assert report.notes == ("inactive: call randlora.activate(model, 'mine') to add its update",)
+    assert set(report.train_also) == {"head.weight", "head.bias", "norm.bias"}
+    assert report.trainable_parameters == 3 * (2 + 6) + 4 * (2 + 7) + 3 * 7 + 3 + 7
+    assert f"targets: the names in {tmp_path}" in on_one_line(report)
     randlora.eject(model)
-    wrong = []
-    for label, contents in versions:
-        file.write_bytes(contents)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=f"{CONFIG_FILE} says")
-                randlora.load(model, directory)
-        except CheckpointError:
-            continue
-        if facts(model, case) != expected:
-            wrong.append(label)
-        randlora.eject(model)
-    file.write_bytes(whole)
-    assert snapshot(model) == before
-    return wrong
+    randlora.load(model, tmp_path)
+    (info,) = randlora.adapters(model)
+    assert (info.name, info.weight, info.is_trainable) == ("default", 1.0, False)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(AdapterError, match=r"would have nothing to do \(default\): call randlora.set_trainable"):
+        list(randlora.trainable_parameters(model))
+    assert bits(model.get_parameter("head.weight")) == bits(adapter_values(model)["head.weight"]) != own
+    with randlora.disabled(model):
+        assert bits(model.get_parameter("head.weight")) == own
+    randlora.eject(model)
+    with torch.inference_mode():
+        randlora.load(model, tmp_path, trainable=True)
+    expected = {id(parameter) for parameter in adapter_values(model).values()}
+    assert {id(parameter) for parameter in randlora.trainable_parameters(model)} == expected
+    assert {id(parameter) for parameter in model.parameters() if parameter.requires_grad} == expected
+    model(torch.ones(2, 6)).sum().backward()
+    assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
 
 
-def damaged(raw: bytes, *, everywhere: bool) -> Iterable[tuple[object, bytes]]:
-    """Flip each bit of the length and of our key, and one of every third byte, or each; and cut the bytes short."""
-    key = raw.find(b'"randlora"')
-    exact = {*range(8), *range(key - 2, key + 12)} if key >= 0 else set[int]()
-    for place, byte in enumerate(raw):
-        bits = range(8) if everywhere or place in exact else [(place + place // 8) % 8] if place % 3 == 0 else []
-        for bit in bits:
-            yield (place, bit), raw[:place] + bytes([byte ^ 1 << bit]) + raw[place + 1 :]
-    for length in range(len(raw)):
-        if everywhere or length % 5 == 0 or length > len(raw) - 8:
-            yield length, raw[:length]
-
-
-@pytest.mark.parametrize("name", [TENSORS_FILE, CONFIG_FILE])
-@pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_file_with_a_flipped_bit_or_cut_short_is_refused_or_changes_nothing(
-    name: str, saved: Path, *, everywhere: bool
+def test_a_second_adapter_can_be_the_only_active_one_and_shares_bases_also_with_another_kind_of_layer(
+    tmp_path: Path,
 ) -> None:
-    raw = (saved / name).read_bytes()
-    assert misread(saved, SMALL, saved / name, damaged(raw, everywhere=everywhere)) == []
-    for contents in (raw[:-1], raw + b"\0") if name == TENSORS_FILE else ():
-        (saved / name).write_bytes(contents)
-        refused(SMALL.build(), saved, "truncated or damaged")
+    alone, model = LINEAR.build(), trained(LINEAR, name="first")
+    other = nn.Sequential(Conv1D(4, 6), nn.Tanh(), nn.Linear(4, 5))
+    our_adapter(tmp_path)
+    for each in (alone, other):
+        randlora.load(each, tmp_path)
+    randlora.load(model, tmp_path, name="second", active=True)
+    assert [info.weight for info in randlora.adapters(model)] == [None, 1.0]
+    assert torch.equal(LINEAR.output(model), LINEAR.output(alone))
+    assert basis_of(model, "first") is basis_of(model, "second")
+    assert torch.equal(randlora.delta_weight(other, "0"), randlora.delta_weight(alone, "0"))
 
 
-NO_ADAPTER = "describes no RandLoRA adapter"
+def test_a_path_that_exists_is_loaded_whatever_it_looks_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is neither path nor repository is refused; a path object never means a repository."""
+    our_adapter(tmp_path / "user" / "repo")
+    monkeypatch.chdir(tmp_path)
+    file = f"user/repo/{TENSORS_FILE}"
+    for place in ("user/repo", "user/repo/", "./user/repo", file, Path("user/repo"), Path(file)):
+        model = LINEAR.build()
+        randlora.load(model, place)
+        assert all_bits(adapter_values(model)) == all_bits(adapter_values(trained(LINEAR)))
+    for nowhere in ("nowhere", "./no/where", "/no/where", "a/b/c", "../a/b", "~/a", Path("user/none")):
+        refused(LINEAR.build(), nowhere, f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}")
+    other = Path("user", "repo", CONFIG_FILE)
+    refused(LINEAR.build(), other, f"expected a directory, or the file {TENSORS_FILE} in one")
+    for place in ("user/repo", file, "nowhere", "a/b/c"):
+        refused(LINEAR.build(), place, "a path has no revision, got 'main'", revision="main")
+    monkeypatch.chdir(tmp_path / "user" / "repo")
+    randlora.load(LINEAR.build(), TENSORS_FILE)
 
 
-def test_a_damaged_or_foreign_json_is_refused(saved: Path) -> None:
-    for contents, message in {
-        b"": "is damaged",
-        b"{": "is damaged",
-        b"\xff\xfe": "is damaged",
-        b"[" * 100_000: "is damaged",
-        b"null": f"{NO_ADAPTER}: expected peft_type='RANDLORA', got None",
-        b"[]": NO_ADAPTER,
-        b'"RANDLORA"': NO_ADAPTER,
-        b'{"peft_type": "LORA"}': "expected peft_type='RANDLORA', got 'LORA'",
-        b'{"peft_type": ["RANDLORA"]}': "got ['RANDLORA']",
-    }.items():
-        (saved / CONFIG_FILE).write_bytes(contents)
-        refused(SMALL.build(), saved, message)
+def test_a_shared_layer_is_found_by_whichever_of_its_names_the_file_holds(tmp_path: Path) -> None:
+    case = Case("twice", Twice, {"targets": "all-linear"})
+    model, other, twin = trained(case), case.build(), case.build()
+    del other.first
+    other.first = other.again  # by now the second of the two
+    randlora.save(model, tmp_path / "one")
+    randlora.load(other, tmp_path / "one")
+    assert other.first is other.again
+    randlora.save(other, tmp_path / "two")
+    randlora.load(twin, tmp_path / "two")
+    assert torch.equal(case.output(other), case.output(model))
+    assert torch.equal(case.output(twin), case.output(model))
 
 
-def test_a_missing_file_is_named(saved: Path) -> None:
-    edit_tensors(saved, {})  # which our header would make do without the JSON
-    for name, message in ((TENSORS_FILE, "nothing is unpick"), (CONFIG_FILE, f"{CONFIG_FILE} and {TENSORS_FILE}")):
-        (saved / name).unlink()
-        refused(SMALL.build(), saved, message)
-        refused(SMALL.build(), saved, name)
-
-
-def test_a_pickle_in_place_of_the_tensors_is_refused_and_never_run(saved: Path, tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-            return os.mkdir, (str(tmp_path / "exploded"),)
-
-    torch.save({"weight": Bomb()}, saved / "adapter_model.bin")
-    shutil.copy(saved / "adapter_model.bin", saved / TENSORS_FILE)
-    refused(SMALL.build(), saved, "truncated or damaged")
-    (saved / TENSORS_FILE).unlink()
-    refused(SMALL.build(), saved, "only safetensors files are read, nothing is unpickled")
-    assert not (tmp_path / "exploded").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"r": 1, "alpha": 3.5}, "says r=2, the tensors were saved with 1"),
-        ({"alpha": 3.5}, "says randlora_alpha=3, the tensors were saved with 3.5"),
-        ({"dropout": 0.5}, "says randlora_dropout=0.25, the tensors were saved with 0.5"),
-        ({"seed": 6}, "says projection_prng_key=5, the tensors were saved with 6"),
-        ({"basis": "sparse", "r": 8}, "kind of basis='dense', the tensors were saved with 'sparse'"),
-    ],
-    ids=["r", "alpha", "dropout", "seed", "kind"],
-)
-def test_tensors_beside_the_json_of_another_save_decide(
-    options: dict[str, Any], message: str, saved: Path, tmp_path: Path
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(", ".*"])
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "peft"])
+def test_target_modules_of_a_file_is_never_run(
+    pattern: str, ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, model, again = trained(SMALL, **{**OPTIONS, **options}), SMALL.build(), SMALL.build()
+    name = "a" * 60 + "b"
+    case = Case("slow to match", lambda: nn.ModuleDict({name: nn.Linear(6, 4)}))
+    twin = case.build()
+    randlora.save(trained(case), tmp_path) if ours else peft_directory(tmp_path, case)
+    edit_fields(tmp_path, {"target_modules": pattern})
+
+    def watch(function: str) -> None:
+        run: Callable[..., object] = getattr(re, function)
+
+        def watched(given: object, *args: Any) -> object:
+            assert given != pattern
+            return run(given, *args)
+
+        monkeypatch.setattr(re, function, watched)
+
+    for function in ("compile", "fullmatch", "match", "search", "findall", "finditer", "sub"):
+        watch(function)
+    randlora.load(twin, tmp_path)
+    monkeypatch.undo()
+    assert randlora.adapters(twin)[0].targets == (name,)
+    randlora.save(twin, tmp_path)
+    assert read_fields(tmp_path)["target_modules"] == [name]
+
+
+# PEFT's layouts
+
+LAYOUTS: dict[str, tuple[str, bool, int, float]] = {
+    "once": ("", True, 0, 1e15),
+    "no-bases": ("", False, 0, 7),
+    "top-and-per-layer": ("0 2", True, 0, 7.0),
+    "per-layer": ("0 2", False, 0, 0.1),
+    "one-layer": ("2", False, 0, 7),
+    "of-another-key": ("", True, 9, 7),
+}
+
+
+@pytest.mark.parametrize(("copies", "is_at_the_top", "key", "alpha"), LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_of_pefts_bases_reads_the_same(
+    copies: str, is_at_the_top: bool, key: int, alpha: float, tmp_path: Path
+) -> None:
+    """Bases in the file win over its key."""
+    model, twin = trained(LINEAR, alpha=alpha), LINEAR.build()
+    peft_directory(tmp_path, alpha=alpha)
+    bases = {part: read_tensors(tmp_path)[0][part] for part in (BASIS_A, BASIS_B)}
+    repeated = {
+        part.replace("base_model", f"{PREFIX}{fqn}"): value for fqn in copies.split() for part, value in bases.items()
+    }
+    edit_tensors(tmp_path, repeated, drop=() if is_at_the_top else [*bases])
+    edit_fields(tmp_path, {"projection_prng_key": key})
+    randlora.load(twin, tmp_path)
+    assert (basis_of(twin).stored is not None) == bool(key)
+    assert basis_of(twin).spec == basis_of(model).spec or key
+    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(model))
+    assert torch.equal(LINEAR.output(twin), LINEAR.output(model))
+    written = read_fields(tmp_path)["randlora_alpha"]
+    assert (written, type(written)) == (alpha, int if alpha == int(alpha) else float)
+
+
+def test_pefts_two_booleans_are_read_as_one_kind(tmp_path: Path) -> None:
+    edit_tensors(peft_directory(tmp_path, r=8), {}, drop=(BASIS_A, BASIS_B))
+    for flags, kind in (((0, 0), "dense"), ((1, 0), "sparse"), ((0, 1), "very_sparse"), ((1, 1), "very_sparse")):
+        edit_fields(tmp_path, dict(zip(("sparse", "very_sparse"), map(bool, flags), strict=True)))
+        assert basis_of(loaded(tmp_path), "a0").spec.kind == kind
+    edit_fields(tmp_path, {}, drop=("sparse", "very_sparse"))
+    assert basis_of(loaded(tmp_path), "a0").spec.kind == "dense"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_tensors_of_another_floating_dtype_are_read_and_never_narrowed(dtype: torch.dtype, tmp_path: Path) -> None:
+    written = read_tensors(peft_directory(tmp_path))[0][LAMBDA].to(dtype)
+    edit_tensors(tmp_path, {LAMBDA: written})
+    wide = torch.promote_types(dtype, torch.float32)
+    assert bits(adapter_values(loaded(tmp_path), "a0")["0.randlora_lambda"]) == bits(written.to(wide))
+
+
+# Bases
+
+
+def foreign(directory: Path, seed: int = 0) -> Path:
+    """Make a PEFT file whose bases no seed brings back."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {BASIS_A: torch.randn(2, 1, 5, generator=generator), BASIS_B: torch.randn(6, 3, 2, generator=generator)}
+    edit_tensors(peft_directory(directory), drawn)
+    return directory
+
+
+SMALLEST: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
+    torch.float32: lambda drawn: drawn,
+    torch.bfloat16: lambda drawn: drawn.bfloat16().float(),
+    torch.int8: lambda drawn: drawn.sign() * 1.5,
+    torch.float64: lambda drawn: drawn.double() / 3,
+}
+
+
+@pytest.mark.parametrize(("dtype", "made"), SMALLEST.items(), ids=str)
+def test_bases_of_no_seed_are_kept_in_the_smallest_form_that_loses_nothing(
+    dtype: torch.dtype, made: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    """And saved as they are with their key, even those that are larger than needed."""
+    peft_directory(tmp_path)
+    edit_fields(tmp_path, {"projection_prng_key": 77})
+    for sides in ((5, 6, 3), (8, 12, 4)):
+        changes = {BASIS_A: made(torch.randn(2, 1, sides[0])), BASIS_B: made(torch.randn(*sides[1:], 2))}
+        edit_tensors(tmp_path, changes)
+        model = loaded(tmp_path)
+        randlora.save(model, tmp_path / "ours", bases="stored")
+        twin = loaded(tmp_path / "ours")
+        for each in (model, twin):
+            basis = basis_of(each, "a0")
+            assert basis.spec.seed == 77
+            assert {matrix.values.dtype for matrix in basis.matrices()} == {dtype} or each is twin
+            kept = basis.slices(6, 5, device="cpu", dtype=torch.float64)
+            assert torch.equal(kept.A.float(), changes[BASIS_A][..., :5].float())
+            assert torch.equal(kept.B.float(), changes[BASIS_B][:6, :3].float())
+        assert dtype == torch.float64 or torch.equal(output(twin), output(model))
+
+
+def test_bases_of_no_seed_are_shared_by_files_that_hold_the_same_and_by_nothing_else(tmp_path: Path) -> None:
+    places = [foreign(tmp_path / "one"), foreign(tmp_path / "two", 1), peft_directory(tmp_path / "drawn")]
+    same = loaded(places[0], foreign(tmp_path / "again"))
+    assert basis_of(same, "a0") is basis_of(same, "a1")
+    for first, second in [(0, 1), (0, 2), (2, 0)]:
+        both = loaded(places[first], places[second])
+        assert basis_of(both, "a0").spec == basis_of(both, "a1").spec
+        assert torch.equal(output(both, "a0"), output(loaded(places[first])))
+        assert torch.equal(output(both, "a1"), output(loaded(places[second])))
+    model, alone = loaded(places[0]), LINEAR.build()
+    for each in (model, alone):
+        randlora.inject(each, r=2, name="ours")
+    assert torch.equal(output(fill(model, "ours"), "ours"), output(fill(alone, "ours"), "ours"))
+
+
+def test_stored_bases_are_kept_unless_their_key_brings_back_every_number(tmp_path: Path) -> None:
+    """Also those that are larger than any layer needs."""
+    drawn = Basis(BasisSpec("dense", "torch", seed=0, r=2, max_dim=9, min_dim=7))
+    bases = drawn.slices(9, 7, device="cpu", dtype=torch.float32)
+    edit_tensors(peft_directory(tmp_path), {BASIS_A: bases.A, BASIS_B: bases.B})
+    basis = basis_of(loaded(tmp_path), "a0")
+    assert (basis.stored, basis.spec.max_dim, basis.spec.min_dim) == (None, 9, 7)
+    for part, own in ((BASIS_A, bases.A), (BASIS_B, bases.B)):
+        changed = own.clone()
+        changed.view(-1)[0] += 2**-9
+        edit_tensors(tmp_path, {BASIS_A: bases.A, BASIS_B: bases.B, part: changed})
+        kept = basis_of(loaded(tmp_path), "a0").slices(9, 7, device="cpu", dtype=torch.float32)
+        assert torch.equal(kept.A if part == BASIS_A else kept.B, changed)
+
+
+@pytest.mark.parametrize("options", [{}, {"stream": "portable"}, {"basis": "block"}], ids=str)
+def test_bases_that_are_not_those_trained_with_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    """And those that the model has for another adapter do not grow."""
+    randlora.save(trained(HEADED, **options), tmp_path)
+    reseal(tmp_path, digest="0" * 64)
+    refused(HEADED.build(), tmp_path, "save it there with bases='stored'")
+    narrow = trained(Case("narrow", Headed, {"targets": ["head"]}), name="first", **options)
+    refused(narrow, tmp_path, "when the adapter was saved with torch", name="second")
+
+
+def test_bases_that_contradict_what_the_file_says_of_them_are_refused(tmp_path: Path) -> None:
+    for model in (trained(LINEAR), loaded(foreign(tmp_path / "peft"))):
+        for part in (BASIS_A, BASIS_B):
+            randlora.save(model, tmp_path, bases="stored")
+            reseal(tmp_path, {part: read_tensors(tmp_path)[0][part] * 2})
+            refused(LINEAR.build(), tmp_path, "the bases stored in the file are not those it names")
+    randlora.save(model, tmp_path, bases="stored")
+    reseal(tmp_path, drop=[BASIS_A, BASIS_B])
+    refused(LINEAR.build(), tmp_path, "the file holds no bases, and no seed reproduces those it was trained with")
+    thin = Case("thin", lambda: nn.Sequential(nn.Linear(6, 1)))
+    randlora.save(trained(thin, r=1, stream="portable"), tmp_path, bases="stored")
+    edit_tensors(tmp_path, {}, drop=[BASIS_A, BASIS_B])
+    refused(thin.build(), tmp_path, "the bases that the file names cannot be drawn")
+
+
+def test_stored_bases_are_used_where_a_seed_draws_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, twin, other = trained(LINEAR), LINEAR.build(), LINEAR.build()
+    randlora.save(model, tmp_path / "stored", bases="stored")
+    randlora.save(model, tmp_path / "seed")
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: rand(*size, **options).flip(0))
+    randlora.load(twin, tmp_path / "stored")
+    assert torch.equal(LINEAR.output(twin), LINEAR.output(model))
+    assert randlora.files.verify(tmp_path / "stored").passed
+    refused(other, tmp_path / "seed", "save it there with bases='stored'")
+
+
+# Two files that disagree
+
+OPTIONS: dict[str, Any] = {"stream": "portable", "seed": 5, "alpha": 3, "dropout": 0.25}
+DISAGREEING: dict[str, tuple[dict[str, Any], str]] = {
+    "r": ({"r": 1, "alpha": 3.5}, "says r=2, the tensors were saved with 1"),
+    "alpha": ({"alpha": 3.5}, "says randlora_alpha=3, the tensors were saved with 3.5"),
+    "dropout": ({"dropout": 0.5}, "says randlora_dropout=0.25, the tensors were saved with 0.5"),
+    "seed": ({"seed": 6}, "says projection_prng_key=5, the tensors were saved with 6"),
+    "kind": ({"basis": "sparse", "r": 8}, "kind of basis='dense', the tensors were saved with 'sparse'"),
+}
+
+
+def understood(model: nn.Module) -> tuple[object, ...]:
+    """All but the names that a file says about an adapter, as a model understood it."""
+    (info,) = randlora.adapters(model)
+    return info.options, info.specs, all_bits(adapter_values(model)), bits(LINEAR.output(model))
+
+
+@pytest.mark.parametrize(("options", "said"), DISAGREEING.values(), ids=DISAGREEING)
+def test_tensors_beside_the_json_of_another_save_decide(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    other, model, again = trained(LINEAR, **{**OPTIONS, **options}), LINEAR.build(), LINEAR.build()
+    ours = our_adapter(tmp_path / "ours", **OPTIONS)
     randlora.save(other, tmp_path / "other")
-    shutil.copy(tmp_path / "other" / TENSORS_FILE, saved / TENSORS_FILE)
-    doubted(model, saved, message)
-    assert facts(model, SMALL)[1:] == facts(other, SMALL)[1:]
-    for report in (randlora.files.inspect(saved), randlora.files.convert(saved, tmp_path / "converted", "native")):
-        assert any(message in note and "the files come from different saves" in note for note in report.notes)
-    assert not randlora.files.verify(saved).passed
-    randlora.load(again, tmp_path / "converted")
-    assert facts(again, SMALL)[1:] == facts(other, SMALL)[1:]
+    shutil.copy(tmp_path / "other" / TENSORS_FILE, ours)
+    doubted(model, ours, said)
+    for report in (randlora.files.inspect(ours), randlora.files.convert(ours, tmp_path / "native", "native")):
+        assert any(said in note and "the files come from different saves" in note for note in report.notes)
+    assert not randlora.files.verify(ours).passed
+    randlora.load(again, tmp_path / "native")
+    assert understood(again) == understood(model) == understood(other)
 
 
-def test_tensors_with_our_header_need_no_json(saved: Path) -> None:
-    model = trained(SMALL, **OPTIONS)
-    bases: tuple[Stored, ...] = ("seed", "stored")
-    for storage in bases:
-        randlora.save(model, saved, bases=storage)
-        (saved / CONFIG_FILE).unlink()
-        twin = SMALL.build()
-        doubted(twin, saved, f"there is no {CONFIG_FILE}")
-        assert facts(twin, SMALL)[1:] == facts(model, SMALL)[1:]
-        assert randlora.files.inspect(saved).nbytes == (saved / TENSORS_FILE).stat().st_size
+def test_the_other_file_of_a_save_with_equal_options_says_nothing_else_and_none_is_needed(tmp_path: Path) -> None:
+    our_adapter(tmp_path, **OPTIONS, train_also=["2.bias"])
+    fewer = our_adapter(tmp_path / "other", **OPTIONS, targets=["0"])
+    shutil.copy(fewer / TENSORS_FILE, tmp_path)
+    (info,) = randlora.adapters(loaded(tmp_path))
+    assert (info.targets, info.train_also) == (("0",), ())
+    for bases in ("seed", "stored"):
+        model, twin = trained(LINEAR, **OPTIONS), LINEAR.build()
+        randlora.save(model, fewer, bases=bases)
+        (fewer / CONFIG_FILE).unlink()
+        doubted(twin, fewer, f"there is no {CONFIG_FILE}")
+        assert understood(twin) == understood(model)
+        assert randlora.files.inspect(fewer).nbytes == (fewer / TENSORS_FILE).stat().st_size
 
 
 def test_a_json_that_appears_within_a_moment_is_waited_for_unless_it_is_old(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (saved / CONFIG_FILE).read_text(encoding="utf-8")
-    edit_fields(saved, {"r": 7})
+    text = (our_adapter(tmp_path) / CONFIG_FILE).read_text(encoding="utf-8")
+    edit_fields(tmp_path, {"r": 7})
     monkeypatch.setattr(read, "PATIENCE", 5.0)
-    monkeypatch.setattr(time, "sleep", lambda _: (saved / CONFIG_FILE).write_text(text, encoding="utf-8"))
-    randlora.load(SMALL.build(), saved)  # where a warning is an error
-    edit_fields(saved, {"r": 7})
+    monkeypatch.setattr(time, "sleep", lambda _: (tmp_path / CONFIG_FILE).write_text(text, encoding="utf-8"))
+    randlora.load(LINEAR.build(), tmp_path)  # where a warning is an error
+    edit_fields(tmp_path, {"r": 7})
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 60)
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
-    doubted(SMALL.build(), saved, "says r=7")
+    doubted(LINEAR.build(), tmp_path, "says r=7")
 
 
 def test_files_without_header_that_are_replaced_while_they_are_read_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The options of one adapter and the tensors of another would load without a word: their shapes are equal."""
-    made = {}
-    for name, alpha in (("old", 3.0), ("new", 5.0)):
-        made[name] = trained(LINEAR, alpha=alpha)
-        randlora.save(made[name], tmp_path / name)
-        edit_tensors(tmp_path / name, {})
-    shutil.copytree(tmp_path / "old", tmp_path / "there")
+    peft_directory(tmp_path / "new", alpha=5.0)
+    peft_directory(tmp_path / "there", alpha=3.0)
 
     def replaced(path: Path) -> Any:
         for name in (TENSORS_FILE, CONFIG_FILE):
@@ -222,52 +412,4 @@ def test_files_without_header_that_are_replaced_while_they_are_read_are_read_aga
 
     monkeypatch.setattr(read, "PATIENCE", 5.0)
     monkeypatch.setattr(read, "open_shard", replaced)
-    model = LINEAR.build()
-    randlora.load(model, tmp_path / "there")
-    assert torch.equal(LINEAR.output(model), LINEAR.output(made["new"]))
-
-
-def test_the_other_file_of_two_saves_with_equal_options_says_nothing_else(saved: Path, tmp_path: Path) -> None:
-    body = Case("body", SMALL.make, {"targets": ["0"]})
-    randlora.save(trained(body, **OPTIONS), tmp_path / "other")
-    shutil.copy(tmp_path / "other" / TENSORS_FILE, saved / TENSORS_FILE)
-    model = SMALL.build()
-    randlora.load(model, saved)
-    (info,) = randlora.adapters(model)
-    assert (info.targets, info.train_also) == (("0",), ())
-
-
-def test_tensors_that_the_header_does_not_name_are_refused_though_the_seal_is_whole(saved: Path) -> None:
-    whole, trained_too = (saved / TENSORS_FILE).read_bytes(), f"{PREFIX}1.base_layer.bias"
-    changes: list[tuple[Mapping[str, Tensor], tuple[str, ...]]] = [
-        ({f"{PREFIX}0.bias": torch.ones(2)}, ()),
-        ({}, (trained_too,)),
-        ({f"{PREFIX}1.bias": torch.ones(3)}, (trained_too,)),
-        ({}, (LAMBDA, GAMMA)),
-        ({f"{PREFIX}2.randlora_lambda": torch.ones(2, 1), f"{PREFIX}2.randlora_gamma": torch.ones(1, 2)}, ()),
-    ]
-    for more, fewer in changes:
-        reseal(saved, more, drop=fewer)
-        refused(SMALL.build(), saved, "cannot read")
-        (saved / TENSORS_FILE).write_bytes(whole)
-
-
-def test_a_damaged_file_leaves_the_adapters_of_a_model_alone(saved: Path) -> None:
-    model = trained(HEADED, name="first")
-    tensors, metadata = read_tensors(saved)
-    write_tensors(saved, tensors, {"format": "pt", "sandlora": metadata["randlora"]})
-    refused(model, saved, "has a header under a damaged name", name="second")
-    (saved / TENSORS_FILE).write_bytes((saved / TENSORS_FILE).read_bytes()[:-1])
-    refused(model, saved, "truncated or damaged", name="second")
-
-
-@pytest.mark.parametrize("basis", ["block", "dense"])
-def test_tensors_that_lost_their_header_are_not_taken_for_pefts(tmp_path: Path, basis: Any) -> None:
-    """Some tools write safetensors anew without the metadata; PEFT's way of drawing would give other bases."""
-    model = nn.Sequential(nn.Linear(8, 8))
-    randlora.inject(model, r=4, targets="all-linear", basis=basis, stream="portable")
-    randlora.save(model, tmp_path)
-    path = tmp_path / TENSORS_FILE
-    save_file(load_file(path), path)
-    with pytest.raises(CheckpointError, match="have lost the header that goes with randlora_stream"):
-        randlora.load(nn.Sequential(nn.Linear(8, 8)), tmp_path)
+    assert torch.equal(output(loaded(tmp_path / "there")), LINEAR.output(trained(LINEAR, alpha=5.0)))

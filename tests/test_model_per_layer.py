@@ -35,7 +35,6 @@ from tests.kit import adapter_values, fill
 from tests.model_directories import contents, merge_in_memory, save_adapter, save_model, write
 from tests.models import LLAMA, outputs, tokens
 from tests.strategies import KINDS_AND_STREAMS
-from tests.test_checkpoint_contents import Swapped
 
 R = {"tall": 4, "inner.0": 6, ".*": 2}
 ALPHA = {"wide": 3.0, "inner": 5, ".*": 8}
@@ -248,7 +247,9 @@ def test_files_are_merged_as_in_memory_and_planned_as_the_model(tmp_path: Path) 
 
 
 def test_a_module_in_two_places_keeps_its_options_under_any_of_its_names(tmp_path: Path) -> None:
-    model, swapped, twin = Twice(), Swapped(), Twice()
+    model, swapped, twin = Twice(), Twice(), Twice()
+    del swapped.first
+    swapped.first = swapped.again  # by now the second of the two
     randlora.inject(model, {"first": 2, "last": 3}, targets="all-linear")
     fill(model)
     randlora.save(model, tmp_path / "one")
