@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -68,58 +68,48 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def do_GET(self) -> None:
-        self._answer({
-            r"/api/models/([^/]+/[^/]+)/revision/([^/]+)": self._revision,
-            r"/api/models/([^/]+/[^/]+)/tree/([^/]+)": self._tree,
-            r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self._resolve,
-        })
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(f"{self.command} {path}")
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        routes: dict[str, Callable[..., Any]] = {
+            r"GET /api/models/([^/]+/[^/]+)/revision/([^/]+)": self._revision,
+            r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)": self._tree,
+            r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self._resolve,
+            r"POST /api/repos/create": self._create,
+            r"POST /api/validate-yaml": lambda: {"errors": [], "warnings": []},
+            r"POST /api/models/([^/]+/[^/]+)/preupload/([^/]+)": self._preupload,
+            r"POST /api/models/([^/]+/[^/]+)/commit/([^/]+)": self._commit,
+        }
+        self.extra = {"Content-Type": "application/json"}
+        try:
+            for pattern, route in routes.items():
+                if (match := re.fullmatch(pattern, self.hub.requests[-1])) is not None:
+                    content = route(*match.groups())
+                    return self._send(200, content if isinstance(content, bytes) else json.dumps(content).encode())
+            raise RefusedError(404, "RouteNotFound")
+        except RefusedError as refused:
+            self.extra = {"X-Error-Code": refused.code, "X-Error-Message": refused.code}
+            self._send(refused.status, json.dumps(refused.content).encode())
 
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        self._answer({
-            r"/api/repos/create": self._create,
-            r"/api/validate-yaml": lambda: {"errors": [], "warnings": []},
-            r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)": self._preupload,
-            r"/api/models/([^/]+/[^/]+)/commit/([^/]+)": self._commit,
-        })
+    do_HEAD = do_POST = do_GET
 
     def log_message(self, *arguments: object) -> None:
         """Say nothing."""
 
-    def _answer(self, routes: Mapping[str, Any]) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append(f"{self.command} {path}")
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        try:
-            found = [(route, match) for pattern, route in routes.items() if (match := re.fullmatch(pattern, path))]
-            if not found:
-                raise RefusedError(404, "RouteNotFound")
-            route, match = found[0]
-            content = route(*match.groups())
-            raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self._send(200, raw, self.extra if isinstance(content, bytes) else {"Content-Type": "application/json"})
-        except RefusedError as refused:
-            headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.code}
-            self._send(refused.status, json.dumps(refused.content).encode(), headers)
-
-    def _send(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+    def _send(self, status: int, content: bytes) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+        for name, value in {**self.extra, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _repository(self, repo_id: str) -> Repository:
+    def _read(self, repo_id: str, revision: str) -> tuple[str, Files]:
         if repo_id not in self.hub.repositories:
             raise RefusedError(404, "RepoNotFound")
         if repo_id in self.hub.gated:
             raise RefusedError(403, "GatedRepo")
-        return self.hub.repositories[repo_id]
-
-    def _read(self, repo_id: str, revision: str) -> tuple[str, Files]:
-        repository = self._repository(repo_id)
+        repository = self.hub.repositories[repo_id]
         commit = repository.refs.get(revision, revision)
         if commit not in repository.commits:
             raise RefusedError(404, "RevisionNotFound")
@@ -163,7 +153,8 @@ class Handler(BaseHTTPRequestHandler):
         entries = [json.loads(line) for line in self.body.splitlines()]
         files = {entry["value"]["path"]: entry["value"]["content"] for entry in entries if entry["key"] == "file"}
         content = {name: base64.b64decode(text) for name, text in files.items()}
-        commit = self._repository(repo_id).commit(content, revision)
+        self._read(repo_id, "main")
+        commit = self.hub.repositories[repo_id].commit(content, revision)
         return {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{commit}", "commitOid": commit}
 
 

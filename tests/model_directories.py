@@ -1,15 +1,16 @@
 """Checkpoints that transformers writes, adapters of their models, and what merging in memory makes of the two."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import randlora
-from tests.kit import all_bits, fill
+from tests.kit import Model, all_bits, fill
 from tests.models import RealModel
 
 SHARD = "20KB"
@@ -33,22 +34,42 @@ def write(model: nn.Module, directory: Path, *, is_sharded: bool = False, shard:
     return directory
 
 
-def save_adapter(
-    kind: RealModel, directory: Path, *, dtype: torch.dtype = torch.float32, values: int = 0, **options: Any
-) -> Path:
-    """Save an adapter of a model, with values as after some training; ``values`` is the seed of those."""
-    model = kind.build().to(dtype)
-    randlora.inject(model, **{"r": 4, "targets": list(kind.targets), **options})
-    fill(model, seed=values)
-    randlora.save(model, directory)
+def edit_json(path: Path, **changes: object) -> None:
+    """Change some fields of a JSON file; ``None`` takes one out."""
+    fields = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    kept = {name: value for name, value in fields.items() if value is not None}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def edit_model(directory: Path, changes: Mapping[str, Tensor | None]) -> None:
+    """Change some tensors of a checkpoint of one file; ``None`` takes one out."""
+    file = directory / "model.safetensors"
+    tensors = {**load_file(file), **changes}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file, {"format": "pt"})
+
+
+def adapter_of(model: nn.Module, directory: Path, *, values: int = 0, **options: Any) -> Path:
+    """Save an adapter of a model, with values as after some training, and leave the model plain."""
+    randlora.inject(model, **{"r": 4, **options})
+    randlora.save(fill(model, seed=values), directory)
+    randlora.eject(model)
     return directory
+
+
+def save_adapter(kind: RealModel, directory: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """Save an adapter of a kind of model."""
+    return adapter_of(kind.build().to(dtype), directory, **{"targets": list(kind.targets), **options})
 
 
 def merge_in_memory(
     kind: RealModel, adapters: Mapping[Path, float], *, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """Build the model, load adapters, and merge them: what merging on disk must equal."""
-    model = kind.build().to(dtype)
+    return merge_into(kind.build().to(dtype), adapters)
+
+
+def merge_into(model: Model, adapters: Mapping[Path, float]) -> Model:
+    """Load adapters into a model, and merge them."""
     for number, directory in enumerate(adapters):
         randlora.load(model, directory, name=f"adapter_{number}")
     randlora.activate(model, {f"adapter_{number}": weight for number, weight in enumerate(adapters.values())})

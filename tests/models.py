@@ -33,7 +33,7 @@ class RealModel:
     targets: tuple[str, ...]
 
 
-def llama(**sides: int) -> nn.Module:
+def llama(**sides: Any) -> nn.Module:
     """Build a Llama with grouped-query attention: q and o are square, k and v tall, the rest wide or tall."""
     return reproducible(
         lambda: transformers.LlamaForCausalLM(
@@ -70,7 +70,7 @@ def bert(**sides: int) -> nn.Module:
 
 def vit(**sides: int) -> nn.Module:
     """Build transformers' ViT that classifies images."""
-    config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=LABELS, **{**SIDES, **sides})
+    config = transformers.ViTConfig(image_size=16, patch_size=8, **{"num_labels": LABELS, **SIDES, **sides})
     return reproducible(lambda: transformers.ViTForImageClassification(config))
 
 

@@ -19,7 +19,13 @@ def notebook_of(page: Path) -> str:
     place = 0
     for block in FENCE.finditer(text):
         if block["language"] == "python":
-            cells += [text_cell(text[place : block.start()]), code_cell(block["code"])]
+            code: dict[str, Any] = {
+                "execution_count": None,
+                "metadata": {},
+                "outputs": [],
+                "source": lines(block["code"].rstrip()),
+            }
+            cells += [text_cell(text[place : block.start()]), {"cell_type": "code", **code}]
             place = block.end()
         elif block["language"] == "text" and not text[place : block.start()].strip():  # right below its code
             cells[-1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": lines(block["code"])}]
@@ -33,16 +39,6 @@ def notebook_of(page: Path) -> str:
 
 def text_cell(text: str) -> dict[str, Any]:
     return {"cell_type": "markdown", "metadata": {}, "source": lines(text.strip())}
-
-
-def code_cell(code: str) -> dict[str, Any]:
-    return {
-        "cell_type": "code",
-        "execution_count": None,
-        "metadata": {},
-        "outputs": [],
-        "source": lines(code.rstrip()),
-    }
 
 
 def lines(text: str) -> list[str]:

@@ -40,14 +40,6 @@ def page_name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def test_every_snippet_in_python_is_run_here_or_by_a_test_that_asks_for_it() -> None:
-    elsewhere = {page_name(page): len(SNIPPET.findall(page.read_text(encoding="utf-8"))) for page in PAGES}
-    assert {name: count for name, count in elsewhere.items() if count} == {
-        "docs/compiling.md": 2,
-        "docs/tensor_parallel.md": 2,
-    }
-
-
 @pytest.fixture(autouse=True)
 def _known_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the kinds of layers that an example registers."""
@@ -126,14 +118,9 @@ def test_the_notebook_is_its_page() -> None:
     assert NOTEBOOK.read_text(encoding="utf-8") == notebook_of(PAGE), "python -m tests.notebook makes it anew"
 
 
-def api_object(entry: str) -> Any:
-    module, _, name = f"randlora.{entry}".rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def test_the_pages_of_the_api_show_every_public_name_once_where_it_is_defined() -> None:
     entries = [entry for page in DOCS.glob("api/*.md") for entry in API_ENTRY.findall(page.read_text("utf-8"))]
-    objects = [api_object(entry) for entry in entries]
+    objects = [pkgutil.resolve_name(f"randlora.{entry}") for entry in entries]
     assert len({id(found) for found in objects}) == len(objects) > 0
     assert [f"{each.__module__}.{each.__qualname__}" for each in objects] == [f"randlora.{entry}" for entry in entries]
     public = [getattr(randlora, name) for name in randlora.__all__]
@@ -153,13 +140,18 @@ def code_lines(page: Path) -> Iterator[str]:
                 yield line
 
 
-def test_the_code_on_pages_has_80_columns_and_their_links_lead_to_files() -> None:
+def test_pages_are_short_their_code_has_80_columns_and_is_run_and_their_links_lead_to_files() -> None:
+    elsewhere = {}  # snippets that a test runs which asks for them
     for page in PAGES:
+        whole = page.read_text(encoding="utf-8")
+        assert page not in DOCS_PAGES or len(FRONT_MATTER.sub("", whole).splitlines()) <= 200, page
         assert [line for line in code_lines(page) if len(line) > 80] == [], page
-        text = FENCE.sub("", page.read_text(encoding="utf-8"))
-        targets = [match["target"] for match in LINK.finditer(text)]
+        targets = [match["target"] for match in LINK.finditer(FENCE.sub("", whole))]
         own = [target for target in targets if "://" not in target and not target.startswith(("#", "mailto:"))]
         assert [target for target in own if not (page.parent / target.split("#")[0]).exists()] == [], page
+        if count := len(SNIPPET.findall(whole)):
+            elsewhere[page_name(page)] = count
+    assert elsewhere == {"docs/compiling.md": 2, "docs/tensor_parallel.md": 2}
 
 
 def entry_counts(entries: list[dict[str, Any]]) -> Iterator[int]:
@@ -176,12 +168,6 @@ def test_the_navigation_lists_every_page_and_at_most_eight_entries_of_a_level() 
     assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS_PAGES)
     nav = yaml.safe_load(written[written.index("nav:") : written.index("hooks:")])["nav"]
     assert max(entry_counts(nav)) <= 8
-
-
-def test_pages_are_short() -> None:
-    texts = {page_name(page): FRONT_MATTER.sub("", page.read_text(encoding="utf-8")) for page in DOCS_PAGES}
-    lengths = {name: len(text.splitlines()) for name, text in texts.items()}
-    assert {name: length for name, length in lengths.items() if length > 200} == {}
 
 
 def test_the_architecture_page_draws_every_room_of_the_package_and_lists_its_files() -> None:

@@ -29,23 +29,6 @@ def sentiment() -> ModuleType:
     return imported("sentiment")
 
 
-@pytest.fixture
-def causal_lm() -> ModuleType:
-    return imported("causal_lm")
-
-
-def write_archive(path: Path, table: str) -> Path:
-    content = table.encode()
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
-        info = tarfile.TarInfo("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
-    return path
-
-
 def tiny_texts(sentiment: ModuleType, count: int = 24) -> Any:
     """Make texts of 3 to 7 tokens whose first token says whether they are good."""
     lengths = torch.arange(count) % 5 + 3
@@ -56,25 +39,24 @@ def tiny_texts(sentiment: ModuleType, count: int = 24) -> Any:
     return sentiment.Texts(ids, mask, labels)
 
 
-def tiny_classifier(sentiment: ModuleType) -> Any:
-    encoder: Any = models.bert().bert
-    return sentiment.SentimentClassifier(encoder, encoder.config.hidden_size)
-
-
-def test_reviews_keep_clear_ratings_and_no_text_twice(sentiment: ModuleType, tmp_path: Path) -> None:
-    table = "1\t2.1\tGood.\r\n2\t-1.5\tBad…\r\n3\t0.5\tUnclear.\r\n4\t-0.2\tUnclear, too.\r\n5\t3.0\tGood.\r\n"
-    archive = write_archive(tmp_path / "archive.zip", table)
-    assert sentiment.read_reviews(archive) == [("Good.", True), ("Bad…", False)]
+def test_reviews_keep_clear_ratings_and_no_text_twice_and_are_trained_on_or_tested(
+    sentiment: ModuleType, tmp_path: Path
+) -> None:
+    table = "1\t2.1\tGood.\r\n2\t-1.5\tBad…\r\n3\t0.5\tUnclear.\r\n4\t-0.2\tUnclear, too.\r\n5\t3.0\tGood.\r\n".encode()
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        info = tarfile.TarInfo("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        info.size = len(table)
+        tar.addfile(info, io.BytesIO(table))
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr("vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+    assert sentiment.read_reviews(tmp_path / "archive.zip") == [("Good.", True), ("Bad…", False)]
     with pytest.raises(typer.BadParameter, match="make demo"):
         sentiment.read_reviews(tmp_path / "absent.zip")
-
-
-def test_training_and_test_reviews_do_not_overlap(sentiment: ModuleType) -> None:
     reviews = [sentiment.Review(str(number), number % 2 == 0) for number in range(50)]
     training, test = sentiment.split(reviews, 30, 15, 0)
     assert (len(training), len(test), len({*training, *test})) == (30, 15, 45)
-    assert sentiment.split(reviews, 30, 15, 0) == (training, test)
-    assert sentiment.split(reviews, 30, 15, 1) != (training, test)
+    assert sentiment.split(reviews, 30, 15, 0) == (training, test) != sentiment.split(reviews, 30, 15, 1)
     with pytest.raises(typer.BadParameter, match="too many"):
         sentiment.split(reviews, 30, 21, 0)
 
@@ -82,7 +64,8 @@ def test_training_and_test_reviews_do_not_overlap(sentiment: ModuleType) -> None
 def test_a_classifier_learns_again_the_same_reloads_merges_and_is_drawn(
     sentiment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, texts = tiny_classifier(sentiment), tiny_texts(sentiment)
+    encoder: Any = models.bert().bert
+    model, texts = sentiment.SentimentClassifier(encoder, encoder.config.hidden_size), tiny_texts(sentiment)
     fresh = copy.deepcopy(model)
     monkeypatch.setattr(sentiment, "load_classifier", lambda: copy.deepcopy(fresh))
     monkeypatch.setattr(sentiment, "SHOWN_LAYER", "encoder.encoder.layer.1.attention.self.value")
@@ -108,60 +91,44 @@ def test_a_classifier_learns_again_the_same_reloads_merges_and_is_drawn(
     assert not sentiment.check_reloading(model, tmp_path, texts)[1]
 
 
-def test_tales_are_read_by_their_titles_and_those_held_out_are_not_trained_on(
-    causal_lm: ModuleType, tmp_path: Path
-) -> None:
+def test_tales_are_read_by_their_titles_and_a_language_model_learns_some(tmp_path: Path) -> None:
+    causal_lm = imported("causal_lm")
     (tmp_path / "tales.txt").write_text("# One\n\nOnce.\n\nTwice.\n\n# Two\n\nThrice.\n", encoding="utf-8")
     assert causal_lm.read_tales(tmp_path / "tales.txt") == [("One", "Once.\n\nTwice."), ("Two", "Thrice.")]
     tales = causal_lm.read_tales(causal_lm.TALES)
     training, held_out = causal_lm.split(tales)
     assert (len(training), len(held_out)) == (13, 4)
     assert {*training, *held_out} == set(tales)
-
-
-def test_a_language_model_learns_its_tales(causal_lm: ModuleType) -> None:
     model, rows = models.llama(), torch.arange(32).repeat(6, 1)
     randlora.inject(model, r=8, targets=causal_lm.TARGETS)
     before = causal_lm.mean_loss(model, rows)
-    losses = list(causal_lm.train(model, rows, steps=20, batch_size=3, lr=2e-2, seed=0))
+    assert len(list(causal_lm.train(model, rows, steps=20, batch_size=3, lr=2e-2, seed=0))) == 20
     with randlora.merged(model):
         assert causal_lm.mean_loss(model, rows) < before - 0.1
-    assert len(losses) == 20
-
-
-@pytest.fixture
-def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.chdir(tmp_path)
-    return imported("plain_pytorch")
 
 
 @pytest.mark.medium
-def test_a_resumed_plain_run_has_the_same_losses(plain: ModuleType) -> None:
+def test_a_resumed_plain_run_has_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And passes over a checkpoint that was not finished."""
+    monkeypatch.chdir(tmp_path)
+    plain = imported("plain_pytorch")
     whole = plain.begin(steps=40)
     expected = list(whole.train(40))
     assert sum(expected[-10:]) < 0.2 * sum(expected[:10])
     part = plain.begin(steps=40)
     before = list(part.train(25))
     part.save(Path("run"))
-    list(part.train(28))  # and is killed before the next checkpoint
+    list(part.train(28))
+    part.save(Path("run"))
+    assert files("run/step-000028") == {*ADAPTER_FILES, "training.pt"}
+    Path("run/step-000028/training.pt").unlink()
     torch.manual_seed(99)
     rest = plain.resume(Path("run"), steps=40)
     assert before + list(rest.train(40)) == expected
     assert trained_bits(rest.model) == trained_bits(whole.model)
-
-
-@pytest.mark.medium
-def test_a_checkpoint_of_a_plain_run_that_was_not_finished_is_passed_over(plain: ModuleType) -> None:
-    run = plain.begin(steps=8)
-    for last in (2, 4):
-        list(run.train(last))
-        run.save(Path("run"))
-    assert files("run/step-000004") == {*ADAPTER_FILES, "training.pt"}
-    Path("run/step-000004/training.pt").unlink()
-    assert plain.resume(Path("run"), steps=8).done == 2
-    Path("run/step-000002/training.pt").unlink()
+    Path("run/step-000025/training.pt").unlink()
     with pytest.raises(typer.BadParameter, match="there is no checkpoint in run"):
-        plain.resume(Path("run"), steps=8)
+        plain.resume(Path("run"), steps=40)
 
 
 @pytest.mark.medium

@@ -17,6 +17,8 @@ from tests.model_directories import contents, save_adapter, save_model
 from tests.models import LLAMA
 from tests.quantized_checkpoints import quantize
 
+BASE, ADAPTER = Path("base"), Path("adapter")
+
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
@@ -28,64 +30,56 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield running
 
 
-def put(hub: Hub, repo_id: str, directory: Path, **more: bytes) -> None:
-    """Make a repository of the files of a directory, and of some more."""
+def put(hub: Hub, repo_id: str, files: dict[str, bytes]) -> Repository:
+    """Make a repository of files."""
     hub.repositories[repo_id] = Repository()
-    hub.repositories[repo_id].commit({**contents(directory), **more})
+    hub.repositories[repo_id].commit(files)
+    return hub.repositories[repo_id]
 
 
 @pytest.mark.parametrize("layout", ["one file", "sharded", "nf4 twice", "8 bits"])
 def test_a_plan_reads_headers_and_no_weights(hub: Hub, layout: str) -> None:
     is_dense = layout in ("one file", "sharded")
-    base = (
-        save_model(LLAMA, Path("base"), is_sharded=layout == "sharded")
-        if is_dense
-        else quantize(LLAMA, layout, Path("base"), is_sharded=True)
-    )
-    put(hub, "org/model", base)
-    assert randlora.files.plan("org/model", r=4) == randlora.files.plan(base, r=4)
+    if is_dense:
+        save_model(LLAMA, BASE, is_sharded=layout == "sharded")
+    else:
+        quantize(LLAMA, layout, BASE, is_sharded=True)
+    repository = put(hub, "org/model", contents(BASE))
+    if layout == "one file":
+        repository.commit({"model.safetensors": repository.files()["model.safetensors"] + bytes(10**6)})
     options: dict[str, Any] = {"r": 4, "tokens": 100}
-    found = randlora.files.training_memory("org/model", **options)
-    assert str(found) == str(randlora.files.training_memory(base, **options))
+    plan, memory = randlora.files.plan("org/model", r=4), randlora.files.training_memory("org/model", **options)
+    assert plan == randlora.files.plan(BASE, r=4)
+    assert str(memory) == str(randlora.files.training_memory(BASE, **options))
+    assert 0 < hub.sent < 5 * 10**5
     if not is_dense:
         with pytest.raises(CheckpointError, match=r"cannot merge into 'org/model', which is quantized"):
-            randlora.files.merge(save_adapter(LLAMA, Path("adapter")), "merged", base="org/model")
+            randlora.files.merge(save_adapter(LLAMA, ADAPTER), "merged", base="org/model")
     cached = {path.name for path in Path("cache").rglob("*") if path.is_symlink()}
     assert not any(name.endswith(".safetensors") for name in cached)
 
 
-def test_a_plan_of_a_large_model_takes_little(hub: Hub) -> None:
-    base = save_model(LLAMA, Path("base"))
-    put(hub, "org/model", base)
-    file = hub.repositories["org/model"].files()["model.safetensors"]
-    length = 8 + int.from_bytes(file[:8], "little")
-    hub.repositories["org/model"].commit({"model.safetensors": file + bytes(10**6)})
-    randlora.files.plan("org/model", r=4)
-    assert length <= hub.sent < 2 * 10**5
-
-
 def test_a_merge_downloads_both_and_equals_that_of_directories(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, adapter = save_model(LLAMA, Path("base"), is_sharded=True), save_adapter(LLAMA, Path("adapter"))
+    save_model(LLAMA, BASE, is_sharded=True)
     other = {"pytorch_model.bin": b"large", "consolidated.safetensors": b"large", "tokenizer.json": b"{}"}
-    put(hub, "org/model", base, **other)
-    put(hub, "user/adapter", adapter)
-    (base / "tokenizer.json").write_bytes(b"{}")
+    put(hub, "org/model", contents(BASE) | other)
+    put(hub, "user/adapter", contents(save_adapter(LLAMA, ADAPTER)))
+    (BASE / "tokenizer.json").write_bytes(b"{}")
     report = randlora.files.merge({"user/adapter": 0.5}, "merged", base="org/model")
     assert hub.requests.count("GET /api/models/user/adapter/revision/main") == 1
-    assert not [request for request in hub.requests if "large" in request or ".bin" in request]
-    expected = randlora.files.merge({adapter: 0.5}, "expected", base=base)
+    assert not [request for request in hub.requests if "consolidated" in request or ".bin" in request]
+    expected = randlora.files.merge({ADAPTER: 0.5}, "expected", base=BASE)
     assert contents(Path("merged")) == contents(Path("expected"))
     assert report == replace(expected, out=Path("merged"), adapters={"user/adapter": 0.5})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert randlora.files.plan("org/model", r=4) == randlora.files.plan(base, r=4)
+    assert randlora.files.plan("org/model", r=4) == randlora.files.plan(BASE, r=4)
 
 
 def test_every_command_takes_revisions_of_the_adapter_and_of_the_base(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = save_model(LLAMA, Path("base"))
-    put(hub, "org/model", base)
-    put(hub, "user/adapter", save_adapter(LLAMA, Path("adapter")))
+    put(hub, "org/model", contents(save_model(LLAMA, BASE)))
+    put(hub, "user/adapter", contents(save_adapter(LLAMA, ADAPTER)))
     assert main(["verify", "user/adapter", "--base", "org/model"]) == 0
     shown = capsys.readouterr().out
     assert "passed: base: org/model has all" in shown
@@ -101,20 +95,25 @@ def test_every_command_takes_revisions_of_the_adapter_and_of_the_base(
         assert main([name, "user/adapter", *more, *both]) == 0
         assert main([name, "user/adapter", *more, *both, "--revision", "main"]) == 1
         assert main([name, "user/adapter", *more, *both, "--base-revision", "main"]) == 1
-    assert randlora.files.training_memory("org/model", 4, revision="v1") == randlora.files.training_memory(base, 4)
+    assert randlora.files.training_memory("org/model", 4, revision="v1") == randlora.files.training_memory(BASE, 4)
 
 
-def test_a_revision_without_a_repository_is_an_error_before_anything_is_downloaded(
+def test_what_is_neither_here_nor_on_the_hub_and_a_revision_without_a_repository_are_said(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put(hub, "org/model", save_model(LLAMA, Path("base")))
-    save_adapter(LLAMA, Path("adapter"))
+    put(hub, "org/model", contents(save_model(LLAMA, BASE)))
+    save_adapter(LLAMA, ADAPTER)
     for words in (["plan", "base"], ["verify", "adapter"], ["merge", "adapter", "out", "--base", "org/model"]):
         assert main([*words, "--revision", "v1"]) == 1
         assert "a path has no revision, got 'v1' for '" in capsys.readouterr().err
     assert main(["inspect", "adapter", "--base-revision", "v1"]) == 2
     assert capsys.readouterr().err == "error: --base-revision is for a base model: give --base too\n"
-    assert hub.requests == []
+    assert hub.requests == [], "before anything is downloaded"
+    said = {"org/none": "there is no such path, and the Hub's repository 'org/none'", "x": "no such directory: x\n"}
+    for name, message in said.items():
+        for words in (["plan", name], ["verify", "adapter", "--base", name], ["verify", name]):
+            assert main(words) == 1
+            assert message in capsys.readouterr().err
 
 
 def file_of(**tensors: Any) -> dict[str, bytes]:
@@ -123,7 +122,7 @@ def file_of(**tensors: Any) -> dict[str, bytes]:
 
 
 def test_what_headers_do_not_tell_is_an_error_that_names_it(hub: Hub) -> None:
-    coded = contents(quantize(LLAMA, "nf4", Path("base")))
+    coded = contents(quantize(LLAMA, "nf4", BASE))
     unread: dict[str, dict[str, bytes]] = {
         "no such file": {},
         "the header of model.safetensors": {"model.safetensors": b"12345678"},
@@ -136,18 +135,6 @@ def test_what_headers_do_not_tell_is_an_error_that_names_it(hub: Hub) -> None:
         | {"config.json": b'{"architectures": ["NoneForCausalLM"]}'},
     }
     for number, (message, files) in enumerate(unread.items()):
-        hub.repositories[f"org/{number}"] = Repository()
-        hub.repositories[f"org/{number}"].commit({"config.json": b"{}", **files})
+        put(hub, f"org/{number}", {"config.json": b"{}", **files})
         with pytest.raises(CheckpointError, match=message):
             randlora.files.plan(f"org/{number}", r=4)
-
-
-def test_a_name_that_is_neither_here_nor_on_the_hub_and_a_directory_that_is_missing_are_said(
-    hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_adapter(LLAMA, Path("adapter"))
-    said = {"org/model": "there is no such path, and the Hub's repository 'org/model'", "x": "no such directory: x\n"}
-    for name, message in said.items():
-        for words in (["plan", name], ["verify", "adapter", "--base", name], ["verify", name]):
-            assert main(words) == 1
-            assert message in capsys.readouterr().err

@@ -1,25 +1,36 @@
-"""`files.inspect` says what the model that carries an adapter says; `files.verify` passes what is whole."""
+"""What `files` say without loading a model: inspected, verified and planned for, as by the model that they are of."""
 
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import randlora
-from randlora.errors import CheckpointError, ConfigError
-from randlora.files.inspect import Check, Verification
+from randlora.__main__ import main
+from randlora.errors import CheckpointError, ConfigError, RandLoRAError, TargetError
+from randlora.files.inspect import Verification
+from randlora.files.model_directory import find_codes, read_model_directory
 from randlora.targets.select import find_targets
-from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, basis_of, edit_fields, reseal
+from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, basis_of, edit_fields, edit_tensors, reseal
 from tests.directories import base_directory, our_directory, their_directory
-from tests.model_directories import contents, save_adapter
+from tests.kit import fill
+from tests.model_directories import HEADS, contents, edit_json, edit_model, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel
 from tests.peer import ALPHA, THEIR_WARNINGS, R, in_ours, told_stream
+from tests.quantized_checkpoints import KINDS, every_quantization, load_quantized, quantize
 
 pytestmark = THEIR_WARNINGS
+
+
+def outcomes(verification: Verification) -> dict[str, str]:
+    return {check.name: check.outcome for check in verification.checks}
 
 
 @pytest.mark.parametrize(
@@ -33,14 +44,12 @@ def test_what_we_saved_passes_and_layers_norms_and_bases_are_those_of_the_model(
     source, model = our_directory(kind, tmp_path, bases="stored" if kind is GPT2 else "seed", **options)
     told: list[tuple[int, int, str]] = []
     summary = randlora.files.inspect(source, progress=lambda *news: told.append(news))
-    assert [doing for _, _, doing in told] == [*(layer.fqn for layer in summary.layers), "done"]
-    assert [done for done, _, _ in told] == list(range(len(summary.layers) + 1))
+    assert told == [(n, len(told) - 1, doing) for n, doing in enumerate([*(x.fqn for x in summary.layers), "done"])]
     report = randlora.load(kind.build(), source)
     assert summary.trainable_parameters == report.trainable_parameters
-    assert [layer.fqn for layer in summary.layers] == list(report.targets)
     sizes = {site.fqn: site.shape for site in find_targets(model, list(kind.targets))}
+    assert {layer.fqn: (layer.out_features, layer.in_features) for layer in summary.layers} == sizes
     for layer in summary.layers:
-        assert (layer.out_features, layer.in_features) == sizes[layer.fqn]
         values = torch.linalg.svdvals(randlora.delta_weight(model, layer.fqn).detach().double())
         assert layer.frobenius == pytest.approx(float(values.square().sum().sqrt()), rel=1e-5)
         assert layer.spectral == pytest.approx(float(values[0]), rel=1e-5)
@@ -52,10 +61,11 @@ def test_what_we_saved_passes_and_layers_norms_and_bases_are_those_of_the_model(
     assert summary.writer == f"randlora {randlora.__version__}, format 1"
     assert summary.storage == ("stored once in the file" if kind is GPT2 else "drawn from the seed")
     assert summary.nbytes == sum(len(contents(source)[name]) for name in (CONFIG_FILE, TENSORS_FILE))
-    without = randlora.files.inspect(source.rename(tmp_path / os.fsdecode(b"caf\xe9")), norms=False)  # no UTF-8
+    source = source.rename(tmp_path / os.fsdecode(b"caf\xe9"))  # no UTF-8
+    without = randlora.files.inspect(source, norms=False)
     assert {(layer.frobenius, layer.stable_rank) for layer in without.layers} == {(None, None)}
     assert [layer.fqn for layer in without.layers] == list(report.targets)
-    found = randlora.files.verify(tmp_path / os.fsdecode(b"caf\xe9"), progress=lambda *news: told.append(news))
+    found = randlora.files.verify(source, progress=lambda *news: told.append(news))
     assert outcomes(found) == {"files": "passed", "checksum": "passed", "bases": "passed"}
     assert str(found).endswith("is sound")
     assert told[-1][0] == told[-1][1]
@@ -63,24 +73,25 @@ def test_what_we_saved_passes_and_layers_norms_and_bases_are_those_of_the_model(
 
 def test_what_was_trained_beside_it_its_base_and_strange_fields_are_named(tmp_path: Path) -> None:
     source, _ = our_directory(BERT, tmp_path, train_also=["classifier"])
+    edit_model(base := base_directory(BERT, tmp_path), {"classifier.weight": None, "classifier.bias": None})
     edit_fields(source, {"use_quantum": 3, "base_model_name_or_path": "some/model"})
     summary = randlora.files.inspect(source)
     assert summary.trained == {"classifier.weight": (3, 32), "classifier.bias": (3,)}
-    assert summary.base_model == "some/model"
-    assert summary.unknown_fields == ("use_quantum",)
-    text = str(summary)
+    assert (summary.base_model, summary.unknown_fields) == ("some/model", ("use_quantum",))
     for part in ("some/model", "trained with it: classifier.weight 3x32", "not understood: use_quantum"):
-        assert part in text
+        assert part in str(summary)
+    found = randlora.files.verify(source, base)
+    assert found.passed
+    assert "classifier.weight, classifier.bias of its class are not in its files" in str(found)
 
 
 @pytest.mark.parametrize("copies", ["per layer", "once", "none"])
 def test_a_file_of_peft_says_all_but_the_shapes_and_with_its_base_all(copies: str, tmp_path: Path) -> None:
     source, _ = their_directory(LLAMA, tmp_path, save_projection=copies != "none")
     if copies == "once":
-        path = source / TENSORS_FILE
         top = {"base_model.randlora_A", "base_model.randlora_B"}
-        tensors = {key: value for key, value in load_file(path).items() if key in top or key[-2:] not in ("_A", "_B")}
-        save_file(tensors, path, {"format": "pt"})
+        tensors = load_file(source / TENSORS_FILE)
+        edit_tensors(source, {}, drop=[key for key in tensors if key not in top and key[-2:] in ("_A", "_B")])
     summary, base, stream = randlora.files.inspect(source), base_directory(LLAMA, tmp_path), told_stream(source)
     expected = {"per layer": "stored 9 times in the file", "once": "stored once in the file"}
     assert summary.storage == expected.get(copies, "drawn from the seed")
@@ -122,18 +133,6 @@ def test_what_cannot_be_inspected_or_verified_is_an_error(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def outcomes(verification: Verification) -> dict[str, str]:
-    return {check.name: check.outcome for check in verification.checks}
-
-
-def failure(verification: Verification) -> Check:
-    (found,) = (check for check in verification.checks if check.outcome == "failed")
-    assert not verification.passed
-    assert f"failed: {found.name}: {found.words}" in str(verification)
-    assert str(verification).endswith("is NOT sound")
-    return found
-
-
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 GAMMA = f"base_model.model.{Q_PROJ}.randlora_gamma"
 
@@ -153,66 +152,209 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "there is no adapter_config.json": ("files", lambda directory: (directory / CONFIG_FILE).unlink()),
     "is damaged": ("files", rewrite(CONFIG_FILE, lambda _: b"\xff{")),
     "the files come from different saves": ("files", lambda directory: edit_fields(directory, {"r": 7})),
-    "holds NaN or infinite values": (
-        "files",
-        lambda directory: reseal(directory, {GAMMA: torch.full((6, 32), torch.nan)}),
-    ),
+    "holds NaN or infinite": ("files", lambda directory: reseal(directory, {GAMMA: torch.full((6, 32), torch.nan)})),
     "expected (6, num_bases)": ("files", lambda directory: reseal(directory, {GAMMA: torch.ones(5, 32)})),
     "save it there with bases='stored'": ("bases", lambda directory: reseal(directory, digest="0" * 64)),
     f"its header says that {Q_PROJ} is 32 x 30": ("files", misstate),
+    "model.safetensors is truncated": ("base", rewrite("../base/model.safetensors", lambda held: held[:-9])),
 }
 
 
 def test_a_damaged_file_is_a_failed_check_with_the_reason(tmp_path: Path) -> None:
     for words, (check, damage) in FAULTS.items():
         source, _ = our_directory(LLAMA, tmp_path)
+        base = base_directory(LLAMA, tmp_path)
         damage(source)
-        found = failure(randlora.files.verify(source))
-        assert words in found.words
+        verification = randlora.files.verify(source, base if check == "base" else None)
+        (found,) = (each for each in verification.checks if each.outcome == "failed")
         assert found.name == check
+        assert words in found.words
+        assert not verification.passed
+        assert f"failed: {found.name}: {found.words}" in str(verification)
+        assert str(verification).endswith("is NOT sound")
 
 
-def pop_layer(base: Path) -> None:
-    tensors = load_file(base / "model.safetensors")
-    del tensors[f"{Q_PROJ}.weight"]
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+# Plans: from headers, as those of the model
 
 
-def reshape_layer(base: Path) -> None:
-    tensors = load_file(base / "model.safetensors") | {f"{Q_PROJ}.weight": torch.ones(34, 30)}
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
-
-
-MISFITS: dict[str, tuple[RealModel, Callable[[Path], object]]] = {
-    f"the model has no layer {Q_PROJ}": (LLAMA, pop_layer),
-    f"{Q_PROJ} is 34 x 30 here": (LLAMA, reshape_layer),
-    "the model has no layer": (GPT2, lambda _: None),
-    "truncated": (LLAMA, rewrite("model.safetensors", lambda held: held[:-9])),
+REGEX = {
+    "targets": r".*\.(1|0)\..*",
+    "exclude": r".*\.(up_proj|c_fc|intermediate\.dense|fc1)",
+    "basis": "very_sparse",
+    "alpha": 3.0,
 }
 
 
-@pytest.mark.parametrize("theirs", [False, True], ids=["ours", "PEFT's"])
-def test_a_base_that_does_not_fit_is_a_failed_check_and_the_bases_are_checked_all_the_same(
-    theirs: bool, tmp_path: Path
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (LLAMA, {}),
+        (BERT, {"targets": "all-linear"}),
+        (VIT, {"targets": "all-linear", "basis": "block", "r": 8, "seed": 5}),
+        (GPT2, REGEX),
+    ],
+    ids=["preset", "all-linear", "block", "regex"],
+)
+def test_plan_and_memory_from_headers_equal_those_of_the_model(
+    kind: RealModel, is_sharded: bool, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    source, _ = (their_directory if theirs else our_directory)(LLAMA, tmp_path)
-    for words, (kind, damage) in MISFITS.items():
-        damage(base := base_directory(kind, tmp_path))
-        verification = randlora.files.verify(source, base)
-        assert failure(verification).name == "base"
-        assert words in failure(verification).words
-        assert outcomes(verification)["bases"] == "passed"
+    model = kind.build().to(torch.bfloat16)
+    write(model, tmp_path, is_sharded=is_sharded)
+    before = contents(tmp_path)
+    asked: dict[str, Any] = {"r": 4, "train_also": [HEADS[kind.name]] if is_sharded else None, **options}
+    assert randlora.files.plan(tmp_path, **asked) == randlora.plan(model, **asked)
+    asked |= {"devices": 3, "strategy": "fsdp2" if is_sharded else "ddp", "tokens": 10}
+    assert randlora.files.training_memory(tmp_path, **asked) == randlora.training_memory(model, **asked)
+    assert contents(tmp_path) == before
 
 
-def test_a_head_that_the_base_lacks_is_named_and_one_of_another_shape_fails(tmp_path: Path) -> None:
-    source, _ = our_directory(BERT, tmp_path, train_also=["classifier"])
-    base = base_directory(BERT, tmp_path)
-    tensors = load_file(base / "model.safetensors")
-    wide = {**tensors, "classifier.weight": torch.ones(5, 32)}
-    save_file(wide, base / "model.safetensors", {"format": "pt"})
-    assert "classifier.weight has shape (5, 32) here" in failure(randlora.files.verify(source, base)).words
-    headless = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier")}
-    save_file(headless, base / "model.safetensors", {"format": "pt"})
-    found = randlora.files.verify(source, base)
-    assert found.passed
-    assert "classifier.weight, classifier.bias of its class are not in its files" in str(found)
+@pytest.mark.parametrize("labels", [{}, {"num_labels": 5}], ids=str)
+def test_a_plan_may_be_of_another_class_with_other_labels(labels: dict[str, Any], tmp_path: Path) -> None:
+    save_model(BERT, tmp_path)
+    name = "AutoModelForTokenClassification"
+    model = getattr(transformers, name).from_pretrained(tmp_path, **labels, ignore_mismatched_sizes=True)
+    options: dict[str, Any] = {"r": 4, "targets": "all-linear", "train_also": ["classifier"]}
+    asked: dict[str, Any] = {**options, "model_class": name, **labels}
+    assert randlora.files.plan(tmp_path, **asked) == randlora.plan(model, **options)
+    assert randlora.files.training_memory(tmp_path, **asked) == randlora.training_memory(model, **options)
+
+
+def test_what_is_none_for_the_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(BERT, tmp_path)
+    unknown: dict[str, dict[str, Any]] = {
+        "has no AutoModelForLanguages for model_type 'bert'": {"model_class": "AutoModelForLanguages"},
+        "its config.json describes no LlamaForCausalLM": {"model_class": "LlamaForCausalLM"},
+        "has no BertTokenizer for model_type 'bert'": {"model_class": "BertTokenizer"},
+        "model_class must be a string or None, got": {"model_class": BERT},
+        "num_labels must be a positive integer of at most 1048576, got 0": {"num_labels": 0},
+    }
+    for message, options in unknown.items():
+        with pytest.raises(ConfigError, match=message):
+            randlora.files.plan(tmp_path, **options)
+    assert main(["plan", str(tmp_path), "--class", "BertTokenizer"]) == 2
+    assert capsys.readouterr().out == ""
+    by_both: dict[str, dict[str, Any]] = {
+        "'quarry' matches no layer or weight that can be adapted; the nearest names are": {"targets": ["quarry"]},
+        "matches no .*, only bert.embeddings.LayerNorm": {"targets": r".*embeddings\.LayerNorm"},
+        "r must be a positive integer": {"r": 0},
+    }
+    for message, options in by_both.items():
+        with pytest.raises(RandLoRAError, match=message) as of_files:
+            randlora.files.plan(tmp_path, **options)
+        with pytest.raises(RandLoRAError) as of_model:
+            randlora.plan(BERT.build(), **options)
+        assert str(of_files.value) == str(of_model.value)
+
+
+def test_the_first_files_of_gpt2_are_read_under_the_names_of_the_model(tmp_path: Path) -> None:
+    model = GPT2.build()
+    write(model, tmp_path)
+    first = {name.removeprefix("transformer."): tensor for name, tensor in stored(tmp_path).items()}
+    for block in range(2):  # masks, which those files hold and no model has
+        first |= {f"h.{block}.attn.bias": torch.ones(1, 1, 64, 64), f"h.{block}.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(first, tmp_path / "model.safetensors", {"format": "pt"})
+    for targets in (None, "all-linear"):
+        assert randlora.files.plan(tmp_path, 4, targets=targets) == randlora.plan(model, 4, targets=targets)
+
+
+def test_where_there_is_no_model_to_plan_the_error_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: dict[str, dict[str, Any]] = {
+        "names OwnForCausalLM, which transformers .* lacks; or build": {"architectures": ["OwnForCausalLM"]},
+        "names AutoModel, which transformers .* lacks; or build": {"architectures": ["AutoModel"]},
+        "its config.json names no class; or build the model": {"architectures": None},
+        "cannot build LlamaForCausalLM from its config.json": {"num_attention_heads": "many"},
+        r"up_proj.weight has shape \(48, 32\) in the files, \(40, 32\) by its config": {"intermediate_size": 40},
+    }
+    for message, fields in reasons.items():
+        edit_json(save_model(LLAMA, tmp_path) / "config.json", **fields)
+        with pytest.raises(CheckpointError, match=f"(?s)cannot plan for .*{message}"):
+            randlora.files.plan(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match=r"(?s)cannot plan for .*transformers, .* not installed: python -m pip"):
+        randlora.files.plan(tmp_path)
+
+
+# Quantized checkpoints: those of bitsandbytes are planned, fitted and not merged into; others are refused by name
+
+
+def refused(message: str, root: Path, *verbs: str) -> None:
+    """Assert that verbs refuse the base and the adapter below a directory, and that nothing changes there."""
+    before, base, adapter = contents(root), root / "base", root / "adapter"
+    calls: dict[str, Callable[[], object]] = {
+        "plan": lambda: randlora.files.plan(base),
+        "inspect": lambda: randlora.files.inspect(adapter, base),
+        "merge": lambda: randlora.files.merge(adapter, root / "out", base=base),
+    }
+    for verb in verbs or calls:
+        with pytest.raises(CheckpointError, match=message):
+            calls[verb]()
+    assert contents(root) == before
+
+
+@every_quantization
+def test_a_quantized_model_is_planned_as_the_dense_one_and_not_merged_into(
+    kind: RealModel, quantization: str, tmp_path: Path
+) -> None:
+    base, dense = quantize(kind, quantization, tmp_path / "base", is_sharded=True), tmp_path / "base dense"
+    options: dict[str, Any] = {"r": 4, "targets": "all-linear", "train_also": [HEADS[kind.name]]}
+    expected = randlora.files.plan(dense, **options)
+    note = f"the model is quantized ({KINDS[quantization]}): parameters are counted as if it were not quantized"
+    assert randlora.files.plan(base, **options) == replace(expected, notes=(*expected.notes, note))
+    codes, held, own = find_codes(read_model_directory(base)), stored(base), stored(dense)
+    buffers = sum(buffer.nbytes for buffer in kind.build().to(torch.bfloat16).buffers())
+    size = sum(tensor.nbytes for tensor in held.values())
+    assert randlora.files.training_memory(base, **options).weights == size + buffers
+    coded = [name for name, each in own.items() if (held[name].dtype, held[name].shape) != (each.dtype, each.shape)]
+    assert sorted(codes) == sorted(coded)
+    assert {found.kind for found in codes.values()} == {KINDS[quantization]}
+    plain = sum(tensor.nbytes for name, tensor in own.items() if name not in codes)
+    assert plain + sum(found.nbytes for found in codes.values()) == read_model_directory(base).nbytes
+    assert find_codes(read_model_directory(dense)) == {}
+
+    # adapters of codes of 4 bits in rows as short as these are refused
+    model = load_quantized(dense, quantization) if quantization == "8 bits" else kind.build()
+    report = randlora.inject(model, r=4, targets=list(kind.targets))
+    randlora.save(fill(model), adapter := tmp_path / "adapter")
+    message = rf"base', which is quantized \({KINDS[quantization]}\): load the model and merge in memory, or merge into"
+    refused(message, tmp_path, "merge")
+    assert all(randlora.files.verify(adapter, place).passed for place in (base, dense))
+    assert tuple(layer.fqn for layer in randlora.files.inspect(adapter, base).layers) == report.targets
+    assert len(randlora.files.merge(adapter, tmp_path / "out", base=dense).merged) == len(report.targets)
+    source, _ = their_directory(kind, tmp_path)  # whose shapes a base gives, quantized or not
+    written = [
+        contents(randlora.files.convert(source, out, "native", base=of, stream=told_stream(source)).out)
+        for out, of in ((tmp_path / "of quantized", base), (tmp_path / "of dense", dense))
+    ]
+    assert written[0] == written[1]
+
+
+OTHERS: dict[str, tuple[str | None, dict[str, Any] | None]] = {
+    r"q_proj\.qweight is of GPTQ or AWQ": (f"{Q_PROJ}.qweight", None),
+    r"weight_scale_inv is of blocks of 8-bit floats": (f"{Q_PROJ}.weight_scale_inv", None),
+    r"weight_packed is of compressed-tensors": (f"{Q_PROJ}.weight_packed", None),
+    r"has no model\.lost\.weight, only": ("model.lost.weight.quant_state.bitsandbytes__nf4", None),
+    "config.json says with fp8": (None, {"quant_method": "fp8"}),
+    "config.json says with gptq": (None, {"quant_method": "gptq", "load_in_4bit": True}),
+    "config.json says with an unnamed method": (None, {"bits": 4}),
+}
+
+
+def test_another_quantization_is_refused_by_name(tmp_path: Path) -> None:
+    save_adapter(LLAMA, tmp_path / "adapter")
+    for message, (name, said) in OTHERS.items():
+        edit_model(base := save_model(LLAMA, tmp_path / "base"), {name: torch.zeros(4)} if name else {})
+        edit_json(base / "config.json", quantization_config=said)
+        refused(message, tmp_path)
+
+
+def test_what_the_first_versions_said_of_codes_suffices_and_they_cannot_be_trained(tmp_path: Path) -> None:
+    base = quantize(LLAMA, "nf4", tmp_path / "base")
+    with pytest.raises(TargetError, match=r"train_also includes model.layers.0.mlp.up_proj.weight, which is"):
+        randlora.files.plan(base, 4, targets=["q_proj"], train_also=["up_proj"])
+    save_adapter(LLAMA, tmp_path / "adapter", targets=["q_proj"], train_also=["up_proj"])
+    refused(r"up_proj\.weight is quantized here, and was trained as", tmp_path, "inspect")
+    expected = randlora.files.plan(base, 4)
+    for said in ({"load_in_4bit": True}, None):
+        edit_json(base / "config.json", quantization_config=said)
+        assert randlora.files.plan(base, 4) == expected

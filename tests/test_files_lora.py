@@ -1,77 +1,93 @@
-"""A LoRA made of an adapter: the nearest of its rank, which PEFT and converters take, and what it loses is stated."""
+"""A LoRA made of an adapter: the nearest of its rank, as PEFT and other programs read it, and what it loses is stated.
+
+diffusers, PEFT and the names of GGUF are the real ones. vLLM, SGLang, llama.cpp and mlx-lm are not installed with the
+tests; what they do with names, ranks and scalings is said where it is checked.
+"""
 
 import json
 import math
+import re
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import randlora
-from randlora.errors import ConfigError
+from randlora.errors import CheckpointError, ConfigError
 from randlora.files import layouts
-from randlora.files.convert import ConversionReport
 from randlora.files.layouts import frobenius_norm, of_rank, spectral_norm, within
-from tests.checkpoint_files import TENSORS_FILE
+from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, read_fields
+from tests.diffusion_models import flux, noise, patches, unet
 from tests.directories import base_directory, our_directory, their_directory
-from tests.kit import fill
+from tests.kit import fill, same_bits
+from tests.model_directories import adapter_of, contents, stored
 from tests.models import BERT, GPT2, LLAMA, RealModel, outputs, reproducible
 from tests.peer import PREFIX, THEIR_WARNINGS, assert_same_effect, in_peft
 
 pytestmark = [*THEIR_WARNINGS, pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")]
+
+FULL = 1e-5  # a tolerance that only a full rank is within
 both_kinds = pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
 
 
-def updates(model: nn.Module, report: ConversionReport) -> dict[str, Tensor]:
+def updates(model: nn.Module) -> dict[str, Tensor]:
     """Compute every update in float64 with the library's verb for models."""
-    return {layer.fqn: randlora.delta_weight(model, layer.fqn).detach().double() for layer in report.layers}
+    targets = randlora.adapters(model)[0].targets
+    return {fqn: randlora.delta_weight(model, fqn).detach().double() for fqn in targets}
 
 
-@both_kinds
-def test_peft_computes_what_the_cut_updates_do_and_errors_are_those_of_the_dense_matrices(
-    kind: RealModel, tmp_path: Path
+def assert_updates(found: dict[str, Tensor], model: nn.Module) -> None:
+    expected = updates(model)
+    assert found.keys() == expected.keys()
+    for fqn, update in expected.items():
+        assert torch.linalg.norm(found[fqn] - update) <= FULL * torch.linalg.norm(update), fqn
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {"rank": 5, "tolerance": 1}) for kind in (LLAMA, GPT2)),
+        (LLAMA, {"tolerance": 0.3}),
+        (GPT2, {}),
+        (LLAMA, {"tolerance": FULL}),
+    ],
+    ids=str,
+)
+def test_updates_are_cut_to_the_nearest_of_a_rank_or_the_smallest_within_a_tolerance_and_peft_computes_them(
+    kind: RealModel, options: dict[str, Any], tmp_path: Path
 ) -> None:
     source, model = our_directory(kind, tmp_path)
-    report = randlora.files.convert(source, tmp_path / "lora", "lora", rank=5, tolerance=1)
+    report = randlora.files.convert(source, tmp_path / "lora", "lora", **options)
+    theirs: Any = in_peft(kind, tmp_path / "lora")
     cut, lost, whole = kind.build(), 0.0, 0.0
-    for layer, (fqn, update) in zip(report.layers, updates(model, report).items(), strict=True):
+    for layer, (fqn, update) in zip(report.layers, updates(model).items(), strict=True):
         left, values, right = torch.linalg.svd(update)
-        low = left[:, :5] * values[:5] @ right[:5]
+        low = left[:, : layer.rank] * values[: layer.rank] @ right[: layer.rank]
         cut.get_parameter(f"{fqn}.weight").data += (low.T if kind is GPT2 else low).float()
-        squares = values.square()
-        assert layer.relative_error == pytest.approx(math.sqrt(float(squares[5:].sum() / squares.sum())), rel=1e-4)
-        lost, whole = lost + float(squares[5:].sum()), whole + float(squares.sum())
-    assert report.relative_error == pytest.approx(math.sqrt(lost / whole), rel=1e-4)
-    assert_same_effect(cut, in_peft(kind, tmp_path / "lora"), kind)
-    full = randlora.files.convert(source, tmp_path / "full", "lora", tolerance=1e-5)
-    assert full.relative_error < 1e-5
-    assert_same_effect(model, in_peft(kind, tmp_path / "full"), kind)
-
-
-@pytest.mark.parametrize("tolerance", [0.3, None])
-def test_a_tolerance_gives_every_layer_the_smallest_rank_that_is_within_it(
-    tolerance: float | None, tmp_path: Path
-) -> None:
-    source, model = our_directory(LLAMA, tmp_path)
-    report = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=tolerance)
-    theirs = in_peft(LLAMA, tmp_path / "lora")
-    assert len({layer.rank for layer in report.layers}) > 1
-    assert "rank_pattern" in report.notes[0]
-    for layer, update in zip(report.layers, updates(model, report).values(), strict=True):
-        squares = torch.linalg.svdvals(update).square()
-        assert layer.relative_error <= (tolerance or 0.05)
-        assert math.sqrt(float(squares[layer.rank - 1 :].sum() / squares.sum())) > (tolerance or 0.05)
-        module: Any = theirs.base_model.model.get_submodule(layer.fqn)
+        squares, size = values.square(), float(values.square().sum())
+        tails = [math.sqrt(float(squares[rank:].sum()) / size) for rank in range(len(squares) + 1)]
+        assert layer.relative_error == pytest.approx(tails[layer.rank], rel=1e-4, abs=FULL)
+        if "rank" in options:
+            assert layer.rank == 5
+        else:
+            assert layer.relative_error <= options.get("tolerance", 0.05) < tails[layer.rank - 1]
+        module = theirs.base_model.model.get_submodule(layer.fqn)
         assert (module.r["default"], module.scaling["default"]) == (layer.rank, 1.0)
-        product = module.lora_B["default"].weight.double() @ module.lora_A["default"].weight.double()
-        distance = torch.linalg.norm(update - product) / torch.linalg.norm(update)
-        assert layer.relative_error == pytest.approx(float(distance), rel=1e-3)
+        lost, whole = (
+            lost + layer.relative_error**2 * float(update.square().sum()),
+            whole + float(update.square().sum()),
+        )
+    assert report.relative_error == pytest.approx(math.sqrt(lost / whole), rel=1e-4)
+    assert ("rank_pattern" in "".join(report.notes)) == (len({layer.rank for layer in report.layers}) > 1)
+    assert_same_effect(cut, theirs, kind)
 
 
 def test_ranks_reach_the_right_layers_whatever_their_names(tmp_path: Path) -> None:
@@ -84,7 +100,7 @@ def test_ranks_reach_the_right_layers_whatever_their_names(tmp_path: Path) -> No
     model = reproducible(build)
     randlora.inject(model, r=4, alpha=8)
     randlora.save(fill(model), tmp_path / "ours")
-    report = randlora.files.convert(tmp_path / "ours", tmp_path / "lora", "lora", tolerance=1e-5)
+    report = randlora.files.convert(tmp_path / "ours", tmp_path / "lora", "lora", tolerance=FULL)
     assert len({layer.rank for layer in report.layers}) == 3
     theirs = PeftModel.from_pretrained(reproducible(build), tmp_path / "lora").eval()
     x = torch.randn(4, 12)
@@ -106,30 +122,28 @@ def test_a_loss_beyond_the_tolerance_is_refused_and_nothing_written(tmp_path: Pa
     assert max(layer.relative_error for layer in report.layers) == pytest.approx(worst, abs=1e-4)
 
 
-def test_the_head_and_the_biases_trained_beside_it_come_along(tmp_path: Path) -> None:
-    source, theirs = their_directory(BERT, tmp_path, modules_to_save=["classifier"], bias="randlora_only")
-    base = base_directory(BERT, tmp_path)
-    report = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=1e-5, base=base)
-    assert any("not every server reads them" in note for note in report.notes)
-    lora = in_peft(BERT, tmp_path / "lora")
-    difference = outputs(lora, BERT.inputs()) - outputs(theirs, BERT.inputs())
-    assert difference.abs().max() < 1e-4 * outputs(theirs, BERT.inputs()).abs().max()
-    kept = ("modules_to_save", "query.base_layer.bias")
-    assert sum(any(part in name for part in kept) for name, _ in lora.named_parameters()) == 4
-
-
 @pytest.mark.parametrize(
     "options",
-    [{"layers_to_transform": [1]}, {"target_modules": r".*layer\.1.*(query|value)"}],
-    ids=["numbers", "regex"],
+    [
+        {"modules_to_save": ["classifier"], "bias": "randlora_only"},
+        {"layers_to_transform": [1]},
+        {"target_modules": r".*layer\.1.*(query|value)"},
+    ],
+    ids=["head and biases", "numbers", "regex"],
 )
-def test_a_choice_of_layers_made_in_peft_is_kept(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_choice_of_layers_made_in_peft_is_kept_and_what_was_trained_beside_them(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     source, theirs = their_directory(BERT, tmp_path, **options)
-    base = base_directory(BERT, tmp_path)
-    randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=1e-5, base=base)
+    base, has_head = base_directory(BERT, tmp_path), "bias" in options
+    report = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=FULL, base=base)
+    assert any("not every server reads them" in note for note in report.notes) == has_head
     lora = in_peft(BERT, tmp_path / "lora")
-    adapted = {name.split(".lora_A")[0] for name, _ in lora.named_parameters() if ".lora_A" in name}
-    assert adapted == {name.split(".randlora_gamma")[0] for name, _ in theirs.named_parameters() if "_gamma" in name}
+    names, own = ([name for name, _ in model.named_parameters()] for model in (lora, theirs))
+    adapted = {name.split(".lora_A")[0] for name in names if ".lora_A" in name}
+    assert adapted == {name.split(".randlora_gamma")[0] for name in own if "_gamma" in name}
+    kept = ("modules_to_save", "query.base_layer.bias")
+    assert not has_head or sum(any(part in name for part in kept) for name in names) == 4
     torch.testing.assert_close(outputs(lora, BERT.inputs()), outputs(theirs, BERT.inputs()), rtol=1e-3, atol=1e-3)
 
 
@@ -168,6 +182,9 @@ def test_a_large_matrix_is_approximated_nearly_as_well_as_can_be(
     assert smallest <= near.rank <= smallest + 2
 
 
+# Names and layouts of other programs
+
+
 @both_kinds
 def test_converters_find_in_a_merged_model_the_names_of_its_base_and_of_the_factors(
     kind: RealModel, tmp_path: Path
@@ -185,8 +202,8 @@ def test_converters_find_in_a_merged_model_the_names_of_its_base_and_of_the_fact
     base, (source, model) = base_directory(kind, tmp_path), our_directory(kind, tmp_path)
     merged = randlora.files.merge(source, tmp_path / "merged", base=base).out
     assert {path.name for path in merged.iterdir()} == {path.name for path in base.iterdir()}
-    names = set(load_file(merged / "model.safetensors"))
-    assert names == set(load_file(base / "model.safetensors"))
+    names = set(stored(merged))
+    assert names == set(stored(base))
     assert json.loads((merged / "config.json").read_text())["model_type"] == kind.name
     targets = set(randlora.adapters(model)[0].targets)
     assert in_gguf(names) > in_gguf({f"{fqn}.weight" for fqn in targets})
@@ -195,3 +212,210 @@ def test_converters_find_in_a_merged_model_the_names_of_its_base_and_of_the_fact
     assert keys == {f"{PREFIX}{fqn}.lora_{part}.weight" for fqn in targets for part in "AB"}
     # its converter transposes the weights of GPT-2's layers, and their factors with them, which are not transposed
     assert any("llama.cpp" in note for note in report.notes) == (kind is GPT2)
+
+
+def test_servers_of_one_rank_add_the_update_and_a_note_says_where_ranks_that_differ_are_none_for_them(
+    tmp_path: Path,
+) -> None:
+    """Of vLLM, SGLang and llama.cpp.
+
+    vLLM scales every layer by ``lora_alpha / r`` and pads its factors to r, SGLang copies them into room for exactly r
+    and reads names from a list, and llama.cpp divides ``lora_alpha`` by the rank of each tensor. Any tensor of another
+    name is an error to all of them, and so are ``modules_to_save`` and ``use_dora``.
+    """
+    source, model = our_directory(LLAMA, tmp_path)
+    options: dict[str, dict[str, Any]] = {"one": {"rank": 32}, "padded": {"same_rank": True}, "mixed": {}}
+    notes, layers = {}, {}
+    for name, given in options.items():
+        report = randlora.files.convert(source, tmp_path / name, "lora", tolerance=FULL, **given)
+        notes[name], layers[name] = report.notes, report.layers
+        fields, tensors = read_fields(tmp_path / name), load_file(tmp_path / name / TENSORS_FILE)
+        assert not fields["modules_to_save"]
+        assert not fields["use_dora"]
+        assert isinstance(fields["target_modules"], list)
+        fqns = [layer.fqn for layer in report.layers]
+        assert tensors.keys() == {f"{PREFIX}{fqn}.lora_{part}.weight" for fqn in fqns for part in "AB"}
+        ranks = {len(tensor) for key, tensor in tensors.items() if ".lora_A." in key}
+        assert (ranks == {fields["r"]}) == (name != "mixed")
+        assert max(ranks) <= fields["r"] == fields["lora_alpha"]
+        factors = {fqn: [tensors[f"{PREFIX}{fqn}.lora_{part}.weight"].double() for part in "BA"] for fqn in fqns}
+        assert_updates({fqn: lora_B @ lora_A for fqn, (lora_B, lora_A) in factors.items()}, model)
+        if name != "mixed":
+            assert (fields["r"], fields["rank_pattern"], fields["alpha_pattern"]) == (32, {}, {})
+            assert_same_effect(model, in_peft(LLAMA, tmp_path / name), LLAMA)
+    assert layers["mixed"] == layers["padded"]
+    assert notes["one"] == ()
+    assert notes["padded"][-1].endswith("padded with zeros to rank 32, which changes no update")
+    assert "SGLang does not, and llama.cpp would scale layers wrongly; same_rank=True" in notes["mixed"][-1]
+
+
+@both_kinds  # it has other names for GPT-2's layers
+def test_mlx_lm_adds_the_update(kind: RealModel, tmp_path: Path) -> None:
+    """It computes ``scale · a b``, transposed, of the layers that the configuration names; all have its one rank."""
+    source, model = our_directory(kind, tmp_path)
+    randlora.files.convert(source, tmp_path / "lora", "lora", format="mlx", tolerance=FULL)
+    assert contents(tmp_path / "lora").keys() == {CONFIG_FILE, "adapters.safetensors"}
+    fields, tensors = read_fields(tmp_path / "lora"), load_file(tmp_path / "lora" / "adapters.safetensors")
+    options = fields["lora_parameters"]
+    assert (fields["fine_tune_type"], options["dropout"]) == ("lora", 0.0)
+    assert tensors.keys() == {f"{fqn}.lora_{part}" for fqn in options["keys"] for part in "ab"}
+    found = {}
+    for fqn in options["keys"]:
+        a, b = (tensors[f"{fqn}.lora_{part}"].double() for part in "ab")
+        assert (a.shape[1], b.shape[0]) == (options["rank"], options["rank"])
+        found[fqn] = options["scale"] * (a @ b).T
+    assert_updates(found, model)
+
+
+def pipeline(component: str, model: nn.Module) -> Any:
+    """Build a pipeline of Stable Diffusion or of Flux around one of its models."""
+    import diffusers
+
+    if component == "transformer":
+        others = ["scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+        return diffusers.FluxPipeline(**dict.fromkeys(others), transformer=model)
+    others = ["vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"]
+    parts = dict.fromkeys(others) | {"unet": unet()} | {component: model}
+    return diffusers.StableDiffusionPipeline(requires_safety_checker=False, **parts)
+
+
+def clip() -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(vocab_size=50, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, **sizes)
+    return reproducible(lambda: CLIPTextModel(config))
+
+
+PARTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], Any, str]] = {
+    "unet": (unet, noise, None, r"lora_unet_(down|up|mid)_block[s_]\w+_to_\w+\.diff"),
+    # of whose `proj_out` those within a block are not adapted
+    "transformer": (flux, patches, r".*\.to_q|proj_out|.*\.proj_mlp", r"transformer\.[\w.]+\.diff"),
+    "text_encoder": (
+        clip,
+        lambda: {"input_ids": torch.arange(12).reshape(2, 6)},
+        None,
+        r"text_encoder\.text_model\.encoder\.layers\.\d\.self_attn\.[qv]_proj\.diff",
+    ),
+}
+every_part = pytest.mark.parametrize("component", PARTS)
+
+
+def output(model: nn.Module, inputs: Callable[[], dict[str, Any]]) -> Tensor:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        found: Tensor = model(**inputs())[0]
+    return found
+
+
+def saved(component: str, parent: Path) -> tuple[Path, nn.Module]:
+    build, _, targets, _ = PARTS[component]
+    model = build().eval()
+    randlora.inject(model, r=4, alpha=8, targets=targets)
+    randlora.save(fill(model), parent / "ours")
+    return parent / "ours", model
+
+
+@pytest.mark.medium
+@every_part
+def test_a_pipeline_of_diffusers_loads_the_update_without_a_prefix_stripped_by_hand(
+    component: str, tmp_path: Path
+) -> None:
+    build, inputs, *_ = PARTS[component]
+    source, model = saved(component, tmp_path)
+    report = randlora.files.convert(source, tmp_path / "lora", "lora", format="diffusers", tolerance=FULL)
+    (file,) = (tmp_path / "lora").iterdir()
+    assert file.name == "pytorch_lora_weights.safetensors"
+    assert report.notes[0].startswith(f"for {component!r} of a pipeline")
+    assert len({layer.rank for layer in report.layers}) > 1
+    pipe = pipeline(component, build().eval())
+    pipe.load_lora_weights(tmp_path / "lora")
+    served = getattr(pipe, component)
+    expected, base = output(model, inputs), output(build().eval(), inputs)
+    assert (output(served, inputs) - expected).abs().max() < 1e-4 * (expected - base).abs().max()
+    adapted = {name.split(".lora_A")[0] for name, _ in served.named_parameters() if ".lora_A" in name}
+    assert adapted == {layer.fqn for layer in report.layers}
+    with safe_open(file, "pt") as opened:  # versions that read no metadata get the same scaling
+        packed = json.loads(opened.metadata()["lora_adapter_metadata"])
+    config = LoraConfig(**{name.removeprefix(f"{component}."): value for name, value in packed.items()})
+    assert {each.shape[1] for key, each in load_file(file).items() if "lora_B" in key} == {config.r}
+    assert config.lora_alpha == config.r
+
+
+@every_part
+def test_full_updates_are_exact_under_keys_that_comfyui_knows(component: str, tmp_path: Path) -> None:
+    source, model = saved(component, tmp_path)
+    told: list[tuple[int, int, str]] = []
+    report = randlora.files.convert(source, tmp_path / "diff", "diff", progress=lambda *news: told.append(news))
+    tensors, targets = load_file(tmp_path / "diff" / "diff.safetensors"), randlora.adapters(model)[0].targets
+    assert report.relative_error == 0
+    assert all(re.fullmatch(PARTS[component][-1], key) for key in tensors)
+    assert [done for done, _, _ in told] == [*range(len(targets)), len(targets)]
+    beginnings = ("lora_unet_", "transformer_", "text_encoder_text_model_")
+    plain = {key.removesuffix(".diff").replace(".", "_"): tensor for key, tensor in tensors.items()}
+    assert len(plain) == len(targets)
+    for fqn in targets:
+        (tensor,) = (plain[key] for key in plain if key in {f"{each}{fqn.replace('.', '_')}" for each in beginnings})
+        assert same_bits(tensor, randlora.delta_weight(model, fqn).detach()), fqn
+
+
+@both_kinds
+def test_a_full_update_has_a_generic_key_and_the_layout_of_its_weight(kind: RealModel, tmp_path: Path) -> None:
+    source, model = our_directory(kind, tmp_path)
+    report = randlora.files.convert(source, tmp_path / "diff", "diff")
+    assert "for 'diffusion_model'" in report.notes[-1]
+    before, diff = kind.build().state_dict(), load_file(tmp_path / "diff" / "diff.safetensors")
+    targets = randlora.adapters(model)[0].targets
+    randlora.merge(model)
+    for fqn in targets:
+        found = before[f"{fqn}.weight"] + diff[f"diffusion_model.{fqn}.diff"]
+        torch.testing.assert_close(found, model.get_parameter(f"{fqn}.weight").data)
+
+
+# What is refused, before anything is written
+
+
+def refused(parent: Path, message: str, **options: Any) -> None:
+    before = contents(parent)
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        randlora.files.convert(parent / "ours", parent / "out", **options)
+    assert contents(parent) == before
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "format= and same_rank= are for to=\"lora\", not 'peft'": {"to": "peft", "format": "peft"},
+    "format= and same_rank= are for to=\"lora\", not 'diff'": {"to": "diff", "same_rank": True},
+    "rank= and tolerance= are for to=\"lora\": 'peft' is exact": {"rank": 4},
+    'component= is for to="diff", and': {"to": "lora", "component": "unet"},
+    'component="diffusion_model" is for to="diff"': {
+        "to": "lora", "format": "diffusers", "component": "diffusion_model"
+    },
+    "rank must be a positive integer, got 0": {"to": "lora", "rank": 0},
+    "tolerance must be a finite number, got nan": {"to": "lora", "tolerance": float("nan")},
+}  # fmt: skip
+
+
+def test_options_that_mean_nothing_and_names_that_comfyui_does_not_tell_apart_are_errors(tmp_path: Path) -> None:
+    our_directory(LLAMA, tmp_path)
+    for message, options in WRONG.items():
+        refused(tmp_path, message, **options)
+    blocks = nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
+    adapter_of(nn.ModuleDict({"down_blocks": blocks}), tmp_path / "ours")
+    refused(tmp_path, r"two layers would have the key lora_unet_down_blocks_a_b\.diff", to="diff")
+
+
+@pytest.mark.parametrize(
+    "options", [{"to": "lora", "format": "diffusers"}, {"to": "lora", "format": "mlx"}, {"to": "diff"}], ids=str
+)
+def test_what_files_of_updates_alone_have_no_place_for_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    adapter_of(BERT.build(), tmp_path / "ours", train_also=["classifier"])
+    trained = r"holds only updates, but the adapter has trained classifier\.bias, classifier\.weight"
+    refused(tmp_path, trained, **options)
+    adapter_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8)), tmp_path / "ours", targets="all")
+    refused(tmp_path, "0 is of kind convolution, and only linear layers", **options)
+    source, _ = our_directory(LLAMA, tmp_path)
+    first, second = (randlora.files.convert(source, tmp_path / "again", overwrite=True, **options) for _ in range(2))
+    assert first == second
+    assert first.nbytes == sum(path.stat().st_size for path in (tmp_path / "again").iterdir())
+    randlora.files.convert(source, tmp_path / "out", "peft")
+    refused(tmp_path, "holds files of a different format, such as adapter_model", overwrite=True, **options)

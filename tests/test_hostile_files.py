@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,12 @@ from tests.model_directories import contents
 ROOT = Path(__file__).parent.parent
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "portable": {"stream": "portable"},
+    "our_adapter": {},
+    "portable_adapter": {"stream": "portable"},
     "block": {"r": 8, "basis": "block"},
     "very sparse": {"r": 8, "basis": "very_sparse"},
     "by layer": {"r": {"0": 2, ".*": 4}},
 }
-
-
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of a header and a JSON that disagree
 
 
@@ -75,6 +73,15 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, options in OPTIONS.items():
         our_adapter(parent / name, **options)
     return parent
+
+
+@contextmanager
+def restoring(directory: Path) -> Iterator[None]:
+    """Undo what is written into files."""
+    whole = contents(directory)
+    yield
+    for name, held in whole.items():
+        (directory / name).write_bytes(held)
 
 
 @pytest.mark.parametrize(("maker", "damage"), CASES.values(), ids=CASES)
@@ -266,14 +273,13 @@ def test_every_place_of_a_header_and_every_field_of_pefts_has_its_types(sound: P
         (theirs, read_fields(theirs), PEFT_TYPES, lambda changed: write_json(theirs, changed)),
     ]
     for directory, found, types, write in both:
-        whole = (directory / TENSORS_FILE).read_bytes()
         assert len({*places(found)}) > 20
         for number, place in enumerate(places(found)):
             own = functools.reduce(lambda held, key: held[key], place, found)
             for wrong in WRONG[number % 4 :: 4]:
-                write(put(found, place, wrong))
-                error = outcome(directory)
-                (directory / TENSORS_FILE).write_bytes(whole)
+                with restoring(directory):
+                    write(put(found, place, wrong))
+                    error = outcome(directory)
                 assert isinstance(error, CheckpointError | None), (place, wrong, error)
                 assert error or type(wrong) in types.get(place, {type(own)}), (place, wrong)
 
@@ -292,38 +298,38 @@ json_values = st.recursive(
 )
 
 
+def changed(found: Any, data: st.DataObject) -> Any:
+    """Put any values at one to three places."""
+    for _ in range(data.draw(st.integers(1, 3))):
+        found = put(found, data.draw(st.sampled_from([*places(found)])), data.draw(json_values))
+    return found
+
+
 @pytest.mark.medium
 @settings(max_examples=70)
 @given(data=st.data())
 def test_any_header_is_refused_or_loads(data: st.DataObject, sound: Path) -> None:
     directory = sound / data.draw(st.sampled_from([*OPTIONS]))
-    whole, found = (directory / TENSORS_FILE).read_bytes(), header_of(directory)
-    for _ in range(data.draw(st.integers(1, 3))):
-        found = put(found, data.draw(st.sampled_from([*places(found)])), data.draw(json_values))
-    with suppress(TypeError, ValueError):  # of what cannot be sealed
-        rewritten(found)(directory)
-    error = outcome(directory)
-    (directory / TENSORS_FILE).write_bytes(whole)
-    assert isinstance(error, CheckpointError | None)
+    with restoring(directory):
+        with suppress(TypeError, ValueError):  # of what cannot be sealed
+            rewritten(changed(header_of(directory), data))(directory)
+        assert isinstance(outcome(directory), CheckpointError | None)
 
 
 @pytest.mark.medium
 @settings(max_examples=30)
 @given(data=st.data())
 def test_any_json_is_refused_or_loads_and_can_be_saved_again(data: st.DataObject, sound: Path) -> None:
-    whole = contents(sound / "peft_directory")
-    found: Any = {**read_fields(sound / "peft_directory"), data.draw(st.text(max_size=4)): data.draw(json_values)}
-    for _ in range(data.draw(st.integers(1, 3))):
-        found = put(found, data.draw(st.sampled_from([*places(found)])), data.draw(json_values))
-    with suppress(ValueError):  # of an integer that Python does not write
-        write_json(sound / "peft_directory", found)
-    error, model = outcome(sound / "peft_directory"), LINEAR.build()
-    if error is None:
-        randlora.load(model, sound / "peft_directory")
-        randlora.save(model, sound / "peft_directory", bases="stored")
-        assert outcome(sound / "peft_directory") is None
-    for name, held in whole.items():
-        (sound / "peft_directory" / name).write_bytes(held)
+    directory, model = sound / "peft_directory", LINEAR.build()
+    with restoring(directory):
+        found = {**read_fields(directory), data.draw(st.text(max_size=4)): data.draw(json_values)}
+        with suppress(ValueError):  # of an integer that Python does not write
+            write_json(directory, changed(found, data))
+        error = outcome(directory)
+        if error is None:
+            randlora.load(model, directory)
+            randlora.save(model, directory, bases="stored")
+            assert outcome(directory) is None
     assert isinstance(error, CheckpointError | None)
 
 
@@ -332,12 +338,11 @@ def test_any_json_is_refused_or_loads_and_can_be_saved_again(data: st.DataObject
 @given(data=st.data())
 def test_any_bytes_of_a_file_without_checksum_are_refused_or_load(data: st.DataObject, sound: Path) -> None:
     path = sound / "peft_directory" / TENSORS_FILE
-    whole = path.read_bytes()
-    held, end = bytearray(whole), 8 + int.from_bytes(whole[:8], "little")
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, end - 1) | st.integers(0, len(held) - 1))
-        held[place] = data.draw(st.integers(0, 255) | st.sampled_from(b'0123456789[],:{}"'))
-    path.write_bytes(held[: data.draw(st.just(len(held)) | st.integers(0, len(held)))])
-    error = outcome(path.parent)
-    path.write_bytes(whole)
-    assert isinstance(error, CheckpointError | None)
+    with restoring(path.parent):
+        held = bytearray(path.read_bytes())
+        end = 8 + int.from_bytes(held[:8], "little")
+        for _ in range(data.draw(st.integers(1, 4))):
+            place = data.draw(st.integers(0, end - 1) | st.integers(0, len(held) - 1))
+            held[place] = data.draw(st.integers(0, 255) | st.sampled_from(b'0123456789[],:{}"'))
+        path.write_bytes(held[: data.draw(st.just(len(held)) | st.integers(0, len(held)))])
+        assert isinstance(outcome(path.parent), CheckpointError | None)

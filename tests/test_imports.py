@@ -12,7 +12,6 @@ import types
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +20,7 @@ from randlora.features import FEATURES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "randlora"
-
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 ROOMS: list[str] = runpy.run_path(str(ROOT / "docs" / "assets" / "rooms.py"))["rooms"](PAGE)
@@ -82,8 +81,7 @@ def test_a_file_imports_from_its_room_and_those_below_it() -> None:
 
 
 def test_a_file_imports_what_the_project_depends_on_by_full_names_and_nothing_else() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {requirement.split(">")[0] for requirement in project["dependencies"]}
+    declared = {requirement.split(">")[0] for requirement in PROJECT["dependencies"]}
     assert declared == {"torch", "safetensors", "numpy"}
     for name, tree in modules().items():
         targets = list(imported(tree))
@@ -101,7 +99,7 @@ def test_no_file_names_a_feature() -> None:
 
 
 WITHOUT = """
-import os, sys, tempfile
+import copy, os, sys, tempfile
 from importlib.machinery import PathFinder
 import torch
 from torch import nn
@@ -115,13 +113,10 @@ class Hidden(PathFinder):
 
 sys.meta_path = [Hidden if finder is PathFinder else finder for finder in sys.meta_path]
 
-def new():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-
 def use():
     import randlora
-    model, x = new(), torch.randn(3, 8)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(3, 8)
+    loaded = copy.deepcopy(model)
     randlora.inject(model, r=2)
     assert hidden not in sys.modules
     optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1)
@@ -131,7 +126,6 @@ def use():
     trained = model(x)
     with tempfile.TemporaryDirectory() as directory:
         randlora.save(model, directory)
-        loaded = new()
         randlora.load(loaded, directory)
     assert torch.equal(loaded(x), trained)
     randlora.merge(model)
@@ -184,37 +178,25 @@ print(json.dumps({"is_lazy": is_lazy, "listed": listed, "before": before, "after
 """
 
 
-@pytest.fixture(scope="module")
-def fresh() -> dict[str, Any]:
-    """What a fresh interpreter says of itself before and after importing the library."""
+def test_importing_the_library_imports_its_files_but_the_command_line_and_nothing_optional() -> None:
     command = [sys.executable, "-W", "error", "-c", SCRIPT]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stderr == ""
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
-
-
-def test_importing_the_library_imports_nothing_optional(fresh: dict[str, Any]) -> None:
+    fresh = json.loads(result.stdout)
     optional = {"transformers", "peft", "accelerate", "huggingface_hub", "bitsandbytes", "torchao", "rich", "typer"}
     assert not optional & {module.split(".")[0] for module in fresh["loaded"]}
-
-
-def test_importing_the_library_imports_every_file_of_it_but_the_command_line(fresh: dict[str, Any]) -> None:
-    names = {f"randlora.{name}".removesuffix(".") for name in modules() if floor(name) <= floor("")}
     assert fresh["is_lazy"]
     assert {*randlora.__all__, "__version__"} <= {*fresh["listed"]}
+    names = {f"randlora.{name}".removesuffix(".") for name in modules() if floor(name) <= floor("")}
     assert names <= set(fresh["loaded"])
+    assert fresh["after"] == fresh["before"], "and it changes no global state"
+    assert fresh["after"]["cuda"] is False
 
 
 def test_functions_on_files_know_the_features_in_a_new_process() -> None:
     script = "import sys; from randlora.files import plan; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert {f"randlora.{feature}" for feature in FEATURES} <= {*done.stdout.split()}
-
-
-def test_importing_the_library_changes_no_global_state(fresh: dict[str, Any]) -> None:
-    assert fresh["after"] == fresh["before"]
-    assert fresh["after"]["cuda"] is False
 
 
 def test_the_public_names_are_complete_and_sorted() -> None:
@@ -229,10 +211,6 @@ def test_the_public_names_are_complete_and_sorted() -> None:
         assert defined_in is None or defined_in.__name__.startswith("randlora."), name
 
 
-def test_the_version_is_the_projects() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert randlora.__version__ == project["version"]
-
-
-def test_the_package_says_that_it_is_typed() -> None:
+def test_the_version_is_the_projects_and_the_package_says_that_it_is_typed() -> None:
+    assert randlora.__version__ == PROJECT["version"]
     assert (PACKAGE / "py.typed").read_bytes() == b""

@@ -10,18 +10,9 @@ import randlora
 from tests.kit import bits, fill, same_bits, untouched
 from tests.laws import Mixed
 
-
-def set_last_bit(model: nn.Module) -> None:
-    model.get_parameter("head.weight").data[0, 0].nextafter_(torch.tensor(9.0))
-
-
-def negate_zero(model: nn.Module) -> None:
-    model.get_buffer("zeros").neg_()
-
-
 CHANGES: dict[str, Callable[[Mixed], object]] = {
-    "value head.weight": set_last_bit,
-    "value zeros": negate_zero,
+    "value head.weight": lambda model: model.get_parameter("head.weight").data[0, 0].nextafter_(torch.tensor(9.0)),
+    "value zeros": lambda model: model.get_buffer("zeros").neg_(),
     "parameter q.bias": lambda model: model.q.bias.requires_grad_(),
     "parameter up.weight": lambda model: setattr(model.up, "weight", nn.Parameter(model.up.weight.data, False)),
     "module q": lambda model: model.q.eval(),
@@ -44,9 +35,8 @@ def test_a_snapshot_tells_what_changed(what: str) -> None:
 
 
 def test_bits_tell_zeros_apart_and_not_nan() -> None:
-    nan = torch.tensor([float("nan")])
+    nan, zero = torch.tensor([float("nan")]), torch.zeros(1)
     assert same_bits(nan, nan.clone())
-    assert not same_bits(torch.zeros(1), -torch.zeros(1))
-    assert not same_bits(torch.zeros(1), torch.zeros(1, dtype=torch.int32))
-    assert not same_bits(torch.zeros(1), torch.zeros(1, 1))
+    for other in (-zero, torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1)):
+        assert not same_bits(zero, other)
     assert bits(torch.zeros(2, device="meta")) == bits(torch.ones(2, device="meta"))

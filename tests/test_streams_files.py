@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import randlora
 from randlora.bases.basis import Basis
@@ -34,7 +34,7 @@ from tests.checkpoint_files import (
 from tests.directories import base_directory, our_directory
 from tests.models import LLAMA
 from tests.peer import THEIR_WARNINGS, assert_same_effect, in_peft
-from tests.test_golden import CASE, DATA, TARGETS
+from tests.test_golden import CASE, DATA
 
 pytestmark = THEIR_WARNINGS
 
@@ -48,7 +48,8 @@ ASSUMED = "PEFT stored neither the bases nor the torch that drew them"
 
 
 def delta_weights(model: nn.Module) -> dict[str, Any]:
-    return {fqn: randlora.delta_weight(model, fqn).tolist() for fqn in TARGETS}
+    (info,) = randlora.adapters(model)
+    return {fqn: randlora.delta_weight(model, fqn).tolist() for fqn in info.targets}
 
 
 def stream_of(directory: Path, of: str = "basis") -> str:
@@ -56,10 +57,8 @@ def stream_of(directory: Path, of: str = "basis") -> str:
     return str(json.loads(read_tensors(directory)[1]["randlora"])[of]["stream"])
 
 
-# Files of ours that were saved before the stream had a name
-
-
 def test_a_digest_decides_between_the_streams(tmp_path: Path) -> None:
+    """Of a file of ours that was saved before the stream had a name."""
     streams: tuple[Stream | None, ...] = (None, "torch-2.11")
     for stream in streams:
         model, twin = CASE.build(), CASE.build()
@@ -86,38 +85,13 @@ def test_a_digest_decides_between_the_streams(tmp_path: Path) -> None:
 # Files of PEFT without bases, which do not say under which torch they were trained
 
 
-class Old(NamedTuple):
-    """A file that PEFT saves without bases, of an adapter trained under torch 2.11 or older, with its base model."""
-
-    adapter: Path
-    base: Path
-    updates: dict[str, Tensor]
-
-
 @pytest.fixture
-def old(tmp_path: Path) -> Old:
+def old(tmp_path: Path) -> tuple[Path, Path, nn.Module]:
+    """A file that PEFT saves without bases of an adapter trained under torch 2.11 or older, its base, and the model."""
     adapter, model = our_directory(LLAMA, tmp_path, stream="torch-2.11")
     edit_tensors(adapter, {})
     edit_fields(adapter, {}, drop=["randlora_stream"])
-    return Old(adapter, base_directory(LLAMA, tmp_path), updates(model))
-
-
-def updates(model: nn.Module) -> dict[str, Tensor]:
-    (info,) = randlora.adapters(model)
-    return {fqn: randlora.delta_weight(model, fqn).detach() for fqn in info.targets}
-
-
-def assert_updates(found: dict[str, Tensor], expected: dict[str, Tensor], *, are_equal: bool = True) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[fqn], expected[fqn]) == are_equal for fqn in expected)
-
-
-def load_updates(directory: Path, *, is_assumed: bool = False, **options: Any) -> dict[str, Tensor]:
-    """Load an adapter, check whether the report says what was assumed, and return its updates."""
-    model = LLAMA.build()
-    report = randlora.load(model, directory, **options)
-    assert (ASSUMED in str(report)) == is_assumed
-    return updates(model)
+    return adapter, base_directory(LLAMA, tmp_path), model
 
 
 def test_without_a_stream_todays_is_assumed_and_the_report_says_so() -> None:
@@ -131,48 +105,40 @@ def test_without_a_stream_todays_is_assumed_and_the_report_says_so() -> None:
     assert delta_weights(other) != EXPECTED
 
 
-def test_every_verb_on_files_takes_the_stream(old: Old, tmp_path: Path) -> None:
-    assert_updates(load_updates(old.adapter, stream="torch-2.11"), old.updates)
-    summary = randlora.files.inspect(old.adapter, old.base, stream="torch-2.11")
-    assert (summary.bases[0].spec.stream, summary.notes) == ("torch-2.11", ())
-    verification = randlora.files.verify(old.adapter, old.base, stream="torch-2.11")
-    assert verification.passed
-    assert ASSUMED not in str(verification)
-    report = randlora.files.merge(old.adapter, tmp_path / "merged", base=old.base, stream="torch-2.11")
-    assert report.notes == ()
-    before, after = (load_file(directory / "model.safetensors") for directory in (old.base, tmp_path / "merged"))
-    for fqn, update in old.updates.items():
+@pytest.mark.parametrize("stream", [None, *PEFT_STREAMS])
+def test_every_verb_on_files_takes_the_stream_or_says_what_it_assumed(
+    stream: Stream | None, old: tuple[Path, Path, nn.Module], tmp_path: Path
+) -> None:
+    adapter, base, expected = old
+    files, loaded, native = randlora.files, LLAMA.build(), LLAMA.build()
+    summary = files.inspect(adapter, base, stream=stream)
+    verification = files.verify(adapter, base, stream=stream)
+    assert (summary.bases[0].spec.stream, verification.passed) == (stream or "torch", True)
+    merged = files.merge(adapter, tmp_path / "merged", base=base, stream=stream)
+    reports = [
+        str(randlora.load(loaded, adapter, stream=stream)),
+        *(str(verification), *summary.notes, *files.inspect(adapter, stream=stream).notes[:1], *merged.notes),
+        *files.convert(adapter, tmp_path / "native", "native", base=base, stream=stream).notes,
+        *files.convert(adapter, tmp_path / "lora", "lora", base=base, tolerance=1.0, stream=stream).notes[:1],
+        *files.convert(adapter, tmp_path / "peft", "peft", base=base, stream=stream).notes[:1],
+    ]
+    assert sum(ASSUMED in report for report in reports) == (8 if stream is None else 0)
+    assert stream or merged.notes[0].startswith(f"{adapter}: {ASSUMED}")
+    assert (delta_weights(loaded) == delta_weights(expected)) == (stream == "torch-2.11")
+    before, after = (load_file(directory / "model.safetensors") for directory in (base, tmp_path / "merged"))
+    for fqn in randlora.adapters(loaded)[0].targets:
+        update = randlora.delta_weight(loaded, fqn)
         assert torch.equal(after[f"{fqn}.weight"], before[f"{fqn}.weight"] + update)
 
-
-def test_every_verb_on_files_says_what_it_assumed(old: Old, tmp_path: Path) -> None:
-    assert_updates(load_updates(old.adapter, is_assumed=True), old.updates, are_equal=False)
-    assert randlora.files.inspect(old.adapter).notes[0].startswith(ASSUMED)
-    assert randlora.files.inspect(old.adapter, old.base).notes[0].startswith(ASSUMED)
-    assert ASSUMED in str(randlora.files.verify(old.adapter, old.base))
-    assert randlora.files.convert(old.adapter, tmp_path / "peft", "peft").notes[0].startswith(ASSUMED)
-    lora = randlora.files.convert(old.adapter, tmp_path / "lora", "lora", base=old.base, tolerance=1.0)
-    assert lora.notes[0].startswith(ASSUMED)
-    report = randlora.files.merge(old.adapter, tmp_path / "merged", base=old.base)
-    assert report.notes[0].startswith(f"{old.adapter}: {ASSUMED}")
-
-
-@pytest.mark.parametrize("stream", [None, *PEFT_STREAMS])
-def test_a_converted_file_says_its_stream_and_proves_it(stream: Stream | None, old: Old, tmp_path: Path) -> None:
-    report = randlora.files.convert(old.adapter, tmp_path / "native", "native", base=old.base, stream=stream)
-    assert bool(report.notes) == (stream is None)
     assert {stream_of(tmp_path / "native", of) for of in ("basis", "config")} == {stream or "torch"}
-    assert_updates(load_updates(tmp_path / "native"), old.updates, are_equal=stream == "torch-2.11")
-    outcomes = [check.outcome for check in randlora.files.verify(tmp_path / "native").checks]
-    assert outcomes == ["passed"] * 3
+    assert ASSUMED not in str(randlora.load(native, tmp_path / "native"))
+    assert delta_weights(native) == delta_weights(loaded)
+    assert [check.outcome for check in files.verify(tmp_path / "native").checks] == ["passed"] * 3
+    if stream:  # PEFT finds the bases in the file, and draws none
+        assert_same_effect(loaded, in_peft(LLAMA, tmp_path / "peft"), LLAMA)
 
 
-def test_what_is_converted_for_peft_needs_no_old_torch_any_more(old: Old, tmp_path: Path) -> None:
-    """PEFT finds the bases in the file, and draws none. Without the layers' shapes the file would say as little."""
-    randlora.files.convert(old.adapter, tmp_path / "peft", "peft", base=old.base, stream="torch-2.11")
-    rescued = LLAMA.build()
-    randlora.load(rescued, old.adapter, stream="torch-2.11")
-    assert_same_effect(rescued, in_peft(LLAMA, tmp_path / "peft"), LLAMA)
+def test_bases_of_a_stream_are_not_written_for_layers_whose_shapes_no_file_says(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="give base=, the directory of its base model"):
         randlora.files.convert(PEFTS, tmp_path / "lost", "peft", stream="torch-2.11")
     assert not (tmp_path / "lost").exists()
