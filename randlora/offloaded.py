@@ -20,8 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from randlora.errors import MergeError
 from randlora.layers.in_place import plain_class
-from randlora.places import Keeper, Kept, Place, register_keeper
+from randlora.model.install import register_check
+from randlora.places import Keeper, Kept, Place, loaded_modules, register_keeper
+from randlora.state import attached_state
+from randlora.targets.census import Census
 
 HOOK = "_hf_hook"
 """The attribute of a module in which accelerate keeps its hook, or several hooks combined."""
@@ -272,3 +276,24 @@ class Offloading(Keeper):
                 else:
                     found.setdefault(id(module), None)
         return found
+
+
+@register_check(lambda module: attached_state(module) is not None)
+def require_merged_weights(root: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG001  # a hook's signature
+    """Raise a `MergeError` if accelerate loads the original weights of a model whose adapters are merged.
+
+    accelerate takes what `state_dict` returns. While adapters are merged reversibly, these are the original weights.
+    """
+    state = attached_state(root)
+    if HOOK not in root.__dict__ or state is None or not state.is_merged:
+        return
+    census = Census.of(root)
+    loaded = loaded_modules(census.modules)
+    for site in census.adapted:
+        unmerged = site.layer.unmerged
+        if unmerged is not None and unmerged.place is None and id(site.owner) in loaded:
+            raise MergeError(
+                f"{site.fqn}: accelerate offloaded the model while its adapters were merged reversibly, and loads the "
+                "original weights, without the updates: call randlora.unmerge(model), or offload the model before "
+                "the merge, or merge with reversible=False"
+            )
