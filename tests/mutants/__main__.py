@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gzip
+import json
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 from tests.mutants.choice import Coverage, chosen
+from tests.mutants.copies import Copies, Copy
 from tests.mutants.parts import COUNTS, feature_of
-from tests.mutants.runner import Runner
+from tests.mutants.runs import collect, run_chosen
 from tests.mutants.sample import Mutant, sampled
 
 ROOT = Path(__file__).parents[2]
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -34,79 +34,58 @@ class Result(Mutant):
     by: str
 
 
-class Runners:
-    """Some copies of a tree, each of which does one thing at a time."""
-
-    def __init__(self, tree: Path, place: Path, count: int) -> None:
-        self._free: SimpleQueue[Runner] = SimpleQueue()
-        self._all = [Runner(tree, place / f"runner-{number}") for number in range(count)]
-        for runner in self._all:
-            self._free.put(runner)
-
-    def each(self, work: Callable[[Runner, Item], None], items: Iterable[Item]) -> None:
-        """Do something with each item, as many at a time as there are copies."""
-
-        def one(item: Item) -> None:
-            runner = self._free.get()
-            try:
-                work(runner, item)
-            finally:
-                self._free.put(runner)
-
-        with ThreadPoolExecutor(len(self._all)) as threads:
-            for done in [threads.submit(one, item) for item in items]:
-                done.result()
-
-    def stop(self) -> None:
-        """End their servers."""
-        for runner in self._all:
-            runner.stop()
-
-
-def collect(runners: Runners, tree: Path, directory: Path) -> None:
+def collect_all(copies: Copies, tree: Path, directory: Path) -> None:
     """Run the quick and the medium tests file by file, and then the distributed ones, unless they were run before."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [path for path in sorted((tree / "tests").rglob("test_*.py")) if path.parent.name != "site"]
     files = [path.relative_to(tree).as_posix() for path in paths]
 
-    def one(runner: Runner, file: str) -> None:
+    def one(copy: Copy, file: str) -> None:
         output = directory / (file.replace("/", "+") + ".json.gz")
         if not output.exists():
             began = time.monotonic()
-            answer = runner.collect(file, output)
-            say(f"{file}: {answer['cpu']:.0f} s of the processor in {time.monotonic() - began:.0f} s, {answer['code']}")
+            answer = copy.call(collect, file, wall=7200)
+            output.write_bytes(gzip.compress(json.dumps({"tests": answer.result or {}}).encode()))
+            say(f"{file}: {len(answer.result or {})} tests in {time.monotonic() - began:.0f} s")
 
-    runners.each(one, sorted(files, key=lambda file: "distributed" in file))
+    copies.each(one, sorted(files, key=lambda file: "distributed" in file))
 
 
-def measure(runners: Runners, coverage: Coverage, mutants: Sequence[Mutant], output: Path) -> None:
+def measure(copies: Copies, coverage: Coverage, mutants: Sequence[Mutant], output: Path) -> None:
     """Run the chosen tests with each mutant that has no result yet, and append what became of it to the file."""
     known = {result.place for result in read(output)}
 
-    def one(runner: Runner, mutant: Mutant) -> None:
-        result = tried(runner, coverage, mutant)
+    def one(copy: Copy, mutant: Mutant) -> None:
+        result = tried(copy, coverage, mutant)
         with output.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, NAMES, lineterminator="\n").writerow(asdict(result))
         say(f"{result.outcome}: {mutant.file}:{mutant.line} {mutant.operator} ({result.tests} tests) {result.by}")
 
     if not output.exists():
         write([], output)
-    runners.each(one, [mutant for mutant in mutants if mutant.place not in known])
+    copies.each(one, [mutant for mutant in mutants if mutant.place not in known])
 
 
-def tried(runner: Runner, coverage: Coverage, mutant: Mutant) -> Result:
+def tried(copy: Copy, coverage: Coverage, mutant: Mutant) -> Result:
     """Return what becomes of a mutant."""
     tests = chosen(mutant, coverage.of_mutant(mutant))
     if not tests:
         return Result(**asdict(mutant), outcome="no test", tests=0, by="")
-    with runner.changed(mutant.file, mutant.applied((runner.root / mutant.file).read_text(encoding="utf-8"))):
-        answer = runner.run([test.name for test in tests], sum(test.seconds for test in tests))
-    caught = "survived" if answer["code"] in {0, 5} else "caught"
-    by = answer["failed"][0] if answer["failed"] else ""
-    return Result(**asdict(mutant), outcome="timeout" if answer["late"] else caught, tests=len(tests), by=by)
+    with copy.changed(mutant.file, mutant.applied((copy.root / mutant.file).read_text(encoding="utf-8"))):
+        passed, failed, is_late = ran(copy, coverage, [test.name for test in tests])
+    outcome = "timeout" if is_late else "survived" if passed else "caught"
+    return Result(**asdict(mutant), outcome=outcome, tests=len(tests), by=failed[0] if failed else "")
 
 
-def check(runners: Runners, coverage: Coverage, results: Sequence[Result]) -> list[str]:
+def ran(copy: Copy, coverage: Coverage, tests: Sequence[str]) -> tuple[bool, list[str], bool]:
+    """Run tests until one fails; return whether all passed, which failed, and whether their time was over."""
+    cpu = 60 + 5 * int(sum(coverage.tests[name].seconds for name in tests))
+    answer = copy.call(run_chosen, tests, cpu=cpu, wall=15 * cpu)
+    passed, failed = answer.result or (False, [])
+    return passed, failed, answer.is_late
+
+
+def check(copies: Copies, coverage: Coverage, results: Sequence[Result]) -> list[str]:
     """Return which of the tests that caught a mutant fail on the tree as it is, each file of them in one run."""
     files: dict[str, set[str]] = {}
     for result in results:
@@ -114,13 +93,13 @@ def check(runners: Runners, coverage: Coverage, results: Sequence[Result]) -> li
             files.setdefault(result.by.split("::")[0], set()).add(result.by)
     failed: list[str] = []
 
-    def one(runner: Runner, tests: set[str]) -> None:
+    def one(copy: Copy, tests: set[str]) -> None:
         left = sorted(tests)
-        while left and (found := runner.run(left, sum(coverage.tests[name].seconds for name in left))["failed"]):
+        while left and (found := ran(copy, coverage, left)[1]):
             failed.extend(found)
             left = [name for name in left if name not in found]
 
-    runners.each(one, files.values())
+    copies.each(one, files.values())
     return failed
 
 
@@ -187,27 +166,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.unlink(missing_ok=True)
     if options.only != "table":
         place = ROOT / "build/mutants" / head.stdout.strip()
-        runners = Runners(tree, place, options.jobs)
+        copies = Copies(tree, place, options.jobs)
         if options.only != "run":
-            collect(runners, tree, place / "contexts")
+            collect_all(copies, tree, place / "contexts")
         if options.only != "collect":
             parts = [options.part] if options.part else list(COUNTS)
-            run(runners, Coverage(tree, (place / "contexts").glob("*.gz")), parts, options.count, output)
-        runners.stop()
+            run(copies, Coverage(tree, (place / "contexts").glob("*.gz")), parts, options.count, output)
     print(as_table(read(output)))
     return 0
 
 
-def run(runners: Runners, coverage: Coverage, parts: Sequence[str], count: int | None, output: Path) -> None:
+def run(copies: Copies, coverage: Coverage, parts: Sequence[str], count: int | None, output: Path) -> None:
     """Measure the mutants of some parts in turn, and again without the tests that fail without them."""
     say(f"{len(coverage.tests):,} tests run lines of the package; {len(coverage.failed)} do not pass and are left out")
     samples = [sampled(coverage.tree, part, count or COUNTS[part]) for part in parts]
     numbered = [(number / len(sample), mutant) for sample in samples for number, mutant in enumerate(sample)]
     mutants = [mutant for _, mutant in sorted(numbered, key=lambda pair: pair[0])]
     while True:
-        measure(runners, coverage, mutants, output)
+        measure(copies, coverage, mutants, output)
         results = read(output)
-        if not (failed := check(runners, coverage, results)):
+        if not (failed := check(copies, coverage, results)):
             return
         say(f"these fail without a mutant too, and are left out: {', '.join(failed)}")
         coverage.leave_out(failed)

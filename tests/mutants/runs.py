@@ -1,21 +1,33 @@
-"""Running a file of tests in a child of the server, and writing which lines of the package each test runs."""
+"""What children do in a copy of the tree: run a file of tests and say which lines each runs, or run chosen tests."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import pickle
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from coverage import Coverage, CoverageData
+
+from tests.mutants.copies import Copy
+
+UNWRITTEN = "ignore::pytest.PytestAssertRewriteWarning"  # plugins were imported before
+ARGUMENTS = ("-q", "--tb=short", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-W", UNWRITTEN)
+OPTIONS: dict[str, Any] = {"source": ["randlora"], "config_file": False, "messages": False}
+PATIENCE = 600
+"""Seconds for a call of a distributed test's process, which takes longer while it is measured or the machine busy."""
+
+
+def run(copy: Copy, plugin: object, *arguments: str) -> int:
+    """Run pytest and return its exit code."""
+    given = [*ARGUMENTS, f"--basetemp={copy.place / 'temporary'}", *arguments]
+    return int(pytest.main(given, plugins=[plugin]))
 
 
 class Contexts:
@@ -72,32 +84,25 @@ def traced(directory: str, context: str, call: bytes) -> tuple[Any, float]:
         coverage.save()
 
 
-PATIENCE = 600
-"""Seconds for a call of another process, which takes longer while it is measured."""
-
-OPTIONS: dict[str, Any] = {"source": ["randlora"], "config_file": False, "messages": False}
-
-
-def collect(request: dict[str, Any]) -> int:
-    """Run a file of tests and write its tests, each with its seconds and a bit for every line, by file."""
-    tree = Path.cwd()
+def collect(copy: Copy, file: str) -> dict[str, Any]:
+    """Run a file of tests and return its tests, each with its seconds and a bit for every line, by file."""
     with TemporaryDirectory() as directory:
         coverage = Coverage(data_file=f"{directory}/whole", **OPTIONS)
         plugin = Contexts(coverage, directory)
         coverage.start()
-        code = int(pytest.main([*request["arguments"], request["file"]], plugins=[plugin]))
+        run(copy, plugin, file)
         coverage.stop()
         coverage.save()
         lines: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         for path in Path(directory).iterdir():
             data = CoverageData(str(path))
             data.read()
-            for file in data.measured_files():
-                name = Path(file).relative_to(tree).as_posix()
-                for line, contexts in data.contexts_by_lineno(file).items():
+            for measured in data.measured_files():
+                name = Path(measured).relative_to(copy.root).as_posix()
+                for line, contexts in data.contexts_by_lineno(measured).items():
                     for context in filter(None, contexts):
                         lines[context][name] |= 1 << line
-    tests = {
+    return {
         test: {
             "seconds": round(seconds, 4),
             "passed": plugin.passed.get(test, False),
@@ -105,8 +110,37 @@ def collect(request: dict[str, Any]) -> int:
         }
         for test, seconds in plugin.seconds.items()
     }
-    text = json.dumps({"code": code, "tests": tests})
-    beside = Path(request["output"] + ".part")
-    beside.write_bytes(gzip.compress(text.encode()))
-    beside.rename(request["output"])
-    return 0
+
+
+class Chosen:
+    """A plugin of pytest that leaves out all other tests, and remembers which one failed."""
+
+    def __init__(self, tests: Sequence[str]) -> None:
+        self.rank = {test: rank for rank, test in enumerate(tests)}
+        self.failed: list[str] = []
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = sorted((item for item in items if item.nodeid in self.rank), key=lambda item: self.rank[item.nodeid])
+
+    def pytest_collection_finish(self) -> None:
+        """Have the distributed tests wait for each other longer, because the machine may be busy."""
+        if "tests.distributed.processes" in sys.modules:
+            processes = sys.modules["tests.distributed.processes"].Processes
+            run = processes.run
+            processes.run = lambda *args, seconds=0, **kwargs: run(*args, seconds=max(seconds, PATIENCE), **kwargs)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+def run_chosen(copy: Copy, tests: Sequence[str]) -> tuple[bool, list[str]]:
+    """Run tests in the order given until one fails; return whether all passed, and which failed."""
+    plugin = Chosen(tests)
+    code = run(copy, plugin, "-x", "--timeout=400", *dict.fromkeys(test.split("::")[0] for test in tests))
+    return code in {0, 5}, plugin.failed
