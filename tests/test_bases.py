@@ -1,42 +1,46 @@
-"""Bases: deterministic, prefix-stable where they say so, small in storage without losing a bit, shared by content."""
+"""Bases: deterministic, prefix-stable where they say so, small in storage without losing a bit, of full rank."""
 
 import copy
 import hashlib
 import json
-import math
 import os
 import pickle
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
+import randlora
+from randlora import RandLoRAConfig
 from randlora.bases import BasisBank, BasisSpec, kinds
 from randlora.bases import spec as storage
 from randlora.bases.basis import Bases, Basis
-from randlora.bases.spec import KINDS, PEFT_STREAMS, CompactMatrix
-from randlora.config import BasisKind
-from randlora.errors import ConfigError
+from randlora.bases.kinds import DENSE, default_blocks
+from randlora.bases.spec import KINDS, PEFT_STREAMS, CompactMatrix, count_bases, reach_all, spec_for
+from randlora.config import OPTIONS, BasisKind
+from randlora.errors import CheckpointError, ConfigError
 from randlora.functional import Diagonals, Pair, delta_weight
 from tests import reference
+from tests.checkpoint_files import reseal
 from tests.further import further
-from tests.peer import PEFT_STREAM
+from tests.kit import fill, same_bits
+from tests.laws import assert_close
 from tests.strategies import KINDS_AND_STREAMS, specs
 
-GOLDEN = Path(__file__).parent / "data" / "golden_digests.json"
-LARGE = BasisSpec("dense", "torch", 3, 32, 3072, 768)
-"""Bases of 2.4 million entries, of which some are others wherever torch rounds twice."""
+Shape = tuple[int, int]
 SMALL = BasisSpec("dense", "torch", 0, 4, 12, 8)
+sides = st.integers(1, 130)
 
 
-def slices(spec: BasisSpec, dims: tuple[int, int] | None = None, dtype: torch.dtype = torch.float32) -> Bases:
+def slices(spec: BasisSpec, dims: Shape | None = None, dtype: torch.dtype = torch.float32) -> Bases:
     return Basis(spec).slices(*(dims or (spec.max_dim, spec.min_dim)), device="cpu", dtype=dtype)
 
 
@@ -45,12 +49,19 @@ def assert_same(ours: Bases, theirs: Bases) -> None:
     assert torch.equal(ours.B, theirs.B)
 
 
-# Law 5: determinism
+def part_of(whole: Bases, max_dim: int, min_dim: int, r: int) -> Bases:
+    return Bases(whole.A[:, :, :min_dim], whole.B[:max_dim, : count_bases(min_dim, r)])
 
+
+# Laws 5 and 6: determinism, and the portable stream
+
+GOLDEN = Path(__file__).parent / "data" / "golden_digests.json"
 GOLDEN_SPECS = {
     f"{kind}/{stream}": BasisSpec(kind, stream, 7, 8, 48, 30, (2, 4) if kind == "block" else None)
     for kind, stream in KINDS_AND_STREAMS
-} | {f"dense/{stream} 3072x768": replace(LARGE, stream=stream) for stream in PEFT_STREAMS}
+} | {  # of 2.4 million entries, of which some are others wherever torch rounds twice
+    f"dense/{stream} 3072x768": BasisSpec("dense", stream, 3, 32, 3072, 768) for stream in PEFT_STREAMS
+}
 DIGESTS = """
 import json, sys
 from randlora.bases.basis import Basis
@@ -112,31 +123,14 @@ def test_bases_depend_on_nothing_but_their_spec(spec: BasisSpec, step: int, chun
     assert Basis(spec).digest(*dims) != Basis(other).digest(*dims)
 
 
-@given(specs(smallest=6), st.data())
-def test_a_layer_slices_the_shared_bases_whatever_was_asked_before(spec: BasisSpec, data: st.DataObject) -> None:
-    """`A[:, :, :m]` and `B[:M, :n, :]` of the whole draw, in any order of asking."""
-    whole = slices(spec)
-    basis = Basis(spec)
-    for _ in range(3):
-        max_dim = data.draw(st.integers(1, spec.max_dim))
-        min_dim = data.draw(st.integers(1, min(max_dim, spec.min_dim)))
-        part = basis.slices(max_dim, min_dim, device="cpu", dtype=torch.float32)
-        num_bases = -(-min_dim // spec.r)
-        assert_same(part, Bases(whole.A[:, :, :min_dim], whole.B[:max_dim, :num_bases]))
-
-
-# Law 6: the portable stream
-
-
 @given(specs(prefix_stable=True), st.integers(0, 30), st.integers(0, 30))
 def test_a_larger_portable_draw_begins_with_the_smaller(spec: BasisSpec, more_rows: int, more_columns: int) -> None:
-    small, dims = slices(spec), (spec.max_dim, spec.min_dim)
-    larger = slices(replace(spec, max_dim=spec.max_dim + more_rows, min_dim=spec.min_dim + more_columns))
-    assert_same(small, Bases(larger.A[:, :, : dims[1]], larger.B[: dims[0], : spec.num_bases]))
+    dims, more = (spec.max_dim, spec.min_dim), (spec.max_dim + more_rows, spec.min_dim + more_columns)
+    assert_same(slices(spec), part_of(slices(replace(spec, max_dim=more[0], min_dim=more[1])), *dims, spec.r))
     basis = Basis(spec)
     before = basis.digest(*dims)
-    basis.extend(dims[0] + more_rows, dims[1] + more_columns)
-    assert basis.spec.max_dim == dims[0] + more_rows
+    basis.extend(*more)
+    assert basis.spec.max_dim == more[0]
     assert basis.digest(*dims) == before
 
 
@@ -146,51 +140,7 @@ def test_the_portable_stream_is_the_documented_one() -> None:
     lanes = [word >> shift & 0xFFFFFFFF for word in words.tolist() for shift in (0, 32)]
     uniform = [((lane >> 8) * 2 + 1 - 2**24) / 2**24 for lane in lanes]
     expected = torch.tensor(uniform, dtype=torch.float32).mul(torch.tensor(3.0).sqrt()).to(torch.bfloat16).float()
-    found = slices(BasisSpec("dense", "portable", 5, 4, 3, 8)).B[1].flatten()
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-# The streams of PEFT
-
-
-def peft_dense(spec: BasisSpec) -> tuple[Tensor, Tensor]:
-    """Draw dense bases as PEFT 0.21.2 does, with whatever torch is installed: A, then each matrix of B."""
-    generator = torch.Generator().manual_seed(spec.seed)
-
-    def uniform(*shape: int) -> Tensor:
-        drawn = torch.empty(shape, dtype=torch.bfloat16)
-        return nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-
-    basis_A = uniform(spec.r, 1, spec.min_dim)
-    basis_B = torch.cat([uniform(spec.max_dim, 1, spec.r) for _ in range(spec.num_bases)], dim=1)
-    return basis_A / basis_A.std(), basis_B / basis_B.std()
-
-
-@pytest.mark.parametrize(
-    "spec", [LARGE, BasisSpec("dense", "torch", 2**64 - 1, 1, 64, 64), BasisSpec("dense", "torch", 1, 100, 333, 7)]
-)
-def test_the_installed_torch_draws_one_of_the_two_streams(spec: BasisSpec) -> None:
-    if PEFT_STREAM == "torch" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("torch rounds twice here")
-    ours = slices(replace(spec, stream=PEFT_STREAM), dtype=torch.bfloat16)
-    for found, expected in zip(ours, peft_dense(spec), strict=True):
-        assert torch.equal(found, expected)
-
-
-@settings(max_examples=60)
-@given(
-    kind=st.sampled_from(["sparse", "very_sparse"]),
-    seed=st.integers(0, 2**32),
-    r=st.integers(4, 32),
-    sides=st.tuples(st.integers(16, 300), st.integers(16, 300)),
-)
-def test_the_scale_of_a_ternary_basis_is_that_of_peft(
-    kind: BasisKind, seed: int, r: int, sides: tuple[int, int]
-) -> None:
-    """PEFT divides by what torch's ``std`` makes of the float32 entries, we by what their counts are."""
-    spec = BasisSpec(kind, "torch", seed, r, max(sides), min(sides))
-    for matrix in Basis(spec, extent=(spec.max_dim, spec.min_dim)).matrices():
-        assert matrix.scale == (1 / matrix.values.float().std()).item()
+    assert torch.equal(slices(BasisSpec("dense", "portable", 5, 4, 3, 8)).B[1].flatten(), expected)
 
 
 # Values and storage
@@ -229,7 +179,7 @@ def test_values_are_stored_in_few_bytes_and_hashed_as_the_page_on_files_says(
 
 
 @given(specs(), st.sampled_from([(1, 1), (2, 4), (4, 2), (1, 8), (8, 1)]))
-def test_block_entries_are_non_zero_exactly_on_their_stride(spec: BasisSpec, blocks: tuple[int, int]) -> None:
+def test_block_entries_are_non_zero_exactly_on_their_stride(spec: BasisSpec, blocks: Shape) -> None:
     whole = slices(BasisSpec("block", "portable", spec.seed, 8, spec.max_dim, spec.min_dim, blocks))
     for matrix, stride in zip((whole.A[:, 0], whole.B.flatten(1)), blocks, strict=True):
         rows, columns = torch.meshgrid(torch.arange(matrix.shape[0]), torch.arange(matrix.shape[1]), indexing="ij")
@@ -237,15 +187,10 @@ def test_block_entries_are_non_zero_exactly_on_their_stride(spec: BasisSpec, blo
         assert matrix.abs().max() <= (3 * stride) ** 0.5 * (1 + 2**-8)
 
 
-def test_very_sparse_has_the_density_of_its_own_min_dim_and_needs_a_spread() -> None:
+def test_very_sparse_has_the_density_of_its_own_min_dim() -> None:
     spec = BasisSpec("very_sparse", "portable", 0, 16, 500, 400)
     assert (slices(spec).B != 0).float().mean().item() == pytest.approx(1 / 20, rel=0.05)
     assert not spec.is_prefix_stable
-    with pytest.raises(ConfigError, match=r"standard deviation of 0: use basis='dense'"):
-        slices(BasisSpec("very_sparse", "torch", 7, 1, 16, 16))
-
-
-# The bank
 
 
 def test_a_bank_shares_bases_of_one_family_that_are_large_enough() -> None:
@@ -273,21 +218,24 @@ def pair(basis: Basis, max_dim: int, min_dim: int, dtype: torch.dtype = torch.fl
     return basis.pair(max_dim, min_dim, device=torch.device(device), dtype=dtype)
 
 
-@given(specs(), st.data())
-def test_the_form_to_compute_with_means_the_same_bases_as_they_grow(spec: BasisSpec, data: st.DataObject) -> None:
-    """Its update is that of the oracle with the bases written out, for any layer that slices them."""
-    max_dim = data.draw(st.integers(1, spec.max_dim))
-    min_dim = data.draw(st.integers(1, min(max_dim, spec.min_dim)))
-    basis = Basis(spec)
-    for dims in ((max_dim, min_dim), (spec.max_dim, spec.min_dim)):
-        found, num_bases = pair(basis, *dims, torch.float64), -(-dims[1] // spec.r)
-        lam, gamma = torch.randn(spec.r, num_bases).double(), torch.randn(num_bases, dims[1]).double()
-        written_out = basis.slices(*dims, device="cpu", dtype=torch.float64)
-        expected = reference.delta_weight(*written_out, lam, gamma, 1.0, in_features=dims[1])
+@given(specs(smallest=6), st.data())
+def test_a_layer_slices_the_shared_bases_whatever_was_asked_before_and_computes_with_the_same(
+    spec: BasisSpec, data: st.DataObject
+) -> None:
+    """`A[:, :, :m]` and `B[:M, :n, :]` of the whole draw; the update of the form to compute with is the oracle's."""
+    whole, basis = slices(spec, dtype=torch.float64), Basis(spec)
+    for _ in range(3):
+        max_dim = data.draw(st.integers(1, spec.max_dim))
+        min_dim = data.draw(st.integers(1, min(max_dim, spec.min_dim)))
+        found, num_bases = pair(basis, max_dim, min_dim, torch.float64), count_bases(min_dim, spec.r)
+        written_out = basis.slices(max_dim, min_dim, device="cpu", dtype=torch.float64)
+        assert_same(written_out, part_of(whole, max_dim, min_dim, spec.r))
+        lam, gamma = torch.randn(spec.r, num_bases).double(), torch.randn(num_bases, min_dim).double()
+        expected = reference.delta_weight(*written_out, lam, gamma, 1.0, in_features=min_dim)
         torch.testing.assert_close(delta_weight(found, Diagonals(lam, gamma, 1.0), is_wide=True), expected)
         if found.written is not None:  # as those of small blocks are, too
-            torch.testing.assert_close(found.written.A, written_out.A.transpose(0, 1), rtol=0, atol=0)
-            torch.testing.assert_close(found.written.B, written_out.B.flatten(1), rtol=0, atol=0)
+            assert torch.equal(found.written.A, written_out.A.transpose(0, 1))
+            assert torch.equal(found.written.B, written_out.B.flatten(1))
 
 
 def test_one_copy_is_made_per_device_and_dtype_without_zeros_and_none_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,8 +247,7 @@ def test_one_copy_is_made_per_device_and_dtype_without_zeros_and_none_on_meta(mo
         assert first.B.data_ptr() == again.B.data_ptr()
         assert (half.A.dtype, half.B.dtype) == (torch.float32, torch.bfloat16)
         assert half.B.data_ptr() == basis.matrices()[1].values.data_ptr(), "it is the storage"
-        assert not first.A.is_inference()
-        assert not first.B.is_inference()
+        assert not any(tensor.is_inference() for tensor in (first.A, first.B))
         stored = [matrix.values.numel() for matrix in basis.matrices()]
         assert [tensor.untyped_storage().nbytes() for tensor in (first.A, first.B)] == [4 * each for each in stored]
         draws = dict.fromkeys(KINDS[spec.kind].draws, lambda *_: pytest.fail("drew for a model without values"))
@@ -309,3 +256,173 @@ def test_one_copy_is_made_per_device_and_dtype_without_zeros_and_none_on_meta(mo
     for kind, dtype in (("sparse", torch.bfloat16), ("very_sparse", torch.float16)):
         signs = pair(Basis(BasisSpec(kind, "torch", 0, 8, 48, 30)), 48, 30, dtype).B.unique()  # type: ignore[arg-type]
         assert set(signs.tolist()) == {-1.0, 0.0, 1.0}, "signs are exact in any dtype"
+
+
+# The registry of kinds
+
+
+def test_kinds_are_registered_under_their_names_with_their_streams() -> None:
+    assert set(KINDS) == set(get_args(BasisKind))
+    assert {(name, stream) for name, kind in KINDS.items() for stream in kind.draws} == set(KINDS_AND_STREAMS)
+    flags = [kind.peft_flags for kind in KINDS.values() if kind.peft_flags is not None]
+    assert len(flags) == len(set(flags)), "two kinds would be the same to PEFT"
+    for kind in KINDS:
+        spec = spec_for(RandLoRAConfig(basis=kind), 32, [(8, 8)])
+        assert (spec.stream, spec.blocks is None) == (("portable", False) if kind == "block" else ("torch", True))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (("dense", "torch", 0, 0, 4, 4), "positive integer"),
+        (("dense", "torch", 0, 2, 0, 4), "positive integer"),
+        (("dense", "torch", 0, 2, 4, True), "positive integer"),
+        (("dense", "portable", 0, 2, 4, 4, (1, 1)), "block"),
+        (("block", "portable", 0, 2, 4, 4, None), "block"),
+        (("block", "torch", 0, 2, 4, 4, (1, 1)), "block"),
+        (("very_sparse", "torch", 7, 1, 16, 16), "standard deviation of 0: use basis='dense'"),
+    ],
+)
+def test_a_spec_that_means_no_bases_is_refused(spec: tuple[Any, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        slices(BasisSpec(*spec))
+
+
+def test_a_new_kind_is_an_entry_and_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def draw(spec: BasisSpec, max_dim: int, min_dim: int) -> tuple[CompactMatrix, CompactMatrix]:
+        columns_B = count_bases(min_dim, spec.r) * spec.r
+        sizes = ((spec.r, min_dim), (max_dim, columns_B))
+        drawn = [torch.outer(torch.arange(rows), torch.arange(columns)).sin().bfloat16() for rows, columns in sizes]
+        return CompactMatrix(drawn[0], min_dim), CompactMatrix(drawn[1], columns_B)
+
+    new_kind: Any = "sine"
+    monkeypatch.setitem(KINDS, new_kind, replace(DENSE, draws={"portable": draw}, peft_flags=None))
+    monkeypatch.setitem(OPTIONS, "basis", replace(OPTIONS["basis"], type=Literal["dense", "sparse", "block", "sine"]))
+    model, x = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)), torch.randn(3, 8)
+    with pytest.raises(ConfigError, match="sine bases need stream=portable, got stream='torch'"):
+        randlora.plan(model, r=4, targets="all-linear", basis=new_kind, stream="torch")
+    spec = randlora.inject(model, r=4, targets="all-linear", basis=new_kind).specs[0]
+    assert (spec.kind, spec.stream) == ("sine", "portable")
+    adapted = fill(model)(x)
+    randlora.save(model, tmp_path / "adapter")
+    randlora.eject(model)
+    assert not torch.allclose(model(x), adapted)
+    randlora.load(model, tmp_path / "adapter")
+    assert same_bits(model(x), adapted)
+    randlora.merge(model)
+    assert_close(model(x).detach(), adapted.detach(), torch.float32)
+
+
+# Ranks, and the entries that blocks reach
+
+
+def divisors(r: int) -> list[int]:
+    return [size for size in range(1, r + 1) if r % size == 0]
+
+
+def is_reached(r: int, blocks: Shape, num_bases: int) -> bool:
+    """Whether each pair of a class of rows and one of columns has an index p, by going through all of them."""
+    c, b = blocks
+    return len({(p % b, p // num_bases % c) for p in range(r * num_bases)}) == c * b
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "r", "expected"),
+    [
+        ("dense", (768, 768), 32, 768),
+        ("very_sparse", (768, 768), 32, 531),  # measured were 533, 152, and 702 for sparse
+        ("very_sparse", (768, 768), 6, 152),
+        ("sparse", (768, 768), 6, 701),
+        ("block", (18, 18), 16, 17),
+        ("block", (100, 100), 32, 98),
+        ("block", (104, 104), 32, 104),
+    ],
+)
+def test_expected_ranks_and_enough_bases_to_reach_them(kind: BasisKind, shape: Shape, r: int, expected: int) -> None:
+    spec = spec_for(RandLoRAConfig(r=r, basis=kind, blocks=KINDS[kind].default_blocks(r, ())), r, [shape])
+    assert spec.expected_rank(*shape) == pytest.approx(expected, abs=1 if kind != "block" else 0)
+    assert (spec.num_bases - 1) * r < shape[1] <= spec.num_bases * r
+
+
+@given(r=st.integers(1, 96), counts=st.sets(st.integers(1, 12), max_size=3))
+def test_default_blocks_reach_all_entries_and_no_larger_ones_do(r: int, counts: set[int]) -> None:
+    every = [(c, b) for c in divisors(r) for b in divisors(r)]
+    for blocks in every:
+        for num_bases in counts:
+            assert reach_all(blocks, num_bases) == is_reached(r, blocks, num_bases), (blocks, num_bases)
+    c, b = default_blocks(r, counts)
+    allowed = [(more_c, more_b) for more_c, more_b in every if more_b <= 8 and (more_c == 1 or r // more_c >= 8)]
+    reaching = [pair for pair in allowed if all(is_reached(r, pair, num_bases) for num_bases in counts)]
+    assert (c, b) in reaching
+    assert not [pair for pair in reaching if pair != (c, b) and pair[0] >= c and pair[1] >= b]
+    if min(counts, default=8) >= 8:
+        assert (c, b) == max(allowed)
+
+
+def test_the_table_of_the_docs_has_the_default_blocks() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "method_bases.md").read_text(encoding="utf-8")
+    for r in (16, 32, 64):
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| r = {r} |"))
+        blocks = [default_blocks(r, {num_bases, 8, 33}) for num_bases in range(1, 9)]
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == [str(each) for each in blocks]
+
+
+@pytest.mark.medium
+@given(shapes=st.lists(st.tuples(sides, sides), min_size=1, max_size=3), r=st.sampled_from([6, 8, 16, 24, 32, 48, 64]))
+@example([(100, 100)], 32)
+@example([(300, 260), (32, 50)], 32)
+def test_block_updates_have_the_expected_rank_and_default_blocks_leave_out_nothing(shapes: list[Shape], r: int) -> None:
+    for blocks in (None, default_blocks(r, ())):  # the latter may leave entries out
+        model = nn.Sequential(*(nn.Linear(*shape, bias=False, dtype=torch.float64) for shape in shapes))
+        report = randlora.inject(model, r, targets="all", basis="block", blocks=blocks)
+        fill(model.double(), spread=1)
+        for index, shape in enumerate(shapes):
+            update = randlora.delta_weight(model, str(index))
+            rank = report.specs[0].expected_rank(*shape)
+            assert torch.linalg.matrix_rank(update, rtol=1e-12) == rank
+            assert blocks is not None or ((update != 0).all() and rank == min(shape))
+
+
+@given(shape=st.tuples(sides, sides), data=st.data())
+def test_a_report_says_where_given_blocks_leave_entries_out(shape: Shape, data: st.DataObject) -> None:
+    r = data.draw(st.sampled_from([12, 16, 32]))
+    blocks = data.draw(st.tuples(*2 * [st.sampled_from(divisors(r))]))
+    model = nn.Sequential(nn.Linear(*shape, bias=False), nn.Linear(r * 33, r * 33, bias=False, device="meta"))
+    report = randlora.plan(model, r, targets="all", basis="block", blocks=blocks)
+    is_left = not is_reached(r, blocks, count_bases(min(shape), r))
+    told = [note for note in report.notes if note.startswith("blocks=")]
+    assert [f"{blocks} leave entries of the update always zero in 0," in note for note in told] == [True] * is_left
+
+
+def test_layers_of_one_rank_share_blocks_and_those_of_another_have_their_own() -> None:
+    model = nn.Sequential(nn.Linear(320, 320), nn.Linear(320, 50), nn.Linear(50, 64))
+    assert not randlora.plan(model, 32, targets=["0"], basis="block").notes
+    report = randlora.inject(model, {"2": 16, ".*": 32}, targets="all", basis="block")
+    assert {spec.r: spec.blocks for spec in report.specs} == {32: (4, 2), 16: (2, 4)}
+    assert report.notes == (
+        "blocks=(4, 2) instead of (4, 8) for r=32: few bases in 1",
+        "blocks=(2, 4) instead of (2, 8) for r=16: few bases in 2",
+    )
+
+
+def test_blocks_of_earlier_defaults_mean_what_they_did_in_files_and_sums(tmp_path: Path) -> None:
+    """Those did not look at the number of bases."""
+    options: dict[str, Any] = {"r": 16, "targets": "all", "basis": "block"}
+    old, newer, model = (nn.Sequential(nn.Linear(18, 14, bias=False)) for _ in range(3))
+    randlora.inject(newer, **options)
+    randlora.inject(old, **options, blocks=(2, 8))
+    fill(old)
+    randlora.save(old, tmp_path / "saved")
+    reseal(tmp_path / "saved", config=RandLoRAConfig(r=16, targets=["0"], basis="block"))
+    update = randlora.delta_weight(old, "0")
+    assert not (update != 0).all()
+    with pytest.raises(CheckpointError, match=r"blocks=.*, and in the files .*blocks=\(2, 8\)\)"):
+        randlora.swap(newer, tmp_path / "saved")
+    report = randlora.load(model, tmp_path / "saved")
+    assert "blocks=(2, 8) leave entries of the update always zero in 0" in str(report)
+    randlora.save(model, tmp_path / "again")
+    randlora.serving.combine(model, {"default": 1.0}, name="twin")
+    assert {info.specs[0].blocks for info in randlora.adapters(model)} == {(2, 8)}
+    randlora.swap(model, tmp_path / "again", name="default")
+    for name in ("default", "twin"):
+        assert same_bits(randlora.delta_weight(model, "0", name=name), update)
