@@ -1,4 +1,4 @@
-"""Where layer and adapter are one operation, where the layer's own forward runs, and what compilers read."""
+"""Where layer and adapter are one operation, where a layer's own forward runs, and what compilers and hooks see."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -7,18 +7,25 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import transformers
+from sentence_transformers.cross_encoder.model import _Float32Linear
+from timm.layers.linear import Linear as ConvertibleLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
 
 import randlora
+from randlora.errors import TargetError
 from randlora.functional import Compute
 from randlora.layers import AdapterLayer, registry
 from randlora.layers.linear import LinearAdapter
-from tests.kit import fill
+from tests.kit import fill, same_bits
 from tests.laws import assert_close, plain, update_of
 from tests.layer_kinds import LayerKind, every_kind
+from tests.read_kinds import or_medium
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
@@ -58,6 +65,15 @@ def test_a_plain_layer_is_one_operation_and_its_output_may_be_changed_in_place(
             assert_close(layer(x), wanted, torch.float32)
             (found,) = torch.autograd.grad(layer(x).relu_().sum(), lam)
         torch.testing.assert_close(found, torch.autograd.grad(wanted.relu().sum(), lam)[0], rtol=1e-4, atol=1e-4)
+    base = plain(layer)
+    for dtype, width in ((torch.float32, 5), (torch.float32, 7), *([] if kind.is_quantized else [(torch.float64, 6)])):
+        x = torch.randn(4, width, dtype=dtype)
+        with pytest.raises(RuntimeError) as own:
+            base(x)
+        with pytest.raises(RuntimeError, match=f"^{re.escape(str(own.value))}$"):
+            layer(x)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
+        layer(foo=torch.randn(4, 6))
 
 
 class Doubled(nn.Linear):
@@ -69,12 +85,27 @@ class Doubled(nn.Linear):
 
 
 class Renamed(nn.Linear):
-    """A linear layer in all but name."""
+    """A linear layer in all but name, and the name of its method that writes a state dict."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what any layer does."""
+        return super().state_dict(*args, **kwargs)
 
 
-def test_a_forward_of_its_own_runs_and_one_that_is_inherited_need_not() -> None:
+class Widened(nn.Linear):
+    """A linear layer that returns float32 whatever it computes in."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Return the output in float32."""
+        return super().forward(input).float()
+
+
+def test_a_forward_of_its_own_runs_and_one_that_is_inherited_need_not(monkeypatch: pytest.MonkeyPatch) -> None:
     model, renamed = in_model(Renamed(6, 9))
     assert type(renamed).__name__ == "AdaptedRenamed"
+    state = model.state_dict(keep_vars=True)  # without copies
+    assert all(held is state[name] for name, held in model.named_parameters())
+    assert model.state_dict().keys() == state.keys()
     wanted = expected_of(renamed, X)
     randlora.inject(model, r=2, targets="all-linear", name="other")
     fill(model, "other")
@@ -82,12 +113,18 @@ def test_a_forward_of_its_own_runs_and_one_that_is_inherited_need_not() -> None:
     with never_called():
         assert_close(renamed(X), wanted + 2 * X @ update_of(renamed, "other").T, torch.float32)
     _, doubled = in_model(Doubled(6, 9))
-    update, base = update_of(doubled), plain(doubled)
+    update, base, mask = update_of(doubled), plain(doubled), (torch.rand(4, 1) > 0.5).float()
     assert_close(doubled(X), base(X) + 2 * X @ update.T, torch.float32)
-    mask = (torch.rand(4, 1) > 0.5).float()
     wanted = base(X, mask, shift=1.0) + (X @ update.T) * mask
     for found in (doubled(X, mask, shift=1.0), doubled(shift=1.0, factor=mask, input=X)):
         assert_close(found, wanted, torch.float32)
+    monkeypatch.setattr(registry, "_layers", dict(registry._layers))
+    randlora.layers.register_layer(Widened)(LinearAdapter)
+    _, widened = in_model(Widened(6, 9))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, own = widened(X), plain(widened)(X)
+    assert output.dtype == torch.float32
+    assert_close(output - own, X @ update_of(widened).T, torch.float32)
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["before", "after"])
@@ -122,59 +159,13 @@ def test_hooks_and_forwards_set_on_a_layer_run_around_it_and_come_back(is_first:
         assert torch.equal(2 * taken(X + 1), layer(X))
 
 
-def test_what_is_done_to_all_linear_layers_or_to_the_weight_later_on_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_done_to_all_linear_layers_to_the_weight_or_to_a_replica_later_on_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Halved(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             return weight / 2
 
-    _, layer = in_model(nn.Linear(6, 9))
-    update, base = update_of(layer), plain(layer)
-    with monkeypatch.context() as patch:
-        patch.setattr(nn.Linear, "forward", lambda layer, x: 2 * F.linear(x, layer.weight, layer.bias))
-        assert_close(layer(X), base(X) + X @ update.T, torch.float32)
-    parametrize.register_parametrization(layer, "weight", Halved())
-    parametrize.register_parametrization(base, "weight", Halved())
-    assert_close(layer(X), base(X) + X @ update.T, torch.float32)
-
-
-@every_kind
-def test_an_input_that_does_not_fit_fails_as_it_does_on_the_plain_layer(kind: LayerKind) -> None:
-    _, layer = in_model(kind.build(6, 9, True, torch.float32))
-    base = plain(layer)
-    given: list[Tensor] = [torch.randn(4, 5), torch.randn(4, 7)]
-    for x in (*given, *([torch.randn(4, 6, dtype=torch.float64)] if not kind.is_quantized else [])):
-        with pytest.raises(RuntimeError) as own:
-            base(x)
-        with pytest.raises(RuntimeError, match=f"^{re.escape(str(own.value))}$"):
-            layer(x)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'foo'"):
-        layer(foo=torch.randn(4, 6))
-
-
-class Widened(nn.Linear):
-    """A linear layer that returns float32 whatever it computes in."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Return the output in float32."""
-        return super().forward(input).float()
-
-
-def test_a_layer_whose_output_stays_float32_under_autocast_is_added_to_in_float32(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(registry, "_layers", dict(registry._layers))
-    randlora.layers.register_layer(Widened)(LinearAdapter)
-    _, layer = in_model(Widened(6, 9))
-    x = X.clone().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output, own = layer(x), plain(layer)(x)
-    assert output.dtype == torch.float32
-    assert_close(output - own, x @ update_of(layer).T, torch.float32)
-    output.sum().backward()
-    assert x.grad is not None
-
-
-def test_a_replica_of_data_parallel_computes_the_same() -> None:
     def replica_of(module: nn.Module) -> nn.Module:
         """Make what DataParallel makes on each device: parameters become attributes."""
         twin: nn.Module = module._replicate_for_data_parallel()
@@ -183,8 +174,80 @@ def test_a_replica_of_data_parallel_computes_the_same() -> None:
         return twin
 
     _, layer = in_model(nn.Linear(6, 9))
+    update, base = update_of(layer), plain(layer)
     with torch.no_grad():
         torch.testing.assert_close(replica_of(layer)(X), layer(X))
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda layer, x: 2 * F.linear(x, layer.weight, layer.bias))
+        assert_close(layer(X), base(X) + X @ update.T, torch.float32)
+    for each in (layer, base):
+        parametrize.register_parametrization(each, "weight", Halved())
+    assert_close(layer(X), base(X) + X @ update.T, torch.float32)
+
+
+# Subclasses of nn.Linear with another forward are adapted so that it reads weight + update, as once merged
+
+
+def bit(*, online: bool) -> nn.Module:
+    from transformers.integrations.bitnet import AutoBitLinear  # which imports the compiler
+
+    layer: nn.Module = AutoBitLinear(8, 12, online_quant=online, use_rms_norm=online)
+    if not online:
+        layer.get_buffer("weight_scale").fill_(0.7)
+    return layer
+
+
+def scaled_head() -> nn.Module:
+    if not hasattr(transformers, "DoryConfig"):
+        pytest.skip("an older transformers does not have it")
+    from transformers.models.dory.modeling_dory import DoryLMHead
+
+    layer: Any = DoryLMHead(transformers.DoryConfig(hidden_size=8, vocab_size=12, initializer_range=0.5))
+    nn.init.normal_(layer.logit_scale)
+    return layer  # type: ignore[no-any-return]
+
+
+READ: dict[str, Callable[[], nn.Module]] = {
+    "bit": lambda: bit(online=False),
+    "bit online": lambda: bit(online=True),
+    "Dory's head": scaled_head,
+    "Idefics's head": lambda: IdeficsDecoupledLinear(8, 12, 3),
+    "in float32": lambda: _Float32Linear(8, 12),
+}
+PRODUCTS = {"Falcon": lambda: FalconLinear(8, 12), "timm": lambda: ConvertibleLinear(8, 12)}
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [or_medium(not name.startswith("bit"), name) for name in READ])
+def test_another_forward_computes_with_the_update_as_if_it_were_merged(name: str, training: bool) -> None:
+    model, x = nn.Sequential(READ[name]()).train(training), torch.randn(4, 8)
+    randlora.inject(model, r=2, targets="0")
+    fill(model, spread=0.3)
+    with torch.compiler.set_stance("force_eager"):  # AutoBitLinear compiles how it rounds
+        output = model(x)
+        output.sum().backward()
+        with torch.no_grad():
+            with randlora.merged(model):
+                assert same_bits(model(x), output.detach())
+            with randlora.disabled(model):
+                assert not torch.allclose(model(x), output, atol=0.01)
+    trained = [*randlora.trainable_parameters(model)]
+    assert len(trained) == 2
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in trained)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_forward_that_is_known_to_be_the_product_is_added_to_and_dropout_reaches_no_other(name: str) -> None:
+    model, x = nn.Sequential(PRODUCTS[name]()), torch.randn(4, 8)
+    assert registry.find_layer(model[0]) is LinearAdapter
+    randlora.inject(model, r=2, targets="0", dropout=0.1)
+    fill(model.eval(), spread=0.3)
+    with torch.no_grad(), randlora.merged(model):
+        merged = model(x)
+    torch.testing.assert_close(model(x), merged, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TargetError, match=r"0 is a weight that other code reads, and dropout=0.1 cannot reach"):
+        randlora.inject(nn.Sequential(READ["in float32"]()), r=2, targets="0", dropout=0.1)
 
 
 # The list of the active parameters, which compiled code reads, follows every change of their dictionary
@@ -204,6 +267,9 @@ CHANGES: dict[str, Callable[[Any, nn.Parameter], object]] = {
 
 @pytest.mark.parametrize("method", CHANGES)
 def test_the_list_of_parameters_follows_its_dictionary(method: str) -> None:
+    reading = {"copy", "fromkeys", "get", "items", "keys", "values", "__contains__", "__getitem__", "__iter__"}
+    reading |= {"__len__", "__reversed__", "__or__", "__ror__", "__class_getitem__"}
+    assert set(vars(dict)) - set(vars(object)) - reading == set(CHANGES), "every method is known"
     model = nn.Sequential(nn.Linear(8, 12))
     for name in "bac":
         randlora.inject(model, r=4, targets=["0"], name=name)
@@ -214,9 +280,3 @@ def test_the_list_of_parameters_follows_its_dictionary(method: str) -> None:
     assert held.randlora_slots is slots
     assert all(slot is values.get(name) for slot, name in zip(slots, ["c", "b"], strict=True))
     assert any(slot is not old for slot, old in zip(slots, before, strict=True))
-
-
-def test_every_method_that_changes_a_dictionary_is_known() -> None:
-    reading = {"copy", "fromkeys", "get", "items", "keys", "values", "__contains__", "__getitem__", "__iter__"}
-    reading |= {"__len__", "__reversed__", "__or__", "__ror__", "__class_getitem__"}
-    assert set(vars(dict)) - set(vars(object)) - reading == set(CHANGES)
