@@ -75,7 +75,7 @@ site-test: $(VENV)/.site docs  # every page in Chromium, light and dark, on a ph
 	$(BIN)/python -m pytest --numprocesses 2 tests/site $(ARGS)
 
 test-quantizers: .venv-quantizers/.dev  # what imports so much that transformers' own tests would wait for it
-	.venv-quantizers/bin/python -m pytest -W ignore tests/test_quantized_forward_only.py tests/test_quantized_hqq.py $(ARGS)
+	.venv-quantizers/bin/python -m pytest -W ignore tests/test_quantized_libraries.py $(ARGS)
 
 test-trainers: .venv-axolotl/.dev .venv-swift/.dev  # their command lines, from a config to a merged model
 	.venv-axolotl/bin/python -m pytest tests/other_trainers/test_axolotl.py $(ARGS)

@@ -1,7 +1,7 @@
 """The capability table: one row per kind of layer that can be adapted. Every law runs over every row."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,11 +37,9 @@ class LayerKind:
         library: What quantized it, if anything.
         merges: Whether updates can be merged into its weight.
         is_one_operation: Whether base layer and adapter are computed as one, in training.
-        keeps_dtype: Whether its output is of the input's dtype under autocast too.
         converts: Whether it computes in another dtype, also float64, once its model is converted.
         backpropagates: Whether the layer alone computes the gradient of its input.
         rounds_inputs: Whether it quantizes inputs, which must then not be empty, so that outputs are off by percents.
-        casts_inputs: Whether it takes inputs of another dtype than it computes in.
         pickles: Whether the layer alone can be pickled.
     """
 
@@ -53,11 +51,9 @@ class LayerKind:
     library: str = ""
     merges: bool = True
     is_one_operation: bool = True
-    keeps_dtype: bool = False
     converts: bool = True
     backpropagates: bool = True
     rounds_inputs: bool = False
-    casts_inputs: bool = True
     pickles: bool = True
 
     @property
@@ -76,24 +72,20 @@ def _linear(in_features: int, out_features: int, bias: bool, dtype: torch.dtype)
 
 
 def _conv1d(in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
-    layer = Conv1D(out_features, in_features)
+    layer: Any = Conv1D(out_features, in_features)
     nn.init.normal_(layer.weight, std=0.3)
-    nn.init.normal_(layer.bias)
-    if not bias:
-        nn.init.zeros_(layer.bias)
-    converted: nn.Module = layer.to(dtype)
-    return converted
+    nn.init.normal_(layer.bias, std=float(bias))
+    return layer.to(dtype)  # type: ignore[no-any-return]
 
 
 def _of_4_bits(
     in_features: int, out_features: int, bias: bool, dtype: torch.dtype, *, blocksize: int = 64, **options: Any
 ) -> nn.Module:
     layer = bitsandbytes.nn.Linear4bit(in_features, out_features, bias, compute_dtype=dtype, **options)
-    layer.weight = bitsandbytes.nn.Params4bit(
-        torch.randn(out_features, in_features) * 0.3, blocksize=blocksize, module=layer, **options
-    )
-    layer.support_avx512bf16_for_cpu = False  # see tests/test_quantized_layers.py for what it does otherwise
-    return _quantize(layer, dtype)
+    weight = torch.randn(out_features, in_features) * 0.3
+    layer.weight = bitsandbytes.nn.Params4bit(weight, blocksize=blocksize, module=layer, **options)
+    layer.support_avx512bf16_for_cpu = False  # see tests/test_quantized_bnb.py for what it does otherwise
+    return _quantized_on_cpu(layer, dtype)
 
 
 def _of_8_bits(
@@ -101,7 +93,14 @@ def _of_8_bits(
 ) -> nn.Module:
     layer = bitsandbytes.nn.Linear8bitLt(in_features, out_features, bias, has_fp16_weights=False, threshold=threshold)
     layer.weight = bitsandbytes.nn.Int8Params(torch.randn(out_features, in_features) * 0.3, requires_grad=False)
-    return _quantize(layer, dtype)
+    return _quantized_on_cpu(layer, dtype)
+
+
+def _quantized_on_cpu(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """Move it to its device, as a user does; its own forward would give the bias the input's dtype."""
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(dtype)
+    return layer.to("cpu")
 
 
 def _of_torchao(
@@ -137,33 +136,21 @@ class CodedAdapter(ForwardOnly):
     """Adapts it."""
 
 
-def _coded(in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
-    return Coded(in_features, out_features, bias=bias, dtype=dtype)
-
-
-def _quantize(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """Move it to its device, as a user does; its own forward would give the bias the input's dtype."""
-    if layer.bias is not None:
-        layer.bias.data = layer.bias.data.to(dtype)
-    return layer.to("cpu")
-
-
 CODED = (torch.float32, torch.bfloat16, torch.float16)
 _quantized = partial(LayerKind, weight=written_out, step=step, dtypes=CODED)
-_quantized_4bit = partial(_quantized, library="bitsandbytes", keeps_dtype=True)
+_quantized_4bit = partial(_quantized, library="bitsandbytes")
 _quantized_8bit = partial(_quantized, library="bitsandbytes", is_one_operation=False)
-_quantized_by_torchao = partial(_quantized, library="torchao", is_one_operation=False, keeps_dtype=True, converts=False)
-TORCHAO: tuple[tuple[str, str, dict[str, Any], dict[str, bool]], ...] = (
-    ("int8", "Int8WeightOnlyConfig", {}, {}),
-    ("int8-inputs", "Int8DynamicActivationInt8WeightConfig", {}, {"backpropagates": False, "rounds_inputs": True}),
-    ("float8", "Float8WeightOnlyConfig", {}, {"casts_inputs": False, "pickles": False}),
-    (
-        "int4",
-        "IntxWeightOnlyConfig",
-        {"weight_dtype": getattr(torch, "int4", None)},
-        {"keeps_dtype": False, "casts_inputs": False},
-    ),
-)
+_quantized_by_torchao = partial(_quantized, library="torchao", is_one_operation=False, converts=False)
+
+
+def _torchao(name: str, config: str, *, dtype: str | None = None, **columns: bool) -> list[LayerKind]:
+    if quantization is None:
+        return []
+    options = {"weight_dtype": getattr(torch, dtype, None)} if dtype else {}
+    build = partial(_of_torchao, config=partial(getattr(quantization, config), **options))
+    return [_quantized_by_torchao(name, build, **columns)]
+
+
 LAYER_KINDS = (
     LayerKind("Linear", _linear, lambda layer: layer.weight.detach()),
     LayerKind("Conv1D", _conv1d, lambda layer: layer.weight.detach().T),
@@ -173,16 +160,13 @@ LAYER_KINDS = (
     _quantized_4bit("FP4-double", partial(_of_4_bits, quant_type="fp4")),
     _quantized_8bit("8bit", _of_8_bits),
     _quantized_8bit("8bit-outliers", partial(_of_8_bits, threshold=2.0)),
-    *(
-        _quantized_by_torchao(
-            name, partial(_of_torchao, config=partial(getattr(quantization, config), **options)), **columns
-        )
-        for name, config, options, columns in TORCHAO
-        if quantization is not None
-    ),
+    *_torchao("int8", "Int8WeightOnlyConfig"),
+    *_torchao("int8-inputs", "Int8DynamicActivationInt8WeightConfig", backpropagates=False, rounds_inputs=True),
+    *_torchao("float8", "Float8WeightOnlyConfig", pickles=False),
+    *_torchao("int4", "IntxWeightOnlyConfig", dtype="int4"),
     LayerKind(
         "forward-only",
-        _coded,
+        lambda into, out, bias, dtype: Coded(into, out, bias=bias, dtype=dtype),
         lambda layer: layer.codes.double() / 64,
         dtypes=CODED,
         library="tests",
@@ -191,49 +175,38 @@ LAYER_KINDS = (
     ),
 )
 BITSANDBYTES = [kind for kind in LAYER_KINDS if kind.library == "bitsandbytes"]
-
-every_kind = pytest.mark.parametrize("kind", LAYER_KINDS, ids=lambda kind: kind.name)
-every_mergeable_kind = pytest.mark.parametrize(
-    "kind", [kind for kind in LAYER_KINDS if kind.merges], ids=lambda kind: kind.name
-)
-every_convertible_kind = pytest.mark.parametrize(
-    "kind", [kind for kind in LAYER_KINDS if kind.converts], ids=lambda kind: kind.name
-)
-every_dense_kind = pytest.mark.parametrize(
-    "kind", [kind for kind in LAYER_KINDS if not kind.is_quantized], ids=lambda kind: kind.name
-)
-compiles_codes = pytest.mark.skipif(
-    TorchVersion(torch.__version__) < "2.7", reason="the compiler of torch 2.6 does not know bitsandbytes' parameters"
-)
 COMPILED = "Linear", "Conv1D", "NF4-double"
 """What `make test` compiles; `make slow` compiles the others."""
 
-
-def _compiled(kind: LayerKind) -> Any:
-    marks = [compiles_codes] * kind.is_quantized + [pytest.mark.slow] * (kind.name not in COMPILED)
-    return pytest.param(kind, marks=marks)
-
-
-every_kind_compiled = pytest.mark.parametrize(
-    "kind", [_compiled(kind) for kind in LAYER_KINDS], ids=lambda kind: kind.name
-)
-every_kind_of_4_bits_compiled = pytest.mark.parametrize(
-    "kind", [_compiled(kind) for kind in BITSANDBYTES if kind.keeps_dtype], ids=lambda kind: kind.name
-)
-every_quantized_kind = pytest.mark.parametrize(
-    "kind", [kind for kind in LAYER_KINDS if kind.is_quantized and kind.merges], ids=lambda kind: kind.name
+compiles_codes = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.7", reason="the compiler of torch 2.6 does not know bitsandbytes' parameters"
 )
 
 
-def _id(value: object) -> str:
-    return value.name if isinstance(value, LayerKind) else str(value).removeprefix("torch.")
+def _every(kinds: Iterable[LayerKind], *, compiled: bool = False) -> pytest.MarkDecorator:
+    rows = []
+    for kind in kinds:
+        marks = [compiles_codes] * kind.is_quantized + [pytest.mark.slow] * (kind.name not in COMPILED)
+        rows.append(pytest.param(kind, marks=marks if compiled else [], id=kind.name))
+    return pytest.mark.parametrize("kind", rows)
 
 
-_all = [(kind, dtype) for kind in LAYER_KINDS for dtype in kind.dtypes]
-every_kind_and_dtype = pytest.mark.parametrize(("kind", "dtype"), _all, ids=_id)
-every_mergeable_kind_and_dtype = pytest.mark.parametrize(
-    ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if kind.merges], ids=_id
-)
-every_dense_kind_and_dtype = pytest.mark.parametrize(
-    ("kind", "dtype"), [(kind, dtype) for kind, dtype in _all if not kind.is_quantized], ids=_id
-)
+def _every_dtype(kinds: Iterable[LayerKind]) -> pytest.MarkDecorator:
+    rows = [(kind, dtype) for kind in kinds for dtype in kind.dtypes]
+    ids = [f"{kind.name}-{str(dtype).removeprefix('torch.')}" for kind, dtype in rows]
+    return pytest.mark.parametrize(("kind", "dtype"), rows, ids=ids)
+
+
+_dense = [kind for kind in LAYER_KINDS if not kind.is_quantized]
+_mergeable = [kind for kind in LAYER_KINDS if kind.merges]
+
+every_kind = _every(LAYER_KINDS)
+every_dense_kind = _every(_dense)
+every_mergeable_kind = _every(_mergeable)
+every_quantized_kind = _every(kind for kind in _mergeable if kind.is_quantized)
+every_convertible_kind = _every(kind for kind in LAYER_KINDS if kind.converts)
+every_kind_compiled = _every(LAYER_KINDS, compiled=True)
+every_kind_of_4_bits_compiled = _every((kind for kind in BITSANDBYTES if kind.is_one_operation), compiled=True)
+every_kind_and_dtype = _every_dtype(LAYER_KINDS)
+every_mergeable_kind_and_dtype = _every_dtype(_mergeable)
+every_dense_kind_and_dtype = _every_dtype(_dense)

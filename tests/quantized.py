@@ -13,7 +13,7 @@ import transformers
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, bert, every, gpt2, llama, vit
+from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, bert, gpt2, llama, vit
 
 REPACKS = getattr(bitsandbytes.functional, "has_avx512bf16", lambda: False)()
 """Whether bitsandbytes repacks 4-bit weights on this CPU, at their first forward pass in evaluation mode."""
@@ -46,9 +46,6 @@ NF4 = Codes("nf4-double", {**_4_bit, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use
 FP4 = Codes("fp4", {**_4_bit, "bnb_4bit_quant_type": "fp4"})
 INT8 = Codes("8bit", {"load_in_8bit": True}, kind="Linear8bitLt", tolerance=0.05)  # rounds its inputs to 8 bits too
 
-every_model = every(MODELS)
-
-
 _LOADED: dict[tuple[object, ...], Any] = {}
 """Models that were loaded before, which takes longer than to copy one."""
 
@@ -57,8 +54,7 @@ def _loaded(kind: RealModel, options: dict[str, Any], **more: Any) -> Any:
     """Build a model, write it, and load it as a user does; the second time, a copy of what was loaded."""
     key = kind.build, str(options), str(more)
     if key not in _LOADED:
-        built = kind.build()
-        assert isinstance(built, transformers.PreTrainedModel)
+        built: Any = kind.build()
         with TemporaryDirectory() as directory:
             built.save_pretrained(directory)
             config = transformers.BitsAndBytesConfig(**options)
@@ -68,18 +64,11 @@ def _loaded(kind: RealModel, options: dict[str, Any], **more: Any) -> Any:
     return copy.deepcopy(_LOADED[key])
 
 
-def quantized_model(kind: RealModel, codes: Codes, *, repacks: bool = False) -> Any:
-    """Load a model in float32 with its linear layers quantized, in evaluation mode.
-
-    Args:
-        kind: The model.
-        codes: How to quantize it.
-        repacks: Let bitsandbytes repack 4-bit weights in evaluation, where the CPU can.
-    """
+def quantized_model(kind: RealModel, codes: Codes) -> Any:
+    """Load a model in float32 with its linear layers quantized, in evaluation mode, that is not repacked there."""
     model = _loaded(kind, codes.options)
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = repacks and REPACKS
+    for module in quantized_layers(model).values():
+        module.support_avx512bf16_for_cpu = False
     return model
 
 

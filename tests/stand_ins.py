@@ -105,9 +105,7 @@ def qwen3(target: Path) -> None:
     tokenizer = letters("<|endoftext|>", "<|im_start|>", "<|im_end|>", pad="<|endoftext|>", template=CHATML)
     config = Qwen3Config(vocab_size=len(tokenizer), head_dim=16, num_key_value_heads=2, **SIZES)
     model = Qwen3ForCausalLM(config)
-    with (
-        torch.no_grad()
-    ):  # so that what it generates ends soon: every state is large there, and no other word wants that
+    with torch.no_grad():  # so that what it generates ends soon: every state is large there, no other word wants that
         model.model.embed_tokens.weight[:, 0] = 1
         model.lm_head.weight[:, 0] = torch.arange(len(tokenizer)) == tokenizer.eos_token_id
     save(target, model.to(torch.bfloat16), tokenizer)
@@ -148,37 +146,28 @@ def sdxl(target: Path) -> None:
     words = ["<|startoftext|>", "<|endoftext|>", *(chr(code) + end for code in range(33, 127) for end in ("", "</w>"))]
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
     text = CLIPTextConfig(vocab_size=len(words), projection_dim=32, bos_token_id=0, eos_token_id=1, **SIZES)
+    plain = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
+    blocks = {
+        "down_block_types": (*plain[0], "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", *plain[1]),
+    }
+    sides = {
+        "attention_head_dim": 8,
+        "cross_attention_dim": 2 * 64,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+    }
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "sample_size": 8, "norm_num_groups": 8}
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        attention_head_dim=8,
-        cross_attention_dim=2 * 64,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 32,
+        block_out_channels=(16, 16, 32), layers_per_block=1, **blocks, **sides, **added
     )
+    coders = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        mid_block_add_attention=False,
+        block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False, **coders
     )
-    diffusers.StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=diffusers.EulerDiscreteScheduler(),
-        add_watermarker=False,
-    ).save_pretrained(target)
+    encoders = {"text_encoder": CLIPTextModel(text), "text_encoder_2": CLIPTextModelWithProjection(text)}
+    parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_2": tokenizer, "unet": unet, **encoders}
+    scheduler = diffusers.EulerDiscreteScheduler()
+    diffusers.StableDiffusionXLPipeline(**parts, scheduler=scheduler, add_watermarker=False).save_pretrained(target)
 
 
 def table(columns: dict[str, list[Any]], config: str = "default") -> Writer:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import randlora
@@ -17,6 +16,7 @@ from randlora.errors import AdapterError
 from tests.examples import snippet
 from tests.kit import fill, same_bits, untouched
 from tests.laws import assert_close, needs_export
+from tests.test_compiled_switching import Compiled, compare
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script(_method)?. is deprecated"),  # what the compiler imports
@@ -33,15 +33,15 @@ def cold_model(**options: Any) -> nn.Module:
     return fill(model, spread=0.3)
 
 
-def compile_in_inference_mode(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        output: Tensor = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-    return output.clone()
-
-
 def compile_whole(model: nn.Module, x: Tensor) -> Tensor:
     output: Tensor = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     return output
+
+
+def compile_in_inference_mode(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        output = compile_whole(model, x)
+    return output.clone()
 
 
 def export(model: nn.Module, x: Tensor) -> Tensor:
@@ -56,7 +56,20 @@ def run_with_fake_tensors(model: nn.Module, x: Tensor) -> Tensor:
     return output
 
 
+def trace(model: nn.Module, x: Tensor) -> Tensor:
+    """Check what torch checks, another trace without gradients that must have the same operators; and gradients."""
+    traced: Any = torch.jit.trace(model, (x,))
+    outputs, trained = (traced(x), model(x)), [*randlora.trainable_parameters(model)]
+    found, expected = (torch.autograd.grad(out.square().sum(), trained, retain_graph=True) for out in outputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, torch.float32)
+    output: Tensor = outputs[0]
+    return output
+
+
 @pytest.mark.medium
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace(_method)?. is deprecated")
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean might")  # sizes, which are constants of it
 @pytest.mark.parametrize(
     ("see", "basis"),
     [
@@ -64,6 +77,8 @@ def run_with_fake_tensors(model: nn.Module, x: Tensor) -> Tensor:
         (compile_in_inference_mode, "block"),
         pytest.param(export, "dense", marks=needs_export),
         (run_with_fake_tensors, "block"),
+        (trace, "dense"),
+        (trace, "block"),
     ],
 )
 def test_a_tracer_that_comes_first_sees_the_right_values_and_spoils_none(
@@ -99,21 +114,15 @@ def test_the_number_of_tokens_is_no_condition_of_a_graph(basis: Any, dynamic: bo
 
     So do adapters of other bases, of which every tensor is a constant with a name of its own.
     """
-    torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(24, 32))  # cheaper factored for few tokens and materialized for many
     for seed, name in enumerate(("one", "other")):
         randlora.inject(model, r=8, targets="all-linear", basis=basis, seed=seed, name=name)
         fill(model, name)
     randlora.activate(model, ["one", "other"])
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=dynamic)
+    run = Compiled(model, dynamic=dynamic)
     for tokens in (3, 16, 200, 5000):
-        x = torch.randn(tokens, 24, requires_grad=True)
-        found, expected = compiled(x), model(x)
-        assert_close(found.detach(), expected.detach(), torch.float32)
-        ours, theirs = (torch.autograd.grad(output.sum(), x)[0] for output in (found, expected))
-        assert_close(ours, theirs, torch.float32)
-    assert counter.frame_count == most
+        compare(run.compiled, model, torch.randn(tokens, 24, requires_grad=True))
+    assert run.counter.frame_count == most
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
@@ -132,30 +141,23 @@ DYNAMIC = ({0: torch.export.Dim("tokens", min=2, max=64)},)
 @pytest.mark.medium
 @needs_export
 @pytest.mark.parametrize(
-    ("options", "strict"),
-    [({}, False), ({"basis": "block"}, True)],
-    ids=["dense", "block, strict"],
+    ("options", "strict"), [({}, False), ({"basis": "block"}, True)], ids=["dense", "block, strict"]
 )
 def test_a_program_of_any_number_of_tokens_is_saved_loaded_and_trained(options: dict[str, Any], strict: bool) -> None:
     model, file = cold_model(**options), io.BytesIO()
-    exported = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=DYNAMIC, strict=strict)
-    torch.export.save(exported, file)
+    torch.export.save(torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=DYNAMIC, strict=strict), file)
     file.seek(0)
-    program = torch.export.load(file).module()
+    loaded = torch.export.load(file).module()
     for tokens in (2, 64):
         x = torch.randn(tokens, 8)
-        assert_close(program(x), model(x), torch.float32)
+        assert_close(loaded(x), model(x), torch.float32)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert len(trained) == 4
     program = torch.export.export(model, (x,)).module()
-    program(x).square().sum().backward()
-    model(x).square().sum().backward()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = dict(program.named_parameters())
-    assert len(expected) == 4
-    for name, grad in expected.items():
-        ours = found[name].grad
-        assert grad is not None
-        assert ours is not None
-        assert_close(ours, grad, torch.float32)
+    found = torch.autograd.grad(program(x).square().sum(), [program.get_parameter(name) for name in trained])
+    expected = torch.autograd.grad(model(x).square().sum(), [*trained.values()])
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, torch.float32)
 
 
 @pytest.mark.medium
@@ -179,17 +181,3 @@ def test_a_package_of_aotinductor_computes_the_same(tmp_path: Path, monkeypatch:
     for tokens in (2, 7):
         x = torch.randn(tokens, 8)
         assert_close(run(x), model(x), torch.float32)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace(_method)?. is deprecated")
-@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean might")  # sizes, which are constants of it
-@every_basis
-def test_a_traced_model_computes_the_same_and_is_trained(basis: str) -> None:
-    """The check that torch makes is another trace, without gradients, which must have the same operators."""
-    model, x = cold_model(basis=basis), torch.randn(3, 8)
-    traced: Any = torch.jit.trace(model, (x,))
-    outputs, trained = (traced(x), model(x)), [*randlora.trainable_parameters(model)]
-    assert_close(outputs[0].detach(), outputs[1].detach(), torch.float32)
-    found, expected = (torch.autograd.grad(out.square().sum(), trained) for out in outputs)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert_close(ours, theirs, torch.float32)

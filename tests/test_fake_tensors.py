@@ -58,15 +58,11 @@ def assert_pretends(
 
 
 @pytest.mark.parametrize("basis", ["dense", "block"])
-def test_a_fake_layer_is_adapted_and_trained_without_drawing_bases(basis: Any) -> None:
-    layers: tuple[Callable[[], nn.Module], ...] = (lambda: nn.Linear(24, 40), lambda: Conv1D(40, 24))
-    for layer in layers:
-        flops = assert_pretends(
-            lambda layer=layer: nn.Sequential(layer()),  # type: ignore[misc]
-            (torch.randn(5, 24),),
-            lambda model: randlora.inject(model, r=4, targets="all", basis=basis),
-        )
-        assert flops[0] == flops[1] > 0
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(24, 40), lambda: Conv1D(40, 24)], ids=["Linear", "Conv1D"])
+def test_a_fake_layer_is_adapted_and_trained_without_drawing_bases(layer: Callable[[], nn.Module], basis: Any) -> None:
+    adapt = partial(randlora.inject, r=4, targets="all", basis=basis)
+    flops = assert_pretends(lambda: nn.Sequential(layer()), (torch.randn(5, 24),), adapt)
+    assert flops[0] == flops[1] > 0
 
 
 @every_family
@@ -81,41 +77,26 @@ def test_a_fake_weight_that_is_read_is_adapted_and_trained(kind: ReadKind) -> No
     assert_pretends(lambda: nn.Sequential(kind.build()), given, adapt)
 
 
-def test_an_adapter_is_loaded_into_a_fake_model(tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_into_a_fake_model_with_real_bases(tmp_path: Path) -> None:
     trained = nn.Sequential(Mixed())
     randlora.inject(trained, r=4, targets=["q", "up"], train_also=["norm"])
     randlora.save(fill(trained), tmp_path)
-    assert_pretends(
-        lambda: nn.Sequential(Mixed()),
-        (TOKENS,),
-        lambda model: randlora.load(model, tmp_path, trainable=True),
-        draws=True,
-    )
-
-
-def test_bases_that_are_drawn_under_the_mode_are_real() -> None:
+    load = partial(randlora.load, source=tmp_path, trainable=True)
+    assert_pretends(lambda: nn.Sequential(Mixed()), (TOKENS,), load, draws=True)
     spec = BasisSpec("dense", "torch", seed=0, r=4, max_dim=20, min_dim=12)
     expected, made = Basis(spec), Basis(spec)
     with FakeTensorMode():
         digest, bases = made.digest(20, 12), made.slices(20, 12, device="cpu", dtype=torch.float32)
     assert digest == expected.digest(20, 12)
-    for ours, own in zip(bases, expected.slices(20, 12, device="cpu", dtype=torch.float32), strict=True):
-        assert same_bits(ours, own)
+    assert all(map(same_bits, bases, expected.slices(20, 12, device="cpu", dtype=torch.float32)))
 
 
-def test_a_fake_model_is_refused_outside_of_its_mode_and_a_real_one_under_one() -> None:
-    with FakeTensorMode():
-        fake = Mixed()
-    with pytest.raises(AdapterError, match=r"embed\.weight is fake: call this, and the model, under"):
-        randlora.inject(fake, r=4)
+def test_what_needs_values_or_mixes_both_kinds_of_tensors_is_refused(tmp_path: Path) -> None:
     real = Mixed()
     with untouched(real), FakeTensorMode(), pytest.raises(AdapterError, match=r"embed\.weight has values, but"):
         randlora.inject(real, r=4)
-
-
-def test_what_needs_values_says_that_there_are_none(tmp_path: Path) -> None:
     with FakeTensorMode():
-        model = Mixed()
+        model, fake = Mixed(), Mixed()
         randlora.inject(model, r=4)
         assert randlora.delta_weight(model, "up").shape == (20, 12)
         assert randlora.update_norms(model)["up"].shape == ()
@@ -129,3 +110,5 @@ def test_what_needs_values_says_that_there_are_none(tmp_path: Path) -> None:
                 verb()
         assert randlora.eject(model) == ("q", "up", "down")
     assert not (tmp_path / "adapter").exists()
+    with pytest.raises(AdapterError, match=r"embed\.weight is fake: call this, and the model, under"):
+        randlora.inject(fake, r=4)

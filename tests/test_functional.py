@@ -138,7 +138,7 @@ def test_gradients_of_rows_are_right_also_under_autocast(form: str, shape: tuple
         found = []
         for enabled in (True, False):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-                output = run(*trained, single)
+                output = run(trained[0], trained[1], single)
                 found.append((output, *torch.autograd.grad(output.sum(), trained)))
         assert all(torch.equal(*both) for both in zip(*found, strict=True))
 

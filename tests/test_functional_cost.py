@@ -255,5 +255,5 @@ def test_an_update_without_a_weight_to_be_added_to_is_formed_later_and_where_pas
     assert pass_over("cuda", torch.bfloat16).multiply_adds > pass_over("cuda", torch.float32).multiply_adds
     assert pass_over("xpu", torch.float8_e4m3fn) == ON_GPU[torch.float32]
     assert [ON_CPU.is_measured, any(found.is_measured for found in ON_GPU.values())] == [True, False]
-    small = [is_small(*work) for work in ((16, 256 * 256), (17, 256 * 256), (4, SMALL_WEIGHT), (1.0, 1))]  # type: ignore[arg-type]
+    small = [is_small(*work) for work in ((16, 256 * 256), (17, 256 * 256), (4, SMALL_WEIGHT), (1.0, 1))]
     assert small == [True, False, True, False]

@@ -2,41 +2,29 @@
 
 import copy
 import pickle
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import randlora
 from randlora.errors import ConfigError, MergeError
-from randlora.layers import register_layer
 from randlora.layers.update import Quantized
-from randlora.quantized import QuantizedLayer
 from tests.codes import assert_rounded_to_nearest
-from tests.kit import all_bits, assert_unchanged, fill, same_bits, snapshot, untouched
+from tests.kit import all_bits, fill, same_bits, untouched
 from tests.laws import assert_close, plain, update_of
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_quantized_kind
 
 sides = st.integers(2, 40).filter(lambda side: side % 16)  # of some such rows, bitsandbytes misreads the codes
 shapes = st.tuples(sides, sides)
-every_way = pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
 NF4, INT8 = (next(kind for kind in LAYER_KINDS if kind.name == name) for name in ("NF4-double", "8bit"))
 one_of_each_library = pytest.mark.parametrize(
     "kind", [kind for kind in LAYER_KINDS if kind.name in ("NF4-double", "8bit", "int8")], ids=lambda kind: kind.name
 )
-
-
-def layers(kind: LayerKind, *, alpha: float = 1.0, **options: Any) -> Any:
-    model = nn.Sequential(kind.build(24, 20, True, torch.float32), kind.build(20, 24, True, torch.float32))
-    randlora.inject(model, r=3, alpha=alpha, **options)
-    return fill(model)
 
 
 def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, *, alpha: float = 1.0) -> Any:
@@ -110,34 +98,6 @@ def test_a_dequantized_layer_has_the_dtype_of_norms_else_of_what_else_there_is_e
     assert merged() == [torch.bfloat16, torch.float32]  # 8 bits compute in no dtype of their own
 
 
-def _contents(layer: Any) -> list[object]:
-    if hasattr(layer.weight, "qdata"):
-        return [layer.weight]
-    if hasattr(layer, "state"):
-        return [layer.weight, layer.state.CB, layer.state.SCB]
-    return [layer.weight, layer.weight.quant_state, layer.quant_state]
-
-
-@every_way
-@every_quantized_kind
-def test_every_byte_and_the_state_of_the_codes_come_back(quantized: Quantized, kind: LayerKind) -> None:
-    model = nn.Sequential(kind.build(24, 20, True, torch.float32))
-    plain_model = snapshot(model)
-    randlora.inject(model, r=3)
-    fill(model)
-    x, layer = torch.randn(5, 24), model[0]
-    expected, before, held, saved = model(x), snapshot(model), _contents(layer), all_bits(model.state_dict())
-    with randlora.merged(model, quantized=quantized):
-        model(x)
-        assert all_bits(model.state_dict()) == saved
-    assert_unchanged(model, before)
-    assert all(found is kept for found, kept in zip(_contents(layer), held, strict=True))
-    assert same_bits(model(x), expected)
-    with randlora.merged(model, quantized=quantized):
-        randlora.eject(model)
-    assert_unchanged(model, plain_model)
-
-
 def _own_forward(layer: nn.Module) -> None:
     plain_forward = layer.forward
     layer.__dict__["forward"] = lambda x: 3 * plain_forward(x)
@@ -162,146 +122,65 @@ def test_a_layer_that_does_more_is_requantized_but_not_made_plain(kind: LayerKin
     assert (model[0] is layer, type(layer)) == (True, own)
 
 
-def _parametrized() -> Any:
-    model = one_layer(NF4, (24, 20), torch.float32)
-    parametrize.register_parametrization(model[0], "bias", nn.Identity())
-    return model
+DEQUANTIZE = {"quantized": "dequantize"}
 
 
 @pytest.mark.parametrize(
-    ("build", "options", "error", "said"),
+    ("kind", "alpha", "options", "error", "said"),
     [
-        (_parametrized, {"quantized": "dequantize", "reversible": True}, MergeError, "0 changed its class to Parametr"),
-        (
-            lambda: layers(INT8, alpha=1e7),
-            {"quantized": "dequantize", "dtype": torch.float16},
-            MergeError,
-            r"would not be finite in torch\.float16",
-        ),
-        (lambda: layers(NF4), {"quantized": "round"}, ConfigError, "one of requantize, dequantize, got 'round'"),
-        (
-            lambda: layers(NF4),
-            {"quantized": "dequantize", "dtype": torch.int8},
-            ConfigError,
-            r"a floating dtype or None, got torch\.int8",
-        ),
-        (lambda: layers(NF4), {"dtype": torch.float32}, ConfigError, "applies to dequantized layers only"),
+        (NF4, 1, {**DEQUANTIZE, "reversible": True}, MergeError, "0 changed its class to Parametr"),
+        (INT8, 1e7, {**DEQUANTIZE, "dtype": torch.float16}, MergeError, r"would not be finite in torch\.float16"),
+        (NF4, 1, {"quantized": "round"}, ConfigError, "one of requantize, dequantize, got 'round'"),
+        (NF4, 1, {**DEQUANTIZE, "dtype": torch.int8}, ConfigError, r"a floating dtype or None, got torch\.int8"),
+        (NF4, 1, {"dtype": torch.float32}, ConfigError, "applies to dequantized layers only"),
     ],
     ids=["class", "overflow", "way", "int", "codes"],
 )
 def test_a_merge_that_cannot_be_is_refused(
-    build: Callable[[], Any], options: dict[str, Any], error: type[Exception], said: str
+    kind: LayerKind, alpha: float, options: dict[str, Any], error: type[Exception], said: str
 ) -> None:
-    model = build()
+    model = one_layer(kind, (24, 20), torch.float32, alpha=alpha)
+    if "class" in said:
+        parametrize.register_parametrization(model[0], "bias", nn.Identity())
     with untouched(model), pytest.raises(error, match=said):
         randlora.merge(model, **options)
 
 
-@pytest.mark.parametrize(
-    ("quantized", "copied"),
-    [
-        ("requantize", copy.deepcopy),
-        ("requantize", lambda model: pickle.loads(pickle.dumps(model))),
-        ("dequantize", lambda model: pickle.loads(pickle.dumps(model))),
-    ],
-)
+@pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
 @one_of_each_library
 def test_a_copy_made_while_merged_is_merged_and_unmerges_to_the_same_codes(
-    kind: LayerKind, quantized: Quantized, copied: Callable[[nn.Module], Any]
+    kind: LayerKind, quantized: Quantized
 ) -> None:
     model = one_layer(kind, (24, 20), torch.float32)
     x = torch.randn(5, 24, requires_grad=True)
     expected, saved = model(x), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with randlora.merged(model, quantized=quantized) as report:
-        twin, merged = copied(model), model(x)
-    assert same_bits(twin(x), merged)
-    with randlora.merged(twin) as found:
-        assert found == report
-    assert randlora.adapters(twin)[0].is_merged
-    randlora.unmerge(twin)
-    assert same_bits(twin(x), expected)
-    gradients = [torch.autograd.grad(each(x).sum(), x)[0] for each in (twin, model)]
-    assert same_bits(*gradients)
-    assert all_bits(twin.state_dict()) == all_bits(saved)
-    codes = [getattr(layer.weight, "qdata", layer.weight) for layer in (twin[0], model[0])]
-    assert codes[0].data_ptr() != codes[1].data_ptr()
-    randlora.eject(twin)
-    assert type(twin[0]) is model[0].randlora_base
+        twins, merged = (copy.deepcopy(model), pickle.loads(pickle.dumps(model))), model(x)
+        assert all_bits(model.state_dict()) == all_bits(saved)
+    for twin in twins:
+        assert same_bits(twin(x), merged)
+        with randlora.merged(twin) as found:
+            assert found == report
+        assert randlora.adapters(twin)[0].is_merged
+        randlora.unmerge(twin)
+        assert same_bits(twin(x), expected)
+        assert same_bits(*(torch.autograd.grad(each(x).sum(), x)[0] for each in (twin, model)))
+        assert all_bits(twin.state_dict()) == all_bits(saved)
+        codes = [getattr(layer.weight, "qdata", layer.weight) for layer in (twin[0], model[0])]
+        assert codes[0].data_ptr() != codes[1].data_ptr()
+        randlora.eject(twin)
+        assert type(twin[0]) is model[0].randlora_base
 
 
 @one_of_each_library
 def test_merging_nothing_leaves_every_code(kind: LayerKind) -> None:
     """Rounding could change scales that are codes themselves."""
-    model = layers(kind)
+    model = nn.Sequential(*(kind.build(24, 24, True, torch.float32) for _ in range(2)))
+    randlora.inject(model, r=3)
     with torch.no_grad():
-        model.get_parameter("0.randlora_lambda.default").zero_()
-    held = _contents(model[0])
+        fill(model).get_parameter("0.randlora_lambda.default").zero_()
+    held = model[0].weight, all_bits(model[0].state_dict())
     report = randlora.merge(model)
-    assert all(found is kept for found, kept in zip(_contents(model[0]), held, strict=True))
+    assert model[0].weight is held[0]
+    assert {**held[1], **all_bits(model[0].state_dict())} == held[1]
     assert list(report.rounding) == ["1"]
-
-
-class Rounded(nn.Module):
-    """A linear layer of a user's in int8 with a scale for each row; its bias is a buffer, too."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        for name, value in zip(("codes", "scales"), rounded(torch.randn(out_features, in_features) / 10), strict=True):
-            self.register_buffer(name, value)
-        self.register_buffer("bias", torch.randn(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.get_buffer("codes") * self.get_buffer("scales")).T + self.get_buffer("bias")
-
-
-def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    scales = weight.abs().amax(1, keepdim=True) / 127
-    return (weight / scales).round().to(torch.int8), scales
-
-
-@register_layer(Rounded)
-class RoundedAdapter(QuantizedLayer):
-    """Adapts it."""
-
-    @classmethod
-    def plain_forward(cls) -> Any:
-        return Rounded.forward
-
-    def written_out(self, owner: Any, held: Any = None) -> Tensor:
-        codes, scales = held or self.codes(owner)
-        product: Tensor = codes * scales
-        return product
-
-    def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[Any, float]:  # noqa: ARG002
-        codes, scales = rounded(weight)
-        return (codes, scales), float(scales.max())
-
-    def codes(self, owner: Any) -> Any:
-        return owner.codes, owner.scales
-
-    def put_in(self, owner: Any, held: Any) -> None:
-        owner.codes, owner.scales = held
-
-
-def test_a_layer_of_a_user_merges_both_ways_is_undone_bit_for_bit_and_becomes_a_plain_layer(tmp_path: Path) -> None:
-    model, x = nn.Sequential(Rounded(8, 12), nn.GELU(), Rounded(12, 6)), torch.randn(3, 8)
-    randlora.inject(model, r=3, alpha=6)
-    fill(model)
-    before, output = all_bits(model.state_dict()), model(x)
-    for how, expected in (("requantize", ["0", "2"]), ("dequantize", [])):
-        with randlora.merged(model, quantized=how) as report:  # type: ignore[arg-type]
-            assert sorted(report.rounding) == expected
-            assert (model(x) - output).norm() < 0.05 * output.norm()
-            assert all_bits(model.state_dict()) == before
-        assert all_bits(model.state_dict()) == before
-        assert same_bits(model(x), output)
-    tensors = dict(randlora.merged_tensors(model))
-    assert [*tensors] == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    randlora.files.save_merged(model, tmp_path / "merged")
-    assert all_bits(load_file(tmp_path / "merged" / "model.safetensors")) == all_bits(tensors)
-    randlora.merge(model, quantized="dequantize")
-    assert [type(layer) for layer in model] == [nn.Linear, nn.GELU, nn.Linear]
-    assert [name for name, _ in model.named_parameters()] == [*model.state_dict()] == [*tensors]
-    assert all_bits(model.state_dict()) == all_bits(tensors)
-    assert_close(model(x), output.double(), torch.float32)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import randlora
 from randlora import prepare_quantized
@@ -19,7 +20,7 @@ from randlora.quantized.prepare import PreparationReport
 from tests.kit import assert_unchanged, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
 from tests.models import GPT2, LLAMA, VIT, RealModel, logits, outputs
-from tests.quantized import checkpoint_activations, four_bit_linear, half_precision_model, needs_repacking
+from tests.quantized import REPACKS, checkpoint_activations, four_bit_linear, half_precision_model
 
 NOTHING = {"full_precision": False, "inputs_require_grad": False, "checkpointing": False, "unpacked": False}
 
@@ -29,9 +30,7 @@ def only(step: str) -> dict[str, bool]:
 
 
 def hooks(model: nn.Module) -> dict[str, tuple[int, int]]:
-    return {
-        name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
-    }
+    return {name: (len(each._forward_hooks), len(each._forward_pre_hooks)) for name, each in model.named_modules()}
 
 
 def input_gradient(model: nn.Module, fqn: str, run: Callable[[], Tensor]) -> Tensor:
@@ -89,16 +88,12 @@ def test_a_prepared_model_trains_with_gradients_down_to_its_inputs_and_a_second_
     assert again == dataclasses.replace(report, cast=())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_a_call_without_steps_and_a_model_of_more_bits_are_left_alone(dtype: torch.dtype) -> None:
-    model = Mixed(dtype)
-    with untouched(model):
-        report = prepare_quantized(model, **(NOTHING if dtype == torch.float16 else only("full_precision")))
-    assert set(hooks(model).values()) == {(0, 0)}
-    assert report == PreparationReport()
-
-
 def test_a_model_without_quantized_layers_is_prepared_all_the_same_and_again_and_its_copies() -> None:
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        model = Mixed(dtype)
+        with untouched(model):  # by a call without steps, and where there are more bits
+            report = prepare_quantized(model, **(NOTHING if dtype == torch.float16 else only("full_precision")))
+        assert (report, set(hooks(model).values())) == (PreparationReport(), {(0, 0)})
     model = Mixed(torch.bfloat16)
     report, hung = prepare_quantized(model), hooks(model)
     assert report.notes == ("checkpointing stays off: Mixed has no method for it",)
@@ -114,29 +109,24 @@ def test_a_model_without_quantized_layers_is_prepared_all_the_same_and_again_and
         assert all(parameter.requires_grad for parameter in twin.parameters())
 
 
-def test_what_is_tied_stays_tied_and_a_layer_used_twice_is_hooked_once() -> None:
-    model = Mixed(torch.bfloat16)
-    model.head = nn.Linear(12, 11, bias=False, dtype=torch.bfloat16)
-    model.head.weight = model.embed.weight
-    model.again = model.q
-    report = prepare_quantized(model, **only("full_precision"))
-    assert model.head.weight is model.embed.weight
-    assert report.cast == ("embed", "q", "up", "down", "norm", "head")
-    assert hooks(model)["q"] == (0, 1)
-
-
 class Stored(Tensor):
     """Values in a form of a library's own."""
 
 
-def test_weights_without_values_yet_or_of_another_librarys_form_are_left_alone() -> None:
-    stored = nn.Linear(4, 4, dtype=torch.bfloat16)
-    stored.weight = nn.Parameter(stored.weight.detach().as_subclass(Stored), requires_grad=False)
-    model = nn.Sequential(nn.LayerNorm(4, dtype=torch.bfloat16), stored, nn.LazyLinear(4, bias=False))
+def test_what_is_tied_stays_tied_and_what_has_no_values_or_another_form_stays_as_it_is() -> None:
+    model = Mixed(torch.bfloat16)
+    model.head = nn.Linear(12, 11, bias=False, dtype=torch.bfloat16)
+    model.head.weight = model.embed.weight
+    model.again = model.q
+    model.stored = nn.Linear(4, 4, dtype=torch.bfloat16)
+    model.stored.weight = nn.Parameter(model.stored.weight.detach().as_subclass(Stored), requires_grad=False)
+    model.lazy = nn.LazyLinear(4, bias=False)
     report = prepare_quantized(model, **only("full_precision"))
-    assert report.cast == ("0",)
-    assert isinstance(model[2].weight, nn.UninitializedParameter)
-    assert stored(model[0](torch.randn(2, 4))).dtype == torch.bfloat16
+    assert model.head.weight is model.embed.weight
+    assert report.cast == ("embed", "q", "up", "down", "norm", "head")
+    assert hooks(model)["q"] == (0, 1), "a layer that is used twice is hooked once"
+    assert isinstance(model.lazy.weight, nn.UninitializedParameter)
+    assert model.stored(torch.randn(2, 4)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("adapted_first", [False, True])
@@ -156,44 +146,37 @@ def test_dense_layers_that_are_adapted_are_prepared_too_but_no_merged_model(adap
         prepare_quantized(model)
 
 
-def convolution(*, is_parametrized: bool) -> nn.Module:
-    """Return a convolution after a norm, with a weight or with one computed from others."""
-    conv = nn.Conv1d(4, 4, 3)
-    return nn.Sequential(nn.BatchNorm1d(4), nn.utils.parametrizations.weight_norm(conv) if is_parametrized else conv)
+def attention() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
-        (lambda: convolution(is_parametrized=False), (2, 4, 8)),
-        (lambda: convolution(is_parametrized=True), (2, 4, 8)),
-        (
-            lambda: nn.Sequential(nn.LayerNorm(8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)),
-            (2, 4, 8),
-        ),
-        (lambda: nn.Sequential(nn.LayerNorm(8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))), (4, 8)),
+        (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Conv1d(4, 4, 3)), (2, 4, 8)),
+        (lambda: nn.Sequential(nn.BatchNorm1d(4), weight_norm(nn.Conv1d(4, 4, 3))), (2, 4, 8)),
+        (lambda: nn.Sequential(nn.LayerNorm(8), attention()), (2, 4, 8)),
+        (lambda: nn.Sequential(nn.LayerNorm(8), weight_norm(nn.Linear(8, 8))), (4, 8)),
     ],
     ids=["convolution", "parametrized convolution", "attention", "parametrized linear"],
 )
 def test_matrices_that_keep_their_16_bits_meet_the_float32_that_norms_give(
-    build: Callable[[], nn.Module], shape: tuple[int, ...], training: bool
+    build: Callable[[], nn.Module], shape: tuple[int, ...]
 ) -> None:
-    model = build().bfloat16().train(training)
-    x = torch.randn(shape, dtype=torch.bfloat16)
-    expected = copy.deepcopy(model)(x)
-    assert prepare_quantized(model, **only("full_precision")).cast
-    assert torch.bfloat16 in {parameter.dtype for parameter in model.parameters() if parameter.ndim > 1}
-    with torch.set_grad_enabled(training):
-        torch.testing.assert_close(model(x).float(), expected.float(), rtol=0.05, atol=0.05)
+    model, x = build().bfloat16(), torch.randn(shape, dtype=torch.bfloat16)
+    prepared = copy.deepcopy(model)
+    assert prepare_quantized(prepared, **only("full_precision")).cast
+    assert torch.bfloat16 in {parameter.dtype for parameter in prepared.parameters() if parameter.ndim > 1}
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            expected, found = (each.train(training)(x).float() for each in (model, prepared))
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
-def test_a_model_of_text_and_images_has_two_inputs() -> None:
+def text_and_images() -> nn.Module:
     sides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     text, vision = {"vocab_size": 64, **sides}, {"image_size": 16, "patch_size": 8, **sides}
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
-    report = prepare_quantized(model, **only("inputs_require_grad"))
-    assert [name.rpartition(".")[2] for name in report.input_gradients] == ["token_embedding", "patch_embedding"]
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))  # type: ignore[no-any-return]
 
 
 def convolutions() -> nn.Module:
@@ -201,13 +184,32 @@ def convolutions() -> nn.Module:
     return transformers.ConvNextModel(transformers.ConvNextConfig(**sides))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("build", [lambda: nn.Sequential(nn.Linear(4, 4)), convolutions])
-def test_a_model_without_embeddings_is_reported(build: Callable[[], nn.Module]) -> None:
+def without_checkpointing() -> nn.Module:
+    model = LLAMA.build()
+    model.supports_gradient_checkpointing = False  # type: ignore[assignment]
+    return model
+
+
+NO_EMBEDDING = "no embedding was found: for reentrant checkpointing, make the inputs require grad"
+
+
+@pytest.mark.parametrize(
+    ("build", "step", "inputs", "note"),
+    [
+        (text_and_images, "inputs_require_grad", ["token_embedding", "patch_embedding"], None),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), "inputs_require_grad", [], NO_EMBEDDING),
+        (convolutions, "inputs_require_grad", [], NO_EMBEDDING),
+        (without_checkpointing, "checkpointing", [], "checkpointing stays off: LlamaForCausalLM has no method for it"),
+    ],
+)
+def test_each_input_and_what_cannot_be_done_is_reported(
+    build: Callable[[], nn.Module], step: str, inputs: list[str], note: str | None
+) -> None:
     model = build()
-    report = prepare_quantized(model, **only("inputs_require_grad"))
-    assert report.input_gradients == ()
-    assert report.notes == ("no embedding was found: for reentrant checkpointing, make the inputs require grad",)
-    assert set(hooks(model).values()) == {(0, 0)}
+    report = prepare_quantized(model, **only(step))
+    assert [name.rpartition(".")[2] for name in report.input_gradients] == inputs
+    assert (report.notes, report.checkpointing) == ((note,) if note else (), False)
+    assert (set(hooks(model).values()) == {(0, 0)}) == (not inputs)
 
 
 def trainable_gradients(model: nn.Module, kind: RealModel) -> dict[str, Tensor | None]:
@@ -237,14 +239,6 @@ def test_checkpointing_changes_no_gradient_and_a_reentrant_one_gets_the_inputs_i
     assert None not in expected.values()
 
 
-def test_a_model_that_cannot_checkpoint_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LLAMA.build()
-    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
-    report = prepare_quantized(model)
-    assert not report.checkpointing
-    assert report.notes == ("checkpointing stays off: LlamaForCausalLM has no method for it",)
-
-
 def gradient_after_evaluation(layer: nn.Module) -> Tensor | None:
     """Evaluate a layer, then train what lies before it; ``None`` where nothing comes back."""
     x = torch.randn(4, 64, dtype=torch.bfloat16)
@@ -257,55 +251,35 @@ def gradient_after_evaluation(layer: nn.Module) -> Tensor | None:
     return leaf.grad
 
 
-@pytest.mark.parametrize(("out_features", "compress_statistics"), [(32, True), (7, False)])
-def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits(
-    out_features: int, compress_statistics: bool
+def _without_state(layer: Any) -> None:
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+
+
+@pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
+@pytest.mark.parametrize("compress_statistics", [True, False])
+def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits_and_another_is_put_in_order(
+    compress_statistics: bool,
 ) -> None:
-    layer = four_bit_linear(64, out_features, compress_statistics=compress_statistics)
-    model = nn.Sequential(layer)
-    before = copy.deepcopy(layer.state_dict())
+    layer = four_bit_linear(64, 7, compress_statistics=compress_statistics)
+    model, before = nn.Sequential(layer), copy.deepcopy(layer.state_dict())
     report = prepare_quantized(model, **only("unpacked"))
     assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ())
     found = gradient_after_evaluation(model)
     assert found is not None
     assert found.abs().max() > 0
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
-
-
-def _nothing(layer: Any) -> None:
-    if gradient_after_evaluation(layer) is not None:
-        pytest.skip("this bitsandbytes passes gradients through repacked layers")
-
-
-def _turned(layer: Any) -> None:
-    layer.state_dict()
-    if layer.weight.quant_state.absmax.ndim == 1:
-        pytest.skip("this bitsandbytes turns them back")
-
-
-def _without_state(layer: Any) -> None:
-    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-
-
-@needs_repacking
-@pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
-@pytest.mark.parametrize(
-    ("change", "compress_statistics"), [(_nothing, True), (_nothing, False), (_turned, False), (_without_state, True)]
-)
-def test_without_the_step_an_evaluation_repacks_and_a_later_call_puts_in_order(
-    change: Callable[[Any], None], compress_statistics: bool
-) -> None:
-    layer = four_bit_linear(bias=False, compress_statistics=compress_statistics)
-    model, x = nn.Sequential(layer), torch.randn(3, 64, dtype=torch.bfloat16)
-    expected = model(x)  # with a bias, a forward pass in training would raise from here on
-    model.eval()(x)
-    change(layer)
-    report = prepare_quantized(model)
-    assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ("0",))
-    assert "restored after repacking: 0 (scales rounded to bfloat16)" in str(report)
-    if change is not _without_state:
-        assert gradient_after_evaluation(model) is not None
-        for is_training in (True, False):
-            found = model.train(is_training)(x)
-            torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
-    assert prepare_quantized(model).put_in_order == ()
+    for change in (gradient_after_evaluation, _without_state) if REPACKS else ():
+        layer = four_bit_linear(bias=False, compress_statistics=compress_statistics)
+        model, x = nn.Sequential(layer), torch.randn(3, 64, dtype=torch.bfloat16)
+        expected = model(x)  # with a bias, a forward pass in training would raise from here on
+        model.eval()(x)
+        assert change(layer) is None, "bitsandbytes leads no gradient through repacked layers"
+        report = prepare_quantized(model)
+        assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ("0",))
+        assert "restored after repacking: 0 (scales rounded to bfloat16)" in str(report)
+        if change is not _without_state:
+            assert gradient_after_evaluation(model) is not None
+            for is_training in (True, False):
+                found = model.train(is_training)(x)
+                torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
+        assert prepare_quantized(model).put_in_order == ()

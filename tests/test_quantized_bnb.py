@@ -1,0 +1,408 @@
+"""bitsandbytes' layers: what their codes mean, also repacked; what is refused; what a forward keeps and changes."""
+
+import copy
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearNF4, Params4bit
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import randlora
+from randlora.errors import TargetError
+from randlora.layers import in_place
+from randlora.quantized import bnb
+from randlora.quantized.bnb import MAY_REPACK
+from tests.codes import assert_rounded_to_nearest, step, written_out
+from tests.kit import fill, same_bits
+from tests.laws import adapter_layer, assert_close, plain, update_of
+from tests.layer_kinds import BITSANDBYTES, LayerKind, every_quantized_kind
+from tests.quantized import needs_repacking, of_4_bits
+
+every_nesting = pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
+
+
+def quantized(weight: Tensor, quant_type: str, blocksize: int, nested: bool, storage: torch.dtype) -> Linear4bit:
+    layer = Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32)
+    layer.weight = Params4bit(
+        weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
+    )
+    layer.to("cpu")
+    return layer
+
+
+def four_bits(in_features: int = 64, out_features: int = 96, **options: Any) -> Any:
+    return of_4_bits(in_features, out_features, repacks=True, **options)
+
+
+def adapted(base: nn.Module, r: int = 8, **options: Any) -> tuple[Any, Any]:
+    model = nn.Sequential(base)
+    randlora.inject(model, **{"r": r, "alpha": 4, "targets": "all-linear", **options})
+    return fill(model), model[0]
+
+
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    quant_type=st.sampled_from(bnb.QUANT_TYPES),
+    blocksize=st.sampled_from([32, 64, 128]),
+    nested=st.booleans(),
+    storage=st.sampled_from([torch.uint8, torch.bfloat16, torch.float32]),
+)
+def test_4_bit_codes_are_written_out_as_their_tables_say_and_rounded_to_the_nearest_level(
+    shape: tuple[int, int], quant_type: str, blocksize: int, nested: bool, storage: torch.dtype
+) -> None:
+    assume(shape[0] * shape[1] % 8 == 0 or storage == torch.uint8)
+    dtype = torch.bfloat16 if nested else torch.float32
+    layer = quantized(torch.randn(shape, dtype=dtype), quant_type, blocksize, nested, storage)
+    codes, state = layer.weight.data, layer.weight.quant_state
+    found, expected = bnb.write_out_4bit(codes, state), written_out(layer)
+    is_misread = not torch.allclose(found.double(), expected, rtol=2e-2 if nested else 1e-5, atol=1e-6)
+    assert bnb.is_misread(codes, state) == is_misread
+    assert not is_misread or shape[1] % blocksize  # rows that blocks divide are always read right
+    for other in (torch.float64, torch.bfloat16):
+        assert same_bits(bnb.write_out_4bit(codes, state, other), found.to(other))
+    weight = torch.randn(shape) * 9
+    codes, state = bnb.round_to_4bit(weight, state, storage)
+    layer.weight = Params4bit(codes, quant_state=state, bnb_quantized=True)
+    assert_rounded_to_nearest(layer, weight)
+    assert bnb.step_4bit(state) == pytest.approx(step(layer).max().item(), rel=1e-5)
+    assert (codes.dtype, state.blocksize, state.quant_type, state.dtype) == (storage, blocksize, quant_type, dtype)
+
+
+NOT_YET = "0 is not quantized yet: move the model to its device first"
+NO_VALUES = r"0 has no values \(its weight is on the meta device or offloaded\)"
+TOO_OLD = r"0 needs bitsandbytes 0\.50 or newer, found 0\.45\.5: python -m pip install --upgrade bitsandb"
+MISSING = r"0 needs bitsandbytes, which is not installed: python -m pip install .*\[bnb\]"
+
+
+def eight_bits(**options: Any) -> Any:
+    return Linear8bitLt(64, 96, **{"has_fp16_weights": False, **options})
+
+
+def with_state(**changed: Any) -> Any:
+    layer = four_bits()
+    vars(layer.weight.quant_state).update(changed)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("build", "version", "said"),
+    [
+        (lambda: Linear4bit(64, 96), "0.50", NOT_YET),
+        (eight_bits, "0.50", NOT_YET),
+        (lambda: Linear4bit(64, 96, device="meta"), "0.50", NO_VALUES),
+        (lambda: eight_bits(device="meta"), "0.50", NO_VALUES),
+        (lambda: eight_bits(has_fp16_weights=True), "0.50", r"0 has 16-bit weights .*has_fp16_weights=True"),
+        (lambda: with_state(quant_type="af4"), "0.50", r"0 has codes of type 'af4', expected one of nf4, fp4"),
+        (lambda: with_state(shape=torch.Size((64, 96))), "0.50", r"0 was quantized as \(64, 96\), .* = \(96, 64\)"),
+        (lambda: four_bits(48, bias=False), "0.50", r"0 has rows of 48 entries and blocks of 64, .* incorrectly"),
+        (four_bits, "0.45.5", TOO_OLD),
+        (lambda: eight_bits().to("cpu"), "0.45.5", TOO_OLD),
+        (four_bits, None, MISSING),
+        (lambda: eight_bits().to("cpu"), None, MISSING),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_with_its_name_and_a_remedy(
+    build: Callable[[], Any], version: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(_name: str) -> str:
+        if version is None:
+            raise PackageNotFoundError
+        return version
+
+    layer = build()
+    if "incorrectly" in said and torch.allclose(layer(torch.eye(48)).T.double(), written_out(layer), atol=1e-6):
+        pytest.skip("this bitsandbytes reads them right")
+    monkeypatch.setattr(bnb, "version", found)
+    monkeypatch.setattr(bnb, "missing", bnb.missing.__wrapped__)
+    model, held = nn.Sequential(layer), {name: (each, each.requires_grad) for name, each in layer.named_parameters()}
+    with pytest.raises(TargetError, match=said):
+        randlora.inject(model, r=4, targets=["0"])
+    assert (model[0] is layer, "Adapted" in type(layer).__name__) == (True, False)
+    assert {name: (layer.get_parameter(name), requires_grad) for name, (_, requires_grad) in held.items()} == held
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(bitsandbytes, "matmul_4bit"), (Linear4bit, "forward")], ids=["kernel", "forward"]
+)
+def test_the_layers_own_forward_runs_in_evaluation_and_if_somebody_replaced_it(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Own(LinearNF4): ...  # type: ignore[misc]
+
+    model, layer = adapted(Own(64, 96, compute_dtype=torch.float32, bias=False).to("cpu"))
+    assert type(adapter_layer(layer)).__name__ == "Linear4bitAdapter"
+    own, x = getattr(owner, name), torch.randn(5, 64)
+    expected = 2 * plain(layer)(x) + x @ update_of(layer).T
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: 2 * own(*args, **kwargs))
+    assert_close(model.train(name == "forward")(x), expected, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+        (None, torch.bfloat16),
+    ],
+)
+def test_the_output_has_the_dtype_of_the_input_and_is_computed_in_that_of_the_layer_else_of_its_first_input(
+    dtype: torch.dtype | None, given: torch.dtype
+) -> None:
+    model, layer = adapted(four_bits(compute_dtype=dtype))
+    x = torch.randn(5, 64).to(given)
+    with torch.no_grad():
+        fresh = copy.deepcopy(model)
+        fresh[0].randlora_lambda["default"].zero_()
+    own = plain(layer)(x)
+    assert same_bits(fresh(x), own)
+    output, computed = layer(x), dtype or given
+    assert output.dtype == own.dtype == given
+    assert layer.compute_dtype == computed
+    coarse = max((computed, given), key=lambda each: torch.finfo(each).eps)
+    assert_close(output, own.double() + x.double() @ update_of(layer).double().T, coarse)
+    assert layer(x.float()).dtype == torch.float32
+    assert layer.compute_dtype == computed
+
+
+@pytest.mark.parametrize("name", ["NF4-double", "8bit-outliers"])
+def test_nothing_as_large_as_the_weight_stays_between_forward_and_backward(name: str) -> None:
+    (kind,) = (kind for kind in BITSANDBYTES if kind.name == name)
+    _, layer = adapted(kind.build(256, 192, False, torch.float32), r=7)  # bases of other shapes
+    x = torch.randn(4, 256, requires_grad=True)
+    output = layer(x)
+    alive = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
+    shapes = {found.shape for found in alive if found.is_floating_point()}
+    assert not shapes & {(192, 256), (256, 192)}
+    output.sum().backward()
+    assert x.grad is not None
+
+
+@every_quantized_kind
+def test_a_trained_bias_keeps_its_dtype_whatever_runs_and_new_codes_are_held_as_the_old_ones(kind: LayerKind) -> None:
+    """A layer of bitsandbytes alone casts its bias in place, under the optimizer's feet."""
+    base, x = kind.build(24, 20, True, torch.bfloat16), torch.randn(5, 24).bfloat16()
+    dtype = torch.float32 if kind.library == "bitsandbytes" else torch.bfloat16  # others take none of another dtype
+    base.bias = own = nn.Parameter(torch.randn(20).to(dtype))
+    plain_bias, held = own.detach().clone(), dict(vars(base.weight))
+    model, layer = adapted(base, 4, train_also=["0.bias"])
+    bias, kept_as = layer.bias.detach().clone(), type(layer.weight)  # which bfloat16 would round
+    expected = x.double() @ (kind.weight(base) + update_of(layer)).T + bias
+    for is_training in (True, False):
+        output = model.train(is_training)(x)
+        assert (output - expected).abs().max() <= 0.05 * expected.abs().max()  # 8 bits round their inputs too
+        output.sum().backward()
+        assert layer.bias.grad.dtype == torch.float32
+        assert same_bits(layer.bias.detach(), bias)
+    for block in (randlora.disabled, randlora.merged):
+        with block(model):
+            model(x)
+            found = vars(layer.weight)
+    told = "blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized", "has_fp16_weights"
+    assert {name: found[name] for name in told if name in held} == {name: held[name] for name in told if name in held}
+    assert found.get("module") is (layer if "module" in held else None)
+    assert type(layer.weight) is kept_as
+    assert same_bits(layer.bias.detach(), bias)
+    randlora.eject(model)
+    assert layer.bias is own
+    assert same_bits(own.detach(), plain_bias)
+
+
+@pytest.mark.parametrize(("way", "storage"), [("requantize", torch.bfloat16), ("dequantize", torch.uint8)])
+def test_a_weight_that_lost_its_state_to_the_layer_merges_and_comes_back(way: Any, storage: torch.dtype) -> None:
+    """As ``load_state_dict(assign=True)`` and sharding leave it, which wants codes in another dtype."""
+    model, layer = adapted(four_bits(quant_storage=storage))
+    x = torch.randn(5, 64, requires_grad=True)
+    expected = model(x)
+    assert_close(expected, plain(layer)(x) + x @ update_of(layer).T, torch.float32)
+    model.load_state_dict(model.state_dict(), assign=True, strict=False)
+    held = layer.weight, layer.quant_state
+    assert not hasattr(held[0], "quant_state")
+    with randlora.merged(model, quantized=way):
+        merged = model(x)
+        assert layer.weight.dtype == (storage if way == "requantize" else torch.float32)
+    assert (merged - expected).abs().max() < 0.3 * expected.abs().max()
+    assert (layer.weight is held[0], layer.quant_state is held[1]) == (True, True)
+    assert same_bits(model(x), expected)
+
+
+# What an evaluation on a CPU repacked: gradients pass such layers, and they merge
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@every_nesting
+def test_what_bitsandbytes_repacks_has_the_private_names_that_are_read_here(storage: torch.dtype, nested: bool) -> None:
+    """On every CPU, because packing itself is plain torch. See randlora/quantized/bnb.py."""
+    layer = quantized(torch.randn(32, 64), "nf4", 64, nested, storage)
+    assert hasattr(layer, MAY_REPACK)
+    codes, state, wanted = layer.weight.data.clone(), layer.weight.quant_state, written_out(layer)
+    assert bnb.quantization(state, storage) == (nested, torch.float32, storage)
+    layer.weight.data, layer.quant_state = functional._convert_weight_packed_for_cpu(layer.weight.data, state)
+    assert state.packing_format_for_cpu
+    assert [bnb.is_out_of_order(state), bnb.is_out_of_order(state, repacked=False)] == [True, False]
+    assert bnb.quantization(state, torch.uint8) == (nested, torch.float32, storage)
+    found = bnb.write_out_4bit(layer.weight.data, state)
+    torch.testing.assert_close(found.double(), wanted, rtol=0.01, atol=0)  # the scales are rounded
+    bnb.restore_order(layer.weight, state)
+    assert torch.equal(layer.weight.data.view(torch.uint8), codes.view(torch.uint8))
+    assert not bnb.is_out_of_order(state)
+    torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
+
+
+def repack(layer: Any) -> None:
+    """Let bitsandbytes repack a layer's codes, as a forward pass of it alone or a state dict may bring them."""
+    twin: Any = plain(layer).eval()
+    twin.__dict__[MAY_REPACK] = True
+    with torch.no_grad():
+        twin(torch.randn(5, layer.in_features))
+    layer.weight, layer.quant_state = twin.weight, twin.weight.quant_state
+    assert layer.weight.quant_state.packing_format_for_cpu
+
+
+def held_by(layer: Any) -> list[object]:
+    weight, state = layer.weight, layer.weight.quant_state
+    return [weight, state, state.packing_format_for_cpu, weight.data.clone(), state.absmax.clone()]
+
+
+def assert_held(layer: Any, before: list[object]) -> None:
+    for found, expected in zip(held_by(layer), before, strict=True):
+        assert same_bits(found, expected) if type(found) is Tensor else found is expected  # type: ignore[arg-type]
+
+
+def input_gradient(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.autograd.grad(layer(x).square().sum(), x)[0]
+
+
+@needs_repacking
+@every_nesting
+def test_codes_are_put_in_order_when_the_adapter_comes_and_kept_so(nested: bool) -> None:
+    layer = four_bits(compress_statistics=nested)
+    wanted = written_out(layer)
+    layer.eval()(torch.randn(5, 64))
+    assert layer.weight.quant_state.packing_format_for_cpu
+    with torch.inference_mode():
+        model, layer = adapted(layer)
+    assert not layer.weight.quant_state.packing_format_for_cpu
+    assert layer.weight.quant_state.nested == nested
+    torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
+    before = held_by(layer)
+    for is_training in (False, True, False):
+        model.train(is_training)(torch.randn(5, 64))
+        assert_held(layer, before)
+    for each in (model.train(), plain(layer)):  # though put in order in inference mode
+        input_gradient(each, torch.randn(5, 64, requires_grad=True))
+
+
+@needs_repacking
+@pytest.mark.parametrize(
+    ("is_allowed", "is_prepared", "ending"),
+    [(True, False, randlora.eject), (True, True, randlora.eject), (False, False, randlora.merge)],
+)
+def test_bitsandbytes_may_repack_again_once_the_adapters_are_gone(
+    is_allowed: bool, is_prepared: bool, ending: Callable[[Any], Any]
+) -> None:
+    base = four_bits()
+    base.__dict__[MAY_REPACK] = is_allowed
+    model, layer = adapted(base)
+    if is_prepared:
+        randlora.prepare_quantized(model)
+    assert not vars(layer)[MAY_REPACK]
+    with randlora.merged(model, quantized="dequantize"):
+        assert MAY_REPACK not in vars(layer)
+    assert not vars(layer)[MAY_REPACK]
+    ending(model)
+    assert vars(layer)[MAY_REPACK] == (is_allowed and not is_prepared)
+
+
+def _nothing(layer: Any) -> None:
+    """Leave it to the adapter to multiply."""
+
+
+def _with_dropout(layer: Any) -> None:
+    adapter = adapter_layer(layer).adapters["default"].adapter
+    adapter.config = replace(adapter.config, dropout=1e-9)
+
+
+def _with_a_forward_of_its_own(layer: Any) -> None:
+    own = layer.randlora_base
+    layer.__class__ = own
+    subclass = type("Own", (own,), {"forward": lambda self, x: own.forward(self, 2 * x)})
+    layer.__class__ = in_place.adapted_class(subclass, (), in_place.Adapted)
+
+
+@needs_repacking
+@every_nesting
+@pytest.mark.parametrize("change", [_nothing, _with_dropout, _with_a_forward_of_its_own])
+def test_gradients_and_transforms_pass_a_layer_that_is_repacked_and_it_merges(
+    change: Callable[[Any], None], nested: bool
+) -> None:
+    """A layer of bitsandbytes alone leads none, and torch warns of it."""
+    model, layer = adapted(four_bits(bias=False, compress_statistics=nested))
+    change(layer)
+    x = torch.randn(5, 64, requires_grad=True)
+    wanted, output = input_gradient(model, x), model(x)
+    repack(layer)
+    before = held_by(layer)
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        plain(layer)(x).sum().backward()
+    assert x.grad is None
+    for is_training in (True, False):
+        assert_close(input_gradient(model.train(is_training), x), wanted, torch.bfloat16)  # the scales are rounded
+        if change is _nothing:
+            found = torch.func.grad(lambda x: model(x).square().sum())(x.detach())
+            assert_close(found, wanted, torch.bfloat16)
+            assert_close(torch.func.vmap(model)(x.detach()), model(x), torch.float32)
+    assert_held(layer, before)
+    if change is _nothing:
+        for way in ("requantize", "dequantize"):
+            with randlora.merged(model, quantized=way) as report:
+                found = model(x.detach())
+            allowed = 64 * x.abs().max() * report.rounding["0"].step if way == "requantize" else 0.02
+            assert (found - output).abs().max() <= allowed
+            assert_held(layer, before)
+        randlora.merge(model)
+        assert model[0].weight.quant_state.nested == nested
+
+
+@needs_repacking
+def test_a_layer_computes_right_with_scales_that_a_state_dict_left_turned() -> None:
+    """A layer of bitsandbytes alone misreads them."""
+    model, layer = adapted(four_bits(256, bias=False, compress_statistics=False))
+    x = torch.randn(5, 256)
+    expected, base, weight = model(x), plain(layer)(x), written_out(layer)
+    repack(layer)
+    nn.Linear.eval(layer)
+    layer.state_dict()  # after which bitsandbytes leaves the scales so
+    if layer.weight.quant_state.absmax.ndim == 1:
+        pytest.skip("this bitsandbytes turns them back")
+    before = held_by(layer)
+    for is_training in (True, False):
+        assert_close(model.train(is_training)(x), expected, torch.bfloat16)
+        with randlora.disabled(model):
+            assert_close(model(x), base, torch.bfloat16)
+    assert_held(layer, before)
+    found = bnb.write_out_4bit(layer.weight.data, layer.weight.quant_state)
+    torch.testing.assert_close(found.double(), weight, rtol=2**-8, atol=0)  # the scales were rounded to bfloat16
+
+
+@needs_repacking
+def test_codes_repacked_before_backward_change_no_gradient() -> None:
+    """Backward reads the codes again; a layer of bitsandbytes alone gets that wrong."""
+    model, layer = adapted(four_bits(bias=False))
+    x = torch.randn(5, 64, requires_grad=True)
+    wanted = input_gradient(model, x)
+    loss = model(x).square().sum()
+    layer.__dict__[MAY_REPACK] = True
+    with torch.no_grad():
+        model.eval()(torch.randn(3, 64))
+    assert layer.weight.quant_state.packing_format_for_cpu
+    assert same_bits(torch.autograd.grad(loss, x)[0], wanted)
