@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -34,18 +35,8 @@ class BadPath:
         raise RuntimeError("no path")
 
 
-class Bytes:
-    """A path of bytes."""
-
-    def __fspath__(self) -> bytes:
-        return b"x"
-
-
 NO_PATHS: tuple[Any, ...] = (None, 7, "a\0b")
-EVERY_NO_PATH: tuple[Any, ...] = (
-    *(*NO_PATHS, b"bytes", [], ["a"], object(), ""),
-    *(BadPath(), Bytes(), 10**5000, "a" * 300 + "/b"),
-)
+EVERY_NO_PATH: tuple[Any, ...] = (*NO_PATHS, b"bytes", ["a"], "", BadPath(), 10**5000, "a" * 300 + "/b")
 NO_NAMES: tuple[Any, ...] = (7, b"bytes", [])
 NO_FLAGS: tuple[Any, ...] = (1, "yes", None)
 NO_NUMBERS: tuple[Any, ...] = ("a", True, float("nan"), float("inf"), 10**400, None)
@@ -124,11 +115,8 @@ GOOD: list[tuple[object, Any]] = [
 ]
 WRONG: list[tuple[object, Any, str]] = [
     (True, int, "x must be an integer, got True"),
-    (1.0, int, "x must be an integer, got 1.0"),
     (10**400, float, "x must be a finite number, got an integer of 1329 bits"),
-    (1, bool, "x must be True or False, got 1"),
     (1, bool | None, "x must be True, False or None, got 1"),
-    ("c", Literal["a", "b"] | None, "x must be one of a, b or None, got 'c'"),
     ([1], tuple[int, str], "x must have 2 entries, got 1"),
     ([1, 2], tuple[int, str], "x[1] must be a string, got 2"),
     ({"a": [1, None]}, dict[str, list[int]], "x['a'][1] must be an integer, got None"),
@@ -165,7 +153,7 @@ def test_an_option_that_a_call_does_not_have_is_answered_in_its_own_name(verb: A
     assert {*lines} == {f"  - unknown option {option}=: {MEANT[option]}" for option in given}
 
 
-def test_every_option_of_pefts_configs_is_answered() -> None:
+def test_every_option_of_pefts_configs_and_every_call_is_answered() -> None:
     own = inspect.signature(randlora.inject).parameters.keys()
     theirs = {field.name for config in (peft.LoraConfig, peft.RandLoraConfig) for field in fields(config)}
     assert theirs - own <= MEANT.keys()
@@ -173,17 +161,14 @@ def test_every_option_of_pefts_configs_is_answered() -> None:
     with pytest.raises(OptionError) as caught:
         randlora.inject(small(), **peft.LoraConfig(target_modules=["0"], use_dora=True).to_dict())
     assert all(word in str(caught.value) for word in ("use targets=", "use alpha=", "use_dora=: leave it out"))
-    known = {*inspect.signature(randlora.inject).parameters, *inspect.signature(randlora.save).parameters}
+    known = {*own, *inspect.signature(randlora.save).parameters}
     for answer in MEANT.values():
         assert {*re.findall(r"(\w+)=", answer)} <= known | {"use_rslora"}
         assert answer.startswith(("use ", "leave it out"))
-
-
-def test_a_call_of_peft_is_answered_with_one_that_there_is() -> None:
     for name in CALLS:
-        with pytest.raises(AttributeError, match=f"'{name}': call ") as caught:
+        with pytest.raises(AttributeError, match=f"'{name}': call ") as said:
             getattr(randlora, name)
-        called = re.findall(r"randlora\.([\w.]+)\(", str(caught.value))
+        called = re.findall(r"randlora\.([\w.]+)\(", str(said.value))
         assert called
         assert all(callable(operator.attrgetter(each)(randlora)) for each in called)
 
@@ -197,10 +182,13 @@ def test_a_report_that_is_taken_for_the_model_says_where_the_model_is() -> None:
                 getattr(report, name)
         with pytest.raises(TypeError, match=r"write randlora\.inject\(model\), not model = "):
             report(1)
-        for verb in (randlora.merge, randlora.trainable_parameters, randlora.inject, randlora.adapters):
-            with pytest.raises(RandLoRAError, match=r"not model = randlora\.inject"):
-                verb(report)
-        for call in (lambda: randlora.save(report, "x"), lambda: randlora.load(report, "x")):
+        verbs = (randlora.merge, randlora.trainable_parameters, randlora.inject, randlora.adapters)
+        calls = [
+            lambda: randlora.save(report, "x"),
+            lambda: randlora.load(report, "x"),
+            *(partial(each, report) for each in verbs),
+        ]
+        for call in calls:
             with pytest.raises(RandLoRAError, match=r"not model = randlora\.inject"):
                 call()
     assert copy.deepcopy(report) == pickle.loads(pickle.dumps(report)) == report
@@ -228,18 +216,13 @@ def test_a_config_that_is_given_otherwise_is_answered_with_the_call_that_is_mean
             assert (report.config.alpha, report.config.dropout) == (randlora.equivalent_alpha(4, 8), 0.5)
 
 
-def test_the_parameters_to_train_can_be_listed_again_and_again() -> None:
-    model = small()
-    randlora.inject(model, 2)
-    parameters = randlora.trainable_parameters(model)
-    assert [id(each) for each in parameters] == [id(each) for each in parameters]
-    assert len(parameters) == 2
-    assert nn.utils.clip_grad_norm_(parameters, 1.0) == 0
-
-
-def test_training_in_half_precision_by_a_conversion_is_warned_of_with_the_way_back() -> None:
+def test_parameters_to_train_are_listed_again_and_again_and_half_precision_is_warned_of_with_the_way_back() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     randlora.inject(model, 2, train_also=["1"])
+    parameters = randlora.trainable_parameters(model)
+    assert [id(each) for each in parameters] == [id(each) for each in parameters]
+    assert len(parameters) == 4
+    assert nn.utils.clip_grad_norm_(parameters, 1.0) == 0
     model.half()  # which may be for inference
     with pytest.warns(UserWarning, match="where small steps are lost: convert the model before inject") as caught:
         randlora.trainable_parameters(model)
@@ -249,7 +232,7 @@ def test_training_in_half_precision_by_a_conversion_is_warned_of_with_the_way_ba
     assert {each.dtype for each in randlora.trainable_parameters(model)} == {torch.float32}
 
 
-BUILTINS = {
+BUILTINS: dict[type[Exception], tuple[type[RandLoRAError], ...]] = {
     ValueError: (ConfigError, TargetError, errors.CheckpointError),
     TypeError: (OptionError,),
     RuntimeError: (errors.AdapterError, errors.MergeError),
@@ -263,12 +246,16 @@ def test_errors_are_ours_and_pythons_and_list_all_problems_up_to_a_number() -> N
     raise_collected(ConfigError, [], doing="inject")
     with pytest.raises(TargetError, match=r"^cannot inject: no such layer$"):
         raise_collected(TargetError, ["no such layer"], doing="inject")
-    for error, most in ((TargetError, 5), (ConfigError, 100), (OptionError, 100)):
-        for count in (2, 5, 6, 100, 101):
-            problems = [f"problem {index}" for index in range(count)]
-            with pytest.raises(error) as caught:
-                raise_collected(error, problems, doing="inject")
-            first, *lines = str(caught.value).splitlines()
-            assert first == f"cannot inject, {count} problems:"
-            assert lines[:most] == [f"  - {problem}" for problem in problems[:most]]
-            assert lines[most:] == ([f"  - and {count - most} more"] if count > most else [])
+    for error, most, count in (
+        (TargetError, 5, 5),
+        (TargetError, 5, 6),
+        (OptionError, 100, 100),
+        (OptionError, 100, 101),
+    ):
+        problems = [f"problem {index}" for index in range(count)]
+        with pytest.raises(error) as caught:
+            raise_collected(error, problems, doing="inject")
+        first, *lines = str(caught.value).splitlines()
+        assert first == f"cannot inject, {count} problems:"
+        assert lines[:most] == [f"  - {problem}" for problem in problems[:most]]
+        assert lines[most:] == ([f"  - and {count - most} more"] if count > most else [])

@@ -1,7 +1,9 @@
-"""Law 3: a merged layer is the adapted one, and unmerging gives every bit back, in any order of several adapters."""
+"""A merged layer is the adapted one, unmerging gives every bit back, and `merged_tensors` yields the same bits."""
 
 import copy
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,9 +16,18 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 import randlora
-from randlora.errors import AdapterError, MergeError
-from tests.kit import Bits, all_bits, assert_unchanged, fill, same_bits, snapshot, untouched
-from tests.laws import TOKENS, TOLERANCES, Mixed, adapted_names, assert_close, update_of
+from randlora.errors import AdapterError, ConfigError, MergeError
+from tests.kit import all_bits, assert_unchanged, bits, fill, same_bits, snapshot, untouched
+from tests.laws import (
+    TOKENS,
+    TOLERANCES,
+    Mixed,
+    adapted_names,
+    assert_close,
+    needs_compiler,
+    needs_export,
+    update_of,
+)
 from tests.layer_kinds import (
     LayerKind,
     every_dense_kind_and_dtype,
@@ -26,16 +37,8 @@ from tests.layer_kinds import (
 from tests.read_kinds import ReadKind, every_read_kind
 
 
-def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, r: int = 3) -> nn.Sequential:
-    model = nn.Sequential(kind.build(*shape, True, dtype))
-    randlora.inject(model, r=r, alpha=r, stream="portable")
-    fill(model)
-    return model
-
-
-def mixed(dtype: torch.dtype = torch.float32, **options: Any) -> Mixed:
-    model = Mixed(dtype)
-    randlora.inject(model, r=4, **options)
+def filled(model: Any, **options: Any) -> Any:
+    randlora.inject(model, **{"r": 4, **options})
     return fill(model)
 
 
@@ -54,7 +57,7 @@ def assert_within_a_step(kind: LayerKind, model: nn.Sequential, x: Tensor, expec
 def test_a_merged_layer_computes_what_the_adapted_one_does_and_unmerging_restores_every_bit(
     kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int
 ) -> None:
-    model = one_layer(kind, shape, dtype, r)
+    model = filled(nn.Sequential(kind.build(*shape, True, dtype)), r=r, alpha=r, stream="portable")
     before, layer, x = snapshot(model), model[0], torch.randn(5, shape[0]).to(dtype)
     expected = model(x)
     for _ in range(2):
@@ -71,32 +74,25 @@ def test_a_merged_layer_computes_what_the_adapted_one_does_and_unmerging_restore
 @every_dense_kind_and_dtype
 @pytest.mark.parametrize("is_cast", [False, True])
 def test_a_merged_weight_is_the_exact_sum_rounded_once(kind: LayerKind, dtype: torch.dtype, is_cast: bool) -> None:
-    model = one_layer(kind, (9, 14), dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    expected = (kind.weight(model[0]).to(wide) + update_of(model[0])).to(dtype)
+    model = filled(nn.Sequential(kind.build(9, 14, True, dtype)), r=3, alpha=3, stream="portable")
+    own = kind.weight(model[0]).to(torch.promote_types(dtype, torch.float32))
+    several, expected = copy.deepcopy(model), (own + update_of(model[0])).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
         randlora.merge(model)
     assert same_bits(kind.weight(model[0]), expected)
     assert model.get_parameter("0.weight").is_contiguous()
-
-
-def test_several_adapters_are_summed_before_the_one_rounding() -> None:
-    model = mixed(torch.bfloat16)
-    randlora.inject(model, r=4, name="b", targets=["q"])
-    fill(model, "b", seed=1)
-    randlora.activate(model, {"default": 0.7, "b": -0.3})
-    delta = 0.7 * randlora.delta_weight(model, "q", name="default") - 0.3 * randlora.delta_weight(model, "q", name="b")
-    expected = (model.get_parameter("q.weight").float() + delta).to(torch.bfloat16)
-    report = randlora.merge(model, reversible=True)
-    assert report.adapters == {"default": 0.7, "b": -0.3}
-    torch.testing.assert_close(model.get_parameter("q.weight"), expected, rtol=2**-8, atol=0)
+    randlora.inject(several, r=2, name="b")
+    randlora.activate(fill(several, "b", seed=1), {"default": 0.7, "b": -0.3})
+    expected = own + 0.7 * update_of(several[0]) - 0.3 * update_of(several[0], "b")
+    assert randlora.merge(several, reversible=True).adapters == {"default": 0.7, "b": -0.3}
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(kind.weight(several[0]).to(own.dtype), expected, rtol=step / 2 + 1e-6, atol=step / 32)
 
 
 def test_merged_nests_and_leaves_the_state_it_found() -> None:
     model = Mixed()
     before = snapshot(model)
-    randlora.inject(model, r=4)
-    fill(model)
+    filled(model)
     with randlora.merged(model) as outer:
         with randlora.merged(model) as inner:
             assert inner is outer
@@ -113,8 +109,15 @@ def test_merged_nests_and_leaves_the_state_it_found() -> None:
     assert_unchanged(model, before)
 
 
-def test_what_is_merged_or_unmerged_in_inference_mode_can_be_trained_later() -> None:
-    model, other = mixed(), mixed()
+def test_what_is_merged_or_unmerged_in_inference_mode_can_be_trained_and_a_state_dict_has_no_adapter_twice() -> None:
+    model, other, twin = (filled(Mixed()) for _ in range(3))
+    with randlora.merged(model):
+        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert model.state_dict(keep_vars=True)["q.bias"] is model.q.bias
+    twin.load_state_dict(saved)
+    assert same_bits(twin(TOKENS), model(TOKENS))
+    randlora.merge(twin, reversible=True)
+    assert {tensor.dtype for tensor in twin.half().state_dict().values()} == {torch.float16}
     randlora.merge(other, reversible=True)
     other.double()
     with torch.inference_mode():
@@ -132,7 +135,7 @@ def test_what_is_merged_or_unmerged_in_inference_mode_can_be_trained_later() -> 
 )
 def test_a_merge_that_would_not_be_finite_changes_nothing(value: float, dtype: torch.dtype) -> None:
     """PEFT's safe_merge leaves the layers before the bad one merged."""
-    model = mixed(dtype)
+    model = filled(Mixed(dtype))
     model.get_parameter("down.randlora_lambda.default").data.fill_(value)
     for reversible in (False, True):
         with untouched(model), pytest.raises(MergeError, match=f"weight of down would not be finite in {dtype}"):
@@ -140,7 +143,7 @@ def test_a_merge_that_would_not_be_finite_changes_nothing(value: float, dtype: t
 
 
 def test_what_would_lose_something_or_go_wrong_while_merged_is_refused() -> None:
-    model = mixed()
+    model = filled(Mixed())
     merge: Any = partial(randlora.merge, reversible=True)
 
     def refused(message: str, verb: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -150,6 +153,7 @@ def test_what_would_lose_something_or_go_wrong_while_merged_is_refused() -> None
     refused("the adapters are not merged", randlora.unmerge)
     with randlora.disabled(model):
         refused(r"outside of randlora\.disabled\(model\)", randlora.merge)
+        refused(r"call this outside of randlora.disabled", randlora.merged_tensors)
     with randlora.serving.routed(model, ["default"]):
         refused(r"merge outside of randlora\.serving\.routed", randlora.merge)
     randlora.inject(model, r=4, targets=["up"], name="b", train_also=["q.weight"])
@@ -157,6 +161,7 @@ def test_what_would_lose_something_or_go_wrong_while_merged_is_refused() -> None
     refused("b, idle would be lost: save and remove inactive adapters", randlora.merge)
     randlora.activate(model, [])
     refused("no adapter is active: activate one of default", randlora.merge)
+    refused("no adapter is active: activate one of default", randlora.merged_tensors)
     randlora.activate(model, ["default", "b"])
     refused(r"'b' would not be merged, but trains a copy of q\.weight", merge, adapters="default")
     refused("default, idle would be lost: save and remove other", randlora.merge, adapters="b")
@@ -188,10 +193,17 @@ def test_what_would_lose_something_or_go_wrong_while_merged_is_refused() -> None
     model.norm = nn.LayerNorm(12)
     model.to("meta")
     refused("3 problems", randlora.merge)
-    model = mixed()
+    refused("q .* incomplete", randlora.merged_tensors)
+    model = filled(Mixed())
+    model.norm.weight = nn.Parameter(torch.ones(12, device="meta"))
+    refused("norm.weight has no values here", randlora.merged_tensors)
+    model.q = nn.Linear(12, 12)
+    refused("q no longer has adapter 'default'", randlora.merged_tensors)
+    model = filled(Mixed())
     randlora.merge(model)
     for verb in (randlora.merge, randlora.unmerge):
         refused("a merge that is not reversible removed it", verb)
+    refused("has no adapter", randlora.merged_tensors)
 
 
 class Wrapped(nn.Module):
@@ -206,16 +218,12 @@ class Wrapped(nn.Module):
 
 
 class Named(NamedTuple):
-    """An output in a named tuple."""
-
     layers: int
     states: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Dataclass:
-    """An output in a dataclass that cannot be changed."""
-
     states: Tensor
 
 
@@ -231,27 +239,24 @@ class Dataclass:
     ids=["tuple", "dict", "output", "named tuple", "dataclass"],
 )
 def test_a_backward_pass_while_merged_is_refused_and_gradients_of_inputs_are_right(form: Any, loss_of: Any) -> None:
-    model = Wrapped(form)
-    randlora.inject(model, r=4, targets=["q", "up", "down"], train_also=["norm"])
-    fill(model)
-    inner: Any = model.inner
+    model = filled(Wrapped(form), targets=["q", "up", "down"], train_also=["norm"])
+    norm = model.inner.norm
 
     def gradient() -> tuple[Tensor, Tensor]:
         out = loss_of(model(TOKENS))
-        return torch.autograd.grad(out.sum(), inner.norm.weight)[0], out.detach()
+        return torch.autograd.grad(out.sum(), norm.weight)[0], out.detach()
 
-    before = loss_of(model(TOKENS)).sum()  # a graph that was made before the merge
-    expected = torch.autograd.grad(before, inner.norm.weight, retain_graph=True)[0], loss_of(model(TOKENS)).detach()
+    before, expected = loss_of(model(TOKENS)).sum(), gradient()  # a graph that was made before the merge
     with randlora.merged(model):
         torch.testing.assert_close(gradient(), expected)
-        assert torch.equal(torch.autograd.grad(before, inner.norm.weight)[0], expected[0])
+        assert torch.equal(torch.autograd.grad(before, norm.weight)[0], expected[0])
         with pytest.raises(MergeError, match=r"would get no gradients: call randlora\.unmerge\(model\) first"):
             loss_of(model(TOKENS)).sum().backward()
         with torch.no_grad():
             assert not loss_of(model(TOKENS)).requires_grad
         copy.deepcopy(model)
         randlora.set_trainable(model, "default", trainable=False)
-        inner.head.weight.requires_grad_()
+        model.inner.head.weight.requires_grad_()
         loss_of(model(TOKENS)).sum().backward()  # no adapter is trained, and the rest is right
         randlora.set_trainable(model, "default")
     loss_of(model(TOKENS)).sum().backward()
@@ -261,18 +266,6 @@ def test_a_backward_pass_while_merged_is_refused_and_gradients_of_inputs_are_rig
     randlora.set_trainable(model, "on top")
     randlora.merge(model, adapters="default", reversible=True)
     loss_of(model(TOKENS)).sum().backward()
-
-
-def test_a_state_dict_of_a_merged_model_counts_no_adapter_twice_and_follows_its_dtype() -> None:
-    model, twin = mixed(), Mixed()
-    randlora.inject(twin, r=4)
-    with randlora.merged(model):
-        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        assert model.state_dict(keep_vars=True)["q.bias"] is model.q.bias
-    twin.load_state_dict(saved)
-    assert same_bits(twin(TOKENS), model(TOKENS))
-    randlora.merge(model, reversible=True)
-    assert {tensor.dtype for tensor in model.half().state_dict().values()} == {torch.float16}
 
 
 # Some of several adapters, while the others stay active on top
@@ -290,33 +283,27 @@ def with_three(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def step(model: nn.Module, wanted: Iterable[str], **options: Any) -> None:
-    """Merge and unmerge adapters one by one until those wanted are merged."""
-    now = {info.name for info in randlora.adapters(model) if info.is_merged}
-    for name in {*wanted} - now:
-        assert randlora.merge(model, adapters=[name], reversible=True, **options).adapters == {name: FACTORS[name]}
-    for name in now.difference(wanted):
-        randlora.unmerge(model, name)
-
-
-def values(model: nn.Module) -> dict[str, Bits]:
-    """Take down the weights that the model computes with, without Λ and Γ, which stay."""
-    return all_bits({name: value for name, value in model.named_parameters() if "randlora" not in name})
-
-
-def assert_any_order(
-    model: nn.Module, run: Callable[[], Tensor], check: Any, way: list[frozenset[str]] = WAY, **options: Any
-) -> None:
+def assert_any_order(model: nn.Module, run: Callable[[], Tensor], check: Any, **options: Any) -> None:
     """Compare the weights on a way with those that one merge makes, and go back to every bit."""
-    before, wanted, at_once = snapshot(model), run(), {frozenset[str](): values(model)}
-    for names in {*way} - {frozenset()}:
+
+    def values() -> dict[str, Any]:  # without Λ and Γ, which stay
+        return all_bits({name: value for name, value in model.named_parameters() if "randlora" not in name})
+
+    before, wanted, at_once = snapshot(model), run(), {frozenset[str](): values()}
+    for names in {*WAY} - {frozenset()}:
         randlora.merge(model, adapters=names, reversible=True, **options)
-        at_once[names] = values(model)
+        at_once[names] = values()
         randlora.unmerge(model)
     assert len({str(each) for each in at_once.values()}) > len(at_once) / 2
-    for names in way:
-        step(model, names, **options)
-        assert values(model) == at_once[names]
+    merged = frozenset[str]()
+    for names in WAY:
+        for name in names - merged:
+            report = randlora.merge(model, adapters=[name], reversible=True, **options)
+            assert report.adapters == {name: FACTORS[name]}
+        for name in merged - names:
+            randlora.unmerge(model, name)
+        merged = names
+        assert values() == at_once[names]
         check(run(), wanted)
     assert_unchanged(model, before)
     assert same_bits(run(), wanted)
@@ -327,21 +314,168 @@ def test_a_layer_of_any_kind_computes_the_sum_and_gets_back_every_bit(kind: Laye
     model = with_three(nn.Sequential(kind.build(9, 14, True, kind.exact)))
     x = torch.randn(5, 9).to(kind.exact)
     tolerance = 0.5 if kind.rounds_inputs else 1e-4
-    close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
     with torch.no_grad():
         check = (lambda *_: None) if kind.is_quantized else partial(assert_close, dtype=kind.exact)
         assert_any_order(model, lambda: model(x), check)
         if kind.is_quantized:
             options: dict[str, Any] = {"quantized": "dequantize", "dtype": torch.float32}
+            close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
             assert_any_order(model, lambda: model(x), close, **options)
-            step(model, {"c"}, **options)
+            randlora.merge(model, adapters="c", reversible=True, **options)
             with untouched(model), pytest.raises(MergeError, match="others are merged with different options"):
                 randlora.merge(model, reversible=True)
 
 
 @every_read_kind
-def test_a_weight_that_is_read_is_the_sum_and_gets_back_every_bit(kind: ReadKind) -> None:
+def test_a_weight_that_is_read_is_the_sum_gets_back_every_bit_and_is_yielded(kind: ReadKind) -> None:
     dtype = kind.dtypes[0]
     model = with_three(kind.model(dtype), **{**kind.adapter_options, "alpha": 5})
-    check = partial(assert_close, dtype=dtype)
-    assert_any_order(model, lambda: kind.run(model, dtype), check, [*map(frozenset, ("a", "ac", "c", ""))])
+    assert_any_order(model, lambda: kind.run(model, dtype), partial(assert_close, dtype=dtype))
+    assert yielded_bits(model) == merged_bits(model)
+
+
+# `merged_tensors`, and programs made of a merged model
+
+
+def merged_bits(model: nn.Module, **options: Any) -> dict[str, Any]:
+    """Return what a permanent merge of a copy leaves in its state dict."""
+    twin = copy.deepcopy(model)
+    randlora.merge(twin, **options)
+    return all_bits({name: value for name, value in twin.state_dict().items() if isinstance(value, Tensor)})
+
+
+def yielded_bits(model: nn.Module, **options: Any) -> dict[str, Any]:
+    """Return what is yielded, after checking that no name comes twice and that the model stays as it is."""
+    with untouched(model):
+        pairs = [(name, bits(tensor)) for name, tensor in randlora.merged_tensors(model, **options)]
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+@every_mergeable_kind_and_dtype
+def test_every_kind_of_layer_is_yielded_as_it_would_be_merged(kind: LayerKind, dtype: torch.dtype) -> None:
+    model = nn.Sequential(kind.build(128, 96, True, dtype), nn.LayerNorm(96, dtype=dtype))
+    filled(model, r=8, targets=["0"])
+    options: dict[str, Any] = {"quantized": "dequantize"} if kind.is_quantized else {}
+    expected = merged_bits(model, **options)
+    assert yielded_bits(model) == expected
+    with randlora.merged(model, **options):
+        assert yielded_bits(model) == expected
+    with randlora.merged(model):
+        assert yielded_bits(model).keys() == expected.keys()
+    model.append(kind.build(96, 64, True, dtype))
+    assert yielded_bits(model)["2.weight"][1] in ((64, 96), (96, 64)), "without an adapter it is written out too"
+
+
+class Beside(nn.Module):
+    """A model with buffers of both sorts, a tied and a shared layer, and a norm with statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.norm = nn.Embedding(20, 12), nn.Linear(12, 16), nn.BatchNorm1d(16)
+        self.second, self.head = nn.Linear(16, 12), nn.Linear(12, 20, bias=False)
+        self.again, self.head.weight = self.second, self.table.weight
+        self.register_buffer("kept", torch.randn(3))
+        self.register_buffer("dropped", torch.randn(3), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.again.bias + self.second(self.norm(self.first(self.table(ids)))))
+        return logits
+
+
+def beside() -> Any:
+    return filled(Beside(), targets=["first", "second"], train_also=["norm.weight", "norm.bias"]).eval()
+
+
+def test_names_order_and_bits_are_those_of_the_plain_models_state_dict() -> None:
+    plain, model = Beside().eval(), beside()
+    expected, names = merged_bits(model), list(plain.state_dict())
+    assert list(yielded_bits(model)) == names
+    assert yielded_bits(model) == yielded_bits(torch.nn.DataParallel(model)) == expected
+    with randlora.merged(model):
+        assert yielded_bits(model) == expected
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert all_bits(dict(randlora.merged_tensors(model))) == expected
+    tensors = dict(randlora.merged_tensors(model))
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+    plain.load_state_dict(tensors, strict=True)
+    ids = torch.randint(0, 20, (7,))
+    torch.testing.assert_close(plain(ids), model(ids))
+    outer = nn.Sequential(model, nn.Linear(20, 2))
+    assert list(yielded_bits(outer)) == [*(f"0.{name}" for name in names), "1.weight", "1.bias"]
+    for name, tensor in randlora.merged_tensors(model, dtype=torch.bfloat16):
+        assert bits(tensor) == bits(tensors[name].bfloat16() if tensors[name].is_floating_point() else tensors[name])
+    with pytest.raises(ConfigError, match="a floating dtype or None"):
+        randlora.merged_tensors(model, dtype=torch.int8)
+
+
+def test_each_value_is_computed_when_it_is_asked_for_and_not_kept() -> None:
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)))
+    randlora.inject(model, r=4, targets="all-linear")
+    tensors = randlora.merged_tensors(model)
+    expected, alive = merged_bits(fill(model)), list[weakref.ref[Tensor]]()
+    for name, tensor in tensors:
+        assert bits(tensor) == expected[name]
+        if name.endswith("weight"):
+            assert [each for each in alive if each() is not None] == []
+            alive.append(weakref.ref(tensor))
+        del tensor
+    assert len(alive) == 6
+
+
+OF_TWO = "so the tensors would be from two different models"
+CHANGES: list[tuple[Callable[[nn.Module], object], str]] = [
+    (randlora.merge, OF_TWO),
+    (randlora.eject, OF_TWO),
+    (randlora.disabled, OF_TWO),
+    (lambda model: randlora.activate(model, {"default": 0.5}), OF_TWO),
+    (
+        lambda model: randlora.trainable_parameters(model)[0].data.fill_(float("nan")),
+        r"the merged weight of first.weight would not be finite",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES, ids=["merge", "eject", "disabled", "activate", "nan"])
+def test_a_change_between_two_tensors_and_values_that_are_not_finite_are_refused(
+    change: Callable[[nn.Module], object], message: str
+) -> None:
+    model = beside()
+    tensors = randlora.merged_tensors(model)
+    next(tensors)
+    changed = change(model)
+    block = changed if isinstance(changed, AbstractContextManager) else nullcontext()
+    with block, pytest.raises(MergeError, match=message):
+        dict(tensors)
+
+
+X = torch.linspace(-1, 1, 24).reshape(3, 8)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda model: torch.export.export(model, (X,)).module(), marks=[needs_export, pytest.mark.medium]),
+        pytest.param(
+            lambda model: torch.jit.trace(model, (X,)), marks=pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+        ),
+        pytest.param(lambda model: torch.compile(model, backend="eager"), marks=[needs_compiler, pytest.mark.medium]),
+    ],
+)
+def test_a_program_of_a_merged_model_stays_what_it_was_and_parameters_are_the_same_objects(make: Any) -> None:
+    model = filled(nn.Sequential(nn.Conv1d(3, 3, 1), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), r=2, targets="all")
+    expected, held = model(X), dict(model.named_parameters())
+    held["1.weight"].sharded = True  # as libraries mark parameters
+    with randlora.merged(model):
+        assert model.get_parameter("1.weight") is not held["1.weight"]
+        assert model.get_parameter("1.weight").sharded
+        program = make(model)
+        assert_close(program(X), expected, torch.float32)
+    assert_close(program(X), expected, torch.float32)
+    assert_close(model(X), expected, torch.float32)
+    assert all(parameter is held[name] for name, parameter in model.named_parameters())
+    randlora.merge(model)
+    assert all(parameter is held[name] for name, parameter in model.named_parameters())  # which an optimizer holds
+    program = make(model)
+    assert_close(program(X), expected, torch.float32)
+    assert not [name for name in getattr(program, "state_dict", dict)() if "randlora" in name]

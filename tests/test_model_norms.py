@@ -13,10 +13,8 @@ from torch.utils._pytree import tree_leaves
 import randlora
 from randlora.config import BasisKind, Stream
 from randlora.errors import AdapterError, ConfigError
-from tests.further import further
 from tests.kit import adapter_values, all_bits, fill, untouched
 from tests.laws import TOLERANCES, Mixed, adapted_names, adapter_layer, diagonals
-from tests.layer_kinds import LayerKind, every_kind
 from tests.read_kinds import ReadKind, every_read_kind
 from tests.strategies import KINDS_AND_STREAMS
 
@@ -31,17 +29,6 @@ def assert_is_exact_for_one_term(model: nn.Module, fqn: str, lam: Tensor, dtype:
     assert norm > 0
     assert norm.shape == ()
     torch.testing.assert_close(norm.double(), update.double().norm(), rtol=TOLERANCES[dtype], atol=0)
-
-
-@every_kind
-@pytest.mark.parametrize("sides", [(9, 14), (14, 9)])
-def test_the_norm_of_one_term_is_exact(kind: LayerKind, sides: tuple[int, int]) -> None:
-    model = nn.Sequential(kind.build(*sides, True, kind.exact))
-    randlora.inject(model, r=3, alpha=7)
-    fill(model)
-    for part in ("randlora_lambda", "randlora_gamma"):
-        model.get_submodule(f"0.{part}").to(kind.exact)
-    assert_is_exact_for_one_term(model, "0", diagonals(model.get_submodule("0"))[0], kind.exact)
 
 
 @every_read_kind
@@ -67,10 +54,11 @@ def test_its_value_and_gradients_are_those_of_the_norms_of_the_terms(basis: Basi
     part = adapter_layer(model[0]).adapters["default"]
     basis_A, basis_B = part.basis.slices(20, 14, device="cpu", dtype=torch.float64)
     lam, gamma = diagonals(model[0])
-    r, n = lam.shape
-    columns = basis_B.flatten(1)
+    columns = iter(basis_B.flatten(1).T)
     terms = [
-        lam[k, j] * torch.outer(columns[:, k * n + j], basis_A[k, 0] * gamma[j]) for k in range(r) for j in range(n)
+        scale * torch.outer(next(columns), basis_A[k, 0] * row)
+        for k, each in enumerate(lam)
+        for scale, row in zip(each, gamma, strict=True)
     ]
     expected = part.scaling * torch.stack(terms).norm()
     found = randlora.update_norms(model)["0"]
@@ -110,13 +98,8 @@ def test_it_is_of_the_adapter_itself_whatever_is_active_or_merged_and_in_any_mod
     expected = [norm.item() for norm in randlora.update_norms(model).values()]
     randlora.inject(model, r=2, targets=["q"], name="b")
     assert randlora.update_norms(model, name="b").keys() == {"q"}
-    for change in (
-        lambda: randlora.activate(model, {"a": 0.5, "b": 1.0}),
-        lambda: randlora.activate(model, "b"),
-        lambda: randlora.activate(model, "a"),
-        lambda: randlora.merge(model, reversible=True),
-    ):
-        change()
+    for active in ({"a": 0.5, "b": 1.0}, "b", "a", None):
+        randlora.merge(model, reversible=True) if active is None else randlora.activate(model, active)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             norms = randlora.update_norms(model, name="a")
         assert [norm.item() for norm in norms.values()] == expected
@@ -166,8 +149,19 @@ def test_a_limit_changes_lambda_of_the_layers_above_it_alone(context: Callable[[
     randlora.update_norms(model, name="a")["q"].backward()  # which parameters that became inference tensors refuse
 
 
-def test_a_limit_of_zero_ends_in_zero_and_values_that_are_not_finite_stay() -> None:
+REFUSED: list[tuple[Any, str]] = [
+    *((number, f"must be a number of at least 0, got {number}") for number in (-1.0, math.nan, True)),
+    ({"q": 1.0}, r"limit= has no pattern for .*add '\.\*'"),
+    ({"nowhere": 1.0, ".*": 1.0}, "'nowhere'.*matches no target"),
+    ({"q": "1"}, "the limit of 'q' must be a number of at least 0, got '1'"),
+]
+
+
+def test_a_limit_of_zero_ends_in_zero_values_that_are_not_finite_stay_and_one_that_is_none_is_refused() -> None:
     model = adapted()
+    for limit, message in REFUSED:
+        with untouched(model), pytest.raises(ConfigError, match=message):
+            randlora.limit_norms(model, limit)
     adapter_values(model)["q.randlora_lambda"].data[0, 0] = math.inf
     adapter_values(model)["up.randlora_lambda"].data[0, 0] = math.nan
     before = all_bits(adapter_values(model))
@@ -178,26 +172,12 @@ def test_a_limit_of_zero_ends_in_zero_and_values_that_are_not_finite_stay() -> N
     assert changed == {"down.randlora_lambda"}
 
 
-def test_a_limit_that_is_none_is_refused() -> None:
-    model = adapted()
-    limits: list[tuple[Any, str]] = [
-        *((number, f"must be a number of at least 0, got {number}") for number in (-1.0, math.nan, True)),
-        ({"q": 1.0}, r"limit= has no pattern for .*add '\.\*'"),
-        ({"nowhere": 1.0, ".*": 1.0}, "'nowhere'.*matches no target"),
-        ({"q": "1"}, "the limit of 'q' must be a number of at least 0, got '1'"),
-    ]
-    for limit, message in limits:
-        with untouched(model), pytest.raises(ConfigError, match=message):
-            randlora.limit_norms(model, limit)
-
-
 @pytest.mark.medium
 @pytest.mark.parametrize(
     ("r", "within", "basis"),
-    [(4, 0.26, "dense"), (4, 0.26, "very_sparse"), (32, 0.04, "block"), further(8, 0.13, "sparse")],
+    [(4, 0.26, "dense"), (4, 0.26, "very_sparse"), (32, 0.04, "block")],
 )
 def test_after_training_it_is_as_near_as_the_page_on_training_says(basis: BasisKind, r: int, within: float) -> None:
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 160))
     randlora.inject(model, r=r, basis=basis, targets=["0"])
     target = torch.randn(160, 4) @ torch.randn(4, 128) / 20

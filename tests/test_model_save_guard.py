@@ -23,8 +23,7 @@ class Saver(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Linear(8, 16)
-        self.down = nn.Linear(16, 8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down(self.up(x).tanh())
@@ -51,9 +50,7 @@ class Outer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = Saver()
-        self.head = nn.Linear(8, 2)
-        self.aside = Both()
+        self.inner, self.head, self.aside = Saver(), nn.Linear(8, 2), Both()
 
 
 def adapted(model: nn.Module | None = None, **options: Any) -> Any:
@@ -71,30 +68,23 @@ def pickled(model: nn.Module) -> Any:
     return pickle.loads(pickle.dumps(model))
 
 
-COPIES: dict[str, Callable[[nn.Module], Any]] = {
-    "itself": lambda model: model,
-    "deepcopy": copy.deepcopy,
-    "pickle": pickled,
-}
-
-
-@pytest.mark.parametrize("made", COPIES)
-def test_the_adapter_is_written_and_that_is_said_or_what_was_chosen_is_done(made: str, tmp_path: Path) -> None:
-    origin = adapted()
-    model = COPIES[made](origin)
-    fill(model, seed=7)
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, pickled], ids=["itself", "deepcopy", "pickle"])
+def test_the_adapter_is_written_and_that_is_said_or_what_was_chosen_is_done(copied: Any, tmp_path: Path) -> None:
+    model = fill(copied(adapted()), seed=7)
     with pytest.warns(UserWarning, match=r"wrote adapter 'default' to .* not the model: .* save_pretrained='adapter'"):
         assert model.save_pretrained(tmp_path) is None
     assert not (tmp_path / "model.pt").exists()
     assert same_adapter(tmp_path, model, Saver())
-    model = COPIES[made](adapted(save_pretrained="adapter"))
+    model = copied(adapted(save_pretrained="adapter"))
     model.save_pretrained(save_directory=tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    model = COPIES[made](adapted(save_pretrained="error"))
-    with pytest.raises(AdapterError, match=r"without its adapters: call randlora.save\(model, directory\)"):
-        model.save_pretrained(tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-    model = COPIES[made](adapted(save_pretrained="model"))
+    loaded = Saver()
+    randlora.load(loaded, tmp_path, save_pretrained="error")
+    for model in (copied(adapted(save_pretrained="error")), loaded):
+        with pytest.raises(AdapterError, match=r"without its adapters: call randlora.save\(model, directory\)"):
+            model.save_pretrained(tmp_path / "none")
+        assert not (tmp_path / "none").exists()
+    model = copied(adapted(save_pretrained="model"))
     assert model.save_pretrained(tmp_path) == "its own result"
     assert any("randlora" in name for name in torch.load(tmp_path / "model.pt"))
 
@@ -126,21 +116,23 @@ def test_while_merged_the_merged_model_is_written(kind: type[nn.Module], choice:
     (tmp_path / "file").touch()
     with randlora.merged(model):
         expected, before = model(x), all_bits(model.state_dict())
-        assert model.save_pretrained(tmp_path) == "its own result"
         with pytest.raises(FileExistsError):
             model.save_pretrained(tmp_path / "file")
-        assert all_bits(model.state_dict()) == before
         with pytest.raises(MergeError, match=r"Λ and Γ beside the weights of the base: .*merged_tensors"):
             model.save_pretrained(tmp_path / "none", state_dict=model.state_dict())
         given = dict(randlora.merged_tensors(model))
-        assert model.save_pretrained(tmp_path, state_dict=given) == "its own result"
+        for options in ({}, {"state_dict": given}):
+            assert model.save_pretrained(tmp_path, **options) == "its own result"
+        assert all_bits(model.state_dict()) == before
     assert not (tmp_path / "none").exists()
     plain = kind()
     plain.load_state_dict(torch.load(tmp_path / "model.pt"))
     assert torch.equal(plain(x), expected)
 
 
-def test_a_model_in_a_module_is_guarded_and_one_beside_it_is_not(tmp_path: Path) -> None:
+def test_a_model_in_a_module_is_guarded_and_one_beside_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outer = adapted(Outer(), targets=["head"])
     assert outer.inner.save_pretrained(str(tmp_path)) == "its own result"
     randlora.inject(outer, r=4, targets=["inner"], name="later", save_pretrained="error")
@@ -155,18 +147,34 @@ def test_a_model_in_a_module_is_guarded_and_one_beside_it_is_not(tmp_path: Path)
         with pytest.raises(AdapterError, match="a part of an adapted model that was copied or pickled"):
             part.save_pretrained(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+    made = SaveGuard.__init__
+
+    def failing(guard: SaveGuard, name: str, *args: Any) -> None:
+        made(guard, name, *args)
+        if name == "save":
+            raise MemoryError
+
+    monkeypatch.setattr(SaveGuard, "__init__", failing)
+    outer = Outer()
+    with untouched(outer), pytest.raises(MemoryError):  # and the guard that was made before is gone too
+        randlora.inject(outer, r=4, targets=["aside"])
 
 
 def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     model = adapted(save_pretrained="adapter")
-    with pytest.raises(AdapterError, match="push_to_hub='user/repo'"):
-        model.save_pretrained(tmp_path, push_to_hub=True)
-    with pytest.raises(AdapterError, match="given no directory"):
-        model.save_pretrained()
     averages = {name: value / 2 for name, value in model.state_dict().items()}
-    for given, message in ((averages, "has a different up.randlora_"), (Saver().state_dict(), "has no up.randlora_")):
-        with pytest.raises(AdapterError, match=f"{message}.* load it into the model first"):
-            model.save_pretrained(tmp_path, state_dict=given)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"save_directory": tmp_path, "push_to_hub": True}, "push_to_hub='user/repo'"),
+        ({}, "given no directory"),
+        ({"save_directory": tmp_path, "state_dict": averages}, "has a different up.randlora_.* load it into the model"),
+        (
+            {"save_directory": tmp_path, "state_dict": Saver().state_dict()},
+            "has no up.randlora_.* load it into the mod",
+        ),
+    ]
+    for options, message in refused:
+        with pytest.raises(AdapterError, match=message):
+            model.save_pretrained(**options)
     model.save_pretrained(tmp_path, is_main_process=False)
     assert list(tmp_path.iterdir()) == []
     model.save_pretrained(tmp_path, state_dict=model.state_dict())
@@ -177,30 +185,6 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     for verb in (randlora.inject, randlora.plan):
         with untouched(model), pytest.raises(ConfigError, match="save_pretrained"):
             verb(model, r=4, save_pretrained="both", name="third")  # type: ignore[arg-type]
-
-
-def test_a_call_that_raises_between_two_guards_leaves_none_on_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    outer, made = Outer(), SaveGuard.__init__
-    before = set(vars(outer.aside))
-
-    def failing(guard: SaveGuard, name: str, *args: Any) -> None:
-        made(guard, name, *args)
-        if name == "save":
-            raise MemoryError
-
-    monkeypatch.setattr(SaveGuard, "__init__", failing)
-    with pytest.raises(MemoryError):
-        randlora.inject(outer, r=4, targets=["aside"])
-    assert set(vars(outer.aside)) == before
-    assert randlora.adapters(outer) == []
-
-
-def test_load_takes_the_choice(tmp_path: Path) -> None:
-    randlora.save(adapted(), tmp_path)
-    model = Saver()
-    randlora.load(model, tmp_path, save_pretrained="error")
-    with pytest.raises(AdapterError, match="without its adapters"):
-        model.save_pretrained(str(tmp_path))
 
 
 def test_a_guarded_model_is_freed_without_the_collector() -> None:
