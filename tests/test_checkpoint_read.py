@@ -108,7 +108,8 @@ def test_a_second_adapter_can_be_the_only_active_one_and_shares_bases_also_with_
     for each in (alone, other):
         randlora.load(each, tmp_path)
     randlora.load(model, tmp_path, name="second", active=True)
-    assert [info.weight for info in randlora.adapters(model)] == [None, 1.0]
+    randlora.load(model, tmp_path, name="third")
+    assert [info.weight for info in randlora.adapters(model)] == [None, 1.0, None]
     assert torch.equal(LINEAR.output(model), LINEAR.output(alone))
     assert basis_of(model, "first") is basis_of(model, "second")
     assert torch.equal(randlora.delta_weight(other, "0"), randlora.delta_weight(alone, "0"))

@@ -1,37 +1,175 @@
-"""`save`: what the files hold, what is refused, what the user is told; values are whole, floating and finite."""
+"""`save` and `save_all`: what they write, refuse and say; what is loaded again is the same adapter, bit for bit."""
 
+import errno
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import randlora
-from randlora.errors import AdapterError, CheckpointError
+from randlora.disk import replace as replacing
+from randlora.errors import AdapterError, CheckpointError, RandLoRAError
 from tests.checkpoint_files import (
+    CARD_FILE,
+    CASES,
+    CONFIG_FILE,
     HEADED,
     LINEAR,
+    PREFIX,
+    TENSORS_FILE,
     Case,
-    Headed,
     Stored,
+    bases_of,
+    basis_of,
+    both_ways,
     read_tensors,
     trained,
 )
-from tests.kit import adapter_values, all_bits, fill
-from tests.laws import Mixed
+from tests.kit import Bits, adapter_values, all_bits, fill, snapshot, untouched
+from tests.laws import Mixed, assert_close
 from tests.model_directories import contents
-from tests.peer import PEFT_STREAM
+from tests.peer import PEFT_STREAM, THEIR_WARNINGS
+from tests.strategies import KINDS_AND_STREAMS, seeds
+
+ROOT = Path(__file__).parent.parent
+FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
 
 
-def two_adapters() -> nn.Module:
-    model = trained(LINEAR, name="one")
-    randlora.inject(model, r=2, name="two")
-    return model
+def assert_same_adapter(saved: nn.Module, loaded: nn.Module, case: Case) -> None:
+    """Compare all that an adapter is, bit for bit; Λ and Γ of 16 bits are float32 in a file."""
+    (theirs,), (ours,) = randlora.adapters(saved), randlora.adapters(loaded)
+    assert all_bits(adapter_values(loaded)) == widened(saved)
+    listed = {
+        name: getattr(ours.config, name) for name in ("r", "alpha") if isinstance(getattr(theirs.config, name), Mapping)
+    }
+    assert ours.config == replace(
+        theirs.config, targets=theirs.targets, exclude=None, train_also=theirs.train_also or None, **listed
+    )
+    assert (ours.targets, ours.specs, ours.options) == (theirs.targets, theirs.specs, theirs.options)
+    for r, basis in bases_of(saved).items():
+        assert bases_of(loaded)[r].digest(*basis.extent) == basis.digest(*basis.extent)
+    assert torch.equal(case.output(loaded), case.output(saved))
+
+
+def widened(model: nn.Module) -> dict[str, Bits]:
+    values = adapter_values(model)
+    return all_bits({
+        name: value.to(torch.promote_types(value.dtype, torch.float32)) if "randlora_" in name else value
+        for name, value in values.items()
+    })
+
+
+@st.composite
+def inject_options(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw options for every kind of bases; a ternary rank is large enough that no basis is all zeros by bad luck."""
+    kind, stream = draw(st.sampled_from(KINDS_AND_STREAMS))
+    return {
+        "r": draw(st.integers(8, 12) if "sparse" in kind else st.integers(1, 12)),
+        "basis": kind,
+        "stream": draw(st.sampled_from([stream, None])) if kind in ("dense", "block") else stream,
+        "seed": draw(seeds),
+        "alpha": draw(st.none() | st.integers(1, 10**6) | st.floats(1e-3, 1e3)),
+        "dropout": draw(st.just(0.0) | st.floats(0, 1, exclude_max=True)),
+    }
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(CASES), inject_options(), st.sampled_from(["seed", "stored"]))
+def test_save_then_load_is_the_identity_for_any_options_and_leaves_no_trace(
+    case: Case, options: dict[str, Any], bases: Stored
+) -> None:
+    model, twin = trained(case, **options), case.build()
+    before, fresh, generator = snapshot(model), snapshot(twin), torch.get_rng_state()
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        randlora.save(model, place / "first", bases=bases)
+        with torch.inference_mode():
+            randlora.save(nn.ModuleDict({"inner": model}), place / "again", bases=bases)  # its names are its own
+        assert snapshot(model) == before
+        randlora.load(twin, place / "first")
+        assert torch.equal(torch.get_rng_state(), generator)
+        assert_same_adapter(model, twin, case)
+        randlora.save(twin, place / "second", bases=bases)
+        assert contents(place / "second") == contents(place / "first") == contents(place / "again")
+    randlora.eject(twin)
+    assert snapshot(twin) == fresh
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_save_never_narrows_a_value(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = trained(HEADED).to(dtype)
+    randlora.save(model, tmp_path)
+    assert all_bits({key.removeprefix(PREFIX): each for key, each in read_tensors(tmp_path)[0].items()}) == widened(
+        model
+    )
+
+
+def test_what_is_saved_does_not_depend_on_what_the_model_computes_with(tmp_path: Path) -> None:
+    model = trained(HEADED)
+    randlora.inject(model, r=3, targets=["0", "head"], name="other")
+    fill(model, "other", seed=1)
+    randlora.save_all(model, tmp_path / "before")
+    randlora.activate(model, "other")
+    for situation in (randlora.merged, randlora.disabled):
+        with situation(model):  # "other" is merged into the head that "default" trains
+            randlora.save_all(model, tmp_path / "within")
+        assert contents(tmp_path / "within") == contents(tmp_path / "before")
+
+
+class Crossed(nn.Module):
+    """One wide layer, and a pair whose widest input and output are of different layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(20, 6)
+        self.up = nn.Linear(6, 20)
+        self.down = nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down(self.up(x)) + self.wide(self.up(x))[:, :4]
+        return output
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("case", "first", "second"),
+    [(HEADED, ["0", "2"], ["head"]), (Case("crossed", Crossed), ["wide"], ["up", "down"])],
+    ids=["larger", "would-be-larger-itself"],
+)
+def test_an_adapter_that_shared_other_bases_than_its_own_reloads_alone(
+    case: Case, first: list[str], second: list[str], bases: Stored, tmp_path: Path
+) -> None:
+    """And is saved as if alone where those grow only."""
+    model, twin = case.build(), case.build()
+    randlora.inject(model, r=2, targets=first, name="first")
+    randlora.inject(model, r=2, targets=second, name="second")
+    assert basis_of(model, "first") is basis_of(model, "second")
+    randlora.activate(fill(model, "second"), "second")
+    report = randlora.save(model, tmp_path, name="second", bases=bases)
+    randlora.load(twin, tmp_path)
+    assert torch.equal(case.output(twin), case.output(model))
+    assert randlora.adapters(twin)[0].specs == randlora.adapters(model)[1].specs
+    assert any("bases='stored'" in note for note in report.notes) == (bases == "seed")
+    assert any("too narrow for PEFT" in note for note in report.notes) == (case is not HEADED)
+    alone = trained(case, targets=second, stream="portable", train_also=None)
+    randlora.save(alone, tmp_path / "alone", bases=bases)
+    randlora.inject(alone, r=2, targets=first, stream="portable", name="large")
+    assert basis_of(alone, "default") is basis_of(alone, "large")
+    randlora.save(alone, tmp_path / "beside", name="default", bases=bases)
+    assert contents(tmp_path / "beside")[TENSORS_FILE] == contents(tmp_path / "alone")[TENSORS_FILE]
 
 
 def test_save_names_its_tensors_as_peft_does(tmp_path: Path) -> None:
@@ -39,51 +177,19 @@ def test_save_names_its_tensors_as_peft_does(tmp_path: Path) -> None:
     assert (report.name, report.nbytes) == ("mine", sum(path.stat().st_size for path in tmp_path.iterdir()))
     assert str(report).startswith(f"saved 'mine' to {tmp_path}, ")
     tensors, metadata = read_tensors(tmp_path)
-    prefix = "base_model.model."
     assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
-        f"{prefix}body.0.randlora_lambda": (2, 3),
-        f"{prefix}body.0.randlora_gamma": (3, 6),
-        f"{prefix}body.2.randlora_lambda": (2, 4),
-        f"{prefix}body.2.randlora_gamma": (4, 7),
-        f"{prefix}norm.bias": (7,),
-        f"{prefix}head.weight": (3, 7),
-        f"{prefix}head.bias": (3,),
+        f"{PREFIX}body.0.randlora_lambda": (2, 3),
+        f"{PREFIX}body.0.randlora_gamma": (3, 6),
+        f"{PREFIX}body.2.randlora_lambda": (2, 4),
+        f"{PREFIX}body.2.randlora_gamma": (4, 7),
+        f"{PREFIX}norm.bias": (7,),
+        f"{PREFIX}head.weight": (3, 7),
+        f"{PREFIX}head.bias": (3,),
         "base_model.randlora_A": (2, 1, 9),  # over min(widest out, widest in), more than any layer uses
         "base_model.randlora_B": (9, 5, 2),
     }
-    assert set(metadata) == {"format", "randlora"}
+    assert metadata.keys() == {"format", "randlora"}
     assert metadata["format"] == "pt"
-
-
-def nothing(_: Path) -> None:
-    """Put nothing in the way."""
-
-
-REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], type[Exception], str]] = {
-    "no adapter": (nothing, {"model": LINEAR.build}, AdapterError, "the model has no adapter: call"),
-    "ambiguous": (nothing, {"model": two_adapters}, AdapterError, r"has several adapters \(one, two\)"),
-    "unknown": (
-        nothing,
-        {"model": two_adapters, "name": "three"},
-        AdapterError,
-        "no adapter named 'three': it has one",
-    ),
-    "bases": (nothing, {"bases": "both"}, CheckpointError, "bases must be 'seed' or 'stored', got 'both'"),
-    "file": (Path.touch, {}, CheckpointError, "it is a file or a broken link: expected the name of a directory"),
-    "broken link": (lambda out: out.symlink_to("nowhere"), {}, CheckpointError, "it is a file or a broken link"),
-}
-
-
-@pytest.mark.parametrize(("make", "options", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused_is_refused_before_anything_is_written(
-    make: Callable[[Path], object], options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
-) -> None:
-    make(tmp_path / "out")
-    before = [*tmp_path.iterdir()]
-    options = {"model": lambda: trained(LINEAR), **options}
-    with pytest.raises(error, match=message):
-        randlora.save(options.pop("model")(), tmp_path / "out", **options)
-    assert [*tmp_path.iterdir()] == before
 
 
 DRAWN = "PEFT draws stream='torch' under torch 2.12 and newer only: save with bases='stored' to load under any"
@@ -91,54 +197,51 @@ NOTES_OF_SEEDS = () if PEFT_STREAM == "torch" else (DRAWN,)
 PORTABLE_NOTE = "PEFT cannot draw stream='portable': save with bases='stored' to load there"
 
 
-@pytest.mark.parametrize(
-    ("options", "seed_notes"),
-    [
+def test_save_says_what_peft_would_not_load(tmp_path: Path) -> None:
+    saves: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({}, NOTES_OF_SEEDS),
         ({"stream": "portable"}, (PORTABLE_NOTE,)),
         ({"basis": "block"}, (PORTABLE_NOTE,)),
-        ({"train_also": ["head", "norm.bias"]}, NOTES_OF_SEEDS),
-    ],
-    ids=["torch", "portable", "block", "trained-beside"],
-)
-def test_save_says_what_peft_would_not_load(
-    options: dict[str, Any], seed_notes: tuple[str, ...], tmp_path: Path
-) -> None:
-    model = trained(Case("body", Headed, {"targets": ["0", "2"]}), **options)
-    saves: dict[Stored, tuple[str, ...]] = {"seed": seed_notes, "stored": ()}
-    for bases, notes in saves.items():
-        report = randlora.save(model, tmp_path, bases=bases)
+    ]
+    for options, notes in saves:
+        model = trained(HEADED, **options)
+        report = randlora.save(model, tmp_path)
         assert report.notes == notes
         assert str(report).splitlines()[1:] == list(notes)
+        assert randlora.save(model, tmp_path, bases="stored").notes == ()
 
 
-ROOT = Path(__file__).parent.parent
+def compiled(module: nn.Module) -> nn.Module:
+    wrapper = torch.compile(module, backend="eager")
+    assert isinstance(wrapper, nn.Module)
+    return wrapper
 
 
-def assert_nothing_is_written(model: nn.Module, message: str, place: Path) -> None:
-    """Refused with this message, a new directory is not made, and an adapter that is there stays."""
-    randlora.save(trained(HEADED), place / "old")
-    before = contents(place)
-    for directory in (place / "new", place / "old"):
-        with pytest.raises(CheckpointError, match=message):
-            randlora.save(model, directory)
-    assert contents(place) == before
-    assert not (place / "new").exists()
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, compiled], ids=["checkpoint", "compile"])
+@pytest.mark.parametrize("first", ["inject", "wrap"])
+def test_wrappers_of_torch_change_no_names(wrap: Callable[[nn.Module], nn.Module], first: str, tmp_path: Path) -> None:
+    body = nn.ModuleDict({"inner": Mixed()})
+    if first == "wrap":
+        body["inner"] = wrap(body["inner"])
+    model, fresh = nn.Sequential(body), nn.Sequential(nn.ModuleDict({"inner": Mixed()}))
+    report = randlora.inject(model, r=3, targets=["q", "up"], train_also=["head"])
+    if first == "inject":
+        body["inner"] = wrap(body["inner"])
+    assert report.targets == ("0.inner.q", "0.inner.up")
+    randlora.save(fill(model), tmp_path)
+    randlora.load(fresh, tmp_path)
+    assert all_bits(adapter_values(fresh)) == all_bits(adapter_values(model))
 
 
-NAMES = {"Λ of body.0": "body.0.randlora_lambda.default", "Γ of body.0": "body.0.randlora_gamma.default"}
-NAMES |= {"norm.bias": "norm.bias"}
+# What is refused before anything is written
 
 
-def test_values_that_no_file_may_hold_are_refused(tmp_path: Path) -> None:
-    for which, value in zip(NAMES, (float("inf"), -float("inf"), float("nan")), strict=True):
-        model = trained(HEADED)
-        with torch.no_grad():
-            model.get_parameter(NAMES[which]).flatten()[-1:].fill_(value)
-        assert_nothing_is_written(model, f"{which} holds NaN or infinite values, which cannot be loaded", tmp_path)
-    meta = HEADED.build().to("meta")
-    randlora.inject(meta, r=2, targets=["0"], train_also=["norm.bias"])
-    assert_nothing_is_written(meta, r"body\.0 holds no values(.*\n)+.*norm\.bias holds no values", tmp_path)
+def of_three() -> nn.Module:
+    """Make a model with three adapters, of which one trains parameters besides."""
+    model = trained(HEADED)
+    randlora.inject(model, r=3, targets=["0"], name="a", stream="portable")
+    randlora.inject(model, r=2, targets=["2"], name="b", basis="block")
+    return fill(fill(model, "a", seed=1), "b", seed=2)
 
 
 def freed(held: Tensor) -> Tensor:
@@ -146,7 +249,10 @@ def freed(held: Tensor) -> Tensor:
     return held
 
 
-NOT_WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
+PARAMETERS = {"Λ of body.0": "body.0.randlora_lambda.default", "Γ of body.0": "body.0.randlora_gamma.default"}
+PARAMETERS |= {"norm.bias": "norm.bias"}
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    r"holds NaN or infinite values, which cannot be loaded": lambda held: held / 0,
     r"holds torch\.float8_e4m3fn: expected one of torch\.float32": lambda held: held.to(torch.float8_e4m3fn),
     r"has shape \(0,\) here, expected all of \(.*gather it if it is sharded": lambda _: torch.empty(0),
     r"has shape \(1, 1, \d+\) here, expected all of \(": lambda held: held.flatten()[None, None],
@@ -154,53 +260,109 @@ NOT_WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("which", NAMES)
-def test_values_that_are_not_whole_are_refused(which: str, tmp_path: Path) -> None:
-    for message, change in NOT_WHOLE.items():
-        model = trained(HEADED)
-        parameter = model.get_parameter(NAMES[which])
-        parameter.data = change(parameter.data)
-        assert_nothing_is_written(model, f"{which} {message}", tmp_path)
+def assert_nothing_is_written(
+    call: Callable[[Path], object], message: str, place: Path, error: type[Exception] = CheckpointError
+) -> None:
+    """Check that a save is refused, which makes no new directory and leaves an adapter that is there."""
+    if not (place / "old").exists():
+        randlora.save_all(of_three(), place / "old")
+    before = contents(place)
+    for directory in (place / "new", place / "old"):
+        with pytest.raises(error, match=message):
+            call(directory)
+    assert contents(place) == before
+    assert [*place.iterdir()] == [place / "old"]
+
+
+@pytest.mark.parametrize("which", PARAMETERS)
+def test_values_that_no_file_may_hold_are_refused(which: str, tmp_path: Path) -> None:
+    for message, change in WRONG.items():
+        model = of_three()
+        parameter = model.get_parameter(PARAMETERS[which])
+        parameter.data = change(parameter.data.clone())
+        for save in (partial(randlora.save_all, model), partial(randlora.save, model, name="default")):
+            assert_nothing_is_written(save, f"{which} {message}", tmp_path)
+    meta = HEADED.build().to("meta")
+    randlora.inject(meta, r=2, targets=["0"], train_also=["norm.bias"])
+    message = r"body\.0 holds no values(.*\n)+.*norm\.bias holds no values"
+    assert_nothing_is_written(partial(randlora.save, meta), message, tmp_path)
+
+
+Call = Callable[[Path], object]
+REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
+    "no adapter": (lambda out: randlora.save(LINEAR.build(), out), AdapterError, "the model has no adapter: call"),
+    "ambiguous": (lambda out: randlora.save(of_three(), out), AdapterError, r"has several adapters \(default, a, b\)"),
+    "unknown": (
+        lambda out: randlora.save(of_three(), out, name="c"),
+        AdapterError,
+        "no adapter named 'c': it has default",
+    ),
+    "bases": (
+        lambda out: randlora.save(of_three(), out, name="a", bases="both"),  # type: ignore[arg-type]
+        CheckpointError,
+        "bases must be 'seed' or 'stored', got 'both'",
+    ),
+    "one unknown": (lambda out: randlora.save_all(of_three(), out, names=["a", "c"]), AdapterError, "named 'c'"),
+    "text": (lambda out: randlora.save_all(of_three(), out, names="aa"), RandLoRAError, "names must be"),
+    "none": (lambda out: randlora.save_all(of_three(), out, names=[]), CheckpointError, "no adapter is named"),
+    "twice": (lambda out: randlora.save_all(of_three(), out, names=["a", "a"]), CheckpointError, "'a' is named twice"),
+    **{
+        f"name {name}": (
+            lambda out, name=name: randlora.save_all(trained(LINEAR, name=name), out),  # type: ignore[misc]
+            CheckpointError,
+            "cannot be the name of a directory: rename the adapter",
+        )
+        for name in ("a/b", "/")
+    },
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_is_refused_before_anything_is_written(
+    call: Call, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    assert_nothing_is_written(call, message, tmp_path, error)
+
+
+def test_a_file_or_a_broken_link_in_place_of_a_directory_is_refused(tmp_path: Path) -> None:
+    message = "is a file or a broken link: expected the name of a directory"
+    (tmp_path / "b").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("b", "link"):
+        with pytest.raises(CheckpointError, match=f"it {message}"):
+            randlora.save(trained(LINEAR), tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"b' {message}"):
+        randlora.save_all(of_three(), tmp_path)
+    assert contents(tmp_path) == {"b": b""}
 
 
 SHARDED = """
 import sys, torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch import nn
 import randlora
-from randlora.errors import CheckpointError
 from tests.kit import adapter_values, all_bits, fill
 from tests.laws import Mixed
 
-class Whole(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks, self.head = nn.ModuleList([Mixed(), Mixed()]), nn.Linear(12, 3)
-
 def sharded():
-    model = Whole()
+    model = Mixed()
     randlora.inject(model, r=3, targets=["q", "up", "down"], train_also=["norm", "head.bias"])
     own = all_bits(adapter_values(fill(model)))
-    wrap = {"device_id": torch.device("cpu"), "use_orig_params": True, "auto_wrap_policy": ModuleWrapPolicy({Mixed})}
-    wrapped = FullyShardedDataParallel(model, **wrap)
-    assert any("_fsdp_wrapped_module" in name for name, _ in model.named_modules())
-    return wrapped, own
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True), own
 
 place = sys.argv[1]
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # half of each parameter is not there
 try:
     randlora.save(sharded()[0], place + "/new")
-except CheckpointError as error:
+except randlora.errors.CheckpointError as error:
     print(error)
 dist.destroy_process_group()
 dist.init_process_group("gloo", init_method=f"file://{place}/rendezvous", rank=0, world_size=1)
 model, own = sharded()
 with FullyShardedDataParallel.summon_full_params(model, writeback=False):
     randlora.save(model, place + "/whole")
-fresh = Whole()
+fresh = Mixed()
 randlora.load(fresh, place + "/whole")
 assert all_bits(adapter_values(fresh)) == own
 """
@@ -216,25 +378,97 @@ def test_a_model_that_torch_shards_is_refused_until_it_is_gathered(tmp_path: Pat
     assert not (tmp_path / "new").exists()
 
 
-def compiled(module: nn.Module) -> nn.Module:
-    wrapper = torch.compile(module, backend="eager")
-    assert isinstance(wrapper, nn.Module)
-    return wrapper
+# Several adapters in one directory, as PEFT lays them out
 
 
-@pytest.mark.parametrize("wrap", [checkpoint_wrapper, compiled], ids=["checkpoint", "compile"])
-@pytest.mark.parametrize("first", ["inject", "wrap"])
-def test_wrappers_of_torch_change_no_names(wrap: Callable[[nn.Module], nn.Module], first: str, tmp_path: Path) -> None:
-    body = nn.ModuleDict({"inner": Mixed()})
-    if first == "wrap":
-        body["inner"] = wrap(body["inner"])
-    model = nn.Sequential(body)
-    report = randlora.inject(model, r=3, targets=["q", "up"], train_also=["head"])
-    fill(model)
-    if first == "inject":
-        body["inner"] = wrap(body["inner"])
-    assert report.targets == ("0.inner.q", "0.inner.up")
-    randlora.save(model, tmp_path)
-    fresh = nn.Sequential(nn.ModuleDict({"inner": Mixed()}))
-    randlora.load(fresh, tmp_path)
-    assert all_bits(adapter_values(fresh)) == all_bits(adapter_values(model))
+@pytest.mark.filterwarnings(*(mark.args[0] for mark in THEIR_WARNINGS))
+def test_each_is_in_a_directory_of_its_name_and_default_in_the_root_as_in_peft(tmp_path: Path) -> None:
+    model, twin, one, linear = of_three(), HEADED.build(), HEADED.build(), trained(LINEAR)
+    with untouched(model):
+        reports = randlora.save_all(model, tmp_path / "all")
+    places = {"default": tmp_path / "all", "a": tmp_path / "all" / "a", "b": tmp_path / "all" / "b"}
+    assert {report.name: report.directory for report in reports} == places
+    assert {*contents(tmp_path / "all")} == {*FILES, *(f"{name}/{file}" for name in "ab" for file in FILES)}
+    loaded = randlora.load_all(twin, tmp_path / "all")
+    assert [(report.name, report.is_active) for report in loaded] == [("default", True), ("a", False), ("b", False)]
+    assert [each.is_active for each in randlora.adapters(twin)] == [True, False, False]
+    for name, place in places.items():
+        randlora.save(model, tmp_path / "one", name=name)
+        for file in FILES:
+            assert (tmp_path / "one" / file).read_bytes() == (place / file).read_bytes()
+        assert all_bits(adapter_values(twin, name)) == all_bits(adapter_values(model, name))
+    randlora.save_all(model, tmp_path / "some", names=["b", "a"], bases="stored")
+    assert {*contents(tmp_path / "some")} == {f"{name}/{file}" for name in "ab" for file in FILES}
+    randlora.load_all(one, tmp_path / "some", names=["a"], trainable=True)
+    assert [(each.name, each.is_trainable) for each in randlora.adapters(one)] == [("a", True)]
+    randlora.load_all(one, str(tmp_path / "some"), names=["b"])
+    assert [each.name for each in randlora.adapters(one)] == ["a", "b"]
+    randlora.inject(linear, r=2, name="other")
+    randlora.save_all(fill(linear, "other", seed=3), tmp_path / "peft", bases="stored")
+    theirs = PeftModel.from_pretrained(LINEAR.build(), tmp_path / "peft")
+    theirs.load_adapter(tmp_path / "peft" / "other", "other")
+    for name in ("default", "other"):
+        theirs.set_adapter(name)
+        randlora.activate(linear, name)
+        assert_close(LINEAR.output(theirs), LINEAR.output(linear), torch.float32)
+
+
+@pytest.mark.parametrize("failing", [0, 4, 8])
+def test_nothing_is_seen_if_the_disk_is_full(failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of a new directory nor of one that is replaced."""
+    model, old = of_three(), tmp_path / "old"
+    randlora.save_all(trained(LINEAR), old)
+    randlora.save_all(trained(LINEAR, name="a"), old)
+    before, flush, flushed = contents(tmp_path), replacing.flush, list[Path]()
+
+    def fail(path: Path) -> None:
+        if path.name in FILES:
+            flushed.append(path)
+            if len(flushed) > failing:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        flush(path)
+
+    monkeypatch.setattr(replacing, "flush", fail)
+    for out in (old, tmp_path / "new"):
+        flushed.clear()
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            randlora.save_all(model, out, names=("b", "default", "a"))
+    assert contents(tmp_path) == before
+    assert [*tmp_path.iterdir()] == [old]
+
+
+def cut(place: Path) -> None:
+    (place / "b" / TENSORS_FILE).write_bytes((place / "b" / TENSORS_FILE).read_bytes()[:-1])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (cut, "/b'.*truncated or damaged"),
+    "another model's": (lambda place: randlora.save(trained(LINEAR), place / "b"), "/b'.*give prefix="),
+    "two of a name": (lambda place: (place / "b").rename(place / "default"), "two adapters named 'default'"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_all_are_loaded_or_none(damage: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    randlora.save_all(of_three(), tmp_path)
+    damage(tmp_path)
+    for model in (trained(HEADED, name="own"), HEADED.build()):
+        with untouched(model), pytest.raises(CheckpointError, match=message):
+            randlora.load_all(model, tmp_path)
+
+
+def test_directories_without_adapters_are_refused(tmp_path: Path) -> None:
+    model, place = HEADED.build(), tmp_path / "all"
+    randlora.save_all(of_three(), place)
+    for options, message in (
+        ({"source": place, "names": ["a", "c"]}, r"no adapter named 'c'; the nearest are"),
+        ({"source": place / "a" / "b"}, f"cannot load '{place / 'a' / 'b'}': .* has no adapters"),
+        ({"source": place, "revision": "main"}, "a path has no revision, got 'main'"),
+    ):
+        with untouched(model), pytest.raises(CheckpointError, match=message):
+            randlora.load_all(model, **options)  # type: ignore[arg-type]
+    randlora.load(model, place, subfolder="a", name="a")
+    with untouched(model), pytest.raises(AdapterError, match="cannot load 'a': the model has an adapter of that name"):
+        randlora.load_all(model, place)
+    with untouched(model), pytest.raises(CheckpointError, match="a file has no subfolder, got 'a'"):
+        randlora.load(model, place / TENSORS_FILE, subfolder="a", name="c")
