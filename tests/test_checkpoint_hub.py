@@ -11,18 +11,9 @@ from huggingface_hub import constants
 
 import randlora
 from randlora.errors import CheckpointError, how_to_install
-from tests.checkpoint_files import (
-    CARD_FILE,
-    CONFIG_FILE,
-    HEADED,
-    LINEAR,
-    TENSORS_FILE,
-    Case,
-    refused,
-    trained,
-)
+from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, HEADED, LINEAR, TENSORS_FILE, Case, refused, trained
 from tests.hub_server import Hub, Repository, keep_client_in, point_client_at, running_hub
-from tests.kit import adapter_values, all_bits, fill, snapshot
+from tests.kit import adapter_values, all_bits, fill, untouched
 
 NOBODY = "http://127.0.0.1:1"
 
@@ -90,89 +81,74 @@ def test_a_push_uploads_what_the_directory_holds_of_the_adapter_and_nothing_else
     assert loads("user/repo", LINEAR, revision=first) == f"the names in user/repo at {first}"
 
 
-@pytest.mark.parametrize(("here", "there"), [(b"# Here", None), (None, b"# There"), (b"# Here", b"# There")])
+@pytest.mark.parametrize(("here", "there"), [(b"# Here", b"# There"), (None, b"# There"), (b"# Here", None)])
 def test_a_card_that_somebody_wrote_survives_a_push_and_ones_own_wins(
     here: bytes | None, there: bytes | None, pushed: Hub, tmp_path: Path
 ) -> None:
+    out, repository = tmp_path / "again", pushed.repositories["user/repo"]
+    out.mkdir()
     if there:
-        pushed.repositories["user/repo"].commit({CARD_FILE: there})
+        repository.commit({CARD_FILE: there})
     if here:
-        (tmp_path / "again").mkdir()
-        (tmp_path / "again" / CARD_FILE).write_bytes(here)
-    report = randlora.save(trained(HEADED, r=3), tmp_path / "again", push_to_hub="user/repo")
+        (out / CARD_FILE).write_bytes(here)
+    report = randlora.save(trained(HEADED, r=3), out, push_to_hub="user/repo")
     assert ("README.md of user/repo is not a generated card, so it stays" in report.notes) == (here is None)
-    files = pushed.repositories["user/repo"].files()
-    assert files[CARD_FILE] == (here or there)
-    assert files[TENSORS_FILE] == (tmp_path / "again" / TENSORS_FILE).read_bytes()
-
-
-# Several adapters in one repository
+    assert repository.files()[CARD_FILE] == (here or there)
+    assert repository.files()[TENSORS_FILE] == (out / TENSORS_FILE).read_bytes()
 
 
 def test_several_adapters_are_pushed_in_one_commit_and_loaded_together_or_one_by_one(hub: Hub, tmp_path: Path) -> None:
-    model = trained(HEADED)
+    model, twin, one = trained(HEADED), HEADED.build(), HEADED.build()
     randlora.inject(model, r=3, targets=["0"], name="a")
-    fill(model, "a", seed=4)
-    reports = randlora.save_all(model, tmp_path / "out", push_to_hub="user/repo")
+    reports = randlora.save_all(fill(model, "a", seed=4), tmp_path / "out", push_to_hub="user/repo")
     assert [report.url for report in reports] == [f"{hub.url}/user/repo"] * 2
     found = hub.repositories["user/repo"].files()
-    files = (CARD_FILE, CONFIG_FILE, TENSORS_FILE)
-    names = [f"{folder}{file}" for folder in ("", "a/") for file in files]
+    names = {f"{folder}{file}" for folder in ("", "a/") for file in (CARD_FILE, CONFIG_FILE, TENSORS_FILE)}
     assert set(found) == {".gitattributes", *names}
     assert 'randlora.load(model, "user/repo")' in found[CARD_FILE].decode()
     assert 'randlora.load(model, "user/repo", subfolder="a")' in found[f"a/{CARD_FILE}"].decode()
-    twin = HEADED.build()
     assert [report.name for report in randlora.load_all(twin, "user/repo")] == ["default", "a"]
-    one = HEADED.build()
-    report = randlora.load(one, "user/repo", subfolder="a", name="a")
-    assert report.rule == "the names in a of user/repo"
-    for each, adapters in ((twin, ("default", "a")), (one, ("a",))):
-        for name in adapters:
-            assert all_bits(adapter_values(each, name)) == all_bits(adapter_values(model, name))
-    swapped = trained(HEADED)
+    assert randlora.load(one, "user/repo", subfolder="a", name="a").rule == "the names in a of user/repo"
+    for each, name in ((twin, "default"), (twin, "a"), (one, "a")):
+        assert all_bits(adapter_values(each, name)) == all_bits(adapter_values(model, name))
+    swapped = fill(trained(HEADED), seed=5)
     randlora.swap(swapped, "user/repo")
     assert all_bits(adapter_values(swapped)) == all_bits(adapter_values(model))
-    refused(LINEAR.build(), "user/repo", f"has no b/{CONFIG_FILE} and no b/{TENSORS_FILE}", subfolder="b")
-    hub.repositories["user/none"] = Repository()
-    hub.repositories["user/none"].commit({"optimizer.pt": b"large"})
-    with pytest.raises(CheckpointError, match=r"cannot load 'user/none': .* has no adapters"):
-        randlora.load_all(HEADED.build(), "user/none")
-
-
-# What the Hub refuses
-
-
-UNREACHABLE = "it is not in the cache: check the connection, and HF_HUB_OFFLINE"
-
-
-def test_a_hub_that_cannot_be_reached_is_said_to_be(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    point_client_at(NOBODY, monkeypatch)
-    refused(LINEAR.build(), "user/none", UNREACHABLE)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(LINEAR.build(), "user/none", UNREACHABLE)
-    refused(LINEAR.build(), "user/none", "cannot load 'user/none': there is no such path, and the Hub's repository")
-    assert hub.requests == []
 
 
 REFUSED = (
-    ("user/none", None, "check its name; if it is private, log in with `hf auth login` (RepositoryNotFoundError"),
-    ("user/gated", None, "it is gated: ask for access on its page, then log in with `hf auth login` (GatedRepo"),
-    ("user/repo", "v9", "it has no such revision: name a branch, a tag or a commit of it (RevisionNotFoundError"),
-    ("user/empty", None, f"has no {CONFIG_FILE} and no {TENSORS_FILE}: name a different repository"),
-    ("user/a--b", None, "the Hub does not allow such a name (HFValidationError"),
+    ("user/none", {}, "cannot load 'user/none': there is no such path, and the Hub's repository"),
+    ("user/none", {}, "check its name; if it is private, log in with `hf auth login` (RepositoryNotFoundError"),
+    ("user/gated", {}, "it is gated: ask for access on its page, then log in with `hf auth login` (GatedRepo"),
+    ("user/repo", {"revision": "v9"}, "it has no such revision: name a branch, a tag or a commit of it (RevisionNot"),
+    ("user/empty", {}, f"has no {CONFIG_FILE} and no {TENSORS_FILE}: name a different repository"),
+    ("user/repo", {"subfolder": "b"}, f"has no b/{CONFIG_FILE} and no b/{TENSORS_FILE}"),
+    ("user/a--b", {}, "the Hub does not allow such a name (HFValidationError"),
 )
 
 
-def test_what_the_hub_refuses_is_said_with_what_to_do(pushed: Hub) -> None:
+def test_what_the_hub_refuses_is_said_with_what_to_do(pushed: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     for other in ("user/gated", "user/empty"):
         pushed.repositories[other] = Repository()
-        pushed.repositories[other].commit({".gitattributes": b""})
+        pushed.repositories[other].commit({"optimizer.pt": b"large"})
     pushed.gated.add("user/gated")
-    for name, revision, message in REFUSED:
-        refused(HEADED.build(), name, message, revision=revision)
+    for name, options, message in REFUSED:
+        refused(HEADED.build(), name, message, **options)
+    with pytest.raises(CheckpointError, match=r"cannot load 'user/empty': .* has no adapters"):
+        randlora.load_all(HEADED.build(), "user/empty")
+    pushed.requests.clear()
+    point_client_at(NOBODY, monkeypatch)
+    for is_offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+        refused(LINEAR.build(), "user/new", "it is not in the cache: check the connection, and HF_HUB_OFFLINE")
+    assert pushed.requests == []
 
 
-@pytest.mark.parametrize("why", ["read-only", "unreachable", "offline"])
+FAILURES = {"read-only": "log in with `hf auth login`, with a token that has"}
+FAILURES |= dict.fromkeys(["unreachable", "offline"], "check the connection")
+
+
+@pytest.mark.parametrize("why", FAILURES)
 def test_a_push_that_fails_leaves_the_save_whole(
     why: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,33 +156,24 @@ def test_a_push_that_fails_leaves_the_save_whole(
     if why != "read-only":
         point_client_at(NOBODY, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", why == "offline")
-    advice = (
-        "log in with `hf auth login`, with a token that has"
-        if hub.url in constants.ENDPOINT
-        else "check the connection"
-    )
-    with pytest.raises(
-        CheckpointError, match=rf"saved to '.*/out' completely, but cannot push to 'user/repo': .*{advice}"
-    ):
+    message = rf"saved to '.*/out' completely, but cannot push to 'user/repo': .*{FAILURES[why]}"
+    with pytest.raises(CheckpointError, match=message):
         randlora.save(trained(LINEAR), tmp_path / "out", push_to_hub="user/repo")
     loads(f"{tmp_path}/out", LINEAR)
     assert (tmp_path / "out" / CARD_FILE).is_file()
 
 
-def test_a_push_to_no_repository_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_push_to_no_repository_or_without_huggingface_hub_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = trained(LINEAR), tmp_path / "out"
     names: tuple[Any, ...] = ("repo", "a/b/c", "../repo", "/user/repo", "", 7)
-    for name in names:
-        with pytest.raises(CheckpointError, match="push_to_hub must be a repository on the Hub, 'user/repo', got"):
-            randlora.save(trained(LINEAR), tmp_path / "out", push_to_hub=name)
-    assert not (tmp_path / "out").exists()
-
-
-def test_without_huggingface_hub_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # Python's own way to say that there is no such module
+    with untouched(model):
+        for name in names:
+            with pytest.raises(CheckpointError, match="push_to_hub must be a repository on the Hub, 'user/repo', got"):
+                randlora.save(model, out, push_to_hub=name)
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # Python's own way to say that there is no such
+        with pytest.raises(CheckpointError, match=re.escape(how_to_install("hub"))):
+            randlora.save(model, out, push_to_hub="user/repo")
     refused(LINEAR.build(), "user/repo", how_to_install("hub"))
-    model = trained(LINEAR)
-    before = snapshot(model)
-    with pytest.raises(CheckpointError, match=re.escape(how_to_install("hub"))):
-        randlora.save(model, tmp_path / "out", push_to_hub="user/repo")
-    assert not (tmp_path / "out").exists()
-    assert snapshot(model) == before
+    assert not out.exists()

@@ -466,7 +466,7 @@ def test_directories_without_adapters_are_refused(tmp_path: Path) -> None:
         ({"source": place, "revision": "main"}, "a path has no revision, got 'main'"),
     ):
         with untouched(model), pytest.raises(CheckpointError, match=message):
-            randlora.load_all(model, **options)  # type: ignore[arg-type]
+            randlora.load_all(model, **options)
     randlora.load(model, place, subfolder="a", name="a")
     with untouched(model), pytest.raises(AdapterError, match="cannot load 'a': the model has an adapter of that name"):
         randlora.load_all(model, place)
