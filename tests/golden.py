@@ -50,36 +50,23 @@ class Layers(nn.Module):
         self.deconv = nn.ConvTranspose2d(3, 2, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map ``(2, 5)`` tokens to ``(2, 2, 5, 5)``."""
         x = self.linear(self.embed(tokens))
         x = self.conv1d(x + self.attn(x, x, x, need_weights=False)[0])
         output: Tensor = self.deconv(self.conv(x.unsqueeze(1)))
         return output
 
 
-class Plain(nn.Module):
-    """A stack of matrices (out, in)."""
+class Stack(nn.Module):
+    """A stack of matrices (out, in) or (in, out); the latter says so as transformers' classes do."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, *shape: int, is_transposed: bool = False) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(STACK, 6, 4))
+        self.name, self.is_transposed = name, is_transposed
+        self.register_parameter(name, nn.Parameter(torch.ones(shape)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sum what the matrices make of ``(…, 4)``."""
-        return sum((nn.functional.linear(x, self.gate_up_proj[index]) for index in range(STACK)), torch.zeros(()))
-
-
-class Turned(nn.Module):
-    """A stack of matrices (in, out), which says so as transformers' classes do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_transposed = True
-        self.down_proj = nn.Parameter(torch.empty(STACK, 6, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Sum what the matrices make of ``(…, 6)``."""
-        return sum((x @ self.down_proj[index] for index in range(STACK)), torch.zeros(()))
+        weight: Tensor = getattr(self, self.name)  # (num_experts, …)
+        return sum((x @ (each if self.is_transposed else each.T) for each in weight), torch.zeros(()))
 
 
 class Stacks(nn.Module):
@@ -97,11 +84,10 @@ class Stacks(nn.Module):
         self.embed = nn.Embedding(7, 6)
         self.linear = nn.Linear(6, 4)
         self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.plain = Plain()
-        self.turned = Turned()
+        self.plain = Stack("gate_up_proj", STACK, 6, 4)
+        self.turned = Stack("down_proj", STACK, 6, 5, is_transposed=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map ``(2, 5)`` tokens to ``(2, 5, 5)``."""
         x = self.linear(self.embed(tokens))
         output: Tensor = self.turned(self.plain(x + self.attn(x, x, x, need_weights=False)[0]))
         return output
@@ -144,19 +130,11 @@ class Golden:
 
     @property
     def name(self) -> str:
-        """The name of the directory."""
         return f"{self.kind}-{self.stream}-{self.stored}-{self.body}"
 
     @property
     def directory(self) -> Path:
         return DATA / self.name
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What `randlora.inject` is told."""
-        given = {"basis": self.kind, "stream": self.stream, "seed": SEED, "dropout": 0.0, "train_also": [TRAINED]}
-        blocks = {"blocks": (2, 2)} if self.kind == "block" else {}
-        return {**given, **blocks, **BODIES[self.body].options, "targets": [*BODIES[self.body].shapes]}
 
 
 GOLDEN = tuple(
@@ -197,21 +175,16 @@ def expected_values(body: Body) -> dict[str, Tensor]:
 def build(golden: Golden) -> nn.Module:
     """Make the model whose adapter a golden directory holds."""
     body = BODIES[golden.body]
-    model = plain(body)
-    randlora.inject(model, **golden.options)
-    expected = expected_values(body)
+    model, expected = plain(body), expected_values(body)
+    options = {**body.options, "targets": [*body.shapes], "train_also": [TRAINED], "basis": golden.kind}
+    blocks = (2, 2) if golden.kind == "block" else None
+    randlora.inject(model, stream=golden.stream, seed=SEED, dropout=0.0, blocks=blocks, **options)
     for name, value in adapter_values(model).items():
         value.data.copy_(expected[name])
     return model
 
 
-def make(golden: Golden) -> None:
-    """Make a golden directory, which must not exist."""
-    golden.directory.mkdir(parents=True, exist_ok=False)
-    randlora.save(build(golden), golden.directory, bases=golden.stored)
-    (golden.directory / CARD_FILE).unlink()  # text for readers, which no program reads
-
-
 if __name__ == "__main__":
     for missing in (golden for golden in GOLDEN if not golden.directory.exists()):
-        make(missing)
+        randlora.save(build(missing), missing.directory, bases=missing.stored)
+        (missing.directory / CARD_FILE).unlink()  # text for readers, which no program reads

@@ -116,7 +116,7 @@ def test_several_adapters_are_pushed_in_one_commit_and_loaded_together_or_one_by
     assert all_bits(adapter_values(swapped)) == all_bits(adapter_values(model))
 
 
-REFUSED = (
+REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("user/none", {}, "cannot load 'user/none': there is no such path, and the Hub's repository"),
     ("user/none", {}, "check its name; if it is private, log in with `hf auth login` (RepositoryNotFoundError"),
     ("user/gated", {}, "it is gated: ask for access on its page, then log in with `hf auth login` (GatedRepo"),
