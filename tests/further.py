@@ -43,7 +43,7 @@ STANDS_FOR_OTHERS: dict[str, tuple[object, ...]] = {
 REPEATS_OTHERS = (
     *("NF4", "FP4-double"),
     "bert",
-    *("Conv2d-stride", "ConvTranspose3d", "Embedding-many"),
+    *("Conv2d-stride", "ConvTranspose3d"),
     *("attention-k_proj", "experts-gate_up", "Linear-other-forward"),
 )
 """Values of ``kind`` of which every part is in another one too."""

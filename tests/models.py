@@ -21,7 +21,6 @@ class RealModel:
     """A kind of model: how to make one, what to give it, and which of its layers an adapter would go round.
 
     Attributes:
-        name: For test ids.
         build: Makes a model in evaluation mode, always with the same weights.
         inputs: Makes keyword arguments of its ``forward``, always the same.
         targets: Last components of layers of several shapes, the square, the wide and the tall among them.
@@ -35,37 +34,21 @@ class RealModel:
 
 def llama(**sides: Any) -> nn.Module:
     """Build a Llama with grouped-query attention: q and o are square, k and v tall, the rest wide or tall."""
-    return reproducible(
-        lambda: transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, **{**SIDES, **sides}
-            )
-        )
-    )
+    sides = {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "max_position_embeddings": 64, **SIDES, **sides}
+    return reproducible(lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**sides)))
 
 
 def gpt2(n_embd: int = 32) -> nn.Module:
     """Build a GPT-2, whose layers are ``Conv1D``."""
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=n_embd,
-        n_layer=2,
-        n_head=4,
-        n_positions=64,
-        bos_token_id=0,
-        eos_token_id=0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-    )
-    return reproducible(lambda: transformers.GPT2LMHeadModel(config))
+    sizes = {"vocab_size": VOCABULARY, "n_embd": n_embd, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    zeros = dict.fromkeys(("bos_token_id", "eos_token_id", "embd_pdrop", "attn_pdrop", "resid_pdrop"), 0)
+    return reproducible(lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **zeros)))
 
 
 def bert(**sides: int) -> nn.Module:
     """Build a BERT that classifies sequences."""
-    sides = {**SIDES, **sides}
-    config = transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=LABELS, **sides)
-    return reproducible(lambda: transformers.BertForSequenceClassification(config))
+    sides = {**SIDES, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "num_labels": LABELS, **sides}
+    return reproducible(lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**sides)))
 
 
 def vit(**sides: int) -> nn.Module:
@@ -86,26 +69,12 @@ def torchvision_vit() -> nn.Module:
     """Build torchvision's ViT, whose attention is an `nn.MultiheadAttention`."""
 
     def build() -> Any:
-        model = library("torchvision").models.VisionTransformer(
-            image_size=16, patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=48, num_classes=LABELS
-        )
+        sizes = {"num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 48, "num_classes": LABELS}
+        model = library("torchvision").models.VisionTransformer(image_size=16, patch_size=8, **sizes)
         nn.init.normal_(model.heads.head.weight)  # which comes as zeros, so that every output would be zero
         return model
 
     return reproducible(build)
-
-
-def torchvision_vit_b_16() -> nn.Module:
-    """Build torchvision's ViT-B/16, at its own size."""
-    model: nn.Module = library("torchvision").models.vit_b_16()
-    return model
-
-
-def clip_vit_b_32() -> nn.Module:
-    """Build CLIP ViT-B/32 of open_clip, at its own size."""
-    open_clip = library("open_clip")
-    model: nn.Module = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
-    return model
 
 
 def clip() -> nn.Module:
@@ -113,11 +82,6 @@ def clip() -> nn.Module:
     text = {"context_length": 8, "vocab_size": 40, "width": 24, "heads": 2, "layers": 2}
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
     return reproducible(lambda: library("open_clip").CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text))
-
-
-def clip_attention() -> nn.Module:
-    """Build an attention of open_clip's own."""
-    return reproducible(lambda: library("open_clip").transformer.Attention(16, num_heads=2))
 
 
 def tokens() -> dict[str, Tensor]:
@@ -140,7 +104,6 @@ GPT2 = RealModel("gpt2", gpt2, tokens, ("c_attn", "c_fc", "c_proj"))
 BERT = RealModel("bert", bert, tokens, ("query", "value", "dense"))
 VIT = RealModel("vit", vit, pixels, ("q_proj", "v_proj", "fc1", "fc2"))
 TORCHVISION_VIT = RealModel("torchvision-vit", torchvision_vit, image, ("0", "3"))
-
 TRANSFORMERS_MODELS = (LLAMA, GPT2, BERT, VIT)
 
 

@@ -45,13 +45,10 @@ zamba2 fnet ibert mobilevitv2 patchtsmixer squeezebert swiftformer xlnet
 """
 """Types without linear query and value projections: most have convolutions or states. All linear layers are adapted."""
 
+SCORES = "a head scores pairs with a query projection"
 ELSEWHERE = {
-    "phi": "PEFT's preset has the feed-forward's layers too",
-    "pp_doclayout_v4": "a head scores pairs with a query projection",
-    "rwkv": "PEFT's preset has the feed-forward's layers too",
-    "sam3": "a head scores pairs with a query projection",
-    "sam3_lite_text": "a head scores pairs with a query projection",
-    "sam3_video": "a head scores pairs with a query projection",
+    **dict.fromkeys(("phi", "rwkv"), "PEFT's preset has the feed-forward's layers too"),
+    **dict.fromkeys(("pp_doclayout_v4", "sam3", "sam3_lite_text", "sam3_video"), SCORES),
     "xlstm": "its cells have queries and values, and are not called attention",
 }
 """Types of which some layers outside attention are adapted."""
@@ -93,12 +90,6 @@ def default_of(model_type: str, names: list[str]) -> tuple[nn.Module, Selection 
     return found
 
 
-def encoders(model: Any) -> list[str]:
-    """Return the names of a model's encoders of images and sound, as transformers finds them."""
-    found = [encoder for kind in ("image", "audio") if (encoder := model.get_encoder(modality=kind)) is not model]
-    return [name for name, module in model.named_modules() if name and any(module is encoder for encoder in found)]
-
-
 @pytest.mark.parametrize(("model_type", "names"), TYPES.items(), ids=TYPES)
 def test_the_query_and_value_projections_of_a_type_are_adapted(model_type: str, names: str) -> None:
     endings = tuple(f".{ending}" for ending in names.split())
@@ -122,7 +113,8 @@ def test_attention_is_adapted_in_every_type_that_has_linear_projections() -> Non
     for model_type, names in every_type().items():
         if (found := default_of(model_type, names)) is None:
             continue
-        model, selection = found
+        model: Any = found[0]
+        selection = found[1]
         if selection is None or selection.rule.startswith("all linear layers"):
             without.add(model_type)
             continue
@@ -130,9 +122,11 @@ def test_attention_is_adapted_in_every_type_that_has_linear_projections() -> Non
         fqns = [site.fqn for site in selection.sites]
         if not all(is_attention(model, fqn) for fqn in fqns):
             elsewhere.add(model_type)
-        if any(site.owner is model.get_output_embeddings() for site in selection.sites):  # type: ignore[operator]
+        if any(site.owner is model.get_output_embeddings() for site in selection.sites):
             heads.add(model_type)
-        if model_type in writers and any(fqn.startswith(f"{name}.") for fqn in fqns for name in encoders(model)):
+        within = [model.get_encoder(modality=kind) for kind in ("image", "audio")] if model_type in writers else []
+        inside = [name for name, each in model.named_modules() if name and any(each is encoder for encoder in within)]
+        if any(fqn.startswith(f"{name}.") for fqn in fqns for name in inside):
             encoded.add(model_type)
     assert without <= {*NO_ATTENTION.split()}
     assert covered.isdisjoint(NO_ATTENTION.split())
@@ -142,36 +136,25 @@ def test_attention_is_adapted_in_every_type_that_has_linear_projections() -> Non
     assert len(covered) >= 550
 
 
-@pytest.mark.parametrize("model_type", ["clip", "unheard-of"])
-def test_nothing_outside_a_language_model_is_adapted_where_there_is_one(model_type: str) -> None:
-    model = nn.ModuleDict({
-        name: nn.ModuleDict({"v_proj": nn.Linear(2, 2)}) for name in ("language_model", "vision_tower")
-    })
-    model.__dict__["config"] = SimpleNamespace(model_type=model_type)
-    assert [site.fqn for site in chosen(model).sites] == ["language_model.v_proj"]
-    assert chosen(model).rule == "the query and value projections of language_model (v_proj)"
-    model["language_model"] = nn.ModuleDict({"mixer": nn.Linear(2, 2)})  # its encoder is not adapted alone
-    assert chosen(model).rule == "all linear layers but the output head"
+def test_names_mean_linear_layers_of_the_language_model_where_there_is_one() -> None:
+    def by_default(model_type: str | None, **layers: nn.Module) -> tuple[list[str], str, set[str]]:
+        model = nn.ModuleDict(layers)
+        model.__dict__["config"] = SimpleNamespace(model_type=model_type)
+        selection = chosen(model)
+        return [site.fqn for site in selection.sites], selection.rule, {left.fqn for left in selection.remaining}
 
-
-def test_names_mean_nothing_in_a_model_of_another_library_and_of_a_convolution() -> None:
-    model = nn.ModuleDict({"policy": nn.Linear(2, 2), "value": nn.Linear(2, 2)})
-    assert chosen(model).rule == "all linear layers but the output head"
-    assert len(chosen(model).sites) == 2
-    model["query"] = nn.Conv1d(2, 2, 1)
-    model.__dict__["config"] = SimpleNamespace(model_type="unheard-of")
-    assert [site.fqn for site in chosen(model).sites] == ["value"]
-    assert chosen(model).rule == "the query and value projections (value)"
-    model["value"] = nn.Embedding(2, 2)
-    assert chosen(model).rule == "all linear layers but the output head"
-
-
-def test_a_preset_is_about_linear_layers_alone() -> None:
-    model = nn.ModuleDict({"q_proj": nn.Conv1d(2, 2, 1), "v_proj": nn.Linear(2, 2)})
-    model.__dict__["config"] = SimpleNamespace(model_type="llama")
-    assert [site.fqn for site in chosen(model).sites] == ["v_proj"]
-    assert [found.fqn for found in chosen(model).remaining] == ["q_proj"]  # not left out silently
-    assert [site.fqn for site in select(Census.of(model), ["q_proj"], None).sites] == ["q_proj"]
+    v, mixer = (nn.ModuleDict({name: nn.Linear(2, 2)}) for name in ("v_proj", "mixer"))
+    tower, linear, conv = nn.ModuleDict({"v_proj": nn.Linear(2, 2)}), nn.Linear(2, 2), nn.Conv1d(2, 2, 1)
+    everything, values = "all linear layers but the output head", "the query and value projections (value)"
+    for model_type in ("clip", "unheard-of"):
+        fqns, rule, _ = by_default(model_type, language_model=v, vision_tower=tower)
+        assert (fqns, rule) == (["language_model.v_proj"], "the query and value projections of language_model (v_proj)")
+        fqns, rule, _ = by_default(model_type, language_model=mixer, vision_tower=tower)
+        assert (len(fqns), rule) == (2, everything)  # its encoder is not adapted alone
+    assert by_default(None, policy=linear, value=nn.Linear(2, 2))[1:] == (everything, set())  # of another library
+    assert by_default("unheard-of", value=linear, query=conv) == (["value"], values, {"query"})
+    assert by_default("unheard-of", policy=linear, value=conv, query=nn.Embedding(2, 2))[1] == everything
+    assert by_default("llama", q_proj=conv, v_proj=linear)[::2] == (["v_proj"], {"q_proj"})  # not left out silently
 
 
 OTHERS = {"SanaWMTransformer3DModel": "names of its own for two kinds of attention"}
@@ -248,12 +231,9 @@ OF_EACH_FORM = ("bert", "blip-2", "gemma4", "gpt2", "phi")
 
 HEADS = {
     "bert": transformers.AutoModelForMaskedLM,
-    "gpt2": transformers.AutoModelForCausalLM,
-    "llama": transformers.AutoModelForCausalLM,
     "rwkv": transformers.AutoModelForCausalLM,
     "t5": transformers.AutoModelForSeq2SeqLM,
     "electra": transformers.AutoModelForSequenceClassification,
-    "vit": transformers.AutoModelForImageClassification,
     "wav2vec2": transformers.AutoModelForAudioClassification,
 }
 """Language models, whose heads the models tell, and classifiers, whose heads have names."""
@@ -268,14 +248,6 @@ def build(model_type: str, auto_class: Any = transformers.AutoModel) -> nn.Modul
     return model
 
 
-def last_components(model: nn.Module) -> set[str]:
-    return {target.fqn.rsplit(".", 1)[-1] for target in randlora.find_targets(model)}
-
-
-def test_every_preset_is_for_a_type_that_transformers_or_the_list_above_knows() -> None:
-    assert TARGET_PRESETS.keys() - set(CONFIG_MAPPING) == NOT_IN_TRANSFORMERS.keys()
-
-
 @pytest.mark.parametrize("model_type", [each if each in OF_EACH_FORM else further(each) for each in BUILDABLE])
 def test_a_preset_finds_the_layers_it_names(model_type: str) -> None:
     model = build(model_type)
@@ -284,13 +256,13 @@ def test_a_preset_finds_the_layers_it_names(model_type: str) -> None:
     assert report.rule.startswith(f"the preset of model_type {model_type!r}")
     if isinstance(preset, str):
         assert all(re.fullmatch(preset, fqn) for fqn in report.targets)
-    elif model_type in ALTERNATIVES:
-        assert last_components(model) <= set(preset)
     else:
-        assert last_components(model) == set(preset)
+        found = {target.fqn.rsplit(".", 1)[-1] for target in randlora.find_targets(model)}
+        assert found <= set(preset) if model_type in ALTERNATIVES else found == set(preset)
 
 
-def test_presets_are_the_choice_of_peft_where_peft_has_one() -> None:
+def test_presets_are_of_known_types_and_the_choice_of_peft_where_peft_has_one() -> None:
+    assert TARGET_PRESETS.keys() - set(CONFIG_MAPPING) == NOT_IN_TRANSFORMERS.keys()
     ours = {name: TARGET_PRESETS[name] for name in THEIR_TARGETS}
     assert {name: own if isinstance(own, str) else list(own) for name, own in ours.items()} == THEIR_TARGETS
 

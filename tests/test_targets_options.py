@@ -23,38 +23,29 @@ from tests.test_readers_experts import EXPERTS, mixtral
 TARGETS = ("layers.0.attn.q_proj", "layers.0.mlp.up_proj", "layers.1.attn.q_proj", "layers.1.attn.in_proj_weight")
 
 
-def ranks(r: Any, fqns: Any = TARGETS) -> list[int]:
-    """Return the rank of each target."""
-    found, problems = resolve(RandLoRAConfig(r=r), fqns)
-    assert problems == []
-    return [found[fqn].r for fqn in fqns]
-
-
 @pytest.mark.parametrize(
-    ("pattern", "meant"),
+    ("r", "ranks"),
     [
-        ("q_proj", [1, 0, 1, 0]),
-        ("attn.q_proj", [1, 0, 1, 0]),
-        ("attn", [1, 0, 1, 1]),
-        ("1", [0, 0, 1, 1]),
-        ("layers.1.attn.in_proj_weight", [0, 0, 0, 1]),
-        (r"layers\.\d\.attn\..*", [1, 0, 1, 1]),
-        (r".*", [1, 1, 1, 1]),
-        (r".*\.(q|up)_proj", [1, 1, 1, 0]),
+        ({"q_proj": 1, ".*": 7}, [1, 7, 1, 7]),
+        ({"attn.q_proj": 1, ".*": 7}, [1, 7, 1, 7]),
+        ({"attn": 1, ".*": 7}, [1, 7, 1, 1]),
+        ({"1": 1, ".*": 7}, [7, 7, 1, 1]),
+        ({"layers.1.attn.in_proj_weight": 1, ".*": 7}, [7, 7, 7, 1]),
+        ({r"layers\.\d\.attn\..*": 1, ".*": 7}, [1, 7, 1, 1]),
+        ({r".*\.(q|up)_proj": 1, ".*": 7}, [1, 1, 1, 7]),
+        ({"layers.1": 4, "q_proj": 8, ".*": 16}, [8, 16, 4, 4]),  # the first that matches applies
+        ({"q_proj": 8, "attn": 4, "mlp|.*mlp.*": 2, ".*": 16}, [8, 2, 8, 4]),  # the last finds none left
+        ({".*": 4, "q_proj": 4}, [4, 4, 4, 4]),
     ],
     ids=str,
 )
-def test_a_pattern_is_a_name_a_suffix_a_module_or_else_a_regex_in_full(pattern: str, meant: list[int]) -> None:
-    rest = {} if all(meant) else {".*": 7}
-    assert ranks({pattern: 1, **rest}) == [1 if is_meant else 7 for is_meant in meant]
-
-
-def test_the_first_pattern_that_matches_applies_and_a_name_of_a_target_is_no_regex() -> None:
-    assert ranks({"layers.1": 4, "q_proj": 8, ".*": 16}) == [8, 16, 4, 4]
-    assert ranks({"q_proj": 8, "attn": 4, "mlp|.*mlp.*": 2, ".*": 16}) == [8, 2, 8, 4]  # the last finds none left
-    assert ranks({".*": 4, "q_proj": 4}) == [4, 4, 4, 4]
+def test_a_pattern_is_a_name_a_suffix_a_module_or_else_a_regex_in_full(r: Any, ranks: list[int]) -> None:
+    found, problems = resolve(RandLoRAConfig(r=r), TARGETS)
+    assert problems == []
+    assert [found[fqn].r for fqn in TARGETS] == ranks
     # as a regex, "a.0" matches "a10" too, but not where it is the name of another target
-    assert ranks({"a.0": 1, ".*": 2}, ["a.0", "a10", "b.a.0"]) == [1, 2, 1]
+    found, _ = resolve(RandLoRAConfig(r={"a.0": 1, ".*": 2}), ["a.0", "a10", "b.a.0"])
+    assert [own.r for own in found.values()] == [1, 2, 1]
 
 
 def test_alpha_has_patterns_of_its_own_and_is_20_r_of_each_layer_without() -> None:
@@ -108,12 +99,9 @@ def test_options_listed_by_fqn_are_those_of_each_target_in_whichever_way_they_ar
     config = listed(RandLoRAConfig(r={".*": 1}, alpha={".*": 1}), options)
     assert options_listed(config, names) == options
     assert resolve(config, names) == (options, [])
-
-
-def test_one_value_for_all_is_listed_as_a_number() -> None:
     config = RandLoRAConfig(r={"a": 4, ".*": 4}, alpha={"a": 2, ".*": 2})
     single = listed(config, {"a": LayerOptions(4, 2.0), "b": LayerOptions(4, 2.0)})
-    assert (single.r, single.alpha) == (4, 2.0)
+    assert (single.r, single.alpha) == (4, 2.0)  # one value for all is listed as a number
 
 
 SIDES = st.integers(1, 40)
@@ -156,16 +144,13 @@ def test_no_r_has_a_number_of_parameters_that_is_nearer(shapes: list[tuple[int, 
         assert abs(sizes[found] - wanted) == nearest
 
 
-@pytest.mark.parametrize("experts", ["each", "shared"])
-def test_experts_are_compared_with_a_lora_on_all_of_them(experts: Any) -> None:
-    model = mixtral()
-    report = randlora.plan(model, r=2, targets=EXPERTS, experts=experts)
-    stacks = [parameter.shape for parameter in model.parameters() if parameter.dim() == 3]
-    lora = sum(count * (rows + columns) for count, rows, columns in stacks)
-    assert report.lora_rank == pytest.approx(report.trainable_parameters / lora)
-
-
-def test_a_report_has_the_rank_of_a_lora_of_peft_with_as_many_parameters() -> None:
+def test_a_report_has_the_rank_of_a_lora_of_peft_with_as_many_parameters_or_on_all_experts() -> None:
+    for experts in ("each", "shared"):
+        model: Any = mixtral()
+        report = randlora.plan(model, r=2, targets=EXPERTS, experts=experts)
+        stacks = [parameter.shape for parameter in model.parameters() if parameter.dim() == 3]
+        lora = sum(count * (rows + columns) for count, rows, columns in stacks)
+        assert report.lora_rank == pytest.approx(report.trainable_parameters / lora)
     theirs = peft.get_peft_model(Mixed(), peft.LoraConfig(r=2, target_modules=NAMES))
     size, _ = theirs.get_nb_trainable_parameters()
     report = randlora.plan(Mixed(), like_lora=2, targets=NAMES)
