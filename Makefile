@@ -104,23 +104,22 @@ test-locked:
 lock: .venv/.dev .venv-release/.dev  # the versions in .venv, with which `make test` has passed
 	.venv/bin/python -m tests.release.lock .venv-release/bin/uv
 
-audit: .venv-locked/.dev
-	.venv-locked/bin/python -m tests.release.audit
+audit: .venv-locked/.dev  # without an argument, it asks for what is known of the locked versions
+	.venv-locked/bin/python -m tests.release.lock
 
 sbom: .venv-locked/.dev  # what the locked environment has, in CycloneDX
 	mkdir -p build
 	.venv-locked/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
 		--output-format JSON --output-file build/sbom.cdx.json .venv-locked/bin/python
 
-dist: .venv-locked/.dev
-	.venv-locked/bin/python -m tests.release.builds
+dist: .venv-locked/.dev  # without an argument, it builds
+	.venv-locked/bin/python -m tests.release.dist
 
 dist-check: dist  # what they say of themselves, and what they install
-	.venv-locked/bin/python -m tests.release.metadata
-	.venv-locked/bin/python -m tests.release.installed $(PYTHONS)
+	.venv-locked/bin/python -m tests.release.dist $(PYTHONS)
 
 bump: .venv-release/.dev  # make bump VERSION=0.2.0
-	.venv-release/bin/python -m tests.release.bump $(VERSION)
+	.venv-release/bin/python -m tests.release.changelog bump $(VERSION)
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis

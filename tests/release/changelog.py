@@ -1,32 +1,41 @@
-"""Print what CHANGELOG.md says of the version in pyproject.toml, as the text of the release.
+"""The version in pyproject.toml, and what CHANGELOG.md says of it; this needs nothing but Python.
 
-``python -m tests.release.changelog [TAG]`` fails unless that version has a section with a date below an [Unreleased]
-one, and, with a tag, unless that is the version's.
+``python -m tests.release.changelog [TAG]`` prints the text of the release. It fails unless the version has a section
+with a date below an [Unreleased] one, and, with a tag, unless that is the version's. With ``bump VERSION`` (`make
+bump`) it sets the next version in pyproject.toml and CITATION.cff, and gives it what is under [Unreleased].
 """
 
+import datetime as dt
 import re
 import sys
 import tomllib
+from typing import Any
 
 from tests.pages import ROOT
 
 SECTION = re.compile(
     r"^## \[(?P<version>[^\]]+)\](?: - (?P<date>\d{4}-\d\d-\d\d))?\n(?P<notes>.*?)(?=^## |\Z)", re.M | re.S
 )
+FILES = {
+    "pyproject.toml": (r'^version = ".*"$', 'version = "{version}"'),
+    "CITATION.cff": (r"^version: .*$", "version: {version}"),
+    "CHANGELOG.md": (r"^## \[Unreleased\]$", "## [Unreleased]\n\n## [{version}] - {date}"),
+}
+"""The one line of each file that a bump replaces, and what by."""
 
 
-def project() -> dict[str, str]:
-    """Return the table ``project`` of pyproject.toml."""
-    table: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return table
+def text_of(name: str) -> str:
+    """Return a file of the repository."""
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def pyproject() -> dict[str, Any]:
+    """Return pyproject.toml."""
+    return tomllib.loads(text_of("pyproject.toml"))
 
 
 def notes(changelog: str, version: str) -> str:
-    """Return the section of a version, without its heading.
-
-    Raises:
-        ValueError: The changelog does not begin with [Unreleased] and the version with a date, or says nothing of it.
-    """
+    """Return the section of a version, without its heading; raise a `ValueError` that says what is missing."""
     unreleased, released = [*SECTION.finditer(changelog), None, None][:2]
     if unreleased is None or unreleased["version"] != "Unreleased":
         raise ValueError("CHANGELOG.md does not begin with a section ## [Unreleased]")
@@ -37,19 +46,41 @@ def notes(changelog: str, version: str) -> str:
     return released["notes"].strip()
 
 
-def main(tag: str | None = None) -> int:
-    """Print the text and return the exit status."""
-    version = project()["version"]
+def bumped(files: dict[str, str], version: str, date: str) -> dict[str, str]:
+    """Return the texts of `FILES` with another version; raise a `ValueError` if one has no such line or several."""
+    changed = {}
+    for name, (pattern, line) in FILES.items():
+        by = line.format(version=version, date=date)
+        changed[name], count = re.subn(pattern, by, files[name], flags=re.MULTILINE)
+        if count != 1:
+            raise ValueError(f"{name}: expected one line {pattern}, found {count}")
+    return changed
+
+
+def bump(version: str) -> None:
+    """Write the files, none of them if one is not as expected."""
+    from packaging.version import Version
+
+    old = pyproject()["project"]["version"]
+    if not Version(version) > Version(old):
+        raise ValueError(f"expected a version above {old}, got {version}")
+    today = dt.datetime.now(tz=dt.UTC).date().isoformat()
+    for name, text in bumped({name: text_of(name) for name in FILES}, str(Version(version)), today).items():
+        (ROOT / name).write_text(text, encoding="utf-8")
+
+
+def main(tag: str | None = None, version: str | None = None) -> None:
+    """Print the text, or set a version; exit with what is wrong."""
+    now = pyproject()["project"]["version"]
     try:
-        if tag not in (None, f"v{version}"):
-            raise ValueError(f"expected the tag v{version}, the version in pyproject.toml, got {tag}")
-        text = notes((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), version)
+        if tag == "bump" and version:
+            return bump(version)
+        if tag not in (None, f"v{now}"):
+            raise ValueError(f"expected the tag v{now}, the version in pyproject.toml, got {tag}")
+        sys.stdout.write(f"{notes(text_of('CHANGELOG.md'), now)}\n")
     except ValueError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(f"{text}\n")
-    return 0
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

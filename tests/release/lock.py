@@ -1,23 +1,30 @@
-"""Write requirements.lock: the environment of the tests, with every version and every file's SHA-256.
+"""The file requirements.lock: the environment of the tests, with every version and every file's SHA-256.
 
-``python -m tests.release.lock`` (`make lock`) takes the versions of the environment that runs it, so that what is
-locked is what the tests last ran with, and completes them for other systems and for newer Pythons. The tools of the
-group ``release`` are not in that environment, and are locked at their newest versions.
+``python -m tests.release.lock UV`` (`make lock`) writes it. It takes the versions of the environment that runs it, so
+that what is locked is what the tests last ran with, and completes them for other systems and for newer Pythons. The
+tools of the group ``release`` are not in that environment, and are locked at their newest versions. The file names no
+index: pip takes the files from wherever it is configured to, and refuses any with another hash.
 
-The file names no index: pip takes the files from wherever it is configured to, and refuses any with another hash.
+``python -m tests.release.lock`` (`make audit`) asks pip-audit whether a version has a known vulnerability. It exits
+with 1 if one has, or if the service gave no answer for one: pip-audit itself succeeds where the service knows none of
+the packages, as where a mirror of the index answers that has no such service. ``AUDIT=optional`` in the environment
+makes that a warning; a release made so says in its notes that it was not audited.
 """
 
+import json
+import os
 import platform
 import subprocess
 import sys
-import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from importlib.metadata import distributions
-from pathlib import Path
+from typing import Any
 
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[2]
+from tests.pages import ROOT
+from tests.release.changelog import pyproject
+
 LOCK = ROOT / "requirements.lock"
 GROUPS = "examples", "lint", "docs", "test", "release"
 HEADER = """\
@@ -27,37 +34,58 @@ HEADER = """\
 """
 
 
-def tested() -> list[str]:
-    """Return the versions in this environment as constraints, without those of local builds such as ``+cpu``."""
-    found = {canonicalize_name(each.name): each.version.split("+")[0] for each in distributions()}
-    return [f"{name}=={version}" for name, version in sorted(found.items()) if name not in ("pip", "randlora")]
-
-
 def build_requirements() -> list[str]:
     """Return what builds the package, also in place: with a lock, no build fetches anything."""
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return [*pyproject["build-system"]["requires"], "editables"]
+    return [*pyproject()["build-system"]["requires"], "editables"]
 
 
-def compiled(uv: str, sources: Sequence[str | Path], requirements: Iterable[str], *options: str) -> str:
-    """Return the lines with versions, markers and hashes that uv finds for sources and further requirements."""
-    command = [uv, "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--no-header", "--no-annotate"]
-    command += ["--no-emit-index-url", "--no-emit-find-links", "--python-version", platform.python_version(), *options]
-    given = "".join(f"{requirement}\n" for requirement in requirements)
-    return subprocess.run(
-        [*command, *map(str, sources), "-"], input=given, text=True, check=True, capture_output=True, cwd=ROOT
-    ).stdout
-
-
-def main(uv: str) -> None:
-    """Write the file."""
+def write(uv: str) -> None:
+    """Write the versions, markers and hashes that uv finds for this environment."""
+    found = {canonicalize_name(each.name): each.version.split("+")[0] for each in distributions()}  # no +cpu
+    tested = [f"{name}=={version}" for name, version in sorted(found.items()) if name not in ("pip", "randlora")]
     constraints = ROOT / "build" / "tested.txt"
     constraints.parent.mkdir(exist_ok=True)
-    constraints.write_text("".join(f"{line}\n" for line in tested()), encoding="utf-8")
-    groups = [part for group in GROUPS for part in ("--group", group)]
-    everything = ("--constraint", str(constraints), "--all-extras", *groups)
-    LOCK.write_text(HEADER + compiled(uv, ["pyproject.toml"], build_requirements(), *everything), encoding="utf-8")
+    constraints.write_text("\n".join([*tested, ""]), encoding="utf-8")
+    command = [uv, "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--no-header", "--no-annotate"]
+    command += ["--no-emit-index-url", "--no-emit-find-links", "--python-version", platform.python_version()]
+    command += ["--constraint", str(constraints), "--all-extras", *(f"--group={group}" for group in GROUPS)]
+    given = "\n".join([*build_requirements(), ""])
+    compiled = subprocess.run(
+        [*command, "pyproject.toml", "-"], input=given, text=True, check=True, stdout=subprocess.PIPE, cwd=ROOT
+    )
+    LOCK.write_text(HEADER + compiled.stdout, encoding="utf-8")
+
+
+def verdict(report: Mapping[str, Any], *, is_optional: bool) -> tuple[str, bool]:
+    """Return what a report of pip-audit comes to, in lines, and whether the check passed."""
+    dependencies = report["dependencies"]
+    asked = [each for each in dependencies if "skip_reason" not in each]
+    lines = [
+        f"{each['name']} {each['version']}: {found['id']}, mended in {', '.join(found['fix_versions']) or 'no version'}"
+        for each in asked
+        for found in each["vulns"]
+    ]
+    is_safe, is_whole = not lines, bool(asked) and len(asked) == len(dependencies)
+    lines.append(f"audited {len(asked)} of {len(dependencies)} locked packages: {len(lines)} vulnerabilities")
+    if not is_whole:
+        skipped = [each["name"] for each in dependencies if "skip_reason" in each]
+        unasked = ", ".join(skipped) if asked else "all packages"
+        lines.append(f"NOT AUDITED, because the vulnerability service gave no answer: {unasked}")
+        lines.append("run this where the service can be reached, or accept it with AUDIT=optional")
+    return "\n".join(lines), is_safe and (is_whole or is_optional)
+
+
+def audit() -> None:
+    """Print the verdict on the lock file, and exit with 1 if it did not pass."""
+    command = [sys.executable, "-m", "pip_audit", "--require-hashes", "--disable-pip", "--requirement", str(LOCK)]
+    command += ["--format", "json", "--progress-spinner", "off"]
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    # without a report, the service could not be reached at all
+    report = json.loads(done.stdout) if done.stdout.strip() else {"dependencies": []}
+    text, has_passed = verdict(report, is_optional=os.environ.get("AUDIT") == "optional")
+    sys.stderr.write(f"{text}\n")
+    sys.exit(0 if has_passed else 1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    write(sys.argv[1]) if sys.argv[1:] else audit()
