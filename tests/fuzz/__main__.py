@@ -3,8 +3,6 @@
 It goes on after a finding. Each input that breaks a promise in a new place is written to the directory of findings.
 """
 
-from __future__ import annotations
-
 import argparse
 import faulthandler
 import logging
@@ -17,28 +15,23 @@ from random import Random
 
 import atheris
 
-from tests.fuzz.files import CORPUS
-
 with atheris.instrument_imports(include=["randlora"], enable_loader_override=False):
     import torch
 
     from randlora.checkpoint import read
+    from tests.fuzz.files import CORPUS
     from tests.fuzz.limits import Violation
     from tests.fuzz.targets import TARGETS
 
 LONGEST_INPUT = 2**16
-TIMEOUT = 60
-RSS_MIB = 4096
 
 
 def _place(error: BaseException) -> str:
     """Return the kind of an error and the innermost lines that raised it, in this repository and below."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "/randlora/" in frame.filename or "/tests/" in frame.filename] or frames
-    return " < ".join([
-        type(error).__name__,
-        *(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(own[-2:])),
-    ])
+    lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(own[-2:])]
+    return " < ".join([type(error).__name__, *lines])
 
 
 def main() -> None:
@@ -50,11 +43,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="build/fuzz/NAME unless given")
     parser.add_argument("--seed", type=int, default=0, help="0 for another one every time")
     options = parser.parse_args()
-    target = TARGETS[options.name]
-    findings = options.out or Path("build/fuzz", target.name)
+    target, findings = TARGETS[options.name], options.out or Path("build/fuzz", options.name)
     findings.mkdir(parents=True, exist_ok=True)
-    with atheris.instrument_imports(include=["randlora"], enable_loader_override=False):
-        run = target.load()
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     read.PATIENCE = 0.0  # no other process replaces the files
@@ -64,35 +54,26 @@ def main() -> None:
 
     def run_one(data: bytes) -> None:
         try:
-            run(data)
+            target.run(data)
         except (Exception, Violation) as error:
-            place = _place(error)
-            if place not in seen:
-                seen.add(place)
-                path = findings / f"finding_{len(seen)}"
-                path.write_bytes(data)
-                (findings / f"{path.name}.txt").write_text("".join(traceback.format_exception(error)), errors="replace")
-                sys.stderr.write(f"FINDING {path}: {place}: {error!r:.300}\n")
+            if (place := _place(error)) in seen:
+                return
+            seen.add(place)
+            path = findings / f"finding_{len(seen)}"
+            path.write_bytes(data)
+            (findings / f"{path.name}.txt").write_text("".join(traceback.format_exception(error)), errors="replace")
+            sys.stderr.write(f"FINDING {path}: {place}: {error!r:.300}\n")
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         changed = target.mutate(data, Random(seed), lambda part: atheris.Mutate(part, max(len(part) + 32, 64)))
         return changed if len(changed) <= max_size else data
 
     # what reaches more is written to the first folder
-    folders = options.corpus or Path(tempfile.mkdtemp(prefix="corpus-")), CORPUS / target.name
+    folders = options.corpus or Path(tempfile.mkdtemp(prefix="corpus-")), CORPUS / options.name
     folders[0].mkdir(parents=True, exist_ok=True)
-    arguments = [
-        f"-max_total_time={options.seconds:.0f}",
-        f"-max_len={LONGEST_INPUT}",
-        f"-timeout={TIMEOUT}",
-        f"-rss_limit_mb={RSS_MIB}",
-        f"-artifact_prefix={findings}{os.sep}",
-        "-print_final_stats=1",
-        "-len_control=0",
-        "-detect_leaks=0",
-        "-reload=0",
-        f"-seed={options.seed}",
-    ]
+    limits = {"max_total_time": round(options.seconds), "max_len": LONGEST_INPUT, "timeout": 60, "rss_limit_mb": 4096}
+    limits |= {"print_final_stats": 1, "len_control": 0, "detect_leaks": 0, "reload": 0, "seed": options.seed}
+    arguments = [f"-artifact_prefix={findings}{os.sep}", *(f"-{name}={value}" for name, value in limits.items())]
     atheris.Setup([sys.argv[0], *arguments, *map(str, folders)], run_one, custom_mutator=mutate)
     atheris.Fuzz()
 

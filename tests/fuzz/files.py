@@ -4,23 +4,21 @@ Beside files it may hold what a hostile directory does: ``@link/NAME`` is a symb
 ``@pipe/NAME`` a named pipe, and ``@folder/NAME`` a directory.
 """
 
-from __future__ import annotations
-
 import io
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tests.torture.faults import fast_disk
 
 Files = dict[str, bytes]
 
-CORPUS = Path(__file__).parent / "corpus"
+HERE = Path(__file__).parent
+CORPUS = HERE / "corpus"
 """A folder of inputs for each target."""
-
-IN_MEMORY = Path("/dev/shm")  # where flushing takes no time
 
 LINK, PIPE, FOLDER = "@link/", "@pipe/", "@folder/"
 LINKED = (b"/dev/zero", b"/dev/null", b"/dev/full")  # and names without a slash, so that nothing else can be reached
@@ -53,18 +51,13 @@ def packed(directory: Path) -> bytes:
 @contextmanager
 def laid_out(files: Mapping[str, bytes]) -> Iterator[Path]:
     """Yield a new directory with these files. Names that would lead out of it are left out."""
-    place = IN_MEMORY if os.access(IN_MEMORY, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=place) as name:
-        root = Path(name)
+    with fast_disk() as root:
         for entry, content in files.items():
             kind = next((kind for kind in (LINK, PIPE, FOLDER) if entry.startswith(kind)), "")
             parts = entry.removeprefix(kind).split("/")
-            if any(part in {"", ".", ".."} for part in parts):
-                continue
-            try:
-                _make(root.joinpath(*parts), kind, content)
-            except (OSError, ValueError):  # a name that no file can have, or that is taken
-                continue
+            if not {"", ".", ".."} & {*parts}:
+                with suppress(OSError, ValueError):  # a name that no file can have, or that is taken
+                    _make(root.joinpath(*parts), kind, content)
         yield root
 
 
@@ -85,12 +78,10 @@ def tree(root: Path) -> dict[str, bytes | str]:
     """Return everything below a directory: the bytes of files, and the kinds of all else. Nothing is followed."""
     found: dict[str, bytes | str] = {}
     for folder, folders, names in os.walk(root):
-        for name in [*folders, *names]:
-            path = Path(folder, name)
+        for path in (Path(folder, name) for name in [*folders, *names]):
+            name = str(path.relative_to(root))
             if path.is_symlink():
-                found[str(path.relative_to(root))] = f"link to {path.readlink()}"
-            elif path.is_file():
-                found[str(path.relative_to(root))] = path.read_bytes()
+                found[name] = f"link to {path.readlink()}"
             else:
-                found[str(path.relative_to(root))] = "folder" if path.is_dir() else "special"
+                found[name] = path.read_bytes() if path.is_file() else "folder" if path.is_dir() else "special"
     return found

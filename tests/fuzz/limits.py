@@ -1,19 +1,21 @@
-"""What a call may use: time of the processor, memory, and the part of the file system that it may write to."""
-
-from __future__ import annotations
+"""What a call may use, of the processor, of memory and of the file system, and what it may raise."""
 
 import os
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Never
+from typing import Any, Never, TypeVar
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
+from randlora.errors import RandLoRAError
+
+Result = TypeVar("Result")
+
 MIB = 2**20
 WAITING = 15
 """How much longer than its time of the processor a call may take, as one that waits for a pipe would for ever."""
@@ -23,11 +25,21 @@ class Violation(BaseException):  # no `except Exception` of the code under test 
     """A promise that was broken."""
 
 
+def outcome(call: Callable[..., Result], *args: object) -> Result | RandLoRAError:
+    """Return the result of a call, or the error of ours that it raised; whatever else it raises goes through."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            return call(*args)
+        except RandLoRAError as error:
+            str(error).encode("utf-8", "backslashreplace")
+            return error
+
+
 @contextmanager
 def bounded(seconds: float, mib: int) -> Iterator[None]:
     """Raise a `Violation` if the block takes more time of the processor, or waits; refuse it more memory than that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * PAGE
+    held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     previous = signal.signal(signal.SIGVTALRM, _late)
     # the alarm of the clock itself is atheris's
     waiting = threading.Timer(WAITING * seconds, os.kill, (os.getpid(), signal.SIGVTALRM))
@@ -48,41 +60,26 @@ def _late(_signal: int, _frame: FrameType | None) -> Never:
     raise Violation("it took too long")
 
 
-WRITES = {
-    "os.mkdir": (0,),
-    "os.remove": (0,),
-    "os.rmdir": (0,),
-    "os.rename": (0, 1),
-    "os.link": (1,),
-    "os.symlink": (1,),
-    "os.truncate": (0,),
-    "os.chmod": (0,),
-    "os.chown": (0,),
-    "os.utime": (0,),
-    "os.setxattr": (0,),
-}
-"""Events of Python's audit that change a file, and which of their arguments name it."""
-
+WRITES: dict[str, tuple[int, ...]] = {"rename": (0, 1), "link": (1,), "symlink": (1,)}
+WRITES |= dict.fromkeys(["mkdir", "remove", "rmdir", "truncate", "chmod", "chown", "utime", "setxattr"], (0,))
+"""Calls of `os` that change a file, each with an event of Python's audit, and which of its arguments name the file."""
 FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect", "pty.spawn")
 
 _allowed = threading.local()
+_hooks: list[object] = []  # which can be added once and never removed
 
 
 @contextmanager
 def writing_only(root: Path) -> Iterator[None]:
     """Refuse whatever the block, in this thread, would write outside of a directory, as a read-only disk does."""
-    _install()
+    if not _hooks:
+        _hooks.append(_audit)
+        sys.addaudithook(_audit)
     _allowed.root = os.path.realpath(root)
     try:
         yield
     finally:
         _allowed.root = None
-
-
-def _install(installed: list[bool] = []) -> None:  # noqa: B006  # a hook can be added once and never removed
-    if not installed:
-        installed.append(True)
-        sys.addaudithook(_audit)
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -94,19 +91,12 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open":
         path, _, flags = arguments
         is_write = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        paths = (path,) if is_write and isinstance(path, str | bytes | os.PathLike) else ()
+        paths = [path] if is_write and isinstance(path, str | bytes | os.PathLike) else []
     else:
-        paths = tuple(arguments[place] for place in WRITES.get(event, ()))
-    for path in paths:
-        if isinstance(path, int):
-            continue
-        place = os.fsdecode(path)
+        paths = [arguments[place] for place in WRITES.get(event.removeprefix("os."), ())]
+    for place in (os.fsdecode(path) for path in paths if not isinstance(path, int)):
         # a name itself, not what a link of this name leads to, is what is renamed or removed
-        real = os.path.realpath(place) if event == "open" else _real_name(place)
+        parent, name = os.path.split(place.rstrip(os.sep) or os.sep)
+        real = os.path.realpath(place) if event == "open" else str(Path(os.path.realpath(parent), name))
         if real != os.devnull and not real.startswith(f"{root}{os.sep}"):
             raise PermissionError(13, "outside of the directory", place)
-
-
-def _real_name(place: str) -> str:
-    parent, name = os.path.split(place.rstrip(os.sep) or os.sep)
-    return os.path.join(os.path.realpath(parent), name)  # noqa: PTH118

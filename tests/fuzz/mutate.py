@@ -3,32 +3,20 @@
 Every change is drawn from a `random.Random`, so that a seed repeats it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from tests.fuzz.files import FOLDER, LINK, LINKED, PIPE, Files
-from tests.fuzz.tensors import TensorFile, parse, reseal, unparse
+from tests.fuzz.files import FOLDER, LINK, LINKED, PIPE, pack, unpack
+from tests.fuzz.tensors import SIZES, TensorFile, parse, reseal, unparse
 
 MutateBytes = Callable[[bytes], bytes]
 
 HOSTILE: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**20, 2**20 + 1, 2**31, 2**40, 2**53 + 1, 2**63, 2**64, -(2**63)),
     *(10**400, -(10**400), 0.0, -0.0, 0.5, 1.0, 2.0, 1e-320, 1e38, 1e308, float("inf"), float("nan")),
-    *(
-        "",
-        " ",
-        "..",
-        "../x",
-        "\0",
-        "\ud800",
-        "é\u202e",
-        "x" * 300,
-        *["%", "%s%n", "%2000000000d", ".", "/", "a", "0", "1"],
-    ),
+    *("", " ", "..", "../x", "\0", "\ud800", "é\u202e", "x" * 300, "%", "%s%n", "%2000000000d", ".", "/", "a", "0"),
     *([], {}, [[]], [0], [1, 2], ["a"], {"": ""}, {"a": 1}, [0, 2**63], [2**40, 2], [None], [["a", 1]], [True, 1]),
     *(".*", "(", "[a", "(?i)w", "a{99999999999}", "(?P<a>", "\\", "w|t", "all-linear", "all", "torch", "portable"),
     *("dense", "sparse", "very_sparse", "block", "experts", "embedding", "conv", "RANDLORA", "LORA", "nf4", "float32"),
@@ -38,14 +26,30 @@ HOSTILE: tuple[Any, ...] = (
 NAMES = ("", "\ud800", "x" * 300, "a", "wide", "tall", ".", "a.b", "..", "wide.weight", "base_layer", "randlora_A", "0")
 """New names of layers, keys and tensors."""
 
+WORDS = (
+    *("inspect", "verify", "convert", "merge", "plan", "--help", "--json", "--base", "--prefix", "--to", "--rank"),
+    *("--tolerance", "--overwrite", "--adapter", "--scale", "--out", "--dtype", "--r", "--alpha", "--targets"),
+    *("--exclude", "--train-also", "--basis", "--stream", "--blocks", "--seed", "--in-proj", "--"),
+    *("ours", "peft", "drawn", "odd", "base", "nf4", "llama", "damaged", "file", "link", "zero", "empty", "out"),
+    *("..", "/", "", "/dev/null", "/dev/zero", "0", "1", "2", "-1", "3.5", "nan", "inf", "1e400", "1048576", "1048577"),
+    *("9" * 5000, "wide", "tall", "wide=2", ".*=2", "(", "(?i)W", "lora", "native", "block", "portable", "float64"),
+    *("\udcff", "a" * 300, "%s", "[red]x", "all", "all-linear", "split", "--no-norms", "-h", "-x", "--to=lora"),
+    *("ours/x", ".", "é"),
+)
+"""Arguments of the command line."""
+
+
+def _times(random: Random) -> range:
+    return range(random.choice((1, 1, 1, 2, 3)))
+
 
 def mutate_json(value: Any, random: Random) -> Any:
     """Return a copy of a JSON value with one part changed, removed, moved, renamed or wrapped."""
     value = json.loads(json.dumps(value))  # a copy, in which nothing is shared
-    parts = list(_parts(value))
-    holder, key = random.choice(parts) if parts else (None, None)
-    if holder is None:
+    parts = _parts(value)
+    if not parts:
         return random.choice(HOSTILE)
+    holder, key = random.choice(parts)
     old, choice = holder[key], random.randrange(9)
     if choice == 0:
         del holder[key]
@@ -55,7 +59,10 @@ def mutate_json(value: Any, random: Random) -> Any:
         other, its = random.choice(parts)
         holder[key] = json.loads(json.dumps(other[its]))
     elif choice == 3:
-        holder[key] = random.choice(([old], [old, old], {"a": old}, str(old), _deep(old, random)))
+        deep = old
+        for _ in range(random.choice((2, 50, 900))):
+            deep = [deep]
+        holder[key] = random.choice(([old], [old, old], {"a": old}, str(old), deep))
     elif choice == 4 and isinstance(holder, list):
         holder.insert(random.randrange(len(holder) + 1), old)
     elif choice <= 6:
@@ -71,17 +78,10 @@ def _parts(value: Any) -> list[tuple[Any, Any]]:
     waiting = [value]
     while waiting:
         held = waiting.pop()
-        keys = held if isinstance(held, dict) else range(len(held)) if isinstance(held, list) else ()
-        for key in list(keys):
-            found.append((held, key))
-            waiting.append(held[key])
+        keys = [*held] if isinstance(held, dict) else range(len(held)) if isinstance(held, list) else ()
+        found += [(held, key) for key in keys]
+        waiting += [held[key] for key in keys]
     return found
-
-
-def _deep(value: Any, random: Random) -> Any:
-    for _ in range(random.choice((2, 50, 900))):
-        value = [value]
-    return value
 
 
 def _tweaked(value: Any, random: Random) -> Any:
@@ -120,7 +120,7 @@ def mutate_json_bytes(data: bytes, random: Random, mutate_bytes: MutateBytes) ->
     if random.random() < 0.05:
         return mutate_bytes(data)
     try:
-        for _ in range(random.choice((1, 1, 1, 2, 3))):
+        for _ in _times(random):
             value = mutate_json(value, random)
         return json.dumps(value).encode()
     except (RecursionError, ValueError):  # too deep to be copied, or too many digits
@@ -132,125 +132,127 @@ def mutate_tensor_file(data: bytes, random: Random, mutate_bytes: MutateBytes) -
     file = parse(data)
     if file is None or random.random() < 0.05:
         return mutate_bytes(data)
-    for _ in range(random.choice((1, 1, 1, 2, 3))):
-        random.choice((_mutate_metadata, _mutate_tensors, _mutate_tensors, _mutate_values))(file, random)
+    for _ in _times(random):
+        if not file.tensors or random.random() < 0.25:
+            _mutate_metadata(file, random)
+        else:
+            _mutate_tensors(file, random)
     if random.random() < 0.9:
         reseal(file)
-    if random.random() < 0.1:
-        return unparse(file, lambda header: mutate_json(header, random))
-    return unparse(file)
+    is_header_changed = random.random() < 0.1
+    return unparse(file, lambda header: mutate_json(header, random) if is_header_changed else header)
 
 
 def _mutate_metadata(file: TensorFile, random: Random) -> None:
     """Change the JSON in the metadata, or the metadata."""
     key = random.choice([*file.metadata] or [""])
     try:
-        facts = json.loads(file.metadata.get(key, ""))
-        file.metadata[key] = json.dumps(mutate_json(facts, random))
+        file.metadata[key] = json.dumps(mutate_json(json.loads(file.metadata.get(key, "")), random))
     except (ValueError, RecursionError):
         file.metadata[_renamed(key, random)] = file.metadata.pop(key, "")
 
 
 def _mutate_tensors(file: TensorFile, random: Random) -> None:
-    """Change names, dtypes and shapes, so that the file is whole: its bytes have the size that the header says."""
-    if not file.tensors:
-        return
-    name = random.choice([*file.tensors])
-    tensor, choice = file.tensors[name], random.randrange(8)
+    """Change a name, a dtype or a shape, so that the file is whole: its bytes have the size that the header says."""
+    tensors, name = file.tensors, random.choice([*file.tensors])
+    tensor, choice = tensors[name], random.randrange(12)
+    shape = [*tensor.shape]
     if choice == 0:
-        del file.tensors[name]
+        del tensors[name]
     elif choice == 1:
-        file.tensors[_renamed(name, random)] = file.tensors.pop(name)
+        tensors[_renamed(name, random)] = tensors.pop(name)
     elif choice == 2:
-        file.tensors[_renamed(name, random)] = tensor
+        tensors[_renamed(name, random)] = tensor
     elif choice == 3:
-        file.tensors[name] = tensor.with_dtype(
-            random.choice(("F32", "F16", "BF16", "F64", "U8", "I8", "BOOL", "I64", "C64", "F8_E4M3"))
-        )
+        other = random.choice([*tensors])
+        tensors[name], tensors[other] = tensors[other], tensor
     elif choice == 4:
-        file.tensors[name] = tensor.with_shape([_side(side, random) for side in tensor.shape])
-    elif choice == 5:
-        shape = list(tensor.shape)
-        shape.insert(random.randrange(len(shape) + 1), random.choice((0, 1, 1, 2)))
-        file.tensors[name] = tensor.with_shape(shape)
-    elif choice == 6:
-        file.tensors[name] = tensor.with_shape(tensor.shape[1:] if random.random() < 0.5 else tensor.shape[::-1])
-    else:
-        other = random.choice([*file.tensors])
-        file.tensors[name], file.tensors[other] = file.tensors[other], tensor
+        tensors[name] = tensor._replace(dtype=random.choice([*SIZES])).resized()
+    elif choice <= 7:
+        if choice == 5:
+            huge = 2**40 if random.random() < 0.1 else 1
+            shape = [random.choice((side, side, side + 1, max(0, side - 1), 0, 1, 2 * side, huge)) for side in shape]
+        elif choice == 6:
+            shape.insert(random.randrange(len(shape) + 1), random.choice((0, 1, 1, 2)))
+        else:
+            shape = shape[1:] if random.random() < 0.5 else shape[::-1]
+        tensors[name] = tensor._replace(shape=shape).resized()
+    else:  # NaN, infinity, the largest, the smallest, or any bytes
+        size = random.choice((1, 2, 4, 8))
+        place = random.randrange(len(tensor.data) // size + 1) * size
+        patterns = (b"\xff" * size, b"\0" * size, random.randbytes(size), (b"\0" * size + b"\x80\x7f")[-size:])
+        values = tensor.data[:place] + random.choice(patterns) + tensor.data[place + size :]
+        tensors[name] = tensor._replace(data=values[: len(tensor.data)])
 
 
-def _side(side: int, random: Random) -> int:
-    huge = 2**40 if random.random() < 0.1 else side
-    return random.choice((side, side, side + 1, max(0, side - 1), 0, 1, 2 * side, huge))
-
-
-def _mutate_values(file: TensorFile, random: Random) -> None:
-    """Change bytes of one tensor: NaN, infinity, the largest, the smallest, or any."""
-    if not file.tensors:
-        return
-    name = random.choice([*file.tensors])
-    tensor = file.tensors[name]
-    size = random.choice((1, 2, 4, 8))
-    place = random.randrange(len(tensor.data) // size + 1) * size
-    patterns = (b"\xff" * size, b"\0" * size, random.randbytes(size), (b"\0" * size + b"\x80\x7f")[-size:])
-    values = tensor.data[:place] + random.choice(patterns) + tensor.data[place + size :]
-    file.tensors[name] = tensor.with_data(values[: len(tensor.data)])
-
-
-def mutate_files(files: Files, random: Random, mutate_bytes: MutateBytes, spare: Sequence[str] = ()) -> Files:
+def mutate_archive(data: bytes, random: Random, mutate_bytes: MutateBytes, *, spare: Sequence[str]) -> bytes:
     """Return files of which one is changed by its kind, or, now and then, removed, exchanged, or made no file at all.
 
     Sometimes one name is replaced by another one in all of them, as none of the files would be told from its own.
     """
-    files = dict(files)
-    names = [name for name in files if not name.startswith("@")]
-    if not names:
-        return files
+    files = unpack(data)
+    names = [name for name in files or () if not name.startswith("@")]
+    if files is None or not names:
+        return mutate_bytes(data)
     name, choice = random.choice(names), random.randrange(60)
     if choice == 0:
-        files.pop(name)
+        del files[name]
     elif choice == 1:
         files[random.choice([*names, *spare])] = files[name]
     elif choice == 2:
         del files[name]
         files[random.choice((LINK, PIPE, FOLDER)) + name] = random.choice((*LINKED, b"x", b"adapter_config.json"))
     elif choice <= 12:
-        return _renamed_everywhere(files, random)
+        files = _renamed_everywhere(files, random)
     elif name.endswith(".safetensors"):
         files[name] = mutate_tensor_file(files[name], random, mutate_bytes)
     elif name.endswith(".json"):
         files[name] = mutate_json_bytes(files[name], random, mutate_bytes)
     else:
         files[name] = mutate_bytes(files[name])
-    return files
+    return pack(files)
 
 
-def _renamed_everywhere(files: Files, random: Random) -> Files:
+def _renamed_everywhere(files: dict[str, bytes], random: Random) -> dict[str, bytes]:
     """Replace a word or a number in all JSON and all names of tensors, and seal what is sealed."""
     parsed = {name: parse(data) for name, data in files.items() if name.endswith(".safetensors")}
     words = sorted({word for file in parsed.values() if file for name in file.tensors for word in name.split(".")})
-    if not words:
-        return files
-    if random.random() < 0.7:
+    if words and random.random() < 0.7:
         old, new = random.choice(words), random.choice((*NAMES, *words))
     else:
         old, new = str(random.randrange(1, 8)), str(random.choice((*range(10), 16, 2**20, 2**40)))
     new = json.dumps(new)[1:-1]
+
+    def replaced(text: str) -> str:
+        for before, after in (('"', '"'), (".", "."), ('"', "."), (".", '"'), (" ", ","), ("[", ","), (" ", "]")):
+            text = text.replace(f"{before}{old}{after}", f"{before}{new}{after}")
+        return text
+
     changed = {}
     for name, data in files.items():
-        file = parsed.get(name)
-        if file is not None:
-            file.tensors = {_word(key, old, new): tensor for key, tensor in file.tensors.items()}
-            file.metadata = {key: _word(text, old, new) for key, text in file.metadata.items()}
-            reseal(file)
-            changed[name] = unparse(file)
+        if (file := parsed.get(name)) is None:
+            changed[name] = replaced(data.decode("latin-1")).encode("latin-1", "replace")
         else:
-            changed[name] = _word(data.decode("latin-1"), old, new).encode("latin-1", "replace")
+            own = TensorFile(
+                {replaced(key): tensor for key, tensor in file.tensors.items()},
+                {key: replaced(text) for key, text in file.metadata.items()},
+            )
+            reseal(own)
+            changed[name] = unparse(own)
     return changed
 
 
-def _word(text: str, old: str, new: str) -> str:
-    for before, after in (('"', '"'), (".", "."), ('"', "."), (".", '"'), (" ", ","), ("[", ","), (" ", "]")):
-        text = text.replace(f"{before}{old}{after}", f"{before}{new}{after}")
-    return text
+def mutate_line(data: bytes, random: Random, mutate_bytes: MutateBytes) -> bytes:
+    """Return the lines of a command with some added, removed, exchanged or changed."""
+    words = data.split(b"\n")
+    for _ in _times(random):
+        place, choice = random.randrange(len(words) + 1), random.randrange(5)
+        word = random.choice(WORDS).encode("utf-8", "surrogateescape")
+        if choice == 0:
+            words.insert(place, word)
+        elif choice == 1 and len(words) > 1:
+            words.pop(place % len(words))
+        else:
+            place %= len(words)
+            words[place] = mutate_bytes(words[place]) if choice == 2 else word
+    return b"\n".join(words)

@@ -14,15 +14,11 @@ from randlora.errors import CheckpointError
 from tests.fuzz import limits
 from tests.fuzz.files import CORPUS, laid_out, tree
 from tests.fuzz.limits import Violation, bounded, writing_only
-from tests.fuzz.seeds import golden
 from tests.fuzz.targets import TARGETS
 from tests.fuzz.tensors import parse, reseal, unparse
-
-TENSORS = "adapter/adapter_model.safetensors"
-
+from tests.test_golden import DATA
 
 SLOW = {"adapter", "checkpoint", "command_line"}  # that load models, or import transformers and bitsandbytes
-
 INPUTS = [
     pytest.param(name, path, id=f"{name}/{path.name}", marks=pytest.mark.medium if name in SLOW else ())
     for name in TARGETS
@@ -32,34 +28,27 @@ INPUTS = [
 
 @pytest.mark.parametrize(("name", "path"), INPUTS)
 def test_no_input_of_the_corpus_breaks_a_promise(name: str, path: Path) -> None:
-    TARGETS[name].load()(path.read_bytes())
-
-
-def nothing(*_: Any, **__: Any) -> list[Any]:
-    """Find no problem."""
-    return []
-
-
-BREAKS: dict[str, tuple[str, str, Any]] = {
-    "shapes of Λ and Γ": ("adapter", "randlora.checkpoint.tensors._shape_problems", nothing),
-    "kind of bases": ("peft_config", "randlora.checkpoint.peft_config.peft_kind", lambda _: "dense"),
-    "regexes": ("patterns", "randlora.config.NO_REGEX", ()),
-    "exit code": ("command_line", "randlora.cli.app.FILES_ERROR", 0),
-}
-"""What is broken: the target that must see it, and what is put in the place of a check."""
+    TARGETS[name].run(path.read_bytes())
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize(("name", "place", "broken"), BREAKS.values(), ids=BREAKS)
+@pytest.mark.parametrize(
+    ("name", "place", "broken"),
+    [
+        ("adapter", "randlora.checkpoint.tensors._shape_problems", lambda *_, **__: []),
+        ("peft_config", "randlora.checkpoint.peft_config.peft_kind", lambda _: "dense"),
+        ("patterns", "randlora.config.NO_REGEX", ()),
+        ("command_line", "randlora.cli.app.FILES_ERROR", 0),
+    ],
+)
 def test_a_check_that_is_gone_is_seen_from_the_corpus(
     name: str, place: str, broken: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = TARGETS[name].load()
     monkeypatch.setattr(place, broken)
 
     def fails(path: Path) -> bool:
         try:
-            run(path.read_bytes())
+            TARGETS[name].run(path.read_bytes())
         except (Exception, Violation):
             return True
         return False
@@ -67,7 +56,7 @@ def test_a_check_that_is_gone_is_seen_from_the_corpus(
     assert any(map(fails, sorted((CORPUS / name).iterdir())))
 
 
-def _waste() -> None:
+def waste() -> None:
     while True:
         pass
 
@@ -75,7 +64,7 @@ def _waste() -> None:
 def test_a_call_that_uses_too_much_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "WAITING", 1)
     with pytest.raises(Violation), bounded(0.2, 100):
-        _waste()
+        waste()
     with pytest.raises(Violation), bounded(0.2, 100):
         threading.Event().wait(60)
     with pytest.raises(RuntimeError), bounded(0.2, 100):
@@ -99,15 +88,16 @@ def test_writing_is_refused_outside_of_a_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["golden_v1_stored", "golden_v2_options"])
 def test_a_file_that_is_sealed_again_is_read_and_one_that_is_not_is_refused(name: str) -> None:
-    files = golden(name)
-    file = parse(files[TENSORS])
+    config, tensors = ((DATA / name / f"adapter_{rest}").read_bytes() for rest in ("config.json", "model.safetensors"))
+    file = parse(tensors)
     assert file is not None
     facts = json.loads(file.metadata["randlora"])
     file.metadata["randlora"] = json.dumps({**facts, "library_version": "another"})
-    with laid_out({**files, TENSORS: unparse(file)}) as root, pytest.raises(CheckpointError, match="checksum"):
-        read_adapter(root / "adapter")
-    reseal(file)
-    with laid_out({**files, TENSORS: unparse(file)}) as root:
-        header = read_adapter(root / "adapter").header
+    with laid_out({"adapter_config.json": config, "adapter_model.safetensors": unparse(file)}) as root:
+        with pytest.raises(CheckpointError, match="checksum"):
+            read_adapter(root)
+        reseal(file)
+        (root / "adapter_model.safetensors").write_bytes(unparse(file))
+        header = read_adapter(root).header
     assert header is not None
     assert header.library_version == "another"

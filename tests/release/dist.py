@@ -44,9 +44,9 @@ def built(source: Path, umask: int, environment: dict[str, str]) -> dict[str, by
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
 
     source.mkdir(parents=True)
-    unpack = ["tar", "--extract", "--no-same-permissions", "--directory", source]  # which leaves modes to the umask
+    unpack = ["tar", "--extract", "--no-same-permissions", "--directory", str(source)]  # modes by the umask
     subprocess.run(unpack, input=git("archive", "--format=tar", "HEAD"), check=True, umask=umask)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", source / "out", source]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(source / "out"), str(source)]
     time = git("log", "-1", "--format=%ct").decode().strip()
     environment = {**os.environ, **environment, "SOURCE_DATE_EPOCH": time}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment, umask=umask)

@@ -1,1 +1,21 @@
-"""Campaigns of minutes against the library, with the figures in docs/trust_figures.md; `make torture` runs them all."""
+"""Campaigns of minutes against the library, with the figures in docs/trust_figures.md; `make torture` runs them all.
+
+A campaign is a function of the scale of the run: 1.0 for the whole campaign, 0.01 for a hundredth of its attempts or
+seconds, but at least one attempt. It is called in a new process, and returns a `Row`.
+"""
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """What one campaign found: what one attempt is, how many were made, and a line for each broken promise."""
+
+    tried: str
+    attempts: int
+    failures: list[str]
+    notes: str = ""
+
+
+def share(most: float, scale: float) -> int:
+    """Return a share of some attempts, at least one."""
+    return max(1, round(most * scale))

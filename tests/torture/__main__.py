@@ -1,7 +1,5 @@
 """Run all campaigns, two at a time, print their rows as one table and write them to build/torture.json."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing
@@ -9,45 +7,42 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
-from pathlib import Path
 
-from tests.torture.campaigns import CAMPAIGNS, run
-from tests.torture.row import Row
+from tests.pages import ROOT
+from tests.torture.campaigns import CAMPAIGNS, Timed, run
 
-RESULTS = Path("build/torture.json")
+RESULTS = ROOT / "build" / "torture.json"
 
 
-def as_table(rows: Sequence[Row]) -> str:
+def as_table(rows: Sequence[Timed]) -> str:
     """Return the rows as a table in Markdown, with the failures after it."""
     lines = ["| campaign | what was tried | how many | failures | seconds | notes |", "|---|---|--:|--:|--:|---|"]
     lines += [
-        f"| {row.campaign} | {row.tried} | {row.count:,} | {len(row.failures)} | {row.seconds:.0f} | {row.notes} |"
-        for row in rows
+        f"| {name} | {row.tried} | {row.attempts:,} | {len(row.failures)} | {seconds:.0f} | {row.notes} |"
+        for name, row, seconds in rows
     ]
-    lines += [f"\n{row.campaign}: {failure}" for row in rows for failure in row.failures]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"\n{name}: {failure}" for name, row, _ in rows for failure in row.failures)])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run the campaigns that were asked for, and return 1 if one of them has failures."""
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="0.01 makes a hundredth of all attempts")
     parser.add_argument("--only", nargs="+", choices=CAMPAIGNS, default=list(CAMPAIGNS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="campaigns that run at once")
-    options = parser.parse_args(arguments)
-    rows: dict[str, Row] = {}
+    options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")  # so that a campaign can fork and measure memory as a new process
     with ProcessPoolExecutor(options.jobs, spawn, max_tasks_per_child=1) as pool:
-        running = {pool.submit(run, name, options.scale): name for name in options.only}
+        running = [pool.submit(run, name, options.scale) for name in options.only]
         for done in as_completed(running):
-            rows[running[done]] = row = done.result()
-            print(f"{row.campaign}: {row.count:,} in {row.seconds:.0f} s, {len(row.failures)} failed", file=sys.stderr)
-    table = [rows[name] for name in options.only]
-    print(as_table(table))
+            name, row, seconds = done.result()
+            print(f"{name}: {row.attempts:,} in {seconds:.0f} s, {len(row.failures)} failed", file=sys.stderr)
+    rows = [done.result() for done in running]
+    print(as_table(rows))
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps([asdict(row) for row in table], indent=2) + "\n", encoding="utf-8")
-    return int(any(row.failures for row in table))
+    as_json = [{"campaign": name, **row._asdict(), "seconds": seconds} for name, row, seconds in rows]
+    RESULTS.write_text(json.dumps(as_json, indent=2) + "\n", encoding="utf-8")
+    return int(any(row.failures for _, row, _ in rows))
 
 
 if __name__ == "__main__":

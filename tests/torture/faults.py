@@ -5,12 +5,10 @@ just before the call, whoever makes it. Writing and flushing raise none: `open` 
 their writes, and `os.fsync` by a function that counts.
 """
 
-from __future__ import annotations
-
 import builtins
 import errno
 import io
-import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,24 +16,15 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-EVENTS = {
-    "os.chmod": "chmod",
-    "os.link": "link",
-    "os.mkdir": "mkdir",
-    "os.remove": "unlink",
-    "os.rename": "rename",
-    "os.rmdir": "rmdir",
-    "os.symlink": "symlink",
-    "os.truncate": "truncate",
-    "os.utime": "utime",
-}
-"""Calls that change names or modes, by their audit events. ``open`` is one too if it creates or truncates."""
+NAMES = {"chmod", "link", "mkdir", "remove", "rename", "rmdir", "symlink", "truncate", "utime"}
+"""Calls of `os` that change names or modes, each with an audit event. `open` is one too if it creates or truncates."""
 
 ERRORS = (errno.ENOSPC, errno.EIO)
+FORK = multiprocessing.get_context("fork")
 
 
 class Call(NamedTuple):
@@ -45,70 +34,7 @@ class Call(NamedTuple):
     paths: tuple[str, ...]
 
 
-@dataclass
-class Faults:
-    """Lists the calls of a process that change files, and interferes with one of them.
-
-    ``at`` is the call, counted from 1, before which the process is killed, or which fails with ``error``, a number of
-    `errno`. Of a write, half is done before the kill.
-    """
-
-    at: int | None = None
-    error: int | None = None
-    calls: list[Call] = field(default_factory=list)
-
-    def call(self, name: str, *paths: str, half: Callable[[], object] = lambda: None) -> None:
-        """List one call, and interfere if it is the one."""
-        self.calls.append(Call(name, paths))
-        if len(self.calls) != self.at:
-            return
-        if self.error is not None:
-            raise OSError(self.error, os.strerror(self.error))
-        half()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def install(self) -> None:
-        """Intercept calls for the rest of the life of this process."""
-        fsync, real_open = os.fsync, io.open
-
-        def counted_fsync(descriptor: Any) -> None:
-            self.call("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink()))
-            fsync(descriptor)
-
-        def counted_open(file: Any, mode: str = "r", buffering: int = -1, *args: Any, **options: Any) -> Any:
-            if not set(mode) & set("wxa+"):
-                return real_open(file, mode, buffering, *args, **options)
-            raw = _Counted(os.fspath(file), mode.replace("b", "").replace("t", ""), self)
-            if "b" in mode:
-                return raw if buffering == 0 else io.BufferedWriter(raw)
-            return io.TextIOWrapper(io.BufferedWriter(raw), *args, **options)
-
-        def audit(event: str, arguments: tuple[Any, ...]) -> None:
-            paths = [os.fspath(argument) for argument in arguments if isinstance(argument, str | os.PathLike)]
-            if event in EVENTS:
-                self.call(EVENTS[event], *map(str, paths))
-            elif event == "open" and (arguments[2] or 0) & (os.O_CREAT | os.O_TRUNC):
-                self.call("open", *map(str, paths[:1]))
-
-        sys.dont_write_bytecode = True
-        os.fsync = counted_fsync  # type: ignore[assignment]
-        io.open = builtins.open = counted_open  # the first is what pathlib calls
-        sys.addaudithook(audit)
-
-
-class _Counted(io.FileIO):
-    def __init__(self, path: str, mode: str, faults: Faults) -> None:
-        super().__init__(path, mode)
-        self._path, self._faults = path, faults
-
-    def write(self, data: Any) -> int:
-        view, write = memoryview(data).cast("B"), super().write
-        self._faults.call("write", self._path, half=lambda: write(view[: len(view) // 2]))
-        return write(view)
-
-
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a process ended: killed, or what it raised, if anything; and its calls, unless it was killed.
 
     ``raised`` is ``"OSError"`` for the error that was asked for, else a traceback.
@@ -119,28 +45,86 @@ class Outcome:
     calls: tuple[Call, ...] = ()
 
 
+class _Counted(io.FileIO):
+    """A file that reports each write, with a function that does half of it, before it writes."""
+
+    def __init__(self, path: str, mode: str, called: Callable[..., None]) -> None:
+        super().__init__(path, mode)
+        self._path, self._called = path, called
+
+    def write(self, data: Any) -> int:
+        view, write = memoryview(data).cast("B"), super().write
+        self._called("write", self._path, half=lambda: write(view[: len(view) // 2]))
+        return write(view)
+
+
+def _intercept(called: Callable[..., None]) -> None:
+    """Report calls before they are made, for the rest of the life of this process."""
+    fsync, real_open = os.fsync, io.open
+
+    def counted_fsync(descriptor: Any) -> None:
+        called("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def counted_open(file: Any, mode: str = "r", buffering: int = -1, *args: Any, **options: Any) -> Any:
+        if not {*mode} & {*"wxa+"}:
+            return real_open(file, mode, buffering, *args, **options)
+        raw = _Counted(os.fspath(file), mode.replace("b", "").replace("t", ""), called)
+        if "b" in mode:
+            return raw if buffering == 0 else io.BufferedWriter(raw)
+        return io.TextIOWrapper(io.BufferedWriter(raw), *args, **options)
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        paths = [str(os.fspath(argument)) for argument in arguments if isinstance(argument, str | os.PathLike)]
+        if (name := event.removeprefix("os.")) in NAMES:
+            called(name.replace("remove", "unlink"), *paths)
+        elif event == "open" and (arguments[2] or 0) & (os.O_CREAT | os.O_TRUNC):
+            called("open", *paths[:1])
+
+    sys.dont_write_bytecode = True
+    os.fsync = counted_fsync  # type: ignore[assignment]
+    io.open = builtins.open = counted_open  # the first is what pathlib calls
+    sys.addaudithook(audit)
+
+
+def _act(action: Callable[[], object], at: int | None, error: int | None, sending: Connection) -> None:
+    calls, raised = list[Call](), ""
+
+    def called(name: str, *paths: str, half: Callable[[], object] = lambda: None) -> None:
+        calls.append(Call(name, paths))
+        if len(calls) == at and error is not None:
+            raise OSError(error, os.strerror(error))
+        if len(calls) == at:
+            half()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        _intercept(called)
+        action()
+    except BaseException as failure:
+        is_expected = isinstance(failure, OSError) and failure.errno == error
+        raised = "OSError" if is_expected else "".join(traceback.format_exception(failure))
+    sending.send(Outcome(was_killed=False, raised=raised, calls=tuple(calls)))
+    os._exit(0)
+
+
 def in_child(action: Callable[[], object], at: int | None = None, error: int | None = None) -> Outcome:
-    """Run an action in a forked process, with a fault at one of its calls."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        faults, raised = Faults(at, error), ""
+    """Run an action in a forked process, with a fault at one of its calls, counted from 1.
+
+    Before that call the process is killed, of a write after half of it; or the call fails with ``error``, a number of
+    `errno`.
+    """
+    receiving, sending = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=_act, args=(action, at, error, sending))
+    child.start()
+    sending.close()
+    with receiving:
         try:
-            faults.install()
-            action()
-        except BaseException as failure:
-            is_expected = isinstance(failure, OSError) and failure.errno == error
-            raised = "OSError" if is_expected else "".join(traceback.format_exception(failure))
-        os.write(writing, json.dumps([raised, faults.calls]).encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, encoding="utf-8") as pipe:
-        text = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return Outcome(was_killed=True)
-    raised, calls = json.loads(text)
-    return Outcome(was_killed=False, raised=raised, calls=tuple(Call(name, tuple(paths)) for name, paths in calls))
+            outcome: Outcome = receiving.recv()
+        except EOFError:
+            outcome = Outcome(was_killed=True)
+    child.join()
+    return outcome
 
 
 @contextmanager

@@ -1,14 +1,11 @@
 """Scenarios in which an adapter is written over another one, and the laws that hold at every instant of each."""
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -21,24 +18,6 @@ from tests.torture.faults import Outcome, in_child, places
 OLD: dict[str, Any] = {"seed": 1, "alpha": 3.0}
 NEW: dict[str, Any] = {"seed": 2, "alpha": 5.0}
 """Options of two adapters whose tensors have the same shapes: the files of both would load together."""
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """An old state of a directory, and what replaces it.
-
-    Attributes:
-        name: For test ids.
-        old: Writes the old state; ``None`` if the directory does not exist.
-        write: Writes the new one over it.
-        has_header: Whether what is written has our header: then `randlora.load` gets the old or the new adapter at
-            every instant. Else the JSON of one is never beside the tensors of the other.
-    """
-
-    name: str
-    old: Callable[[Path], object] | None
-    write: Callable[[Path], object]
-    has_header: bool = True
 
 
 @cache
@@ -59,14 +38,6 @@ def save_plain(directory: Path, options: dict[str, Any]) -> None:
     (directory / "README.md").unlink()
 
 
-def convert(directory: Path, to: Any, source: Callable[[Path, dict[str, Any]], None], options: dict[str, Any]) -> None:
-    """Convert an adapter over what is in the directory."""
-    origin = directory.parents[1] / f"source-{to}-{options['seed']}"
-    if not origin.exists():
-        source(origin, options)
-    randlora.files.convert(origin, directory, to, tolerance=1.0 if to == "lora" else None, overwrite=True)
-
-
 def save_shifted(directory: Path) -> None:
     """Save an adapter whose options are equal and whose values are others."""
     shifted = trained(LINEAR, **NEW)
@@ -75,31 +46,46 @@ def save_shifted(directory: Path) -> None:
     randlora.save(shifted, directory)
 
 
+def convert(directory: Path, to: Any, options: dict[str, Any]) -> None:
+    """Convert an adapter over what is in the directory: ours to a LoRA, or one of PEFT's."""
+    origin = directory.parents[1] / f"source-{to}-{options['seed']}"
+    if not origin.exists():
+        (save if to == "lora" else save_plain)(origin, options)
+    randlora.files.convert(origin, directory, to, tolerance=1.0 if to == "lora" else None, overwrite=True)
+
+
+class Scenario(NamedTuple):
+    """A function that writes the old state, ``None`` for no directory, and one that writes the new one over it.
+
+    If what is written has our header, `randlora.load` gets the old or the new adapter at every instant. Else the JSON
+    of one is never beside the tensors of the other.
+    """
+
+    name: str
+    old: Callable[[Path], object] | None
+    write: Callable[[Path], object]
+    has_header: bool = True
+
+
 SCENARIOS = (
     Scenario("new", None, lambda path: save(path, NEW)),
     Scenario("over ours", lambda path: save(path, OLD), lambda path: save(path, NEW)),
     Scenario("over an equal JSON", lambda path: save(path, NEW), save_shifted),
     Scenario("over PEFT's", lambda path: save_plain(path, OLD), lambda path: save(path, NEW)),
-    Scenario(
-        "LoRA over ours",
-        lambda path: save(path, OLD),
-        lambda path: convert(path, "lora", save, NEW),
-        has_header=False,
-    ),
+    Scenario("LoRA over ours", lambda path: save(path, OLD), lambda path: convert(path, "lora", NEW), has_header=False),
     Scenario(
         "LoRA over LoRA",
-        lambda path: convert(path, "lora", save, OLD),
-        lambda path: convert(path, "lora", save, NEW),
+        lambda path: convert(path, "lora", OLD),
+        lambda path: convert(path, "lora", NEW),
         has_header=False,
     ),
     Scenario(
         "PEFT's over PEFT's",
         lambda path: save_plain(path, OLD),
-        lambda path: convert(path, "peft", save_plain, NEW),
+        lambda path: convert(path, "peft", NEW),
         has_header=False,
     ),
 )
-
 
 Identity = tuple[Any, ...] | None
 
@@ -108,8 +94,7 @@ def loaded(directory: Path) -> Identity:
     """Return all that a fresh `randlora.load` makes of a directory, or ``None`` if it raises."""
     twin = LINEAR.build()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             randlora.load(twin, directory)
     except CheckpointError:
         return None
@@ -117,46 +102,43 @@ def loaded(directory: Path) -> Identity:
     return info.options, basis_of(twin).digest(6, 5), all_bits(adapter_values(twin)), bits(LINEAR.output(twin))
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """What is in a directory: all of its files, the adapter that loads, and the pair of files that PEFT reads."""
 
     files: dict[str, bytes | None]
     adapter: Identity
     pair: tuple[bytes | None, bytes | None]
 
-    @classmethod
-    def of(cls, directory: Path) -> State:
-        """Look at a directory."""
-        files = {name: text for name, text in places(directory).items() if not name.startswith(".")}
-        return cls(files, loaded(directory), (files.get(CONFIG_FILE), files.get(TENSORS_FILE)))
+
+def state_of(directory: Path) -> State:
+    """Look at a directory."""
+    files = {name: text for name, text in places(directory).items() if not name.startswith(".")}
+    return State(files, loaded(directory), (files.get(CONFIG_FILE), files.get(TENSORS_FILE)))
 
 
 class Stage:
     """A directory to write into, two levels down in a new one, with the old and the new state to compare with."""
 
     def __init__(self, scenario: Scenario, root: Path) -> None:
-        """Write both states once."""
-        self.scenario, self.root = scenario, root
+        self.scenario, self.kept = scenario, root / "kept"
         self.there = root / "there"  # which nothing but the scenario writes into
         self.target = self.there / "out" if scenario.old else self.there / "deep" / "out"
+        if scenario.old:
+            self.there.mkdir()
+            scenario.old(self.target)
+            shutil.copytree(self.target, self.kept)
         self.reset()
-        self.old = State.of(self.target)
+        self.old = state_of(self.target)
         scenario.write(self.target)
-        self.new = State.of(self.target)
+        self.new = state_of(self.target)
         self.clean = [*places(self.there)]
 
     def reset(self) -> None:
         """Bring back the old state."""
         shutil.rmtree(self.there, ignore_errors=True)
-        self.there.mkdir(parents=True)
-        if self.scenario.old is not None:
-            kept = self.root / "kept"
-            if not kept.exists():
-                self.scenario.old(self.target)
-                shutil.copytree(self.target, kept)
-            else:
-                shutil.copytree(kept, self.target)
+        self.there.mkdir()
+        if self.scenario.old:
+            shutil.copytree(self.kept, self.target)
 
     def run(self, at: int | None = None, error: int | None = None) -> Outcome:
         """Write over the old state in another process, with a fault."""
@@ -164,36 +146,45 @@ class Stage:
         return in_child(lambda: self.scenario.write(self.target), at, error)
 
     def broken(self) -> Iterator[str]:
-        """Yield the laws that the present state breaks: of an instant, of a kill, or of a failure."""
-        now = State.of(self.target)
-        if self.scenario.has_header:
-            if now.adapter not in (self.old.adapter, self.new.adapter):
-                yield "loads neither the old nor the new adapter"
-            return
-        if now.adapter not in (self.old.adapter, self.new.adapter, None):
-            yield "loads an adapter that nobody saved"
-        config, _ = now.pair
-        if config is not None and now.pair not in (self.old.pair, self.new.pair):
+        """Yield the laws of every instant that the present state breaks."""
+        now = state_of(self.target)
+        whole = self.old.adapter, self.new.adapter
+        if now.adapter not in (whole if self.scenario.has_header else (*whole, None)):
+            yield "loads neither the old nor the new adapter"
+        if not self.scenario.has_header and now.pair[0] is not None and now.pair not in (self.old.pair, self.new.pair):
             yield "has the JSON of one adapter beside other tensors"
 
     def broken_afterwards(self) -> Iterator[str]:
         """Yield the laws that the next write without a fault breaks."""
         self.scenario.write(self.target)
-        if State.of(self.target) != self.new:
+        if state_of(self.target) != self.new:
             yield "the next write did not write the new state"
         if [*places(self.there)] != self.clean:
             yield f"the next write left {[*places(self.there)]}"
+
+    def broken_by_an_error(self, outcome: Outcome, call: str) -> Iterator[str]:
+        """Yield the laws that a write breaks of which a call failed: it raised and left all, or did what it should."""
+        left = places(self.there)
+        if outcome.raised == "OSError":
+            if state_of(self.target) != self.old:
+                yield "raised, and the old state is not whole"
+            if any(Path(place).name.startswith(".") for place in left) or (left and not self.scenario.old):
+                yield f"raised, and left {[*left]}"
+        elif outcome.raised:
+            yield outcome.raised
+        elif state_of(self.target) != self.new:
+            yield "did not raise, and the new state is not there"
+        elif call not in {"unlink", "rmdir"} and [*left] != self.clean:
+            yield f"did not raise, and left {[*left]}"
 
 
 def after_a_kill(stage: Stage, at: int) -> list[str] | None:
     """Kill a write before a call, and return the laws that are broken; ``None`` if it made no such call."""
     outcome = stage.run(at)
     if not outcome.was_killed:
-        return None if not outcome.raised else [f"{stage.scenario.name}, without a fault: {outcome.raised}"]
-    return [
-        f"{stage.scenario.name}, killed before call {at}: {law}"
-        for law in (*stage.broken(), *stage.broken_afterwards())
-    ]
+        return [f"{stage.scenario.name}, without a fault: {outcome.raised}"] if outcome.raised else None
+    broken = *stage.broken(), *stage.broken_afterwards()
+    return [f"{stage.scenario.name}, killed before call {at}: {law}" for law in broken]
 
 
 def after_an_error(stage: Stage, at: int, error: int) -> list[str] | None:
@@ -201,20 +192,6 @@ def after_an_error(stage: Stage, at: int, error: int) -> list[str] | None:
     outcome = stage.run(at, error)
     if len(outcome.calls) < at:
         return None
-    broken = [*stage.broken()]
-    name = outcome.calls[at - 1].name
-    if outcome.raised == "OSError":
-        if State.of(stage.target) != stage.old:
-            broken.append("raised, and the old state is not whole")
-        if any(Path(place).name.startswith(".") for place in places(stage.there)):
-            broken.append("raised, and left a hidden directory")
-        if stage.scenario.old is None and places(stage.there):
-            broken.append("raised, and left a directory")
-    elif outcome.raised:
-        broken.append(outcome.raised)
-    elif State.of(stage.target) != stage.new:
-        broken.append("did not raise, and the new state is not there")
-    elif name not in {"unlink", "rmdir"} and [*places(stage.there)] != stage.clean:
-        broken.append("did not raise, and left a hidden directory")
-    broken += stage.broken_afterwards()
-    return [f"{stage.scenario.name}, {name} (call {at}) failed: {law}" for law in broken]
+    call = outcome.calls[at - 1].name
+    broken = *stage.broken(), *stage.broken_by_an_error(outcome, call), *stage.broken_afterwards()
+    return [f"{stage.scenario.name}, {call} (call {at}) failed: {law}" for law in broken]

@@ -1,0 +1,230 @@
+"""Targets that read files as anyone may have written them: an adapter, the JSON of one of PEFT's, and a base model."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import randlora
+from randlora.bases.spec import Shape
+from randlora.checkpoint.read import AdapterFile, read_adapter
+from randlora.checkpoint.save import adapter_files
+from randlora.checkpoint.tensors import adapter_tensors, basis_keys
+from randlora.disk.replace import write_files
+from randlora.errors import RandLoRAError
+from randlora.files import convert, inspect, merge, verify
+from randlora.files.merge import FileMergeReport
+from randlora.files.model_directory import read_model_directory
+from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
+from tests.fuzz.files import HERE, laid_out, tree, unpack
+from tests.fuzz.limits import bounded, outcome
+from tests.kit import all_bits, bits, untouched
+
+READING, REST, OF_MODELS = (2.0, 150), (10.0, 600), (20.0, 1000)
+"""Seconds and MiB. Reading is promised within 1 s and 100 MB; a process that counts branches is slower."""
+DRAWN = 2**22
+"""Entries of bases up to which they are drawn: a file of few bytes may state layers of any width."""
+PREPARED = unpack((HERE / "prepared.zip").read_bytes()) or {}
+"""Directories that the library, PEFT (with its bases in the file, and drawn), transformers and bitsandbytes wrote."""
+
+
+def adapter(data: bytes) -> None:
+    """Read, verify, inspect, rewrite, convert and load the adapter in the folder ``adapter`` of an archive."""
+    if (files := unpack(data)) is None:
+        return
+    with laid_out(files) as root:
+        source, before = root / "adapter", tree(root)
+        with bounded(*READING):
+            file = outcome(read_adapter, source)
+        if isinstance(file, AdapterFile) and _drawn(file) > DRAWN:
+            return
+        with bounded(*REST):
+            verified, summary = outcome(verify, source), outcome(inspect, source)
+            passed = not isinstance(verified, RandLoRAError) and verified.passed
+            converted = outcome(convert, source, root / "native", "native")
+            assert tree(source) == {name[8:]: held for name, held in before.items() if name.startswith("adapter/")}
+            if not isinstance(file, AdapterFile):
+                assert not passed, f"verify passes what cannot be read: {file}"
+                assert isinstance(summary, RandLoRAError), "inspect reads what cannot be read"
+                assert isinstance(converted, RandLoRAError), "convert reads what cannot be read"
+                return
+            if isinstance(summary, RandLoRAError):
+                assert not passed or "too large" in str(summary), f"verify passes what inspect refuses: {summary}"
+            else:
+                assert str(summary).encode("utf-8", "backslashreplace")
+            _check_values(file)
+            _check_rewritten(file, root)
+            if not isinstance(converted, RandLoRAError):
+                _check_same(file, read_adapter(root / "native"))
+            _check_loaded(file, source, root)
+
+
+def _drawn(file: AdapterFile) -> int:
+    sizes = [gamma.shape[-1] for _, gamma in file.values.values()] + [options.r for options in file.options.values()]
+    if file.header:
+        shapes = [shape[-2:] for shape in file.header.shapes.values()]
+        dims = [(record.spec.max_dim, record.spec.min_dim) for record in file.header.bases.values()]
+        sizes += [a * b for a, b in [*shapes, *dims]]
+    return max(sizes)
+
+
+def _check_values(file: AdapterFile) -> None:
+    """Check that all values are finite, and that Λ and Γ have shapes that belong together."""
+    tensors = [*file.trained.values(), *(tensor for pair in file.bases.values() for tensor in pair)]
+    for fqn, (lam, gamma) in file.values.items():
+        r = file.options[fqn].r
+        *stack, num_bases, min_dim = gamma.shape
+        assert tuple(lam.shape) == (*stack, r, num_bases)
+        assert 0 < min_dim <= r * num_bases < min_dim + r
+        tensors += [lam, gamma]
+    assert all(tensor.isfinite().all() for tensor in tensors)
+
+
+def _check_rewritten(file: AdapterFile, root: Path) -> None:
+    """Check that what was read, written by this library, reads equal."""
+    tensors = adapter_tensors(file.values, file.trained)
+    for r, pair in file.bases.items():
+        tensors |= zip(basis_keys(r, (file.header.bases if file.header else file.bases).keys()), pair, strict=True)
+    write_files(adapter_files(root / "again", file.fields, tensors, file.header))
+    again = read_adapter(root / "again")
+    assert again.header == file.header
+    assert json.dumps(again.fields) == json.dumps(file.fields)
+    _check_same(file, again)
+    first, second = ({r: tuple(map(bits, pair)) for r, pair in each.bases.items()} for each in (file, again))
+    assert first == second
+
+
+def _check_same(file: AdapterFile, again: AdapterFile) -> None:
+    assert again.options == file.options
+    assert (again.config.seed, again.config.dropout) == (file.config.seed, file.config.dropout)
+    first, second = (all_bits(adapter_tensors(each.values, each.trained)) for each in (file, again))
+    assert first == second
+
+
+def _check_loaded(file: AdapterFile, source: Path, root: Path) -> None:
+    """Check that loading into a model of these layers works or leaves it as it was, and that saving it reads equal."""
+    own = {fqn: (gamma.shape[-1],) * 2 for fqn, (_, gamma) in file.values.items()}
+    model = _model_of(file.header.shapes if file.header else own, file.trained)
+    with untouched(model):
+        if isinstance(outcome(randlora.load, model, source), RandLoRAError):
+            return
+        randlora.eject(model)
+    randlora.load(model, source)
+    if isinstance(outcome(randlora.save, model, root / "saved"), RandLoRAError):
+        return
+    saved = read_adapter(root / "saved")
+    assert saved.header is not None
+    trained = {
+        fqn: each.float() if each.dtype.is_floating_point and each.itemsize == 2 else each
+        for fqn, each in file.trained.items()
+    }
+    _check_same(replace(file, trained=trained), saved)  # copies of 16 bits are trained in float32
+
+
+def _model_of(shapes: Mapping[str, Shape], parameters: Mapping[str, Tensor]) -> nn.Module:
+    """Build a model with linear layers and further parameters of these names, as far as torch allows them."""
+    parts: dict[str, nn.Module | nn.Parameter] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for fqn, shape in shapes.items():
+            is_matrix = len(shape) == 2
+            parts[fqn] = nn.Linear(shape[-1], shape[-2]) if is_matrix else nn.Parameter(torch.ones(shape))
+    root = nn.Module()
+    for fqn, part in [
+        *parts.items(),
+        *((fqn, nn.Parameter(torch.ones_like(each))) for fqn, each in parameters.items()),
+    ]:
+        *path, last = fqn.split(".")
+        owner = root
+        try:
+            for name in path:
+                if name not in owner._modules:
+                    owner.add_module(name, nn.Module())
+                owner = owner.get_submodule(name)
+            if isinstance(part, nn.Parameter):
+                owner.register_parameter(last, part)
+            else:
+                owner.add_module(last, part)
+        except (AttributeError, KeyError):  # a name that no module can have
+            continue
+    return root
+
+
+def peft_config(data: bytes) -> None:
+    """Read a JSON file beside tensors of PEFT with the bases in the file, and with bases that its seed draws."""
+    for folder in ("peft", "drawn"):
+        files = {f"adapter/{CONFIG_FILE}": data, f"adapter/{TENSORS_FILE}": PREPARED[f"{folder}/{TENSORS_FILE}"]}
+        with laid_out(files) as root:
+            source = root / "adapter"
+            with bounded(*READING):
+                file = outcome(read_adapter, source)
+            with bounded(*REST):
+                found = verify(source)
+                if not isinstance(file, AdapterFile):
+                    assert not found.passed
+                    continue
+                _check_options(json.loads(data), file)
+                _check_values(file)
+                _check_rewritten(file, root)
+                if not isinstance(outcome(convert, source, root / "peft", "peft"), RandLoRAError):
+                    again = json.loads((root / "peft" / CONFIG_FILE).read_text(encoding="utf-8"))
+                    assert json.dumps(again, sort_keys=True) == json.dumps(json.loads(data), sort_keys=True)
+                sides = {fqn: (max(gamma.shape[-1], 2),) * 2 for fqn, (_, gamma) in file.values.items()}
+                model = _model_of(sides, file.trained)
+                with untouched(model):
+                    if not isinstance(outcome(randlora.load, model, source), RandLoRAError):
+                        assert randlora.eject(model)
+
+
+def _check_options(fields: dict[str, Any], file: AdapterFile) -> None:
+    """Hold the options against a reading of the JSON of this test's own."""
+    assert fields["peft_type"] == "RANDLORA"
+    assert type(fields["r"]) is int
+    alpha = 20 * fields["r"] if fields["randlora_alpha"] is None else fields["randlora_alpha"]
+    assert {(options.r, options.alpha) for options in file.options.values()} == {(fields["r"], float(alpha))}
+    assert file.config.dropout == fields.get("randlora_dropout", 0)
+    assert file.config.seed == fields["projection_prng_key"] % 2**64
+    kinds = [kind for kind in ("very_sparse", "sparse") if fields.get(kind)]
+    assert file.config.basis == [*kinds, "dense"][0]
+
+
+def checkpoint(data: bytes) -> None:
+    """Verify, convert and merge the adapter in the folder ``adapter`` of an archive with the base in ``base``."""
+    if (files := unpack(data)) is None:
+        return
+    with laid_out(files) as root:
+        base, source = root / "base", root / "adapter"
+        for folder in (base, source):
+            folder.mkdir(exist_ok=True)  # one that is not there is a mistake of the caller
+        before = tree(root)
+        with bounded(*READING):
+            directory = outcome(read_model_directory, base)
+        with bounded(*OF_MODELS):
+            found = verify(source, base)
+            outcome(inspect, source, base)
+            converted = outcome(lambda: convert(source, root / "native", "native", base=base))
+            merged = outcome(lambda: merge(source, root / "merged", base=base))
+            written = set() if isinstance(converted, RandLoRAError) else {"native"}
+            written |= {"merged"} if isinstance(merged, FileMergeReport) else set()
+            assert {name: held for name, held in tree(root).items() if name.split("/")[0] not in written} == before
+            if isinstance(directory, RandLoRAError):
+                assert not found.passed
+                assert isinstance(merged, RandLoRAError)
+            elif isinstance(merged, FileMergeReport):
+                failed = [check for check in found.checks if check.outcome == "failed"]
+                said = "\n".join(merged.notes)  # such as that the JSON is of another save
+                assert all(check.words in said for check in failed), f"merge takes what verify refuses: {failed}"
+                # the result is whole, readable by the library of its format, and changed where the report says so
+                result = read_model_directory(root / "merged")
+                own, theirs = (
+                    {name: value for shard in each.shards for name, value in load_file(shard.path).items()}
+                    for each in (result, directory)
+                )
+                changed = {*merged.merged, *merged.replaced}
+                assert changed <= own.keys() == result.entries.keys() <= directory.entries.keys()
+                assert all(bits(own[name]) == bits(theirs[name]) for name in own.keys() - changed)
