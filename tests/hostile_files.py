@@ -65,10 +65,6 @@ def facts(**changes: Any) -> Damage:
     return lambda directory: reseal_text(directory, edit, json.dumps)
 
 
-def without(name: str) -> Damage:
-    return lambda directory: reseal_text(directory, lambda found: found.pop(name), json.dumps)
-
-
 def text(old: str, new: str) -> Damage:
     """Change the header's text after it was sealed."""
     return lambda directory: reseal_text(directory, lambda _: None, lambda found: json.dumps(found).replace(old, new))
@@ -85,30 +81,26 @@ def json_text(old: str, new: str) -> Damage:
     return damage
 
 
-def raw(tensors: Mapping[str, tuple[list[int], bytes]], metadata: Mapping[str, str] | None = None) -> Damage:
-    """Write a tensors file by hand, with any names and shapes."""
+def raw(tensors: Mapping[str, tuple[list[int], bytes]], *, is_added: bool = False) -> Damage:
+    """Write tensors of any names and shapes by hand, in place of those of a file or beside them."""
 
     def damage(directory: Path) -> None:
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        own = read_tensors(directory)[0].items() if is_added else ()
+        found = {key: (list(value.shape), value.numpy().tobytes()) for key, value in own} | dict(tensors)
+        header: dict[str, Any] = {}
         start = 0
-        for name, (shape, held) in tensors.items():
+        for name, (shape, held) in found.items():
             header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, start + len(held)]}
             start += len(held)
         text = json.dumps(header).encode()
-        values = b"".join(held for _, held in tensors.values())
+        values = b"".join(held for _, held in found.values())
         (directory / TENSORS_FILE).write_bytes(len(text).to_bytes(8, "little") + text + values)
 
     return damage
 
 
 def add(name: str, shape: list[int], held: bytes = b"") -> Damage:
-    """Add a tensor of any shape to those of a file of PEFT's."""
-
-    def damage(directory: Path) -> None:
-        found = {key: (list(value.shape), value.numpy().tobytes()) for key, value in read_tensors(directory)[0].items()}
-        raw({**found, name: (shape, held)})(directory)
-
-    return damage
+    return raw({name: (shape, held)}, is_added=True)
 
 
 def instead(name: str, make: Callable[[Path], object]) -> Damage:
@@ -145,28 +137,20 @@ DEEP = "[" * 5000 + "]" * 5000
 LARGE = 2**40
 
 
-def empty(*names: str) -> dict[str, tuple[list[int], bytes]]:
-    return {name: ([0, 2**62], b"") for name in names}
-
-
 OURS: dict[str, Damage] = {
     "digest-number": facts(basis_sha256=7),
-    "no-library-version": without("library_version"),
+    "no-library-version": lambda directory: reseal_text(directory, lambda it: it.pop("library_version"), json.dumps),
     "no-targets": facts(targets={}, config__targets=[]),
     "targets-regex": facts(config__targets="(a+)+$|" + "a" * 40),
     "exclude-regex": facts(config__exclude="(a+)+$"),
     "max-dim": facts(basis__max_dim=LARGE),
-    "min-dim": facts(basis__min_dim=LARGE),
     "wide-spec": facts(basis__max_dim=2**14, basis__min_dim=2**14),
-    "one-long-dim": facts(basis__max_dim=2**19),
     "both-dims": facts(basis__max_dim=2**20, basis__min_dim=2**20),
     "dims-beyond-floats": facts(basis__max_dim=10**308, basis__min_dim=10**308),
     "wide-layer": facts(targets={"0": [4, LARGE], "2": [5, 4]}, basis__max_dim=LARGE),
     "a-key-twice": text('"config": {', '"config": {"r": 2, '),
     "nan": text('"dropout": 0.0', '"dropout": NaN'),
-    "infinite": text('"dropout": 0.0', '"dropout": -Infinity'),
     "beyond-floats": text('"dropout": 0.0', '"dropout": 1e999'),
-    "digits": text('"dropout": 0.0', f'"dropout": {NUMBER}'),
     "more-digits": text('"dropout": 0.0', f'"dropout": {NUMBER * 1000}'),
     "deep": text('"dropout": 0.0', f'"more": {DEEP}, "dropout": 0.0'),
     "half-a-character": text('"dropout": 0.0', '"more": "\\ud800", "dropout": 0.0'),
@@ -177,10 +161,8 @@ OURS: dict[str, Damage] = {
 PORTABLE: dict[str, Damage] = {
     "wide-layer": facts(targets={"0": [4, LARGE], "2": [5, 4]}),
     "wide-layer-of-its-spec": facts(targets={"0": [4, LARGE], "2": [5, 4]}, basis__max_dim=LARGE),
-    "high-layer": facts(targets={"0": [4, 2**20], "2": [5, 4]}),
     "high-and-wide": facts(targets={"0": [4, 2**25], "2": [2**25, 4]}),
     "max-dim": facts(basis__max_dim=LARGE),
-    "min-dim": facts(basis__min_dim=LARGE),
 }
 """Damages of a directory of `portable_adapter`."""
 
@@ -200,7 +182,7 @@ PEFTS: dict[str, Damage] = {
     "empty-and-huge": add(f"{LAMBDA}s", [0, 2**63]),
     "empty-and-huge-twice": add(f"{LAMBDA}s", [0, 2**62, 2**62]),
     "of-many-dims": add(f"{LAMBDA}s", [1] * 5000, b"\0" * 4),
-    "all-empty": raw(empty(LAMBDA, GAMMA)),
+    "all-empty": raw(dict.fromkeys((LAMBDA, GAMMA), ([0, 2**62], b""))),
     "bases-of-nothing": raw({
         LAMBDA: ([2, 2], b"\0" * 16),
         GAMMA: ([2, 4], b"\0" * 32),

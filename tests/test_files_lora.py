@@ -28,7 +28,7 @@ from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, read_fields
 from tests.diffusion_models import flux, noise, patches, unet
 from tests.directories import base_directory, our_directory, their_directory
 from tests.kit import fill, same_bits
-from tests.model_directories import adapter_of, contents, stored
+from tests.model_directories import contents, stored
 from tests.models import BERT, GPT2, LLAMA, RealModel, outputs, reproducible
 from tests.peer import PREFIX, THEIR_WARNINGS, assert_same_effect, in_peft
 
@@ -372,50 +372,18 @@ def test_a_full_update_has_a_generic_key_and_the_layout_of_its_weight(kind: Real
         torch.testing.assert_close(found, model.get_parameter(f"{fqn}.weight").data)
 
 
-# What is refused, before anything is written
-
-
-def refused(parent: Path, message: str, **options: Any) -> None:
-    before = contents(parent)
-    with pytest.raises((ConfigError, CheckpointError), match=message):
-        randlora.files.convert(parent / "ours", parent / "out", **options)
-    assert contents(parent) == before
-
-
-WRONG: dict[str, dict[str, Any]] = {
-    "format= and same_rank= are for to=\"lora\", not 'peft'": {"to": "peft", "format": "peft"},
-    "format= and same_rank= are for to=\"lora\", not 'diff'": {"to": "diff", "same_rank": True},
-    "rank= and tolerance= are for to=\"lora\": 'peft' is exact": {"rank": 4},
-    'component= is for to="diff", and': {"to": "lora", "component": "unet"},
-    'component="diffusion_model" is for to="diff"': {
-        "to": "lora", "format": "diffusers", "component": "diffusion_model"
-    },
-    "rank must be a positive integer, got 0": {"to": "lora", "rank": 0},
-    "tolerance must be a finite number, got nan": {"to": "lora", "tolerance": float("nan")},
-}  # fmt: skip
-
-
-def test_options_that_mean_nothing_and_names_that_comfyui_does_not_tell_apart_are_errors(tmp_path: Path) -> None:
-    our_directory(LLAMA, tmp_path)
-    for message, options in WRONG.items():
-        refused(tmp_path, message, **options)
-    blocks = nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
-    adapter_of(nn.ModuleDict({"down_blocks": blocks}), tmp_path / "ours")
-    refused(tmp_path, r"two layers would have the key lora_unet_down_blocks_a_b\.diff", to="diff")
-
-
 @pytest.mark.parametrize(
     "options", [{"to": "lora", "format": "diffusers"}, {"to": "lora", "format": "mlx"}, {"to": "diff"}], ids=str
 )
-def test_what_files_of_updates_alone_have_no_place_for_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
-    adapter_of(BERT.build(), tmp_path / "ours", train_also=["classifier"])
-    trained = r"holds only updates, but the adapter has trained classifier\.bias, classifier\.weight"
-    refused(tmp_path, trained, **options)
-    adapter_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8)), tmp_path / "ours", targets="all")
-    refused(tmp_path, "0 is of kind convolution, and only linear layers", **options)
+def test_a_file_of_updates_is_written_again_the_same_and_not_beside_files_of_another_format(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     first, second = (randlora.files.convert(source, tmp_path / "again", overwrite=True, **options) for _ in range(2))
     assert first == second
-    assert first.nbytes == sum(path.stat().st_size for path in (tmp_path / "again").iterdir())
+    assert first.nbytes == sum(map(len, contents(tmp_path / "again").values()))
     randlora.files.convert(source, tmp_path / "out", "peft")
-    refused(tmp_path, "holds files of a different format, such as adapter_model", overwrite=True, **options)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="holds files of a different format, such as adapter_model"):
+        randlora.files.convert(source, tmp_path / "out", overwrite=True, **options)
+    assert contents(tmp_path) == before

@@ -15,16 +15,17 @@ from typing import Any, cast
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import randlora
 from randlora.__main__ import main
 from randlora.errors import CheckpointError, ConfigError, MergeError
+from randlora.files.model_directory import copy_config, find_companions, read_model_directory
 from randlora.readers.experts import Experts
-from tests.checkpoint_files import TENSORS_FILE, edit_fields, read_tensors
+from tests.checkpoint_files import read_tensors
 from tests.directories import their_directory
+from tests.hostile_files import sparse
 from tests.kit import adapter_values, all_bits, same_bits
 from tests.model_directories import (
     HEADS,
@@ -39,7 +40,7 @@ from tests.model_directories import (
     stored,
     write,
 )
-from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, llama
+from tests.models import BERT, GPT2, LLAMA, VIT, RealModel
 from tests.peer import THEIR_WARNINGS
 from tests.read_kinds import ReadKind, every_read_kind
 from tests.test_readers_experts import EXPERTS, gpt_oss, made, mixtral
@@ -196,7 +197,56 @@ def test_files_of_every_kind_are_inspected_merged_as_in_memory_and_not_converted
     assert all_bits(load_file(tmp_path / "out" / "model.safetensors")) == all_bits(model.state_dict())
 
 
-# What does not fit, or cannot be meant: refused, and nothing is written
+# What goes along with weights
+
+
+CARRIED = {
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "README.md"),
+    *("1_Pooling/config.json", "chat_template.jinja", "modeling_own.py", "vocabulary", "again.json"),
+}
+LEFT_OUT = {
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors", "tf_model.h5"),
+    *("onnx/model.onnx", "original/consolidated.00.pth", "weights-in-a-new-format"),
+}
+PASSED_OVER = {
+    *(".gitattributes", ".cache/x", "my-adapter/adapter_config.json", "my-adapter/notes.txt", "adapter_config.json")
+}
+
+
+def test_what_a_model_needs_goes_along_and_weights_in_other_forms_do_not(tmp_path: Path) -> None:
+    """As files, and behind links, as in the cache of the Hub's client."""
+    model, snapshot = save_model(LLAMA, tmp_path / "model", is_sharded=True), tmp_path / "snapshots" / "0123abc"
+    sparse(2**30)(model / "vocabulary")
+    sparse(2**30 + 1)(model / "weights-in-a-new-format")  # as large as weights
+    (model / "again.json").symlink_to("config.json")
+    for path in (model / name for name in CARRIED | LEFT_OUT | PASSED_OVER):
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.write_text("x", encoding="utf-8")
+    (tmp_path / "blobs").mkdir()
+    for number, path in enumerate(path for path in model.rglob("*") if path.is_file()):
+        link, blob = snapshot / path.relative_to(model), tmp_path / "blobs" / str(number)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, blob)
+        link.symlink_to("config.json" if path.is_symlink() else blob)
+    (tmp_path / "elsewhere").symlink_to(snapshot)
+    for place in (model, tmp_path / "elsewhere"):
+        companions = find_companions(read_model_directory(place))
+        assert {path.as_posix() for path in companions.carried} == CARRIED
+        assert {path.as_posix() for path in companions.left_out} == LEFT_OUT
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_a_dtype_is_put_wherever_the_config_names_one(field: str, tmp_path: Path) -> None:
+    text, vision = {field: "float32", "dtype_of_norms": "x"}, {field: None}
+    config = {field: "float32", "text_config": text, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    copy_config(tmp_path / "config.json", tmp_path / "copy.json", torch.bfloat16)
+    written = json.loads((tmp_path / "copy.json").read_text(encoding="utf-8"))
+    assert written == {field: "bfloat16", "text_config": {**text, field: "bfloat16"}, "vision_config": vision}
+
+
+# What is there already, and what goes wrong
 
 
 @pytest.fixture
@@ -226,131 +276,6 @@ def refused(root: Path, match: str, error: type[Exception] = CheckpointError, **
     assert not list(root.glob("**/.*"))
 
 
-def misfit(
-    build: Callable[[], nn.Module],
-    adapted: Callable[[], nn.Module] | None = None,
-    changes: Callable[[dict[str, Tensor]], dict[str, Tensor | None]] = lambda _: {},
-    **options: Any,
-) -> Callable[[Path], object]:
-    """Return what writes a base, with changes to its tensors, and an adapter of that or of another model."""
-
-    def prepare(root: Path) -> None:
-        model = build()
-        if isinstance(model, nn.Sequential):
-            (root / "base").mkdir()
-            save_file(model.state_dict(), root / "base" / "model.safetensors")
-        else:
-            write(model, root / "base")
-        edit_model(root / "base", changes(stored(root / "base")))
-        adapter_of(adapted() if adapted else model, root / "adapter", **options)
-
-    return prepare
-
-
-def untied() -> nn.Module:
-    config: Any = GPT2.build().config
-    config.tie_word_embeddings = False
-    return transformers.GPT2LMHeadModel(config)  # type: ignore[no-any-return]
-
-
-def of_norm(root: Path) -> None:
-    save_model(LLAMA, root / "base")
-    held = load_file(save_adapter(LLAMA, root / "adapter") / TENSORS_FILE)
-    renamed = {name.replace("layers.0.self_attn.q_proj", "norm"): tensor for name, tensor in held.items()}
-    save_file(renamed, root / "adapter" / TENSORS_FILE)
-
-
-def of_peft(root: Path) -> None:
-    misfit(LLAMA.build, changes=lambda _: {f"{Q}.weight": torch.ones(34, 30)})(root)
-    shutil.rmtree(root / "adapter")
-    their_directory(LLAMA, root)[0].rename(root / "adapter")
-
-
-def narrowed(held: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    return {name: each[:, :, :4].contiguous() for name, each in held.items() if name.endswith("projection.weight")}
-
-
-def experts(change: Callable[[Tensor], Tensor | None], part: str = "w1") -> Callable[[Path], object]:
-    """Change the tensors of an expert."""
-    return misfit(
-        lambda: made(mixtral, dtype=torch.float32),
-        changes=lambda held: {name: change(each) for name, each in held.items() if f"1.{EXPERT}.{part}" in name},
-        targets=EXPERTS,
-    )
-
-
-EXPERT = "block_sparse_moe.experts.2"
-MADE_OF = r"model\.layers\.1\.mlp\.experts\.gate_up_proj is made of .*experts\.0\.w1\.weight, .* and \d more when it is"
-MISFITS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "layer": (misfit(LLAMA.build, lambda: llama(num_hidden_layers=3)), r"no layer model\.layers\.2\.self_attn\.q_proj"),
-    "tensor": (misfit(LLAMA.build, changes=lambda _: {f"{Q}.weight": None}), f"the model has no layer {Q}"),
-    "shape": (
-        misfit(LLAMA.build, lambda: llama(intermediate_size=40), targets=["up_proj"]),
-        r"model\.layers\.0\.mlp\.up_proj is 48 x 32 here, the adapter was trained on out x in = 40 x 32",
-    ),
-    "shape-of-tensor": (
-        misfit(LLAMA.build, changes=lambda _: {f"{Q}.weight": torch.ones(34, 30)}), f"{Q} is 34 x 30 here"
-    ),
-    "of-PEFT": (of_peft, f"{Q} is 34 x 30 here"),
-    "tied": (misfit(GPT2.build, untied, targets=["lm_head"]), r"weight of lm_head is tied to transformer\.wte\.weight"),
-    "norm": (of_norm, r"model\.norm \(LlamaRMSNorm\) has no weight that can be adapted"),
-    "head": (
-        misfit(BERT.build, changes=lambda _: {"classifier.weight": torch.ones(5, 32)}, train_also=["classifier"]),
-        r"classifier\.weight has shape \(5, 32\) here",
-    ),
-    "kernel": (
-        misfit(lambda: nn.Sequential(nn.Conv2d(3, 8, 5)), lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), targets=["0"]),
-        "0 is 8 x 75 here, the adapter was trained on out x in = 8 x 27",
-    ),
-    "kernel-of-a-class": (
-        misfit(VIT.build, changes=narrowed, targets=["projection"]),
-        "projection is 32 x 96 here, the adapter was trained on out x in = 32 x",
-    ),
-    "part-of-expert": (experts(lambda _: None), f"{MADE_OF} loaded, and .*merge in memory"),
-    "expert": (experts(lambda _: None, part=""), f"{MADE_OF} loaded, and .*merge in memory"),
-    "shape-of-expert": (experts(lambda each: each[1:].clone()), f"{MADE_OF} loaded, and .*merge in memory"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("prepare", "match"), MISFITS.values(), ids=MISFITS)
-def test_an_adapter_that_does_not_fit_the_base_is_refused(
-    prepare: Callable[[Path], object], match: str, tmp_path: Path
-) -> None:
-    """And is a failed check, beside which the bases are checked all the same."""
-    prepare(tmp_path)
-    refused(tmp_path, rf"cannot merge .*adapter(?s:.*){match}")
-    verification = randlora.files.verify(tmp_path / "adapter", tmp_path / "base")
-    outcomes = {check.name: check.outcome for check in verification.checks}
-    assert (outcomes.pop("base"), "failed" in outcomes.values()) == ("failed", False)
-    assert re.search(match, " ".join(check.words for check in verification.checks if check.outcome == "failed"))
-
-
-def test_what_cannot_be_meant_or_computed_is_refused(root: Path) -> None:
-    adapter, link = root / "adapter", root / "link"
-    link.symlink_to(adapter)
-    other = save_adapter(LLAMA, root / "other", train_also=["model.norm"])
-    again = save_adapter(LLAMA, root / "again", train_also=["model.norm"])
-    twice: tuple[Any, ...] = (
-        *([adapter, adapter], {str(adapter): 0.5, f"{adapter}/": 0.25}, [adapter, link]),
-        [adapter / ".." / adapter.name, adapter],
-    )
-    for adapters in twice:
-        refused(root, "named twice", ConfigError, adapters=adapters)
-    refused(root, "must be a finite number, got nan", ConfigError, adapters={adapter: float("nan")})
-    refused(root, "dtype must be one of .*got torch.int8", ConfigError, dtype=torch.int8)
-    refused(root, "there is no adapter", ConfigError, adapters=[])
-    refused(root, "would not be finite in torch.float32", MergeError, adapters={adapter: 1e38})
-    large = {"adapters": {adapter: 1e6}, "dtype": torch.float16}
-    refused(root, "values that are too large for torch.float16", MergeError, **large)
-    refused(root, r"cannot merge .*other.*trained model\.norm\.weight too", adapters=[again, other])
-    refused(root, "adapter' names no base model .*give base=", base=None)
-    edit_fields(again, {"base_model_name_or_path": "no/such/place"})
-    refused(root, "'no/such/place', which the adapter names, is not there: give base=", base=None, adapters=again)
-    edit_fields(adapter, {"base_model_name_or_path": str(root / "base")})
-    refused(root, "the adapters name different base models", adapters=[adapter, again], base=None)
-    assert contents(merge(root, base=None)) == contents(merge(root, out=root / "expected"))
-
-
 def test_an_output_is_replaced_as_a_whole_on_demand_and_nothing_else_is(root: Path) -> None:
     out, single = merge(root), save_model(LLAMA, root / "single")
     refused(root, "out exists and is not empty: choose a different name, or give overwrite=True", MergeError)
@@ -365,9 +290,6 @@ def test_an_output_is_replaced_as_a_whole_on_demand_and_nothing_else_is(root: Pa
     out.symlink_to(root / "nowhere")
     for overwrite in (False, True):
         refused(root, "out is a file or a broken link", MergeError, overwrite=overwrite)
-
-
-# What goes wrong in the middle
 
 
 @contextmanager

@@ -170,6 +170,16 @@ def test_without_transformers_our_files_say_which_weights_are_transposed_and_oth
 # Models with a head and bare ones, whose names differ by a prefix
 
 
+def refused(model: nn.Module, adapter: Path, base: Path, words: str, **options: Any) -> None:
+    """Assert that `load`, `merge` and `verify` refuse an adapter in the same words."""
+    with pytest.raises(CheckpointError, match=words):
+        randlora.load(model, adapter, **options)
+    with pytest.raises(CheckpointError, match=words):
+        randlora.files.merge(adapter, base.parent / "out", base=base, **options)
+    assert re.search(words, str(randlora.files.verify(adapter, base, **options)))
+    assert not (base.parent / "out").exists()
+
+
 @pytest.mark.parametrize(("one", "other"), [("full", "bare"), ("bare", "full")])
 def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(one: str, other: str, tmp_path: Path) -> None:
     full: Any = BERT.build()
@@ -183,11 +193,7 @@ def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(one: str
     edit_fields(adapter, class_of_peft)
     named = "differ by the prefix 'bert': give prefix=\"bert\""
     for wrong in (None, "ber", "bert.encoder"):
-        with pytest.raises(CheckpointError, match=named):
-            randlora.load(model, adapter, prefix=wrong)
-        with pytest.raises(CheckpointError, match=named):
-            randlora.files.merge(adapter, tmp_path / "out", base=base, prefix=wrong)
-        assert named in str(randlora.files.verify(adapter, base, prefix=wrong))
+        refused(model, adapter, base, named, prefix=wrong)
     no_names: list[Any] = ["", ".", 3]
     for no_name in no_names:
         with pytest.raises(ConfigError, match=r"prefix must be (the name of a module|a string or None)"):
@@ -244,12 +250,7 @@ def test_what_peft_trained_is_fitted_with_a_prefix_and_a_tied_parameter_is_refus
     assert randlora.load(bare, native).targets == tuple(layer.fqn for layer in summary.layers)
 
     head = by_peft(GPT2.build(), "head", target_modules=["c_attn"], modules_to_save=["lm_head"], fan_in_fan_out=True)
-    tied = r"lm_head\.weight is tied to transformer\.wte\.weight here"
-    with pytest.raises(CheckpointError, match=tied):
-        randlora.load(GPT2.build(), head)
-    with pytest.raises(CheckpointError, match=tied):
-        randlora.files.merge(head, tmp_path / "out", base=gpt2)
-    assert re.search(tied, str(randlora.files.verify(head, gpt2)))
+    refused(GPT2.build(), head, gpt2, r"lm_head\.weight is tied to transformer\.wte\.weight here")
 
 
 def test_a_parameter_that_a_class_lacks_is_missing_for_load_merge_and_verify(tmp_path: Path) -> None:
@@ -257,18 +258,14 @@ def test_a_parameter_that_a_class_lacks_is_missing_for_load_merge_and_verify(tmp
     base, adapter = write(full.bert, tmp_path / "bare"), tmp_path / "adapter"
     adapter_of(full, adapter, targets=["query"], train_also=["classifier"])
     bare = transformers.BertModel.from_pretrained(base)
-    missing = "the model has no parameter classifier.weight, which was trained with the adapter"
-    with pytest.raises(CheckpointError, match=missing):
-        randlora.load(bare, adapter, prefix="bert")
     lacking = r"differ by the prefix 'bert', and the model has no parameter classifier\.weight.*, which was trained"
     with pytest.raises(CheckpointError, match=f"{lacking}.* as it was trained, a BertForSequenceClassification"):
         randlora.load(bare, adapter)
     reseal(adapter, model_class=None)  # as version 0.2 wrote it
     with pytest.raises(CheckpointError, match=f"{lacking} with the adapter$"):
         randlora.load(bare, adapter)
-    with pytest.raises(CheckpointError, match=missing):
-        randlora.files.merge(adapter, tmp_path / "out", base=base, prefix="bert")
-    assert missing in str(randlora.files.verify(adapter, base, prefix="bert"))
+    missing = "the model has no parameter classifier.weight, which was trained with the adapter"
+    refused(bare, adapter, base, missing, prefix="bert")
 
 
 # Classes that a config names

@@ -1,6 +1,7 @@
 """Files and the two streams of PEFT: those that say theirs, those that prove it, and those that say neither."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -144,15 +145,7 @@ def test_bases_of_a_stream_are_not_written_for_layers_whose_shapes_no_file_says(
     assert not (tmp_path / "lost").exists()
 
 
-def test_the_ternary_kinds_have_one_stream_and_need_no_note(tmp_path: Path) -> None:
-    directory = peft_directory(tmp_path, r=4, basis="sparse")
-    edit_tensors(directory, {}, drop=[BASIS_A, BASIS_B])
-    assert ASSUMED not in str(randlora.load(LINEAR.build(), directory))
-    message = "PEFT draws sparse bases from stream='torch', got 'torch-2.11'"
-    refused(LINEAR.build(), directory, message, stream="torch-2.11")
-
-
-# Files that do say it
+# Files that do say it, or need not
 
 
 @pytest.mark.parametrize("stream", PEFT_STREAMS)
@@ -164,11 +157,19 @@ def test_bases_that_peft_stored_decide_between_the_streams(stream: Stream, tmp_p
     assert ASSUMED not in str(report)
     randlora.save(model, tmp_path / "seed")  # which they need no place in
     assert torch.equal(LINEAR.output(model), LINEAR.output(trained(LINEAR, stream=stream)))
+    assert ASSUMED not in str(randlora.load(LINEAR.build(), of_one_stream(tmp_path / "sparse")))
 
 
 def saved(parent: Path, **options: Any) -> Path:
     randlora.save(trained(LINEAR, **options), parent)
     return parent
+
+
+def of_one_stream(parent: Path) -> Path:
+    """Save ternary bases, which PEFT draws from one stream only, as their seed."""
+    directory = peft_directory(parent, r=4, basis="sparse")
+    edit_tensors(directory, {}, drop=[BASIS_A, BASIS_B])
+    return directory
 
 
 def of_no_seed(parent: Path) -> Path:
@@ -177,55 +178,54 @@ def of_no_seed(parent: Path) -> Path:
     return directory
 
 
+def of_two_streams(parent: Path) -> Path:
+    """Forge a digest of each: a file says one stream for every r."""
+    saved(parent, r={"0": 2, ".*": 3})
+    header = parse_header(read_tensors(parent)[1]["randlora"], read_tensors(parent)[0])
+    record = header.bases[2]
+    forged = Basis(replace(record.spec, stream="torch-2.11")).digest(record.spec.max_dim, record.spec.min_dim)
+    reseal(parent, bases={**header.bases, 2: replace(record, digest=forged)})
+    return parent
+
+
 GIVEN = "is given, but the file's bases are from"
-CONTRADICTIONS: dict[str, tuple[Callable[[Path], Path], Stream, str]] = {
+NO_STREAM = "stream must be one of torch, torch-2.11, portable or None, got "
+WRONG: dict[str, tuple[Callable[[Path], Path], Any, str]] = {
     "the header's": (saved, "torch-2.11", f"stream=\"torch-2.11\" {GIVEN} 'torch': omit it"),
     "portable": (lambda place: saved(place, stream="portable"), "torch", f"stream=\"torch\" {GIVEN} 'portable': omit"),
     "stored": (peft_directory, "torch-2.11", f"{GIVEN} 'torch': omit it"),
     "of no seed": (of_no_seed, "torch", f'stream="torch" {GIVEN} no seed: omit it'),
     "not PEFT's": (lambda _: PEFTS, "portable", "PEFT draws dense bases from stream='torch' or 'torch-2.11', got"),
+    "of one": (of_one_stream, "torch-2.11", "PEFT draws sparse bases from stream='torch', got 'torch-2.11'"),
+    "of two": (of_two_streams, None, "its bases are from several streams, torch and torch-2.11"),
+    "no stream": (lambda _: OURS, "numpy", NO_STREAM),
+    "no string": (lambda _: OURS, 3, NO_STREAM),
 }
 
 
-@pytest.mark.parametrize(("make", "stream", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
-def test_a_stream_that_contradicts_the_file_is_an_error(
-    make: Callable[[Path], Path], stream: Stream, message: str, tmp_path: Path
+@pytest.mark.parametrize(("make", "stream", "message"), WRONG.values(), ids=WRONG)
+def test_a_stream_that_contradicts_the_file_is_an_error_of_every_verb(
+    make: Callable[[Path], Path], stream: Any, message: str, tmp_path: Path
 ) -> None:
-    directory = make(tmp_path / "adapter")
-    refused(LINEAR.build() if directory != PEFTS else CASE.build(), directory, message, stream=stream)
-    verification = randlora.files.verify(directory, stream=stream)
-    assert not verification.passed
-    assert message in str(verification)
-    with pytest.raises(CheckpointError):
-        randlora.files.inspect(directory, stream=stream)
-    with pytest.raises(CheckpointError):
-        randlora.files.convert(directory, tmp_path / "out", "peft", stream=stream)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("stream", ["numpy", 3])
-def test_what_is_no_stream_is_an_error_of_every_verb(stream: Any, tmp_path: Path) -> None:
-    message, out = "stream must be one of torch, torch-2.11, portable or None, got ", tmp_path / "out"
-    refused(CASE.build(), OURS, message, error=ConfigError, stream=stream)
+    directory, out = make(tmp_path / "adapter"), tmp_path / "out"
+    error = ConfigError if message is NO_STREAM else CheckpointError
+    model = CASE.build() if directory in (PEFTS, OURS) else LINEAR.build()
+    refused(model, directory, message, error=error, stream=stream)
     calls: list[Callable[[], object]] = [
-        lambda: randlora.files.inspect(OURS, stream=stream),
-        lambda: randlora.files.verify(OURS, stream=stream),
-        lambda: randlora.files.convert(OURS, out, stream=stream),
-        lambda: randlora.files.merge(OURS, out, base=tmp_path / "base", stream=stream),
+        lambda: randlora.files.inspect(directory, stream=stream),
+        lambda: randlora.files.convert(directory, out, stream=stream),
     ]
+    if error is ConfigError:  # before the base is looked for
+        calls += [
+            lambda: randlora.files.verify(directory, stream=stream),
+            lambda: randlora.files.merge(directory, out, base=tmp_path / "base", stream=stream),
+        ]
+    else:
+        assert message in str(randlora.files.verify(directory, stream=stream))
     for call in calls:
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(error, match=re.escape(message)):
             call()
-
-
-def test_bases_of_two_streams_in_one_file_are_refused(tmp_path: Path) -> None:
-    """A file says one stream for every r; a digest of each generation is a forgery."""
-    randlora.save(trained(LINEAR, r={"0": 2, ".*": 3}), tmp_path)
-    header = parse_header(read_tensors(tmp_path)[1]["randlora"], read_tensors(tmp_path)[0])
-    record = header.bases[2]
-    forged = Basis(replace(record.spec, stream="torch-2.11")).digest(record.spec.max_dim, record.spec.min_dim)
-    reseal(tmp_path, bases={**header.bases, 2: replace(record, digest=forged)})
-    refused(LINEAR.build(), tmp_path, "its bases are from several streams, torch and torch-2.11")
+    assert not out.exists()
 
 
 # PEFT, for which a file is saved

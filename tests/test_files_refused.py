@@ -1,0 +1,421 @@
+"""What verbs on files refuse: calls, damage, and adapters that do not fit; each says why, and nothing is written."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import randlora
+from randlora import files
+from randlora.errors import CheckpointError, ConfigError, MergeError, RandLoRAError
+from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE, read_model_directory
+from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, edit_fields, reseal
+from tests.directories import their_directory
+from tests.hostile_files import SPECIAL, sparse
+from tests.model_directories import adapter_of, contents, edit_json, edit_model, save_adapter, save_model, stored, write
+from tests.models import BERT, GPT2, LLAMA, VIT, llama
+from tests.peer import THEIR_WARNINGS
+from tests.test_readers_experts import EXPERTS, made, mixtral
+
+pytestmark = THEIR_WARNINGS
+
+Call = Callable[[], object]
+BASE, ADAPTER = Path("base"), Path("adapter")
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and adapters, of which each test gets a copy to work in."""
+    root = tmp_path_factory.mktemp("ground")
+    save_model(LLAMA, root / "base")
+    save_model(BERT, root / "bert")
+    for name in ("again", "other"):
+        save_adapter(LLAMA, root / name, train_also=["model.norm"])
+    edit_fields(root / "other", {"base_model_name_or_path": "no/such/place"})
+    save_adapter(LLAMA, root / "adapter")
+    (root / "link").symlink_to("adapter")
+    save_adapter(BERT, root / "head", targets=["query"], train_also=["classifier"])
+    edit_fields(root / "head", {"base_model_name_or_path": "bert"})
+    adapter_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8)), root / "convolution", targets="all")
+    blocks = nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
+    adapter_of(nn.ModuleDict({"down_blocks": blocks}), root / "alike")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _in_a_copy(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ground, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def merge(*adapters: Any, **options: Any) -> Call:
+    given = {"adapters": adapters[0] if adapters else "adapter", "out": "out", "base": "base", **options}
+    return lambda: files.merge(**given)
+
+
+def convert(source: str = "adapter", **options: Any) -> Call:
+    return lambda: files.convert(source, "out", **options)
+
+
+def plan(directory: str = "bert", **options: Any) -> Call:
+    return lambda: files.plan(directory, **options)
+
+
+def too_large() -> None:
+    model = LLAMA.build()
+    randlora.inject(model, r=6)
+    for parameter in randlora.trainable_parameters(model):
+        parameter.data.fill_(1e30)
+    randlora.save(model, "../large")
+    files.inspect("../large")
+
+
+READING: tuple[Callable[..., object], ...] = files.inspect, files.verify
+OF_BASES, FOR_BASE = ("prefix", "base_revision"), "is for a base model: give base= too"
+UPDATES: tuple[dict[str, Any], ...] = (
+    {"to": "lora", "format": "diffusers"},
+    {"to": "lora", "format": "mlx"},
+    {"to": "diff"},
+)
+"""Conversions to files that hold updates alone."""
+CALLS: list[tuple[type[Exception], str, Call]] = [
+    *(
+        (ConfigError, "named twice", merge(twice))
+        for twice in (["adapter"] * 2, {"adapter": 0.5, "adapter/": 0.25}, ["adapter", "link"], ["x/../link", "link"])
+    ),
+    (ConfigError, "must be a finite number, got nan", merge({"adapter": float("nan")})),
+    (ConfigError, "dtype must be one of .*got torch.int8", merge(dtype=torch.int8)),
+    (ConfigError, "there is no adapter", merge([])),
+    (MergeError, "would not be finite in torch.float32", merge({"adapter": 1e38})),
+    (MergeError, "values that are too large for torch.float16", merge({"adapter": 1e6}, dtype=torch.float16)),
+    (CheckpointError, r"cannot merge .*other.*trained model\.norm\.weight too", merge(["again", "other"])),
+    (CheckpointError, "adapter' names no base model .*give base=", merge(base=None)),
+    (CheckpointError, "the adapters name different base models", merge(["head", "other"], base=None)),
+    (CheckpointError, "'no/such/place', which the adapter names, is not there: give base=", merge("other", base=None)),
+    (ConfigError, "format= and same_rank= are for to=\"lora\", not 'peft'", convert(to="peft", format="peft")),
+    (ConfigError, "format= and same_rank= are for to=\"lora\", not 'diff'", convert(to="diff", same_rank=True)),
+    (ConfigError, "rank= and tolerance= are for to=\"lora\": 'peft' is exact", convert(rank=4)),
+    (ConfigError, 'component= is for to="diff", and', convert(to="lora", component="unet")),
+    (ConfigError, 'component="diffusion_model" is for', convert(**UPDATES[0], component="diffusion_model")),
+    (ConfigError, "rank must be a positive integer, got 0", convert(to="lora", rank=0)),
+    (ConfigError, "tolerance must be a finite number, got nan", convert(to="lora", tolerance=float("nan"))),
+    (ConfigError, r"two layers would have the key lora_unet_down_blocks_a_b\.diff", convert("alike", to="diff")),
+    *((ConfigError, r"has trained classifier\.bias, class", convert("head", **options)) for options in UPDATES),
+    *((ConfigError, "0 is of kind convolution, and", convert("convolution", **options)) for options in UPDATES),
+    *((ConfigError, f"^{option}= {FOR_BASE}$", convert(to="native", **{option: "model"})) for option in OF_BASES),
+    *(
+        (ConfigError, f"^{option}= {FOR_BASE}$", partial(verb, "adapter", **{option: "model"}))
+        for verb, option in product(READING, OF_BASES)
+    ),
+    (CheckpointError, r"^no such directory: .*nothing$", lambda: files.verify("nothing")),
+    (CheckpointError, r"^no such directory: .*nothing$", lambda: files.verify("adapter", "nothing")),
+    (CheckpointError, r"the update of model\.layers\.0.* is too large", too_large),
+    (CheckpointError, "no such directory: .*nothing", plan("nothing")),
+    (CheckpointError, "is not a directory", plan("bert/config.json")),
+    (CheckpointError, "holds an adapter, not a model", plan("adapter")),
+    (ConfigError, "has no AutoModelForX for model_type 'bert'", plan(model_class="AutoModelForX")),
+    (ConfigError, "its config.json describes no LlamaForCausalLM", plan(model_class="LlamaForCausalLM")),
+    (ConfigError, "has no BertTokenizer for model_type 'bert'", plan(model_class="BertTokenizer")),
+    (ConfigError, "model_class must be a string or None, got", plan(model_class=BERT)),
+    (ConfigError, "num_labels must be a positive integer of at most 1048576, got 0", plan(num_labels=0)),
+]
+
+
+@pytest.mark.parametrize(("error", "words", "call"), CALLS, ids=[words for _, words, _ in CALLS])
+def test_a_call_that_cannot_be_meant_is_refused_and_nothing_is_written(
+    error: type[Exception], words: str, call: Call
+) -> None:
+    before = contents(Path())
+    with pytest.raises(error, match=words):
+        call()
+    assert contents(Path()) == before
+
+
+@pytest.mark.parametrize(
+    "options", [{"targets": ["quarry"]}, {"targets": r".*embeddings\.LayerNorm"}, {"r": 0}], ids=str
+)
+def test_what_the_model_refuses_is_refused_of_its_files_in_the_same_words(options: dict[str, Any]) -> None:
+    with pytest.raises(RandLoRAError) as of_files:
+        files.plan("bert", **options)
+    with pytest.raises(RandLoRAError) as of_model:
+        randlora.plan(BERT.build(), **options)
+    assert str(of_files.value) == str(of_model.value)
+
+
+# Damaged files, and adapters that do not fit the base
+
+
+Q = "model.layers.0.self_attn.q_proj"
+GAMMA = f"base_model.model.{Q}.randlora_gamma"
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> Call:
+    return lambda: path.write_bytes(change(path.read_bytes()))
+
+
+def misstate() -> None:
+    shapes = dict(files.adapter.open_adapter(ADAPTER).shapes or {})
+    reseal(ADAPTER, shapes={**shapes, Q: (32, 30)})
+
+
+def sharded(change: Callable[[list[Path]], object]) -> Call:
+    """Change a checkpoint of several files."""
+
+    def damage() -> None:
+        shutil.rmtree(BASE)
+        change(sorted(save_model(LLAMA, BASE, is_sharded=True).glob("*.safetensors")))
+
+    return damage
+
+
+def cut_and_lose(shards: list[Path]) -> None:
+    shards[0].write_bytes(shards[0].read_bytes()[:-1])
+    shards[1].unlink()
+
+
+def hold_one_tensor_twice(shards: list[Path]) -> None:
+    name, tensor = next(iter(load_file(shards[0]).items()))
+    save_file({**load_file(shards[1]), name: tensor}, shards[1])
+
+
+def index(change: Callable[[dict[str, str]], object]) -> Call:
+    held = BASE / INDEX_FILE
+    return sharded(lambda _: edit_json(held, weight_map=change(json.loads(held.read_text("utf-8"))["weight_map"])))
+
+
+def index_text(text: str) -> Call:
+    return sharded(lambda _: (BASE / INDEX_FILE).write_text(text, encoding="utf-8"))
+
+
+def instead(**held: bytes) -> Call:
+    """Put files in place of the base's."""
+
+    def damage() -> None:
+        shutil.rmtree(BASE)
+        BASE.mkdir()
+        for name, content in held.items():
+            (BASE / name.replace("__", ".")).write_bytes(content)
+
+    return damage
+
+
+def quantized(name: str = "", **said: Any) -> Call:
+    def damage() -> None:
+        edit_model(BASE, {name: torch.zeros(4)} if name else {})
+        edit_json(BASE / "config.json", quantization_config=said or None)
+
+    return damage
+
+
+def config(**fields: Any) -> Call:
+    return lambda: edit_json(BASE / "config.json", **fields)
+
+
+def of(
+    build: Callable[[], nn.Module],
+    adapted: Callable[[], nn.Module] | None = None,
+    changes: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda _: {},
+    **options: Any,
+) -> Call:
+    """Make the base anew, with changes to its tensors, and the adapter, of that or of another model."""
+
+    def damage() -> None:
+        model = build()
+        shutil.rmtree(BASE)
+        if isinstance(model, nn.Sequential):
+            BASE.mkdir()
+            save_file(model.state_dict(), BASE / SINGLE_FILE)
+        else:
+            write(model, BASE)
+        edit_model(BASE, changes(stored(BASE)))
+        adapter_of(adapted() if adapted else model, ADAPTER, **options)
+
+    return damage
+
+
+def untied() -> nn.Module:
+    settings: Any = GPT2.build().config
+    settings.tie_word_embeddings = False
+    return transformers.GPT2LMHeadModel(settings)  # type: ignore[no-any-return]
+
+
+def of_norm() -> None:
+    held = load_file(ADAPTER / TENSORS_FILE)
+    renamed = {name.replace("layers.0.self_attn.q_proj", "norm"): tensor for name, tensor in held.items()}
+    save_file(renamed, ADAPTER / TENSORS_FILE)
+
+
+def of_peft() -> None:
+    shutil.rmtree(ADAPTER)
+    their_directory(LLAMA, Path())[0].rename(ADAPTER)
+    edit_model(BASE, {f"{Q}.weight": torch.ones(34, 30)})
+
+
+def narrowed(held: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each[:, :, :4].contiguous() for name, each in held.items() if name.endswith("projection.weight")}
+
+
+def expert(change: Callable[[Tensor], Tensor | None], part: str) -> Call:
+    """Change the tensors of an expert."""
+    place = f"1.block_sparse_moe.experts.2.{part}"
+    return of(
+        lambda: made(mixtral, dtype=torch.float32),
+        changes=lambda held: {name: change(each) for name, each in held.items() if place in name},
+        targets=EXPERTS,
+    )
+
+
+def link(name: str) -> Call:
+    """Put a link to a file elsewhere in place of one of the base's."""
+
+    def damage() -> None:
+        secret, place = Path(shutil.copy(BASE / "config.json", "secret")).resolve(), BASE / name
+        place.parent.mkdir(exist_ok=True)
+        place.unlink(missing_ok=True)
+        place.symlink_to(secret)
+
+    return damage
+
+
+def special(name: str, kind: str) -> Call:
+    """Put what is no file in place of one of the base's."""
+
+    def damage() -> None:
+        if name == INDEX_FILE:
+            (BASE / SINGLE_FILE).unlink()
+        (BASE / name).unlink(missing_ok=True)
+        SPECIAL[kind](BASE / name)
+        if kind == "directory":
+            (BASE / name / "more").symlink_to("/dev/zero")
+
+    return damage
+
+
+HEADER = json.dumps({"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+MADE_OF = r"gate_up_proj is made of .*experts\.0\.w1\.weight, .* and \d more when it is loaded, and .*merge in memory"
+OF_ADAPTER: dict[str, tuple[str, Call]] = {
+    "do not match its checksum": ("files", rewrite(ADAPTER / TENSORS_FILE, lambda held: held[:-1] + b"7")),
+    "truncated or damaged": ("files", rewrite(ADAPTER / TENSORS_FILE, lambda held: held[: len(held) // 2])),
+    "there is no adapter_config.json": ("files", (ADAPTER / CONFIG_FILE).unlink),
+    "is damaged": ("files", rewrite(ADAPTER / CONFIG_FILE, lambda _: b"\xff{")),
+    "the files come from different saves": ("files", lambda: edit_fields(ADAPTER, {"r": 7})),
+    "holds NaN or infinite values": ("files", lambda: reseal(ADAPTER, {GAMMA: torch.full((8, 32), torch.nan)})),
+    r"expected \(4, num_bases\)": ("files", lambda: reseal(ADAPTER, {GAMMA: torch.ones(5, 32)})),
+    f"its header says that {Q} is 32 x 30": ("files", misstate),
+    "save it there with bases='stored'": ("bases", lambda: reseal(ADAPTER, digest="0" * 64)),
+}
+OF_BASE: dict[str, Call] = {
+    "2 problems:(?s:.*)00001-.* is truncated or damaged .*undamaged(?s:.*)no .*00002-of": sharded(cut_and_lose),
+    "lacks no.such.weight, which the index says it holds": index(
+        lambda held: {**held, "no.such.weight": next(iter(held.values()))}
+    ),
+    r" is in model-00001.* and in model-00002": sharded(hold_one_tensor_twice),
+    "cannot read .*index.json": index_text("{"),
+    "not a JSON object": index_text("[1]"),
+    "index.json is damaged: expected 'weight_map'": index_text("{}"),
+    "index.json is damaged": index(lambda _: []),
+    "index.json is damaged:": index(lambda _: {"x": "../x.safetensors"}),
+    "cannot read .*config.json": lambda: (BASE / "config.json").write_text("{"),
+    "3,221,225,472 bytes, expected at most": lambda: sparse(3 * 2**30)(BASE / "config.json"),
+    "model.safetensors is truncated": rewrite(BASE / SINGLE_FILE, lambda held: held[:-9]),
+    r"pickled weights \(pytorch_model.bin\).*with save_pretrained": instead(pytorch_model__bin=b"", config__json=b""),
+    "in the GGUF format": instead(model_q4__gguf=b""),
+    "holds no weights.*expected a directory with model.safetensors": instead(config__json=b""),
+    "x in .* has dtype F4": instead(model__safetensors=len(HEADER).to_bytes(8, "little") + HEADER + bytes(2)),
+    r"q_proj\.qweight is of GPTQ or AWQ": quantized(f"{Q}.qweight"),
+    r"weight_scale_inv is of blocks of 8-bit floats": quantized(f"{Q}.weight_scale_inv"),
+    r"weight_packed is of compressed-tensors": quantized(f"{Q}.weight_packed"),
+    r"has no model\.lost\.weight, only": quantized("model.lost.weight.quant_state.bitsandbytes__nf4"),
+    "config.json says with fp8": quantized(quant_method="fp8"),
+    "config.json says with gptq": quantized(quant_method="gptq", load_in_4bit=True),
+    "config.json says with an unnamed method": quantized(bits=4),
+}
+"""What every verb says that reads the base."""
+OF_CLASS: dict[str, Call] = {
+    "names OwnForCausalLM, which transformers .* lacks; or build": config(architectures=["OwnForCausalLM"]),
+    "names AutoModel, which transformers .* lacks; or build": config(architectures=["AutoModel"]),
+    "its config.json names no class; or build the model": config(architectures=None),
+    "cannot build LlamaForCausalLM from its config.json": config(num_attention_heads="many"),
+    r"up_proj.weight has shape \(48, 32\) in the files, \(40, 32\) by its config": config(intermediate_size=40),
+}
+"""What a plan says, which needs a model."""
+OF_BOTH: dict[str, Call] = {
+    r"no layer model\.layers\.2\.self_attn\.q_proj": of(LLAMA.build, lambda: llama(num_hidden_layers=3)),
+    f"the model has no layer {Q}": lambda: edit_model(BASE, {f"{Q}.weight": None}),
+    r"model\.layers\.0\.mlp\.up_proj is 48 x 32 here, the adapter was trained on out x in = 40 x 32": of(
+        LLAMA.build, lambda: llama(intermediate_size=40), targets=["up_proj"]
+    ),
+    f"{Q} is 34 x 30 here, the": lambda: edit_model(BASE, {f"{Q}.weight": torch.ones(34, 30)}),
+    f"{Q} is 34 x 30 here": of_peft,
+    r"h\.0\.attn\.c_attn is 96 x 34 here": of(
+        GPT2.build, changes=lambda _: {"transformer.h.0.attn.c_attn.weight": torch.ones(34, 96)}, targets=["c_attn"]
+    ),
+    r"weight of lm_head is tied to transformer\.wte\.weight": of(GPT2.build, untied, targets=["lm_head"]),
+    r"model\.norm \(LlamaRMSNorm\) has no weight that can be adapted": of_norm,
+    r"classifier\.weight has shape \(5, 32\) here": of(
+        BERT.build, changes=lambda _: {"classifier.weight": torch.ones(5, 32)}, train_also=["classifier"]
+    ),
+    "0 is 8 x 75 here, the adapter was trained on out x in = 8 x 27": of(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 5)), lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), targets=["0"]
+    ),
+    "projection is 32 x 96 here, .*": of(VIT.build, changes=narrowed, targets=["projection"]),
+    MADE_OF: expert(lambda _: None, "w1"),
+    f"{MADE_OF}.*": expert(lambda _: None, ""),
+    f".*{MADE_OF}": expert(lambda each: each[1:].clone(), "w1"),
+}
+"""What every verb says that reads both."""
+DAMAGED: list[tuple[str, str, str, Call]] = [
+    *((words, "", check, damage) for words, (check, damage) in OF_ADAPTER.items()),
+    *((words, "plan inspect merge", "base", damage) for words, damage in OF_BASE.items()),
+    *((words, "plan", "", damage) for words, damage in OF_CLASS.items()),
+    *((words, "inspect merge", "base", damage) for words, damage in OF_BOTH.items()),
+    *(("is a link to .*secret, outside of the", "merge", "", link(name)) for name in ("x", "config.json", "deep/x")),
+    *((".", "plan merge", "", special(*each)) for each in product(("config.json", SINGLE_FILE, INDEX_FILE), SPECIAL)),
+    *(("cannot copy the files of", "merge", "", special("tokenizer.json", kind)) for kind in SPECIAL),
+]
+VERBS: dict[str, Call] = {
+    "plan": plan("base"),
+    "inspect": lambda: files.inspect("adapter", "base"),
+    "merge": merge(),
+}
+
+
+@pytest.mark.parametrize(("words", "verbs", "check", "damage"), DAMAGED, ids=[words for words, *_ in DAMAGED])
+def test_what_is_damaged_or_does_not_fit_is_said_by_every_verb_and_is_a_failed_check(
+    words: str, verbs: str, check: str, damage: Call
+) -> None:
+    damage()
+    before = sorted(Path().rglob("*"))
+    for verb in verbs.split():
+        with pytest.raises(CheckpointError, match=words):
+            VERBS[verb]()
+    assert sorted(Path().rglob("*")) == before
+    if check:
+        verification = files.verify("adapter", "base" if check == "base" else None)
+        (found,) = (each for each in verification.checks if each.outcome == "failed")
+        assert found.name == check
+        assert re.search(words, found.words)
+        assert f"failed: {found.name}: {found.words}" in str(verification)
+        assert str(verification).endswith("is NOT sound")
+
+
+@given(length=st.integers(0, 400))
+def test_a_file_cut_anywhere_is_refused(length: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("model") / SINGLE_FILE
+    save_file({"a.weight": torch.ones(8, 4), "b.weight": torch.ones(2, 2)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: length % len(whole)])
+    with pytest.raises(CheckpointError, match=re.escape(f"{path} is truncated or damaged")):
+        read_model_directory(path.parent)
