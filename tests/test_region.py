@@ -1,10 +1,8 @@
 """The update of a part of a weight: that part of the update of the whole weight, from a part of the bases."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -26,14 +24,6 @@ from tests.strategies import specs
 CPU = torch.device("cpu")
 
 
-class Drawn(NamedTuple):
-    """An update of a whole weight, and where to cut the weight along both sides."""
-
-    update: Update
-    rows: list[Spans]
-    columns: list[Spans]
-
-
 def partition(data: st.DataObject, size: int) -> list[Spans]:
     """Cut ``range(size)`` into pieces that are not empty, and make one to three parts of them."""
     cuts = data.draw(st.sets(st.integers(1, max(1, size - 1)), max_size=4)) if size > 1 else set()
@@ -45,8 +35,8 @@ def partition(data: st.DataObject, size: int) -> list[Spans]:
     ]
 
 
-def drawn(spec: BasisSpec, data: st.DataObject, *matrices: int) -> Drawn:
-    """Draw a layer of any orientation that uses the bases, and a partition of its weight."""
+def drawn(spec: BasisSpec, data: st.DataObject, *matrices: int) -> tuple[Update, list[Spans], list[Spans]]:
+    """Draw an update of a layer of any orientation that uses the bases, and where to cut both sides of its weight."""
     max_dim = data.draw(st.integers(1, spec.max_dim))
     min_dim = data.draw(st.integers(1, min(max_dim, spec.min_dim)))
     out, into = (max_dim, min_dim) if data.draw(st.booleans()) else (min_dim, max_dim)
@@ -55,7 +45,7 @@ def drawn(spec: BasisSpec, data: st.DataObject, *matrices: int) -> Drawn:
     num_bases = -(-min_dim // spec.r)
     lam, gamma = torch.randn(*matrices, spec.r, num_bases), torch.randn(*matrices, num_bases, min_dim)
     update = Update(basis, lam.double(), gamma.double(), 0.7, (*matrices, out, into))
-    return Drawn(update, partition(data, out), partition(data, into))
+    return update, partition(data, out), partition(data, into)
 
 
 def formed(update: Update, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -94,17 +84,15 @@ def test_gradients_of_the_parts_add_up_to_those_of_the_whole(
     x.requires_grad_()
     output = adapted_linear(x, *update.parts(CPU, torch.float64), weight=weight, compute=compute)
     expected = torch.autograd.grad(output, [x, *trained], upstream)
-    parts = {}
+    total = torch.zeros_like(output)
     for region in (Region(one, other) for one in rows for other in columns):
-        parts[region] = adapted_linear(
+        part = adapted_linear(
             take_spans(x, region.columns, 1),
             *update.within(region).parts(CPU, torch.float64),
             weight=region.of(weight),
             compute=compute,
             is_wide=update.is_wide,
         )
-    total = torch.zeros_like(output)
-    for region, part in parts.items():
         total = total.index_add(1, torch.tensor([row for span in region.rows for row in range(*span)]), part)
     torch.testing.assert_close(total, output)
     torch.testing.assert_close(torch.autograd.grad(total, [x, *trained], upstream), expected)
@@ -130,28 +118,26 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.randn(4, 12, 8))
 
 
-PACKED = ["0.in_proj_weight"]
+PACKED, UP = {"targets": ["0.in_proj_weight"]}, {"targets": ["0.up_proj"]}
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "linear": (lambda: nn.Linear(12, 20), {"basis": "block"}),
     "convolution": (lambda: nn.Conv2d(6, 10, 3), {}),
     "transposed convolution": (lambda: nn.ConvTranspose1d(6, 10, 3), {"basis": "block"}),
     "grouped convolution": (lambda: nn.Conv1d(6, 10, 3, groups=2), {}),
     "embedding": (lambda: nn.Embedding(30, 8), {}),
-    "packed": (lambda: nn.MultiheadAttention(8, 2), {"in_proj": "packed", "targets": PACKED}),
-    "split": (lambda: nn.MultiheadAttention(8, 2), {"in_proj": "split", "targets": PACKED, "basis": "block"}),
-    "experts": (Experts, {"experts": "each", "targets": ["0.up_proj"]}),
-    "experts, shared": (Experts, {"experts": "shared", "targets": ["0.up_proj"]}),
+    "packed": (lambda: nn.MultiheadAttention(8, 2), {**PACKED, "in_proj": "packed"}),
+    "split": (lambda: nn.MultiheadAttention(8, 2), {**PACKED, "in_proj": "split", "basis": "block"}),
+    "experts": (Experts, {**UP, "experts": "each"}),
+    "experts, shared": (Experts, {**UP, "experts": "shared"}),
 }
 
 
-@pytest.mark.parametrize(("build", "options"), KINDS.values(), ids=KINDS)
-def test_a_part_of_a_weight_of_any_kind_is_merged_into_as_the_whole_is(
-    build: Callable[[], nn.Module], options: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_of_a_weight_of_any_kind_is_merged_into_as_the_whole_is(kind: str) -> None:
+    build, options = KINDS[kind]
     model = nn.Sequential(build())
     randlora.inject(model, **{"r": 4, "targets": ["0"], **options})
-    fill(model)
-    module = model[0]
+    module = fill(model)[0]
     (attribute, layer), *_ = adapter_layers_of(module).items()
     weight = module.get_parameter(attribute).detach()
     updates = [layer.update(module, part, 1.0) for part in layer.adapters.values()]
@@ -170,19 +156,19 @@ def test_a_part_of_a_weight_of_any_kind_is_merged_into_as_the_whole_is(
 @pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.7", reason="the compiler of torch 2.6 takes the sizes of an argument for data"
 )
-def test_compiled_code_slices_the_same_bases() -> None:
-    for spec in (BasisSpec("dense", "portable", 0, 4, 24, 16), BasisSpec("block", "portable", 0, 8, 48, 32, (2, 4))):
-        basis = Basis(spec)
-        basis.extend(spec.max_dim, spec.min_dim)
-        num_bases = -(-spec.min_dim // spec.r)
-        lam, gamma = torch.randn(spec.r, num_bases), torch.randn(num_bases, spec.min_dim)
-        whole = Update(basis, lam, gamma, 0.7, (spec.max_dim, spec.min_dim))
-        for rows in (((8, spec.max_dim),), ((1, 4), (8, 13))):
-            update = whole.within(Region(rows, all_of(spec.min_dim)))
-            x = torch.randn(3, spec.min_dim)
+@pytest.mark.parametrize(
+    "spec", [BasisSpec("dense", "portable", 0, 4, 24, 16), BasisSpec("block", "portable", 0, 8, 48, 32, (2, 4))]
+)
+def test_compiled_code_slices_the_same_bases(spec: BasisSpec) -> None:
+    basis, num_bases = Basis(spec), -(-spec.min_dim // spec.r)
+    basis.extend(spec.max_dim, spec.min_dim)
+    lam, gamma = torch.randn(spec.r, num_bases), torch.randn(num_bases, spec.min_dim)
+    whole, x = Update(basis, lam, gamma, 0.7, (spec.max_dim, spec.min_dim)), torch.randn(3, spec.min_dim)
+    for rows in (((8, spec.max_dim),), ((1, 4), (8, 13))):
+        update = whole.within(Region(rows, all_of(spec.min_dim)))
 
-            def product(x: Tensor, update: Update = update) -> Tensor:
-                return adapted_linear(x, *update.parts(CPU, torch.float32), is_wide=True)
+        def product(x: Tensor, update: Update = update) -> Tensor:
+            return adapted_linear(x, *update.parts(CPU, torch.float32), is_wide=True)
 
-            compiled = torch.compile(product, backend="eager", fullgraph=True, dynamic=False)
-            torch.testing.assert_close(compiled(x), product(x))
+        compiled = torch.compile(product, backend="eager", fullgraph=True, dynamic=False)
+        torch.testing.assert_close(compiled(x), product(x))
