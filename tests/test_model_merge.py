@@ -18,16 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 import randlora
 from randlora.errors import AdapterError, ConfigError, MergeError
 from tests.kit import all_bits, assert_unchanged, bits, fill, same_bits, snapshot, untouched
-from tests.laws import (
-    TOKENS,
-    TOLERANCES,
-    Mixed,
-    adapted_names,
-    assert_close,
-    needs_compiler,
-    needs_export,
-    update_of,
-)
+from tests.laws import TOKENS, TOLERANCES, Mixed, adapted_names, assert_close, needs_compiler, needs_export, update_of
 from tests.layer_kinds import (
     LayerKind,
     every_dense_kind_and_dtype,

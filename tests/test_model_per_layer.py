@@ -149,12 +149,6 @@ def test_files_and_what_is_said_of_them_have_the_options_of_each_layer(tmp_path:
     randlora.load(loaded, tmp_path)
     randlora.inject(twin, config=randlora.adapters(loaded)[0].config)
     assert randlora.adapters(twin)[0].options == OPTIONS
-    outer, again = (nn.ModuleDict({"body": CASE.build()}) for _ in range(2))
-    randlora.load(outer, tmp_path, prefix="body")
-    assert randlora.adapters(outer)[0].options == {f"body.{fqn}": options for fqn, options in OPTIONS.items()}
-    randlora.save(outer, tmp_path / "renamed")
-    randlora.load(again, tmp_path / "renamed")
-    assert torch.equal(CASE.output(again["body"]), CASE.output(model))
 
 
 def test_files_that_contradict_one_another_about_one_r_are_refused_or_doubted(tmp_path: Path) -> None:
@@ -192,15 +186,11 @@ def test_peft_warns_of_patterns_refuses_several_r_and_computes_another_update_of
     assert any("alpha_pattern" in str(one.message) for one in caught)
 
 
-def test_a_copy_in_our_own_format_is_equal_and_peft_is_refused_and_a_lora_approximates(tmp_path: Path) -> None:
+def test_peft_is_refused_and_a_lora_approximates(tmp_path: Path) -> None:
     randlora.save(trained(), tmp_path / "one")
-    randlora.files.convert(tmp_path / "one", tmp_path / "two", "native")
-    twin = CASE.build()
-    randlora.load(twin, tmp_path / "two")
-    assert torch.equal(CASE.output(twin), CASE.output(trained()))
     with pytest.raises(CheckpointError, match="PEFT has one r and one alpha for all layers"):
-        randlora.files.convert(tmp_path / "one", tmp_path / "three", "peft")
-    assert not (tmp_path / "three").exists()
+        randlora.files.convert(tmp_path / "one", tmp_path / "two", "peft")
+    assert not (tmp_path / "two").exists()
     report = randlora.files.convert(tmp_path / "one", tmp_path / "lora", "lora", rank=5)
     assert report.relative_error < 1e-5
     assert {layer.fqn for layer in report.layers} == {*SHAPES}

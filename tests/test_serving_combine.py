@@ -88,11 +88,13 @@ def test_the_new_adapter_is_reported_and_saves_and_loads_like_any_other(tmp_path
 def test_what_was_trained_beside_is_summed_as_changes_of_the_models_own_in_the_dtype_of_the_model() -> None:
     model: Any = Mixed()
     own = {name: value.detach().clone().double() for name, value in model.named_parameters()}
-    randlora.inject(model, r=4, name="a", train_also=["head"], targets=["q"], stream="portable")
-    randlora.inject(model, r=4, name="b", train_also=["head.weight", "norm"], targets=["up"], stream="portable")
+    randlora.inject(model, r=4, name="a", train_also=["head"], targets=["q"], alpha=5, stream="portable")
+    options: dict[str, Any] = {"train_also": ["head.weight", "norm"], "targets": ["up", "down"], "stream": "portable"}
+    randlora.inject(model, {"up": 2, ".*": 4}, name="b", **options)
     model.double()
     fill(model, "a", seed=1), fill(model, "b", seed=2)
-    combine(model, FACTORS, name="c")
+    made = combine(model, FACTORS, name="c")
+    assert made.targets == ("q", "up", "down")
     state = adapted_root(model)[1]
     for fqn, copy in state.adapters["c"].trained.items():
         changes = {name: state.adapters[name].trained.get(fqn, own[fqn]) - own[fqn] for name in FACTORS}
@@ -100,18 +102,12 @@ def test_what_was_trained_beside_is_summed_as_changes_of_the_models_own_in_the_d
     assert {*state.adapters["c"].trained} == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
     randlora.activate(model, "c")
     assert model.head.bias.dtype == torch.float64
-
-
-def test_each_layer_is_exact_that_one_adapter_has_alone_and_bases_grow_where_they_can() -> None:
-    model: nn.Module = Mixed(torch.float64)
-    randlora.inject(model, r=4, targets=["q"], name="a")
-    randlora.inject(model, {"up": 2, ".*": 3}, targets=["up", "down"], alpha={"up": 5, ".*": 7}, name="b")
-    fill(model, "a"), fill(model, "b", seed=1)
-    combine(model, FACTORS, name="c")
-    info = next(info for info in randlora.adapters(model) if info.name == "c")
-    assert info.options == {"q": (4, 80.0), "up": (2, 5.0), "down": (3, 7.0)}
-    assert_is_sum(model, "c", {"a": 0.7}, "q")
+    assert state.adapters["c"].options == {"q": (4, 5.0), "up": (2, 40.0), "down": (4, 80.0)}
+    assert_is_sum(model, "c", {"a": 0.7}, "q")  # each exact that one adapter has alone
     assert_is_sum(model, "c", {"b": -0.3}, "up", "down")
+
+
+def test_bases_grow_with_the_layers_of_the_sum_where_they_can() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(20, 20))
     for stream in ("torch", "portable"):
         for fqn, name in (("0", f"small-{stream}"), ("1", f"large-{stream}")):
@@ -161,6 +157,16 @@ def attention() -> nn.Module:
     return model
 
 
+def merged() -> nn.Module:
+    randlora.merge(model := two(Mixed()), reversible=True)
+    return model
+
+
+def without_values() -> nn.Module:
+    with torch.device("meta"):
+        return two(Mixed())
+
+
 def usual() -> nn.Module:
     model = two(Mixed())
     diagonals(model.get_submodule("q"), "a")[0].data[0, 0] = 1e37
@@ -188,6 +194,8 @@ REFUSED: list[tuple[Callable[[], nn.Module], Any, Any, str]] = [
     (usual, {"a": 1}, "b", "the model has an adapter of that name"),
     (usual, {"a": 1}, 3, "name must be"),
     (usual, {"a": 1e5}, "c", "would not be finite in q"),
+    (merged, {"b": 1}, "c", "while the adapters are merged"),
+    (without_values, {"a": 1}, "c", r"has no values \(meta or fake\)"),
     (attention, {"a": 1, "b": 1}, "c", r"'b' adapts 0.in_proj_weight as 3 x 12 x 12, and one like 'a' as 36 x 12"),
 ]
 
@@ -199,13 +207,3 @@ def test_what_no_such_adapter_could_have_is_refused_and_changes_nothing(
     model = build()
     with untouched(model), pytest.raises(AdapterError if name != 3 else ConfigError, match=message):
         combine(model, adapters, name=name)
-
-
-def test_nothing_is_combined_while_merged_or_without_values() -> None:
-    model = two(Mixed())
-    with randlora.merged(model), untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"):
-        combine(model, {"b": 1}, name="c")
-    with torch.device("meta"):
-        model = two(Mixed())
-    with pytest.raises(AdapterError, match=r"has no values \(meta or fake\)"):
-        combine(model, {"a": 1}, name="c")

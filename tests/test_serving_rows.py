@@ -60,24 +60,17 @@ ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
         lambda x: x.unflatten(0, (-1, ROWS)).transpose(0, 1),
     ),
     "tiled": (lambda x: x.repeat(2, 1, 1), lambda x: x.chunk(2)[0] + x.chunk(2)[1]),
-    "joined": (lambda x: torch.cat([x, x, x]), lambda x: x.unflatten(0, (3, -1)).sum(0)),
     "interleaved": (lambda x: x.repeat_interleave(2, 0), lambda x: x.unflatten(0, (-1, 2)).mean(1)),
     "tokens shuffled": (
         lambda x: x.flatten(0, 1)[torch.arange(x[..., 0].numel()).flip(0).roll(3)],
         lambda x: x.roll(-3, 0).flip(0).unflatten(0, (ROWS, -1)),
     ),
     "some tokens": (lambda x: x.flatten(0, 1)[[14, 1, 5, 8]], lambda x: x[[1, 2, 3, 0]]),
-    "backwards": (lambda x: x.flip(0), lambda x: x.flip(0)),
-    "split": (lambda x: torch.cat([*reversed(x.split(1))]), lambda x: torch.cat([*reversed(x.split(1))])),
     "windows": (
         lambda x: nn.functional.pad(x, (0, 0, 0, x.shape[1] % 2)).unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 2),
         lambda x: x.unflatten(0, (ROWS, 2, -1)).transpose(1, 2).flatten(1, 2),
     ),
     "a token before": (lambda x: torch.cat([torch.ones(1, 1, 6).expand(ROWS, -1, -1), x], 1), lambda x: x[:, 1:]),
-    "written into": (
-        lambda x: torch.zeros(x.shape[1], ROWS, 6).index_copy_(1, torch.arange(ROWS), x.transpose(0, 1)),
-        lambda x: x.transpose(0, 1),
-    ),
     "written into a part": (in_parts, lambda x: x),
 }
 
