@@ -27,7 +27,7 @@ PEFT_FLAGS: dict[BasisKind, dict[str, bool]] = {
     "sparse": {"sparse": True},
     "very_sparse": {"very_sparse": True},
 }
-"""PEFT's flags for the kinds of bases it knows."""
+"""For the kinds of bases that PEFT knows."""
 
 PEFT_STREAM: Stream = "torch" if TorchVersion(torch.__version__) >= "2.12" else "torch-2.11"
 """The stream that PEFT draws dense bases from under the torch installed."""

@@ -77,8 +77,7 @@ def test_the_card_says_what_the_report_of_inject_says_whatever_else_the_model_ca
     }
     assert len(report.train_also) == 3
     alone = card_of(tmp_path)
-    assert "PeftModel" not in alone
-    assert [f"- {note}\n" in alone for note in notes] == [True]
+    assert f"PEFT 0.21.2 does not load these files:\n\n- {notes[0]}\n" in alone
     randlora.inject(model, r=4, name="two")
     with randlora.merged(model):
         randlora.save(model, tmp_path, name="default")

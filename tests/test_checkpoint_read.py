@@ -211,21 +211,18 @@ def test_every_layout_of_pefts_bases_reads_the_same(
     assert (written, type(written)) == (alpha, int if alpha == int(alpha) else float)
 
 
-def test_pefts_two_booleans_are_read_as_one_kind(tmp_path: Path) -> None:
+def test_pefts_two_booleans_are_read_as_one_kind_and_other_floating_dtypes_never_narrowed(tmp_path: Path) -> None:
     edit_tensors(peft_directory(tmp_path, r=8), {}, drop=(BASIS_A, BASIS_B))
     for flags, kind in (((0, 0), "dense"), ((1, 0), "sparse"), ((0, 1), "very_sparse"), ((1, 1), "very_sparse")):
         edit_fields(tmp_path, dict(zip(("sparse", "very_sparse"), map(bool, flags), strict=True)))
         assert basis_of(loaded(tmp_path), "a0").spec.kind == kind
     edit_fields(tmp_path, {}, drop=("sparse", "very_sparse"))
-    assert basis_of(loaded(tmp_path), "a0").spec.kind == "dense"
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_tensors_of_another_floating_dtype_are_read_and_never_narrowed(dtype: torch.dtype, tmp_path: Path) -> None:
-    written = read_tensors(peft_directory(tmp_path))[0][LAMBDA].to(dtype)
-    edit_tensors(tmp_path, {LAMBDA: written})
-    wide = torch.promote_types(dtype, torch.float32)
-    assert bits(adapter_values(loaded(tmp_path), "a0")["0.randlora_lambda"]) == bits(written.to(wide))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        written = read_tensors(tmp_path)[0][LAMBDA].to(dtype)
+        edit_tensors(tmp_path, {LAMBDA: written})
+        model, wide = loaded(tmp_path), torch.promote_types(dtype, torch.float32)
+        assert basis_of(model, "a0").spec.kind == "dense"
+        assert bits(adapter_values(model, "a0")["0.randlora_lambda"]) == bits(written.to(wide))
 
 
 # Bases

@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -271,16 +271,14 @@ def survivors(calls: tuple[Call, ...], directory: Path, old: frozenset[str]) -> 
             steps.append((last.name, call.name == "rename"))
         for length in range(len(steps) + 1):
             for kept in combinations(steps, length):
-                yield frozenset(applied(flushed, list(kept)).items())
+                yield frozenset(applied(flushed, kept).items())
 
 
-def applied(names: dict[str, bool], steps: list[tuple[str, bool]]) -> dict[str, bool]:
+def applied(names: dict[str, bool], steps: Sequence[tuple[str, bool]]) -> dict[str, bool]:
     """Return the names after some steps."""
-    changed = dict(names)
     for name, is_new in steps:
-        changed.pop(name, None)
-        changed |= {name: True} if is_new else {}
-    return changed
+        names = {**names, name: True} if is_new else {held: new for held, new in names.items() if held != name}
+    return names
 
 
 @pytest.mark.medium
