@@ -233,22 +233,30 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.rnn, self.scale = nn.Linear(4, 4), nn.LSTM(4, 4), nn.Parameter(torch.ones(4))
+        self.register_parameter("gain", nn.Parameter(torch.ones(4)))
+
+    @property
+    def gain(self) -> Tensor:
+        """The parameter, in whose place the class has an attribute."""
+        if (found := self._parameters.get("gain")) is None:  # not yet, as torch asks
+            raise AttributeError
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(T, B, 4)`` to the same."""
-        output: Tensor = self.rnn(self.a(x))[0] * self.scale
+        output: Tensor = self.rnn(self.a(x) * self.gain)[0] * self.scale
         return output
 
 
 def test_what_cannot_be_cast_keeps_its_dtype_and_the_report_says_so(tmp_path: Path) -> None:
     x, model, other = torch.ones(2, 3, 4, dtype=torch.bfloat16), Odd().bfloat16(), Odd().bfloat16()
     own = model(x)
-    report = randlora.inject(model, r=2, targets=["a"], train_also=["rnn", "scale"])
+    report = randlora.inject(model, r=2, targets=["a"], train_also=["rnn", "gain", "scale"])
     assert same_bits(model(x), own)
     model(x).float().sum().backward()
     assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
     kept = {name for name in report.train_also if model.get_parameter(name).dtype == torch.bfloat16}
-    assert kept == {name for name in report.train_also if "rnn" in name}
+    assert kept == {name for name in report.train_also if "rnn" in name or "gain" in name}
     assert (isinstance(model, Odd), type(model).__name__) == (True, "Odd")
     randlora.save(model, tmp_path)
     for each in (report, randlora.load(other, tmp_path, trainable=True)):
