@@ -1,8 +1,10 @@
 """`make slow` checks a model of every type of transformers, and some of diffusers and torchvision."""
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import randlora
 from randlora.errors import TargetError
 from tests.diffusion_models import flux, noise, patches, unet
-from tests.models import clip, image, library, reproducible, tokens, torchvision_vit
+from tests.models import clip, image, library, reproducible, torchvision_vit
 from tests.transformers_zoo import CUTS, HEADS, LAYERS, SIDES, WIDE, cut, every_type
 
 PARTS = 24
@@ -63,47 +65,7 @@ ALL_CUTS = (
     *(LAYERS | WIDE | SIDES | {"head_dim": size} for size in (64, 128)),
 )
 
-Inputs = dict[str, Any]
-
-
-def runnable(model_type: str, names: list[str]) -> tuple[nn.Module, Inputs] | None:
-    """Build the first of some classes that runs, with few weights, and inputs that it runs on; `None` without any."""
-    for name in names[:MOST]:
-        for sizes in ALL_CUTS:
-            try:
-                model_class, config = getattr(transformers, name), cut(CONFIG_MAPPING[model_type], sizes)
-                with torch.device("meta"):
-                    size = sum(parameter.numel() for parameter in model_class(config).parameters())
-                if size > LARGEST:
-                    continue
-                model = model_class(config).eval()
-            except Exception:  # some sizes do not go together
-                continue
-            for inputs in inputs_of(model):
-                try:
-                    with torch.no_grad():
-                        model(**inputs)
-                except Exception:  # it wants other inputs
-                    continue
-                return model, inputs
-    return None
-
-
-def inputs_of(model: Any) -> Iterator[Inputs]:
-    """Go through inputs that the forward of a model may take, the likeliest first."""
-    names = list(inspect.signature(type(model).forward).parameters)
-    main, config = getattr(model, "main_input_name", "input_ids"), model.config
-    beside = {name: make(config) for name, make in BESIDE.items() if name in names}
-    for name in dict.fromkeys([main, *names]):
-        for make in MAIN.get(name, ()) if name in names else ():
-            found = make(config)
-            if found is not None:
-                yield {name: found, **beside}
-                yield {name: found}
-    if {"input_ids", "pixel_values"} <= {*names}:
-        for make in MAIN["pixel_values"]:
-            if (pixels := make(config)) is not None:
-                yield {"input_ids": ids(config), "pixel_values": pixels}
+Draw = Callable[[Any], Any]
 
 
 def attribute(config: Any, *names: str, default: Any = None) -> Any:
@@ -123,82 +85,105 @@ def integers(most: int, *size: int, least: int = 0) -> Tensor:
 
 def ids(config: Any, length: int = 8) -> Tensor:
     """Draw tokens that are no special ones."""
-    try:
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    except ValueError:  # it has several
-        text = config
-    vocabulary = int(attribute(text, "vocab_size") or attribute(config, "vocab_size", default=32))
+    vocabulary = int(attribute(config, "vocab_size", default=32))
+    with suppress(ValueError, AttributeError):  # it has several, or none of its own
+        vocabulary = int(attribute(config.get_text_config(), "vocab_size", default=vocabulary))
     return integers(vocabulary, 2, length, least=min(3, vocabulary - 1))
 
 
-def pixels(size: int | None = None, rank: int = 4) -> Callable[[Any], Tensor | None]:
-    """Return a function that draws images of a size, by default that of the config, or clips of them."""
-
-    def make(config: Any) -> Tensor | None:
-        side = size or attribute(config, "image_size", "img_size", "crop_size", default=64)
-        height, width = (side, side) if isinstance(side, int) else (tuple(side)[-2:])
-        channels = attribute(config, "num_channels", "in_channels", "in_chans", default=3)
-        between = (attribute(config, "num_frames", default=2),) if rank == 5 else ()
-        if height * width * (between or (1,))[0] > 300_000:
-            return None
-        return drawn(2 if height < 100 else 1, *between, channels if isinstance(channels, int) else 3, height, width)
-
-    return make
+def images(config: Any, size: int | None = None, *, is_clip: bool = False) -> Tensor | None:
+    """Draw images of a size, by default that of the config, or clips of them; `None` if they were large."""
+    side = size or attribute(config, "image_size", "img_size", "crop_size", default=64)
+    height, width = (side, side) if isinstance(side, int) else (tuple(side)[-2:])
+    channels = attribute(config, "num_channels", "in_channels", "in_chans", default=3)
+    frames = (attribute(config, "num_frames", default=2),) if is_clip else ()
+    if height * width * (frames or (1,))[0] > 300_000:
+        return None
+    return drawn(2 if height < 100 else 1, *frames, channels if isinstance(channels, int) else 3, height, width)
 
 
-def features(config: Any) -> Tensor:
-    """Draw a spectrogram, as long as the model takes."""
-    bins = attribute(config, "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", default=80)
+def spectrogram(config: Any, *, is_time_first: bool) -> Tensor:
+    names = "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", "feature_projection_input_dim"
+    bins = attribute(config, *names, default=80)
+    if is_time_first:
+        return drawn(2, 64, bins)
     return drawn(1, bins, 2 * int(attribute(config, "max_source_positions", default=32)))
 
 
-def frames(config: Any) -> Tensor:
-    """Draw a spectrogram with time first."""
-    names = ("num_mel_bins", "input_feat_per_channel", "feature_size", "feature_projection_input_dim")
-    return drawn(2, 64, attribute(config, *names, default=80))
+def states(config: Any, *names: str, length: int = 8) -> Tensor:
+    return drawn(2, length, attribute(config, *(names or ("hidden_size", "d_model")), default=64))
 
 
 def series(config: Any) -> Tensor:
-    """Draw a time series."""
-    length = attribute(config, "context_length", default=64)
+    length = int(attribute(config, "context_length", default=64))
     return drawn(2, length, attribute(config, "num_input_channels", "input_size", default=1))
 
 
-def states(config: Any) -> Tensor:
-    """Draw hidden states."""
-    return drawn(2, 8, attribute(config, "hidden_size", "d_model", default=64))
-
-
-MAIN: dict[str, tuple[Callable[[Any], Any], ...]] = {
-    "input_ids": (ids, lambda config: ids(config, 64)),
-    "pixel_values": (pixels(), pixels(32), pixels(64), pixels(224), pixels(rank=5), pixels(32, rank=5)),
-    "pixel_values_videos": (pixels(rank=5),),
+features, frames = (partial(spectrogram, is_time_first=is_first) for is_first in (False, True))
+clips = partial(images, is_clip=True)
+MAIN: dict[str, tuple[Draw, ...]] = {
+    "input_ids": (ids, partial(ids, length=64)),
+    "pixel_values": (images, *(partial(images, size=size) for size in (32, 64, 224)), clips, partial(clips, size=32)),
+    "pixel_values_videos": (clips,),
     "input_features": (features, frames, lambda _: drawn(1, 1, 1001, 64)),
     "input_values": (lambda _: drawn(2, 4000), lambda _: drawn(2, 1, 4000), frames, features),
     "waveform": (lambda _: drawn(2, 4000),),
     "audio_values": (frames, lambda _: drawn(1, 1, 1024, 128)),
-    "inputs": (ids, pixels(), lambda config: drawn(2, 8, attribute(config, "d_model", default=64))),
+    "inputs": (ids, images, lambda config: states(config, "d_model")),
     "past_values": (series, lambda _: drawn(2, 64)),
     "hidden_states": (states,),
     "inputs_embeds": (states,),
 }
 """How to draw the input that a model needs, by its name: the likeliest first."""
 
-BESIDE: dict[str, Callable[[Any], Any]] = {
-    "decoder_input_ids": lambda config: ids(config, 5),
+BESIDE: dict[str, Draw] = {
+    "decoder_input_ids": partial(ids, length=5),
     "use_cache": lambda _: False,
     "bbox": lambda _: integers(40, 2, 8, 4).sort(dim=-1).values,
 }
 """What is given beside it, where the forward takes it."""
 
 
-def problems(name: str, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+def inputs_of(model: Any) -> Iterator[dict[str, Any]]:
+    """Go through inputs that the forward of a model may take, the likeliest first."""
+    names = list(inspect.signature(type(model).forward).parameters)
+    config, beside = model.config, {name: make(model.config) for name, make in BESIDE.items() if name in names}
+    for name in dict.fromkeys([getattr(model, "main_input_name", "input_ids"), *names]):
+        for make in MAIN.get(name, ()) if name in names else ():
+            if (found := make(config)) is not None:
+                yield {name: found, **beside}
+                yield {name: found}
+    if {"input_ids", "pixel_values"} <= {*names}:
+        drawings = (make(config) for make in MAIN["pixel_values"])
+        yield from ({"input_ids": ids(config), "pixel_values": found} for found in drawings if found is not None)
+
+
+def runnable(model_type: str, names: list[str]) -> tuple[nn.Module, dict[str, Any]] | None:
+    """Build the first of some classes that runs, with few weights, and inputs that it runs on; `None` without any."""
+    for name, sizes in itertools.product(names[:MOST], ALL_CUTS):
+        try:
+            model_class, config = getattr(transformers, name), cut(CONFIG_MAPPING[model_type], sizes)
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in model_class(config).parameters())
+            if size > LARGEST:
+                continue
+            model = model_class(config).eval()
+        except Exception:  # some sizes do not go together
+            continue
+        for inputs in inputs_of(model):
+            with suppress(Exception), torch.no_grad():  # it wants other inputs
+                model(**inputs)
+                return model, inputs
+    return None
+
+
+def problems(name: str, model: nn.Module, **inputs: Any) -> list[str]:
     """Return what is found in a model of which all is adapted that can be, except what is expected."""
     try:
         randlora.inject(model, r=4, targets="all")
     except TargetError:  # nothing can be
         return []
-    report = randlora.check(model, *args, **kwargs)
+    report = randlora.check(model, **inputs)
     assert report.checked or name in EXPECTED
     pattern, _ = EXPECTED.get(name, ("(?!)", ""))
     return [f"{name}: {problem}" for problem in report.problems if not re.search(pattern, problem.fqn)]
@@ -220,20 +205,17 @@ def test_nothing_is_found_in_any_type_of_transformers(part: int) -> None:
     assert (found, num_run > 0) == ([], True)
 
 
-CLIP_TEXT = tokens()["input_ids"][:1, :4].repeat(1, 2) % 40
-TORCHVISION = "resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "regnet_y_400mf", "efficientnet_b0", "densenet121"
-
-
 def from_torchvision(name: str) -> nn.Module:
     return reproducible(getattr(library("torchvision").models, name))
 
 
+TORCHVISION = "resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "regnet_y_400mf", "efficientnet_b0", "densenet121"
 OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "UNet": (unet, noise),
     "Flux": (flux, patches),
-    "CLIP": (clip, lambda: {"image": image()["x"][:1], "text": CLIP_TEXT}),
+    "CLIP": (clip, lambda: {"image": drawn(1, 3, 16, 16), "text": integers(40, 1, 8)}),
     "ViT": (torchvision_vit, image),
-    **{name: (partial(from_torchvision, name), lambda: {"x": torch.randn(2, 3, 64, 64)}) for name in TORCHVISION},
+    **{name: (partial(from_torchvision, name), lambda: {"x": drawn(2, 3, 64, 64)}) for name in TORCHVISION},
 }
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.errors import MergeError, TargetError
-from randlora.layers import AdapterLayer, registry
+from randlora.layers import AdapterLayer, register_layer, registry
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
 from randlora.readers.read_weight import ReadLinear
 from tests.kit import fill, untouched
@@ -61,9 +61,9 @@ def test_a_subclass_is_served_by_its_parents_entry_as_read_if_it_has_another_for
 @pytest.mark.parametrize("entry", [Swapped, f"{__name__}.Swapped"], ids=["type", "name"])
 def test_an_entry_of_its_own_comes_before_its_parents(entry: Any) -> None:
     with pytest.raises(TypeError, match="Half cannot be registered without in_storage_layout"):
-        randlora.layers.register_layer(entry)(Half)
+        register_layer(entry)(Half)
     assert registry.find_layer(Swapped(2, 2)) is ReadLinear
-    randlora.layers.register_layer(entry)(SwappedAdapter)
+    register_layer(entry)(SwappedAdapter)
     model, x = nn.Sequential(Swapped(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
     expected = model(x)
     randlora.inject(model, r=2, targets="all-linear")
@@ -73,22 +73,23 @@ def test_an_entry_of_its_own_comes_before_its_parents(entry: Any) -> None:
 
 def test_a_refused_kind_is_refused_by_name_and_skipped_by_all_linear() -> None:
     registry.refuse_layer(Renamed, "it is of no use: exclude it")
-    model = nn.ModuleDict({"refused": Renamed(8, 8), "linear": nn.Linear(8, 8)})
+    model = nn.ModuleDict({
+        "refused": Renamed(8, 8),
+        "linear": nn.Linear(8, 8),
+        "own": DeepseekV4GroupedLinear(8, 16, 4),
+    })
     report = randlora.plan(model, r=2, targets="all-linear")
-    assert (report.targets, report.skipped) == (("linear",), {"refused": "it is of no use: exclude it"})
-    with pytest.raises(TargetError, match=r"refused \(Renamed\) cannot be adapted: it is of no use"):
-        randlora.inject(model, r=2, targets=["refused"])
-    grouped = nn.Sequential(DeepseekV4GroupedLinear(8, 16, 4))
-    with pytest.raises(TargetError, match=r"0 \(DeepseekV4GroupedLinear\) cannot be adapted: its forward multiplies"):
-        randlora.inject(grouped, r=2, targets=["0"])
+    assert (report.targets, report.skipped["refused"]) == (("linear",), "it is of no use: exclude it")
+    for fqn, message in (("refused", r"\(Renamed\) .*: it is of no use"), ("own", "Grouped.*: its forward multiplies")):
+        with pytest.raises(TargetError, match=f"{fqn} .*{message}"):
+            randlora.inject(model, r=2, targets=[fqn])
 
 
-@pytest.mark.parametrize("name", ["Llama4Text", "Phimoe"])
-def test_routers_that_choose_experts_are_skipped(name: str) -> None:
+def test_routers_that_choose_experts_are_skipped() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "num_local_experts": 4, "vocab_size": 20, "head_dim": 8}
-    options = {"interleave_moe_layer_step": 1} if name == "Llama4Text" else {"num_experts_per_tok": 2}
-    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes, **options)).eval()
+    config = transformers.Llama4TextConfig(**sizes, interleave_moe_layer_step=1)
+    model = transformers.Llama4TextModel(config).eval()
     for rule in ("all", "all-linear"):
         skipped = randlora.plan(model, r=2, targets=rule).skipped
         assert [why for fqn, why in skipped.items() if fqn.endswith("router") and "returns the experts" in why]
@@ -103,7 +104,7 @@ def test_a_forward_that_returns_no_product_is_an_error(what: str, got: str) -> N
             output = super().forward(input)
             return (output, output) if what == "pair" else output[:, :2]
 
-    randlora.layers.register_layer(Odd)(LinearAdapter)
+    register_layer(Odd)(LinearAdapter)
     model = nn.Sequential(Odd(4, 4))
     randlora.inject(model, r=2, targets=["0"])
     message = r"the forward of an adapted Odd must return a tensor of shape \(\.\.\., 4\), .*" + got
@@ -113,12 +114,16 @@ def test_a_forward_that_returns_no_product_is_an_error(what: str, got: str) -> N
 
 def other(forward: Callable[..., Any], kind: Any = nn.Linear) -> Any:
     """Make a layer of 16 x 12 with another forward."""
-    sizes = (12, 16) if kind is Conv1D else (16, 12)
-    return type("Own", (kind,), {"forward": forward})(*sizes)
+    return type("Own", (kind,), {"forward": forward})(*(12, 16) if kind is Conv1D else (16, 12))
 
 
 def plain(self: Any, x: Tensor) -> Tensor:
     return F.linear(x, self.weight, self.bias)
+
+
+def hidden(self: Any, x: Tensor) -> Tensor:
+    """Compute the same without the attribute."""
+    return F.linear(x, self._parameters["weight"], self.bias)
 
 
 def on_instance() -> nn.Module:
@@ -128,12 +133,12 @@ def on_instance() -> nn.Module:
     return layer
 
 
-def rounding(dtype: torch.dtype) -> nn.Module:
+def rounding(dtype: torch.dtype) -> Any:
     """Make a linear layer that computes in another dtype than that of the weight."""
-    return other(lambda self, x: F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).to(x.dtype))  # type: ignore[no-any-return]
+    return other(lambda self, x: F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).to(x.dtype))
 
 
-def counter() -> nn.Module:
+def counter() -> Any:
     """Make a layer that counts calls, on a buffer and on an attribute, and draws random numbers."""
 
     def counting(self: Any, x: Tensor) -> Tensor:
@@ -143,10 +148,10 @@ def counter() -> nn.Module:
 
     layer = other(counting)
     layer.register_buffer("calls", torch.zeros(()))
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
-OTHER: dict[str, Callable[[], nn.Module]] = {
+OTHER: dict[str, Callable[[], Any]] = {
     "scaled": lambda: other(lambda self, x: 1.05 * plain(self, x)),
     "rectified": lambda: other(lambda self, x: plain(self, x).relu()),
     "normed input": lambda: other(lambda self, x: plain(self, F.rms_norm(x, x.shape[-1:]) * 2)),
@@ -154,61 +159,45 @@ OTHER: dict[str, Callable[[], nn.Module]] = {
     "on the instance": on_instance,
     "Conv1D": lambda: other(lambda self, x: Conv1D.forward(self, x) * 0.5, Conv1D),
 }
-SAME: dict[str, Callable[[], nn.Module]] = {
+SAME: dict[str, Callable[[], Any]] = {
     "in float16": lambda: rounding(torch.float16),
     "in float64": lambda: rounding(torch.float64),
     "held in bfloat16": lambda: rounding(torch.float32).to(torch.bfloat16),
-    "with dropout of a shifted output": lambda: other(
-        lambda self, x: F.dropout(plain(self, x) + 5, 0.5, self.training)
-    ),
+    "dropout of a shifted output": lambda: other(lambda self, x: F.dropout(plain(self, x) + 5, 0.5, self.training)),
     "Conv1D": lambda: other(lambda self, x: Conv1D.forward(self, x) + 1, Conv1D),
     "counting": counter,
 }
 
 
-@pytest.fixture
-def plain_entries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapt every forward by adding to its output, whether or not it reads the weight."""
+@pytest.mark.parametrize("name", [*OTHER, *(f"{name}, the same" for name in SAME)])
+def test_a_forward_is_merged_into_if_it_is_the_product_up_to_rounding(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every forward is adapted here by adding to its output, whether or not it reads the weight."""
     monkeypatch.setattr(LinearAdapter, "as_read", None)
-
-
-def adapted(build: Callable[[], nn.Module]) -> nn.Module:
+    build = OTHER.get(name) or SAME[name.removesuffix(", the same")]
     model = reproducible(lambda: nn.Sequential(nn.Linear(16, 16), build())).train()
     randlora.inject(model, r=4, targets=["0", "1"])
-    return fill(model)
-
-
-@pytest.mark.usefixtures("plain_entries")
-@pytest.mark.parametrize("name", OTHER)
-def test_a_forward_that_is_not_the_product_is_not_merged_into(name: str) -> None:
-    model, state = adapted(OTHER[name]), torch.get_rng_state()
-    message = r"1 has its own forward \(\w+\), which responds to .*, by \d+% of it\. Leave"
-    for call in (randlora.merge, randlora.merged_tensors):
-        with untouched(model), pytest.raises(MergeError, match=message):
-            call(model)
+    layer, state = fill(model).get_submodule("1"), torch.get_rng_state()
+    with untouched(model):
+        if name in OTHER:
+            message = r"1 has its own forward \(\w+\), which responds to .*, by \d+% of it\. Leave"
+            for call in (randlora.merge, randlora.merged_tensors):
+                with pytest.raises(MergeError, match=message):
+                    call(model)
+        else:
+            assert randlora.merge(model, reversible=True).notes == ()
+            randlora.unmerge(model)
+            assert "steps" not in vars(layer)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.usefixtures("plain_entries")
-@pytest.mark.parametrize("name", SAME)
-def test_a_forward_that_is_the_product_up_to_rounding_is_merged_into_without_a_trace(name: str) -> None:
-    model, state = adapted(SAME[name]), torch.get_rng_state()
-    assert randlora.merge(model, reversible=True).notes == ()
-    assert torch.equal(torch.get_rng_state(), state)
-    randlora.unmerge(model)
-    layer = model.get_submodule("1")
-    assert (layer.training, "steps" in vars(layer)) == (True, False)
-    assert all(count == 0 for count in layer.buffers())
-
-
-def cannot_be_tried(layer: nn.Module) -> bool:
-    model = nn.Sequential(layer, nn.Linear(12, 4))
-    randlora.inject(model, r=2)
-    notes = randlora.merge(fill(model)).notes
-    return any(note.startswith("layers with their own forward, which could not be tried: 0;") for note in notes)
 
 
 def test_a_forward_that_cannot_be_tried_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot_be_tried(layer: nn.Module) -> bool:
+        randlora.inject(model := nn.Sequential(layer, nn.Linear(12, 4)), r=2)
+        notes = randlora.merge(fill(model)).notes
+        return any(note.startswith("layers with their own forward, which could not be tried: 0;") for note in notes)
+
     infinite = [lambda self, x, value=value: plain(self, x) * value for value in (torch.inf, torch.nan)]
     assert [cannot_be_tried(other(forward)) for forward in infinite] == [False, False]
     monkeypatch.setattr(LinearAdapter, "as_read", None)
@@ -226,14 +215,12 @@ ENDINGS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_forward_that_takes_the_weight_from_elsewhere_is_not_merged_into(ending: str) -> None:
-    x = torch.randn(3, 16)
-    read = nn.Sequential(other(lambda self, x: ENDINGS[ending](plain(self, x))))
-    elsewhere = nn.Sequential(
-        other(lambda self, x: ENDINGS[ending](F.linear(x, self._parameters["weight"], self.bias)))
-    )
-    for model in (read, elsewhere):
+    def model_of(linear: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+        model = nn.Sequential(other(lambda self, x: ENDINGS[ending](linear(self, x))))
         randlora.inject(model, r=2, targets=["0"])
-        fill(model)
+        return fill(model)
+
+    x, read, elsewhere = torch.randn(3, 16), model_of(plain), model_of(hidden)
     before = read(x)
     assert randlora.merge(read).notes == ()
     torch.testing.assert_close(read(x), before)
