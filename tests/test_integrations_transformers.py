@@ -8,6 +8,7 @@ import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import randlora
 from randlora.errors import AdapterError, CheckpointError
 from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, AdapterTrainer, LoadsAdapters
 from tests.hub_server import point_client_at, running_hub
-from tests.kit import fill
+from tests.kit import fill, untouched
 from tests.trainers import (
     ADAPTER_FILES,
     QUIET,
@@ -51,26 +52,20 @@ def momentum(model: nn.Module) -> tuple[Any, Any]:
     return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
 
-@pytest.mark.parametrize(
-    ("options", "resumed_from", "is_given"),
-    [
-        ({"train_also": ["norm"], "dropout": 0.2}, "run/checkpoint-2", False),
-        ({"basis": "block"}, True, True),
-    ],
-    ids=["usual", "given"],
-)
-def test_a_resumed_run_goes_on_in_the_same_parameters_and_ends_with_the_same_bits(
-    options: dict[str, Any], resumed_from: str | bool, is_given: bool
-) -> None:
+@pytest.mark.parametrize("is_given", [False, True], ids=["usual", "given"])
+def test_a_resumed_run_goes_on_in_the_same_parameters_and_ends_with_the_same_bits(is_given: bool) -> None:
+    options: dict[str, Any] = {"basis": "block"} if is_given else {"train_also": ["norm"], "dropout": 0.2}
     model, other = adapted_model(**options), fill(adapted_model(**options))
-    trainer(model, "run", **({"optimizers": momentum(model)} if is_given else {})).train()
+    through, rest = (
+        trainer(each, "run", **({"optimizers": momentum(each)} if is_given else {})) for each in (model, other)
+    )
+    through.train()
     assert files("run/checkpoint-2") >= ADAPTER_FILES | {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert not [name for name in files("run/checkpoint-2") if name.startswith(("model", "pytorch_model"))]
     shutil.rmtree("run/checkpoint-4")
-    before = list(randlora.trainable_parameters(other))
-    rest = trainer(other, "run", **({"optimizers": momentum(other)} if is_given else {}))
-    rest.train(resume_from_checkpoint=resumed_from)
-    assert all(map(lambda one, two: one is two, before, randlora.trainable_parameters(other)))
+    before = [id(parameter) for parameter in randlora.trainable_parameters(other)]
+    rest.train(resume_from_checkpoint=True if is_given else "run/checkpoint-2")
+    assert [id(parameter) for parameter in randlora.trainable_parameters(other)] == before
     assert trained_bits(other) == trained_bits(model)
 
 
@@ -89,12 +84,11 @@ def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted() -> Non
 
 
 def test_deepspeed_gives_the_best_back_from_its_own_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trainer(adapted_model(), "run")
-    loaded: list[str] = []
-    monkeypatch.setattr(transformers.trainer, "deepspeed_load_checkpoint", lambda _, path, **__: loaded.append(path))
+    run, load = trainer(adapted_model(), "run"), Mock()
+    monkeypatch.setattr(transformers.trainer, "deepspeed_load_checkpoint", load)
     run.is_deepspeed_enabled, run.state.best_model_checkpoint = True, "run/checkpoint-1"
     run._load_best_model()
-    assert loaded == ["run/checkpoint-1"]
+    assert load.call_args.args[1] == "run/checkpoint-1"
 
 
 def several(*names: str) -> Any:
@@ -118,10 +112,8 @@ def test_several_adapters_that_are_trained_are_saved_each_in_a_directory_and_res
 
     def refused(names: str, message: str) -> None:
         model = several(*names)
-        before = trained_bits(model)
-        with pytest.raises(CheckpointError, match=message):
+        with untouched(model), pytest.raises(CheckpointError, match=message):
             trainer(model, "run").train(resume_from_checkpoint=str(checkpoint))
-        assert trained_bits(model) == before
 
     refused("ab", "it has c, which the model lacks")
     refused("a", "there are some inside it: a, b, c")
@@ -134,11 +126,10 @@ def test_several_adapters_that_are_trained_are_saved_each_in_a_directory_and_res
 
 
 def inactive() -> Any:
-    model: nn.Module = plain_model()
-    randlora.inject(model, r=4, name="base")
-    randlora.inject(model, r=4, name="other", trainable=True)
+    model = several("base", "other")
     randlora.activate(model, "base")
     randlora.set_trainable(model, "base", trainable=False)
+    randlora.set_trainable(model, "other")
     return model
 
 
@@ -148,75 +139,57 @@ def with_a_head_that_is_trained() -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    ("build", "block", "message"),
-    [
+def test_training_that_checkpoints_would_not_have_is_refused() -> None:
+    refused: list[tuple[Any, Any, str]] = [
         (adapted_model, randlora.merged, "are merged, so training"),
         (adapted_model, randlora.disabled, "are disabled, so training"),
         (inactive, nullcontext, r"other is not active and .* call randlora\.activate"),
         (plain_model, nullcontext, "no trainable adapter"),
         (with_a_head_that_is_trained, nullcontext, r"lm_head.weight requires grad .* train_also="),
-    ],
-)
-def test_training_that_checkpoints_would_not_have_is_refused(build: Any, block: Any, message: str) -> None:
-    model = build()
-    with block(model), pytest.raises(AdapterError, match=message):
-        trainer(model, "run").train()
+    ]
+    for build, block, message in refused:
+        model = build()
+        with block(model), pytest.raises(AdapterError, match=message):
+            trainer(model, "run").train()
 
 
 @pytest.mark.parametrize("damage", ["half-a-state", "no-adapter"])
 def test_true_passes_over_a_checkpoint_that_was_not_written_to_its_end(damage: str) -> None:
+    through, rest, last = trainer(adapted_model(), "run"), trainer(adapted_model(), "run"), Path("run/checkpoint-4")
     with pytest.raises(ValueError, match="no complete checkpoint in 'run'"):
-        trainer(adapted_model(), "run").train(resume_from_checkpoint=True)
-    through = trainer(adapted_model(), "run")
+        rest.train(resume_from_checkpoint=True)
     through.train()
-    last = Path("run/checkpoint-4")
     if damage == "no-adapter":
         (last / "adapter_model.safetensors").unlink()
     else:
         (last / "trainer_state.json").write_text('{"epoch": 1')
-    rest = trainer(adapted_model(), "run")
     rest.train(resume_from_checkpoint=True)
     assert trained_bits(rest.model) == trained_bits(through.model)
     assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 4
 
 
-DIFFERENCES: list[tuple[dict[str, Any], str]] = [
-    ({"r": 4}, "has r=4 and alpha=80, but in the files r=8 and alpha=160"),
-    ({"alpha": 1}, "has r=8 and alpha=1, but in the files r=8 and alpha=160"),
-    ({"seed": 1}, r"the bases are .*, and in the files"),
-    ({"targets": ["up_proj"]}, "the files have no layer model.layers.0.mlp.up_proj"),
-    ({"train_also": ["norm"]}, "the files have no trained parameter model.norm.weight"),
-]
-
-
 def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing() -> None:
+    """The table of differences is that of tests/test_swap.py."""
     trainer(adapted_model(), "run", max_steps=2).train()
-    for options, message in DIFFERENCES:
-        other = trainer(fill(adapted_model(**options)), "run")
-        before = trained_bits(other.model)
-        with pytest.raises(CheckpointError, match=message):
-            other.train(resume_from_checkpoint=True)
-        assert trained_bits(other.model) == before
+    lacks = "the files have no trained parameter model.norm.weight"
+    for options, message in (
+        ({"r": 4}, "has r=4 and alpha=80, but in the files r=8"),
+        ({"train_also": ["norm"]}, lacks),
+    ):
+        model = fill(adapted_model(**options))
+        with untouched(model), pytest.raises(CheckpointError, match=message):
+            trainer(model, "run").train(resume_from_checkpoint=True)
 
 
 class Own(Trainer):  # type: ignore[misc]
     """A user's trainer."""
 
 
-@pytest.mark.parametrize(
-    ("bases", "right"),
-    [
-        ((Trainer, AdapterCheckpoints), "AdapterCheckpoints, Trainer"),
-        ((Own, AdapterCheckpoints), "AdapterCheckpoints, Own"),
-        ((Own, AdapterTrainer), "AdapterTrainer, Own"),
-    ],
-)
-def test_the_mixin_after_a_trainer_is_refused_when_the_class_is_made(bases: tuple[type, ...], right: str) -> None:
-    with pytest.raises(AdapterError, match=rf"put the mixin first, class Wrong\({right}\)"):
-        type("Wrong", bases, {})
-    first, *rest = reversed(bases)
-    type("Right", (type("Own", (first, *rest), {}),), {})
+@pytest.mark.parametrize(("first", "mixin"), [(Trainer, AdapterCheckpoints), (Own, AdapterTrainer)])
+def test_the_mixin_after_a_trainer_is_refused_when_the_class_is_made(first: type, mixin: type) -> None:
+    with pytest.raises(AdapterError, match=f"put the mixin first, .*{mixin.__name__}, {first.__name__}"):
+        type("Wrong", (first, mixin), {})
+    type("Right", (type("Own", (mixin, first), {}),), {})
 
 
 def test_seq2seq_trainers_and_a_model_made_by_a_function() -> None:

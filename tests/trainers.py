@@ -54,11 +54,6 @@ def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def texts(count: int = 16) -> Dataset:
-    """Return examples for TRL's `SFTTrainer`."""
-    return Dataset.from_dict({"text": [f"{i} squared is {i * i}" for i in range(count)]})
-
-
 def preferences(count: int = 16) -> Dataset:
     """Return examples for TRL's `DPOTrainer`."""
     numbers = range(count)
