@@ -1,4 +1,4 @@
-"""The command line as a whole: where it prints what, exit codes, its extra, the demo, and pages that are true."""
+"""The command line: each command does what the verb of its name does, prints it there, and ends with that code."""
 
 import ast
 import importlib
@@ -7,28 +7,32 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer.main
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.torch_version import TorchVersion
 
 import randlora
+from randlora import files
 from randlora.__main__ import main
 from randlora.bases.spec import BasisSpec
 from randlora.cli.app import app, complain, plain, progress_bar, show, show_json, visible
-from randlora.errors import how_to_install
+from randlora.config import OPTIONS
+from randlora.errors import how_to_install, on_command_line
 from randlora.files.inspect import Check, Verification
-from randlora.files.merge import FileMergeReport
 from randlora.report import no_progress
-from tests.checkpoint_files import peft_directory, read_tensors, write_tensors
-from tests.model_directories import save_adapter, save_model
+from tests.checkpoint_files import edit_fields, peft_directory, read_tensors, write_tensors
+from tests.model_directories import contents, save_adapter, save_model
 from tests.models import LLAMA
 from tests.screens import PAGES, SCREEN, record
 
@@ -40,11 +44,146 @@ TEXT = "".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put a model and an adapter of it into the directory that commands work in."""
+    """Put a model and adapters of it into the directory that commands work in."""
     save_model(LLAMA, tmp_path / "model")
-    save_adapter(LLAMA, tmp_path / "adapter")
+    save_adapter(LLAMA, tmp_path / "adapter", basis="block")
+    save_adapter(LLAMA, tmp_path / "other", values=1)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], words: str) -> tuple[int, str, str]:
+    """Run a command; return its exit code and what it printed on both streams."""
+    capsys.readouterr()
+    code = main(words.split())
+    return code, *capsys.readouterr()
+
+
+LIBRARY: dict[str, Callable[[], Any]] = {
+    "inspect adapter": lambda: files.inspect("adapter"),
+    "verify adapter --base model": lambda: files.verify("adapter", "model"),
+    "merge adapter other out --base model --scale 0.5 --scale -2 --dtype bfloat16": lambda: files.merge(
+        {"adapter": 0.5, "other": -2.0}, "out", base="model", dtype=torch.bfloat16
+    ),
+    "convert adapter out --to lora --base model --rank 4 --tolerance 1 --format diffusers --component unet": (
+        lambda: files.convert(
+            "adapter", "out", "lora", base="model", rank=4, tolerance=1, format="diffusers", component="unet"
+        )
+    ),
+    "plan model --targets all": lambda: files.plan("model", 32, targets="all"),
+    "plan model --r 4 --targets q_proj,up_proj --targets v_proj --train-also norm,embed_tokens": lambda: files.plan(
+        "model", 4, targets=["q_proj", "up_proj", "v_proj"], train_also=["norm", "embed_tokens"]
+    ),
+    "plan model --targets all-linear --exclude mlp --alpha 3 --seed 7 --dropout 0.5 --init gamma --experts shared": (
+        lambda: files.plan(
+            "model",
+            32,
+            targets="all-linear",
+            exclude=["mlp"],
+            alpha=3,
+            seed=7,
+            dropout=0.5,
+            init="gamma",
+            experts="shared",
+        )
+    ),
+    r"plan model --targets .*\.0\..*_proj --r 8 --basis block --blocks 4 8": lambda: files.plan(
+        "model", 8, targets=r".*\.0\..*_proj", basis="block", blocks=(4, 8)
+    ),
+    "plan model --class AutoModelForSequenceClassification --num-labels 3 --train-also score": lambda: files.plan(
+        "model", 32, model_class="AutoModelForSequenceClassification", num_labels=3, train_also=["score"]
+    ),
+    "plan model --r q_proj=16 --r .*=8 --alpha (?=model).*=2.5 --basis sparse --stream portable": lambda: files.plan(
+        "model", {"q_proj": 16, ".*": 8}, alpha={"(?=model).*": 2.5}, basis="sparse", stream="portable"
+    ),
+}
+
+
+@pytest.mark.parametrize("words", LIBRARY, ids=range(len(LIBRARY)))
+def test_a_command_does_and_prints_what_the_verb_of_its_name_does(
+    words: str, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def written() -> dict[str, bytes]:
+        found = contents(Path("out")) if Path("out").exists() else {}
+        shutil.rmtree("out", ignore_errors=True)
+        return found
+
+    with on_command_line():
+        expected = LIBRARY[words]()
+        text = str(expected)
+    own = written()
+    code, out, err = run(capsys, words)
+    assert (code, err, written()) == (0, "", own)
+    assert out == f"{text}\n" or (words.startswith("plan") and out.startswith(f"{text}\n\nmemory for training"))
+    code, out, err = run(capsys, f"{words} --json")
+    assert (code, err, written()) == (0, "", own)
+    found = json.loads(out)
+    assert {name: found[name] for name in plain(expected)} == json.loads(json.dumps(plain(expected)))
+    if memory := found.get("training_memory"):
+        parts = ("weights", "parameters", "gradients", "optimizer", "bases")  # all that there is for one device
+        assert memory["total"] == sum(memory[part] for part in parts)
+
+
+def test_the_setup_of_a_plan_is_that_of_the_library_and_all_options_are_there(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "plan model --devices 8 --strategy tp --tokens 100 --dtype bfloat16 --checkpointing --optimizer-states 1 "
+    words += "--tp-plan *.q_proj=colwise --tp-plan *.v_proj=rowwise"
+    setup: dict[str, Any] = {"devices": 8, "strategy": "tp", "tokens": 100, "dtype": torch.bfloat16}
+    setup |= {"checkpointing": True, "optimizer_states": 1}
+    setup["tp_plan"] = {"*.q_proj": "colwise", "*.v_proj": "rowwise"}
+    with on_command_line():
+        expected = files.training_memory("model", **setup)
+        text = str(expected)
+    assert run(capsys, words)[1].endswith(f"\n\n{text}\n")
+    assert json.loads(run(capsys, f"{words} --json")[1])["training_memory"] == plain(expected)
+    commands: Any = typer.main.get_command(app)
+    options = {parameter.name for parameter in commands.commands["plan"].params}
+    assert {*OPTIONS, "like_lora", "init"} <= options
+
+
+def test_what_is_left_out_and_a_default_that_adapts_next_to_nothing_are_told(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("randlora.targets.left_out.LITTLE", 1.1)  # as if it were next to nothing
+    with on_command_line(), pytest.warns(UserWarning, match="the default adapts only") as caught:
+        report = files.plan("model")
+    assert [warning.filename for warning in caught] == [__file__]
+    code, out, err = run(capsys, "plan model")
+    assert (code, "UserWarning" in err) == (0, False)
+    shown = " ".join(out.split())
+    assert f"warning: {report.warning}" in shown
+    assert report.left_out
+    with on_command_line():
+        assert all(str(group) in shown for group in report.left_out)
+
+
+def test_errors_name_the_options_of_the_command_and_what_exists_is_written_over_if_asked(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failed(code: int, words: str, message: str) -> None:
+        found, out, err = run(capsys, words)
+        assert (found, out) == (code, "")
+        assert message in " ".join(err.split())
+
+    failed(1, "merge adapter out", "--base")
+    edit_fields(Path("adapter"), {"base_model_name_or_path": "model"})
+    assert run(capsys, "merge adapter out")[0] == 0
+    before = contents(Path("out"))
+    failed(1, "merge other out --base model", "exists and is not empty: choose a different name, or give --overwrite")
+    assert contents(Path("out")) == before
+    assert run(capsys, "merge other out --base model --overwrite")[0] == 0
+    assert contents(Path("out")) != before
+    peft_directory(Path("theirs"))
+    failed(1, "convert theirs lora --to lora", "give --base, the directory of its base model")
+    message = "with --rank 4, 8 of 8 layers have a relative error above --tolerance 0.05"
+    failed(2, "convert adapter lora --to lora --base model --rank 4", message)
+    edit_fields(Path("adapter"), {"r": 7})
+    code, out, err = run(capsys, "verify adapter")
+    assert (code, "failed: files" in out, err) == (1, True, "")
+    code, out, _ = run(capsys, "verify adapter --json")
+    assert (code, json.loads(out)["passed"]) == (1, False)
+    assert "the files come from different saves" in json.loads(out)["checks"][0]["words"]
 
 
 # In a process
@@ -96,8 +235,8 @@ main()
 
 
 def test_the_script_is_the_same_program_and_says_how_to_install_its_extra() -> None:
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    module, _, name = scripts["randlora"].partition(":")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, name = project["scripts"]["randlora"].partition(":")
     assert getattr(importlib.import_module(module), name) is main
     code = "import sys; sys.modules['typer'] = None; from randlora.__main__ import main; sys.exit(main([]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=False)
@@ -230,11 +369,8 @@ def test_what_an_encoding_lacks_is_written_out(directory: Path, monkeypatch: pyt
 def test_what_json_cannot_hold_becomes_text_and_properties_that_are_numbers_are_in_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    show_json(FileMergeReport(Path("out"), {"ä": 0.5}, ("x",), (), 1, 10, torch.bfloat16, ()))
-    numbers = {"adapters": {"ä": 0.5}, "shards": 1, "nbytes": 10}
-    others = {"out": "out", "merged": ["x"], "replaced": [], "added": [], "dtype": "bfloat16", "notes": []}
-    assert json.loads(capsys.readouterr().out) == numbers | others
-    assert plain({1: {Path("a")}}) == {"1": ["a"]}
+    show_json({Path("ä"): (torch.bfloat16, {Path("a")}, 0.5, None)})
+    assert json.loads(capsys.readouterr().out) == {"ä": ["bfloat16", ["a"], 0.5, None]}
     assert plain(Verification(Path("a"), (Check("files", "passed", ""),)))["passed"] is True
     spec = plain(BasisSpec("dense", "torch", 0, 4, 8, 8))
     assert (spec["num_bases"], spec.keys() & {"family"}) == (2, set())
@@ -252,7 +388,7 @@ def test_the_demo_learns_and_gives_the_same_outputs_after_saving_and_merging(
     assert found["after"] < found["before"] / 5
     assert (found["loads_equal"], found["passed"]) == (True, True)
     assert found["merged_apart"] < 1e-5
-    assert randlora.files.verify(kept).passed
+    assert files.verify(kept).passed
     assert torch.equal(torch.get_rng_state(), before)
     assert main(["demo", "--keep", kept]) == 1
     capsys.readouterr()

@@ -19,10 +19,8 @@ from randlora.bases import BasisBank, BasisSpec
 from randlora.errors import CheckpointError
 from tests.kit import all_bits, bits, fill
 from tests.laws import TOKENS, Mixed
-from tests.layer_kinds import LAYER_KINDS, LayerKind
 from tests.model_directories import contents, save_adapter, save_model
 from tests.models import LLAMA
-from tests.read_kinds import READ_KINDS, ReadKind, output_of
 from tests.strategies import KINDS_AND_STREAMS
 
 
@@ -49,9 +47,7 @@ def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Place:
         fill(model, name, seed=ord(name))
     randlora.save_all(model, at / "saved")
     save_model(LLAMA, at / "base")
-    parts = [
-        save_adapter(LLAMA, at / name, targets=[name], values=1, stream="portable") for name in ("q_proj", "up_proj")
-    ]
+    parts = (save_adapter(LLAMA, at / name, targets=[name], stream="portable") for name in ("q_proj", "up_proj"))
     return Place(model.eval(), at / "saved", at / "base", save_adapter(LLAMA, at / "adapter"), (*parts,), at)
 
 
@@ -76,12 +72,9 @@ def pooled(at: Place) -> Tensor:
 
 
 def drawn(_: Place) -> list[Any]:
-    specs = [
-        BasisSpec(kind, stream, seed=3, r=4, max_dim=12, min_dim=8, blocks=(2, 2) if kind == "block" else None)
-        for kind, stream in KINDS_AND_STREAMS
-    ]
+    drawings = [BasisSpec(*each, 3, 4, 12, 8, (2, 2) if each[0] == "block" else None) for each in KINDS_AND_STREAMS]
     bank = BasisBank()
-    return [bank.acquire(spec).slices(12, 8, device="cpu", dtype=torch.float32) for spec in specs]
+    return [bank.acquire(spec).slices(12, 8, device="cpu", dtype=torch.float32) for spec in drawings]
 
 
 VERBS: dict[str, Callable[[Place], Any]] = {
@@ -193,37 +186,3 @@ def test_a_verb_does_the_same(verb: str, beforehand: Place, tmp_path: Path) -> N
             done(verb, beforehand, tmp_path / "out", other_defaults)
         defaults = partial(other_defaults, None)
     assert done(verb, beforehand, tmp_path / "out", defaults) == expected
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*LAYER_KINDS, *READ_KINDS], ids=lambda kind: kind.name)
-def test_a_layer_of_every_kind_does_the_same(kind: LayerKind | ReadKind, tmp_path: Path) -> None:
-    if isinstance(kind, ReadKind):
-        model, given, options = kind.model(), kind.arguments(), kind.adapter_options
-    else:
-        model, given = nn.Sequential(kind.build(24, 40, True, kind.exact)), (torch.randn(6, 24, dtype=kind.exact),)
-        options = {"r": 4, "targets": "all"}
-    twin = copy.deepcopy(model)
-    expected = list(map(described, worked_with(model, given, options, tmp_path)))
-    with other_defaults():
-        assert list(map(described, worked_with(twin, given, options, tmp_path))) == expected
-
-
-def worked_with(model: Any, given: tuple[Any, ...], options: dict[str, Any], directory: Path) -> Iterator[Any]:
-    """Adapt, change, differentiate, save, load, route, compute norms and merge; yield what came out."""
-    randlora.inject(model, **options)
-    parameters = list(randlora.trainable_parameters(model))
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.mul_(1.5).add_(0.1)
-    output = output_of(model[0](*given))
-    yield output
-    yield torch.autograd.grad(output.sum(), parameters)
-    randlora.save(model, directory)
-    randlora.load(model, directory, name="b")
-    yield randlora.update_norms(model, name="b")
-    with suppress(randlora.errors.RandLoRAError), randlora.serving.routed(model, ["b", None] * 3), torch.no_grad():
-        yield output_of(model[0](*given))
-    with suppress(randlora.errors.MergeError):
-        yield randlora.merge(model)
-        yield model

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 import subprocess
 import sys
 import weakref
@@ -14,7 +15,10 @@ import pytest
 import torch
 from torch import nn
 from torch.ao import quantization
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
+from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
@@ -22,43 +26,36 @@ from randlora.layers import registry
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.scopes import begin_call, end_call
 from randlora.model.install import check_call
+from randlora.offloaded import require_merged_weights
 from randlora.targets.census import Census
+from tests.distributed.processes import Processes
 from tests.in_place_models import Reading, X, adapt, given, of_kind, register
 from tests.kit import all_bits, fill, same_bits, untouched
-from tests.laws import assert_close, needs_export
-from tests.layer_kinds import (
-    LAYER_KINDS,
-    LayerKind,
-    every_kind,
-    every_kind_of_4_bits_compiled,
-)
+from tests.laws import assert_close
+from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind
 from tests.models import GPT2, LLAMA, RealModel, outputs
 
 HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith("_hooks") or "_hooks_with" in name]
-OURS = frozenset({check_call, begin_call, end_call})
+OURS = frozenset({check_call, begin_call, end_call, require_merged_weights})
 ROOT = Path(__file__).parent.parent
 
 
 def objects(model: nn.Module) -> dict[str, Any]:
-    """Record every object of a model that nothing may replace, under each of its names."""
-    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if "randlora" not in name}
-    own_hooks = [each for module in modules.values() for each in (module._forward_pre_hooks, module._forward_hooks)]
-    ours = {number for each in own_hooks for number, hook in each.items() if hook in OURS}
-    hooks = {
-        f"{name}.{held}": (id(own), [(number, hook) for number, hook in own.items() if number not in ours])
-        for name, module in modules.items()
-        for held in HOOKS
-        for own in [module.__dict__[held]]
-    }
+    """Record every object of a model that nothing may replace, under each of its names, and each module's type."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if "randlora" not in name:
+            found[name] = id(module), [child for child in module._modules if "randlora" not in child]
+            called = {**module._forward_pre_hooks, **module._forward_hooks}
+            for held in HOOKS:
+                own = module.__dict__[held]
+                found[f"{name}.{held}"] = id(own), [each for each in own.items() if called.get(each[0]) not in OURS]
     parameters = model.named_parameters(remove_duplicate=False)
-    return {
-        "modules": {name: id(module) for name, module in modules.items()},
-        "parameters": {name: id(parameter) for name, parameter in parameters if "randlora" not in name},
-        "hooks": hooks,
-        "places": {
-            name: [child for child in module._modules if "randlora" not in child] for name, module in modules.items()
-        },
-    }
+    return found | {name: id(parameter) for name, parameter in parameters if "randlora" not in name}
+
+
+def types_of(model: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def added(model: nn.Module) -> set[str]:
@@ -83,8 +80,7 @@ def test_every_object_every_name_and_every_type_stays(kind: LayerKind) -> None:
         for module in model.modules():
             module.register_forward_hook(lambda *_: None)
             module.register_forward_pre_hook(lambda *_: None)
-        before, keys = objects(model), set(model.state_dict())
-        types = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+        before, keys, types = objects(model), set(model.state_dict()), types_of(model)
         adapt(model)
         assert objects(model) == before
         assert all(isinstance(model.get_submodule(name), own) for name, own in types.items())
@@ -92,12 +88,10 @@ def test_every_object_every_name_and_every_type_stays(kind: LayerKind) -> None:
         assert keys <= set(model.state_dict())
         model(x)
         randlora.eject(model)
-        assert objects(model) == before
+        assert (objects(model), types_of(model), set(model.state_dict())) == (before, types, keys)
         for module in model.modules():
             assert not OURS.intersection([*module._forward_pre_hooks.values(), *module._forward_hooks.values()])
-        assert {name: type(module) for name, module in model.named_modules(remove_duplicate=False)} == types
-        assert set(model.state_dict()) == keys
-        assert not [name for module in model.modules() for name in module.__dict__ if "randlora" in name]
+            assert not [name for name in module.__dict__ if "randlora" in name]
 
 
 @every_kind
@@ -137,9 +131,7 @@ def test_copies_and_pickles_in_a_fresh_process_compute_the_same_bits(tmp_path: P
     for name, (model, x, expected) in saved.items():
         twin = copy.deepcopy(model)
         assert torch.equal(twin(x), expected), name
-        assert {name: type(module) for name, module in twin.named_modules()} == {
-            name: type(module) for name, module in model.named_modules()
-        }
+        assert types_of(twin) == types_of(model), name
         fill(twin, seed=1)
         assert torch.equal(model(x), expected), name
         randlora.eject(twin)
@@ -155,18 +147,15 @@ def test_copies_and_pickles_in_a_fresh_process_compute_the_same_bits(tmp_path: P
 
 
 @pytest.mark.parametrize(("base", "is_ejected"), [(nn.Linear, False), (nn.Embedding, True)], ids=["called", "read"])
-def test_a_class_that_a_program_made_is_collected_with_the_modules_that_it_adapted(
-    base: type[nn.Module], is_ejected: bool
-) -> None:
+def test_a_class_that_a_program_made_is_collected_with_the_modules_that_it_adapted(base: Any, is_ejected: bool) -> None:
     made = type("Made", (base,), {})
-    model = nn.Sequential(made(8, 8))
-    randlora.inject(model, r=2, targets="all")
-    held = copy.deepcopy(model)
-    classes = [weakref.ref(made), weakref.ref(type(model[0]))]
+    models = [nn.Sequential(made(8, 8))]
+    randlora.inject(models[0], r=2, targets="all")
+    models.append(copy.deepcopy(models[0]))
+    classes = [weakref.ref(made), weakref.ref(type(models[0][0]))]
     if is_ejected:
-        randlora.eject(model)
-        randlora.eject(held)
-    del made, model, held
+        [*map(randlora.eject, models)]
+    del made, models
     gc.collect()
     assert [reference() for reference in classes] == [None, None]
 
@@ -188,13 +177,38 @@ def test_what_save_pretrained_writes_reloads_as_the_base(kind: RealModel, tmp_pa
     assert torch.equal(outputs(again.eval(), kind.inputs()), outputs(base, kind.inputs()))
 
 
+# Sharded: see tests/distributed for more
+
+
+def routed() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 8)), torch.randn(2, 16)
+    for name in "ab":
+        randlora.inject(model, r=4, name=name)
+        fill(model, name)
+    for module in (*model, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    with torch.no_grad():
+        with randlora.serving.routed(model, ["a", "b"]):
+            before = model(x)
+            sharded: dict[str, Any] = dict(model.named_parameters())
+            for name, value in sharded.items():
+                if name.endswith("lambda.b"):
+                    value.to_local().mul_(-3)
+            after = model(x)
+        randlora.activate(model, "b")
+        torch.testing.assert_close(after[1], model(x)[1])
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
 @pytest.mark.medium
-@needs_export
-@every_kind_of_4_bits_compiled
-def test_an_exported_program_of_4_bits_computes_the_same(kind: LayerKind) -> None:
-    model = adapt(of_kind(kind))
-    program = torch.export.export(model, (X,), strict=True)  # bitsandbytes' plain layers export in no other way
-    assert_close(program.module()(X), model(X), torch.float32)
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.7", reason="torch 2.6 computes with shards on a GPU alone")
+def test_routed_sees_that_sharded_values_change() -> None:
+    alone = Processes(1)
+    try:
+        alone.run(routed)
+    finally:
+        alone.stop()
 
 
 # What is refused, with the reason and before anything changes
@@ -222,40 +236,25 @@ class Scripted(LinearAdapter):
         return in_features, out_features
 
 
-def test_a_class_that_cannot_be_subclassed_is_refused_with_the_reason() -> None:
-    model = nn.Sequential(nn.Linear(12, 12), Final(12, 12))
-    with untouched(model), pytest.raises(TargetError, match=r"(?s)1 is a Final, whose class cannot.*may not be"):
-        randlora.inject(model, r=3, targets=["0", "1"])
-    assert type(model[0]) is nn.Linear
-    assert type(model[1]) is Final
-    randlora.inject(model, r=3, targets=["0"])
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch.ao and torch.jit warn of all
+def test_a_class_that_cannot_change_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: nn.Module, message: str, *targets: str) -> None:
+        before = types_of(model)
+        with pytest.raises(TargetError, match=message):
+            randlora.inject(model, r=3, targets=targets or ["0", "1"])
+        assert types_of(model) == before
 
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-@pytest.mark.parametrize("known", [False, True], ids=["of no kind", "of a kind"])
-def test_a_script_module_is_refused_with_the_reason(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Linear(12, 12), torch.jit.script(nn.Linear(12, 12)))
-    own = type(model[1])
-    reason = "for which there is no adapter layer"
-    if known:
-        monkeypatch.setattr(registry, "_layers", {**registry._layers, registry.qualified_name(own): Scripted})
-        reason = "a TorchScript module, whose class cannot change"
-    with untouched(model), pytest.raises(TargetError, match=f"1 is .*RecursiveScriptModule, .*{reason}"):
-        randlora.inject(model, r=3, targets=["0", "1"])
-    assert type(model[0]) is nn.Linear
-    assert type(model[1]) is own
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch.ao warns of all it does
-def test_layers_that_torch_quantized_are_refused_with_the_reason() -> None:
+    scripted: Any = torch.jit.script(nn.Linear(12, 12))
+    beside = nn.Sequential(nn.Linear(12, 12), scripted)
+    refuse(nn.Sequential(nn.Linear(12, 12), Final(12, 12)), r"(?s)1 is a Final, whose class cannot.*may not be")
+    refuse(beside, "1 is .*RecursiveScriptModule, .*there is no adapter layer")
+    monkeypatch.setattr(registry, "_layers", {**registry._layers, registry.qualified_name(type(scripted)): Scripted})
+    refuse(beside, "1 is .*RecursiveScriptModule, .*a TorchScript module, whose class cannot change")
+    own, of_tables = quantization.default_dynamic_qconfig, quantization.float_qparams_weight_only_qconfig
     model = nn.Sequential(nn.Linear(12, 20), nn.Embedding(5, 20))
-    quantized = quantization.quantize_dynamic(
-        model,
-        {nn.Linear: quantization.default_dynamic_qconfig, nn.Embedding: quantization.float_qparams_weight_only_qconfig},
-    )
+    quantized = quantization.quantize_dynamic(model, {nn.Linear: own, nn.Embedding: of_tables})
     for target in "01":
-        with pytest.raises(TargetError, match=rf"{target} .* was quantized by torch\.ao"):
-            randlora.inject(quantized, r=3, targets=[target])
+        refuse(quantized, rf"{target} .* was quantized by torch\.ao", target)
 
 
 def on_top(model: nn.Module) -> None:
@@ -270,18 +269,18 @@ def parametrized(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [on_top, parametrized])
 def test_a_class_changed_on_top_stops_eject_and_remove(change: Callable[[nn.Module], None]) -> None:
-    model = adapt(of_kind(LAYER_KINDS[0]))
+    model, x = adapt(of_kind(LAYER_KINDS[0])), X.double()
     randlora.inject(model, r=3, targets=["0", "2"], name="second", stream="portable")
     change(model)
-    classes = {name: type(module) for name, module in model.named_modules()}
+    classes = types_of(model)
     for verb in (randlora.eject, lambda model: randlora.remove(model, "second"), randlora.merge):
         randlora.activate(model, ["default", "second"])
         with untouched(model), pytest.raises((AdapterError, MergeError), match=r"2 changed its class to .* after"):
             verb(model)
-        assert {name: type(module) for name, module in model.named_modules()} == classes
-    expected = model(X.double())
+        assert types_of(model) == classes
+    expected = model(x)
     with randlora.merged(model):
-        assert_close(model(X.double()), expected, torch.float64)
+        assert_close(model(x), expected, torch.float64)
 
 
 def test_what_version_0_1_pickled_whole_is_refused_in_words() -> None:
@@ -293,18 +292,12 @@ def test_what_version_0_1_pickled_whole_is_refused_in_words() -> None:
 
 
 def test_a_state_dict_of_version_0_1_is_refused_in_words_that_say_how_to_mend_it() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
-    randlora.inject(model, r=4, targets=["0"])
-    fill(model)
-    own = model.state_dict()
-    theirs = {name.replace("0.weight", "0.base_layer.weight").replace("0.bias", "0.base_layer.bias"): value
-              for name, value in own.items()}  # fmt: skip
-    other = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
-    randlora.inject(other, r=4, targets=["0"])
-    with (
-        untouched(other),
-        pytest.raises(CheckpointError, match=r"has 0\.base_layer\.weight.*replace '\.base_"),
-    ):
+    model, other = (nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2))
+    for each in (model, other):
+        randlora.inject(each, r=4, targets=["0"])
+    own = fill(model).state_dict()
+    theirs = {re.sub(r"^0\.(weight|bias)", r"0.base_layer.\1", name): value for name, value in own.items()}
+    with untouched(other), pytest.raises(CheckpointError, match=r"has 0\.base_layer\.weight.*replace '\.base_"):
         other.load_state_dict(theirs)
     other.load_state_dict({name.replace(".base_layer.", "."): value for name, value in theirs.items()})
     assert all_bits(other.state_dict()) == all_bits(own)

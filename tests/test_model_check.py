@@ -148,16 +148,6 @@ def test_a_model_without_fault_is_told_so_and_what_an_input_does_not_reach(name:
         assert "not checked: inner (this input does not reach it)" in str(report)
 
 
-def test_equal_faults_are_one_line() -> None:
-    model = nn.ModuleDict({name: around(calls, lambda: Own(8, 8)) for name in "abc"})
-    model.forward = lambda x: [part(x) for part in model.values()]
-    report = randlora.check(adapted(model, targets=["inner"]), X)
-    assert len(report.problems) == 3
-    text = " ".join(str(report).split())
-    assert text.startswith("3 of 3 adapted weights are not as they should be; 0 are a.inner, b.inner, c.inner")
-    assert text.count("(in training mode and evaluation mode)") == 1
-
-
 class Untidy(nn.Module):
     """Change whatever a forward can change."""
 

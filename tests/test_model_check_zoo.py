@@ -1,11 +1,11 @@
 """`make slow` checks a model of every type of transformers, and some of diffusers and torchvision."""
 
 import inspect
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import chain, product
 from typing import Any
 
 import pytest
@@ -65,8 +65,6 @@ ALL_CUTS = (
     *(LAYERS | WIDE | SIDES | {"head_dim": size} for size in (64, 128)),
 )
 
-Draw = Callable[[Any], Any]
-
 
 def attribute(config: Any, *names: str, default: Any = None) -> Any:
     """Return the first attribute of a config, or of one inside it, that is set."""
@@ -79,88 +77,65 @@ def drawn(*size: Any) -> Tensor:
     return torch.randn(*map(int, size), generator=torch.Generator().manual_seed(0))
 
 
-def integers(most: int, *size: int, least: int = 0) -> Tensor:
-    return torch.randint(least, max(most, least + 1), size, generator=torch.Generator().manual_seed(0))
-
-
 def ids(config: Any, length: int = 8) -> Tensor:
     """Draw tokens that are no special ones."""
-    vocabulary = int(attribute(config, "vocab_size", default=32))
-    with suppress(ValueError, AttributeError):  # it has several, or none of its own
-        vocabulary = int(attribute(config.get_text_config(), "vocab_size", default=vocabulary))
-    return integers(vocabulary, 2, length, least=min(3, vocabulary - 1))
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = int(attribute(text, "vocab_size") or attribute(config, "vocab_size", default=32))
+    least = min(3, most - 1)
+    return torch.randint(least, max(most, least + 1), (2, length), generator=torch.Generator().manual_seed(0))
 
 
-def images(config: Any, size: int | None = None, *, is_clip: bool = False) -> Tensor | None:
-    """Draw images of a size, by default that of the config, or clips of them; `None` if they were large."""
-    side = size or attribute(config, "image_size", "img_size", "crop_size", default=64)
-    height, width = (side, side) if isinstance(side, int) else (tuple(side)[-2:])
+def images(config: Any, frames: tuple[int, ...]) -> Iterator[Tensor]:
+    """Draw images of several sizes, that of the config first, or clips of them, unless they are large."""
     channels = attribute(config, "num_channels", "in_channels", "in_chans", default=3)
-    frames = (attribute(config, "num_frames", default=2),) if is_clip else ()
-    if height * width * (frames or (1,))[0] > 300_000:
-        return None
-    return drawn(2 if height < 100 else 1, *frames, channels if isinstance(channels, int) else 3, height, width)
+    own = attribute(config, "image_size", "img_size", "crop_size", default=64)
+    for side in (own, 32, 64, 224):
+        height, width = (side, side) if isinstance(side, int) else tuple(side)[-2:]
+        if height * width * (frames or (1,))[0] <= 300_000:
+            shape = channels if isinstance(channels, int) else 3, height, width
+            yield drawn(2 if height < 100 else 1, *frames, *shape)
 
 
-def spectrogram(config: Any, *, is_time_first: bool) -> Tensor:
-    names = "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", "feature_projection_input_dim"
-    bins = attribute(config, *names, default=80)
-    if is_time_first:
-        return drawn(2, 64, bins)
-    return drawn(1, bins, 2 * int(attribute(config, "max_source_positions", default=32)))
+def sounds(config: Any) -> Iterator[Tensor]:
+    """Draw spectrograms, as long as the model takes, and with time first, and waves."""
+    bins = attribute(config, "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", default=80)
+    yield drawn(1, bins, 2 * int(attribute(config, "max_source_positions", default=32)))
+    yield drawn(2, 64, attribute(config, "feature_projection_input_dim", default=bins))
+    yield from (drawn(2, 4000), drawn(2, 1, 4000), drawn(1, 1, 1001, 64), drawn(1, 1, 1024, 128))
 
 
-def states(config: Any, *names: str, length: int = 8) -> Tensor:
-    return drawn(2, length, attribute(config, *(names or ("hidden_size", "d_model")), default=64))
-
-
-def series(config: Any) -> Tensor:
-    length = int(attribute(config, "context_length", default=64))
-    return drawn(2, length, attribute(config, "num_input_channels", "input_size", default=1))
-
-
-features, frames = (partial(spectrogram, is_time_first=is_first) for is_first in (False, True))
-clips = partial(images, is_clip=True)
-MAIN: dict[str, tuple[Draw, ...]] = {
-    "input_ids": (ids, partial(ids, length=64)),
-    "pixel_values": (images, *(partial(images, size=size) for size in (32, 64, 224)), clips, partial(clips, size=32)),
-    "pixel_values_videos": (clips,),
-    "input_features": (features, frames, lambda _: drawn(1, 1, 1001, 64)),
-    "input_values": (lambda _: drawn(2, 4000), lambda _: drawn(2, 1, 4000), frames, features),
-    "waveform": (lambda _: drawn(2, 4000),),
-    "audio_values": (frames, lambda _: drawn(1, 1, 1024, 128)),
-    "inputs": (ids, images, lambda config: states(config, "d_model")),
-    "past_values": (series, lambda _: drawn(2, 64)),
-    "hidden_states": (states,),
-    "inputs_embeds": (states,),
-}
-"""How to draw the input that a model needs, by its name: the likeliest first."""
-
-BESIDE: dict[str, Draw] = {
-    "decoder_input_ids": partial(ids, length=5),
-    "use_cache": lambda _: False,
-    "bbox": lambda _: integers(40, 2, 8, 4).sort(dim=-1).values,
-}
-"""What is given beside it, where the forward takes it."""
+def drawings(config: Any) -> dict[str, Iterator[Tensor]]:
+    """Return how to draw the input that a model needs, by its name: the likeliest first."""
+    length, channels = attribute(config, "context_length", default=64), ("num_input_channels", "input_size")
+    states, frames = attribute(config, "hidden_size", "d_model", default=64), attribute(config, "num_frames", default=2)
+    return {
+        "input_ids": (ids(config, length) for length in (8, 64)),
+        "pixel_values": chain(images(config, ()), images(config, (frames,))),
+        "pixel_values_videos": images(config, (frames,)),
+        **{name: sounds(config) for name in ("input_features", "input_values", "waveform", "audio_values")},
+        "inputs": chain([ids(config)], images(config, ()), [drawn(2, 8, states)]),
+        "past_values": iter([drawn(2, length, attribute(config, *channels, default=1)), drawn(2, 64)]),
+        **{name: iter([drawn(2, 8, states)]) for name in ("hidden_states", "inputs_embeds")},
+    }
 
 
 def inputs_of(model: Any) -> Iterator[dict[str, Any]]:
     """Go through inputs that the forward of a model may take, the likeliest first."""
-    names = list(inspect.signature(type(model).forward).parameters)
-    config, beside = model.config, {name: make(model.config) for name, make in BESIDE.items() if name in names}
+    names, config = list(inspect.signature(type(model).forward).parameters), model.config
+    boxes = torch.arange(64).view(2, 8, 4) % 40
+    beside = {"decoder_input_ids": ids(config, 5), "use_cache": False, "bbox": boxes.sort(dim=-1).values}
+    beside = {name: value for name, value in beside.items() if name in names}
     for name in dict.fromkeys([getattr(model, "main_input_name", "input_ids"), *names]):
-        for make in MAIN.get(name, ()) if name in names else ():
-            if (found := make(config)) is not None:
-                yield {name: found, **beside}
-                yield {name: found}
+        for found in drawings(config).get(name, ()) if name in names else ():
+            yield {name: found, **beside}
+            yield {name: found}
     if {"input_ids", "pixel_values"} <= {*names}:
-        drawings = (make(config) for make in MAIN["pixel_values"])
-        yield from ({"input_ids": ids(config), "pixel_values": found} for found in drawings if found is not None)
+        yield from ({"input_ids": ids(config), "pixel_values": each} for each in images(config, ()))
 
 
 def runnable(model_type: str, names: list[str]) -> tuple[nn.Module, dict[str, Any]] | None:
     """Build the first of some classes that runs, with few weights, and inputs that it runs on; `None` without any."""
-    for name, sizes in itertools.product(names[:MOST], ALL_CUTS):
+    for name, sizes in product(names[:MOST], ALL_CUTS):
         try:
             model_class, config = getattr(transformers, name), cut(CONFIG_MAPPING[model_type], sizes)
             with torch.device("meta"):
@@ -170,10 +145,11 @@ def runnable(model_type: str, names: list[str]) -> tuple[nn.Module, dict[str, An
             model = model_class(config).eval()
         except Exception:  # some sizes do not go together
             continue
-        for inputs in inputs_of(model):
-            with suppress(Exception), torch.no_grad():  # it wants other inputs
-                model(**inputs)
-                return model, inputs
+        with suppress(ValueError):  # its config has several texts
+            for inputs in inputs_of(model):
+                with suppress(Exception), torch.no_grad():  # it wants other inputs
+                    model(**inputs)
+                    return model, inputs
     return None
 
 
@@ -213,7 +189,7 @@ TORCHVISION = "resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "regnet_y_400mf
 OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
     "UNet": (unet, noise),
     "Flux": (flux, patches),
-    "CLIP": (clip, lambda: {"image": drawn(1, 3, 16, 16), "text": integers(40, 1, 8)}),
+    "CLIP": (clip, lambda: {"image": drawn(1, 3, 16, 16), "text": torch.arange(8)[None]}),
     "ViT": (torchvision_vit, image),
     **{name: (partial(from_torchvision, name), lambda: {"x": drawn(2, 3, 64, 64)}) for name in TORCHVISION},
 }

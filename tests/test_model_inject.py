@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import peft
@@ -17,7 +17,9 @@ from torch.nn.parameter import UninitializedParameter
 
 import randlora
 from randlora import RandLoRAConfig
+from randlora.config import LARGEST_FACTOR
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError, RandLoRAError, TargetError
+from randlora.functional import Compute
 from randlora.state import adapted_root, is_adapted
 from tests.kit import all_bits, assert_unchanged, fill, same_bits, set_alpha, snapshot, untouched
 from tests.laws import TOKENS, Mixed
@@ -38,7 +40,10 @@ def test_a_fresh_adapter_leaves_every_bit_of_a_models_output(kind: tuple[str, st
     except ConfigError:  # a ternary draw of so few numbers may be all zeros
         assert kind[0] == "very_sparse"
         reject()
-    assert same_bits(model(TOKENS), before)
+    for compute in get_args(Compute):
+        randlora.set_compute(model, compute)
+        randlora.activate(model, {"default": -LARGEST_FACTOR})
+        assert same_bits(model(TOKENS), before)
 
 
 def test_inject_adapts_every_linear_layer_but_the_head_and_freezes_the_rest() -> None:
@@ -329,6 +334,5 @@ def test_what_peft_wraps_later_is_said_to_be_lost_until_peft_has_left(is_mixed: 
 
 @pytest.mark.parametrize("targets", ["all", None, ["1"]])
 def test_matrices_of_an_adapter_of_ones_own_are_skipped_with_the_reason(targets: Any) -> None:
-    report = randlora.inject(nn.Sequential(nn.Linear(8, 8), OwnLoRA()), r=2, targets=targets)
-    assert "1.linear" in report.targets
-    assert report.skipped.keys() == {"1.lora_A", "1.lora_B"}
+    report = randlora.plan(nn.Sequential(nn.Linear(8, 8), OwnLoRA()), r=2, targets=targets)
+    assert ("1.linear" in report.targets, {*report.skipped}) == (True, {"1.lora_A", "1.lora_B"})

@@ -290,9 +290,8 @@ def test_weights_are_split_by_style_by_plan_and_by_rows() -> None:
     ],
 )
 def test_what_cannot_be_planned_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(RandLoRAError, match=message) as raised:
+    with pytest.raises(RandLoRAError, match=message):
         memory(nn.Sequential(nn.Linear(8, 8)), **options)
-    assert isinstance(raised.value, ConfigError) or "targets" in options or "token" in options
 
 
 def test_what_is_not_counted_is_said_and_what_does_nothing_is_not_counted() -> None:

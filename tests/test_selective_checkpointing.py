@@ -27,33 +27,25 @@ PRODUCTS = aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.d
 Run = Callable[[], Tensor]
 
 
-class Policy:
-    """Saves every nth result of some operators, or of all, as torchtitan's saves every second product."""
+def policy_of(operators: tuple[Any, ...] | None, nth: int) -> Callable[..., CheckpointPolicy]:
+    """Save every nth result of some operators, or of all, as torchtitan's saves every second product."""
+    met = [0, 0]
 
-    def __init__(self, operators: tuple[Any, ...] | None, nth: int) -> None:
-        self.operators, self.nth, self.met = operators, nth, [0, 0]
-
-    def __call__(self, context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        """Say what becomes of one result."""
-        if self.operators is not None and operator not in self.operators:
+    def policy(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        if operators is not None and operator not in operators:
             return CheckpointPolicy.PREFER_RECOMPUTE
-        self.met[context.is_recompute] += 1
-        saves = self.nth and self.met[context.is_recompute] % self.nth == 0
-        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+        met[context.is_recompute] += 1
+        return CheckpointPolicy.PREFER_RECOMPUTE if met[context.is_recompute] % nth else CheckpointPolicy.MUST_SAVE
+
+    return policy
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {
-    "everything": partial(Policy, None, 1),
-    "products": partial(Policy, PRODUCTS, 1),
-    "every second product": partial(Policy, PRODUCTS, 2),
-    "nothing": partial(Policy, (), 0),
-}
+POLICIES = {"everything": (None, 1), "products": (PRODUCTS, 1), "second products": (PRODUCTS, 2), "nothing": ((), 1)}
 
 
-def selectively(run: Run, policy: str) -> Tensor:
-    output: Tensor = checkpoint(
-        run, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(POLICIES[policy]())
-    )
+def selectively(run: Run, name: str) -> Tensor:
+    contexts = partial(create_selective_checkpoint_contexts, policy_of(*POLICIES[name]))
+    output: Tensor = checkpoint(run, use_reentrant=False, context_fn=contexts)
     return output
 
 
@@ -115,8 +107,7 @@ def test_it_changes_no_gradient_under_autocast_and_beside_rows_of_several_adapte
         return output.float()
 
     assert_same_gradients(autocast, x.cos, [x, *randlora.trainable_parameters(model)])
-    for name in ("a", "b"):
-        randlora.set_trainable(model, name, trainable=False)
+    randlora.set_trainable(model, ["a", "b"], trainable=False)
     head = model[2].requires_grad_()
 
     def routed() -> Tensor:
@@ -145,8 +136,7 @@ class Keeping(TorchDispatchMode):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_no_result_is_overwritten_under_a_mode_of_the_user(mode: Callable[[], Any]) -> None:
     """A mode is known by private names: see randlora/modes.py."""
-    model = nn.Sequential(nn.Linear(24, 40))
-    randlora.inject(model, r=4, targets="all")
+    randlora.inject(model := nn.Sequential(nn.Linear(24, 40)), r=4, targets="all")
     fill(model)
     with mode(), Keeping() as keeping:
         model(torch.randn(5, 24))
