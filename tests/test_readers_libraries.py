@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,16 +65,12 @@ HARMLESS = {
 
 
 class Read(NamedTuple):
-    """A place in the code, ``file:line``, the qualified name of its function, and the expression that it reads."""
+    """A place in the code, ``file:line``, its function, the expression that it reads, and the module's name there."""
 
     place: str
     where: str
     what: str
-
-    @property
-    def child(self) -> str:
-        """The name of the module whose weight it is, as its owner has it."""
-        return self.what.removesuffix(f".{self.what.rpartition('.')[2]}").removeprefix("self.")
+    child: str
 
 
 def files_of(library: str) -> Iterator[tuple[Path, str]]:
@@ -89,20 +84,14 @@ def files_of(library: str) -> Iterator[tuple[Path, str]]:
             yield path.relative_to(root.parent), path.read_text(encoding="utf-8", errors="replace")
 
 
-def _read(node: ast.AST) -> tuple[ast.expr | None, str]:
-    """Return the module whose weight an expression reads, if it does, and the name of the weight."""
+def _read(node: ast.AST) -> ast.expr | None:
+    """Return the module whose weight an expression reads, if it does."""
     match node:
         case ast.Attribute(value=owner, attr=name) if name in WEIGHTS:
-            return owner, name
+            return owner
         case ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str(name)), *_]) if name in WEIGHTS:
-            return owner, name
-    return None, ""
-
-
-@cache
-def reads_in(library: str) -> tuple[Read, ...]:
-    """Return the places in a library's code that read weights of modules that may be linear layers."""
-    return tuple(read for path, text in files_of(library) if "weight" in text for read in reads_of(text, path))
+            return owner
+    return None
 
 
 def reads_of(text: str, path: Path) -> Iterator[Read]:
@@ -125,9 +114,10 @@ def reads_of(text: str, path: Path) -> Iterator[Read]:
     def go(node: ast.AST, parent: ast.AST | None, scope: tuple[str, ...]) -> Iterator[Read]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             scope = (*scope, node.name)
-        owner, name = _read(node)
+        owner = _read(node)
         if owner is not None and not is_harmless(owner, parent, scope):
-            yield Read(f"{path}:{owner.lineno}", ".".join((module, *scope)), f"{ast.unparse(owner)}.{name}")
+            name = ast.unparse(owner).removeprefix("self.")
+            yield Read(f"{path}:{owner.lineno}", ".".join((module, *scope)), ast.unparse(node), name)
         for child in ast.iter_child_nodes(node):
             yield from go(child, node, scope)
 
@@ -141,24 +131,23 @@ def is_in_table(read: Read) -> bool:
         return any(name.endswith(f".{other}") for name in PARENTS)
     known = [found for name, found in PARENTS.items() if read.where.startswith(f"{name}.")]
     children = {child for found in known for reading in found for child in reading.children}
-    return bool(known) and (read.child in children or not read.what.startswith("self."))
+    return bool(known) and (read.child in children or not read.what.startswith(("self.", "getattr(self.")))
 
 
 def test_every_weight_that_is_read_is_known() -> None:
-    reads = [read for library in LIBRARIES for read in reads_in(library)]
+    files = ((path, text) for library in LIBRARIES for path, text in files_of(library) if "weight" in text)
+    reads = [read for path, text in files for read in reads_of(text, path)]
     left = [read for read in reads if not any(re.search(known, read.where) for known in HARMLESS)]
     unknown = [f"{read.place}: {read.where} reads {read.what}" for read in left if not is_in_table(read)]
     assert not unknown, "\n".join(unknown)
     assert not [known for known in (*HARMLESS, *BY_OTHERS) if not any(re.search(known, read.where) for read in reads)]
     found = {(read.where.rpartition(".")[0], read.child) for read in reads}
-    by_others = {name for name in PARENTS if name.rpartition(".")[2] in BY_OTHERS.values()}
     missing = [
         (name, child)
         for name, readings in PARENTS.items()
-        for reading in readings
-        for child in reading.children
-        if (name, child) not in found and (name, "bias") not in found and name not in by_others
-        if not name.startswith("torch.")
+        if not name.startswith("torch.") and name.rpartition(".")[2] not in BY_OTHERS.values()
+        for child in (child for reading in readings for child in reading.children)
+        if (name, child) not in found and (name, "bias") not in found
     ]
     assert not missing
 
@@ -175,21 +164,14 @@ INTEGERS = {"transformers.integrations.gemma_quant.QuantizedLinear"}
 """A class that reads its weight as codes in another method; their dtype is refused."""
 
 
-def subclasses(library: str) -> Iterator[tuple[str, ast.ClassDef]]:
-    """Go through the classes of a library that derive from a layer of torch, with their qualified names."""
-    for path, text in files_of(library):
-        for node in ast.parse(text).body if SUBCLASS.search(text) else ():
-            if isinstance(node, ast.ClassDef):
-                bases = ", ".join(map(ast.unparse, node.bases))
-                if SUBCLASS.search(f"class {node.name}({bases}):"):
-                    yield ".".join((*path.with_suffix("").parts, node.name)), node
-
-
 def test_the_forward_of_every_subclass_reads_the_weight_with_its_gradient() -> None:
     codes = {
-        name: ast.unparse(part)
+        ".".join((*path.with_suffix("").parts, node.name)): ast.unparse(part)
         for library in LIBRARIES
-        for name, node in subclasses(library)
+        for path, text in files_of(library)
+        for node in (ast.parse(text).body if SUBCLASS.search(text) else ())
+        if isinstance(node, ast.ClassDef)
+        if SUBCLASS.search(f"class {node.name}({', '.join(map(ast.unparse, node.bases))}):")
         for part in node.body
         if isinstance(part, ast.FunctionDef) and part.name == "forward"
     }

@@ -243,43 +243,34 @@ def test_an_encoder_in_evaluation_gives_gradients_or_torch_says_that_nested_tens
     assert_all_have_gradients(model)
 
 
-def siglip() -> nn.Module:
+def siglip() -> Any:
     """Build a tower of transformers' SigLIP, whose pooling is an `nn.MultiheadAttention`."""
-    config = transformers.SiglipVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.SiglipVisionConfig(image_size=8, patch_size=4, **sizes)
     return reproducible(lambda: transformers.SiglipVisionModel(config))
 
 
-@pytest.mark.parametrize(
-    ("build", "forms"),
-    [(lambda: nn.Sequential(encoder()), ("packed", "split")), (siglip, ("split", "packed"))],
-    ids=["by name", "by class"],
-)
 def test_merging_files_gives_what_merging_in_memory_gives_and_split_projections_have_the_second_format(
-    build: Callable[[], Any], forms: Sequence[Any], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    if build is siglip:
-        build().save_pretrained(tmp_path / "base")
-    else:  # a checkpoint that no class is known of
-        (tmp_path / "base").mkdir()
-        safetensors.torch.save_file(build().state_dict(), tmp_path / "base" / "model.safetensors", {"format": "pt"})
-    model = build()
-    for form in forms:
+    """By the model's class; by names: tests/test_files_merge.py."""
+    model, adapters = siglip(), {tmp_path / form: 1.0 for form in ("split", "packed")}
+    model.save_pretrained(tmp_path / "base")
+    for path in adapters:
+        form: Any = path.name
         randlora.inject(model, r=4, targets=["in_proj_weight", "out_proj"], in_proj=form, name=form)
         fill(model, form, spread=0.2, seed=len(form))
-        randlora.save(model, tmp_path / form, name=form)
-        assert randlora.files.inspect(tmp_path / form).config.in_proj == form
-        assert randlora.files.verify(tmp_path / form, base=tmp_path / "base").passed
-        header = read_shard(tmp_path / form / "adapter_model.safetensors").metadata[HEADER_KEY]
+        randlora.save(model, path, name=form)
+        assert randlora.files.inspect(path).config.in_proj == form
+        assert randlora.files.verify(path, base=tmp_path / "base").passed
+        header = read_shard(path / "adapter_model.safetensors").metadata[HEADER_KEY]
         assert f'"format_version": {2 if form == "split" else 1}' in header
         assert ("in_proj" in re.sub("in_proj_weight", "", header)) == (form == "split")
-    randlora.activate(model, [*forms])
+    randlora.activate(model, ["split", "packed"])
     randlora.merge(model)
-    adapters = {tmp_path / form: 1.0 for form in forms}
     randlora.files.merge(adapters, tmp_path / "out", base=tmp_path / "base")
     found = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
-    assert all_bits(found) == all_bits(model.state_dict()) != all_bits(build().state_dict())
+    assert all_bits(found) == all_bits(model.state_dict()) != all_bits(siglip().state_dict())
 
 
 # Embeddings
@@ -335,34 +326,18 @@ def test_a_forward_of_a_subclass_computes_with_the_adapted_table(build: Callable
 # Refusals
 
 
-def odd() -> nn.Module:
-    model = attending("packed")
-    model.attn.in_proj_weight = nn.Parameter(torch.ones(35, 12))
-    return model
-
-
-def computed() -> nn.Module:
-    model = attending("packed")
-    parametrize.register_parametrization(model.attn, "in_proj_weight", nn.Identity())
-    return model
-
-
 def test_what_cannot_be_adapted_is_refused_with_the_reason() -> None:
-    read_by_others = r"attn\.in_proj_weight is a weight that other code reads.*dropout=0\.1"
+    odd, computed = attending("packed"), attending("packed")
+    odd.attn.in_proj_weight = nn.Parameter(torch.ones(35, 12))
+    parametrize.register_parametrization(computed.attn, "in_proj_weight", nn.Identity())
+    by_regex = {"targets": r".*in_proj_weight", "exclude": ["parametrizations"]}
+    normed, read_by_others = nn.Sequential(nn.Embedding(30, 12, max_norm=1.0)), r"is a weight that .*dropout=0\.1"
     rows: list[tuple[nn.Module, dict[str, Any], str]] = [
-        (attending("packed"), {"dropout": 0.1}, read_by_others),
+        (attending("packed"), {"dropout": 0.1}, rf"attn\.in_proj_weight {read_by_others}"),
         (attending("packed").attn, {}, r"the model itself is a layer \(MultiheadAttention\)"),
-        (odd(), {}, r"attn\.in_proj_weight has 35 rows, expected equally many for query, key and value"),
-        (
-            computed(),
-            {"targets": r".*in_proj_weight", "exclude": ["parametrizations"]},
-            r"attn\.in_proj_weight computes its weight from other parameters",
-        ),
-        (
-            nn.Sequential(nn.Embedding(30, 12, max_norm=1.0)),
-            {"targets": ["0"]},
-            r"0 has max_norm=1\.0, with which its forward changes the",
-        ),
+        (odd, {}, r"attn\.in_proj_weight has 35 rows, expected equally many for query, key and value"),
+        (computed, by_regex, r"attn\.in_proj_weight computes its weight from other parameters"),
+        (normed, {"targets": ["0"]}, r"0 has max_norm=1\.0, with which its forward changes the"),
         (GPT2.build(), {"targets": ["wte"]}, r"transformer\.wte is tied to lm_head\.weight"),
     ]
     for model, options, match in rows:

@@ -40,8 +40,8 @@ SIDES = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-    "num_key_value_heads": 2,
     **dict.fromkeys(("head_dim", "d_kv"), 16),
+    "num_key_value_heads": 2,
 }
 HEADS = {name: size for name, size in SIDES.items() if name not in ("head_dim", "d_kv")}
 CUTS = (LAYERS | WIDE | SIDES, LAYERS | WIDE | HEADS, LAYERS | WIDE, LAYERS)
