@@ -7,6 +7,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -257,3 +259,16 @@ def test_an_update_without_a_weight_to_be_added_to_is_formed_later_and_where_pas
     assert [ON_CPU.is_measured, any(found.is_measured for found in ON_GPU.values())] == [True, False]
     small = [is_small(*work) for work in ((16, 256 * 256), (17, 256 * 256), (4, SMALL_WEIGHT), (1.0, 1))]
     assert small == [True, False, True, False]
+
+
+@given(
+    shape=st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
+    tokens=st.integers(0, 100_000),
+    shares=st.sampled_from([(1.0, 1.0, 1.0), BLOCK]),
+)
+def test_few_tokens_take_no_more_room_than_the_weight_and_more_lead_to_the_materialized_way(
+    shape: tuple[int, int], tokens: int, shares: tuple[float, float, float]
+) -> None:
+    few, many = (sizes(count, *shape, shares) for count in (tokens, 2 * tokens + 1))
+    assert forward_way(few) != "materialized" or forward_way(many) == "materialized"
+    assert forward_way(few) != "few_tokens" or few.laid_out <= shape[0] * shape[1]

@@ -161,7 +161,10 @@ def test_what_is_done_to_all_linear_layers_to_the_weight_or_to_a_replica_later_o
     _, layer = in_model(nn.Linear(6, 9))
     update, base = update_of(layer), plain(layer)
     with torch.no_grad():
-        torch.testing.assert_close(replica_of(layer)(X), layer(X))
+        replica, expected = replica_of(layer), layer(X)
+        layer.get_parameter("randlora_lambda.default").add_(1)
+        torch.testing.assert_close(replica(X), expected)  # of its own copies
+        layer.get_parameter("randlora_lambda.default").sub_(1)
     with monkeypatch.context() as patch:
         patch.setattr(nn.Linear, "forward", lambda layer, x: 2 * F.linear(x, layer.weight, layer.bias))
         assert_close(layer(X), base(X) + X @ update.T, torch.float32)

@@ -12,7 +12,7 @@ import randlora
 from randlora.errors import AdapterError, ConfigError
 from tests.kit import adapter_values, all_bits, fill, same_bits, untouched
 from tests.laws import TOKENS, Mixed
-from tests.test_compiled_switching import Compiled, model_with
+from tests.test_compiler import Compiled, model_with
 
 
 def three() -> Any:

@@ -82,22 +82,23 @@ class RoundedAdapter(QuantizedLayer):
         owner.codes, owner.scales = held
 
 
-def _eetq(in_features: int, out_features: int, *, bias: bool) -> Any:
-    layer = eetq.EetqLinear(in_features, out_features, bias=bias)
-    layer.weight.copy_(torch.randint(-127, 128, layer.weight.shape))
-    nn.init.uniform_(layer.weight_scales.data, 0.005, 0.01)
-    if bias:
-        nn.init.normal_(layer.bias.data)
+def _filled(layer: Any) -> Any:
+    """Give a layer random codes, scales and a bias."""
+    for name, held in (*layer.named_parameters(), *layer.named_buffers()):
+        if name in ("weight", "codes", "qweight", "qzeros"):
+            held.data.random_(0, 16)
+        elif held.is_floating_point():
+            held.data.uniform_(0.01, 0.02)
     return layer.requires_grad_(requires_grad=False)
+
+
+def _eetq(in_features: int, out_features: int, *, bias: bool) -> Any:
+    return _filled(eetq.EetqLinear(in_features, out_features, bias=bias))
 
 
 def _aqlm(in_features: int, out_features: int, *, bias: bool) -> Any:
     kind = importlib.import_module("aqlm").QuantizedLinear
-    layer = kind(in_features, out_features, 1, 1, num_codebooks=2, nbits_per_codebook=4, bias=bias)
-    for parameter in (layer.codebooks, layer.scales, *([layer.bias] if bias else [])):
-        nn.init.normal_(parameter)
-    layer.codes.copy_(torch.randint(0, 16, layer.codes.shape))
-    return layer
+    return _filled(kind(in_features, out_features, 1, 1, num_codebooks=2, nbits_per_codebook=4, bias=bias))
 
 
 def _gptqmodel(in_features: int, out_features: int, *, bias: bool, module: str, name: str) -> Any:
@@ -112,15 +113,6 @@ def _gptqmodel(in_features: int, out_features: int, *, bias: bool, module: str, 
 def _autoawq(in_features: int, out_features: int, *, bias: bool) -> Any:
     kind = importlib.import_module("awq.modules.linear.gemm").WQLinear_GEMM
     return _filled(kind(4, 16, in_features, out_features, bias, "cpu", training=True))
-
-
-def _filled(layer: Any) -> Any:
-    for packed in (layer.qweight, layer.qzeros):
-        packed.copy_(torch.randint(-(2**31), 2**31, packed.shape))
-    layer.scales.uniform_(0.01, 0.02)
-    if layer.bias is not None:
-        layer.bias.normal_()
-    return layer
 
 
 @cache
