@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +14,17 @@ import randlora
 from randlora.errors import AdapterError, MergeError, TargetError
 from randlora.functional import Compute
 from tests.kit import untouched
-from tests.state_machine.base import ModelMachine, Refused, is_adapted, is_free, is_plain, is_unmerged
-from tests.state_machine.invariants import assert_near, assert_weights_near
+from tests.state_machine.base import (
+    ModelMachine,
+    Refused,
+    assert_near,
+    assert_weights_near,
+    is_adapted,
+    is_free,
+    is_merged,
+    is_plain,
+    is_unmerged,
+)
 from tests.state_machine.recipes import Factors, Recipe, factors, maybe, names, recipes, which
 from tests.state_machine.truth import diagonal_names
 
@@ -66,16 +74,13 @@ class AdapterRules(ModelMachine):
     @is_free
     @rule(chosen=factors, form=st.sampled_from(["name", "names", "mapping"]))
     def activate(self, chosen: Factors, form: str) -> None:
-        each = zip(self.truth.adapters, chosen, strict=False)  # of some chosen factors there is no adapter
-        factor_of = {name: factor for name, factor in each if factor is not None}
-        given: Any = dict(factor_of)
+        factor_of = self.chosen(chosen)
+        given: Any = factor_of
         if form != "mapping":
-            factor_of, given = dict.fromkeys(factor_of, 1.0), list(factor_of)
+            factor_of, given = dict.fromkeys(factor_of, 1.0), [*factor_of]
         if form == "name" and len(given) == 1:
             (given,) = given
-        adapters = [self.truth.adapters[name] for name in factor_of]
-        copies = [name for adapter in adapters for name in adapter.copies]
-        refused = AdapterError if len(set(copies)) < len(copies) else None
+        refused = AdapterError if self.share(factor_of) else None
         self.ask(refused, randlora.activate, given)
         if refused is None:
             self.truth.activate(factor_of)
@@ -84,28 +89,23 @@ class AdapterRules(ModelMachine):
     @rule(chosen=factors, place=st.integers(0, 6), scales=st.none() | st.permutations([1.0, 0.0, -0.5]))
     def activate_in_layers(self, chosen: Factors, place: int, scales: list[float] | None) -> None:
         """Activate adapters in one layer and those whose names begin with its, or with another factor in each."""
-        truth = self.truth
-        given = {name: by for name, by in zip(truth.adapters, chosen, strict=False) if by is not None}
-        factor_of: dict[str, dict[str, float]] = {}
+        truth, given = self.truth, self.chosen(chosen)
         named = truth.kind.weights[place % len(truth.kind.weights)].fqn
+        factor_of, is_nowhere = {}, False
         for name, by in given.items():
             fqns = sorted(truth.adapters[name].values, key=len, reverse=True)
-            factor_of[name] = (
-                {fqn: by * (f".{named}." in f".{fqn}.") for fqn in fqns}
-                if scales is None
-                else dict(zip(fqns, itertools.cycle(scales), strict=False))
-            )
-        copies = [copy for name in given for copy in truth.adapters[name].copies]
-        is_nowhere = scales is None and not all(
-            any(f".{named}." in f".{fqn}." for fqn in factor_of[name]) for name in given
-        )
-        refused = AdapterError if len({*copies}) < len(copies) or is_nowhere else None
-        if scales is None:
-            self.ask(refused, randlora.activate, given, layers=named)
-        else:
+            inside = [fqn for fqn in fqns if f".{named}." in f".{fqn}."]
+            in_turn = zip(fqns, itertools.cycle(scales or [1.0]), strict=False)
+            factor_of[name] = dict(in_turn) if scales else {fqn: by * (fqn in inside) for fqn in fqns}
+            is_nowhere |= not (scales or inside)
+        refused = AdapterError if self.share(given) or is_nowhere else None
+        if scales:
             self.ask(refused, randlora.activate, factor_of)
+        else:
+            self.ask(refused, randlora.activate, given, layers=named)
         if refused is None:
-            truth.activate({name: _one_or_all(by) for name, by in factor_of.items()})
+            one_or_all = {name: {*by.values()} for name, by in factor_of.items()}
+            truth.activate({name: by.pop() if len(by) == 1 else factor_of[name] for name, by in one_or_all.items()})
 
     @is_free
     @rule(which=which)
@@ -184,7 +184,7 @@ class AdapterRules(ModelMachine):
         assert not stayed, f"merged anew: {stayed}"
         self.truth.merge(names, found)
 
-    @precondition(lambda self: self.truth.merged is not None)
+    @is_merged
     @rule(some=st.none() | st.sets(which, min_size=1))
     def unmerge(self, some: set[int] | None) -> None:
         names = {*self.truth.merged_names} if some is None else {self.name(each) for each in some}
@@ -194,25 +194,22 @@ class AdapterRules(ModelMachine):
             staying = self.truth.merged_names - names
             self.merge_as(staying, self.truth.merging(staying))
 
-    @precondition(lambda self: self.truth.merged is not None)
+    @is_merged
     @rule(chosen=factors)
     def activate_on_top(self, chosen: Factors) -> None:
-        truth = self.truth
-        each = zip(truth.adapters, chosen, strict=False)
-        factor_of: dict[str, Any] = {name: factor for name, factor in each if factor is not None}
-        factor_of |= {name: truth.adapters[name].factor or 0.0 for name in truth.merged_names}
-        copies = [copy for name in factor_of for copy in truth.adapters[name].copies]
-        owners = {copy: truth.adapters[name] for name in factor_of for copy in truth.adapters[name].copies}
-        now = {copy: adapter for copy, (adapter, _) in truth.installed.items()}
-        is_exchange = owners.keys() != now.keys() or any(owners[copy] is not now[copy] for copy in now)
-        refused = AdapterError if len({*copies}) < len(copies) or is_exchange else None
-        self.ask(refused, randlora.activate, factor_of)
+        truth, factor_of = self.truth, self.chosen(chosen)
+        given: dict[str, Any] = factor_of | {name: truth.adapters[name].factor or 0.0 for name in truth.merged_names}
+        owners = {copy: id(truth.adapters[name]) for name in given for copy in truth.adapters[name].copies}
+        is_exchange = owners != {copy: id(adapter) for copy, (adapter, _) in truth.installed.items()}
+        refused = AdapterError if self.share(given) or is_exchange else None
+        self.ask(refused, randlora.activate, given)
         if refused is None:
-            truth.activate(factor_of)
+            truth.activate(given)
 
     def enter(self, refused: Refused, block: Callable[..., Any], merges: set[str] | None = None) -> None:
         """Open a block, which `leave` closes some time later: one that merges these adapters, or one of `disabled`."""
-        manager = self.ask(refused, lambda model: _entered(block(model)))
+        manager: Any = None if refused else block(self.model)
+        self.ask(refused, lambda model: (manager or block(model)).__enter__())
         if refused is None:
             self.blocks.append((manager, merges, self.truth.life))
 
@@ -243,12 +240,3 @@ class AdapterRules(ModelMachine):
         if life == truth.life and (own := (merges or set()) & truth.merged_names):
             staying = truth.merged_names - own
             self.merge_as(staying, truth.merging(staying))
-
-
-def _one_or_all(factors: dict[str, float]) -> float | dict[str, float]:
-    return next(iter(factors.values())) if len({*factors.values()}) == 1 else factors
-
-
-def _entered(manager: AbstractContextManager[Any]) -> AbstractContextManager[Any]:
-    manager.__enter__()
-    return manager
