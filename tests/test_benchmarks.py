@@ -23,7 +23,6 @@ def row(case: str, sweep: tuple[str, float] | None = None, **seconds: float) -> 
         (within("b", "case", "dense", 1.5), True),
         (within("b", "case", "dense", 1.4), False),
         (within("b", "another case", "dense", 1.5), False),
-        (within("b", "case", "block", 1.5), False),
         (faster("b", "case", "dense", 0.1, than="nobody"), False),
     ],
 )
@@ -36,7 +35,6 @@ def test_a_target_is_met_or_missed_by_the_ratio_of_the_best(target: Target, is_m
 @pytest.mark.parametrize(
     ("device", "is_quick", "judged", "left"),
     [
-        ("cpu", True, ["both", "cpu"], ["1 targets of another device than cpu", "1 targets of --full"]),
         ("cpu", False, ["both", "cpu", "full"], ["1 targets of another device than cpu"]),
         ("cuda", True, ["both", "cuda"], ["1 targets of another device than cuda", "1 targets of --full"]),
     ],
@@ -124,10 +122,7 @@ def test_results_are_written_as_json_a_table_and_a_picture(tmp_path: Path) -> No
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("field", ["failures", "errors", "skipped"])
-def test_a_law_that_failed_or_was_skipped_did_not_hold(field: str, tmp_path: Path) -> None:
-    counts = {"tests": 9, "failures": 0, "errors": 0, "skipped": 0, field: 2}
+def test_a_law_that_failed_or_was_skipped_did_not_hold(tmp_path: Path) -> None:
     report = tmp_path / "laws.xml"
-    suite = " ".join(f'{name}="{count}"' for name, count in counts.items())
-    report.write_text(f"<testsuites><testsuite {suite}/></testsuites>", encoding="utf-8")
-    assert {name: figure.best for name, figure in laws.held(report).items()} == {"held": 7, "all": 9}
+    report.write_text('<testsuites><testsuite tests="9" failures="2" errors="1" skipped="1"/></testsuites>', "utf-8")
+    assert {name: figure.best for name, figure in laws.held(report).items()} == {"held": 5, "all": 9}

@@ -1,8 +1,5 @@
 """axolotl's command line with the plugin: it trains, resumes with the same bits, merges, and refuses what it must."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +10,11 @@ pytest.importorskip("axolotl", reason="axolotl is not installed: make test-train
 import torch
 import yaml
 
-from tests.other_trainers.models import logits, write_base, write_texts
+from tests.other_trainers import command, logits, write_base, write_texts
 
-QUIET = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "AXOLOTL_DO_NOT_TRACK": "1",
-    "WANDB_MODE": "offline",
-    "CUDA_VISIBLE_DEVICES": "",
-}
+SETTINGS = {"sequence_len": 64, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 6}
+SETTINGS |= {"save_steps": 3, "seed": 0, "bf16": False, "tf32": False}
+NAMED = {"optimizer": "adamw_torch", "lr_scheduler": "constant", "attn_implementation": "sdpa"}
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +35,15 @@ def axolotl(verb: str, base: Path, output: str, **options: Any) -> str:
         "datasets": [{"path": str(base / "texts.jsonl"), "ds_type": "json", "type": "completion", "field": "text"}],
         "dataset_prepared_path": str(base / "prepared"),
         "output_dir": str(base / output),
-        "sequence_len": 64,
-        "micro_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "max_steps": 6,
-        "save_steps": 3,
+        **SETTINGS,
+        **NAMED,
         "learning_rate": 0.01,
-        "optimizer": "adamw_torch",
-        "lr_scheduler": "constant",
-        "bf16": False,
-        "tf32": False,
-        "attn_implementation": "sdpa",
-        "seed": 0,
         **options,
     }
     file = base / f"{output}.yml"
     given = {name: value for name, value in config.items() if value is not None}
     file.write_text(yaml.safe_dump(given), encoding="utf-8")
-    command = [str(Path(sys.executable).parent / "axolotl"), verb, str(file)]
-    launcher = ["--launcher", "python"] if verb == "train" else []
-    environment = os.environ | QUIET
-    done = subprocess.run([*command, *launcher], capture_output=True, text=True, check=False, cwd=base, env=environment)
-    return f"{done.returncode}\n{done.stdout}{done.stderr}"
+    return command(base, "axolotl", verb, str(file), *(["--launcher", "python"] if verb == "train" else []))
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +51,17 @@ def run(base: Path) -> str:
     return axolotl("train", base, "run")
 
 
-def test_a_run_saves_the_adapter_and_not_the_model(base: Path, run: str) -> None:
+def test_a_run_saves_the_adapter_and_not_the_model_and_its_command_merges_it(base: Path, run: str) -> None:
     assert run.startswith("0\n"), run
     for directory in (base / "run", base / "run/checkpoint-3"):
         assert (directory / "adapter_model.safetensors").exists()
         assert not (directory / "model.safetensors").exists()
-    assert not torch.equal(logits(base / "base", base / "run"), logits(base / "base"))
+    trained = logits(base / "base", base / "run")
+    assert not torch.equal(trained, logits(base / "base"))
+    said = next(line for line in run.splitlines() if "merge the adapter by: " in line).split("by: ")[1].split()
+    merged = command(base, "randlora", *(str(base / "merged") if word == "MERGED_DIR" else word for word in said[1:]))
+    assert merged.startswith("0\n"), merged
+    torch.testing.assert_close(logits(base / "merged"), trained, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_that_is_resumed_ends_with_the_same_bits(base: Path, run: str) -> None:
@@ -84,14 +69,6 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(base: Path, run: str) -> 
     assert said.startswith("0\n"), said
     first, second = ((base / name / "adapter_model.safetensors").read_bytes() for name in ("run", "resumed"))
     assert first == second
-
-
-def test_the_command_that_is_named_merges_the_adapter(base: Path, run: str) -> None:
-    command = next(line for line in run.splitlines() if "merge the adapter by: " in line).split("by: ")[1].split()
-    program = str(Path(sys.executable).parent / "randlora")
-    merged = [program, *(str(base / "merged") if word == "MERGED_DIR" else word for word in command[1:])]
-    subprocess.run(merged, check=True, capture_output=True)
-    torch.testing.assert_close(logits(base / "merged"), logits(base / "base", base / "run"), rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_that_was_saved_is_trained_on(base: Path, run: str) -> None:

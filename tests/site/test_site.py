@@ -1,13 +1,40 @@
 """The site in a real browser: every page in every look, links, search, and the buttons that copy."""
 
 import re
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from typing import NamedTuple
 
 import pytest
 from PIL import Image, ImageStat
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.site.looks import LOOKS, PAGES, SCREENSHOTS, SITE, Look, problems_of
+from tests.pages import ROOT
+
+SITE, SCREENSHOTS = ROOT / "build" / "site", ROOT / "build" / "site-screenshots"
+PAGES = sorted(page.relative_to(SITE).as_posix().removesuffix("index.html") for page in SITE.rglob("*.html"))
+CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+
+
+class Look(NamedTuple):
+    """A palette and a size of screen."""
+
+    is_dark: bool
+    is_phone: bool
+
+    def __str__(self) -> str:
+        return f"{'dark' if self.is_dark else 'light'}-{'phone' if self.is_phone else 'desktop'}"
+
+    @property
+    def width(self) -> int:
+        return 390 if self.is_phone else 1280
+
+
+LOOKS = [Look(is_dark, is_phone) for is_dark in (False, True) for is_phone in (True, False)]
 
 # Elements of the text that stick out of the screen, and of no box that scrolls
 STICKING_OUT = """width => [...document.querySelectorAll(".md-content *")].filter(element => {
@@ -50,6 +77,66 @@ BROKEN = r"""() => [...document.querySelectorAll("table:not([class]) :is(th, td)
 })"""
 
 
+class Handler(SimpleHTTPRequestHandler):
+    """Serves files, and says nothing."""
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("this machine has no Chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with ThreadingHTTPServer(("localhost", 0), partial(Handler, directory=SITE)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture
+def look() -> Look:
+    """The look of tests that do not range over looks."""
+    return Look(is_dark=False, is_phone=False)
+
+
+@pytest.fixture
+def page(look: Look, browser: Browser, address: str) -> Iterator[Page]:
+    """An empty page with a look."""
+    context = browser.new_context(
+        base_url=address,
+        viewport={"width": look.width, "height": 844 if look.is_phone else 800},
+        color_scheme="dark" if look.is_dark else "light",
+        is_mobile=look.is_phone,
+        has_touch=look.is_phone,
+        permissions=["clipboard-read", "clipboard-write"],
+    )
+    yield context.new_page()
+    context.close()
+
+
+def problems_of(page: Page) -> list[str]:
+    """Return a list that grows by what goes wrong on a page: scripts, requests, and those that leave the machine."""
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
+    page.on("request", lambda request: None if "//localhost:" in request.url else problems.append(request.url))
+    page.on("response", lambda response: None if response.ok else problems.append(f"{response.status}: {response.url}"))
+    return problems
+
+
+def is_dark(png: bytes) -> bool:
+    return ImageStat.Stat(Image.open(BytesIO(png)).convert("L")).median[0] < 128
+
+
 def test_the_site_is_built() -> None:
     assert {"", "404.html", "api/", "api/inject/", "quickstart/"} <= {*PAGES}
 
@@ -64,9 +151,7 @@ def test_a_page_fits_the_screen_in_its_palette_and_reports_no_error(
     assert problems == []
     assert page.locator("h1").first.inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= look.width
-    assert page.evaluate(STICKING_OUT, look.width) == []
-    assert page.evaluate(COVERED) == []
-    assert page.evaluate(BROKEN) == []
+    assert page.evaluate(STICKING_OUT, look.width) == page.evaluate(COVERED) == page.evaluate(BROKEN) == []
     assert page.locator("img").evaluate_all("all => all.filter(image => !image.naturalWidth).length") == 0
     height = min(page.evaluate("document.documentElement.scrollHeight"), 4000)  # enough to look at
     name = address_of_page.strip("/").replace("/", "-") or "index"
@@ -76,9 +161,8 @@ def test_a_page_fits_the_screen_in_its_palette_and_reports_no_error(
         animations="disabled",
         clip={"x": 0, "y": 0, "width": look.width, "height": height},
     )
-    assert is_dark(shot) == (look.scheme == "dark")
-    for figure in page.locator(".md-content img").all():
-        assert is_dark(figure.screenshot()) == (look.scheme == "dark")
+    for png in (shot, *(figure.screenshot() for figure in page.locator(".md-content img").all())):
+        assert is_dark(png) == look.is_dark
     assert page.evaluate(SHIFTED) == []
     assert page.locator("math").filter(has_text="\\").all_text_contents() == []
 
@@ -94,10 +178,6 @@ def test_tables_of_results_show_metric_and_drift_without_scrolling(address_of_pa
         assert wanted["x"] + wanted["width"] <= seen["x"] + seen["width"]
 
 
-def is_dark(png: bytes) -> bool:
-    return ImageStat.Stat(Image.open(BytesIO(png)).convert("L")).median[0] < 128
-
-
 def test_every_link_leads_to_a_page_and_to_an_anchor_on_it(page: Page, address: str) -> None:
     links: dict[str, list[str]] = {}
     anchors: dict[str, set[str]] = {}
@@ -105,13 +185,9 @@ def test_every_link_leads_to_a_page_and_to_an_anchor_on_it(page: Page, address: 
         page.goto(each)
         links[each] = page.locator("a[href]").evaluate_all("all => all.map(link => link.href)")
         anchors[each] = {*page.locator("[id]").evaluate_all("all => all.map(element => element.id)"), ""}
-    broken = []
-    for each, targets in links.items():
-        for target in targets:
-            path, _, anchor = target.removeprefix(address).partition("#")
-            if target.startswith(address) and anchor not in anchors.get(path, {""} if (SITE / path).is_file() else {}):
-                broken.append(f"{each}: {target}")
-    assert broken == []
+    for target in (target for targets in links.values() for target in targets if target.startswith(address)):
+        path, _, anchor = target.removeprefix(address).partition("#")
+        assert anchor in anchors.get(path, {""} if (SITE / path).is_file() else {}), target
     assert any("#" in target for target in links["api/"])
 
 
@@ -125,7 +201,7 @@ def test_anchors_of_the_api_when_it_was_one_page_lead_to_the_page_of_the_topic(p
 @pytest.mark.parametrize("look", LOOKS[:2], ids=str)
 def test_the_search_finds_inject(look: Look, page: Page) -> None:
     page.goto("")
-    if look.device == "phone":
+    if look.is_phone:
         page.locator(".md-header__button[for=__search]").click()
     page.get_by_role("textbox", name="Search").fill("inject")
     found = page.locator(".md-search-result__link[href*='api/'][href*='.inject']").first
@@ -148,23 +224,21 @@ def test_the_buttons_copy_the_code_beside_them(address_of_page: str, page: Page)
         )
 
 
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        ("merge", "merging/"),
-        ("serve", "serving/"),
-        ("vllm", "serving/"),
-        ("save", "saving/"),
-        ("checkpoint", "saving/"),
-        ("memory", "scale/"),
-        ("qlora", "recipes/quantized/"),
-        ("axolotl", "other_trainers/"),
-        ("resume", "training/"),
-        ("peft", "from_peft/"),
-        ("target_modules", "targets/"),
-        ("learning rate", "learning_rate/"),
-    ],
-)
+FOUND = {
+    "merging/": ["merge"],
+    "serving/": ["serve", "vllm"],
+    "saving/": ["save", "checkpoint"],
+    "scale/": ["memory"],
+    "recipes/quantized/": ["qlora"],
+    "other_trainers/": ["axolotl"],
+    "training/": ["resume"],
+    "from_peft/": ["peft"],
+    "targets/": ["target_modules"],
+    "learning_rate/": ["learning rate"],
+}
+
+
+@pytest.mark.parametrize(("words", "found"), [(each, found) for found, words in FOUND.items() for each in words])
 def test_the_search_finds_the_page_of_the_guide_first(words: str, found: str, page: Page, address: str) -> None:
     page.goto("")
     page.get_by_role("textbox", name="Search").fill(words)

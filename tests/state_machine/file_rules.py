@@ -41,7 +41,7 @@ class FileRules(AdapterRules):
                 for old, new in zip(*(diagonal_names(weight.name, each) for each in (name, to)), strict=True)
             }
             self.held = {renamed.get(key, key): parameter for key, parameter in self.held.items()}
-            truth.rename(name, to)
+            truth.adapters = {to if each == name else each: adapter for each, adapter in truth.adapters.items()}
 
     @is_adapted
     @rule(which=which, flag=st.booleans())

@@ -1,8 +1,7 @@
 """The models of the state machine: every kind of layer, shared modules and tied parameters, all of them tiny."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -12,8 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """A weight that can be adapted: its FQN in files, and ``(out_features, in_features)``, of one matrix of a stack.
 
     ``option`` is the name and the value of the option with which each matrix of the stack has its Λ and Γ.
@@ -29,7 +27,6 @@ class Weight:
 
     @property
     def name(self) -> str:
-        """The name of the parameter."""
         return self.parameter or f"{self.fqn}.weight"
 
     def matrices(self, options: Mapping[str, Any]) -> tuple[int, tuple[int, int]]:
@@ -45,8 +42,7 @@ class Weight:
         return update.reshape(like.shape) if update.numel() == like.numel() else update.expand(like.shape)
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A model: how to make it, what to give it, what can be adapted, and some of what can be trained beside."""
 
     name: str
@@ -86,12 +82,11 @@ class Text(nn.Module):
         self.again = self.square
         self.head = nn.Linear(8, 3)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         x = self.embed(tokens)
         x = x + torch.tanh(self.square(x))
         x = self.norm(x + self.down(torch.tanh(self.up(x))))
-        output: Tensor = self.head(self.twin(x + self.again(x)))
-        return output
+        return self.head(self.twin(x + self.again(x)))
 
 
 class Image(nn.Module):
@@ -103,10 +98,9 @@ class Image(nn.Module):
         self.wider = nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2)
         self.head = nn.Linear(4, 5)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Any:
         x = torch.tanh(self.wider(torch.tanh(self.patches(pixels))))
-        output: Tensor = self.head(x.mean(dim=(2, 3)))
-        return output
+        return self.head(x.mean(dim=(2, 3)))
 
 
 class Attention(nn.Module):
@@ -118,10 +112,9 @@ class Attention(nn.Module):
         self.cross = nn.MultiheadAttention(8, 2, kdim=6, vdim=10, batch_first=True)
         self.head = nn.Linear(8, 3)
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Any:
         x = self.layer(x)
-        output: Tensor = self.head(x + self.cross(x, key, value, need_weights=False)[0])
-        return output
+        return self.head(x + self.cross(x, key, value, need_weights=False)[0])
 
 
 class Experts(nn.Module):
@@ -134,10 +127,9 @@ class Experts(nn.Module):
         self.between = nn.Linear(8, 8)
         self.oss = GptOssExperts(transformers.GptOssConfig(**sides, intermediate_size=6))
 
-    def forward(self, x: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
+    def forward(self, x: Tensor, experts: Tensor, shares: Tensor) -> Any:
         x = x + self.between(torch.tanh(self.mixtral(x, experts, shares)))
-        output: Tensor = x + self.oss(torch.tanh(x), experts, shares)
-        return output
+        return x + self.oss(torch.tanh(x), experts, shares)
 
 
 EACH, SPLIT = ("experts", "each"), ("in_proj", "split")

@@ -5,7 +5,7 @@ does is a line or two here. Updates are computed in float64 by the formula, outp
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -55,10 +55,6 @@ class Adapter:
     def factor_of(self, weight: Weight) -> float:
         """Return its factor for one of its weights, 0 if it is left out there."""
         return self.factor[weight.fqn] if isinstance(self.factor, dict) else self.factor or 0.0
-
-    def acts_on(self, weight: Weight) -> bool:
-        """Whether it is active and not left out there by a factor of 0."""
-        return bool(self.factor_of(weight))
 
     def update(self, weight: Weight, values: Pair | None = None) -> Tensor:
         """Compute its update of one weight: a matrix, or a stack of them."""
@@ -125,13 +121,13 @@ class Truth:
         """Return what the model is given, floating parts in its dtype."""
         return tuple(part.to(self.dtype) if part.is_floating_point() else part for part in self.inputs)
 
-    def weights_of(self, adapter: Adapter) -> Iterator[Weight]:
-        """Go through the weights of an adapter."""
-        return (weight for weight in self.kind.weights if weight.fqn in adapter.values)
+    def weights_of(self, adapter: Adapter) -> list[Weight]:
+        """Return the weights of an adapter."""
+        return [weight for weight in self.kind.weights if weight.fqn in adapter.values]
 
-    def acted_on(self, adapter: Adapter) -> Iterator[Weight]:
-        """Go through the weights that an active adapter acts on."""
-        return (weight for weight in self.weights_of(adapter) if adapter.acts_on(weight))
+    def acted_on(self, adapter: Adapter) -> list[Weight]:
+        """Return the weights that it acts on: it is active, and not left out there by a factor of 0."""
+        return [weight for weight in self.weights_of(adapter) if adapter.factor_of(weight)]
 
     def unmerged(self) -> dict[str, Tensor]:
         """Return the parameters that the model has, but for merging."""
@@ -263,10 +259,6 @@ class Truth:
         self.adapters, self.disabled, self.life = {}, 0, self.life + 1
         self.merge([], {})
 
-    def rename(self, name: str, to: str) -> None:
-        """Give an adapter another name."""
-        self.adapters = {to if each == name else each: adapter for each, adapter in self.adapters.items()}
-
     def cast(self, dtype: torch.dtype) -> None:
         """Give all that the model has, merged weights and every Λ and Γ too, another dtype."""
         self.dtype = dtype
@@ -279,16 +271,13 @@ class Truth:
         """Take over what a state dict of this model holds, in the dtype that each value has."""
         for name, value in state.items():
             if (first := self.aliases.get(name)) is not None:
-                self._set(first, value)
+                own = self.installed[first][0].copies if first in self.installed else self.own
+                own[first] = value.detach().to(self.dtype, copy=True)
         for name, adapter in self.adapters.items():
             for weight in self.weights_of(adapter):
                 held = zip(diagonal_names(weight.name, name), adapter.values[weight.fqn], strict=True)
                 lam, gamma = (state.get(key, part).detach().to(part, copy=True) for key, part in held)
                 adapter.values[weight.fqn] = lam, gamma
-
-    def _set(self, name: str, value: Tensor) -> None:
-        held = self.installed[name][0].copies if name in self.installed else self.own
-        held[name] = value.detach().to(self.dtype, copy=True)
 
 
 def first_values(adapter_options: Mapping[str, Any], weight: Weight, r: int) -> Pair:

@@ -1,5 +1,6 @@
-"""Accuracy against drift: contestants are trained, and tables, figures and rates are those of the runs kept."""
+"""The pages of quality and of scale: tables and rates are those of the runs kept, and what the formulas give."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import randlora
+from benchmarks import scale
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import pages, spectrum, summary
 from benchmarks.quality.contestants import MAIN
-from benchmarks.quality.task import Prepared, Size, Targets, Task
+from benchmarks.quality.task import Family, Prepared, Size, Targets, Task
 from benchmarks.quality.training import make_run
 from randlora.targets.options import first_learning_rate
+from tests.further import further
 
 STEPS = 20
 
@@ -34,20 +38,13 @@ def prepare(seed: int, size: Size) -> Prepared:
     )
 
 
-TASK = Task(
-    "tiny",
-    metric="loss",
-    is_better_if_larger=False,
-    drift="none",
-    rates={
-        "frozen": (0.0,),
-        "full": (1e-3, 1e-2),
-        "adapter": (1e-3, 1e-2, 3e-2),
-        "small adapter": (1e-2, 3e-2),
-    },
-    head_rate=1e-2,
-    prepare=prepare,
-)
+RATES: dict[Family, tuple[float, ...]] = {
+    "frozen": (0.0,),
+    "full": (1e-3, 1e-2),
+    "adapter": (1e-3, 1e-2, 3e-2),
+    "small adapter": (1e-2, 3e-2),
+}
+TASK = Task("tiny", "loss", is_better_if_larger=False, drift="none", rates=RATES, head_rate=1e-2, prepare=prepare)
 
 
 @pytest.mark.parametrize("name", ["frozen", "full", "LoRA", "dense"])
@@ -61,15 +58,14 @@ def test_a_contestant_is_trained_and_nothing_else(name: str) -> None:
     assert moved == (name != "frozen") == (first.trained > 0) == (first.file_bytes > 0)
 
 
-WIDTHS = {"film reviews": 384, "tweets": 384, "clothes": 96, "word problems": 576}
-
-
-@pytest.mark.parametrize("name", WIDTHS)
-def test_the_rate_to_try_first_is_near_the_best_of_each_task(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "width"), [("film reviews", 384), ("tweets", 384), ("clothes", 96), ("word problems", 576)]
+)
+def test_the_rate_to_try_first_is_near_the_best_of_each_task(name: str, width: int) -> None:
     task = command.TASKS[name]
     points = summary.points_of(task, pages.kept_runs(task, "main"))
     best = summary.best(task, [point for point in points if point.contestant == "dense"]).lr
-    assert 0.5 <= first_learning_rate(20.0, WIDTHS[name]) / best <= 2
+    assert 0.5 <= first_learning_rate(20.0, width) / best <= 2
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=str)
@@ -97,3 +93,42 @@ def test_every_best_rate_of_a_page_is_inside_of_its_sweep_and_of_several_rates_a
         for contestant, own in curves.items() if task.name in command.TASKS else ():
             assert {point.seeds for point in own} == {5}, (task.name, contestant)
             assert len(own) >= (1 if contestant == "frozen" else 3), (task.name, contestant)
+
+
+def lines(table: str) -> list[str]:
+    """Return the rows of a table of docs/scale.md."""
+    found = re.search(rf"<!-- {table} -->\n(.*?)<!-- end -->", scale.PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return found[1].splitlines()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["Llama-3 8B", *map(further, ("Mixtral-8x7B, experts too", "Qwen3-235B-A22B"))])
+def test_the_rows_of_a_model_are_what_the_formulas_give(name: str) -> None:
+    assert scale.sizes_row(name, scale.MODELS[name]) in lines("sizes")
+    assert scale.totals_row(name, scale.MODELS[name]) in lines("totals")
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["Llama-3 405B, 64 devices, fsdp2", "Llama-3 70B, 8 devices, tp"])
+def test_the_parts_of_a_sum_are_what_the_formulas_give(name: str) -> None:
+    assert scale.parts_row(name) in lines("parts")
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["Llama-3 8B", *map(further, list(scale.MODELS)[1:])])
+def test_no_model_is_given_a_learning_rate_that_ruins_one_of_its_size(name: str) -> None:
+    shape = scale.MODELS[name]
+    model = shape.build()
+    rate = randlora.plan(model, scale.R, targets=scale.targets_of(shape, model)).learning_rate
+    assert rate is not None
+    assert 2e-5 < rate <= 3e-4
+
+
+@pytest.mark.parametrize(
+    ("table", "names"), [("sizes", scale.MODELS), ("totals", scale.MODELS), ("parts", scale.PARTS)]
+)
+def test_every_model_has_its_row(table: str, names: dict[str, object]) -> None:
+    head, _, *rows = lines(table)
+    assert head == f"| {' | '.join(scale.HEADS[table])} |"
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(names)
