@@ -11,11 +11,7 @@ LOWER_BOUND = re.compile(r"(?P<name>[\w.-]+)>=(?P<version>\d+(\.\d+)*)")
 
 
 def floors(pyproject: Path = PYPROJECT) -> dict[str, str]:
-    """Return the oldest version of each dependency of the package and of its extras, by name.
-
-    Raises:
-        ValueError: When a requirement is anything but a name, ``>=`` and a version.
-    """
+    """Return the oldest version of each dependency of the package and of its extras, by name."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     found = {}
     for requirement in chain(project["dependencies"], *project["optional-dependencies"].values()):

@@ -21,14 +21,7 @@ FENCE = re.compile(r"^```(?P<language>\w*)(?P<options>[^\n`]*)\n(?P<code>.*?)^``
 
 @dataclass(frozen=True)
 class Snippet:
-    """A block of Python on a page.
-
-    Attributes:
-        page: The page's file.
-        line: Line of its first statement, counted from 1.
-        code: The statements.
-        printed: What the block of text right below says that it prints, or ``None`` where there is no such block.
-    """
+    """A block of Python on a page, the line of its first statement, and what the page says right below it prints."""
 
     page: Path
     line: int
@@ -54,11 +47,7 @@ def snippets(page: Path, *, real: bool = False) -> list[Snippet]:
 
 
 def run_page(page: Path, *, real: bool = False) -> None:
-    """Run a page's snippets one after the other in one namespace; see `snippets` for which.
-
-    Raises:
-        AssertionError: Naming page and line, when a snippet raises, or prints something else than the page says.
-    """
+    """Run a page's snippets in one namespace; fail, and name page and line, at one that raises or prints otherwise."""
     namespace: dict[str, Any] = {"__name__": page.stem}
     for snippet in snippets(page, real=real):
         output = io.StringIO()

@@ -186,27 +186,14 @@ def test_a_large_matrix_is_approximated_nearly_as_well_as_can_be(
 
 
 @both_kinds
-def test_converters_find_in_a_merged_model_the_names_of_its_base_and_of_the_factors(
-    kind: RealModel, tmp_path: Path
-) -> None:
+def test_converters_find_the_names_of_the_base_and_of_the_factors(kind: RealModel, tmp_path: Path) -> None:
     """As llama.cpp's names in GGUF say."""
-    architecture = {"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}[kind.name]
-
-    def in_gguf(names: set[str]) -> set[str]:
-        places = gguf.get_tensor_name_map(architecture, n_blocks=2)
-        found = {places.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
-        assert None not in found
-        assert len(found) == len(names)
-        return {str(name) for name in found}
-
-    base, (source, model) = base_directory(kind, tmp_path), our_directory(kind, tmp_path)
-    merged = randlora.files.merge(source, tmp_path / "merged", base=base).out
-    assert {path.name for path in merged.iterdir()} == {path.name for path in base.iterdir()}
-    names = set(stored(merged))
-    assert names == set(stored(base))
-    assert json.loads((merged / "config.json").read_text())["model_type"] == kind.name
-    targets = set(randlora.adapters(model)[0].targets)
-    assert in_gguf(names) > in_gguf({f"{fqn}.weight" for fqn in targets})
+    places = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.name.upper()), n_blocks=2)
+    source, model = our_directory(kind, tmp_path)
+    names, targets = set(stored(base_directory(kind, tmp_path))), set(randlora.adapters(model)[0].targets)
+    found = {places.get_name(name, try_suffixes=(".weight", ".bias")) for name in names} - {None}
+    assert len(found) == len(names)
+    assert names > {f"{fqn}.weight" for fqn in targets}
     report = randlora.files.convert(source, tmp_path / "lora", "lora", rank=32)
     keys = set(load_file(tmp_path / "lora" / TENSORS_FILE))
     assert keys == {f"{PREFIX}{fqn}.lora_{part}.weight" for fqn in targets for part in "AB"}
@@ -298,7 +285,6 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], An
         r"text_encoder\.text_model\.encoder\.layers\.\d\.self_attn\.[qv]_proj\.diff",
     ),
 }
-every_part = pytest.mark.parametrize("component", PARTS)
 
 
 def output(model: nn.Module, inputs: Callable[[], dict[str, Any]]) -> Tensor:
@@ -308,22 +294,17 @@ def output(model: nn.Module, inputs: Callable[[], dict[str, Any]]) -> Tensor:
     return found
 
 
-def saved(component: str, parent: Path) -> tuple[Path, nn.Module]:
-    build, _, targets, _ = PARTS[component]
-    model = build().eval()
-    randlora.inject(model, r=4, alpha=8, targets=targets)
-    randlora.save(fill(model), parent / "ours")
-    return parent / "ours", model
-
-
 @pytest.mark.medium
-@every_part
+@pytest.mark.parametrize("component", PARTS)
 def test_a_pipeline_of_diffusers_loads_the_update_without_a_prefix_stripped_by_hand(
     component: str, tmp_path: Path
 ) -> None:
-    build, inputs, *_ = PARTS[component]
-    source, model = saved(component, tmp_path)
-    report = randlora.files.convert(source, tmp_path / "lora", "lora", format="diffusers", tolerance=FULL)
+    """And ComfyUI knows the keys of full updates, which are exact."""
+    build, inputs, chosen, pattern = PARTS[component]
+    model = build().eval()
+    randlora.inject(model, r=4, alpha=8, targets=chosen)
+    randlora.save(fill(model), tmp_path / "ours")
+    report = randlora.files.convert(tmp_path / "ours", tmp_path / "lora", "lora", format="diffusers", tolerance=FULL)
     (file,) = (tmp_path / "lora").iterdir()
     assert file.name == "pytorch_lora_weights.safetensors"
     assert report.notes[0].startswith(f"for {component!r} of a pipeline")
@@ -333,29 +314,24 @@ def test_a_pipeline_of_diffusers_loads_the_update_without_a_prefix_stripped_by_h
     served = getattr(pipe, component)
     expected, base = output(model, inputs), output(build().eval(), inputs)
     assert (output(served, inputs) - expected).abs().max() < 1e-4 * (expected - base).abs().max()
-    adapted = {name.split(".lora_A")[0] for name, _ in served.named_parameters() if ".lora_A" in name}
-    assert adapted == {layer.fqn for layer in report.layers}
+    targets = randlora.adapters(model)[0].targets
+    assert {name.split(".lora_A")[0] for name, _ in served.named_parameters() if ".lora_A" in name} == {*targets}
     with safe_open(file, "pt") as opened:  # versions that read no metadata get the same scaling
         packed = json.loads(opened.metadata()["lora_adapter_metadata"])
     config = LoraConfig(**{name.removeprefix(f"{component}."): value for name, value in packed.items()})
-    assert {each.shape[1] for key, each in load_file(file).items() if "lora_B" in key} == {config.r}
-    assert config.lora_alpha == config.r
+    ranks = {each.shape[1] for key, each in load_file(file).items() if "lora_B" in key}
+    assert ranks == {config.r} == {config.lora_alpha}
 
-
-@every_part
-def test_full_updates_are_exact_under_keys_that_comfyui_knows(component: str, tmp_path: Path) -> None:
-    source, model = saved(component, tmp_path)
-    told: list[tuple[int, int, str]] = []
-    report = randlora.files.convert(source, tmp_path / "diff", "diff", progress=lambda *news: told.append(news))
-    tensors, targets = load_file(tmp_path / "diff" / "diff.safetensors"), randlora.adapters(model)[0].targets
-    assert report.relative_error == 0
-    assert all(re.fullmatch(PARTS[component][-1], key) for key in tensors)
-    assert [done for done, _, _ in told] == [*range(len(targets)), len(targets)]
-    beginnings = ("lora_unet_", "transformer_", "text_encoder_text_model_")
+    done: list[int] = []
+    full = randlora.files.convert(tmp_path / "ours", tmp_path / "diff", "diff", progress=lambda *it: done.append(it[0]))
+    tensors = load_file(tmp_path / "diff" / "diff.safetensors")
+    assert (full.relative_error, done) == (0, [*range(len(targets)), len(targets)])
+    assert all(re.fullmatch(pattern, key) for key in tensors)
     plain = {key.removesuffix(".diff").replace(".", "_"): tensor for key, tensor in tensors.items()}
     assert len(plain) == len(targets)
     for fqn in targets:
-        (tensor,) = (plain[key] for key in plain if key in {f"{each}{fqn.replace('.', '_')}" for each in beginnings})
+        keys = {f"{part}_{fqn.replace('.', '_')}" for part in ("lora_unet", "transformer", "text_encoder_text_model")}
+        (tensor,) = (plain[key] for key in keys & plain.keys())
         assert same_bits(tensor, randlora.delta_weight(model, fqn).detach()), fqn
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from tests.test_readers_experts import EXPERTS, made, mixtral
 
 pytestmark = THEIR_WARNINGS
 
+P = ParamSpec("P")
 Call = Callable[[], object]
 BASE, ADAPTER = Path("base"), Path("adapter")
 
@@ -60,17 +61,24 @@ def _in_a_copy(ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path / "here")
 
 
-def merge(*adapters: Any, **options: Any) -> Call:
-    given = {"adapters": adapters[0] if adapters else "adapter", "out": "out", "base": "base", **options}
-    return lambda: files.merge(**given)
+def later(function: Callable[P, object]) -> Callable[P, Call]:
+    """Make a function return a call of itself, to be made later."""
+    return partial(partial, function)
 
 
-def convert(source: str = "adapter", **options: Any) -> Call:
-    return lambda: files.convert(source, "out", **options)
+@later
+def merge(adapters: Any = "adapter", **options: Any) -> None:
+    files.merge(**{"adapters": adapters, "out": "out", "base": "base", **options})
 
 
-def plan(directory: str = "bert", **options: Any) -> Call:
-    return lambda: files.plan(directory, **options)
+@later
+def convert(source: str = "adapter", out: str = "out", **options: Any) -> None:
+    files.convert(source, out, **options)
+
+
+@later
+def plan(directory: str = "bert", **options: Any) -> None:
+    files.plan(directory, **options)
 
 
 def too_large() -> None:
@@ -90,6 +98,7 @@ UPDATES: tuple[dict[str, Any], ...] = (
     {"to": "diff"},
 )
 """Conversions to files that hold updates alone."""
+INTO = {"out": "bert/../adapter"}, {"out": "adapter/in"}, {"source": f"adapter/{TENSORS_FILE}", "out": "adapter"}
 CALLS: list[tuple[type[Exception], str, Call]] = [
     *(
         (ConfigError, "named twice", merge(twice))
@@ -104,6 +113,12 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
     (CheckpointError, "adapter' names no base model .*give base=", merge(base=None)),
     (CheckpointError, "the adapters name different base models", merge(["head", "other"], base=None)),
     (CheckpointError, "'no/such/place', which the adapter names, is not there: give base=", merge("other", base=None)),
+    *((CheckpointError, "an input that must not change", convert(overwrite=True, **each)) for each in INTO),
+    (CheckpointError, "is a file", convert(out="bert/config.json", overwrite=True)),
+    (CheckpointError, "exists and is not empty", convert(out="bert")),
+    (CheckpointError, "an input that must not change", lambda: files.join(["again", "other"], "other")),
+    (CheckpointError, "exists and is not empty", lambda: files.join(["again", "other"], "bert")),
+    (CheckpointError, "expected two or more parts, got 1", lambda: files.join(["again"], "out")),
     (ConfigError, "format= and same_rank= are for to=\"lora\", not 'peft'", convert(to="peft", format="peft")),
     (ConfigError, "format= and same_rank= are for to=\"lora\", not 'diff'", convert(to="diff", same_rank=True)),
     (ConfigError, "rank= and tolerance= are for to=\"lora\": 'peft' is exact", convert(rank=4)),
@@ -161,8 +176,9 @@ Q = "model.layers.0.self_attn.q_proj"
 GAMMA = f"base_model.model.{Q}.randlora_gamma"
 
 
-def rewrite(path: Path, change: Callable[[bytes], bytes]) -> Call:
-    return lambda: path.write_bytes(change(path.read_bytes()))
+@later
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
 
 
 def misstate() -> None:
@@ -170,14 +186,11 @@ def misstate() -> None:
     reseal(ADAPTER, shapes={**shapes, Q: (32, 30)})
 
 
-def sharded(change: Callable[[list[Path]], object]) -> Call:
+@later
+def sharded(change: Callable[[list[Path]], object]) -> None:
     """Change a checkpoint of several files."""
-
-    def damage() -> None:
-        shutil.rmtree(BASE)
-        change(sorted(save_model(LLAMA, BASE, is_sharded=True).glob("*.safetensors")))
-
-    return damage
+    shutil.rmtree(BASE)
+    change(sorted(save_model(LLAMA, BASE, is_sharded=True).glob("*.safetensors")))
 
 
 def cut_and_lose(shards: list[Path]) -> None:
@@ -199,50 +212,43 @@ def index_text(text: str) -> Call:
     return sharded(lambda _: (BASE / INDEX_FILE).write_text(text, encoding="utf-8"))
 
 
-def instead(**held: bytes) -> Call:
+@later
+def instead(**held: bytes) -> None:
     """Put files in place of the base's."""
-
-    def damage() -> None:
-        shutil.rmtree(BASE)
-        BASE.mkdir()
-        for name, content in held.items():
-            (BASE / name.replace("__", ".")).write_bytes(content)
-
-    return damage
+    shutil.rmtree(BASE)
+    BASE.mkdir()
+    for name, content in held.items():
+        (BASE / name.replace("__", ".")).write_bytes(content)
 
 
-def quantized(name: str = "", **said: Any) -> Call:
-    def damage() -> None:
-        edit_model(BASE, {name: torch.zeros(4)} if name else {})
-        edit_json(BASE / "config.json", quantization_config=said or None)
-
-    return damage
+@later
+def quantized(name: str = "", **said: Any) -> None:
+    edit_model(BASE, {name: torch.zeros(4)} if name else {})
+    edit_json(BASE / "config.json", quantization_config=said or None)
 
 
-def config(**fields: Any) -> Call:
-    return lambda: edit_json(BASE / "config.json", **fields)
+@later
+def config(**fields: Any) -> None:
+    edit_json(BASE / "config.json", **fields)
 
 
+@later
 def of(
     build: Callable[[], nn.Module],
     adapted: Callable[[], nn.Module] | None = None,
     changes: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda _: {},
     **options: Any,
-) -> Call:
+) -> None:
     """Make the base anew, with changes to its tensors, and the adapter, of that or of another model."""
-
-    def damage() -> None:
-        model = build()
-        shutil.rmtree(BASE)
-        if isinstance(model, nn.Sequential):
-            BASE.mkdir()
-            save_file(model.state_dict(), BASE / SINGLE_FILE)
-        else:
-            write(model, BASE)
-        edit_model(BASE, changes(stored(BASE)))
-        adapter_of(adapted() if adapted else model, ADAPTER, **options)
-
-    return damage
+    model = build()
+    shutil.rmtree(BASE)
+    if isinstance(model, nn.Sequential):
+        BASE.mkdir()
+        save_file(model.state_dict(), BASE / SINGLE_FILE)
+    else:
+        write(model, BASE)
+    edit_model(BASE, changes(stored(BASE)))
+    adapter_of(adapted() if adapted else model, ADAPTER, **options)
 
 
 def untied() -> nn.Module:
@@ -277,30 +283,24 @@ def expert(change: Callable[[Tensor], Tensor | None], part: str) -> Call:
     )
 
 
-def link(name: str) -> Call:
+@later
+def link(name: str) -> None:
     """Put a link to a file elsewhere in place of one of the base's."""
-
-    def damage() -> None:
-        secret, place = Path(shutil.copy(BASE / "config.json", "secret")).resolve(), BASE / name
-        place.parent.mkdir(exist_ok=True)
-        place.unlink(missing_ok=True)
-        place.symlink_to(secret)
-
-    return damage
+    secret, place = Path(shutil.copy(BASE / "config.json", "secret")).resolve(), BASE / name
+    place.parent.mkdir(exist_ok=True)
+    place.unlink(missing_ok=True)
+    place.symlink_to(secret)
 
 
-def special(name: str, kind: str) -> Call:
+@later
+def special(name: str, kind: str) -> None:
     """Put what is no file in place of one of the base's."""
-
-    def damage() -> None:
-        if name == INDEX_FILE:
-            (BASE / SINGLE_FILE).unlink()
-        (BASE / name).unlink(missing_ok=True)
-        SPECIAL[kind](BASE / name)
-        if kind == "directory":
-            (BASE / name / "more").symlink_to("/dev/zero")
-
-    return damage
+    if name == INDEX_FILE:
+        (BASE / SINGLE_FILE).unlink()
+    (BASE / name).unlink(missing_ok=True)
+    SPECIAL[kind](BASE / name)
+    if kind == "directory":
+        (BASE / name / "more").symlink_to("/dev/zero")
 
 
 HEADER = json.dumps({"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()

@@ -5,7 +5,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 import randlora
-from randlora.errors import CheckpointError, ConfigError, TargetError
+from randlora.errors import CheckpointError, ConfigError, RandLoRAError, TargetError
 from randlora.files.model_directory import read_model_directory
 from randlora.files.transformers_model import build_model
 from randlora.report import Report
@@ -36,7 +36,7 @@ from tests.model_directories import (
 )
 from tests.models import BERT, GPT2, LLAMA, VIT
 from tests.test_readers_experts import EXPERTS, gpt_oss, made, mixtral
-from tests.transformers_zoo import TASKS, classes, tiny
+from tests.transformers_zoo import classes, tiny
 
 AGREEING = {
     "mixtral": "MixtralForCausalLM",  # experts in one tensor
@@ -87,28 +87,28 @@ def assert_files_agree(name: str, model: nn.Module, directory: Path) -> None:
     assert {name for name in found if not same_bits(found[name], own[name])} == set(report.merged) != set()
 
 
-@pytest.mark.parametrize(("model_type", "name"), AGREEING.items(), ids=AGREEING)
-def test_a_class_is_planned_and_merged_as_in_memory(model_type: str, name: str, tmp_path: Path) -> None:
-    model = tiny(model_type, name)
-    assert model is not None
-    assert_files_agree(name, model, tmp_path)
+def zoo() -> Iterator[Any]:
+    """Yield classes for the quick run one by one, and all of a task, with how many of them at least are built."""
+    yield from (pytest.param({name: model_type}, 1, id=name) for model_type, name in AGREEING.items())
+    for task, least in LEAST.items():
+        names = {name: model_type for of, model_type, name in classes() if of == task}
+        yield pytest.param(names, least, marks=pytest.mark.slow, id=task)
 
 
 @pytest.mark.filterwarnings("ignore:the default adapts only:UserWarning")
-@pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
-def test_every_class_is_planned_and_merged_as_in_memory(task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("names", "least"), [*zoo()])
+def test_classes_are_planned_and_merged_as_in_memory(names: dict[str, str], least: int, tmp_path: Path) -> None:
+    models = ((name, tiny(model_type, name)) for name, model_type in names.items())
     compared, unlike = 0, {}
-    for _, model_type, name in (entry for entry in classes() if entry[0] == task):
-        if (model := tiny(model_type, name)) is None:
-            continue
-        compared += 1
-        try:
-            assert_files_agree(name, model, tmp_path / name)
-        except (AssertionError, randlora.errors.RandLoRAError) as error:
-            unlike[name] = str(error)[:500]
+    for name, model in models:
+        if model is not None:
+            compared += 1
+            try:
+                assert_files_agree(name, model, tmp_path / name)
+            except (AssertionError, RandLoRAError) as error:
+                unlike[name] = str(error)[:500]
     assert unlike == {}
-    assert compared >= LEAST[task]
+    assert compared >= least
 
 
 def test_without_transformers_names_that_agree_are_merged_and_others_are_said(
@@ -121,17 +121,18 @@ def test_without_transformers_names_that_agree_are_merged_and_others_are_said(
     oss: Any = made(gpt_oss, dtype=torch.float32)  # one of its stacks is of squares, which do not show the layout
     both = [pair("llama", llama, train_also=["norm"]), pair("stacks", oss, targets=EXPERTS)]
     bare = [write(model.model, tmp_path / f"bare {model.config.model_type}") for model in (llama, oss)]
-    earlier = pair("earlier", llama, targets=["up_proj"])
-    reseal(earlier[0], transposed=None)
+    earlier = [pair("earlier", llama, targets=["up_proj"]), pair("gpt2", GPT2.build(), targets=["c_attn"])]
+    for adapter, _ in earlier:
+        reseal(adapter, transposed=None)
     renamed = pair("vit", VIT.build()), pair("one by one", made(mixtral, dtype=torch.float32), targets=EXPERTS)
 
     def merged(adapter: Path, base: Path, **options: Any) -> Path:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         return randlora.files.merge(adapter, tmp_path / "out", base=base, **options).out
 
-    expected = [(contents(merged(*each)), stored(merged(*each))) for each in (*both, earlier)]
+    expected = [(contents(merged(*each)), stored(merged(*each))) for each in (*both, *earlier)]
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for each, (files, _) in zip((*both, earlier), expected, strict=True):  # a weight's shape says how it is stored
+    for each, (files, _) in zip((*both, *earlier), expected, strict=True):  # a weight's shape says how it is stored
         assert contents(merged(*each)) == files
         assert randlora.files.verify(*each).passed
     for each in renamed:

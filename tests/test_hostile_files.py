@@ -86,38 +86,26 @@ def restoring(directory: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize(("maker", "damage"), CASES.values(), ids=CASES)
 def test_every_verb_refuses_a_hostile_file_and_touches_nothing(
-    maker: str, damage: Damage, sound: Path, tmp_path: Path
+    maker: str, damage: Damage, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    directory = hostile(sound / maker, damage, tmp_path / "adapter")
+    """And every command ends with 1 and a message."""
+    directory, base, out = hostile(sound / maker, damage, tmp_path / "adapter"), sound / "base", tmp_path / "out"
     names = sorted(directory.iterdir())
     assert isinstance(outcome(directory), CheckpointError)
-    for call in verbs(directory, sound / "base", tmp_path / "out").values():
+    for call in verbs(directory, base, out).values():
         with pytest.raises(CheckpointError):
             call()
     assert not randlora.files.verify(directory).passed
+    for words in (["inspect", directory], ["convert", directory, out], ["merge", directory, out, "--base", base]):
+        assert main([*map(str, words)]) == 1
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err[:7]) == ("", "error: ")
+    assert main(["verify", str(directory)]) == 1
+    shown = capsys.readouterr()
+    assert re.search("^failed: ", shown.out, re.MULTILINE)
+    assert shown.err == ""
     assert sorted(directory.iterdir()) == names
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
-
-
-@pytest.mark.parametrize(("maker", "damage"), [*CASES.values()][::8], ids=[*CASES][::8])
-def test_every_command_ends_with_1_and_a_message(
-    maker: str, damage: Damage, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = hostile(sound / maker, damage, tmp_path / "adapter")
-    out_directory = tmp_path / "out"
-    commands: tuple[tuple[str | Path, ...], ...] = (
-        ("inspect", directory),
-        ("convert", directory, out_directory, "--to", "peft"),
-        ("merge", directory, out_directory, "--base", sound / "base"),
-    )
-    for words in commands:
-        assert main([*map(str, words)]) == 1
-        out, err = capsys.readouterr()
-        assert (out, err[:7]) == ("", "error: ")
-    assert main(["verify", str(directory)]) == 1
-    out, err = capsys.readouterr()
-    assert re.search("^failed: ", out, re.MULTILINE)
-    assert err == ""
 
 
 def test_a_weight_under_two_names_is_refused_by_every_verb_that_has_its_model(sound: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """`load_model`: a base model and its adapter in one call, with the class and the labels that were trained."""
 
 import pickle
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,24 +72,15 @@ def test_base_and_adapter_are_loaded_as_they_are_or_as_is_said(saved: nn.Module)
     assert randlora.adapters(model)[0].is_trainable
 
 
-def of_nothing(**fields: object) -> None:
-    """Edit the config of the base, beside an adapter of version 0.2, which names no class."""
+def of_nothing(file: str = "more", **fields: object) -> None:
+    """Edit the config of the base, or add a file, beside an adapter of version 0.2, which names no class."""
     reseal(ADAPTER, model_class=None)
     edit_json(CONFIG, **fields)
-
-
-def of_another_library(file: str) -> None:
-    of_nothing()
     (BASE / file).write_text("{}", encoding="utf-8")
 
 
 def name_base(name: str) -> None:
     edit_json(ADAPTER / CONFIG_FILE, base_model_name_or_path=name)
-
-
-def other_base() -> None:
-    shutil.rmtree(BASE)
-    save_model(GPT2, BASE)
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
@@ -100,13 +90,13 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "no repository": (lambda: name_base("no/where"), "base model 'no/where"),
     "unheard class": (lambda: of_nothing(architectures=["Unheard"]), "has no class 'Unheard'"),
     "no class": (lambda: of_nothing(architectures=["pipeline"]), "has no class 'pipeline'"),
-    "diffusers": (lambda: of_another_library("model_index.json"), "a model of diffusers: create it with"),
-    "sentences": (lambda: of_another_library("modules.json"), "a model of sentence-transformers: create it with"),
+    "diffusers": (lambda: of_nothing("model_index.json"), "a model of diffusers: create it with"),
+    "sentences": (lambda: of_nothing("modules.json"), "a model of sentence-transformers: create it with"),
     "sizes": (lambda: edit_json(CONFIG, hidden_size=16), "base model 'base'"),
     "damaged": (lambda: (ADAPTER / TENSORS_FILE).write_bytes(b"x" * 64), TENSORS_FILE),
     "missing": (lambda: edit_model(BASE, {UP: None}), rf"its files have no {UP}.*values would be random: give base="),
     "shape": (lambda: edit_model(BASE, {UP: torch.ones(3)}), rf"a different shape of {UP}"),
-    "another model": (other_base, "cannot load .*adapter"),
+    "another model": (lambda: save_model(GPT2, BASE), "cannot load .*adapter"),
 }
 
 
