@@ -36,7 +36,8 @@ class BadPath:
 
 
 NO_PATHS: tuple[Any, ...] = (None, 7, "a\0b")
-EVERY_NO_PATH: tuple[Any, ...] = (*NO_PATHS, b"bytes", ["a"], "", BadPath(), 10**5000, "a" * 300 + "/b")
+OF_BYTES = type("OfBytes", (), {"__fspath__": lambda _: b"x"})()
+EVERY_NO_PATH: tuple[Any, ...] = (*NO_PATHS, b"bytes", ["a"], "", BadPath(), OF_BYTES, 10**5000, "a" * 300 + "/b")
 NO_NAMES: tuple[Any, ...] = (7, b"bytes", [])
 NO_FLAGS: tuple[Any, ...] = (1, "yes", None)
 NO_NUMBERS: tuple[Any, ...] = ("a", True, float("nan"), float("inf"), 10**400, None)
