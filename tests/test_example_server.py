@@ -62,19 +62,6 @@ def together(running: Any, asks: list[Ask]) -> list[tuple[int, Any]]:
         return list(clients.map(lambda ask: post(running.server_port, ask._asdict()), asks))
 
 
-def while_busy(running: Any, asks: list[Ask], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
-    """Do as `together`, while the model runs another request, so that all are there when the next batch begins."""
-    gate = Gate(running, monkeypatch)
-    with ThreadPoolExecutor(2) as clients:
-        other = clients.submit(post, running.server_port, {"prompt": "a", "max_new_tokens": 1})
-        assert gate.has_begun.wait(30)
-        answers = clients.submit(together, running, asks)
-        until(lambda: len(running.batcher.waiting) == len(asks))
-        gate.is_open.set()
-        assert other.result(60)[0] == 200
-        return answers.result(60)
-
-
 def asked(count: int) -> list[Ask]:
     names = [None, *(f"tenant_{number}" for number in range(ADAPTERS))]
     texts = [f"{number} upon a time"[: 3 + number] for number in range(count)]
@@ -87,7 +74,15 @@ def test_answers_are_those_of_the_adapter_alone(
 ) -> None:
     asks = asked(13)
     with server.serving(server.tiny_model(), adapters, server.Limits(batch=13, adapters=room)) as running:
-        found = while_busy(running, asks, monkeypatch)
+        gate = Gate(running, monkeypatch)  # so that all are there when the next batch begins
+        with ThreadPoolExecutor(2) as clients:
+            other = clients.submit(post, running.server_port, {"prompt": "a", "max_new_tokens": 1})
+            assert gate.has_begun.wait(30)
+            answered = clients.submit(together, running, asks)
+            until(lambda: len(running.batcher.waiting) == len(asks))
+            gate.is_open.set()
+            assert other.result(60)[0] == 200
+            found = answered.result(60)
         stats, counts = running.batcher.pool.stats(), running.batcher.counts
     assert {status for status, _ in found} == {200}
     answers = {ask: answer["ids"] for ask, (_, answer) in zip(asks, found, strict=True)}
