@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.bases.basis import Basis
@@ -151,24 +150,3 @@ def test_a_part_of_a_weight_of_any_kind_is_merged_into_as_the_whole_is(kind: str
             merged = layer.with_updates(local, updates, layer.region_of(tuple(weight.shape), held))
             assert merged.shape == local.shape
             torch.testing.assert_close(merged, take_spans(whole, spans, dim), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.skipif(
-    TorchVersion(torch.__version__) < "2.7", reason="the compiler of torch 2.6 takes the sizes of an argument for data"
-)
-@pytest.mark.parametrize(
-    "spec", [BasisSpec("dense", "portable", 0, 4, 24, 16), BasisSpec("block", "portable", 0, 8, 48, 32, (2, 4))]
-)
-def test_compiled_code_slices_the_same_bases(spec: BasisSpec) -> None:
-    basis, num_bases = Basis(spec), -(-spec.min_dim // spec.r)
-    basis.extend(spec.max_dim, spec.min_dim)
-    lam, gamma = torch.randn(spec.r, num_bases), torch.randn(num_bases, spec.min_dim)
-    whole, x = Update(basis, lam, gamma, 0.7, (spec.max_dim, spec.min_dim)), torch.randn(3, spec.min_dim)
-    for rows in (((8, spec.max_dim),), ((1, 4), (8, 13))):
-        update = whole.within(Region(rows, all_of(spec.min_dim)))
-
-        def product(x: Tensor, update: Update = update) -> Tensor:
-            return adapted_linear(x, *update.parts(CPU, torch.float32), is_wide=True)
-
-        compiled = torch.compile(product, backend="eager", fullgraph=True, dynamic=False)
-        torch.testing.assert_close(compiled(x), product(x))
