@@ -267,20 +267,13 @@ def test_a_swap_compiles_nothing_again() -> None:
     assert counter.frame_count == 1
 
 
-def test_an_optimizer_goes_on_with_the_same_parameters_and_its_old_moments() -> None:
+def test_an_optimizer_keeps_its_moments() -> None:
     model, other = model_with(), model_with(1)
-
-    def step(each: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        each(X).square().sum().backward()
-        optimizer.step()
-
-    optimizer, fresh = (torch.optim.AdamW(randlora.trainable_parameters(each), lr=0.1) for each in (model, other))
-    step(model, optimizer)
+    optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=0.1)
+    model(X).square().sum().backward()
+    optimizer.step()
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
     randlora.swap(model, randlora.adapter_state(other), name="a")
-    assert all(map(torch.equal, (state["exp_avg"] for state in optimizer.state.values()), moments))
-    optimizer.state.clear()
-    step(model, optimizer)
-    step(other, fresh)
-    assert all_bits(adapter_values(model, "a")) == all_bits(adapter_values(other, "a"))
+    assert all(
+        map(torch.equal, (optimizer.state[each]["exp_avg"] for each in adapter_values(model, "a").values()), moments)
+    )
