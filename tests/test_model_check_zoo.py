@@ -1,10 +1,9 @@
-"""`make slow` checks a model of every type of transformers, and some of diffusers and torchvision."""
+"""`make slow` checks a model of every type of transformers."""
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from itertools import chain, product
 from typing import Any
 
@@ -16,8 +15,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import randlora
 from randlora.errors import TargetError
-from tests.diffusion_models import flux, noise, patches, unet
-from tests.models import clip, image, library, reproducible, torchvision_vit
 from tests.transformers_zoo import CUTS, HEADS, LAYERS, SIDES, WIDE, cut, every_type
 
 PARTS = 24
@@ -179,24 +176,3 @@ def test_nothing_is_found_in_any_type_of_transformers(part: int) -> None:
             found += problems(model_type, model, **inputs)
             num_run += 1
     assert (found, num_run > 0) == ([], True)
-
-
-def from_torchvision(name: str) -> nn.Module:
-    return reproducible(getattr(library("torchvision").models, name))
-
-
-TORCHVISION = "resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "regnet_y_400mf", "efficientnet_b0", "densenet121"
-OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]]]] = {
-    "UNet": (unet, noise),
-    "Flux": (flux, patches),
-    "CLIP": (clip, lambda: {"image": drawn(1, 3, 16, 16), "text": torch.arange(8)[None]}),
-    "ViT": (torchvision_vit, image),
-    **{name: (partial(from_torchvision, name), lambda: {"x": drawn(2, 3, 64, 64)}) for name in TORCHVISION},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
-def test_nothing_is_found_in_models_of_other_libraries(name: str) -> None:
-    build, inputs = OTHERS[name]
-    assert problems("", build(), **inputs()) == []
