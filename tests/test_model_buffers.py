@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
-from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, TargetError
@@ -56,29 +55,14 @@ def drawn(module: nn.Module) -> nn.Module:
     return module
 
 
-class Channels(nn.InstanceNorm1d):
-    """An instance norm over ``(n, 6)``, each entry with a neighbor."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(n, 6)`` to ``(n, 6)``."""
-        output: Tensor = super().forward(torch.stack([x, x.roll(1, 0)], -1))[..., 0]
-        return output
-
-
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "batch": lambda: drawn(nn.BatchNorm1d(6)),
     "plain-batch": lambda: drawn(nn.BatchNorm1d(6, affine=False)),
-    "instance": lambda: drawn(Channels(6, affine=True, track_running_stats=True)),
     "spectral": lambda: parametrizations.spectral_norm(nn.Linear(6, 6)),
     "old-spectral": lambda: spectral_norm(nn.Linear(6, 6)),
     "own": Counter,
 }
-MOVES_IN_EVAL = pytest.mark.skipif(
-    TorchVersion(torch.__version__) < "2.11", reason="older versions of torch write rounded statistics in eval, too"
-)
-every_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[MOVES_IN_EVAL] * (kind == "instance")) for kind in KINDS]
-)
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def build(kind: str) -> Any:
