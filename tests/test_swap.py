@@ -127,20 +127,6 @@ def test_trained_parameters_are_swapped_too_and_files_are_as_good_as_states(tmp_
         assert torch.equal(HEADED.output(model), plain)
 
 
-def test_an_adapter_is_swapped_beside_others_active_or_not() -> None:
-    model = model_with()
-    randlora.inject(model, r=3, targets=["0"], name="b", stream="portable", trainable=True)
-    beside = all_bits(adapter_values(fill(model, "b", seed=3), "b"))
-    before, flags = model(X), [each.requires_grad for each in model.parameters()]
-    other = model_with(9, name="b", targets=["0"])
-    randlora.swap(model, randlora.adapter_state(other), name="b")
-    assert torch.equal(model(X), before)  # "a" is the active one
-    assert all_bits(adapter_values(model, "b")) != beside
-    assert [each.requires_grad for each in model.parameters()] == flags
-    with randlora.serving.routed(model, ["b"] * 3):
-        torch.testing.assert_close(model(X), other(X))
-
-
 DIFFERENT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"targets": ["0", "3"]}, ("the files have no layer 2",)),
     ({"train_also": ["2.bias"]}, ("the adapter has no trained parameter 2.bias",)),
