@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
-from torch import Tensor
 
 import randlora
 from randlora.errors import AdapterError, MergeError, TargetError
@@ -148,6 +147,8 @@ class AdapterRules(ModelMachine):
     def unless_mergeable(self, names: set[str], *, reversible: bool) -> Refused:
         """What must be raised by a merge of active adapters now."""
         truth = self.truth
+        if not names <= {*truth.on_top}:  # inactive, merged, or disabled
+            return MergeError
         is_loss = not reversible and len(names) < len(truth.adapters)
         into = {weight.name for name in names for weight in truth.acted_on(truth.adapters[name])}
         left = [each for name, each in truth.on_top.items() if name not in names]
@@ -160,21 +161,19 @@ class AdapterRules(ModelMachine):
     def merge(self, reversible: bool, some: set[int] | None) -> None:
         truth = self.truth
         names = {*truth.on_top} if some is None else {self.name(each) for each in some}
-        refused = self.unless_mergeable(names & {*truth.on_top}, reversible=reversible)
-        if not names <= {*truth.on_top}:  # inactive, merged, or disabled
-            refused = MergeError
-        expected = None if refused else truth.merging(names | truth.merged_names)
+        refused = self.unless_mergeable(names, reversible=reversible)
         given = {} if some is None else {"adapters": sorted(names)}
         report = self.ask(refused, randlora.merge, reversible=reversible, **given)
-        if expected is None:
+        if refused:
             return
         assert report.adapters == {name: truth.adapters[name].factor for name in truth.adapters if name in names}
-        self.merge_as(names | truth.merged_names, expected)
+        self.merge_as(names | truth.merged_names)
         if not reversible:
             truth.become_plain(keep=True)
 
-    def merge_as(self, names: set[str], expected: dict[str, Tensor]) -> None:
+    def merge_as(self, names: set[str]) -> None:
         """Check the weights merged with these adapters, and take over how they were rounded."""
+        expected = self.truth.merging(names)
         found, were = dict(self.model.named_parameters()), self.truth.merged or {}
         changed = [self.truth.adapters[name] for name in names ^ self.truth.merged_names]
         touched = {weight.name for adapter in changed for weight in self.truth.weights_of(adapter)}
@@ -191,8 +190,7 @@ class AdapterRules(ModelMachine):
         refused = None if names <= self.truth.merged_names else MergeError
         self.ask(refused, randlora.unmerge, *([] if some is None else [sorted(names)]))
         if refused is None:
-            staying = self.truth.merged_names - names
-            self.merge_as(staying, self.truth.merging(staying))
+            self.merge_as(self.truth.merged_names - names)
 
     @is_merged
     @rule(chosen=factors)
@@ -208,8 +206,8 @@ class AdapterRules(ModelMachine):
 
     def enter(self, refused: Refused, block: Callable[..., Any], merges: set[str] | None = None) -> None:
         """Open a block, which `leave` closes some time later: one that merges these adapters, or one of `disabled`."""
-        manager: Any = None if refused else block(self.model)
-        self.ask(refused, lambda model: (manager or block(model)).__enter__())
+        manager = block(self.model)
+        self.ask(refused, lambda _: manager.__enter__())
         if refused is None:
             self.blocks.append((manager, merges, self.truth.life))
 
@@ -225,10 +223,9 @@ class AdapterRules(ModelMachine):
         truth, names = self.truth, {*self.truth.on_top}
         is_nested = truth.merged is not None and not names
         refused = None if is_nested else self.unless_mergeable(names, reversible=True)
-        expected = None if refused or is_nested else truth.merging(names | truth.merged_names)
         self.enter(refused, randlora.merged, set() if is_nested else names)
-        if expected is not None:
-            self.merge_as(names | truth.merged_names, expected)
+        if not refused and not is_nested:
+            self.merge_as(names | truth.merged_names)
 
     @precondition(lambda self: self.blocks)
     @rule()
@@ -238,5 +235,4 @@ class AdapterRules(ModelMachine):
         if life == truth.life and merges is None:
             truth.disabled -= 1
         if life == truth.life and (own := (merges or set()) & truth.merged_names):
-            staying = truth.merged_names - own
-            self.merge_as(staying, truth.merging(staying))
+            self.merge_as(truth.merged_names - own)

@@ -3,7 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,24 +67,17 @@ class Scenario(NamedTuple):
     has_header: bool = True
 
 
+OURS, OURS_NEW = partial(save, options=OLD), partial(save, options=NEW)
+PLAIN, PLAIN_NEW = partial(save_plain, options=OLD), partial(convert, to="peft", options=NEW)
+LORA, LORA_NEW = partial(convert, to="lora", options=OLD), partial(convert, to="lora", options=NEW)
 SCENARIOS = (
-    Scenario("new", None, lambda path: save(path, NEW)),
-    Scenario("over ours", lambda path: save(path, OLD), lambda path: save(path, NEW)),
-    Scenario("over an equal JSON", lambda path: save(path, NEW), save_shifted),
-    Scenario("over PEFT's", lambda path: save_plain(path, OLD), lambda path: save(path, NEW)),
-    Scenario("LoRA over ours", lambda path: save(path, OLD), lambda path: convert(path, "lora", NEW), has_header=False),
-    Scenario(
-        "LoRA over LoRA",
-        lambda path: convert(path, "lora", OLD),
-        lambda path: convert(path, "lora", NEW),
-        has_header=False,
-    ),
-    Scenario(
-        "PEFT's over PEFT's",
-        lambda path: save_plain(path, OLD),
-        lambda path: convert(path, "peft", NEW),
-        has_header=False,
-    ),
+    Scenario("new", None, OURS_NEW),
+    Scenario("over ours", OURS, OURS_NEW),
+    Scenario("over an equal JSON", OURS_NEW, save_shifted),
+    Scenario("over PEFT's", PLAIN, OURS_NEW),
+    Scenario("LoRA over ours", OURS, LORA_NEW, has_header=False),
+    Scenario("LoRA over LoRA", LORA, LORA_NEW, has_header=False),
+    Scenario("PEFT's over PEFT's", PLAIN, PLAIN_NEW, has_header=False),
 )
 
 Identity = tuple[Any, ...] | None
