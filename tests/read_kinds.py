@@ -214,15 +214,10 @@ def _attention(name: str, *, widths: tuple[int, ...] = (12, 12, 12), bias: bool 
     return ReadKind(f"attention-{name}", "attention", build, inputs, **row)
 
 
-def _packed(name: str, in_proj: str, **row: Any) -> ReadKind:
-    other = {"in_proj": "packed" if in_proj == "split" else "split"}
-    return _attention(name, attribute="in_proj_weight", options={"in_proj": in_proj}, other=other, **row)
-
-
-CONTEXT = 12, 8, 20
+CONTEXT, PACKED, SPLIT = (12, 8, 20), {"in_proj": "packed"}, {"in_proj": "split"}
 ATTENTION = (
-    _packed("in_proj", "packed"),
-    _packed("in_proj-split", "split"),
+    _attention("in_proj", attribute="in_proj_weight", options=PACKED, other=SPLIT),
+    _attention("in_proj-split", attribute="in_proj_weight", options=SPLIT, other=PACKED),
     _attention("q_proj", attribute="q_proj_weight", widths=CONTEXT),
     _attention("k_proj", attribute="k_proj_weight", widths=CONTEXT),
     _attention("v_proj-no-bias", attribute="v_proj_weight", widths=CONTEXT, bias=False),
