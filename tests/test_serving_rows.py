@@ -95,15 +95,17 @@ def over_tokens(x: Tensor) -> Tensor:
     return torch.einsum("bth,bsh->ts", x, x)[:ROWS, :1] + torch.ones(6)
 
 
-@pytest.mark.parametrize(
-    ("choose", "message"),
-    [
-        (by_gate, "were chosen or sorted by values"),
-        (by_floats, "were chosen or sorted by values"),
-        (lambda x: torch.from_numpy(x.numpy()[::-1].copy()), r"mixed or unknown, since Tensor\.numpy"),
-        (over_tokens, "are mixed"),
-    ],
-)
+CHOSEN: list[tuple[Callable[[Tensor], Tensor], str]] = [
+    (by_gate, "were chosen or sorted by values"),
+    (by_floats, "were chosen or sorted by values"),
+    (lambda x: torch.stack([x[int(place)] for place in x.sum((1, 2)).argsort()]), "were chosen or sorted by values"),
+    (lambda x: torch.zeros_like(x).index_copy(0, x.sum((1, 2)).argsort(), x), "were chosen or sorted by values"),
+    (lambda x: torch.from_numpy(x.numpy()[::-1].copy()), r"mixed or unknown, since Tensor\.numpy"),
+    (over_tokens, "are mixed"),
+]
+
+
+@pytest.mark.parametrize(("choose", "message"), CHOSEN)
 def test_rows_that_cannot_be_known_are_an_error_at_every_length(choose: Any, message: str) -> None:
     model = with_adapters(Arranging(choose, lambda x: x))
     with routed(model, NAMES), torch.no_grad():

@@ -98,20 +98,3 @@ def test_an_operation_that_is_not_known_makes_rows_unknown() -> None:
     assert label is not None
     assert label.is_mixed
     assert "matrix_exp" in label.why
-
-
-def by_reading(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.stack([x[place] for place in read(x.sum((1, 2)).argsort())])
-
-
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        *map(by_reading, [Tensor.tolist, lambda x: [int(each) for each in x], lambda x: x.numpy()]),
-        lambda x: torch.zeros(4, 4, 4).index_copy(0, x.sum((1, 2)).argsort(), x),
-    ],
-)
-def test_rows_that_values_have_chosen_are_marked(chosen: Callable[[Tensor], Tensor]) -> None:
-    ((_, label),) = followed(chosen, torch.rand(4, 4, 4), 0)
-    assert label is not None
-    assert label.by_values
