@@ -125,6 +125,7 @@ WRONG: list[tuple[object, Any, str]] = [
     ("1", int | list[int], "x must be an integer or a list, got '1'"),
     (["1"], int | list[int], "x[0] must be an integer, got '1'"),
     ("c", Literal["a", "b"], "x must be one of a, b, got 'c'"),
+    (True, Literal[1, 2], "x must be one of 1, 2, got True"),
     ("dens", Literal["dense", "b"] | None, "x must be one of dense, b or None, got 'dens': did you mean 'dense'?"),
 ]
 
