@@ -129,7 +129,9 @@ def test_while_merged_the_merged_model_is_written(kind: type[nn.Module], choice:
     assert torch.equal(plain(x), expected)
 
 
-def test_a_model_in_a_module_is_guarded_and_one_beside_it_is_not(tmp_path: Path) -> None:
+def test_a_model_in_a_module_is_guarded_and_one_beside_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outer = adapted(Outer(), targets=["head"])
     assert outer.inner.save_pretrained(str(tmp_path)) == "its own result"
     randlora.inject(outer, r=4, targets=["inner"], name="later", save_pretrained="error")
@@ -144,6 +146,10 @@ def test_a_model_in_a_module_is_guarded_and_one_beside_it_is_not(tmp_path: Path)
         with pytest.raises(AdapterError, match="a part of an adapted model that was copied or pickled"):
             part.save_pretrained(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+    monkeypatch.setattr("randlora.model.save_guard.METHODS", ("save_pretrained", 3))  # so that the second guard fails
+    outer = Outer()
+    with untouched(outer), pytest.raises(TypeError):
+        randlora.inject(outer, r=4, targets=["aside"])
 
 
 def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
