@@ -38,8 +38,6 @@ class BadPath:
 NO_PATHS: tuple[Any, ...] = (None, 7, "a\0b")
 OF_BYTES = type("OfBytes", (), {"__fspath__": lambda _: b"x"})()
 EVERY_NO_PATH: tuple[Any, ...] = (*NO_PATHS, b"bytes", ["a"], "", BadPath(), OF_BYTES, 10**5000, "a" * 300 + "/b")
-NO_NAMES: tuple[Any, ...] = (7, b"bytes", [])
-NO_FLAGS: tuple[Any, ...] = (1, "yes", None)
 NO_NUMBERS: tuple[Any, ...] = ("a", True, float("nan"), float("inf"), 10**400, None)
 
 files = randlora.files
@@ -48,25 +46,20 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
     "save": randlora.save,
     **{name: getattr(files, name) for name in ("plan", "inspect", "verify", "convert", "merge")},
 }
-VALUES: dict[str, tuple[Any, ...]] = {
-    "load source": EVERY_NO_PATH,
-    "plan directory": EVERY_NO_PATH,
-    "save directory": NO_PATHS,
-    "inspect directory": NO_PATHS,
-    "verify base": NO_PATHS[1:],
-    "convert out": NO_PATHS,
-    "load name": (*NO_NAMES, None),
-    "load trainable": NO_FLAGS,
-    "save name": NO_NAMES,
-    "inspect norms": NO_FLAGS,
-    "convert to": (None, 7, "gguf", []),
-    "convert rank": (0, -1, 1.5, True, "4", 10**6, 10**400, []),
-    "convert tolerance": (*NO_NUMBERS[:-1], -0.1, 1.1),
-    "merge adapters": (None, 7, b"bytes", [], {}, [7], [None], {7: 1.0}, [""], {"": 1.0}),
-    "merge out": NO_PATHS,
-    "merge dtype": ("float32", 7, torch.int8),
-}
-"""By function and parameter what is no value of it; a plain object is none of any."""
+VALUES: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
+    (EVERY_NO_PATH, ("load source", "plan directory")),
+    (NO_PATHS, ("save directory", "inspect directory", "convert out", "merge out")),
+    (NO_PATHS[1:], ("verify base",)),
+    ((7, b"bytes", []), ("save name",)),
+    ((7, b"bytes", [], None), ("load name",)),
+    ((1, "yes", None), ("load trainable", "inspect norms")),
+    ((None, 7, "gguf", []), ("convert to",)),
+    ((0, -1, 1.5, True, "4", 10**6, 10**400, []), ("convert rank",)),
+    ((*NO_NUMBERS[:-1], -0.1, 1.1), ("convert tolerance",)),
+    ((None, 7, b"bytes", [], {}, [7], [None], {7: 1.0}, [""], {"": 1.0}), ("merge adapters",)),
+    (("float32", 7, torch.int8), ("merge dtype",)),
+]
+"""What is no value of some functions' parameters; a plain object is none of any."""
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +84,11 @@ def test_a_bad_argument_is_our_error_and_nothing_is_written(name: str, places: P
         "merge": {"adapters": places / "ours", "out": places / "out", "base": places / "base"},
     }
     parameters = [each for each in inspect.signature(function).parameters if each != "options"]
-    assert {*usual[name]} | {each.split()[1] for each in VALUES if each.split()[0] == name} <= {*parameters}
+    values = {each: bad for bad, of in VALUES for each in of if each.startswith(name)}
+    assert {*usual[name], *(each.split()[1] for each in values)} <= {*parameters}
     with untouched(model):
         for parameter in parameters:
-            for bad in (*VALUES.get(f"{name} {parameter}", ()), object()):
+            for bad in (*values.get(f"{name} {parameter}", ()), object()):
                 with pytest.raises(RandLoRAError) as caught:
                     function(**{**usual[name], parameter: bad})
                 assert len(str(caught.value)) < 1500
@@ -185,12 +179,8 @@ def test_a_report_that_is_taken_for_the_model_says_where_the_model_is() -> None:
         with pytest.raises(TypeError, match=r"write randlora\.inject\(model\), not model = "):
             report(1)
         verbs = (randlora.merge, randlora.trainable_parameters, randlora.inject, randlora.adapters)
-        calls = [
-            lambda: randlora.save(report, "x"),
-            lambda: randlora.load(report, "x"),
-            *(partial(each, report) for each in verbs),
-        ]
-        for call in calls:
+        with_path = (partial(verb, report, "x") for verb in (randlora.save, randlora.load))
+        for call in (*with_path, *(partial(verb, report) for verb in verbs)):
             with pytest.raises(RandLoRAError, match=r"not model = randlora\.inject"):
                 call()
     assert copy.deepcopy(report) == pickle.loads(pickle.dumps(report)) == report
@@ -248,16 +238,14 @@ def test_errors_are_ours_and_pythons_and_list_all_problems_up_to_a_number() -> N
     raise_collected(ConfigError, [], doing="inject")
     with pytest.raises(TargetError, match=r"^cannot inject: no such layer$"):
         raise_collected(TargetError, ["no such layer"], doing="inject")
-    for error, most, count in (
-        (TargetError, 5, 5),
-        (TargetError, 5, 6),
-        (OptionError, 100, 100),
-        (OptionError, 100, 101),
+    for error, most, more in (
+        (error, most, more) for error, most in ((TargetError, 5), (OptionError, 100)) for more in (0, 1)
     ):
+        count = most + more
         problems = [f"problem {index}" for index in range(count)]
         with pytest.raises(error) as caught:
             raise_collected(error, problems, doing="inject")
         first, *lines = str(caught.value).splitlines()
         assert first == f"cannot inject, {count} problems:"
         assert lines[:most] == [f"  - {problem}" for problem in problems[:most]]
-        assert lines[most:] == ([f"  - and {count - most} more"] if count > most else [])
+        assert lines[most:] == (["  - and 1 more"] if more else [])
