@@ -5,6 +5,7 @@ import inspect
 import json
 import shutil
 import textwrap
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -47,26 +48,55 @@ def _in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def momentum(model: nn.Module) -> tuple[Any, Any]:
+def given() -> Any:
+    """Make a trainer that is given an optimizer and a schedule."""
+    model = fill(adapted_model(basis="block"))
     optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1, momentum=0.9)
-    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    return trainer(model, "run", optimizers=(optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)))
 
 
-@pytest.mark.parametrize("is_given", [False, True], ids=["usual", "given"])
-def test_a_resumed_run_goes_on_in_the_same_parameters_and_ends_with_the_same_bits(is_given: bool) -> None:
-    options: dict[str, Any] = {"basis": "block"} if is_given else {"train_also": ["norm"], "dropout": 0.2}
-    model, other = adapted_model(**options), fill(adapted_model(**options))
-    through, rest = (
-        trainer(each, "run", **({"optimizers": momentum(each)} if is_given else {})) for each in (model, other)
-    )
+class Seq2Seq(AdapterCheckpoints, Seq2SeqTrainer):  # type: ignore[misc]
+    """transformers' trainer for encoders with decoders."""
+
+
+def with_model_init() -> Any:
+    args = arguments(Seq2SeqTrainingArguments, "run")
+    return Seq2Seq(args=args, model_init=lambda: adapted_model(), train_dataset=rows())  # noqa: PLW0108
+
+
+def several(*names: str) -> Any:
+    model: nn.Module = plain_model()
+    for name in names:
+        randlora.inject(model, r=4, name=name, trainable=True)
+        fill(model, name)
+    randlora.activate(model, [*names])
+    randlora.set_trainable(model, [*names])
+    return model
+
+
+TRAINERS: dict[str, Callable[[], Any]] = {
+    "usual": lambda: trainer(adapted_model(train_also=["norm"], dropout=0.2), "run"),
+    "given": given,
+    "made by a function": with_model_init,
+    "of several adapters": lambda: trainer(several("a", "b", "c"), "run"),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_resumed_run_goes_on_in_the_same_parameters_and_ends_with_the_same_bits(kind: str) -> None:
+    through, rest, checkpoint = TRAINERS[kind](), TRAINERS[kind](), Path("run/checkpoint-2")
     through.train()
-    assert files("run/checkpoint-2") >= ADAPTER_FILES | {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
-    assert not [name for name in files("run/checkpoint-2") if name.startswith(("model", "pytorch_model"))]
+    assert files(checkpoint) >= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    for part in [checkpoint / name for name in "abc"] if "several" in kind else [checkpoint]:
+        assert files(part) >= ADAPTER_FILES
+    assert not [name for name in files(checkpoint) if name.startswith(("model", "pytorch_model"))]
     shutil.rmtree("run/checkpoint-4")
-    before = [id(parameter) for parameter in randlora.trainable_parameters(other)]
-    rest.train(resume_from_checkpoint=True if is_given else "run/checkpoint-2")
-    assert [id(parameter) for parameter in randlora.trainable_parameters(other)] == before
-    assert trained_bits(other) == trained_bits(model)
+    if kind == "usual":  # another start, of which nothing may be left
+        fill(rest.model, seed=3)
+    before = [*map(id, randlora.trainable_parameters(rest.model))]
+    rest.train(resume_from_checkpoint=True if kind == "given" else str(checkpoint))
+    assert kind == "made by a function" or before == [*map(id, randlora.trainable_parameters(rest.model))]
+    assert trained_bits(rest.model) == trained_bits(through.model)
 
 
 def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted() -> None:
@@ -91,24 +121,9 @@ def test_deepspeed_gives_the_best_back_from_its_own_files(monkeypatch: pytest.Mo
     assert load.call_args.args[1] == "run/checkpoint-1"
 
 
-def several(*names: str) -> Any:
-    model: nn.Module = plain_model()
-    for name in names:
-        randlora.inject(model, r=4, name=name, trainable=True)
-        fill(model, name)
-    randlora.activate(model, [*names])
-    randlora.set_trainable(model, [*names])
-    return model
-
-
-def test_several_adapters_that_are_trained_are_saved_each_in_a_directory_and_restored_all_or_none() -> None:
-    through = trainer(several("a", "b", "c"), "run")
-    through.train()
+def test_several_adapters_are_restored_all_or_none() -> None:
+    trainer(several("a", "b", "c"), "run").train()
     checkpoint = Path("run/checkpoint-2")
-    assert files(checkpoint / "a") == files(checkpoint / "b") == ADAPTER_FILES
-    rest = trainer(several("a", "b", "c"), "run")
-    rest.train(resume_from_checkpoint=str(checkpoint))
-    assert trained_bits(rest.model) == trained_bits(through.model)
 
     def refused(names: str, message: str) -> None:
         model = several(*names)
@@ -190,21 +205,6 @@ def test_the_mixin_after_a_trainer_is_refused_when_the_class_is_made(first: type
     with pytest.raises(AdapterError, match=f"put the mixin first, .*{mixin.__name__}, {first.__name__}"):
         type("Wrong", (first, mixin), {})
     type("Right", (type("Own", (mixin, first), {}),), {})
-
-
-def test_seq2seq_trainers_and_a_model_made_by_a_function() -> None:
-    class Seq2Seq(AdapterCheckpoints, Seq2SeqTrainer):  # type: ignore[misc]
-        pass
-
-    def make() -> Any:
-        given = arguments(Seq2SeqTrainingArguments, "run")
-        return Seq2Seq(args=given, model_init=lambda: adapted_model(), train_dataset=rows())  # noqa: PLW0108
-
-    through, rest = make(), make()
-    through.train()
-    rest.train(resume_from_checkpoint="run/checkpoint-2")
-    assert files("run/checkpoint-2") >= ADAPTER_FILES
-    assert trained_bits(rest.model) == trained_bits(through.model)
 
 
 def test_a_push_has_the_adapter_and_save_model_the_tokenizer_and_the_arguments_too(

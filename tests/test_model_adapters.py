@@ -221,6 +221,7 @@ def test_a_layer_that_is_left_out_is_not_merged_into() -> None:
     """`tests.state_machine` merges some of several adapters, in any order."""
     model = mixed("a", "b")
     randlora.activate(model, {"a": {"q": 0.5, ".*": 0.0}, "b": {"q": 0.0, ".*": 1.0}})
+    before, own = snapshot(model), model.q.weight
     assert randlora.merge(model, adapters=["a"], reversible=True).targets == ("q",)
     for other in (1.0, {"q": 0.5, ".*": 1.0}):
         with untouched(model), pytest.raises(AdapterError, match="cannot activate others while the adapters"):
@@ -231,3 +232,6 @@ def test_a_layer_that_is_left_out_is_not_merged_into() -> None:
     assert report.targets == ("up", "down")
     assert str(report).startswith("merged b with a factor for each layer (2 of 3 are not 0) into 2 layers")
     assert randlora.unmerge(model, ["a"]) == ("q",)
+    assert model.q.weight is own
+    randlora.unmerge(model)
+    assert_unchanged(model, before)
