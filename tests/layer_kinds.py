@@ -67,10 +67,6 @@ class LayerKind:
         return self.dtypes[0]
 
 
-def _linear(in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
-    return nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
-
-
 def _conv1d(in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
     layer: Any = Conv1D(out_features, in_features)
     nn.init.normal_(layer.weight, std=0.3)
@@ -103,18 +99,6 @@ def _quantized_on_cpu(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return layer.to("cpu")
 
 
-def _of_torchao(
-    in_features: int, out_features: int, bias: bool, dtype: torch.dtype, *, config: Callable[[], Any]
-) -> nn.Module:
-    if 1 in (in_features, out_features):
-        reject()  # which torchao can neither quantize nor multiply by
-    layer = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
-    nn.init.normal_(layer.weight, std=0.3)
-    quantization.quantize_(nn.Sequential(layer), config())
-    del layer.extra_repr  # which cannot be pickled, and hides the adapters
-    return layer
-
-
 class Coded(nn.Module):
     """A layer of which only the forward is known: int8 codes with one scale, as the kernel of a library would have."""
 
@@ -140,19 +124,29 @@ CODED = (torch.float32, torch.bfloat16, torch.float16)
 _quantized = partial(LayerKind, weight=written_out, step=step, dtypes=CODED)
 _quantized_4bit = partial(_quantized, library="bitsandbytes")
 _quantized_8bit = partial(_quantized, library="bitsandbytes", is_one_operation=False)
-_quantized_by_torchao = partial(_quantized, library="torchao", is_one_operation=False, converts=False)
 
 
-def _torchao(name: str, config: str, *, dtype: str | None = None, **columns: bool) -> list[LayerKind]:
-    if quantization is None:
-        return []
-    options = {"weight_dtype": getattr(torch, dtype, None)} if dtype else {}
-    build = partial(_of_torchao, config=partial(getattr(quantization, config), **options))
-    return [_quantized_by_torchao(name, build, **columns)]
+def _of_torchao(name: str, config: str, *, weight_dtype: str | None = None, **columns: Any) -> list[LayerKind]:
+    def build(in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
+        if 1 in (in_features, out_features):
+            reject()  # which torchao can neither quantize nor multiply by
+        layer = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+        nn.init.normal_(layer.weight, std=0.3)
+        options = {"weight_dtype": getattr(torch, weight_dtype)} if weight_dtype else {}
+        quantization.quantize_(nn.Sequential(layer), getattr(quantization, config)(**options))
+        del layer.extra_repr  # which cannot be pickled, and hides the adapters
+        return layer
+
+    kind = _quantized(name, build, library="torchao", is_one_operation=False, converts=False, **columns)
+    return [kind] if quantization is not None else []
 
 
 LAYER_KINDS = (
-    LayerKind("Linear", _linear, lambda layer: layer.weight.detach()),
+    LayerKind(
+        "Linear",
+        lambda into, out, bias, dtype: nn.Linear(into, out, bias, dtype=dtype),
+        lambda layer: layer.weight.detach(),
+    ),
     LayerKind("Conv1D", _conv1d, lambda layer: layer.weight.detach().T),
     _quantized_4bit("NF4", partial(_of_4_bits, quant_type="nf4", compress_statistics=False)),
     _quantized_4bit("NF4-double", partial(_of_4_bits, quant_type="nf4", blocksize=128)),
@@ -160,10 +154,10 @@ LAYER_KINDS = (
     _quantized_4bit("FP4-double", partial(_of_4_bits, quant_type="fp4")),
     _quantized_8bit("8bit", _of_8_bits),
     _quantized_8bit("8bit-outliers", partial(_of_8_bits, threshold=2.0)),
-    *_torchao("int8", "Int8WeightOnlyConfig"),
-    *_torchao("int8-inputs", "Int8DynamicActivationInt8WeightConfig", backpropagates=False, rounds_inputs=True),
-    *_torchao("float8", "Float8WeightOnlyConfig", pickles=False),
-    *_torchao("int4", "IntxWeightOnlyConfig", dtype="int4"),
+    *_of_torchao("int8", "Int8WeightOnlyConfig"),
+    *_of_torchao("int8-inputs", "Int8DynamicActivationInt8WeightConfig", backpropagates=False, rounds_inputs=True),
+    *_of_torchao("float8", "Float8WeightOnlyConfig", pickles=False),
+    *_of_torchao("int4", "IntxWeightOnlyConfig", weight_dtype="int4"),
     LayerKind(
         "forward-only",
         lambda into, out, bias, dtype: Coded(into, out, bias=bias, dtype=dtype),
