@@ -212,10 +212,22 @@ def test_a_merge_that_fails_leaves_the_maps_and_files_as_they_were(
     assert contents(tmp_path) == before
 
 
-def test_a_merge_into_files_says_where_they_are_and_deletes_them_with_the_model(tmp_path: Path) -> None:
-    model = adapted(on_disk(Small(), tmp_path))
-    before = contents(tmp_path)
-    report = randlora.merge(model)
+def test_one_layer_at_a_time_is_merged_into_files_that_are_deleted_with_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = adapted(on_disk(Small(), tmp_path)), Offloaded.read
+    before, alive = contents(tmp_path), list[weakref.ref[Tensor]]()
+
+    def counted(self: Offloaded) -> Tensor:
+        gc.collect()
+        assert not any(is_alive() is not None for is_alive in alive)
+        alive.append(weakref.ref(value := read(self)))
+        return value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Offloaded, "read", counted)
+        report = randlora.merge(model)
+    assert len(alive) == 2
     assert any(str(tmp_path / "offloaded") in note and "up, down" in note for note in report.notes)
     added = contents(tmp_path).keys() - before.keys()
     assert len(added) == 2
@@ -232,24 +244,6 @@ def test_a_merge_into_files_says_where_they_are_and_deletes_them_with_the_model(
     del twin
     gc.collect()
     assert contents(tmp_path) == before
-
-
-def test_one_layer_at_a_time_is_loaded_to_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(on_disk(Small(), tmp_path))
-    read = Offloaded.read
-    alive: list[weakref.ref[Tensor]] = []
-
-    def counted(self: Offloaded) -> Tensor:
-        gc.collect()
-        assert not any(is_alive() is not None for is_alive in alive)
-        value = read(self)
-        alive.append(weakref.ref(value))
-        return value
-
-    monkeypatch.setattr(Offloaded, "read", counted)
-    randlora.merge(model, reversible=True)
-    assert len(alive) == 2
-    randlora.unmerge(model)
 
 
 def test_a_layer_used_twice_is_merged_at_both_of_its_places_and_values_that_are_loaded_at_present(

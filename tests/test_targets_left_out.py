@@ -19,7 +19,6 @@ from randlora.layers.linear import LinearAdapter
 from randlora.report import Report
 from randlora.targets.left_out import LeftOut
 from tests.kit import fill, on_one_line, untouched
-from tests.transformers_zoo import tiny
 
 RULES = (None, "all-linear", "all")
 ATTENTION = ("attention.in_proj_weight", "attention.out_proj")
@@ -365,13 +364,3 @@ def test_all_skips_what_cannot_be_adapted_and_tells_of_it(model: nn.ModuleDict) 
         assert group.kind is None
         assert f"parameter{'s' * (len(group.fqns) > 1)} of" in str(group)
     randlora.eject(fill(model) if randlora.inject(model, r=2, targets="all", stream="portable") else model)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_of_a_mixtral_every_matrix_is_told_of(rule: str | None) -> None:
-    model: Any = tiny("mixtral", "MixtralForCausalLM")
-    report = quiet_plan(model, targets=rule)
-    assert_every_matrix_is_told_of_once(model, report)
-    assert report.skipped["lm_head"] == HEAD
-    experts = {fqn for fqn, _ in model.named_parameters() if ".experts." in fqn}
-    assert experts <= {*report.targets} if rule == "all" else experts == {*groups(report)["experts"].fqns}
