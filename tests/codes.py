@@ -1,37 +1,33 @@
-"""What the codes of bitsandbytes mean, read by tables in float64; shares no code with the library."""
+"""What the codes of bitsandbytes and torchao mean, read by tables in float64; shares no code with the library."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 
+class Codes(NamedTuple):
+    """What the codes of a layer stand for before they are scaled, ``(out_features, in_features)`` in float64.
+
+    ``scales`` has one for each entry, and ``gap`` is the widest between two neighboring levels.
+    """
+
+    levels: Tensor
+    scales: Tensor
+    gap: float
+
+
 def written_out(layer: nn.Module) -> Tensor:
     """Write a quantized layer's weight out, ``(out_features, in_features)`` in float64."""
-    if _is_of_torchao(layer):
-        return _of_torchao(layer.weight)
-    return _of_8_bits(layer) if hasattr(layer, "state") else _of_4_bits(layer.weight)
+    codes = _codes_of(layer)
+    return codes.levels * codes.scales
 
 
 def step(layer: nn.Module) -> Tensor:
     """Measure the widest gap between neighboring levels around each entry, ``(out_features, in_features)``."""
-    if _is_of_torchao(layer):
-        weight: Any = layer.weight
-        widest = 1 if weight.qdata.dtype == torch.int8 else 448 - 416
-        return widest * _of_each(weight.scale, weight)
-    if hasattr(layer, "state"):
-        scales: Tensor = _scales_of_8_bits(layer)
-        return (scales.double() / 127).unsqueeze(1).expand(layer.weight.shape)  # type: ignore[arg-type]
-    state: Any = layer.weight.quant_state  # type: ignore[union-attr]
-    gap: float = np.diff(np.sort(state.code.double().numpy())).max()
-    return gap * scale_of(layer).abs()
-
-
-def scale_of(layer: nn.Module) -> Tensor:
-    """Repeat the scales of 4-bit codes for each entry, ``(out_features, in_features)``."""
-    state: Any = layer.weight.quant_state  # type: ignore[union-attr]
-    return torch.from_numpy(_scale_of_each(state, state.shape.numel())).view(state.shape)
+    codes = _codes_of(layer)
+    return codes.gap * codes.scales.abs()
 
 
 def assert_rounded_to_nearest(layer: nn.Module, exact: Tensor) -> None:
@@ -48,14 +44,21 @@ def assert_rounded_to_nearest(layer: nn.Module, exact: Tensor) -> None:
     assert (error <= allowed + 1.2 * lost).all()  # a level is off by as much, half a gap by a fifth of it at most
 
 
-def _is_of_torchao(layer: nn.Module) -> bool:
-    return hasattr(layer.weight, "qdata")
-
-
-def _of_torchao(weight: Any) -> Tensor:
-    zeros = getattr(weight, "zero_point", torch.zeros(1, 1))
-    values: Tensor = (weight.qdata.double() - _of_each(zeros, weight)) * _of_each(weight.scale, weight)
-    return values
+def _codes_of(layer: Any) -> Codes:
+    weight = layer.weight
+    if hasattr(weight, "qdata"):  # of torchao
+        zeros = getattr(weight, "zero_point", torch.zeros(1, 1))
+        gap = 1 if weight.qdata.dtype == torch.int8 else 448 - 416
+        return Codes(weight.qdata.double() - _of_each(zeros, weight), _of_each(weight.scale, weight), gap)
+    if hasattr(layer, "state"):  # of 8 bits
+        scales = weight.SCB if layer.state.SCB is None else layer.state.SCB
+        return Codes(weight.double(), (scales.double() / 127).unsqueeze(1).expand(weight.shape), 1)
+    state = weight.quant_state
+    packed = weight.data.contiguous().view(torch.uint8).flatten().numpy()
+    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: state.shape.numel()]
+    table = state.code.double().numpy()
+    levels, each = (torch.from_numpy(values).view(state.shape) for values in (table[codes], _scales(state, len(codes))))
+    return Codes(levels, each, np.diff(np.sort(table)).max())
 
 
 def _of_each(scales: Tensor, weight: Any) -> Tensor:
@@ -63,39 +66,21 @@ def _of_each(scales: Tensor, weight: Any) -> Tensor:
     return scales.double().expand(len(weight), -1).repeat_interleave(weight.shape[1] // scales.shape[1], 1)
 
 
-def _lost_in_scales(layer: nn.Module, exact: Tensor) -> Tensor:
-    """Measure how far each entry's scale is from the largest entry that shares it, ``(out_features, in_features)``."""
-    if _is_of_torchao(layer):
-        return torch.zeros_like(exact)
-    if hasattr(layer, "state"):
-        return (_scales_of_8_bits(layer) - exact.abs().amax(dim=1)).abs().unsqueeze(1).expand(exact.shape)
-    state: Any = layer.weight.quant_state  # type: ignore[union-attr]
-    blocks = exact.flatten().split(state.blocksize)
-    return (scale_of(layer) - torch.cat([block.abs().max().expand_as(block) for block in blocks]).view_as(exact)).abs()
-
-
-def _of_8_bits(layer: Any) -> Tensor:
-    rows = zip(layer.weight.tolist(), _scales_of_8_bits(layer).tolist(), strict=True)
-    return torch.tensor([[code * scale / 127 for code in row] for row, scale in rows], dtype=torch.float64)
-
-
-def _scales_of_8_bits(layer: Any) -> Tensor:
-    scales: Tensor = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
-    return scales
-
-
-def _of_4_bits(weight: Any) -> Tensor:
-    state = weight.quant_state
-    packed = weight.data.contiguous().view(torch.uint8).flatten().numpy()
-    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: state.shape.numel()]
-    levels = state.code.double().numpy()[codes]
-    return torch.from_numpy(levels * _scale_of_each(state, len(levels))).view(state.shape)
-
-
-def _scale_of_each(state: Any, count: int) -> Any:
-    """Repeat each block's scale; scales may be codes themselves, in blocks of their own."""
+def _scales(state: Any, count: int) -> Any:
+    """Repeat each block's scale for each of its entries; scales may be codes themselves, in blocks of their own."""
     if not state.nested:
         return np.repeat(state.absmax.double().numpy(), state.blocksize)[:count]
     scales = state.state2.code.double().numpy()[state.absmax.numpy()].reshape(-1)
     outer = np.repeat(state.state2.absmax.double().numpy(), state.state2.blocksize)[: len(scales)]
     return np.repeat(scales * outer + state.offset.item(), state.blocksize)[:count]
+
+
+def _lost_in_scales(layer: Any, exact: Tensor) -> Tensor:
+    """Measure how far each entry's scale is from the largest entry that shares it, ``(out_features, in_features)``."""
+    if hasattr(layer.weight, "qdata"):
+        return torch.zeros_like(exact)
+    scales = _codes_of(layer).scales
+    if hasattr(layer, "state"):
+        return (scales * 127 - exact.abs().amax(dim=1, keepdim=True)).abs()
+    blocks = exact.flatten().split(layer.weight.quant_state.blocksize)
+    return (scales - torch.cat([block.abs().max().expand_as(block) for block in blocks]).view_as(exact)).abs()

@@ -12,14 +12,7 @@ from randlora.functional import BlockPair, DensePair, Diagonals, Pair
 
 @dataclass(frozen=True)
 class Case:
-    """A pair, what it means, and Λ and Γ beside it, all float64.
-
-    Attributes:
-        pair: What is computed with.
-        basis_A: The same written out, ``(r, 1, min_dim)``.
-        basis_B: ``(max_dim, num_bases, r)``.
-        diagonals: Λ and Γ, with a scaling of 0.7.
-    """
+    """A pair, and what it means written out, A ``(r, 1, min_dim)`` and B ``(max_dim, num_bases, r)``, in float64."""
 
     pair: Pair
     basis_A: Tensor
@@ -52,14 +45,7 @@ def _random(*shape: int) -> Tensor:
 
 
 def case(kind: str, out_features: int, in_features: int, r: int) -> Case:
-    """Make one layer's bases, Λ and Γ.
-
-    Args:
-        kind: A key of `FORMS`.
-        out_features: Output width.
-        in_features: Input width.
-        r: Rank; blocks are taken as far as they divide it.
-    """
+    """Make one layer's bases of one of `FORMS`, with Λ, Γ and a scaling of 0.7."""
     max_dim, min_dim = max(out_features, in_features), min(out_features, in_features)
     num_bases = -(-min_dim // r)
     pair, basis_A, basis_B = FORMS[kind](max_dim, min_dim, r, num_bases)
@@ -68,6 +54,8 @@ def case(kind: str, out_features: int, in_features: int, r: int) -> Case:
 
 
 def _blocks(c: int, b: int) -> Callable[[int, int, int, int], tuple[Pair, Tensor, Tensor]]:
+    """Make as many blocks as divide r."""
+
     def make(max_dim: int, min_dim: int, r: int, num_bases: int) -> tuple[Pair, Tensor, Tensor]:
         fitting_c, fitting_b = (max(size for size in range(1, most + 1) if r % size == 0) for most in (c, b))
         return block(max_dim, min_dim, r, num_bases, fitting_c, fitting_b)

@@ -187,7 +187,7 @@ def is_hiding(model: nn.Module, targets: list[str]) -> bool:
 
 
 @pytest.mark.medium
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     st.dictionaries(odd_names.filter(lambda name: name not in dir(nn.Module())), odd_layers(), min_size=1, max_size=2),
     st.randoms(use_true_random=False),

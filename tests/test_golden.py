@@ -20,7 +20,7 @@ import randlora
 from tests import reference
 from tests.checkpoint_files import CASES, HEADED, Case, Stored, bases_of, basis_of, read_fields, read_tensors, trained
 from tests.golden import BODIES, GOLDEN, SEED, TRAINED, TRANSPOSED, Golden, Stack, build, expected_values, plain
-from tests.kit import adapter_values, all_bits, bits, snapshot
+from tests.kit import adapter_values, all_bits, snapshot
 from tests.model_directories import contents
 
 LAST = {"library_version", "sha256", "torch_version"}
@@ -214,10 +214,6 @@ def test_a_golden_file_loads_to_the_numbers_written_down_with_it_and_is_saved_as
     written = {fact for fact in noted if not fact.endswith("sha256")}  # these are in the header, which is compared
     assert {fact: found[fact] for fact in written} == {fact: noted[fact] for fact in written}
     assert (basis_of(model).stored is None) == (bases == "seed") if name != "golden_v2_options" else True
-    if case is CASE:
-        weight, bias = (adapter_values(model)[f"norm.{part}"] for part in ("weight", "bias"))
-        assert bits(weight) == bits(torch.tensor([1 + index / 4 for index in range(5)], dtype=torch.float64))
-        assert bits(bias) == bits(torch.tensor([index / 2 - 1 for index in range(5)], dtype=torch.float64))
     randlora.save(model, tmp_path, bases=bases)
     assert_same_files(tmp_path, DATA / name)
     randlora.eject(model)
