@@ -78,44 +78,38 @@ def test_any_changed_fact_or_tensor_breaks_the_seal(tensors: dict[str, Tensor]) 
         refused(path, value, "do not match its checksum", is_sealed=False)
 
 
-BROKEN: list[tuple[str, object]] = [
-    *((path, REMOVED) for path in ("format_version", "sha256", "config", "basis", "basis_sha256", "basis/seed")),
-    ("targets/a", [4]),
-    ("targets/a", [0, 6]),
-    ("model_class", {"library": "transformers"}),
-    ("model_class/labels", {"0": "a"}),
-    ("kinds", {"a": "convolutions"}),
-    ("kinds", {"c": "experts"}),
-    ("config/exclude", "(a+)+b"),
-    ("config/rank", 2),
-    ("config/r", 0),
-    ("basis/min_dim", 0),
+DAMAGED, CONTRADICTORY = "header is damaged", "contradict each other"
+WRONG: list[tuple[Header, str, object, str]] = [
+    *((HEADER, path, REMOVED, DAMAGED) for path in ("format_version", "sha256", "config", "basis", "basis/seed")),
+    (HEADER, "targets/a", [4], DAMAGED),
+    (HEADER, "targets/a", [0, 6], DAMAGED),
+    (HEADER, "model_class", {"library": "transformers"}, DAMAGED),
+    (HEADER, "model_class/labels", {"0": "a"}, DAMAGED),
+    (HEADER, "kinds", {"a": "convolutions"}, DAMAGED),
+    (HEADER, "kinds", {"c": "experts"}, DAMAGED),
+    (HEADER, "config/exclude", "(a+)+b", DAMAGED),
+    (HEADER, "config/rank", 2, DAMAGED),
+    (HEADER, "config/r", 0, DAMAGED),
+    (HEADER, "basis/min_dim", 0, DAMAGED),
+    (HEADER, "basis/r", 4, CONTRADICTORY),
+    (HEADER, "basis/seed", 4, CONTRADICTORY),
+    (HEADER, "basis/kind", "sparse", CONTRADICTORY),
+    (HEADER, "basis/stream", "portable", CONTRADICTORY),
+    (HEADER, "basis/max_dim", 5, CONTRADICTORY),
+    (HEADER, "basis/min_dim", 3, CONTRADICTORY),
+    (BY_LAYER, "bases/4", REMOVED, CONTRADICTORY),
+    (BY_LAYER, "bases/4/basis/r", 2, CONTRADICTORY),
+    (BY_LAYER, "bases/4/basis/max_dim", 4, CONTRADICTORY),
+    (BY_LAYER, "config/alpha", [["b.c", 5], ["a", 4], ["d", 1]], CONTRADICTORY),
+    (BY_LAYER, "config/r", [["b.c", 4], [".*", 2]], CONTRADICTORY),
 ]
-CONTRADICTING: list[tuple[Header, str, object]] = [
-    (HEADER, "basis/r", 4),
-    (HEADER, "basis/seed", 4),
-    (HEADER, "basis/kind", "sparse"),
-    (HEADER, "basis/stream", "portable"),
-    (HEADER, "basis/max_dim", 5),
-    (HEADER, "basis/min_dim", 3),
-    (BY_LAYER, "bases/4", REMOVED),
-    (BY_LAYER, "bases/4/basis/r", 2),
-    (BY_LAYER, "bases/4/basis/max_dim", 4),
-    (BY_LAYER, "config/alpha", [["b.c", 5], ["a", 4], ["d", 1]]),
-    (BY_LAYER, "config/r", [["b.c", 4], [".*", 2]]),
-]
 
 
-@pytest.mark.parametrize(("path", "value"), BROKEN)
-def test_facts_that_are_none_are_called_damaged(path: str, value: object) -> None:
-    refused(path, value, "header is damaged")
-
-
-@pytest.mark.parametrize(("header", "path", "value"), CONTRADICTING, ids=str)
-def test_options_that_contradict_the_bases_are_refused_though_the_seal_is_whole(
-    header: Header, path: str, value: object
+@pytest.mark.parametrize(("header", "path", "value", "message"), WRONG, ids=str)
+def test_facts_that_are_none_or_contradict_each_other_are_refused_though_the_seal_is_whole(
+    header: Header, path: str, value: object, message: str
 ) -> None:
-    refused(path, value, "contradict each other", header)
+    refused(path, value, message, header)
 
 
 def test_text_that_is_no_header_is_called_damaged_and_another_version_is_named() -> None:
