@@ -136,33 +136,27 @@ def _with(layer: Build, index: int = 0) -> Build:
     return make
 
 
-def _tied() -> nn.Module:
-    model = nn.Sequential(*LINEAR.make().children(), nn.Linear(6, 4))
-    model[3].weight = model[0].weight
-    return model
-
-
-def _integers() -> nn.Module:
-    layer = nn.Linear(6, 4)
-    layer.weight = nn.Parameter(torch.ones(4, 6, dtype=torch.int8), requires_grad=False)
-    return layer
-
-
 def _twice() -> nn.Module:
     layer = nn.Linear(6, 4)
     return nn.Sequential(layer, nn.Tanh(), layer)
 
 
-def _headed(name: str, module: nn.Module | None = None) -> Build:
-    """Make HEADED with another module, or with a bias for which rounded numbers would be written."""
+def _headed(name: str, module: nn.Module) -> Build:
+    """Make HEADED with another module."""
 
     def make() -> nn.Module:
         model = HEADED.build()
-        integers = nn.Parameter(torch.ones(7, dtype=torch.int8), requires_grad=False)
-        setattr(model, name, module) if module else setattr(model.norm, "bias", integers)
+        setattr(model, name, module)
         return model
 
     return make
+
+
+def _rounded() -> nn.Module:
+    """Make HEADED with a bias for which rounded numbers would be written."""
+    model = HEADED.build()
+    model.get_submodule("norm").bias = nn.Parameter(torch.ones(7, dtype=torch.int8), requires_grad=False)
+    return model
 
 
 TRAINED_ON = "here, the adapter was trained on out x in = "
@@ -179,9 +173,6 @@ MISFITS: dict[str, tuple[Build, str]] = {
         _with(lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))),
         "0 computes its weight from other parameters",
     ),
-    "lazy": (_with(lambda: nn.LazyLinear(4)), "0 has no shape yet"),
-    "tied": (_tied, "the weight of 0 is tied to 3.weight"),
-    "integers": (_with(_integers), "0 has a weight of torch.int8"),
     "meta": (_with(lambda: nn.Linear(6, 4, device="meta")), "0 holds no values yet (meta)"),
     "two-names": (_twice, "2 and 0 are the same layer in this model, which cannot hold both"),
     "prefix": (lambda: nn.ModuleDict({"body": LINEAR.make()}), 'give prefix="body"'),
@@ -190,7 +181,7 @@ TRAINED_MISFITS: dict[str, tuple[Build, str]] = {
     "no-norm": (_headed("norm", nn.Identity()), "the model has no parameter norm.bias, which was trained with the"),
     "other-head": (_headed("head", nn.Linear(7, 4)), "head.weight has shape (4, 7) here, (3, 7) in the file"),
     "no-bias": (_headed("head", nn.Linear(7, 3, bias=False)), "the model has no parameter head.bias"),
-    "integer-bias": (_headed("norm"), "norm.bias holds torch.int8 here"),
+    "integer-bias": (_rounded, "norm.bias holds torch.int8 here"),
 }
 
 
@@ -212,7 +203,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], Damage, Build, str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 @pytest.mark.parametrize(("make", "damage", "build", "said"), REFUSED.values(), ids=REFUSED)
 def test_what_is_damaged_or_no_adapter_or_does_not_fit_is_refused_and_leaves_a_model_alone(
     make: Callable[[Path], object], damage: Damage, build: Build, said: str, tmp_path: Path
