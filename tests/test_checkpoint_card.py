@@ -192,16 +192,9 @@ def test_the_json_is_sorted_and_says_that_weights_are_transposed_where_all_are(t
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
 
 
-FOREIGN: dict[str, Any] = {
-    "a_field_of_tomorrow": [1, {"x": None}],
-    "auto_mapping": {"base_model_class": "Bert"},
-    "bias": "lora_only",
-    "init_weights": False,
-    "layers_to_transform": [0],
-    "revision": "main",
-    "task_type": "SEQ_CLS",
-    FIELD: "org/base",
-}
+FOREIGN: dict[str, Any] = {"a_field_of_tomorrow": [1, {"x": None}], "auto_mapping": {"base_model_class": "Bert"}}
+FOREIGN |= {"bias": "lora_only", "init_weights": False, "layers_to_transform": [0], "revision": "main"}
+FOREIGN |= {"task_type": "SEQ_CLS", FIELD: "org/base"}
 
 
 def test_fields_that_mean_nothing_here_are_written_back_and_those_of_the_arithmetic_anew(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def hidden(directory: Path) -> list[Path]:
     return [path for path in directory.rglob("*") if path.name.startswith(".")]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("is_killed", [True, False], ids=["kill", "error"])
 @pytest.mark.parametrize("name", ACTIONS)
 def test_the_next_call_removes_what_a_killed_process_left(name: str, is_killed: bool, fast_path: Path) -> None:

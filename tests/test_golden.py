@@ -93,8 +93,10 @@ def changed(golden: Golden, adapted: nn.Module) -> nn.Module:
 
 
 @every_golden
-def test_a_golden_file_loads_to_its_values_bases_and_options_and_is_taken_off_again(golden: Golden) -> None:
-    model, body = plain(BODIES[golden.body]), BODIES[golden.body]
+def test_a_golden_file_loads_to_its_values_and_options_and_is_what_a_save_of_today_holds(
+    golden: Golden, tmp_path: Path
+) -> None:
+    model, body, built = plain(BODIES[golden.body]), BODIES[golden.body], build(golden)
     before = snapshot(model)
     randlora.load(model, golden.directory)
     assert all_bits(adapter_values(model)) == all_bits(expected_values(body))
@@ -102,6 +104,10 @@ def test_a_golden_file_loads_to_its_values_bases_and_options_and_is_taken_off_ag
     (info,) = randlora.adapters(model)
     assert (info.config.basis, info.config.seed, {*info.targets}) == (golden.kind, SEED, {*body.shapes})
     assert {spec.stream for spec in info.specs} == {golden.stream}
+    first = saved(built, tmp_path / "first", golden.stored)
+    assert_same_files(tmp_path / "first", golden.directory)
+    assert saved(built, tmp_path / "first", golden.stored) == first
+    assert saved(model, tmp_path / "second", golden.stored) == first
     randlora.eject(model)
     assert snapshot(model) == before
     assert randlora.files.verify(golden.directory).passed
@@ -121,19 +127,6 @@ def test_a_golden_file_computes_what_the_loops_compute_also_merged(golden: Golde
         torch.testing.assert_close(model(tokens), expected, rtol=1e-12, atol=1e-12)
         randlora.merge(model)
         torch.testing.assert_close(model(tokens), expected, rtol=1e-12, atol=1e-12)
-
-
-@every_golden
-def test_a_save_of_today_holds_what_the_golden_file_holds_to_the_same_bytes_again(
-    golden: Golden, tmp_path: Path
-) -> None:
-    model = build(golden)
-    first = saved(model, tmp_path / "first", golden.stored)
-    assert_same_files(tmp_path / "first", golden.directory)
-    assert saved(model, tmp_path / "first", golden.stored) == first
-    loaded = plain(BODIES[golden.body])
-    randlora.load(loaded, tmp_path / "first")
-    assert saved(loaded, tmp_path / "second", golden.stored) == first
 
 
 def test_the_matrix_is_whole() -> None:
