@@ -39,9 +39,7 @@ def tiny_texts(sentiment: ModuleType, count: int = 24) -> Any:
     return sentiment.Texts(ids, mask, labels)
 
 
-def test_reviews_keep_clear_ratings_and_no_text_twice_and_are_trained_on_or_tested(
-    sentiment: ModuleType, tmp_path: Path
-) -> None:
+def test_reviews_keep_clear_ratings_and_no_text_twice_and_are_split(sentiment: ModuleType, tmp_path: Path) -> None:
     table = "1\t2.1\tGood.\r\n2\t-1.5\tBad…\r\n3\t0.5\tUnclear.\r\n4\t-0.2\tUnclear, too.\r\n5\t3.0\tGood.\r\n".encode()
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as tar:

@@ -69,9 +69,7 @@ SOURCES: dict[str, tuple[RealModel, Callable[[RealModel, Path], tuple[Path, Any]
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_what_is_converted_does_what_it_did_in_peft_and_here_and_is_the_file_that_save_writes(
-    name: str, tmp_path: Path
-) -> None:
+def test_what_is_converted_does_what_it_did_and_is_the_file_that_save_writes(name: str, tmp_path: Path) -> None:
     kind, make, holds_bases = SOURCES[name]
     source, model = make(kind, tmp_path)
     before, base, is_theirs = contents(source), base_directory(kind, tmp_path), "PEFT" in name

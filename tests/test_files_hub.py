@@ -75,9 +75,7 @@ def test_a_merge_downloads_both_and_equals_that_of_directories(hub: Hub, monkeyp
     assert randlora.files.plan("org/model", r=4) == randlora.files.plan(BASE, r=4)
 
 
-def test_every_command_takes_revisions_of_the_adapter_and_of_the_base(
-    hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_takes_revisions_of_adapter_and_base(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     put(hub, "org/model", contents(save_model(LLAMA, BASE)))
     put(hub, "user/adapter", contents(save_adapter(LLAMA, ADAPTER)))
     assert main(["verify", "user/adapter", "--base", "org/model"]) == 0
@@ -98,9 +96,7 @@ def test_every_command_takes_revisions_of_the_adapter_and_of_the_base(
     assert randlora.files.training_memory("org/model", 4, revision="v1") == randlora.files.training_memory(BASE, 4)
 
 
-def test_what_is_neither_here_nor_on_the_hub_and_a_revision_without_a_repository_are_said(
-    hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_nowhere_and_a_revision_of_a_path_are_said(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     put(hub, "org/model", contents(save_model(LLAMA, BASE)))
     save_adapter(LLAMA, ADAPTER)
     for words in (["plan", "base"], ["verify", "adapter"], ["merge", "adapter", "out", "--base", "org/model"]):

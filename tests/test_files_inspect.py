@@ -36,9 +36,7 @@ def outcomes(verification: Verification) -> dict[str, str]:
     [(LLAMA, {}), (GPT2, {"basis": "block"}), (VIT, {"basis": "sparse", "stream": "portable", "seed": 5})],
     ids=["llama", "gpt2", "vit"],
 )
-def test_what_we_saved_passes_and_layers_norms_and_bases_are_those_of_the_model(
-    kind: RealModel, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_we_saved_passes_and_is_as_in_the_model(kind: RealModel, options: dict[str, Any], tmp_path: Path) -> None:
     source, model = our_directory(kind, tmp_path, bases="stored" if kind is GPT2 else "seed", **options)
     told: list[tuple[int, int, str]] = []
     summary = randlora.files.inspect(source, progress=lambda *news: told.append(news))
@@ -180,9 +178,7 @@ def test_without_transformers_there_is_no_model_to_plan(tmp_path: Path, monkeypa
 
 
 @every_quantization
-def test_a_quantized_model_is_planned_as_the_dense_one_and_not_merged_into(
-    kind: RealModel, quantization: str, tmp_path: Path
-) -> None:
+def test_a_quantized_model_is_planned_and_not_merged_into(kind: RealModel, quantization: str, tmp_path: Path) -> None:
     base, dense = quantize(kind, quantization, tmp_path / "base", is_sharded=True), tmp_path / "base dense"
     options: dict[str, Any] = {"r": 4, "targets": "all-linear", "train_also": [HEADS[kind.name]]}
     expected = randlora.files.plan(dense, **options)

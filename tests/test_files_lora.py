@@ -61,9 +61,7 @@ def assert_updates(found: dict[str, Tensor], model: nn.Module) -> None:
     ],
     ids=str,
 )
-def test_updates_are_cut_to_the_nearest_of_a_rank_or_the_smallest_within_a_tolerance_and_peft_computes_them(
-    kind: RealModel, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_updates_are_cut_to_the_nearest_of_a_rank(kind: RealModel, options: dict[str, Any], tmp_path: Path) -> None:
     source, model = our_directory(kind, tmp_path)
     report = randlora.files.convert(source, tmp_path / "lora", "lora", **options)
     theirs: Any = in_peft(kind, tmp_path / "lora")
@@ -131,9 +129,7 @@ def test_a_loss_beyond_the_tolerance_is_refused_and_nothing_written(tmp_path: Pa
     ],
     ids=["head and biases", "numbers", "regex"],
 )
-def test_a_choice_of_layers_made_in_peft_is_kept_and_what_was_trained_beside_them(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_choice_of_layers_made_in_peft_is_kept_and_a_head(options: dict[str, Any], tmp_path: Path) -> None:
     source, theirs = their_directory(BERT, tmp_path, **options)
     base, has_head = base_directory(BERT, tmp_path), "bias" in options
     report = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=FULL, base=base)
@@ -201,9 +197,7 @@ def test_converters_find_the_names_of_the_base_and_of_the_factors(kind: RealMode
     assert any("llama.cpp" in note for note in report.notes) == (kind is GPT2)
 
 
-def test_servers_of_one_rank_add_the_update_and_a_note_says_where_ranks_that_differ_are_none_for_them(
-    tmp_path: Path,
-) -> None:
+def test_servers_of_one_rank_add_the_update_and_a_note_says_where_ranks_differ(tmp_path: Path) -> None:
     """Of vLLM, SGLang and llama.cpp.
 
     vLLM scales every layer by ``lora_alpha / r`` and pads its factors to r, SGLang copies them into room for exactly r
@@ -296,9 +290,7 @@ def output(model: nn.Module, inputs: Callable[[], dict[str, Any]]) -> Tensor:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("component", PARTS)
-def test_a_pipeline_of_diffusers_loads_the_update_without_a_prefix_stripped_by_hand(
-    component: str, tmp_path: Path
-) -> None:
+def test_a_pipeline_of_diffusers_loads_the_update_as_it_is(component: str, tmp_path: Path) -> None:
     """And ComfyUI knows the keys of full updates, which are exact."""
     build, inputs, chosen, pattern = PARTS[component]
     model = build().eval()
@@ -351,9 +343,7 @@ def test_a_full_update_has_a_generic_key_and_the_layout_of_its_weight(kind: Real
 @pytest.mark.parametrize(
     "options", [{"to": "lora", "format": "diffusers"}, {"to": "lora", "format": "mlx"}, {"to": "diff"}], ids=str
 )
-def test_a_file_of_updates_is_written_again_the_same_and_not_beside_files_of_another_format(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_updates_are_written_again_and_not_beside_another_format(options: dict[str, Any], tmp_path: Path) -> None:
     source, _ = our_directory(LLAMA, tmp_path)
     first, second = (randlora.files.convert(source, tmp_path / "again", overwrite=True, **options) for _ in range(2))
     assert first == second

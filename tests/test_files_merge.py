@@ -164,9 +164,7 @@ def test_what_is_no_float_keeps_its_dtype_and_floats_of_8_bits_are_merged_into_i
 
 
 @every_read_kind
-def test_files_of_every_kind_are_inspected_merged_as_in_memory_and_not_converted_for_peft(
-    kind: ReadKind, tmp_path: Path
-) -> None:
+def test_files_of_every_kind_are_inspected_and_merged_as_in_memory(kind: ReadKind, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     tensors = {name: tensor.contiguous() for name, tensor in kind.model().state_dict().items()}
     save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})

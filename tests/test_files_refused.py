@@ -149,9 +149,7 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
 
 
 @pytest.mark.parametrize(("error", "words", "call"), CALLS, ids=[words for _, words, _ in CALLS])
-def test_a_call_that_cannot_be_meant_is_refused_and_nothing_is_written(
-    error: type[Exception], words: str, call: Call
-) -> None:
+def test_a_call_that_cannot_be_meant_writes_nothing(error: type[Exception], words: str, call: Call) -> None:
     before = contents(Path())
     with pytest.raises(error, match=words):
         call()
@@ -393,9 +391,7 @@ VERBS: dict[str, Call] = {
 
 
 @pytest.mark.parametrize(("words", "verbs", "check", "damage"), DAMAGED, ids=[words for words, *_ in DAMAGED])
-def test_what_is_damaged_or_does_not_fit_is_said_by_every_verb_and_is_a_failed_check(
-    words: str, verbs: str, check: str, damage: Call
-) -> None:
+def test_what_is_damaged_or_does_not_fit_is_said_by_all_verbs(words: str, verbs: str, check: str, damage: Call) -> None:
     damage()
     before = sorted(Path().rglob("*"))
     for verb in verbs.split():

@@ -111,9 +111,7 @@ def test_classes_are_planned_and_merged_as_in_memory(names: dict[str, str], leas
     assert compared >= least
 
 
-def test_without_transformers_names_that_agree_are_merged_and_others_are_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_transformers_names_that_agree_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pair(name: str, model: nn.Module, **options: Any) -> tuple[Path, Path]:
         return adapter_of(model, tmp_path / f"of {name}", **options), write(model, tmp_path / name)
 
@@ -145,9 +143,7 @@ def test_without_transformers_names_that_agree_are_merged_and_others_are_said(
         assert all(same_bits(found[name], own[f"model.{name}"]) for name in found)
 
 
-def test_without_transformers_our_files_say_which_weights_are_transposed_and_others_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_transformers_our_files_say_what_is_transposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of square ``Conv1D`` layers and of an `nn.Linear` that is not square."""
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 20, "num_labels": 2, "pad_token_id": 0}
     model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes))
@@ -272,9 +268,7 @@ def test_a_parameter_that_a_class_lacks_is_missing_for_load_merge_and_verify(tmp
 # Classes that a config names
 
 
-def test_no_code_is_loaded_and_no_network_asked_whatever_a_config_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_config_loads_no_code_and_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(LLAMA, tmp_path)
     plain = randlora.files.plan(tmp_path, r=4)
     (tmp_path / "modeling_own.py").write_text("raise SystemExit('code of the checkpoint was run')", encoding="utf-8")

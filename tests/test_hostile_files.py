@@ -125,9 +125,7 @@ def test_a_weight_under_two_names_is_refused_by_every_verb_that_has_its_model(so
     assert not randlora.files.verify(directory, sound / "base").passed
 
 
-def test_bases_as_large_as_peft_would_draw_them_are_not_written_for_layers_that_do_not_need_them(
-    sound: Path, tmp_path: Path
-) -> None:
+def test_bases_as_large_as_peft_would_draw_them_are_not_written_needlessly(sound: Path, tmp_path: Path) -> None:
     """A wide and a high layer, for which PEFT has bases that are as wide and as high."""
     spec = BasisSpec("dense", "portable", seed=0, r=2, max_dim=2**14, min_dim=4)
     damage = facts(targets={"0": [4, 2**14], "2": [2**14, 4]}, basis_sha256=Basis(spec).digest(2**14, 4))

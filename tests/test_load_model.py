@@ -119,9 +119,7 @@ def test_values_that_files_need_not_have_are_no_reason_to_refuse(tied: bool) -> 
     assert same_bits(logits(load_model("adapter", base="base")), logits(model))
 
 
-def test_no_code_of_a_base_model_is_run_and_nothing_unpickled(
-    saved: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_code_of_a_base_is_run_and_nothing_unpickled(saved: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     options: tuple[dict[str, Any], ...] = {"trust_remote_code": True}, {"use_safetensors": False}, {"config": None}
     for option in options:
         with pytest.raises(ConfigError, match="create such a model yourself"):
@@ -185,9 +183,7 @@ def trained(make: Make, auto: Any, train_also: list[str]) -> Any:
     ],
     ids=["bare", "masked", "other-labels"],
 )
-def test_a_new_head_is_loaded_and_merged_with_the_class_that_was_trained(
-    make: Make, auto: Any, kind: RealModel, train_also: list[str]
-) -> None:
+def test_a_new_head_is_loaded_and_merged(make: Make, auto: Any, kind: RealModel, train_also: list[str]) -> None:
     model = trained(make, auto, train_also)
     assert same_bits(logits(load_model("adapter"), kind), logits(model, kind))
     report = randlora.files.merge(ADAPTER, MERGED, base=BASE)

@@ -232,9 +232,7 @@ def test_a_stream_that_contradicts_the_file_is_an_error_of_every_verb(
 
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.12.0", "2.15.0+cpu"])
-def test_save_says_under_which_torch_peft_draws_the_same(
-    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_save_says_where_peft_draws_the_same(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = {stream: trained(LINEAR, stream=stream) for stream in PEFT_STREAMS}
     monkeypatch.setattr(torch, "__version__", version)
     newer, older = "2.12 and newer", "2.11 and older"
