@@ -7,8 +7,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,22 +23,8 @@ from tests.trainers import ADAPTER_FILES, files, trained_bits
 pytestmark = TRAINERS_WARNINGS
 
 
-@pytest.fixture
-def sentiment() -> ModuleType:
-    return imported("sentiment")
-
-
-def tiny_texts(sentiment: ModuleType, count: int = 24) -> Any:
-    """Make texts of 3 to 7 tokens whose first token says whether they are good."""
-    lengths = torch.arange(count) % 5 + 3
-    mask = (torch.arange(7) < lengths[:, None]).long()
-    ids = torch.randint(10, models.VOCABULARY, (count, 7)) * mask
-    labels = (torch.arange(count) % 2).float()
-    ids[:, 0] = 1 + labels.long()
-    return sentiment.Texts(ids, mask, labels)
-
-
-def test_reviews_keep_clear_ratings_and_no_text_twice_and_are_split(sentiment: ModuleType, tmp_path: Path) -> None:
+def test_reviews_keep_clear_ratings_and_no_text_twice_and_are_split(tmp_path: Path) -> None:
+    sentiment = imported("sentiment")
     table = "1\t2.1\tGood.\r\n2\t-1.5\tBad…\r\n3\t0.5\tUnclear.\r\n4\t-0.2\tUnclear, too.\r\n5\t3.0\tGood.\r\n".encode()
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as tar:
@@ -60,10 +45,15 @@ def test_reviews_keep_clear_ratings_and_no_text_twice_and_are_split(sentiment: M
 
 
 def test_a_classifier_learns_again_the_same_reloads_merges_and_is_drawn(
-    sentiment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder: Any = models.bert().bert
-    model, texts = sentiment.SentimentClassifier(encoder, encoder.config.hidden_size), tiny_texts(sentiment)
+    """From texts of 3 to 7 tokens whose first token says whether they are good."""
+    sentiment, encoder = imported("sentiment"), cast("Any", models.bert()).bert
+    model = sentiment.SentimentClassifier(encoder, encoder.config.hidden_size)
+    mask = (torch.arange(7) < torch.arange(24)[:, None] % 5 + 3).long()
+    ids, labels = torch.randint(10, models.VOCABULARY, (24, 7)) * mask, torch.arange(24) % 2
+    ids[:, 0] = 1 + labels
+    texts = sentiment.Texts(ids, mask, labels.float())
     fresh = copy.deepcopy(model)
     monkeypatch.setattr(sentiment, "load_classifier", lambda: copy.deepcopy(fresh))
     monkeypatch.setattr(sentiment, "SHOWN_LAYER", "encoder.encoder.layer.1.attention.self.value")

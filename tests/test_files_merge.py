@@ -7,8 +7,7 @@ import resource
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -257,15 +256,11 @@ def root(tmp_path: Path) -> Path:
 
 def merge(root: Path, **options: Any) -> Path:
     """Merge the adapter below a directory into the base there, or what is given."""
-    return randlora.files.merge(**{
-        "base": root / "base",
-        "adapters": root / "adapter",
-        "out": root / "out",
-        **options,
-    }).out
+    given: dict[str, Any] = {"base": root / "base", "adapters": root / "adapter", "out": root / "out", **options}
+    return randlora.files.merge(**given).out
 
 
-def refused(root: Path, match: str, error: type[Exception] = CheckpointError, **options: Any) -> None:
+def refused(root: Path, match: str, error: type[Exception] = MergeError, **options: Any) -> None:
     """Check that merging is refused, and that nothing changed."""
     before = contents(root)
     with pytest.raises(error, match=match):
@@ -276,31 +271,18 @@ def refused(root: Path, match: str, error: type[Exception] = CheckpointError, **
 
 def test_an_output_is_replaced_as_a_whole_on_demand_and_nothing_else_is(root: Path) -> None:
     out, single = merge(root), save_model(LLAMA, root / "single")
-    refused(root, "out exists and is not empty: choose a different name, or give overwrite=True", MergeError)
+    refused(root, "out exists and is not empty: choose a different name, or give overwrite=True")
     merge(root, base=single, overwrite=True)  # which has no index and no shards
     assert contents(out) == contents(merge(root, out=root / "expected", base=single))
     (out / "checkpoint-10").mkdir()
     (out / "checkpoint-10" / "model.safetensors").write_bytes(b"x")
-    refused(root, r"out holds other files, which would be lost: checkpoint-10", MergeError, overwrite=True)
+    refused(root, r"out holds other files, which would be lost: checkpoint-10", overwrite=True)
     for inside in (root / "base", root, root / "base" / "deep" / "out", root / "adapter" / "deep" / "out"):
-        refused(root, "an input that must not change|would be lost", MergeError, out=inside, overwrite=True)
+        refused(root, "an input that must not change|would be lost", out=inside, overwrite=True)
     shutil.rmtree(out)
     out.symlink_to(root / "nowhere")
     for overwrite in (False, True):
-        refused(root, "out is a file or a broken link", MergeError, overwrite=overwrite)
-
-
-@contextmanager
-def without_rights() -> Iterator[None]:
-    """Be a user to whom permissions apply, as they do not to root."""
-    is_root = os.geteuid() == 0
-    if is_root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if is_root:
-            os.seteuid(0)
+        refused(root, "out is a file or a broken link", overwrite=overwrite)
 
 
 def test_inputs_are_never_opened_for_writing_and_a_locked_directory_is_refused() -> None:
@@ -313,9 +295,15 @@ def test_inputs_are_never_opened_for_writing_and_a_locked_directory_is_refused()
         for path in (root, *root.rglob("*")):
             path.chmod(0o555 if path.is_dir() else 0o444)
         out.chmod(0o777)
-        with without_rights():
+        is_root = os.geteuid() == 0  # to whom permissions do not apply
+        try:
+            if is_root:
+                os.seteuid(65534)
             refused(root, "Permission denied", PermissionError, out=locked / "out")
             merge(root, out=out / "merged")
+        finally:
+            if is_root:
+                os.seteuid(0)
         for path in (root, *root.rglob("*")):
             path.chmod(path.stat().st_mode | stat.S_IWUSR)
 
@@ -323,7 +311,7 @@ def test_inputs_are_never_opened_for_writing_and_a_locked_directory_is_refused()
 def test_what_the_disk_has_no_room_for_is_not_begun(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = sum(map(len, contents(root / "base").values()))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(0.9 * needed)))
-    refused(root, r"it needs .*, .* are free", MergeError)
+    refused(root, r"it needs .*, .* are free")
 
 
 def test_a_disk_that_is_full_leaves_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

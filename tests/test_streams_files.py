@@ -86,15 +86,6 @@ def test_a_digest_decides_between_the_streams(tmp_path: Path) -> None:
 # Files of PEFT without bases, which do not say under which torch they were trained
 
 
-@pytest.fixture
-def old(tmp_path: Path) -> tuple[Path, Path, nn.Module]:
-    """A file that PEFT saves without bases of an adapter trained under torch 2.11 or older, its base, and the model."""
-    adapter, model = our_directory(LLAMA, tmp_path, stream="torch-2.11")
-    edit_tensors(adapter, {})
-    edit_fields(adapter, {}, drop=["randlora_stream"])
-    return adapter, base_directory(LLAMA, tmp_path), model
-
-
 def test_without_a_stream_todays_is_assumed_and_the_report_says_so() -> None:
     assert json.loads((PEFTS / "expected.json").read_text(encoding="utf-8"))["delta_weight"] == EXPECTED
     model, other = CASE.build(), CASE.build()
@@ -107,10 +98,11 @@ def test_without_a_stream_todays_is_assumed_and_the_report_says_so() -> None:
 
 
 @pytest.mark.parametrize("stream", [None, *PEFT_STREAMS])
-def test_every_verb_on_files_takes_the_stream_or_says_what_it_assumed(
-    stream: Stream | None, old: tuple[Path, Path, nn.Module], tmp_path: Path
-) -> None:
-    adapter, base, expected = old
+def test_every_verb_takes_the_stream_or_says_what_it_assumed(stream: Stream | None, tmp_path: Path) -> None:
+    """Of a file that PEFT saves without bases, of an adapter trained under torch 2.11 or older."""
+    (adapter, expected), base = our_directory(LLAMA, tmp_path, stream="torch-2.11"), base_directory(LLAMA, tmp_path)
+    edit_tensors(adapter, {})
+    edit_fields(adapter, {}, drop=["randlora_stream"])
     files, loaded, native = randlora.files, LLAMA.build(), LLAMA.build()
     summary = files.inspect(adapter, base, stream=stream)
     verification = files.verify(adapter, base, stream=stream)
