@@ -10,7 +10,6 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
-from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, bert, gpt2, llama, vit
@@ -86,18 +85,12 @@ def of_4_bits(in_features: int, out_features: int, *, repacks: bool = False, **o
     return quantized
 
 
-def half_precision_model(kind: RealModel, *, bits: int = 4, **options: Any) -> transformers.PreTrainedModel:
+def half_precision_model(kind: RealModel, *, bits: int = 4) -> transformers.PreTrainedModel:
     """Load a model in bfloat16 with its linear layers quantized, as users who train do."""
-    if bits == 4:
-        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16} | options
-    options |= {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8}
+    nf4 = {**FP4.options, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    options = INT8.options if bits == 8 else nf4
     model: transformers.PreTrainedModel = _loaded(kind, options, dtype=torch.bfloat16)
     return model.requires_grad_(requires_grad=False)
-
-
-def four_bit_linear(in_features: int = 64, out_features: int = 32, **options: Any) -> Linear4bit:
-    layer = Linear4bit(in_features, out_features, quant_type="nf4", compute_dtype=torch.bfloat16, **options)
-    return layer.bfloat16().to("cpu").requires_grad_(requires_grad=False)
 
 
 def checkpoint_activations(model: Any, *, is_reentrant: bool) -> None:

@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-import transformers
 from sentence_transformers.cross_encoder.model import _Float32Linear
 from timm.layers.linear import Linear as ConvertibleLinear
 from torch import Tensor, nn
@@ -185,20 +184,9 @@ def bit(*, online: bool) -> nn.Module:
     return layer
 
 
-def scaled_head() -> nn.Module:
-    if not hasattr(transformers, "DoryConfig"):
-        pytest.skip("an older transformers does not have it")
-    from transformers.models.dory.modeling_dory import DoryLMHead
-
-    layer: Any = DoryLMHead(transformers.DoryConfig(hidden_size=8, vocab_size=12, initializer_range=0.5))
-    nn.init.normal_(layer.logit_scale)
-    return layer  # type: ignore[no-any-return]
-
-
 READ: dict[str, Callable[[], nn.Module]] = {
     "bit": lambda: bit(online=False),
     "bit online": lambda: bit(online=True),
-    "Dory's head": scaled_head,
     "Idefics's head": lambda: IdeficsDecoupledLinear(8, 12, 3),
     "in float32": lambda: _Float32Linear(8, 12),
 }
@@ -243,7 +231,7 @@ def test_a_forward_that_is_known_to_be_the_product_is_added_to_and_dropout_reach
 
 # The list of the active parameters, which compiled code reads, follows every change of their dictionary
 
-CHANGES: dict[str, Callable[[Any, nn.Parameter], object]] = {
+CHANGES: dict[str, Callable[[Any, nn.Parameter], object]] = {  # by the names of the methods
     "__delitem__": lambda values, _: values.__delitem__("b"),
     "__ior__": lambda values, new: values.__ior__({"b": new}),
     "__setitem__": lambda values, new: values.__setitem__("b", new),
@@ -253,7 +241,6 @@ CHANGES: dict[str, Callable[[Any, nn.Parameter], object]] = {
     "setdefault": lambda values, new: (dict.pop(values, "b"), values.setdefault("b", new)),
     "update": lambda values, new: values.update(b=new),
 }
-"""What changes a dictionary, by the names of its methods."""
 
 
 @pytest.mark.parametrize("method", CHANGES)

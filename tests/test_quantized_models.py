@@ -35,8 +35,8 @@ from tests.quantized import (
     REPACKS,
     Codes,
     checkpoint_activations,
-    four_bit_linear,
     half_precision_model,
+    of_4_bits,
     quantized_layers,
     quantized_model,
 )
@@ -220,17 +220,34 @@ def test_norms_and_dense_layers_become_float32_in_place_and_nothing_else_changes
     assert sum(p.nbytes for p in model.parameters()) < sum(p.nbytes for p in theirs.parameters())
 
 
-@pytest.mark.parametrize(("kind", "bits"), [(LLAMA, 4), (GPT2, 8), (VIT, 4)])
-def test_a_prepared_model_trains_with_gradients_down_to_its_inputs_and_a_second_call_changes_nothing(
-    kind: RealModel, bits: int
+def trainable_gradients(model: nn.Module, kind: RealModel) -> dict[str, Tensor | None]:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name.lower() or "ln_" in name)
+    logits(model(**kind.inputs())).float().square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(("kind", "bits", "reentrant"), [(LLAMA, 4, False), (GPT2, 8, False), (VIT, 4, True)])
+def test_a_prepared_model_trains_down_to_its_inputs_as_without_checkpointing_and_a_second_call_changes_nothing(
+    kind: RealModel, bits: int, reentrant: bool
 ) -> None:
-    model = half_precision_model(kind, bits=bits)
+    plain, model = (half_precision_model(kind, bits=bits).train() for _ in range(2))
+    if reentrant:  # which gets the inputs it needs
+        checkpoint_activations(model, is_reentrant=True)
+        with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+            assert None in trainable_gradients(model, kind).values()
+        model.zero_grad()
     report = prepare_quantized(model)
     assert (report.notes, report.checkpointing) == ((), True)
     assert len(report.quantized) == sum("bit" in type(module).__name__ for module in model.modules())
     assert report.unpacked == (report.quantized if bits == 4 else ())
-    output = logits(model.train()(**kind.inputs()))
-    assert output.dtype == torch.float32
+    assert not prepare_quantized(plain, checkpointing=False).checkpointing
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert {each._gradient_checkpointing_func.keywords["use_reentrant"] for each in checkpointed} == {reentrant}
+    expected = trainable_gradients(plain, kind)
+    torch.testing.assert_close(trainable_gradients(model, kind), expected, rtol=1e-5, atol=1e-7)
+    assert None not in expected.values()
+    assert logits(model(**kind.inputs())).dtype == torch.float32
     found = input_gradient(model, report.input_gradients[0], lambda: logits(model(**kind.inputs())))
     assert found.abs().max() > 0
     before, hung = snapshot(model), hooks(model)
@@ -364,33 +381,6 @@ def test_each_input_and_what_cannot_be_done_is_reported(
     assert (set(hooks(model).values()) == {(0, 0)}) == (not inputs)
 
 
-def trainable_gradients(model: nn.Module, kind: RealModel) -> dict[str, Tensor | None]:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("norm" in name.lower() or "ln_" in name)
-    logits(model(**kind.inputs())).float().square().mean().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@pytest.mark.parametrize(("kind", "reentrant"), [(LLAMA, False), (VIT, True)])
-def test_checkpointing_changes_no_gradient_and_a_reentrant_one_gets_the_inputs_it_needs(
-    kind: RealModel, reentrant: bool
-) -> None:
-    plain, model = half_precision_model(kind).train(), half_precision_model(kind).train()
-    if reentrant:
-        checkpoint_activations(model, is_reentrant=True)
-        with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
-            lost = trainable_gradients(model, kind)
-        assert None in lost.values()
-        model.zero_grad()
-    assert prepare_quantized(model).checkpointing
-    assert not prepare_quantized(plain, checkpointing=False).checkpointing
-    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    assert {each._gradient_checkpointing_func.keywords["use_reentrant"] for each in checkpointed} == {reentrant}
-    expected = trainable_gradients(plain, kind)
-    torch.testing.assert_close(trainable_gradients(model, kind), expected, rtol=1e-5, atol=1e-7)
-    assert None not in expected.values()
-
-
 def gradient_after_evaluation(layer: nn.Module) -> Tensor | None:
     """Evaluate a layer, then train what lies before it; ``None`` where nothing comes back."""
     x = torch.randn(4, 64, dtype=torch.bfloat16)
@@ -412,7 +402,9 @@ def _without_state(layer: Any) -> None:
 def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits_and_another_is_put_in_order(
     compress_statistics: bool,
 ) -> None:
-    layer = four_bit_linear(64, 7, compress_statistics=compress_statistics)
+    options: dict[str, Any] = {"bias": False, "compute_dtype": torch.bfloat16, "repacks": True}
+    options["compress_statistics"] = compress_statistics
+    layer = of_4_bits(64, 7, **options)
     model, before = nn.Sequential(layer), copy.deepcopy(layer.state_dict())
     report = prepare_quantized(model, **only("unpacked"))
     assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ())
@@ -421,7 +413,7 @@ def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits_and_ano
     assert found.abs().max() > 0
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
     for change in (gradient_after_evaluation, _without_state) if REPACKS else ():
-        layer = four_bit_linear(bias=False, compress_statistics=compress_statistics)
+        layer = of_4_bits(64, 32, **options)
         model, x = nn.Sequential(layer), torch.randn(3, 64, dtype=torch.bfloat16)
         expected = model(x)  # with a bias, a forward pass in training would raise from here on
         model.eval()(x)
