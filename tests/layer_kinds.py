@@ -26,44 +26,28 @@ except Exception:  # it raises whatever comes of a torch that it was not built f
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How to make a layer of one kind with random weights, and how to read it.
-
-    Attributes:
-        name: For test ids.
-        build: Makes a layer from ``(in_features, out_features, bias, dtype)``.
-        weight: Reads its weight as ``(out_features, in_features)``.
-        dtypes: What it can hold, or compute in where it holds codes; the most exact first.
-        step: Reads how far apart the levels of its codes are, ``(out_features, in_features)``; ``None`` without codes.
-        library: What quantized it, if anything.
-        merges: Whether updates can be merged into its weight.
-        is_one_operation: Whether base layer and adapter are computed as one, in training.
-        converts: Whether it computes in another dtype, also float64, once its model is converted.
-        backpropagates: Whether the layer alone computes the gradient of its input.
-        rounds_inputs: Whether it quantizes inputs, which must then not be empty, so that outputs are off by percents.
-        pickles: Whether the layer alone can be pickled.
-    """
+    """How to make a layer of one kind with random weights, and how to read it."""
 
     name: str
-    build: Callable[[int, int, bool, torch.dtype], nn.Module]
-    weight: Callable[[Any], Tensor]
+    build: Callable[[int, int, bool, torch.dtype], nn.Module]  # from (in_features, out_features, bias, dtype)
+    weight: Callable[[Any], Tensor]  # (out_features, in_features)
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    step: Callable[[nn.Module], Tensor] | None = None
-    library: str = ""
+    """What it can hold, or compute in where it holds codes; the most exact first."""
+    step: Callable[[nn.Module], Tensor] | None = None  # how far apart the levels of its codes are
+    library: str = ""  # that quantized it
     merges: bool = True
-    is_one_operation: bool = True
-    converts: bool = True
-    backpropagates: bool = True
-    rounds_inputs: bool = False
-    pickles: bool = True
+    is_one_operation: bool = True  # whether base layer and adapter are computed as one, in training
+    converts: bool = True  # whether it computes in another dtype, also float64, once its model is converted
+    backpropagates: bool = True  # whether the layer alone computes the gradient of its input
+    rounds_inputs: bool = False  # which must then not be empty, so that outputs are off by percents
+    pickles: bool = True  # without an adapter
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it holds codes."""
         return bool(self.library)
 
     @property
     def exact(self) -> torch.dtype:
-        """The most exact dtype that a layer of this kind gives outputs of."""
         return self.dtypes[0]
 
 

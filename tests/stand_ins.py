@@ -1,8 +1,7 @@
-"""Directories under names of the Hub: `from_pretrained` and `load_dataset` take a directory before they ask the Hub.
+"""Directories under names of the Hub, so that a page's block runs word for word where there is no network.
 
-So a page's block for a model of 8 B parameters runs word for word where there is neither a network nor a card: with a
-model of a few thousand random weights, its tokenizer, and a few rows of data in the same columns. Two names stand for
-the pretrained models themselves, whose weights are in packages.
+`from_pretrained` and `load_dataset` take a directory before they ask the Hub: here a model of a few thousand random
+weights, its tokenizer, and rows of data in the same columns. Two are the pretrained models, from packages.
 """
 
 import importlib.util

@@ -1,8 +1,6 @@
 """Layers that HQQ, torchao, GPTQ, AWQ, AQLM or EETQ quantized, or a user's: one table of kinds, one set of laws.
 
-Into some, updates are merged by rounding; of the others only the forward is known, and merging is refused. EETQ has a
-kernel for GPUs alone, whose place a product takes here; the layer is transformers' own. `make test-quantizers` runs
-this file where hqq, gptqmodel, autoawq and aqlm are installed, whose own code runs on a CPU: to import them takes long.
+`make test-quantizers` runs this file where hqq, gptqmodel, autoawq and aqlm are installed: to import them takes long.
 """
 
 import copy
@@ -256,6 +254,8 @@ def every(*, merges: bool | None = None) -> pytest.MarkDecorator:
 
 @pytest.fixture(autouse=True)
 def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a product take the place of EETQ's kernel, which is for GPUs alone."""
+
     def product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         return x @ (codes.to(x.dtype) * scales.to(x.dtype))
 
