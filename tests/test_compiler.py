@@ -1,7 +1,4 @@
-"""Compilers, tracers and exporters of torch: they compute the same, and go by the spec of an adapter, not its name.
-
-Never by a parameter that was replaced; and what sees a model first leaves it as good as it was.
-"""
+"""Compilers, tracers and exporters of torch compute the same, and go by the spec of an adapter, not by its name."""
 
 import copy
 import gc
@@ -244,16 +241,15 @@ class Block(nn.Module):
         return x + torch.tanh(self.layer(self.norm(x)))
 
 
-class Blocks(nn.Module):
+class Blocks(nn.ModuleList):
     """Two blocks, which may be checkpointed."""
 
     def __init__(self, *, checkpointed: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        super().__init__(Block() for _ in range(2))
         self.checkpointed = checkpointed
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
+        for block in self:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
         return x
 
@@ -264,7 +260,7 @@ def test_blocks_compiled_one_by_one_take_as_many_graphs_as_plain_ones_and_checkp
     for model in (plain, fill(adapted, spread=0.3)):
         torch._dynamo.reset()
         twin, counter = copy.deepcopy(model), CompileCounterWithBackend("eager")
-        for block in model.blocks:
+        for block in model:
             block.compile(fullgraph=True, backend=counter)
         for tokens in (3, 7, 12):
             compare(model, twin, torch.randn(tokens, 8))
@@ -289,38 +285,34 @@ def cold_model(**options: Any) -> nn.Module:
     return fill(model, spread=0.3)
 
 
-def compile_whole(model: nn.Module, x: Tensor) -> Tensor:
-    output: Tensor = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-    return output
+def compile_whole(model: nn.Module, x: Tensor) -> Any:
+    return torch.compile(model, fullgraph=True, backend="aot_eager")(x)
 
 
-def compile_in_inference_mode(model: nn.Module, x: Tensor) -> Tensor:
+def compile_in_inference_mode(model: nn.Module, x: Tensor) -> Any:
     with torch.inference_mode():
         output = compile_whole(model, x)
     return output.clone()
 
 
-def export(model: nn.Module, x: Tensor) -> Tensor:
-    output: Tensor = torch.export.export(model, (x,)).module()(x)
-    return output
+def export(model: nn.Module, x: Tensor) -> Any:
+    return torch.export.export(model, (x,)).module()(x)
 
 
-def run_with_fake_tensors(model: nn.Module, x: Tensor) -> Tensor:
+def run_with_fake_tensors(model: nn.Module, x: Tensor) -> Any:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model(mode.from_tensor(x))
-    output: Tensor = model(x)
-    return output
+    return model(x)
 
 
-def trace(model: nn.Module, x: Tensor) -> Tensor:
+def trace(model: nn.Module, x: Tensor) -> Any:
     """Check what torch checks, another trace without gradients that must have the same operators; and gradients."""
     traced: Any = torch.jit.trace(model, (x,))
     outputs, trained = (traced(x), model(x)), [*randlora.trainable_parameters(model)]
     found, expected = (torch.autograd.grad(out.square().sum(), trained, retain_graph=True) for out in outputs)
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours, theirs, torch.float32)
-    output: Tensor = outputs[0]
-    return output
+    return outputs[0]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace(_method)?. is deprecated")
