@@ -1,8 +1,6 @@
 """`save` and `save_all`: what they write, refuse and say; what is loaded again is the same adapter, bit for bit."""
 
 import errno
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,7 +40,6 @@ from tests.model_directories import contents
 from tests.peer import THEIR_WARNINGS
 from tests.strategies import KINDS_AND_STREAMS, seeds
 
-ROOT = Path(__file__).parent.parent
 FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
 
 
@@ -311,48 +308,6 @@ def test_a_file_or_a_broken_link_in_place_of_a_directory_is_refused(tmp_path: Pa
     with pytest.raises(CheckpointError, match=f"b' {message}"):
         randlora.save_all(of_three(), tmp_path)
     assert contents(tmp_path) == {"b": b""}
-
-
-SHARDED = """
-import sys, torch
-import torch.distributed as dist
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
-import randlora
-from tests.kit import adapter_values, all_bits, fill
-from tests.laws import Mixed
-
-def sharded():
-    model = Mixed()
-    randlora.inject(model, r=3, targets=["q", "up", "down"], train_also=["norm", "head.bias"])
-    own = all_bits(adapter_values(fill(model)))
-    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True), own
-
-place = sys.argv[1]
-dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # half of each parameter is not there
-try:
-    randlora.save(sharded()[0], place + "/new")
-except randlora.errors.CheckpointError as error:
-    print(error)
-dist.destroy_process_group()
-dist.init_process_group("gloo", init_method=f"file://{place}/rendezvous", rank=0, world_size=1)
-model, own = sharded()
-with FullyShardedDataParallel.summon_full_params(model, writeback=False):
-    randlora.save(model, place + "/whole")
-fresh = Mixed()
-randlora.load(fresh, place + "/whole")
-assert all_bits(adapter_values(fresh)) == own
-"""
-
-
-@pytest.mark.medium
-def test_a_model_that_torch_shards_is_refused_until_it_is_gathered(tmp_path: Path) -> None:
-    """One process, to which a group of two is feigned."""
-    command = [sys.executable, "-W", "ignore", "-c", SHARDED, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "it is sharded by FSDP: call this inside FullyShardedDataParallel.summon_full_params(model)" in done.stdout
-    assert not (tmp_path / "new").exists()
 
 
 # Several adapters in one directory, as PEFT lays them out

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import randlora
 from randlora.disk.formats import write_tensor_file
-from randlora.errors import MergeError
+from randlora.errors import CheckpointError, MergeError
 from randlora.sharded import places
 from tests.distributed.engines import engine_around, engine_of
 from tests.distributed.processes import For, Processes
@@ -156,8 +156,14 @@ def refuse(place: Path) -> list[str]:
             with pytest.raises(MergeError) as caught:
                 verb(given)
             errors.append(str(caught.value))
-    with FullyShardedDataParallel.summon_full_params(model), pytest.raises(MergeError, match="give the wrapper"):
-        randlora.merged_tensors(inner)
+    with pytest.raises(
+        CheckpointError, match=r"it is sharded by FSDP: call this inside .*\.summon_full_params\(model\)"
+    ):
+        randlora.save(model, place / "out")
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        randlora.save(model, place / "summoned")
+        with pytest.raises(MergeError, match="give the wrapper"):
+            randlora.merged_tensors(inner)
     return errors
 
 
@@ -167,6 +173,8 @@ def test_a_model_that_is_flattened_is_refused_in_all_processes(pair: Processes, 
     for error in first[::2]:
         assert "call and iterate in a block of FullyShardedDataParallel.summon_full_params" in error
     assert not (tmp_path / "out").exists()
+    randlora.save(DRAWN.adapted(), tmp_path / "one")
+    assert contents(tmp_path / "summoned") == contents(tmp_path / "one")
 
 
 def fail_in_one(name: str, place: Path) -> None:
