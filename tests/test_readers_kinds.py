@@ -344,21 +344,19 @@ def test_an_exported_program_computes_the_same(kind: ReadKind) -> None:
 @every_family
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 def test_a_weight_that_is_tied_or_computed_by_a_parametrization_is_refused(kind: ReadKind) -> None:
-    def refused(model: nn.Module, problem: str) -> None:
+    normed, normed_of_old, biased = kind.model(), kind.model(), kind.model()
+    parametrizations.weight_norm(kind.owner(normed), kind.attribute)
+    torch.nn.utils.weight_norm(kind.owner(normed_of_old), kind.attribute)
+    tied = nn.Sequential(kind.model()[0], kind.model()[0])
+    setattr(tied.get_submodule(kind.owner_fqn.replace("0", "1")), kind.attribute, kind.weight(tied))
+    rows = [(tied, rf"the weight of {kind.target} is tied to 1\.")]
+    rows += [(model, rf"{kind.target} computes its weight from other param") for model in (normed, normed_of_old)]
+    if "bias" in dict(kind.owner(biased).named_parameters()):
+        parametrize.register_parametrization(kind.owner(biased), "bias", nn.Identity())
+        rows.append((biased, rf"{kind.target} computes other parameters by a param"))
+    for model, problem in rows:
         with untouched(model), pytest.raises(TargetError, match=problem):
             randlora.inject(model, **kind.adapter_options)
-
-    for normed in (parametrizations.weight_norm, torch.nn.utils.weight_norm):
-        model = kind.model()
-        normed(kind.owner(model), kind.attribute)
-        refused(model, rf"{kind.target} computes its weight from other param")
-    model = kind.model()
-    if "bias" in dict(kind.owner(model).named_parameters()):
-        parametrize.register_parametrization(kind.owner(model), "bias", nn.Identity())
-        refused(model, rf"{kind.target} computes other parameters by a param")
-    model = nn.Sequential(kind.model()[0], kind.model()[0])
-    setattr(model.get_submodule(kind.owner_fqn.replace("0", "1")), kind.attribute, kind.weight(model))
-    refused(model, rf"the weight of {kind.target} is tied to 1\.")
 
 
 @every_family

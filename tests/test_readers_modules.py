@@ -53,14 +53,12 @@ class Subclass(nn.MultiheadAttention):
 
 
 class Attending(nn.Module):
-    """A module that calls attention of keys and values of other widths, if they are given."""
-
     def __init__(self, attn: nn.MultiheadAttention) -> None:
         super().__init__()
         self.attn = attn
 
-    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        output: Tensor = self.attn(x, *(context or (x, x)), need_weights=False)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.attn(x, x, x, need_weights=False)[0]
         return output
 
 
