@@ -105,7 +105,7 @@ WRONG: list[tuple[Header, str, object, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("header", "path", "value", "message"), WRONG, ids=str)
+@pytest.mark.parametrize(("header", "path", "value", "message"), WRONG, ids=[path for _, path, *_ in WRONG])
 def test_facts_that_are_none_or_contradict_each_other_are_refused_though_the_seal_is_whole(
     header: Header, path: str, value: object, message: str
 ) -> None:

@@ -244,7 +244,7 @@ SMALLEST: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "made"), SMALLEST.items(), ids=str)
+@pytest.mark.parametrize(("dtype", "made"), SMALLEST.items(), ids=map(str, SMALLEST))
 def test_bases_of_no_seed_are_kept_in_the_smallest_form_that_loses_nothing(
     dtype: torch.dtype, made: Callable[[Tensor], Tensor], tmp_path: Path
 ) -> None:
