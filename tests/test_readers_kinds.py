@@ -319,7 +319,7 @@ def of(*names: str) -> pytest.MarkDecorator:
 @pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # asked by dynamo
 @needs_compiler
-@of("Embedding", "experts-gate_up")  # tests/test_compiler.py has blocks of layers
+@of("Embedding", "experts-gate_up-shared")  # tests/test_compiler.py has blocks of layers
 def test_compiling_gives_the_same_values_and_one_graph_where_no_value_decides(kind: ReadKind) -> None:
     model = kind.adapted()
     torch._dynamo.reset()
