@@ -17,6 +17,7 @@ from randlora.config import Factor, RandLoRAConfig
 from randlora.errors import spelled
 from randlora.hints import NotTheModel
 from randlora.layers.update import RoundingLoss
+from randlora.replaced import whole_shape
 from randlora.state import Adapter
 from randlora.targets.census import Census, Shapes
 from randlora.targets.left_out import LeftOut, Remaining, left_out, lines
@@ -227,10 +228,11 @@ def adapter_report(
         targets=tuple(shapes),
         rows=rows,
         specs=tuple(basis.spec for basis in adapter.bases.values()),
-        trainable_parameters=adapter_size + sum(parameter.numel() for parameter in beside),
+        trainable_parameters=adapter_size + sum(math.prod(whole_shape(parameter)) for parameter in beside),
         total_parameters=adapter_size + census.size,
         basis_bytes=sum(basis.nbytes for basis in adapter.bases.values()),
-        checkpoint_bytes=FLOAT32_BYTES * adapter_size + sum(each.nbytes for each in adapter.trained.values()),
+        checkpoint_bytes=FLOAT32_BYTES * adapter_size
+        + sum(math.prod(whole_shape(each)) * each.itemsize for each in adapter.trained.values()),
         is_active=is_active,
         is_trainable=is_trainable,
         train_also=tuple(adapter.parameters),
