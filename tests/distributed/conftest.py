@@ -1,12 +1,16 @@
-"""The processes that the tests here share, and their mark."""
+"""The groups of processes that the tests here share, and how a test comes to run in one of them."""
 
-from collections.abc import Iterator
+import inspect
+import tempfile
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import is_hypothesis_test
 
 from tests.distributed.engines import LACKING, has_deepspeed
-from tests.distributed.processes import For, Processes
+from tests.distributed.processes import FOUR, PAIR, ZERO_PAIR, run_test
 
 HERE = Path(__file__).parent
 
@@ -17,39 +21,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.distributed)
 
 
-@pytest.fixture(scope="session")
-def pair() -> Iterator[Processes]:
-    """Two processes with gloo."""
-    processes = Processes(2)
-    yield processes
-    processes.stop()
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is marked for it in all processes of a group at once; each of its examples if it draws some."""
+    if (mark := pyfuncitem.get_closest_marker("in_group")) is None:
+        return None
+    (group,) = mark.args
+    if "zero" in str(pyfuncitem.funcargs.get("engine", "")).lower() and group is PAIR:
+        group = ZERO_PAIR
+    if group is ZERO_PAIR and not has_deepspeed:
+        pytest.skip(LACKING)
+    function: Any = pyfuncitem.obj
+
+    def together(**arguments: Any) -> None:
+        if place := arguments.get("tmp_path"):  # each example has an empty directory
+            arguments["tmp_path"] = Path(tempfile.mkdtemp(dir=place))
+        group.run(run_test, function.__module__, function.__name__, arguments)
+
+    if is_hypothesis_test(function):
+        function.hypothesis.inner_test = wraps(function.hypothesis.inner_test)(together)
+        return None
+    together(**{name: pyfuncitem.funcargs[name] for name in inspect.signature(function).parameters})
+    return True
 
 
-@pytest.fixture(scope="session")
-def zero_pair() -> Iterator[Processes]:
-    """Two processes for DeepSpeed, which replaces ``torch.nn.functional.linear`` in them."""
-    processes = Processes(2)
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture
-def processes_of(request: pytest.FixtureRequest) -> For:
-    """Give two processes for an engine by its name, and skip the test if that needs DeepSpeed and there is none."""
-
-    def given(engine: str) -> Processes:
-        is_zero = engine.lower().startswith("zero")
-        if is_zero and not has_deepspeed:
-            pytest.skip(LACKING)
-        found: Processes = request.getfixturevalue("zero_pair" if is_zero else "pair")
-        return found
-
-    return given
-
-
-@pytest.fixture(scope="session")
-def four() -> Iterator[Processes]:
-    """Four processes with gloo, for meshes of two dimensions."""
-    processes = Processes(4)
-    yield processes
-    processes.stop()
+def pytest_unconfigure() -> None:
+    for group in (PAIR, ZERO_PAIR, FOUR):
+        group.stop()

@@ -1,23 +1,30 @@
-"""DeepSpeed's engines of drawn models, in the processes that other tests share."""
+"""The engines that spread a model over processes: how each is put around an adapted model, and trains it."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.trained import ROWS, Drawn, loss_of, optimizer_of
-from tests.kit import fill
+from tests.distributed.trained import Drawn, Net, gathered, optimizer_of
 
 LACKING = "DeepSpeed is not installed"
 has_deepspeed = sys.platform.startswith("linux") and importlib.util.find_spec("deepspeed") is not None
-needs_deepspeed = pytest.mark.skipif(not has_deepspeed, reason=LACKING)
 
 LINEAR = functional.linear
 """What DeepSpeed replaces in a process for good, also for engines that are told not to."""
@@ -49,7 +56,7 @@ def deepspeed() -> Any:
 def config(stage: str, **options: Any) -> dict[str, Any]:
     """Return a config that does not clip gradients."""
     return {
-        "train_micro_batch_size_per_gpu": ROWS,
+        "train_micro_batch_size_per_gpu": 3,
         "gradient_clipping": 0.0,
         "zero_optimization": STAGES[stage],
         "zero_allow_untested_optimizer": True,
@@ -59,43 +66,171 @@ def config(stage: str, **options: Any) -> dict[str, Any]:
     }
 
 
-def adapted_spread(drawn: Drawn, stage: str, options: dict[str, Any]) -> nn.Module:
-    """Return the adapted model, the base of which was built under `zero.Init`."""
-    library = deepspeed()
-    with library.zero.Init(config_dict_or_path=config(stage, **options)):
-        model = drawn.build()
-    plain = drawn.build()
-    with library.zero.GatheredParameters([*model.parameters()], modifier_rank=0):
+def built_spread(case: Any, stage: str) -> nn.Module:
+    """Return a model without adapters that is built under `zero.Init`."""
+    with deepspeed().zero.Init(config_dict_or_path=config(stage)):
+        model: nn.Module = case.build()
+    plain = case.build()
+    with gathered(model.parameters()), torch.no_grad():
         for own, value in zip(model.parameters(), plain.parameters(), strict=True):
-            own.data.copy_(value.data)
-    drawn.adapt(model)
-    with library.zero.GatheredParameters([*model.parameters()], modifier_rank=0):
-        fill(model, seed=2)
+            own.copy_(value)
     return model
 
 
-def engine_of(drawn: Drawn, stage: str, *, is_spread_first: bool = False, **options: Any) -> Any:
-    """Return an engine of the adapted model, adapted before or after its base was spread."""
-    model = adapted_spread(drawn, stage, options) if is_spread_first else drawn.adapted()
-    return engine_around(model, stage, **options)
-
-
-def engine_around(model: nn.Module, stage: str, **options: Any) -> Any:
+def zero(model: nn.Module, stage: str, **options: Any) -> Any:
     """Return an engine of a model, which computes with DeepSpeed's `F.linear` only if its own stage says so."""
     vars(functional)["linear"] = LINEAR
     engine, *_ = deepspeed().initialize(model=model, optimizer=optimizer_of(model), config=config(stage, **options))
     return engine
 
 
-def trained(engine: Any, drawn: Drawn, rank: int, step: int) -> float:
-    """Train one step and return the loss."""
-    loss = loss_of(engine(drawn.batch(rank, step).to(next(engine.module.parameters()).dtype)))
-    engine.backward(loss)
-    engine.step()
-    return float(loss.item())
+def sharded(model: Any, parts: Sequence[str] = (), **options: Any) -> Any:
+    """Shard parts of a model by themselves, such as the first block of a `Net`, and all else with the model."""
+    for part in parts or (("blocks.0",) if isinstance(model, Net) else ()):
+        fully_shard(model.get_submodule(part), **options)
+    fully_shard(model, **options)
+    return model
 
 
-def whole_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all that the adapters train, gathered by DeepSpeed."""
-    with deepspeed().zero.GatheredParameters([*model.parameters()]):
-        return {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+def offloaded(model: Any) -> Any:
+    return sharded(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+def replicated(model: Any) -> Any:
+    return sharded(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+def split(model: Any, mesh: Any = None, *, table: str = "rows", layers: tuple[str, ...] = ("0", "1")) -> Any:
+    """Split a model's table by rows, by columns or not at all, its blocks, and its head if no other table is."""
+    plan: dict[str, Any] = {"head": ColwiseParallel(output_layouts=Replicate())}
+    for index in layers:
+        # torch takes a local output for a half, also of an odd number
+        plan |= {
+            f"blocks.{index}.up": ColwiseParallel(use_local_output=False),
+            f"blocks.{index}.down": RowwiseParallel(),
+        }
+    if table == "rows":
+        plan["embed"] = RowwiseParallel(input_layouts=Replicate())
+    elif table == "columns":
+        plan["embed"] = ColwiseParallel(output_layouts=Replicate())
+    return parallelize_module(model, mesh or init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
+def flattened(model: nn.Module) -> FullyShardedDataParallel:
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def on_two_dimensions(model: Any, *, adapt: Callable[[Any], Any] = lambda model: model) -> Any:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    return sharded(adapt(split(model, mesh["tensor"])), mesh=mesh["data"])
+
+
+def around(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return what adapts a model first and wraps it then."""
+    return lambda case: wrap(case.adapted())
+
+
+def within(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return what wraps a model first and adapts it then."""
+    return lambda case: case.adapt(wrap(case.build()))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How an adapted model is made and trained.
+
+    Attributes:
+        make: Makes what is called, of a case.
+        fixed: What of a drawn model it does not do otherwise.
+        shares_batch: Whether processes have the same batch; else the ranks of a mesh that have the same are one.
+        sharing: How many processes have the same batch.
+        is_split: Whether each process computes a part of a merged weight, which may round otherwise than all of it.
+        has_copies: Whether each process has a copy of the model.
+        within: How far values and losses may be from those of one process, in float32.
+        is_trained: Whether the tests train it.
+    """
+
+    make: Callable[[Any], Any]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    sharing: int = 1
+    is_split: bool = False
+    has_copies: bool = False
+    within: float = 1e-6
+    is_trained: bool = True
+
+    def suited(self, drawn: Drawn) -> Drawn:
+        """Return what the engine does of a drawn model."""
+        return replace(drawn, **self.fixed)
+
+    def whole(self, run: Any) -> AbstractContextManager[object]:
+        """Return the block in which values are whole."""
+        is_flattened = isinstance(run, FullyShardedDataParallel)
+        return FullyShardedDataParallel.summon_full_params(run) if is_flattened else nullcontext()
+
+    def ranks(self) -> range:
+        """Return the numbers of the batches that there are."""
+        return range(dist.get_world_size() // self.sharing)
+
+
+ONE_DTYPE = {"dtype": torch.float32}
+"""What FSDP2 trains has one dtype."""
+
+BY_ENGINE = ONE_DTYPE | {"checkpointed": False, "backwards": 1}
+"""An engine of DeepSpeed counts backwards for itself."""
+
+SPLIT: dict[str, Any] = {"sharing": 2, "is_split": True, "within": 5e-6}
+ENGINES: dict[str, Engine] = {
+    "DDP": Engine(around(DistributedDataParallel), has_copies=True),
+    "DDP, static": Engine(
+        around(partial(DistributedDataParallel, static_graph=True)), {"backwards": 1}, has_copies=True
+    ),  # torch counts a pass in no_sync as one of the first
+    "DDP, unused": Engine(
+        around(partial(DistributedDataParallel, find_unused_parameters=True, gradient_as_bucket_view=True)),
+        has_copies=True,
+    ),
+    "FSDP": Engine(around(flattened), ONE_DTYPE, has_copies=True, is_trained=False),
+    "FSDP2": Engine(around(sharded), ONE_DTYPE, is_split=True),
+    "FSDP2, offloaded": Engine(around(offloaded), ONE_DTYPE, is_split=True),
+    "FSDP2 first": Engine(within(sharded), is_split=True),
+    "FSDP2 first, offloaded": Engine(within(offloaded), is_split=True),
+    "tensor parallel": Engine(around(split), **SPLIT),
+    "tensor parallel first": Engine(within(partial(split, table="columns")), **SPLIT),
+    "ZeRO-2": Engine(around(partial(zero, stage="2")), BY_ENGINE, has_copies=True),
+    "ZeRO-3": Engine(around(partial(zero, stage="3")), BY_ENGINE),
+    "ZeRO-3 first": Engine(lambda case: zero(case.adapt(built_spread(case, "3")), "3"), BY_ENGINE),
+    "ZeRO-3, persistent": Engine(around(partial(zero, stage="3-persistent")), BY_ENGINE),
+    "ZeRO-3, offloaded": Engine(around(partial(zero, stage="3-offload")), BY_ENGINE),
+    "ZeRO-3, experts": Engine(around(partial(zero, stage="3-experts")), BY_ENGINE),
+    "replicas": Engine(around(replicated), ONE_DTYPE, is_split=True),
+    "replicas first": Engine(within(replicated), is_split=True),
+    "two dimensions": Engine(around(on_two_dimensions), ONE_DTYPE, **SPLIT),
+    "two dimensions, split first": Engine(
+        lambda case: on_two_dimensions(case.build(), adapt=case.adapt), ONE_DTYPE, **SPLIT
+    ),
+}
+IN_FOUR, OF_EXPERTS = [*ENGINES][-4:], "ZeRO-3, experts"
+IN_TWO = [name for name in ENGINES if name not in (*IN_FOUR, OF_EXPERTS)]
+
+
+def trained(run: Any, case: Any, batch: int, steps: int = 3) -> list[float]:
+    """Train with one of the batches, and return the losses. All backwards but the last of a step are not averaged."""
+    is_zero, losses = hasattr(run, "backward"), []
+    optimizer = None if is_zero else optimizer_of(run)
+    for step in range(steps):
+        losses.append(0.0)
+        for part in range(case.backwards):
+            is_last = part + 1 == case.backwards
+            if hasattr(run, "set_requires_gradient_sync"):
+                run.set_requires_gradient_sync(is_last)
+            unsynced = isinstance(run, DistributedDataParallel) and not is_last
+            with run.no_sync() if unsynced else nullcontext():
+                inputs = case.batch(batch, step * case.backwards + part)
+                loss = case.loss(run(*inputs), batch)
+                (run if is_zero else loss).backward(*[loss] if is_zero else [])
+            losses[-1] += loss.item()
+        if optimizer is None:
+            run.step()
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses

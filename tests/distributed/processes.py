@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import multiprocessing
 import pickle
 import sys
@@ -14,16 +15,22 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
 
 Result = TypeVar("Result")
 
 SECONDS = 120
 """How long a call may take; processes that wait for each other for ever are stopped then."""
 
-LAW = settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.generate])
+LAW = settings(
+    max_examples=5,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # each example has a directory of its own
+)
 """Of laws that processes are asked for. Examples are not shrunk, because each one that fails ends the processes."""
 
 
@@ -89,8 +96,28 @@ class Processes:
             self._running.append((process, here))
 
 
-For = Callable[[str], Processes]
-"""Gives the processes for an engine by its name."""
+PAIR, ZERO_PAIR, FOUR = Processes(2), Processes(2), Processes(4)
+"""The groups that all tests share. DeepSpeed, which replaces functions of torch in a process, has two by itself."""
+
+in_two, in_two_of_zero, in_four = map(pytest.mark.in_group, (PAIR, ZERO_PAIR, FOUR))
+"""Mark a test that all processes of a group run, with one of the last two those of DeepSpeed or the four.
+
+A test in two processes that has an ``engine`` whose name begins with ZeRO is run in those of DeepSpeed.
+"""
+
+
+def run_test(module: str, name: str, arguments: dict[str, Any]) -> None:
+    """Run a test in one process of a group, which imports it; the other process draws its examples."""
+    function = getattr(importlib.import_module(module), name)
+    own = function.hypothesis.inner_test if is_hypothesis_test(function) else function
+    own(**arguments)
+
+
+def on_all(value: Result) -> list[Result]:
+    """Return what each process gives, by rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def _serve(calls: Connection, rank: int, count: int, meeting: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 import randlora
-from tests.distributed.engines import deepspeed, needs_deepspeed
-from tests.distributed.processes import Processes
+from tests.distributed.engines import deepspeed
+from tests.distributed.processes import FOUR, in_two, on_all
 from tests.examples import imported
 
 ROOT = Path(__file__).parents[2]
@@ -30,11 +30,6 @@ def run(name: str, *args: Any) -> str:
     return printed.getvalue()
 
 
-def run_with_deepspeed(*args: Any) -> str:
-    deepspeed()
-    return run(*args)
-
-
 def require_learned(name: str, printed: str, directory: Path, data: Any) -> None:
     """Assert that the adapter was saved once, loads, and halves the loss of none."""
     assert printed.count("saved 'default'") == 1
@@ -47,21 +42,20 @@ def require_learned(name: str, printed: str, directory: Path, data: Any) -> None
         assert (model(x) - y).square().mean() < before / 2
 
 
-@pytest.mark.parametrize("name", ["data_parallel", "tensor_parallel"])
-def test_an_example_trains(pair: Processes, tmp_path: Path, name: str) -> None:
-    options = (40, tmp_path, 0) if name == "data_parallel" else (40, tmp_path)
-    printed = "".join(pair.run(run, name, *options))
+@in_two
+@pytest.mark.parametrize(
+    ("name", "engine"), [("data_parallel", "DDP"), ("tensor_parallel", ""), ("data_parallel", "ZeRO")]
+)
+def test_an_example_trains(tmp_path: Path, name: str, engine: str) -> None:
+    stage = {"DDP": [0], "ZeRO": [3]}.get(engine, [])
+    if engine == "ZeRO":
+        deepspeed()
+    printed = "".join(on_all(run(name, 40, tmp_path, *stage)))
     assert "step 40: loss" in printed
     require_learned(name, printed, tmp_path, [torch.Generator().manual_seed(9)])
 
 
-@needs_deepspeed
-def test_an_example_trains_with_deepspeed(zero_pair: Processes, tmp_path: Path) -> None:
-    printed = "".join(zero_pair.run(run_with_deepspeed, "data_parallel", 40, tmp_path, 3))
-    require_learned("data_parallel", printed, tmp_path, [torch.Generator().manual_seed(9)])
-
-
-def test_an_example_is_launched_and_resumed_by_another_number_of_processes(four: Processes, tmp_path: Path) -> None:
+def test_an_example_is_launched_and_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--steps", "20", "--checkpoints", str(tmp_path / "run"), "--out", str(tmp_path / "adapter")]
     command = [*torchrun, "docs/examples/fully_sharded.py", *options]
@@ -74,7 +68,7 @@ def test_an_example_is_launched_and_resumed_by_another_number_of_processes(four:
     )
     assert done.returncode == 0 or aborted_at_the_end, done.stderr[-4000:]
     assert "trains from step 0 on 2 processes" in done.stdout
-    printed = "".join(four.run(run, "fully_sharded", 120, tmp_path / "run", tmp_path / "adapter"))
+    printed = "".join(FOUR.run(run, "fully_sharded", 120, tmp_path / "run", tmp_path / "adapter"))
     assert "trains from step 20 on 4 processes" in printed
     assert "step 120: loss" in printed
     require_learned("fully_sharded", printed, tmp_path / "adapter", [9, 9])

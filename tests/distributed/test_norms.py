@@ -8,31 +8,34 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 import randlora
 from randlora.errors import AdapterError
-from tests.distributed.engines import engine_of, needs_deepspeed, trained
-from tests.distributed.processes import Processes
-from tests.distributed.test_fsdp_training import TOKENS, Case, require_alike, share_of
-from tests.distributed.test_tensor_parallel import Drawn, plain, split
-from tests.distributed.test_zero import DRAWN, alone
-from tests.distributed.trained import distance
+from tests.distributed.engines import ENGINES, trained
+from tests.distributed.processes import in_two, in_two_of_zero
+from tests.distributed.trained import Drawn, distance, values
 from tests.examples import DOCS
-from tests.kit import fill
 from tests.pages import snippets
 
 MAX_NORM = 0.01
+CASE = Drawn(train_also=("norm", "head"))
 
 
-def clip(one: nn.Module, model: nn.Module) -> None:
-    """Clip the gradients of both, by the function of docs/distributed.md where some are sharded, and compare them."""
+@in_two
+@pytest.mark.parametrize("engine", ["FSDP2 first", "tensor parallel first"])
+def test_gradients_that_are_sharded_and_whole_are_clipped_by_the_norm_of_one_process(engine: str) -> None:
+    """By the function of docs/distributed.md."""
     (snippet,) = (each for each in snippets(DOCS / "distributed.md") if "def clip_grad_norm" in each.code)
     exec(snippet.compiled(), documented := dict[str, Any]())
-    expected = torch.nn.utils.clip_grad_norm_(randlora.trainable_parameters(one), MAX_NORM)
+    one, model, own = CASE.adapted(), ENGINES[engine].make(CASE), ENGINES[engine]
+    for rank in own.ranks():
+        (CASE.loss(one(*CASE.batch(rank, 0)), rank) / len(own.ranks())).backward()
+    CASE.loss(model(*CASE.batch(dist.get_rank() // own.sharing, 0)), 0).backward()
+    expected = clip_grad_norm_(randlora.trainable_parameters(one), MAX_NORM)
     assert expected > MAX_NORM
     with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
-        torch.nn.utils.clip_grad_norm_(randlora.trainable_parameters(model), MAX_NORM)
+        clip_grad_norm_(randlora.trainable_parameters(model), MAX_NORM)
     norm = documented["clip_grad_norm"](randlora.trainable_parameters(model), MAX_NORM)
     torch.testing.assert_close(norm, expected)
     for mine, theirs in zip(randlora.trainable_parameters(model), randlora.trainable_parameters(one), strict=True):
@@ -40,76 +43,46 @@ def clip(one: nn.Module, model: nn.Module) -> None:
         torch.testing.assert_close(grad.full_tensor() if hasattr(mine, "device_mesh") else grad, theirs.grad)
 
 
-def clip_sharded() -> None:
-    one, model = Case(is_sharded_first=True, train_also=("norm", "head")).models()
-    one(TOKENS).pow(2).mean().backward()
-    model(share_of(TOKENS)).pow(2).mean().backward()
-    clip(one, model)
-
-
-def clip_split() -> None:
-    drawn = Drawn(8, 16, 30, True, "whole", {})
-    one, model = (plain(drawn) for _ in range(2))
-    for each in (one, model):
-        randlora.inject(each, r=4, targets=["up", "down"], train_also=["up.bias"])
-        fill(each)
-    split(model, drawn)
-    tokens = torch.arange(16).view(4, 4) + 1
-    for each in (one, model):
-        each(tokens).square().mean().backward()
-    clip(one, model)
-
-
-def with_penalty(model: nn.Module, tokens: Tensor, factor: float = 1e-3) -> None:
-    """Train with a penalty and a limit, two backwards a step."""
+def with_penalty(model: nn.Module, ranks: range, factor: float = 0.03) -> dict[str, Tensor]:
+    """Train with a penalty and a limit, and return the values."""
     optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.02)
-    for _ in range(3):
-        for part in tokens.view(2, -1):
-            loss = model(part).pow(2).mean()
-            norms = randlora.update_norms(model)
-            (loss + factor * sum(norm**2 for norm in norms.values())).backward()
+    for step in range(3):
+        for rank in ranks:
+            penalty = sum(norm**2 for norm in randlora.update_norms(getattr(model, "module", model)).values())
+            ((DRAWN.loss(model(*DRAWN.batch(rank, step)), rank) + factor * penalty) / len(ranks)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        randlora.limit_norms(model, {"first": 0.25, ".*": 1e3})
+        randlora.limit_norms(getattr(model, "module", model), {"blocks.0": 0.04, ".*": 1e3})
+    return values(getattr(model, "module", model))
 
 
-def train_with_a_penalty() -> None:
-    without, replicated = Case().models()[0], DistributedDataParallel(Case().models()[0])
-    with_penalty(without, TOKENS, factor=0)
-    with_penalty(replicated, share_of(TOKENS, 2))
-    for is_sharded_first in (False, True):
-        one, model = Case(is_sharded_first=is_sharded_first).models()
-        with_penalty(one, TOKENS)
-        with_penalty(model, share_of(TOKENS, 2))
-        require_alike(one, model)
-        assert distance(dict(replicated.module.named_parameters()), dict(one.named_parameters())) <= 1e-6
-        expected = randlora.update_norms(one)
-        for fqn, norm in randlora.update_norms(model).items():
-            torch.testing.assert_close(norm, expected[fqn])
-        limited = {fqn for fqn, norm in expected.items() if 0.2499 < norm < 0.2501}
-        assert limited == {fqn for fqn in expected if fqn.startswith("first")}
-        ours, theirs = (each.get_parameter("second.q.randlora_gamma.default") for each in (one, without))
-        assert (ours - theirs).abs().max() > 1e-4, "the penalty did nothing"
+DRAWN = Drawn()
 
 
-@pytest.mark.parametrize("check", [clip_sharded, clip_split, train_with_a_penalty])
-def test_norms_are_those_of_one_process(pair: Processes, check: Any) -> None:
-    pair.run(check)
+@in_two
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2", "FSDP2 first"])
+def test_a_penalty_and_a_limit_of_norms_are_those_of_one_process(engine: str) -> None:
+    one, model = DRAWN.adapted(), ENGINES[engine].make(DRAWN)
+    own, expected = with_penalty(model, range(dist.get_rank(), dist.get_rank() + 1)), with_penalty(one, range(2))
+    assert distance(own, expected) <= 1e-6
+    assert distance(with_penalty(DRAWN.adapted(), range(2), factor=0), expected) > 1e-4, "the penalty did nothing"
+    norms = randlora.update_norms(one)
+    for fqn, norm in randlora.update_norms(getattr(model, "module", model)).items():
+        torch.testing.assert_close(norm, norms[fqn])
+    limited = {fqn for fqn, norm in norms.items() if 0.0399 < norm < 0.0401}
+    assert limited == {fqn for fqn in norms if fqn.startswith("blocks.0")}
 
 
-def read_norms_of_an_engine(stage: str) -> None:
-    engine = engine_of(DRAWN, stage, is_spread_first=False)
-    trained(engine, DRAWN, dist.get_rank(), 0)
-    twin = alone(DRAWN, engine)
+@in_two_of_zero
+@pytest.mark.parametrize("engine", ["ZeRO-3", "ZeRO-3, persistent"])
+def test_under_zero_3_norms_are_read_and_neither_trained_nor_limited(engine: str) -> None:
+    run = ENGINES[engine].make(DRAWN)
+    trained(run, DRAWN, dist.get_rank(), 1)
+    twin = DRAWN.adapted()
+    twin.load_state_dict(values(run.module), strict=False)
     with torch.no_grad():
-        assert randlora.update_norms(engine.module) == randlora.update_norms(twin)
+        assert randlora.update_norms(run.module) == randlora.update_norms(twin)
     with pytest.raises(AdapterError, match=r"would give no gradients .* under torch\.no_grad"):
-        randlora.update_norms(engine.module)
+        randlora.update_norms(run.module)
     with pytest.raises(AdapterError, match="is partitioned by ZeRO-3, whose optimizer has copies"):
-        randlora.limit_norms(engine.module, 1.0)
-
-
-@needs_deepspeed
-@pytest.mark.parametrize("stage", ["3", "3-persistent"])
-def test_under_zero_3_norms_are_read_and_neither_trained_nor_limited(zero_pair: Processes, stage: str) -> None:
-    zero_pair.run(read_norms_of_an_engine, stage)
+        randlora.limit_norms(run.module, 1.0)

@@ -15,49 +15,27 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import randlora
-from randlora.model.memory import TrainingMemory
 from randlora.state import adapted_root
-from tests.distributed.processes import LAW, Processes
+from tests.distributed.processes import LAW, in_two, on_all
+
+pytestmark = in_two
+
+models = st.fixed_dictionaries({
+    "hidden_size": st.sampled_from([24, 32, 40]),
+    "intermediate_size": st.integers(33, 60),
+    "num_hidden_layers": st.integers(1, 3),
+})
+adapters = st.fixed_dictionaries({
+    "r": st.integers(3, 9),
+    "basis": st.sampled_from(["dense", "block", "sparse"]),
+    "targets": st.sampled_from([["q_proj", "v_proj"], "all-linear"]),
+    "train_also": st.sampled_from([None, ["norm"]]),
+})
 
 
-class Drawn(NamedTuple):
-    """A small model and an adapter of it."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    r: int
-    basis: str
-    targets: Any
-    train_also: Any
-
-    def build(self) -> Any:
-        config = transformers.LlamaConfig(
-            vocab_size=67,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-        return transformers.LlamaForCausalLM(config)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options of the adapter."""
-        return {"basis": self.basis, "targets": self.targets, "train_also": self.train_also}
-
-
-drawn = st.builds(
-    Drawn,
-    st.sampled_from([24, 32, 40]),
-    st.integers(33, 60),
-    st.integers(1, 3),
-    st.integers(3, 9),
-    st.sampled_from(["dense", "block", "sparse"]),
-    st.sampled_from([["q_proj", "v_proj"], "all-linear"]),
-    st.sampled_from([None, ["norm"]]),
-)
+def build(sizes: dict[str, int]) -> Any:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=67, **heads, **sizes))
 
 
 class Held(NamedTuple):
@@ -71,13 +49,21 @@ class Held(NamedTuple):
     communication: int
 
 
+def planned(sizes: dict[str, int], options: dict[str, Any], strategy: Any) -> Held:
+    """Plan on the meta device for two processes."""
+    with torch.device("meta"):
+        model = build(sizes)
+    plan = randlora.training_memory(model, devices=2, strategy=strategy, **options)
+    return Held(*(getattr(plan, name) for name in Held._fields))
+
+
 def storage(*tensors: Tensor) -> int:
     """Count the bytes of the memory behind some tensors, which includes the padding of a shard."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in local}.values())
 
 
-def held(model: nn.Module, whole: Any, communication: Callable[[], int]) -> Held:
+def held(model: nn.Module, whole: Any, communication: Callable[[], int] = lambda: 0) -> Held:
     """Train a step and count what this process holds of everything."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -97,81 +83,45 @@ def held(model: nn.Module, whole: Any, communication: Callable[[], int]) -> Held
     )
 
 
-def replicated(case: Drawn) -> Held:
-    model = case.build()
-    randlora.inject(model, case.r, **case.options)
+@LAW
+@given(sizes=models, options=adapters)
+def test_each_process_of_ddp_holds_everything_and_buckets_as_large_as_the_gradients(
+    sizes: dict[str, int], options: dict[str, Any]
+) -> None:
+    model, plan = build(sizes), planned(sizes, options, "ddp")
+    randlora.inject(model, **options)
     engine = DistributedDataParallel(model)
 
     def buckets() -> int:
-        sizes = engine._get_ddp_logging_data()["bucket_sizes"]
-        return sum(int(size) for size in str(sizes).split(","))
+        return sum(int(size) for size in str(engine._get_ddp_logging_data()["bucket_sizes"]).split(","))
 
-    return held(engine, model, buckets)
+    found = held(engine, model, buckets)
+    assert found._replace(bases=0) == plan._replace(bases=0)
+    if options["basis"] != "block":  # of which layers as small as these have dense copies
+        assert found.bases == plan.bases
 
 
-def sharded(case: Drawn) -> Held:
-    model = case.build()
-    randlora.inject(model, case.r, **case.options)
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+@LAW
+@given(sizes=models, options=adapters)
+def test_each_process_of_fsdp2_holds_shards_of_all_parameters_and_whole_bases(
+    sizes: dict[str, int], options: dict[str, Any]
+) -> None:
+    model, plan = build(sizes), planned(sizes, options, "fsdp2")
+    randlora.inject(model, **options)
     gathered = [0]
 
     def look(*_: object) -> None:
         gathered.append(sum(p.nbytes for p in model.parameters() if not isinstance(p, DTensor)))
 
     for block in model.model.layers:
+        fully_shard(block)
         block.mlp.register_forward_hook(look)  # inside of the block, which is gathered then
-    found = held(model, model, lambda: max(gathered))
-    local = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return found._replace(gradients=sum(p.grad.to_local().nbytes for p in local if isinstance(p.grad, DTensor)))
-
-
-def split(case: Drawn) -> Held:
-    """Divide the model as transformers does, and train."""
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # not in older ones
-
-    model = case.build()
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    apply_tensor_parallelism(model, mesh, model._expand_parallel_plan(model.tp_plan))
-    parts = [each.to_local() if isinstance(each, DTensor) else each for each in model.parameters()]
-    weights = sum(part.nbytes for part in (*parts, *model.buffers()))  # not their memory: these are views of the whole
-    randlora.inject(model, case.r, **case.options)
-    return held(model, model, lambda: 0)._replace(weights=weights)
-
-
-def planned(case: Drawn, strategy: Any) -> TrainingMemory:
-    """Plan on the meta device for two processes."""
-    with torch.device("meta"):
-        model = case.build()
-    return randlora.training_memory(model, case.r, devices=2, strategy=strategy, **case.options)
-
-
-def expected(plan: TrainingMemory) -> Held:
-    return Held(*(getattr(plan, name) for name in Held._fields))
-
-
-@LAW
-@given(drawn)
-def test_each_process_of_ddp_holds_everything_and_buckets_as_large_as_the_gradients(
-    pair: Processes, case: Drawn
-) -> None:
-    plan = planned(case, "ddp")
-    found, second = pair.run(replicated, case)
-    assert found == second
-    assert found._replace(bases=0) == expected(plan)._replace(bases=0)
-    if case.basis != "block":  # of which layers as small as these have dense copies
-        assert found.bases == plan.bases
-
-
-@LAW
-@given(drawn)
-def test_each_process_of_fsdp2_holds_shards_of_all_parameters_and_whole_bases(pair: Processes, case: Drawn) -> None:
-    plan = planned(case, "fsdp2")
-    first, second = pair.run(sharded, case)
-    assert first[:4] == expected(plan)[:4]
-    assert second[:2] == expected(plan)[:2]
+    found = held(fully_shard(model), model, lambda: max(gathered))
+    grads = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    own = sum(grad.to_local().nbytes for grad in grads if isinstance(grad, DTensor))
+    first, second = on_all(found._replace(gradients=own))
+    assert first[:4] == plan[:4]
+    assert second[:2] == plan[:2]
     assert first.bases == second.bases
     assert second.gradients <= plan.gradients  # without the padding
     assert second.optimizer <= plan.optimizer
@@ -180,9 +130,19 @@ def test_each_process_of_fsdp2_holds_shards_of_all_parameters_and_whole_bases(pa
 
 
 @LAW
-@given(drawn)
-def test_each_process_of_tensor_parallelism_holds_parts_of_the_layers(pair: Processes, case: Drawn) -> None:
-    plan = planned(case, "tp")
-    found = Held(*(max(sizes) for sizes in zip(*pair.run(split, case), strict=True)))
-    assert found._replace(weights=0, bases=0) == expected(plan)._replace(weights=0, bases=0)
+@given(sizes=models, options=adapters)
+def test_each_process_of_tensor_parallelism_holds_parts_of_the_layers(
+    sizes: dict[str, int], options: dict[str, Any]
+) -> None:
+    """Of a model that transformers divides."""
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # not in older ones
+
+    model, plan = build(sizes), planned(sizes, options, "tp")
+    apply_tensor_parallelism(model, init_device_mesh("cpu", (2,)), model._expand_parallel_plan(model.tp_plan))
+    parts = [each.to_local() if isinstance(each, DTensor) else each for each in model.parameters()]
+    weights = sum(part.nbytes for part in (*parts, *model.buffers()))  # not their memory: these are views of the whole
+    randlora.inject(model, **options)
+    own = held(model, model)._replace(weights=weights)
+    found = Held(*(max(sizes) for sizes in zip(*on_all(own), strict=True)))
+    assert found._replace(weights=0, bases=0) == plan._replace(weights=0, bases=0)
     assert plan.weights == pytest.approx(found.weights, rel=0.15)  # where a side is odd, one process has more

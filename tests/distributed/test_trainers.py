@@ -1,8 +1,12 @@
-"""Trainers of transformers and TRL with each engine: resumed runs, checkpoints of the adapter alone, and references."""
+"""Trainers of transformers, TRL, accelerate and Lightning with each engine: runs resumed with the same bits."""
 
 from __future__ import annotations
 
 import copy
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,14 +14,48 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import randlora
-from tests.distributed.engines import STAGES
-from tests.distributed.launched import launched
-from tests.distributed.processes import For
+from tests.distributed.engines import STAGES, deepspeed
+from tests.distributed.processes import in_two, on_all
+from tests.distributed.trained import Drawn, distance, optimizer_of, trained_alone, values
 from tests.further import further
-from tests.kit import Bits, all_bits
+from tests.kit import all_bits
+
+pytestmark = in_two
+
+
+@contextmanager
+def launched(engine: str) -> Iterator[None]:
+    """Have accelerate find what a launcher sets, and forget after that what it found.
+
+    Without a GPU accelerate counts one process for DeepSpeed, and takes FSDP's plugin for DistributedDataParallel. Here
+    it is told that it counts these processes, and for FSDP that they have devices and that these are the CPU.
+    """
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "HF_HUB_OFFLINE": "1"}
+    found |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests"}
+    if engine.startswith("zero"):
+        deepspeed()
+    elif engine == "ddp":
+        found["ACCELERATE_USE_CPU"] = "true"
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, found))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        from accelerate.state import AcceleratorState, PartialState  # type: ignore[import-untyped]
+        from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+
+        def on_cpu(state: Any) -> None:
+            state.device = torch.device("cpu")
+
+        kind = DistributedType.MULTI_CPU if engine.startswith("zero") else DistributedType.MULTI_GPU
+        if engine != "ddp":
+            stack.enter_context(mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", kind)))
+        if engine.startswith("fsdp"):
+            stack.enter_context(mock.patch.object(PartialState, "set_device", on_cpu))
+        stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
+        yield
 
 
 def options(engine: str) -> dict[str, Any]:
@@ -40,39 +78,6 @@ def options(engine: str) -> dict[str, Any]:
     return given | {"use_cpu": False, "deepspeed": engine_config}
 
 
-def trained(model: nn.Module) -> dict[str, Bits]:
-    return all_bits(randlora.adapter_state(model).tensors)
-
-
-def run(directory: Path, engine: str, is_stock: bool) -> tuple[dict[str, Bits], dict[str, Bits], int, str]:
-    """Train, resume, and return the values after both, how often this process saved, and how the model was wrapped."""
-    with launched(engine):
-        from transformers import Trainer, TrainingArguments
-
-        from randlora.integrations.transformers import AdapterTrainer
-        from tests.trainers import adapted_model, arguments, plain_model, rows
-
-        def trainer() -> Any:
-            given = arguments(TrainingArguments, directory, **options(engine))
-            model = adapted_model(train_also=["norm"], dropout=0.1)
-            return (Trainer if is_stock else AdapterTrainer)(model, given, train_dataset=rows())
-
-        through = trainer()
-        with mock.patch.object(randlora, "save", side_effect=randlora.save) as saved:
-            through.train()
-        dist.barrier()
-        rest = trainer()
-        rest.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
-        losses, resumed = ([each.get("loss") for each in own.state.log_history] for own in (through, rest))
-        assert losses == resumed
-        if not (is_stock and engine == "zero 3"):  # which gathers nothing into its checkpoints
-            loaded = plain_model()
-            randlora.load(loaded, directory / "checkpoint-4", trainable=True)
-            assert trained(loaded) == trained(through.model)
-        kinds = {type(through.model_wrapped).__name__, type(through.model).__name__}
-        return trained(through.model), trained(rest.model), saved.call_count, " ".join(sorted(kinds))
-
-
 @pytest.mark.parametrize(
     ("engine", "is_stock"),
     [
@@ -86,28 +91,46 @@ def run(directory: Path, engine: str, is_stock: bool) -> tuple[dict[str, Bits], 
         further("zero 3 gathered", True),
     ],
 )
-def test_a_run_is_resumed_from_checkpoints_without_the_base(
-    processes_of: For, tmp_path: Path, engine: str, is_stock: bool
-) -> None:
-    (first, resumed, saves, kinds), (other, also_resumed, more, _) = processes_of(engine).run(
-        run, tmp_path, engine, is_stock
-    )
-    assert first == resumed == other == also_resumed
+def test_a_run_is_resumed_from_checkpoints_without_the_base(tmp_path: Path, engine: str, *, is_stock: bool) -> None:
+    name = engine.split(maxsplit=1)[0]
+    with launched(engine):
+        from transformers import Trainer, TrainingArguments
+
+        from randlora.integrations.transformers import AdapterTrainer
+        from tests.trainers import adapted_model, arguments, plain_model, rows
+
+        def trainer() -> Any:
+            given = arguments(TrainingArguments, tmp_path, **options(engine))
+            model = adapted_model(train_also=["norm"], dropout=0.1)
+            return (Trainer if is_stock else AdapterTrainer)(model, given, train_dataset=rows())
+
+        through, rest = trainer(), None
+        with mock.patch.object(randlora, "save", side_effect=randlora.save) as saved:
+            through.train()
+        dist.barrier()
+        rest = trainer()
+        rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        losses, resumed = ([each.get("loss") for each in own.state.log_history] for own in (through, rest))
+        assert losses == resumed
+        found = [all_bits(randlora.adapter_state(each.model).tensors) for each in (through, rest)]
+        if not (is_stock and engine == "zero 3"):  # which gathers nothing into its checkpoints
+            loaded = plain_model()
+            randlora.load(loaded, tmp_path / "checkpoint-4", trainable=True)
+            found.append(all_bits(randlora.adapter_state(loaded).tensors))
+        assert all(each == found[0] for of_rank in on_all(found) for each in of_rank)
     if is_stock:
         return
-    name = engine.split(maxsplit=1)[0]
     wrapped = {"ddp": "DistributedDataParallel", "fsdp": "FSDPLlamaForCausalLM", "zero": "DeepSpeedEngine"}
-    assert wrapped[name] in kinds
-    assert name != "ddp" or (saves, more) == (2, 0)
-    found = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert wrapped[name] in {type(through.model_wrapped).__name__, type(through.model).__name__}
+    assert name != "ddp" or on_all(saved.call_count) == [2, 0]
+    names = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
     beside = {"ddp": {"optimizer.pt", "rng_state_1.pth"}, "fsdp": {"scheduler.pt"}, "zero": {"global_step2"}}
-    assert {"adapter_model.safetensors", "rng_state_0.pth"} | beside[name] <= found
-    assert not {each for each in found if "model_fsdp" in each or each.startswith("model")}
+    assert {"adapter_model.safetensors", "rng_state_0.pth"} | beside[name] <= names
+    assert not {each for each in names if "model_fsdp" in each or each.startswith("model")}
     if name == "zero":
         held = [torch.load(path, weights_only=False) for path in tmp_path.glob("checkpoint-2/*/*model_states.pt")]
-        names = {fqn for each in held for fqn in each["module"]}
-        assert names
-        assert all("randlora" in fqn or "norm" in fqn for fqn in names)
+        assert (keys := {fqn for each in held for fqn in each["module"]})
+        assert all("randlora" in fqn or "norm" in fqn for fqn in keys)
         assert not any(each.get("frozen_param_fragments") for each in held)
 
 
@@ -138,22 +161,6 @@ def make(kind: str, directory: Path, train_also: list[str], given: dict[str, Any
         return grpo(model, rewards, args=args, train_dataset=prompts, **own)
 
 
-def refer(kind: str, engine: str, train_also: list[str], directory: Path) -> tuple[float, float]:
-    """Train, and return how far the reference and the model are from the base's output."""
-    with launched(engine):
-        from tests.trainers import plain_model
-
-        trainer = make(kind, directory, train_also, options(engine))
-        trainer.train()
-        ids = torch.arange(8)[None]
-        with torch.no_grad():
-            base = plain_model()(ids).logits
-            reference, model = trainer.ref_model(ids).logits, trainer.model(ids).logits
-        assert trainer.args.beta == (trainer.beta if kind == "DPO" else 0.1)
-        assert [info.is_active for info in randlora.adapters(trainer.model)] == [True]
-        return float((reference - base).abs().max()), float((model - base).abs().max())
-
-
 @pytest.mark.parametrize(
     ("kind", "engine", "train_also"),
     [
@@ -167,7 +174,101 @@ def refer(kind: str, engine: str, train_also: list[str], directory: Path) -> tup
     ],
 )
 def test_the_reference_is_the_same_model_without_its_adapter(
-    processes_of: For, tmp_path: Path, kind: str, engine: str, train_also: list[str]
+    tmp_path: Path, kind: str, engine: str, train_also: list[str]
 ) -> None:
-    for reference, model in processes_of(engine).run(refer, kind, engine, train_also, tmp_path):
-        assert reference < 1e-6 < model
+    with launched(engine):
+        from tests.trainers import plain_model
+
+        trainer = make(kind, tmp_path, train_also, options(engine))
+        trainer.train()
+        ids = torch.arange(8)[None]
+        with torch.no_grad():
+            base = plain_model()(ids).logits
+            reference, model = trainer.ref_model(ids).logits, trainer.model(ids).logits
+        assert trainer.args.beta == (trainer.beta if kind == "DPO" else 0.1)
+        assert [info.is_active for info in randlora.adapters(trainer.model)] == [True]
+        assert (reference - base).abs().max() < 1e-6 < (model - base).abs().max()
+
+
+def test_an_accelerator_trains_saves_and_resumes_an_adapter(tmp_path: Path) -> None:
+    case = Drawn()
+    with launched("ddp"):
+        from accelerate import Accelerator  # type: ignore[import-untyped]
+
+        accelerator = Accelerator(cpu=True)
+        model = case.adapted()
+        wrapped, optimizer = accelerator.prepare(model, optimizer_of(model))
+        assert accelerator.unwrap_model(wrapped) is model
+        assert type(wrapped).__name__ == "DistributedDataParallel"
+
+        def train(*steps: int) -> None:
+            for step in steps:
+                accelerator.backward(case.loss(wrapped(*case.batch(dist.get_rank(), step)), 0))
+                optimizer.step()
+                optimizer.zero_grad()
+
+        train(0)
+        accelerator.save_state(str(tmp_path))
+        train(1, 2)
+        found = values(model)
+        assert found.keys() <= accelerator.get_state_dict(wrapped).keys()
+        accelerator.load_state(str(tmp_path))
+        train(1, 2)
+        assert on_all(all_bits(found)) == [all_bits(values(model))] * 2  # resumed to the same bits
+        if accelerator.is_main_process:
+            randlora.save(model, tmp_path / "adapter")
+        accelerator.wait_for_everyone()
+        accelerator.save_model(wrapped, str(tmp_path / "whole"))
+    one, loaded = case.adapted(), case.build()
+    trained_alone(one, case, range(2))
+    assert distance(found, values(one)) <= 1e-6
+    randlora.load(loaded, tmp_path / "adapter")
+    assert all_bits(values(loaded)) == all_bits(found)
+
+
+def fitted(is_sharded: bool, out: Path, epochs: int, resume: Path | None = None) -> Any:
+    """Train with Lightning, and return the module."""
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+
+    from randlora.integrations.lightning import AdapterCallback
+    from tests.lightning_modules import Module, fit
+
+    class Sharded(Module):
+        """The module, sharded over the processes by FSDP2."""
+
+        def configure_model(self) -> None:
+            if not getattr(self, "is_sharded", False):
+                self.is_sharded = True
+                mesh: Any = self.device_mesh
+                for module in (self.model[0], self.model, self.head):  # not `self`, whose forward is not called
+                    fully_shard(module, mesh=mesh["data_parallel"])
+
+    strategy: Any = DDPStrategy(process_group_backend="gloo")
+    if is_sharded:
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=False)
+    module = (Sharded if is_sharded else Module)(norm=not is_sharded)
+    given: dict[str, Any] = {"callback": AdapterCallback(adapter_directories=not is_sharded), "strategy": strategy}
+    given |= {"devices": 2, "plugins": [TorchElasticEnvironment()], "resume": resume, "batch": 4}
+    fit(module, out, epochs=epochs, **given)
+    return module
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_a_resumed_run_of_lightning_has_the_bits_of_a_whole_one(tmp_path: Path, *, is_sharded: bool) -> None:
+    with launched("ddp"):
+        whole = fitted(is_sharded, tmp_path / "whole", 2)
+        fitted(is_sharded, tmp_path / "part", 1)
+        rest = fitted(is_sharded, tmp_path / "part", 2, tmp_path / "part/epoch=0.ckpt")
+    assert whole.losses[4:] == rest.losses
+    assert len(set(rest.losses)) == 4
+    first, second = on_all(rest.losses)
+    assert first != second, "each process has other data"
+    names = torch.load(tmp_path / "part/epoch=0.ckpt", weights_only=True)["state_dict"].keys()
+    assert any("randlora_lambda" in name for name in names)
+    assert "model.0.weight" not in names
+    assert (tmp_path / "part/epoch=0.adapter").is_dir() is not is_sharded
+    if not is_sharded:
+        fresh = type(rest)().model
+        randlora.eject(fresh)
+        randlora.load(fresh, tmp_path / "part/epoch=0.adapter")

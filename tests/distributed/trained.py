@@ -1,113 +1,183 @@
-"""Small drawn models that are trained with adapters, in one process and in several."""
+"""A small drawn model that is trained with adapters, in one process and in several."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora.config import BasisKind
-from tests.kit import fill
+from randlora.sharded.places import is_managed
+from tests.kit import Model
 
-ROWS = 3
-"""Rows of each process in each step."""
+
+class Block(nn.Module):
+    """A feed-forward block and a norm."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(width, hidden), nn.Linear(hidden, width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.norm(x + self.down(torch.tanh(self.up(x))))
+        return output
+
+
+class Net(nn.Module):
+    """A table, two blocks and a head."""
+
+    def __init__(self, width: int, hidden: int, rows: int, *, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.checkpointed, self.is_reentrant = checkpointed, False
+        self.embed = nn.Embedding(rows, width, padding_idx=0)
+        self.blocks = nn.ModuleList(Block(width, hidden) for _ in range(2))
+        self.head = nn.Linear(width, rows)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ``(rows, tokens)`` to logits."""
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.is_reentrant) if self.checkpointed else block(x)
+        output: Tensor = self.head(x)
+        return output
+
+
+class Case:
+    """A model and its adapter, and what it is trained with: the same in every process that builds it.
+
+    Attributes:
+        backwards: How many there are in a step.
+        train_also: What is trained beside the adapter, by name.
+    """
+
+    backwards: int = 1
+    train_also: tuple[str, ...] = ()
+
+    def build(self) -> Any:
+        """Return the model without adapters."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of the adapter."""
+        raise NotImplementedError
+
+    def adapt(self, model: Model, name: str = "default") -> Model:
+        """Add the adapter, with values as after some training, which are those of one process."""
+        randlora.inject(model, name=name, train_also=list(self.train_also) or None, **self.options())
+        return filled(model, name)
+
+    def adapted(self) -> Any:
+        """Return the model with its adapter."""
+        return self.adapt(self.build())
+
+    def batch(self, rank: int, step: int) -> tuple[Any, ...]:
+        """Return what one process gives to the model in one backward."""
+        raise NotImplementedError
+
+    def loss(self, output: Tensor, rank: int) -> Tensor:  # noqa: ARG002  # of other cases
+        """Return the loss of what one process computes."""
+        return (output - 0.3).square().mean() / self.backwards
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A model and its adapter, small enough to be sent: the same in every process that builds it.
+class Drawn(Case):
+    """A `Net`, small enough to be sent."""
 
-    Attributes:
-        widths: The widths of its layers.
-        checkpointed: Whether the layers are run with activation checkpointing.
-        others: The number of further adapters, which are not active.
-    """
-
-    widths: tuple[int, ...]
-    r: int
-    basis: BasisKind
-    alpha: float
+    width: int = 12
+    hidden: int = 16
+    rows: int = 11
+    r: int = 3
+    basis: BasisKind = "dense"
+    alpha: float = 2.0
+    targets: tuple[str, ...] = ("embed", "up", "down")
     train_also: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
     checkpointed: bool = False
-    others: int = 0
-    steps: int = 3
+    backwards: int = 1
 
-    def build(self) -> Chain:
-        """Return the model without adapters."""
+    def build(self) -> Net:
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            return Chain(self.widths, checkpointed=self.checkpointed)
+            return Net(self.width, self.hidden, self.rows, checkpointed=self.checkpointed).to(self.dtype)
 
-    def adapted(self) -> Chain:
-        """Return the model with its adapters, as after some training."""
-        model = self.build()
-        self.adapt(model)
-        return fill(model, seed=2)
+    def options(self) -> dict[str, Any]:
+        return {"r": self.r, "targets": list(self.targets), "basis": self.basis, "alpha": self.alpha}
 
-    def adapt(self, model: nn.Module) -> None:
-        """Add the adapters."""
-        also = list(self.train_also) or None
-        randlora.inject(
-            model, self.r, targets="all-linear", basis=self.basis, alpha=self.alpha, train_also=also, stream="portable"
-        )
-        for index in range(self.others):
-            randlora.inject(model, self.r, targets="all-linear", name=f"other{index}", stream="portable")
-
-    def batch(self, rank: int, step: int) -> Tensor:
-        """Return the rows of one process in one step."""
+    def batch(self, rank: int, step: int) -> tuple[Tensor]:
         generator = torch.Generator().manual_seed(1000 * step + rank)
-        return torch.randn(ROWS, self.widths[0], generator=generator)
-
-    def joined(self, step: int) -> Tensor:
-        """Return the rows of all processes in one step."""
-        return torch.cat([self.batch(rank, step) for rank in range(dist.get_world_size())])
+        return (torch.randint(self.rows, (3, 2), generator=generator),)
 
 
-class Chain(nn.Module):
-    """Linear layers with norms and an activation between them."""
-
-    def __init__(self, widths: tuple[int, ...], *, checkpointed: bool) -> None:
-        super().__init__()
-        self.checkpointed = checkpointed
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths[1:])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(rows, widths[0])`` to ``(rows, widths[-1])``."""
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            parts = (x, layer, norm)
-            x = checkpoint(_run, *parts, use_reentrant=False) if self.checkpointed else _run(*parts)
-        return x
+drawn_models = st.builds(
+    Drawn,
+    width=st.sampled_from([8, 12]),
+    hidden=st.sampled_from([16, 7, 1]),
+    rows=st.sampled_from([30, 9]),
+    r=st.integers(2, 5),
+    basis=st.sampled_from(["dense", "sparse", "block"]),
+    alpha=st.floats(0.5, 4),
+    train_also=st.sampled_from([(), ("norm",), ("blocks.0.norm.bias",)]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    checkpointed=st.booleans(),
+    backwards=st.sampled_from([1, 2]),
+)
 
 
-def _run(x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
-    return torch.tanh(norm(layer(x)))
+@torch.no_grad()
+def filled(model: Model, name: str = "default") -> Model:
+    """Give Λ and Γ of an adapter the same values, whole or sharded."""
+    generator = torch.Generator().manual_seed(3)
+    for fqn, parameter in model.named_parameters():
+        if "randlora" in fqn and fqn.endswith(f".{name}"):
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # of ZeRO-3
+            value = (torch.randn(shape, generator=generator) * 0.05 + 0.02).to(parameter.dtype)
+            with gathered([parameter]):
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
+    return model
 
 
-def drawn_models(**fixed: Any) -> st.SearchStrategy[Drawn]:
-    """Draw models and adapters."""
-    options: dict[str, st.SearchStrategy[Any]] = {
-        "widths": st.lists(st.integers(4, 12), min_size=2, max_size=4).map(tuple),
-        "r": st.sampled_from([2, 4]),
-        "basis": st.sampled_from(["dense", "sparse", "block"]),
-        "alpha": st.floats(0.5, 4),
-        "train_also": st.sampled_from([(), ("norms",), ("norms.0.bias",)]),
-    }
-    return st.builds(Drawn, **(options | fixed))
+@contextmanager
+def gathered(parameters: Iterable[Any]) -> Iterator[None]:
+    """Have DeepSpeed gather parameters that it keeps in pieces, and take changes of the first process."""
+    if spread := [each for each in parameters if is_managed(each)]:
+        import deepspeed  # only where it is in use
+
+        with deepspeed.zero.GatheredParameters(spread, modifier_rank=0):
+            yield
+    else:
+        yield
 
 
-def loss_of(output: Tensor) -> Tensor:
-    """Return a loss that is a mean over rows, so that the mean over processes is that of the joined rows."""
-    return (output - 0.3).square().mean()
+def held(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of what this process has of each parameter, of a model that may hold whole ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    found: dict[str, Any] = dict(model.named_parameters())
+    parts = {name: each.ds_tensor if is_managed(each) else each for name, each in found.items()}
+    own = {name: each._local_tensor if isinstance(each, DTensor) else each for name, each in parts.items()}
+    return {name: each.detach().clone() for name, each in own.items()}
+
+
+def values(model: nn.Module, *, only_trained: bool = False) -> dict[str, Tensor]:
+    """Return whole values of a model's parameters, also of one that several processes share."""
+    assert held(model)
+    found = {name: each for name, each in model.named_parameters() if each.requires_grad or not only_trained}
+    with gathered(found.values()):
+        whole = {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in found.items()}
+        return {name: each.detach().clone() for name, each in whole.items()}
 
 
 def optimizer_of(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
@@ -115,37 +185,27 @@ def optimizer_of(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
     return torch.optim.SGD(randlora.trainable_parameters(model), lr=lr, momentum=0.9)
 
 
-def values_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return what an adapted model trains, by name."""
-    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-
-
-def trained_alone(drawn: Drawn) -> tuple[list[float], dict[str, Tensor]]:
-    """Train in this process on the rows of all; return the losses and the trained values."""
-    model, losses = drawn.adapted(), []
-    optimizer = optimizer_of(model)
-    for step in range(drawn.steps):
-        loss = loss_of(model(drawn.joined(step)))
+def trained_alone(model: nn.Module, case: Any, ranks: Iterable[int], steps: int = 3) -> list[float]:
+    """Train in this process with what several are given, and return the means of their losses."""
+    optimizer, losses = optimizer_of(model), []
+    for step in range(steps):
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(0.0)
+        for part in range(case.backwards):
+            each = [case.loss(model(*case.batch(rank, step * case.backwards + part)), rank) for rank in ranks]
+            loss = torch.stack(each).mean()
+            loss.backward()
+            losses[-1] += loss.item()
         optimizer.step()
-        losses.append(loss.item())
-    return losses, values_of(model)
+    return losses
 
 
-def mean_over_ranks(loss: float) -> float:
-    """Return the mean of a number over the processes."""
-    total = torch.tensor([loss], dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
-
-
-def require_equal_on_ranks(values: dict[str, Tensor]) -> None:
+def require_equal_on_ranks(found: dict[str, Tensor]) -> None:
     """Assert that all processes have the same bits."""
-    for name, value in values.items():
-        found = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-        dist.all_gather(found, value.contiguous())
-        assert all(torch.equal(each, value) for each in found), f"{name} differs between ranks"
+    for name, value in found.items():
+        others = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(others, value.contiguous())
+        assert all(torch.equal(each, value) for each in others), f"{name} differs between ranks"
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -161,7 +221,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 def counted_broadcasts() -> Iterator[list[int]]:
     """Count the bytes of the tensors that wrappers of torch make equal in all processes: parameters and buffers."""
     sent: list[int] = []
-    original = vars(dist)["_broadcast_coalesced"]
+    original: Callable[..., None] = vars(dist)["_broadcast_coalesced"]
 
     def counting(group: Any, tensors: list[Tensor], *args: Any) -> None:
         sent.append(sum(tensor.nbytes for tensor in tensors))

@@ -1,0 +1,285 @@
+"""What fails in one process is raised in all, and changes nothing; what would let processes differ is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import randlora
+from randlora.errors import AdapterError, CheckpointError, MergeError
+from randlora.layers.base import AdapterLayer
+from randlora.model import merge
+from randlora.sharded import places
+from tests.distributed.engines import ENGINES, flattened, sharded
+from tests.distributed.processes import in_two, on_all
+from tests.distributed.trained import Drawn, held, require_equal_on_ranks
+from tests.kit import fill
+
+pytestmark = in_two
+
+DRAWN = Drawn(train_also=("norm",))
+SAVING = "randlora.files.save_merged"
+NO_ROOM = MemoryError("no room")
+GATHER: dict[str, tuple[str, Any]] = {"FSDP2": ("full_tensor", DTensor), "ZeRO-3": ("gathered", places)}
+
+
+@contextmanager
+def failing_in_last(method: str, on: Any, call: int, error: BaseException) -> Iterator[None]:
+    """Have one call of a method raise in the last process, once it has returned."""
+    own, calls = getattr(on, method), count()
+
+    def failing(*args: Any, **options: Any) -> Any:
+        result = own(*args, **options)
+        if next(calls) == call and dist.get_rank() == dist.get_world_size() - 1:
+            raise error
+        return result
+
+    with mock.patch.object(on, method, failing):
+        yield
+
+
+def require_held(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    found = held(model)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("engine", GATHER)
+def test_what_fails_in_one_process_is_raised_in_all_and_leaves_nothing(engine: str, tmp_path: Path) -> None:
+    model = ENGINES[engine].make(DRAWN)
+    model = getattr(model, "module", model)
+    before, out = held(model), tmp_path / "out"
+    verbs: dict[Callable[[], object], tuple[int, ...]] = {
+        lambda: randlora.merge(model): (0, 1),  # Λ and Γ of the first layer
+        lambda: randlora.merge(model, reversible=True): (0, 1),
+        lambda: randlora.save(model, out): (0, 1),
+        lambda: dict(randlora.merged_tensors(model)): (0, 2, 5),  # Λ, the weight, and what has no adapter
+        lambda: randlora.files.save_merged(model, out): (0, 2, 5),
+    }
+    for verb, calls in verbs.items():
+        for call in calls:
+            with failing_in_last(*GATHER[engine], call, NO_ROOM), pytest.raises(MemoryError, match="no room"):
+                verb()
+    full = OSError(28, "No space left on device")
+    for step in ("new_directory", "_write_config", "write_tensor_file"):
+        with mock.patch(f"{SAVING}.{step}", side_effect=full), pytest.raises(OSError, match="No space"):
+            randlora.files.save_merged(model, out, max_shard_size=1000)
+    (tmp_path / "taken").mkdir(exist_ok=True)
+    dist.barrier()
+    with pytest.raises(MergeError, match="taken exists"):
+        randlora.files.save_merged(model, tmp_path / "taken")
+    dist.barrier()
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    require_held(model, before)
+    randlora.files.save_merged(model, out)
+    randlora.merge(model)
+
+
+def test_a_merge_that_is_not_finite_in_one_process_is_refused_in_all() -> None:
+    model = sharded(DRAWN.adapted())
+    if dist.get_rank() == 1:
+        model.blocks[1].up.weight._local_tensor.fill_(torch.inf)
+    before = held(model)
+    with pytest.raises(MergeError, match=r"blocks\.1\.up would not be finite"):
+        randlora.merge(model, reversible=True)
+    require_held(model, before)
+
+
+def test_an_unmerge_that_fails_in_one_process_is_tried_again() -> None:
+    model = sharded(DRAWN.adapted())
+    before = held(model)
+    randlora.merge(model, reversible=True)
+    with failing_in_last("unfold", AdapterLayer, 0, NO_ROOM), pytest.raises(MemoryError, match="no room"):
+        randlora.unmerge(model)
+    randlora.unmerge(model)
+    failing = failing_in_last("unfold", AdapterLayer, 0, NO_ROOM)
+    with failing, pytest.raises(MemoryError, match="no room"), randlora.merged(model):
+        pass
+    with pytest.raises(MergeError, match="not merged"):
+        randlora.unmerge(model)
+    randlora.merge(model, reversible=True)
+    raises = pytest.raises(KeyboardInterrupt) if dist.get_rank() else nullcontext()
+    with failing_in_last("unfold", AdapterLayer, 0, KeyboardInterrupt()), raises:
+        randlora.unmerge(model)
+    require_held(model, before)
+    randlora.merge(model)
+
+
+def test_a_merge_that_is_interrupted_is_undone() -> None:
+    for reversible, last in ((False, "detach_all"), (True, "MergeReport")):
+        model = sharded(DRAWN.adapted())
+        expected = model(*DRAWN.batch(0, 0))
+        with mock.patch.object(merge, last, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            randlora.merge(model, reversible=reversible)
+        assert torch.equal(model(*DRAWN.batch(0, 0)), expected)
+        with randlora.disabled(model):
+            assert not torch.allclose(model(*DRAWN.batch(0, 0)), expected), "the adapter has an effect"
+
+
+def test_an_error_in_one_block_of_merged_does_not_wait_for_others() -> None:
+    model = sharded(DRAWN.adapted())
+    before = held(model)
+    if dist.get_rank() == 0:
+        with suppress(ZeroDivisionError), randlora.merged(model):
+            dist.recv(torch.zeros(1), 1)  # of what is sent after the other's block
+            raise ZeroDivisionError
+    else:
+        with suppress(ZeroDivisionError), randlora.merged(model):
+            raise ZeroDivisionError
+        dist.send(torch.zeros(1), 0)
+    require_held(model, before)
+
+
+def test_a_swap_with_nothing_in_one_process_changes_nothing(tmp_path: Path) -> None:
+    model = sharded(DRAWN.adapted())
+    before = held(model)
+    randlora.save(model, tmp_path / "other")
+    dist.barrier()
+    for source in (tmp_path / ("other" if dist.get_rank() else "none"), tmp_path / "none"):
+        with pytest.raises(CheckpointError, match=r"cannot load .*/none"):
+            randlora.swap(model, source)
+        require_held(model, before)
+    randlora.swap(model, tmp_path / "other")
+
+
+class Experts(nn.Module):
+    """Layers of equal shapes, of which a call uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        output: Tensor = self.experts[expert](x)
+        return output
+
+
+def test_gradients_that_a_process_lacks_count_as_zero_and_one_collective_averages_all() -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = Experts()
+    one = copy.deepcopy(model)
+    fully_shard(model)
+    for each in (model, one):
+        randlora.inject(each, r=2, targets=r"experts\.\d")
+    x = torch.randn(ranks, 2, 8)
+    for expert, of_one in ((1, (1,) * ranks), (rank, range(ranks))):
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as collective:
+            model(x[rank], expert).sum().backward()
+        assert collective.call_count == 1
+        sum(one(rows, own).sum() / ranks for rows, own in zip(x, of_one, strict=True)).backward()
+    assert any(each.grad is None for each in randlora.trainable_parameters(one)), "of what no process uses"
+    for found, expected in zip(randlora.trainable_parameters(model), randlora.trainable_parameters(one), strict=True):
+        assert (found.grad is None) == (expected.grad is None)
+        if expected.grad is not None:
+            torch.testing.assert_close(found.grad, expected.grad)
+
+
+def shards() -> nn.Sequential:
+    """Return a model of which the norm is not sharded."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8))
+    fully_shard(model[0])
+    return model
+
+
+def test_gradients_are_averaged_after_a_backward_that_failed() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    fully_shard(model)
+    randlora.inject(model, r=2)
+    fill(model)
+    x = torch.randn(2, 8) + dist.get_rank()
+    handle = model[0].register_full_backward_hook(mock.Mock(side_effect=ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        model(x).sum().backward()
+    handle.remove()
+    model.zero_grad()
+    model(x).sum().backward()
+    gradients = [each.grad for each in randlora.trainable_parameters(model) if each.grad is not None]
+    assert len(gradients) == 4
+    require_equal_on_ranks({str(index): grad for index, grad in enumerate(gradients)})
+
+
+def test_copies_that_nothing_would_average_are_refused() -> None:
+    model = shards()
+    refused = r"cannot train copies of 2\.weight, 2\.bias: they are not sharded"
+    with pytest.raises(AdapterError, match=refused):
+        randlora.inject(model, r=2, targets=["0", "1"], train_also=["2"])
+    assert type(model[1]) is nn.Linear
+    randlora.inject(model, r=2, targets=["0", "1"], train_also=["2"], trainable=False)
+    randlora.activate(model, "default")
+    randlora.set_trainable(model, "default", trainable=False)
+    with pytest.raises(AdapterError, match=refused):
+        randlora.set_trainable(model, "default")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    randlora.inject(model, r=2, targets=["0", "1"], trainable=False, name="second")
+    randlora.activate(model, "second")
+    randlora.set_trainable(model, "second")
+
+
+def test_copies_of_sharded_parameters_are_made_without_gathering() -> None:
+    """Also those of an adapter that is not active at first."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    fully_shard(model)
+    with mock.patch.object(DTensor, "full_tensor", side_effect=AssertionError("gathers")):
+        randlora.inject(model, r=2, targets=["0"])
+        randlora.inject(model, r=2, targets=["0"], train_also=["1"], name="second", trainable=True)
+        randlora.activate(model, "second")
+    model(torch.randn(2, 8)).sum().backward()
+    assert torch.equal(held(model)["1.weight"], torch.ones(4))
+    assert model.get_parameter("1.weight").grad is not None
+
+
+def test_what_is_sharded_is_not_renamed_and_what_was_added_later_is() -> None:
+    model = sharded(DRAWN.adapted())
+    randlora.inject(model, r=2, targets=["up"], name="whole", active=False)
+    expected, before, infos = model(*DRAWN.batch(0, 0)), held(model), randlora.adapters(model)
+    kept = [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
+    with pytest.raises(AdapterError, match="cannot rename 'default', 5 problems:") as caught:
+        randlora.rename(model, "default", "new")
+    assert "Λ and Γ of embed are sharded, and fully_shard knows them by name: rename before" in str(caught.value)
+    assert randlora.adapters(model) == infos
+    assert kept == [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
+    require_held(model, before)
+    randlora.rename(model, "whole", "new")
+    assert [info.name for info in randlora.adapters(model)] == ["default", "new"]
+    assert torch.equal(model(*DRAWN.batch(0, 0)), expected)
+
+
+def test_a_torch_that_hides_what_is_sharded_is_missed_loudly() -> None:
+    composable = vars(torch.distributed)["_composable_state"]
+    model, plain, adapted = sharded(DRAWN.build()), DRAWN.build(), sharded(DRAWN.adapted())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(composable, "_module_state_mapping")
+        with pytest.raises(AdapterError, match="does not tell which modules fully_shard was called on"):
+            DRAWN.adapt(model)
+        assert not randlora.state.is_adapted(model)
+        DRAWN.adapt(plain)
+        with pytest.raises(AdapterError, match="use a different version of torch"):
+            randlora.merge(adapted)
+    DRAWN.adapt(model)
+
+
+def test_a_model_that_is_flattened_is_refused_in_all_processes(tmp_path: Path) -> None:
+    model = flattened(Drawn().adapted())
+    inner: Any = model.module
+    for verb in (randlora.merged_tensors, lambda each: randlora.files.save_merged(each, tmp_path / "out")):
+        for given, said in ((model, "call and iterate in a block of FullyShardedDataParallel.summon"), (inner, "")):
+            with pytest.raises(MergeError, match=said) as caught:
+                verb(given)
+            first, second = on_all(str(caught.value))
+            assert first == second
+    with pytest.raises(CheckpointError, match=r"is sharded by FSDP: call this inside .*\.summon_full_params\(model\)"):
+        randlora.save(model, tmp_path / "out")
+    with model.summon_full_params(model), pytest.raises(MergeError, match="give the wrapper"):
+        randlora.merged_tensors(inner)
+    assert not (tmp_path / "out").exists()
