@@ -185,13 +185,6 @@ def test_gradients_that_a_process_lacks_count_as_zero_and_one_collective_average
             torch.testing.assert_close(found.grad, expected.grad)
 
 
-def shards() -> nn.Sequential:
-    """Return a model of which the norm is not sharded."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8))
-    fully_shard(model[0])
-    return model
-
-
 def test_gradients_are_averaged_after_a_backward_that_failed() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     fully_shard(model)
@@ -210,7 +203,8 @@ def test_gradients_are_averaged_after_a_backward_that_failed() -> None:
 
 
 def test_copies_that_nothing_would_average_are_refused() -> None:
-    model = shards()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8))
+    fully_shard(model[0])
     refused = r"cannot train copies of 2\.weight, 2\.bias: they are not sharded"
     with pytest.raises(AdapterError, match=refused):
         randlora.inject(model, r=2, targets=["0", "1"], train_also=["2"])

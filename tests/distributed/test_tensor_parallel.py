@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
-    PrepareModuleInput,
     PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
@@ -208,35 +207,21 @@ class InSequence(Case):
 
     def build(self) -> Any:
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 8), Sequential(), nn.Linear(8, 10, bias=False))
+        return nn.Sequential(nn.Linear(6, 8), Block(8, 12), nn.Linear(8, 10, bias=False))
 
     def options(self) -> dict[str, Any]:
-        return {"r": 4, "targets": ["1.mlp.0", "1.mlp.2", "2"]}
+        return {"r": 4, "targets": ["1.up", "1.down", "2"]}
 
     def batch(self, rank: int, step: int) -> tuple[Tensor]:
         return (torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(step + rank)),)
-
-
-class Sequential(nn.Module):
-    """A norm and a feed-forward block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(8)
-        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = x + self.mlp(self.norm(x))
-        return output
 
 
 def split_tokens(model: Any) -> Any:
     plan = {
         "0": PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(1)),
         "1.norm": SequenceParallel(),
-        "1.mlp": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
-        "1.mlp.0": ColwiseParallel(),
-        "1.mlp.2": RowwiseParallel(output_layouts=Shard(1)),
+        "1.up": ColwiseParallel(input_layouts=Shard(1)),
+        "1.down": RowwiseParallel(output_layouts=Shard(1)),
         "2": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
     parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
