@@ -90,20 +90,22 @@ def same_files(engine: Engine, case: Case, one: Any, run: Any, place: Path) -> N
 def merge_and_back(engine: Engine, case: Case, one: Any, run: Any) -> None:
     """Compare updates and merged models, and find that every bit of this process is restored."""
     model, inputs = getattr(run, "module", run), case.batch(dist.get_rank() // engine.sharing, 9)
-    output, kept = (run(*inputs)).detach(), held(model)
-    close(engine, output, (one(*inputs)))
+    output, kept = run(*inputs).detach(), held(model)
+    close(engine, output, one(*inputs))
     for fqn in randlora.adapters(one)[0].options:
         close(engine, randlora.delta_weight(model, fqn), randlora.delta_weight(one, fqn))
     with torch.no_grad(), randlora.merged(one):
         expected = one(*inputs)
     with torch.no_grad(), randlora.merged(run):
-        close(engine, (run(*inputs)), expected)
-    assert torch.equal((run(*inputs)), output)
+        assert held(model)  # from which whole parameters are gathered anew
+        close(engine, run(*inputs), expected)
+    assert torch.equal(run(*inputs), output)
     randlora.merge(model, reversible=True)
-    close(engine, (run(*inputs)), expected)
+    assert held(model)
+    close(engine, run(*inputs), expected)
     randlora.unmerge(model)
     assert all(torch.equal(value, kept[name]) for name, value in held(model).items())
-    assert torch.equal((run(*inputs)), output)
+    assert torch.equal(run(*inputs), output)
 
 
 def close(engine: Engine, found: Tensor, expected: Tensor) -> None:
@@ -117,32 +119,32 @@ def switch_and_end(engine: Engine, case: Case, one: Any, run: Any) -> None:
     """Exchange the values, disable the adapter and eject it, as far as an engine lets its parameters be replaced."""
     model, plain = getattr(run, "module", run), case.build()
     inputs = case.batch(dist.get_rank() // engine.sharing, 9)
-    output = (run(*inputs)).detach()
+    output = run(*inputs).detach()
     changed = randlora.adapter_state(fill(one, seed=7))
     is_spread = any(hasattr(each, "ds_id") for each in model.parameters())
     if is_spread:
         with pytest.raises(CheckpointError, match=r"engine\.load_checkpoint"):  # the optimizer would overwrite them
             randlora.swap(model, changed)
-        assert torch.equal((run(*inputs)), output)
+        assert torch.equal(run(*inputs), output)
     else:
         own = held(model) and [*map(id, model.parameters())]
         randlora.swap(model, changed)
         assert held(model)
         assert own == [*map(id, model.parameters())]
-        close(engine, output := (run(*inputs)).detach(), (one(*inputs)))
+        close(engine, output := run(*inputs).detach(), one(*inputs))
     if is_spread and case.train_also:
         for call in (lambda: randlora.activate(model, []), lambda: randlora.disabled(model).__enter__()):
             with pytest.raises(AdapterError, match=r"norm\.\w+ would have to become a different parameter object"):
                 call()
     else:
         with torch.no_grad(), randlora.disabled(model):
-            close(engine, (run(*inputs)), (plain(*inputs)))
-    assert torch.equal((run(*inputs)), output)
+            close(engine, run(*inputs), plain(*inputs))
+    assert torch.equal(run(*inputs), output)
     trained(run, case, dist.get_rank() // engine.sharing, 1)
     require_equal_on_ranks(values(model, only_trained=True))
     randlora.eject(model)
     with torch.no_grad():
-        close(engine, (run(*inputs)), (plain(*inputs)))
+        close(engine, run(*inputs), plain(*inputs))
     assert distance(values(model), values(plain)) == 0
 
 

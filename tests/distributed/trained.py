@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora.config import BasisKind
-from randlora.sharded.places import is_managed
+from randlora.sharded.places import is_managed, is_spread
 from tests.kit import Model
 
 
@@ -161,11 +161,14 @@ def gathered(parameters: Iterable[Any]) -> Iterator[None]:
 
 
 def held(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of what this process has of each parameter, of a model that may hold whole ones."""
+    """Return copies of what this process has of each parameter, of a model that may hold whole ones until then."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
     found: dict[str, Any] = dict(model.named_parameters())
+    for each in found.values():
+        if is_managed(each) and not is_spread(each) and not each.ds_persist:
+            each.partition(param_list=[each], has_been_updated=False)
     parts = {name: each.ds_tensor if is_managed(each) else each for name, each in found.items()}
     own = {name: each._local_tensor if isinstance(each, DTensor) else each for name, each in parts.items()}
     return {name: each.detach().clone() for name, each in own.items()}
