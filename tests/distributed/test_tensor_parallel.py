@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
-    PrepareModuleOutput,
+    PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     loss_parallel,
@@ -203,14 +203,16 @@ def test_a_process_that_has_several_pieces_of_a_weight(hidden: int, basis: str, 
 
 @dataclass(frozen=True)
 class InSequence(Case):
-    """A block between whose layers the tokens are split."""
+    """Layers between which the tokens are split, and the first of which is whole in each process."""
+
+    targets: tuple[str, ...]
 
     def build(self) -> Any:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 8), Block(8, 12), nn.Linear(8, 10, bias=False))
 
     def options(self) -> dict[str, Any]:
-        return {"r": 4, "targets": ["1.up", "1.down", "2"]}
+        return {"r": 4, "targets": list(self.targets)}
 
     def batch(self, rank: int, step: int) -> tuple[Tensor]:
         return (torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(step + rank)),)
@@ -218,21 +220,25 @@ class InSequence(Case):
 
 def split_tokens(model: Any) -> Any:
     plan = {
-        "0": PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(1)),
-        "1.norm": SequenceParallel(),
+        "0": SequenceParallel(),
         "1.up": ColwiseParallel(input_layouts=Shard(1)),
-        "1.down": RowwiseParallel(output_layouts=Shard(1)),
+        "1.down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+        "1.norm": SequenceParallel(),
         "2": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
-    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
-    model[1].norm.requires_grad_(False)  # whose parameters are others then
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1)))
+    parallelize_module(model, mesh, plan)
+    for part in (model[0], model[1].norm):
+        part.requires_grad_(False)  # whose parameters are others then
     return model
 
 
 @in_two
-@each_order
-def test_a_model_whose_tokens_are_split_between_its_layers(order: Any, tmp_path: Path) -> None:
-    require_as_one_process(Engine(order(split_tokens), **SPLIT), InSequence(), tmp_path)
+@pytest.mark.parametrize(("order", "first"), [(around, ()), (within, ("0",))])
+def test_a_model_whose_tokens_are_split_between_its_layers(order: Any, first: tuple[str, ...], tmp_path: Path) -> None:
+    case = InSequence((*first, "1.up", "1.down", "2"))
+    require_as_one_process(Engine(order(split_tokens), **SPLIT), case, tmp_path)
 
 
 @in_four
