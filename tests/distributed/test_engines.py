@@ -156,7 +156,7 @@ def require_as_one_process(engine: Engine, case: Case, place: Path) -> None:
         switch_and_end(engine, case, *models)
 
 
-@settings(LAW, max_examples=2)
+@settings(LAW, max_examples=1)
 @given(drawn=drawn_models)
 @example(drawn=Drawn(hidden=1, rows=9, r=4, basis="block", train_also=("norm",)))
 @in_two
