@@ -59,7 +59,7 @@ def assert_updates(found: dict[str, Tensor], model: nn.Module) -> None:
         (GPT2, {}),
         (LLAMA, {"tolerance": FULL}),
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, RealModel) else str(value),
 )
 def test_updates_are_cut_to_the_nearest_of_a_rank(kind: RealModel, options: dict[str, Any], tmp_path: Path) -> None:
     source, model = our_directory(kind, tmp_path)
