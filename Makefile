@@ -1,5 +1,6 @@
 # Everything needs python >= 3.11 and make; whatever else it needs is installed into .venv or .venv-*.
 PYTHON ?= python3
+unexport PYTHONDONTWRITEBYTECODE  # pip compiles no package of .venv, so Python keeps what it compiles of them
 NEWEST_PYTHON ?= $(PYTHON)  # of test-newest; the newest that torch is built for
 PYTHONS ?= python3.11 python3.12 python3.13  # of test-matrix and dist-check
 # make test LOCKED=1: with exactly the versions of requirements.lock
@@ -145,7 +146,7 @@ $(CLOTHES):  # from Debian's package; without apt-get the task is skipped
 	-cd $(@D)/debian && apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb . \
 		&& mv usr/share/datasets/fashion-mnist ../$(@F)
 
-# not compiled: Python compiles what is imported, pip would compile all 21,000 files of the packages
+# Python compiles what is imported, pip would compile all 21,000 files of the packages
 .venv/.dev: export PIP_COMPILE := 0
 .venv/.dev: .venv/.pip pyproject.toml
 	.venv/bin/python -m pip install --quiet --editable . --group examples --group lint --group docs --group test
