@@ -357,6 +357,7 @@ OF_BOTH: dict[str, Call] = {
     ),
     f"{Q} is 34 x 30 here, the": lambda: edit_model(BASE, {f"{Q}.weight": torch.ones(34, 30)}),
     f"{Q} is 34 x 30 here": of_peft,
+    rf"{Q} has shape \(32,\), expected a matrix": lambda: edit_model(BASE, {f"{Q}.weight": torch.ones(32)}),
     r"h\.0\.attn\.c_attn is 96 x 34 here": of(
         GPT2.build, changes=lambda _: {"transformer.h.0.attn.c_attn.weight": torch.ones(34, 96)}, targets=["c_attn"]
     ),

@@ -202,6 +202,8 @@ def _fit_model(
         conversion = model.conversions.get(fqn)
         if names := model.names_of(site.weight):
             entry = None if names[0] in base.codes else entries[names[0]]
+            if entry is not None and len(entry.shape) < 2:
+                problems.append(f"{site.fqn} has shape {entry.shape}, expected a matrix")
             slots[site.fqn] = Slot(names, _shape(site, file.config, entry), kind)
         elif conversion is None:
             problems.append(f"the model has no layer {site.fqn} in its files")
