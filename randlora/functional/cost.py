@@ -151,9 +151,8 @@ def forward_way(sizes: Sizes) -> Way:
 
 def _forward_costs(sizes: Sizes) -> dict[Way, float]:
     """Return the cost of each way to compute the output, beside the product with the weight."""
-    costs: dict[Way, float] = {way: sizes.product(way) for way in ALWAYS}
-    costs["few_tokens"] = sizes.through_terms + sizes.through_B
-    return costs
+    always: dict[Way, float] = {way: sizes.product(way) for way in ALWAYS}
+    return {**always, "few_tokens": sizes.through_terms + sizes.through_B}
 
 
 def backward_ways(

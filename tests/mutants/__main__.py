@@ -44,9 +44,12 @@ def collect_all(copies: Copies, tree: Path, directory: Path) -> None:
         output = directory / (file.replace("/", "+") + ".json.gz")
         if not output.exists():
             began = time.monotonic()
-            answer = copy.call(collect, file, wall=7200)
-            output.write_bytes(gzip.compress(json.dumps({"tests": answer.result or {}}).encode()))
-            say(f"{file}: {len(answer.result or {})} tests in {time.monotonic() - began:.0f} s")
+            tests = copy.call(collect, file, wall=7200).result
+            if tests is None:  # the next run tries it again
+                say(f"{file}: not collected; see {copy.place / 'log'}")
+                return
+            output.write_bytes(gzip.compress(json.dumps({"tests": tests}).encode()))
+            say(f"{file}: {len(tests)} tests in {time.monotonic() - began:.0f} s")
 
     copies.each(one, sorted(files, key=lambda file: "distributed" in file))
 
