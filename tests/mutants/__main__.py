@@ -71,11 +71,13 @@ def measure(copies: Copies, coverage: Coverage, mutants: Sequence[Mutant], outpu
 
 def tried(copy: Copy, coverage: Coverage, mutant: Mutant) -> Result:
     """Return what becomes of a mutant."""
-    tests = chosen(mutant, coverage.of_mutant(mutant))
+    tests = [test.name for test in chosen(mutant, coverage.of_mutant(mutant))]
     if not tests:
         return Result(**asdict(mutant), outcome="no test", tests=0, by="")
     with copy.changed(mutant.file, mutant.applied((copy.root / mutant.file).read_text(encoding="utf-8"))):
-        passed, failed, is_late = ran(copy, coverage, [test.name for test in tests])
+        passed, failed, is_late = ran(copy, coverage, tests)
+    if not (passed or failed or is_late) and not ran(copy, coverage, tests)[0]:
+        raise RuntimeError(f"tests do not start without a fault either: see {copy.place / 'log'}, and --resume")
     outcome = "timeout" if is_late else "survived" if passed else "caught"
     return Result(**asdict(mutant), outcome=outcome, tests=len(tests), by=failed[0] if failed else "")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from tests.mutants.parts import feature_of
 from tests.mutants.sample import Mutant
 
-MOST, SECONDS, FILES = 40, 12.0, 12
-"""At most so many tests are chosen, of so many seconds, of so many files."""
+MOST, SECONDS, FILES, LEAST = 60, 20.0, 12, 3
+"""At most so many tests are chosen, of so many seconds, of so many files; but so many however long they take."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,11 @@ class Coverage:
             self.failed.append(name)
 
     def of(self, file: str, lines: Iterable[int]) -> list[Test]:
-        """Return the tests that run one of some lines."""
-        mask = sum(1 << line for line in set(lines))
+        """Return the tests that run one of some lines, of those that do not run whenever the file is imported.
+
+        Processes that tests start import the package anew, and so would seem to test all that its import runs.
+        """
+        mask = sum(1 << line for line in set(lines) & _lines_of_calls(self.tree / file))
         return [test for test, bits in self._bits[file] if bits & mask and test.name in self.tests]
 
     def of_mutant(self, mutant: Mutant) -> list[Test]:
@@ -98,26 +101,29 @@ class Coverage:
 
 
 def chosen(mutant: Mutant, tests: Sequence[Test]) -> list[Test]:
-    """Return a handful of tests, of many functions: those that run the least of the package, the fastest, and any.
+    """Return a handful of tests, of many functions: some run little of the package, some are near, some fast, some any.
 
-    A test that runs few lines is about these. First one of each function is taken, then further ones. Of distributed
-    tests, which start processes, some are taken for sharded code, and where there are no others.
+    A test that runs few lines is about these. Near are the files with tests of the file's room. First one of each
+    function is taken, then further ones. Of distributed tests, which start processes, some are taken for sharded code,
+    and where there are no others.
     """
     functions: dict[str, list[Test]] = defaultdict(list)
     alone = [test for test in tests if not test.file.startswith("tests/distributed/")]
     fitting = tests if feature_of(mutant.file) == "sharded" else alone or tests
     for test in sorted(fitting, key=lambda test: (test.breadth, test.seconds, test.name)):
         functions[test.function].append(test)
+    room = f"tests/test_{mutant.file.split('/')[1].removesuffix('.py')}"
     few = sorted(functions, key=lambda name: (functions[name][0].breadth, name))
+    near = sorted(few, key=lambda name: not name.startswith(room))
     fast = sorted(functions, key=lambda name: (functions[name][0].seconds, name))
     mixed = sorted(functions, key=lambda name: sha256(name.encode()).digest())
-    order = list(dict.fromkeys(name for names in zip(few, fast, mixed, strict=True) for name in names))
+    order = list(dict.fromkeys(name for names in zip(few, near, fast, mixed, strict=True) for name in names))
     taken: list[Test] = []
     files: set[str] = set()
     seconds = 0.0
     for test in (functions[name][turn] for turn in range(MOST) for name in order if turn < len(functions[name])):
         fits = seconds + test.seconds <= SECONDS and (test.file in files or len(files) < FILES)
-        if fits or not taken:
+        if fits or len(taken) < LEAST:
             taken.append(test)
             files.add(test.file)
             seconds += test.seconds
@@ -129,6 +135,13 @@ def chosen(mutant: Mutant, tests: Sequence[Test]) -> list[Test]:
 @cache
 def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _lines_of_calls(path: Path) -> set[int]:
+    """Return the lines of a file that run in calls of its functions."""
+    functions = [node for node in ast.walk(_parsed(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {line for node in functions for line in range(_first(node.body[0]), (node.end_lineno or 0) + 1)}
 
 
 def _enclosing(module: ast.Module, line: int) -> list[ast.stmt]:

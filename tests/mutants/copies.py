@@ -40,14 +40,13 @@ class Answer(NamedTuple):
 
 
 class Copy:
-    """A copy of the last commit of a tree, without its history."""
+    """A copy of the last commit of a tree, without its history, and without the fault of a run that was ended."""
 
     def __init__(self, tree: Path, place: Path) -> None:
         self.root, self.place = place / "tree", place
-        if not self.root.exists():
-            self.root.mkdir(parents=True)
-            archive = subprocess.run(["git", "-C", tree, "archive", "HEAD"], check=True, capture_output=True).stdout
-            subprocess.run(["tar", "-x", "-C", self.root], check=True, input=archive)
+        self.root.mkdir(parents=True, exist_ok=True)
+        archive = subprocess.run(["git", "-C", tree, "archive", "HEAD"], check=True, capture_output=True).stdout
+        subprocess.run(["tar", "-x", "-C", self.root], check=True, input=archive)
 
     @contextmanager
     def changed(self, file: str, text: str) -> Iterator[None]:

@@ -107,12 +107,13 @@ def _places(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
     operators = [(name, get_operator(name)()) for name in OPERATORS]
     for node in ast_nodes(get_ast(source)):
         is_mark = node.type == "operator" and node.parent.type in {"parameters", "lambdef"}  # as in ``f(*, x)``
-        if is_mark or node.type in {"name", "string", "newline", "endmarker"}:
+        if node.type in {"name", "string", "newline", "endmarker"}:
             continue
         for name, operator in operators:
             for start, _ in operator.mutation_positions(node):
-                places[start].append((name, occurrences[name]))
-                occurrences[name] += 1
+                if not is_mark:
+                    places[start].append((name, occurrences[name]))
+                occurrences[name] += 1  # cosmic-ray counts a mark too
     return places
 
 
