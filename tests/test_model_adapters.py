@@ -1,4 +1,4 @@
-"""Several adapters of one model, also in some layers only; `tests.state_machine` holds that none touches another."""
+"""Several adapters of one model, by name and by layer; `tests.state_machine` holds that none touches another."""
 
 import copy
 from collections.abc import Callable
@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import randlora
-from randlora.errors import AdapterError, ConfigError, MergeError, TargetError
-from randlora.state import adapted_root
+from randlora.errors import AdapterError, ConfigError, MergeError, RandLoRAError, TargetError
+from randlora.state import adapted_root, is_adapted
 from tests.kit import all_bits, assert_unchanged, fill, on_one_line, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed, assert_close
 from tests.layer_kinds import LayerKind, every_mergeable_kind
+from tests.test_compiler import Compiled, model_with
 
 TARGETS = ["q", "up", "down"]
 
@@ -34,8 +35,7 @@ def test_bases_that_do_not_fit_come_beside_the_first_and_the_report_says_so() ->
     others: list[dict[str, Any]] = [{"seed": 1}, {"stream": "torch"}, {"r": 2}, {"basis": "block"}]
     for other in others:
         model = mixed("a")
-        bank = adapted_root(model)[1].bank
-        (first,) = bank
+        (first,) = bank = adapted_root(model)[1].bank
         options: dict[str, Any] = {"r": 3, "stream": "portable", "name": "b", **other}
         planned = randlora.plan(model, **options)
         assert str(randlora.inject(model, **options)) == str(planned)
@@ -60,15 +60,25 @@ CALLS: list[Callable[[nn.Module], object]] = [randlora.merge, randlora.eject, la
 CALLS += [lambda model: randlora.activate(model, "default"), lambda model: randlora.disabled(model).__enter__()]
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_a_copy_of_an_adapted_layer_belongs_to_other_adapters(call: Callable[[nn.Module], object]) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
-    randlora.inject(model, r=2, targets="all-linear")
-    with pytest.raises(AdapterError, match="were added to a different module"):
-        call(model[1])
+def test_adapters_belong_to_the_module_they_were_added_to_and_a_wrapper_shows_them() -> None:
+    options: dict[str, Any] = {"r": 2, "targets": "all-linear"}
+    model, whole, part = (nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))) for _ in range(3))
+    randlora.inject(whole, **options)
+    randlora.inject(part[1], **options)
+    randlora.inject(model, **options)
     model.append(copy.deepcopy(model[0]))
-    with untouched(model), pytest.raises(AdapterError, match="2 has adapters that were added to a different module"):
-        call(model)
+    refused = [(each, call) for each in (model[1], model) for call in CALLS]
+    refused += [(each, lambda each: randlora.inject(each, **options, name="b")) for each in (whole[1], part)]
+    for each, call in refused:
+        with untouched(model), pytest.raises(AdapterError, match="were added to a different module"):
+            call(each)
+    around = nn.Sequential(nn.Sequential(one := Mixed(), other := Mixed()))
+    assert not is_adapted(around)
+    randlora.inject(one, r=4)
+    assert (is_adapted(around), adapted_root(around)[0]) == (True, one)
+    randlora.inject(other, r=4)
+    with pytest.raises(AdapterError, match=r"several submodules have adapters \(0\.0, 0\.1\): call this"):
+        randlora.merge(around)
 
 
 def test_an_adapter_prints_as_its_options_and_state_and_what_the_model_has_no_more() -> None:
@@ -93,7 +103,7 @@ def test_an_adapter_prints_as_its_options_and_state_and_what_the_model_has_no_mo
     assert_listed("inactive, frozen", "active, frozen, merged")
     model.up = nn.Linear(5, 7)
     info = randlora.adapters(model)[0]
-    assert " ".join(str(info).split()).endswith(" ".join(info.problems[0].split()))
+    assert on_one_line(info).endswith(" ".join(info.problems[0].split()))  # type: ignore[arg-type]
     named = nn.Sequential(nn.Linear(8, 8), nn.ModuleDict({"x\ny": nn.LayerNorm(8)}))
     randlora.inject(named, r=2, targets=["0"], train_also=["1"])
     assert str(randlora.adapters(named)[0]).endswith("\nalso trained: 1.x\\ny.weight, 1.x\\ny.bias")
@@ -101,20 +111,50 @@ def test_an_adapter_prints_as_its_options_and_state_and_what_the_model_has_no_mo
 
 def test_a_way_to_compute_serves_adapters_that_come_later_and_ends_with_them() -> None:
     model = mixed("a")
-    with untouched(model), pytest.raises(ConfigError, match="one of auto, factored, materialized, got 'fast'"):
-        randlora.set_compute(model, "fast")  # type: ignore[arg-type]
     randlora.set_compute(model, "factored")
     randlora.inject(model, r=4, name="other")
     assert adapted_root(model)[1].compute == "factored"
-    randlora.activate(model, [])
-    with untouched(model), pytest.raises(MergeError, match="no adapter is active: activate one of a, other"):
-        randlora.merge(model)
     randlora.eject(model)
     for call in (randlora.set_compute, lambda plain: list(randlora.trainable_parameters(plain))):
         with pytest.raises(AdapterError, match="the model has no adapter: call"):
             call(model)
     randlora.inject(model, r=4)
     assert adapted_root(model)[1].compute == "auto"
+
+
+# Names
+
+
+def test_a_renamed_adapter_keeps_its_place_and_all_it_has_and_what_is_trained_is_set_by_name() -> None:
+    """`tests.state_machine` holds that values, objects, outputs and files stay, and that names may be those of any."""
+    model = mixed("a", train_also=["head"])
+    randlora.inject(model, r=3, name="b", targets=["q", "up"])
+    randlora.inject(model, r=3, name="c", targets=["q"])
+    randlora.activate(model, {"a": 0.5, "b": -2.0})
+    before, expected = [vars(info) | {"name": ""} for info in randlora.adapters(model)], model(TOKENS)
+    randlora.rename(model, "a", "new")
+    assert [info.name for info in randlora.adapters(model)] == ["new", "b", "c"]
+    assert [vars(info) | {"name": ""} for info in randlora.adapters(model)] == before
+    assert same_bits(model(TOKENS), expected)
+    for names, trainable, trained in ((["b", "c"], True, ["new", "b", "c"]), ("new", False, ["b", "c"])):
+        randlora.set_trainable(model, names, trainable)
+        assert [info.name for info in randlora.adapters(model) if info.is_trainable] == trained
+    assert not model.head.weight.requires_grad
+    randlora.activate(model, "c")
+    randlora.set_trainable(model, "new")
+    assert not model.head.weight.requires_grad
+    randlora.activate(model, "new")
+    assert model.head.weight.requires_grad
+
+
+@pytest.mark.medium
+def test_a_compiled_model_compiles_nothing_for_another_name() -> None:
+    model = model_with("a", "b")
+    run = Compiled(model)
+    before = run.graphs()
+    for name, new in (("b", "new"), ("a", "newer")):
+        randlora.rename(model, name, new)
+        assert run.graphs() == before
 
 
 # By layer
@@ -143,13 +183,10 @@ def test_a_layer_computes_what_it_does_if_all_have_its_factor(kind: LayerKind) -
         with randlora.merged(model):
             merged |= {own: value for own, value in weights(model).items() if own.startswith(fqn)}
     randlora.activate(model, {"b": 0.3, "a": BY_LAYER})
-    before = snapshot(model)
     for fqn, output in expected.items():
         assert same_bits(model.get_submodule(fqn)(x), output)
-    randlora.merge(model, reversible=True)
-    assert weights(model) == merged
-    randlora.unmerge(model)
-    assert_unchanged(model, before)
+    with untouched(model), randlora.merged(model):
+        assert weights(model) == merged
 
 
 @pytest.mark.parametrize("layers", ["q|up", ["q", "up"], ("up", "q.?")])
@@ -165,10 +202,9 @@ def test_layers_are_named_by_patterns(layers: Any) -> None:
     a, b = (randlora.delta_weight(model, "up", name=name) for name in "ab")
     assert not randlora.delta_weight(model, "down").any()
     assert_close(randlora.delta_weight(model, "up"), 0.5 * a + 2 * b, torch.float32)
-    randlora.activate(model, {"a": {"up": 0.5, ".*": 0.5}})
-    assert randlora.adapters(model)[0].weight == 0.5
-    randlora.activate(model, "a", layers=".*")
-    assert randlora.adapters(model)[0].weight == 1.0
+    for names, where, factor in (({"a": {"up": 0.5, ".*": 0.5}}, None, 0.5), ("a", ".*", 1.0)):
+        randlora.activate(model, names, layers=where)
+        assert randlora.adapters(model)[0].weight == factor
 
 
 def test_parameters_trained_beside_have_no_factor_and_a_layer_that_is_left_out_is_not_trained() -> None:
@@ -183,38 +219,6 @@ def test_parameters_trained_beside_have_no_factor_and_a_layer_that_is_left_out_i
     model.q.weight = nn.Parameter(torch.empty_like(model.q.weight, device="meta"), requires_grad=False)
     with pytest.raises(MergeError, match=r"q\.weight"):
         randlora.merged_tensors(model)
-
-
-@pytest.mark.parametrize(
-    ("names", "layers", "message"),
-    [
-        ("c", None, "no adapter named 'c': it has a, elsewhere"),
-        (["a", "c"], None, "no adapter named 'c'"),
-        (["a", "a"], None, r"each adapter can be named once, got \['a', 'a'\]"),
-        ({"a": float("nan")}, None, "factor of 'a' must be a finite number, got nan"),
-        ({"a": True}, None, "must be a finite number, got True"),
-        ({"a": -1e16}, None, r"factor of 'a' must be at most 1e\+15 in size, got -1e\+16"),
-        ("a", "(", "layers: '\\(' is neither the name of a target nor a regular expression"),
-        ("a", [], "layers is empty"),
-        ("a", {"q": 0.5}, "layers takes only names: give numbers as factors"),
-        (["a", "elsewhere"], ["dwon"], "^cannot activate: layers: 'dwon' matches no target; the nearest.* down"),
-        ("a", ["q", None], "expected layers to be names or patterns of layers, got None"),
-        (["a", "elsewhere"], ["q"], "'elsewhere' adapts none of the layers that layers= names: leave it out"),
-        ({"a": {"q": 0.5}}, None, r"names\['a'\]= has no pattern for up, down: add '\.\*' as the last"),
-        ({"a": {"dwon": 0.5, ".*": 1.0}}, None, r"names\['a'\]={'dwon': …} matches no target"),
-        ({"a": {".*": 0.5, "q": 1.0}}, None, "matches only what '.*' took: put it before"),
-        ({"a": {".*": float("inf")}}, None, r"the factor of 'a' in '\.\*' must be a finite number, got inf"),
-        ({"a": {1: 1.0}}, None, "the factor of 'a' must have patterns of layers as keys, got 1"),
-        ({"a": {}}, None, r"names\['a'\]= has no pattern for q, up, down"),
-    ],
-)
-def test_what_cannot_be_activated_is_refused(names: Any, layers: Any, message: str) -> None:
-    model = mixed("a")
-    randlora.inject(model, r=3, name="elsewhere", targets=["head"], active=False)
-    with untouched(model), pytest.raises(AdapterError, match=message):
-        randlora.activate(model, names, layers=layers)
-    with pytest.raises(TargetError, match=r"'dwn' is not adapted; the nearest adapted layers are down"):
-        randlora.delta_weight(model, "dwn")
 
 
 def test_a_layer_that_is_left_out_is_not_merged_into() -> None:
@@ -235,3 +239,62 @@ def test_a_layer_that_is_left_out_is_not_merged_into() -> None:
     assert model.q.weight is own
     randlora.unmerge(model)
     assert_unchanged(model, before)
+
+
+# What is refused
+
+
+def activating(names: Any, layers: Any = None) -> Callable[[nn.Module], object]:
+    return lambda model: randlora.activate(model, names, layers=layers)
+
+
+def renaming(name: str, to: Any) -> Callable[[nn.Module], object]:
+    return lambda model: randlora.rename(model, name, to)
+
+
+def training(names: Any, trainable: Any = True) -> Callable[[nn.Module], object]:
+    return lambda model: randlora.set_trainable(model, names, trainable)
+
+
+def computing(compute: Any) -> Callable[[nn.Module], object]:
+    return lambda model: randlora.set_compute(model, compute)
+
+
+NOT_A_NAME = "expected a printable name without dots"
+REFUSED: list[tuple[Callable[[nn.Module], object], type[RandLoRAError], str]] = [
+    (activating("c"), AdapterError, "no adapter named 'c': it has a, elsewhere"),
+    (activating(["a", "c"]), AdapterError, "no adapter named 'c'"),
+    (activating(["a", "a"]), AdapterError, r"each adapter can be named once, got \['a', 'a'\]"),
+    (activating({"a": float("nan")}), AdapterError, "factor of 'a' must be a finite number, got nan"),
+    (activating({"a": True}), AdapterError, "must be a finite number, got True"),
+    (activating({"a": -1e16}), AdapterError, r"factor of 'a' must be at most 1e\+15 in size, got -1e\+16"),
+    (activating("a", "("), AdapterError, r"layers: '\(' is neither the name of a target nor a regular expression"),
+    (activating("a", []), AdapterError, "layers is empty"),
+    (activating("a", {"q": 0.5}), AdapterError, "layers takes only names: give numbers as factors"),
+    (activating(["a", "elsewhere"], ["dwon"]), AdapterError, "^cannot activate: layers: 'dwon' matches no .* down"),
+    (activating("a", ["q", None]), AdapterError, "expected layers to be names or patterns of layers, got None"),
+    (activating(["a", "elsewhere"], ["q"]), AdapterError, "'elsewhere' adapts none of the layers that layers= names:"),
+    (activating({"a": {"q": 0.5}}), AdapterError, r"names\['a'\]= has no pattern for up, down: add '\.\*' as the last"),
+    (activating({"a": {"dwon": 0.5, ".*": 1.0}}), AdapterError, r"names\['a'\]={'dwon': …} matches no target"),
+    (activating({"a": {".*": 0.5, "q": 1.0}}), AdapterError, "matches only what '.*' took: put it before"),
+    (activating({"a": {".*": float("inf")}}), AdapterError, r"the factor of 'a' in '\.\*' must be a finite number"),
+    (activating({"a": {1: 1.0}}), AdapterError, "the factor of 'a' must have patterns of layers as keys, got 1"),
+    (activating({"a": {}}), AdapterError, r"names\['a'\]= has no pattern for q, up, down"),
+    (renaming("x", "y"), AdapterError, "no adapter named 'x': it has a, elsewhere"),
+    (renaming("a", "a"), AdapterError, "the model has an adapter of that name"),
+    *((renaming("a", to), AdapterError, NOT_A_NAME) for to in ("a.b", "keys", 3)),
+    *((training(names), AdapterError, "has no adapter named") for names in ("x", ["a", "x"], [3], 3)),
+    (training("a", None), ConfigError, "trainable must be"),
+    (computing("fast"), ConfigError, "one of auto, factored, materialized, got 'fast'"),
+    (lambda model: randlora.delta_weight(model, "dwn"), TargetError, "'dwn' is not adapted; the nearest.* are down"),
+]
+
+
+def test_what_cannot_be_named_activated_or_trained_is_refused() -> None:
+    model = mixed("a")
+    randlora.inject(model, r=3, name="elsewhere", targets=["head"], active=False)
+    for call, error, message in REFUSED:
+        with untouched(model), pytest.raises(error, match=message):
+            call(model)
+    with randlora.merged(model), untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"):
+        randlora.rename(model, "a", "new")

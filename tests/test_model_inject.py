@@ -20,7 +20,6 @@ from randlora import RandLoRAConfig
 from randlora.config import LARGEST_FACTOR
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError, RandLoRAError, TargetError
 from randlora.functional import Compute
-from randlora.state import adapted_root, is_adapted
 from tests.kit import all_bits, assert_unchanged, fill, same_bits, set_alpha, snapshot, untouched
 from tests.laws import TOKENS, Mixed
 from tests.models import llama
@@ -46,30 +45,17 @@ def test_a_fresh_adapter_leaves_every_bit_of_a_models_output(kind: tuple[str, st
         assert same_bits(model(TOKENS), before)
 
 
-def test_inject_adapts_every_linear_layer_but_the_head_and_freezes_the_rest() -> None:
-    model, twin = Mixed().eval(), Mixed()
-    modules, tensors = {name for name, _ in model.named_modules()}, {*model.state_dict()}
-    report = randlora.inject(model, r=4)
-    added = {f"{fqn}.randlora_{part}" for fqn in ADAPTED for part in ("lambda", "gamma")}
-    assert report.targets == ADAPTED
-    assert {name for name, _ in model.named_modules()} - modules == added
-    assert {*model.state_dict()} - tensors == {f"{name}.default" for name in added}
-    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    assert trainable == {model.get_parameter(f"{name}.default") for name in added}
-    assert trainable == {*randlora.trainable_parameters(model)}
-    assert not any(module.training for module in model.modules())
-    randlora.inject(twin, r=4)
-    twin.load_state_dict(fill(model).state_dict())
-    assert same_bits(twin(TOKENS), model(TOKENS))
-
-
-def test_eject_gives_back_the_original_objects_and_every_bit_also_of_what_inference_mode_made() -> None:
-    model = Mixed()
+def test_inject_adds_only_diagonals_and_eject_gives_back_every_object_and_bit_also_in_inference_mode() -> None:
+    model = Mixed().eval()
     model.norm.requires_grad_(False)
-    before, expected = snapshot(model), model(TOKENS)
+    before, expected, names = snapshot(model), model(TOKENS), {*model.state_dict()}
     with torch.inference_mode():
-        randlora.inject(model, r=4, train_also=["norm", "q.bias"])
+        assert randlora.inject(model, r=4, train_also=["norm", "q.bias"]).targets == ADAPTED
         model(TOKENS)
+    added = {f"{fqn}.randlora_{part}.default" for fqn in ADAPTED for part in ("lambda", "gamma")}
+    assert {*model.state_dict()} - names == added
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert trained == added | {"norm.weight", "norm.bias", "q.bias"}
     optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -109,10 +95,11 @@ def lazy() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4), nn.LazyBatchNorm1d())
 
 
-def with_one() -> Mixed:
-    model = Mixed()
-    randlora.inject(model, r=4, targets=["down"], name="taken")
-    return model
+def adapted() -> nn.Sequential:
+    model = layers()
+    model[2].requires_grad_(False)
+    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    return fill(model)
 
 
 NAMED = "expected a printable name without dots"
@@ -125,17 +112,17 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], type[RandLoRAError]
     (lazy, {"targets": ["0"], "train_also": ["1"]}, TargetError, r"includes 1\.weight, which has no shape yet"),
     (lazy, {"targets": ["1"]}, TargetError, "1 is of type LazyLinear|1 .*no shape yet"),
     (OwnLoRA, {"targets": ["lora_A"]}, TargetError, r"lora_A \(Linear\) cannot be adapted: by its name it is part"),
-    (with_one, {"r": 0}, ConfigError, "r must be a positive integer"),
-    (with_one, {"r": 1, "basis": "very_sparse", "seed": 7, "targets": ["q"]}, ConfigError, "standard deviation of 0"),
-    (with_one, {"targets": "no"}, TargetError, "'no' matches no layer or weight that can be adapted; the nearest "),
-    (with_one, {"exclude": "q|up|down"}, TargetError, "no layer is left to adapt"),
-    (with_one, {"train_also": ["hed"]}, TargetError, r"train_also='hed' matches no module .* are .*head"),
-    (with_one, {"targets": ["q"], "train_also": ["q"]}, TargetError, "q.weight, which the targets name too"),
-    (with_one, {"targets": ["q"], "train_also": ["q", "hed"]}, TargetError, "2 problems"),
-    (with_one, {"config": RandLoRAConfig(), "r": None, "seed": 4}, ConfigError, "either config= or single options"),
-    *((with_one, {"name": name}, AdapterError, NAMED) for name in ("", "a.b", "a\nb")),
-    *((with_one, {"name": name}, AdapterError, RESERVED) for name in ("class", "keys", "training")),
-    (with_one, {"name": "taken"}, AdapterError, "has an adapter of that name; remove it"),
+    (Mixed, {"r": 0}, ConfigError, "r must be a positive integer"),
+    (Mixed, {"r": 1, "basis": "very_sparse", "seed": 7, "targets": ["q"]}, ConfigError, "standard deviation of 0"),
+    (Mixed, {"targets": "no"}, TargetError, "'no' matches no layer or weight that can be adapted; the nearest "),
+    (Mixed, {"exclude": "q|up|down"}, TargetError, "no layer is left to adapt"),
+    (Mixed, {"train_also": ["hed"]}, TargetError, r"train_also='hed' matches no module .* are .*head"),
+    (Mixed, {"targets": ["q"], "train_also": ["q"]}, TargetError, "q.weight, which the targets name too"),
+    (Mixed, {"targets": ["q"], "train_also": ["q", "hed"]}, TargetError, "2 problems"),
+    (Mixed, {"config": RandLoRAConfig(), "r": None, "seed": 4}, ConfigError, "either config= or single options"),
+    *((Mixed, {"name": name}, AdapterError, NAMED) for name in ("", "a.b", "a\nb")),
+    *((Mixed, {"name": name}, AdapterError, RESERVED) for name in ("class", "keys", "training")),
+    (adapted, {"name": "default"}, AdapterError, "has an adapter of that name; remove it"),
 ]
 
 
@@ -144,11 +131,10 @@ def test_what_cannot_work_is_refused_before_anything_changes(
     build: Callable[[], nn.Module], options: dict[str, Any], error: type[RandLoRAError], message: str
 ) -> None:
     model = build()
-    unchanged = nullcontext() if build is containing_itself else untouched(model)  # no state dict can be made of it
-    with unchanged, pytest.raises(error, match=message):
-        randlora.inject(model, **{"r": 2, **options})
-    for verb in (randlora.plan, randlora.training_memory) if build is not with_one else ():
-        with pytest.raises(error, match=message):
+    verbs: list[Callable[..., object]] = [randlora.inject, randlora.plan, randlora.training_memory]
+    for verb in verbs[:1] if build in (adapted, Mixed) else verbs:
+        unchanged = nullcontext() if build is containing_itself else untouched(model)  # no state dict can be made of it
+        with unchanged, pytest.raises(error, match=message):
             verb(model, **{"r": 2, **options})
 
 
@@ -162,13 +148,6 @@ VERBS: list[Callable[..., Any]] = [
 ]
 REQUIRED: dict[str, Any] = {"names": "default", "name": "default", "fqn": "0", "to": "b", "limit": 0.5}
 REQUIRED["adapters"] = {"default": 0.5}
-
-
-def adapted() -> nn.Sequential:
-    model = layers()
-    model[2].requires_grad_(False)
-    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
-    return fill(model)
 
 
 @pytest.mark.medium
@@ -198,24 +177,6 @@ def test_an_argument_of_any_type_is_used_or_refused_by_an_error_of_ours(verb: Ca
                 assert [info.name for info in randlora.adapters(model)] == ["default"]
 
 
-def test_adapters_of_a_part_belong_to_it_and_a_wrapper_shows_them() -> None:
-    for inner_first in (True, False):
-        model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
-        first, second = (model[0], model) if inner_first else (model, model[0])
-        randlora.inject(first, r=2, targets="all-linear")
-        with untouched(first), pytest.raises(AdapterError, match="has adapters that were added to a different module"):
-            randlora.inject(second, r=2, targets="all-linear", name="other")
-    one, other = Mixed(), Mixed()
-    around = nn.Sequential(nn.Sequential(one, other))
-    assert not is_adapted(around)
-    randlora.inject(one, r=4)
-    assert is_adapted(around)
-    assert adapted_root(around)[0] is one
-    randlora.inject(other, r=4)
-    with pytest.raises(AdapterError, match=r"several submodules have adapters \(0\.0, 0\.1\): call this"):
-        randlora.merge(around)
-
-
 # Models in unusual states
 
 
@@ -242,15 +203,14 @@ def test_uninitialized_layers_that_are_no_targets_do_not_matter(tmp_path: Path) 
         randlora.prepare_quantized(model)
         with untouched(model):
             planned = randlora.plan(model, r=2, targets="0")
-        assert randlora.inject(model, r=2, targets="0").targets == planned.targets == ("0",)
-        assert not any(parameter.requires_grad for parameter in model[1].parameters())
+        assert randlora.inject(model, r=2, targets="0") == planned
         randlora.activate(model, "default")
         randlora.set_trainable(model, "default")
         randlora.save(fill(model), tmp_path / "adapter")
         with randlora.merged(model):
             pass
-        adapted = model[:2](torch.ones(2, 4))  # the first forward initializes the second layer
-        assert (adapted.shape, isinstance(unused.weight, UninitializedParameter)) == ((2, 3), True)
+        model[:2](torch.ones(2, 4))  # the first forward initializes the second layer
+        assert isinstance(unused.weight, UninitializedParameter)
         verb(model)
         assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -279,54 +239,60 @@ def test_an_alpha_of_a_file_is_loaded_whatever_it_is(tmp_path: Path) -> None:
 
 # Adapters of others
 
-LORA = peft.LoraConfig(r=2, target_modules=["q"])
-CONFIGS = [LORA, peft.RandLoraConfig(r=2, target_modules=["q"]), peft.VeraConfig(r=2, target_modules=["q"])]
-CONFIGS.append(peft.IA3Config(target_modules=["q"], feedforward_modules=[]))
+
+def peft_model(config: Any, **options: Any) -> Any:
+    return peft.get_peft_model(Mixed(), config(r=2, target_modules=["q"]), **options)
 
 
-def peft_models(config: Any) -> list[Any]:
-    models: list[Any] = [peft.get_peft_model(Mixed(), config)]
-    if not isinstance(config, peft.VeraConfig):  # as transformers' add_adapter does, and PEFT cannot with VeRA
-        models.append(peft.inject_adapter_in_model(config, Mixed()))
-    if config is LORA:
-        models.append(peft.get_peft_model(Mixed(), config, mixed=True))
-        models[-1].add_adapter("other", peft.LoHaConfig(r=2, target_modules=["up"]))
-        models[-1].set_adapter(["default", "other"])
-    return models
+def peft_model_of_two() -> Any:
+    model = peft_model(peft.LoraConfig, mixed=True)
+    model.add_adapter("other", peft.LoHaConfig(r=2, target_modules=["up"]))
+    model.set_adapter(["default", "other"])
+    return model
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
-def test_a_model_with_adapters_of_peft_is_refused_by_name(config: Any) -> None:
+PEFT: dict[str, Callable[[], Any]] = {
+    "lora": lambda: peft_model(peft.LoraConfig),
+    "randlora": lambda: peft_model(peft.RandLoraConfig),
+    "vera": lambda: peft_model(peft.VeraConfig),
+    "two": peft_model_of_two,
+    # as transformers' add_adapter does
+    "in place": lambda: peft.inject_adapter_in_model(
+        peft.IA3Config(target_modules="q", feedforward_modules=[]), Mixed()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PEFT)
+def test_a_model_with_adapters_of_peft_is_refused_by_name(name: str) -> None:
+    model, also = PEFT[name](), r"up \(peft\.tuners\.loha\..*" if name == "two" else ""
+    said = rf"adapters of PEFT: .*q.*\(peft\.tuners\..*{also} merge or remove them first.*unload\(\)"
     targets: list[Any] = [None, "all", ["down"], ["q"], ["lora_A"]]
-    for model in peft_models(config):
-        also = r"up \(peft\.tuners\.loha\..*" if isinstance(model, peft.PeftMixedModel) else ""
-        said = rf"adapters of PEFT: .*q.*\(peft\.tuners\..*{also} merge or remove them first.*unload\(\)"
-        for each in targets:
-            with untouched(model), pytest.raises(AdapterError, match=said):
-                randlora.inject(model, r=2, targets=each)
-        with pytest.raises(AdapterError, match=r"cannot find targets: .* adapters of PEFT: .*peft\.tuners"):
-            randlora.find_targets(model, "all")
-        if hasattr(model, "unload"):
-            assert {"q", "up"} <= {*randlora.inject(model.unload(), r=2, targets="all-linear").targets}
+    for each in targets:
+        with untouched(model), pytest.raises(AdapterError, match=said):
+            randlora.inject(model, r=2, targets=each)
+    with pytest.raises(AdapterError, match=r"cannot find targets: .* adapters of PEFT: .*peft\.tuners"):
+        randlora.find_targets(model, "all")
+    if hasattr(model, "unload"):
+        assert {"q", "up"} <= {*randlora.inject(model.unload(), r=2, targets="all-linear").targets}
 
 
-@pytest.mark.parametrize("is_mixed", [True, False], ids=["mixed", "one kind"])
-def test_what_peft_wraps_later_is_said_to_be_lost_until_peft_has_left(is_mixed: bool, tmp_path: Path) -> None:
+def test_what_peft_wraps_later_is_said_to_be_lost_until_peft_has_left(tmp_path: Path) -> None:
     randlora.inject(model := Mixed(), r=2, targets=["q", "up"])
     expected = fill(model)(TOKENS)
-    wrapped: Any = peft.get_peft_model(model, LORA, mixed=is_mixed)
+    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q"]))
     assert same_bits(wrapped(TOKENS), expected)
-    refused: list[tuple[type[RandLoRAError], Callable[[], object]]] = [
-        (AdapterError, lambda: [*randlora.trainable_parameters(wrapped)]),
-        (CheckpointError, lambda: randlora.save(wrapped, tmp_path / "adapter")),
-        (MergeError, lambda: randlora.merge(wrapped)),
-        (AdapterError, lambda: randlora.serving.routed(wrapped, ["default"]).__enter__()),
+    lost = "q no longer has adapter 'default'"
+    refused: list[tuple[type[RandLoRAError], str, Callable[[], object]]] = [
+        (AdapterError, lost, lambda: [*randlora.trainable_parameters(wrapped)]),
+        (CheckpointError, lost, lambda: randlora.save(wrapped, tmp_path / "adapter")),
+        (MergeError, lost, lambda: randlora.merge(wrapped)),
+        (AdapterError, lost, lambda: randlora.serving.routed(wrapped, ["default"]).__enter__()),
+        (AdapterError, "the model has adapters of PEFT", lambda: randlora.inject(model, r=2, name="second")),
     ]
-    for error, call in refused:
-        with untouched(wrapped), pytest.raises(error, match="q no longer has adapter 'default'"):
+    for error, message, call in refused:
+        with untouched(wrapped), pytest.raises(error, match=message):
             call()
-    with untouched(wrapped), pytest.raises(AdapterError, match="the model has adapters of PEFT"):
-        randlora.inject(model, r=2, name="second")
     wrapped.unload()
     assert same_bits(model(TOKENS), expected)
     randlora.save(model, tmp_path / "adapter")

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import accelerate  # type: ignore[import-untyped]
-import bitsandbytes
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
@@ -25,7 +24,7 @@ from accelerate.hooks import (  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType, align_module_device, modeling  # type: ignore[import-untyped]
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import randlora
 from randlora import offloaded as offloaded_module
@@ -34,10 +33,11 @@ from randlora.offloaded import MergedFile, Offloaded
 from randlora.places import Plain, place_of
 from tests.kit import adapter_values, all_bits, bits, fill, same_bits
 from tests.model_directories import contents
+from tests.models import llama, outputs, tokens
+from tests.quantized import of_4_bits
 
 CPU = torch.device("cpu")
 NORM = ["norm.weight", "norm.bias"]
-FILE = "adapter_model.safetensors"
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -59,47 +59,35 @@ class Small(nn.Module):
         return hidden if self.again is None else self.again(hidden)
 
 
-def tied() -> nn.Module:
-    """Build two layers that share a weight, which only the model itself knows, and one more."""
-    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("up", "down", "alone")})
-    model["down"].weight = model["up"].weight
-    return model
-
-
-def llama(*, is_tied: bool = False) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, tie_word_embeddings=is_tied, **sizes)).eval()
-
-
 def adapted(model: nn.Module, **options: Any) -> Any:
-    randlora.inject(model, **{"r": 3, "targets": "all-linear", **options})
+    randlora.inject(model, **{"r": 3, "targets": "all-linear", "stream": "portable", **options})
     return fill(model, spread=0.3)
 
 
 def save(model: nn.Module, folder: Path) -> bytes:
     randlora.save(model, folder, name="default")
-    return (folder / FILE).read_bytes()
+    return (folder / "adapter_model.safetensors").read_bytes()
 
 
-Placing = Callable[[nn.Module, Path], Any]
-
-
-def in_ram(model: nn.Module, folder: Path) -> Any:
-    return accelerate.cpu_offload(model, execution_device=CPU, offload_buffers=True)
-
-
-def on_disk(model: nn.Module, folder: Path) -> Any:
-    return accelerate.disk_offload(model, folder / "offloaded", execution_device=CPU, offload_buffers=True)
-
-
-def partly_on_disk(model: nn.Module, folder: Path) -> Any:
-    device_map = {name: "disk" if name == "down" else "cpu" for name, _ in model.named_children()}
-    return accelerate.dispatch_model(model, device_map, offload_dir=folder / "offloaded")
-
-
-def on_disk_by_a_map(model: nn.Module, folder: Path) -> Any:
-    return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_dir=folder)
+def put(model: nn.Module, where: str, folder: Path) -> Any:
+    """Let accelerate hold the weights of a model in one of its ways."""
+    names, into = [name for name, _ in model.named_children()], {"offload_dir": folder / "offloaded"}
+    match where:
+        case "ram":
+            return accelerate.cpu_offload(model, execution_device=CPU, offload_buffers=True)
+        case "ram, some whole":
+            return accelerate.cpu_offload(model, CPU, preload_module_classes=["Sequential"])
+        case "disk":
+            return accelerate.disk_offload(model, folder / "offloaded", execution_device=CPU, offload_buffers=True)
+        case "disk by a map":
+            return accelerate.dispatch_model(model, dict.fromkeys(names, "disk"), **into)
+        case "partly disk":
+            return accelerate.dispatch_model(model, dict.fromkeys(names, "cpu") | {"down": "disk"}, **into)
+        case "checkpoint":
+            return in_a_checkpoint(model, folder)
+        case "here":
+            return accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    return remove_hook_from_submodules(model)
 
 
 def in_a_checkpoint(model: nn.Module, folder: Path, of: nn.Module | None = None, index: Any = None) -> Any:
@@ -111,43 +99,26 @@ def in_a_checkpoint(model: nn.Module, folder: Path, of: nn.Module | None = None,
     return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_index=index)
 
 
-def from_pretrained(model: Any, folder: Path) -> Any:
-    model.save_pretrained(folder)
-    return LlamaForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=folder / "offloaded")
-
-
-def preloaded(model: nn.Module, folder: Path) -> Any:
-    return accelerate.cpu_offload(model, CPU, preload_module_classes=["Sequential"])
-
-
-def remove_hooks(model: nn.Module, folder: Path) -> None:
-    remove_hook_from_submodules(model)
-
-
-def with_forced_hooks(model: nn.Module, folder: Path) -> Any:
-    return accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
-
-
 # Weights
 
 
 @pytest.mark.parametrize(
-    ("place", "is_adapted_first", "dtype"),
+    ("where", "is_adapted_first", "options"),
     [
-        (in_ram, True, torch.float32),
-        (on_disk, False, torch.bfloat16),
-        (partly_on_disk, True, torch.float64),
-        (in_a_checkpoint, False, torch.float32),
-        (in_a_checkpoint, True, torch.bfloat16),
-        (with_forced_hooks, False, torch.float32),
+        ("ram", True, {"shared": True}),
+        ("disk", False, {"dtype": torch.bfloat16}),
+        ("partly disk", True, {"dtype": torch.float64}),
+        ("checkpoint", False, {}),
+        ("checkpoint", True, {"dtype": torch.bfloat16}),
+        ("here", False, {}),
     ],
 )
 def test_an_offloaded_model_computes_trains_saves_and_merges_as_one_that_is_not(
-    place: Placing, is_adapted_first: bool, dtype: torch.dtype, tmp_path: Path
+    where: str, is_adapted_first: bool, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    here, base, x = adapted(Small(dtype)), Small(dtype), X.to(dtype)
-    there = place(adapted(Small(dtype)), tmp_path) if is_adapted_first else adapted(place(Small(dtype), tmp_path))
-    plain = here(x)
+    here, base, there = adapted(Small(**options)), Small(**options), Small(**options)
+    there = put(adapted(there), where, tmp_path) if is_adapted_first else adapted(put(there, where, tmp_path))
+    plain = here(x := X.to(base.up.weight.dtype))
     assert same_bits(there(x), plain)
     with randlora.disabled(there):
         assert same_bits(there(x), base(x))
@@ -182,26 +153,32 @@ def test_an_offloaded_model_computes_trains_saves_and_merges_as_one_that_is_not(
 def test_what_was_merged_is_unmerged_wherever_it_is_offloaded_since(tmp_path: Path) -> None:
     model = adapted(Small())
     plain = bits(model(X))
-    for changes in ([in_ram], [remove_hooks], [on_disk], [remove_hooks, in_ram]):
+    for changes in (["ram"], ["no hooks"], ["disk"], ["no hooks", "ram"]):
         randlora.merge(model, reversible=True)
-        for change in changes:
-            change(model, tmp_path)
+        for where in changes:
+            put(model, where, tmp_path)
         randlora.unmerge(model)
         assert bits(model(X)) == plain
+    with align_module_device(model.down):  # so are values that are loaded at present
+        own = bits(model.down.weight)
+        with randlora.merged(model):
+            assert bits(model.down.weight) != own
+            assert bits(model.down.state_dict()["weight"]) == own  # beside Λ and Γ it is the original
+        assert bits(model.down.weight) == own
 
 
-@pytest.mark.parametrize(("place", "reversible"), [(in_ram, True), (on_disk, False), (partly_on_disk, False)])
+@pytest.mark.parametrize(("where", "reversible"), [("ram", True), ("disk", False), ("partly disk", False)])
 def test_a_merge_that_fails_leaves_the_maps_and_files_as_they_were(
-    place: Placing, reversible: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, reversible: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = adapted(place(Small(), tmp_path))
+    model = adapted(put(Small(), where, tmp_path))
     plain, before = bits(model(X)), contents(tmp_path)
-    write, calls = Offloaded.write, []
+    write, calls = Offloaded.write, list[Tensor]()
 
     def fail_late(self: Offloaded, value: Tensor) -> None:
         calls.append(value)
         write(self, value)
-        if len(calls) == 2 or place is partly_on_disk:
+        if len(calls) == 2 or where == "partly disk":
             raise OSError("the disk is full")
 
     monkeypatch.setattr(Offloaded, "write", fail_late)
@@ -215,7 +192,7 @@ def test_a_merge_that_fails_leaves_the_maps_and_files_as_they_were(
 def test_one_layer_at_a_time_is_merged_into_files_that_are_deleted_with_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, read = adapted(on_disk(Small(), tmp_path)), Offloaded.read
+    model, read = adapted(put(Small(), "disk", tmp_path)), Offloaded.read
     before, alive = contents(tmp_path), list[weakref.ref[Tensor]]()
 
     def counted(self: Offloaded) -> Tensor:
@@ -232,7 +209,7 @@ def test_one_layer_at_a_time_is_merged_into_files_that_are_deleted_with_the_mode
     added = contents(tmp_path).keys() - before.keys()
     assert len(added) == 2
     assert json.loads((tmp_path / "offloaded" / "index.json").read_text()).keys() == Small().state_dict().keys()
-    assert same_bits(on_disk(Small(), tmp_path)(X), Small()(X))  # another model of that folder is not merged
+    assert same_bits(put(Small(), "disk", tmp_path)(X), Small()(X))  # another model of that folder is not merged
     twin, merged = copy.deepcopy(model), model(X)
     del model, report
     gc.collect()
@@ -246,30 +223,12 @@ def test_one_layer_at_a_time_is_merged_into_files_that_are_deleted_with_the_mode
     assert contents(tmp_path) == before
 
 
-def test_a_layer_used_twice_is_merged_at_both_of_its_places_and_values_that_are_loaded_at_present(
-    tmp_path: Path,
-) -> None:
-    model, here = adapted(in_ram(Small(shared=True), tmp_path)), adapted(Small(shared=True))
-    assert same_bits(model(X), here(X))
-    with align_module_device(model.down):
-        own = bits(model.down.weight)
-        with randlora.merged(model):
-            assert bits(model.down.weight) != own
-            assert bits(model.down.state_dict()["weight"]) == own  # beside Λ and Γ it is the original
-        assert bits(model.down.weight) == own
-        randlora.merge(model)
-    randlora.merge(here)
-    assert same_bits(model(X), here(X))
-    remove_hook_from_submodules(model)
-    assert same_bits(model(X), here(X))
-
-
 def test_diagonals_are_neither_offloaded_nor_counted_and_refuse_gradients_that_would_be_lost(tmp_path: Path) -> None:
     model = adapted(Small())
     values, expected = adapter_values(model), model(X).detach()
     sizes = modeling.compute_module_sizes(model)
     assert sizes[""] == sum(value.nbytes for value in [*Small().state_dict().values(), *values.values()])
-    in_ram(model, tmp_path)
+    put(model, "ram", tmp_path)
     assert all(adapter_values(model)[name] is value for name, value in values.items())
     remove_hook_from_submodules(model)
     for held in (model.up.randlora_lambda, model.up.randlora_gamma):
@@ -314,49 +273,48 @@ def test_a_checkpoint_is_dispatched_before_it_is_adapted_and_loaded_in_the_dtype
     assert same_bits(there(x), plain)
 
 
-@pytest.mark.parametrize(
-    ("build", "place", "targets"),
-    [
-        (tied, in_ram, ["up", "down"]),
-        (tied, on_disk_by_a_map, ["up", "down"]),
-        (lambda: llama(is_tied=True), from_pretrained, ["lm_head", "up_proj"]),
-    ],
-)
+@pytest.mark.parametrize("where", ["ram", "disk by a map", "from_pretrained"])
 def test_weights_that_are_tied_are_refused_as_without_offloading_and_equal_ones_are_not(
-    build: Callable[[], nn.Module], place: Placing, targets: list[str], tmp_path: Path
+    where: str, tmp_path: Path
 ) -> None:
+    def tied() -> nn.Module:
+        if where == "from_pretrained":
+            return llama(tie_word_embeddings=True)
+        model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("embed", "lm_head", "up_proj")})
+        model["lm_head"].weight = model["embed"].weight
+        return model
+
+    refused: dict[str, Any] = {"r": 4, "targets": ["lm_head", "up_proj"]}
     with pytest.raises(TargetError) as plain:
-        randlora.inject(build(), r=4, targets=targets)
-    model = place(build(), tmp_path)
+        randlora.inject(model := tied(), **refused)
+    if where == "from_pretrained":
+        model.save_pretrained(tmp_path)  # type: ignore[operator]
+        folders = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offloaded"}
+        model = LlamaForCausalLM.from_pretrained(tmp_path, **folders)
+    else:
+        put(model, where, tmp_path)
     with pytest.raises(TargetError) as there:
-        randlora.inject(model, r=4, targets=targets)
+        randlora.inject(model, **refused)
     assert str(there.value) == str(plain.value)
     assert "randlora_lambda" not in str(model)
-    if build is tied:
-        assert randlora.inject(model, r=4, targets="alone").targets == ("alone",)
-        return
-    equal, untied = llama(), llama(is_tied=True)
-    with torch.no_grad():
-        for parameter in equal.parameters():
-            parameter.fill_(0.5)
-    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach() + 1)
-    for each, folder in ((equal, "equal"), (untied, "untied")):
-        assert len(randlora.inject(on_disk(each, tmp_path / folder), r=4, targets=targets).targets) == 3
+    model, move = tied(), float(where == "from_pretrained")  # which ties what is equal
+    model.get_submodule("lm_head").weight = nn.Parameter(model.get_parameter("lm_head.weight").detach() + move)
+    assert len(randlora.inject(put(model, "disk", tmp_path / "equal"), **refused).targets) > 1
 
 
 def test_what_is_not_in_memory_is_refused_where_values_are_needed(tmp_path: Path) -> None:
     model: Any = adapted(nn.Sequential(Small()))
     expected = bits(model(X))
-    preloaded(model, tmp_path)
+    put(model, "ram, some whole", tmp_path)
     assert bits(model(X)) == expected
-    for refused, error in (
-        (lambda: list(randlora.trainable_parameters(model)), AdapterError),
-        (lambda: randlora.delta_weight(model, "0.up"), AdapterError),
-        (lambda: randlora.merge(model), MergeError),
-        (lambda: randlora.save(model, tmp_path), CheckpointError),
-        (lambda: randlora.eject(model), AdapterError),
+    for refused in (
+        lambda: list(randlora.trainable_parameters(model)),
+        lambda: randlora.delta_weight(model, "0.up"),
+        lambda: randlora.merge(model),
+        lambda: randlora.save(model, tmp_path),
+        lambda: randlora.eject(model),
     ):
-        with pytest.raises(error, match=r"offloaded|meta"):
+        with pytest.raises((AdapterError, CheckpointError, MergeError), match=r"offloaded|meta"):
             refused()
     remove_hook_from_submodules(model)
     assert bits(model(X)) == expected
@@ -376,29 +334,13 @@ def test_what_is_not_in_memory_is_refused_where_values_are_needed(tmp_path: Path
 # Parameters that are trained beside the layers
 
 
-@pytest.mark.parametrize("place", [in_ram, in_a_checkpoint])
-def test_offloaded_parameters_are_no_ones_to_train_copies_of(place: Placing, tmp_path: Path) -> None:
-    save(adapted(Small(), train_also=NORM), tmp_path / "adapter")
-    model = place(Small(), tmp_path)
-    with pytest.raises(TargetError, match=r"norm\.weight is offloaded by accelerate.*\n.*norm\.bias is"):
-        adapted(model, train_also=NORM)
-    with pytest.raises(CheckpointError, match=r"norm\.weight is offloaded by accelerate"):
-        randlora.load(model, tmp_path / "adapter")
-    assert not any("randlora" in name for name, _ in model.named_parameters())
-    assert same_bits(model(X), Small()(X))
-
-
 def test_parameters_beside_those_that_are_offloaded_are_trained_saved_switched_and_ejected(tmp_path: Path) -> None:
     plain, base = adapted(Small(), train_also=NORM), Small()(X)
-    expected = plain(X)
-    during = adapted(Small(), train_also=NORM)
+    expected, during = plain(X), adapted(Small(), train_also=NORM)
     with randlora.disabled(during):  # a block may begin before the model is offloaded, and end after
-        assert same_bits(partly_on_disk(during, tmp_path)(X), base)
-    for model in (
-        during,
-        adapted(partly_on_disk(Small(), tmp_path), train_also=NORM),
-        partly_on_disk(adapted(Small(), train_also=NORM), tmp_path),
-    ):
+        assert same_bits(put(during, "partly disk", tmp_path)(X), base)
+    before = adapted(put(Small(), "partly disk", tmp_path), train_also=NORM)
+    for model in (during, before, put(adapted(Small(), train_also=NORM), "partly disk", tmp_path)):
         assert same_bits(model(X), expected)
         model(X).sum().backward()
         assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
@@ -412,11 +354,19 @@ def test_parameters_beside_those_that_are_offloaded_are_trained_saved_switched_a
         assert not same_bits(model(X), expected)
         randlora.eject(model)
         assert same_bits(model(X), base)
+    for where in ("ram", "checkpoint"):  # no one's to train copies of
+        model = put(Small(), where, tmp_path)
+        with pytest.raises(TargetError, match=r"norm\.weight is offloaded by accelerate.*\n.*norm\.bias is"):
+            adapted(model, train_also=NORM)
+        with pytest.raises(CheckpointError, match=r"norm\.weight is offloaded by accelerate"):
+            randlora.load(model, tmp_path / "here")
+        assert not any("randlora" in name for name, _ in model.named_parameters())
+        assert same_bits(model(X), base)
 
 
-@pytest.mark.parametrize(("place", "is_active"), [(in_ram, True), (on_disk, False), (preloaded, True)])
+@pytest.mark.parametrize(("where", "is_active"), [("ram", True), ("disk", False), ("ram, some whole", True)])
 def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_removed(
-    place: Placing, is_active: bool, tmp_path: Path
+    where: str, is_active: bool, tmp_path: Path
 ) -> None:
     model: Any = nn.Sequential(Small())
     adapted(model, targets="0.up", train_also=[f"0.{name}" for name in NORM])
@@ -424,11 +374,8 @@ def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_re
     if not is_active:
         randlora.activate(model, "other")
     before, expected = save(model, tmp_path / "before"), model(X)
-    place(model, tmp_path)
-    if is_active:  # else nothing that is offloaded would be trained
-        with pytest.raises(AdapterError, match=r"accelerate.*remove_hook_from_submodules"):
-            model(X).sum().backward()
-    for refused in (
+    put(model, where, tmp_path)
+    calls: list[Callable[[], object]] = [
         lambda: [*randlora.trainable_parameters(model)],
         lambda: randlora.save(model, tmp_path / "never", name="default"),
         lambda: randlora.activate(model, "other"),
@@ -437,15 +384,18 @@ def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_re
         lambda: randlora.merged_tensors(model),
         lambda: randlora.inject(model, r=2, targets="0.down", name="third"),
         lambda: randlora.eject(model),
-    ):
-        with pytest.raises(AdapterError, match=r"0\.norm\.weight.*remove_hook_from_submodules"):
+    ]
+    if is_active:  # else nothing that is offloaded would be trained
+        calls.append(lambda: model(X).sum().backward())
+    for refused in calls:
+        with pytest.raises(AdapterError, match=r"(0\.norm\.weight|accelerate).*remove_hook_from_submodules"):
             refused()
     assert same_bits(model(X), expected)
     remove_hook_from_submodules(model)
     assert save(model, tmp_path / "after") == before
     block = randlora.disabled(model)  # offloaded while disabled, copies come back when the hooks are removed
     block.__enter__()
-    base = place(model, tmp_path)(X)
+    base = put(model, where, tmp_path)(X)
     for refused in (lambda: block.__exit__(None, None, None), lambda: randlora.adapters(model)):
         with pytest.raises(AdapterError, match=r"norm\.weight.*remove_hook_from_submodules"):
             refused()
@@ -469,19 +419,17 @@ PARTLY = BESIDE | {"model.layers.0": "disk", "model.layers.1": "cpu"}
 @pytest.mark.medium
 @pytest.mark.parametrize("device_map", [{"": "disk"}, PARTLY], ids=["all on disk", "a layer on disk"])
 def test_a_model_of_transformers_that_is_offloaded_as_it_is_loaded(device_map: dict[str, str], tmp_path: Path) -> None:
-    llama(is_tied=True).save_pretrained(tmp_path / "base")
-    before, ids = contents(tmp_path / "base"), torch.arange(6)[None]
-
-    def loaded(**options: Any) -> Any:
-        return adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base", **options).eval(), stream="portable")
-
-    plain, model = loaded(), loaded(device_map=device_map, offload_folder=tmp_path / "offloaded")
-    expected = bits(plain(ids).logits)
-    assert bits(model(ids).logits) == expected
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    before, placed = contents(tmp_path / "base"), {"device_map": device_map, "offload_folder": tmp_path / "offloaded"}
+    plain, model = (
+        adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base", **options).eval()) for options in ({}, placed)
+    )
+    expected = outputs(plain, tokens())
+    assert same_bits(outputs(model, tokens()), expected)
     assert save(model, tmp_path / "there") == save(plain, tmp_path / "here")
     with randlora.merged(model), randlora.merged(plain):
-        assert same_bits(model(ids).logits, plain(ids).logits)
-    assert bits(model(ids).logits) == expected
+        assert same_bits(outputs(model, tokens()), outputs(plain, tokens()))
+    assert same_bits(outputs(model, tokens()), expected)
     for each, name in ((plain, "plain"), (model, "merged")):
         randlora.files.save_merged(each, tmp_path / name)
     assert contents(tmp_path / "merged") == contents(tmp_path / "plain")
@@ -490,23 +438,19 @@ def test_a_model_of_transformers_that_is_offloaded_as_it_is_loaded(device_map: d
 
 @pytest.mark.medium
 def test_layers_of_bitsandbytes_are_merged_where_they_are_and_refused_where_they_are_offloaded(tmp_path: Path) -> None:
-    def built() -> nn.Module:
-        torch.manual_seed(0)
-        layers = {name: bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32) for name in ("up", "down")}
-        return nn.Sequential(OrderedDict(layers)).to("cpu")
-
-    x = torch.randn(3, 64)
-    plain, model = adapted(built()), adapted(with_forced_hooks(built(), tmp_path))
+    built = nn.Sequential(OrderedDict({name: of_4_bits(64, 64) for name in ("up", "down")}))
+    x, plain = torch.randn(3, 64), adapted(copy.deepcopy(built))
+    model = adapted(put(copy.deepcopy(built), "here", tmp_path))
     assert same_bits(model(x), plain(x))
     with randlora.merged(model), randlora.merged(plain):
         assert same_bits(model(x), plain(x))
-    with pytest.raises(TargetError, match="down has no values"):
-        adapted(partly_on_disk(built(), tmp_path))
-    late = partly_on_disk(adapted(built()), tmp_path)
+    late = put(adapted(copy.deepcopy(built)), "partly disk", tmp_path)
     codes = bits(late.up.weight)
     with pytest.raises(MergeError, match="the weight of down is incomplete"):
         randlora.merge(late)
     assert bits(late.up.weight) == codes
+    with pytest.raises(TargetError, match="down has no values"):
+        adapted(put(built, "partly disk", tmp_path))
 
 
 def test_accelerate_reads_the_configs_of_the_docs(tmp_path: Path) -> None:

@@ -228,10 +228,10 @@ class AdapterRules(ModelMachine):
             self.merge_as(names | truth.merged_names)
 
     @precondition(lambda self: self.blocks)
-    @rule()
-    def leave(self) -> None:
+    @rule(error=st.sampled_from([None, ZeroDivisionError()]))
+    def leave(self, error: ZeroDivisionError | None) -> None:
         truth, (manager, merges, life) = self.truth, self.blocks.pop()
-        manager.__exit__(None, None, None)
+        assert not manager.__exit__(type(error) if error else None, error, None), "an exception must not be hidden"
         if life == truth.life and merges is None:
             truth.disabled -= 1
         if life == truth.life and (own := (merges or set()) & truth.merged_names):

@@ -146,7 +146,7 @@ class RandLoRAMachine(FileRules):
     def teardown(self) -> None:
         with self.cleanup:
             while self.blocks:
-                self.leave()
+                self.leave(None)
                 self.holds()
             if hasattr(self, "truth") and self.truth.adapters:
                 self.eject()
