@@ -206,6 +206,14 @@ def peft_directory(directory: Path, case: Case = LINEAR, **options: Any) -> Path
     return directory
 
 
+def foreign(directory: Path, seed: int = 0) -> Path:
+    """Save an adapter of PEFT's whose bases no seed brings back."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {BASIS_A: torch.randn(2, 1, 5, generator=generator), BASIS_B: torch.randn(6, 3, 2, generator=generator)}
+    edit_tensors(peft_directory(directory), drawn)
+    return directory
+
+
 def reseal(
     directory: Path,
     changes: Mapping[str, Tensor] | None = None,

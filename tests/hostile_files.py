@@ -1,13 +1,15 @@
-"""Adapter files that were made to hang a reader, to fill its memory, or to raise what no caller expects."""
+"""Adapter files that are damaged or made to hang a reader, to fill its memory, or to raise what no caller expects."""
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 import randlora
 from randlora.checkpoint.header import _seal
@@ -18,11 +20,16 @@ from tests.checkpoint_files import (
     GAMMA,
     LAMBDA,
     LINEAR,
+    PREFIX,
     TENSORS_FILE,
+    Stored,
     edit_fields,
+    edit_tensors,
+    foreign,
     peft_directory,
     read_fields,
     read_tensors,
+    reseal,
     trained,
     write_tensors,
 )
@@ -30,15 +37,25 @@ from tests.checkpoint_files import (
 Damage = Callable[[Path], object]
 
 
-def our_adapter(directory: Path, **options: Any) -> Path:
+def our_adapter(directory: Path, bases: Stored = "seed", **options: Any) -> Path:
     """Save an adapter of ours."""
-    randlora.save(trained(LINEAR, **options), directory)
+    randlora.save(trained(LINEAR, **options), directory, bases=bases)
     return directory
 
 
-def portable_adapter(directory: Path) -> Path:
-    """Save one whose bases are drawn for its own layers, whatever dims their spec has."""
-    return our_adapter(directory, stream="portable")
+def unseeded(directory: Path) -> Path:
+    """Save one with bases that no seed brings back, as PEFT may draw them."""
+    model = LINEAR.build()
+    randlora.load(model, foreign(directory))
+    randlora.save(model, directory, bases="stored")
+    return directory
+
+
+def model_directory(parent: Path) -> Path:
+    """Write the checkpoint of the model that these adapters are of, without a config."""
+    parent.mkdir()
+    save_file(LINEAR.build().state_dict(), parent / "model.safetensors")
+    return parent
 
 
 def reseal_text(directory: Path, edit: Callable[[dict[str, Any]], object], dump: Callable[[Any], str]) -> None:
@@ -70,15 +87,61 @@ def text(old: str, new: str) -> Damage:
     return lambda directory: reseal_text(directory, lambda _: None, lambda found: json.dumps(found).replace(old, new))
 
 
-def fields(**changes: Any) -> Damage:
-    return lambda directory: edit_fields(directory, changes)
+def fields(*drop: str, **changes: Any) -> Damage:
+    return lambda directory: edit_fields(directory, changes, drop=drop)
 
 
 def json_text(old: str, new: str) -> Damage:
+    return lambda directory: config(json.dumps(read_fields(directory)).replace(old, new).encode())(directory)
+
+
+def config(contents: bytes) -> Damage:
+    return lambda directory: (directory / CONFIG_FILE).write_bytes(contents)
+
+
+def tensors(changes: Mapping[str, Tensor], *drop: str) -> Damage:
+    return lambda directory: edit_tensors(directory, changes, drop=drop)
+
+
+def sealed(changes: Mapping[str, Tensor], *drop: str) -> Damage:
+    return lambda directory: reseal(directory, changes, drop=drop)
+
+
+def doubled(key: str) -> Damage:
+    return lambda directory: reseal(directory, {key: read_tensors(directory)[0][key] * 2})
+
+
+def not_finite(key: str, value: float) -> Damage:
+    """Put a value that is not finite into a tensor, under a whole seal if there is one."""
+
     def damage(directory: Path) -> None:
-        (directory / CONFIG_FILE).write_text(json.dumps(read_fields(directory)).replace(old, new), encoding="utf-8")
+        held, metadata = read_tensors(directory)
+        held[key].view(-1)[-1] = value
+        (reseal if "randlora" in metadata else edit_tensors)(directory, {key: held[key]})
 
     return damage
+
+
+class Bomb:
+    """What makes a directory when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, ("exploded",)
+
+
+def pickled(name: str) -> Damage:
+    """Put a pickle of that name in place of the tensors."""
+
+    def damage(directory: Path) -> None:
+        (directory / TENSORS_FILE).unlink()
+        torch.save({"weight": Bomb()}, directory / name)
+
+    return damage
+
+
+def renamed_header(directory: Path) -> None:
+    held, metadata = read_tensors(directory)
+    write_tensors(directory, held, {"format": "pt", "sandlora": metadata["randlora"]})
 
 
 def raw(tensors: Mapping[str, tuple[list[int], bytes]], *, is_added: bool = False) -> Damage:
@@ -131,112 +194,141 @@ SPECIAL: dict[str, Callable[[Path], object]] = {
     "link-to-itself": lambda path: path.symlink_to(path.name),
 }
 """What is no file, though its name is one's."""
+SAID = (" is a pipe: expected", " is a device: expected", " is a device: expected", " is a directory: expected", "")
 
 NUMBER = "1" + "0" * 400
 DEEP = "[" * 5000 + "]" * 5000
 LARGE = 2**40
+ENDLESS = b"\xff" * 8 + b"{}"
+NO_BASES = {LAMBDA: ([2, 2], bytes(16)), GAMMA: ([2, 4], bytes(32)), BASIS_A: ([2, 1, 0], b"")}
+NO_BASES |= {BASIS_B: ([LARGE, 0, 2], b"")}
+ones = torch.ones
 
+Rows = tuple[tuple[str, Damage], ...]
+ASKED, SHAPELESS = "the file asks for bases of", "has a shape that no tensor has"
+NOT_FINITE, OTHERS = "holds NaN or infinite values", "expected the parameters trained with it (2.bias), got"
+EDITED, LOST = (
+    "the bases stored in the file are not those it names",
+    "have lost the header that goes with randlora_stream",
+)
+NOT_SAME = "when the adapter was saved with torch"
+NO_ADAPTER = "describes no RandLoRA adapter: expected peft_type='RANDLORA', got "
+WIDE: dict[str, Any] = {"targets": {"0": [4, LARGE], "2": [5, 4]}}
+BIAS = f"{PREFIX}2.base_layer.bias"
+VALUES = (*((key, float("nan")) for key in (LAMBDA, GAMMA, BIAS, BASIS_A, BASIS_B)), (LAMBDA, 1e999), (GAMMA, -1e999))
+NOT_FINITE_ROWS: Rows = tuple(
+    (f"{key.removeprefix(PREFIX).replace('.base_layer', '')} {NOT_FINITE}", not_finite(key, value))
+    for key, value in VALUES
+)
 
-OURS: dict[str, Damage] = {
-    "digest-number": facts(basis_sha256=7),
-    "no-library-version": lambda directory: reseal_text(directory, lambda it: it.pop("library_version"), json.dumps),
-    "no-targets": facts(targets={}, config__targets=[]),
-    "targets-regex": facts(config__targets="(a+)+$|" + "a" * 40),
-    "exclude-regex": facts(config__exclude="(a+)+$"),
-    "max-dim": facts(basis__max_dim=LARGE),
-    "wide-spec": facts(basis__max_dim=2**14, basis__min_dim=2**14),
-    "both-dims": facts(basis__max_dim=2**20, basis__min_dim=2**20),
-    "dims-beyond-floats": facts(basis__max_dim=10**308, basis__min_dim=10**308),
-    "wide-layer": facts(targets={"0": [4, LARGE], "2": [5, 4]}, basis__max_dim=LARGE),
-    "a-key-twice": text('"config": {', '"config": {"r": 2, '),
-    "nan": text('"dropout": 0.0', '"dropout": NaN'),
-    "beyond-floats": text('"dropout": 0.0', '"dropout": 1e999'),
-    "more-digits": text('"dropout": 0.0', f'"dropout": {NUMBER * 1000}'),
-    "deep": text('"dropout": 0.0', f'"more": {DEEP}, "dropout": 0.0'),
-    "half-a-character": text('"dropout": 0.0', '"more": "\\ud800", "dropout": 0.0'),
-    "another-object": lambda directory: reseal_text(directory, lambda _: None, lambda _: "[]"),
+OURS: Rows = (
+    ("basis_sha256 must be a string, got 7", facts(basis_sha256=7)),
+    ("has no library_version", lambda place: reseal_text(place, lambda it: it.pop("library_version"), json.dumps)),
+    ("at least one name", facts(targets={}, config__targets=[])),
+    ("config.targets must be a list or None", facts(config__targets="(a+)+$|" + "a" * 40)),
+    ("config.exclude must be a list or None", facts(config__exclude="(a+)+$")),
+    (f"{ASKED} {LARGE} x 5", facts(basis__max_dim=LARGE)),
+    (f"{ASKED} {2**14} x {2**14}", facts(basis__max_dim=2**14, basis__min_dim=2**14)),
+    (f"{ASKED} {2**20} x {2**20}", facts(basis__max_dim=2**20, basis__min_dim=2**20)),
+    (f"{ASKED} {10**308}", facts(basis__max_dim=10**308, basis__min_dim=10**308)),
+    (f"{LARGE}", facts(**WIDE, basis__max_dim=LARGE)),
+    ("has 'r' twice", text('"config": {', '"config": {"r": 2, ')),
+    ("has NaN, which is not JSON", text('"dropout": 0.0', '"dropout": NaN')),
+    ("has the number 1e999, which is too large", text('"dropout": 0.0', '"dropout": 1e999')),
+    ("an integer of 401000 digits", text('"dropout": 0.0', f'"dropout": {NUMBER * 1000}')),
+    ("nested deeper than 64 levels", text('"dropout": 0.0', f'"more": {DEEP}, "dropout": 0.0')),
+    ("surrogates not allowed", text('"dropout": 0.0', '"more": "\\ud800", "dropout": 0.0')),
+    ("it is not an object", lambda place: reseal_text(place, lambda _: None, lambda _: "[]")),
+    ("has a header under a damaged name", renamed_header),
+    (NOT_SAME, lambda place: reseal(place, digest="0" * 64)),
+)
+PORTABLE: Rows = (
+    (f"{LARGE}", facts(**WIDE)),
+    (f"{LARGE}", facts(**WIDE, basis__max_dim=LARGE)),
+    (f"{2**25}", facts(targets={"0": [4, 2**25], "2": [2**25, 4]})),
+    (f"{ASKED} {LARGE} x 5", facts(basis__max_dim=LARGE)),
+    (LOST, tensors({})),
+    (NOT_SAME, lambda place: reseal(place, digest="0" * 64)),
+)
+STORED: Rows = (
+    *NOT_FINITE_ROWS,
+    (f"{OTHERS} {PREFIX}0.bias, {BIAS}", sealed({f"{PREFIX}0.bias": ones(4)})),
+    (f"{OTHERS} none", sealed({}, BIAS)),
+    (f"{OTHERS} {PREFIX}2.bias", sealed({f"{PREFIX}2.bias": ones(5)}, BIAS)),
+    ("the header names other targets", sealed({}, LAMBDA, GAMMA)),
+    (OTHERS, sealed({f"{PREFIX}4.randlora_lambda": ones(2, 1), f"{PREFIX}4.randlora_gamma": ones(1, 2)})),
+    (EDITED, doubled(BASIS_A)),
+    (EDITED, doubled(BASIS_B)),
+)
+UNSEEDED: Rows = (
+    (EDITED, doubled(BASIS_A)),
+    (EDITED, doubled(BASIS_B)),
+    ("no bases, and no seed reproduces those it was trained with", sealed({}, BASIS_A, BASIS_B)),
+)
+PEFTS: Rows = (
+    *NOT_FINITE_ROWS,
+    ("key must be an integer, got '%2000000000d'", fields(projection_prng_key="%2000000000d")),
+    ("key must be an integer, got '%'", fields(projection_prng_key="%")),
+    ("key must be an integer, got 0.5", fields(projection_prng_key=0.5)),
+    ("lacks r, randlora_alpha, projection_prng_key", fields("r", "randlora_alpha", "projection_prng_key")),
+    ("expected (3, num_bases)", fields(r=3)),
+    (f"expected ({10**6}, num_bases)", fields(r=10**6)),
+    ("alpha must be a finite number, got None", fields(randlora_alpha=None)),
+    ("alpha must be a finite number", fields(randlora_alpha="640")),
+    ("an integer of 401 digits", json_text('"randlora_alpha": 40', f'"randlora_alpha": {NUMBER}')),
+    ("has NaN, which is not JSON", fields(randlora_alpha=float("nan"))),
+    ("surrogates not allowed", json_text('"bias": "none"', '"bias": "\\ud800"')),
+    ("has 'bias' twice", json_text('"bias": "none"', '"bias": "none", "bias": "all"')),
+    ("nested deeper than 64 levels", json_text('"bias": "none"', f'"more": {DEEP}, "bias": "none"')),
+    ("nested deeper than 64", json_text('"bias": "none"', f'"more": {"[" * 400 + "]" * 400}, "bias": "none"')),
+    ("invalid start byte", config(b"\xff\xfe{\0}\0")),
+    ("is damaged", config(b"{")),
+    (f"{NO_ADAPTER}None", config(b"null")),
+    (f"{NO_ADAPTER}'LORA'", config(b'{"peft_type": "LORA"}')),
+    (f"{SHAPELESS}, (0, {2**63})", add(f"{LAMBDA}s", [0, 2**63])),
+    (f"{SHAPELESS}, (0, {2**62}, {2**62})", add(f"{LAMBDA}s", [0, 2**62, 2**62])),
+    (f"{SHAPELESS}, (1, 1, 1", add(f"{LAMBDA}s", [1] * 5000, b"\0" * 4)),
+    (f"0 has randlora_lambda (0, {2**62})", raw(dict.fromkeys((LAMBDA, GAMMA), ([0, 2**62], b"")))),
+    (f"the bases have shapes (2, 1, 0) and ({LARGE}, 0, 2)", raw(NO_BASES)),
+    ("has a name of 1000032 characters", add("base_model.model." + "a." * 500_000 + "randlora_lambda", [1], bytes(4))),
+    ("the file holds no randlora_lambda and randlora_gamma", raw({f"{PREFIX}0.bias": ([4], bytes(16))})),
+    ("0 has one of randlora_lambda and randlora_gamma: expected both", tensors({}, GAMMA)),
+    ("the file holds one of the two bases: expected both or none", tensors({}, BASIS_B)),
+    ("'0.randlora_lambda' is not the name of an adapter's", tensors({"0.randlora_lambda": ones(1)})),
+    ("randlora_lambda (3, 2)", tensors({LAMBDA: ones(3, 2)})),
+    ("randlora_lambda ()", tensors({LAMBDA: torch.tensor(1.0)})),
+    ("randlora_gamma (2, 4, 1)", tensors({GAMMA: ones(2, 4, 1)})),
+    ("randlora_gamma (3, 4)", tensors({LAMBDA: ones(2, 3), GAMMA: ones(3, 4)})),
+    ("lambda (1, 1, 2, 2)", tensors({LAMBDA: ones(1, 1, 2, 2), GAMMA: ones(1, 1, 2, 4)})),
+    ("randlora_gamma (0, 0): expected (2, num_bases)", tensors({LAMBDA: ones(2, 0), GAMMA: ones(0, 0)})),
+    ("the bases have shapes () and", tensors({BASIS_A: torch.tensor(1.0)})),
+    ("the bases have shapes (3, 1, 5)", tensors({BASIS_A: ones(3, 1, 5)})),
+    ("and (6, 2, 2), which do not fit r=2", tensors({BASIS_B: ones(6, 2, 2)})),
+    ("(0.bias, 2.bias), got", tensors({f"{PREFIX}0.bias": ones(4), f"{PREFIX}0.base_layer.bias": ones(4)})),
+    ("copies of base_model.randlora_A that", tensors({f"{PREFIX}0.randlora_A": ones(2, 1, 5)})),
+    ("0.randlora_lambda holds torch.float8_e4m3fn", tensors({LAMBDA: ones(2, 2).to(torch.float8_e4m3fn)})),
+    ("randlora_B holds torch.bool", tensors({BASIS_B: ones(6, 3, 2).bool()})),
+    ("2 problems:\n  - 0.randlora_lambda", tensors({LAMBDA: ones(2, 2) / 0, GAMMA: ones(2, 4).long()})),
+    ("truncated or damaged", pickled(TENSORS_FILE)),
+    ("only safetensors files are read, nothing is unpickled", pickled("adapter_model.bin")),
+    (f"{CONFIG_FILE} and {TENSORS_FILE}", lambda place: (place / CONFIG_FILE).unlink()),
+    *(
+        (f"{name}{said}", instead(name, make))
+        for name in (CONFIG_FILE, TENSORS_FILE)
+        for said, make in zip(SAID, SPECIAL.values(), strict=True)
+    ),
+    ("3,221,225,472 bytes, expected at most", instead(CONFIG_FILE, sparse(3 * 2**30))),
+    ("its header has 0 of 3,221,225,472 bytes", instead(TENSORS_FILE, sparse(3 * 2**30))),
+    ("header has 3,221,225,472 of", instead(TENSORS_FILE, sparse(2**32, (3 * 2**30).to_bytes(8, "little")))),
+    ("header has 18,446,744,073,709,551,615 of 10", lambda place: (place / TENSORS_FILE).write_bytes(ENDLESS)),
+)
+
+MAKERS: dict[str, tuple[Callable[[Path], object], Rows]] = {
+    "ours": (our_adapter, OURS),
+    "portable": (partial(our_adapter, stream="portable"), PORTABLE),
+    "block": (partial(our_adapter, basis="block"), PORTABLE[-2:]),
+    "stored": (partial(our_adapter, bases="stored", train_also=["2.bias"]), STORED),
+    "unseeded": (unseeded, UNSEEDED),
+    "PEFT's": (partial(peft_directory, train_also=["2.bias"]), PEFTS),
 }
-"""Damages of a directory of `our_adapter`."""
-
-PORTABLE: dict[str, Damage] = {
-    "wide-layer": facts(targets={"0": [4, LARGE], "2": [5, 4]}),
-    "wide-layer-of-its-spec": facts(targets={"0": [4, LARGE], "2": [5, 4]}, basis__max_dim=LARGE),
-    "high-and-wide": facts(targets={"0": [4, 2**25], "2": [2**25, 4]}),
-    "max-dim": facts(basis__max_dim=LARGE),
-}
-"""Damages of a directory of `portable_adapter`."""
-
-PEFTS: dict[str, Damage] = {
-    "format-string": fields(projection_prng_key="%2000000000d"),
-    "format-string-cut": fields(projection_prng_key="%"),
-    "name-of-half-characters": json_text('"bias": "none"', '"bias": "\\ud800"'),
-    "rank-large": fields(r=10**6),
-    "alpha-null": fields(randlora_alpha=None),
-    "alpha-digits": json_text('"randlora_alpha": 40', f'"randlora_alpha": {NUMBER}'),
-    "alpha-nan": json_text('"randlora_alpha": 40', '"randlora_alpha": NaN'),
-    "a-key-twice": json_text('"bias": "none"', '"bias": "none", "bias": "all"'),
-    "deep": json_text('"bias": "none"', f'"more": {DEEP}, "bias": "none"'),
-    "deep-enough": json_text('"bias": "none"', f'"more": {"[" * 400 + "]" * 400}, "bias": "none"'),
-    "no-object": lambda directory: (directory / CONFIG_FILE).write_text("7"),
-    "utf-16": lambda directory: (directory / CONFIG_FILE).write_text(json.dumps(read_fields(directory)), "utf-16"),
-    "empty-and-huge": add(f"{LAMBDA}s", [0, 2**63]),
-    "empty-and-huge-twice": add(f"{LAMBDA}s", [0, 2**62, 2**62]),
-    "of-many-dims": add(f"{LAMBDA}s", [1] * 5000, b"\0" * 4),
-    "all-empty": raw(dict.fromkeys((LAMBDA, GAMMA), ([0, 2**62], b""))),
-    "bases-of-nothing": raw({
-        LAMBDA: ([2, 2], b"\0" * 16),
-        GAMMA: ([2, 4], b"\0" * 32),
-        BASIS_A: ([2, 1, 0], b""),
-        BASIS_B: ([2**40, 0, 2], b""),
-    }),
-    "long-name": add("base_model.model." + "a." * 500_000 + "randlora_lambda", [1], b"\0" * 4),
-    "no-tensors": raw({}),
-    **{f"json-is-{name}": instead(CONFIG_FILE, make) for name, make in SPECIAL.items()},
-    **{f"tensors-are-{name}": instead(TENSORS_FILE, make) for name, make in SPECIAL.items()},
-    "json-of-3-GB": instead(CONFIG_FILE, sparse(3 * 2**30)),
-    "tensors-of-3-GB-of-nothing": instead(TENSORS_FILE, sparse(3 * 2**30)),
-    "header-of-3-GB": instead(TENSORS_FILE, sparse(2**32, (3 * 2**30).to_bytes(8, "little"))),
-    "header-of-exabytes": lambda directory: (directory / TENSORS_FILE).write_bytes(b"\xff" * 8 + b"{}"),
-}
-"""Damages of a directory that PEFT might have written."""
-
-
-MAKERS = ((our_adapter, OURS), (portable_adapter, PORTABLE), (peft_directory, PEFTS))
-CASES = {
-    f"{maker.__name__}-{name}": (maker.__name__, damage)
-    for maker, damages in MAKERS
-    for name, damage in damages.items()
-}
-"""Every damage with the maker of what is damaged."""
-
-
-def sound_directories(parent: Path) -> dict[str, Path]:
-    """Make what all hostile files are made of, by the name of its maker."""
-    return {maker.__name__: maker(parent / maker.__name__) for maker, _ in MAKERS}
-
-
-def hostile(sound: Path, damage: Damage, directory: Path) -> Path:
-    """Copy a directory and damage it."""
-    shutil.copytree(sound, directory)
-    damage(directory)
-    return directory
-
-
-def model_directory(parent: Path) -> Path:
-    """Write the checkpoint of the model that these adapters are of, without a config."""
-    parent.mkdir()
-    save_file(LINEAR.build().state_dict(), parent / "model.safetensors")
-    return parent
-
-
-def verbs(directory: Path, base: Path, out: Path) -> dict[str, Callable[[], object]]:
-    """Everything on files that reads an adapter, for one directory."""
-    files = randlora.files
-    return {
-        "inspect": lambda: files.inspect(directory),
-        "inspect-base": lambda: files.inspect(directory, base),
-        "peft": lambda: files.convert(directory, out, "peft"),
-        "native": lambda: files.convert(directory, out, "native"),
-        "lora": lambda: files.convert(directory, out, "lora", base=base),
-        "merge": lambda: files.merge(directory, out, base=base),
-    }
+"""What makes a sound directory, and what is said of it, by every verb, after some damage."""

@@ -28,17 +28,16 @@ from tests.checkpoint_files import (
     PREFIX,
     TENSORS_FILE,
     Case,
-    Headed,
     Twice,
     basis_of,
     doubted,
     edit_fields,
     edit_tensors,
+    foreign,
     peft_directory,
     read_fields,
     read_tensors,
     refused,
-    reseal,
     trained,
 )
 from tests.hostile_files import our_adapter
@@ -228,14 +227,6 @@ def test_pefts_two_booleans_are_read_as_one_kind_and_other_floating_dtypes_never
 # Bases
 
 
-def foreign(directory: Path, seed: int = 0) -> Path:
-    """Make a PEFT file whose bases no seed brings back."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = {BASIS_A: torch.randn(2, 1, 5, generator=generator), BASIS_B: torch.randn(6, 3, 2, generator=generator)}
-    edit_tensors(peft_directory(directory), drawn)
-    return directory
-
-
 SMALLEST: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
     torch.float32: lambda drawn: drawn,
     torch.bfloat16: lambda drawn: drawn.bfloat16().float(),
@@ -295,31 +286,6 @@ def test_stored_bases_are_kept_unless_their_key_brings_back_every_number(tmp_pat
         edit_tensors(tmp_path, {BASIS_A: bases.A, BASIS_B: bases.B, part: changed})
         kept = basis_of(loaded(tmp_path), "a0").slices(9, 7, device="cpu", dtype=torch.float32)
         assert torch.equal(kept.A if part == BASIS_A else kept.B, changed)
-
-
-@pytest.mark.parametrize("options", [{}, {"stream": "portable"}, {"basis": "block"}], ids=str)
-def test_bases_that_are_not_those_trained_with_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
-    """And those that the model has for another adapter do not grow."""
-    randlora.save(trained(HEADED, **options), tmp_path)
-    reseal(tmp_path, digest="0" * 64)
-    refused(HEADED.build(), tmp_path, "save it there with bases='stored'")
-    narrow = trained(Case("narrow", Headed, {"targets": ["head"]}), name="first", **options)
-    refused(narrow, tmp_path, "when the adapter was saved with torch", name="second")
-
-
-def test_bases_that_contradict_what_the_file_says_of_them_are_refused(tmp_path: Path) -> None:
-    for model in (trained(LINEAR), loaded(foreign(tmp_path / "peft"))):
-        for part in (BASIS_A, BASIS_B):
-            randlora.save(model, tmp_path, bases="stored")
-            reseal(tmp_path, {part: read_tensors(tmp_path)[0][part] * 2})
-            refused(LINEAR.build(), tmp_path, "the bases stored in the file are not those it names")
-    randlora.save(model, tmp_path, bases="stored")
-    reseal(tmp_path, drop=[BASIS_A, BASIS_B])
-    refused(LINEAR.build(), tmp_path, "the file holds no bases, and no seed reproduces those it was trained with")
-    thin = Case("thin", lambda: nn.Sequential(nn.Linear(6, 1)))
-    randlora.save(trained(thin, r=1, stream="portable"), tmp_path, bases="stored")
-    edit_tensors(tmp_path, {}, drop=[BASIS_A, BASIS_B])
-    refused(thin.build(), tmp_path, "the bases that the file names cannot be drawn")
 
 
 def test_stored_bases_are_used_where_a_seed_draws_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

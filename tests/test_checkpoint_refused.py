@@ -1,19 +1,28 @@
-"""What `load` refuses without a trace: files that are damaged or no adapter's, and models that they do not fit."""
+"""Files that are damaged or no adapter's, and models that they do not fit, are refused by one error without a trace."""
 
-import os
+import json
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from copy import deepcopy
+from functools import partial, reduce
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
+from randlora.bases import BasisSpec
+from randlora.bases.basis import Basis
 from randlora.checkpoint import read
+from randlora.cli.app import main
 from randlora.errors import AdapterError, CheckpointError
 from tests.checkpoint_files import (
     BASIS_A,
@@ -23,199 +32,248 @@ from tests.checkpoint_files import (
     HEADED,
     LAMBDA,
     LINEAR,
-    PREFIX,
     TENSORS_FILE,
     Case,
     Headed,
     basis_of,
-    edit_fields,
     edit_tensors,
     peft_directory,
+    read_fields,
     read_tensors,
     refused,
     reseal,
     trained,
     write_tensors,
 )
-from tests.hostile_files import Damage, fields, our_adapter
-from tests.kit import adapter_values, all_bits, bits, snapshot
+from tests.fuzz.files import CORPUS, pack, unpack
+from tests.fuzz.limits import bounded
+from tests.fuzz.targets import TARGETS
+from tests.hostile_files import (
+    MAKERS,
+    NOT_SAME,
+    Damage,
+    facts,
+    model_directory,
+    ones,
+    our_adapter,
+    renamed_header,
+    reseal_text,
+    tensors,
+)
+from tests.kit import adapter_values, all_bits, bits, snapshot, untouched
 
-Build = Callable[[], nn.Module]
+a_doubt_is_no_error = pytest.mark.filterwarnings("ignore::UserWarning")  # of a header and a JSON that disagree
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_other_process() -> Iterator[None]:
+    """Do not wait for another process to finish replacing files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "PATIENCE", 0)
+        yield
+
+
+# Files that every verb refuses
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of sound adapters, by the names of their makers, each read once, and of their model."""
+    parent = tmp_path_factory.mktemp("sound")
+    model_directory(parent / "base")
+    for name, (make, _) in MAKERS.items():
+        make(parent / name)
+        for verb in verbs(parent / name, parent / "base", parent / "out"):
+            with suppress(CheckpointError):  # of a file that PEFT wrote, which tells less
+                verb()
+            shutil.rmtree(parent / "out", ignore_errors=True)
+    return parent
+
+
+def verbs(directory: Path, base: Path, out: Path) -> list[Callable[[], object]]:
+    """Everything that reads an adapter, for one directory; the last two for its model."""
+    files = randlora.files
+    return [
+        lambda: randlora.load(LINEAR.build(), directory),
+        lambda: files.inspect(directory),
+        lambda: files.convert(directory, out, "peft"),
+        lambda: files.convert(directory, out, "native"),
+        lambda: files.inspect(directory, base),
+        lambda: files.convert(directory, out, "lora", base=base, tolerance=1.0),
+        lambda: files.merge(directory, out, base=base),
+    ]
+
+
+CASES = [(maker, said, damage) for maker, (_, rows) in MAKERS.items() for said, damage in rows]
+
+
+@pytest.mark.parametrize(("maker", "said", "damage"), CASES, ids=[f"{maker}-{said[:50]}" for maker, said, _ in CASES])
+def test_every_verb_refuses_a_hostile_file_and_touches_nothing(
+    maker: str,
+    said: str,
+    damage: Damage,
+    sound: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the same words, within a second and 100 MB; every command ends with 1 and a message; nothing is unpickled."""
+    monkeypatch.chdir(tmp_path)
+    directory, base, out = Path("adapter"), sound / "base", Path("out")
+    shutil.copytree(sound / maker, directory)
+    damage(directory)
+    names, model = sorted(directory.iterdir()), LINEAR.build()
+    with untouched(model), pytest.raises(CheckpointError, match=re.escape(said)), bounded(1, 100):
+        randlora.load(model, directory)
+    for verb in verbs(directory, base, out):
+        with pytest.raises(CheckpointError, match=re.escape(said)), bounded(1, 100):
+            verb()
+    with bounded(1, 100):
+        verification = randlora.files.verify(directory)
+    (failed,) = (each for each in verification.checks if each.outcome == "failed")
+    assert said in failed.words
+    for words in (["inspect", directory], ["convert", directory, out], ["merge", directory, out, "--base", base]):
+        assert main([*map(str, words)]) == 1
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err[:7]) == ("", "error: ")
+    assert main(["verify", str(directory)]) == 1
+    shown = capsys.readouterr()
+    assert (shown.err, f"\n{shown.out}".count("\nfailed: ")) == ("", 1)
+    assert sorted(directory.iterdir()) == names
+    assert [*Path().iterdir()] == [directory]
+
+
+def test_a_weight_under_two_names_is_refused_by_every_verb_that_has_its_model(sound: Path, tmp_path: Path) -> None:
+    directory = our_adapter(tmp_path / "adapter")
+    tensors, metadata = read_tensors(directory)
+    twice = {name.replace(".0.", ".0.weight."): tensor for name, tensor in tensors.items()}
+    write_tensors(directory, tensors | twice, metadata)
+    targets = {"0": [4, 6], "0.weight": [4, 6], "2": [5, 4]}
+    facts(targets=targets, config__targets=[*targets])(directory)
+    refused(LINEAR.build(), directory, "the model has no layer 0.weight")
+    for verb in verbs(directory, sound / "base", tmp_path / "out")[-3:]:
+        with pytest.raises(CheckpointError, match=r"0 and 0\.weight are both 0\.weight"):
+            verb()
+    assert not randlora.files.verify(directory, sound / "base").passed
+
+
+def test_bases_as_large_as_peft_would_draw_them_are_not_written_needlessly(sound: Path, tmp_path: Path) -> None:
+    """A wide and a high layer, for which PEFT has bases that are as wide and as high."""
+    spec = BasisSpec("dense", "portable", seed=0, r=2, max_dim=2**14, min_dim=4)
+    directory = our_adapter(tmp_path / "adapter", stream="portable")
+    facts(targets={"0": [4, 2**14], "2": [2**14, 4]}, basis_sha256=Basis(spec).digest(2**14, 4))(directory)
+    with pytest.raises(CheckpointError, match="the file asks for bases of 16384 x 16384 with r=2"):
+        randlora.files.convert(directory, tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.medium
+@a_doubt_is_no_error
+@settings(max_examples=50)
+@given(st.sampled_from(sorted((CORPUS / "adapter").iterdir())), st.integers(0, 2**32))
+def test_any_header_any_json_and_any_bytes_are_refused_or_load(path: Path, seed: int) -> None:
+    """And what loads can be saved again, by the laws of fuzzing: bytes are changed, or what they stand for."""
+    random = Random(seed)
+
+    def changed(data: bytes) -> bytes:
+        held = bytearray(data or b"\0")
+        for _ in range(random.randint(1, 4)):
+            held[random.randrange(min(len(held), random.choice((600, 10**6))))] = random.choice(b'019[],:{}"\0\xff')
+        return bytes(held[: random.choice((len(held), len(held), random.randrange(len(held))))])
+
+    files = unpack(path.read_bytes()) or {}
+    if files and random.random() < 0.3:
+        name = random.choice([*files])
+        TARGETS["adapter"].run(pack({**files, name: changed(files[name])}))
+    else:
+        TARGETS["adapter"].run(TARGETS["adapter"].mutate(path.read_bytes(), random, changed))
+
+
+# The types of what is in a file
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Go through all values inside a value of JSON, by their keys."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield (*path, key)
+        yield from places(entry, (*path, key))
+
+
+def at(value: Any, path: tuple[Any, ...]) -> Any:
+    return reduce(lambda held, key: held[key], path, value)
+
+
+def write_header(directory: Path, changed: dict[str, Any]) -> None:
+    def edit(found: dict[str, Any]) -> None:
+        found.clear()
+        found.update(changed)
+
+    reseal_text(directory, edit, json.dumps)
+
+
+def write_json(directory: Path, changed: dict[str, Any]) -> None:
+    (directory / CONFIG_FILE).write_text(json.dumps(changed), encoding="utf-8")
+
+
+def outcome(directory: Path) -> Exception | None:
+    """Load an adapter, which either gives an error and no trace, or is removed again without one."""
+    model = LINEAR.build()
+    with untouched(model):
+        try:
+            randlora.load(model, directory)
+        except Exception as error:
+            return error
+        randlora.eject(model)
+    return None
+
+
+WRONG: tuple[Any, ...] = (None, True, 2.5, -1, 10**30, "%2000000000d", "(a+)+$", [], [[]], {}, {"a": {}}, [["0", 2]])
+NUMBERS = "config/alpha config/dropout randlora_alpha randlora_dropout"
+MAY_BE: dict[type, str] = {
+    int: f"{NUMBERS} layers_to_transform",
+    float: NUMBERS,
+    str: "torch_version config/stream base_model_name_or_path peft_version revision task_type layers_pattern "
+    "target_modules",
+    list: "config/train_also transposed layers_pattern layers_to_transform modules_to_save target_modules",
+    dict: "alpha_pattern auto_mapping rank_pattern",
+}
+MAY_BE[type(None)] = " ".join(["config/alpha", MAY_BE[str], MAY_BE[list], MAY_BE[dict]])
+"""Which places of a header, and fields of PEFT's, may have a type that they have not in the files below."""
+
+
+@pytest.mark.medium
+@a_doubt_is_no_error
+def test_every_place_of_a_header_and_every_field_of_pefts_has_its_types(tmp_path: Path) -> None:
+    """A part of the wrong values at each place."""
+    ours = our_adapter(tmp_path / "ours", alpha=3.5, train_also=["0.bias"])
+    theirs = peft_directory(tmp_path / "theirs")
+    header = json.loads(read_tensors(ours)[1]["randlora"])
+    del header["sha256"]
+    for directory, found, write in ((ours, header, write_header), (theirs, read_fields(theirs), write_json)):
+        assert len({*places(found)}) > 20
+        for number, place in enumerate(places(found)):
+            name = "/".join(map(str, place))
+            for wrong in WRONG[number % 4 :: 4]:
+                changed = deepcopy(found)
+                at(changed, place[:-1])[place[-1]] = wrong
+                write(directory, changed)
+                error = outcome(directory)
+                assert isinstance(error, CheckpointError | None), (place, wrong, error)
+                is_fine = type(wrong) is type(at(found, place)) or name in MAY_BE.get(type(wrong), "").split()
+                assert error or is_fine or name.startswith("target_modules/"), (place, wrong)
+
+
+# Damage of any bit
+
+
 SMALL = Case("small", lambda: nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3)), {"train_also": ["1.bias"]})
 
 
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "PATIENCE", 0)
-
-
-def ones(*shape: int) -> Tensor:
-    return torch.ones(shape)
-
-
-def tensors(changes: Mapping[str, Tensor], *drop: str) -> Damage:
-    return lambda directory: edit_tensors(directory, changes, drop=drop)
-
-
-def text(contents: bytes) -> Damage:
-    return lambda directory: (directory / CONFIG_FILE).write_bytes(contents)
-
-
-def renamed_header(directory: Path) -> None:
-    held, metadata = read_tensors(directory)
-    write_tensors(directory, held, {"format": "pt", "sandlora": metadata["randlora"]})
-
-
-def named(fqn: str) -> Damage:
-    """Give a layer another name, letter by letter."""
-
-    def rename(directory: Path) -> None:
-        held = read_tensors(directory)[0]
-        others = {key.replace("model.0.", f"model.{fqn}."): tensor for key, tensor in held.items()}
-        edit_tensors(directory, others, drop=[key for key in held if key not in others])
-
-    return rename
-
-
-NO_ADAPTER = "describes no RandLoRA adapter: expected peft_type='RANDLORA', got "
-LARGER = "0 is 4 x 6, larger than the bases in the file"
-OF_PEFT: dict[str, tuple[Damage, str]] = {
-    "lambda-without-gamma": (tensors({}, GAMMA), "0 has one of randlora_lambda and randlora_gamma: expected both"),
-    "A-without-B": (tensors({}, BASIS_B), "the file holds one of the two bases: expected both or none"),
-    "nothing": (
-        tensors({f"{PREFIX}0.bias": ones(4)}, *(key.replace("0", n) for key in (LAMBDA, GAMMA) for n in "02")),
-        "the file holds no randlora_lambda and randlora_gamma",
-    ),
-    "stray-name": (tensors({"0.randlora_lambda": ones(1)}), "'0.randlora_lambda' is not the name of an adapter's"),
-    "adapter-name": (tensors({f"{LAMBDA}.default": ones(2)}), "the model has no parameter 0.randlora_lambda.default"),
-    "a-regex": (named(".*"), "the model has no layer .*"),
-    "of-other-rank": (tensors({LAMBDA: ones(3, 2)}), "randlora_lambda (3, 2)"),
-    "scalar": (tensors({LAMBDA: torch.tensor(1.0)}), "randlora_lambda ()"),
-    "gamma-of-three-dims": (tensors({GAMMA: ones(2, 4, 1)}), "randlora_gamma (2, 4, 1)"),
-    "one-basis-more": (tensors({LAMBDA: ones(2, 3), GAMMA: ones(3, 4)}), "randlora_gamma (3, 4)"),
-    "stacks-of-stacks": (tensors({LAMBDA: ones(1, 1, 2, 2), GAMMA: ones(1, 1, 2, 4)}), "lambda (1, 1, 2, 2)"),
-    "narrower": (tensors({GAMMA: ones(2, 3)}), "0 is 4 x 6 here, the adapter was trained on a smaller side of 3"),
-    "empty": (tensors({LAMBDA: ones(2, 0), GAMMA: ones(0, 0)}), "randlora_gamma (0, 0): expected (2, num_bases)"),
-    "A-scalar": (tensors({BASIS_A: torch.tensor(1.0)}), "the bases have shapes () and"),
-    "A-of-other-rank": (tensors({BASIS_A: ones(3, 1, 5)}), "the bases have shapes (3, 1, 5)"),
-    "B-of-other-length": (tensors({BASIS_B: ones(6, 2, 2)}), "and (6, 2, 2), which do not fit r=2"),
-    "B-too-short": (tensors({BASIS_B: ones(5, 3, 2)}), LARGER),
-    "A-and-B-too-narrow": (tensors({BASIS_A: ones(2, 1, 3), BASIS_B: ones(6, 2, 2)}), LARGER),
-    "two-of-one-name": (
-        tensors({f"{PREFIX}0.bias": ones(4), f"{PREFIX}0.base_layer.bias": ones(4)}),
-        "expected the parameters trained with it (0.bias), got",
-    ),
-    "copies-that-differ": (tensors({f"{PREFIX}0.randlora_A": ones(2, 1, 5)}), "copies of base_model.randlora_A that"),
-    "float8": (tensors({LAMBDA: ones(2, 2).to(torch.float8_e4m3fn)}), "0.randlora_lambda holds torch.float8_e4m3fn"),
-    "bool": (tensors({BASIS_B: ones(6, 3, 2).bool()}), "randlora_B holds torch.bool"),
-    "two-at-once": (tensors({LAMBDA: ones(2, 2) / 0, GAMMA: ones(2, 4).long()}), "2 problems:\n  - 0.randlora_lambda"),
-    "no-options": (
-        lambda directory: edit_fields(directory, {}, drop=["r", "randlora_alpha", "projection_prng_key"]),
-        "lacks r, randlora_alpha, projection_prng_key",
-    ),
-    "r-of-no-lambda": (fields(r=3), "expected (3, num_bases)"),
-    "alpha-nan": (fields(randlora_alpha=float("nan")), "it has NaN, which is not JSON"),
-    "alpha-text": (fields(randlora_alpha="640"), "alpha must be a finite number"),
-    "key": (fields(projection_prng_key=0.5), "projection_prng_key must be an integer, got 0.5"),
-    "no-json": (lambda directory: (directory / CONFIG_FILE).unlink(), f"{CONFIG_FILE} and {TENSORS_FILE}"),
-    "no-tensors": (lambda directory: (directory / TENSORS_FILE).unlink(), "nothing is unpickled"),
-    "not-json": (text(b"{"), "is damaged"),
-    "null": (text(b"null"), f"{NO_ADAPTER}None"),
-    "lora": (text(b'{"peft_type": "LORA"}'), f"{NO_ADAPTER}'LORA'"),
-}
-
-
-def _with(layer: Build, index: int = 0) -> Build:
-    """Make LINEAR with another layer in the place of one."""
-
-    def make() -> nn.Module:
-        layers = [*LINEAR.make().children()]
-        layers[index] = layer()
-        return nn.Sequential(*layers)
-
-    return make
-
-
-def _twice() -> nn.Module:
-    layer = nn.Linear(6, 4)
-    return nn.Sequential(layer, nn.Tanh(), layer)
-
-
-def _headed(name: str, module: nn.Module) -> Build:
-    """Make HEADED with another module."""
-
-    def make() -> nn.Module:
-        model = HEADED.build()
-        setattr(model, name, module)
-        return model
-
-    return make
-
-
-def _rounded() -> nn.Module:
-    """Make HEADED with a bias for which rounded numbers would be written."""
-    model = HEADED.build()
-    model.get_submodule("norm").bias = nn.Parameter(torch.ones(7, dtype=torch.int8), requires_grad=False)
-    return model
-
-
-TRAINED_ON = "here, the adapter was trained on out x in = "
-MISFITS: dict[str, tuple[Build, str]] = {
-    "missing-layer": (lambda: nn.Sequential(nn.Linear(6, 4)), "the model has no layer 2"),
-    "bare-layer": (lambda: nn.Linear(6, 4), "the model has no layer 0"),
-    "longer-input": (_with(lambda: nn.Linear(7, 4)), f"0 is 4 x 7 {TRAINED_ON}4 x 6"),
-    "transposed-Conv1D": (_with(lambda: Conv1D(6, 4)), f"0 is 6 x 4 {TRAINED_ON}4 x 6"),
-    "both": (lambda: nn.Sequential(nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 6)), f"2 is 6 x 4 {TRAINED_ON}5 x 4"),
-    "both-at-once": (lambda: nn.Sequential(nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 6)), "2 problems:\n  - 0 is 4 x 7"),
-    "not-linear": (_with(lambda: nn.LayerNorm(6)), "0 (LayerNorm) has no weight that can be adapted"),
-    "an-embedding": (_with(lambda: nn.Embedding(6, 4)), f"0 is 6 x 4 {TRAINED_ON}4 x 6"),
-    "parametrized": (
-        _with(lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))),
-        "0 computes its weight from other parameters",
-    ),
-    "meta": (_with(lambda: nn.Linear(6, 4, device="meta")), "0 holds no values yet (meta)"),
-    "two-names": (_twice, "2 and 0 are the same layer in this model, which cannot hold both"),
-    "prefix": (lambda: nn.ModuleDict({"body": LINEAR.make()}), 'give prefix="body"'),
-}
-TRAINED_MISFITS: dict[str, tuple[Build, str]] = {
-    "no-norm": (_headed("norm", nn.Identity()), "the model has no parameter norm.bias, which was trained with the"),
-    "other-head": (_headed("head", nn.Linear(7, 4)), "head.weight has shape (4, 7) here, (3, 7) in the file"),
-    "no-bias": (_headed("head", nn.Linear(7, 3, bias=False)), "the model has no parameter head.bias"),
-    "integer-bias": (_rounded, "norm.bias holds torch.int8 here"),
-}
-
-
-def _headed_adapter(directory: Path) -> None:
-    randlora.save(trained(HEADED), directory)
-
-
-def nothing(_: Path) -> None:
-    """Leave a directory as it is."""
-
-
-REFUSED: dict[str, tuple[Callable[[Path], object], Damage, Build, str]] = {
-    **{f"peft-{name}": (peft_directory, damage, LINEAR.build, said) for name, (damage, said) in OF_PEFT.items()},
-    **{f"model-{name}": (our_adapter, nothing, build, said) for name, (build, said) in MISFITS.items()},
-    **{f"model-{name}": (_headed_adapter, nothing, build, said) for name, (build, said) in TRAINED_MISFITS.items()},
-    "renamed-header": (our_adapter, renamed_header, LINEAR.build, "has a header under a damaged name"),
-    "beside-others": (our_adapter, renamed_header, lambda: trained(HEADED, name="a"), "under a damaged name"),
-    "fits-no-other": (our_adapter, nothing, lambda: trained(HEADED, name="a", r=4), 'give prefix="body"'),
-}
-
-
-@pytest.mark.parametrize(("make", "damage", "build", "said"), REFUSED.values(), ids=REFUSED)
-def test_what_is_damaged_or_no_adapter_or_does_not_fit_is_refused_and_leaves_a_model_alone(
-    make: Callable[[Path], object], damage: Damage, build: Build, said: str, tmp_path: Path
-) -> None:
-    make(tmp_path)
-    damage(tmp_path)
-    refused(build(), tmp_path, said)
-
-
-def facts(model: nn.Module, case: Case) -> tuple[object, ...]:
+def understood(model: nn.Module) -> tuple[object, ...]:
     """All that a file says about an adapter, as a model understood it."""
     (info,) = randlora.adapters(model)
-    return info, all_bits(adapter_values(model)), basis_of(model).digest(6, 2), bits(case.output(model))
+    return info, all_bits(adapter_values(model)), basis_of(model).digest(6, 2), bits(SMALL.output(model))
 
 
 def damaged(raw: bytes) -> Iterator[bytes]:
@@ -236,7 +294,7 @@ def test_a_file_with_a_flipped_bit_or_cut_short_is_refused_or_changes_nothing(na
     model, raw = SMALL.build(), (tmp_path / name).read_bytes()
     before = snapshot(model)
     randlora.load(model, tmp_path)
-    expected = facts(model, SMALL)
+    expected = understood(model)
     randlora.eject(model)
     for contents in damaged(raw):
         (tmp_path / name).write_bytes(contents)
@@ -244,7 +302,7 @@ def test_a_file_with_a_flipped_bit_or_cut_short_is_refused_or_changes_nothing(na
             randlora.load(model, tmp_path)
         except CheckpointError:
             continue
-        assert facts(model, SMALL) == expected, contents
+        assert understood(model) == expected, contents
         randlora.eject(model)
     assert snapshot(model) == before
     for contents in (raw[:-1], raw + b"\0") if name == TENSORS_FILE else ():
@@ -252,56 +310,121 @@ def test_a_file_with_a_flipped_bit_or_cut_short_is_refused_or_changes_nothing(na
         refused(SMALL.build(), tmp_path, "truncated or damaged")
 
 
-def test_a_pickle_in_place_of_the_tensors_is_refused_and_never_run(tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-            return os.mkdir, (str(tmp_path / "exploded"),)
-
-    peft_directory(tmp_path)
-    torch.save({"weight": Bomb()}, tmp_path / "adapter_model.bin")
-    shutil.copy(tmp_path / "adapter_model.bin", tmp_path / TENSORS_FILE)
-    refused(LINEAR.build(), tmp_path, "truncated or damaged")
-    (tmp_path / TENSORS_FILE).unlink()
-    refused(LINEAR.build(), tmp_path, "only safetensors files are read, nothing is unpickled")
-    assert not (tmp_path / "exploded").exists()
+# Models that do not fit
 
 
-def test_values_that_are_not_finite_are_refused_though_the_seal_is_whole(tmp_path: Path) -> None:
-    """And by name in files of PEFT, which have no seal."""
-    case = Case("body", Headed, {"targets": ["0"], "train_also": ["norm.bias"]})
-    lam, gamma, bias = (f"{PREFIX}{name}" for name in ("body.0.randlora_lambda", "body.0.randlora_gamma", "norm.bias"))
-    wrong = [*((key, float("nan")) for key in (lam, gamma, bias, BASIS_A, BASIS_B)), (lam, 1e999), (gamma, -1e999)]
-    for make in (peft_directory, lambda directory, case: randlora.save(trained(case), directory, bases="stored")):
-        for key, value in wrong:
-            make(tmp_path, case)
-            changed = read_tensors(tmp_path)[0][key]
-            changed.view(-1)[-1] = value
-            (edit_tensors if make is peft_directory else reseal)(tmp_path, {key: changed})
-            name = key.removeprefix(PREFIX).removeprefix("base_model.")
-            refused(case.build(), tmp_path, f"{name} holds NaN or infinite values")
+Make = Callable[[Path], object]
+Build = Callable[[], nn.Module]
 
 
-def test_tensors_that_the_header_does_not_name_are_refused_though_the_seal_is_whole(tmp_path: Path) -> None:
-    trained_too = f"{PREFIX}1.base_layer.bias"
-    changes: list[tuple[Mapping[str, Tensor], tuple[str, ...]]] = [
-        ({f"{PREFIX}0.bias": ones(2)}, ()),
-        ({}, (trained_too,)),
-        ({f"{PREFIX}1.bias": ones(3)}, (trained_too,)),
-        ({}, (LAMBDA, GAMMA)),
-        ({f"{PREFIX}2.randlora_lambda": ones(2, 1), f"{PREFIX}2.randlora_gamma": ones(1, 2)}, ()),
-    ]
-    for more, fewer in changes:
-        randlora.save(trained(SMALL), tmp_path)
-        reseal(tmp_path, more, drop=fewer)
-        refused(SMALL.build(), tmp_path, "cannot read")
+def headed(directory: Path, digest: str | None = None) -> None:
+    randlora.save(trained(HEADED), directory)
+    reseal(directory, digest=digest)
 
 
-@pytest.mark.parametrize("basis", ["block", "dense"])
-def test_tensors_that_lost_their_header_are_not_taken_for_pefts(tmp_path: Path, basis: Any) -> None:
-    """Some tools write safetensors anew without the metadata; PEFT's way of drawing would give other bases."""
-    our_adapter(tmp_path, basis=basis, stream="portable")
-    save_file(load_file(tmp_path / TENSORS_FILE), tmp_path / TENSORS_FILE)
-    refused(LINEAR.build(), tmp_path, "have lost the header that goes with randlora_stream")
+def peft(damage: Damage) -> Make:
+    return lambda directory: damage(peft_directory(directory))
+
+
+def named(fqn: str) -> Make:
+    """Make an adapter of PEFT's in which a layer has another name, letter by letter."""
+
+    def rename(directory: Path) -> None:
+        held = read_tensors(directory)[0]
+        others = {key.replace("model.0.", f"model.{fqn}."): tensor for key, tensor in held.items()}
+        edit_tensors(directory, others, drop=[key for key in held if key not in others])
+
+    return peft(rename)
+
+
+def without_bases(directory: Path) -> None:
+    randlora.save(trained(THIN, r=1, stream="portable"), directory, bases="stored")
+    edit_tensors(directory, {}, drop=[BASIS_A, BASIS_B])
+
+
+def first(layer: Build) -> Build:
+    """Make LINEAR with another layer in the place of the first."""
+    return lambda: nn.Sequential(layer(), *[*LINEAR.make().children()][1:])
+
+
+def twice() -> nn.Module:
+    layer = nn.Linear(6, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def other(name: str, module: Build) -> Build:
+    """Make HEADED with another module."""
+
+    def make() -> nn.Module:
+        model = HEADED.build()
+        setattr(model, name, module())
+        return model
+
+    return make
+
+
+def rounded() -> nn.Module:
+    """Make a norm with a bias for which rounded numbers would be written."""
+    norm = nn.LayerNorm(7)
+    norm.bias = nn.Parameter(torch.ones(7, dtype=torch.int8), requires_grad=False)
+    return norm
+
+
+def transposed() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 6))
+
+
+THIN = Case("thin", lambda: nn.Sequential(nn.Linear(6, 1)))
+NARROW = Case("narrow", Headed, {"targets": ["head"]})
+TRAINED_ON = "here, the adapter was trained on out x in = "
+LARGER = "0 is 4 x 6, larger than the bases in the file"
+REFUSED: tuple[tuple[str, Make, Build], ...] = (
+    ("the model has no layer 2", our_adapter, lambda: nn.Sequential(nn.Linear(6, 4))),
+    ("the model has no layer 0", our_adapter, lambda: nn.Linear(6, 4)),
+    (f"0 is 4 x 7 {TRAINED_ON}4 x 6", our_adapter, first(lambda: nn.Linear(7, 4))),
+    (f"0 is 6 x 4 {TRAINED_ON}4 x 6", our_adapter, first(lambda: Conv1D(6, 4))),
+    (f"0 is 6 x 4 {TRAINED_ON}4 x 6", our_adapter, first(lambda: nn.Embedding(6, 4))),
+    (f"2 is 6 x 4 {TRAINED_ON}5 x 4", our_adapter, transposed),
+    ("2 problems:\n  - 0 is 4 x 7", our_adapter, transposed),
+    ("0 (LayerNorm) has no weight that can be adapted", our_adapter, first(lambda: nn.LayerNorm(6))),
+    (
+        "0 computes its weight from other parameters",
+        our_adapter,
+        first(lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))),
+    ),
+    ("0 holds no values yet (meta)", our_adapter, first(lambda: nn.Linear(6, 4, device="meta"))),
+    ("2 and 0 are the same layer in this model, which cannot hold both", our_adapter, twice),
+    ('give prefix="body"', our_adapter, lambda: nn.ModuleDict({"body": LINEAR.make()})),
+    ('give prefix="body"', our_adapter, lambda: trained(HEADED, name="a", r=4)),
+    ("under a damaged name", lambda place: renamed_header(our_adapter(place)), lambda: trained(HEADED, name="a")),
+    ("the model has no parameter norm.bias, which was trained with the", headed, other("norm", nn.Identity)),
+    ("head.weight has shape (4, 7) here, (3, 7) in the file", headed, other("head", lambda: nn.Linear(7, 4))),
+    ("the model has no parameter head.bias", headed, other("head", lambda: nn.Linear(7, 3, bias=False))),
+    ("norm.bias holds torch.int8 here", headed, other("norm", rounded)),
+    (NOT_SAME, partial(headed, digest="0" * 64), lambda: trained(NARROW, name="grows")),
+    ("the bases that the file names cannot be drawn", without_bases, THIN.build),
+    (
+        "the model has no parameter 0.randlora_lambda.default",
+        peft(tensors({f"{LAMBDA}.default": ones(2)})),
+        LINEAR.build,
+    ),
+    ("the model has no layer .*", named(".*"), LINEAR.build),
+    (
+        "0 is 4 x 6 here, the adapter was trained on a smaller side of 3",
+        peft(tensors({GAMMA: ones(2, 3)})),
+        LINEAR.build,
+    ),
+    (LARGER, peft(tensors({BASIS_B: ones(5, 3, 2)})), LINEAR.build),
+    (LARGER, peft(tensors({BASIS_A: ones(2, 1, 3), BASIS_B: ones(6, 2, 2)})), LINEAR.build),
+)
+
+
+@pytest.mark.parametrize(("said", "make", "build"), REFUSED, ids=[said for said, *_ in REFUSED])
+def test_what_does_not_fit_is_refused_and_leaves_a_model_alone(
+    said: str, make: Make, build: Build, tmp_path: Path
+) -> None:
+    make(tmp_path)
+    refused(build(), tmp_path, said)
 
 
 def test_a_model_that_can_take_no_adapter_of_that_name_or_none_now_is_refused(tmp_path: Path) -> None:
@@ -311,8 +434,7 @@ def test_a_model_that_can_take_no_adapter_of_that_name_or_none_now_is_refused(tm
     for name in ("", "a.b", "keys", 3):
         refused(LINEAR.build(), tmp_path, f"an adapter named {name!r}", error=AdapterError, name=name)
     randlora.inject(whole, r=2)
-    refused(
-        whole["inner"], tmp_path, "has adapters that were added to a different module", error=AdapterError, name="x"
-    )
+    said = "has adapters that were added to a different module"
+    refused(whole["inner"], tmp_path, said, error=AdapterError, name="x")
     randlora.merge(model, reversible=True)
     refused(model, tmp_path, "while the adapters are merged", error=AdapterError, name="second")

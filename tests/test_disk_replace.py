@@ -12,17 +12,16 @@ from functools import partial
 from itertools import combinations, count
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-import randlora
 from randlora.disk import replace
 from randlora.disk.replace import Files, is_free, new_directory, write_files
-from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, HEADED, TENSORS_FILE, trained
-from tests.kit import adapter_values, all_bits, untouched
+from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
 from tests.model_directories import contents
 from tests.torture.faults import ERRORS, Call, in_child
-from tests.torture.replacing import SCENARIOS, Scenario, Stage, after_a_kill, after_an_error
+from tests.torture.replacing import SCENARIOS, Stage, after_a_kill, after_an_error
 
 # of Python 3.12, in a process with threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -62,18 +61,6 @@ def mode(path: Path) -> int:
     return path.stat().st_mode & 0o777
 
 
-def fail_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that one of its calls, counted from 1, raises."""
-    calls = count(1)
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == call:
-            raise OSError("the disk refuses")
-        return function(*args, **kwargs)
-
-    return failing
-
-
 def test_files_are_written_and_replaced_and_as_readable_as_any_or_as_those_before(tmp_path: Path) -> None:
     place = tmp_path / "a" / "b"
     with umask(0o027):
@@ -99,10 +86,6 @@ ACTIONS: dict[str, tuple[Callable[[Path], object], dict[str, bytes], dict[str, b
 """Each with what is there before and after it."""
 
 
-def hidden(directory: Path) -> list[Path]:
-    return [path for path in directory.rglob("*") if path.name.startswith(".")]
-
-
 @pytest.mark.medium
 @pytest.mark.parametrize("is_killed", [True, False], ids=["kill", "error"])
 @pytest.mark.parametrize("name", ACTIONS)
@@ -121,54 +104,54 @@ def test_the_next_call_removes_what_a_killed_process_left(name: str, is_killed: 
             break
         found = {name: text for name, text in contents(out).items() if "unfinished" not in name}
         assert found in (old, new, {}) or (act is write and "two" not in found)
+        hidden = [path for path in real.rglob("*") if path.name.startswith(".")]
         if outcome.raised:
-            assert (outcome.raised, found, hidden(real)) == ("OSError", old, [])
+            assert (outcome.raised, found, hidden) == ("OSError", old, [])
             assert [*real.iterdir()] == [real / "deep"] * bool(old)
         assert outcome.was_killed or found == (old if outcome.raised else new)
         assert not out.exists() or is_free(out) == (not found)
         with suppress(OSError):  # of a new directory, which is there by now
             act(out)
-        assert (contents(out), hidden(real)) == (new, [])
+        assert contents(out) == new
+        assert not [path for path in real.rglob("*") if path.name.startswith(".")]
     assert at > 10
 
 
 def test_a_writer_that_fails_half_way_leaves_the_old_files_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out, replace_file, calls = tmp_path / "out", Path.replace, count(1)
+
     def write_half(path: Path) -> None:
         path.write_bytes(b"hal")
         raise KeyboardInterrupt
 
-    out = tmp_path / "out"
+    def fail_at_the_second(path: Path, target: Path) -> Path:
+        if next(calls) == 2:
+            raise OSError("the disk refuses")
+        return replace_file(path, target)
+
     write(out, OLD)
     for failing in OLD:
         with pytest.raises(KeyboardInterrupt):
             write_files(Files(out, {**writers(NEW), failing: write_half}))
     with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "deep" / "er") as new:
         write_half(new / "file")
-    monkeypatch.setattr(Path, "hardlink_to", fail_at(1, Path.hardlink_to))  # as where the file system has no links
-    monkeypatch.setattr(Path, "replace", fail_at(2, Path.replace))
-    with pytest.raises(OSError, match="the disk refuses"):
-        write(out)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "hardlink_to", Mock(side_effect=OSError))  # as where the file system has no links
+        patch.setattr(Path, "replace", fail_at_the_second)
+        with pytest.raises(OSError, match="the disk refuses"):
+            write(out)
     assert contents(tmp_path) == {f"out/{name}": text for name, text in OLD.items()}
-    assert [*tmp_path.iterdir()] == [out]
+    with pytest.raises(OSError, match="another"), new_directory(out := tmp_path / "another"):
+        write(out, OLD)  # as another process might meanwhile
+    assert contents(out) == OLD
+    assert {*tmp_path.iterdir()} == {tmp_path / "out", out}
     (out / "two").unlink()
     (out / "two").mkdir()
     with pytest.raises(OSError, match="two"):
         write(out)
     assert contents(out) == {"one": OLD["one"]}
-
-
-def test_a_directory_that_another_process_makes_meanwhile_stays(tmp_path: Path) -> None:
-    def appear() -> None:
-        with new_directory(tmp_path / "out"):
-            write(tmp_path / "out", OLD)
-
-    with pytest.raises(OSError, match="out"):
-        appear()
-    assert contents(tmp_path) == {f"out/{name}": text for name, text in OLD.items()}
-    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
 
 
 def test_a_process_forked_while_a_lock_is_held_does_not_keep_it(tmp_path: Path) -> None:
@@ -207,40 +190,18 @@ def test_a_directory_that_only_looks_like_a_leftover_stays(tmp_path: Path) -> No
     assert all(contents(tmp_path / name) == NEW for name in (*looks, "data/new"))
 
 
-# Saves and conversions
+# Saves and conversions: `make torture` kills in all scenarios, at every call
 
-
-def test_a_save_that_fails_leaves_the_older_adapter_loadable_and_the_model_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, model, twin = trained(HEADED), trained(HEADED, r=4, seed=9), HEADED.build()
-    randlora.save(old, tmp_path)
-    card = contents(tmp_path)[CARD_FILE]
-    for target, name, call in ((os, "fsync", 2), (Path, "replace", 1), (Path, "replace", 3)):
-        monkeypatch.setattr(target, name, fail_at(call, getattr(target, name)))
-        with untouched(model), pytest.raises(OSError, match="the disk refuses"):
-            randlora.save(model, tmp_path)
-        monkeypatch.undo()
-        assert contents(tmp_path).keys() == {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
-        assert contents(tmp_path)[CARD_FILE] == card
-    randlora.load(twin, tmp_path)
-    assert all_bits(adapter_values(twin)) == all_bits(adapter_values(old))
-
-
-def over(*names: str) -> pytest.MarkDecorator:
-    """Parametrize over some scenarios; `make torture` kills in all of them, at every call."""
-    return pytest.mark.parametrize(
-        "scenario", [each for each in SCENARIOS if each.name in names], ids=lambda it: it.name
-    )
+BY_NAME = {each.name: each for each in SCENARIOS}
 
 
 @pytest.mark.medium
-@over("over ours")
 @pytest.mark.parametrize("is_killed", [True, False], ids=["kill", "error"])
 def test_a_kill_or_an_error_at_a_call_leaves_the_old_or_the_new_and_nothing_after_the_next(
-    scenario: Scenario, is_killed: bool, fast_path: Path
+    is_killed: bool, fast_path: Path
 ) -> None:
-    stage = Stage(scenario, fast_path)
+    """And a save that fails leaves the model as it was."""
+    stage = Stage(BY_NAME["over ours"], fast_path)
     for at in count(1 + is_killed, 3):
         broken = after_a_kill(stage, at) if is_killed else after_an_error(stage, at, ERRORS[at % len(ERRORS)])
         if broken is None:
@@ -255,14 +216,21 @@ Names = frozenset[tuple[str, bool]]
 """Names in a directory, each with whether it stands for the new file."""
 
 
-def survivors(calls: tuple[Call, ...], directory: Path, old: frozenset[str]) -> Iterator[Names]:
+def applied(names: Names, steps: Sequence[tuple[str, bool]]) -> Names:
+    """Return the names after steps, each a name and whether it is given to a new file or taken away."""
+    for name, is_new in steps:
+        others = frozenset(held for held in names if held[0] != name)
+        names = others | {(name, True)} if is_new else others
+    return names
+
+
+def survivors(calls: tuple[Call, ...], directory: Path, flushed: Names) -> Iterator[Names]:
     """Yield what a power failure before, between or after the calls may leave of a directory's names.
 
     That is the names at its last flush, changed by any of the steps after it.
     """
-    flushed: dict[str, bool] = dict.fromkeys(old, False)
-    steps: list[tuple[str, bool]] = []  # a name, and whether it is given to a new file or taken away
-    yield frozenset(flushed.items())
+    steps: list[tuple[str, bool]] = []
+    yield flushed
     for call in calls:
         last = Path(call.paths[-1])
         if call.name == "fsync" and last == directory:
@@ -271,27 +239,19 @@ def survivors(calls: tuple[Call, ...], directory: Path, old: frozenset[str]) -> 
         elif last.parent == directory and not last.name.startswith(".") and call.name in {"rename", "unlink"}:
             steps.append((last.name, call.name == "rename"))
         for length in range(len(steps) + 1):
-            for kept in combinations(steps, length):
-                yield frozenset(applied(flushed, kept).items())
-
-
-def applied(names: dict[str, bool], steps: Sequence[tuple[str, bool]]) -> dict[str, bool]:
-    """Return the names after some steps."""
-    for name, is_new in steps:
-        names = {**names, name: True} if is_new else {held: new for held, new in names.items() if held != name}
-    return names
+            yield from (applied(flushed, kept) for kept in combinations(steps, length))
 
 
 @pytest.mark.medium
-@over("over ours", "over PEFT's", "LoRA over ours")
+@pytest.mark.parametrize("name", ["over ours", "over PEFT's", "LoRA over ours"])
 def test_any_part_of_the_steps_after_the_last_flush_leaves_the_old_or_the_new_adapter(
-    scenario: Scenario, fast_path: Path
+    name: str, fast_path: Path
 ) -> None:
-    stage = Stage(scenario, fast_path)
+    stage = Stage(BY_NAME[name], fast_path)
     shutil.copytree(stage.target, fast_path / "new")
     calls = stage.run().calls
     assert_flushed(calls)
-    left = {*survivors(calls, stage.target, frozenset(stage.old.files))}
+    left = {*survivors(calls, stage.target, frozenset((name, False) for name in stage.old.files))}
     assert len(left) >= 3
     for names in left:
         shutil.rmtree(stage.target)
@@ -316,14 +276,13 @@ def assert_flushed(calls: tuple[Call, ...]) -> None:
     assert visible
     for at in visible:
         source, target = calls[at].paths
-        written = {place: call.paths[0] for place, call in enumerate(calls[:at]) if call.name in {"write", "mkdir"}}
-        inside = {path: place for place, path in written.items() if path.startswith(source)}  # at its last write
+        written = {call.paths[0]: place for place, call in enumerate(calls[:at]) if call.name in {"write", "mkdir"}}
+        inside = {path: place for path, place in written.items() if path.startswith(source)}  # at its last write
         assert inside
         for path, place in inside.items():
             assert Call("fsync", (path,)) in calls[place:at], f"{path} is not flushed before its name"
-        following = next(call for call in calls[at + 1 :])
-        assert following == Call("fsync", (str(Path(target).parent),)), f"{target} is not flushed after it has its name"
+        after = Call("fsync", (str(Path(target).parent),))
+        assert calls[at + 1] == after, f"{target} is not flushed after it has its name"
     for at, call in enumerate(calls):
-        created = Path(call.paths[0])
-        if call.name == "mkdir" and "unfinished" not in call.paths[0]:
-            assert calls[at + 1] == Call("fsync", (str(created.parent),)), f"{created} is not flushed into its parent"
+        if call.name == "mkdir" and "unfinished" not in (made := call.paths[0]):
+            assert calls[at + 1] == Call("fsync", (str(Path(made).parent),)), f"{made} is not flushed into its parent"

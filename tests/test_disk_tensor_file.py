@@ -57,13 +57,6 @@ names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_siz
 )
 
 
-def same_file(path: Path, first: str, second: str) -> bool:
-    """Compare two tensors of a file, the first of them in memory."""
-    with open_shard(path) as (shard, raw):
-        entries = {entry.name: entry for entry in shard.entries}
-        return is_equal(entries[second], read_tensor(entries[first], raw), raw)
-
-
 @given(st.dictionaries(names, tensors(), min_size=1, max_size=6), st.dictionaries(names, names, max_size=1))
 def test_every_tensor_is_read_and_written_as_safetensors_does(
     held: dict[str, Tensor], metadata: dict[str, str]
@@ -87,23 +80,19 @@ def test_every_tensor_is_read_and_written_as_safetensors_does(
 
 
 @given(tensors(), st.data())
-def test_a_copy_is_told_from_what_differs_in_one_bit(tensor: Tensor, data: st.DataObject) -> None:
-    other = tensor.clone()
+def test_a_copy_is_told_from_what_differs_in_one_bit_or_in_kind(tensor: Tensor, data: st.DataObject) -> None:
+    changed, six = tensor.clone(), torch.arange(6)
     if tensor.nbytes:
         bits = [1] if tensor.dtype == torch.bool else [1 << bit for bit in range(8)]
-        bytes_of(other)[data.draw(st.integers(0, tensor.nbytes - 1))] ^= data.draw(st.sampled_from(bits))
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "file")
-        save_file({"a": tensor, "b": tensor.clone(), "c": other}, path)
-        assert same_file(path, "a", "b")
-        assert same_file(path, "a", "c") == (not tensor.nbytes)
-
-
-def test_a_copy_is_told_from_one_of_another_kind(tmp_path: Path) -> None:
-    six = torch.arange(6)
-    for other in (six.view(torch.float64), six.reshape(2, 3), torch.arange(5), torch.arange(7)):
-        save_file({"a": six, "b": other.clone()}, tmp_path / "file")
-        assert not same_file(tmp_path / "file", "a", "b")
+        bytes_of(changed)[data.draw(st.integers(0, tensor.nbytes - 1))] ^= data.draw(st.sampled_from(bits))
+    pairs = [(tensor, tensor.clone(), True), (tensor, changed, not tensor.nbytes)]
+    others = six.view(torch.float64), six.reshape(2, 3), torch.arange(5), torch.arange(7)
+    for first, second, same in [*pairs, *((six, other.clone(), False) for other in others)]:
+        with tempfile.TemporaryDirectory() as directory:
+            save_file({"a": first, "b": second}, Path(directory, "file"))
+            with open_shard(Path(directory, "file")) as (shard, raw):
+                entries = {entry.name: entry for entry in shard.entries}
+                assert is_equal(entries["b"], read_tensor(entries["a"], raw), raw) == same
 
 
 def test_what_is_read_is_aligned_and_outlives_the_file(tmp_path: Path) -> None:
@@ -129,13 +118,16 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None
 
 
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not what may not be read, and not for an error of the caller."""
+    """Nor one that is cut anywhere; but not what may not be read, and not for an error of the caller."""
     path = tmp_path / "file"
-    for contents in (b"", b"\0" * 7, b"\0" * 8, b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]"):
+    save_file({"a.weight": torch.ones(8, 4), "b.weight": torch.ones(2, 2)}, path)
+    whole = path.read_bytes()
+    cut = [whole[:length] for length in range(len(whole))]
+    for contents in (b"\0" * 8, b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", *cut):
         path.write_bytes(contents)
-        with pytest.raises(CheckpointError, match="is truncated or damaged"), open_shard(path):
-            pass
-    save_file({"a": torch.zeros(1)}, path)
+        with pytest.raises(CheckpointError, match=f"{path} is truncated or damaged"):
+            read_shard(path)
+    path.write_bytes(whole)
     with pytest.raises(KeyError), open_shard(path):
         raise KeyError("a")
 

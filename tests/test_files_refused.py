@@ -1,6 +1,7 @@
 """What verbs on files refuse: calls, damage, and adapters that do not fit; each says why, and nothing is written."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,15 +13,13 @@ from typing import Any, ParamSpec
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import randlora
 from randlora import files
 from randlora.errors import CheckpointError, ConfigError, MergeError, RandLoRAError
-from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE, read_model_directory
+from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, edit_fields, reseal
 from tests.directories import their_directory
 from tests.hostile_files import SPECIAL, sparse
@@ -156,27 +155,19 @@ def test_a_call_that_cannot_be_meant_writes_nothing(error: type[Exception], word
     assert contents(Path()) == before
 
 
-@pytest.mark.parametrize(
-    "options", [{"targets": ["quarry"]}, {"targets": r".*embeddings\.LayerNorm"}, {"r": 0}], ids=str
-)
-def test_what_the_model_refuses_is_refused_of_its_files_in_the_same_words(options: dict[str, Any]) -> None:
-    with pytest.raises(RandLoRAError) as of_files:
-        files.plan("bert", **options)
-    with pytest.raises(RandLoRAError) as of_model:
-        randlora.plan(BERT.build(), **options)
-    assert str(of_files.value) == str(of_model.value)
+def test_what_the_model_refuses_is_refused_of_its_files_in_the_same_words() -> None:
+    refused: tuple[dict[str, Any], ...] = ({"targets": ["quarry"]}, {"targets": r".*embeddings\.LayerNorm"}, {"r": 0})
+    for options in refused:
+        with pytest.raises(RandLoRAError) as of_model:
+            randlora.plan(BERT.build(), **options)
+        with pytest.raises(RandLoRAError, match=f"^{re.escape(str(of_model.value))}$"):
+            files.plan("bert", **options)
 
 
 # Damaged files, and adapters that do not fit the base
 
 
 Q = "model.layers.0.self_attn.q_proj"
-GAMMA = f"base_model.model.{Q}.randlora_gamma"
-
-
-@later
-def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
-    path.write_bytes(change(path.read_bytes()))
 
 
 def misstate() -> None:
@@ -256,9 +247,8 @@ def untied() -> nn.Module:
 
 
 def of_norm() -> None:
-    held = load_file(ADAPTER / TENSORS_FILE)
-    renamed = {name.replace("layers.0.self_attn.q_proj", "norm"): tensor for name, tensor in held.items()}
-    save_file(renamed, ADAPTER / TENSORS_FILE)
+    held = load_file(ADAPTER / TENSORS_FILE).items()
+    save_file({name.replace(Q, "model.norm"): tensor for name, tensor in held}, ADAPTER / TENSORS_FILE)
 
 
 def of_peft() -> None:
@@ -303,17 +293,12 @@ def special(name: str, kind: str) -> None:
 
 HEADER = json.dumps({"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
 MADE_OF = r"gate_up_proj is made of .*experts\.0\.w1\.weight, .* and \d more when it is loaded, and .*merge in memory"
-OF_ADAPTER: dict[str, tuple[str, Call]] = {
-    "do not match its checksum": ("files", rewrite(ADAPTER / TENSORS_FILE, lambda held: held[:-1] + b"7")),
-    "truncated or damaged": ("files", rewrite(ADAPTER / TENSORS_FILE, lambda held: held[: len(held) // 2])),
-    "there is no adapter_config.json": ("files", (ADAPTER / CONFIG_FILE).unlink),
-    "is damaged": ("files", rewrite(ADAPTER / CONFIG_FILE, lambda _: b"\xff{")),
-    "the files come from different saves": ("files", lambda: edit_fields(ADAPTER, {"r": 7})),
-    "holds NaN or infinite values": ("files", lambda: reseal(ADAPTER, {GAMMA: torch.full((8, 32), torch.nan)})),
-    r"expected \(4, num_bases\)": ("files", lambda: reseal(ADAPTER, {GAMMA: torch.ones(5, 32)})),
-    f"its header says that {Q} is 32 x 30": ("files", misstate),
-    "save it there with bases='stored'": ("bases", lambda: reseal(ADAPTER, digest="0" * 64)),
+OF_ADAPTER: dict[str, Call] = {
+    "there is no adapter_config.json": (ADAPTER / CONFIG_FILE).unlink,
+    "the files come from different saves": lambda: edit_fields(ADAPTER, {"r": 7}),
+    f"its header says that {Q} is 32 x 30": misstate,
 }
+"""What only `files.verify` says, of the check of the files."""
 OF_BASE: dict[str, Call] = {
     "2 problems:(?s:.*)00001-.* is truncated or damaged .*undamaged(?s:.*)no .*00002-of": sharded(cut_and_lose),
     "lacks no.such.weight, which the index says it holds": index(
@@ -327,7 +312,7 @@ OF_BASE: dict[str, Call] = {
     "index.json is damaged:": index(lambda _: {"x": "../x.safetensors"}),
     "cannot read .*config.json": lambda: (BASE / "config.json").write_text("{"),
     "3,221,225,472 bytes, expected at most": lambda: sparse(3 * 2**30)(BASE / "config.json"),
-    "model.safetensors is truncated": rewrite(BASE / SINGLE_FILE, lambda held: held[:-9]),
+    "model.safetensors is truncated": lambda: os.truncate(BASE / SINGLE_FILE, 1000),
     r"pickled weights \(pytorch_model.bin\).*with save_pretrained": instead(pytorch_model__bin=b"", config__json=b""),
     "in the GGUF format": instead(model_q4__gguf=b""),
     "holds no weights.*expected a directory with model.safetensors": instead(config__json=b""),
@@ -376,7 +361,7 @@ OF_BOTH: dict[str, Call] = {
 }
 """What every verb says that reads both."""
 DAMAGED: list[tuple[str, str, str, Call]] = [
-    *((words, "", check, damage) for words, (check, damage) in OF_ADAPTER.items()),
+    *((words, "", "files", damage) for words, damage in OF_ADAPTER.items()),
     *((words, "plan inspect merge", "base", damage) for words, damage in OF_BASE.items()),
     *((words, "plan", "", damage) for words, damage in OF_CLASS.items()),
     *((words, "inspect merge", "base", damage) for words, damage in OF_BOTH.items()),
@@ -406,13 +391,3 @@ def test_what_is_damaged_or_does_not_fit_is_said_by_all_verbs(words: str, verbs:
         assert re.search(words, found.words)
         assert f"failed: {found.name}: {found.words}" in str(verification)
         assert str(verification).endswith("is NOT sound")
-
-
-@given(length=st.integers(0, 400))
-def test_a_file_cut_anywhere_is_refused(length: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("model") / SINGLE_FILE
-    save_file({"a.weight": torch.ones(8, 4), "b.weight": torch.ones(2, 2)}, path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: length % len(whole)])
-    with pytest.raises(CheckpointError, match=re.escape(f"{path} is truncated or damaged")):
-        read_model_directory(path.parent)

@@ -12,7 +12,7 @@ from torch import nn
 import randlora
 from randlora.errors import CheckpointError
 from tests.checkpoint_files import CONFIG_FILE, LINEAR, TENSORS_FILE, basis_of, edit_tensors, trained
-from tests.kit import adapter_values, all_bits, bits
+from tests.kit import adapter_values, all_bits, assert_unchanged, bits, snapshot
 from tests.torture.faults import Outcome, in_child, places
 
 OLD: dict[str, Any] = {"seed": 1, "alpha": 3.0}
@@ -27,8 +27,12 @@ def model(seed: int, alpha: float) -> nn.Module:
 
 
 def save(directory: Path, options: dict[str, Any]) -> None:
-    """Save an adapter."""
-    randlora.save(model(**options), directory)
+    """Save an adapter, which leaves its model as it was, also if it fails."""
+    before = snapshot(model(**options))
+    try:
+        randlora.save(model(**options), directory)
+    finally:
+        assert_unchanged(model(**options), before)
 
 
 def save_plain(directory: Path, options: dict[str, Any]) -> None:
