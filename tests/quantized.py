@@ -1,8 +1,9 @@
-"""Layers and whole transformers models that bitsandbytes quantized on a CPU, as users load them."""
+"""Layers, whole transformers models and their checkpoints that bitsandbytes quantized on a CPU, as users have them."""
 
 import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from tests.model_directories import save_model, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, bert, gpt2, llama, vit
 
 REPACKS = getattr(bitsandbytes.functional, "has_avx512bf16", lambda: False)()
@@ -40,10 +42,12 @@ class Codes:
     tolerance: float = 1e-4
 
 
-_4_bit = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
-NF4 = Codes("nf4-double", {**_4_bit, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True})
-FP4 = Codes("fp4", {**_4_bit, "bnb_4bit_quant_type": "fp4"})
-INT8 = Codes("8bit", {"load_in_8bit": True}, kind="Linear8bitLt", tolerance=0.05)  # rounds its inputs to 8 bits too
+_nf4, _fp4 = ({"load_in_4bit": True, "bnb_4bit_quant_type": name} for name in ("nf4", "fp4"))
+_8_bits, _twice = {"load_in_8bit": True}, {"bnb_4bit_use_double_quant": True}
+_in_float32 = {"bnb_4bit_compute_dtype": torch.float32}
+NF4 = Codes("nf4-double", {**_nf4, **_in_float32, **_twice})
+FP4 = Codes("fp4", {**_fp4, **_in_float32})
+INT8 = Codes("8bit", _8_bits, kind="Linear8bitLt", tolerance=0.05)  # rounds its inputs to 8 bits too
 
 _LOADED: dict[tuple[object, ...], Any] = {}
 """Models that were loaded before, which takes longer than to copy one."""
@@ -56,11 +60,15 @@ def _loaded(kind: RealModel, options: dict[str, Any], **more: Any) -> Any:
         built: Any = kind.build()
         with TemporaryDirectory() as directory:
             built.save_pretrained(directory)
-            config = transformers.BitsAndBytesConfig(**options)
-            model: Any = type(built).from_pretrained(directory, quantization_config=config, device_map="cpu", **more)
+            model = _quantized_by(options, type(built), directory, **more)
         model.name_or_path = model.config._name_or_path = ""  # as of the dense one; a directory's is another each time
         _LOADED[key] = model
     return copy.deepcopy(_LOADED[key])
+
+
+def _quantized_by(options: dict[str, Any], kind: Any, directory: Any, **more: Any) -> Any:
+    config = transformers.BitsAndBytesConfig(**options)
+    return kind.from_pretrained(directory, quantization_config=config, device_map="cpu", **more)
 
 
 def quantized_model(kind: RealModel, codes: Codes) -> Any:
@@ -69,6 +77,13 @@ def quantized_model(kind: RealModel, codes: Codes) -> Any:
     for module in quantized_layers(model).values():
         module.support_avx512bf16_for_cpu = False
     return model
+
+
+def half_precision_model(kind: RealModel, *, bits: int = 4) -> transformers.PreTrainedModel:
+    """Load a model in bfloat16 with its linear layers quantized, as users who train do."""
+    options = _8_bits if bits == 8 else {**_nf4, "bnb_4bit_compute_dtype": torch.bfloat16}
+    model: transformers.PreTrainedModel = _loaded(kind, options, dtype=torch.bfloat16)
+    return model.requires_grad_(requires_grad=False)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
@@ -85,17 +100,35 @@ def of_4_bits(in_features: int, out_features: int, *, repacks: bool = False, **o
     return quantized
 
 
-def half_precision_model(kind: RealModel, *, bits: int = 4) -> transformers.PreTrainedModel:
-    """Load a model in bfloat16 with its linear layers quantized, as users who train do."""
-    nf4 = {**FP4.options, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-    options = INT8.options if bits == 8 else nf4
-    model: transformers.PreTrainedModel = _loaded(kind, options, dtype=torch.bfloat16)
-    return model.requires_grad_(requires_grad=False)
+# Checkpoints
+
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "nf4": _nf4,
+    "nf4 twice": {**_nf4, **_twice},
+    "nf4 in floats": {**_nf4, "bnb_4bit_quant_storage": "bfloat16"},
+    "fp4": _fp4,
+    "8 bits": _8_bits,
+}
+"""What transformers is told, by a name."""
+
+KINDS = {name: name.split()[0] if name != "8 bits" else name for name in QUANTIZATIONS}
+"""What a report calls it."""
+
+every_quantization = pytest.mark.parametrize(
+    ("kind", "quantization"),
+    [*((LLAMA, name) for name in QUANTIZATIONS), (GPT2, "nf4")],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 
 
-def checkpoint_activations(model: Any, *, is_reentrant: bool) -> None:
-    """Switch checkpointing on under the name that the installed transformers has for it."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": is_reentrant})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": is_reentrant})
+def quantize(kind: RealModel, quantization: str, directory: Path, *, is_sharded: bool = False) -> Path:
+    """Let transformers quantize a model in bfloat16 and write it, before it computes anything.
+
+    Its shards are small enough for what stands beside codes to be in other files.
+    """
+    dense = save_model(kind, directory.with_name(f"{directory.name} dense"), dtype=torch.bfloat16)
+    return write(load_quantized(dense, quantization), directory, is_sharded=is_sharded, shard="8KB")
+
+
+def load_quantized(dense: Path, quantization: str) -> Any:
+    return _quantized_by(QUANTIZATIONS[quantization], transformers.AutoModelForCausalLM, dense)

@@ -22,7 +22,7 @@ from randlora.__main__ import main
 from randlora.disk.formats import Planned, header_bytes
 from tests.model_directories import save_adapter, save_model
 from tests.models import LLAMA
-from tests.quantized_checkpoints import quantize
+from tests.quantized import quantize
 
 PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("cli.md", "cli_plan.md", "cli_files.md")]
 SCREEN = re.compile(r"^```console\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -15,7 +15,7 @@ from randlora.errors import CheckpointError
 from tests.hub_server import Hub, Repository, keep_client_in, point_client_at, running_hub
 from tests.model_directories import contents, save_adapter, save_model
 from tests.models import LLAMA
-from tests.quantized_checkpoints import quantize
+from tests.quantized import quantize
 
 BASE, ADAPTER = Path("base"), Path("adapter")
 

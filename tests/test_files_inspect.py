@@ -22,7 +22,7 @@ from tests.kit import fill
 from tests.model_directories import HEADS, contents, edit_json, edit_model, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel
 from tests.peer import ALPHA, THEIR_WARNINGS, R, in_ours, told_stream
-from tests.quantized_checkpoints import KINDS, every_quantization, load_quantized, quantize
+from tests.quantized import KINDS, every_quantization, load_quantized, quantize
 
 pytestmark = THEIR_WARNINGS
 

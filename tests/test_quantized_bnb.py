@@ -30,17 +30,12 @@ from tests.quantized import needs_repacking, of_4_bits
 every_nesting = pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
 
 
-def quantized(weight: Tensor, quant_type: str, blocksize: int, nested: bool, storage: torch.dtype) -> Linear4bit:
-    layer = Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.float32)
-    layer.weight = Params4bit(
-        weight, blocksize=blocksize, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
-    )
-    layer.to("cpu")
-    return layer
-
-
 def four_bits(in_features: int = 64, out_features: int = 96, **options: Any) -> Any:
     return of_4_bits(in_features, out_features, repacks=True, **options)
+
+
+def eight_bits(**options: Any) -> Any:
+    return Linear8bitLt(64, 96, **{"has_fp16_weights": False, **options})
 
 
 def adapted(base: nn.Module, r: int = 8, **options: Any) -> tuple[Any, Any]:
@@ -61,7 +56,10 @@ def test_4_bit_codes_are_written_out_as_their_tables_say_and_rounded_to_the_near
 ) -> None:
     assume(shape[0] * shape[1] % 8 == 0 or storage == torch.uint8)
     dtype = torch.bfloat16 if nested else torch.float32
-    layer = quantized(torch.randn(shape, dtype=dtype), quant_type, blocksize, nested, storage)
+    options = {"blocksize": blocksize, "compress_statistics": nested, "quant_type": quant_type}
+    layer: Any = Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.float32)
+    layer.weight = Params4bit(torch.randn(shape, dtype=dtype), quant_storage=storage, **options)
+    layer.to("cpu")
     codes, state = layer.weight.data, layer.weight.quant_state
     found, expected = bnb.write_out_4bit(codes, state), written_out(layer)
     is_misread = not torch.allclose(found.double(), expected, rtol=2e-2 if nested else 1e-5, atol=1e-6)
@@ -81,10 +79,6 @@ NOT_YET = "0 is not quantized yet: move the model to its device first"
 NO_VALUES = r"0 has no values \(its weight is on the meta device or offloaded\)"
 TOO_OLD = r"0 needs bitsandbytes 0\.50 or newer, found 0\.45\.5: python -m pip install --upgrade bitsandb"
 MISSING = r"0 needs bitsandbytes, which is not installed: python -m pip install .*\[bnb\]"
-
-
-def eight_bits(**options: Any) -> Any:
-    return Linear8bitLt(64, 96, **{"has_fp16_weights": False, **options})
 
 
 def with_state(**changed: Any) -> Any:
@@ -123,11 +117,10 @@ def test_what_cannot_be_adapted_is_refused_with_its_name_and_a_remedy(
         pytest.skip("this bitsandbytes reads them right")
     monkeypatch.setattr(bnb, "version", found)
     monkeypatch.setattr(bnb, "missing", bnb.missing.__wrapped__)
-    model, held = nn.Sequential(layer), {name: (each, each.requires_grad) for name, each in layer.named_parameters()}
-    with pytest.raises(TargetError, match=said):
+    model, kind, held = nn.Sequential(layer), type(layer), dict(layer.named_parameters())
+    with pytest.raises(TargetError, match=said):  # of some there is no state dict to compare
         randlora.inject(model, r=4, targets=["0"])
-    assert (model[0] is layer, "Adapted" in type(layer).__name__) == (True, False)
-    assert {name: (layer.get_parameter(name), requires_grad) for name, (_, requires_grad) in held.items()} == held
+    assert (model[0] is layer, type(layer) is kind, dict(layer.named_parameters()) == held) == (True, True, True)
 
 
 @pytest.mark.parametrize(
@@ -146,23 +139,16 @@ def test_the_layers_own_forward_runs_in_evaluation_and_if_somebody_replaced_it(
     assert_close(model.train(name == "forward")(x), expected, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "given"),
-    [
-        (torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float16),
-        (None, torch.bfloat16),
-    ],
-)
+FULL, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(("dtype", "given"), [(FULL, BRAIN), (BRAIN, FULL), (HALF, HALF), (None, BRAIN)])
 def test_the_output_has_the_dtype_of_the_input_and_is_computed_in_that_of_the_layer_else_of_its_first_input(
     dtype: torch.dtype | None, given: torch.dtype
 ) -> None:
     model, layer = adapted(four_bits(compute_dtype=dtype))
-    x = torch.randn(5, 64).to(given)
-    with torch.no_grad():
-        fresh = copy.deepcopy(model)
-        fresh[0].randlora_lambda["default"].zero_()
+    x, fresh = torch.randn(5, 64).to(given), copy.deepcopy(model)
+    nn.init.zeros_(fresh[0].randlora_lambda["default"])
     own = plain(layer)(x)
     assert same_bits(fresh(x), own)
     output, computed = layer(x), dtype or given
@@ -187,6 +173,9 @@ def test_nothing_as_large_as_the_weight_stays_between_forward_and_backward(name:
     assert x.grad is not None
 
 
+TOLD = "blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized", "has_fp16_weights"
+
+
 @every_quantized_kind
 def test_a_trained_bias_keeps_its_dtype_whatever_runs_and_new_codes_are_held_as_the_old_ones(kind: LayerKind) -> None:
     """A layer of bitsandbytes alone casts its bias in place, under the optimizer's feet."""
@@ -207,8 +196,7 @@ def test_a_trained_bias_keeps_its_dtype_whatever_runs_and_new_codes_are_held_as_
         with block(model):
             model(x)
             found = vars(layer.weight)
-    told = "blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized", "has_fp16_weights"
-    assert {name: found[name] for name in told if name in held} == {name: held[name] for name in told if name in held}
+    assert {name: found[name] for name in TOLD if name in held} == {name: held[name] for name in TOLD if name in held}
     assert found.get("module") is (layer if "module" in held else None)
     assert type(layer.weight) is kept_as
     assert same_bits(layer.bias.detach(), bias)
@@ -242,18 +230,19 @@ def test_a_weight_that_lost_its_state_to_the_layer_merges_and_comes_back(way: An
 @every_nesting
 def test_what_bitsandbytes_repacks_has_the_private_names_that_are_read_here(storage: torch.dtype, nested: bool) -> None:
     """On every CPU, because packing itself is plain torch. See randlora/quantized/bnb.py."""
-    layer = quantized(torch.randn(32, 64), "nf4", 64, nested, storage)
+    layer = of_4_bits(64, 32, bias=False, compress_statistics=nested, quant_storage=storage)
     assert hasattr(layer, MAY_REPACK)
-    codes, state, wanted = layer.weight.data.clone(), layer.weight.quant_state, written_out(layer)
+    weight: Any = layer.weight
+    codes, state, wanted = weight.data.clone(), weight.quant_state, written_out(layer)
     assert bnb.quantization(state, storage) == (nested, torch.float32, storage)
-    layer.weight.data, layer.quant_state = functional._convert_weight_packed_for_cpu(layer.weight.data, state)
+    weight.data, layer.quant_state = functional._convert_weight_packed_for_cpu(weight.data, state)
     assert state.packing_format_for_cpu
     assert [bnb.is_out_of_order(state), bnb.is_out_of_order(state, repacked=False)] == [True, False]
     assert bnb.quantization(state, torch.uint8) == (nested, torch.float32, storage)
-    found = bnb.write_out_4bit(layer.weight.data, state)
+    found = bnb.write_out_4bit(weight.data, state)
     torch.testing.assert_close(found.double(), wanted, rtol=0.01, atol=0)  # the scales are rounded
     bnb.restore_order(layer.weight, state)
-    assert torch.equal(layer.weight.data.view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(weight.data.view(torch.uint8), codes.view(torch.uint8))
     assert not bnb.is_out_of_order(state)
     torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
 
@@ -268,14 +257,14 @@ def repack(layer: Any) -> None:
     assert layer.weight.quant_state.packing_format_for_cpu
 
 
-def held_by(layer: Any) -> list[object]:
+def held_by(layer: Any) -> list[Any]:
     weight, state = layer.weight, layer.weight.quant_state
     return [weight, state, state.packing_format_for_cpu, weight.data.clone(), state.absmax.clone()]
 
 
-def assert_held(layer: Any, before: list[object]) -> None:
+def assert_held(layer: Any, before: list[Any]) -> None:
     for found, expected in zip(held_by(layer), before, strict=True):
-        assert same_bits(found, expected) if type(found) is Tensor else found is expected  # type: ignore[arg-type]
+        assert same_bits(found, expected) if type(found) is Tensor else found is expected
 
 
 def input_gradient(layer: nn.Module, x: Tensor) -> Tensor:
@@ -284,47 +273,34 @@ def input_gradient(layer: nn.Module, x: Tensor) -> Tensor:
 
 @needs_repacking
 @every_nesting
-def test_codes_are_put_in_order_when_the_adapter_comes_and_kept_so(nested: bool) -> None:
-    layer = four_bits(compress_statistics=nested)
-    wanted = written_out(layer)
-    layer.eval()(torch.randn(5, 64))
-    assert layer.weight.quant_state.packing_format_for_cpu
-    with torch.inference_mode():
-        model, layer = adapted(layer)
-    assert not layer.weight.quant_state.packing_format_for_cpu
-    assert layer.weight.quant_state.nested == nested
-    torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
-    before = held_by(layer)
-    for is_training in (False, True, False):
-        model.train(is_training)(torch.randn(5, 64))
-        assert_held(layer, before)
-    for each in (model.train(), plain(layer)):  # though put in order in inference mode
-        input_gradient(each, torch.randn(5, 64, requires_grad=True))
-
-
-@needs_repacking
-@pytest.mark.parametrize(
-    ("is_allowed", "is_prepared", "ending"),
-    [(True, False, randlora.eject), (True, True, randlora.eject), (False, False, randlora.merge)],
-)
-def test_bitsandbytes_may_repack_again_once_the_adapters_are_gone(
-    is_allowed: bool, is_prepared: bool, ending: Callable[[Any], Any]
-) -> None:
-    base = four_bits()
-    base.__dict__[MAY_REPACK] = is_allowed
-    model, layer = adapted(base)
-    if is_prepared:
-        randlora.prepare_quantized(model)
-    assert not vars(layer)[MAY_REPACK]
-    with randlora.merged(model, quantized="dequantize"):
-        assert MAY_REPACK not in vars(layer)
-    assert not vars(layer)[MAY_REPACK]
-    ending(model)
-    assert vars(layer)[MAY_REPACK] == (is_allowed and not is_prepared)
-
-
-def _nothing(layer: Any) -> None:
-    """Leave it to the adapter to multiply."""
+def test_codes_are_put_in_order_when_the_adapter_comes_and_kept_so_until_it_is_gone(nested: bool) -> None:
+    for is_allowed, is_prepared, ending in (
+        *((True, is_prepared, randlora.eject) for is_prepared in (False, True)),
+        (False, False, randlora.merge),
+    ):
+        layer = four_bits(compress_statistics=nested)
+        wanted = written_out(layer)
+        layer.eval()(torch.randn(5, 64))
+        assert layer.weight.quant_state.packing_format_for_cpu
+        layer.__dict__[MAY_REPACK] = is_allowed
+        with torch.inference_mode():
+            model, layer = adapted(layer)
+        if is_prepared:
+            randlora.prepare_quantized(model)
+        assert not layer.weight.quant_state.packing_format_for_cpu
+        assert layer.weight.quant_state.nested == nested
+        torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
+        before = held_by(layer)
+        for is_training in (False, True, False):
+            model.train(is_training)(torch.randn(5, 64))
+            assert_held(layer, before)
+        for each in (model.train(), plain(layer)):  # though put in order in inference mode
+            input_gradient(each, torch.randn(5, 64, requires_grad=True))
+        with randlora.merged(model, quantized="dequantize"):
+            assert MAY_REPACK not in vars(layer)
+        assert not vars(layer)[MAY_REPACK]
+        ending(model)
+        assert vars(layer)[MAY_REPACK] == (is_allowed and not is_prepared)
 
 
 def _with_dropout(layer: Any) -> None:
@@ -341,13 +317,12 @@ def _with_a_forward_of_its_own(layer: Any) -> None:
 
 @needs_repacking
 @every_nesting
-@pytest.mark.parametrize("change", [_nothing, _with_dropout, _with_a_forward_of_its_own])
-def test_gradients_and_transforms_pass_a_layer_that_is_repacked_and_it_merges(
-    change: Callable[[Any], None], nested: bool
-) -> None:
+@pytest.mark.parametrize("change", [None, _with_dropout, _with_a_forward_of_its_own])
+def test_gradients_and_transforms_pass_a_layer_that_is_repacked_and_it_merges(change: Any, nested: bool) -> None:
     """A layer of bitsandbytes alone leads none, and torch warns of it."""
     model, layer = adapted(four_bits(bias=False, compress_statistics=nested))
-    change(layer)
+    if change is not None:
+        change(layer)
     x = torch.randn(5, 64, requires_grad=True)
     wanted, output = input_gradient(model, x), model(x)
     repack(layer)
@@ -357,12 +332,11 @@ def test_gradients_and_transforms_pass_a_layer_that_is_repacked_and_it_merges(
     assert x.grad is None
     for is_training in (True, False):
         assert_close(input_gradient(model.train(is_training), x), wanted, torch.bfloat16)  # the scales are rounded
-        if change is _nothing:
-            found = torch.func.grad(lambda x: model(x).square().sum())(x.detach())
-            assert_close(found, wanted, torch.bfloat16)
-            assert_close(torch.func.vmap(model)(x.detach()), model(x), torch.float32)
     assert_held(layer, before)
-    if change is _nothing:
+    if change is None:
+        found = torch.func.grad(lambda x: model(x).square().sum())(x.detach())
+        assert_close(found, wanted, torch.bfloat16)
+        assert_close(torch.func.vmap(model)(x.detach()), model(x), torch.float32)
         for way in ("requantize", "dequantize"):
             with randlora.merged(model, quantized=way) as report:
                 found = model(x.detach())
@@ -374,13 +348,17 @@ def test_gradients_and_transforms_pass_a_layer_that_is_repacked_and_it_merges(
 
 
 @needs_repacking
-def test_a_layer_computes_right_with_scales_that_a_state_dict_left_turned() -> None:
-    """A layer of bitsandbytes alone misreads them."""
+def test_codes_repacked_before_backward_and_scales_that_a_state_dict_left_turned_change_nothing() -> None:
+    """A layer of bitsandbytes alone gets both wrong."""
     model, layer = adapted(four_bits(256, bias=False, compress_statistics=False))
-    x = torch.randn(5, 256)
-    expected, base, weight = model(x), plain(layer)(x), written_out(layer)
-    repack(layer)
-    nn.Linear.eval(layer)
+    x = torch.randn(5, 256, requires_grad=True)
+    wanted, expected, base, weight = input_gradient(model, x), model(x), plain(layer)(x), written_out(layer)
+    loss = model(x).square().sum()
+    layer.__dict__[MAY_REPACK] = True
+    with torch.no_grad():
+        model.eval()(torch.randn(3, 256))
+    assert layer.weight.quant_state.packing_format_for_cpu
+    assert same_bits(torch.autograd.grad(loss, x)[0], wanted)
     layer.state_dict()  # after which bitsandbytes leaves the scales so
     if layer.weight.quant_state.absmax.ndim == 1:
         pytest.skip("this bitsandbytes turns them back")
@@ -392,17 +370,3 @@ def test_a_layer_computes_right_with_scales_that_a_state_dict_left_turned() -> N
     assert_held(layer, before)
     found = bnb.write_out_4bit(layer.weight.data, layer.weight.quant_state)
     torch.testing.assert_close(found.double(), weight, rtol=2**-8, atol=0)  # the scales were rounded to bfloat16
-
-
-@needs_repacking
-def test_codes_repacked_before_backward_change_no_gradient() -> None:
-    """Backward reads the codes again; a layer of bitsandbytes alone gets that wrong."""
-    model, layer = adapted(four_bits(bias=False))
-    x = torch.randn(5, 64, requires_grad=True)
-    wanted = input_gradient(model, x)
-    loss = model(x).square().sum()
-    layer.__dict__[MAY_REPACK] = True
-    with torch.no_grad():
-        model.eval()(torch.randn(3, 64))
-    assert layer.weight.quant_state.packing_format_for_cpu
-    assert same_bits(torch.autograd.grad(loss, x)[0], wanted)

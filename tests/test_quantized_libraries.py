@@ -28,32 +28,28 @@ from randlora.quantized import ForwardOnly, QuantizedLayer
 from tests.codes import written_out
 from tests.kit import all_bits, fill, same_bits
 from tests.laws import assert_close, oracle_of
-from tests.layer_kinds import Coded, quantization
+from tests.layer_kinds import quantization
 
 GROUP = 8
-
-
-class Rounded(nn.Module):
-    """A linear layer of a user's in int8 with a scale for each row; its bias is a buffer, too."""
-
-    codes: Tensor
-    scales: Tensor
-    bias: Tensor | None
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
-        for name, value in zip(("codes", "scales"), rounded(linear.weight.detach()), strict=True):
-            self.register_buffer(name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.codes * self.scales, self.bias)
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = weight.abs().amax(1, keepdim=True) / 127
     return (weight / scales).round().to(torch.int8), scales
+
+
+class Rounded(nn.Module):
+    """A linear layer of a user's in int8 with a scale for each row; its bias is a buffer, too."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        values = (*rounded(linear.weight.detach()), None if linear.bias is None else linear.bias.detach())
+        for name, value in zip(("codes", "scales", "bias"), values, strict=True):
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.codes * self.scales, self.bias)  # type: ignore[operator, arg-type]
 
 
 @register_layer(Rounded)
@@ -66,8 +62,7 @@ class RoundedAdapter(QuantizedLayer):
 
     def written_out(self, owner: Any, held: Any = None) -> Tensor:
         codes, scales = held or self.codes(owner)
-        product: Tensor = codes * scales
-        return product
+        return codes * scales  # type: ignore[no-any-return]
 
     def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[Any, float]:  # noqa: ARG002
         codes, scales = rounded(weight)
@@ -78,6 +73,42 @@ class RoundedAdapter(QuantizedLayer):
 
     def put_in(self, owner: Any, held: Any) -> None:
         owner.codes, owner.scales = held
+
+
+class Flat(nn.Module):
+    """A layer of a user's with packed codes in one dimension, and a bias in a buffer, as kernels ask for."""
+
+    def __init__(self, in_features: int = 8, out_features: int = 12, *, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("bias", torch.randn(out_features) if bias else None)
+        self.register_buffer("packed", torch.randint(0, 9, (out_features * in_features,), dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.get_buffer("packed").view(self.out_features, -1).to(x.dtype)
+        return nn.functional.linear(x, weight, self._buffers["bias"])
+
+
+class Nameless(nn.Module):
+    """A layer that says nothing about its sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.zeros(8, 8, dtype=torch.int8))
+
+
+class Away(nn.Module):
+    """A layer whose codes are neither parameters nor buffers."""
+
+    in_features, out_features = 8, 12
+
+
+class AwayAdapter(ForwardOnly):
+    """Adapts it, but does not know where its codes are."""
+
+
+for own, adapter_class in ((Flat, ForwardOnly), (Nameless, ForwardOnly), (Away, AwayAdapter)):
+    register_layer(own)(adapter_class)
 
 
 def _filled(layer: Any) -> Any:
@@ -141,11 +172,6 @@ def _packed(in_features: int, out_features: int, *, bias: bool) -> nn.Module:
     return layer
 
 
-def _by_torchao(linear: nn.Linear, *, config: Callable[[], Any]) -> nn.Module:
-    quantization.quantize_(nn.Sequential(linear), config())
-    return linear
-
-
 def _by_hqq(linear: nn.Linear, *, bits: int, dtype: torch.dtype = torch.float32, initialize: bool = True) -> Any:
     hqq = importlib.import_module("hqq.core.quantize")
     config = hqq.BaseQuantizeConfig(nbits=bits, group_size=GROUP)
@@ -181,13 +207,22 @@ class Kind(NamedTuple):
             sizes = enumerate(pairwise(width * self.unit for width in widths))
             return nn.Sequential(*(build(*each, bias=index % 2 == 0) for index, each in sizes))
 
+    def adapted(self, *widths: int, **options: Any) -> nn.Sequential:
+        model = self.made(*widths)
+        randlora.inject(model, **{"r": 3, "alpha": 6, "targets": "all", "stream": "portable", **options})
+        return model
+
     def inputs(self) -> Tensor:
         """Return one row, as EETQ computes gradients of no more."""
         return torch.randn(1, 3, 16 * self.unit).to(self.dtype)
 
 
 def _torchao(name: str, **options: Any) -> Kind:
-    quantize = partial(_by_torchao, config=lambda: getattr(quantization, name)(**{k: v() for k, v in options.items()}))
+    def quantize(linear: nn.Linear) -> nn.Module:
+        config = getattr(quantization, name)(**{option: value() for option, value in options.items()})
+        quantization.quantize_(nn.Sequential(linear), config)
+        return linear
+
     return Kind(None, quantize, written_out, "torchao")
 
 
@@ -204,19 +239,16 @@ def _hqq(bits: int, dtype: torch.dtype = torch.float32) -> Kind:
     return Kind(None, partial(_by_hqq, bits=bits, dtype=dtype), _weight_of_hqq, "hqq", dtype=dtype)
 
 
+_gptq = partial(_gptqmodel, module="torch", name="TorchLinear")
+_awq = partial(_gptqmodel, module="torch_awq", name="AwqTorchLinear")
 KINDS = {
-    "of a user": Kind(partial(Coded, dtype=torch.float32)),
+    "of a user": Kind(Flat),
     "rounded by a user": Kind(None, Rounded, lambda layer: layer.codes.double() * layer.scales.double()),
     "eetq": Kind(_eetq),
     "packed": Kind(_packed, library="torchao"),
     "aqlm": Kind(_aqlm, library="aqlm"),
-    "gptq": Kind(
-        partial(_gptqmodel, module="torch", name="TorchLinear"), library="gptqmodel", unit=16, dtype=torch.bfloat16
-    ),
-    "awq": Kind(
-        partial(_gptqmodel, module="torch_awq", name="AwqTorchLinear"),
-        *(None, None, "gptqmodel", 16, torch.float16),
-    ),
+    "gptq": Kind(_gptq, library="gptqmodel", unit=16, dtype=torch.bfloat16),
+    "awq": Kind(_awq, library="gptqmodel", unit=16, dtype=torch.float16),
     "autoawq": Kind(_autoawq, library="awq", unit=16, dtype=torch.float16, has_backward=False),
     "int8": _torchao("Int8WeightOnlyConfig"),
     "int8-inputs": _torchao("Int8DynamicActivationInt8WeightConfig"),
@@ -231,25 +263,20 @@ KINDS = {
     **{f"hqq{bits}": _hqq(bits) for bits in (8, 4, 3, 2, 1)},
     "hqq4-half": _hqq(4, torch.bfloat16),
 }
-KINDS = {
-    name: kind
-    for name, kind in KINDS.items()
-    if find_spec(kind.library) is not None and (kind.library != "torchao" or quantization is not None)
-}
 
 
-def marks(name: str) -> list[pytest.MarkDecorator]:
-    kind = KINDS.get(name)
-    if kind is None:
-        return [pytest.mark.skip(reason="its library is not installed")]
-    # torchao's own, of versions of Python and of the compiler
-    return [pytest.mark.filterwarnings("ignore")] if kind.library == "torchao" else []
-
-
-def every(*, merges: bool | None = None) -> pytest.MarkDecorator:
-    chosen = {name: kind for name, kind in KINDS.items() if merges in (None, kind.quantize is not None)}
-    rows = [pytest.param(kind, id=name, marks=marks(name)) for name, kind in chosen.items()]
+def of(*names: str) -> pytest.MarkDecorator:
+    """Parametrize over the kinds of these names whose library is installed; of torchao without its own warnings."""
+    rows = []
+    for name in names:
+        library = KINDS[name].library
+        if find_spec(library) is not None and (library != "torchao" or quantization is not None):
+            marks = [pytest.mark.filterwarnings("ignore")] * (library == "torchao")
+            rows.append(pytest.param(KINDS[name], id=name, marks=marks))
     return pytest.mark.parametrize("kind", rows)
+
+
+MERGING = [name for name, kind in KINDS.items() if kind.quantize is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -262,13 +289,7 @@ def _kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eetq, "eetq_kernels_hub", SimpleNamespace(w8_a16_gemm=product), raising=False)
 
 
-def adapted(kind: Kind, *widths: int, **options: Any) -> nn.Sequential:
-    model = kind.made(*widths)
-    randlora.inject(model, **{"r": 3, "alpha": 6, "targets": "all", "stream": "portable", **options})
-    return model
-
-
-@every()
+@of(*KINDS)
 def test_a_layer_is_adapted_trained_counted_checked_saved_copied_loaded_and_ejected(kind: Kind, tmp_path: Path) -> None:
     model, base, x = kind.made(16, 24), kind.made(16, 24), kind.inputs()
     report = randlora.inject(model, r=3, alpha=6, targets="all", stream="portable")
@@ -297,7 +318,7 @@ def test_a_layer_is_adapted_trained_counted_checked_saved_copied_loaded_and_ejec
     for state in (model.state_dict(prefix="0."), model[0].state_dict()):
         assert {name.removeprefix("0.0.") for name in state if "randlora" in name} == names
     randlora.save(model, tmp_path)
-    twin, other = kind.made(16, 24), adapted(kind, 16, 24)
+    twin, other = kind.made(16, 24), kind.adapted(16, 24)
     randlora.load(twin, tmp_path)
     other.load_state_dict(model.state_dict())
     pickled = [pickle.loads(pickle.dumps(model))] if kind.library == "hqq" else []
@@ -308,11 +329,11 @@ def test_a_layer_is_adapted_trained_counted_checked_saved_copied_loaded_and_ejec
     assert type(model[0]) is type(base[0])
 
 
-@every(merges=True)
+@of(*MERGING)
 def test_adapters_are_merged_by_rounding_as_the_library_does_or_into_plain_layers_and_come_back(
     kind: Kind, tmp_path: Path
 ) -> None:
-    model, x = adapted(kind, 16, 24, 8), kind.inputs()
+    model, x = kind.adapted(16, 24, 8), kind.inputs()
     randlora.inject(model, r=3, targets="all", name="b")
     randlora.activate(model, ["default", "b"])
     for name in ("default", "b"):
@@ -356,9 +377,9 @@ def test_adapters_are_merged_by_rounding_as_the_library_does_or_into_plain_layer
     assert (model(x) - output).norm() <= 0.05 * output.norm()  # torchao rounds inputs too
 
 
-@every(merges=False)
+@of(*(name for name in KINDS if name not in MERGING))
 def test_merging_is_refused_with_what_to_do_and_changes_nothing(kind: Kind, tmp_path: Path) -> None:
-    model, x = adapted(kind, 16, 24), kind.inputs()
+    model, x = kind.adapted(16, 24), kind.inputs()
     name = type(kind.made(16, 24)[0]).__name__
     before, output = all_bits(fill(model).state_dict()), model(x)
     reason = f"0 has codes that only the forward of {name} reads.*leave the adapter unmerged.*randlora.files.merge"
@@ -389,53 +410,6 @@ def test_merging_is_refused_with_what_to_do_and_changes_nothing(kind: Kind, tmp_
     assert not any("merged weights were not compared" in note for note in report.notes)
 
 
-class Flat(nn.Module):
-    """A layer with packed codes in one dimension, and a bias in a buffer, as kernels ask for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_features, self.out_features = 8, 12
-        self.register_buffer("bias", torch.randn(12))
-        self.register_buffer("packed", torch.zeros(48, dtype=torch.uint8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.get_buffer("bias").expand(*x.shape[:-1], 12)
-
-
-class Nameless(nn.Module):
-    """A layer that says nothing about its sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("codes", torch.zeros(8, 8, dtype=torch.int8))
-
-
-class Away(nn.Module):
-    """A layer whose codes are neither parameters nor buffers."""
-
-    in_features, out_features = 8, 12
-
-
-class AwayAdapter(ForwardOnly):
-    """Adapts it, but does not know where its codes are."""
-
-
-for own, adapter_class in ((Flat, ForwardOnly), (Nameless, ForwardOnly), (Away, AwayAdapter)):
-    register_layer(own)(adapter_class)
-
-
-def _in_blocks_of_rows() -> nn.Module:
-    layer: Any = KINDS["int8"].made(16, 24)[0]
-    layer.weight.block_size = [2, 16]
-    return layer  # type: ignore[no-any-return]
-
-
-def _not_quantized_yet() -> nn.Module:
-    layer: nn.Module = _by_hqq(nn.Linear(8, 8), bits=4, initialize=False)
-    vars(layer).update(in_features=8, out_features=8)
-    return layer
-
-
 @pytest.mark.parametrize(
     ("build", "options", "error", "said"),
     [
@@ -446,44 +420,37 @@ def _not_quantized_yet() -> nn.Module:
             (Flat, {"targets": ["0"], "train_also": [name]}, TargetError, r"1\.(packed|bias), a buffer of a quantized")
             for name in ("1", "1.packed", "1.bias")
         ),
-        pytest.param(
-            *(_in_blocks_of_rows, {"targets": ["1"]}, TargetError, "a scale for each block"), marks=marks("int8")
-        ),
-        pytest.param(
-            *(_not_quantized_yet, {"targets": ["1"]}, TargetError, "1 has no codes .*: load the model's weights"),
-            marks=marks("hqq4"),
-        ),
     ],
 )
 def test_a_layer_that_lacks_what_is_needed_is_refused_with_what_to_do(
     build: Callable[[], nn.Module], options: dict[str, Any], error: type[Exception], said: str
 ) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), build())
     with pytest.raises(error, match=said):
-        randlora.inject(nn.Sequential(nn.Linear(8, 8), build()), r=2, **options)
-
-
-def test_codes_may_be_packed_in_one_dimension_and_no_memory_in_4_bits_is_planned_for_them(tmp_path: Path) -> None:
-    model, x = nn.Sequential(Flat()), torch.randn(3, 8)
+        randlora.inject(model, r=2, **options)
     with pytest.raises(ConfigError, match="not quantized, but this one is"):
-        randlora.training_memory(model, r=2, load_in_4bit=True)
-    randlora.inject(model, r=2, targets="all", alpha=4)
-    fill(model)
-    assert_close(model(x), model[0].get_buffer("bias").double() + x.double() @ oracle_of(model[0]).T, torch.float32)
-    randlora.save(model, tmp_path)
+        randlora.training_memory(nn.Sequential(Flat()), r=2, load_in_4bit=True)
 
 
-@pytest.mark.parametrize("name", [pytest.param("int8-inputs", marks=marks("int8-inputs"))])
-def test_a_bias_is_trained_with_an_input_without_a_batch(name: str) -> None:
-    model = adapted(KINDS[name], 16, 24, train_also=["0.bias"])
+@of("int8-inputs")
+def test_a_bias_is_trained_with_an_input_without_a_batch_and_scales_of_blocks_are_refused(kind: Kind) -> None:
+    model: Any = kind.adapted(16, 24, train_also=["0.bias"])
     model(torch.randn(16)).sum().backward()
-    assert torch.equal(model.get_parameter("0.bias").grad, torch.ones(24))  # type: ignore[arg-type]
+    assert torch.equal(model.get_parameter("0.bias").grad, torch.ones(24))
+    model = kind.made(16, 24)
+    model[0].weight.block_size = [2, 16]
+    with pytest.raises(TargetError, match="a scale for each block"):
+        randlora.inject(model, r=2)
 
 
-@pytest.mark.skipif("hqq4" not in KINDS, reason="hqq is not installed")
-def test_a_layer_of_hqq_has_either_backend_and_whose_scales_are_away_is_dequantized_only() -> None:
+@of("hqq4")
+def test_a_layer_of_hqq_has_either_backend_and_whose_scales_are_away_is_dequantized_only(kind: Kind) -> None:
     hqq = importlib.import_module("hqq.core.quantize")
-    kind, x = KINDS["hqq4"], torch.randn(4, 16, requires_grad=True)
-    model = adapted(kind, 16, 24, 8, targets=["0"])
+    x, empty = torch.randn(4, 16, requires_grad=True), _by_hqq(nn.Linear(8, 8), bits=4, initialize=False)
+    vars(empty).update(in_features=8, out_features=8)
+    with pytest.raises(TargetError, match=r"0 has no codes .*: load the model's weights"):
+        randlora.inject(nn.Sequential(empty), r=2, targets=["0"])
+    model = kind.adapted(16, 24, 8, targets=["0"])
     assert kind.weight is not None
     hqq.HQQLinear.set_backend(hqq.HQQBackend.PYTORCH_FORWARD)  # beside the other, which is the default
     try:

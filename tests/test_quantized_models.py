@@ -1,7 +1,4 @@
-"""Whole transformers models that bitsandbytes quantized: the life of an adapter, its files and PEFT's, and preparing.
-
-Preparing: what each step changes, and gradients where there would be none without it.
-"""
+"""Whole transformers models that bitsandbytes quantized: the life of an adapter, files, PEFT, and preparing."""
 
 import copy
 import dataclasses
@@ -22,29 +19,17 @@ import randlora
 from randlora import prepare_quantized
 from randlora.errors import AdapterError
 from randlora.quantized.prepare import PreparationReport
-from tests import peer
+from tests import peer, quantized
 from tests.kit import all_bits, assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
 from tests.models import RealModel, logits, outputs
-from tests.peer import ALPHA, R, assert_same_effect, peft_draw
-from tests.quantized import (
-    FP4,
-    INT8,
-    MODELS,
-    NF4,
-    REPACKS,
-    Codes,
-    checkpoint_activations,
-    half_precision_model,
-    of_4_bits,
-    quantized_layers,
-    quantized_model,
-)
+from tests.quantized import Codes, half_precision_model, of_4_bits, quantized_layers, quantized_model
 
 pytestmark = peer.THEIR_WARNINGS
 
-LLAMA, GPT2, BERT, VIT = MODELS
-CASES = [(LLAMA, NF4), (GPT2, FP4), (BERT, INT8)]
+R = peer.R
+LLAMA, GPT2, BERT, VIT = quantized.MODELS
+CASES = [(LLAMA, quantized.NF4), (GPT2, quantized.FP4), (BERT, quantized.INT8)]
 every_case = pytest.mark.parametrize(
     ("kind", "codes"),
     [pytest.param(*case, marks=[pytest.mark.medium] * (case[0] is BERT)) for case in CASES],
@@ -70,48 +55,45 @@ def loss(model: nn.Module, kind: RealModel) -> Tensor:
 def test_an_adapter_is_planned_as_for_the_dense_model_added_trained_switched_off_merged_and_ejected(
     kind: RealModel, codes: Codes
 ) -> None:
-    dense, model = kind.build(), quantized_model(kind, codes)
+    dense, model, x = kind.build(), quantized_model(kind, codes), kind.inputs()
     assert {type(layer).__name__ for layer in quantized_layers(model).values()} == {codes.kind}
     for targets in (None, "all-linear", kind.targets):
         found, expected = (randlora.plan(each, R, targets=targets) for each in (model, dense))
         assert (found.targets, found.rule, found.skipped) == (expected.targets, expected.rule, expected.skipped)
         assert (found.rows, found.specs) == (expected.rows, expected.specs)
-    state, plain, modules = state_bits(model), outputs(model, kind.inputs()), dict(model.named_modules())
+    state, plain, modules = state_bits(model), outputs(model, x), dict(model.named_modules())
     classes = {fqn: type(module) for fqn, module in modules.items()}
     before = loss(model.train(), kind)
     report = randlora.inject(model, R, targets="all-linear")
-    assert same_bits(loss(model, kind), before)
-    fresh = [parameter.detach().clone() for parameter in randlora.trainable_parameters(model)]
-    optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=3e-3)
+    trained = [*randlora.trainable_parameters(model)]
+    fresh, optimizer = [value.detach().clone() for value in trained], torch.optim.AdamW(trained, lr=3e-3)
     losses = []
     for _ in range(6):
         optimizer.zero_grad()
-        value = loss(model, kind)
-        value.backward()
+        losses.append(loss(model, kind))
+        losses[-1].backward()
         optimizer.step()
-        losses.append(value.item())
+    assert same_bits(losses[0], before)
     assert losses[-1] < 0.95 * losses[0]
-    trained = [*randlora.trainable_parameters(model)]
     assert len(trained) == 2 * len(report.targets)
-    assert all(value.grad is not None and value.grad.abs().max() > 0 for value in trained)
     assert not any(map(same_bits, trained, fresh))
-    assert not torch.equal(outputs(model.eval(), kind.inputs()), plain)
+    wanted, twin = outputs(model.eval(), x), copy.deepcopy(model)
+    assert not torch.equal(wanted, plain)
     with randlora.disabled(model):
-        assert same_bits(outputs(model, kind.inputs()), plain)
-    wanted, twin = outputs(model, kind.inputs()), copy.deepcopy(model)
+        assert same_bits(outputs(model, x), plain)
     with randlora.merged(model) as merged:
         assert merged.rounding.keys() == {*report.targets}
         assert not merged.notes
-        assert distance(outputs(model, kind.inputs()), wanted) < 0.5
-    assert same_bits(outputs(model, kind.inputs()), wanted)
+        assert distance(outputs(model, x), wanted) < 0.5
+    assert same_bits(outputs(model, x), wanted)
     randlora.merge(twin, quantized="dequantize")
     assert {type(twin.get_submodule(fqn)) for fqn in report.targets} == {nn.Linear}
-    assert distance(outputs(twin, kind.inputs()), wanted) < codes.tolerance
+    assert distance(outputs(twin, x), wanted) < codes.tolerance
     randlora.eject(model)
     assert {fqn: type(module) for fqn, module in model.named_modules()} == classes
     assert all(model.get_submodule(fqn) is module for fqn, module in modules.items())
     assert state_bits(model) == state
-    assert same_bits(outputs(model, kind.inputs()), plain)
+    assert same_bits(outputs(model, x), plain)
 
 
 @pytest.mark.parametrize(("bits", "is_prepared"), [(8, True), (4, False)])
@@ -133,10 +115,10 @@ def test_a_model_that_never_ran_computes_after_it_is_dequantized(bits: int, is_p
 def test_an_adapter_fits_the_model_and_what_bitsandbytes_and_transformers_made_of_it(
     kind: RealModel, codes: Codes, tmp_path: Path
 ) -> None:
+    x = kind.inputs()
     for trained, name in ((quantized_model(kind, codes), "codes"), (kind.build(), "dense")):
         randlora.inject(trained, R, targets=kind.targets)
-        fill(trained)
-        randlora.save(trained, tmp_path / name)
+        randlora.save(fill(trained), tmp_path / name)
         for other in (quantized_model(kind, codes), kind.build()):
             randlora.load(other, tmp_path / name)
             (adapter,), (found,) = randlora.adapters(trained), randlora.adapters(other)
@@ -144,7 +126,7 @@ def test_an_adapter_fits_the_model_and_what_bitsandbytes_and_transformers_made_o
             for fqn in adapter.targets:
                 assert same_bits(randlora.delta_weight(trained, fqn), randlora.delta_weight(other, fqn))
             if type(trained.get_submodule(adapter.targets[0])) is type(other.get_submodule(adapter.targets[0])):
-                assert same_bits(outputs(other, kind.inputs()), outputs(trained, kind.inputs()))
+                assert same_bits(outputs(other, x), outputs(trained, x))
     if kind is not GPT2:  # of which transformers leaves nn.Linear where its own code reads the files of Conv1D
         model, plain = quantized_model(kind, codes), quantized_model(kind, codes).dequantize()
         for each in (model, plain):
@@ -152,27 +134,27 @@ def test_an_adapter_fits_the_model_and_what_bitsandbytes_and_transformers_made_o
         randlora.merge(plain)
         plain.save_pretrained(tmp_path / "merged")
         again = type(plain).from_pretrained(tmp_path / "merged").eval()
-        assert distance(outputs(again, kind.inputs()), outputs(model, kind.inputs())) < codes.tolerance
+        assert distance(outputs(again, x), outputs(model, x)) < codes.tolerance
 
 
 @every_case
 def test_an_adapter_of_codes_computes_the_same_in_peft_and_pefts_here(
     kind: RealModel, codes: Codes, tmp_path: Path
 ) -> None:
-    config = RandLoraConfig(r=R, randlora_alpha=ALPHA, target_modules=list(kind.targets))
+    config = RandLoraConfig(r=R, randlora_alpha=peer.ALPHA, target_modules=list(kind.targets))
     theirs = get_peft_model(quantized_model(kind, codes), config).eval()
     fill(theirs).save_pretrained(tmp_path / "theirs")
     ours = quantized_model(kind, codes)
     randlora.load(ours, tmp_path / "theirs")
-    assert_same_effect(ours, theirs, kind)
+    peer.assert_same_effect(ours, theirs, kind)
     ours = quantized_model(kind, codes)
-    randlora.inject(ours, R, alpha=ALPHA, targets=kind.targets, stream=peft_draw("dense"))
-    randlora.save(fill(ours), tmp_path / "ours", bases="stored" if codes is NF4 else "seed")
+    randlora.inject(ours, R, alpha=peer.ALPHA, targets=kind.targets, stream=peer.peft_draw("dense"))
+    randlora.save(fill(ours), tmp_path / "ours", bases="stored" if kind is LLAMA else "seed")
     theirs = PeftModel.from_pretrained(quantized_model(kind, codes), tmp_path / "ours").eval()
-    assert_same_effect(ours, theirs, kind)
+    peer.assert_same_effect(ours, theirs, kind)
 
 
-# Preparing
+# Preparing: what each step changes, and gradients where there would be none without it
 
 NOTHING = {"full_precision": False, "inputs_require_grad": False, "checkpointing": False, "unpacked": False}
 
@@ -183,20 +165,6 @@ def only(step: str) -> dict[str, bool]:
 
 def hooks(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: (len(each._forward_hooks), len(each._forward_pre_hooks)) for name, each in model.named_modules()}
-
-
-def input_gradient(model: nn.Module, fqn: str, run: Callable[[], Tensor]) -> Tensor:
-    found: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        output.retain_grad()
-        found.append(output)
-
-    with model.get_submodule(fqn).register_forward_hook(keep):
-        run().float().square().mean().backward()
-    (output,) = found
-    assert output.grad is not None
-    return output.grad
 
 
 @pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
@@ -233,7 +201,8 @@ def test_a_prepared_model_trains_down_to_its_inputs_as_without_checkpointing_and
 ) -> None:
     plain, model = (half_precision_model(kind, bits=bits).train() for _ in range(2))
     if reentrant:  # which gets the inputs it needs
-        checkpoint_activations(model, is_reentrant=True)
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # renamed
+        enable({"use_reentrant": True})
         with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
             assert None in trainable_gradients(model, kind).values()
         model.zero_grad()
@@ -245,11 +214,18 @@ def test_a_prepared_model_trains_down_to_its_inputs_as_without_checkpointing_and
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     assert {each._gradient_checkpointing_func.keywords["use_reentrant"] for each in checkpointed} == {reentrant}
     expected = trainable_gradients(plain, kind)
-    torch.testing.assert_close(trainable_gradients(model, kind), expected, rtol=1e-5, atol=1e-7)
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.retain_grad()
+        found.append(output)
+
+    with model.get_submodule(report.input_gradients[0]).register_forward_hook(keep):
+        torch.testing.assert_close(trainable_gradients(model, kind), expected, rtol=1e-5, atol=1e-7)
     assert None not in expected.values()
     assert logits(model(**kind.inputs())).dtype == torch.float32
-    found = input_gradient(model, report.input_gradients[0], lambda: logits(model(**kind.inputs())))
-    assert found.abs().max() > 0
+    assert found[0].grad is not None
+    assert found[0].grad.abs().max() > 0
     before, hung = snapshot(model), hooks(model)
     again = prepare_quantized(model)
     assert_unchanged(model, before)
@@ -270,12 +246,23 @@ def test_a_model_without_quantized_layers_is_prepared_all_the_same_and_again_and
     assert prepare_quantized(model.half()) == report
     assert hooks(model) == hung
     assert (model.embed.weight.dtype, model.head.weight.dtype) == (torch.float16, torch.float32)
-    assert input_gradient(model, "embed", lambda: model(TOKENS)).dtype == torch.float32
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert same_bits(twin(TOKENS), model(TOKENS))
         prepare_quantized(twin)
         assert hooks(twin) == hung
         assert all(parameter.requires_grad for parameter in twin.parameters())
+    randlora.inject(model, r=4, targets=["q", "down"])
+    said = "cannot prepare the model while the adapters are merged"
+    with randlora.merged(model), untouched(model), pytest.raises(AdapterError, match=said):
+        prepare_quantized(model)
+    adapted = Mixed(torch.bfloat16)
+    randlora.inject(adapted, r=4, targets=["q", "down"])
+    prepare_quantized(adapted)
+    for each in (model, adapted):
+        output = each(TOKENS)
+        assert output.dtype == each.get_parameter("q.weight").dtype == torch.float32
+        output.square().mean().backward()
+        assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(each))
 
 
 class Stored(Tensor):
@@ -298,41 +285,16 @@ def test_what_is_tied_stays_tied_and_what_has_no_values_or_another_form_stays_as
     assert model.stored(torch.randn(2, 4)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("adapted_first", [False, True])
-def test_dense_layers_that_are_adapted_are_prepared_too_but_no_merged_model(adapted_first: bool) -> None:
-    model = Mixed(torch.bfloat16)
-    if not adapted_first:
-        prepare_quantized(model)
-    randlora.inject(model, r=4, targets=["q", "down"])
-    prepare_quantized(model)
-    assert model.get_parameter("q.weight").dtype == torch.float32
-    output = model(TOKENS)
-    assert output.dtype == torch.float32
-    output.square().mean().backward()
-    assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
-    said = "cannot prepare the model while the adapters are merged"
-    with randlora.merged(model), untouched(model), pytest.raises(AdapterError, match=said):
-        prepare_quantized(model)
+HALVES: dict[str, Callable[[], nn.Module]] = {
+    "convolution": lambda: nn.Conv1d(4, 4, 3),
+    "attention": lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+    "parametrized linear": lambda: weight_norm(nn.Linear(8, 8)),
+}
 
 
-def attention() -> nn.Module:
-    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-
-
-@pytest.mark.parametrize(
-    ("build", "shape"),
-    [
-        (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Conv1d(4, 4, 3)), (2, 4, 8)),
-        (lambda: nn.Sequential(nn.BatchNorm1d(4), weight_norm(nn.Conv1d(4, 4, 3))), (2, 4, 8)),
-        (lambda: nn.Sequential(nn.LayerNorm(8), attention()), (2, 4, 8)),
-        (lambda: nn.Sequential(nn.LayerNorm(8), weight_norm(nn.Linear(8, 8))), (4, 8)),
-    ],
-    ids=["convolution", "parametrized convolution", "attention", "parametrized linear"],
-)
-def test_matrices_that_keep_their_16_bits_meet_the_float32_that_norms_give(
-    build: Callable[[], nn.Module], shape: tuple[int, ...]
-) -> None:
-    model, x = build().bfloat16(), torch.randn(shape, dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", HALVES)
+def test_matrices_that_keep_their_16_bits_meet_the_float32_that_norms_give(name: str) -> None:
+    model, x = nn.Sequential(nn.LayerNorm(8), HALVES[name]()).bfloat16(), torch.randn(2, 4, 8, dtype=torch.bfloat16)
     prepared = copy.deepcopy(model)
     assert prepare_quantized(prepared, **only("full_precision")).cast
     assert torch.bfloat16 in {parameter.dtype for parameter in prepared.parameters() if parameter.ndim > 1}
@@ -342,21 +304,20 @@ def test_matrices_that_keep_their_16_bits_meet_the_float32_that_norms_give(
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
-def text_and_images() -> nn.Module:
+def text_and_images() -> Any:
     sides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     text, vision = {"vocab_size": 64, **sides}, {"image_size": 16, "patch_size": 8, **sides}
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))  # type: ignore[no-any-return]
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
 
 
-def convolutions() -> nn.Module:
-    sides = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}
-    return transformers.ConvNextModel(transformers.ConvNextConfig(**sides))  # type: ignore[no-any-return]
+def convolutions() -> Any:
+    return transformers.ConvNextModel(transformers.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2))
 
 
 def without_checkpointing() -> nn.Module:
-    model = LLAMA.build()
-    model.supports_gradient_checkpointing = False  # type: ignore[assignment]
-    return model
+    model: Any = LLAMA.build()
+    model.supports_gradient_checkpointing = False
+    return model  # type: ignore[no-any-return]
 
 
 NO_EMBEDDING = "no embedding was found: for reentrant checkpointing, make the inputs require grad"
@@ -366,7 +327,6 @@ NO_EMBEDDING = "no embedding was found: for reentrant checkpointing, make the in
     ("build", "step", "inputs", "note"),
     [
         (text_and_images, "inputs_require_grad", ["token_embedding", "patch_embedding"], None),
-        (lambda: nn.Sequential(nn.Linear(4, 4)), "inputs_require_grad", [], NO_EMBEDDING),
         (convolutions, "inputs_require_grad", [], NO_EMBEDDING),
         (without_checkpointing, "checkpointing", [], "checkpointing stays off: LlamaForCausalLM has no method for it"),
     ],
@@ -412,7 +372,7 @@ def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits_and_ano
     assert found is not None
     assert found.abs().max() > 0
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
-    for change in (gradient_after_evaluation, _without_state) if REPACKS else ():
+    for change in (gradient_after_evaluation, _without_state) if quantized.REPACKS else ():
         layer = of_4_bits(64, 32, **options)
         model, x = nn.Sequential(layer), torch.randn(3, 64, dtype=torch.bfloat16)
         expected = model(x)  # with a bias, a forward pass in training would raise from here on

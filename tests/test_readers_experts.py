@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -27,72 +27,59 @@ TWO = "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_ex
 SIZES = {"vocab_size": 40, "hidden_size": 16, "max_position_embeddings": 32, "num_local_experts": 4}
 COMMON: dict[str, Any] = SIZES | dict.fromkeys(TWO, 2)
 EXPERTS = ["mlp.experts"]
-each_or_shared = pytest.mark.parametrize("experts", ["each", "shared"])
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+each_or_shared = pytest.mark.parametrize("experts", ["each", "shared"])
 
 
-def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(**COMMON, intermediate_size=24)
-    return cast("nn.Module", transformers.MixtralForCausalLM(config))
+def mixtral() -> Any:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**COMMON, intermediate_size=24))
 
 
-def gpt_oss() -> nn.Module:
+def gpt_oss() -> Any:
     """Its stacks are transposed, one of them of squares, and have biases."""
-    config = transformers.GptOssConfig(**COMMON, head_dim=8, intermediate_size=16)
-    return cast("nn.Module", transformers.GptOssForCausalLM(config))
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**COMMON, head_dim=8, intermediate_size=16))
 
 
-every_model = pytest.mark.parametrize("build", [mixtral, gpt_oss], ids=lambda build: build.__name__)
-
-
-def made(
-    build: Callable[[], nn.Module], implementation: str = "eager", dtype: torch.dtype = torch.float64
-) -> nn.Module:
+def made(build: Callable[[], Any], implementation: str = "eager", dtype: torch.dtype = torch.float64) -> Any:
     """Make a model with random weights that matter: the initial ones of transformers are small."""
     torch.manual_seed(0)
-    model: Any = build().eval()
+    model = build().eval()
     for parameter in model.parameters():
         if parameter.dim() == 3:
             nn.init.normal_(parameter, std=0.3)
     model.set_experts_implementation(implementation)
-    return cast("nn.Module", model.to(dtype))
+    return model.to(dtype)
 
 
-def logits(model: nn.Module) -> Tensor:
-    output: Tensor = model(IDS).logits
-    return output
-
-
-def gradients(model: nn.Module) -> list[Tensor]:
-    logits(model).square().sum().backward()
-    found = [parameter.grad for parameter in randlora.trainable_parameters(model)]
+def gradients(model: Any) -> list[Any]:
+    model(IDS).logits.square().sum().backward()
+    found: list[Any] = [parameter.grad for parameter in randlora.trainable_parameters(model)]
     assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
     assert all(gradient is not None and gradient.any() for gradient in found)
     model.zero_grad()
-    return cast("list[Tensor]", found)
+    return found
 
 
-@every_model
+@pytest.mark.parametrize("build", [mixtral, gpt_oss], ids=lambda build: build.__name__)
 @each_or_shared
 def test_every_implementation_computes_as_one_whose_experts_were_changed_and_has_the_same_gradients(
-    build: Callable[[], nn.Module], experts: Any
+    build: Callable[[], Any], experts: Any
 ) -> None:
     found = []
     for implementation in IMPLEMENTATIONS:
         dtype = torch.float32 if implementation == "grouped_mm" else torch.float64  # all that its kernel takes
-        model: Any = made(build, implementation, dtype)
-        before, changed = logits(model), copy.deepcopy(model)
+        model = made(build, implementation, dtype)
+        before, changed = model(IDS).logits, copy.deepcopy(model)
         targets = randlora.inject(model, r=3, alpha=3, targets=EXPERTS, experts=experts).targets
-        assert torch.equal(logits(model), before)
+        assert torch.equal(model(IDS).logits, before)
         fill(model, spread=0.3)
         for fqn in targets:
             update = randlora.delta_weight(model, fqn)
             assert update.dim() == (3 if experts == "each" else 2)
             changed.get_parameter(fqn).data += update.mT if build is gpt_oss else update
-        output, expected = logits(model), logits(changed)
+        output, tolerance = model(IDS).logits, 10 * TOLERANCES[dtype]
         assert (output - before).abs().max() > 1e-3
-        tolerance = 10 * TOLERANCES[dtype]
-        torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(output, changed(IDS).logits, rtol=tolerance, atol=tolerance)
         found.append(gradients(model))
         torch.testing.assert_close(found[-1], found[0], rtol=1e-3, atol=1e-4, check_dtype=False)
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # renamed
@@ -102,7 +89,7 @@ def test_every_implementation_computes_as_one_whose_experts_were_changed_and_has
 
 
 def test_an_expert_that_no_token_visits_costs_nothing() -> None:
-    model: Any = made(mixtral)
+    model = made(mixtral)
     randlora.inject(model, r=3, targets=EXPERTS)
     experts = model.model.layers[0].mlp.experts
     x, visited = torch.randn(3, 16, dtype=torch.float64), torch.tensor([[1, 3], [1, 3], [3, 1]])
@@ -117,7 +104,7 @@ def test_an_expert_that_no_token_visits_costs_nothing() -> None:
 @each_or_shared
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_backward_keeps_nothing_of_the_size_of_all_updates(experts: Any, implementation: str) -> None:
-    model: Any = made(mixtral, implementation, torch.float32)
+    model = made(mixtral, implementation, torch.float32)
     randlora.inject(model, r=3, targets=EXPERTS, experts=experts)
     module = model.model.layers[0].mlp.experts
     kept: dict[int, int] = {}
@@ -142,7 +129,7 @@ def test_backward_keeps_nothing_of_the_size_of_all_updates(experts: Any, impleme
 def test_a_grouped_product_all_at_once_equals_one_matrix_after_the_other(
     stack: str, basis: Any, counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model: Any = made(mixtral, "grouped_mm", torch.float32)
+    model = made(mixtral, "grouped_mm", torch.float32)
     for experts in ("each", "shared"):
         randlora.inject(model, r=8, alpha=8, targets=EXPERTS, basis=basis, experts=experts, name=experts)
         fill(model, experts, spread=0.3)
@@ -209,18 +196,18 @@ def summed(model: nn.Module) -> Tensor:
     return up(model) + 0
 
 
-def tokens(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-
 def of_first(x: Tensor, stack: Tensor) -> Tensor:
     return x @ stack[0].mT
 
 
-OPAQUE: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Tensor], Tensor]]] = {
-    "function": (PRODUCT, lambda whole: whole.flatten(0, 1)),
-    "of a matrix": (lambda x, stack: PRODUCT(x, stack[1]), lambda whole: whole[1]),
-    "checkpoint": (lambda x, stack: checkpoint(of_first, x, stack, use_reentrant=True), lambda whole: whole[0]),
+X = torch.randn(3, IN, generator=torch.Generator().manual_seed(1))
+EACH = torch.randn(COUNT, 3, IN, generator=torch.Generator().manual_seed(1))
+
+
+OPAQUE: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any]] = {
+    "function": (PRODUCT, slice(None)),
+    "of a matrix": (lambda x, stack: PRODUCT(x, stack[1]), 1),
+    "checkpoint": (lambda x, stack: checkpoint(of_first, x, stack, use_reentrant=True), 0),
 }
 
 
@@ -229,53 +216,56 @@ OPAQUE: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Tensor], Tens
 def test_a_gradient_that_would_not_reach_the_adapters_is_an_error_and_that_of_a_clone_reaches_them(
     name: str, experts: str
 ) -> None:
-    model, x = adapted(experts), tokens(3, IN).requires_grad_()
-    run, used = OPAQUE[name]
+    model, x, (run, used) = adapted(experts), X.clone().requires_grad_(), OPAQUE[name]
     with pytest.raises(RuntimeError, match=r"cannot reach its adapters.*Pass its \.clone\(\) instead"):
         run(x, up(model)).sum().backward()
     trained = [*randlora.trainable_parameters(model)]
     assert all(parameter.grad is None for parameter in trained)
     run(x, up(model).clone()).sum().backward()
-    expected = torch.autograd.grad((x @ used(summed(model)).mT).sum(), trained)
+    expected = torch.autograd.grad((x @ summed(model)[used].reshape(-1, IN).mT).sum(), trained)
     torch.testing.assert_close([parameter.grad for parameter in trained], [*expected])
 
 
 def test_a_stack_requires_a_gradient_where_its_sum_does_and_works_where_none_is_needed() -> None:
-    model, x = adapted(), tokens(3, IN)
+    model = adapted()
     stack, trained = up(model), [*randlora.trainable_parameters(model)]
-    assert stack.requires_grad
-    assert stack[0].requires_grad
-    assert stack.mT.requires_grad
-    outputs = of_first(x, stack), checkpoint(of_first, x, stack, use_reentrant=False)
+    assert (stack.requires_grad, stack[0].requires_grad, stack.mT.requires_grad) == (True, True, True)
+    outputs = of_first(X, stack), checkpoint(of_first, X, stack, use_reentrant=False)
     torch.testing.assert_close(*(torch.autograd.grad(output.square().sum(), trained) for output in outputs))
     with torch.no_grad():
         assert not up(model).requires_grad
-        torch.testing.assert_close(PRODUCT(x, up(model)), x @ summed(model).flatten(0, 1).mT)
+        torch.testing.assert_close(PRODUCT(X, up(model)), X @ summed(model).flatten(0, 1).mT)
         assert torch.equal(copy.deepcopy(up(model)), summed(model))
     randlora.set_trainable(model, "default", trainable=False)
     assert not up(model).requires_grad
 
 
-x_of, tokens_of = tokens(3, IN), tokens(COUNT, 3, IN)
 CALLS: dict[str, Callable[[Any], Tensor]] = {
-    "linear-weight": lambda stack: F.linear(x_of, weight=stack[1]),
-    "linear-input": lambda stack: F.linear(input=x_of, weight=stack[1], bias=torch.ones(OUT)),
-    "linear-many": lambda stack: F.linear(tokens(60, IN), stack[1], torch.ones(OUT)),
-    "matmul": lambda stack: torch.matmul(input=x_of, other=stack[1].mT),
-    "matmul-other": lambda stack: x_of.matmul(other=stack[1].mT),
-    "mm": lambda stack: torch.mm(x_of, mat2=stack[1].mT),
-    "bmm-input": lambda stack: torch.bmm(input=tokens_of, mat2=stack.mT),
-    "transpose": lambda stack: tokens_of.bmm(stack.transpose(dim0=1, dim1=2)),
-    "transpose-input": lambda stack: tokens_of.bmm(torch.transpose(input=stack, dim0=1, dim1=2)),
-    "t": lambda stack: x_of.mm(torch.t(input=stack[1])),
+    "linear-weight": lambda stack: F.linear(X, weight=stack[1]),
+    "linear-input": lambda stack: F.linear(input=X, weight=stack[1], bias=torch.ones(OUT)),
+    "linear-many": lambda stack: F.linear(X.repeat(20, 1), stack[1], torch.ones(OUT)),
+    "matmul": lambda stack: torch.matmul(input=X, other=stack[1].mT),
+    "matmul-other": lambda stack: X.matmul(other=stack[1].mT),
+    "mm": lambda stack: torch.mm(X, mat2=stack[1].mT),
+    "bmm-input": lambda stack: torch.bmm(input=EACH, mat2=stack.mT),
+    "transpose": lambda stack: EACH.bmm(stack.transpose(dim0=1, dim1=2)),
+    "transpose-input": lambda stack: EACH.bmm(torch.transpose(input=stack, dim0=1, dim1=2)),
+    "t": lambda stack: X.mm(torch.t(input=stack[1])),
 }
 FORMED: dict[str, Callable[[Any], Any]] = {
-    "out": lambda stack: torch.matmul(x_of, stack[1].mT, out=torch.empty(3, OUT)),
-    "einsum": lambda stack: torch.einsum("ti,eoi->teo", x_of, stack),
-    "left": lambda stack: torch.matmul(input=stack[1], other=x_of.mT),
+    "out": lambda stack: torch.matmul(X, stack[1].mT, out=torch.empty(3, OUT)),
+    "einsum": lambda stack: torch.einsum("ti,eoi->teo", X, stack),
+    "left": lambda stack: torch.matmul(input=stack[1], other=X.mT),
     "copy_": lambda stack: torch.empty(COUNT, OUT, IN).copy_(stack),
-    "addmm_": lambda stack: torch.zeros(3, OUT).addmm_(x_of, stack[1].mT),
+    "addmm_": lambda stack: torch.zeros(3, OUT).addmm_(X, stack[1].mT),
     "setitem": lambda stack: torch.zeros(2, COUNT, OUT, IN).index_copy_(0, torch.tensor([1]), stack[None]),
+}
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "__setitem__": lambda stack: stack.__setitem__(0, torch.zeros(OUT, IN)),
+    "add_": lambda stack: stack.__iadd__(1),
+    "normal_": nn.init.normal_,
+    "add": lambda stack: torch.add(torch.ones(COUNT, OUT, IN), 1, out=stack),
+    "_foreach_add_": lambda stack: torch._foreach_add_([stack], 1),
 }
 
 
@@ -292,36 +282,23 @@ def test_calls_are_those_with_the_sum_which_products_do_not_form(
     torch.testing.assert_close(call(up(model)), expected)
 
 
-@each_or_shared
-def test_matrices_at_no_index_are_an_empty_stack_and_unknown_arguments_torchs_own_error(experts: str) -> None:
-    model = adapted(experts)
+def test_matrices_at_no_index_are_an_empty_stack_and_unknown_arguments_torchs_own_error() -> None:
+    model = adapted()
     none = up(model)[torch.tensor([], dtype=torch.int64)]
     assert none.shape == (0, OUT, IN)
     assert not isinstance(none, AdaptedStack)
-    for gradient in torch.autograd.grad(none.sum(), [*randlora.trainable_parameters(model)]):
-        assert not gradient.any()
+    assert not any(each.any() for each in torch.autograd.grad(none.sum(), [*randlora.trainable_parameters(model)]))
     with pytest.raises(TypeError, match="linear"):
-        F.linear(x_of, weights=up(model)[0])  # type: ignore[call-arg]
-
-
-WRITES: dict[str, Callable[[Any], Any]] = {
-    "__setitem__": lambda stack: stack.__setitem__(0, torch.zeros(OUT, IN)),
-    "add_": lambda stack: stack.__iadd__(1),
-    "normal_": nn.init.normal_,
-    "add": lambda stack: torch.add(torch.ones(COUNT, OUT, IN), 1, out=stack),
-    "_foreach_add_": lambda stack: torch._foreach_add_([stack], 1),
-}
+        F.linear(X, weights=up(model)[0])  # type: ignore[call-arg]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "write"), WRITES.items(), ids=WRITES)
-def test_writing_to_a_stack_is_refused(name: str, write: Callable[[Any], Any]) -> None:
+def test_writing_to_a_stack_and_what_is_no_stack_of_matrices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
-    with untouched(model), pytest.raises(RuntimeError, match=f"cannot {name} an adapted stack of weights in place"):
-        write(up(model))
-
-
-def test_what_is_no_stack_of_matrices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, write in WRITES.items():
+        said = f"cannot {name} an adapted stack of weights in place"
+        with untouched(model), pytest.raises(RuntimeError, match=said):
+            write(up(model))
     monkeypatch.setattr(registry, "_readers", dict(registry._readers))
     randlora.layers.register_layer(Flat)(type("W1", (Experts,), {"attribute": "w1"}))
     model, match = nn.Sequential(Flat()), r"0\.w1 has shape \(8, 4\), expected a stack"

@@ -1,9 +1,7 @@
-"""What is particular to `nn.MultiheadAttention` and to embeddings: masks, fast paths, whole models, files, refusals."""
+"""What is particular to `nn.MultiheadAttention` and to embeddings: masks, the fast path, files, refusals."""
 
 import copy
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,23 +24,7 @@ from randlora.layers.scopes import forward_of
 from randlora.readers.read_weight import EmbeddingAdapter, ReadWeight
 from tests.kit import all_bits, fill, read, untouched
 from tests.laws import adapted_names, assert_close
-from tests.models import GPT2, TORCHVISION_VIT, clip, library, reproducible, torchvision_vit
-
-is_training = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-
-
-def assert_all_have_gradients(model: nn.Module) -> None:
-    assert all(each.grad is not None and each.grad.any() for each in randlora.trainable_parameters(model))
-
-
-def merged_copy(model: nn.Module) -> Any:
-    """Return a plain copy with the weights that the adapters make."""
-    twin = copy.deepcopy(model)
-    randlora.merge(twin)
-    return twin
-
-
-# Attention by itself
+from tests.models import GPT2, reproducible
 
 
 class Subclass(nn.MultiheadAttention):
@@ -53,9 +35,14 @@ class Subclass(nn.MultiheadAttention):
 
 
 class Attending(nn.Module):
-    def __init__(self, attn: nn.MultiheadAttention) -> None:
+    """Attention with random weights, always the same."""
+
+    def __init__(self, kind: type[nn.MultiheadAttention] = nn.MultiheadAttention, **options: Any) -> None:
         super().__init__()
-        self.attn = attn
+        torch.manual_seed(0)
+        self.attn = kind(12, **{"num_heads": 2, "batch_first": True, "dtype": torch.float64, **options})
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.attn(x, x, x, need_weights=False)[0]
@@ -64,60 +51,38 @@ class Attending(nn.Module):
 
 PACKED = {"attn.in_proj_weight", "attn.out_proj"}
 SEPARATE = {"attn.q_proj_weight", "attn.k_proj_weight", "attn.v_proj_weight", "attn.out_proj"}
-ATTENTION: dict[str, tuple[Callable[..., nn.MultiheadAttention], dict[str, Any], Any, set[str]]] = {
-    "packed": (nn.MultiheadAttention, {}, "packed", PACKED),
-    "split": (nn.MultiheadAttention, {}, "split", PACKED),
-    "sequence-first": (nn.MultiheadAttention, {"batch_first": False, "num_heads": 3}, "split", PACKED),
-    "bias-kv": (nn.MultiheadAttention, {"add_bias_kv": True, "add_zero_attn": True}, "packed", PACKED),
-    "separate": (nn.MultiheadAttention, {"kdim": 8, "vdim": 20, "bias": False}, "packed", SEPARATE),
-    "subclass": (Subclass, {}, "packed", PACKED),
+ATTENTION: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
+    "sequence-first": ({"batch_first": False, "num_heads": 3}, "split", PACKED),
+    "bias-kv": ({"add_bias_kv": True, "add_zero_attn": True}, "packed", PACKED),
+    "separate": ({"kdim": 8, "vdim": 20, "bias": False}, "packed", SEPARATE),
+    "subclass": ({"kind": Subclass}, "packed", PACKED),
 }
-CAUSAL = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
 MASKS: tuple[dict[str, Any], ...] = (
     {},
     {"need_weights": True, "average_attn_weights": False},
     {"key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2])},
-    {"attn_mask": CAUSAL, "is_causal": True},
+    {"attn_mask": torch.triu(torch.ones(5, 5, dtype=torch.bool), 1), "is_causal": True},
 )
 
 
-def attending(name: str) -> Attending:
-    """Make a model with random weights, always the same."""
-    kind, options, _, _ = ATTENTION[name]
-    torch.manual_seed(0)
-    model = Attending(kind(12, **{"num_heads": 2, "batch_first": True, **options}))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.double()
-
-
-def adapted(name: str) -> Any:
-    model = attending(name)
-    randlora.inject(model, r=3, alpha=6, in_proj=ATTENTION[name][2], stream="portable")
-    return fill(model, spread=0.2)
-
-
-def inputs_of(name: str) -> list[Tensor]:
-    options, generator = ATTENTION[name][1], torch.Generator().manual_seed(1)
-    widths = (12, options.get("kdim", 12), options.get("vdim", 12))
-    return [torch.randn(2, 5, width, generator=generator, dtype=torch.float64) for width in widths]
-
-
 @pytest.mark.parametrize("name", ATTENTION)
-@is_training
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_attention_computes_as_one_whose_weights_were_changed(name: str, training: bool) -> None:
-    model, plain = adapted(name).train(training), attending(name).train(training)
-    assert adapted_names(model) == ATTENTION[name][3]
-    changed, inputs = attending(name).train(training), inputs_of(name)
+    options, in_proj, fqns = ATTENTION[name]
+    model, changed, plain = (Attending(**options).train(training) for _ in range(3))
+    randlora.inject(model, r=3, alpha=6, in_proj=in_proj, stream="portable")
+    fill(model, spread=0.2)
+    assert adapted_names(model) == fqns
+    inputs = [torch.randn(2, 5, options.get(width, 12), dtype=torch.float64) for width in ("", "kdim", "vdim")]
     with torch.no_grad():
-        for fqn in ATTENTION[name][3]:
+        for fqn in fqns:
             weight = changed.get_parameter(fqn if fqn.endswith("_weight") else f"{fqn}.weight")
             weight.add_(randlora.delta_weight(model, fqn))
-    for options in MASKS[:2] if name == "sequence-first" else MASKS:  # its first dim is the sequence
+    for mask in MASKS[:2] if name == "sequence-first" else MASKS:  # its first dim is the sequence
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
-                (output, weights), (expected, by) = (each.attn(*inputs, **options) for each in (model, changed))
-                base = plain.attn(*inputs, **options)[0]
+                (output, weights), (expected, by) = (each.attn(*inputs, **mask) for each in (model, changed))
+                base = plain.attn(*inputs, **mask)[0]
             assert_close(output, expected, torch.float64)
             assert (output - base).abs().max() > 0.01
             assert (weights is None) == (by is None)
@@ -125,16 +90,17 @@ def test_attention_computes_as_one_whose_weights_were_changed(name: str, trainin
                 assert_close(weights, by, torch.float64)
 
 
-@is_training
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_the_fast_path_is_taken_and_each_update_computed_once_with_its_gradients(training: bool) -> None:
-    for name in ("packed", "split"):
-        model = adapted(name).train(training)
+    for in_proj in ("packed", "split"):
+        model = Attending().train(training)
+        randlora.inject(model, r=3, in_proj=in_proj)
         with (
             torch.set_grad_enabled(training),
             patch.object(torch, "_native_multi_head_attention", wraps=torch._native_multi_head_attention) as fast,
             patch.object(ReadWeight, "value", autospec=True, side_effect=ReadWeight.value) as value,
         ):
-            model(inputs_of(name)[0])
+            model(torch.randn(2, 5, 12, dtype=torch.float64))
         assert fast.call_count == (0 if training else 1)
         assert len({call.args[0] for call in value.call_args_list}) == value.call_count == 2
         with forward_of(model.attn):  # what it reads without gradients has them where it reads with them
@@ -143,13 +109,16 @@ def test_the_fast_path_is_taken_and_each_update_computed_once_with_its_gradients
             assert model.attn.in_proj_weight.requires_grad
 
 
+def assert_all_have_gradients(model: nn.Module) -> None:
+    assert all(each.grad is not None and each.grad.any() for each in randlora.trainable_parameters(model))
+
+
 def test_a_linear_layer_in_the_place_of_out_proj_is_adapted_as_it_is_read_and_its_type_as_it_is_called() -> None:
     layer = nn.modules.linear.NonDynamicallyQuantizableLinear(12, 8, dtype=torch.float64)
     models: list[tuple[nn.Module, str]] = [(nn.Sequential(layer), "0")]
     for kind in (nn.MultiheadAttention, Subclass):
-        attention = kind(12, 2, dtype=torch.float64)
-        attention.out_proj = nn.Linear(12, 12, dtype=torch.float64)  # type: ignore[assignment]
-        models.append((Attending(attention), "out_proj"))
+        models.append((attending := Attending(kind), "out_proj"))
+        attending.attn.out_proj = nn.Linear(12, 12, dtype=torch.float64)  # type: ignore[assignment]
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     for model, name in models:
         base = model(x)
@@ -158,87 +127,8 @@ def test_a_linear_layer_in_the_place_of_out_proj_is_adapted_as_it_is_read_and_it
         assert (found - base).abs().max() > 0.01
         found.sum().backward()
         assert_all_have_gradients(model)
-        torch.testing.assert_close(merged_copy(model)(x), found)
-
-
-# Models with attention
-
-X = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-PADDING = torch.zeros(3, 7, dtype=torch.bool)
-PADDING[1, 5:] = True
-IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-TEXTS = torch.randint(1, 40, (2, 8), generator=torch.Generator().manual_seed(2))
-
-
-def encoder(**options: Any) -> Any:
-    """Build an encoder of two layers."""
-    layer = partial(nn.TransformerEncoderLayer, 16, 4, 24, **{"batch_first": True, "dropout": 0.0, **options})
-    return reproducible(lambda: nn.TransformerEncoder(layer(), 2, enable_nested_tensor=not options))
-
-
-def encoded(model: Any) -> list[Tensor]:
-    return [model(X), model(X, src_key_padding_mask=PADDING)[~PADDING]]
-
-
-def own_attention() -> nn.Module:
-    """Build an attention of open_clip's own."""
-    return nn.Sequential(reproducible(lambda: library("open_clip").transformer.Attention(16, num_heads=2)))
-
-
-def decoder() -> nn.Module:
-    """Build a decoder layer, whose second attention has the encoder's output for keys and values."""
-    return reproducible(lambda: nn.TransformerDecoderLayer(16, 4, 24, batch_first=True, dropout=0.0))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Sequence[Tensor]], Any, int]] = {
-    "clip": (clip, lambda model: model(IMAGES, TEXTS)[:2], ["in_proj_weight", "c_fc", "c_proj"], 2 * 2 * 3),
-    "clip's own attention": (
-        own_attention, lambda model: [model(X)], "all-linear", 2
-    ),
-    "decoder": (decoder, lambda model: [model(X, X.flip(1))], ["multihead_attn"], 2),
-    "torchvision": (torchvision_vit, lambda model: [model(TORCHVISION_VIT.inputs()["x"].double())], "all-linear", 8),
-    "encoder's projections": (encoder, encoded, ["in_proj_weight"], 2),
-    "encoder's outputs": (encoder, encoded, ["out_proj"], 2),
-    "encoder's last layer": (encoder, encoded, ["layers.1.self_attn"], 2),
-    "encoder's other layers": (encoder, encoded, ["linear1"], 2),
-    "encoder of another order": (lambda: encoder(norm_first=True), encoded, None, 8),
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("in_proj", ["packed", "split"])
-def test_a_model_computes_as_one_whose_weights_were_changed_and_is_trained_and_ejected(name: str, in_proj: Any) -> None:
-    build, run, targets, count = MODELS[name]
-    model, base = build().double(), build().double()
-    assert len(randlora.inject(model, r=4, targets=targets, in_proj=in_proj).targets) == count
-    merged = merged_copy(fill(model, spread=0.2))
-    for training in (False, True):
-        with torch.set_grad_enabled(training):
-            found, plain, expected = (run(each.train(training)) for each in (model, base, merged))
-        for ours, own, by in zip(found, plain, expected, strict=True):
-            assert (ours - own).abs().max() > 1e-3
-            assert_close(ours, by, torch.float64)
-    torch.stack([(output * output.roll(1, 0)).sum() for output in found]).sum().backward()
-    assert_all_have_gradients(model)
-    assert all(parameter.grad is None for fqn, parameter in model.named_parameters() if "randlora" not in fqn)
-    randlora.eject(model)
-    assert [type(module) for module in model.modules()] == [type(module) for module in base.modules()]
-    assert all_bits(model.state_dict()) == all_bits(base.state_dict())
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
-@pytest.mark.parametrize("targets", [["linear1"], ["layers.1.self_attn"], None], ids=str)
-def test_an_encoder_in_evaluation_gives_gradients_or_torch_says_that_nested_tensors_have_none(targets: Any) -> None:
-    model = encoder().double()
-    randlora.inject(model, r=4, targets=targets)
-    fill(model)
-    if targets is not None:
-        with pytest.raises(AssertionError, match="does not support NestedTensor outside of its fast path"):
-            encoded(model)
-        model.use_nested_tensor = False
-    encoded(model)[1].square().sum().backward()
-    assert_all_have_gradients(model)
+        randlora.merge(model)
+        torch.testing.assert_close(model(x), found)
 
 
 def siglip() -> Any:
@@ -317,18 +207,14 @@ def test_a_forward_of_a_subclass_computes_with_the_adapted_table(name: str) -> N
     assert_close(model[0](given), found, torch.float32)
 
 
-# Refusals
-
-
 def test_what_cannot_be_adapted_is_refused_with_the_reason() -> None:
-    odd, computed = attending("packed"), attending("packed")
+    odd, computed = Attending(), Attending()
     odd.attn.in_proj_weight = nn.Parameter(torch.ones(35, 12))
     parametrize.register_parametrization(computed.attn, "in_proj_weight", nn.Identity())
     by_regex = {"targets": r".*in_proj_weight", "exclude": ["parametrizations"]}
-    normed, read_by_others = nn.Sequential(nn.Embedding(30, 12, max_norm=1.0)), r"is a weight that .*dropout=0\.1"
+    normed = nn.Sequential(nn.Embedding(30, 12, max_norm=1.0))
     rows: list[tuple[nn.Module, dict[str, Any], str]] = [
-        (attending("packed"), {"dropout": 0.1}, rf"attn\.in_proj_weight {read_by_others}"),
-        (attending("packed").attn, {}, r"the model itself is a layer \(MultiheadAttention\)"),
+        (Attending().attn, {}, r"the model itself is a layer \(MultiheadAttention\)"),
         (odd, {}, r"attn\.in_proj_weight has 35 rows, expected equally many for query, key and value"),
         (computed, by_regex, r"attn\.in_proj_weight computes its weight from other parameters"),
         (normed, {"targets": ["0"]}, r"0 has max_norm=1\.0, with which its forward changes the"),
