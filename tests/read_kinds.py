@@ -268,14 +268,17 @@ def _id(value: object) -> str:
     return value.name if isinstance(value, ReadKind) else str(value).removeprefix("torch.")
 
 
+def of(*names: str) -> pytest.MarkDecorator:
+    """Parametrize over the rows of these names."""
+    return pytest.mark.parametrize("kind", [kind for kind in READ_KINDS if kind.name in names], ids=_id)
+
+
 every_read_kind = pytest.mark.parametrize("kind", READ_KINDS, ids=_id)
-FAMILIES = (
+every_family = of(
     *("Conv2d-groups", "ConvTranspose2d", "Embedding-padding", "Embedding-scaled", "attention-in_proj-split"),
     *("attention-out_proj", "experts-gate_up", "experts-transposed-gate_up-shared-batched", "Linear-other-forward"),
 )
 """One row of each family, for laws in which the sizes of a weight do not matter."""
-
-every_family = pytest.mark.parametrize("kind", [kind for kind in READ_KINDS if kind.name in FAMILIES], ids=_id)
 
 
 def or_medium(is_quick: bool, *values: object) -> Any:

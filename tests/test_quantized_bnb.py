@@ -273,34 +273,36 @@ def input_gradient(layer: nn.Module, x: Tensor) -> Tensor:
 
 @needs_repacking
 @every_nesting
-def test_codes_are_put_in_order_when_the_adapter_comes_and_kept_so_until_it_is_gone(nested: bool) -> None:
-    for is_allowed, is_prepared, ending in (
-        *((True, is_prepared, randlora.eject) for is_prepared in (False, True)),
-        (False, False, randlora.merge),
-    ):
-        layer = four_bits(compress_statistics=nested)
-        wanted = written_out(layer)
-        layer.eval()(torch.randn(5, 64))
-        assert layer.weight.quant_state.packing_format_for_cpu
-        layer.__dict__[MAY_REPACK] = is_allowed
-        with torch.inference_mode():
-            model, layer = adapted(layer)
-        if is_prepared:
-            randlora.prepare_quantized(model)
-        assert not layer.weight.quant_state.packing_format_for_cpu
-        assert layer.weight.quant_state.nested == nested
-        torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
-        before = held_by(layer)
-        for is_training in (False, True, False):
-            model.train(is_training)(torch.randn(5, 64))
-            assert_held(layer, before)
-        for each in (model.train(), plain(layer)):  # though put in order in inference mode
-            input_gradient(each, torch.randn(5, 64, requires_grad=True))
-        with randlora.merged(model, quantized="dequantize"):
-            assert MAY_REPACK not in vars(layer)
-        assert not vars(layer)[MAY_REPACK]
-        ending(model)
-        assert vars(layer)[MAY_REPACK] == (is_allowed and not is_prepared)
+@pytest.mark.parametrize(
+    ("is_allowed", "is_prepared", "ending"),
+    [(True, False, randlora.eject), (True, True, randlora.eject), (False, False, randlora.merge)],
+)
+def test_codes_are_put_in_order_when_the_adapter_comes_and_kept_so_until_it_is_gone(
+    is_allowed: bool, is_prepared: bool, ending: Callable[[Any], Any], nested: bool
+) -> None:
+    layer = four_bits(compress_statistics=nested)
+    wanted = written_out(layer)
+    layer.eval()(torch.randn(5, 64))
+    assert layer.weight.quant_state.packing_format_for_cpu
+    layer.__dict__[MAY_REPACK] = is_allowed
+    with torch.inference_mode():
+        model, layer = adapted(layer)
+    if is_prepared:
+        randlora.prepare_quantized(model)
+    assert not layer.weight.quant_state.packing_format_for_cpu
+    assert layer.weight.quant_state.nested == nested
+    torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
+    before = held_by(layer)
+    for is_training in (False, True, False):
+        model.train(is_training)(torch.randn(5, 64))
+        assert_held(layer, before)
+    for each in (model.train(), plain(layer)):  # though put in order in inference mode
+        input_gradient(each, torch.randn(5, 64, requires_grad=True))
+    with randlora.merged(model, quantized="dequantize"):
+        assert MAY_REPACK not in vars(layer)
+    assert not vars(layer)[MAY_REPACK]
+    ending(model)
+    assert vars(layer)[MAY_REPACK] == (is_allowed and not is_prepared)
 
 
 def _with_dropout(layer: Any) -> None:
