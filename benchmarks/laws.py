@@ -13,7 +13,7 @@ from benchmarks.results import Row
 from benchmarks.timing import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE = "tests/test_device_laws.py"
+FILE = "tests/test_layers.py"
 DEVICE = "RANDLORA_TEST_DEVICE"
 CASE = "laws that a device can break"
 

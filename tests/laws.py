@@ -72,7 +72,7 @@ def update_of(layer: nn.Module, name: str = "default") -> Tensor:
 
 def oracle_of(layer: nn.Module) -> Tensor:
     """Compute the update of one module whose adapter has alpha = 2r, by the loops of `tests.reference` in float64."""
-    lam, gamma = diagonals(layer)
+    lam, gamma = (values.detach().cpu() for values in diagonals(layer))
     part = adapter_layer(layer).adapters["default"]
     out, into = part.shape
     bases = part.basis.slices(max(out, into), min(out, into), device="cpu", dtype=torch.float64)
@@ -91,4 +91,5 @@ def plain(layer: nn.Module) -> nn.Module:
 def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Compare within a few roundings of ``dtype``, relative to the largest value."""
     scale = max(1.0, expected.abs().max().item() if expected.numel() else 1.0)
-    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=TOLERANCES[dtype] * scale)
+    found, expected = (each.detach().cpu().double() for each in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCES[dtype] * scale)

@@ -1,6 +1,7 @@
 """The capability table: one row per kind of layer that can be adapted. Every law runs over every row."""
 
 import importlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -175,15 +176,19 @@ def _every_dtype(kinds: Iterable[LayerKind]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("kind", "dtype"), rows, ids=ids)
 
 
+DEVICE = os.environ.get("RANDLORA_TEST_DEVICE", "cpu")
+"""Another one than the CPU takes few sizes and dtypes of codes: see `CODES` of tests/test_layers.py."""
+
 _dense = [kind for kind in LAYER_KINDS if not kind.is_quantized]
+_all = LAYER_KINDS if DEVICE == "cpu" else _dense
 _mergeable = [kind for kind in LAYER_KINDS if kind.merges]
 
-every_kind = _every(LAYER_KINDS)
+every_kind = _every(_all)
 every_dense_kind = _every(_dense)
 every_mergeable_kind = _every(_mergeable)
 every_quantized_kind = _every(kind for kind in _mergeable if kind.is_quantized)
-every_convertible_kind = _every(kind for kind in LAYER_KINDS if kind.converts)
-every_kind_compiled = _every(LAYER_KINDS, compiled=True)
-every_kind_and_dtype = _every_dtype(LAYER_KINDS)
+every_convertible_kind = _every(kind for kind in _all if kind.converts)
+every_kind_compiled = _every(_all, compiled=True)
+every_kind_and_dtype = _every_dtype(_all)
 every_mergeable_kind_and_dtype = _every_dtype(_mergeable)
 every_dense_kind_and_dtype = _every_dtype(_dense)

@@ -1,4 +1,7 @@
-"""The laws of the adapter layer, for every row of the capability table."""
+"""The laws of the adapter layer, for every row of the capability table, on the device RANDLORA_TEST_DEVICE names.
+
+It is the CPU by default. `python -m benchmarks --device cuda --gate` runs them on a GPU before it times anything there.
+"""
 
 import copy
 from typing import Any, get_args
@@ -10,17 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import randlora
-from randlora.config import Init
+from randlora.config import BasisKind, Init
 from randlora.functional import Compute
-from randlora.layers import registry
-from randlora.quantized.hqq import HQQAdapter
-from randlora.quantized.layer import CodesAdapter, EetqAdapter
-from randlora.quantized.torchao import TorchaoPackedAdapter
-from randlora.readers.read_weight import ReadWeight
 from tests import reference
-from tests.kit import fill, same_bits
-from tests.laws import adapter_layer, assert_close, diagonals, oracle_of, plain, update_of
+from tests.kit import assert_unchanged, fill, same_bits, snapshot
+from tests.laws import TOKENS, Mixed, adapter_layer, assert_close, diagonals, oracle_of, plain, update_of
 from tests.layer_kinds import (
+    DEVICE,
     LAYER_KINDS,
     LayerKind,
     every_convertible_kind,
@@ -29,64 +28,55 @@ from tests.layer_kinds import (
     every_kind_and_dtype,
     every_kind_compiled,
 )
-from tests.strategies import every_start
+from tests.strategies import KINDS_AND_STREAMS, every_start
 
+BASES, WAYS = get_args(BasisKind), get_args(Compute)
+CODES = {"NF4": torch.float32, "FP4-double": torch.bfloat16, "8bit": torch.float16}
+"""In a dtype that a GPU takes them in without a warning."""
 sides = st.integers(1, 20).filter(lambda side: side != 16)  # of rows of 16, bitsandbytes misreads the codes
-shapes = st.tuples(sides, sides)
 
 
 def adapted(
-    kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, *, r: int = 3, bias: bool = True, **options: Any
-) -> tuple[nn.Module, nn.Module]:
-    """Adapt one layer of ``(in, out)`` features; return it, and a copy as it was before."""
-    layer = kind.build(*shape, bias, dtype)
-    base = copy.deepcopy(layer)
-    model = nn.Sequential(layer)
-    randlora.inject(model, r=r, alpha=2 * r, stream="portable", **options)
-    layer.__dict__["model"] = model  # not a part of it; keeps the carrier of the state alive for fill()
-    return layer, base
+    kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype = torch.float32, *, bias: bool = True, **options: Any
+) -> tuple[nn.Sequential, nn.Module]:
+    """Adapt a model of one layer of ``(in, out)`` features; return it, and the layer as it was before."""
+    layer = kind.build(*shape, bias, dtype).to(DEVICE)
+    model, base, r = nn.Sequential(layer), copy.deepcopy(layer), options.get("r", 3)
+    randlora.inject(model, **{"r": r, "alpha": 2 * r, "stream": "portable", **options})
+    return model, base
 
 
-def fill_layer(layer: nn.Module) -> None:
-    fill(layer.__dict__["model"])
-
-
-def test_the_table_has_a_row_for_every_registered_kind() -> None:
-    served = {type(adapter_layer(adapted(kind, (4, 4), torch.float32)[0])) for kind in LAYER_KINDS}
-    registered = {entry for name, entry in registry._layers.items() if not name.startswith("tests.")}
-    elsewhere = (ReadWeight, CodesAdapter, EetqAdapter, HQQAdapter)  # see tests/test_quantized_libraries.py
-    rows = {entry for entry in registered if not (isinstance(entry, str) or issubclass(entry, elsewhere))}
-    known = {*registry._weights.values()} - {TorchaoPackedAdapter}  # see tests/test_quantized_libraries.py
-    rows |= known if any(kind.library == "torchao" for kind in LAYER_KINDS) else set()
-    assert {layer for layer in served if not layer.__module__.startswith("tests.")} == rows
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
 
 
 @every_kind_and_dtype
 @given(
-    shape=shapes, r=st.integers(1, 8), basis=st.sampled_from(["dense", "block"]), bias=st.booleans(),
-    compute=st.sampled_from(get_args(Compute)), init=st.sampled_from(get_args(Init)),
+    shape=st.tuples(sides, sides), r=st.integers(1, 8), basis=st.sampled_from(BASES), bias=st.booleans(),
+    compute=st.sampled_from(WAYS), init=st.sampled_from(get_args(Init)),
     leading=st.lists(st.integers(0, 3), max_size=2),
 )  # fmt: skip
 def test_a_fresh_adapter_leaves_every_bit_of_the_output_and_a_trained_one_adds_the_oracles_update(
-    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: str, bias: bool, compute: Compute,
-    init: Init, leading: list[int],
+    kind: LayerKind, dtype: torch.dtype, shape: tuple[int, int], r: int, basis: BasisKind, bias: bool,
+    compute: Compute, init: Init, leading: list[int],
 ) -> None:  # fmt: skip
-    """Laws 1 and 2. Bases are neither parameters nor buffers, and exact whatever the layer is converted to."""
+    """Laws 1 and 2. Every bit but the sign of a zero: -0.0 + 0.0 is 0.0. Bases are exact whatever a layer becomes."""
     assume(0 not in leading or not kind.rounds_inputs)
-    layer, base = adapted(kind, shape, dtype, r=r, basis=basis, bias=bias, init=init)
-    adapter_layer(layer).state.compute = compute
-    x = torch.randn(4, shape[0]).to(dtype)
+    r += 2 * ("sparse" in basis)  # fewer rows may be all zeros
+    model, base = adapted(kind, shape, dtype, r=r, basis=basis, bias=bias, init=init)
+    randlora.set_compute(model, compute)
+    x, layer = random(4, shape[0], dtype=dtype), model[0]
     for has_autocast in (False, True)[: 1 + (dtype == torch.float32)]:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_autocast):
-            assert same_bits(layer(x), base(x))
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=has_autocast):
+            assert torch.equal(layer(x), base(x))
     assert {value.dtype for value in diagonals(layer)} == {torch.float32}
     assert dict(layer.named_buffers()).keys() == dict(base.named_buffers()).keys()
     assert set(layer.state_dict()) == set(base.state_dict()) | {"randlora_lambda.default", "randlora_gamma.default"}
-    fill_layer(layer)
-    update, x = oracle_of(layer), torch.randn(*leading, shape[0]).to(dtype)
-    bias_values = base.bias if bias else None
-    weight = kind.weight(base).double() + update
-    expected = reference.linear(x.reshape(-1, shape[0]), weight, bias_values)  # type: ignore[arg-type]
+    fill(model)
+    update, x = oracle_of(layer), random(*leading, shape[0], dtype=dtype)
+    bias_values: Any = base.bias if bias else None
+    weight = kind.weight(base).double().cpu() + update
+    expected = reference.linear(x.reshape(-1, shape[0]), weight, bias_values)
     if kind.rounds_inputs:
         expected = base(x).double() + x.double() @ update.T
     found = layer(x)
@@ -94,117 +84,157 @@ def test_a_fresh_adapter_leaves_every_bit_of_the_output_and_a_trained_one_adds_t
     assert_close(found, expected.view(found.shape), dtype)
     assert_close(update_of(layer), update, torch.promote_types(dtype, torch.float32))
     if kind.converts:
-        sides, drawn = (max(shape), min(shape)), adapter_layer(layer).adapters["default"].basis
-        before = drawn.digest(*sides)
-        layer.bfloat16()(torch.randn(2, shape[0]).bfloat16())
-        assert drawn.digest(*sides) == before
+        dims, drawn = (max(shape), min(shape)), adapter_layer(layer).adapters["default"].basis
+        before = drawn.digest(*dims)
+        layer.bfloat16()(random(2, shape[0], dtype=torch.bfloat16))
+        assert drawn.digest(*dims) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (kind, dtype)
+        for kind in LAYER_KINDS
+        for dtype in kind.dtypes
+        if not kind.is_quantized or CODES.get(kind.name) == dtype
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+@pytest.mark.parametrize("basis", BASES)
+def test_of_a_large_layer_every_way_gives_the_same_and_unmerging_restores_every_bit(
+    kind: LayerKind, dtype: torch.dtype, basis: BasisKind
+) -> None:
+    for tokens in (1, 300):
+        model, base = adapted(kind, (64, 128), dtype, r=8, basis=basis)
+        x, grad, found = random(tokens, 64, dtype=dtype), random(tokens, 128, dtype=dtype), []
+        own = base(x).detach()
+        assert torch.equal(model(x), own)
+        leaves = [x.requires_grad_(), *randlora.trainable_parameters(fill(model))]
+        for compute in WAYS:
+            randlora.set_compute(model, compute)
+            output = model(x)
+            found.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
+            for ours, expected in zip(found[-1], found[0], strict=True):
+                assert_close(ours, expected, dtype)
+        before, last = snapshot(model), found[-1][0]
+        assert_close(last, own.double() + x.double() @ update_of(model[0]).double().T, dtype)
+        with randlora.merged(model):
+            merged = model(x)
+        if not kind.is_quantized:
+            assert_close(merged, last, dtype)
+        assert_unchanged(model, before)
+        assert same_bits(model(x), last)
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {torch.device(DEVICE).type}
 
 
 @every_convertible_kind
-@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6)], ids=["up", "down", "square"])
-@pytest.mark.parametrize("basis", ["dense", "block"])
-def test_gradients_are_those_of_finite_differences(kind: LayerKind, shape: tuple[int, int], basis: str) -> None:
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("compute", WAYS)
+def test_gradients_are_those_of_finite_differences(kind: LayerKind, basis: BasisKind, compute: Compute) -> None:
     """Also of a weight and a bias that somebody trains beside."""
-    layer, _ = adapted(kind, shape, torch.float64, basis=basis)
-    fill_layer(layer)
-    layer.double()
-    x = torch.randn(2, shape[0], dtype=torch.float64, requires_grad=True)
-    values = {
-        name: value.detach().clone().requires_grad_()
-        for name, value in layer.named_parameters()
-        if value.requires_grad or not kind.is_quantized
-    }
+    for shape in ((5, 7), (7, 5), (6, 6)):
+        model, _ = adapted(kind, shape, torch.float64, basis=basis)
+        randlora.set_compute(fill(model).double(), compute)
+        x = random(2, shape[0], dtype=torch.float64).requires_grad_()
+        values = {
+            name: value.detach().clone().requires_grad_()
+            for name, value in model.named_parameters()
+            if value.requires_grad or not kind.is_quantized
+        }
 
-    def run(x: Tensor, *given: Tensor) -> Tensor:
-        output: Tensor = torch.func.functional_call(layer, dict(zip(values, given, strict=True)), (x,))
-        return output
+        def run(x: Tensor, *given: Tensor, model: nn.Module = model, names: Any = (*values,)) -> Tensor:
+            output: Tensor = torch.func.functional_call(model, dict(zip(names, given, strict=True)), (x,))
+            return output
 
-    assert torch.autograd.gradcheck(run, (x, *values.values()))
+        assert torch.autograd.gradcheck(run, (x, *values.values()))
 
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_computes_in_the_dtype_of_the_plain_layer(kind: LayerKind, dtype: torch.dtype) -> None:
-    layer, base = adapted(kind, (6, 9), torch.float32)
-    fill_layer(layer)
-    x = torch.randn(5, 6).to(dtype).requires_grad_()
-    expected = layer(x.detach().float())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, own = layer(x), base(x)
+    model, base = adapted(kind, (6, 9))
+    x = random(5, 6, dtype=dtype).requires_grad_()
+    expected = fill(model)(x.detach().float())
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found, own = model(x), base(x)
     assert found.dtype == own.dtype
     assert_close(found, expected, torch.bfloat16)
     found.sum().backward()
-    assert x.grad is not None
-    assert x.grad.dtype == dtype
-    trained = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}
-    assert trained == {"randlora_lambda.default", "randlora_gamma.default"}
-    assert [None if value.grad is None else value.grad.dtype for value in diagonals(layer)] == [torch.float32] * 2
+    parameters = {"x": x, **dict(model.named_parameters())}
+    trained = {"x": dtype, "0.randlora_lambda.default": torch.float32, "0.randlora_gamma.default": torch.float32}
+    assert {name: value.grad.dtype for name, value in parameters.items() if value.grad is not None} == trained
 
 
 @pytest.mark.parametrize("basis", ["dense", "block"])
-@pytest.mark.parametrize("compute", get_args(Compute))
-def test_autocast_that_is_on_in_backward_alone_changes_no_dtype(basis: str, compute: Compute) -> None:
+@pytest.mark.parametrize("compute", WAYS)
+def test_autocast_that_is_on_in_backward_alone_changes_no_dtype(basis: BasisKind, compute: Compute) -> None:
     """Plain layers allow it."""
-    layer, _ = adapted(LAYER_KINDS[0], (70, 90), torch.float32, basis=basis)
-    fill_layer(layer)
-    adapter_layer(layer).state.compute = compute
-    leaves = (x := torch.randn(4, 70, requires_grad=True), *diagonals(layer))
-    wanted, output = torch.autograd.grad(layer(x).sum(), leaves), layer(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    model, _ = adapted(LAYER_KINDS[0], (70, 90), basis=basis)
+    randlora.set_compute(fill(model), compute)
+    leaves = (x := random(4, 70).requires_grad_(), *randlora.trainable_parameters(model))
+    wanted, output = torch.autograd.grad(model(x).sum(), leaves), model(x)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         found = torch.autograd.grad(output.sum(), leaves)
     assert all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.medium
 @every_kind_compiled
-def test_compiling_gives_one_graph_and_the_same_values(kind: LayerKind) -> None:
-    layer, _ = adapted(kind, (6, 9), torch.float32)
-    fill_layer(layer)
-    x = torch.randn(4, 6)
-    expected = layer(x)
-    expected.square().sum().backward()
-    gradient = layer.get_parameter("randlora_lambda.default").grad
-    layer.zero_grad()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    found = compiled(x)
-    found.square().sum().backward()
-    assert_close(found, expected, torch.float32)
-    torch.testing.assert_close(layer.get_parameter("randlora_lambda.default").grad, gradient)
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_compiling_gives_one_graph_and_the_same_values(kind: LayerKind, basis: BasisKind) -> None:
+    model, _ = adapted(kind, (6, 9), basis=basis)
+    x, trained = random(4, 6), [*randlora.trainable_parameters(fill(model))]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found, expected = ([each, *torch.autograd.grad(each.square().sum(), trained)] for each in (compiled(x), model(x)))
+    for ours, own in zip(found, expected, strict=True):
+        assert_close(ours, own, torch.float32)
 
 
 @every_kind
 def test_dropout_falls_on_the_adapters_input_alone_and_in_training_alone(kind: LayerKind) -> None:
-    layer, base = adapted(kind, (50, 9), kind.exact, dropout=0.5)
-    fill_layer(layer)
-    x = torch.ones(1, 50, dtype=kind.exact)
-    update = update_of(layer)
-    layer.eval()
-    assert_close(layer(x), base(x) + x @ update.T, kind.exact)
-    layer.train()
+    model, base = adapted(kind, (50, 9), kind.exact, dropout=0.5)
+    x, update = torch.ones(1, 50, dtype=kind.exact, device=DEVICE), update_of(fill(model)[0])
+    assert_close(model.eval()(x), base(x) + x @ update.T, kind.exact)
+    model.train()
     torch.manual_seed(3)
-    found = layer(x)
+    found = model(x)
     torch.manual_seed(3)
-    expected = base(x) + nn.functional.dropout(x, 0.5, training=True) @ update.T
-    assert_close(found, expected, kind.exact)
-    assert not torch.allclose(found, layer(x))
+    assert_close(found, base(x) + nn.functional.dropout(x, 0.5, training=True) @ update.T, kind.exact)
+    assert not torch.allclose(found, model(x))
 
 
 @every_dense_kind
 @every_start
 def test_a_meta_layer_computes_shapes_and_starts_as_any_other_once_it_is_reset(kind: LayerKind, init: Init) -> None:
-    with torch.device("meta"):
-        layer, _ = adapted(kind, (6, 9), torch.float32, init=init)
-    assert layer.get_parameter("randlora_lambda.default").is_meta
+    model = nn.Sequential(layer := kind.build(6, 9, True, torch.float32)).to("meta")
+    randlora.inject(model, r=3, stream="portable", init=init)
+    assert all(value.is_meta for value in diagonals(layer))
     assert layer(torch.randn(3, 6, device="meta")).shape == (3, 9)
-    layer.to_empty(device="cpu")
+    layer.to_empty(device=DEVICE)
     for parameter in layer.parameters():  # whose memory holds anything, NaN for one
         nn.init.normal_(parameter)
     for module in (layer.randlora_lambda, layer.randlora_gamma):  # as FSDP asks each module that holds parameters
         module.reset_parameters()  # type: ignore[operator, union-attr]
     values = (0.0, 1 / 6) if init == "lambda" else (1 / 6, 0.0)
-    fresh = diagonals(adapted(kind, (6, 9), torch.float32, init=init)[0])
+    fresh = diagonals(adapted(kind, (6, 9), init=init)[0][0])
     for reset, own, value in zip(diagonals(layer), fresh, values, strict=True):
         assert torch.equal(reset, own)
         torch.testing.assert_close(own, torch.full_like(own, value))
-    x = torch.randn(3, 6)
-    assert torch.equal(layer(x), plain(layer)(x))
+    assert torch.equal(layer(x := random(3, 6)), plain(layer)(x))
+
+
+@pytest.mark.parametrize(("basis", "stream"), KINDS_AND_STREAMS)
+def test_a_seed_means_the_same_update_wherever_it_is_drawn_and_a_model_that_moves_takes_its_adapter_along(
+    basis: str, stream: str
+) -> None:
+    here, there = (Mixed().to(device) for device in (DEVICE, "cpu"))
+    for model in (here, there):
+        randlora.inject(model, r=4, basis=basis, stream=stream, seed=7)
+        fill(model)
+    for name in ("q", "up", "down"):
+        ours, expected = (randlora.delta_weight(model, name) for model in (here, there))
+        assert ours.device.type == torch.device(DEVICE).type
+        assert_close(ours, expected, torch.float32)
+    output = there(TOKENS).detach()
+    assert_close(there.to(DEVICE)(TOKENS.to(DEVICE)), output, torch.float32)
+    assert same_bits(there.cpu()(TOKENS), output)

@@ -15,9 +15,13 @@ import randlora
 from randlora.errors import MergeError, TargetError
 from randlora.layers import AdapterLayer, register_layer, registry
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
-from randlora.readers.read_weight import ReadLinear
+from randlora.quantized.hqq import HQQAdapter
+from randlora.quantized.layer import CodesAdapter, EetqAdapter
+from randlora.quantized.torchao import TorchaoPackedAdapter
+from randlora.readers.read_weight import ReadLinear, ReadWeight
 from tests.kit import fill, untouched
 from tests.laws import adapter_layer
+from tests.layer_kinds import LAYER_KINDS
 from tests.models import reproducible
 
 
@@ -48,6 +52,17 @@ class SwappedAdapter(Half):
 
 class Renamed(nn.Linear):
     """A linear layer in all but name."""
+
+
+def test_the_table_has_a_row_for_every_registered_kind() -> None:
+    models = [nn.Sequential(kind.build(4, 4, True, torch.float32)) for kind in LAYER_KINDS]
+    served = {type(adapter_layer(model[0])) for model in models if randlora.inject(model, r=3, targets="all")}
+    registered = {entry for name, entry in registry._layers.items() if not name.startswith("tests.")}
+    elsewhere = (ReadWeight, CodesAdapter, EetqAdapter, HQQAdapter)  # see tests/test_quantized_libraries.py
+    rows = {entry for entry in registered if not (isinstance(entry, str) or issubclass(entry, elsewhere))}
+    known = {*registry._weights.values()} - {TorchaoPackedAdapter}  # see tests/test_quantized_libraries.py
+    rows |= known if any(kind.library == "torchao" for kind in LAYER_KINDS) else set()
+    assert {layer for layer in served if not layer.__module__.startswith("tests.")} == rows
 
 
 def test_a_subclass_is_served_by_its_parents_entry_as_read_if_it_has_another_forward() -> None:
