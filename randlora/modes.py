@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 # Private, but the only way to ask. Without it everything runs as under a mode, which is correct but slower;
-# tests/test_selective_checkpointing.py fails if torch renames it.
+# tests/test_modes.py fails if torch renames it.
 count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 """Return the number of active modes."""
 

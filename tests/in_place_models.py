@@ -43,19 +43,12 @@ class TableReader(ReadWeight):
         return delta
 
 
-class TurnedReader(ReadWeight):
+class TurnedReader(TableReader):
     """Adapts ``Tables.turned``."""
 
     attribute = "turned"
-
-    @staticmethod
-    def features(owner: nn.Module) -> tuple[int, int]:
-        in_features, out_features = owner._parameters["turned"].shape  # type: ignore[union-attr]
-        return in_features, out_features
-
-    @staticmethod
-    def in_storage_layout(delta: Tensor) -> Tensor:
-        return delta.T
+    features = staticmethod(lambda owner: tuple(owner._parameters["turned"].shape))
+    in_storage_layout = staticmethod(lambda delta: delta.T)
 
 
 class Reading(nn.Module):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import randlora
-from randlora.config import BasisKind, Init
+from randlora.config import BasisKind, Init, Stream
 from randlora.functional import Compute
 from tests import reference
 from tests.kit import assert_unchanged, fill, same_bits, snapshot
@@ -225,7 +225,7 @@ def test_a_meta_layer_computes_shapes_and_starts_as_any_other_once_it_is_reset(k
 
 @pytest.mark.parametrize(("basis", "stream"), KINDS_AND_STREAMS)
 def test_a_seed_means_the_same_update_wherever_it_is_drawn_and_a_model_that_moves_takes_its_adapter_along(
-    basis: str, stream: str
+    basis: BasisKind, stream: Stream
 ) -> None:
     here, there = (Mixed().to(device) for device in (DEVICE, "cpu"))
     for model in (here, there):

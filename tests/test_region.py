@@ -1,7 +1,6 @@
 """The update of a part of a weight: that part of the update of the whole weight, from a part of the bases."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,14 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import randlora
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
 from randlora.functional import BlockPair, Compute, adapted_linear, delta_weight
 from randlora.functional.region import Region, Sides, Spans, all_of, fewest_spans, take_spans
-from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.update import Update
-from tests.kit import fill
+from tests.read_kinds import READ_KINDS, ReadKind
 from tests.strategies import specs
 
 CPU = torch.device("cpu")
@@ -111,42 +108,21 @@ def test_a_part_of_the_bases_is_made_once_and_keeps_the_form_of_blocks_that_it_b
         assert not isinstance(basis.pair(48, 32, **ask, sides=sides), BlockPair)
 
 
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up_proj = nn.Parameter(torch.randn(4, 12, 8))
+LINEAR = ReadKind("Linear", "linear", lambda: nn.Linear(12, 20), lambda: (torch.randn(2, 12),))
 
 
-PACKED, UP = {"targets": ["0.in_proj_weight"]}, {"targets": ["0.up_proj"]}
-KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "linear": (lambda: nn.Linear(12, 20), {"basis": "block"}),
-    "convolution": (lambda: nn.Conv2d(6, 10, 3), {}),
-    "transposed convolution": (lambda: nn.ConvTranspose1d(6, 10, 3), {"basis": "block"}),
-    "grouped convolution": (lambda: nn.Conv1d(6, 10, 3, groups=2), {}),
-    "embedding": (lambda: nn.Embedding(30, 8), {}),
-    "packed": (lambda: nn.MultiheadAttention(8, 2), {**PACKED, "in_proj": "packed"}),
-    "split": (lambda: nn.MultiheadAttention(8, 2), {**PACKED, "in_proj": "split", "basis": "block"}),
-    "experts": (Experts, {**UP, "experts": "each"}),
-    "experts, shared": (Experts, {**UP, "experts": "shared"}),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_part_of_a_weight_of_any_kind_is_merged_into_as_the_whole_is(kind: str) -> None:
-    build, options = KINDS[kind]
-    model = nn.Sequential(build())
-    randlora.inject(model, **{"r": 4, "targets": ["0"], **options})
-    module = fill(model)[0]
-    (attribute, layer), *_ = adapter_layers_of(module).items()
-    weight = module.get_parameter(attribute).detach()
-    updates = [layer.update(module, part, 1.0) for part in layer.adapters.values()]
-    whole = layer.with_updates(weight, updates)
-    for dim, size in enumerate(weight.shape[: 3 if "experts" in options else 2]):
-        quarter = max(1, size // 4)
-        for spans in (((0, size // 2),), ((size // 2, size),), ((0, quarter), (size - quarter, size))):
-            held = [all_of(length) for length in weight.shape]
-            held[dim] = spans
-            local = take_spans(weight, spans, dim).clone()
-            merged = layer.with_updates(local, updates, layer.region_of(tuple(weight.shape), held))
-            assert merged.shape == local.shape
-            torch.testing.assert_close(merged, take_spans(whole, spans, dim), rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("kind", [LINEAR, *READ_KINDS], ids=lambda kind: kind.name)
+def test_a_part_of_a_weight_of_any_kind_is_merged_into_as_the_whole_is(kind: ReadKind) -> None:
+    for basis in ("dense", "block"):
+        model = kind.adapted(basis=basis)
+        layer, weight = kind.layer(model), kind.weight(model).detach()
+        updates = [layer.update(kind.owner(model), part, 1.0) for part in layer.adapters.values()]
+        whole = layer.with_updates(weight, updates)
+        for dim, size in enumerate(weight.shape[: 3 if kind.kind == "experts" else 2]):
+            quarter = max(1, size // 4)
+            for spans in (((0, size // 2),), ((size // 2, size),), ((0, quarter), (size - quarter, size))):
+                held = [all_of(length) for length in weight.shape]
+                held[dim] = spans
+                local = take_spans(weight, spans, dim).clone()
+                merged = layer.with_updates(local, updates, layer.region_of(tuple(weight.shape), held))
+                torch.testing.assert_close(merged, take_spans(whole, spans, dim), rtol=1e-6, atol=1e-6)
