@@ -88,12 +88,9 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event in FORBIDDEN:
         raise Violation(f"it called {event}{arguments!r:.200}")
-    if event == "open":
-        path, _, flags = arguments
-        is_write = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        paths = [path] if is_write and isinstance(path, str | bytes | os.PathLike) else []
-    else:
-        paths = [arguments[place] for place in WRITES.get(event.removeprefix("os."), ())]
+    paths = [arguments[place] for place in WRITES.get(event.removeprefix("os."), ())]
+    if event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+        paths = [arguments[0]]
     for place in (os.fsdecode(path) for path in paths if not isinstance(path, int)):
         # a name itself, not what a link of this name leads to, is what is renamed or removed
         parent, name = os.path.split(place.rstrip(os.sep) or os.sep)

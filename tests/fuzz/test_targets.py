@@ -1,6 +1,5 @@
 """No input of the corpus breaks a promise; a target sees a check that is gone, and limits hold."""
 
-import json
 import signal
 import threading
 from pathlib import Path
@@ -14,8 +13,8 @@ from randlora.errors import CheckpointError
 from tests.fuzz import limits
 from tests.fuzz.files import CORPUS, laid_out, tree
 from tests.fuzz.limits import Violation, bounded, writing_only
+from tests.fuzz.mutate import parse, reseal, unparse
 from tests.fuzz.targets import TARGETS
-from tests.fuzz.tensors import parse, reseal, unparse
 from tests.test_golden import DATA
 
 SLOW = {"adapter", "checkpoint", "command_line"}  # that load models, or import transformers and bitsandbytes
@@ -90,9 +89,7 @@ def test_writing_is_refused_outside_of_a_directory(tmp_path: Path) -> None:
 def test_a_file_that_is_sealed_again_is_read_and_one_that_is_not_is_refused(name: str) -> None:
     config, tensors = ((DATA / name / f"adapter_{rest}").read_bytes() for rest in ("config.json", "model.safetensors"))
     file = parse(tensors)
-    assert file is not None
-    facts = json.loads(file.metadata["randlora"])
-    file.metadata["randlora"] = json.dumps({**facts, "library_version": "another"})
+    file["__metadata__"]["randlora"]["library_version"] = "another"
     with laid_out({"adapter_config.json": config, "adapter_model.safetensors": unparse(file)}) as root:
         with pytest.raises(CheckpointError, match="checksum"):
             read_adapter(root)
