@@ -1,35 +1,146 @@
-"""The rules of adapters in memory: adding, activating and removing them, merging, and blocks of ``with``."""
+"""The model, the truth about it, and the rules of adapters in memory: adding, activating, removing and merging them."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from torch import Tensor, nn
 
 import randlora
-from randlora.errors import AdapterError, MergeError, TargetError
-from randlora.functional import Compute
-from tests.kit import untouched
-from tests.state_machine.base import (
-    ModelMachine,
-    Refused,
-    assert_near,
-    assert_weights_near,
-    is_adapted,
-    is_free,
-    is_merged,
-    is_plain,
-    is_unmerged,
-)
+from randlora.errors import AdapterError, MergeError, RandLoRAError, TargetError
+from randlora.state import ATTRIBUTE
+from tests.kit import all_bits, bits, untouched
 from tests.state_machine.recipes import Factors, Recipe, factors, maybe, names, recipes, which
-from tests.state_machine.truth import diagonal_names
+from tests.state_machine.truth import Adapter, Truth, diagonal_names
+from tests.torture.faults import fast_disk
+
+Refused = type[RandLoRAError] | None
+"""The error that a verb must raise, or ``None`` if it must not."""
+
+OUTPUT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.15}
+"""Of outputs, relative to the largest: what some layers one after the other make of the roundings of a dtype."""
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8}
+"""Of a merged weight, relative to each value, which is rounded once; and to the update, summed in float32."""
+
+is_plain = precondition(lambda self: not self.truth.adapters)
+is_adapted = precondition(lambda self: self.truth.adapters)
+is_free = precondition(lambda self: self.truth.adapters and self.truth.merged is None)
+is_unmerged = precondition(lambda self: self.truth.merged is None)
+is_merged = precondition(lambda self: self.truth.merged is not None)
 
 
-class AdapterRules(ModelMachine):
-    """One rule for each verb on adapters."""
+def assert_is(model: nn.Module, truth: Truth, held: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Hold a model against the truth; return the Λ and Γ that must be the same objects the next time."""
+    found = [
+        (info.name, info.weight, info.is_trainable, info.is_merged, set(info.train_also), set(info.targets))
+        for info in randlora.adapters(model)
+    ]
+    assert found == [
+        (name, each.factor, each.trains, name in truth.merged_names, set(each.copies), set(each.values))
+        for name, each in truth.adapters.items()
+    ]
+    assert all(module.training == truth.training for module in model.modules())
+    assert_classes_are(model, truth)
+    parameters = dict(model.named_parameters())
+    assert_values_are(model.state_dict(), truth.state())
+    assert_values_are({name: parameters[name] for name in truth.own}, truth.live())
+    assert {name: each.requires_grad for name, each in parameters.items()} == truth.requires_grad(), "requires_grad"
+    replaced = [name for name, parameter in held.items() if parameters.get(name, parameter) is not parameter]
+    assert not replaced, f"other objects, which an optimizer does not know: {replaced}"
+    if not truth.is_random:
+        with torch.no_grad():
+            output: Tensor = model(*truth.arguments())
+        assert output.dtype == truth.dtype
+        assert_near(output, truth.output(), truth.dtype)
+    return {name: parameter for name, parameter in parameters.items() if name not in truth.own}
+
+
+def assert_classes_are(model: nn.Module, truth: Truth) -> None:
+    """Check that the owners of adapted weights, and no other modules, are of another class than without adapters."""
+    adapted = {weight.name.rpartition(".")[0] for each in truth.adapters.values() for weight in truth.weights_of(each)}
+    for fqn, plain in truth.twin.named_modules():
+        module = model.get_submodule(fqn)
+        assert (type(module) is not type(plain)) == (fqn in adapted), f"{fqn} is a {type(module).__name__}"
+        assert isinstance(module, type(plain))
+        if fqn not in adapted:
+            more = vars(module).keys() ^ vars(plain).keys()
+            assert more == ({ATTRIBUTE} if truth.adapters and not fqn else set()), f"{fqn} has {more}"
+
+
+def assert_values_are(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys(), f"names: {sorted(found.keys() ^ expected.keys())}"
+    changed = [name for name, value in found.items() if bits(value) != bits(expected[name])]
+    assert not changed, f"other bits: {changed}"
+
+
+def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype, *, least: float = 1.0, loss: float = 1.0) -> None:
+    """Compare relative to the largest value, or to ``least`` if that is larger."""
+    scale = max(least, expected.abs().max().item())
+    error = (found.double() - expected).abs().max().item()
+    assert error <= OUTPUT[dtype] * loss * scale, f"off by {error:.3g} of {scale:.3g}"
+
+
+def assert_weights_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Compare merged weights, each value within a rounding."""
+    for name, value in expected.items():
+        error = (found[name].double() - value).abs()
+        allowed = ROUNDING[dtype] * value.abs() + min(ROUNDING[dtype], 1e-5) * max(1.0, value.abs().max().item())
+        assert found[name].dtype == dtype, name
+        assert bool((error <= allowed).all()), f"{name} is off by {error.max().item():.3g} after merging"
+
+
+class AdapterRules(RuleBasedStateMachine):
+    """A model, the truth about it, what the rules have put aside, and one rule for each verb on adapters."""
+
+    model: nn.Module
+    truth: Truth
+    is_half: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cleanup = ExitStack()
+        self.root = self.cleanup.enter_context(fast_disk())
+        self.saved: dict[int, Adapter] = {}
+        self.remembered: dict[str, Tensor] = {}
+        self.blocks: list[tuple[AbstractContextManager[Any], set[str] | None, int]] = []
+        self.bystanders: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.held: dict[str, nn.Parameter] = {}
+
+    def ask(self, refused: Refused, verb: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a verb. If it is to be refused, check that it is, without a trace, and return ``None``."""
+        if refused is None:
+            return verb(self.model, *args, **options)
+        with untouched(self.model), pytest.raises(refused):
+            verb(self.model, *args, **options)
+        return None
+
+    def path(self, slot: int) -> Path:
+        return self.root / f"adapter_{slot}"
+
+    def name(self, which: int) -> str:
+        return list(self.truth.adapters)[which % len(self.truth.adapters)]
+
+    def chosen(self, factors: Iterable[float | None]) -> dict[str, float]:
+        return {name: by for name, by in zip(self.truth.adapters, factors, strict=False) if by is not None}
+
+    def share(self, names: Iterable[str]) -> bool:
+        """Whether two of some adapters have a copy of the same parameter, so that both cannot be active."""
+        copies = [copy for name in names for copy in self.truth.adapters[name].copies]
+        return len({*copies}) < len(copies)
+
+    @invariant()
+    def holds(self) -> None:
+        self.truth.settle()
+        self.held = assert_is(self.model, self.truth, self.held)
+        for bystander, before in self.bystanders:
+            assert all_bits(bystander.state_dict()) == before, "a copy changed the model that it was made of"
 
     @is_plain
     @rule(first=recipes, second=st.none() | recipes)
@@ -61,9 +172,9 @@ class AdapterRules(ModelMachine):
     def stir(self, name: str) -> None:
         """Move what the model has of an adapter, as some training would."""
         self.holds()
-        own = [copy for copy, (adapter, _) in self.truth.installed.items() if adapter is self.truth.adapters[name]]
-        for weight in self.truth.weights_of(self.truth.adapters[name]):
-            own += diagonal_names(weight.name, name)
+        moved = self.truth.adapters[name]
+        own = [copy for copy, (adapter, _) in self.truth.installed.items() if adapter is moved]
+        own += [each for weight in self.truth.weights_of(moved) for each in diagonal_names(weight.name, name)]
         generator = torch.Generator().manual_seed(len(self.truth.adapters))
         with torch.no_grad():
             for parameter in map(self.model.get_parameter, own):
@@ -74,14 +185,13 @@ class AdapterRules(ModelMachine):
     @rule(chosen=factors, form=st.sampled_from(["name", "names", "mapping"]))
     def activate(self, chosen: Factors, form: str) -> None:
         factor_of = self.chosen(chosen)
-        given: Any = factor_of
-        if form != "mapping":
-            factor_of, given = dict.fromkeys(factor_of, 1.0), [*factor_of]
-        if form == "name" and len(given) == 1:
-            (given,) = given
-        refused = AdapterError if self.share(factor_of) else None
-        self.ask(refused, randlora.activate, given)
-        if refused is None:
+        given: Any = factor_of if form == "mapping" else [*factor_of]
+        factor_of = factor_of if form == "mapping" else dict.fromkeys(factor_of, 1.0)
+        self.activated(self.share(factor_of), factor_of, given[0] if form == "name" and len(given) == 1 else given)
+
+    def activated(self, is_refused: bool, factor_of: dict[str, Any], given: Any, **options: Any) -> None:
+        self.ask(AdapterError if is_refused else None, randlora.activate, given, **options)
+        if not is_refused:
             self.truth.activate(factor_of)
 
     @is_free
@@ -97,20 +207,15 @@ class AdapterRules(ModelMachine):
             in_turn = zip(fqns, itertools.cycle(scales or [1.0]), strict=False)
             factor_of[name] = dict(in_turn) if scales else {fqn: by * (fqn in inside) for fqn in fqns}
             is_nowhere |= not (scales or inside)
-        refused = AdapterError if self.share(given) or is_nowhere else None
-        if scales:
-            self.ask(refused, randlora.activate, factor_of)
-        else:
-            self.ask(refused, randlora.activate, given, layers=named)
-        if refused is None:
-            one_or_all = {name: {*by.values()} for name, by in factor_of.items()}
-            truth.activate({name: by.pop() if len(by) == 1 else factor_of[name] for name, by in one_or_all.items()})
+        alike = {name: next(iter(by.values())) for name, by in factor_of.items() if len({*by.values()}) == 1}
+        options = {} if scales else {"layers": named}
+        is_refused = self.share(given) or is_nowhere
+        self.activated(is_refused, factor_of | alike, factor_of if scales else given, **options)
 
     @is_free
     @rule(which=which)
     def remove(self, which: int) -> None:
-        name = self.name(which)
-        randlora.remove(self.model, name)
+        randlora.remove(self.model, name := self.name(which))
         del self.truth.adapters[name]
         if not self.truth.adapters:
             self.truth.become_plain(keep=False)
@@ -124,7 +229,7 @@ class AdapterRules(ModelMachine):
 
     @is_adapted
     @rule(compute=st.sampled_from(["auto", "factored", "materialized"]))
-    def set_compute(self, compute: Compute) -> None:
+    def set_compute(self, compute: Any) -> None:
         randlora.set_compute(self.model, compute)
 
     @is_adapted
@@ -132,20 +237,15 @@ class AdapterRules(ModelMachine):
     def delta_weight(self, place: int, of: int | None) -> None:
         truth, name = self.truth, None if of is None else self.name(of)
         weight = truth.kind.weights[place % len(truth.kind.weights)]
-        is_adapted = any(weight.fqn in adapter.values for adapter in truth.adapters.values())
-        refused = None if is_adapted else TargetError
+        refused = None if any(weight.fqn in each.values for each in truth.adapters.values()) else TargetError
         found = self.ask(refused, randlora.delta_weight, weight.fqn, name=name)
         if refused:
             return
-        summed = [replace(truth.adapters[name], factor=1.0)] if name else [*truth.adapters.values()]
-        expected = torch.zeros_like(truth.own[weight.name], dtype=torch.float64)
-        for adapter in summed:
-            if weight.fqn in adapter.values:
-                expected = expected + adapter.factor_of(weight) * weight.placed(adapter.update(weight), expected)
+        summed = {name: replace(truth.adapters[name], factor=1.0)} if name else truth.adapters
+        expected = truth.sums(summed).get(weight.name, torch.zeros_like(truth.own[weight.name], dtype=torch.float64))
         assert_near(weight.placed(found, expected), expected, torch.promote_types(truth.dtype, torch.float32))
 
     def unless_mergeable(self, names: set[str], *, reversible: bool) -> Refused:
-        """What must be raised by a merge of active adapters now."""
         truth = self.truth
         if not names <= {*truth.on_top}:  # inactive, merged, or disabled
             return MergeError
@@ -199,10 +299,7 @@ class AdapterRules(ModelMachine):
         given: dict[str, Any] = factor_of | {name: truth.adapters[name].factor or 0.0 for name in truth.merged_names}
         owners = {copy: id(truth.adapters[name]) for name in given for copy in truth.adapters[name].copies}
         is_exchange = owners != {copy: id(adapter) for copy, (adapter, _) in truth.installed.items()}
-        refused = AdapterError if self.share(given) or is_exchange else None
-        self.ask(refused, randlora.activate, given)
-        if refused is None:
-            truth.activate(given)
+        self.activated(self.share(given) or is_exchange, given, given)
 
     def enter(self, refused: Refused, block: Callable[..., Any], merges: set[str] | None = None) -> None:
         """Open a block, which `leave` closes some time later: one that merges these adapters, or one of `disabled`."""

@@ -1,33 +1,45 @@
-"""The state machine: all rules together, what users do to any model, and calls that must be refused."""
+"""All rules together: what users do to any model, several adapters beside one another, files, and refused calls."""
 
 import copy
 import pickle
 import warnings
-from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import randlora
-from randlora.errors import MergeError
-from tests.kit import all_bits, untouched
-from tests.state_machine.base import assert_near, is_adapted, is_plain
-from tests.state_machine.file_rules import FileRules
+from randlora.checkpoint.read import read_adapter
+from randlora.errors import AdapterError, CheckpointError, MergeError
+from tests.kit import all_bits, assert_unchanged, bits, snapshot, untouched
+from tests.state_machine.adapter_rules import (
+    AdapterRules,
+    Refused,
+    assert_near,
+    assert_weights_near,
+    is_adapted,
+    is_free,
+    is_plain,
+    is_unmerged,
+)
 from tests.state_machine.models import KINDS
-from tests.state_machine.recipes import DTYPES, Factors, Recipe, factors, recipes
+from tests.state_machine.recipes import DTYPES, Factors, Recipe, factors, maybe, names, recipes, slots, which
 from tests.state_machine.refusals import REFUSALS, WHEN
-from tests.state_machine.truth import Truth
+from tests.state_machine.truth import Adapter, Truth, diagonal_names, drawn
 
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-}
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
+EXACT = 1e-5
+"""The largest error of a sum that is said to be exact, relative to the norms of its terms: float32 Λ and Γ."""
+
+has_saved = precondition(lambda self: self.saved)
 
 
-class RandLoRAMachine(FileRules):
+class RandLoRAMachine(AdapterRules):
     """A model under all that can be done to it."""
 
     @initialize(
@@ -37,7 +49,7 @@ class RandLoRAMachine(FileRules):
         """Start with two adapters of which some are active, where Hypothesis would seldom get by itself."""
         self.is_half = dtype == torch.bfloat16  # it trains nothing beside, whose copies would be float32
         self.truth = Truth(KINDS[kind], dtype)
-        self.model = KINDS[kind].build(dtype)
+        self.model, _ = KINDS[kind].build(dtype)
         self.begin(first, second)
         if self.truth.adapters:
             self.activate(chosen, "mapping")
@@ -64,10 +76,7 @@ class RandLoRAMachine(FileRules):
             return
         loss = output.double().square().sum()
         active = [info for info in randlora.adapters(self.model) if info.is_active]
-        trained_merged = {
-            info.is_merged for info in active if any(f"_lambda.{info.name}" in name for name in parameters)
-        }
-        if trained_merged == {True}:
+        if {each.is_merged for each in active if any(f"_lambda.{each.name}" in name for name in parameters)} == {True}:
             with pytest.raises(MergeError, match="would get no gradients"):
                 loss.backward()
             self.model.zero_grad(set_to_none=True)
@@ -82,8 +91,7 @@ class RandLoRAMachine(FileRules):
         if size:
             torch.optim.SGD(parameters.values(), lr=0.2 / size).step()
         self.model.zero_grad(set_to_none=True)
-        moved = {name: value for name, value in self.model.state_dict().items() if name in expected}
-        self.truth.take(moved)
+        self.truth.take({name: value for name, value in self.model.state_dict().items() if name in expected})
 
     @rule(dtype=st.sampled_from(DTYPES))
     def cast(self, dtype: torch.dtype) -> None:
@@ -119,7 +127,7 @@ class RandLoRAMachine(FileRules):
             for name, value in self.remembered.items()
             if name in now and value.shape == now[name].shape and not (assign and value.dtype != now[name].dtype)
         }
-        if assign and self.truth.kind.name == "text":  # where it would untie what is tied
+        if assign and len({*self.truth.aliases.values()}) < len(self.truth.aliases):  # it would untie what is tied
             return
         if self.truth.merged is not None:
             with pytest.raises(MergeError, match="cannot load a state dict while"):
@@ -143,6 +151,169 @@ class RandLoRAMachine(FileRules):
             with untouched(self.model), pytest.raises(error):
                 call(self)
 
+    @is_adapted
+    @rule(which=which, to=names)
+    def rename(self, which: int, to: str) -> None:
+        name, truth = self.name(which), self.truth
+        refused = AdapterError if to in truth.adapters or truth.merged is not None else None
+        self.ask(refused, randlora.rename, name, to)
+        if refused is None:
+            renamed = dict[str, str]()
+            for weight in truth.weights_of(truth.adapters[name]):
+                renamed |= zip(diagonal_names(weight.name, name), diagonal_names(weight.name, to), strict=True)
+            self.held = {renamed.get(key, key): parameter for key, parameter in self.held.items()}
+            truth.adapters = {to if each == name else each: adapter for each, adapter in truth.adapters.items()}
+
+    @is_adapted
+    @rule(which=which, flag=st.booleans())
+    def set_trainable(self, which: int, flag: bool) -> None:
+        name = self.name(which)
+        randlora.set_trainable(self.model, name, flag)
+        self.truth.adapters[name].trains = flag
+
+    @is_free
+    @rule(of=st.tuples(which, which), by=st.sampled_from([(1.0, 0.0), (0.5, -2.0), (-1.0, 1.0)]), name=names)
+    def combine(self, of: tuple[int, int], by: tuple[float, float], name: str) -> None:
+        """A sum that no adapter on these bases has is refused, by a table of tests."""
+        factors = dict(zip(map(self.name, of), by, strict=True))
+        before = snapshot(self.model)
+        try:
+            randlora.serving.combine(self.model, factors, name=name)
+        except AdapterError:
+            assert_unchanged(self.model, before)
+        else:
+            assert name not in self.truth.adapters
+            self.take_over(name, factors)
+
+    def take_over(self, name: str, factors: dict[str, float]) -> None:
+        """Hold the update of a new adapter against the sum, by its own Λ and Γ, and take these over."""
+        truth, state = self.truth, self.model.state_dict()
+        sources = {each: truth.adapters[each] for each in factors}
+        info = next(info for info in randlora.adapters(self.model) if info.name == name)
+        made = Adapter(next(iter(sources.values())).options, {}, {}, {}, {}, None, trains=False)
+        for weight in truth.kind.weights:
+            own = [(source, factors[each]) for each, source in sources.items() if weight.fqn in source.values]
+            if not own:
+                continue
+            made.scales[weight.fqn] = r, _ = own[0][0].scales[weight.fqn]
+            assert info.options[weight.fqn] == made.scales[weight.fqn]
+            lam, gamma = (state[key].clone() for key in diagonal_names(weight.name, name))
+            made.values[weight.fqn] = lam, gamma
+            spec = next(spec for spec in info.specs if spec.r == r)
+            made.bases[r] = drawn(spec, spec.max_dim, spec.min_dim)  # for the largest layers of the model
+            terms = [factor * source.update(weight) for source, factor in own]
+            wrong = (made.update(weight) - torch.stack(terms).sum(0)).norm()
+            assert wrong <= EXACT * sum(term.norm() for term in terms), f"{weight.fqn} is off by {wrong}"
+        for copied in {copied for source in sources.values() for copied in source.copies}:
+            plain = truth.own[copied].to(truth.dtype).double()
+            changes = [
+                factors[e] * (s.copies[copied].double() - plain) for e, s in sources.items() if copied in s.copies
+            ]
+            found = randlora.state.adapted_root(self.model)[1].adapters[name].trained[copied].detach()
+            assert_near(found, plain + torch.stack(changes).sum(0), truth.dtype)
+            made.copies[copied] = found.clone()
+        truth.adapters[name] = made
+
+    @is_free
+    @rule(of=st.lists(st.none() | which, min_size=5, max_size=5), by_pool=st.booleans())
+    def route(self, of: list[int | None], by_pool: bool) -> None:
+        truth = self.truth
+        rows = [None if each is None else self.name(each) for each in of][: len(truth.arguments()[0])]
+        used = {name: truth.adapters[name] for name in rows if name is not None}
+        if any(adapter.copies for adapter in used.values()):
+            self.ask(AdapterError, lambda model: randlora.serving.routed(model, rows).__enter__())
+            return
+        if truth.training and any(adapter.options["dropout"] for adapter in used.values()):
+            return
+        with untouched(self.model), torch.no_grad(), randlora.serving.routed(self.model, rows):
+            assert_near(self.model(*truth.arguments()), truth.rows(rows), truth.dtype)
+        if by_pool and used:  # which loads copies of the adapters
+            states = {f"of_{name}": randlora.adapter_state(self.model, name) for name in used}
+            pool = randlora.serving.AdapterPool(self.model, states, max_loaded=len(states))
+            with torch.no_grad(), pool.routed([name and f"of_{name}" for name in rows]):
+                assert_near(self.model(*truth.arguments()), truth.rows(rows), truth.dtype)
+            for name in pool.loaded:
+                randlora.remove(self.model, name)
+
+    @is_adapted
+    @rule(which=which, factor=st.sampled_from([0.5, -2.0]))
+    def swap(self, which: int, factor: float) -> None:
+        name, truth = self.name(which), self.truth
+        with untouched(self.model):
+            state = randlora.adapter_state(self.model, name)
+        state = state.with_tensors({key: value * factor for key, value in state.tensors.items()})
+        refused = AdapterError if truth.merged is not None else None
+        self.ask(refused, randlora.swap, state, name=name)
+        if refused is None:
+            adapter = truth.adapters[name]
+            values = {fqn: (lam * factor, gamma * factor) for fqn, (lam, gamma) in adapter.values.items()}
+            adapter.values, adapter.copies = values, {copy: each * factor for copy, each in adapter.copies.items()}
+
+    @is_adapted
+    @rule(which=which, slot=slots, bases=st.sampled_from(["seed", "stored"]))
+    def save(self, which: int, slot: int, bases: Any) -> None:
+        name = self.name(which)
+        with untouched(self.model):
+            randlora.save(self.model, self.path(slot), name=name, bases=bases)
+        adapter = self.truth.adapters[name]
+        values = {fqn: (_in_file(lam), _in_file(gamma)) for fqn, (lam, gamma) in adapter.values.items()}
+        self.saved[slot] = replace(adapter, values=values, copies=dict(adapter.copies))
+        file = read_adapter(self.path(slot))
+        for fqn, pair in values.items():
+            assert [*map(bits, file.values[fqn])] == [*map(bits, pair)], fqn
+        assert all_bits(file.trained) == all_bits(self.saved[slot].copies)
+
+    @has_saved
+    @is_unmerged
+    @rule(slot=slots, name=names, active=maybe, trainable=st.booleans())
+    def load(self, slot: int, name: str, active: bool | None, trainable: bool) -> None:
+        truth = self.truth
+        refused: Refused = None if slot in self.saved else CheckpointError
+        if name in truth.adapters:
+            refused = AdapterError
+        self.ask(refused, randlora.load, self.path(slot), name=name, active=active, trainable=trainable)
+        if refused is None:
+            file = self.saved[slot]
+            copies = {fqn: value.to(truth.own[fqn].dtype) for fqn, value in file.copies.items()}
+            adapter = replace(file, values=dict(file.values), copies=copies, factor=None, trains=trainable)
+            truth.add(name, adapter, is_active=not truth.adapters if active is None else active)
+
+    @has_saved
+    @is_adapted
+    @rule(slot=slots, factor=st.sampled_from([1.0, -0.5]))
+    def merge_files(self, slot: int, factor: float) -> None:
+        if slot not in self.saved:
+            return
+        adapter, base, out = self.saved[slot], self.root / "base", self.root / "merged"
+        base.mkdir(exist_ok=True)
+        own = {name: value.clone() for name, value in self.truth.own.items()}
+        save_file(own, base / "model.safetensors", {"format": "pt"})
+        assert randlora.files.verify(self.path(slot), base).passed
+        assert {layer.fqn for layer in randlora.files.inspect(self.path(slot)).layers} == {*adapter.values}
+        randlora.files.merge({self.path(slot): factor}, out, base=base)
+        own |= {name: value.to(own[name]) for name, value in adapter.copies.items()}
+        sums = {
+            weight.name: weight.placed(adapter.update(weight), own[weight.name])
+            for weight in self.truth.weights_of(adapter)
+        }
+        for name, value in load_file(out / "model.safetensors").items():
+            if name in sums:
+                expected = own[name].double() + factor * sums[name]
+                assert_weights_near({name: value}, {name: expected}, value.dtype)
+            else:
+                assert torch.equal(value, own[name]), name
+        for path in out.iterdir():
+            path.unlink()
+        out.rmdir()
+
+    @has_saved
+    @is_adapted
+    @rule(slot=slots, to=slots)
+    def convert(self, slot: int, to: int) -> None:
+        if slot != to and slot in self.saved:
+            randlora.files.convert(self.path(slot), self.path(to), to="native", overwrite=True)
+            self.saved[to] = self.saved[slot]
+
     def teardown(self) -> None:
         with self.cleanup:
             while self.blocks:
@@ -151,3 +322,7 @@ class RandLoRAMachine(FileRules):
             if hasattr(self, "truth") and self.truth.adapters:
                 self.eject()
                 self.holds()
+
+
+def _in_file(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -1,5 +1,6 @@
 """The models of the state machine: every kind of layer, shared modules and tied parameters, all of them tiny."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,29 +13,25 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Weight(NamedTuple):
-    """A weight that can be adapted: its FQN in files, and ``(out_features, in_features)``, of one matrix of a stack.
+    """A weight that can be adapted: its FQN in files, its parameter, and the out and in features of one matrix.
 
-    ``option`` is the name and the value of the option with which each matrix of the stack has its Λ and Γ.
+    ``option`` is the name and the value of the option with which each matrix of a stack has its Λ and Γ.
     """
 
     fqn: str
+    name: str
     shape: tuple[int, int]
-    parameter: str | None = None
-    stack: int = 1
-    option: tuple[str, str] = ("", "")
-    is_transposed: bool = False
-    is_called: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.parameter or f"{self.fqn}.weight"
+    stack: int
+    option: tuple[str, str]
+    is_transposed: bool
+    is_called: bool
 
     def matrices(self, options: Mapping[str, Any]) -> tuple[int, tuple[int, int]]:
         """Return how many matrices have a Λ and a Γ each with these options, 0 for one alone, and their shape."""
-        name, apart = self.option
-        if not name or name == "experts":
-            return (self.stack if name and options[name] == apart else 0), self.shape
-        return (self.stack, self.shape) if options[name] == apart else (0, (self.stack * self.shape[0], self.shape[1]))
+        option, apart = self.option
+        if option and options[option] == apart:
+            return self.stack, self.shape
+        return 0, (self.stack * self.shape[0] if option == "in_proj" else self.shape[0], self.shape[1])
 
     def placed(self, update: Tensor, like: Tensor) -> Tensor:
         """Return an update in the layout of the parameter."""
@@ -42,29 +39,34 @@ class Weight(NamedTuple):
         return update.reshape(like.shape) if update.numel() == like.numel() else update.expand(like.shape)
 
 
+def weight_of(model: nn.Module, fqn: str) -> Weight:
+    name = fqn if fqn in dict(model.named_parameters()) else f"{fqn}.weight"
+    owner, value = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+    is_transposed, stack, option = isinstance(owner, Conv1D | GptOssExperts), 1, ("", "")
+    if name.endswith("in_proj_weight"):
+        stack, option, value = 3, ("in_proj", "split"), value.unflatten(0, (3, -1))[0]
+    elif isinstance(owner, MixtralExperts | GptOssExperts):
+        stack, option, value = len(value), ("experts", "each"), value[0]
+    rows, columns = value.T.shape if is_transposed else value.flatten(1).shape
+    return Weight(fqn, name, (rows, columns), stack, option, is_transposed, type(owner) in {nn.Linear, Conv1D})
+
+
 class Kind(NamedTuple):
     """A model: how to make it, what to give it, what can be adapted, and some of what can be trained beside."""
 
-    name: str
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
     weights: tuple[Weight, ...]
     others: tuple[str, ...]
 
-    def build(self, dtype: torch.dtype) -> nn.Module:
-        """Make the model, always with the same random numbers, whatever its layers start with."""
+    def build(self, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """Make the model and its arguments, always with the same random numbers, whatever its layers start with."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.make()
             for parameter in model.parameters():
                 nn.init.normal_(parameter, std=0.4)
-            return model.to(dtype).eval()
-
-    def draw(self) -> tuple[Tensor, ...]:
-        """Make the arguments, always the same."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            return self.inputs()
+            return model.to(dtype).eval(), self.inputs()
 
 
 class Text(nn.Module):
@@ -76,8 +78,7 @@ class Text(nn.Module):
         self.square = nn.Linear(8, 8)
         self.up = nn.Linear(8, 12, bias=False)
         self.down = Conv1D(8, 12)
-        self.norm = nn.LayerNorm(8)
-        self.twin = nn.LayerNorm(8)
+        self.norm, self.twin = nn.LayerNorm(8), nn.LayerNorm(8)
         self.twin.weight = self.norm.weight
         self.again = self.square
         self.head = nn.Linear(8, 3)
@@ -89,18 +90,11 @@ class Text(nn.Module):
         return self.head(self.twin(x + self.again(x)))
 
 
-class Image(nn.Module):
-    """Convolutions in groups, one of them transposed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(4, 6, 3, padding=1, groups=2)
-        self.wider = nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2)
-        self.head = nn.Linear(4, 5)
-
-    def forward(self, pixels: Tensor) -> Any:
-        x = torch.tanh(self.wider(torch.tanh(self.patches(pixels))))
-        return self.head(x.mean(dim=(2, 3)))
+def image() -> nn.Module:
+    """Make convolutions in groups, one of them transposed."""
+    patches, wider = nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2)
+    head = nn.Sequential(nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    return nn.Sequential(OrderedDict(patches=patches, tanh=nn.Tanh(), wider=wider, head=head))
 
 
 class Attention(nn.Module):
@@ -132,54 +126,35 @@ class Experts(nn.Module):
         return x + self.oss(torch.tanh(x), experts, shares)
 
 
-EACH, SPLIT = ("experts", "each"), ("in_proj", "split")
+def kind(make: Callable[[], nn.Module], inputs: Callable[[], tuple[Tensor, ...]], adapted: str, others: str) -> Kind:
+    model = make()
+    return Kind(make, inputs, tuple(weight_of(model, fqn) for fqn in adapted.split()), tuple(others.split()))
 
-TEXT = Kind(
-    "text",
-    Text,
-    lambda: (torch.randint(0, 11, (2, 4)),),
-    (
-        Weight("square", (8, 8), is_called=True),
-        Weight("up", (12, 8), is_called=True),
-        Weight("down", (8, 12), is_transposed=True, is_called=True),
-        Weight("embed", (11, 8)),
-        Weight("head", (3, 8), is_called=True),
+
+KINDS = {
+    "text": kind(
+        Text,
+        lambda: (torch.randint(0, 11, (2, 4)),),
+        "square up down embed head",
+        "norm.weight twin.bias square.bias up.weight head.weight down.bias",
     ),
-    ("norm.weight", "twin.bias", "square.bias", "up.weight", "head.weight", "down.bias"),
-)
-IMAGE = Kind(
-    "image",
-    Image,
-    lambda: (torch.randn(2, 4, 3, 3),),
-    (Weight("patches", (6, 18)), Weight("wider", (6, 8)), Weight("head", (5, 4), is_called=True)),
-    ("patches.bias", "wider.weight", "head.weight", "head.bias"),
-)
-ATTENTION = Kind(
-    "attention",
-    Attention,
-    lambda: (torch.randn(2, 3, 8), torch.randn(2, 4, 6), torch.randn(2, 4, 10)),
-    (
-        Weight("layer.self_attn.in_proj_weight", (8, 8), "layer.self_attn.in_proj_weight", 3, SPLIT),
-        Weight("layer.self_attn.out_proj", (8, 8)),
-        Weight("layer.linear1", (12, 8), is_called=True),
-        Weight("cross.q_proj_weight", (8, 8), "cross.q_proj_weight"),
-        Weight("cross.k_proj_weight", (8, 6), "cross.k_proj_weight"),
-        Weight("cross.v_proj_weight", (8, 10), "cross.v_proj_weight"),
-        Weight("cross.out_proj", (8, 8)),
+    "image": kind(
+        image,
+        lambda: (torch.randn(2, 4, 3, 3),),
+        "patches wider head.3",
+        "patches.bias wider.weight head.3.weight head.3.bias",
     ),
-    ("layer.self_attn.in_proj_bias", "layer.norm1.weight", "layer.linear1.weight", "cross.in_proj_bias", "head.weight"),
-)
-EXPERTS = Kind(
-    "experts",
-    Experts,
-    lambda: (torch.randn(5, 8), torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1]]), torch.rand(5, 2)),
-    (
-        Weight("mixtral.gate_up_proj", (10, 8), "mixtral.gate_up_proj", 3, EACH),
-        Weight("mixtral.down_proj", (8, 5), "mixtral.down_proj", 3, EACH),
-        Weight("between", (8, 8), is_called=True),
-        Weight("oss.gate_up_proj", (12, 8), "oss.gate_up_proj", 3, EACH, is_transposed=True),
-        Weight("oss.down_proj", (8, 6), "oss.down_proj", 3, EACH, is_transposed=True),
+    "attention": kind(
+        Attention,
+        lambda: (torch.randn(2, 3, 8), torch.randn(2, 4, 6), torch.randn(2, 4, 10)),
+        "layer.self_attn.in_proj_weight layer.self_attn.out_proj layer.linear1 "
+        "cross.q_proj_weight cross.k_proj_weight cross.v_proj_weight cross.out_proj",
+        "layer.self_attn.in_proj_bias layer.norm1.weight layer.linear1.weight cross.in_proj_bias head.weight",
     ),
-    ("between.weight", "between.bias", "oss.down_proj_bias"),
-)
-KINDS = {kind.name: kind for kind in (TEXT, IMAGE, ATTENTION, EXPERTS)}
+    "experts": kind(
+        Experts,
+        lambda: (torch.randn(5, 8), torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1]]), torch.rand(5, 2)),
+        "mixtral.gate_up_proj mixtral.down_proj between oss.gate_up_proj oss.down_proj",
+        "between.weight between.bias oss.down_proj_bias",
+    ),
+}

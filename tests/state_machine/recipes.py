@@ -39,20 +39,16 @@ class Recipe:
     is_fresh: bool = False
 
     def weights(self, kind: Kind) -> tuple[Weight, ...]:
-        """Return the weights of a model that are adapted, in its order."""
         places = {place % len(kind.weights) for place in self.places}
         return tuple(weight for place, weight in enumerate(kind.weights) if place in places)
 
     def copies(self, kind: Kind) -> tuple[str, ...]:
-        """Return the names of the parameters that are trained beside."""
         return tuple(dict.fromkeys(kind.others[place % len(kind.others)] for place in self.beside))
 
     def options(self, kind: Kind) -> dict[str, Any]:
-        """Return what `randlora.inject` is told."""
-        weights = self.weights(kind)
-        first = weights[0].fqn
+        first, *others = (weight.fqn for weight in self.weights(kind))
         return {
-            "targets": [weight.fqn for weight in weights],
+            "targets": [first, *others],
             "train_also": [*self.copies(kind)] or None,
             "r": self.r[0] if len(set(self.r)) == 1 else {first: self.r[0], ".*": self.r[1]},
             "alpha": self.alpha and {first: self.alpha[0], ".*": self.alpha[1]},
@@ -65,12 +61,8 @@ class Recipe:
         }
 
     def scales(self, kind: Kind) -> dict[str, tuple[int, float]]:
-        """Return r and alpha of each weight."""
-        found = {}
-        for place, weight in enumerate(self.weights(kind)):
-            r = self.r[min(place, 1)]
-            found[weight.fqn] = r, 20.0 * r if self.alpha is None else self.alpha[min(place, 1)]
-        return found
+        alpha = self.alpha or tuple(20.0 * r for r in self.r)
+        return {weight.fqn: (self.r[place > 0], alpha[place > 0]) for place, weight in enumerate(self.weights(kind))}
 
     def misfit(self, kind: Kind) -> type[TargetError] | None:
         """Return what must be raised: for training what is adapted too, or for dropout where no input is known."""

@@ -3,16 +3,14 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import randlora
 from randlora import serving
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError, OptionError, TargetError
 
 if TYPE_CHECKING:
-    from tests.state_machine.base import ModelMachine
+    from tests.state_machine.adapter_rules import AdapterRules
 
-Call = Callable[["ModelMachine"], object]
+Call = Callable[["AdapterRules"], object]
 
 
 def _on(verb: Callable[..., object], *args: Any, **options: Any) -> Call:
@@ -31,7 +29,7 @@ def _entered(block: Callable[..., Any], *args: Any) -> Call:
 def _inject(**options: Any) -> Call:
     """Add an adapter of the first weight, but for these options, which may be made of that weight."""
 
-    def call(machine: "ModelMachine") -> object:
+    def call(machine: "AdapterRules") -> object:
         first = machine.truth.kind.weights[0]
         given = {name: make(first) if callable(make) else make for name, make in options.items()}
         return randlora.inject(machine.model, **{"targets": [first.fqn], "r": 2, "name": "new", **given})
@@ -46,7 +44,7 @@ def _save(**options: Any) -> Call:
 def _load(damage: Callable[[bytes], bytes] = bytes) -> Call:
     """Load a saved adapter whose tensors were damaged on the way."""
 
-    def call(machine: "ModelMachine") -> object:
+    def call(machine: "AdapterRules") -> object:
         damaged = machine.root / "damaged"
         damaged.mkdir(exist_ok=True)
         for path in machine.path(min(machine.saved)).iterdir():
@@ -57,12 +55,7 @@ def _load(damage: Callable[[bytes], bytes] = bytes) -> Call:
     return call
 
 
-def _flipped(data: bytes, place: int) -> bytes:
-    place %= len(data)
-    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
-
-
-WHEN: dict[str, Callable[["ModelMachine"], bool]] = {
+WHEN: dict[str, Callable[["AdapterRules"], bool]] = {
     "any": lambda _: True,
     "plain": lambda machine: not machine.truth.adapters,
     "adapted": lambda machine: bool(machine.truth.adapters),
@@ -73,14 +66,9 @@ WHEN: dict[str, Callable[["ModelMachine"], bool]] = {
 """What a model must be, so that a call can be made and would not be refused for another reason."""
 
 REFUSALS: list[tuple[str, type[Exception], Call]] = [
-    ("plain", AdapterError, _on(randlora.activate, "a")),
-    ("plain", AdapterError, _entered(randlora.disabled)),
-    ("plain", AdapterError, _on(randlora.remove, "a")),
-    ("plain", AdapterError, _on(randlora.eject)),
-    ("plain", AdapterError, _on(randlora.merge)),
-    ("plain", AdapterError, _entered(randlora.merged)),
-    ("plain", AdapterError, _on(randlora.unmerge)),
-    ("plain", AdapterError, _on(randlora.delta_weight, "head")),
+    *(("plain", AdapterError, _on(getattr(randlora, verb), "a")) for verb in ("activate", "remove", "delta_weight")),
+    *(("plain", AdapterError, _on(getattr(randlora, verb))) for verb in ("eject", "merge", "unmerge")),
+    *(("plain", AdapterError, _entered(block)) for block in (randlora.disabled, randlora.merged)),
     ("plain", AdapterError, _on(randlora.set_compute, "auto")),
     ("plain", AdapterError, lambda machine: [*randlora.trainable_parameters(machine.model)]),
     ("plain", AdapterError, _save()),
@@ -95,36 +83,32 @@ REFUSALS: list[tuple[str, type[Exception], Call]] = [
     ("saved merged", AdapterError, _load()),
     ("adapted unmerged", MergeError, _on(randlora.unmerge)),
     ("saved unmerged", CheckpointError, _load(lambda data: data[: len(data) // 2])),
-    ("saved unmerged", CheckpointError, _load(lambda data: _flipped(data, -3))),
-    ("saved unmerged", CheckpointError, _load(lambda data: _flipped(data, 40))),
-    ("saved unmerged", CheckpointError, _load(lambda _: b"")),
+    ("saved unmerged", CheckpointError, _load(lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:])),
+    ("saved unmerged", CheckpointError, _load(lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])),
     ("unmerged", CheckpointError, lambda machine: randlora.load(machine.model, machine.root, name="new")),
-    ("unmerged", ConfigError, _inject(r=0)),
-    ("unmerged", ConfigError, _inject(alpha=float("inf"))),
-    ("any", OptionError, _inject(lora_alpha=2)),
-    ("any", AdapterError, _inject(name="a.b")),
-    ("any", AdapterError, _inject(name="keys")),
-    ("any", ConfigError, _on(randlora.set_compute, "quickly")),
-    ("unmerged", ConfigError, _inject(alpha=0)),
-    ("unmerged", ConfigError, _inject(basis="denser")),
-    ("unmerged", TargetError, _inject(targets=["nowhere"])),
-    ("unmerged", TargetError, _inject(train_also=["nowhere"])),
+    *(("unmerged", ConfigError, _inject(**wrong)) for wrong in ({"r": 0}, {"alpha": 0}, {"basis": "denser"})),
+    *(("unmerged", TargetError, _inject(**{option: ["nowhere"]})) for option in ("targets", "train_also")),
     ("unmerged", TargetError, _inject(r={"nowhere": 2})),
     ("unmerged", TargetError, _inject(train_also=lambda first: [first.name])),
-    ("adapted", AdapterError, _on(randlora.activate, "unknown")),
-    ("adapted", AdapterError, _of_first(randlora.activate, lambda name: {name: float("nan")})),
-    ("adapted", AdapterError, _of_first(randlora.activate, lambda name: {name: "much"})),
+    ("any", OptionError, _inject(lora_alpha=2)),
+    *(("any", AdapterError, _inject(name=name)) for name in ("a.b", "keys")),
+    ("any", ConfigError, _on(randlora.set_compute, "quickly")),
+    *(
+        ("adapted", AdapterError, _on(verb, "unknown"))
+        for verb in (randlora.activate, randlora.set_trainable, randlora.remove)
+    ),
+    *(
+        ("adapted", AdapterError, _of_first(randlora.activate, lambda name, factor=factor: {name: factor}))
+        for factor in (float("nan"), "much")
+    ),
     ("adapted", AdapterError, _of_first(randlora.activate, lambda name: [name, name])),
     ("adapted", AdapterError, _on(randlora.rename, "unknown", "new")),
     ("adapted", AdapterError, _of_first(lambda model, name: randlora.rename(model, name, "a.b"))),
-    ("adapted", AdapterError, _on(randlora.set_trainable, "unknown")),
     ("adapted", AdapterError, _on(serving.combine, {"unknown": 1.0}, name="new")),
-    ("adapted", AdapterError, _on(randlora.remove, "unknown")),
     ("adapted", AdapterError, _save(name="unknown")),
     ("adapted", MergeError, _on(randlora.merge, adapters="unknown", reversible=True)),
     ("adapted", MergeError, _on(randlora.unmerge, "unknown")),
     ("adapted", TargetError, _on(randlora.delta_weight, "nowhere")),
-    ("adapted", ConfigError, _on(randlora.merge, quantized="never")),
-    ("adapted", ConfigError, _on(randlora.merge, dtype=torch.int8)),
+    *(("adapted", ConfigError, _on(randlora.merge, **{option: 7})) for option in ("quantized", "dtype")),
 ]
 """Words of `WHEN`, the error, and the call."""

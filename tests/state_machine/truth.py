@@ -53,7 +53,6 @@ class Adapter:
     trains: bool
 
     def factor_of(self, weight: Weight) -> float:
-        """Return its factor for one of its weights, 0 if it is left out there."""
         return self.factor[weight.fqn] if isinstance(self.factor, dict) else self.factor or 0.0
 
     def update(self, weight: Weight, values: Pair | None = None) -> Tensor:
@@ -61,9 +60,9 @@ class Adapter:
         lam, gamma = (part.double() for part in values or self.values[weight.fqn])
         count, shape = weight.matrices(self.options)
         r, alpha = self.scales[weight.fqn]
-        if not count:
-            return update(self.bases[r], lam, gamma, alpha / r, shape)
-        return torch.stack([update(self.bases[r], *each, alpha / r, shape) for each in zip(lam, gamma, strict=True)])
+        each = zip(lam, gamma, strict=True) if count else [(lam, gamma)]
+        found = torch.stack([update(self.bases[r], *pair, alpha / r, shape) for pair in each])
+        return found if count else found[0]
 
 
 @dataclass
@@ -89,22 +88,19 @@ class Truth:
     training: bool = False
 
     def __post_init__(self) -> None:
-        plain = self.kind.build(self.dtype)
+        plain, self.inputs = self.kind.build(self.dtype)
         self.own = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
         self.own_grad = dict.fromkeys(self.own, True)
         first = {id(parameter): name for name, parameter in plain.named_parameters()}
         self.aliases = {name: first[id(held)] for name, held in plain.named_parameters(remove_duplicate=False)}
-        self.inputs = self.kind.draw()
-        self.twin = self.kind.build(torch.float64).train()  # so that torch takes no fast path
+        self.twin = self.kind.build(torch.float64)[0].train()  # so that torch takes no fast path
 
-    @property
+    @property  # whose updates are added, merged or not
     def active(self) -> dict[str, Adapter]:
-        """The adapters whose updates are added, merged or not, by name."""
         return {} if self.disabled else {name: each for name, each in self.adapters.items() if each.factor is not None}
 
-    @property
+    @property  # whose updates are added and not merged
     def on_top(self) -> dict[str, Adapter]:
-        """The adapters whose updates are added and not merged, by name."""
         return {name: each for name, each in self.active.items() if name not in self.merged_names}
 
     @property
@@ -118,11 +114,9 @@ class Truth:
         return self.training and any(each.options["dropout"] for each in self.on_top.values())
 
     def arguments(self) -> tuple[Tensor, ...]:
-        """Return what the model is given, floating parts in its dtype."""
-        return tuple(part.to(self.dtype) if part.is_floating_point() else part for part in self.inputs)
+        return _cast(self.inputs, self.dtype)
 
     def weights_of(self, adapter: Adapter) -> list[Weight]:
-        """Return the weights of an adapter."""
         return [weight for weight in self.kind.weights if weight.fqn in adapter.values]
 
     def acted_on(self, adapter: Adapter) -> list[Weight]:
@@ -130,19 +124,15 @@ class Truth:
         return [weight for weight in self.weights_of(adapter) if adapter.factor_of(weight)]
 
     def unmerged(self) -> dict[str, Tensor]:
-        """Return the parameters that the model has, but for merging."""
         return self.own | {name: value for name, (_, value) in self.installed.items()}
 
     def live(self) -> dict[str, Tensor]:
-        """Return the parameters that the model has now."""
         return self.unmerged() | (self.merged or {})
 
     def settle(self) -> None:
         """Give what the model has now its dtype, as installing and ``to`` do."""
-        displaced = self.installed.keys() | (self.merged or {}).keys()
-        for name, value in self.own.items():
-            if name not in displaced:
-                self.own[name] = value.to(self.dtype)
+        for name in self.own.keys() - self.installed.keys() - (self.merged or {}).keys():
+            self.own[name] = self.own[name].to(self.dtype)
         for name, (adapter, value) in self.installed.items():
             if name not in (self.merged or {}):
                 adapter.copies[name] = value.to(self.dtype)
@@ -169,42 +159,31 @@ class Truth:
         if parameters is None:
             parameters = {name: value.double() for name, value in self.live().items()}
             parameters |= {name: parameters[name] + delta for name, delta in self.sums(self.on_top).items()}
-        arguments = tuple(part.double() if part.is_floating_point() else part for part in self.arguments())
-        output: Tensor = functional_call(self.twin, parameters, arguments)
+        output: Tensor = functional_call(self.twin, parameters, _cast(self.arguments(), torch.float64))
         return output
 
     def rows(self, names: Sequence[str | None]) -> Tensor:
         """Run the twin once for each of the names, with the update of that adapter alone, and take its rows."""
-        outputs = {}
+        outputs, plain = {}, {name: value.to(self.dtype).double() for name, value in self.own.items()}
         for name in {*names}:
-            parameters = {own: value.to(self.dtype).double() for own, value in self.own.items()}
-            if name is not None:
-                adapter = replace(self.adapters[name], factor=1.0)
-                sums = self.sums({name: adapter})
-                parameters |= {own: parameters[own] + delta for own, delta in sums.items()}
-            outputs[name] = self.output(parameters)
+            sums = {} if name is None else self.sums({name: replace(self.adapters[name], factor=1.0)})
+            outputs[name] = self.output(plain | {own: plain[own] + delta for own, delta in sums.items()})
         return torch.stack([outputs[name][row] for row, name in enumerate(names)])
 
     def gradients(self) -> dict[str, Tensor]:
         """Differentiate the sum of the squared output, by name of the parameters that must get a gradient."""
+        on_top = self.on_top
         values = {
             name: {fqn: (_leaf(lam), _leaf(gamma)) for fqn, (lam, gamma) in adapter.values.items()}
-            for name, adapter in self.on_top.items()
+            for name, adapter in on_top.items()
         }
-        parameters = {name: value.double() for name, value in self.live().items()}
-        leaves = {
-            name: _leaf(value)
-            for name, (adapter, value) in self.installed.items()
-            if adapter.trains and name not in (self.merged or {})
-        }
-        if not self.adapters:
-            leaves = {name: _leaf(value) for name, value in self.own.items() if self.own_grad[name]}
-        parameters |= leaves
-        parameters |= {name: parameters[name] + delta for name, delta in self.sums(self.on_top, values).items()}
-        for name, by_fqn in values.items():
-            if self.adapters[name].trains:
-                for weight in self.acted_on(self.adapters[name]):
-                    leaves |= dict(zip(diagonal_names(weight.name, name), by_fqn[weight.fqn], strict=True))
+        live, needs_grad = self.live(), self.requires_grad()
+        leaves = {name: _leaf(value) for name, value in live.items() if needs_grad[name]}
+        parameters = {name: value.double() for name, value in live.items()} | leaves
+        parameters |= {name: parameters[name] + delta for name, delta in self.sums(on_top, values).items()}
+        for name, adapter in on_top.items():
+            for weight in self.acted_on(adapter) if adapter.trains else ():
+                leaves |= zip(diagonal_names(weight.name, name), values[name][weight.fqn], strict=True)
         if not leaves:
             return {}
         found = torch.autograd.grad(self.output(parameters).square().sum(), list(leaves.values()), allow_unused=True)
@@ -217,11 +196,10 @@ class Truth:
         for name, adapter in self.adapters.items():
             for weight in self.weights_of(adapter):
                 for alias in (alias for alias, first in self.aliases.items() if first == weight.name):
-                    found |= dict(zip(diagonal_names(alias, name), adapter.values[weight.fqn], strict=True))
+                    found |= zip(diagonal_names(alias, name), adapter.values[weight.fqn], strict=True)
         return found
 
     def requires_grad(self) -> dict[str, bool]:
-        """Return whether each parameter that the model has now requires grad."""
         if not self.adapters:
             return dict(self.own_grad)
         found = dict.fromkeys(self.own, False) | {name: each.trains for name, (each, _) in self.installed.items()}
@@ -241,7 +219,6 @@ class Truth:
         self.adapters[name] = adapter
 
     def activate(self, factors: Mapping[str, float | dict[str, float]]) -> None:
-        """Activate these adapters and no others."""
         for name, adapter in self.adapters.items():
             adapter.factor = factors.get(name)
 
@@ -298,3 +275,7 @@ def diagonal_names(parameter: str, adapter: str) -> tuple[str, str]:
 
 def _leaf(value: Tensor) -> Tensor:
     return value.double().requires_grad_()
+
+
+def _cast(arguments: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(part.to(dtype) if part.is_floating_point() else part for part in arguments)
