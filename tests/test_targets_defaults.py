@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,19 +76,14 @@ def is_attention(model: nn.Module, fqn: str) -> bool:
     return any(re.search(r"attention|attn|(^|_)att$|(^|_)mh.?a$", name.lower()) for name in said)
 
 
-def default_of(model_type: str, names: list[str]) -> tuple[nn.Module, Selection | None] | None:
-    """Return the first model of a type in which attention is found, else the last; ``None`` if none can be built."""
-    found: tuple[nn.Module, Selection | None] | None = None
+def default_of(model_type: str, names: list[str]) -> tuple[Any, Selection | None]:
+    """Return the first model of a type in which attention is found, else the last, if any can be built."""
+    model = None
     for model in on_meta(model_type, names):
-        try:
-            selection = chosen(model)
-        except TargetError:  # no linear layer at all
-            found = model, None
-            continue
-        found = model, selection
-        if not selection.rule.startswith("all linear layers"):
-            break
-    return found
+        with suppress(TargetError):  # no linear layer at all
+            if not (selection := chosen(model)).rule.startswith("all linear layers"):
+                return model, selection
+    return model, None
 
 
 @pytest.mark.parametrize(("model_type", "names"), TYPES.items(), ids=TYPES)
@@ -111,12 +107,9 @@ def test_attention_is_adapted_in_every_type_that_has_linear_projections() -> Non
     without, elsewhere, heads, encoded = (set[str]() for _ in range(4))
     covered = set[str]()
     for model_type, names in every_type().items():
-        if (found := default_of(model_type, names)) is None:
-            continue
-        model: Any = found[0]
-        selection = found[1]
-        if selection is None or selection.rule.startswith("all linear layers"):
-            without.add(model_type)
+        model, selection = default_of(model_type, names)
+        if model is None or selection is None:
+            without |= set() if model is None else {model_type}
             continue
         covered.add(model_type)
         fqns = [site.fqn for site in selection.sites]
@@ -189,38 +182,24 @@ def test_the_attention_of_a_diffusion_model_is_adapted(name: str, names: str) ->
 @pytest.mark.slow
 def test_attention_alone_is_adapted_in_every_model_of_diffusers() -> None:
     """No output head and nothing that embeds the time."""
-    without, covered = set[str](), 0
-    for name in dir(diffusers):
-        kind = getattr(diffusers, name) if re.search(r"Transformer(\dD)?(Model)?$|UNet|DiT|ControlNet", name) else None
-        if not (inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin)):
-            continue
-        try:
-            model = diffusers_model(name)
-        except Exception:  # some have no defaults
-            continue
+    without, models = set[str](), dict[str, Any]()
+    for name in filter(re.compile(r".*(Transformer(\dD)?(Model)?$|UNet|DiT|ControlNet)").match, dir(diffusers)):
+        with suppress(Exception):  # what is no model, and some have no defaults
+            models[name] = diffusers_model(name)
+    for name, model in models.items():
         selection = chosen(model)
+        fqns = [site.fqn for site in selection.sites]
         if selection.rule.startswith("all linear layers"):
             without.add(name)
-            continue
-        covered += 1
-        fqns = [site.fqn for site in selection.sites]
-        assert [fqn for fqn in fqns if not is_attention(model, fqn)] == []
-        assert [fqn for fqn in fqns if re.search(r"time|proj_out|norm_out|conv_out", fqn)] == []
+        else:
+            assert [fqn for fqn in fqns if not is_attention(model, fqn)] == []
+            assert [fqn for fqn in fqns if re.search(r"time|proj_out|norm_out|conv_out", fqn)] == []
     assert without == set(OTHERS)
-    assert covered >= 80
+    assert len(models) >= 81
 
 
-NOT_IN_TRANSFORMERS = {
-    "RefinedWeb": "Falcon's name while its code came with the checkpoint",
-    "RefinedWebModel": "the same",
-    "btlm": "its code comes with the checkpoint",
-    "chatglm": "its code comes with the checkpoint; transformers' own port is another type, glm",
-    "rwkv7": "its code comes with the checkpoint",
-}
-"""Types whose model cannot be built offline."""
-
-ALTERNATIVES = {"blip-2": "the language model inside is an OPT or a T5"}
-"""Types whose preset names layers that only some variants have."""
+NOT_IN_TRANSFORMERS = {"RefinedWeb", "RefinedWebModel", "btlm", "chatglm", "rwkv7"}
+"""Types whose code comes with the checkpoint."""
 
 OPTIONS = {name: {"pad_token_id": 1} for name in ("idefics3", "smolvlm")}
 """What a type's config needs: transformers 5.12 pads these with an id outside of their vocabulary."""
@@ -258,11 +237,12 @@ def test_a_preset_finds_the_layers_it_names(model_type: str) -> None:
         assert all(re.fullmatch(preset, fqn) for fqn in report.targets)
     else:
         found = {target.fqn.rsplit(".", 1)[-1] for target in randlora.find_targets(model)}
-        assert found <= set(preset) if model_type in ALTERNATIVES else found == set(preset)
+        # the language model inside of blip-2 is an OPT or a T5
+        assert found <= set(preset) if model_type == "blip-2" else found == set(preset)
 
 
 def test_presets_are_of_known_types_and_the_choice_of_peft_where_peft_has_one() -> None:
-    assert TARGET_PRESETS.keys() - set(CONFIG_MAPPING) == NOT_IN_TRANSFORMERS.keys()
+    assert TARGET_PRESETS.keys() - set(CONFIG_MAPPING) == NOT_IN_TRANSFORMERS
     ours = {name: TARGET_PRESETS[name] for name in THEIR_TARGETS}
     assert {name: own if isinstance(own, str) else list(own) for name, own in ours.items()} == THEIR_TARGETS
 

@@ -1,10 +1,12 @@
-"""The walk over a model, which layers a pattern means, by which rule, and what was probably meant by one refused."""
+"""The walk over a model, which layers a pattern means by which rule, r and alpha by pattern, and what is refused."""
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import assume, given
@@ -13,12 +15,18 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import randlora
+from randlora import RandLoRAConfig
+from randlora.config import LayerOptions
 from randlora.errors import ConfigError, TargetError
 from randlora.targets.census import Census
 from randlora.targets.match import nearest_names
 from randlora.targets.obstacles import obstacles
+from randlora.targets.options import listed, options_listed, r_like_lora, ranks_of_others, resolve
 from randlora.targets.select import Selection, find_targets, select
+from tests import models
 from tests.kit import untouched
+from tests.laws import Mixed
+from tests.test_readers_experts import EXPERTS, mixtral
 
 
 class Model(nn.Module):
@@ -38,7 +46,7 @@ class Model(nn.Module):
 
 
 LINEAR = [f"layers.{i}.{name}" for i in (0, 1) for name in (*(f"attention.{p}proj" for p in ("q_", "v_", "")), "up")]
-BODY, UP = [LINEAR[i] for i in (0, 1, 4, 5)], LINEAR[3::4]
+BODY, UP, OTHER = [LINEAR[i] for i in (0, 1, 4, 5)], LINEAR[3::4], [LINEAR[i] for i in (2, 3, 6, 7)]
 
 
 def selected(model: nn.Module, pattern: Any = None, exclude: Any = None) -> Selection:
@@ -90,26 +98,39 @@ def test_a_walk_comes_past_every_module_under_its_name_and_sees_an_adapted_model
 
 # What a pattern means
 
-PATTERNS: list[tuple[Any, Any, list[str]]] = [
-    (r".*\.(q|v)_proj", None, BODY),
-    (r"layers\.\d\.(attention(\.proj)?|norm|up)", None, [LINEAR[i] for i in (2, 3, 6, 7)]),
-    ({"up"}, None, UP),
-    (lambda fqn, _: fqn.startswith("layers.0") and fqn.endswith("q_proj"), None, LINEAR[:1]),
-    (None, None, LINEAR),
-    ("all-linear", r".*\.attention\..*", UP),
-    (None, r"(?!.*\.up$).*", UP),
-    (None, lambda fqn, _: not fqn.endswith(".up"), UP),
-    (None, lambda _, module: module.bias.numel() != 12, UP),  # it sees no module without a bias
-    *[(None, anyway, LINEAR) for anyway in (nothing, ["head"], ["norm"], r".*\.norm")],
-    (None, ["embed", "layers.0"], LINEAR[4:]),
+BY_NAME = "all linear layers but the output head"
+PATTERNS: list[tuple[str | None, Any, Any, str, list[str]]] = [
+    ("llama", None, None, "the preset of model_type 'llama' (q_proj, v_proj)", BODY),
+    ("blip-2", None, None, "the preset of model_type 'blip-2' (q, v, q_proj, v_proj)", BODY),  # q, v: of a variant
+    ("unheard-of", None, None, "the query and value projections (q_proj, v_proj)", BODY),
+    (None, None, None, BY_NAME, LINEAR),
+    ("llama", "all-linear", None, BY_NAME, LINEAR),
+    (None, {"up"}, None, "the names up", UP),
+    (None, ["up", "proj"], None, "the names up, proj", OTHER),
+    (None, "head", None, "the regex 'head'", ["head"]),
+    (None, r".*\.(q|v)_proj", None, "the regex ", BODY),
+    (None, r"layers\.\d\.(attention(\.proj)?|norm|up)", None, "the regex ", OTHER),
+    (None, lambda fqn, _: fqn.startswith("layers.0") and fqn.endswith("q_proj"), None, "the callable ", LINEAR[:1]),
+    (None, is_conv1d, None, "the callable is_conv1d", UP),
+    (None, "all-linear", r".*\.attention\..*", BY_NAME, UP),
+    (None, None, r"(?!.*\.up$).*", BY_NAME, UP),
+    (None, None, lambda fqn, _: not fqn.endswith(".up"), BY_NAME, UP),
+    (None, None, lambda _, module: module.bias.numel() != 12, BY_NAME, UP),  # it sees no module without a bias
+    *[(None, None, anyway, BY_NAME, LINEAR) for anyway in (nothing, ["head"], ["norm"], r".*\.norm")],
+    (None, None, ["embed", "layers.0"], BY_NAME, LINEAR[4:]),
 ]
 
 
-@pytest.mark.parametrize(("pattern", "exclude", "expected"), PATTERNS)
-def test_a_pattern_means_these_layers_in_the_models_order(pattern: Any, exclude: Any, expected: list[str]) -> None:
-    model = Model()
+@pytest.mark.parametrize(("model_type", "pattern", "exclude", "rule", "expected"), PATTERNS)
+def test_a_pattern_means_these_layers_in_the_models_order_by_the_rule_that_is_told(
+    model_type: str | None, pattern: Any, exclude: Any, rule: str, expected: list[str]
+) -> None:
+    model = Model(model_type)
     with untouched(model):
-        assert found(model, pattern, exclude) == expected
+        selection = select(Census.of(model), pattern, exclude)
+    assert [site.fqn for site in selection.sites] == found(model, pattern, exclude) == expected
+    assert selection.rule.startswith(rule)
+    assert selection.rule.endswith(", without the excluded") == (exclude is not None)
 
 
 NAMES = sorted({
@@ -138,37 +159,16 @@ def test_a_list_means_the_layers_of_its_names_and_in_modules_of_its_names(
             find_targets(Model(), names, exclude)
 
 
-@pytest.mark.parametrize("exclude", [["b"], "a", ["a", "b"]])
-def test_a_layer_of_two_names_is_found_and_excluded_by_either_and_called_by_its_first(exclude: Any) -> None:
+def test_a_layer_of_two_names_goes_by_either_and_is_called_by_its_first_and_names_of_presets_mean_layers() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
     model["b"] = model["a"]
-    assert found(model, exclude) == ["a"]
-    assert found(model, None, exclude) == found(model, ["a", "c"], exclude) == ["c"]
+    either: list[Any] = [["b"], "a", ["a", "b"]]
+    for names in either:
+        assert found(model, names) == ["a"]
+        assert found(model, None, names) == found(model, ["a", "c"], names) == ["c"]
     shared = nn.ModuleDict({"x": model, "y": model})
     assert found(shared) == ["x.a", "x.c"]
     assert obstacles(Census.of(shared), find_targets(shared), 0.0) == []  # they are not tied to themselves
-
-
-@pytest.mark.parametrize(
-    ("model_type", "pattern", "rule", "count"),
-    [
-        ("llama", None, "the preset of model_type 'llama' (q_proj, v_proj)", 4),
-        ("blip-2", None, "the preset of model_type 'blip-2' (q, v, q_proj, v_proj)", 4),  # q, v: of a variant
-        ("unheard-of", None, "the query and value projections (q_proj, v_proj)", 4),
-        (None, None, "all linear layers but the output head", 8),
-        ("llama", "all-linear", "all linear layers but the output head", 8),
-        (None, ["up", "proj"], "the names up, proj", 4),
-        (None, "head", "the regex 'head'", 1),
-        (None, is_conv1d, "the callable is_conv1d", 2),
-    ],
-)
-def test_the_rule_that_applied_is_told(model_type: str | None, pattern: Any, rule: str, count: int) -> None:
-    selection = selected(Model(model_type), pattern)
-    assert (selection.rule, len(selection.sites)) == (rule, count)
-    assert selected(Model(model_type), pattern, lambda *_: False).rule == f"{rule}, without the excluded"
-
-
-def test_the_names_of_a_preset_are_those_of_layers() -> None:
     model = nn.ModuleDict({"q": nn.ModuleDict({"inner": nn.Linear(2, 2)}), "v": nn.Linear(2, 2)})
     model.__dict__["config"] = SimpleNamespace(model_type="t5")  # q, v
     assert found(model) == ["v"]
@@ -176,12 +176,6 @@ def test_the_names_of_a_preset_are_those_of_layers() -> None:
 
 
 # What is left out
-
-
-def vision_transformer() -> nn.Module:
-    """Build what has timm's names: but the projection of patches is of a type without an adapter layer."""
-    blocks = nn.ModuleList(nn.ModuleDict({"qkv": nn.Linear(4, 12), "proj": nn.Linear(4, 4)}) for _ in range(2))
-    return nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": nn.Bilinear(3, 4, 2)}), "blocks": blocks})
 
 
 def test_a_head_is_left_out_where_the_model_says_which_it_is_under_all_names_unless_it_is_asked_for() -> None:
@@ -200,26 +194,26 @@ def test_a_head_is_left_out_where_the_model_says_which_it_is_under_all_names_unl
     assert found(model) == LINEAR
 
 
-@pytest.mark.parametrize(
-    ("targets", "exclude"),
-    [
-        (["qkv", "proj"], r"patch_embed\..*"),
-        (["qkv", "proj"], lambda _, module: isinstance(module, nn.Bilinear)),
-        (r".*\.(qkv|proj)", ["patch_embed.proj"]),
-        (lambda fqn, _: fqn.endswith(("qkv", "proj")), ["patch_embed.proj"]),
-        (["patch_embed.proj", "qkv", "proj"], ["patch_embed"]),
-    ],
-)
-def test_what_is_excluded_is_not_refused_and_what_is_inside_of_what_was_named_is_left_out(
-    targets: Any, exclude: Any
-) -> None:
-    model = vision_transformer()
-    with pytest.raises(TargetError, match=r'Bilinear, for which .* exclude=\["patch_embed\.proj"\]'):
-        find_targets(model, targets)
-    in_blocks = [f"blocks.{index}.{name}" for index in (0, 1) for name in ("qkv", "proj")]
-    assert found(model, targets, exclude) == in_blocks
+IN_BLOCKS = [f"blocks.{index}.{name}" for index in (0, 1) for name in ("qkv", "proj")]
+NAMED: list[tuple[Any, Any]] = [
+    (["qkv", "proj"], r"patch_embed\..*"),
+    (["qkv", "proj"], lambda _, module: isinstance(module, nn.Bilinear)),
+    (r".*\.(qkv|proj)", ["patch_embed.proj"]),
+    (lambda fqn, _: fqn.endswith(("qkv", "proj")), ["patch_embed.proj"]),
+    (["patch_embed.proj", "qkv", "proj"], ["patch_embed"]),
+]
+
+
+def test_what_is_excluded_is_not_refused_and_what_is_inside_of_what_was_named_is_left_out() -> None:
+    """With timm's names, but the projection of patches is of a type without an adapter layer."""
+    blocks = nn.ModuleList(nn.ModuleDict({"qkv": nn.Linear(4, 12), "proj": nn.Linear(4, 4)}) for _ in range(2))
+    model = nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": nn.Bilinear(3, 4, 2)}), "blocks": blocks})
+    for targets, exclude in NAMED:
+        with pytest.raises(TargetError, match=r'Bilinear, for which .* exclude=\["patch_embed\.proj"\]'):
+            find_targets(model, targets)
+        assert found(model, targets, exclude) == IN_BLOCKS
     inside = selected(nn.ModuleDict({"body": model}), ["body"])
-    assert [site.fqn for site in inside.sites] == [f"body.{fqn}" for fqn in in_blocks]
+    assert [site.fqn for site in inside.sites] == [f"body.{fqn}" for fqn in IN_BLOCKS]
     assert inside.skipped == {"body.patch_embed.proj": "of type Bilinear, for which there is no adapter layer"}
     assert selected(nn.ModuleDict({"body": model}), ["body"], ["patch_embed"]).skipped == {}
 
@@ -316,3 +310,160 @@ def test_nearest_names_are_at_most_five_and_alike_if_any_is_else_the_common_ones
     assert nearest_names("zz.zz", [*names, "a", "b"], common=["b.q_proj"]) == "b.q_proj"
     assert nearest_names("gate", ["zzzz", "gxxe"]) == "gxxe"
     assert len(nearest_names("layer.1", [f"layer.{index}" for index in range(20)]).split(", ")) == 5
+
+
+# r and alpha by pattern, and the r that has as many parameters as a LoRA
+
+TARGETS = ("layers.0.attn.q_proj", "layers.0.mlp.up_proj", "layers.1.attn.q_proj", "layers.1.attn.in_proj_weight")
+
+
+def test_a_pattern_is_a_name_a_suffix_a_module_or_else_a_regex_in_full() -> None:
+    rows: list[tuple[Any, list[int]]] = [
+        ({"attn.q_proj": 1, ".*": 7}, [1, 7, 1, 7]),
+        ({"attn": 1, ".*": 7}, [1, 7, 1, 1]),
+        ({"1": 1, "layers.0.mlp.up_proj": 2, ".*": 7}, [7, 2, 1, 1]),
+        ({r".*\.(q|up)_proj": 1, ".*": 7}, [1, 1, 1, 7]),
+        ({"layers.1": 4, "q_proj": 8, ".*": 16}, [8, 16, 4, 4]),  # the first that matches applies
+        ({"q_proj": 8, "attn": 4, "mlp|.*mlp.*": 2, ".*": 16}, [8, 2, 8, 4]),  # the last finds none left
+        ({".*": 4, "q_proj": 4}, [4, 4, 4, 4]),
+    ]
+    for r, ranks in rows:
+        found, problems = resolve(RandLoRAConfig(r=r), TARGETS)
+        assert ([found[fqn].r for fqn in TARGETS], problems) == (ranks, [])
+    # as a regex, "a.0" matches "a10" too, but not where it is the name of another target
+    found, _ = resolve(RandLoRAConfig(r={"a.0": 1, ".*": 2}), ["a.0", "a10", "b.a.0"])
+    assert [own.r for own in found.values()] == [1, 2, 1]
+    r = {"attn": 4, ".*": 16}
+    both, _ = resolve(RandLoRAConfig(r=r, alpha={"layers.0": 2, ".*": 3.5}), TARGETS)  # alpha has patterns of its own
+    scaled = [(*own, own.scaling) for own in both.values()]
+    assert scaled == [(4, 2.0, 0.5), (16, 2.0, 0.125), (4, 3.5, 0.875), (4, 3.5, 0.875)]
+    default, _ = resolve(RandLoRAConfig(r=r), TARGETS)  # 20 r of each layer
+    assert [*default.values()] == [(4, 80.0), (16, 320.0), (4, 80.0), (4, 80.0)]
+    assert ranks_of_others(RandLoRAConfig(r={"attn": 4, "mlp": 8}), ["0.attn.q", "head"]) == {"0.attn.q": 4, "head": 8}
+
+
+UNFIT: tuple[tuple[dict[str, Any], list[str]], ...] = (
+    ({"r": {"q_proj": 4}}, ["r= has no pattern for model.layers.0.self_attn.k_proj, ", " and 8 more: add '.*' as the"]),
+    ({"r": {"q_prj": 4, ".*": 8}}, ["r={'q_prj': …} matches no target; the nearest names are q_proj"]),
+    ({"alpha": {"layers.0.mpl": 4, ".*": 8}}, ["alpha={'layers.0.mpl': …} matches no target; ", " model.layers.0.mlp"]),
+    ({"r": {"q_proj(": 4, ".*": 8}}, ["r={'q_proj(': …} is neither", "a regular expression: missing )"]),
+    ({"r": {".*": 4, "q_proj": 8}}, ["r={'q_proj': …} matches only what '.*' took", "put it before '.*'"]),
+    ({"r": {"x": 4, ".*": 8}, "alpha": {"q_proj": 1}}, ["2 problems", "r={'x': …}", "alpha= has no pattern"]),
+)
+
+
+@pytest.mark.parametrize(("options", "said"), UNFIT)
+def test_what_fits_nothing_is_named_before_the_model_changes(options: Any, said: list[str]) -> None:
+    model = models.llama()
+    for verb in (randlora.plan, randlora.inject):
+        with untouched(model), pytest.raises(TargetError) as refused:
+            verb(model, targets="all-linear", **options)
+        assert all(words in str(refused.value) for words in said)
+
+
+parts = st.sampled_from(["a", "b", "0", "a.b"])
+fqns = st.lists(st.lists(parts, min_size=1, max_size=3).map(".".join), min_size=1, max_size=6, unique=True)
+
+
+@given(fqns, st.data())
+def test_options_listed_by_fqn_are_those_of_each_target_in_whichever_way_they_are_read(
+    names: list[str], data: st.DataObject
+) -> None:
+    """A target's name may be a suffix of another's, or that of a module that another is inside."""
+    draw = st.builds(LayerOptions, st.sampled_from([2, 4]), st.sampled_from([1.0, 2.5]))
+    options = {fqn: data.draw(draw) for fqn in names}
+    config = listed(RandLoRAConfig(r={".*": 1}, alpha={".*": 1}), options)
+    assert options_listed(config, names) == options
+    assert resolve(config, names) == (options, [])
+    config = RandLoRAConfig(r={"a": 4, ".*": 4}, alpha={"a": 2, ".*": 2})
+    single = listed(config, {"a": LayerOptions(4, 2.0), "b": LayerOptions(4, 2.0)})
+    assert (single.r, single.alpha) == (4, 2.0)  # one value for all is listed as a number
+
+
+SIDES = st.integers(1, 40)
+SOME = ["q", "up", "down"]
+
+
+def trained(shape: tuple[int, ...], r: int) -> int:
+    """Count Λ and Γ one by one."""
+    side = min(shape[-2:])
+    bases = len(range(0, side, r))
+    return (shape[0] if len(shape) == 3 else 1) * (r * bases + bases * side)
+
+
+@given(
+    st.lists(st.tuples(SIDES, SIDES) | st.tuples(st.integers(1, 3), SIDES, SIDES), min_size=1, max_size=4),
+    st.integers(1, 60),
+)
+def test_no_r_has_a_number_of_parameters_that_is_nearer(shapes: list[tuple[int, ...]], lora_r: int) -> None:
+    wanted = sum((shape[0] if len(shape) == 3 else 1) * lora_r * (shape[-2] + shape[-1]) for shape in shapes)
+    sizes = {r: sum(trained(shape, r) for shape in shapes) for r in range(1, 1 + max(min(s[-2:]) for s in shapes))}
+    nearest = min(abs(size - wanted) for size in sizes.values())
+    weights: Any = [SimpleNamespace(shape=shape, shape_with=lambda _, shape=shape: shape) for shape in shapes]
+    try:
+        found = r_like_lora(weights, lora_r, randlora.RandLoRAConfig())
+    except ConfigError:
+        near = [size for size in sizes.values() if abs(size - wanted) == nearest]
+        assert all(max(size, wanted) > 1.5 * min(size, wanted) for size in near)
+    else:
+        assert abs(sizes[found] - wanted) == nearest
+
+
+def test_a_report_has_the_rank_of_a_lora_of_peft_with_as_many_parameters_or_on_all_experts() -> None:
+    for experts in ("each", "shared"):
+        model: Any = mixtral()
+        report = randlora.plan(model, r=2, targets=EXPERTS, experts=experts)
+        stacks = [parameter.shape for parameter in model.parameters() if parameter.dim() == 3]
+        lora = sum(count * (rows + columns) for count, rows, columns in stacks)
+        assert report.lora_rank == pytest.approx(report.trainable_parameters / lora)
+    theirs = peft.get_peft_model(Mixed(), peft.LoraConfig(r=2, target_modules=SOME))
+    size, _ = theirs.get_nb_trainable_parameters()
+    report = randlora.plan(Mixed(), like_lora=2, targets=SOME)
+    assert report.lora_rank == pytest.approx(report.trainable_parameters / (size / 2))
+    assert abs(report.lora_rank / 2 - 1) < 0.3
+    for r, words in {2: "256", 8: "64", 30: "18", 256: "2.5"}.items():
+        told = randlora.plan(nn.ModuleDict({"a": nn.Linear(1024, 1024)}), r=r)
+        assert f", about LoRA r = {words} in size," in str(told)
+
+
+def test_blocks_divide_the_r_that_is_chosen() -> None:
+    for like_lora, options, r in (
+        (8, {}, 18),
+        (8, {"basis": "block"}, 16),
+        (8, {"basis": "block", "blocks": (5, 3)}, 15),
+        (40, {"basis": "block"}, 3),  # 8 would be a size of 17
+    ):
+        model = nn.ModuleDict({"a": nn.Linear(256, 256)})
+        assert randlora.inject(model, like_lora=like_lora, **options).config.r == r
+
+
+def test_the_r_that_was_chosen_is_an_option_like_any_other(tmp_path: Path) -> None:
+    model = Mixed()
+    report = randlora.inject(model, like_lora=2, targets=SOME)
+    assert report == randlora.plan(Mixed(), report.config.r, targets=SOME)
+    randlora.save(model, tmp_path)
+    assert randlora.load(Mixed(), tmp_path).config == report.config
+    sizes: list[dict[str, Any]] = [{"like_lora": 2}, {"r": report.config.r}]
+    memory = [randlora.training_memory(Mixed(), targets=SOME, **size) for size in sizes]
+    assert memory[0] == memory[1]
+
+
+WIDE, SIZED = nn.Linear(64, 64), {"like_lora": 2, "basis": "block", "blocks": (1000003, 999983)}
+NO_SIZE: list[tuple[nn.Module, dict[str, Any], type[Exception], str]] = [
+    (WIDE, {"like_lora": 1000}, ConfigError, "of rank 1 to 32, with r from 64 down to 1"),
+    (nn.Embedding(3200, 64), {"like_lora": 32}, ConfigError, "is out of reach"),
+    (WIDE, SIZED, ConfigError, "an r that both blocks divide"),
+    (WIDE, {**SIZED, "blocks": (128, 3)}, ConfigError, "with r from 384 down to 384"),
+    (WIDE, {"like_lora": 2, "r": 4}, ConfigError, "give like_lora= or r=, not both"),
+    (WIDE, {"like_lora": 2, "config": RandLoRAConfig()}, ConfigError, "or config=, which has an r"),
+    (WIDE, {"like_lora": 0}, ConfigError, "must be the rank of a LoRA, a positive integer, got 0"),
+    (WIDE, {"like_lora": 2, "targets": ["norm"]}, TargetError, "norm"),
+]
+
+
+def test_a_size_that_no_r_has_or_that_is_given_twice_is_refused() -> None:
+    for layer, options, kind, message in NO_SIZE:
+        model = nn.ModuleDict({"a": layer})
+        for verb in (randlora.inject, randlora.plan, randlora.training_memory):
+            with untouched(model), pytest.raises(kind, match=message):
+                verb(model, **{"targets": ["a"], **options})

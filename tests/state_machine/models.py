@@ -41,7 +41,7 @@ class Weight(NamedTuple):
 
 def weight_of(model: nn.Module, fqn: str) -> Weight:
     name = fqn if fqn in dict(model.named_parameters()) else f"{fqn}.weight"
-    owner, value = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+    owner, value = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name).data
     is_transposed, stack, option = isinstance(owner, Conv1D | GptOssExperts), 1, ("", "")
     if name.endswith("in_proj_weight"):
         stack, option, value = 3, ("in_proj", "split"), value.unflatten(0, (3, -1))[0]

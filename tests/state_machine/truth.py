@@ -60,8 +60,8 @@ class Adapter:
         lam, gamma = (part.double() for part in values or self.values[weight.fqn])
         count, shape = weight.matrices(self.options)
         r, alpha = self.scales[weight.fqn]
-        each = zip(lam, gamma, strict=True) if count else [(lam, gamma)]
-        found = torch.stack([update(self.bases[r], *pair, alpha / r, shape) for pair in each])
+        pairs = zip(lam, gamma, strict=True) if count else [(lam, gamma)]
+        found = torch.stack([update(self.bases[r], a, b, alpha / r, shape) for a, b in pairs])
         return found if count else found[0]
 
 
