@@ -1,58 +1,41 @@
-"""The gate of the benchmarks. What `make bench` itself would fail for is not tested."""
+"""The gate of the benchmarks, and the pages of quality and scale; not what `make bench` itself would fail for."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import command, laws
+import randlora
+from benchmarks import command, laws, scale
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import pages, spectrum, summary
 from benchmarks.results import Results, Row
-from benchmarks.targets import TARGETS, Target, faster, only_in_full, only_on, passed_over, verdicts, within
+from benchmarks.targets import TARGETS, faster, only_in_full, only_on, passed_over, verdicts, within
 from benchmarks.timing import Figure
+from randlora.targets.options import first_learning_rate
+from tests.further import further
 
 
 def row(case: str, sweep: tuple[str, float] | None = None, **seconds: float) -> Row:
     return Row(case, {name: Figure(value, 2 * value, "s") for name, value in seconds.items()}, sweep)
 
 
-@pytest.mark.parametrize(
-    ("target", "is_met"),
-    [
-        (faster("b", "case", "dense", 2.0), True),
-        (faster("b", "case", "dense", 2.1), False),
-        (within("b", "case", "dense", 1.5), True),
-        (within("b", "case", "dense", 1.4), False),
-        (within("b", "another case", "dense", 1.5), False),
-        (faster("b", "case", "dense", 0.1, than="nobody"), False),
-    ],
-)
-def test_a_target_is_met_or_missed_by_the_ratio_of_the_best(target: Target, is_met: bool) -> None:
+def test_a_target_is_met_or_missed_by_the_ratio_of_the_best_and_asked_of_its_devices_and_its_set_alone() -> None:
     results = Results("b", {}, [row("case", PEFT=6.0, dense=3.0, full=2.0)])
-    assert [verdict.is_met for verdict in verdicts(results, [target])] == [is_met]
-    assert verdicts(Results("other", {}, []), [target]) == []
-
-
-@pytest.mark.parametrize(
-    ("device", "is_quick", "judged", "left"),
-    [
-        ("cpu", False, ["both", "cpu", "full"], ["1 targets of another device than cpu"]),
-        ("cuda", True, ["both", "cuda"], ["1 targets of another device than cuda", "1 targets of --full"]),
-    ],
-)
-def test_a_target_is_asked_of_its_devices_and_its_set_alone(
-    device: str, is_quick: bool, judged: list[str], left: list[str]
-) -> None:
+    asked = [faster("b", "case", "dense", ratio) for ratio in (2.0, 2.1)]
+    asked += [within("b", "case", "dense", ratio) for ratio in (1.5, 1.4)]
+    asked += [within("b", "another case", "dense", 1.5), faster("b", "case", "dense", 0.1, than="nobody")]
+    assert [verdict.is_met for verdict in verdicts(results, asked)] == [True, False, True, False, False, False]
     both, cpu, cuda, full = (within("b", case, "dense", 1.0) for case in ("both", "cpu", "cuda", "full"))
     targets = (both, *only_on(("cpu",), cpu), *only_on(("cuda",), cuda), *only_in_full(full))
-    results = Results("b", {}, [], device, is_quick)
-    assert [verdict.words for verdict in verdicts(results, targets)] == [f"b, {case}: was not run" for case in judged]
-    assert passed_over(results, targets) == left
-    assert passed_over(Results("other", {}, [], device, is_quick), targets) == []
-
-
-def test_every_target_is_of_a_benchmark_and_has_one_bound() -> None:
-    """Else nothing would ask for it."""
-    assert {target.benchmark for target in TARGETS} == {
+    for device, is_quick, judged in (("cpu", False, ["both", "cpu", "full"]), ("cuda", True, ["both", "cuda"])):
+        results, other = (Results(name, {}, [], device, is_quick) for name in ("b", "other"))
+        assert [each.words for each in verdicts(results, targets)] == [f"b, {case}: was not run" for case in judged]
+        left = [f"1 targets of another device than {device}", *["1 targets of --full"] * is_quick]
+        assert (passed_over(results, targets), passed_over(other, targets), verdicts(other, targets)) == (left, [], [])
+    assert {target.benchmark for target in TARGETS} == {  # else nothing would ask for it
         *("laws", "peft_faults", "step", "overhead", "model", "memory", "quantized", "experts"),
         *("startup", "decode", "routed", "pool", "server", "merge", "compiled"),
     }
@@ -71,10 +54,7 @@ def test_a_target_missed_on_a_cpu_is_measured_once_more_and_the_second_run_count
     assert command.measure("b", lambda _: [next(left)], settings, gate=True) == (runs == 2)
     assert len(list(left)) == len(found) - runs
     saved = json.loads((tmp_path / "b.json").read_text())
-    assert saved["run"] == runs
-    assert {name: figure["best"] for name, figure in saved["rows"][0]["figures"].items()} == (
-        {"PEFT": 8.0, "dense": 4.0} if runs == 2 else {"PEFT": 6.0, "dense": 4.0}
-    )
+    assert (saved["run"], saved["rows"][0]["figures"]["PEFT"]["best"]) == (runs, 4.0 + 2 * runs)
 
 
 def test_a_benchmark_that_fails_shuts_the_gate_and_the_others_go_on(
@@ -96,33 +76,80 @@ def test_a_benchmark_that_fails_shuts_the_gate_and_the_others_go_on(
         settings = command.Settings("cpu", is_quick=True, out=tmp_path)
         return command.measure_all([named(name) for name in names], settings, {"gpu": "cuda"}, gate=False)
 
-    assert met("good", "gpu", "other")
-    assert called == ["good", "other"]
+    assert (met("good", "gpu", "other"), called) == (True, ["good", "other"])
     assert "skipped gpu, which is only for cuda" in capsys.readouterr().out
-    assert not met("bad", "other")
-    assert called == ["bad", "other"]
-    assert "raised an error: bad" in (printed := capsys.readouterr().out)
-    assert "ZeroDivisionError: of no use" in printed
+    assert (met("bad", "other"), called) == (False, ["bad", "other"])
+    assert re.search(r"(?s)ZeroDivisionError: of no use.*raised an error: bad", capsys.readouterr().out)
     monkeypatch.setitem(command.LONGEST, "cpu", 0.0)
-    assert not met("good")
-    assert not called
+    assert (met("good"), called) == (False, [])
     assert "had no time left: good" in capsys.readouterr().out
 
 
-def test_results_are_written_as_json_a_table_and_a_picture(tmp_path: Path) -> None:
+def test_results_are_written_as_json_a_table_and_a_picture_and_a_law_that_was_skipped_did_not_hold(
+    tmp_path: Path,
+) -> None:
     rows = [row(f"T = {tokens}", ("tokens", tokens), PEFT=6.0, dense=3.0, full=2.0) for tokens in (1, 10)]
     Results("b", {"processor": "some"}, rows).save(tmp_path, ["met    b"])
     content = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
-    assert content["machine"] == {"processor": "some"}
-    assert content["verdicts"] == ["met    b"]
+    assert (content["machine"], content["verdicts"]) == ({"processor": "some"}, ["met    b"])
     assert content["rows"][0]["figures"]["PEFT"] == {"best": 6.0, "median": 12.0, "unit": "s"}
     lines = (tmp_path / "b.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "| case | PEFT / full | dense / full | PEFT / dense (median) |"
     assert lines[2] == "| T = 1 | 3.00 | 1.50 | 2.00 (2.00) |"
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_law_that_failed_or_was_skipped_did_not_hold(tmp_path: Path) -> None:
     report = tmp_path / "laws.xml"
     report.write_text('<testsuites><testsuite tests="9" failures="2" errors="1" skipped="1"/></testsuites>', "utf-8")
     assert {name: figure.best for name, figure in laws.held(report).items()} == {"held": 5, "all": 9}
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=str)
+def test_a_page_shows_the_runs_that_are_kept_whose_best_rates_are_inside_of_their_sweeps(page: Path) -> None:
+    text, tasks = page.read_text(encoding="utf-8"), {task.name: task for task in spectrum.WIDTH_TASKS} | quality.TASKS
+    places = list(pages.PLACE.finditer(text))
+    assert len(places) == text.count("<!--") > 0
+    assert pages.filled(text) == pages.filled(text.replace("| dense |", "| denser |", 1)) == text
+    for place in places:
+        for name in pages.REAL if place["task"] == "all tasks" else (place["task"],):
+            points = summary.points_of(tasks[name], pages.kept_runs(tasks[name], place["group"]))
+            for contestant, own in summary.by_contestant(points).items():
+                assert not summary.rate_beyond(tasks[name], own), (name, contestant)
+                if name in quality.TASKS:
+                    assert {point.seeds for point in own} == {5}, (name, contestant)
+                    assert len(own) >= (1 if contestant == "frozen" else 3), (name, contestant)
+
+
+def test_the_rate_to_try_first_is_near_the_best_of_each_task() -> None:
+    for name, width in {"film reviews": 384, "tweets": 384, "clothes": 96, "word problems": 576}.items():
+        points = summary.points_of(quality.TASKS[name], pages.kept_runs(quality.TASKS[name], "main"))
+        best = summary.best(quality.TASKS[name], [point for point in points if point.contestant == "dense"]).lr
+        assert 0.5 <= first_learning_rate(20.0, width) / best <= 2, name
+
+
+def rows_of(table: str) -> list[str]:
+    """Return the rows of a table of docs/scale.md, its head first."""
+    found = re.search(rf"<!-- {table} -->\n(.*?)<!-- end -->", scale.PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return found[1].splitlines()
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["Llama-3 8B", *map(further, [*scale.MODELS][1:])])
+def test_the_rows_of_a_model_are_what_the_formulas_give_and_no_rate_ruins_one_of_its_size(name: str) -> None:
+    shape = scale.MODELS[name]
+    model = shape.build()
+    rate = randlora.plan(model, scale.R, targets=scale.targets_of(shape, model)).learning_rate
+    assert rate is not None
+    assert 2e-5 < rate <= 3e-4
+    assert scale.sizes_row(name, shape) in rows_of("sizes")
+    assert scale.totals_row(name, shape) in rows_of("totals")
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["Llama-3 405B, 64 devices, fsdp2", "Llama-3 70B, 8 devices, tp"])
+def test_the_parts_of_a_sum_are_what_the_formulas_give_and_every_model_has_its_row(name: str) -> None:
+    assert scale.parts_row(name) in rows_of("parts")
+    tables: dict[str, dict[str, Any]] = {"sizes": scale.MODELS, "totals": scale.MODELS, "parts": scale.PARTS}
+    for table, names in tables.items():
+        head, _, *rows = rows_of(table)
+        assert head == f"| {' | '.join(scale.HEADS[table])} |"
+        assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(names)
