@@ -48,13 +48,8 @@ def fit(
     """Train a module for some epochs, with a checkpoint after each."""
     callback = options.pop("callback", None) or AdapterCallback()
     checkpoints = ModelCheckpoint(out, filename="{epoch}", **{"save_top_k": -1, **options.pop("checkpoints", {})})
-    quiet: dict[str, Any] = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-    }
-    trainer = pl.Trainer(max_epochs=epochs, callbacks=[checkpoints, callback], **quiet, **options)
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=[checkpoints, callback], accelerator="cpu", **quiet, **options)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         data = TensorDataset(torch.randn(32, 16))

@@ -68,12 +68,17 @@ def merge_in_memory(
     return merge_into(kind.build().to(dtype), adapters)
 
 
-def merge_into(model: Model, adapters: Mapping[Path, float]) -> Model:
-    """Load adapters into a model, and merge them."""
+def carrying(model: Model, adapters: Mapping[Path, float]) -> Model:
+    """Load adapters into a model, and activate all."""
     for number, directory in enumerate(adapters):
         randlora.load(model, directory, name=f"adapter_{number}")
     randlora.activate(model, {f"adapter_{number}": weight for number, weight in enumerate(adapters.values())})
-    randlora.merge(model)
+    return model
+
+
+def merge_into(model: Model, adapters: Mapping[Path, float]) -> Model:
+    """Load adapters into a model, and merge them."""
+    randlora.merge(carrying(model, adapters))
     return model
 
 

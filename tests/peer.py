@@ -1,4 +1,4 @@
-"""PEFT as a peer: building its adapters, filling them, and asking whether ours say the same."""
+"""PEFT as a peer: its adapters and ours, built, filled and saved, and whether the two say the same."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.read import read_adapter
 from randlora.config import BasisKind, Stream
 from tests.kit import Bits, all_bits, fill
+from tests.model_directories import save_model
 from tests.models import RealModel, outputs
 
 TOLERANCE = 2e-4
@@ -35,8 +36,6 @@ PEFT_STREAM: Stream = "torch" if TorchVersion(torch.__version__) >= "2.12" else 
 as_peft_draws = pytest.mark.skipif(
     PEFT_STREAM != "torch", reason="PEFT draws other dense bases under torch 2.11 and older"
 )
-
-every_peft_kind = pytest.mark.parametrize("basis", PEFT_FLAGS)
 
 R = 6  # does not divide 32, the smaller side of most layers
 ALPHA = 15
@@ -153,3 +152,24 @@ def in_ours(kind: RealModel, directory: Path, **options: Any) -> nn.Module:
     model = kind.build()
     randlora.load(model, directory, **{"stream": told_stream(directory), **options})
     return model
+
+
+def base_directory(kind: RealModel, parent: Path) -> Path:
+    """Save a model as transformers does."""
+    return save_model(kind, parent / "base")
+
+
+def our_directory(
+    kind: RealModel, parent: Path, basis: BasisKind = "dense", *, bases: Any = "seed", **options: Any
+) -> tuple[Path, nn.Module]:
+    """Save an adapter of ours; return the adapted model too."""
+    model = our_model(kind, basis, **options)
+    randlora.save(model, parent / "ours", bases=bases)
+    return parent / "ours", model
+
+
+def their_directory(kind: RealModel, parent: Path, basis: BasisKind = "dense", **options: Any) -> tuple[Path, Any]:
+    """Save an adapter of PEFT's; return PEFT's model too."""
+    model = peft_model(kind, basis, **options)
+    model.save_pretrained(parent / "theirs")
+    return parent / "theirs", model

@@ -7,7 +7,6 @@ directory, one after the other, which begins with what `prepare` puts there.
 
 import io
 import json
-import os
 import re
 import shlex
 import sys
@@ -42,22 +41,13 @@ def prepare(directory: Path) -> None:
 
 def write_llama_3_8b(directory: Path) -> None:
     """Write a checkpoint with the headers of Llama-3-8B; its 16 GB of values are a hole in the file."""
-    config = transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        architectures=["LlamaForCausalLM"],
-    )
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = transformers.LlamaConfig(vocab_size=128256, architectures=["LlamaForCausalLM"], **sizes)
     with torch.device("meta"):
-        shapes = {
-            name: tuple(tensor.shape) for name, tensor in transformers.LlamaForCausalLM(config).state_dict().items()
-        }
+        weights = transformers.LlamaForCausalLM(config).state_dict()
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
-    tensors = [Planned(name, torch.bfloat16, shape, list) for name, shape in shapes.items()]
+    tensors = [Planned(name, torch.bfloat16, tuple(weight.shape), list) for name, weight in weights.items()]
     with (directory / "model.safetensors").open("wb") as file:
         file.write(header_bytes(tensors, {"format": "pt"}))
         file.truncate(file.tell() + sum(tensor.nbytes for tensor in tensors))
@@ -92,4 +82,4 @@ if __name__ == "__main__":
             recorded = record(each.read_text(encoding="utf-8"), Path(made))
         if recorded != each.read_text(encoding="utf-8"):
             each.write_text(recorded, encoding="utf-8")
-            sys.stdout.write(f"recorded {os.fspath(each)} anew\n")
+            sys.stdout.write(f"recorded {each} anew\n")

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import randlora
 from randlora.errors import AdapterError
 from randlora.layers.diagonals import Diagonal
-from tests.examples import snippet
 from tests.kit import fill, same_bits, untouched
 from tests.laws import assert_close, needs_compiler, needs_export
+from tests.pages import snippet
 
 pytestmark = [
     pytest.mark.medium,

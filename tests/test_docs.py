@@ -1,5 +1,6 @@
-"""What the README and the documentation say is run: every snippet, every docstring's example, every link."""
+"""What the README and the documentation say is run: every snippet, docstring, program and link; nothing is fetched."""
 
+import copy
 import doctest
 import importlib
 import inspect
@@ -7,23 +8,37 @@ import io
 import pkgutil
 import re
 import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import typer
 import yaml
 from torch import nn
 from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.layers import registry
-from tests import stand_ins
-from tests.examples import DOCS, SNIPPET
-from tests.notebook import NOTEBOOK, PAGE, notebook_of
-from tests.pages import FENCE, ROOT, run_page, snippets
+from tests import models, stand_ins
+from tests.pages import (
+    DOCS,
+    EXAMPLES,
+    FENCE,
+    NOTEBOOK,
+    QUICKSTART,
+    ROOT,
+    SNIPPET,
+    imported,
+    notebook_of,
+    run_page,
+    snippets,
+)
 from tests.peer import PEFT_STREAM, THEIR_WARNINGS, TRAINERS_WARNINGS
+from tests.torture.training import killed_training, plain_loop
+from tests.trainers import ADAPTER_FILES, files, trained_bits
 
 pytestmark = [*THEIR_WARNINGS, *TRAINERS_WARNINGS]  # of pages that show them at work
 
@@ -104,16 +119,13 @@ def test_the_example_of_a_docstring_runs(
     assert report.getvalue() == ""
 
 
-def test_every_example_in_the_package_is_found_and_has_80_columns() -> None:
+def test_every_example_in_the_package_is_found_and_has_80_columns_and_the_notebook_is_its_page() -> None:
     texts = [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")]
     found = sum(len(example.examples) for example in package_examples())
     assert found == sum(text.count(">>> ") for text in texts) > 0
     lines = [line.strip() for text in texts for line in text.splitlines()]
     assert [line for line in lines if line.startswith((">>> ", "... ")) and len(line) > 80] == []
-
-
-def test_the_notebook_is_its_page() -> None:
-    assert NOTEBOOK.read_text(encoding="utf-8") == notebook_of(PAGE), "python -m tests.notebook makes it anew"
+    assert NOTEBOOK.read_text(encoding="utf-8") == notebook_of(QUICKSTART), "python -m tests.pages makes it anew"
 
 
 def test_the_pages_of_the_api_show_every_public_name_once_where_it_is_defined() -> None:
@@ -130,20 +142,15 @@ def test_the_pages_of_the_api_show_every_public_name_once_where_it_is_defined() 
     assert [found for found in public if not inspect.ismodule(found) and id(found) not in shown] == []
 
 
-def code_lines(page: Path) -> Iterator[str]:
-    """Yield the lines of the code on a page: of screens the commands, and not what they print, which wraps."""
-    for block in FENCE.finditer(page.read_text(encoding="utf-8")):
-        for line in block["code"].splitlines() if block["language"] not in ("", "text", "math") else ():
-            if block["language"] != "console" or line.startswith("$"):
-                yield line
-
-
 def test_pages_are_short_their_code_has_80_columns_and_is_run_and_their_links_lead_to_files() -> None:
     elsewhere = {}  # snippets that a test runs which asks for them
     for page in PAGES:
         whole = page.read_text(encoding="utf-8")
         assert page not in DOCS_PAGES or len(FRONT_MATTER.sub("", whole).splitlines()) <= 200, page
-        assert [line for line in code_lines(page) if len(line) > 80] == [], page
+        for block in FENCE.finditer(whole):  # of screens only the commands count: what they print wraps
+            begin = "$" if block["language"] == "console" else ""
+            code = block["code"].splitlines() if block["language"] not in ("", "text", "math") else ()
+            assert [line for line in code if line.startswith(begin) and len(line) > 80] == [], page
         targets = [match["target"] for match in LINK.finditer(FENCE.sub("", whole))]
         own = [target for target in targets if "://" not in target and not target.startswith(("#", "mailto:"))]
         assert [target for target in own if not (page.parent / target.split("#")[0]).exists()] == [], page
@@ -154,21 +161,18 @@ def test_pages_are_short_their_code_has_80_columns_and_is_run_and_their_links_le
 
 def entry_counts(entries: list[dict[str, Any]]) -> Iterator[int]:
     """Yield how many entries each level of the navigation has, but for the page that the level's own name opens."""
-    yield sum(not str(target).endswith("/index.md") for entry in entries for target in entry.values())
-    for entry in entries:
-        for target in entry.values():
-            yield from entry_counts(target) if isinstance(target, list) else ()
+    targets = [target for entry in entries for target in entry.values()]
+    yield sum(not str(target).endswith("/index.md") for target in targets)
+    for target in targets:
+        yield from entry_counts(target) if isinstance(target, list) else ()
 
 
-def test_the_navigation_lists_every_page_and_at_most_eight_entries_of_a_level() -> None:
+def test_the_navigation_lists_every_page_at_most_eight_on_a_level_and_the_architecture_every_file() -> None:
     written = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = re.findall(r"([\w/-]+\.md)$", written, re.MULTILINE)
     assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS_PAGES)
     nav = yaml.safe_load(written[written.index("nav:") : written.index("hooks:")])["nav"]
     assert max(entry_counts(nav)) <= 8
-
-
-def test_the_architecture_page_draws_every_room_of_the_package_and_lists_its_files() -> None:
     hook = runpy.run_path(str(DOCS / "assets" / "rooms.py"))
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     listed = [line.split("`")[1] for line in hook["table"](page) if "`" in line]
@@ -186,3 +190,100 @@ def test_the_pages_on_trust_name_a_test_for_each_promise_and_have_one_place_for_
     assert len(tables) == 9
     assert [row for row in rows if not re.search(r"\| `test_\w+`(, `test_\w+`)* \|$", row)] == []
     assert trust.count("<!-- torture -->\n") == trust.count("<!-- /torture -->\n") == 1
+
+
+# The programs of docs/examples
+
+
+def test_what_was_trained_on_is_not_tested_on(tmp_path: Path) -> None:
+    sentiment, causal_lm = imported("sentiment"), imported("causal_lm")
+    reviews = [sentiment.Review(str(number), number % 2 == 0) for number in range(50)]
+    training, test = sentiment.split(reviews, 30, 15, 0)
+    assert (len(training), len(test), len({*training, *test})) == (30, 15, 45)
+    assert sentiment.split(reviews, 30, 15, 0) == (training, test) != sentiment.split(reviews, 30, 15, 1)
+    with pytest.raises(typer.BadParameter, match="too many"):
+        sentiment.split(reviews, 30, 21, 0)
+    (tmp_path / "tales.txt").write_text("# One\n\nOnce.\n\nTwice.\n\n# Two\n\nThrice.\n", encoding="utf-8")
+    assert causal_lm.read_tales(tmp_path / "tales.txt") == [("One", "Once.\n\nTwice."), ("Two", "Thrice.")]
+    tales = causal_lm.read_tales(causal_lm.TALES)
+    training, held_out = causal_lm.split(tales)
+    assert (len(training), len(held_out), {*training, *held_out}) == (13, 4, {*tales})
+
+
+@pytest.mark.medium
+def test_a_classifier_learns_and_what_it_loads_again_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From texts of 3 to 7 tokens whose first token says whether they are good."""
+    sentiment, encoder = imported("sentiment"), cast("Any", models.bert()).bert
+    model = sentiment.SentimentClassifier(encoder, encoder.config.hidden_size)
+    mask = (torch.arange(7) < torch.arange(24)[:, None] % 5 + 3).long()
+    ids, labels = torch.randint(10, models.VOCABULARY, (24, 7)) * mask, torch.arange(24) % 2
+    ids[:, 0] = 1 + labels
+    texts, fresh = sentiment.Texts(ids, mask, labels.float()), copy.deepcopy(model)
+    monkeypatch.setattr(sentiment, "load_classifier", lambda: copy.deepcopy(fresh))
+    randlora.inject(model, r=8, alpha=16, targets=sentiment.TARGETS, train_also="head")
+    losses = sentiment.train_with_progress(model, texts, epochs=20, lr=1e-2, seed=0)
+    assert losses[-1] < 0.5 * losses[0]
+    assert sentiment.accuracy(sentiment.predict(model, texts), texts) > 0.9
+    randlora.save(model, tmp_path)
+    rows, is_right = sentiment.check_reloading(model, tmp_path, texts)
+    assert (is_right, [found[:26] for _, found in rows[:2]]) == (True, ["24 of 24 predictions equal"] * 2)
+    model.get_submodule("encoder.encoder.layer.1.attention.self.value").randlora_lambda["default"].data.add_(0.1)
+    assert not sentiment.check_reloading(model, tmp_path, texts)[1]
+
+
+@pytest.mark.medium
+def test_a_resumed_plain_run_has_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And passes over a checkpoint that was not finished."""
+    monkeypatch.chdir(tmp_path)
+    plain = imported("plain_pytorch")
+    whole = plain.begin(steps=40)
+    expected = list(whole.train(40))
+    assert sum(expected[-10:]) < 0.2 * sum(expected[:10])
+    part = plain.begin(steps=40)
+    before = list(part.train(25))
+    part.save(Path("run"))
+    list(part.train(28))
+    part.save(Path("run"))
+    assert files("run/step-000028") == {*ADAPTER_FILES, "training.pt"}
+    Path("run/step-000028/training.pt").unlink()
+    torch.manual_seed(99)
+    rest = plain.resume(Path("run"), steps=40)
+    assert before + list(rest.train(40)) == expected
+    assert trained_bits(rest.model) == trained_bits(whole.model)
+    Path("run/step-000025/training.pt").unlink()
+    with pytest.raises(typer.BadParameter, match="there is no checkpoint in run"):
+        plain.resume(Path("run"), steps=40)
+
+
+@pytest.mark.medium
+def test_training_that_is_killed_has_the_losses_of_training_that_is_not() -> None:
+    done, again, failures = killed_training(plain_loop(), 3, steps=60, life=0.4)
+    assert failures == []
+    assert (done, again > 0) == (3, True)
+
+
+LEFT = {
+    "plain_pytorch": ["step-000002", "step-000004"],
+    "transformers_trainer": ["adapter", "checkpoint-2", "checkpoint-4"],
+    "trl_sft": ["README.md", "adapter", "checkpoint-2", "checkpoint-4"],
+    "lightning_module": ["adapter", "epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt"],
+}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", LEFT)
+def test_an_example_of_training_runs_and_goes_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    is_by_epochs = name == "lightning_module"
+    lengths = ["--epochs"] if is_by_epochs else ["--every", "2", "--steps"]
+    for arguments in (["1"], ["2", "--resume"]) if is_by_epochs else (["2"], ["4", "--resume"]):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--out", "run", *lengths, *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        assert exit_.value.code == 0
+    assert "RandLoRA adapter 'default'" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("run").iterdir()) == LEFT[name]

@@ -8,7 +8,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,21 +15,17 @@ import pytest
 from benchmarks import server as load
 from benchmarks.examples import imported
 from benchmarks.server import Ask, post
-from tests.examples import EXAMPLES
 from tests.kit import until
+from tests.pages import EXAMPLES
 
 pytestmark = pytest.mark.medium
 
+server: Any = imported("server")
 ADAPTERS = 5
 
 
 @pytest.fixture(scope="module")
-def server() -> ModuleType:
-    return imported("server")
-
-
-@pytest.fixture(scope="module")
-def adapters(server: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("adapters")
     server.make_adapters(server.tiny_model(), directory, ADAPTERS)
     return directory
@@ -62,17 +57,11 @@ def together(running: Any, asks: list[Ask]) -> list[tuple[int, Any]]:
         return list(clients.map(lambda ask: post(running.server_port, ask._asdict()), asks))
 
 
-def asked(count: int) -> list[Ask]:
-    names = [None, *(f"tenant_{number}" for number in range(ADAPTERS))]
-    texts = [f"{number} upon a time"[: 3 + number] for number in range(count)]
-    return [Ask(names[number % len(names)], text, 2 + number % 3) for number, text in enumerate(texts)]
-
-
 @pytest.mark.parametrize("room", [ADAPTERS, 2])
-def test_answers_are_those_of_the_adapter_alone(
-    room: int, server: ModuleType, adapters: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asks = asked(13)
+def test_answers_are_those_of_the_adapter_alone(room: int, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [None, *(f"tenant_{number}" for number in range(ADAPTERS))]
+    texts = [f"{number} upon a time"[: 3 + number] for number in range(13)]
+    asks = [Ask(names[number % len(names)], text, 2 + number % 3) for number, text in enumerate(texts)]
     with server.serving(server.tiny_model(), adapters, server.Limits(batch=13, adapters=room)) as running:
         gate = Gate(running, monkeypatch)  # so that all are there when the next batch begins
         with ThreadPoolExecutor(2) as clients:
@@ -95,7 +84,7 @@ def test_answers_are_those_of_the_adapter_alone(
     assert stats.evictions == (0 if room == ADAPTERS else 3)
 
 
-A_PROMPT, POSITIVE = "expected an object with a prompt", "max_new_tokens must be a positive integer, got"
+A_PROMPT = "expected an object with a prompt"
 REFUSED: list[tuple[Any, int, str]] = [
     ({"adapter": "tenant_x", "prompt": "a"}, 404, "no adapter named 'tenant_x'; the nearest are"),
     ([], 400, A_PROMPT),
@@ -103,8 +92,7 @@ REFUSED: list[tuple[Any, int, str]] = [
     ({"prompt": ""}, 400, "prompt a token at least"),
     ({"prompt": "a", "temperature": 1}, 400, "of the fields adapter, prompt, max_new_tokens"),
     ({"prompt": "a", "adapter": 3}, 400, "adapter must be a name or null"),
-    ({"prompt": "a", "max_new_tokens": 0}, 400, f"{POSITIVE} 0"),
-    ({"prompt": "a", "max_new_tokens": 1.5}, 400, f"{POSITIVE} 1.5"),
+    ({"prompt": "a", "max_new_tokens": 0}, 400, "max_new_tokens must be a positive integer, got 0"),
     ({"prompt": "a" * 513}, 413, "expected a prompt of 512 tokens"),
     ({"prompt": "a", "max_new_tokens": 129}, 413, "got 1 and 129"),
 ]
@@ -115,7 +103,7 @@ RAW: list[tuple[bytes, dict[str, str], int]] = [
 ]
 
 
-def test_what_cannot_be_answered_is_refused_with_its_reason(server: ModuleType, adapters: Path) -> None:
+def test_what_cannot_be_answered_is_refused_with_its_reason(adapters: Path) -> None:
     with server.serving(server.tiny_model(), adapters) as running:
         port = running.server_port
         for body, status, message in REFUSED:
@@ -128,13 +116,12 @@ def test_what_cannot_be_answered_is_refused_with_its_reason(server: ModuleType, 
         assert json.loads(request(port, "GET", "/adapters")[1])["adapters"] == [f"tenant_{n}" for n in range(5)]
         _, metrics = request(port, "GET", "/metrics")
     lines = dict(line.rsplit(" ", 1) for line in metrics.splitlines())
-    assert (lines["randlora_rows"], lines["randlora_tokens"], lines["randlora_waiting"]) == ("1", "1", "0")
-    assert lines['randlora_answers{status="400"}'] == "10"
-    assert lines["randlora_pool_loaded"] == "0"
+    expected = {"rows": "1", "tokens": "1", "waiting": "0", 'answers{status="400"}': "9", "pool_loaded": "0"}
+    assert {name: lines[f"randlora_{name}"] for name in expected} == expected
 
 
 def test_requests_beyond_the_limit_are_refused_and_what_waits_is_answered_when_the_server_ends(
-    server: ModuleType, adapters: Path, monkeypatch: pytest.MonkeyPatch
+    adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits, body = server.Limits(waiting=3, batch=1), {"prompt": "a", "max_new_tokens": 1}
     with server.serving(server.tiny_model(), adapters, limits) as running, ThreadPoolExecutor(3) as clients:
@@ -161,7 +148,7 @@ def test_requests_beyond_the_limit_are_refused_and_what_waits_is_answered_when_t
 
 
 def test_damaged_files_of_one_adapter_fail_its_requests_alone_and_one_that_is_saved_later_is_served(
-    server: ModuleType, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     server.make_adapters(server.tiny_model(), tmp_path, 3)
     (tmp_path / "tenant_2").rename(tmp_path.parent / "later")

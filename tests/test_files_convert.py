@@ -1,11 +1,13 @@
-"""Adapters converted to PEFT's format or to ours do what they did, and those of parts join to that of the whole."""
+"""Adapters converted to PEFT's format or to ours do what they did, joined parts are the whole, and streams are told."""
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,18 +22,31 @@ from safetensors.torch import load_file
 from torch import nn
 
 import randlora
+from randlora import files
+from randlora.bases.basis import Basis
+from randlora.bases.spec import PEFT_STREAMS
+from randlora.checkpoint.header import parse_header
 from randlora.checkpoint.read import read_adapter
-from randlora.errors import CheckpointError
-from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, edit_fields, read_fields, read_tensors
-from tests.directories import base_directory, our_directory, their_directory
+from randlora.config import Stream
+from randlora.errors import CheckpointError, ConfigError
+from tests import checkpoint_files as stored
+from tests.checkpoint_files import LINEAR, edit_fields, edit_tensors, peft_directory, read_fields, read_tensors, refused
 from tests.kit import all_bits, fill
 from tests.model_directories import contents
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, outputs, reproducible
-from tests.peer import THEIR_WARNINGS, assert_same_effect, in_ours, in_peft, told_stream
+from tests.peer import (
+    THEIR_WARNINGS,
+    assert_same_effect,
+    base_directory,
+    in_ours,
+    in_peft,
+    our_directory,
+    their_directory,
+    told_stream,
+)
+from tests.test_golden import CASE, DATA
 
 pytestmark = [*THEIR_WARNINGS, pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")]
-
-PORTABLE: dict[str, Any] = {"basis": "very_sparse", "stream": "portable"}
 
 
 def assert_same_tensors_file(found: Path, expected: Path) -> None:
@@ -56,9 +71,8 @@ ours, theirs = our_directory, their_directory
 SOURCES: dict[str, tuple[RealModel, Callable[[RealModel, Path], tuple[Path, Any]], bool]] = {
     "dense": (LLAMA, ours, False),
     "sparse": (GPT2, partial(ours, basis="sparse"), False),
-    "portable": (VIT, partial(ours, **PORTABLE), True),
+    "portable": (VIT, partial(ours, basis="very_sparse", stream="portable"), True),
     "stored blocks": (LLAMA, partial(ours, bases="stored", basis="block"), True),
-    "stored portable": (GPT2, partial(ours, bases="stored", stream="portable"), True),
     "PEFT's key": (LLAMA, partial(theirs, save_projection=False, projection_prng_key=11), False),
     "PEFT's head and biases": (BERT, partial(theirs, modules_to_save=["classifier"], bias="randlora_only"), True),
     "PEFT's sparse": (GPT2, partial(theirs, basis="sparse", projection_prng_key=-3), True),
@@ -77,10 +91,10 @@ def test_what_is_converted_does_what_it_did_and_is_the_file_that_save_writes(nam
     peft, native, back = (tmp_path / each for each in ("peft", "native", "back"))
     for to in ("native", "lora") if is_theirs else ():
         with pytest.raises(CheckpointError, match="give base=, the directory of its base model"):
-            randlora.files.convert(source, native, to)
-    to_peft = randlora.files.convert(source, peft, "peft")
-    to_native = randlora.files.convert(source, native, "native", **given)
-    randlora.files.convert(peft, back, "native", **given)
+            files.convert(source, native, to)
+    to_peft = files.convert(source, peft, "peft")
+    to_native = files.convert(source, native, "native", **given)
+    files.convert(peft, back, "native", **given)
     assert contents(source) == before
 
     loaded = in_peft(kind, peft)
@@ -89,7 +103,7 @@ def test_what_is_converted_does_what_it_did_and_is_the_file_that_save_writes(nam
         assert read_fields(peft) == read_fields(source)
     for each in (model, *(in_ours(kind, directory) for directory in (peft, native, back))):
         assert_same_effect(each, model if is_theirs else loaded, kind)
-    bases = [key for key in load_file(peft / TENSORS_FILE) if key.endswith("randlora_B")]
+    bases = [key for key in load_file(peft / stored.TENSORS_FILE) if key.endswith("randlora_B")]
     assert bases == ["base_model.randlora_B"] * holds_bases, "of which PEFT stores a copy for each layer"
     told = [[note for note in each.notes if "bases are in" in note] for each in (to_peft, to_native)]
     drawn = ["the bases are in the file: PEFT would draw different ones from the seed"] * holds_bases
@@ -103,8 +117,8 @@ def test_what_is_converted_does_what_it_did_and_is_the_file_that_save_writes(nam
         written, saved = (read_fields(each) | {"target_modules": None} for each in (directory, tmp_path / "saved"))
         assert written == saved
     for directory in (source, peft, native, back):
-        assert randlora.files.verify(directory).passed
-    assert ("its key gives different ones here" in str(randlora.files.verify(source))) == (make is scaled)
+        assert files.verify(directory).passed
+    assert ("its key gives different ones here" in str(files.verify(source))) == (make is scaled)
 
 
 def test_bases_narrower_than_what_peft_allocates_are_filled_up(tmp_path: Path) -> None:
@@ -121,7 +135,7 @@ def test_bases_narrower_than_what_peft_allocates_are_filled_up(tmp_path: Path) -
     fill(model, "both")
     saved = randlora.save(model, tmp_path / "ours", name="both", bases="stored")
     assert "too narrow for PEFT" in "".join(saved.notes)
-    randlora.files.convert(tmp_path / "ours", tmp_path / "out")
+    files.convert(tmp_path / "ours", tmp_path / "out")
     x = torch.randn(5, 20)
     assert (model(x) - plain(x)).abs().max() > 0.1
     theirs = PeftModel.from_pretrained(plain, tmp_path / "out").eval()
@@ -135,8 +149,8 @@ def test_other_files_and_strange_fields_stay_and_what_is_there_already_is_replac
     edit_fields(source, {"use_quantum": 3, "base_model_name_or_path": "some/model"})  # of which the first is unknown
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    randlora.files.convert(source, out, "native", overwrite=True)
-    assert sorted(contents(out)) == [CONFIG_FILE, TENSORS_FILE, "notes.txt"]
+    files.convert(source, out, "native", overwrite=True)
+    assert sorted(contents(out)) == [stored.CONFIG_FILE, stored.TENSORS_FILE, "notes.txt"]
     assert read_fields(out) == read_fields(source)
 
 
@@ -162,18 +176,14 @@ def stages(*cuts: int) -> list[nn.ModuleDict]:
 def saved(model: nn.ModuleDict, directory: Path, **options: Any) -> Path:
     """Adapt a model, fill the adapter by name, and save it."""
     also = ["head"] if "head" in model else None
-    given: dict[str, Any] = {"r": 2, "targets": ["q", "v"], "stream": "portable", **options}
-    randlora.inject(model, train_also=also, **given)
+    randlora.inject(model, **{"r": 2, "targets": ["q", "v"], "stream": "portable", "train_also": also, **options})
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             generator = torch.Generator().manual_seed(sum(name.encode()))
             parameter.data = torch.randn(parameter.shape, generator=generator)
     randlora.save(model, directory)
+    (directory / "README.md").unlink()
     return directory
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {name: held for name, held in contents(directory).items() if name != "README.md"}
 
 
 @settings(max_examples=6, deadline=None)
@@ -190,51 +200,226 @@ def test_joined_parts_are_the_files_of_the_whole(
 ) -> None:
     root = tmp_path_factory.mktemp("join")
     parts = [saved(stage, root / str(index), **options) for index, stage in enumerate(stages(*sorted(cuts)))]
-    report = randlora.files.join(parts, root / "joined")
-    assert files_of(root / "joined") == files_of(saved(whole_model(), root / "whole", **options))
+    report = files.join(parts, root / "joined")
+    assert contents(root / "joined") == contents(saved(whole_model(), root / "whole", **options))
     assert report.layers == 8
     assert f"8 layers of {len(parts)} parts" in str(report)
 
 
-UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
-    "stream": ({"stream": "torch"}, "and no model can use both at once: train the parts with stream='portable'"),
-    "seed": ({"seed": 1}, "seed is 0 in "),
-    "dropout": ({"dropout": 0.5}, "dropout is 0.0 in "),
-    "basis": ({"basis": "sparse"}, "basis is 'dense' in "),
-    "layers": ({"targets": r"[1-3]\.q"}, "both have 1.q"),
-}
+UNLIKE: list[tuple[dict[str, Any], str]] = [
+    ({"stream": "torch"}, "and no model can use both at once: train the parts with stream='portable'"),
+    ({"seed": 1}, "seed is 0 in "),
+    ({"dropout": 0.5}, "dropout is 0.0 in "),
+    ({"basis": "sparse"}, "basis is 'dense' in "),
+    ({"targets": r"[1-3]\.q"}, "both have 1.q"),
+]
 
 
-@pytest.mark.parametrize("name", UNLIKE)
-def test_parts_of_different_adapters_are_refused(name: str, tmp_path: Path) -> None:
-    options, said = UNLIKE[name]
-    first, second = stages(2)
-    parts = [
-        saved(first, tmp_path / "a", **(options if name == "stream" else {})),
-        saved(whole_model() if name == "layers" else second, tmp_path / "b", **options),
-    ]
-    with pytest.raises(CheckpointError, match="cannot join") as caught:
-        randlora.files.join(parts, tmp_path / "joined")
-    assert said in str(caught.value)
+def test_parts_of_different_adapters_are_refused(tmp_path: Path) -> None:
+    for number, (options, said) in enumerate(UNLIKE):
+        first, second = stages(2)
+        parts = [
+            saved(first, tmp_path / f"a{number}", **(options if "stream" in options else {})),
+            saved(whole_model() if "targets" in options else second, tmp_path / f"b{number}", **options),
+        ]
+        with pytest.raises(CheckpointError, match=f"(?s)cannot join.*{re.escape(said)}"):
+            files.join(parts, tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
 
 
 def test_each_layer_keeps_its_alpha_and_what_two_parts_train_must_be_one(tmp_path: Path) -> None:
     first, second = stages(2)
     first["head"] = copy.deepcopy(second["head"])
-    parts = [
-        saved(first, tmp_path / "a", alpha=3.0),
-        saved(second, tmp_path / "b", alpha={"q": 3.0, ".*": 5.0}),
-    ]
+    parts = [saved(first, tmp_path / "a", alpha=3.0), saved(second, tmp_path / "b", alpha={"q": 3.0, ".*": 5.0})]
     joined = tmp_path / "joined"
-    randlora.files.join(parts, joined)
+    files.join(parts, joined)
     own = {fqn: option for part in parts for fqn, option in read_adapter(part).options.items()}
     assert {option.alpha for option in own.values()} == {3.0, 5.0}
     assert read_adapter(joined).options == own
-    before = files_of(joined)
-    randlora.files.join(parts, joined, overwrite=True)
+    before = contents(joined)
+    files.join(parts, joined, overwrite=True)
     first.get_parameter("head.bias").data.add_(1)
     randlora.save(first, parts[0])
     with pytest.raises(CheckpointError, match=r"head\.bias has different values in .*a and in .*b"):
-        randlora.files.join(parts, joined, overwrite=True)
-    assert files_of(joined) == before
+        files.join(parts, joined, overwrite=True)
+    assert contents(joined) == before
+
+
+# The two streams of PEFT: files that say theirs, that prove it, and that say neither
+
+OURS, PEFTS = DATA / "golden_v1_torch_2_11", DATA / "golden_peft_torch_2_11"
+"""One adapter, saved under torch 2.11.0 by this library, before the stream had a name, and by PEFT without bases."""
+EXPECTED, OF_PEFT = (
+    json.loads((each / "expected.json").read_text(encoding="utf-8"))["delta_weight"] for each in (OURS, PEFTS)
+)
+"""The update of each layer, computed under torch 2.11.0."""
+ASSUMED = "PEFT stored neither the bases nor the torch that drew them"
+
+
+def delta_weights(model: nn.Module) -> dict[str, Any]:
+    (info,) = randlora.adapters(model)
+    return {fqn: randlora.delta_weight(model, fqn).tolist() for fqn in info.targets}
+
+
+def stream_of(directory: Path, of: str = "basis") -> str:
+    """Read the stream in a header."""
+    return str(json.loads(read_tensors(directory)[1]["randlora"])[of]["stream"])
+
+
+def test_a_digest_decides_between_the_streams(tmp_path: Path) -> None:
+    """Of a file of ours that was saved before the stream had a name."""
+    streams: tuple[Stream | None, ...] = (None, "torch-2.11")
+    for stream in streams:
+        model, twin = CASE.build(), CASE.build()
+        report = randlora.load(model, OURS, stream=stream)
+        assert (delta_weights(model), ASSUMED in str(report)) == (EXPECTED, False)
+        assert [spec.stream for spec in report.specs] == ["torch-2.11"]
+    randlora.save(model, tmp_path / "again")
+    assert stream_of(tmp_path / "again") == "torch-2.11"
+    randlora.load(twin, tmp_path / "again")
+    assert delta_weights(twin) == EXPECTED
+    assert randlora.adapters(twin)[0].config == randlora.adapters(model)[0].config
+    summary = files.inspect(OURS)
+    assert (summary.config.stream, summary.bases[0].spec.stream, summary.notes) == ("torch-2.11", "torch-2.11", ())
+    assert files.verify(OURS).passed
+    files.convert(OURS, tmp_path / "native", "native")
+    assert stream_of(tmp_path / "native", "config") == "torch-2.11"
+    converted = files.convert(OURS, tmp_path / "peft", "peft")
+    assert converted.notes == ("the bases are in the file: PEFT would draw different ones from the seed",)
+
+
+def test_without_a_stream_todays_is_assumed_and_the_report_says_so(tmp_path: Path) -> None:
+    model, other = CASE.build(), CASE.build()
+    report = randlora.load(model, PEFTS, stream="torch-2.11")
+    assert (delta_weights(model), OF_PEFT, ASSUMED in str(report)) == (EXPECTED, EXPECTED, False)
+    (note,) = [note for note in randlora.load(other, PEFTS).notes if note.startswith(ASSUMED)]
+    assert 'give stream="torch-2.11" for it' in note
+    assert delta_weights(other) != EXPECTED
+    with pytest.raises(CheckpointError, match="give base=, the directory of its base model"):  # which says the shapes
+        files.convert(PEFTS, tmp_path / "lost", "peft", stream="torch-2.11")
+    assert not (tmp_path / "lost").exists()
+
+
+@pytest.mark.parametrize("stream", [None, *PEFT_STREAMS])
+def test_every_verb_takes_the_stream_or_says_what_it_assumed(stream: Stream | None, tmp_path: Path) -> None:
+    """Of a file that PEFT saves without bases, of an adapter trained under torch 2.11 or older."""
+    (adapter, expected), base = our_directory(LLAMA, tmp_path, stream="torch-2.11"), base_directory(LLAMA, tmp_path)
+    edit_tensors(adapter, {})
+    edit_fields(adapter, {}, drop=["randlora_stream"])
+    loaded, native, given = LLAMA.build(), LLAMA.build(), {"base": base, "stream": stream}
+    summary, verification = files.inspect(adapter, **given), files.verify(adapter, **given)  # type: ignore[arg-type]
+    assert (summary.bases[0].spec.stream, verification.passed) == (stream or "torch", True)
+    merged = files.merge(adapter, tmp_path / "merged", **given)  # type: ignore[arg-type]
+    reports = [
+        str(randlora.load(loaded, adapter, stream=stream)),
+        *(str(verification), *summary.notes, *files.inspect(adapter, stream=stream).notes[:1], *merged.notes),
+    ]
+    for to in ("native", "lora", "peft"):
+        more = {"tolerance": 1.0} if to == "lora" else {}
+        reports += files.convert(adapter, tmp_path / to, to, **given, **more).notes[:1]  # type: ignore[arg-type]
+    assert sum(ASSUMED in report for report in reports) == (8 if stream is None else 0)
+    assert stream or merged.notes[0].startswith(f"{adapter}: {ASSUMED}")
+    assert (delta_weights(loaded) == delta_weights(expected)) == (stream == "torch-2.11")
+    before, after = (load_file(directory / "model.safetensors") for directory in (base, tmp_path / "merged"))
+    for fqn in randlora.adapters(loaded)[0].targets:
+        update = randlora.delta_weight(loaded, fqn)
+        assert torch.equal(after[f"{fqn}.weight"], before[f"{fqn}.weight"] + update)
+
+    assert {stream_of(tmp_path / "native", of) for of in ("basis", "config")} == {stream or "torch"}
+    assert ASSUMED not in str(randlora.load(native, tmp_path / "native"))
+    assert delta_weights(native) == delta_weights(loaded)
+    assert [check.outcome for check in files.verify(tmp_path / "native").checks] == ["passed"] * 3
+    if stream:  # PEFT finds the bases in the file, and draws none
+        assert_same_effect(loaded, in_peft(LLAMA, tmp_path / "peft"), LLAMA)
+
+
+# Files that do say it, or need not
+
+
+def of_ours(parent: Path, **options: Any) -> Path:
+    randlora.save(stored.trained(LINEAR, **options), parent)
+    return parent
+
+
+def of_one_stream(parent: Path) -> Path:
+    """Save ternary bases, which PEFT draws from one stream only, as their seed."""
+    peft_directory(parent, r=4, basis="sparse")
+    edit_tensors(parent, {}, drop=[stored.BASIS_A, stored.BASIS_B])
+    return parent
+
+
+def of_no_seed(parent: Path) -> Path:
+    peft_directory(parent)
+    edit_tensors(parent, {stored.BASIS_A: torch.randn(2, 1, 5), stored.BASIS_B: torch.randn(6, 3, 2)})
+    return parent
+
+
+def of_two_streams(parent: Path) -> Path:
+    """Forge a digest of each: a file says one stream for every r."""
+    tensors, metadata = read_tensors(of_ours(parent, r={"0": 2, ".*": 3}))
+    bases = dict(parse_header(metadata["randlora"], tensors).bases)
+    spec = bases[2].spec
+    forged = Basis(replace(spec, stream="torch-2.11")).digest(spec.max_dim, spec.min_dim)
+    stored.reseal(parent, bases={**bases, 2: replace(bases[2], digest=forged)})
+    return parent
+
+
+@pytest.mark.parametrize("stream", PEFT_STREAMS)
+def test_bases_that_peft_stored_decide_between_the_streams(stream: Stream, tmp_path: Path) -> None:
+    model, basis_of = LINEAR.build(), stored.basis_of
+    report = randlora.load(model, peft_directory(tmp_path / "peft", stream=stream))
+    assert (basis_of(model).stored, basis_of(model).spec.stream) == (None, stream)
+    assert ASSUMED not in str(report)
+    randlora.save(model, tmp_path / "seed")  # which they need no place in
+    assert torch.equal(LINEAR.output(model), LINEAR.output(stored.trained(LINEAR, stream=stream)))
+    assert ASSUMED not in str(randlora.load(LINEAR.build(), of_one_stream(tmp_path / "sparse")))
+
+
+GIVEN = "is given, but the file's bases are from"
+NO_STREAM = "stream must be one of torch, torch-2.11, portable or None, got "
+WRONG: list[tuple[Callable[[Path], Path], Any, str]] = [
+    (of_ours, "torch-2.11", f"stream=\"torch-2.11\" {GIVEN} 'torch': omit it"),
+    (lambda _: OURS, "torch", f"stream=\"torch\" {GIVEN} 'torch-2.11'"),
+    (partial(of_ours, stream="portable"), "torch", f"stream=\"torch\" {GIVEN} 'portable': omit it"),
+    (peft_directory, "torch-2.11", f"{GIVEN} 'torch': omit it"),
+    (of_no_seed, "torch", f'stream="torch" {GIVEN} no seed: omit it'),
+    (lambda _: PEFTS, "portable", "PEFT draws dense bases from stream='torch' or 'torch-2.11', got"),
+    (of_one_stream, "torch-2.11", "PEFT draws sparse bases from stream='torch', got 'torch-2.11'"),
+    (of_two_streams, None, "its bases are from several streams, torch and torch-2.11"),
+    (lambda _: OURS, "numpy", NO_STREAM),
+]
+
+
+def test_a_stream_that_contradicts_the_file_is_an_error_of_every_verb(tmp_path: Path) -> None:
+    for number, (make, stream, message) in enumerate(WRONG):
+        directory, out = make(tmp_path / str(number)), tmp_path / "out"
+        error = ConfigError if message is NO_STREAM else CheckpointError
+        model = CASE.build() if directory in (PEFTS, OURS) else LINEAR.build()
+        refused(model, directory, message, error=error, stream=stream)
+        calls: list[Callable[[], object]] = [
+            partial(files.inspect, directory, stream=stream),
+            partial(files.convert, directory, out, stream=stream),
+        ]
+        if error is ConfigError:  # before the base is looked for
+            calls.append(partial(files.verify, directory, stream=stream))
+            calls.append(partial(files.merge, directory, out, base=tmp_path / "base", stream=stream))
+        else:
+            assert message in str(files.verify(directory, stream=stream))
+        for call in calls:
+            with pytest.raises(error, match=re.escape(message)):
+                call()
+        assert not out.exists()
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.0"])
+def test_save_says_where_peft_draws_the_same(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = {stream: stored.trained(LINEAR, stream=stream) for stream in PEFT_STREAMS}
+    monkeypatch.setattr(torch, "__version__", version)
+    for stream, model in adapters.items():
+        notes = randlora.save(model, tmp_path / "seed").notes
+        those = "2.12 and newer" if stream == "torch" else "2.11 and older"
+        note = f"PEFT draws stream={stream!r} under torch {those} only: save with bases='stored' to load under any"
+        assert notes == ((note,) if stream == "torch-2.11" or version == "2.11.0" else ())
+        assert read_fields(tmp_path / "seed").get("randlora_stream") == (None if stream == "torch" else stream)
+        assert randlora.save(model, tmp_path / "stored", bases="stored").notes == ()
+        assert "randlora_stream" not in read_fields(tmp_path / "stored")

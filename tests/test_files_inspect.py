@@ -1,7 +1,9 @@
-"""What `files` say without loading a model: inspected, verified and planned for, as by the model that they are of."""
+"""What files say without loading a model: inspected, verified and planned for, here and on the Hub, as by the model."""
 
+import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,19 +11,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import randlora
+from randlora import files
+from randlora.__main__ import main
 from randlora.errors import CheckpointError, TargetError
 from randlora.files.inspect import Verification
 from randlora.files.model_directory import find_codes, read_model_directory
 from randlora.targets.select import find_targets
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, basis_of, edit_fields, edit_tensors
-from tests.directories import base_directory, our_directory, their_directory
+from tests.hub_server import Hub, Repository, keep_client_in, point_client_at, running_hub
 from tests.kit import fill
 from tests.model_directories import HEADS, contents, edit_json, edit_model, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel
-from tests.peer import ALPHA, THEIR_WARNINGS, R, in_ours, told_stream
+from tests.peer import ALPHA, THEIR_WARNINGS, R, base_directory, in_ours, our_directory, their_directory, told_stream
 from tests.quantized import KINDS, every_quantization, load_quantized, quantize
 
 pytestmark = THEIR_WARNINGS
@@ -39,12 +44,11 @@ def outcomes(verification: Verification) -> dict[str, str]:
 def test_what_we_saved_passes_and_is_as_in_the_model(kind: RealModel, options: dict[str, Any], tmp_path: Path) -> None:
     source, model = our_directory(kind, tmp_path, bases="stored" if kind is GPT2 else "seed", **options)
     told: list[tuple[int, int, str]] = []
-    summary = randlora.files.inspect(source, progress=lambda *news: told.append(news))
+    summary = files.inspect(source, progress=lambda *news: told.append(news))
     assert told == [(n, len(told) - 1, doing) for n, doing in enumerate([*(x.fqn for x in summary.layers), "done"])]
-    report = randlora.load(kind.build(), source)
-    assert summary.trainable_parameters == report.trainable_parameters
-    sizes = {site.fqn: site.shape for site in find_targets(model, list(kind.targets))}
-    assert {layer.fqn: (layer.out_features, layer.in_features) for layer in summary.layers} == sizes
+    assert summary.trainable_parameters == randlora.load(kind.build(), source).trainable_parameters
+    sizes = [(site.fqn, *site.shape) for site in find_targets(model, list(kind.targets))]
+    assert [(layer.fqn, layer.out_features, layer.in_features) for layer in summary.layers] == sizes
     for layer in summary.layers:
         values = torch.linalg.svdvals(randlora.delta_weight(model, layer.fqn).detach().double())
         assert layer.frobenius == pytest.approx(float(values.square().sum().sqrt()), rel=1e-5)
@@ -58,10 +62,8 @@ def test_what_we_saved_passes_and_is_as_in_the_model(kind: RealModel, options: d
     assert summary.storage == ("stored once in the file" if kind is GPT2 else "drawn from the seed")
     assert summary.nbytes == sum(len(contents(source)[name]) for name in (CONFIG_FILE, TENSORS_FILE))
     source = source.rename(tmp_path / os.fsdecode(b"caf\xe9"))  # no UTF-8
-    without = randlora.files.inspect(source, norms=False)
-    assert {(layer.frobenius, layer.stable_rank) for layer in without.layers} == {(None, None)}
-    assert [layer.fqn for layer in without.layers] == list(report.targets)
-    found = randlora.files.verify(source, progress=lambda *news: told.append(news))
+    assert {(each.frobenius, each.stable_rank) for each in files.inspect(source, norms=False).layers} == {(None, None)}
+    found = files.verify(source, progress=lambda *news: told.append(news))
     assert outcomes(found) == {"files": "passed", "checksum": "passed", "bases": "passed"}
     assert str(found).endswith("is sound")
     assert told[-1][0] == told[-1][1]
@@ -71,14 +73,14 @@ def test_what_was_trained_beside_it_its_base_and_strange_fields_are_named(tmp_pa
     source, _ = our_directory(BERT, tmp_path, train_also=["classifier"])
     edit_model(base := base_directory(BERT, tmp_path), {"classifier.weight": None, "classifier.bias": None})
     edit_fields(source, {"use_quantum": 3, "base_model_name_or_path": "some/model"})
-    summary = randlora.files.inspect(source)
+    summary = files.inspect(source)
     assert summary.trained == {"classifier.weight": (3, 32), "classifier.bias": (3,)}
     assert (summary.base_model, summary.unknown_fields) == ("some/model", ("use_quantum",))
-    for part in ("some/model", "trained with it: classifier.weight 3x32", "not understood: use_quantum"):
-        assert part in str(summary)
-    found = randlora.files.verify(source, base)
+    found = files.verify(source, base)
     assert found.passed
-    assert "classifier.weight, classifier.bias of its class are not in its files" in str(found)
+    lacking = "classifier.weight, classifier.bias of its class are not in its files"
+    said = "some/model", "trained with it: classifier.weight 3x32", "not understood: use_quantum", lacking
+    assert [each in text for each, text in zip(said, [str(summary)] * 3 + [str(found)], strict=True)] == [True] * 4
 
 
 @pytest.mark.parametrize("copies", ["per layer", "once", "none"])
@@ -88,7 +90,7 @@ def test_a_file_of_peft_says_all_but_the_shapes_and_with_its_base_all(copies: st
         top = {"base_model.randlora_A", "base_model.randlora_B"}
         tensors = load_file(source / TENSORS_FILE)
         edit_tensors(source, {}, drop=[key for key in tensors if key not in top and key[-2:] in ("_A", "_B")])
-    summary, base, stream = randlora.files.inspect(source), base_directory(LLAMA, tmp_path), told_stream(source)
+    summary, base, stream = files.inspect(source), base_directory(LLAMA, tmp_path), told_stream(source)
     expected = {"per layer": "stored 9 times in the file", "once": "stored once in the file"}
     assert summary.storage == expected.get(copies, "drawn from the seed")
     assert summary.writer == "PEFT 0.21.2"
@@ -96,7 +98,7 @@ def test_a_file_of_peft_says_all_but_the_shapes_and_with_its_base_all(copies: st
     assert {(layer.out_features, layer.in_features, layer.frobenius) for layer in summary.layers} == {(None,) * 3}
     assert "give base=, the directory of its base model" in summary.notes[-1]
     assert "?" in str(summary)
-    whole, model = randlora.files.inspect(source, base, stream=stream), in_ours(LLAMA, source)
+    whole, model = files.inspect(source, base, stream=stream), in_ours(LLAMA, source)
     for layer in whole.layers:
         norm = torch.linalg.norm(randlora.delta_weight(model, layer.fqn).detach().double())
         assert layer.frobenius == pytest.approx(float(norm), rel=1e-5)
@@ -104,34 +106,24 @@ def test_a_file_of_peft_says_all_but_the_shapes_and_with_its_base_all(copies: st
     assert whole.bases[0].digest == basis.digest(*basis.extent)
     assert len(whole.notes) == (copies == "none" and stream is None)  # of the stream assumed
     passed = {"files": "passed", "checksum": "not checked", "bases": "not checked" if copies == "none" else "passed"}
-    alone, beside = (randlora.files.verify(source, of) for of in (None, base))
+    alone, beside = (files.verify(source, of) for of in (None, base))
     assert (outcomes(alone), outcomes(beside)) == (passed, {**passed, "base": "passed"})
-    assert alone.passed
-    assert beside.passed
+    assert (alone.passed, beside.passed) == (True, True)
 
 
 # Plans: from headers, as those of the model
 
-
-REGEX = {
-    "targets": r".*\.(1|0)\..*",
-    "exclude": r".*\.(up_proj|c_fc|intermediate\.dense|fc1)",
-    "basis": "very_sparse",
-    "alpha": 3.0,
+REGEX = {"targets": r".*\.(1|0)\..*", "exclude": r".*\.(up_proj|c_fc)", "basis": "very_sparse", "alpha": 3.0}
+PLANNED: dict[str, tuple[RealModel, dict[str, Any]]] = {
+    "preset": (LLAMA, {}),
+    "all-linear": (BERT, {"targets": "all-linear"}),
+    "block": (VIT, {"targets": "all-linear", "basis": "block", "r": 8, "seed": 5}),
+    "regex": (GPT2, REGEX),
 }
 
 
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        (LLAMA, {}),
-        (BERT, {"targets": "all-linear"}),
-        (VIT, {"targets": "all-linear", "basis": "block", "r": 8, "seed": 5}),
-        (GPT2, REGEX),
-    ],
-    ids=["preset", "all-linear", "block", "regex"],
-)
+@pytest.mark.parametrize(("kind", "options"), PLANNED.values(), ids=PLANNED)
 def test_plan_and_memory_from_headers_equal_those_of_the_model(
     kind: RealModel, is_sharded: bool, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -139,39 +131,32 @@ def test_plan_and_memory_from_headers_equal_those_of_the_model(
     write(model, tmp_path, is_sharded=is_sharded)
     before = contents(tmp_path)
     asked: dict[str, Any] = {"r": 4, "train_also": [HEADS[kind.name]] if is_sharded else None, **options}
-    assert randlora.files.plan(tmp_path, **asked) == randlora.plan(model, **asked)
+    assert files.plan(tmp_path, **asked) == randlora.plan(model, **asked)
     asked |= {"devices": 3, "strategy": "fsdp2" if is_sharded else "ddp", "tokens": 10}
-    assert randlora.files.training_memory(tmp_path, **asked) == randlora.training_memory(model, **asked)
+    assert files.training_memory(tmp_path, **asked) == randlora.training_memory(model, **asked)
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("labels", [{}, {"num_labels": 5}], ids=str)
-def test_a_plan_may_be_of_another_class_with_other_labels(labels: dict[str, Any], tmp_path: Path) -> None:
+def test_a_plan_may_be_of_another_class_with_other_labels_and_of_files_with_other_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_model(BERT, tmp_path)
     name = "AutoModelForTokenClassification"
-    model = getattr(transformers, name).from_pretrained(tmp_path, **labels, ignore_mismatched_sizes=True)
-    options: dict[str, Any] = {"r": 4, "targets": "all-linear", "train_also": ["classifier"]}
-    asked: dict[str, Any] = {**options, "model_class": name, **labels}
-    assert randlora.files.plan(tmp_path, **asked) == randlora.plan(model, **options)
-    assert randlora.files.training_memory(tmp_path, **asked) == randlora.training_memory(model, **options)
-
-
-def test_the_first_files_of_gpt2_are_read_under_the_names_of_the_model(tmp_path: Path) -> None:
-    model = GPT2.build()
-    write(model, tmp_path)
-    first = {name.removeprefix("transformer."): tensor for name, tensor in stored(tmp_path).items()}
-    for block in range(2):  # masks, which those files hold and no model has
-        first |= {f"h.{block}.attn.bias": torch.ones(1, 1, 64, 64), f"h.{block}.attn.masked_bias": torch.tensor(-1e4)}
-    save_file(first, tmp_path / "model.safetensors", {"format": "pt"})
-    for targets in (None, "all-linear"):
-        assert randlora.files.plan(tmp_path, 4, targets=targets) == randlora.plan(model, 4, targets=targets)
-
-
-def test_without_transformers_there_is_no_model_to_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_model(LLAMA, tmp_path)
+    options: dict[str, Any] = {"targets": "all-linear", "train_also": ["classifier"]}
+    for labels in ({}, {"num_labels": 5}):
+        model = getattr(transformers, name).from_pretrained(tmp_path, **labels, ignore_mismatched_sizes=True)
+        asked: dict[str, Any] = {**options, "model_class": name, **labels}
+        assert files.plan(tmp_path, 4, **asked) == randlora.plan(model, 4, **options)
+        assert files.training_memory(tmp_path, 4, **asked) == randlora.training_memory(model, 4, **options)
+    write(gpt2 := GPT2.build(), first := tmp_path / "first")  # whose files have other names, and masks
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored(first).items()}
+    masks = {"bias": torch.ones(1, 1, 64, 64), "masked_bias": torch.tensor(-1e4)}
+    tensors |= {f"h.{block}.attn.{name}": mask.clone() for name, mask in masks.items() for block in range(2)}
+    save_file(tensors, first / "model.safetensors", {"format": "pt"})
+    assert files.plan(first, 4, targets="all-linear") == randlora.plan(gpt2, 4, targets="all-linear")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"(?s)cannot plan for .*transformers, .* not installed: python -m pip"):
-        randlora.files.plan(tmp_path)
+        files.plan(tmp_path)
 
 
 # Quantized checkpoints: those of bitsandbytes are planned, fitted and not merged into
@@ -181,19 +166,16 @@ def test_without_transformers_there_is_no_model_to_plan(tmp_path: Path, monkeypa
 def test_a_quantized_model_is_planned_and_not_merged_into(kind: RealModel, quantization: str, tmp_path: Path) -> None:
     base, dense = quantize(kind, quantization, tmp_path / "base", is_sharded=True), tmp_path / "base dense"
     options: dict[str, Any] = {"r": 4, "targets": "all-linear", "train_also": [HEADS[kind.name]]}
-    expected = randlora.files.plan(dense, **options)
+    expected = files.plan(dense, **options)
     note = f"the model is quantized ({KINDS[quantization]}): parameters are counted as if it were not quantized"
-    assert randlora.files.plan(base, **options) == replace(expected, notes=(*expected.notes, note))
-    codes, held, own = find_codes(read_model_directory(base)), stored(base), stored(dense)
-    buffers = sum(buffer.nbytes for buffer in kind.build().to(torch.bfloat16).buffers())
-    size = sum(tensor.nbytes for tensor in held.values())
-    assert randlora.files.training_memory(base, **options).weights == size + buffers
-    coded = [name for name, each in own.items() if (held[name].dtype, held[name].shape) != (each.dtype, each.shape)]
-    assert sorted(codes) == sorted(coded)
+    assert files.plan(base, **options) == replace(expected, notes=(*expected.notes, note))
+    codes, buffers = find_codes(read_model_directory(base)), kind.build().to(torch.bfloat16).buffers()
+    size = sum(tensor.nbytes for tensor in [*stored(base).values(), *buffers])
+    assert files.training_memory(base, **options).weights == size
     assert {found.kind for found in codes.values()} == {KINDS[quantization]}
-    plain = sum(tensor.nbytes for name, tensor in own.items() if name not in codes)
-    assert plain + sum(found.nbytes for found in codes.values()) == read_model_directory(base).nbytes
     assert find_codes(read_model_directory(dense)) == {}
+    plain = sum(tensor.nbytes for name, tensor in stored(dense).items() if name not in codes)
+    assert plain + sum(found.nbytes for found in codes.values()) == read_model_directory(base).nbytes
 
     # adapters of codes of 4 bits in rows as short as these are refused
     model = load_quantized(dense, quantization) if quantization == "8 bits" else kind.build()
@@ -201,26 +183,142 @@ def test_a_quantized_model_is_planned_and_not_merged_into(kind: RealModel, quant
     randlora.save(fill(model), adapter := tmp_path / "adapter")
     message = rf"base', which is quantized \({KINDS[quantization]}\): load the model and merge in memory, or merge into"
     with pytest.raises(CheckpointError, match=message):
-        randlora.files.merge(adapter, tmp_path / "out", base=base)
-    assert all(randlora.files.verify(adapter, place).passed for place in (base, dense))
-    assert tuple(layer.fqn for layer in randlora.files.inspect(adapter, base).layers) == report.targets
-    assert len(randlora.files.merge(adapter, tmp_path / "out", base=dense).merged) == len(report.targets)
+        files.merge(adapter, tmp_path / "out", base=base)
+    assert all(files.verify(adapter, place).passed for place in (base, dense))
+    assert tuple(layer.fqn for layer in files.inspect(adapter, base).layers) == report.targets
+    assert len(files.merge(adapter, tmp_path / "out", base=dense).merged) == len(report.targets)
     source, _ = their_directory(kind, tmp_path)  # whose shapes a base gives, quantized or not
-    written = [
-        contents(randlora.files.convert(source, out, "native", base=of, stream=told_stream(source)).out)
-        for out, of in ((tmp_path / "of quantized", base), (tmp_path / "of dense", dense))
-    ]
-    assert written[0] == written[1]
+    places = {tmp_path / "of quantized": base, tmp_path / "of dense": dense}
+    for out, of in places.items():
+        files.convert(source, out, "native", base=of, stream=told_stream(source))
+    assert len({str(contents(out)) for out in places}) == 1
 
 
 def test_what_the_first_versions_said_of_codes_suffices_and_they_cannot_be_trained(tmp_path: Path) -> None:
     base = quantize(LLAMA, "nf4", tmp_path / "base")
     with pytest.raises(TargetError, match=r"train_also includes model.layers.0.mlp.up_proj.weight, which is"):
-        randlora.files.plan(base, 4, targets=["q_proj"], train_also=["up_proj"])
+        files.plan(base, 4, targets=["q_proj"], train_also=["up_proj"])
     adapter = save_adapter(LLAMA, tmp_path / "adapter", targets=["q_proj"], train_also=["up_proj"])
     with pytest.raises(CheckpointError, match=r"up_proj\.weight is quantized here, and was trained as"):
-        randlora.files.inspect(adapter, base)
-    expected = randlora.files.plan(base, 4)
+        files.inspect(adapter, base)
+    expected = files.plan(base, 4)
     for said in ({"load_in_4bit": True}, None):
         edit_json(base / "config.json", quantization_config=said)
-        assert randlora.files.plan(base, 4) == expected
+        assert files.plan(base, 4) == expected
+
+
+# The same of models and adapters on the Hub
+
+BASE, ADAPTER = Path("base"), Path("adapter")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that the client talks to, with ``tmp_path`` as the directory that it works in."""
+    keep_client_in(tmp_path, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with running_hub() as running:
+        point_client_at(running.url, monkeypatch)
+        yield running
+
+
+def put(hub: Hub, repo_id: str, files: dict[str, bytes]) -> Repository:
+    """Make a repository of files."""
+    hub.repositories[repo_id] = Repository()
+    hub.repositories[repo_id].commit(files)
+    return hub.repositories[repo_id]
+
+
+@pytest.mark.parametrize("layout", ["one file", "sharded", "nf4 twice", "8 bits"])
+def test_a_plan_reads_headers_and_no_weights(hub: Hub, layout: str) -> None:
+    is_dense = layout in ("one file", "sharded")
+    if is_dense:
+        save_model(LLAMA, BASE, is_sharded=layout == "sharded")
+    else:
+        quantize(LLAMA, layout, BASE, is_sharded=True)
+    repository = put(hub, "org/model", contents(BASE))
+    if layout == "one file":
+        repository.commit({"model.safetensors": repository.files()["model.safetensors"] + bytes(10**6)})
+    options: dict[str, Any] = {"r": 4, "tokens": 100}
+    plan, memory = files.plan("org/model", r=4), files.training_memory("org/model", **options)
+    assert plan == files.plan(BASE, r=4)
+    assert str(memory) == str(files.training_memory(BASE, **options))
+    assert 0 < hub.sent < 5 * 10**5
+    if not is_dense:
+        with pytest.raises(CheckpointError, match=r"cannot merge into 'org/model', which is quantized"):
+            files.merge(save_adapter(LLAMA, ADAPTER), "merged", base="org/model")
+    assert not [path for path in Path("cache").rglob("*.safetensors") if path.is_symlink()]
+
+
+def test_a_merge_downloads_both_and_equals_that_of_directories(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(LLAMA, BASE, is_sharded=True)
+    other = {"pytorch_model.bin": b"large", "consolidated.safetensors": b"large", "tokenizer.json": b"{}"}
+    put(hub, "org/model", contents(BASE) | other)
+    put(hub, "user/adapter", contents(save_adapter(LLAMA, ADAPTER)))
+    (BASE / "tokenizer.json").write_bytes(b"{}")
+    report = files.merge({"user/adapter": 0.5}, "merged", base="org/model")
+    assert hub.requests.count("GET /api/models/user/adapter/revision/main") == 1
+    assert not [request for request in hub.requests if "consolidated" in request or ".bin" in request]
+    expected = files.merge({ADAPTER: 0.5}, "expected", base=BASE)
+    assert contents(Path("merged")) == contents(Path("expected"))
+    assert report == replace(expected, out=Path("merged"), adapters={"user/adapter": 0.5})
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert files.plan("org/model", r=4) == files.plan(BASE, r=4)
+
+
+def test_every_command_takes_revisions_of_adapter_and_base_and_says_what_is_nowhere(
+    hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(hub, "org/model", contents(save_model(LLAMA, BASE)))
+    put(hub, "user/adapter", contents(save_adapter(LLAMA, ADAPTER)))
+    assert main(["verify", "user/adapter", "--base", "org/model"]) == 0
+    shown = capsys.readouterr().out
+    assert "passed: base: org/model has all" in shown
+    assert shown.endswith("user/adapter is sound\n")
+    assert hub.requests.count("GET /api/models/org/model/revision/main") == 1
+    for repository, damaged in (("org/model", "model.safetensors"), ("user/adapter", "adapter_model.safetensors")):
+        hub.repositories[repository].refs["v1"] = hub.repositories[repository].refs["main"]
+        hub.repositories[repository].commit({damaged: b"12345678"})
+    both = ["--revision", "v1", "--base", "org/model", "--base-revision", "v1"]
+    assert main(["plan", "org/model", "--revision", "v1", "--r", "4"]) == 0
+    for command in (["inspect"], ["verify"], ["merge", "merged"], ["convert", "out", "--to", "native"]):
+        name, *more = command
+        assert main([name, "user/adapter", *more, *both]) == 0
+        assert main([name, "user/adapter", *more, *both, "--revision", "main"]) == 1
+        assert main([name, "user/adapter", *more, *both, "--base-revision", "main"]) == 1
+    assert files.training_memory("org/model", 4, revision="v1") == files.training_memory(BASE, 4)
+
+    hub.requests.clear()
+    for words in (["plan", "base"], ["verify", "adapter"], ["merge", "adapter", "out", "--base", "org/model"]):
+        assert main([*words, "--revision", "v1"]) == 1
+        assert "a path has no revision, got 'v1' for '" in capsys.readouterr().err
+    assert main(["inspect", "adapter", "--base-revision", "v1"]) == 2
+    assert capsys.readouterr().err == "error: --base-revision is for a base model: give --base too\n"
+    assert hub.requests == [], "before anything is downloaded"
+    said = {"org/none": "there is no such path, and the Hub's repository 'org/none'", "x": "no such directory: x\n"}
+    for name, message in said.items():
+        for words in (["plan", name], ["verify", "adapter", "--base", name], ["verify", name]):
+            assert main(words) == 1
+            assert message in capsys.readouterr().err
+
+
+def test_what_headers_do_not_tell_is_an_error_that_names_it(hub: Hub) -> None:
+    def file_of(**tensors: Any) -> dict[str, bytes]:
+        text = json.dumps(tensors).encode()
+        return {"model.safetensors": len(text).to_bytes(8, "little") + text}
+
+    coded, no_class = contents(quantize(LLAMA, "nf4", BASE)), "cannot be read without its model: its config.json names"
+    unread: dict[str, dict[str, bytes]] = {
+        "no such file": {},
+        "the header of model.safetensors": {"model.safetensors": b"12345678"},
+        "expected 8": file_of(a={"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}),
+        "integers": file_of(a={"dtype": "F32", "shape": [2.0], "data_offsets": [0, 4]}),
+        "has dtype F3": file_of(a={"dtype": "F3", "shape": [2], "data_offsets": [0, 4]}),
+        "an unnamed method": file_of() | {"config.json": b'{"quantization_config": {}}'},
+        f"{no_class} no class": coded | {"config.json": b"{}"},
+        f"{no_class} None": coded | {"config.json": b'{"architectures": ["NoneForCausalLM"]}'},
+    }
+    for number, (message, held) in enumerate(unread.items()):
+        put(hub, f"org/{number}", {"config.json": b"{}", **held})
+        with pytest.raises(CheckpointError, match=message):
+            files.plan(f"org/{number}", r=4)

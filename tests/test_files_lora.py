@@ -24,48 +24,53 @@ import randlora
 from randlora.errors import CheckpointError, ConfigError
 from randlora.files import layouts
 from randlora.files.layouts import frobenius_norm, of_rank, spectral_norm, within
-from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, read_fields
+from tests.checkpoint_files import TENSORS_FILE, read_fields
 from tests.diffusion_models import flux, noise, patches, unet
-from tests.directories import base_directory, our_directory, their_directory
 from tests.kit import fill, same_bits
-from tests.model_directories import contents, stored
+from tests.model_directories import contents
 from tests.models import BERT, GPT2, LLAMA, RealModel, outputs, reproducible
-from tests.peer import PREFIX, THEIR_WARNINGS, assert_same_effect, in_peft
+from tests.peer import (
+    PREFIX,
+    THEIR_WARNINGS,
+    assert_same_effect,
+    base_directory,
+    in_peft,
+    our_directory,
+    their_directory,
+)
 
 pytestmark = [*THEIR_WARNINGS, pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")]
 
 FULL = 1e-5  # a tolerance that only a full rank is within
-both_kinds = pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
 
 
 def updates(model: nn.Module) -> dict[str, Tensor]:
     """Compute every update in float64 with the library's verb for models."""
-    targets = randlora.adapters(model)[0].targets
-    return {fqn: randlora.delta_weight(model, fqn).detach().double() for fqn in targets}
+    return {fqn: randlora.delta_weight(model, fqn).detach().double() for fqn in randlora.adapters(model)[0].targets}
 
 
 def assert_updates(found: dict[str, Tensor], model: nn.Module) -> None:
-    expected = updates(model)
-    assert found.keys() == expected.keys()
-    for fqn, update in expected.items():
+    assert found.keys() == updates(model).keys()
+    for fqn, update in updates(model).items():
         assert torch.linalg.norm(found[fqn] - update) <= FULL * torch.linalg.norm(update), fqn
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        *((kind, {"rank": 5, "tolerance": 1}) for kind in (LLAMA, GPT2)),
-        (LLAMA, {"tolerance": 0.3}),
-        (GPT2, {}),
-        (LLAMA, {"tolerance": FULL}),
-    ],
-    ids=lambda value: value.name if isinstance(value, RealModel) else str(value),
-)
+CUT: dict[str, tuple[RealModel, dict[str, Any]]] = {
+    "llama": (LLAMA, {"rank": 5, "tolerance": 1}),
+    "gpt2": (GPT2, {"rank": 5, "tolerance": 1}),
+    "llama within 0.3": (LLAMA, {"tolerance": 0.3}),
+    "gpt2 by default": (GPT2, {}),
+    "llama in full": (LLAMA, {"tolerance": FULL}),
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), CUT.values(), ids=CUT)
 def test_updates_are_cut_to_the_nearest_of_a_rank(kind: RealModel, options: dict[str, Any], tmp_path: Path) -> None:
     source, model = our_directory(kind, tmp_path)
     report = randlora.files.convert(source, tmp_path / "lora", "lora", **options)
     theirs: Any = in_peft(kind, tmp_path / "lora")
-    cut, lost, whole = kind.build(), 0.0, 0.0
+    cut, squares_lost, squares_held = kind.build(), 0.0, 0.0
+    places = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.name.upper()), n_blocks=2)
     for layer, (fqn, update) in zip(report.layers, updates(model).items(), strict=True):
         left, values, right = torch.linalg.svd(update)
         low = left[:, : layer.rank] * values[: layer.rank] @ right[: layer.rank]
@@ -79,11 +84,12 @@ def test_updates_are_cut_to_the_nearest_of_a_rank(kind: RealModel, options: dict
             assert layer.relative_error <= options.get("tolerance", 0.05) < tails[layer.rank - 1]
         module = theirs.base_model.model.get_submodule(layer.fqn)
         assert (module.r["default"], module.scaling["default"]) == (layer.rank, 1.0)
-        lost, whole = (
-            lost + layer.relative_error**2 * float(update.square().sum()),
-            whole + float(update.square().sum()),
-        )
-    assert report.relative_error == pytest.approx(math.sqrt(lost / whole), rel=1e-4)
+        assert places.get_name(layer.fqn) is not None, "llama.cpp finds no such layer"
+        squares_lost += layer.relative_error**2 * size
+        squares_held += size
+    assert report.relative_error == pytest.approx(math.sqrt(squares_lost / squares_held), rel=1e-4)
+    # llama.cpp's converter transposes the weights of GPT-2's layers, and with them their factors, which are not
+    assert any("llama.cpp" in note for note in report.notes) == (kind is GPT2 or "rank" not in options)
     assert ("rank_pattern" in "".join(report.notes)) == (len({layer.rank for layer in report.layers}) > 1)
     assert_same_effect(cut, theirs, kind)
 
@@ -120,15 +126,14 @@ def test_a_loss_beyond_the_tolerance_is_refused_and_nothing_written(tmp_path: Pa
     assert max(layer.relative_error for layer in report.layers) == pytest.approx(worst, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"modules_to_save": ["classifier"], "bias": "randlora_only"},
-        {"layers_to_transform": [1]},
-        {"target_modules": r".*layer\.1.*(query|value)"},
-    ],
-    ids=["head and biases", "numbers", "regex"],
-)
+CHOICES: dict[str, dict[str, Any]] = {
+    "head and biases": {"modules_to_save": ["classifier"], "bias": "randlora_only"},
+    "numbers": {"layers_to_transform": [1]},
+    "regex": {"target_modules": r".*layer\.1.*(query|value)"},
+}
+
+
+@pytest.mark.parametrize("options", CHOICES.values(), ids=CHOICES)
 def test_a_choice_of_layers_made_in_peft_is_kept_and_a_head(options: dict[str, Any], tmp_path: Path) -> None:
     source, theirs = their_directory(BERT, tmp_path, **options)
     base, has_head = base_directory(BERT, tmp_path), "bias" in options
@@ -148,10 +153,9 @@ def test_an_adapter_that_changes_nothing_becomes_a_lora_that_changes_nothing(tmp
     randlora.inject(model, r=4)
     randlora.save(model, tmp_path / "ours")
     report = randlora.files.convert(tmp_path / "ours", tmp_path / "lora", "lora")
-    assert {(layer.rank, layer.relative_error) for layer in report.layers} == {(1, 0.0)}
-    assert report.relative_error == 0
-    expected = outputs(LLAMA.build(), LLAMA.inputs())
-    assert torch.equal(outputs(in_peft(LLAMA, tmp_path / "lora"), LLAMA.inputs()), expected)
+    assert {(layer.rank, layer.relative_error) for layer in report.layers} == {(1, report.relative_error)} == {(1, 0)}
+    found, expected = (outputs(each, LLAMA.inputs()) for each in (in_peft(LLAMA, tmp_path / "lora"), LLAMA.build()))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)], ids=["tall", "wide"])
@@ -181,22 +185,6 @@ def test_a_large_matrix_is_approximated_nearly_as_well_as_can_be(
 # Names and layouts of other programs
 
 
-@both_kinds
-def test_converters_find_the_names_of_the_base_and_of_the_factors(kind: RealModel, tmp_path: Path) -> None:
-    """As llama.cpp's names in GGUF say."""
-    places = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind.name.upper()), n_blocks=2)
-    source, model = our_directory(kind, tmp_path)
-    names, targets = set(stored(base_directory(kind, tmp_path))), set(randlora.adapters(model)[0].targets)
-    found = {places.get_name(name, try_suffixes=(".weight", ".bias")) for name in names} - {None}
-    assert len(found) == len(names)
-    assert names > {f"{fqn}.weight" for fqn in targets}
-    report = randlora.files.convert(source, tmp_path / "lora", "lora", rank=32)
-    keys = set(load_file(tmp_path / "lora" / TENSORS_FILE))
-    assert keys == {f"{PREFIX}{fqn}.lora_{part}.weight" for fqn in targets for part in "AB"}
-    # its converter transposes the weights of GPT-2's layers, and their factors with them, which are not transposed
-    assert any("llama.cpp" in note for note in report.notes) == (kind is GPT2)
-
-
 def test_servers_of_one_rank_add_the_update_and_a_note_says_where_ranks_differ(tmp_path: Path) -> None:
     """Of vLLM, SGLang and llama.cpp.
 
@@ -211,8 +199,8 @@ def test_servers_of_one_rank_add_the_update_and_a_note_says_where_ranks_differ(t
         report = randlora.files.convert(source, tmp_path / name, "lora", tolerance=FULL, **given)
         notes[name], layers[name] = report.notes, report.layers
         fields, tensors = read_fields(tmp_path / name), load_file(tmp_path / name / TENSORS_FILE)
-        assert not fields["modules_to_save"]
-        assert not fields["use_dora"]
+        assert not (fields["modules_to_save"])
+        assert not (fields["use_dora"])
         assert isinstance(fields["target_modules"], list)
         fqns = [layer.fqn for layer in report.layers]
         assert tensors.keys() == {f"{PREFIX}{fqn}.lora_{part}.weight" for fqn in fqns for part in "AB"}
@@ -230,34 +218,48 @@ def test_servers_of_one_rank_add_the_update_and_a_note_says_where_ranks_differ(t
     assert "SGLang does not, and llama.cpp would scale layers wrongly; same_rank=True" in notes["mixed"][-1]
 
 
-@both_kinds  # it has other names for GPT-2's layers
-def test_mlx_lm_adds_the_update(kind: RealModel, tmp_path: Path) -> None:
-    """It computes ``scale · a b``, transposed, of the layers that the configuration names; all have its one rank."""
-    source, model = our_directory(kind, tmp_path)
-    randlora.files.convert(source, tmp_path / "lora", "lora", format="mlx", tolerance=FULL)
-    assert contents(tmp_path / "lora").keys() == {CONFIG_FILE, "adapters.safetensors"}
-    fields, tensors = read_fields(tmp_path / "lora"), load_file(tmp_path / "lora" / "adapters.safetensors")
+def of_mlx(directory: Path, _: RealModel) -> dict[str, Tensor]:
+    """Compute ``scale · a b``, transposed, as mlx-lm does, of the layers that the configuration names, of one rank."""
+    fields, tensors = read_fields(directory), load_file(directory / "adapters.safetensors")
     options = fields["lora_parameters"]
     assert (fields["fine_tune_type"], options["dropout"]) == ("lora", 0.0)
     assert tensors.keys() == {f"{fqn}.lora_{part}" for fqn in options["keys"] for part in "ab"}
-    found = {}
-    for fqn in options["keys"]:
-        a, b = (tensors[f"{fqn}.lora_{part}"].double() for part in "ab")
-        assert (a.shape[1], b.shape[0]) == (options["rank"], options["rank"])
-        found[fqn] = options["scale"] * (a @ b).T
-    assert_updates(found, model)
+    factors = {fqn: [tensors[f"{fqn}.lora_{part}"].double() for part in "ab"] for fqn in options["keys"]}
+    assert {(a.shape[1], b.shape[0]) for a, b in factors.values()} == {(options["rank"],) * 2}
+    return {fqn: options["scale"] * (a @ b).T for fqn, (a, b) in factors.items()}
 
 
-def pipeline(component: str, model: nn.Module) -> Any:
-    """Build a pipeline of Stable Diffusion or of Flux around one of its models."""
-    import diffusers
+def of_diff(directory: Path, kind: RealModel) -> dict[str, Tensor]:
+    """Read updates under a generic key, in the layout of the weights."""
+    tensors = {key.removesuffix(".diff"): each for key, each in load_file(directory / "diff.safetensors").items()}
+    return {key.removeprefix("diffusion_model."): each.T if kind is GPT2 else each for key, each in tensors.items()}
 
-    if component == "transformer":
-        others = ["scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
-        return diffusers.FluxPipeline(**dict.fromkeys(others), transformer=model)
-    others = ["vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"]
-    parts = dict.fromkeys(others) | {"unet": unet()} | {component: model}
-    return diffusers.StableDiffusionPipeline(requires_safety_checker=False, **parts)
+
+LAYOUTS: dict[str, tuple[dict[str, Any], Callable[[Path, RealModel], dict[str, Tensor]] | None]] = {
+    "mlx": ({"to": "lora", "format": "mlx", "tolerance": FULL}, of_mlx),
+    "diff": ({"to": "diff"}, of_diff),
+    "diffusers": ({"to": "lora", "format": "diffusers"}, None),  # which is read by diffusers below
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
+def test_every_layout_holds_the_update_and_is_written_again_and_not_beside_another(
+    kind: RealModel, name: str, tmp_path: Path
+) -> None:
+    options, updates_of = LAYOUTS[name]
+    source, model = our_directory(kind, tmp_path)
+    first, second = (randlora.files.convert(source, tmp_path / "again", overwrite=True, **options) for _ in range(2))
+    assert first == second
+    assert first.nbytes == sum(map(len, contents(first.out).values()))
+    assert ("for 'diffusion_model'" in "".join(first.notes)) == (name == "diff")
+    if updates_of is not None:
+        assert_updates(updates_of(first.out, kind), model)
+    randlora.files.convert(source, tmp_path / "out", "peft")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="holds files of a different format, such as adapter_model"):
+        randlora.files.convert(source, tmp_path / "out", overwrite=True, **options)
+    assert contents(tmp_path) == before
 
 
 def clip() -> nn.Module:
@@ -268,17 +270,29 @@ def clip() -> nn.Module:
     return reproducible(lambda: CLIPTextModel(config))
 
 
+def ids() -> dict[str, Any]:
+    return {"input_ids": torch.arange(12).reshape(2, 6)}
+
+
+OF_CLIP = r"text_encoder\.text_model\.encoder\.layers\.\d\.self_attn\.[qv]_proj\.diff"
 PARTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], Any, str]] = {
     "unet": (unet, noise, None, r"lora_unet_(down|up|mid)_block[s_]\w+_to_\w+\.diff"),
     # of whose `proj_out` those within a block are not adapted
     "transformer": (flux, patches, r".*\.to_q|proj_out|.*\.proj_mlp", r"transformer\.[\w.]+\.diff"),
-    "text_encoder": (
-        clip,
-        lambda: {"input_ids": torch.arange(12).reshape(2, 6)},
-        None,
-        r"text_encoder\.text_model\.encoder\.layers\.\d\.self_attn\.[qv]_proj\.diff",
-    ),
+    "text_encoder": (clip, ids, None, OF_CLIP),
 }
+
+
+def pipeline(component: str, model: nn.Module) -> Any:
+    """Build a pipeline of Stable Diffusion or of Flux around one of its models."""
+    import diffusers
+
+    others = ["scheduler", "vae", "text_encoder", "tokenizer"]
+    if component == "transformer":
+        parts = dict.fromkeys([*others, "text_encoder_2", "tokenizer_2"])
+        return diffusers.FluxPipeline(**parts, transformer=model)
+    parts = dict.fromkeys([*others, "safety_checker", "feature_extractor"]) | {"unet": unet()} | {component: model}
+    return diffusers.StableDiffusionPipeline(requires_safety_checker=False, **parts)
 
 
 def output(model: nn.Module, inputs: Callable[[], dict[str, Any]]) -> Tensor:
@@ -325,31 +339,3 @@ def test_a_pipeline_of_diffusers_loads_the_update_as_it_is(component: str, tmp_p
         keys = {f"{part}_{fqn.replace('.', '_')}" for part in ("lora_unet", "transformer", "text_encoder_text_model")}
         (tensor,) = (plain[key] for key in keys & plain.keys())
         assert same_bits(tensor, randlora.delta_weight(model, fqn).detach()), fqn
-
-
-@both_kinds
-def test_a_full_update_has_a_generic_key_and_the_layout_of_its_weight(kind: RealModel, tmp_path: Path) -> None:
-    source, model = our_directory(kind, tmp_path)
-    report = randlora.files.convert(source, tmp_path / "diff", "diff")
-    assert "for 'diffusion_model'" in report.notes[-1]
-    before, diff = kind.build().state_dict(), load_file(tmp_path / "diff" / "diff.safetensors")
-    targets = randlora.adapters(model)[0].targets
-    randlora.merge(model)
-    for fqn in targets:
-        found = before[f"{fqn}.weight"] + diff[f"diffusion_model.{fqn}.diff"]
-        torch.testing.assert_close(found, model.get_parameter(f"{fqn}.weight").data)
-
-
-@pytest.mark.parametrize(
-    "options", [{"to": "lora", "format": "diffusers"}, {"to": "lora", "format": "mlx"}, {"to": "diff"}], ids=str
-)
-def test_updates_are_written_again_and_not_beside_another_format(options: dict[str, Any], tmp_path: Path) -> None:
-    source, _ = our_directory(LLAMA, tmp_path)
-    first, second = (randlora.files.convert(source, tmp_path / "again", overwrite=True, **options) for _ in range(2))
-    assert first == second
-    assert first.nbytes == sum(map(len, contents(tmp_path / "again").values()))
-    randlora.files.convert(source, tmp_path / "out", "peft")
-    before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match="holds files of a different format, such as adapter_model"):
-        randlora.files.convert(source, tmp_path / "out", overwrite=True, **options)
-    assert contents(tmp_path) == before

@@ -1,4 +1,4 @@
-"""Merging on disk equals loading, merging and saving, byte for byte, and a merge that fails leaves all as it was."""
+"""Merging on disk and from memory equals merging and saving, byte for byte; what fails leaves all as it was."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -18,31 +19,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import randlora
+from randlora import files
 from randlora.__main__ import main
-from randlora.errors import CheckpointError, ConfigError, MergeError
-from randlora.files.model_directory import copy_config, find_companions, read_model_directory
+from randlora.disk.formats import write_tensor_file
+from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError
+from randlora.files.model_directory import INDEX_FILE, copy_config, find_companions, read_model_directory
 from randlora.readers.experts import Experts
+from tests import model_directories, quantized
 from tests.checkpoint_files import read_tensors
-from tests.directories import their_directory
 from tests.hostile_files import sparse
-from tests.kit import adapter_values, all_bits, same_bits
-from tests.model_directories import (
-    HEADS,
-    SHARD,
-    adapter_of,
-    assert_same_tensors,
-    contents,
-    edit_model,
-    merge_into,
-    save_adapter,
-    save_model,
-    stored,
-    write,
-)
-from tests.models import BERT, GPT2, LLAMA, VIT, RealModel
-from tests.peer import THEIR_WARNINGS
+from tests.kit import adapter_values, all_bits, fill, same_bits, untouched
+from tests.model_directories import adapter_of, assert_same_tensors, contents, save_adapter, save_model, stored, write
+from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, llama, outputs
+from tests.peer import THEIR_WARNINGS, their_directory
 from tests.read_kinds import ReadKind, every_read_kind
 from tests.test_readers_experts import EXPERTS, gpt_oss, made, mixtral
+from tests.transformers_zoo import tiny
 
 pytestmark = THEIR_WARNINGS
 
@@ -52,7 +44,8 @@ Weighted = list[tuple[float, dict[str, Any]]]
 
 def of_every_kind(kind: RealModel) -> Weighted:
     """Options of adapters of every kind of bases, of which the second's are those of the first, which grow."""
-    first = {"targets": list(kind.targets[:1]), "train_also": [HEADS[kind.name]], "stream": "portable"}
+    head = model_directories.HEADS[kind.name]
+    first = {"targets": list(kind.targets[:1]), "train_also": [head], "stream": "portable"}
     others: Weighted = [
         (1.0, {"stream": "portable"}),
         (-0.3, {"r": 5, "seed": 1, "basis": "sparse"}),
@@ -72,8 +65,8 @@ STACKS: Weighted = [
 ]
 MERGED: dict[str, tuple[Callable[[], nn.Module], torch.dtype, str, Weighted]] = {
     "llama": (LLAMA.build, torch.float32, "", of_every_kind(LLAMA)),
-    "gpt2": (GPT2.build, torch.bfloat16, SHARD, of_every_kind(GPT2)),
-    "vit": (VIT.build, torch.float16, SHARD, of_every_kind(VIT)),
+    "gpt2": (GPT2.build, torch.bfloat16, model_directories.SHARD, of_every_kind(GPT2)),
+    "vit": (VIT.build, torch.float16, model_directories.SHARD, of_every_kind(VIT)),
     "whole-first": (LLAMA.build, torch.bfloat16, "", WHOLE),
     "whole-last": (LLAMA.build, torch.bfloat16, "", WHOLE[::-1]),
     "mixtral": (lambda: made(mixtral), torch.bfloat16, "2KB", STACKS),
@@ -94,9 +87,14 @@ def test_several_adapters_and_what_was_trained_beside_them_are_merged_as_in_memo
         for number, (weight, options) in enumerate(weighted)
     }
     before = contents(tmp_path)
-    report = randlora.files.merge(adapters, tmp_path / "out", base=base)
-    expected = merge_into(model_class.from_pretrained(base), adapters)
-    assert contents(report.out) == contents(write(expected, tmp_path / "expected", is_sharded=bool(shard), shard=shard))
+    report = files.merge(adapters, tmp_path / "out", base=base)
+    carrying = model_directories.carrying(model_class.from_pretrained(base), adapters)
+    with untouched(carrying):
+        saved = files.save_merged(carrying, tmp_path / "saved", max_shard_size=shard or "5GB")
+    randlora.merge(carrying)
+    expected = write(carrying, tmp_path / "expected", is_sharded=bool(shard), shard=shard)
+    assert contents(report.out) == contents(expected)
+    assert_same_tensors(saved.out, expected)
     assert before.items() <= contents(tmp_path).items()
     assert (report.shards > 1) == bool(shard)
     assert report.adapters == {str(path): weight for path, weight in adapters.items()}
@@ -116,25 +114,23 @@ def test_a_stack_is_merged_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pyt
         return cast("Tensor", compute(cls, weight, *args))
 
     monkeypatch.setattr(Experts, "with_updates", classmethod(counted))
-    randlora.files.merge(adapter, tmp_path / "out", base=base)
+    files.merge(adapter, tmp_path / "out", base=base)
     assert computed == [1] * 16
 
 
 def test_a_wider_dtype_is_that_of_the_model_while_merging_and_a_narrower_is_rounded_to_once(tmp_path: Path) -> None:
     base = save_model(BERT, tmp_path / "base", dtype=torch.bfloat16, is_sharded=True)
-    adapter, _ = their_directory(BERT, tmp_path, modules_to_save=["classifier"])
+    adapter, held = their_directory(BERT, tmp_path, modules_to_save=["classifier"])[0], stored(base)
     for dtype in (torch.float32, torch.float16):
-        report = randlora.files.merge(adapter, tmp_path / f"to {dtype}", base=base, dtype=dtype)
+        report = files.merge(adapter, tmp_path / f"to {dtype}", base=base, dtype=dtype)
         model = BERT.build().to(torch.bfloat16).to(torch.promote_types(torch.bfloat16, dtype))
-        expected = write(merge_into(model, {adapter: 1.0}).to(dtype), tmp_path / f"expected {dtype}")
+        expected = write(model_directories.merge_into(model, {adapter: 1.0}).to(dtype), tmp_path / f"expected {dtype}")
         assert_same_tensors(report.out, expected)
         assert (report.out / "config.json").read_bytes() == (expected / "config.json").read_bytes()
         assert report.replaced == ("classifier.bias", "classifier.weight")
         index = json.loads((report.out / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        assert (
-            index["metadata"]["total_size"] == report.nbytes == sum(each.nbytes for each in stored(expected).values())
-        )
-        assert set(index["weight_map"]) == set(stored(base))
+        nbytes = sum(each.nbytes for each in stored(expected).values())
+        assert (index["metadata"]["total_size"], report.nbytes, {*index["weight_map"]}) == (nbytes, nbytes, {*held})
 
 
 def test_what_is_no_float_keeps_its_dtype_and_floats_of_8_bits_are_merged_into_in_a_wider_one(tmp_path: Path) -> None:
@@ -142,23 +138,21 @@ def test_what_is_no_float_keeps_its_dtype_and_floats_of_8_bits_are_merged_into_i
     adapter, narrow, bfloat16 = save_adapter(LLAMA, tmp_path / "adapter"), torch.float8_e4m3fn, torch.bfloat16
     others = {"position_ids": torch.arange(5), "empty": torch.empty(0, 3), "scalar": torch.tensor(1.5)}
     held = {name: tensor.to(narrow) for name, tensor in stored(base).items()}
-    edit_model(base, held | others)
-    edit_model(plain, {name: tensor.float() for name, tensor in held.items()} | others)
+    model_directories.edit_model(base, held | others)
+    model_directories.edit_model(plain, {name: tensor.float() for name, tensor in held.items()} | others)
     with pytest.raises(MergeError, match=r"is torch\.float8_e4m3fn, which would lose most of an update: give a dtype"):
-        randlora.files.merge(adapter, tmp_path / "out", base=base)
+        files.merge(adapter, tmp_path / "out", base=base)
     for dtype in (torch.float32, bfloat16):
         found, expected = (
-            randlora.files.merge(adapter, tmp_path / f"{of.name} {dtype}", base=of, dtype=dtype).out
-            for of in (base, plain)
+            files.merge(adapter, tmp_path / f"{of.name} {dtype}", base=of, dtype=dtype).out for of in (base, plain)
         )
         assert_same_tensors(found, expected)
     merged = stored(found)
     assert same_bits(merged.pop("position_ids"), torch.arange(5))
-    assert merged["empty"].shape == (0, 3)
-    assert {tensor.dtype for tensor in merged.values()} == {bfloat16}
-    edit_model(base, {f"{Q}.scale_weight": torch.ones(())})
+    assert (merged["empty"].shape, {tensor.dtype for tensor in merged.values()}) == ((0, 3), {bfloat16})
+    model_directories.edit_model(base, {f"{Q}.scale_weight": torch.ones(())})
     with pytest.raises(MergeError, match=r"q_proj\.weight is torch\.float8_e4m3fn and has a scale, .*scale_weight"):
-        randlora.files.merge(adapter, tmp_path / "out", base=base, dtype=bfloat16)
+        files.merge(adapter, tmp_path / "out", base=base, dtype=bfloat16)
     assert not (tmp_path / "out").exists()
 
 
@@ -169,7 +163,7 @@ def test_files_of_every_kind_are_inspected_and_merged_as_in_memory(kind: ReadKin
     save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     model, adapter = kind.adapted(), tmp_path / "adapter"
     randlora.save(model, adapter)
-    summary = randlora.files.inspect(adapter, norms=True)
+    summary = files.inspect(adapter, norms=True)
     (found,), update = summary.layers, randlora.delta_weight(model, kind.target).detach().double()
     *stack, out_features, in_features = kind.layer(model).adapters["default"].shape
     assert (found.fqn, found.out_features, found.in_features) == (kind.target, out_features, in_features)
@@ -179,17 +173,17 @@ def test_files_of_every_kind_are_inspected_and_merged_as_in_memory(kind: ReadKin
     assert ("matrices" in str(summary)) == (matrices > 1)
     norms = float(update.norm()), float(torch.linalg.svdvals(update.reshape(*stack, out_features, in_features)).max())
     assert (found.frobenius, found.spectral) == pytest.approx(norms, rel=1e-5)
-    assert randlora.files.verify(adapter, tmp_path / "base").passed
+    assert files.verify(adapter, tmp_path / "base").passed
     if kind.kind != "linear":
         with pytest.raises(CheckpointError, match=rf"cannot convert for PEFT: .* not {kind.target} \({kind.kind}\)"):
-            randlora.files.convert(adapter, tmp_path / "out", "peft")
+            files.convert(adapter, tmp_path / "out", "peft")
         what = rf"(of kind {kind.kind}|a stack of \d matrices)"
         with pytest.raises(ConfigError, match=rf"{kind.target} is {what}, and only linear layers"):
-            randlora.files.convert(adapter, tmp_path / "out", "lora", tolerance=1.0)
-        randlora.files.convert(adapter, tmp_path / "native", "native")
+            files.convert(adapter, tmp_path / "out", "lora", tolerance=1.0)
+        files.convert(adapter, tmp_path / "native", "native")
         (again, header), (own, expected) = read_tensors(tmp_path / "native"), read_tensors(adapter)
         assert (all_bits(again), header) == (all_bits(own), expected)
-    randlora.files.merge(adapter, tmp_path / "out", base=tmp_path / "base")
+    files.merge(adapter, tmp_path / "out", base=tmp_path / "base")
     randlora.merge(model)
     assert all_bits(load_file(tmp_path / "out" / "model.safetensors")) == all_bits(model.state_dict())
 
@@ -236,9 +230,9 @@ def test_what_a_model_needs_goes_along_and_weights_in_other_forms_do_not(tmp_pat
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
 def test_a_dtype_is_put_wherever_the_config_names_one(field: str, tmp_path: Path) -> None:
     text, vision = {field: "float32", "dtype_of_norms": "x"}, {field: None}
-    config = {field: "float32", "text_config": text, "vision_config": vision}
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    copy_config(tmp_path / "config.json", tmp_path / "copy.json", torch.bfloat16)
+    own = tmp_path / "config.json"
+    own.write_text(json.dumps({field: "float32", "text_config": text, "vision_config": vision}), encoding="utf-8")
+    copy_config(own, tmp_path / "copy.json", torch.bfloat16)
     written = json.loads((tmp_path / "copy.json").read_text(encoding="utf-8"))
     assert written == {field: "bfloat16", "text_config": {**text, field: "bfloat16"}, "vision_config": vision}
 
@@ -255,9 +249,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def merge(root: Path, **options: Any) -> Path:
-    """Merge the adapter below a directory into the base there, or what is given."""
     given: dict[str, Any] = {"base": root / "base", "adapters": root / "adapter", "out": root / "out", **options}
-    return randlora.files.merge(**given).out
+    return files.merge(**given).out
 
 
 def refused(root: Path, match: str, error: type[Exception] = MergeError, **options: Any) -> None:
@@ -308,14 +301,14 @@ def test_inputs_are_never_opened_for_writing_and_a_locked_directory_is_refused()
             path.chmod(path.stat().st_mode | stat.S_IWUSR)
 
 
-def test_what_the_disk_has_no_room_for_is_not_begun(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_leaves_nothing(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or, of a replacement, the model that was there; nor is begun what there is no room for."""
     needed = sum(map(len, contents(root / "base").values()))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(0.9 * needed)))
-    refused(root, r"it needs .*, .* are free")
-
-
-def test_a_disk_that_is_full_leaves_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Or, of a replacement, the model that was there."""
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(0.9 * needed)))
+        refused(root, r"it needs .*, .* are free")
     words = ["merge", str(root / "adapter"), str(root / "out"), "--base", str(root / "base")]
     for more in ([], ["--overwrite"]):
         before, (soft, hard) = contents(root), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -324,10 +317,147 @@ def test_a_disk_that_is_full_leaves_nothing(root: Path, capsys: pytest.CaptureFi
             assert main([*words, *more]) == 1
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        shown = capsys.readouterr()
-        assert shown.out == ""
-        assert re.search(r"error: File too large: .*\.safetensors", shown.err)
-        assert contents(root) == before
+        out, err = capsys.readouterr()
+        assert (out, contents(root)) == ("", before)
+        assert re.search(r"error: File too large: .*\.safetensors", err)
         assert sorted(path.name for path in root.iterdir()) == ["adapter", "base", "out"][: 2 + len(more)]
         if not more:
             merge(root)
+
+
+# `save_merged`: the same files of a model in memory, which stays as it is
+
+WRITER = "randlora.files.save_merged.write_tensor_file"
+
+
+def adapted(model: nn.Module, **options: Any) -> Any:
+    randlora.inject(model, **{"r": 4, "targets": "all-linear", **options})
+    return fill(model)
+
+
+MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "to bfloat16": (LLAMA.build, {"dtype": torch.bfloat16}),
+    "sharded": (LLAMA.build, {"max_shard_size": model_directories.SHARD}),
+    "tied": (lambda: llama(tie_word_embeddings=True), {}),
+    "masked, tied with a bias": (lambda: tiny("bert", "BertForMaskedLM"), {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_files_are_those_of_merging_and_saving(name: str, tmp_path: Path) -> None:
+    build, options = MODELS[name]
+    model, dtype, is_sharded = adapted(build()), options.get("dtype"), name == "sharded"
+    with untouched(model):
+        report = files.save_merged(model, tmp_path / "out", **options)
+    with randlora.merged(model):
+        assert contents(files.save_merged(model, tmp_path / "again", **options).out) == contents(report.out)
+    randlora.merge(model)
+    held, expected = contents(report.out), write(model.to(dtype), tmp_path / "expected", is_sharded=is_sharded)
+    assert ("as bfloat16" in str(report)) == (dtype is not None)
+    assert report.nbytes == sum(tensor.nbytes for tensor in stored(report.out).values())
+    assert report.shards == sum(file.endswith(".safetensors") for file in held)
+    assert (report.shards > 1) == is_sharded
+    if is_sharded:  # in files that are not cut at the same places
+        own, theirs = (json.loads((each / INDEX_FILE).read_text(encoding="utf-8")) for each in (report.out, expected))
+        assert (own["metadata"], [*own["weight_map"]]) == (theirs["metadata"], [*theirs["weight_map"]])
+    else:
+        assert held == contents(expected)
+    _, kinds = type(model).from_pretrained(report.out, output_loading_info=True)
+    assert not (kinds["missing_keys"])
+    assert not (kinds["unexpected_keys"])
+
+
+@pytest.mark.parametrize("kind", quantized.MODELS[:2], ids=lambda kind: kind.name)
+def test_a_quantized_model_is_written_as_the_plain_one_that_it_stands_for(kind: RealModel, tmp_path: Path) -> None:
+    model: Any = adapted(quantized.quantized_model(kind, quantized.NF4), targets=kind.targets)
+    report = files.save_merged(model, tmp_path / "out")
+    loaded = type(model).from_pretrained(report.out).eval()
+    assert getattr(loaded.config, "quantization_config", None) is None != model.config.quantization_config
+    with randlora.merged(model, quantized="dequantize"):
+        torch.testing.assert_close(outputs(loaded, kind.inputs()), outputs(model, kind.inputs()))
+
+
+class Plain(nn.Module):
+    """A model without a config, with a layer in two places, statistics, and what a file may not hold."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.again = self.first
+        self.register_buffer("table", torch.zeros(2, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., 8)`` to ``(..., 8)``."""
+        y: Tensor = self.again(self.norm(self.first(x)))
+        return y
+
+
+def test_a_model_without_a_config_has_its_state_dict_written_and_what_moved_or_did_not_is_noted(tmp_path: Path) -> None:
+    model: Any = Plain()
+    loaded, x = Plain(), torch.randn(4, 8)
+    randlora.inject(model, r=4, targets=["first"])
+    model(x)
+    report = files.save_merged(model, tmp_path / "untrained")
+    untrained, moved = report.notes
+    assert "the update of 'default' is exactly zero in all layers" in untrained
+    assert "moved since the model was adapted: the files have them as they are now" in moved
+    fill(model)
+    report = files.save_merged(model, tmp_path / "deep" / "out")
+    assert [*contents(report.out)] == ["model.safetensors"]
+    assert all_bits(stored(report.out)) == all_bits(dict(randlora.merged_tensors(model)))
+    loaded.load_state_dict(stored(report.out))
+    torch.testing.assert_close(loaded.eval()(x), model.eval()(x))
+    model.config = {"width": 8}
+    report = files.save_merged(model, tmp_path / "out")
+    assert "no config was written: the config of a Plain has no save_pretrained" in str(report)
+
+
+def poisoned() -> nn.Module:
+    model: nn.Module = adapted(Plain())
+    randlora.trainable_parameters(model)[0].data.fill_(torch.nan)
+    return model
+
+
+REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = [
+    (Plain, {}, AdapterError, "has no adapter"),
+    (poisoned, {}, MergeError, "first.weight would not be finite"),
+    (lambda: adapted(Plain(torch.complex128)), {}, MergeError, "table has torch.complex128, which safetensors files"),
+    (lambda: adapted(Plain()), {"dtype": torch.int8}, ConfigError, "a floating dtype"),
+    (lambda: adapted(Plain()), {"max_shard_size": "much"}, ConfigError, "like '5GB', got 'much'"),
+    (lambda: adapted(Plain()), {"max_shard_size": 0}, ConfigError, "got 0"),
+]
+
+
+def test_what_is_refused_leaves_nothing_and_nothing_is_written_over(tmp_path: Path) -> None:
+    for build, options, error, message in REFUSED:
+        model = build()
+        with untouched(model), pytest.raises(error, match=message):
+            files.save_merged(model, tmp_path / "deep" / "out", **options)
+    assert [*tmp_path.iterdir()] == []
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for place in (places := {*tmp_path.iterdir()}):
+        with pytest.raises(MergeError, match=rf"{place.name} exists: choose a different name, or remove it"):
+            files.save_merged(adapted(Plain()), place)
+    assert {*tmp_path.iterdir()} == places
+
+
+def test_at_most_the_tensors_of_one_file_are_held_and_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    held: list[int] = []
+
+    def counting(path: Path, planned: Any, metadata: Any) -> None:
+        held.append(sum(each.nbytes for each in planned))
+        write_tensor_file(path, planned, metadata)
+
+    model = adapted(LLAMA.build())
+    with mock.patch(WRITER, counting):
+        report = files.save_merged(model, tmp_path / "out", max_shard_size=20_000)
+    assert max(held) <= 20_000
+    index = json.loads((report.out / INDEX_FILE).read_text(encoding="utf-8"))
+    assert index["metadata"]["total_size"] == report.nbytes == sum(held)
+    written = mock.Mock(side_effect=[None, OSError(28, "No space left on device")])
+    with mock.patch(WRITER, written), pytest.raises(OSError, match="No space"):
+        files.save_merged(model, tmp_path / "full", max_shard_size=model_directories.SHARD)
+    assert [*tmp_path.iterdir()] == [report.out]

@@ -21,11 +21,10 @@ from randlora import files
 from randlora.errors import CheckpointError, ConfigError, MergeError, RandLoRAError
 from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, edit_fields, reseal
-from tests.directories import their_directory
 from tests.hostile_files import SPECIAL, sparse
 from tests.model_directories import adapter_of, contents, edit_json, edit_model, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT, llama
-from tests.peer import THEIR_WARNINGS
+from tests.peer import THEIR_WARNINGS, their_directory
 from tests.test_readers_experts import EXPERTS, made, mixtral
 
 pytestmark = THEIR_WARNINGS

@@ -17,23 +17,16 @@ import transformers
 from torch import nn
 
 import randlora
+from randlora import files
 from randlora.errors import CheckpointError, ConfigError, RandLoRAError, TargetError
 from randlora.files.model_directory import read_model_directory
 from randlora.files.transformers_model import build_model
 from randlora.report import Report
 from randlora.targets.census import Census
+from tests import model_directories
 from tests.checkpoint_files import edit_fields, edit_tensors, read_fields, reseal
-from tests.kit import all_bits, same_bits
-from tests.model_directories import (
-    adapter_of,
-    assert_same_tensors,
-    contents,
-    edit_json,
-    merge_into,
-    save_model,
-    stored,
-    write,
-)
+from tests.kit import same_bits
+from tests.model_directories import adapter_of, assert_same_tensors, contents, edit_json, merge_into, save_model, stored
 from tests.models import BERT, GPT2, LLAMA, VIT
 from tests.test_readers_experts import EXPERTS, gpt_oss, made, mixtral
 from tests.transformers_zoo import classes, tiny
@@ -68,21 +61,21 @@ def outcome(plan: Callable[..., Report], model: object, targets: str | None) -> 
 
 def assert_files_agree(name: str, model: nn.Module, directory: Path) -> None:
     """Plan, and adapt the attention and the experts of a model on disk and in memory, and compare."""
-    base, model_class = write(model, directory / "base"), getattr(transformers, name)
+    base, model_class = model_directories.write(model, directory / "base"), getattr(transformers, name)
     before = contents(base)
     for targets in (None, "all-linear"):
         planned = outcome(randlora.plan, model, targets)
-        assert outcome(randlora.files.plan, base, targets) == planned
+        assert outcome(files.plan, base, targets) == planned
     if isinstance(planned, str):
         return
     experts = [site.fqn for site in Census.of(model).sites if site.layer_class.kind == "experts"]
     chosen = [fqn for fqn in (*planned.targets, *experts) if re.search("attn|attention|expert", fqn, re.IGNORECASE)]
     adapter = adapter_of(model, directory / "adapter", targets=chosen or list(planned.targets))
-    assert randlora.files.verify(adapter, base).passed
-    report = randlora.files.merge(adapter, directory / "out", base=base)
+    assert files.verify(adapter, base).passed
+    report = files.merge(adapter, directory / "out", base=base)
     assert contents(base) == before
     loaded = merge_into(model_class.from_pretrained(base), {adapter: 1.0})
-    assert_same_tensors(report.out, write(loaded, directory / "expected"))
+    assert_same_tensors(report.out, model_directories.write(loaded, directory / "expected"))
     found, own = stored(report.out), stored(base)
     assert {name for name in found if not same_bits(found[name], own[name])} == set(report.merged) != set()
 
@@ -98,10 +91,9 @@ def zoo() -> Iterator[Any]:
 @pytest.mark.filterwarnings("ignore:the default adapts only:UserWarning")
 @pytest.mark.parametrize(("names", "least"), [*zoo()])
 def test_classes_are_planned_and_merged_as_in_memory(names: dict[str, str], least: int, tmp_path: Path) -> None:
-    models = ((name, tiny(model_type, name)) for name, model_type in names.items())
     compared, unlike = 0, {}
-    for name, model in models:
-        if model is not None:
+    for name, model_type in names.items():
+        if (model := tiny(model_type, name)) is not None:
             compared += 1
             try:
                 assert_files_agree(name, model, tmp_path / name)
@@ -113,12 +105,14 @@ def test_classes_are_planned_and_merged_as_in_memory(names: dict[str, str], leas
 
 def test_without_transformers_names_that_agree_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pair(name: str, model: nn.Module, **options: Any) -> tuple[Path, Path]:
-        return adapter_of(model, tmp_path / f"of {name}", **options), write(model, tmp_path / name)
+        return adapter_of(model, tmp_path / f"of {name}", **options), model_directories.write(model, tmp_path / name)
 
     llama: Any = LLAMA.build()
     oss: Any = made(gpt_oss, dtype=torch.float32)  # one of its stacks is of squares, which do not show the layout
     both = [pair("llama", llama, train_also=["norm"]), pair("stacks", oss, targets=EXPERTS)]
-    bare = [write(model.model, tmp_path / f"bare {model.config.model_type}") for model in (llama, oss)]
+    bare = [
+        model_directories.write(model.model, tmp_path / f"bare {model.config.model_type}") for model in (llama, oss)
+    ]
     earlier = [pair("earlier", llama, targets=["up_proj"]), pair("gpt2", GPT2.build(), targets=["c_attn"])]
     for adapter, _ in earlier:
         reseal(adapter, transposed=None)
@@ -126,13 +120,13 @@ def test_without_transformers_names_that_agree_are_merged(tmp_path: Path, monkey
 
     def merged(adapter: Path, base: Path, **options: Any) -> Path:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        return randlora.files.merge(adapter, tmp_path / "out", base=base, **options).out
+        return files.merge(adapter, tmp_path / "out", base=base, **options).out
 
     expected = [(contents(merged(*each)), stored(merged(*each))) for each in (*both, *earlier)]
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for each, (files, _) in zip((*both, *earlier), expected, strict=True):  # a weight's shape says how it is stored
-        assert contents(merged(*each)) == files
-        assert randlora.files.verify(*each).passed
+    for each, (held, _) in zip((*both, *earlier), expected, strict=True):  # a weight's shape says how it is stored
+        assert contents(merged(*each)) == held
+        assert files.verify(*each).passed
     for each in renamed:
         with pytest.raises(CheckpointError, match=r"has no layer \S+ under this name \(transformers, "):
             merged(*each)
@@ -147,20 +141,19 @@ def test_without_transformers_our_files_say_what_is_transposed(tmp_path: Path, m
     """Of square ``Conv1D`` layers and of an `nn.Linear` that is not square."""
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 20, "num_labels": 2, "pad_token_id": 0}
     model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes))
-    base, adapter = write(model, tmp_path / "base"), tmp_path / "adapter"
+    base, adapter = model_directories.write(model, tmp_path / "base"), tmp_path / "adapter"
     adapter_of(model, adapter, targets=["attn.c_proj", "score"])
     others = [Path(shutil.copytree(adapter, tmp_path / name)) for name in ("an earlier version", "PEFT")]
     reseal(others[0], transposed=None)
     edit_tensors(others[1], {})
-    expected = stored(randlora.files.merge(adapter, tmp_path / "expected", base=base).out)
+    expected = files.merge(adapter, tmp_path / "expected", base=base).out
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert randlora.files.verify(adapter, base).passed
-    merged = stored(randlora.files.merge(adapter, tmp_path / "merged", base=base).out)
-    assert all_bits(merged) == all_bits(expected)
+    assert files.verify(adapter, base).passed
+    assert_same_tensors(files.merge(adapter, tmp_path / "merged", base=base).out, expected)
     for other in others:
         with pytest.raises(CheckpointError, match=r"h\.0\.attn\.c_proj may be stored transposed or not.*pip install"):
-            randlora.files.merge(other, tmp_path / "out", base=base)
-        assert not randlora.files.verify(other, base).passed
+            files.merge(other, tmp_path / "out", base=base)
+        assert not files.verify(other, base).passed
     assert not (tmp_path / "out").exists()
 
 
@@ -172,8 +165,8 @@ def refused(model: nn.Module, adapter: Path, base: Path, words: str, **options: 
     with pytest.raises(CheckpointError, match=words):
         randlora.load(model, adapter, **options)
     with pytest.raises(CheckpointError, match=words):
-        randlora.files.merge(adapter, base.parent / "out", base=base, **options)
-    assert re.search(words, str(randlora.files.verify(adapter, base, **options)))
+        files.merge(adapter, base.parent / "out", base=base, **options)
+    assert re.search(words, str(files.verify(adapter, base, **options)))
     assert not (base.parent / "out").exists()
 
 
@@ -185,7 +178,7 @@ def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(one: str
         name: adapter_of(model, tmp_path / f"of {name}", targets=["query"], train_also=["embeddings.LayerNorm"])
         for name, model in models.items()
     }
-    model, base = models[one], write(models[one], tmp_path / "base")
+    model, base = models[one], model_directories.write(models[one], tmp_path / "base")
     adapter, class_of_peft = adapters[other], {"auto_mapping": {"base_model_class": "X"}, "task_type": "CAUSAL_LM"}
     edit_fields(adapter, class_of_peft)
     named = "differ by the prefix 'bert': give prefix=\"bert\""
@@ -197,9 +190,9 @@ def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(one: str
             randlora.load(model, adapter, prefix=no_name)
     with pytest.raises(CheckpointError, match="fit as they are: leave it out"):
         randlora.load(model, adapters[one], prefix="bert")
-    assert randlora.files.verify(adapter, base, prefix="bert").passed
-    merged = randlora.files.merge(adapter, tmp_path / "out", base=base, prefix="bert").out
-    assert_same_tensors(merged, randlora.files.merge(adapters[one], tmp_path / "expected", base=base).out)
+    assert files.verify(adapter, base, prefix="bert").passed
+    merged = files.merge(adapter, tmp_path / "out", base=base, prefix="bert").out
+    assert_same_tensors(merged, files.merge(adapters[one], tmp_path / "expected", base=base).out)
     report = randlora.load(model, adapter, prefix="bert")
     assert re.search(r"with 'bert\.' (added|removed)$", report.rule)
     randlora.save(model, tmp_path / "again")  # under the names of the model that carries it now
@@ -214,55 +207,35 @@ def test_a_prefix_must_fit_one_way_and_no_trained_parameter_is_taken_for_another
     base = nn.ModuleDict({"q": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
     head = nn.ModuleDict({"base": base, "norm": nn.LayerNorm(8)})  # with norms of one name
     adapter_of(head, tmp_path / "of head", targets=["q"], train_also=["norm"])
-    with pytest.raises(CheckpointError, match=r"the model has no parameter norm\.weight, which was trained"):
-        randlora.load(base, tmp_path / "of head", prefix="base")
     nested = nn.ModuleDict({**layer(), "m": layer()})
     adapter_of(nested, tmp_path / "adapter", targets=r"m\.q")
     both = nn.ModuleDict({**layer(), "m": nn.ModuleDict({"m": layer()})})
-    with pytest.raises(CheckpointError, match="both with and without it"):
-        randlora.load(both, tmp_path / "adapter", prefix="m")
-    with pytest.raises(CheckpointError, match=r"the model has no layer m\.q"):  # and names no prefix
-        randlora.load(both, tmp_path / "adapter")
+    misfits: list[tuple[nn.Module, str, str | None, str]] = [
+        (base, "of head", "base", r"the model has no parameter norm\.weight, which was trained"),
+        (both, "adapter", "m", "both with and without it"),
+        (both, "adapter", None, r"the model has no layer m\.q"),  # and names no prefix
+    ]
+    for model, adapter, prefix, message in misfits:
+        with pytest.raises(CheckpointError, match=message):
+            randlora.load(model, tmp_path / adapter, prefix=prefix)
     draft = nn.ModuleDict({"m": layer(), "draft": nested})
     assert randlora.load(draft, tmp_path / "adapter", prefix="draft").targets == ("draft.m.q",)
 
 
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning", "ignore::FutureWarning")
-def test_what_peft_trained_is_fitted_with_a_prefix_and_a_tied_parameter_is_refused(tmp_path: Path) -> None:
-    def by_peft(model: Any, name: str, **options: Any) -> Path:
-        config = peft.RandLoraConfig(r=4, **options)
-        peft.get_peft_model(model, config).save_pretrained(tmp_path / name)
-        return tmp_path / name
-
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_peft_trained_is_fitted_with_a_prefix(tmp_path: Path) -> None:
     full: Any = BERT.build()
-    base, gpt2 = write(full, tmp_path / "base"), save_model(GPT2, tmp_path / "gpt2")
-    adapter, native = by_peft(full.bert, "adapter", target_modules=["query"]), tmp_path / "native"
+    base, adapter, native = model_directories.write(full, tmp_path / "base"), tmp_path / "adapter", tmp_path / "native"
+    config = peft.RandLoraConfig(r=4, target_modules=["query"])
+    peft.get_peft_model(full.bert, config).save_pretrained(adapter)
     with pytest.raises(CheckpointError, match='give prefix="bert"'):
-        randlora.files.convert(adapter, native, "native", base=base)
-    randlora.files.convert(adapter, native, "native", base=base, prefix="bert")
-    summary = randlora.files.inspect(adapter, base, prefix="bert")
+        files.convert(adapter, native, "native", base=base)
+    files.convert(adapter, native, "native", base=base, prefix="bert")
+    summary = files.inspect(adapter, base, prefix="bert")
     assert [layer.fqn for layer in summary.layers] == [f"encoder.layer.{n}.attention.self.query" for n in (0, 1)]
     assert all(layer.frobenius is not None for layer in summary.layers)
     bare = BERT.build().get_submodule("bert")
     assert randlora.load(bare, native).targets == tuple(layer.fqn for layer in summary.layers)
-
-    head = by_peft(GPT2.build(), "head", target_modules=["c_attn"], modules_to_save=["lm_head"], fan_in_fan_out=True)
-    refused(GPT2.build(), head, gpt2, r"lm_head\.weight is tied to transformer\.wte\.weight here")
-
-
-def test_a_parameter_that_a_class_lacks_is_missing_for_load_merge_and_verify(tmp_path: Path) -> None:
-    full: Any = BERT.build()
-    base, adapter = write(full.bert, tmp_path / "bare"), tmp_path / "adapter"
-    adapter_of(full, adapter, targets=["query"], train_also=["classifier"])
-    bare = transformers.BertModel.from_pretrained(base)
-    lacking = r"differ by the prefix 'bert', and the model has no parameter classifier\.weight.*, which was trained"
-    with pytest.raises(CheckpointError, match=f"{lacking}.* as it was trained, a BertForSequenceClassification"):
-        randlora.load(bare, adapter)
-    reseal(adapter, model_class=None)  # as version 0.2 wrote it
-    with pytest.raises(CheckpointError, match=f"{lacking} with the adapter$"):
-        randlora.load(bare, adapter)
-    missing = "the model has no parameter classifier.weight, which was trained with the adapter"
-    refused(bare, adapter, base, missing, prefix="bert")
 
 
 # Classes that a config names
@@ -270,48 +243,48 @@ def test_a_parameter_that_a_class_lacks_is_missing_for_load_merge_and_verify(tmp
 
 def test_a_config_loads_no_code_and_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(LLAMA, tmp_path)
-    plain = randlora.files.plan(tmp_path, r=4)
+    plain = files.plan(tmp_path, r=4)
     (tmp_path / "modeling_own.py").write_text("raise SystemExit('code of the checkpoint was run')", encoding="utf-8")
     names = ("attn_implementation", "_attn_implementation", "experts_implementation")
     code = {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
     edit_json(tmp_path / "config.json", **code, **dict.fromkeys(names, "kernels-community/flash-attn"))
     monkeypatch.setattr(socket, "socket", None)
-    assert randlora.files.plan(tmp_path, r=4) == plain
+    assert files.plan(tmp_path, r=4) == plain
 
 
-TIMM = {"architectures": ["TimmWrapperModel"]}
+TIMM: dict[str, Any] = {"architectures": ["TimmWrapperModel"]}
 DEPTH = {"architectures": ["DepthAnythingForDepthEstimation"], "backbone": "user/repo", "use_timm_backbone": False}
-ASKING: dict[str, dict[str, Any]] = {
-    "layers": {"num_hidden_layers": 50_000},
-    "layers-beyond-memory": {"num_hidden_layers": 10**12},
-    "layers-of-a-part": {
-        "architectures": ["LlavaForConditionalGeneration"], "text_config": {"num_hidden_layers": 10**12}
-    },
-    "weights-of-timm": {**TIMM, "architecture": "resnet18", "model_args": {"checkpoint_path": "weights.pth"}},
-    "repository-of-timm": {**TIMM, "architecture": "hf-hub:user/repo"},
-    "directory-of-timm": {**TIMM, "architecture": "local-dir:/tmp"},
-    "backbone": {**DEPTH, "backbone_config": None},
-}  # fmt: skip
+LLAVA, MANY = {"architectures": ["LlavaForConditionalGeneration"]}, {"num_hidden_layers": 10**12}
+ASKING: list[dict[str, Any]] = [
+    {"num_hidden_layers": 50_000},
+    MANY,
+    {**LLAVA, "text_config": MANY},
+    {**TIMM, "architecture": "resnet18", "model_args": {"checkpoint_path": "weights.pth"}},
+    {**TIMM, "architecture": "hf-hub:user/repo"},
+    {**TIMM, "architecture": "local-dir:/tmp"},
+    {**DEPTH, "backbone_config": None},
+]
 
 
-@pytest.mark.parametrize("changes", ASKING.values(), ids=ASKING)
 def test_a_class_that_asks_for_what_its_files_do_not_have_is_not_built(
-    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import timm
 
-    asked: list[str] = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host))
-    monkeypatch.setattr(timm.models._factory, "load_checkpoint", lambda *_, **__: asked.append("load_checkpoint"))
-    monkeypatch.setattr(timm.models._factory, "load_model_config_from_path", lambda *_: asked.append("local-dir"))
+    asked: list[Any] = []
+    loading = (timm.models._factory, "load_checkpoint"), (timm.models._factory, "load_model_config_from_path")
+    for module, name in ((socket, "getaddrinfo"), *loading):
+        monkeypatch.setattr(module, name, lambda *asking, **_: asked.append(asking))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    save_model(LLAMA, tmp_path)
-    edit_json(tmp_path / "config.json", **changes)
-    begin = time.process_time()
-    reason = build_model(read_model_directory(tmp_path))
-    assert isinstance(reason, str)
-    assert re.search("modules and parameters|_layers is|names (other files|a different)|[Oo]ffline", reason), reason
-    assert time.process_time() - begin < 10
-    assert asked == []
-    assert not huggingface_hub.constants.HF_HUB_OFFLINE
-    assert not nn.modules.module._global_module_registration_hooks
+    for number, changes in enumerate(ASKING):
+        directory = save_model(LLAMA, tmp_path / str(number))
+        edit_json(directory / "config.json", **changes)
+        begin = time.process_time()
+        reason = build_model(read_model_directory(directory))
+        assert isinstance(reason, str)
+        said = "modules and parameters|_layers is|names (other files|a different)|[Oo]ffline"
+        assert re.search(said, reason), reason
+        assert time.process_time() - begin < 10
+        assert asked == []
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE
+        assert not nn.modules.module._global_module_registration_hooks

@@ -17,7 +17,7 @@ from tests.peer import TRAINERS_WARNINGS
 pytestmark = [*TRAINERS_WARNINGS, pytest.mark.medium]
 
 
-def test_a_checkpoint_has_what_is_trained_and_statistics_and_nothing_of_the_base(tmp_path: Path) -> None:
+def test_a_checkpoint_has_what_is_trained_and_statistics_and_an_adapter_is_beside_it(tmp_path: Path) -> None:
     module = Module()
     trainer = fit(module, tmp_path, epochs=1)
     values = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
@@ -26,6 +26,13 @@ def test_a_checkpoint_has_what_is_trained_and_statistics_and_nothing_of_the_base
     assert not {"model.0.weight", "model.1.bias"} & values.keys()
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     assert torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"].keys() == values.keys()
+    out, callback = tmp_path / "beside", AdapterCallback(adapter_directories=True)
+    fit(module, out, epochs=3, callback=callback, checkpoints={"save_top_k": 1})  # the others are removed
+    assert sorted(path.name for path in out.iterdir()) == ["epoch=2.adapter", "epoch=2.ckpt"]
+    fresh = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Dropout(0.1), nn.Linear(32, 8))
+    randlora.load(fresh, out / "epoch=2.adapter", trainable=True)
+    own, loaded = randlora.trainable_parameters(module.model), randlora.trainable_parameters(fresh)
+    assert all(torch.equal(one, other) for one, other in zip(own, loaded, strict=True))
 
 
 class Own(Module):
@@ -46,16 +53,6 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path: Pa
     assert "on_load_checkpoint" not in vars(rest)
 
 
-def test_adapters_are_saved_beside_checkpoints_and_removed_with_them(tmp_path: Path) -> None:
-    module = Module()
-    fit(module, tmp_path, epochs=3, callback=AdapterCallback(adapter_directories=True), checkpoints={"save_top_k": 1})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch=2.adapter", "epoch=2.ckpt"]
-    fresh = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Dropout(0.1), nn.Linear(32, 8))
-    randlora.load(fresh, tmp_path / "epoch=2.adapter", trainable=True)
-    own, loaded = randlora.trainable_parameters(module.model), randlora.trainable_parameters(fresh)
-    assert all(torch.equal(one, other) for one, other in zip(own, loaded, strict=True))
-
-
 DIFFERENCES: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1}, r"differs from the model's in bases: inject .* it was trained with, on dense bases .*seed=0"),
     ({"r": 2}, "differs from the model's in layers and bases"),
@@ -66,7 +63,7 @@ DIFFERENCES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_a_checkpoint_of_another_adapter_or_of_other_parameters_is_refused_before_anything_is_loaded(
+def test_checkpoints_of_another_adapter_and_of_weights_only_are_refused_and_nothing_is_loaded(
     tmp_path: Path,
 ) -> None:
     fit(Module(), tmp_path, epochs=1)
@@ -75,18 +72,14 @@ def test_a_checkpoint_of_another_adapter_or_of_other_parameters_is_refused_befor
         module.head.bias.requires_grad = bool(options)
         with untouched(module.model), pytest.raises(CheckpointError, match=message):
             fit(module, tmp_path, epochs=2, resume=tmp_path / "epoch=0.ckpt")
-
-
-def test_a_module_without_an_adapter_and_checkpoints_of_weights_only_are_refused(tmp_path: Path) -> None:
-    plain = Module()
+    plain, module = Module(), Module()
     randlora.eject(plain.model)
     with pytest.raises(AdapterError, match=r"Module has no adapter: call randlora\.inject before trainer\.fit"):
         fit(plain, tmp_path, epochs=1)
-    module = Module()
     with pytest.raises(CheckpointError, match="writes the whole model"):
         fit(module, tmp_path, epochs=1, checkpoints={"save_weights_only": True})
     assert module.losses == []
-    trainer = fit(Module(), tmp_path, epochs=1)
+    trainer = fit(module, tmp_path, epochs=1)
     with pytest.raises(CheckpointError, match="writes the whole model"):
         trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     assert not (tmp_path / "weights.ckpt").exists()

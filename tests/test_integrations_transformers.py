@@ -1,46 +1,42 @@
-"""`AdapterTrainer`: checkpoints of the adapter only, and runs that go on as if they had not been stopped."""
+"""`AdapterCheckpoints` with the trainers of transformers, TRL and sentence-transformers, and an engine for vLLM."""
 
-import ast
+import copy
 import inspect
 import json
 import shutil
-import textwrap
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import sentence_transformers
 import torch
 import transformers
+from datasets import Dataset
 from huggingface_hub import constants
-from torch import nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from peft import LoraConfig
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError
 from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, AdapterTrainer, LoadsAdapters
-from tests.hub_server import point_client_at, running_hub
-from tests.kit import fill, untouched
-from tests.trainers import (
-    ADAPTER_FILES,
-    QUIET,
-    adapted_model,
-    arguments,
-    files,
-    plain_model,
-    rows,
-    tokenizer,
-    trained_bits,
-)
+from tests import trainers
+from tests.hub_server import keep_client_in, point_client_at, running_hub
+from tests.kit import Bits, all_bits, bits, fill, same_bits, untouched
+from tests.trainers import ADAPTER_FILES, QUIET, adapted_model, files, plain_model, rows, tokenizer, trained_bits
 
 pytestmark = [*QUIET, pytest.mark.medium]
-
-
-def trainer(model: nn.Module, directory: Path | str, **options: Any) -> AdapterTrainer:
-    own = {name: options.pop(name) for name in ("optimizers", "processing_class", "eval_dataset") if name in options}
-    return AdapterTrainer(model, arguments(TrainingArguments, directory, **options), train_dataset=rows(), **own)
 
 
 @pytest.fixture(autouse=True)
@@ -48,20 +44,55 @@ def _in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def given() -> Any:
+def with_checkpoints(kind: type) -> Any:
+    """Make of a class of trainers one whose checkpoints have the adapter only."""
+    return type(kind.__name__, (AdapterCheckpoints, kind), {})
+
+
+SENTENCES = sentence_transformers.SentenceTransformerTrainer
+SFT, DPO, GRPO, Seq2Seq, Sentences = map(
+    with_checkpoints, (SFTTrainer, DPOTrainer, GRPOTrainer, Seq2SeqTrainer, SENTENCES)
+)
+
+
+TEXTS = {"text": [f"{i} squared is {i * i}" for i in range(16)]}
+PROMPTS = {"prompt": [f"{i} squared is" for i in range(16)]}
+PAIRS = {"a": [f"{i}" for i in range(16)], "b": ["x"] * 16, "score": [i / 16 for i in range(16)]}
+
+
+def digits(completions: list[str], **_: Any) -> list[float]:
+    return [sum(letter.isdigit() for letter in text) / 4 for text in completions]
+
+
+SAMPLES = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 4}
+GIVEN: dict[type, tuple[Any, Callable[[], Any], dict[str, Any]]] = {
+    SFTTrainer: (SFTConfig, partial(Dataset.from_dict, TEXTS), {}),
+    DPOTrainer: (DPOConfig, trainers.preferences, {}),
+    GRPOTrainer: (GRPOConfig, partial(Dataset.from_dict, PROMPTS), {"reward_funcs": digits}),
+    SENTENCES: (sentence_transformers.SentenceTransformerTrainingArguments, partial(Dataset.from_dict, PAIRS), {}),
+    Seq2SeqTrainer: (Seq2SeqTrainingArguments, rows, {}),
+    Trainer: (TrainingArguments, rows, {}),
+}
+"""By trainer the class of its trainers.arguments, its data, and what else it is given."""
+TO_TRAINER = ("optimizers", "processing_class", "eval_dataset", "model_init", "ref_model", "peft_config", "loss")
+
+
+def trainer(kind: Any, model: Any = None, **options: Any) -> Any:
+    """Make a trainer that works in the directory ``run``."""
+    make, data, given = next(each for of, each in GIVEN.items() if issubclass(kind, of))
+    if make in (SFTConfig, DPOConfig, GRPOConfig):
+        given = {"processing_class": tokenizer(), **given}
+    own = {name: options.pop(name) for name in TO_TRAINER if name in options}
+    args = trainers.arguments(make, "run", **(SAMPLES if make is GRPOConfig else {}), **options)
+    return kind(model=model, args=args, train_dataset=data(), **given, **own)
+
+
+def with_optimizer() -> Any:
     """Make a trainer that is given an optimizer and a schedule."""
     model = fill(adapted_model(basis="block"))
     optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1, momentum=0.9)
-    return trainer(model, "run", optimizers=(optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)))
-
-
-class Seq2Seq(AdapterCheckpoints, Seq2SeqTrainer):  # type: ignore[misc]
-    """transformers' trainer for encoders with decoders."""
-
-
-def with_model_init() -> Any:
-    args = arguments(Seq2SeqTrainingArguments, "run")
-    return Seq2Seq(args=args, model_init=lambda: adapted_model(), train_dataset=rows())  # noqa: PLW0108
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    return trainer(AdapterTrainer, model, optimizers=(optimizer, schedule))
 
 
 def several(*names: str) -> Any:
@@ -74,11 +105,29 @@ def several(*names: str) -> Any:
     return model
 
 
+def encoder() -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        BertModel(BertConfig(vocab_size=130, **sizes)).save_pretrained("bert")
+        tokenizer().save_pretrained("bert")
+        parts = [Transformer("bert"), Pooling(32), Dense(32, 8)]
+    return sentence_transformers.SentenceTransformer(modules=parts, device="cpu")
+
+
+def of_sentences() -> Any:
+    model = encoder()
+    model[2].requires_grad_(False)
+    randlora.inject(model, r=4, targets=["query", "value"])
+    return trainer(Sentences, model, loss=CosineSimilarityLoss(model))
+
+
 TRAINERS: dict[str, Callable[[], Any]] = {
-    "usual": lambda: trainer(adapted_model(train_also=["norm"], dropout=0.2), "run"),
-    "given": given,
-    "made by a function": with_model_init,
-    "of several adapters": lambda: trainer(several("a", "b", "c"), "run"),
+    "usual": lambda: trainer(AdapterTrainer, adapted_model(train_also=["norm"], dropout=0.2)),
+    "given": with_optimizer,
+    "made by a function": lambda: trainer(Seq2Seq, model_init=lambda: adapted_model()),  # noqa: PLW0108
+    "of several adapters": lambda: trainer(AdapterTrainer, several("a", "b", "c")),
+    "of sentences": of_sentences,
 }
 
 
@@ -89,7 +138,7 @@ def test_a_resumed_run_goes_on_in_the_same_parameters_and_ends_with_the_same_bit
     assert files(checkpoint) >= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     for part in [checkpoint / name for name in "abc"] if "several" in kind else [checkpoint]:
         assert files(part) >= ADAPTER_FILES
-    assert not [name for name in files(checkpoint) if name.startswith(("model", "pytorch_model"))]
+    assert not [name for name in files(checkpoint) if name.startswith(("model", "pytorch_model", "modules"))]
     shutil.rmtree("run/checkpoint-4")
     if kind == "usual":  # another start, of which nothing may be left
         fill(rest.model, seed=3)
@@ -99,11 +148,11 @@ def test_a_resumed_run_goes_on_in_the_same_parameters_and_ends_with_the_same_bit
     assert trained_bits(rest.model) == trained_bits(through.model)
 
 
-def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted() -> None:
+def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted_model()
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    run = trainer(model, "run", eval_dataset=rows(), **options)
+    run = trainer(AdapterTrainer, model, eval_dataset=rows(), **options)
     run.train()
     best = Path(run.state.best_model_checkpoint)  # greater is better, so not the last
     assert files("run") == {best.name, "checkpoint-4"}
@@ -111,24 +160,20 @@ def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted() -> Non
     randlora.load(first, best, trainable=True)
     randlora.load(last, "run/checkpoint-4", trainable=True)
     assert trained_bits(model) == trained_bits(first) != trained_bits(last)
-
-
-def test_deepspeed_gives_the_best_back_from_its_own_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, load = trainer(adapted_model(), "run"), Mock()
-    monkeypatch.setattr(transformers.trainer, "deepspeed_load_checkpoint", load)
-    run.is_deepspeed_enabled, run.state.best_model_checkpoint = True, "run/checkpoint-1"
+    monkeypatch.setattr(transformers.trainer, "deepspeed_load_checkpoint", load := Mock())
+    run.is_deepspeed_enabled = True  # which has files of another kind
     run._load_best_model()
-    assert load.call_args.args[1] == "run/checkpoint-1"
+    assert load.call_args.args[1] == str(best)
 
 
 def test_several_adapters_are_restored_all_or_none() -> None:
-    trainer(several("a", "b", "c"), "run").train()
+    trainer(AdapterTrainer, several("a", "b", "c")).train()
     checkpoint = Path("run/checkpoint-2")
 
     def refused(names: str, message: str) -> None:
         model = several(*names)
         with untouched(model), pytest.raises(CheckpointError, match=message):
-            trainer(model, "run").train(resume_from_checkpoint=str(checkpoint))
+            trainer(AdapterTrainer, model).train(resume_from_checkpoint=str(checkpoint))
 
     refused("ab", "it has c, which the model lacks")
     refused("a", "there are some inside it: a, b, c")
@@ -138,6 +183,25 @@ def test_several_adapters_are_restored_all_or_none() -> None:
     tensors = checkpoint / "b" / "adapter_model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:50])
     refused("abc", "b/adapter_model.safetensors is truncated")
+
+
+@pytest.mark.parametrize("damage", ["half-a-state", "no-adapter"])
+def test_true_passes_over_a_checkpoint_that_was_not_written_to_its_end(damage: str) -> None:
+    through, rest = (trainer(AdapterTrainer, adapted_model()) for _ in range(2))
+    last = Path("run/checkpoint-4")
+    with pytest.raises(ValueError, match="no complete checkpoint in 'run'"):
+        rest.train(resume_from_checkpoint=True)
+    through.train()
+    if damage == "no-adapter":
+        (last / "adapter_model.safetensors").unlink()
+    else:
+        (last / "trainer_state.json").write_text('{"epoch": 1')
+    rest.train(resume_from_checkpoint=True)
+    assert trained_bits(rest.model) == trained_bits(through.model)
+    assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 4
+
+
+# What is refused
 
 
 def inactive() -> Any:
@@ -154,80 +218,62 @@ def with_a_head_that_is_trained() -> Any:
     return model
 
 
-def test_training_that_checkpoints_would_not_have_is_refused() -> None:
-    refused: list[tuple[Any, Any, str]] = [
-        (adapted_model, randlora.merged, "are merged, so training"),
-        (adapted_model, randlora.disabled, "are disabled, so training"),
-        (inactive, nullcontext, r"other is not active and .* call randlora\.activate"),
-        (plain_model, nullcontext, "no trainable adapter"),
-        (with_a_head_that_is_trained, nullcontext, r"lm_head.weight requires grad .* train_also="),
-    ]
-    for build, block, message in refused:
-        model = build()
-        with block(model), pytest.raises(AdapterError, match=message):
-            trainer(model, "run").train()
+def with_norm(**options: Any) -> Any:
+    model = plain_model(**options)
+    randlora.inject(model, r=8, targets="all-linear", train_also=["norm"])
+    return model
 
 
-@pytest.mark.parametrize("damage", ["half-a-state", "no-adapter"])
-def test_true_passes_over_a_checkpoint_that_was_not_written_to_its_end(damage: str) -> None:
-    through, rest, last = trainer(adapted_model(), "run"), trainer(adapted_model(), "run"), Path("run/checkpoint-4")
-    with pytest.raises(ValueError, match="no complete checkpoint in 'run'"):
-        rest.train(resume_from_checkpoint=True)
-    through.train()
-    if damage == "no-adapter":
-        (last / "adapter_model.safetensors").unlink()
-    else:
-        (last / "trainer_state.json").write_text('{"epoch": 1')
-    rest.train(resume_from_checkpoint=True)
-    assert trained_bits(rest.model) == trained_bits(through.model)
-    assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 4
+class Other(GRPO):  # type: ignore[misc, valid-type]
+    """A trainer that sends weights by its own code, as those of TRL's experiments."""
+
+    vllm_generation = property(lambda _: None, lambda *_: None)
 
 
-def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing() -> None:
-    """The table of differences is that of tests/test_swap.py."""
-    trainer(adapted_model(), "run", max_steps=2).train()
-    lacks = "the files have no trained parameter model.norm.weight"
-    for options, message in (
+SYNCED, OTHER_PEFT = {"sync_ref_model": True}, {"peft_config": LoraConfig(target_modules=["q_proj"])}
+DROPPING: dict[str, Any] = {"targets": ["lm_head"], "dropout": 0.1}
+WITH_VLLM: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate"}
+REFUSED: list[tuple[Any, Callable[[], Any], dict[str, Any], str]] = [
+    (AdapterTrainer, plain_model, {}, "no trainable adapter"),
+    (AdapterTrainer, inactive, {}, r"other is not active and .* call randlora\.activate"),
+    (AdapterTrainer, with_a_head_that_is_trained, {}, r"lm_head.weight requires grad .* train_also="),
+    (DPO, adapted_model, SYNCED, "sync_ref_model=True"),
+    (GRPO, adapted_model, {"beta": 0.5, **SYNCED}, "sync_ref_model=True"),
+    (SFT, adapted_model, OTHER_PEFT, "peft_config= .* leave it out"),
+    (DPO, adapted_model, OTHER_PEFT, "peft_config= .* leave it out"),
+    (SFT, lambda: adapted_model(**DROPPING), {}, r"dropout cannot act \(TRL's trainers do this"),
+    (Other, with_norm, WITH_VLLM, "cannot send the merged weights to vLLM"),
+]
+
+
+def test_what_a_trainer_cannot_do_and_training_that_checkpoints_would_not_have_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda _: None)
+    for kind, build, options, message in REFUSED:
+        with pytest.raises(AdapterError, match=message):
+            trainer(kind, build(), **options).train()
+    for block in (randlora.merged, randlora.disabled):
+        with block(model := adapted_model()), pytest.raises(AdapterError, match=f"are {block.__name__}, so training"):
+            trainer(AdapterTrainer, model).train()
+    monkeypatch.delattr(VLLMGeneration, "_iter_named_params")
+    with pytest.raises(AdapterError, match="cannot send the merged weights to vLLM"):
+        trainer(GRPO, with_norm(), **WITH_VLLM)
+    trainer(AdapterTrainer, adapted_model(), max_steps=2).train()
+    lacks = "the files have no trained parameter model.norm.weight"  # the table of differences is in tests/test_swap.py
+    others: list[tuple[dict[str, Any], str]] = [
         ({"r": 4}, "has r=4 and alpha=80, but in the files r=8"),
         ({"train_also": ["norm"]}, lacks),
-    ):
-        model = fill(adapted_model(**options))
+    ]
+    for given, message in others:
+        model = fill(adapted_model(**given))
         with untouched(model), pytest.raises(CheckpointError, match=message):
-            trainer(model, "run").train(resume_from_checkpoint=True)
-
-
-class Own(Trainer):  # type: ignore[misc]
-    """A user's trainer."""
-
-
-@pytest.mark.parametrize(("first", "mixin"), [(Trainer, AdapterCheckpoints), (Own, AdapterTrainer)])
-def test_the_mixin_after_a_trainer_is_refused_when_the_class_is_made(first: type, mixin: type) -> None:
-    with pytest.raises(AdapterError, match=f"put the mixin first, .*{mixin.__name__}, {first.__name__}"):
-        type("Wrong", (first, mixin), {})
-    type("Right", (type("Own", (mixin, first), {}),), {})
-
-
-def test_a_push_has_the_adapter_and_save_model_the_tokenizer_and_the_arguments_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with running_hub() as hub:
-        point_client_at(hub.url, monkeypatch)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # a client that an earlier test may have made
-        options = {"push_to_hub": True, "hub_model_id": "me/adapter", "hub_token": "hf_none", "max_steps": 2}
-        run = trainer(adapted_model(), "run", processing_class=tokenizer(), **options)
-        run.train()
-        run.save_model("saved")
-        assert files("saved") == ADAPTER_FILES | {"tokenizer.json", "tokenizer_config.json", "training_args.bin"}
-        run.push_to_hub()
-        with pytest.warns(UserWarning, match="wrote adapter 'default'"):
-            run.model.push_to_hub("me/by-method", token="hf_none")
-        assert set(hub.repositories["me/by-method"].files()) >= ADAPTER_FILES
-        found = set(hub.repositories["me/adapter"].files())
-        assert found >= ADAPTER_FILES
-        assert not [name for name in found if name.startswith(("model", "pytorch_model"))]
+            trainer(AdapterTrainer, model).train(resume_from_checkpoint=True)
+    own = type("Own", (Trainer,), {})
+    for first, mixin in ((Trainer, AdapterCheckpoints), (own, AdapterTrainer)):
+        with pytest.raises(AdapterError, match=f"put the mixin first, .*{mixin.__name__}, {first.__name__}"):
+            type("Wrong", (first, mixin), {})
+        type("Right", (type("Own", (mixin, first), {}),), {})
 
 
 CALLS = {
@@ -244,20 +290,201 @@ def test_what_is_overridden_and_not_public_is_named_and_called_as_and_where_it_w
     own = {name for name in written if name in dir(Trainer) and not name.startswith("__")}
     assert {name for name in own if name.startswith("_")} == set(PRIVATE)
     assert own - set(PRIVATE) == {"save_model", "train", "args", "model", "state"} & own
+    for name in (*PRIVATE, "save_model"):
+        found, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (AdapterCheckpoints, Trainer))
+        assert [*found] == [*theirs], name
+    methods = {name: inspect.unwrap(each) for name, each in vars(Trainer).items() if inspect.isfunction(each)}
+    for name, callers in CALLS.items():
+        assert {caller for caller, method in methods.items() if name in method.__code__.co_names} == callers, name
 
-    def parameters(method: Any) -> list[str]:
-        return list(inspect.signature(method).parameters)[1:]
 
-    assert parameters(Trainer._load_from_checkpoint) == ["resume_from_checkpoint", "model"]
-    assert parameters(Trainer._load_best_model) == []
-    assert parameters(Trainer._save_optimizer_and_scheduler) == ["output_dir"]
-    assert parameters(Trainer.save_model) == ["output_dir", "_internal_call"]
-    assert parameters(Trainer.train)[0] == "resume_from_checkpoint"
-    (kind,) = ast.parse(textwrap.dedent(inspect.getsource(Trainer))).body
-    assert isinstance(kind, ast.ClassDef)
-    callers: dict[str, set[str]] = {name: set() for name in CALLS}
-    for method in kind.body:
-        for node in ast.walk(method):
-            if isinstance(method, ast.FunctionDef) and isinstance(node, ast.Attribute) and node.attr in CALLS:
-                callers[node.attr].add(method.name)
-    assert callers == CALLS
+# What is saved
+
+
+def test_a_push_has_the_adapter_and_save_model_the_tokenizer_and_the_arguments_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_client_in(tmp_path, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with running_hub() as hub:
+        point_client_at(hub.url, monkeypatch)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # a client that an earlier test may have made
+        options = {"push_to_hub": True, "hub_model_id": "me/adapter", "max_steps": 2}
+        run = trainer(AdapterTrainer, adapted_model(), processing_class=tokenizer(), **options)
+        run.train()
+        run.save_model("saved")
+        assert files("saved") == ADAPTER_FILES | {"tokenizer.json", "tokenizer_config.json", "training_args.bin"}
+        run.push_to_hub()
+        with pytest.warns(UserWarning, match="wrote adapter 'default'"):
+            run.model.push_to_hub("me/by-method")
+        assert set(hub.repositories["me/by-method"].files()) >= ADAPTER_FILES
+        found = set(hub.repositories["me/adapter"].files())
+        assert found >= ADAPTER_FILES
+        assert not [name for name in found if name.startswith(("model", "pytorch_model"))]
+
+
+@pytest.mark.parametrize(("is_whole", "method"), [(True, "save_pretrained"), (False, "save")])
+def test_a_sentence_transformer_saves_the_adapter_and_as_it_was_merged(is_whole: bool, method: str) -> None:
+    model, other = encoder(), encoder()
+    part, inside = (each if is_whole else each[0].auto_model for each in (model, other))
+    randlora.inject(part, r=4, targets=["query", "value"], save_pretrained="adapter")
+    fill(part)
+    getattr(model, method)("saved")
+    assert files("saved") >= ADAPTER_FILES
+    randlora.load(inside, "saved")
+    assert same_bits(other.encode("7", convert_to_tensor=True), model.encode("7", convert_to_tensor=True))
+    with randlora.merged(part):
+        expected = model.encode("7", convert_to_tensor=True)
+        model.save("merged")
+    again = sentence_transformers.SentenceTransformer("merged", device="cpu")
+    assert same_bits(again.encode("7", convert_to_tensor=True), expected)
+
+
+def test_a_stock_trainer_saves_the_adapter_and_says_that_it_cannot_resume() -> None:
+    model, other = adapted_model(), plain_model()
+    with pytest.warns(UserWarning, match=r"neither resume .* put AdapterCheckpoints first") as told:
+        trainer(Trainer, model).train()
+    assert len({str(each.message) for each in told if "wrote" in str(each.message)}) == 1
+    randlora.load(other, "run/checkpoint-4", trainable=True)
+    assert trained_bits(other) == trained_bits(model)
+
+
+# TRL: a head that is read, the reference of DPO, and GRPO, where transformers samples or an engine that gets weights
+
+
+@pytest.mark.parametrize("kind", [DPO, SFTTrainer])  # which read the weight of the head instead of calling it
+def test_an_adapter_of_the_head_is_trained_and_acts_as_if_it_were_merged(kind: Any) -> None:
+    model = adapted_model(targets=["lm_head"])
+    before, run = trained_bits(model), trainer(kind, model, save_strategy="no")
+    batch = next(iter(run.get_train_dataloader()))
+    run.compute_loss(model, dict(batch)).backward()
+    assert all(value.grad is not None for value in randlora.trainable_parameters(model))
+    run.train()
+    assert trained_bits(model) != before
+    if kind is DPO:  # whose reference is the model without adapters, which a merged one is not
+        return
+    fill(model).eval()
+    losses = []
+    for context in (nullcontext(), randlora.merged(model), randlora.disabled(model)):
+        with context, torch.no_grad():
+            losses.append(run.compute_loss(model, dict(batch)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) != pytest.approx(losses[2], rel=1e-2)
+
+
+def reference_of(run: Any, model: Any = None) -> list[Bits]:
+    batch = next(iter(run.get_train_dataloader()))
+    return [*map(bits, run.compute_ref_log_probs(run.ref_model if model is None else model, batch))]
+
+
+def test_dpo_trains_as_with_a_copy_of_the_base_which_is_its_reference_to_the_last_bit() -> None:
+    shared, copied = (
+        trainer(DPO, adapted_model(train_also=["norm", "lm_head"]), **given)
+        for given in ({}, {"ref_model": plain_model()})
+    )
+    assert list(shared.ref_model.parameters()) == []
+    shared.train()
+    copied.train()
+    assert trained_bits(shared.model) == trained_bits(copied.model)
+    assert reference_of(shared) == reference_of(copied) != reference_of(shared, shared.model)
+
+
+def test_references_that_are_computed_before_training_are_those_of_the_base() -> None:
+    with pytest.warns(UserWarning, match=r"the model without default, which was trained before: .*merge"):
+        run = trainer(DPO, fill(adapted_model()), precompute_ref_log_probs=True)
+    plain = trainer(DPO, adapted_model(), precompute_ref_log_probs=True)
+    assert run.train_dataset["ref_chosen_logps"] == plain.train_dataset["ref_chosen_logps"]
+    assert run._precompute_model_hash == plain._precompute_model_hash
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the reference is the model without")
+        trainer(DPO, adapted_model(init="gamma"))  # which moves Γ first, and was not trained before
+
+
+def test_an_adapter_that_is_not_trained_is_part_of_the_reference() -> None:
+    model, other = fill(adapted_model()), plain_model()
+    randlora.set_trainable(model, "default", trainable=False)
+    randlora.inject(model, r=4, name="dpo", trainable=True)
+    randlora.activate(model, ["default", "dpo"])
+    run = trainer(DPO, model)
+    run.train()
+    expected = trainer(DPO, fill(adapted_model()), ref_model=plain_model())
+    assert reference_of(run) == reference_of(expected, expected.model)
+    assert [info.name for info in randlora.adapters(model) if info.is_active] == ["default", "dpo"]
+    randlora.load(other, "run/checkpoint-4", trainable=True)  # the one that was trained is saved
+    assert trained_bits(other) == trained_bits(model)
+
+
+def test_the_reference_is_the_plain_base_and_no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "trl.trainer.grpo_trainer.create_model_from_path", lambda *_, **__: pytest.fail("a second model")
+    )
+    run = trainer(GRPO, with_norm(), beta=0.5, max_steps=1, bf16=False)
+    assert (run.beta, run.args.beta, list(run.ref_model.parameters())) == (0.5, 0.5, [])
+    run.train()
+    assert "kl" in run.state.log_history[0]
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert same_bits(run.ref_model(ids).logits, plain_model()(ids).logits)
+        assert not same_bits(run.model(ids).logits, plain_model()(ids).logits)
+
+
+class Engine:
+    """What vLLM is to TRL: a plain model of its own that takes weights by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.received: list[str] = []
+        worker = SimpleNamespace(model_runner=SimpleNamespace(model=self))
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+
+    def load_weights(self, weights: Any) -> None:
+        """Take tensors one by one; a name that the model does not have is an error, as in vLLM."""
+        places = dict(self.model.named_parameters())
+        for name, tensor in weights:
+            self.received.append(name)
+            assert tensor.shape == places[name].shape
+            places[name].data.copy_(tensor)
+
+    def reset_prefix_cache(self) -> None: ...
+    def update_named_params(self, metadata: list[tuple[str, str, list[int]]], weights: Any) -> None:
+        """Take tensors as the client of a server does, which is told all names, dtypes and shapes before."""
+        held = list(weights)
+        assert metadata == [(name, str(value.dtype).removeprefix("torch."), [*value.shape]) for name, value in held]
+        self.load_weights(held)
+
+
+@pytest.mark.parametrize(("mode", "is_tied"), [("colocate", False), ("server", True)])
+def test_an_engine_samples_with_the_bits_of_the_merged_model(
+    mode: str, is_tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is TRL's own code, except for the engine and its answers."""
+    seen: list[bool] = []
+
+    def start(self: Any) -> None:
+        self.llm = self.vllm_client = Engine(plain_model(tie_word_embeddings=is_tied))
+
+    def generate(self: Any, prompts: list[list[int]], **_: Any) -> tuple[Any, ...]:
+        merged = copy.deepcopy(self.model)
+        randlora.merge(merged)
+        sampled = self.llm.model
+        seen.append(all_bits(dict(sampled.named_parameters())) == all_bits(dict(merged.named_parameters())))
+        answers: list[list[int]] = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            out: Tensor = sampled.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, max_length=22)
+            answers.append(out[0, len(prompt) :].tolist())
+        return prompts, answers, [[[0.0] for _ in answer] for answer in answers], None
+
+    monkeypatch.setattr(VLLMGeneration, "_init_vllm", start)
+    monkeypatch.setattr(VLLMGeneration, "generate", generate)
+    model, fresh = (make(tie_word_embeddings=is_tied) for make in (with_norm, plain_model))
+    options = {**WITH_VLLM, "vllm_mode": mode, "vllm_importance_sampling_correction": False}
+    run = trainer(GRPO, model, max_steps=2, **options)
+    run.train()
+    assert seen == [True] * 2
+    engine = run.vllm_generation.llm
+    base, places = (all_bits(dict(each.named_parameters())) for each in (fresh, engine.model))
+    assert engine.received == [*places] * 2
+    randlora.load(fresh, "run/checkpoint-2", trainable=True)
+    assert trained_bits(fresh) == trained_bits(model)
+    changed = {name for name in places if places[name] != base[name]}
+    assert changed == {name for name in places if "_proj" in name or name == "model.norm.weight"}

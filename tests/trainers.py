@@ -48,20 +48,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
 
 
-def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
+def rows() -> list[dict[str, torch.Tensor]]:
     """Return examples for `Trainer`, each its own label."""
-    ids = torch.randint(0, 130, (count, 8), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 130, (16, 8), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def preferences(count: int = 16) -> Dataset:
+def preferences() -> Dataset:
     """Return examples for TRL's `DPOTrainer`."""
-    numbers = range(count)
-    return Dataset.from_dict({
-        "prompt": [f"{i} squared is" for i in numbers],
-        "chosen": [f" {i * i}" for i in numbers],
-        "rejected": [f" {i}" for i in numbers],
-    })
+    chosen, rejected = ([f" {i * i}" for i in range(16)], [f" {i}" for i in range(16)])
+    return Dataset.from_dict({"prompt": [f"{i} squared is" for i in range(16)], "chosen": chosen, "rejected": rejected})
 
 
 def arguments(make: Callable[..., Any], directory: Path | str, **options: Any) -> Any:

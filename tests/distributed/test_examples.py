@@ -16,7 +16,7 @@ import torch.distributed as dist
 import randlora
 from tests.distributed.engines import deepspeed
 from tests.distributed.processes import FOUR, in_two, on_all
-from tests.examples import imported
+from tests.pages import imported
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,8 +15,7 @@ from randlora.errors import AdapterError
 from tests.distributed.engines import ENGINES, trained
 from tests.distributed.processes import in_two, in_two_of_zero
 from tests.distributed.trained import Drawn, distance, values
-from tests.examples import DOCS
-from tests.pages import snippets
+from tests.pages import DOCS, snippets
 
 MAX_NORM = 0.01
 CASE = Drawn(train_also=("norm", "head"))

@@ -30,7 +30,7 @@ from tests.distributed.engines import SPLIT, Engine, around, split, within
 from tests.distributed.processes import in_four, in_two
 from tests.distributed.test_engines import require_as_one_process
 from tests.distributed.trained import Block, Case, Drawn, require_equal_on_ranks
-from tests.examples import snippet
+from tests.pages import snippet
 
 DRAWN = Drawn(targets=("embed", "up", "down", "head"))
 IDS = torch.arange(8).view(2, 4)

@@ -20,9 +20,9 @@ from randlora.errors import RandLoRAError
 from randlora.sharded.tensor_parallel import on_mesh
 from tests.distributed.processes import LAW, in_four, in_two
 from tests.distributed.test_tensor_parallel import close, gradients_alike
-from tests.examples import snippet
 from tests.kit import fill
 from tests.model_directories import contents
+from tests.pages import snippet
 
 
 class Case(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.examples import imported
+from tests.pages import imported
 from tests.torture import Row, share
 from tests.torture.faults import FORK
 
