@@ -3,7 +3,8 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from tests.checkpoint_files import (
     LINEAR,
     PREFIX,
     TENSORS_FILE,
-    Stored,
     edit_fields,
     edit_tensors,
     foreign,
@@ -33,11 +33,12 @@ from tests.checkpoint_files import (
     trained,
     write_tensors,
 )
+from tests.fuzz.tensors import Stored, TensorFile, parse, unparse
 
 Damage = Callable[[Path], object]
 
 
-def our_adapter(directory: Path, bases: Stored = "seed", **options: Any) -> Path:
+def our_adapter(directory: Path, bases: Any = "seed", **options: Any) -> Path:
     """Save an adapter of ours."""
     randlora.save(trained(LINEAR, **options), directory, bases=bases)
     return directory
@@ -74,10 +75,7 @@ def facts(**changes: Any) -> Damage:
     def edit(found: dict[str, Any]) -> None:
         for path, value in changes.items():
             *parents, name = path.split("__")
-            place = found
-            for parent in parents:
-                place = place[parent]
-            place[name] = value
+            reduce(getitem, parents, found)[name] = value
 
     return lambda directory: reseal_text(directory, edit, json.dumps)
 
@@ -144,26 +142,21 @@ def renamed_header(directory: Path) -> None:
     write_tensors(directory, held, {"format": "pt", "sandlora": metadata["randlora"]})
 
 
-def raw(tensors: Mapping[str, tuple[list[int], bytes]], *, is_added: bool = False) -> Damage:
-    """Write tensors of any names and shapes by hand, in place of those of a file or beside them."""
-
-    def damage(directory: Path) -> None:
-        own = read_tensors(directory)[0].items() if is_added else ()
-        found = {key: (list(value.shape), value.numpy().tobytes()) for key, value in own} | dict(tensors)
-        header: dict[str, Any] = {}
-        start = 0
-        for name, (shape, held) in found.items():
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, start + len(held)]}
-            start += len(held)
-        text = json.dumps(header).encode()
-        values = b"".join(held for _, held in found.values())
-        (directory / TENSORS_FILE).write_bytes(len(text).to_bytes(8, "little") + text + values)
-
-    return damage
+def raw(tensors: Mapping[str, tuple[list[int], bytes]], own: Mapping[str, Stored] | None = None) -> Damage:
+    """Write tensors of any names and shapes by hand."""
+    held = {**(own or {}), **{name: Stored("F32", shape, data) for name, (shape, data) in tensors.items()}}
+    return lambda directory: (directory / TENSORS_FILE).write_bytes(unparse(TensorFile(held, {})))
 
 
 def add(name: str, shape: list[int], held: bytes = b"") -> Damage:
-    return raw({name: (shape, held)}, is_added=True)
+    """Write such a tensor beside those of a file."""
+
+    def damage(directory: Path) -> None:
+        file = parse((directory / TENSORS_FILE).read_bytes())
+        assert file is not None
+        raw({name: (shape, held)}, file.tensors)(directory)
+
+    return damage
 
 
 def instead(name: str, make: Callable[[Path], object]) -> Damage:
