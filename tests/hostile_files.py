@@ -23,6 +23,7 @@ from tests.checkpoint_files import (
     LINEAR,
     PREFIX,
     TENSORS_FILE,
+    Case,
     edit_fields,
     edit_tensors,
     foreign,
@@ -38,9 +39,9 @@ from tests.fuzz.tensors import Stored, TensorFile, parse, unparse
 Damage = Callable[[Path], object]
 
 
-def our_adapter(directory: Path, bases: Any = "seed", **options: Any) -> Path:
+def our_adapter(directory: Path, case: Case = LINEAR, *, bases: Any = "seed", **options: Any) -> Path:
     """Save an adapter of ours."""
-    randlora.save(trained(LINEAR, **options), directory, bases=bases)
+    randlora.save(trained(case, **options), directory, bases=bases)
     return directory
 
 
@@ -220,6 +221,11 @@ OURS: Rows = (
     ("at least one name", facts(targets={}, config__targets=[])),
     ("config.targets must be a list or None", facts(config__targets="(a+)+$|" + "a" * 40)),
     ("config.exclude must be a list or None", facts(config__exclude="(a+)+$")),
+    ("config.r must be", facts(config__r=2.5)),
+    ("config.dropout must be", facts(config__dropout="%2000000000d")),
+    ("basis.seed must be", facts(basis__seed=True)),
+    ("targets must be", facts(targets=[["0", 2]])),
+    ("torch_version must be", facts(torch_version=7)),
     (f"{ASKED} {LARGE} x 5", facts(basis__max_dim=LARGE)),
     (f"{ASKED} {2**14} x {2**14}", facts(basis__max_dim=2**14, basis__min_dim=2**14)),
     (f"{ASKED} {2**20} x {2**20}", facts(basis__max_dim=2**20, basis__min_dim=2**20)),
@@ -264,6 +270,12 @@ PEFTS: Rows = (
     ("key must be an integer, got '%'", fields(projection_prng_key="%")),
     ("key must be an integer, got 0.5", fields(projection_prng_key=0.5)),
     ("lacks r, randlora_alpha, projection_prng_key", fields("r", "randlora_alpha", "projection_prng_key")),
+    *(("r must be", fields(r=wrong)) for wrong in (True, 2.5, -1, [])),
+    ("randlora_dropout must be", fields(randlora_dropout="0")),
+    ("sparse must be", fields(sparse=7)),
+    ("task_type must be", fields(task_type=7)),
+    ("modules_to_save must be", fields(modules_to_save="head")),
+    ("rank_pattern must be", fields(rank_pattern=[])),
     ("expected (3, num_bases)", fields(r=3)),
     (f"expected ({10**6}, num_bases)", fields(r=10**6)),
     ("alpha must be a finite number, got None", fields(randlora_alpha=None)),
