@@ -209,9 +209,10 @@ def test_an_adapter_of_a_model_of_any_names_is_refused_or_comes_back_as_it_was(
 
 
 def test_a_layer_or_a_model_whose_own_attribute_would_be_hidden_is_refused() -> None:
-    hiding = [(name, Odd(*own)) for name in HIDDEN for own in (([name], {}), ([], {name: nn.Linear(2, 2)}))]
-    models: list[tuple[str, nn.Module]] = [(name, nn.Sequential(layer)) for name, layer in hiding]
-    for name, model in [*models, ("randlora_state", nn.ModuleDict({"randlora_state": nn.Linear(2, 2)}))]:
+    models: list[tuple[str, nn.Module]] = [("randlora_state", nn.ModuleDict({"randlora_state": nn.Linear(2, 2)}))]
+    for name in HIDDEN:
+        models += [(name, nn.Sequential(Odd([name], {}))), (name, nn.Sequential(Odd([], {name: nn.Linear(2, 2)})))]
+    for name, model in models:
         with untouched(model), pytest.raises(RandLoRAError, match=f"already has an attribute {name}"):
             randlora.inject(model, r=2, targets="all-linear")
 

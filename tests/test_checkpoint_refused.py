@@ -49,10 +49,10 @@ from tests.hostile_files import (
     NOT_SAME,
     Damage,
     facts,
+    header,
     model_directory,
     ones,
     our_adapter,
-    renamed_header,
     tensors,
 )
 from tests.kit import adapter_values, all_bits, bits, snapshot, untouched
@@ -316,7 +316,7 @@ REFUSED: tuple[tuple[str, Make, Build], ...] = (
     ("2 and 0 are the same layer in this model, which cannot hold both", our_adapter, twice),
     ('give prefix="body"', our_adapter, lambda: nn.ModuleDict({"body": LINEAR.make()})),
     ('give prefix="body"', our_adapter, lambda: trained(HEADED, name="a", r=4)),
-    ("under a damaged name", lambda place: renamed_header(our_adapter(place)), lambda: trained(HEADED, name="a")),
+    ("under a damaged name", lambda place: header("sandlora")(our_adapter(place)), lambda: trained(HEADED, name="a")),
     ("the model has no parameter norm.bias, which was trained with the", headed, other("norm", nn.Identity)),
     ("head.weight has shape (4, 7) here, (3, 7) in the file", headed, other("head", lambda: nn.Linear(7, 4))),
     ("the model has no parameter head.bias", headed, other("head", lambda: nn.Linear(7, 3, bias=False))),

@@ -156,12 +156,11 @@ def test_save_names_its_tensors_as_peft_does_and_says_what_peft_would_not_load(t
 )
 @pytest.mark.parametrize("first", ["inject", "wrap"])
 def test_wrappers_of_torch_change_no_names(wrap: Callable[[nn.Module], nn.Module], first: str, tmp_path: Path) -> None:
-    model, fresh = (nn.Sequential(nn.ModuleDict({"inner": Mixed()})) for _ in range(2))
-    if first == "wrap":
-        model[0]["inner"] = wrap(model[0]["inner"])
+    body = nn.ModuleDict({"inner": wrap(Mixed()) if first == "wrap" else Mixed()})
+    model, fresh = nn.Sequential(body), nn.Sequential(nn.ModuleDict({"inner": Mixed()}))
     report = randlora.inject(model, r=3, targets=["q", "up"], train_also=["head"])
     if first == "inject":
-        model[0]["inner"] = wrap(model[0]["inner"])
+        body["inner"] = wrap(body["inner"])
     assert report.targets == ("0.inner.q", "0.inner.up")
     randlora.save(fill(model), tmp_path)
     randlora.load(fresh, tmp_path)
@@ -252,8 +251,9 @@ def test_what_is_refused_is_refused_before_anything_is_written(
 def test_a_file_or_a_broken_link_in_place_of_a_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b").touch()
     (tmp_path / "link").symlink_to("nowhere")
-    calls: dict[str, Call] = {name: partial(randlora.save, trained(LINEAR)) for name in ("b", "link")}
-    for name, save in {**calls, "": partial(randlora.save_all, of_three())}.items():
+    one, three = partial(randlora.save, trained(LINEAR)), partial(randlora.save_all, of_three())
+    calls: list[tuple[str, Callable[[Path], object]]] = [("b", one), ("link", one), ("", three)]
+    for name, save in calls:
         with pytest.raises(CheckpointError, match="is a file or a broken link: expected the name of a directory"):
             save(tmp_path / name)
     assert contents(tmp_path) == {"b": b""}
