@@ -216,6 +216,7 @@ def foreign(directory: Path, seed: int = 0) -> Path:
 
 def reseal(
     directory: Path,
+    /,
     changes: Mapping[str, Tensor] | None = None,
     *,
     drop: Sequence[str] = (),

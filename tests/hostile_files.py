@@ -33,7 +33,7 @@ from tests.checkpoint_files import (
     trained,
     write_tensors,
 )
-from tests.fuzz.tensors import Stored, TensorFile, parse, unparse
+from tests.fuzz.mutate import parse, unparse
 
 P = ParamSpec("P")
 Damage = Callable[[Path], object]
@@ -69,7 +69,7 @@ fields, tensors, sealed = damage(edit_fields), damage(edit_tensors), damage(rese
 
 
 @damage
-def facts(directory: Path, old: str = "", new: str = "", **changes: Any) -> None:
+def facts(directory: Path, /, old: str = "", new: str = "", **changes: Any) -> None:
     """Change facts of the header, ``config__r`` that of its config, seal them, and then change its text."""
     tensors, metadata = read_tensors(directory)
     found = json.loads(metadata["randlora"])
@@ -122,13 +122,11 @@ def pickled(directory: Path, name: str) -> None:
 
 
 @damage
-def raw(directory: Path, tensors: Mapping[str, tuple[list[int], bytes]], *, is_added: bool = False) -> None:
-    """Write tensors of any names and shapes by hand, in place of those of a file or beside them."""
+def raw(directory: Path, tensors: Mapping[str, tuple[list[int], int]], *, is_added: bool = False) -> None:
+    """Write tensors of zeros, of any names, shapes and sizes, in place of those of a file or beside them."""
     path = directory / TENSORS_FILE
-    file = parse(path.read_bytes())
-    assert file is not None
-    held = {name: Stored("F32", *each) for name, each in tensors.items()}
-    path.write_bytes(unparse(TensorFile({**(file.tensors if is_added else {}), **held}, {})))
+    held = {name: {"dtype": "F32", "shape": shape, "data": "\0" * size} for name, (shape, size) in tensors.items()}
+    path.write_bytes(unparse({**(parse(path.read_bytes()) if is_added else {}), **held}))
 
 
 @damage
@@ -159,8 +157,8 @@ NUMBER = "1" + "0" * 400
 DEEP = "[" * 5000 + "]" * 5000
 LARGE = 2**40
 LONG, ENDLESS = f"{PREFIX}{'a.' * 500_000}randlora_lambda", b"\xff" * 8 + b"{}"
-NO_BASES = {LAMBDA: ([2, 2], bytes(16)), GAMMA: ([2, 4], bytes(32)), BASIS_A: ([2, 1, 0], b"")}
-NO_BASES |= {BASIS_B: ([LARGE, 0, 2], b"")}
+NO_BASES = {LAMBDA: ([2, 2], 16), GAMMA: ([2, 4], 32), BASIS_A: ([2, 1, 0], 0)}
+NO_BASES |= {BASIS_B: ([LARGE, 0, 2], 0)}
 NO_RANKS: tuple[Any, ...] = (True, 2.5, -1, [])
 ones = torch.ones
 
@@ -252,13 +250,13 @@ PEFTS: Rows = (
     ("is damaged", config(b"{")),
     (f"{NO_ADAPTER}None", config(b"null")),
     (f"{NO_ADAPTER}'LORA'", config(b'{"peft_type": "LORA"}')),
-    (f"{SHAPELESS}, (0, {2**63})", raw({f"{LAMBDA}s": ([0, 2**63], b"")}, is_added=True)),
-    (f"{SHAPELESS}, (0, {2**62}, {2**62})", raw({f"{LAMBDA}s": ([0, 2**62, 2**62], b"")}, is_added=True)),
-    (f"{SHAPELESS}, (1, 1, 1", raw({f"{LAMBDA}s": ([1] * 5000, bytes(4))}, is_added=True)),
-    (f"0 has randlora_lambda (0, {2**62})", raw(dict.fromkeys((LAMBDA, GAMMA), ([0, 2**62], b"")))),
+    (f"{SHAPELESS}, (0, {2**63})", raw({f"{LAMBDA}s": ([0, 2**63], 0)}, is_added=True)),
+    (f"{SHAPELESS}, (0, {2**62}, {2**62})", raw({f"{LAMBDA}s": ([0, 2**62, 2**62], 0)}, is_added=True)),
+    (f"{SHAPELESS}, (1, 1, 1", raw({f"{LAMBDA}s": ([1] * 5000, 4)}, is_added=True)),
+    (f"0 has randlora_lambda (0, {2**62})", raw(dict.fromkeys((LAMBDA, GAMMA), ([0, 2**62], 0)))),
     (f"the bases have shapes (2, 1, 0) and ({LARGE}, 0, 2)", raw(NO_BASES)),
-    ("has a name of 1000032 characters", raw({LONG: ([1], bytes(4))}, is_added=True)),
-    ("the file holds no randlora_lambda and randlora_gamma", raw({f"{PREFIX}0.bias": ([4], bytes(16))})),
+    ("has a name of 1000032 characters", raw({LONG: ([1], 4)}, is_added=True)),
+    ("the file holds no randlora_lambda and randlora_gamma", raw({f"{PREFIX}0.bias": ([4], 16)})),
     ("0 has one of randlora_lambda and randlora_gamma: expected both", tensors({}, drop=[GAMMA])),
     ("the file holds one of the two bases: expected both or none", tensors({}, drop=[BASIS_B])),
     ("'0.randlora_lambda' is not the name of an adapter's", tensors({"0.randlora_lambda": ones(1)})),

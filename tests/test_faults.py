@@ -24,12 +24,9 @@ from randlora.model import view
 from tests.kit import assert_unchanged, fill, snapshot
 
 GUARD = view.unchanged_if_raised.__wrapped__.__code__  # type: ignore[attr-defined]  # of the generator itself
-LIBRARY = contextlib, queue, threading, weakref, concurrent.futures._base, thread
-SPARED = tuple(str(module.__file__) for module in LIBRARY)
-"""Files of the standard library in which nothing is raised."""
-
 LOCKS = type(threading.Lock()), type(threading.RLock())
-"""What a ``with`` statement calls to take and to release; raising there would leave a lock taken for ever."""
+SPARED = contextlib, queue, threading, weakref, concurrent.futures._base, thread
+FILES = tuple(str(module.__file__) for module in SPARED)
 
 
 class Fault(BaseException):
@@ -39,8 +36,8 @@ class Fault(BaseException):
 class Faults:
     """Counts calls while a model is being changed, and raises at the k-th; with ``k=None``, at none.
 
-    Not in `contextlib`, for what is raised there is raised before or after the change, nor where locks are held,
-    nor in callbacks of weak references, where Python drops it.
+    Not in `contextlib`, for what is raised there is raised before or after the change, nor where locks are taken and
+    released, which would then be taken for ever, nor in callbacks of weak references, where Python drops it.
     """
 
     def __init__(self, k: int | None = None) -> None:
@@ -51,7 +48,7 @@ class Faults:
             self.is_open = event == "return" and self.calls == 0  # as it yields to the block, until it goes on
             return
         files = [each.f_code.co_filename for each in (frame, frame.f_back) if each is not None]
-        if not self.is_open or event not in ("call", "c_call") or any(file.startswith(SPARED) for file in files):
+        if not self.is_open or event not in ("call", "c_call") or any(file.startswith(FILES) for file in files):
             return
         if not isinstance(getattr(arg, "__self__", None), LOCKS):
             self.calls += 1
@@ -68,10 +65,11 @@ def under(faults: Faults, verb: Callable[[], Any]) -> BaseException | None:
         verb()
     except BaseException as error:
         return error
+    else:
+        return None
     finally:
         sys.setprofile(before)
         gc.enable()
-    return None
 
 
 INJECT: dict[str, Any] = {"r": 3, "active": True, "train_also": ["norm", "1.bias"], "targets": ["0"]}
