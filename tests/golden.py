@@ -8,9 +8,8 @@ is that of a formula, so that no generator of random numbers has a say in them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,7 @@ from tests.checkpoint_files import CARD_FILE, Stored
 from tests.kit import adapter_values
 
 DATA = Path(__file__).parent / "data" / "golden"
-STACK = 2
-"""Matrices in a stack of experts."""
+STACK = 2  # matrices of experts
 
 
 class Layers(nn.Module):
@@ -93,15 +91,14 @@ class Stacks(nn.Module):
         return output
 
 
-@dataclass(frozen=True)
-class Body:
+class Body(NamedTuple):
     """A model for golden files, with the version of their format and the options that do not depend on the bases."""
 
     build: Callable[[], nn.Module]
     format_version: int
     options: Mapping[str, Any]
     shapes: Mapping[str, Shape]  # (out_features, in_features), after the number of matrices of a stack
-    ranks: Mapping[str, int] = field(default_factory=dict)  # where r is not 2
+    ranks: Mapping[str, int] = {}  # where r is not 2
 
 
 _EACH = {"in_proj": "split", "r": {"linear": 4, ".*": 2}, "alpha": {"linear": 2.0, ".*": 4.0}}
@@ -119,8 +116,7 @@ TRANSPOSED = "conv1d", "turned.down_proj"
 SEED = 2**40 + 11
 
 
-@dataclass(frozen=True)
-class Golden:
+class Golden(NamedTuple):
     """One directory of the matrix."""
 
     body: str

@@ -4,9 +4,9 @@ import copy
 import gc
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -93,50 +93,49 @@ def test_adapters_of_one_spec_share_a_graph_and_steps_of_an_optimizer_are_read_a
     randlora.activate(model, "a4")
     assert run.graphs() == 4
     randlora.remove(model, "a0")
-    assert run.graphs() == 4
     randlora.inject(model, r=4, targets=["0"], name="later", trainable=True)
     fill(model, "later")
     randlora.activate(model, "later")
     assert run.graphs() == 4
 
 
-def test_mixes_of_as_many_adapters_and_factors_of_the_same_layers_share_a_graph() -> None:
-    model = model_with("a", "b", "c")
-    run, graphs = Compiled(model), []
-    mixes: tuple[dict[str, Any], ...] = (
-        {"a": 0.5, "c": 0.25},
-        {"b": 0.75, "c": 1.5},  # factors become numbers of the graph
-        {"a": -0.5, "b": 0.3},
-        {"a": {"0": 0.5, "2": 2.0}},
-        {"a": {"0": 0.25, "2": -1.0}},
-        {"b": {"0": -3.0, "2": 0.75}},
-        {"a": {"0": 0.0, "2": 0.3}},
-    )
-    for names in mixes:
-        randlora.activate(model, names)
-        graphs.append(run.graphs())
-    assert graphs == [1, 2, 2, 3, 3, 3, 4]
-
-
-@needs_compiler
-def test_adapters_of_another_alpha_share_a_graph_and_those_of_other_layers_are_told_apart() -> None:
-    model, graphs = model_with("a"), []
-    for name, r, alpha, layer in (("3", 4, 3, None), ("5", 4, 5, None), ("first", 4, 20, "0"), ("last", 2, 10, "2")):
-        targets: Any = [layer] if layer else "all-linear"
-        randlora.inject(model, r=r, alpha=alpha, targets=targets, name=name, trainable=True)
+def of_other_specs() -> nn.Module:
+    model = model_with("a")
+    for name, r, alpha, at in (("3", 4, 3, "02"), ("5", 4, 5, "02"), ("first", 4, 20, "0"), ("last", 2, 10, "2")):
+        randlora.inject(model, r=r, alpha=alpha, targets=[*at], name=name, trainable=True)
         fill(model, name, spread=0.5)
-    run = Compiled(model)
-    for name in ("a", "3", "5", "first", "last", "a", "first"):
-        randlora.activate(model, name)
-        graphs.append(run.graphs())
-    assert graphs == [1, 2, 2, 3, 4, 4, 4]
+    return model
 
 
-# Parameters that are replaced
+MIXES: list[tuple[Any, int]] = [
+    ({"a": 0.5, "c": 0.25}, 1),
+    ({"b": 0.75, "c": 1.5}, 2),  # factors become numbers of the graph
+    ({"a": -0.5, "b": 0.3}, 2),
+    ({"a": {"0": 0.5, "2": 2.0}}, 3),
+    ({"a": {"0": 0.25, "2": -1.0}}, 3),
+    ({"b": {"0": -3.0, "2": 0.75}}, 3),
+    ({"a": {"0": 0.0, "2": 0.3}}, 4),
+]
+SPECS: list[tuple[Any, int]] = [("a", 1), ("3", 2), ("5", 2), ("first", 3), ("last", 4), ("a", 4), ("first", 4)]
 
 
-def replaces(model: nn.Module, values: Any) -> Iterator[tuple[Callable[[], object], bool]]:
-    """Return ways to replace a parameter, all but the last of which keep the graph; whether values stay."""
+@pytest.mark.parametrize(
+    ("make", "mixes"),
+    [(lambda: model_with("a", "b", "c"), MIXES), pytest.param(of_other_specs, SPECS, marks=needs_compiler)],
+    ids=["factors", "alphas and layers"],
+)
+def test_mixes_of_as_many_adapters_of_the_same_layers_share_a_graph(
+    make: Callable[[], nn.Module], mixes: list[tuple[Any, int]]
+) -> None:
+    run = Compiled(model := make())
+    for names, graphs in mixes:
+        randlora.activate(model, names)
+        assert run.graphs() == graphs, names
+
+
+def test_a_replaced_parameter_is_read_at_once() -> None:
+    model = model_with("a", "b")
+    run, values = Compiled(model), cast("Any", model.get_submodule("0.randlora_lambda"))
 
     def new() -> nn.Parameter:
         return nn.Parameter(torch.randn(4, 2))
@@ -144,24 +143,19 @@ def replaces(model: nn.Module, values: Any) -> Iterator[tuple[Callable[[], objec
     def others() -> dict[str, Tensor]:
         return {name: torch.randn_like(value) for name, value in model.state_dict().items()}
 
-    yield lambda: setattr(values, "b", new()), False
-    yield lambda: values._parameters.update(b=new()), False
-    yield lambda: (values.pop("b"), values.__setitem__("b", new())), False
-    yield lambda: model.load_state_dict(others(), assign=True), False
-    yield lambda: model.double().float(), True
-    yield lambda: setattr(values, "_parameters", {**values._parameters, "b": new()}), False  # as DeepSpeed's ZeRO-3
-
-
-def test_a_replaced_parameter_is_read_at_once() -> None:
-    model = model_with("a", "b")
-    run = Compiled(model)
-    before, graphs = run.compiled(X), [run.graphs()]
-    for replace, is_same in replaces(model, model.get_submodule("0.randlora_lambda")):
-        replace()
-        graphs.append(run.graphs())
-        assert torch.equal(run.compiled(X), before) == is_same
+    assert run.graphs() == 1
+    for replace, graphs in (
+        (lambda: setattr(values, "b", new()), 1),
+        (lambda: values._parameters.update(b=new()), 1),
+        (lambda: (values.pop("b"), values.__setitem__("b", new())), 1),
+        (lambda: model.load_state_dict(others(), assign=True), 1),
+        (lambda: model.double().float().get_parameter("0.randlora_lambda.b").data.add_(1), 1),
+        (lambda: setattr(values, "_parameters", {**values._parameters, "b": new()}), 2),  # as DeepSpeed's ZeRO-3
+    ):
         before = run.compiled(X)
-    assert graphs == [1, 1, 1, 1, 1, 1, 2]
+        replace()
+        assert run.graphs() == graphs
+        assert not torch.equal(run.compiled(X), before)
     for name in ("a", "b"):
         randlora.activate(model, name)
         run.graphs()
@@ -197,8 +191,8 @@ def test_functional_calls_read_what_they_are_given() -> None:
         lam = torch.randn(4, 2, requires_grad=True)
         outputs = call(model, {name: lam}, (X,)), call(compiled, {f"_orig_mod.{name}": lam}, (X,)), inside(lam)
         expected, *found = ((output.detach(), *torch.autograd.grad(output.sum(), lam)) for output in outputs)
-        for ours, theirs in ((ours, theirs) for each in found for ours, theirs in zip(each, expected, strict=True)):
-            assert_close(ours, theirs, torch.float32)
+        for each in found:
+            torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-4)
         assert model.get_parameter(name) is own
         run.graphs()
     held = model.get_submodule("0.randlora_lambda")
@@ -232,20 +226,17 @@ def test_bases_that_grow_are_released_or_of_another_seed_leave_programs_right() 
 # Blocks, compiled one by one as plain ones are, and checkpointed under autocast
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.layer = nn.LayerNorm(8), nn.Linear(8, 8)
-
+class Block(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.layer(self.norm(x)))
+        output: Tensor = x + super().forward(x)
+        return output
 
 
 class Blocks(nn.ModuleList):
     """Two blocks, which may be checkpointed."""
 
     def __init__(self, *, checkpointed: bool) -> None:
-        super().__init__(Block() for _ in range(2))
+        super().__init__(Block(nn.LayerNorm(8), nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
         self.checkpointed = checkpointed
 
     def forward(self, x: Tensor) -> Tensor:
@@ -274,8 +265,6 @@ def test_blocks_compiled_one_by_one_take_as_many_graphs_as_plain_ones_and_checkp
 
 # Tracers and exporters
 
-every_basis = pytest.mark.parametrize("basis", ["dense", "block"])
-
 
 def cold_model(**options: Any) -> nn.Module:
     """Make a filled model whose bases nothing has written out yet."""
@@ -295,10 +284,6 @@ def compile_in_inference_mode(model: nn.Module, x: Tensor) -> Any:
     return output.clone()
 
 
-def export(model: nn.Module, x: Tensor) -> Any:
-    return torch.export.export(model, (x,)).module()(x)
-
-
 def run_with_fake_tensors(model: nn.Module, x: Tensor) -> Any:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model(mode.from_tensor(x))
@@ -310,8 +295,7 @@ def trace(model: nn.Module, x: Tensor) -> Any:
     traced: Any = torch.jit.trace(model, (x,))
     outputs, trained = (traced(x), model(x)), [*randlora.trainable_parameters(model)]
     found, expected = (torch.autograd.grad(out.square().sum(), trained, retain_graph=True) for out in outputs)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert_close(ours, theirs, torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     return outputs[0]
 
 
@@ -322,7 +306,6 @@ def trace(model: nn.Module, x: Tensor) -> Any:
     [
         (compile_whole, "dense"),
         (compile_in_inference_mode, "block"),
-        pytest.param(export, "dense", marks=needs_export),
         (run_with_fake_tensors, "block"),
         (trace, "dense"),
         (trace, "block"),
@@ -339,7 +322,7 @@ def test_a_tracer_that_comes_first_sees_the_right_values_and_spoils_none(
     assert model.get_parameter("0.randlora_lambda.default").grad is not None
 
 
-@every_basis
+@pytest.mark.parametrize("basis", ["dense", "block"])
 def test_a_transform_that_comes_first_spoils_no_bases_for_the_next(basis: str) -> None:
     model = pickle.loads(pickle.dumps(cold_model(basis=basis)))  # a pickle holds no bases that a seed brings back
     lam, x = model.get_parameter("0.randlora_lambda.default").detach(), torch.randn(3, 8)
@@ -389,20 +372,20 @@ DYNAMIC = ({0: torch.export.Dim("tokens", min=2, max=64)},)
     ("options", "strict"), [({}, False), ({"basis": "block"}, True)], ids=["dense", "block, strict"]
 )
 def test_a_program_of_any_number_of_tokens_is_saved_loaded_and_trained(options: dict[str, Any], strict: bool) -> None:
-    model, file = cold_model(**options), io.BytesIO()
+    model, whole, file = cold_model(**options), cold_model(**options), io.BytesIO()
     torch.export.save(torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=DYNAMIC, strict=strict), file)
     file.seek(0)
     loaded = torch.export.load(file).module()
     for tokens in (2, 64):
         x = torch.randn(tokens, 8)
-        assert_close(loaded(x), model(x), torch.float32)
+        assert_close(loaded(x), whole(x), torch.float32)
+        assert same_bits(model(x), whole(x))
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert len(trained) == 4
     program = torch.export.export(model, (x,)).module()
     found = torch.autograd.grad(program(x).square().sum(), [program.get_parameter(name) for name in trained])
     expected = torch.autograd.grad(model(x).square().sum(), [*trained.values()])
-    for ours, theirs in zip(found, expected, strict=True):
-        assert_close(ours, theirs, torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @needs_export

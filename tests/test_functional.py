@@ -76,16 +76,6 @@ def test_output_update_and_rows_are_those_of_the_oracle(
     torch.testing.assert_close(found, update[chosen.long()])
 
 
-def test_delta_weight_of_a_case_worked_out_by_hand() -> None:
-    """With r = 1 and two bases: row p of UA is lam[0, p]·A·gamma[p], and the update is B's columns times those rows."""
-    basis_A = torch.tensor([[[1.0, 2.0]]], dtype=torch.float64)
-    basis_B = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
-    lam = torch.tensor([[3.0, 5.0]], dtype=torch.float64)
-    gamma = torch.tensor([[1.0, 1.0], [1.0, 0.5]], dtype=torch.float64)
-    found = delta_weight(DensePair(basis_A, basis_B), Diagonals(lam, gamma, 2.0), is_wide=True)
-    assert found.tolist() == [[6.0, 12.0], [10.0, 10.0], [16.0, 22.0]]
-
-
 def test_in_bfloat16_the_sum_of_weight_and_update_is_rounded_once() -> None:
     made = case("dense", 64, 48, 8)
     pair = DensePair(made.pair.A.float(), made.pair.B.to(torch.bfloat16))

@@ -1,12 +1,10 @@
 """A module that is adapted stays what and where it is: the laws of the class that adapts it, over every kind."""
 
 import copy
-import gc
 import pickle
 import re
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -143,20 +141,6 @@ def test_copies_and_pickles_in_a_fresh_process_compute_the_same_bits(tmp_path: P
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["same", *models]
-
-
-@pytest.mark.parametrize(("base", "is_ejected"), [(nn.Linear, False), (nn.Embedding, True)], ids=["called", "read"])
-def test_a_class_that_a_program_made_is_collected_with_the_modules_that_it_adapted(base: Any, is_ejected: bool) -> None:
-    made = type("Made", (base,), {})
-    models = [nn.Sequential(made(8, 8))]
-    randlora.inject(models[0], r=2, targets="all")
-    models.append(copy.deepcopy(models[0]))
-    classes = [weakref.ref(made), weakref.ref(type(models[0][0]))]
-    if is_ejected:
-        [*map(randlora.eject, models)]
-    del made, models
-    gc.collect()
-    assert [reference() for reference in classes] == [None, None]
 
 
 def test_what_save_pretrained_writes_reloads_as_the_base(tmp_path: Path) -> None:
