@@ -156,17 +156,18 @@ LAYER_KINDS = (
 BITSANDBYTES = [kind for kind in LAYER_KINDS if kind.library == "bitsandbytes"]
 COMPILED = "Linear", "Conv1D", "NF4-double"
 """What `make test` compiles; `make slow` compiles the others."""
+DEVICE = os.environ.get("RANDLORA_TEST_DEVICE", "cpu")
+"""Another one than the CPU takes few sizes and dtypes of codes: see `CODES` of tests/test_layers.py."""
 
-compiles_codes = pytest.mark.skipif(
-    TorchVersion(torch.__version__) < "2.7", reason="the compiler of torch 2.6 does not know bitsandbytes' parameters"
-)
+
+def _marks(kind: LayerKind) -> list[pytest.MarkDecorator]:
+    is_old, reason = TorchVersion(torch.__version__) < "2.7", "torch 2.6 does not know bitsandbytes' parameters"
+    marks = [pytest.mark.skipif(is_old and kind.is_quantized, reason=reason)]
+    return marks if kind.name in COMPILED else [*marks, pytest.mark.slow]
 
 
 def _every(kinds: Iterable[LayerKind], *, compiled: bool = False) -> pytest.MarkDecorator:
-    rows = []
-    for kind in kinds:
-        marks = [compiles_codes] * kind.is_quantized + [pytest.mark.slow] * (kind.name not in COMPILED)
-        rows.append(pytest.param(kind, marks=marks if compiled else [], id=kind.name))
+    rows = [pytest.param(kind, marks=_marks(kind) if compiled else [], id=kind.name) for kind in kinds]
     return pytest.mark.parametrize("kind", rows)
 
 
@@ -176,19 +177,16 @@ def _every_dtype(kinds: Iterable[LayerKind]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("kind", "dtype"), rows, ids=ids)
 
 
-DEVICE = os.environ.get("RANDLORA_TEST_DEVICE", "cpu")
-"""Another one than the CPU takes few sizes and dtypes of codes: see `CODES` of tests/test_layers.py."""
-
 _dense = [kind for kind in LAYER_KINDS if not kind.is_quantized]
-_all = LAYER_KINDS if DEVICE == "cpu" else _dense
+_here = LAYER_KINDS if DEVICE == "cpu" else _dense
 _mergeable = [kind for kind in LAYER_KINDS if kind.merges]
 
-every_kind = _every(_all)
+every_kind = _every(_here)
 every_dense_kind = _every(_dense)
 every_mergeable_kind = _every(_mergeable)
 every_quantized_kind = _every(kind for kind in _mergeable if kind.is_quantized)
-every_convertible_kind = _every(kind for kind in _all if kind.converts)
-every_kind_compiled = _every(_all, compiled=True)
-every_kind_and_dtype = _every_dtype(_all)
+every_convertible_kind = _every(kind for kind in _here if kind.converts)
+every_kind_compiled = _every(_here, compiled=True)
+every_kind_and_dtype = _every_dtype(_here)
 every_mergeable_kind_and_dtype = _every_dtype(_mergeable)
 every_dense_kind_and_dtype = _every_dtype(_dense)

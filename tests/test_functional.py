@@ -146,8 +146,8 @@ def test_few_tokens_are_taken_through_without_building_the_basis(
 ) -> None:
     """In backward by layers of 256 and more: the further operators cost smaller ones more than they spare."""
     monkeypatch.setattr(cost, "MORE_OPERATORS", 0)
-    made, x, weight, is_wide = case(form, *shape, 8), random(1, shape[1]), random(*shape), shape[1] == min(shape)
-    chosen: dict[str, Any] = {"is_wide": is_wide, "has_weight": True, "compute": "auto"}
+    made, x, weight = case(form, *shape, 8), random(1, shape[1]), random(*shape)
+    chosen: dict[str, Any] = {"is_wide": shape[1] == min(shape), "has_weight": True, "compute": "auto"}
     assert cost.chosen_forward(1, made.pair, **chosen) == "few_tokens"
     assert cost.chosen_backward(1, made.pair, needs=(True, False, True), **chosen) == ("few_tokens", "few_tokens")
 
@@ -427,36 +427,30 @@ def sizes(
     return Sizes(tokens, max_dim, min_dim, 32 * num_bases, num_bases, shares, into <= out, has_weight)
 
 
-@pytest.mark.parametrize(
-    ("found", "forward", "backward"),
-    [
-        (sizes(1), "few_tokens", ("few_tokens", "few_tokens")),
-        (sizes(128), "factored", ("factored", "factored")),
-        (sizes(8192), "materialized", ("materialized", "materialized")),
-        (sizes(1, shares=BLOCK), "few_tokens", ("few_tokens", "few_tokens")),
-        (sizes(128, shares=BLOCK), "factored", ("factored", "factored")),
-        (sizes(8192, shares=BLOCK), "materialized", ("materialized", "factored")),
-        (sizes(1, 128, 128), "few_tokens", ("factored", "factored")),  # of fewer operators
-        (sizes(1, 256, 256), "few_tokens", ("few_tokens", "few_tokens")),
-    ],
-    ids=str,
-)
-def test_a_square_layer_takes_the_ways_that_were_measured_fastest(
-    found: Sizes, forward: Way, backward: tuple[Way, Way]
-) -> None:
-    assert forward_way(found) == forward
-    assert backward_ways(found, needs_input=True, needs_diagonals=True) == backward
+BOTH = {"needs_input": True, "needs_diagonals": True}
+WAYS: list[tuple[Sizes, Way, tuple[Way, Way]]] = [
+    (sizes(1), "few_tokens", ("few_tokens", "few_tokens")),
+    (sizes(128), "factored", ("factored", "factored")),
+    (sizes(8192), "materialized", ("materialized", "materialized")),
+    (sizes(1, shares=BLOCK), "few_tokens", ("few_tokens", "few_tokens")),
+    (sizes(128, shares=BLOCK), "factored", ("factored", "factored")),
+    (sizes(8192, shares=BLOCK), "materialized", ("materialized", "factored")),
+    (sizes(1, 128, 128), "few_tokens", ("factored", "factored")),  # of fewer operators
+    (sizes(1, 256, 256), "few_tokens", ("few_tokens", "few_tokens")),
+]
 
 
-def test_an_update_without_a_weight_to_be_added_to_is_formed_later_and_where_passes_are_dear() -> None:
-    """Then the tokens pass one product more. What a pass costs depends on the device and the dtype."""
+def test_layers_take_the_ways_that_were_measured_fastest() -> None:
+    """Without a weight to be added to, the tokens pass one product more; what that costs is up to device and dtype."""
+    for found, forward, backward in WAYS:
+        assert (forward_way(found), backward_ways(found, **BOTH)) == (forward, backward), found
     assert forward_way(sizes(900)) == "materialized"
     assert forward_way(sizes(900, has_weight=False)) == "factored"
     assert forward_way(sizes(1400, has_weight=False)) == "materialized"
     cheap, dear = (sizes(600, shares=BLOCK)._replace(entry=entry) for entry in (40, 400))
     assert (forward_way(cheap), forward_way(dear)) == ("materialized", "factored")
-    for has_weight_gradient, way in ((False, "factored"), (True, "materialized")):  # which is not paid for again
-        asked = {"needs_input": False, "needs_diagonals": True, "needs_weight": has_weight_gradient}
+    for needs_weight, way in ((False, "factored"), (True, "materialized")):  # which is not paid for again
+        asked = {"needs_input": False, "needs_diagonals": True, "needs_weight": needs_weight}
         assert backward_ways(sizes(800), **asked)[1] == way
     assert cost.pass_over("cpu", torch.bfloat16) == ON_CPU
     assert cost.pass_over("cuda", torch.bfloat16).multiply_adds > cost.pass_over("cuda", torch.float32).multiply_adds
