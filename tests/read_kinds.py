@@ -274,11 +274,12 @@ def of(*names: str) -> pytest.MarkDecorator:
 
 
 every_read_kind = pytest.mark.parametrize("kind", READ_KINDS, ids=_id)
-every_family = of(
+FAMILIES = (
     *("Conv2d-groups", "ConvTranspose2d", "Embedding-padding", "Embedding-scaled", "attention-in_proj-split"),
     *("attention-out_proj", "experts-gate_up", "experts-transposed-gate_up-shared-batched", "Linear-other-forward"),
 )
 """One row of each family, for laws in which the sizes of a weight do not matter."""
+every_family = of(*FAMILIES)
 
 
 def or_medium(is_quick: bool, *values: object) -> Any:
