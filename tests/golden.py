@@ -117,8 +117,6 @@ SEED = 2**40 + 11
 
 
 class Golden(NamedTuple):
-    """One directory of the matrix."""
-
     body: str
     kind: BasisKind
     stream: Stream
@@ -149,7 +147,6 @@ def ramp(shape: Shape, start: int, divisor: int) -> Tensor:
 
 
 def plain(body: Body) -> nn.Module:
-    """Make a model without adapters, in float64."""
     model = body.build().double().eval()
     with torch.no_grad():
         for start, parameter in enumerate(model.parameters()):

@@ -23,14 +23,11 @@ class Tables(nn.Module):
         self.scale = nn.Parameter(torch.ones(in_features, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(..., in_features)`` to the same."""
         output: Tensor = torch.tanh(x @ self.table.T) @ self.turned * self.scale
         return output
 
 
 class TableReader(ReadWeight):
-    """Adapts ``Tables.table``."""
-
     attribute = "table"
 
     @staticmethod
@@ -44,8 +41,6 @@ class TableReader(ReadWeight):
 
 
 class TurnedReader(TableReader):
-    """Adapts ``Tables.turned``."""
-
     attribute = "turned"
     features = staticmethod(lambda owner: tuple(owner._parameters["turned"].shape))
     in_storage_layout = staticmethod(lambda delta: delta.T)
@@ -61,7 +56,6 @@ class Reading(nn.Module):
         self.linear = nn.Linear(12, 12, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(..., 12)`` to the same."""
         x = x + torch.tanh(x @ self.read.table.T) @ self.read.turned
         output: Tensor = self.linear(self.called(x))
         return output
@@ -75,18 +69,14 @@ def register(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def of_kind(kind: LayerKind) -> nn.Sequential:
-    """Make a model of two layers, the first of them in two places."""
     layer, dtype = kind.build(12, 12, True, kind.exact), kind.exact
     return nn.Sequential(layer, nn.Sequential(layer, nn.LayerNorm(12, dtype=dtype)), kind.build(12, 20, True, dtype))
 
 
 def adapt(model: nn.Module) -> nn.Module:
-    """Adapt all of a model, with values as after some training."""
     randlora.inject(model, r=3, targets="all-linear", stream="portable")
-    fill(model)
-    return model
+    return fill(model)
 
 
 def given(kind: LayerKind) -> Tensor:
-    """Return the input in the dtype of a kind."""
     return X.to(kind.exact)

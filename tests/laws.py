@@ -18,7 +18,6 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 3e-2, t
 needs_compiler = pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.11", reason="the compiler of torch 2.9 and older does not take all that we do"
 )
-"""It has no properties of named tuples, or graphs of several adapters' Λ and Γ."""
 
 needs_export = pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.9", reason="torch.export loses tensors that a model computes with before 2.9"
@@ -39,7 +38,6 @@ class Mixed(nn.Module):
         self.head = nn.Linear(12, 3, dtype=dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map ``(batch,)`` tokens to ``(batch, 3)``."""
         x = self.embed(tokens)
         x = x + self.q(x)
         x = x + self.down(torch.tanh(self.up(x)))
@@ -51,17 +49,14 @@ TOKENS = torch.arange(9)
 
 
 def adapter_layer(layer: nn.Module) -> AdapterLayer:
-    """Return what adapts the weight of one module."""
     return adapter_layers_of(layer)["weight"]
 
 
 def diagonals(layer: nn.Module, name: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
-    """Return Λ and Γ of one adapter of one module."""
     return adapter_layer(layer).diagonals_of(layer, name)
 
 
 def adapted_names(model: nn.Module) -> set[str]:
-    """Return the FQNs of what is adapted."""
     return {site.fqn for site in Census.of(model).adapted}
 
 

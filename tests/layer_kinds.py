@@ -96,7 +96,6 @@ class Coded(nn.Module):
         self.bias = nn.Parameter(torch.randn(out_features, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply."""
         return nn.functional.linear(x, self.codes.to(x.dtype) / 64, self.bias)
 
 

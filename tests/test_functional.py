@@ -34,6 +34,7 @@ from tests import reference
 from tests.pairs import Case, case, every_form
 from tests.strategies import ranks, sides
 
+Shape = tuple[int, int]
 every_way = pytest.mark.parametrize("compute", get_args(Compute))
 every_shape = pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24)], ids=["square", "down", "up"])
 
@@ -95,9 +96,7 @@ def test_in_bfloat16_the_sum_of_weight_and_update_is_rounded_once() -> None:
 @every_form
 @every_way
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6), (1, 6)], ids=str)
-def test_gradients_are_those_of_finite_differences_once_and_twice(
-    form: str, compute: Compute, shape: tuple[int, int]
-) -> None:
+def test_gradients_are_those_of_finite_differences_once_and_twice(form: str, compute: Compute, shape: Shape) -> None:
     made, is_wide = case(form, *shape, 3), shape[1] <= shape[0]
     x, weight, bias, scaling = random(2, shape[1]), random(*shape), random(shape[0]), made.diagonals.scaling
     leaves = tuple(tensor.requires_grad_() for tensor in (x, weight, bias, *made.diagonals[:2]))
@@ -141,9 +140,7 @@ def test_autocast_does_not_reach_into_the_rows(form: str) -> None:
 
 @every_form
 @pytest.mark.parametrize("shape", [(24, 24), (23, 39), (39, 23)], ids=str)
-def test_few_tokens_are_taken_through_without_building_the_basis(
-    form: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_tokens_go_through_without_the_basis(form: str, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     """In backward by layers of 256 and more: the further operators cost smaller ones more than they spare."""
     monkeypatch.setattr(cost, "MORE_OPERATORS", 0)
     made, x, weight = case(form, *shape, 8), random(1, shape[1]), random(*shape)
@@ -171,9 +168,7 @@ def test_gradients_through_the_sum_of_a_weight_and_an_update() -> None:
 # Transforms of torch.func, which the operation knows by a private name: see randlora/functional/scratch.py
 
 
-def prepared(
-    form: str, shape: tuple[int, int], compute: Compute
-) -> tuple[Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], list[Tensor]]:
+def prepared(form: str, shape: Shape, compute: Compute) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """Make a loss of ``(x, weight, lam, gamma)``, and values for them."""
     made = case(form, *shape, 4)
 
@@ -243,7 +238,6 @@ def test_forward_mode_is_right_where_no_gradient_is_wanted_and_refused_elsewhere
 
 
 def kept_by(run: Callable[[], Any]) -> list[Tensor]:
-    """Run forward and collect what autograd keeps."""
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -259,7 +253,7 @@ def storages(tensors: Iterable[Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def trained(form: str, shape: tuple[int, int], tokens: int) -> tuple[Case, Tensor, Tensor]:
+def trained(form: str, shape: Shape, tokens: int) -> tuple[Case, Tensor, Tensor]:
     """Make bases with Λ and Γ that are trained, an input that needs a gradient, and a weight."""
     made = case(form, *shape, 4)
     for tensor in made.diagonals[:2]:
@@ -273,14 +267,13 @@ class Watch(Observer):
     Of matrices of a shape that are multiplied into new memory, it notes which of some tensors live meanwhile.
     """
 
-    def __init__(self, shape: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, shape: Shape = (0, 0)) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.entries, self.kernels = 0, 0
         self.shape, self.products, self.living = shape, 0, 0
         self.written: list[weakref.ref[Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and look at what it made."""
         result = func(*args, **(kwargs or {}))
         is_view = any(alias.alias_info is not None and not alias.alias_info.is_write for alias in func._schema.returns)
         self.kernels += not (is_view or func is torch.ops.aten._unsafe_view.default)
@@ -297,9 +290,7 @@ class Watch(Observer):
 @every_way
 @every_shape
 @pytest.mark.parametrize("tokens", [1, 100])
-def test_backward_keeps_what_it_was_given_and_makes_nothing_larger(
-    form: str, compute: Compute, shape: tuple[int, int], tokens: int
-) -> None:
+def test_backward_keeps_inputs_and_makes_nothing_larger(form: str, compute: Compute, shape: Shape, tokens: int) -> None:
     """PEFT keeps ``min_dim²`` numbers a layer beside it."""
     made, x, weight = trained(form, shape, tokens)
     given = storages((x, weight, *made.diagonals[:2]))
@@ -343,9 +334,7 @@ def test_of_updates_and_rows_the_diagonals_and_indices_alone_are_kept_and_nothin
 @pytest.mark.parametrize("form", ["dense", "block(2,4)"])
 @every_way
 @every_shape
-def test_a_weight_that_was_written_out_is_summed_into_and_gone_before_a_gradient_of_its_size_comes(
-    form: str, compute: Compute, shape: tuple[int, int]
-) -> None:
+def test_a_weight_written_out_is_gone_before_its_gradient_comes(form: str, compute: Compute, shape: Shape) -> None:
     made, x, weight = trained(form, shape, 200)
 
     def write_out(dtype: torch.dtype) -> Tensor:
@@ -386,7 +375,7 @@ def test_a_weight_that_was_written_out_is_summed_into_and_gone_before_a_gradient
     ],
 )
 def test_a_step_makes_the_products_that_the_cost_model_says_for_what_is_asked_and_no_more(
-    form: str, compute: Compute, shape: tuple[int, int], needs: str, expected: Callable[[int], float]
+    form: str, compute: Compute, shape: Shape, needs: str, expected: Callable[[int], float]
 ) -> None:
     made, x, weight = trained(form, shape, tokens := 10)
     for tensor in (x,) if needs == "diagonals" else made.diagonals[:2] if needs == "input" else ():
@@ -399,9 +388,7 @@ def test_a_step_makes_the_products_that_the_cost_model_says_for_what_is_asked_an
 
 
 @every_shape
-def test_gradients_summed_over_strips_of_tokens_are_those_of_all_tokens(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_summed_over_strips_are_those_of_all_tokens(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     made, x, weight = trained("block(2,4)", shape, 1000)
     found, kernels = [], []
     for entries in (2**14, 2**20):
@@ -420,7 +407,7 @@ BLOCK = (1 / 4, 1 / 8, 1 / 32)
 
 
 def sizes(
-    tokens: int, into: int = 1024, out: int = 1024, shares: Any = (1.0, 1.0, 1.0), *, has_weight: bool = True
+    tokens: int, into: int = 1024, out: int = 1024, shares: Any = (1.0,) * 3, *, has_weight: bool = True
 ) -> Sizes:
     max_dim, min_dim = max(into, out), min(into, out)
     num_bases = -(-min_dim // 32)
@@ -465,8 +452,8 @@ def test_layers_take_the_ways_that_were_measured_fastest() -> None:
     tokens=st.integers(0, 100_000),
     shares=st.sampled_from([(1.0, 1.0, 1.0), BLOCK]),
 )
-def test_few_tokens_take_no_more_room_than_the_weight_and_more_lead_to_the_materialized_way(
-    shape: tuple[int, int], tokens: int, shares: tuple[float, float, float]
+def test_few_tokens_take_little_room_and_more_lead_to_the_materialized_way(
+    shape: Shape, tokens: int, shares: Any
 ) -> None:
     few, many = (sizes(count, *shape, shares) for count in (tokens, 2 * tokens + 1))
     assert forward_way(few) != "materialized" or forward_way(many) == "materialized"

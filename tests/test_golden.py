@@ -146,7 +146,6 @@ def first_body() -> nn.Module:
 
 
 def first_stacks() -> nn.Module:
-    """Make stacks of matrices and a linear layer."""
     turned = Stack("down_proj", 3, 4, 5, is_transposed=True)
     return nn.ModuleDict({"plain": Stack("gate_up_proj", 3, 4, 6), "turned": turned, "linear": nn.Linear(6, 3)})
 

@@ -182,15 +182,11 @@ def test_routed_sees_that_sharded_values_change() -> None:
 
 
 class Final(nn.Linear):
-    """A linear layer whose class is final."""
-
     def __init_subclass__(cls) -> None:
         raise TypeError(f"{cls.__name__} may not be a subclass")
 
 
 class Scripted(LinearAdapter):
-    """Would adapt a scripted linear layer."""
-
     @staticmethod
     def features(owner: nn.Module) -> tuple[int, int]:
         out_features, in_features = owner.get_parameter("weight").shape

@@ -101,7 +101,7 @@ def test_a_fresh_adapter_leaves_every_bit_of_the_output_and_a_trained_one_adds_t
     ids=lambda value: getattr(value, "name", str(value)),
 )
 @pytest.mark.parametrize("basis", BASES)
-def test_of_a_large_layer_every_way_gives_the_same_and_unmerging_restores_every_bit(
+def test_every_way_is_the_same_and_unmerging_restores_every_bit(
     kind: LayerKind, dtype: torch.dtype, basis: BasisKind
 ) -> None:
     for tokens in (1, 300):
@@ -224,9 +224,7 @@ def test_a_meta_layer_computes_shapes_and_starts_as_any_other_once_it_is_reset(k
 
 
 @pytest.mark.parametrize(("basis", "stream"), KINDS_AND_STREAMS)
-def test_a_seed_means_the_same_update_wherever_it_is_drawn_and_a_model_that_moves_takes_its_adapter_along(
-    basis: BasisKind, stream: Stream
-) -> None:
+def test_a_seed_means_the_same_update_wherever_it_is_drawn_or_moved(basis: BasisKind, stream: Stream) -> None:
     here, there = (Mixed().to(device) for device in (DEVICE, "cpu"))
     for model in (here, there):
         randlora.inject(model, r=4, basis=basis, stream=stream, seed=7)

@@ -43,12 +43,10 @@ def _own_entries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def other(forward: Callable[..., Any], kind: Any = nn.Linear) -> Any:
-    """Make a layer of 16 x 12 with another forward."""
     return type("Own", (kind,), {"forward": forward})(*(12, 16) if kind is Conv1D else (16, 12))
 
 
 def in_model(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Adapt a layer; return the model that holds it, and the layer."""
     model = nn.Sequential(layer)
     randlora.inject(model, r=3, alpha=6, targets="all-linear")
     return fill(model), layer
@@ -69,9 +67,7 @@ def never_called() -> Iterator[None]:
 
 @every_kind
 @pytest.mark.parametrize("compute", get_args(Compute))
-def test_a_plain_layer_is_one_operation_and_its_output_may_be_changed_in_place(
-    kind: LayerKind, compute: Compute
-) -> None:
+def test_a_layer_is_one_operation_whose_output_may_be_changed_in_place(kind: LayerKind, compute: Compute) -> None:
     model, layer = in_model(kind.build(6, 9, True, torch.float32))
     randlora.set_compute(model, compute)
     lam = layer.get_parameter("randlora_lambda.default")
@@ -94,8 +90,6 @@ def test_a_plain_layer_is_one_operation_and_its_output_may_be_changed_in_place(
 
 
 class Doubled(nn.Linear):
-    """A linear layer with a different forward, which takes further arguments."""
-
     def forward(self, input: Tensor, factor: float | Tensor = 2.0, *, shift: float = 0.0) -> Tensor:  # noqa: A002
         return super().forward(input) * factor + shift
 
@@ -342,7 +336,6 @@ def on_instance() -> nn.Module:
 
 
 def rounding(dtype: torch.dtype) -> Any:
-    """Make a linear layer that computes in another dtype than that of the weight."""
     return other(lambda self, x: F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).to(x.dtype))
 
 
@@ -384,9 +377,7 @@ ADDED: dict[str, tuple[str, Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("name", ADDED)
-def test_a_forward_is_merged_into_if_it_is_the_product_up_to_rounding(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forward_is_merged_into_if_it_is_the_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LinearAdapter, "as_read", None)
     said, build = ADDED[name]
     model = reproducible(lambda: nn.Sequential(nn.Linear(16, 16), build())).train()

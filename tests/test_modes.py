@@ -140,14 +140,11 @@ def test_it_changes_no_gradient_under_autocast_and_beside_rows_of_several_adapte
 
 
 class Keeping(TorchDispatchMode):
-    """Keeps every result, with what it was."""
-
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and keep what it made."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.kept.append((result, result.clone()))

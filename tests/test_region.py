@@ -68,7 +68,7 @@ def test_the_update_of_a_region_is_that_part_of_the_whole_update(
 
 @pytest.mark.parametrize("compute", ["auto", "factored", "materialized"])
 @given(specs(), st.data())
-def test_gradients_of_the_parts_add_up_to_those_of_the_whole(
+def test_gradients_of_parts_add_up_to_those_of_the_whole(
     compute: Compute, spec: BasisSpec, data: st.DataObject
 ) -> None:
     """And so do the outputs of parts that have a part of the input each, as in a layer split by its columns."""
