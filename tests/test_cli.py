@@ -352,6 +352,7 @@ def test_the_demo_learns_and_gives_the_same_outputs_after_saving_and_merging(
     assert max(map(len, shown.splitlines())) <= 84
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.13", reason="files name the version of torch, and were smaller by a byte"
 )

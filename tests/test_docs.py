@@ -65,13 +65,16 @@ def models_of(page: Path, *, real: bool) -> list[str]:
     return stand_ins.named("".join(snippet.code for snippet in snippets(page, real=real)))
 
 
+TRAINING = ("continued.md", "diffusion.md", "grpo.md")  # of which each takes over a second
+
+
 def run_pages() -> Iterator[Any]:
     """Yield the pages with snippets; those that train a pretrained model take seconds, a language model more."""
     for page in PAGES:
         if snippets(page):
             names = models_of(page, real=False)
             takes = pytest.mark.slow if any("SmolLM2" in name for name in names) else pytest.mark.medium
-            yield pytest.param(page, marks=[takes] if names else [])
+            yield pytest.param(page, marks=[takes] if names or page.name in TRAINING else [])
 
 
 @pytest.mark.parametrize("page", list(run_pages()), ids=page_name)

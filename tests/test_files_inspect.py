@@ -229,6 +229,7 @@ def put(hub: Hub, repo_id: str, files: dict[str, bytes]) -> Repository:
     return hub.repositories[repo_id]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("layout", ["one file", "sharded", "nf4 twice", "8 bits"])
 def test_a_plan_reads_headers_and_no_weights(hub: Hub, layout: str) -> None:
     is_dense = layout in ("one file", "sharded")
@@ -266,6 +267,7 @@ def test_a_merge_downloads_both_and_equals_that_of_directories(hub: Hub, monkeyp
     assert files.plan("org/model", r=4) == files.plan(BASE, r=4)
 
 
+@pytest.mark.medium
 def test_every_command_takes_revisions_of_adapter_and_base_and_says_what_is_nowhere(
     hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,6 +304,7 @@ def test_every_command_takes_revisions_of_adapter_and_base_and_says_what_is_nowh
             assert message in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_what_headers_do_not_tell_is_an_error_that_names_it(hub: Hub) -> None:
     def file_of(**tensors: Any) -> dict[str, bytes]:
         text = json.dumps(tensors).encode()

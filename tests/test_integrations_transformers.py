@@ -177,9 +177,6 @@ def test_several_adapters_are_restored_all_or_none() -> None:
 
     refused("ab", "it has c, which the model lacks")
     refused("a", "there are some inside it: a, b, c")
-    (checkpoint / "c").rename("c")
-    refused("abd", r"cannot load 'run/checkpoint-2/d'")
-    Path("c").rename(checkpoint / "c")
     tensors = checkpoint / "b" / "adapter_model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:50])
     refused("abc", "b/adapter_model.safetensors is truncated")
@@ -260,15 +257,9 @@ def test_what_a_trainer_cannot_do_and_training_that_checkpoints_would_not_have_a
     with pytest.raises(AdapterError, match="cannot send the merged weights to vLLM"):
         trainer(GRPO, with_norm(), **WITH_VLLM)
     trainer(AdapterTrainer, adapted_model(), max_steps=2).train()
-    lacks = "the files have no trained parameter model.norm.weight"  # the table of differences is in tests/test_swap.py
-    others: list[tuple[dict[str, Any], str]] = [
-        ({"r": 4}, "has r=4 and alpha=80, but in the files r=8"),
-        ({"train_also": ["norm"]}, lacks),
-    ]
-    for given, message in others:
-        model = fill(adapted_model(**given))
-        with untouched(model), pytest.raises(CheckpointError, match=message):
-            trainer(AdapterTrainer, model).train(resume_from_checkpoint=True)
+    model = fill(adapted_model(r=4))  # the table of differences is in tests/test_swap.py
+    with untouched(model), pytest.raises(CheckpointError, match="has r=4 and alpha=80, but in the files r=8"):
+        trainer(AdapterTrainer, model).train(resume_from_checkpoint=True)
     own = type("Own", (Trainer,), {})
     for first, mixin in ((Trainer, AdapterCheckpoints), (own, AdapterTrainer)):
         with pytest.raises(AdapterError, match=f"put the mixin first, .*{mixin.__name__}, {first.__name__}"):
