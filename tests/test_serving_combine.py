@@ -120,33 +120,27 @@ def test_bases_grow_with_the_layers_of_the_sum_where_they_can() -> None:
     assert_is_sum(model, "c", {"large-portable": 0.5}, "1")
 
 
-INSTEAD = ".*activate the adapters with factors, which is exact, or merge one after the other"
-
-
-def inexact() -> nn.Module:
-    model = two(Mixed(), equal=None, basis="block")
-    randlora.inject(model, r=3, alpha=3, basis="block", stream="portable", seed=5, name="seed")
-    randlora.inject(model, r=4, basis="block", stream="portable", targets=["q"], name="r")
-    fill(model, "seed", seed=4)
-    return model
-
-
-def nearly_exact() -> nn.Module:
-    model = two(Mixed(), equal=None)
-    values = adapter_values(model, "b")
+def crowded() -> nn.Module:
+    """Add adapters that go together with none of the others; "near" has nearly the values of "a"."""
+    model = two(Mixed())
+    options: dict[str, dict[str, Any]] = {
+        "both": {"r": 3, "alpha": 9},
+        "near": {"r": 3, "alpha": 6},
+        "seed": {"r": 3, "alpha": 3, "seed": 5},
+        "r": {"r": 4, "targets": ["q"]},
+        "dropping": {"r": 4, "targets": ["q"], "dropout": 0.5},
+        "read": {"r": 4, "targets": ["embed"]},
+        "beside": {"r": 4, "targets": ["up"], "train_also": ["q.weight"]},
+        "off": {"r": 4, "targets": ["q"]},
+        "elsewhere": {"r": 2, "targets": ["up"], "seed": 1},
+    }
+    for seed, (name, own) in enumerate(options.items()):
+        randlora.inject(model, name=name, stream="portable", **own)
+        fill(model, name, seed=seed + 2)
     for name, value in adapter_values(model, "a").items():
-        values[name.replace(".a", ".b")].data = value.data * (1 + 1e-4 * torch.rand_like(value))
-    return model
-
-
-def of_all_kinds() -> nn.Module:
-    model = Mixed()
-    randlora.inject(model, r=4, targets=["q"], dropout=0.5, name="dropping")
-    randlora.inject(model, r=4, targets=["embed"], name="read")
-    randlora.inject(model, r=4, targets=["up"], train_also=["q.weight"], name="beside")
-    randlora.inject(model, r=4, targets=["q"], name="off")
-    randlora.inject(model, r=2, targets=["up"], name="seed", seed=1)
+        model.get_parameter(f"{name}.near").data = value.data * (1 + 1e-4 * torch.rand_like(value))
     set_alpha(model, 0, "off")
+    diagonals(model.get_submodule("q"), "r")[0].data[0, 0] = 1e37
     return model
 
 
@@ -167,43 +161,41 @@ def without_values() -> nn.Module:
         return two(Mixed())
 
 
-def usual() -> nn.Module:
-    model = two(Mixed())
-    diagonals(model.get_submodule("q"), "a")[0].data[0, 0] = 1e37
-    return model
-
-
-REFUSED: list[tuple[Callable[[], nn.Module], Any, Any, str]] = [
-    (inexact, FACTORS, "c", f"no adapter has exactly this sum in q, up, down, where both Λ and Γ differ{INSTEAD}"),
-    (inexact, {"a": 1, "seed": 0.1}, "c", rf"'seed' is on .*seed=5.*, and 'a' on .*seed=0{INSTEAD}"),
-    (inexact, {"a": 1, "r": 0.1}, "c", f"a and r have r=3 and 4 in q{INSTEAD}"),
-    (nearly_exact, FACTORS, "c", "exactly this sum"),
+INSTEAD = ".*activate the adapters with factors, which is exact, or merge one after the other"
+REFUSED: list[tuple[Any, Any, str]] = [
     (
-        of_all_kinds,
-        {"dropping": 1, "read": 1},
+        {"a": 0.7, "both": -0.3},
         "c",
-        r"embed is a weight that other code reads, and dropout=0\.5 cannot",
+        f"no adapter has exactly this sum in q, up, down, where both Λ and Γ differ{INSTEAD}",
     ),
-    (of_all_kinds, {"dropping": 1, "beside": 1}, "c", r"'beside' trained a copy of q\.weight, a weight that the new"),
-    (of_all_kinds, {"off": 1, "dropping": 1}, "c", "'off' has alpha=0 in q"),
-    (of_all_kinds, {"dropping": 1, "seed": 1}, "c", r"'seed' is on .*seed=1.*, but 'dropping' has no such bases"),
-    (usual, {"a": 1, "x": 1}, "c", "no adapter named 'x': it has a, b"),
-    (usual, {"a": float("nan")}, "c", "must be a finite number, got nan"),
-    (usual, "a", "c", "expected a mapping from names"),
-    (usual, {}, "c", "expected a mapping from names"),
-    (usual, {"a": 1}, "b", "the model has an adapter of that name"),
-    (usual, {"a": 1}, 3, "name must be"),
-    (usual, {"a": 1e5}, "c", "would not be finite in q"),
-    (merged, {"b": 1}, "c", "while the adapters are merged"),
-    (without_values, {"a": 1}, "c", r"has no values \(meta or fake\)"),
-    (attention, {"a": 1, "b": 1}, "c", r"'b' adapts 0.in_proj_weight as 3 x 12 x 12, and one like 'a' as 36 x 12"),
+    ({"a": 0.7, "near": -0.3}, "c", "exactly this sum"),
+    ({"a": 1, "seed": 0.1}, "c", rf"'seed' is on .*seed=5.*, and 'a' on .*seed=0{INSTEAD}"),
+    ({"a": 1, "r": 0.1}, "c", f"a and r have r=3 and 4 in q{INSTEAD}"),
+    ({"dropping": 1, "read": 1}, "c", r"embed is a weight that other code reads, and dropout=0\.5 cannot"),
+    ({"dropping": 1, "beside": 1}, "c", r"'beside' trained a copy of q\.weight, a weight that the new"),
+    ({"off": 1, "dropping": 1}, "c", "'off' has alpha=0 in q"),
+    ({"dropping": 1, "elsewhere": 1}, "c", r"'elsewhere' is on .*seed=1.*, but 'dropping' has no such bases"),
+    ({"a": 1, "x": 1}, "c", "no adapter named 'x': it has a, b"),
+    ({"a": float("nan")}, "c", "must be a finite number, got nan"),
+    ("a", "c", "expected a mapping from names"),
+    ({}, "c", "expected a mapping from names"),
+    ({"a": 1}, "b", "the model has an adapter of that name"),
+    ({"a": 1}, 3, "name must be"),
+    ({"r": 1e5}, "c", "would not be finite in q"),
+]
+STATES: list[tuple[Callable[[], nn.Module], Any, str]] = [
+    (merged, {"b": 1}, "while the adapters are merged"),
+    (without_values, {"a": 1}, r"has no values \(meta or fake\)"),
+    (attention, {"a": 1, "b": 1}, r"'b' adapts 0.in_proj_weight as 3 x 12 x 12, and one like 'a' as 36 x 12"),
 ]
 
 
-@pytest.mark.parametrize(("build", "adapters", "name", "message"), REFUSED)
-def test_what_no_such_adapter_could_have_is_refused_and_changes_nothing(
-    build: Callable[[], nn.Module], adapters: Any, name: Any, message: str
-) -> None:
-    model = build()
-    with untouched(model), pytest.raises(AdapterError if name != 3 else ConfigError, match=message):
-        combine(model, adapters, name=name)
+def test_what_no_such_adapter_could_have_is_refused_and_changes_nothing() -> None:
+    model = crowded()
+    for adapters, name, message in REFUSED:
+        with untouched(model), pytest.raises(AdapterError if name != 3 else ConfigError, match=message):
+            combine(model, adapters, name=name)
+    for build, adapters, message in STATES:
+        model = build()
+        with untouched(model), pytest.raises(AdapterError, match=message):
+            combine(model, adapters, name="c")

@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "d": {"r": 2, "alpha": 7, "basis": "block", "seed": 5},
     "elsewhere": {"r": 3, "targets": ["1"]},
 }
+NAMES: Names = ["a", "b", None, "a"]
 names_of_rows = st.lists(st.sampled_from([*OPTIONS, None]), min_size=1, max_size=7)
 
 
@@ -99,13 +100,13 @@ def test_rows_of_modules_that_read_their_weight(kind: ReadKind) -> None:
     assert len(names) == 1 or not torch.equal(expected[0], expected[1])
 
 
+@pytest.mark.parametrize("targets", ["all", ["out_proj"]])
 @pytest.mark.parametrize(
     ("batch_first", "masked"), [(True, "nothing"), (False, "padding"), (True, "heads"), (False, "all")]
 )
-def test_attention_with_both_projections(batch_first: bool, masked: str) -> None:
+def test_attention(targets: Any, batch_first: bool, masked: str) -> None:
     attention = nn.MultiheadAttention(12, 2, batch_first=batch_first).double()
-    model, names = with_adapters(nn.Sequential(attention, nn.Identity()), "all"), ["b", "a", None, "a"]
-    tokens, axis = 4 if masked == "all" else 5, 0 if batch_first else 1
+    model, tokens, axis = with_adapters(nn.Sequential(attention), targets), 4 if masked == "all" else 5, 1 - batch_first
     x = torch.randn(*((4, tokens) if batch_first else (tokens, 4)), 12, dtype=torch.float64)
     others = ~torch.eye(tokens, dtype=torch.bool)
     options: dict[str, Any] = {
@@ -114,12 +115,18 @@ def test_attention_with_both_projections(batch_first: bool, masked: str) -> None
         "heads": {"attn_mask": (torch.rand(8, tokens, tokens) > 0.7) & others},
         "all": {"attn_mask": others.triu(1)},
     }[masked]
-    singles = each_alone(model, names, lambda: model[0](x, x, x, **options))
-    with routed(model, names):
-        output, weights = model[0](x, x, x, **options)
-    for row, name in enumerate(names):
-        torch.testing.assert_close(output.select(axis, row), singles[name][0].select(axis, row), equal_nan=True)
-        torch.testing.assert_close(weights[row], singles[name][1][row], equal_nan=True)
+    singles = each_alone(model, NAMES, lambda: model[0](x, x, x, **options))
+    with routed(model, NAMES):
+        for _ in range(2):
+            output, weights = model[0](x, x, x, **options)
+            for row, name in enumerate(NAMES):
+                torch.testing.assert_close(output.select(axis, row), singles[name][0].select(axis, row), equal_nan=True)
+                torch.testing.assert_close(weights[row], singles[name][1][row], equal_nan=True)
+        with pytest.raises((AdapterError, RuntimeError, AssertionError)):
+            model[0](*[torch.randn(7)] * 3)
+    inside = with_adapters(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), targets)
+    x = torch.randn(4, 5, 12)
+    torch.testing.assert_close(in_block(inside, NAMES, lambda: inside(x)), row_by_row(inside, NAMES, lambda: inside(x)))
 
 
 @pytest.fixture
@@ -164,12 +171,6 @@ def test_wrong_names_and_inputs_of_another_number_of_rows_are_refused(model: nn.
                 model.get_submodule("0")(torch.randn(shape))
 
 
-def llama4_experts() -> nn.Module:
-    experts: nn.Module = Llama4TextExperts(Llama4TextConfig(hidden_size=4, intermediate_size=8, num_local_experts=2))
-    nn.init.normal_(experts.get_parameter("gate_up_proj"))
-    return experts
-
-
 def reads_elsewhere(layer: Any) -> None:
     assert layer.weight is layer._parameters["weight"]
     with in_call():
@@ -177,19 +178,21 @@ def reads_elsewhere(layer: Any) -> None:
 
 
 X = torch.randn(4, 4)
+LLAMA4 = Llama4TextConfig(hidden_size=4, intermediate_size=8, num_local_experts=2)
 UNBATCHED = r" was given an input of shape .4, 4., which has no"
-WITHOUT_ROWS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], object], str]] = {
-    "experts": (llama4_experts, lambda module: module(X), "sorted by expert"),
-    "convolution": (lambda: nn.Conv1d(4, 4, 3), lambda module: module(X), f"Conv1d{UNBATCHED} batch"),
-    "attention": (lambda: nn.MultiheadAttention(4, 2), lambda module: module(X, X, X), f"Attention{UNBATCHED}"),
-    "read elsewhere": (lambda: nn.Conv1d(4, 4, 1), reads_elsewhere, "reads an adapted weight outside"),
-}
+WITHOUT_ROWS: list[tuple[Callable[[], nn.Module], Callable[[Any], object], str]] = [
+    (lambda: Llama4TextExperts(LLAMA4), lambda module: module(X), "sorted by expert"),
+    (lambda: nn.Conv1d(4, 4, 3), lambda module: module(X), f"Conv1d{UNBATCHED} batch"),
+    (lambda: nn.MultiheadAttention(4, 2), lambda module: module(X, X, X), f"Attention{UNBATCHED}"),
+    (lambda: nn.Conv1d(4, 4, 1), reads_elsewhere, "reads an adapted weight outside"),
+]
 
 
-@pytest.mark.parametrize("what", WITHOUT_ROWS)
-def test_what_has_no_rows_is_an_error(what: str) -> None:
-    build, call, message = WITHOUT_ROWS[what]
+@pytest.mark.parametrize(("build", "call", "message"), WITHOUT_ROWS)
+def test_what_has_no_rows_is_an_error(build: Any, call: Any, message: str) -> None:
     model = nn.Sequential(build())
+    for parameter in model.parameters():  # which Llama4's experts leave uninitialized
+        nn.init.normal_(parameter)
     randlora.inject(model, r=2, targets="all", name="a")
     with routed(model, ["a", None, "a", "a"]), pytest.raises(AdapterError, match=message):
         call(model[0])
@@ -241,7 +244,6 @@ def test_blocks_nest_the_innermost_counts_an_error_ends_them_and_copies_are_inac
 
 # Real models in `generate`, and compiled ones
 
-NAMES: Names = ["a", "b", None, "a"]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
@@ -252,23 +254,23 @@ MODELS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "GPT-2": (transformers.GPT2LMHeadModel, SIZES | {"n_embd": 32, "n_layer": 2, "n_head": 4}, None),
     "T5": (
         transformers.T5ForConditionalGeneration,
-        {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1} | T5,
+        T5 | {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1},
         None,
     ),
 }
 
 
+GENERATED: list[tuple[str, dict[str, Any]]] = [
+    ("GPT-2", {"num_beams": 3}),
+    ("Mixtral", {"num_beams": 2, "num_return_sequences": 2}),
+    ("Llama", {"cache_implementation": "static", "disable_compile": True}),
+    ("GPT-2", {"use_cache": False}),
+    ("T5", {"num_beams": 2}),
+]
+
+
 @pytest.mark.medium
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("GPT-2", {"num_beams": 3}),
-        ("Mixtral", {"num_beams": 2, "num_return_sequences": 2}),
-        ("Llama", {"cache_implementation": "static", "disable_compile": True}),
-        ("GPT-2", {"use_cache": False}),
-        ("T5", {"num_beams": 2}),
-    ],
-)
+@pytest.mark.parametrize(("name", "options"), GENERATED)
 def test_generate_of_left_padded_rows(name: str, options: dict[str, Any]) -> None:
     kind, sizes, targets = MODELS[name]
     model, batch = with_adapters(kind(kind.config_class(**sizes)), targets, r=4), torch.randint(3, 60, (4, 6))

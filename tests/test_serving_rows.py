@@ -1,4 +1,4 @@
-"""Which rows a layer is given is known, wherever a model puts them: equal to each adapter alone, or an error."""
+"""Which rows a layer is given is known wherever a model puts them, equal to each adapter alone, or an error."""
 
 import asyncio
 import contextvars
@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, RandLoRAError
 from randlora.serving import routed
+from randlora.serving.labels import NONE, Label
 from randlora.serving.tracking import RowTracking
-from tests import transformers_zoo as zoo
+from tests import models
 from tests.serving import Names, each_alone, row_by_row, with_adapters
 
 NAMES: Names = ["a", "b", None, "a"]
@@ -82,26 +84,14 @@ def test_rows_anywhere(arranged: str) -> None:
     assert rows_are_right(model, lambda: model(x))
 
 
-def by_gate(x: Tensor) -> Tensor:
-    flat = x.flatten(0, 1)
-    return flat[flat.sum(-1).topk(ROWS).indices]
-
-
-def by_floats(x: Tensor) -> Tensor:
-    return torch.stack([x[place] for place in sorted(range(len(x)), key=x.sum((1, 2)).tolist().__getitem__)])
-
-
-def over_tokens(x: Tensor) -> Tensor:
-    return torch.einsum("bth,bsh->ts", x, x)[:ROWS, :1] + torch.ones(6)
-
-
+VALUES = "were chosen or sorted by values"
 CHOSEN: list[tuple[Callable[[Tensor], Tensor], str]] = [
-    (by_gate, "were chosen or sorted by values"),
-    (by_floats, "were chosen or sorted by values"),
-    (lambda x: torch.stack([x[int(place)] for place in x.sum((1, 2)).argsort()]), "were chosen or sorted by values"),
-    (lambda x: torch.zeros_like(x).index_copy(0, x.sum((1, 2)).argsort(), x), "were chosen or sorted by values"),
+    (lambda x: x.flatten(0, 1)[x.flatten(0, 1).sum(-1).topk(ROWS).indices], VALUES),
+    (lambda x: torch.stack([x[i] for i in sorted(range(ROWS), key=x.sum((1, 2)).tolist().__getitem__)]), VALUES),
+    (lambda x: torch.stack([x[int(place)] for place in x.sum((1, 2)).argsort()]), VALUES),
+    (lambda x: torch.zeros_like(x).index_copy(0, x.sum((1, 2)).argsort(), x), VALUES),
     (lambda x: torch.from_numpy(x.numpy()[::-1].copy()), r"mixed or unknown, since Tensor\.numpy"),
-    (over_tokens, "are mixed"),
+    (lambda x: torch.einsum("bth,bsh->ts", x, x)[:ROWS, :1] + torch.ones(6), "are mixed"),
 ]
 
 
@@ -154,51 +144,10 @@ def test_experts_that_are_layers_are_refused_and_layers_beside_them_are_not() ->
         for targets in (["q", "v"], "all-linear")
     )
     assert rows_are_right(beside, lambda: beside(input_ids=ids, decoder_input_ids=ids).logits)
-    refused = pytest.raises(AdapterError, match="were chosen or sorted by values")
-    with refused, torch.no_grad(), routed(experts, NAMES):
+    with pytest.raises(AdapterError, match=VALUES), torch.no_grad(), routed(experts, NAMES):
         experts(input_ids=ids, decoder_input_ids=ids)
-
-
-QUICK = ("vit",)
-CLASSES = [
-    pytest.param(*each, id=each[2], marks=pytest.mark.medium if each[1] in QUICK else pytest.mark.slow)
-    for each in zoo.classes()
-]
-
-
-@pytest.mark.filterwarnings("ignore:the default adapts only:UserWarning")
-@pytest.mark.parametrize(("task", "model_type", "name"), CLASSES)
-def test_every_class(task: str, model_type: str, name: str) -> None:
-    if (model := zoo.tiny(model_type, name)) is None:
-        pytest.skip("its config cannot be cut down")
-    model = model.double()  # some enlarge rounding in float32
-    for tokens in (ROWS, ROWS + 1):
-        ids = torch.randint(3, 100, (ROWS, tokens))
-        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids[:, 1:]} if task == "encoder and decoder" else {})
-        if task == "vision":
-            config: Any = model.config
-            size = getattr(config, "image_size", 32)
-            sides = (size, size) if isinstance(size, int) else tuple(size)[:2]
-            inputs = {"pixel_values": torch.randn(ROWS, getattr(config, "num_channels", 3), *sides).double()}
-
-        def run(inputs: dict[str, Tensor] = inputs) -> Tensor:
-            output = model(**inputs)
-            first = getattr(output, "logits", output[0])
-            return first if isinstance(first, Tensor) else output[0]
-
-        try:
-            if tokens == ROWS:
-                with_adapters(model, None)
-            alone = each_alone(model, "ab", run)
-        except Exception as error:  # what cannot be adapted, or sizes that do not go together
-            pytest.skip(str(error))
-        if torch.allclose(alone["a"], alone["b"], atol=1e-3, equal_nan=True):
-            pytest.skip("its adapters make no difference in so small a model")
-        try:
-            assert rows_are_right(model, run)
-        except AdapterError:
-            if model_type in QUICK:
-                raise
+    vision, pixels = with_adapters(models.vit(), None), torch.randn(ROWS, 3, 16, 16)
+    assert rows_are_right(vision, lambda: vision(pixels).logits)
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -243,19 +192,6 @@ def test_only_the_first_call_of_a_kind_is_followed(monkeypatch: pytest.MonkeyPat
         assert len({*map(id, begun)}) == 2, "the prompts, and a token after them"
         assert not any(layer._forward_pre_hooks for layer in model.model.layers)
     assert hooks == [{**module._forward_hooks} for module in model.modules()]
-
-
-@pytest.mark.parametrize(("batch_first", "inside"), [(True, False), (False, False), (True, True)])
-def test_attention_of_which_only_the_output_is_adapted(batch_first: bool, inside: bool) -> None:
-    attention = nn.MultiheadAttention(12, 2, batch_first=batch_first)
-    model = nn.TransformerEncoderLayer(12, 2, 16, batch_first=batch_first) if inside else nn.Sequential(attention)
-    with_adapters(model, ["out_proj"])
-    x = torch.randn(*((ROWS, 5) if batch_first else (5, ROWS)), 12)
-    call: Any = model if inside else lambda x: model[0](x, x, x)[0]  # type: ignore[index]
-    for _ in range(2):
-        assert rows_are_right(model, lambda: call(x), 0 if batch_first else 1)
-        with routed(model, NAMES), pytest.raises((AdapterError, RuntimeError, AssertionError)):
-            call(torch.randn(7))
 
 
 @pytest.mark.medium
@@ -357,3 +293,98 @@ def test_two_threads_in_one_block_take_turns_or_raise() -> None:
         go_on.set()
         thread.join()
         model(torch.randn(2, 6))
+
+
+# What operations do to rows
+
+WEIGHT, FRACTIONS = torch.randn(4, 4), torch.rand(4)
+SQUARE = torch.eye(4) * 3 + torch.rand(4, 4)
+
+OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
+    "pointwise": lambda x: torch.where(x > 0, F.gelu(x) * FRACTIONS, F.hardswish(x - 1)),
+    "reduced": lambda x: [x.sum(1), x.mean(), x.amax(0, keepdim=True), x.var(-1), x.logsumexp(2), x.norm(dim=1)],
+    "softmax": lambda x: [x.softmax(d) for d in range(3)] + [x.cumsum(1), F.log_softmax(x, -1)],
+    "views": lambda x: [x.transpose(0, 2), x.flatten(0, 1), x.flatten(), x.unsqueeze(1), x[:, 1], x[1:], x.mT, x[None]],
+    "splits": lambda x: [*x.split(1, 0), *x.chunk(2, 1), *x.unbind(2)],
+    "parts": lambda x: [x.diagonal(), x.unfold(1, 2, 1), x.expand(2, -1, -1, -1), F.pad(x, (1, 1, 1, 0, 2, 0))],
+    "moved": lambda x: [x.flip(0), x.roll(1, 1), x.repeat(2, 1, 1), x.repeat_interleave(2, 1)],
+    "joined": lambda x: [
+        torch.cat([x, x.flip(0)]),
+        torch.cat([x, FRACTIONS.expand(4, 4, 4)], 1),
+        torch.stack([x, x], 1),
+    ],
+    "products": lambda x: [x @ WEIGHT, WEIGHT @ x, x @ x.mT, F.linear(x, WEIGHT, FRACTIONS)],
+    "einsum": lambda x: torch.einsum("abc,adc->abd", x, x),
+    "mixed with one": lambda x: [torch.cat([x.mean(0, keepdim=True), x[:1]]).sum(0), x.flip(1)],
+    "solved": lambda x: [torch.linalg.solve_triangular(SQUARE.triu(), x, upper=True), torch.cdist(x, WEIGHT)],
+    "norms": lambda x: [F.layer_norm(x, (4,)), F.layer_norm(x, (4, 4)), F.group_norm(x, 2), F.instance_norm(x)],
+    "batch norm": lambda x: [F.batch_norm(x, None, None, training=True), F.batch_norm(x, FRACTIONS, FRACTIONS + 1)],
+    "convolved": lambda x: [F.conv1d(x, torch.ones(2, 4, 3)), F.conv2d(x[:, None], torch.ones(2, 1, 2, 2))],
+    "images": lambda x: [F.max_pool1d(x, 2), F.interpolate(x, 8), F.avg_pool1d(x, 2), F.unfold(x[:, None], 2)],
+    "halved": lambda x: [F.glu(x, 1), F.glu(x, 0)],
+    "indexed": lambda x: [x[[2, 0]], x[[1, 1], [0, 3]], x[:, [2, 2]], x[:, :, torch.tensor([[0, 1]])]],
+    "chosen": lambda x: [x[torch.tensor([True, False, True, True])], x.index_select(2, torch.tensor([0, 1]))],
+    "gathered": lambda x: [
+        x.gather(0, torch.tensor([1, 0, 3, 2]).view(4, 1, 1).expand(4, 4, 4)),
+        x.gather(1, torch.zeros(4, 4, 4).long()),
+    ],
+    "written": lambda x: [
+        torch.zeros(6, 4, 4).index_add_(0, torch.tensor([5, 0, 0, 2]), x),
+        torch.zeros(4, 9).index_copy(1, torch.arange(4), x[0]),
+        torch.zeros(4, 4, 4).index_put((torch.tensor([1, 2]), torch.tensor([0, 0])), x[:2, 0]),
+        torch.zeros(4, 5, 4).scatter(1, torch.ones(4, 4, 4).long(), x),
+        torch.zeros(8, 4).index_add_(0, torch.arange(4), x[1]),
+    ],
+    "into parts": lambda x: [_into(x, 0), _into(x, 1), _into(x[:, :, 0], 1), _into(x[2:], 0)],
+    "attention": lambda x: [
+        F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]),
+        F.scaled_dot_product_attention(x[None], x.flip(0)[None], x[None]),
+        F.scaled_dot_product_attention(x, x[:1], x[:1]),
+    ],
+    "others": lambda x: [torch.fft.fft(x).real, x.triu(), F.dropout(x, 0.5), x.masked_fill(FRACTIONS > 2, 0)],
+    "same": lambda x: [x.clone().relu_().add_(x), x.to(torch.float64)],
+}
+
+
+def _into(x: Tensor, dim: int) -> Tensor:
+    found = torch.zeros(*(size + 1 for size in x.shape))
+    part = found.narrow(dim, 1, x.shape[dim])
+    for other in range(x.dim()):
+        if other != dim:
+            part = part.narrow(other, 0, x.shape[other])
+    part.copy_(x)
+    return found
+
+
+def followed(operation: Callable[[Tensor], Any], x: Tensor, axis: int) -> list[tuple[Tensor, Label | None]]:
+    given, tracking = x.clone(), RowTracking()
+    tracking.set(given, Label(torch.arange(4).view(*[1] * axis, -1, *[1] * (x.dim() - axis - 1))))
+    torch.manual_seed(0)
+    with tracking:
+        found = operation(given)
+    return [(each, tracking.label(each)) for each in (found if isinstance(found, list) else [found])]
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_other_rows_change(operation: str, mode: Any) -> None:
+    run, x, known = OPERATIONS[operation], torch.rand(4, 4, 4), 0
+    for axis in range(3):
+        with mode():
+            before = followed(run, x, axis)
+            for row in (0, 2):
+                other = x.clone()
+                other.select(axis, row).add_(1 + torch.rand(4, 4))
+                for (was, label), (now, _) in zip(before, followed(run, other, axis), strict=True):
+                    rows = torch.full((1,) * was.dim(), NONE) if label is None else label.rows
+                    is_other = ((rows >= NONE) & (rows != row)).expand(was.shape)
+                    assert not bool((is_other & (was - now).abs().gt(1e-6)).any()), (axis, row, rows.shape)
+                    known += label is not None and not label.is_mixed
+    assert known > 0, "nothing is known"
+
+
+def test_an_operation_that_is_not_known_makes_rows_unknown() -> None:
+    ((_, label),) = followed(torch.linalg.matrix_exp, torch.rand(4, 4, 4), 0)
+    assert label is not None
+    assert label.is_mixed
+    assert "matrix_exp" in label.why
