@@ -46,22 +46,10 @@ zamba2 fnet ibert mobilevitv2 patchtsmixer squeezebert swiftformer xlnet
 """
 """Types without linear query and value projections: most have convolutions or states. All linear layers are adapted."""
 
-SCORES = "a head scores pairs with a query projection"
-ELSEWHERE = {
-    **dict.fromkeys(("phi", "rwkv"), "PEFT's preset has the feed-forward's layers too"),
-    **dict.fromkeys(("pp_doclayout_v4", "sam3", "sam3_lite_text", "sam3_video"), SCORES),
-    "xlstm": "its cells have queries and values, and are not called attention",
-}
-"""Types of which some layers outside attention are adapted."""
-
-ENCODERS = {
-    "blip": "text is written by a decoder that no name tells from the text encoder of BlipModel",
-    "idefics": "the language model is not in a module of its own",
-    "llama4": "PEFT's preset",
-    "pp_formulanet": "one encoder and one decoder",
-    "t5gemma2": "one encoder for both, and one decoder",
-}
-"""Types that write text of which the encoders of images or sound are adapted too."""
+ELSEWHERE = {"phi", "rwkv", "pp_doclayout_v4", "sam3", "sam3_lite_text", "sam3_video", "xlstm"}
+"""Of which some layers outside attention are adapted: by PEFT's preset, in a head that scores pairs, in cells."""
+ENCODERS = {"blip", "idefics", "llama4", "pp_formulanet", "t5gemma2"}
+"""Which write text, and whose encoders of images or sound no name or module tells from the rest."""
 
 
 def chosen(model: nn.Module) -> Selection:
@@ -70,9 +58,10 @@ def chosen(model: nn.Module) -> Selection:
 
 def is_attention(model: nn.Module, fqn: str) -> bool:
     """Whether a module lies in one that its name or class calls attention."""
-    parts = fqn.split(".")[:-1]
-    around = [".".join(parts[: length + 1]) for length in range(len(parts))]
-    said = [*parts, *(type(model.get_submodule(name)).__name__ for name in around)]
+    said, module = list[str](), model
+    for part in fqn.split(".")[:-1]:
+        module = module.get_submodule(part)
+        said += [part, type(module).__name__]
     return any(re.search(r"attention|attn|(^|_)att$|(^|_)mh.?a$", name.lower()) for name in said)
 
 
@@ -123,8 +112,8 @@ def test_attention_is_adapted_in_every_type_that_has_linear_projections() -> Non
             encoded.add(model_type)
     assert without <= {*NO_ATTENTION.split()}
     assert covered.isdisjoint(NO_ATTENTION.split())
-    assert elsewhere == ELSEWHERE.keys()
-    assert encoded == ENCODERS.keys()
+    assert elsewhere == ELSEWHERE
+    assert encoded == ENCODERS
     assert not heads
     assert len(covered) >= 550
 
@@ -149,9 +138,6 @@ def test_names_mean_linear_layers_of_the_language_model_where_there_is_one() -> 
     assert by_default("unheard-of", policy=linear, value=conv, query=nn.Embedding(2, 2))[1] == everything
     assert by_default("llama", q_proj=conv, v_proj=linear)[::2] == (["v_proj"], {"q_proj"})  # not left out silently
 
-
-OTHERS = {"SanaWMTransformer3DModel": "names of its own for two kinds of attention"}
-"""Classes of diffusers in which none of the names is found, and why."""
 
 DIFFUSERS = {
     "SD3Transformer2DModel": "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out",
@@ -194,37 +180,28 @@ def test_attention_alone_is_adapted_in_every_model_of_diffusers() -> None:
         else:
             assert [fqn for fqn in fqns if not is_attention(model, fqn)] == []
             assert [fqn for fqn in fqns if re.search(r"time|proj_out|norm_out|conv_out", fqn)] == []
-    assert without == set(OTHERS)
+    assert without == {"SanaWMTransformer3DModel"}  # with other names for two kinds of attention
     assert len(models) >= 81
 
 
 NOT_IN_TRANSFORMERS = {"RefinedWeb", "RefinedWebModel", "btlm", "chatglm", "rwkv7"}
 """Types whose code comes with the checkpoint."""
 
-OPTIONS = {name: {"pad_token_id": 1} for name in ("idefics3", "smolvlm")}
-"""What a type's config needs: transformers 5.12 pads these with an id outside of their vocabulary."""
-
 BUILDABLE = sorted(TARGET_PRESETS.keys() - NOT_IN_TRANSFORMERS)
 OF_EACH_FORM = ("bert", "blip-2", "gemma4", "gpt2", "phi")
 """Types whose presets are one name, several, some that only a variant has, and a regex. PEFT has most of the others."""
 
-HEADS = {
-    "bert": transformers.AutoModelForMaskedLM,
-    "rwkv": transformers.AutoModelForCausalLM,
-    "t5": transformers.AutoModelForSeq2SeqLM,
-    "electra": transformers.AutoModelForSequenceClassification,
-    "wav2vec2": transformers.AutoModelForAudioClassification,
-}
+HEADS = {"bert": "MaskedLM", "rwkv": "CausalLM", "t5": "Seq2SeqLM", "electra": "SequenceClassification"}
+HEADS |= {"wav2vec2": "AudioClassification"}
 """Language models, whose heads the models tell, and classifiers, whose heads have names."""
 
 
-def build(model_type: str, auto_class: Any = transformers.AutoModel) -> nn.Module:
-    config = transformers.AutoConfig.for_model(model_type, **OPTIONS.get(model_type, {}))
+def build(model_type: str, task: str = "") -> Any:
+    options = {"pad_token_id": 1} if model_type in {"idefics3", "smolvlm"} else {}  # theirs is not in the vocabulary
+    config = transformers.AutoConfig.for_model(model_type, **options)
     config.architectures = []  # the first class of a type with several
     with torch.device("meta"):
-        model = auto_class.from_config(config)
-    assert isinstance(model, nn.Module)
-    return model
+        return getattr(transformers, f"AutoModel{task and 'For'}{task}").from_config(config)
 
 
 @pytest.mark.parametrize("model_type", [each if each in OF_EACH_FORM else further(each) for each in BUILDABLE])
@@ -249,7 +226,7 @@ def test_presets_are_of_known_types_and_the_choice_of_peft_where_peft_has_one() 
 
 @pytest.mark.parametrize("model_type", HEADS)
 def test_all_linear_leaves_out_the_output_head(model_type: str) -> None:
-    model: Any = build(model_type, HEADS[model_type])
+    model = build(model_type, HEADS[model_type])
     report = randlora.plan(model, r=8, targets="all-linear")
     skipped = {fqn: why for fqn, why in report.skipped.items() if "rescale_every=0" not in why}  # of RWKV
     assert report.targets
