@@ -77,11 +77,10 @@ def _make(path: Path, kind: str, content: bytes) -> None:
 def tree(root: Path) -> dict[str, bytes | str]:
     """Return everything below a directory: the bytes of files, and the kinds of all else. Nothing is followed."""
     found: dict[str, bytes | str] = {}
-    for folder, folders, names in os.walk(root):
-        for path in (Path(folder, name) for name in [*folders, *names]):
-            name = str(path.relative_to(root))
-            if path.is_symlink():
-                found[name] = f"link to {path.readlink()}"
-            else:
-                found[name] = path.read_bytes() if path.is_file() else "folder" if path.is_dir() else "special"
+    for path in root.rglob("*"):
+        if path.is_symlink():
+            what: bytes | str = f"link to {path.readlink()}"
+        else:
+            what = path.read_bytes() if path.is_file() else "folder" if path.is_dir() else "special"
+        found[str(path.relative_to(root))] = what
     return found

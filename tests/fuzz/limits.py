@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Never, TypeVar
 
 from randlora.errors import RandLoRAError
+from tests.torture.faults import NAMES
 
 Result = TypeVar("Result")
 
@@ -60,8 +61,7 @@ def _late(_signal: int, _frame: FrameType | None) -> Never:
     raise Violation("it took too long")
 
 
-WRITES: dict[str, tuple[int, ...]] = {"rename": (0, 1), "link": (1,), "symlink": (1,)}
-WRITES |= dict.fromkeys(["mkdir", "remove", "rmdir", "truncate", "chmod", "chown", "utime", "setxattr"], (0,))
+WRITES = dict.fromkeys([*NAMES, "chown", "setxattr"], (0,)) | {"rename": (0, 1), "link": (1,), "symlink": (1,)}
 """Calls of `os` that change a file, each with an event of Python's audit, and which of its arguments name the file."""
 FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect", "pty.spawn")
 
@@ -92,8 +92,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
         paths = [arguments[0]]
     for place in (os.fsdecode(path) for path in paths if not isinstance(path, int)):
-        # a name itself, not what a link of this name leads to, is what is renamed or removed
-        parent, name = os.path.split(place.rstrip(os.sep) or os.sep)
+        parent, name = os.path.split(place.rstrip(os.sep) or os.sep)  # a link itself is what is renamed or removed
         real = os.path.realpath(place) if event == "open" else str(Path(os.path.realpath(parent), name))
         if real != os.devnull and not real.startswith(f"{root}{os.sep}"):
             raise PermissionError(13, "outside of the directory", place)

@@ -18,6 +18,7 @@ from randlora.errors import AdapterError, MergeError, RandLoRAError, TargetError
 from randlora.state import ATTRIBUTE
 from tests.kit import all_bits, bits, untouched
 from tests.state_machine.recipes import Factors, Recipe, factors, maybe, names, recipes, which
+from tests.state_machine.refusals import is_adapted, is_free, is_merged, is_plain, is_unmerged
 from tests.state_machine.truth import Adapter, Truth, diagonal_names
 from tests.torture.faults import fast_disk
 
@@ -28,12 +29,6 @@ OUTPUT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.15}
 """Of outputs, relative to the largest: what some layers one after the other make of the roundings of a dtype."""
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8}
 """Of a merged weight, relative to each value, which is rounded once; and to the update, summed in float32."""
-
-is_plain = precondition(lambda self: not self.truth.adapters)
-is_adapted = precondition(lambda self: self.truth.adapters)
-is_free = precondition(lambda self: self.truth.adapters and self.truth.merged is None)
-is_unmerged = precondition(lambda self: self.truth.merged is None)
-is_merged = precondition(lambda self: self.truth.merged is not None)
 
 
 def assert_is(model: nn.Module, truth: Truth, held: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

@@ -17,26 +17,15 @@ import randlora
 from randlora.checkpoint.read import read_adapter
 from randlora.errors import AdapterError, CheckpointError, MergeError
 from tests.kit import all_bits, assert_unchanged, bits, snapshot, untouched
-from tests.state_machine.adapter_rules import (
-    AdapterRules,
-    Refused,
-    assert_near,
-    assert_weights_near,
-    is_adapted,
-    is_free,
-    is_plain,
-    is_unmerged,
-)
+from tests.state_machine.adapter_rules import AdapterRules, Refused, assert_near, assert_weights_near
 from tests.state_machine.models import KINDS
 from tests.state_machine.recipes import DTYPES, Factors, Recipe, factors, maybe, names, recipes, slots, which
-from tests.state_machine.refusals import REFUSALS, WHEN
+from tests.state_machine.refusals import REFUSALS, WHEN, has_saved, is_adapted, is_free, is_plain, is_unmerged
 from tests.state_machine.truth import Adapter, Truth, diagonal_names, drawn
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
 EXACT = 1e-5
 """The largest error of a sum that is said to be exact, relative to the norms of its terms: float32 Λ and Γ."""
-
-has_saved = precondition(lambda self: self.saved)
 
 
 class RandLoRAMachine(AdapterRules):

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from hypothesis.stateful import precondition
+
 import randlora
 from randlora import serving
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError, OptionError, TargetError
@@ -59,11 +61,14 @@ WHEN: dict[str, Callable[["AdapterRules"], bool]] = {
     "any": lambda _: True,
     "plain": lambda machine: not machine.truth.adapters,
     "adapted": lambda machine: bool(machine.truth.adapters),
+    "free": lambda machine: bool(machine.truth.adapters) and machine.truth.merged is None,
     "merged": lambda machine: machine.truth.merged is not None,
     "unmerged": lambda machine: machine.truth.merged is None,
     "saved": lambda machine: bool(machine.saved),
 }
 """What a model must be, so that a call can be made and would not be refused for another reason."""
+
+_, is_plain, is_adapted, is_free, is_merged, is_unmerged, has_saved = map(precondition, WHEN.values())
 
 REFUSALS: list[tuple[str, type[Exception], Call]] = [
     *(("plain", AdapterError, _on(getattr(randlora, verb), "a")) for verb in ("activate", "remove", "delta_weight")),
@@ -81,7 +86,7 @@ REFUSALS: list[tuple[str, type[Exception], Call]] = [
     ("merged", AdapterError, _entered(serving.routed, [None])),
     ("merged", MergeError, _on(randlora.merge)),
     ("saved merged", AdapterError, _load()),
-    ("adapted unmerged", MergeError, _on(randlora.unmerge)),
+    ("free", MergeError, _on(randlora.unmerge)),
     ("saved unmerged", CheckpointError, _load(lambda data: data[: len(data) // 2])),
     ("saved unmerged", CheckpointError, _load(lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:])),
     ("saved unmerged", CheckpointError, _load(lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])),
