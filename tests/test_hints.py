@@ -80,13 +80,15 @@ def test_a_bad_argument_is_our_error_and_nothing_is_written(name: str, places: P
         "convert": {"directory": places / "ours", "out": places / "out", "to": "lora", "tolerance": 1},
         "merge": {"adapters": places / "ours", "out": places / "out", "base": places / "base"},
     }
-    values = {each: [object()] for each in inspect.signature(function).parameters if each != "options"}
+    values: dict[str, list[Any]] = {
+        each: [object()] for each in inspect.signature(function).parameters if each != "options"
+    }
     for bad, of in VALUES:
         for verb, parameter in map(str.split, of):
             if verb == name:
                 values[parameter] += bad
     with untouched(model):
-        for parameter, bad in ((parameter, bad) for parameter, all_bad in values.items() for bad in all_bad):
+        for parameter, bad in ((parameter, each) for parameter, bad_values in values.items() for each in bad_values):
             with pytest.raises(RandLoRAError) as caught:
                 function(**{**usual[name], parameter: bad})
             assert len(str(caught.value)) < 1500

@@ -141,8 +141,8 @@ class Target(NamedTuple):
     tried: str
 
 
-SPARE = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md", "base/config.json")
-SPARE += ("base/model.safetensors", "base/model.safetensors.index.json", "base/x/adapter_config.json")
+SPARE = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md", "base/config.json"]
+SPARE += ["base/model.safetensors", "base/model.safetensors.index.json", "base/x/adapter_config.json"]
 _archive, _archives = partial(mutate_archive, spare=SPARE[:3]), partial(mutate_archive, spare=SPARE)
 
 TARGETS = {

@@ -90,7 +90,7 @@ REFUSALS: list[tuple[str, type[Exception], Call]] = [
     ("saved unmerged", CheckpointError, _load(lambda data: data[: len(data) // 2])),
     ("saved unmerged", CheckpointError, _load(lambda data: data[:40] + bytes([data[40] ^ 1]) + data[41:])),
     ("saved unmerged", CheckpointError, _load(lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])),
-    ("unmerged", CheckpointError, lambda machine: randlora.load(machine.model, machine.root, name="new")),
+    ("unmerged", CheckpointError, _on(randlora.load, "./nowhere", name="new")),
     *(("unmerged", ConfigError, _inject(**wrong)) for wrong in ({"r": 0}, {"alpha": 0}, {"basis": "denser"})),
     *(("unmerged", TargetError, _inject(**{option: ["nowhere"]})) for option in ("targets", "train_also")),
     ("unmerged", TargetError, _inject(r={"nowhere": 2})),
