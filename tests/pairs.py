@@ -42,7 +42,7 @@ def case(form: str, out_features: int, in_features: int, r: int) -> Case:
             for i in range(basis.shape[0]):
                 for j in range(i % stride, basis.shape[1], stride):
                     basis[i, j] = held[i, j // stride]
-        blocks = (held.unflatten(0, (-1, size)).transpose(0, 1) for held, size in zip(values, (c, b), strict=True))
-        pair = BlockPair(*blocks, num_bases, max_dim, min_dim)
+        A, B = (held.unflatten(0, (-1, size)).transpose(0, 1) for held, size in zip(values, (c, b), strict=True))
+        pair = BlockPair(A, B, num_bases, max_dim, min_dim)
     diagonals = Diagonals(_random(r, num_bases), _random(num_bases, min_dim), 0.7)
     return Case(pair, basis_A.unsqueeze(1), basis_B.unflatten(1, (num_bases, r)), diagonals)

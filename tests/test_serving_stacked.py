@@ -102,7 +102,12 @@ def test_values_are_copied_once_a_block_and_are_in_no_copy_of_the_model(
     basis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies, copied = list[Stack](), Stack.of
-    monkeypatch.setattr(Stack, "of", lambda *args: (copies.append(copied(*args)), copies[-1])[1])
+
+    def noted(*args: Any) -> Stack:
+        copies.append(copied(*args))
+        return copies[-1]
+
+    monkeypatch.setattr(Stack, "of", noted)
     model, x = adapted(basis), torch.randn(5, 16)
     size = len(pickle.dumps(model))
     with torch.no_grad():
