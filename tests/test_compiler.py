@@ -225,7 +225,7 @@ def test_bases_that_grow_are_released_or_of_another_seed_leave_programs_right() 
 
 class Block(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = x + super().forward(x)
+        output: Tensor = x + super().forward(x)  # type: ignore[no-untyped-call]
         return output
 
 
