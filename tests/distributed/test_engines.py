@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers.pytorch_utils import Conv1D
 
 import randlora
@@ -31,8 +32,10 @@ from tests.distributed.trained import (
     Block,
     Case,
     Drawn,
+    Made,
     close,
     distance,
+    drawn,
     drawn_models,
     filled,
     held,
@@ -205,25 +208,6 @@ class Run(nn.Module):
         return output_of(self.get_submodule("0")(*args))
 
 
-@dataclass(frozen=True)
-class OfKind(Case):
-    """A model of one kind of layer; each process weights its output otherwise."""
-
-    name: str
-
-    def build(self) -> Any:
-        return Run(KINDS[self.name])
-
-    def options(self) -> dict[str, Any]:
-        return KINDS[self.name].adapter_options
-
-    def batch(self, rank: int, step: int) -> tuple[Any, ...]:  # noqa: ARG002  # the same
-        return KINDS[self.name].arguments()
-
-    def loss(self, output: Tensor, rank: int) -> Tensor:
-        return weighted(output) * (rank + 1) / 50
-
-
 @in_two
 @pytest.mark.parametrize(
     ("engine", "name"),
@@ -246,24 +230,15 @@ class OfKind(Case):
     ],
 )
 def test_each_kind_trains_is_saved_and_merged(engine: str, name: str, tmp_path: Path) -> None:
-    require_as_one_process(ENGINES[engine], OfKind(name), tmp_path)
-
-
-@dataclass(frozen=True)
-class InSequence(Case):
-    """Layers between which the tokens are split, and the first of which is whole in each process."""
-
-    targets: tuple[str, ...]
-
-    def build(self) -> Any:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 8), Block(8, 12), nn.Linear(8, 10, bias=False))
-
-    def options(self) -> dict[str, Any]:
-        return {"r": 4, "targets": list(self.targets)}
-
-    def batch(self, rank: int, step: int) -> tuple[Tensor]:
-        return (torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(step + rank)),)
+    """Each process weights its output otherwise."""
+    kind = KINDS[name]
+    case = Made(
+        lambda: Run(kind),
+        kind.adapter_options,
+        lambda *_: kind.arguments(),
+        measure=lambda output, rank: weighted(output) * (rank + 1) / 50,
+    )
+    require_as_one_process(ENGINES[engine], case, tmp_path)
 
 
 def split_tokens(model: Any) -> Any:
@@ -285,8 +260,53 @@ def split_tokens(model: Any) -> Any:
 @in_two
 @pytest.mark.parametrize(("order", "first"), [(around, ()), (within, ("0",))])
 def test_a_model_whose_tokens_are_split_between_its_layers(order: Any, first: tuple[str, ...], tmp_path: Path) -> None:
-    case = InSequence((*first, "1.up", "1.down", "2"))
+    """The first layer is whole in each process."""
+    case = Made(
+        lambda: nn.Sequential(nn.Linear(6, 8), Block(8, 12), nn.Linear(8, 10, bias=False)),
+        {"r": 4, "targets": [*first, "1.up", "1.down", "2"]},
+        lambda rank, step: (drawn(2, 4, 6, seed=step + rank),),
+    )
     require_as_one_process(Engine(order(split_tokens), **SPLIT), case, tmp_path)
+
+
+class Gated(nn.Module):
+    """A table, a gated block whose first layer is two matrices one above the other, and a head of two tasks."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.embed, self.gate_up = nn.Embedding(12, 8), nn.Linear(8, 2 * hidden, bias=False)
+        self.down, self.head = nn.Linear(hidden, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Any) -> Any:
+        if not isinstance(weight := self.embed._parameters["weight"], DTensor):
+            gate, up = self.gate_up(self.embed(ids)).chunk(2, -1)
+            return self.head(self.down(torch.relu(gate) * up))
+        mesh = weight.device_mesh
+        gate, up = self.gate_up(self.embed(DTensor.from_local(ids, mesh, [Replicate()]))).to_local().chunk(2, -1)
+        return self.head(self.down(DTensor.from_local(torch.relu(gate) * up, mesh, [Shard(2)]))).full_tensor()
+
+
+def split_in_pieces(model: Any) -> Any:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    placements = {"embed": (0, 2), "gate_up": (0, 2), "down": (1, 1), "head": (1, 2)}
+    for name, (dim, pieces) in placements.items():
+        layer = model.get_submodule(name)
+        placement = _StridedShard(dim, split_factor=pieces) if pieces > 1 else Shard(dim)
+        for attribute, own in [*layer.named_parameters()]:
+            placed = distribute_tensor(own.detach(), mesh, [placement if attribute == "weight" else Replicate()])
+            layer.register_parameter(attribute, nn.Parameter(placed, requires_grad=False))
+    return model
+
+
+@in_two
+@pytest.mark.parametrize(("hidden", "basis"), [(12, "dense"), (2, "block")])
+def test_a_process_that_has_several_pieces_of_a_weight(hidden: int, basis: str, tmp_path: Path) -> None:
+    case = Made(
+        lambda: Gated(hidden).double(),
+        {"r": 4, "targets": ["embed", "gate_up", "down", "head"], "basis": basis},
+        lambda rank, step: ((torch.arange(12).view(2, 6) + step + rank) % 12,),
+    )
+    require_as_one_process(Engine(within(split_in_pieces), **SPLIT), case, tmp_path)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import randlora
 from tests.checkpoint_files import read_tensors
 from tests.distributed.engines import ENGINES, around, deepspeed, sharded, trained, zero
 from tests.distributed.processes import in_two, in_two_of_zero, on_all
-from tests.distributed.trained import Case, Drawn, distance, require_equal_on_ranks, trained_alone, values
+from tests.distributed.trained import Drawn, Made, distance, drawn, require_equal_on_ranks, trained_alone, values
 from tests.examples import DOCS
 from tests.kit import all_bits, fill, on_one_line
 from tests.laws import Mixed
@@ -29,28 +28,19 @@ from tests.pages import snippets
 DRAWN, ALSO = Drawn(), Drawn(train_also=("norm", "head"))
 
 
-@dataclass(frozen=True)
-class Norms(Case):
-    """A norm that is trained, and one that is not."""
-
-    train_also: tuple[str, ...] = ("1",)
-
-    def build(self) -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6))
-
-    def options(self) -> dict[str, Any]:
-        return {"r": 2, "targets": ["0", "2"], "stream": "portable"}
-
-    def batch(self, rank: int, step: int) -> tuple[Tensor]:
-        return (torch.randn(8, 6, generator=torch.Generator().manual_seed(2 * step + rank)) + 1,)
+NORMS = Made(
+    lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6)),
+    {"r": 2, "targets": ["0", "2"], "stream": "portable"},
+    lambda rank, step: (drawn(8, 6, seed=2 * step + rank) + 1,),
+    train_also=("1",),
+)
+"""Of a norm that is trained, and one that is not."""
 
 
 @in_two
 @pytest.mark.parametrize("engine", ["DDP", "FSDP2", "FSDP2 first", "ZeRO-3"])
 def test_an_adapter_has_the_statistics_of_the_first_process(engine: str, tmp_path: Path) -> None:
-    case, own = Norms(), ENGINES[engine]
+    case, own = NORMS, ENGINES[engine]
     run = own.make(case)
     model = getattr(run, "module", run)
     run.train()
@@ -77,24 +67,14 @@ def test_an_adapter_has_the_statistics_of_the_first_process(engine: str, tmp_pat
         torch.testing.assert_close(output, fresh(x))
 
 
-@dataclass(frozen=True)
-class Half(Case):
-    """A model in float16, of which copies are trained."""
-
-    train_also: tuple[str, ...] = ("head", "norm", "q.bias")
-
-    def build(self) -> Any:
-        torch.manual_seed(0)
-        return Mixed(torch.float16)
-
-    def options(self) -> dict[str, Any]:
-        return {"r": 3, "targets": ["q", "down"]}
-
-    def batch(self, rank: int, step: int) -> tuple[Tensor]:  # noqa: ARG002  # the same
-        return (torch.arange(4) + 4 * rank,)
-
-    def loss(self, output: Tensor, rank: int) -> Tensor:  # noqa: ARG002
-        return (output.float() - 1).square().mean() / 50
+HALF = Made(
+    lambda: Mixed(torch.float16),
+    {"r": 3, "targets": ["q", "down"]},
+    lambda rank, _: (torch.arange(4) + 4 * rank,),
+    train_also=("head", "norm", "q.bias"),
+    measure=lambda output, _: (output.float() - 1).square().mean() / 50,
+)
+"""Of a model in float16, of which copies are trained."""
 
 
 def dtypes(tensors: Any) -> set[torch.dtype]:
@@ -104,7 +84,7 @@ def dtypes(tensors: Any) -> set[torch.dtype]:
 @in_two
 @pytest.mark.parametrize("engine", ["FSDP2", "FSDP2, the head by itself", "DDP"])
 def test_copies_in_float32_train_as_in_one_process(engine: str, tmp_path: Path) -> None:
-    case, (inputs,) = Half(), Half().batch(0, 0)
+    case, (inputs,) = HALF, HALF.batch(0, 0)
     make = ENGINES[engine].make if engine in ENGINES else around(lambda model: sharded(model, parts=("head",)))
     own, run, one = case.build()(inputs), make(case), case.adapted()
     expected = trained_alone(one, case, range(2), steps=8)
@@ -136,8 +116,8 @@ def test_copies_in_float32_train_as_in_one_process(engine: str, tmp_path: Path) 
 
 @in_two
 def test_what_is_sharded_already_keeps_its_dtype_and_the_report_says_so() -> None:
-    model = sharded(Half().build())
-    report = randlora.inject(model, train_also=["head", "norm"], **Half().options())
+    model = sharded(HALF.build())
+    report = randlora.inject(model, train_also=["head", "norm"], **HALF.options())
     model(torch.arange(8)).float().mean().backward()
     assert isinstance(own := model.get_parameter("head.weight"), DTensor)
     assert own.dtype == torch.float16

@@ -80,6 +80,35 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Made(Case):
+    """What some functions make, always the same; ``inputs`` are by rank and step."""
+
+    make: Callable[[], Any]
+    adapter: dict[str, Any]
+    inputs: Callable[[int, int], tuple[Any, ...]]
+    train_also: tuple[str, ...] = ()
+    measure: Callable[[Tensor, int], Tensor] = lambda output, _: (output - 0.3).square().mean()
+
+    def build(self) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.make()
+
+    def options(self) -> dict[str, Any]:
+        return self.adapter
+
+    def batch(self, rank: int, step: int) -> tuple[Any, ...]:
+        return self.inputs(rank, step)
+
+    def loss(self, output: Tensor, rank: int) -> Tensor:
+        return self.measure(output, rank)
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
 class Drawn(Case):
     width: int = 12
     hidden: int = 16
