@@ -32,7 +32,7 @@ from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
 from tests.distributed.engines import ENGINES, sharded, trained
 from tests.distributed.processes import FOUR, PAIR, in_two
 from tests.distributed.trained import Block, Drawn, distance, held, optimizer_of, trained_alone, values
-from tests.examples import DOCS
+from tests.pages import DOCS
 
 DRAWN, ALSO = Drawn(), Drawn(train_also=("norm", "head"))
 WHOLE = StateDictOptions(full_state_dict=True)

@@ -23,10 +23,9 @@ import randlora
 from tests.distributed.engines import STAGES, deepspeed
 from tests.distributed.processes import FOUR, in_two, on_all
 from tests.distributed.trained import Drawn, distance, optimizer_of, trained_alone, values
-from tests.examples import imported
 from tests.further import further
 from tests.kit import all_bits
-from tests.pages import ROOT
+from tests.pages import ROOT, imported
 
 
 @contextmanager

@@ -20,10 +20,9 @@ from tests.checkpoint_files import read_tensors
 from tests.distributed.engines import ENGINES, around, deepspeed, sharded, trained, zero
 from tests.distributed.processes import in_two, in_two_of_zero, on_all
 from tests.distributed.trained import Drawn, Made, distance, drawn, require_equal_on_ranks, trained_alone, values
-from tests.examples import DOCS
 from tests.kit import all_bits, fill, on_one_line
 from tests.laws import Mixed
-from tests.pages import snippets
+from tests.pages import DOCS, snippets
 
 DRAWN, ALSO = Drawn(), Drawn(train_also=("norm", "head"))
 
