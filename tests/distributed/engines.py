@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.trained import Drawn, Net, gathered, optimizer_of
+from tests.distributed.trained import Net, gathered, optimizer_of
 
 LACKING = "DeepSpeed is not installed"
 has_deepspeed = sys.platform.startswith("linux") and importlib.util.find_spec("deepspeed") is not None
@@ -158,9 +158,6 @@ class Engine:
     within: float = 1e-6
     is_trained: bool = True
     in_double: float = 1e-12
-
-    def suited(self, drawn: Drawn) -> Drawn:
-        return replace(drawn, **self.fixed)
 
     def whole(self, run: Any) -> AbstractContextManager[object]:
         is_flattened = isinstance(run, FullyShardedDataParallel)

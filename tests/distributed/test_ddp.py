@@ -107,7 +107,7 @@ def add(model: nn.Module, name: str, **options: Any) -> None:
     randlora.inject(model, 2, targets=list(DRAWN.targets), name=name, stream="portable", **options)
 
 
-HOW = {
+HOW: dict[str, Callable[[Any, Path], object]] = {
     "set_trainable": lambda model, _: randlora.set_trainable(model, "second"),
     "train_also": lambda model, _: randlora.activate(model, "second"),
     "inject": lambda model, _: add(model, "second", active=True, trainable=True),
@@ -147,7 +147,8 @@ def test_what_ddp_averages_was_told_to_ignore_or_is_not_trained_is_not_warned_of
     add(model, "fixed")
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     assert warned(lambda: randlora.set_trainable(model, "second")) == []
-    assert warned(lambda: (randlora.activate(model, "fixed"), add(model, "third"))) == []
+    assert warned(lambda: randlora.activate(model, "fixed")) == []
+    assert warned(lambda: add(model, "third")) == []
     del ddp
     ignored = [name for name, _ in model.named_parameters() if ".fixed" in name]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
@@ -169,10 +170,11 @@ def test_training_another_adapter_than_an_engine_of_deepspeed_does_warns(engine:
     add(model, "second")
     trained(zero(model, engine[-1]), DRAWN, dist.get_rank(), 1)
     randlora.set_trainable(model, "default")  # which the engine trains
-    for change in (
+    changes: list[Callable[[], object]] = [
         lambda: randlora.set_trainable(model, ["default", "second"]),
         lambda: add(model, "third", trainable=True),
-    ):
+    ]
+    for change in changes:
         with pytest.warns(UserWarning, match="requires grad, and the DeepSpeedEngine around the model was made before"):
             change()
 

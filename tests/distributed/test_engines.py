@@ -184,7 +184,7 @@ def switch_and_end(engine: Engine, case: Case, one: Any, run: Any) -> None:
 def test_a_model_is_trained_saved_merged_and_ejected_as_in_one_process(
     engine: str, drawn: Drawn, tmp_path: Path
 ) -> None:
-    require_as_one_process(ENGINES[engine], ENGINES[engine].suited(drawn), tmp_path)
+    require_as_one_process(ENGINES[engine], replace(drawn, **ENGINES[engine].fixed), tmp_path)
 
 
 @in_four
@@ -311,16 +311,7 @@ def test_a_process_that_has_several_pieces_of_a_weight(hidden: int, basis: str, 
 
 @dataclass(frozen=True)
 class Planned(Case):
-    """A kind of model of transformers, which its own plan splits.
-
-    Attributes:
-        kind: The type of the model, as in its config.
-        config: Options of the config.
-        parallel: Options of `DistributedConfig`.
-        adapter: Those of `randlora.inject`.
-        experts: How transformers computes experts.
-        place: Where it is written.
-    """
+    """A kind of model of transformers, which its own plan splits, with options of its config, the plan and `inject`."""
 
     kind: str
     config: dict[str, Any]

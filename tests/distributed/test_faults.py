@@ -66,8 +66,14 @@ def test_a_merge_that_fails_in_one_process_is_undone_in_all(engine: str) -> None
     expected = run(*rows).detach()
     gathers = GATHER[engine.partition(",")[0]]
     writes = "write", places.Shard if engine == "FSDP2" else places.Spread
+    faults: list[tuple[tuple[str, Any], int]] = [
+        (gathers, 0),
+        (gathers, 1),
+        (("require_finite", merge), 2),
+        (writes, 1),
+    ]
     for reversible in (False, True):
-        for failing, call in ((gathers, 0), (gathers, 1), (("require_finite", merge), 2), (writes, 1)):
+        for failing, call in faults:
             with restored(model), failing_in_last(*failing, call):
                 randlora.merge(run, reversible=reversible)
             assert torch.equal(run(*rows), expected)
