@@ -101,6 +101,7 @@ from torch import nn
 
 def use():
     import randlora
+    torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(3, 8)
     loaded = copy.deepcopy(model)
     randlora.inject(model, r=2)
