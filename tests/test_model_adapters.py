@@ -1,20 +1,28 @@
-"""Several adapters of one model, by name and by layer; `tests.state_machine` holds that none touches another."""
+"""Several adapters of one model, by name and by layer, and blocks of `with`; `tests.state_machine` has their orders."""
 
+import contextlib
 import copy
+import pickle
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, ConfigError, MergeError, RandLoRAError, TargetError
 from randlora.state import adapted_root, is_adapted
-from tests.kit import all_bits, assert_unchanged, fill, on_one_line, same_bits, snapshot, untouched
-from tests.laws import TOKENS, Mixed, assert_close
-from tests.layer_kinds import LayerKind, every_mergeable_kind
+from tests.kit import all_bits, fill, on_one_line, same_bits, untouched
+from tests.laws import Mixed, assert_close
 from tests.test_compiler import Compiled, model_with
 
 TARGETS = ["q", "up", "down"]
@@ -96,7 +104,7 @@ def test_an_adapter_prints_as_its_options_and_state_and_what_the_model_has_no_mo
     assert_listed("active with the factor -0.25, trainable")
     randlora.activate(model, "a", layers=["q"])
     assert_listed("active with a factor for each layer, trainable")
-    randlora.set_trainable(model, "a", False)
+    randlora.set_trainable(model, ["a"], False)
     randlora.activate(model, "b")
     assert_listed("inactive, frozen", "active, frozen")
     randlora.merge(model, reversible=True)
@@ -122,31 +130,6 @@ def test_a_way_to_compute_serves_adapters_that_come_later_and_ends_with_them() -
     assert adapted_root(model)[1].compute == "auto"
 
 
-# Names
-
-
-def test_a_renamed_adapter_keeps_its_place_and_all_it_has_and_what_is_trained_is_set_by_name() -> None:
-    """`tests.state_machine` holds that values, objects, outputs and files stay, and that names may be those of any."""
-    model = mixed("a", train_also=["head"])
-    randlora.inject(model, r=3, name="b", targets=["q", "up"])
-    randlora.inject(model, r=3, name="c", targets=["q"])
-    randlora.activate(model, {"a": 0.5, "b": -2.0})
-    before, expected = [vars(info) | {"name": ""} for info in randlora.adapters(model)], model(TOKENS)
-    randlora.rename(model, "a", "new")
-    assert [info.name for info in randlora.adapters(model)] == ["new", "b", "c"]
-    assert [vars(info) | {"name": ""} for info in randlora.adapters(model)] == before
-    assert same_bits(model(TOKENS), expected)
-    for names, trainable, trained in ((["b", "c"], True, ["new", "b", "c"]), ("new", False, ["b", "c"])):
-        randlora.set_trainable(model, names, trainable)
-        assert [info.name for info in randlora.adapters(model) if info.is_trainable] == trained
-    assert not model.head.weight.requires_grad
-    randlora.activate(model, "c")
-    randlora.set_trainable(model, "new")
-    assert not model.head.weight.requires_grad
-    randlora.activate(model, "new")
-    assert model.head.weight.requires_grad
-
-
 @pytest.mark.medium
 def test_a_compiled_model_compiles_nothing_for_another_name() -> None:
     model = model_with("a", "b")
@@ -158,35 +141,6 @@ def test_a_compiled_model_compiles_nothing_for_another_name() -> None:
 
 
 # By layer
-
-BY_LAYER = {"0": -0.7, "1": 0.0, "2": 1.0}
-
-
-def weights(model: nn.Module) -> dict[str, Any]:
-    """Take down the values that the model computes with, without Λ and Γ."""
-    return all_bits({fqn: value for fqn, value in model.named_parameters() if "randlora" not in fqn})
-
-
-@every_mergeable_kind
-def test_a_layer_computes_what_it_does_if_all_have_its_factor(kind: LayerKind) -> None:
-    dtype = kind.dtypes[-1]
-    model = nn.Sequential(*(kind.build(9, 9, True, dtype) for _ in BY_LAYER))
-    for seed, name in enumerate("ab"):
-        randlora.inject(model, r=3, name=name, targets=[*BY_LAYER], stream="portable", seed=seed)
-        fill(model, name, seed=seed)
-    x = torch.randn(5, 9).to(dtype)
-    expected: dict[str, Any] = {}
-    merged: dict[str, Any] = {}
-    for fqn, factor in BY_LAYER.items():
-        randlora.activate(model, {"b": 0.3} | ({"a": factor} if factor else {}))
-        expected[fqn] = model.get_submodule(fqn)(x)
-        with randlora.merged(model):
-            merged |= {own: value for own, value in weights(model).items() if own.startswith(fqn)}
-    randlora.activate(model, {"b": 0.3, "a": BY_LAYER})
-    for fqn, output in expected.items():
-        assert same_bits(model.get_submodule(fqn)(x), output)
-    with untouched(model), randlora.merged(model):
-        assert weights(model) == merged
 
 
 @pytest.mark.parametrize("layers", ["q|up", ["q", "up"], ("up", "q.?")])
@@ -207,86 +161,57 @@ def test_layers_are_named_by_patterns(layers: Any) -> None:
         assert randlora.adapters(model)[0].weight == factor
 
 
-def test_parameters_trained_beside_have_no_factor_and_a_layer_that_is_left_out_is_not_trained() -> None:
-    model = mixed("a", targets=["q", "up"], train_also=["q.bias"])
-    copied = model.q.bias
-    randlora.activate(model, "a", layers=["up"])
-    assert model.q.bias is copied
-    assert same_bits(dict(randlora.merged_tensors(model))["q.bias"], copied)
-    model(TOKENS).square().sum().backward()
-    trained = {fqn for fqn, each in model.named_parameters() if each.grad is not None}
-    assert trained == {"up.randlora_lambda.a", "up.randlora_gamma.a", "q.bias"}
-    model.q.weight = nn.Parameter(torch.empty_like(model.q.weight, device="meta"), requires_grad=False)
-    with pytest.raises(MergeError, match=r"q\.weight"):
-        randlora.merged_tensors(model)
-
-
 def test_a_layer_that_is_left_out_is_not_merged_into() -> None:
-    """`tests.state_machine` merges some of several adapters, in any order."""
+    """`tests.state_machine` merges some of several adapters, in any order, and computes and trains with factors."""
     model = mixed("a", "b")
     randlora.activate(model, {"a": {"q": 0.5, ".*": 0.0}, "b": {"q": 0.0, ".*": 1.0}})
-    before, own = snapshot(model), model.q.weight
-    assert randlora.merge(model, adapters=["a"], reversible=True).targets == ("q",)
-    for other in (1.0, {"q": 0.5, ".*": 1.0}):
-        with untouched(model), pytest.raises(AdapterError, match="cannot activate others while the adapters"):
-            randlora.activate(model, {"a": other, "b": 1.0})
-    with pytest.raises(MergeError, match="b is active and not merged"):
-        next(iter(randlora.merged_tensors(model)))
-    report = randlora.merge(model, adapters=["b"], reversible=True)
-    assert report.targets == ("up", "down")
-    assert str(report).startswith("merged b with a factor for each layer (2 of 3 are not 0) into 2 layers")
-    assert randlora.unmerge(model, ["a"]) == ("q",)
-    assert model.q.weight is own
-    randlora.unmerge(model)
-    assert_unchanged(model, before)
+    with untouched(model):
+        assert randlora.merge(model, adapters=["a"], reversible=True).targets == ("q",)
+        for other in (1.0, {"q": 0.5, ".*": 1.0}):
+            with untouched(model), pytest.raises(AdapterError, match="cannot activate others while the adapters"):
+                randlora.activate(model, {"a": other, "b": 1.0})
+        with pytest.raises(MergeError, match="b is active and not merged"):
+            next(iter(randlora.merged_tensors(model)))
+        report = randlora.merge(model, adapters=["b"], reversible=True)
+        assert report.targets == ("up", "down")
+        assert str(report).startswith("merged b with a factor for each layer (2 of 3 are not 0) into 2 layers")
+        assert (randlora.unmerge(model, ["a"]), randlora.unmerge(model)) == (("q",), ("up", "down"))
 
 
 # What is refused
 
 
-def activating(names: Any, layers: Any = None) -> Callable[[nn.Module], object]:
-    return lambda model: randlora.activate(model, names, layers=layers)
-
-
-def renaming(name: str, to: Any) -> Callable[[nn.Module], object]:
-    return lambda model: randlora.rename(model, name, to)
-
-
-def training(names: Any, trainable: Any = True) -> Callable[[nn.Module], object]:
-    return lambda model: randlora.set_trainable(model, names, trainable)
-
-
-def computing(compute: Any) -> Callable[[nn.Module], object]:
-    return lambda model: randlora.set_compute(model, compute)
-
-
+ACTIVATIONS: list[tuple[Any, Any, str]] = [
+    ("c", None, "no adapter named 'c': it has a, elsewhere"),
+    (["a", "c"], None, "no adapter named 'c'"),
+    (["a", "a"], None, r"each adapter can be named once, got \['a', 'a'\]"),
+    ({"a": float("nan")}, None, "factor of 'a' must be a finite number, got nan"),
+    ({"a": True}, None, "must be a finite number, got True"),
+    ({"a": -1e16}, None, r"factor of 'a' must be at most 1e\+15 in size, got -1e\+16"),
+    ("a", "(", r"layers: '\(' is neither the name of a target nor a regular expression"),
+    ("a", [], "layers is empty"),
+    ("a", {"q": 0.5}, "layers takes only names: give numbers as factors"),
+    (["a", "elsewhere"], ["dwon"], "^cannot activate: layers: 'dwon' matches no .* down"),
+    ("a", ["q", None], "expected layers to be names or patterns of layers, got None"),
+    (["a", "elsewhere"], ["q"], "'elsewhere' adapts none of the layers that layers= names:"),
+    ({"a": {"q": 0.5}}, None, r"names\['a'\]= has no pattern for up, down: add '\.\*' as the last"),
+    ({"a": {"dwon": 0.5, ".*": 1.0}}, None, r"names\['a'\]={'dwon': …} matches no target"),
+    ({"a": {".*": 0.5, "q": 1.0}}, None, "matches only what '.*' took: put it before"),
+    ({"a": {".*": float("inf")}}, None, r"the factor of 'a' in '\.\*' must be a finite number"),
+    ({"a": {1: 1.0}}, None, "the factor of 'a' must have patterns of layers as keys, got 1"),
+    ({"a": {}}, None, r"names\['a'\]= has no pattern for q, up, down"),
+]
 NOT_A_NAME = "expected a printable name without dots"
+wrong: Any = partial  # for arguments of types that are refused
 REFUSED: list[tuple[Callable[[nn.Module], object], type[RandLoRAError], str]] = [
-    (activating("c"), AdapterError, "no adapter named 'c': it has a, elsewhere"),
-    (activating(["a", "c"]), AdapterError, "no adapter named 'c'"),
-    (activating(["a", "a"]), AdapterError, r"each adapter can be named once, got \['a', 'a'\]"),
-    (activating({"a": float("nan")}), AdapterError, "factor of 'a' must be a finite number, got nan"),
-    (activating({"a": True}), AdapterError, "must be a finite number, got True"),
-    (activating({"a": -1e16}), AdapterError, r"factor of 'a' must be at most 1e\+15 in size, got -1e\+16"),
-    (activating("a", "("), AdapterError, r"layers: '\(' is neither the name of a target nor a regular expression"),
-    (activating("a", []), AdapterError, "layers is empty"),
-    (activating("a", {"q": 0.5}), AdapterError, "layers takes only names: give numbers as factors"),
-    (activating(["a", "elsewhere"], ["dwon"]), AdapterError, "^cannot activate: layers: 'dwon' matches no .* down"),
-    (activating("a", ["q", None]), AdapterError, "expected layers to be names or patterns of layers, got None"),
-    (activating(["a", "elsewhere"], ["q"]), AdapterError, "'elsewhere' adapts none of the layers that layers= names:"),
-    (activating({"a": {"q": 0.5}}), AdapterError, r"names\['a'\]= has no pattern for up, down: add '\.\*' as the last"),
-    (activating({"a": {"dwon": 0.5, ".*": 1.0}}), AdapterError, r"names\['a'\]={'dwon': …} matches no target"),
-    (activating({"a": {".*": 0.5, "q": 1.0}}), AdapterError, "matches only what '.*' took: put it before"),
-    (activating({"a": {".*": float("inf")}}), AdapterError, r"the factor of 'a' in '\.\*' must be a finite number"),
-    (activating({"a": {1: 1.0}}), AdapterError, "the factor of 'a' must have patterns of layers as keys, got 1"),
-    (activating({"a": {}}), AdapterError, r"names\['a'\]= has no pattern for q, up, down"),
-    (renaming("x", "y"), AdapterError, "no adapter named 'x': it has a, elsewhere"),
-    (renaming("a", "a"), AdapterError, "the model has an adapter of that name"),
-    *((renaming("a", to), AdapterError, NOT_A_NAME) for to in ("a.b", "keys", 3)),
-    *((training(names), AdapterError, "has no adapter named") for names in ("x", ["a", "x"], [3], 3)),
-    (training("a", None), ConfigError, "trainable must be"),
-    (computing("fast"), ConfigError, "one of auto, factored, materialized, got 'fast'"),
-    (lambda model: randlora.delta_weight(model, "dwn"), TargetError, "'dwn' is not adapted; the nearest.* are down"),
+    *((wrong(randlora.activate, names=row[0], layers=row[1]), AdapterError, row[2]) for row in ACTIVATIONS),
+    (wrong(randlora.rename, name="x", to="y"), AdapterError, "no adapter named 'x': it has a, elsewhere"),
+    (wrong(randlora.rename, name="a", to="a"), AdapterError, "the model has an adapter of that name"),
+    *((wrong(randlora.rename, name="a", to=to), AdapterError, NOT_A_NAME) for to in ("a.b", "keys", 3)),
+    *((wrong(randlora.set_trainable, names=x), AdapterError, "has no adapter n") for x in ("x", ["a", "x"], [3], 3)),
+    (wrong(randlora.set_trainable, names="a", trainable=None), ConfigError, "trainable must be"),
+    (wrong(randlora.set_compute, compute="fast"), ConfigError, "one of auto, factored, materialized, got 'fast'"),
+    (wrong(randlora.delta_weight, fqn="dwn"), TargetError, "'dwn' is not adapted; the nearest.* are down"),
 ]
 
 
@@ -298,3 +223,117 @@ def test_what_cannot_be_named_activated_or_trained_is_refused() -> None:
             call(model)
     with randlora.merged(model), untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"):
         randlora.rename(model, "a", "new")
+
+
+# Blocks
+
+X = torch.linspace(-1, 1, 24).view(3, 8)
+
+
+def adapted() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    randlora.inject(model, r=2, targets=["0"], train_also=["1"], name="a")
+    return fill(model, "a")
+
+
+def test_nothing_of_a_state_dict_is_loaded_into_a_merged_model() -> None:
+    inner = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Sequential(nn.LayerNorm(8), inner))
+    randlora.inject(model, r=2, targets="all-linear")
+    targets = [nn.Sequential(model), model, model[0], inner, inner[1]]
+    states = [{name: value + 1 for name, value in target.state_dict().items()} for target in targets]
+    with randlora.merged(model), randlora.merged(copy.deepcopy(model)):
+        for target, state in zip(targets, states, strict=True):
+            with untouched(model), pytest.raises(MergeError, match="cannot load a state dict"):
+                target.load_state_dict(state)
+    for target, state in zip(targets, states, strict=True):
+        target.load_state_dict(state)
+
+
+def test_blocks_of_disabled_that_overlap_end_with_the_last_and_restore_every_bit() -> None:
+    model, barrier = adapted(), threading.Barrier(4)
+    plain = model(X)
+    one, other = randlora.disabled(model), randlora.disabled(model)
+    with untouched(model):
+        one.__enter__()
+        other.__enter__()
+        expected = model(X)
+        one.__exit__(None, None, None)
+        assert torch.equal(model(X), expected)
+        other.__exit__(None, None, None)
+    assert torch.equal(model(X), plain)
+
+    def outputs(_: int) -> list[Tensor]:
+        barrier.wait()
+        found = []
+        for _ in range(50):
+            with randlora.disabled(model):
+                found.append(model(X))
+        return found
+
+    with untouched(model), ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(output, expected) for found in pool.map(outputs, range(4)) for output in found)
+
+
+def test_a_block_of_merged_in_another_thread_is_refused_and_may_run_the_model() -> None:
+    model = adapted()
+    before = all_bits(model.state_dict())
+
+    def enter() -> None:
+        with randlora.merged(model):
+            pytest.fail("the block was entered")
+
+    with randlora.merged(model), ThreadPoolExecutor(1) as pool:
+        inside = model(X)
+        assert torch.equal(pool.submit(lambda: model(X)).result(), inside)
+        with pytest.raises(MergeError, match="another thread or task has an open block"):
+            pool.submit(enter).result()
+        assert torch.equal(model(X), inside)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(pytest.fail.Exception, match="entered"):
+        pool.submit(enter).result()
+    assert all_bits(model.state_dict()) == before
+
+
+@pytest.mark.medium
+@settings(max_examples=30)
+@given(block=st.sampled_from([randlora.merged, randlora.disabled]), share=st.floats(0, 1, exclude_max=True))
+def test_an_interrupt_at_any_call_leaves_no_block_open(block: Any, share: float) -> None:
+    """Python handles signals where a function begins, and where a loop goes on; closing a generator, it drops them."""
+    model = adapted()
+
+    def interrupted(k: int | None) -> int:
+        """Open the block, raise as the k-th function of the library is called, and return how many were."""
+        calls = 0
+
+        def trace(frame: FrameType, event: str, arg: object) -> None:
+            nonlocal calls
+            if frame.f_globals.get("__name__", "").startswith("randlora.") and frame.f_code.co_name != "<genexpr>":
+                calls += 1
+                if calls == k:
+                    raise KeyboardInterrupt
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with contextlib.suppress(KeyboardInterrupt), block(model):
+                pass
+        finally:
+            sys.settrace(before)
+        return calls
+
+    with untouched(model):
+        interrupted(None)
+        interrupted(1 + int(share * interrupted(None)))
+
+
+def test_a_copy_made_while_disabled_is_inactive_and_not_disabled_for_ever() -> None:
+    model = adapted()
+    active = model(X)
+    with randlora.disabled(model), randlora.disabled(model):
+        copies, base = (copy.deepcopy(model), pickle.loads(pickle.dumps(model))), model(X)
+    assert torch.equal(model(X), active)
+    for twin in copies:
+        assert torch.equal(twin(X), base)
+        assert [info.is_active for info in randlora.adapters(twin)] == [False]
+        randlora.activate(twin, "a")
+        assert torch.equal(twin(X), active)

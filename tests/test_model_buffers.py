@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 import randlora
-from randlora.errors import AdapterError, CheckpointError, TargetError
+from randlora.errors import AdapterError, CheckpointError
 from randlora.report import Report
 from tests.checkpoint_files import TENSORS_FILE, read_tensors
 from tests.kit import adapter_values, all_bits, on_one_line, same_bits, untouched
@@ -62,7 +62,6 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "old-spectral": lambda: spectral_norm(nn.Linear(6, 6)),
     "own": Counter,
 }
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def build(kind: str) -> Any:
@@ -99,7 +98,7 @@ def said(report: object, word: str = "running statistics") -> bool:
     return word in (on_one_line(report) if isinstance(report, Report) else str(report))
 
 
-@every_kind
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_module_is_saved_loaded_swapped_and_merged_with_its_buffers(kind: str, tmp_path: Path) -> None:
     model, fresh, plain, before = train(adapted(kind)), build(kind), build(kind), all_bits(build(kind).state_dict())
     expected, state, values = model(X), randlora.adapter_state(model), all_bits(adapter_values(model))
@@ -176,16 +175,6 @@ def test_they_follow_a_model_that_is_copied_cast_or_filled(kind: str, tmp_path: 
     assert same_bits(loaded(kind, tmp_path, torch.float64)(X.double()), fresh(X.double()))
 
 
-def test_a_call_that_raises_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, plain = train(adapted("batch")), build("batch")
-    with untouched(model), pytest.raises(TargetError, match="matches no module"):
-        randlora.inject(model, r=2, name="b", targets=["first"], train_also=["norm", "nrom"])
-    monkeypatch.setattr("randlora.model.install.tell_changed", lambda _: 1 / 0)
-    for each in (model, plain):
-        with untouched(each), pytest.raises(ZeroDivisionError):
-            randlora.inject(each, r=2, name="b", targets=["first"], train_also=["norm"], active=True)
-
-
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "own"])
 def test_statistics_that_no_adapter_has_are_spoken_of(kind: str, tmp_path: Path) -> None:
     model = build(kind)
@@ -193,18 +182,14 @@ def test_statistics_that_no_adapter_has_are_spoken_of(kind: str, tmp_path: Path)
     assert said(report, "norm, other.1 have running statistics, which move in train mode")
     for each in (model, copy.deepcopy(model).double()):
         assert not said(randlora.save(each, tmp_path), "moved since")
-    for trainable in (True, False):
-        assert said(randlora.load(build(kind), tmp_path, trainable=trainable)) == trainable
+    assert said(randlora.load(build(kind), tmp_path, trainable=True))
     assert said(randlora.save(train(model), tmp_path), "moved since the model was adapted: they are not in the files")
     for put in (pickle.loads(pickle.dumps(model)) if "spectral" not in kind else copy.deepcopy(model), model):
         assert said(randlora.merge(put, reversible=True), "moved since the model was adapted: the merged model")
 
 
 def test_only_statistics_that_move_and_belong_to_no_adapter_are_said_to_have_moved(tmp_path: Path) -> None:
-    targets, own = (
-        ["first", "last"],
-        {f"norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")},
-    )
+    targets, own = ["first", "last"], {f"norm.{name}" for name, _ in nn.BatchNorm1d(6).named_buffers()}
     for also in (["norm.weight"], r"norm\..*", ["norm"], r"n\w*"):
         has_copy, model = "." not in str(also), build("batch")
         report = randlora.inject(model, r=2, targets=targets, train_also=also)
@@ -212,12 +197,9 @@ def test_only_statistics_that_move_and_belong_to_no_adapter_are_said_to_have_mov
         assert said(report, "other.1 has running statistics" if has_copy else "norm, other.1 have running")
         (note,) = (each for each in randlora.save(train(model), tmp_path).notes if "moved since" in each)
         assert ("norm.running_mean" in note, "other.1.running_mean" in note) == (not has_copy, True)
-    quiet: list[dict[str, Any]] = [{"trainable": False}, {"train_also": ["norm", "other"]}]
-    for options in quiet:
-        model = build("batch")
-        assert not said(randlora.inject(model, r=2, targets=targets, **options))
-        model(X)
-        assert not said(randlora.save(model, tmp_path), "moved")
+    model = build("batch")
+    assert not said(randlora.inject(model, r=2, targets=targets, trainable=False))
+    assert not said(randlora.save(model, tmp_path), "moved")
     with torch.device("meta"):
         model = build("batch")
     assert said(randlora.inject(model, r=2, targets=targets, train_also=["norm"]), "other.1 has running statistics")
@@ -266,7 +248,7 @@ def golden() -> nn.Sequential:
 
 
 def test_a_file_of_format_3_loads_for_ever(tmp_path: Path) -> None:
-    """``python -m tests.test_model_buffers`` made it once."""
+    """`randlora.save` wrote it once, of the adapter of `golden`."""
     header = json.loads(read_tensors(DATA)[1]["randlora"])
     assert header["format_version"] == 3
     assert header["buffers"] == ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
@@ -278,7 +260,7 @@ def test_a_file_of_format_3_loads_for_ever(tmp_path: Path) -> None:
     assert all_bits(read_tensors(tmp_path)[0]) == all_bits(read_tensors(DATA)[0])
 
 
-def test_buffers_that_do_not_fit_or_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_buffers_that_do_not_fit_or_are_no_numbers_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
     randlora.save(adapted("own"), tmp_path)
     lacking, trained, wider = (build("own") for _ in range(3))
     del lacking.norm._buffers["steps"], trained.norm._buffers["steps"]
@@ -288,14 +270,12 @@ def test_buffers_that_do_not_fit_or_are_no_numbers_are_refused(tmp_path: Path) -
     for model, message in ((lacking, r"no buffer norm\.steps"), (trained, own), (wider, other)):
         with untouched(model), pytest.raises(CheckpointError, match=message):
             randlora.load(model, tmp_path)
-    model = adapted("batch")
+    model, plain = adapted("batch"), build("batch")
     model.norm.running_var.fill_(torch.nan)
     with pytest.raises(CheckpointError, match=r"norm\.running_var holds NaN"):
         randlora.save(model, tmp_path / "new")
     assert not (tmp_path / "new" / TENSORS_FILE).exists()
-
-
-if __name__ == "__main__":
-    assert not DATA.exists(), "a file of a release must load for ever"
-    randlora.save(golden(), DATA)
-    (DATA / "README.md").unlink()
+    monkeypatch.setattr("randlora.model.install.tell_changed", lambda _: 1 / 0)
+    for each in (model, plain):
+        with untouched(each), pytest.raises(ZeroDivisionError):
+            randlora.inject(each, r=2, name="b", targets=["first"], train_also=["norm"], active=True)

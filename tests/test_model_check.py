@@ -22,6 +22,7 @@ from randlora.layers.linear import LinearAdapter
 from randlora.targets import census
 from tests.kit import fill, untouched
 from tests.models import reproducible, tokens
+from tests.quantized import of_4_bits
 from tests.transformers_zoo import tiny
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
@@ -32,23 +33,14 @@ Run = Callable[[Any, Tensor], Any]
 class Around(nn.Module):
     """Three layers, of which the code of a model uses the second in its own way."""
 
-    def __init__(self, run: Run, inner: nn.Module | None = None) -> None:
+    def __init__(self, run: Run, inner: nn.Module | None = None, form: Callable[[Tensor], Any] = Tensor.clone) -> None:
         super().__init__()
         self.first, self.inner, self.last = nn.Linear(6, 8), inner or nn.Linear(8, 8), nn.Linear(8, 5)
         self.gate = nn.Parameter(torch.zeros(8))
-        self.run, self.is_halved = run, False
+        self.run, self.form, self.is_halved = run, form, False
 
     def forward(self, x: Tensor) -> Any:
-        return self.last(self.run(self, self.first(x).tanh()))
-
-
-def reads(self: Any, h: Tensor) -> Tensor:
-    return F.linear(h, self.inner.weight, self.inner.bias)
-
-
-def drops(self: Any, h: Tensor) -> Tensor:
-    self.inner(h)
-    return h
+        return self.form(self.last(self.run(self, self.first(x).tanh())))
 
 
 def halves(self: Any, h: Tensor) -> Tensor:
@@ -79,8 +71,8 @@ def adapted(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def around(run: Run, inner: Callable[[], nn.Module] | None = None) -> nn.Module:
-    return reproducible(lambda: Around(run, inner() if inner else None))
+def around(run: Run, inner: Callable[[], nn.Module] | None = None, **form: Any) -> nn.Module:
+    return reproducible(lambda: Around(run, inner() if inner else None, **form))
 
 
 def found(report: Any) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -89,9 +81,12 @@ def found(report: Any) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 STOPPED = None, "no gradient", MODES
 FAULTS: dict[str, tuple[Run, Callable[[], nn.Module] | None, str, tuple[str, ...]]] = {
-    "read": (reads, None, "read past", MODES),
-    "read in training": (lambda self, h: (reads if self.training else calls)(self, h), None, "read past", MODES[1:]),
-    "dropped": (drops, None, "unused", MODES),
+    "read": (lambda self, h: F.linear(h, self.inner.weight, self.inner.bias), None, "read past", MODES),
+    "read in training": (
+        lambda self, h: F.linear(h, self.inner.weight, self.inner.bias) if self.training else self.inner(h),
+        *(None, "read past", MODES[1:]),
+    ),
+    "dropped": (lambda self, h: (self.inner(h), h)[1], None, "unused", MODES),
     "detached": (lambda self, h: h + self.inner(h).detach(), *STOPPED),
     "checkpointed": (lambda self, h: checkpoint(self.inner, h.detach(), use_reentrant=True), *STOPPED),
     "halved": (halves, None, "merged differs", MODES[:1]),
@@ -127,7 +122,7 @@ SOUND: dict[str, tuple[Run, bool]] = {
     "of 8 bits": (calls, True),
 }
 QUANTIZED: dict[str, Callable[[], Any]] = {
-    "of 4 bits": lambda: bitsandbytes.nn.Linear4bit(8, 8, compute_dtype=torch.float32).to("cpu"),
+    "of 4 bits": partial(of_4_bits, 8, 8),
     "of 8 bits": lambda: bitsandbytes.nn.Linear8bitLt(8, 8, has_fp16_weights=False).to("cpu"),
 }
 
@@ -172,11 +167,7 @@ class Untidy(nn.Module):
         return self.linear(self.dropout(self.norm(x))) + torch.rand(())  # type: ignore[no-any-return]
 
 
-def states() -> tuple[Any, ...]:
-    return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
-
-
-def test_everything_is_as_before_also_when_a_forward_raises() -> None:
+def test_everything_is_as_before_also_when_a_forward_raises_or_is_interrupted() -> None:
     class Frozen(dict[str, int]):  # as in models of diffusers
         def clear(self) -> None:
             raise TypeError("cannot change")
@@ -189,7 +180,8 @@ def test_everything_is_as_before_also_when_a_forward_raises() -> None:
 
     def traces() -> Any:
         grads = {name: (id(each.grad), str(each.grad)) for name, each in model.named_parameters()}
-        return grads, states(), list(model.history), model.last, dict(model._forward_hooks), x.tolist()
+        drawn = torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+        return grads, drawn, list(model.history), model.last, dict(model._forward_hooks), x.tolist()
 
     before = traces()
     with untouched(model):
@@ -202,12 +194,8 @@ def test_everything_is_as_before_also_when_a_forward_raises() -> None:
     with untouched(model):
         assert randlora.check(model, x).notes == ("not checked in training mode: ValueError: 3",)
     assert traces() == before
-
-
-def test_an_interrupt_is_undone() -> None:
-    """In a forward, it would leave the thread inside of a call: see docs/limits.md."""
     model, hook = adapted(around(calls)), Mock(side_effect=[*[None] * 9, KeyboardInterrupt])
-    model.register_forward_hook(hook)
+    model.register_forward_hook(hook)  # in a forward, it would leave the thread inside of a call: see docs/limits.md
     with untouched(model), pytest.raises(KeyboardInterrupt):
         randlora.check(model, X)
 
@@ -224,31 +212,19 @@ OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
     "object": lambda y: SimpleNamespace(layers=[{"keys": y}]),
     "nested": lambda y: torch.nested.as_nested_tensor([y[:1], y[1:]], layout=torch.jagged),
     "masked": lambda y: torch.where(torch.arange(5) < 2, float("-inf"), y),
-    "complex": lambda y: torch.complex(y, y.detach()),
+    "complex": lambda y: torch.complex(torch.zeros_like(y), y),
     "half": lambda y: y.half(),
 }
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_outputs_of_every_form_are_compared(name: str) -> None:
-    class Wrapped(Around):
-        def forward(self, x: Tensor) -> Any:
-            return OUTPUTS[name](super().forward(x))
-
     for inner, faults in ((nn.Linear, set()), (Own, {"read past"})):
-        model = reproducible(partial(Wrapped, calls, inner(8, 8)))
-        report = randlora.check(adapted(model, targets=["inner"]), X)
-        assert {problem.fault for problem in report.problems} == faults
+        model = adapted(around(calls, partial(inner, 8, 8), form=OUTPUTS[name]), targets=["inner"])
+        assert {problem.fault for problem in randlora.check(model, X).problems} == faults
 
 
-def test_nothing_is_found_in_a_model_of_experts() -> None:
-    model: Any = tiny("mixtral", "MixtralForCausalLM")
-    randlora.inject(model.bfloat16(), r=2, targets="all")
-    report = randlora.check(model, **tokens())
-    assert (report.problems, report.unchecked) == ((), {})
-
-
-def test_active_adapters_are_checked_and_the_layers_of_others_named() -> None:
+def test_active_adapters_are_checked_and_the_layers_of_others_named_and_experts_are_right() -> None:
     model = adapted(around(calls), targets=["first", "inner"])
     randlora.inject(model, r=2, targets=["first"], name="b", seed=1)
     randlora.inject(model, r=2, targets=["last"], name="c", seed=1)
@@ -257,6 +233,10 @@ def test_active_adapters_are_checked_and_the_layers_of_others_named() -> None:
         report = randlora.check(model, X)
     assert report.checked == ("first", "inner")
     assert report.unchecked == {"last": "only inactive adapters act on it: activate them, and check again"}
+    experts: Any = tiny("mixtral", "MixtralForCausalLM")
+    randlora.inject(experts.bfloat16(), r=2, targets="all")
+    report = randlora.check(experts, **tokens())
+    assert (report.problems, report.unchecked) == ((), {})
 
 
 @pytest.mark.medium
@@ -266,14 +246,9 @@ def test_a_compiled_model_is_checked_as_it_is_written() -> None:
     assert found(randlora.check(compiled, X))["inner"][0] == "read past"
 
 
-class Largest(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.argmax(-1)
-
-
 def test_what_cannot_be_run_as_adapted_is_refused() -> None:
     inactive, disabled, merged = (adapted(around(calls)) for _ in range(3))
-    chosen = adapted(nn.Sequential(around(calls), Largest()))
+    chosen = adapted(around(calls, form=lambda y: y.argmax(-1)))
     randlora.activate(inactive, [])
     with torch.device("meta"):
         empty = adapted(Around(calls))

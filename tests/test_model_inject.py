@@ -1,4 +1,4 @@
-"""`inject`, `plan` and `eject`: what they change, what they must not, and what they refuse before anything changes."""
+"""`inject`, `plan` and `eject`: what they change and refuse before anything changes, and what their reports say."""
 
 import inspect
 from collections.abc import Callable
@@ -10,63 +10,49 @@ import numpy as np
 import peft
 import pytest
 import torch
-from hypothesis import given, reject
+from bitsandbytes.nn import Embedding4bit
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 
 import randlora
 from randlora import RandLoRAConfig
 from randlora.config import LARGEST_FACTOR
-from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError, RandLoRAError, TargetError
+from randlora.errors import AdapterError, CheckpointError, ConfigError, RandLoRAError, TargetError
 from randlora.functional import Compute
-from tests.kit import all_bits, assert_unchanged, fill, same_bits, set_alpha, snapshot, untouched
+from randlora.report import as_bytes, table
+from tests.kit import adapter_values, all_bits, fill, on_one_line, same_bits, set_alpha, untouched
 from tests.laws import TOKENS, Mixed
 from tests.models import llama
-from tests.strategies import KINDS_AND_STREAMS, seeds
+from tests.quantized import INT8, MODELS, NF4, Codes, of_4_bits, quantized_model
+from tests.strategies import ranks
 
 ADAPTED = ("q", "up", "down")
-
-
-@given(kind=st.sampled_from(KINDS_AND_STREAMS), r=st.integers(3, 12), seed=seeds)
-def test_a_fresh_adapter_leaves_every_bit_of_a_models_output(kind: tuple[str, str], r: int, seed: int) -> None:
-    model, options = Mixed(), {"r": r, "seed": seed, "basis": kind[0], "stream": kind[1]}
-    before = model(TOKENS)
-    try:
-        with untouched(model):
-            planned = randlora.plan(model, **options)  # type: ignore[arg-type]
-        assert randlora.inject(model, **options) == planned  # type: ignore[arg-type]
-    except ConfigError:  # a ternary draw of so few numbers may be all zeros
-        assert kind[0] == "very_sparse"
-        reject()
-    for compute in get_args(Compute):
-        randlora.set_compute(model, compute)
-        randlora.activate(model, {"default": -LARGEST_FACTOR})
-        assert same_bits(model(TOKENS), before)
 
 
 def test_inject_adds_only_diagonals_and_eject_gives_back_every_object_and_bit_also_in_inference_mode() -> None:
     model = Mixed().eval()
     model.norm.requires_grad_(False)
-    before, expected, names = snapshot(model), model(TOKENS), {*model.state_dict()}
-    with torch.inference_mode():
-        assert randlora.inject(model, r=4, train_also=["norm", "q.bias"]).targets == ADAPTED
-        model(TOKENS)
-    added = {f"{fqn}.randlora_{part}.default" for fqn in ADAPTED for part in ("lambda", "gamma")}
-    assert {*model.state_dict()} - names == added
-    trained = {name for name, each in model.named_parameters() if each.requires_grad}
-    assert trained == added | {"norm.weight", "norm.bias", "q.bias"}
-    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
+    expected, names = model(TOKENS), {*model.state_dict()}
+    with untouched(model):
+        with torch.inference_mode():
+            assert randlora.inject(model, r=4, train_also=["norm", "q.bias"]).targets == ADAPTED
+            for compute in get_args(Compute):
+                randlora.set_compute(model, compute)
+                randlora.activate(model, {"default": -LARGEST_FACTOR})
+                assert same_bits(model(TOKENS), expected)
+        added = {f"{fqn}.randlora_{part}.default" for fqn in ADAPTED for part in ("lambda", "gamma")}
+        assert {*model.state_dict()} - names == added
+        trained = {name for name, each in model.named_parameters() if each.requires_grad}
+        assert trained == added | {"norm.weight", "norm.bias", "q.bias"}
+        randlora.activate(model, "default")
         model(TOKENS).square().mean().backward()
-        optimizer.step()
-    assert not torch.allclose(model(TOKENS), expected)
-    model.later = nn.Linear(12, 2)
-    assert randlora.eject(model) == ADAPTED
-    assert model.later.weight.requires_grad
-    del model.later
-    assert_unchanged(model, before)
+        torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1).step()
+        assert not torch.allclose(model(TOKENS), expected)
+        model.later = nn.Linear(12, 2)
+        assert randlora.eject(model) == ADAPTED
+        assert model.later.weight.requires_grad
+        del model.later
 
 
 # What is refused
@@ -197,20 +183,16 @@ def test_a_model_built_in_inference_mode_is_adapted_merged_and_restored() -> Non
 
 
 def test_uninitialized_layers_that_are_no_targets_do_not_matter(tmp_path: Path) -> None:
-    unused = nn.LazyConv1d(2, 1)
     for verb in (randlora.eject, randlora.merge):
-        model = nn.Sequential(nn.Linear(4, 6), nn.LazyLinear(3), nn.Sequential(unused))
+        model = nn.Sequential(nn.Linear(4, 6), nn.LazyLinear(3), nn.LazyConv1d(2, 1))
         randlora.prepare_quantized(model)
         with untouched(model):
             planned = randlora.plan(model, r=2, targets="0")
         assert randlora.inject(model, r=2, targets="0") == planned
         randlora.activate(model, "default")
-        randlora.set_trainable(model, "default")
         randlora.save(fill(model), tmp_path / "adapter")
         with randlora.merged(model):
-            pass
-        model[:2](torch.ones(2, 4))  # the first forward initializes the second layer
-        assert isinstance(unused.weight, UninitializedParameter)
+            model[:2](torch.ones(2, 4))  # the first forward initializes the second layer
         verb(model)
         assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -240,32 +222,19 @@ def test_an_alpha_of_a_file_is_loaded_whatever_it_is(tmp_path: Path) -> None:
 # Adapters of others
 
 
-def peft_model(config: Any, **options: Any) -> Any:
-    return peft.get_peft_model(Mixed(), config(r=2, target_modules=["q"]), **options)
-
-
-def peft_model_of_two() -> Any:
-    model = peft_model(peft.LoraConfig, mixed=True)
-    model.add_adapter("other", peft.LoHaConfig(r=2, target_modules=["up"]))
-    model.set_adapter(["default", "other"])
-    return model
-
-
-PEFT: dict[str, Callable[[], Any]] = {
-    "lora": lambda: peft_model(peft.LoraConfig),
-    "randlora": lambda: peft_model(peft.RandLoraConfig),
-    "vera": lambda: peft_model(peft.VeraConfig),
-    "two": peft_model_of_two,
-    # as transformers' add_adapter does
-    "in place": lambda: peft.inject_adapter_in_model(
-        peft.IA3Config(target_modules="q", feedforward_modules=[]), Mixed()
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PEFT)
-def test_a_model_with_adapters_of_peft_is_refused_by_name(name: str) -> None:
-    model, also = PEFT[name](), r"up \(peft\.tuners\.loha\..*" if name == "two" else ""
+@pytest.mark.parametrize("kind", [peft.LoraConfig, peft.RandLoraConfig, peft.VeraConfig, peft.IA3Config])
+def test_a_model_with_adapters_of_peft_is_refused_by_name(kind: Any) -> None:
+    options: dict[str, Any] = {"feedforward_modules": []} if kind is peft.IA3Config else {"r": 2}
+    config = kind(target_modules=["q"], **options)
+    also, is_mixed = "", kind is peft.LoraConfig
+    if kind is peft.RandLoraConfig:  # as transformers' add_adapter does
+        model: Any = peft.inject_adapter_in_model(config, Mixed())
+    else:
+        model = peft.get_peft_model(Mixed(), config, mixed=is_mixed)
+    if is_mixed:
+        model.add_adapter("other", peft.LoHaConfig(r=2, target_modules=["up"]))
+        model.set_adapter(["default", "other"])
+        also = r"up \(peft\.tuners\.loha\..*"
     said = rf"adapters of PEFT: .*q.*\(peft\.tuners\..*{also} merge or remove them first.*unload\(\)"
     targets: list[Any] = [None, "all", ["down"], ["q"], ["lora_A"]]
     for each in targets:
@@ -282,17 +251,10 @@ def test_what_peft_wraps_later_is_said_to_be_lost_until_peft_has_left(tmp_path: 
     expected = fill(model)(TOKENS)
     wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q"]))
     assert same_bits(wrapped(TOKENS), expected)
-    lost = "q no longer has adapter 'default'"
-    refused: list[tuple[type[RandLoRAError], str, Callable[[], object]]] = [
-        (AdapterError, lost, lambda: [*randlora.trainable_parameters(wrapped)]),
-        (CheckpointError, lost, lambda: randlora.save(wrapped, tmp_path / "adapter")),
-        (MergeError, lost, lambda: randlora.merge(wrapped)),
-        (AdapterError, lost, lambda: randlora.serving.routed(wrapped, ["default"]).__enter__()),
-        (AdapterError, "the model has adapters of PEFT", lambda: randlora.inject(model, r=2, name="second")),
-    ]
-    for error, message, call in refused:
-        with untouched(wrapped), pytest.raises(error, match=message):
-            call()
+    with untouched(wrapped), pytest.raises(CheckpointError, match="q no longer has adapter 'default'"):
+        randlora.save(wrapped, tmp_path / "adapter")
+    with untouched(wrapped), pytest.raises(AdapterError, match="the model has adapters of PEFT"):
+        randlora.inject(model, r=2, name="second")
     wrapped.unload()
     assert same_bits(model(TOKENS), expected)
     randlora.save(model, tmp_path / "adapter")
@@ -302,3 +264,118 @@ def test_what_peft_wraps_later_is_said_to_be_lost_until_peft_has_left(tmp_path: 
 def test_matrices_of_an_adapter_of_ones_own_are_skipped_with_the_reason(targets: Any) -> None:
     report = randlora.plan(nn.Sequential(nn.Linear(8, 8), OwnLoRA()), r=2, targets=targets)
     assert ("1.linear" in report.targets, {*report.skipped}) == (True, {"1.lora_A", "1.lora_B"})
+
+
+@given(r=ranks, also=st.sampled_from([None, ["head"], ["norm.weight", "q.bias"]]))
+def test_figures_are_those_counted_on_the_model(r: int, also: list[str] | None) -> None:
+    model = Mixed()
+    plain = sum(parameter.numel() for parameter in model.parameters())
+    report = randlora.inject(model, r=r, train_also=also, stream="portable", targets=["q"])
+    trainable = list(randlora.trainable_parameters(model))
+    own = sum(value.numel() for name, value in adapter_values(model).items() if "randlora" in name)
+    assert report.trainable_parameters == sum(parameter.numel() for parameter in trainable)
+    assert report.total_parameters == plain + own
+    assert report.share == report.trainable_parameters / report.total_parameters
+    assert report.checkpoint_bytes == sum(parameter.nbytes for parameter in trainable)
+    assert sum(row.count for row in report.rows) == len(report.targets) == 1
+    assert report.basis_bytes == randlora.state.adapted_root(model)[1].bank.nbytes
+    other: dict[str, Any] = {"r": r, "targets": ["up"], "stream": "portable", "name": "b"}
+    planned = randlora.plan(model, **other)
+    assert randlora.inject(model, **other) == planned
+    assert planned.basis_bytes == randlora.state.adapted_root(model)[1].bank.nbytes, "of a basis that is shared"
+
+
+@pytest.mark.parametrize(("codes", "is_adapted"), [(NF4, True), (INT8, False)])
+def test_a_quantized_weight_counts_as_the_numbers_it_stands_for(codes: Codes, is_adapted: bool) -> None:
+    dense, quantized = MODELS[0].build(), quantized_model(MODELS[0], codes)
+    for model in (dense, quantized) if is_adapted else ():
+        randlora.inject(model, r=8, targets="all-linear", name="first")
+    expected, found = randlora.plan(dense, r=8, name="b"), randlora.plan(quantized, r=8, name="b")
+    assert (found.total_parameters, found.share) == (expected.total_parameters, expected.share)
+    for storage in (torch.uint8, torch.bfloat16):
+        embedding = Embedding4bit(16, 64, quant_type="nf4", quant_storage=storage)
+        model = nn.Sequential(of_4_bits(64, 31, quant_storage=storage), embedding).to("cpu")
+        report = randlora.plan(model, r=8, targets=["0"])
+        assert report.total_parameters - report.trainable_parameters == 64 * 31 + 31 + 16 * 64
+
+
+def test_the_table_of_a_small_model_reads_so_fits_80_columns_and_breaks_no_name() -> None:
+    model: nn.Module = Mixed()
+    report = randlora.plan(model, r=4, train_also=["head"])
+    assert str(report).splitlines() == [
+        "RandLoRA adapter 'default': alpha=80",
+        "dense bases (stream=torch, seed=0, r=4, dims=20x20)",
+        "targets: all linear layers but the output head",
+        "count  in  out  r  num_bases  rank  trainable",
+        "    1  12   12  4          3    12         48",
+        "    1  12   20  4          3    12         48",
+        "    1  20   12  4          3    12         48",
+        "trainable 183 of 987 parameters (18.54%)",
+        "3 layers adapted, about LoRA r = 1.6 in size, active, trainable",
+        "bases 576 B in memory, checkpoint 732 B",
+        "also trained: head.weight, head.bias",
+        "learning rate to try first: 0.01, after a short warm-up; for long runs down to a",
+        "  tenth (for layers of width 12, the median)",
+        'left out: 1 embedding, 15.66% of the weights: targets="all" adapts it',
+    ]
+    randlora.inject(model, r=4)
+    assert str(randlora.merge(fill(model))) == "merged default into 3 layers; the layers are plain again"
+    texts = {0: "0 B", 999: "999 B", 1000: "1 kB", 347e6: "347 MB", 1.86e11: "186 GB"}
+    assert {count: as_bytes(count) for count in texts} == texts
+    assert table(("a", "number"), [(1, 1234), (1000000, 2)])[1:] == ["        1   1,234", "1,000,000       2"]
+    model = nn.ModuleDict({letter * 30: nn.Linear(8, 8) for letter in "abcdef"})
+    report = randlora.plan(model, r=4, basis="block", train_also=[f"{name}.bias" for name in model], trainable=False)
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(any(f"{letter * 30}.bias" in line for line in lines) for letter in "abcd")
+
+
+SMALL = [(12, 12), (12, 20), (20, 12)]
+RATES: list[tuple[list[tuple[int, int]], dict[str, Any], float | None, int]] = [
+    (SMALL, {"r": 4}, 1e-2, 12),
+    (SMALL, {"r": 4, "alpha": 8000}, 0.5 / 12 / 10, 12),
+    (SMALL, {"r": 4, "alpha": {"0": 80, ".*": 8000}}, 0.5 / 12 / 10, 12),
+    (SMALL, {"r": 4, "alpha": 8000, "init": "gamma"}, 0.5 / 12 / 10, 12),
+    (SMALL, {"r": 4, "trainable": False}, None, 12),
+    ([(64, 64)] * 3 + [(256, 256)], {"r": 32}, 0.5 / 256, 256),  # which has four fifths of the parameters
+    ([(256, 256), (64, 64), (64, 64)], {"r": 32}, 0.5 / 256, 256),
+    ([(512, 64)], {"r": 32}, 0.5 / 64, 64),
+]
+
+
+@pytest.mark.parametrize(("sides", "options", "expected", "median"), RATES)
+def test_the_learning_rate_to_try_goes_by_the_width_in_which_most_is_trained_and_the_size_of_a_step(
+    sides: list[tuple[int, int]], options: dict[str, Any], expected: float | None, median: int
+) -> None:
+    model = nn.Sequential(*(nn.Linear(*each) for each in sides))
+    report = randlora.plan(model, targets="all-linear", **options)
+    assert report.learning_rate == (expected if expected is None else pytest.approx(expected))
+    assert ("learning rate to try first" in str(report)) == (expected is not None)
+    assert (f"for layers of width {median}, the median" in on_one_line(report)) == (expected is not None)
+
+
+def test_a_head_that_is_left_frozen_is_told_of_with_how_to_train_it() -> None:
+    model = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "classifier": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))})
+    note = 'frozen: classifier; if it is new, with random values, give train_also="classifier"'
+    rows: list[dict[str, Any]] = [{}, {"targets": ["q_proj"]}, {"targets": ["classifier"]}, {"trainable": False}]
+    told = [note in randlora.plan(model, r=4, **options).notes for options in (*rows, {"train_also": "classifier"})]
+    assert told == [True, True, False, False, False]
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 16))
+def test_an_r_that_buys_no_rank_is_told_of(rows: int, columns: int, r: int) -> None:
+    model = nn.ModuleDict({"narrow": nn.Linear(columns, rows), "wide": nn.Linear(16, 16)})
+    report = randlora.plan(model, r=r, targets=[*model])
+    told = [note for note in report.notes if "reaches the same rank" in note]
+    smaller = randlora.plan(model, r={"narrow": min(r, rows, columns), "wide": r}, targets=[*model])
+    assert [row.expected_rank for row in smaller.rows] == [row.expected_rank for row in report.rows]
+    assert bool(told) == (smaller.trainable_parameters < report.trainable_parameters)
+    assert all(f"r={r} " in note and "narrow" in note and "wide" not in note for note in told)
+
+
+def test_a_sparse_kind_claims_no_more_rank_than_it_has() -> None:
+    model = nn.Sequential(nn.Linear(200, 200))
+    report = randlora.inject(model, r=6, basis="very_sparse", targets="all-linear")
+    rank = torch.linalg.matrix_rank(randlora.delta_weight(fill(model, spread=1), "0").double())
+    assert report.rows[0].expected_rank < 150
+    assert report.rows[0].expected_rank == pytest.approx(rank.item(), rel=0.15)

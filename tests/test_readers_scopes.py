@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import randlora
 from randlora.errors import AdapterError, TargetError
 from randlora.layers.scopes import in_call, is_in_call
+from tests.in_place_models import Reading, TableReader, Tables, X, register
 from tests.kit import fill, read, same_bits, untouched
 from tests.laws import assert_close, needs_compiler
-from tests.test_in_place import Reading, TableReader, Tables, X, register
 
 WEIGHTS = ("read.table", "read.turned", "called.table", "called.turned")
 

@@ -1,6 +1,5 @@
 """An adapter in memory is what its files are, and other values for one in place leave all else as it is."""
 
-import copy
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,20 +19,10 @@ from randlora.checkpoint import AdapterState
 from randlora.errors import AdapterError, CheckpointError, ConfigError
 from randlora.places import Whole
 from randlora.state import attached_state
-from tests.checkpoint_files import (
-    HEADED,
-    LINEAR,
-    Case,
-    edit_fields,
-    every_case,
-    peft_directory,
-    read_fields,
-    read_tensors,
-    trained,
-)
+from tests import checkpoint_files as files
+from tests.checkpoint_files import HEADED, LINEAR, Case, every_case, read_fields, read_tensors, trained
 from tests.kit import Same, adapter_values, all_bits, fill, untouched
 from tests.laws import assert_close
-from tests.layer_kinds import LayerKind, every_kind
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
 
@@ -60,6 +49,9 @@ def test_a_state_is_what_the_files_hold(case: Case, bases: Literal["seed", "stor
     assert all(each.is_contiguous() and each.is_leaf and not each.requires_grad for each in state.tensors.values())
     randlora.load(twin, state)
     assert torch.equal(case.output(twin), case.output(model))
+    if bases == "seed":  # other values are given in any dtype
+        halved = state.with_tensors({name: tensor.double() / 2 for name, tensor in tensors.items()})
+        assert all_bits(halved.tensors) == all_bits({name: tensor / 2 for name, tensor in tensors.items()})
     again = randlora.adapter_state(twin, bases=bases)
     assert (all_bits(again.tensors), again.metadata, again.config) == (all_bits(tensors), metadata, state.config)
 
@@ -82,64 +74,43 @@ def test_a_state_belongs_to_no_model_and_is_sent_as_bytes() -> None:
     assert torch.equal(HEADED.output(twin), expected)
 
 
-def test_other_values_are_given_whole_and_in_any_dtype() -> None:
-    state = randlora.adapter_state(trained(LINEAR))
-    halved = {name: tensor.double() / 2 for name, tensor in state.tensors.items()}
-    other = state.with_tensors(halved)
-    assert all_bits(other.tensors) == all_bits({name: tensor / 2 for name, tensor in state.tensors.items()})
-
-
-@every_kind
-def test_a_layer_of_each_kind_has_the_values_of_the_other(kind: LayerKind) -> None:
-    """Nothing but values has changed, and these to the last bit."""
-    model = nn.Sequential(kind.build(6, 9, True, kind.exact), kind.build(9, 4, False, kind.exact))
-    x = torch.randn(2, 6, dtype=kind.exact)
-    randlora.inject(model, r=3, alpha=6, stream="portable")
-    other, before = fill(copy.deepcopy(model), seed=1, spread=0.5), fill(model)(x)
+def test_trained_parameters_are_swapped_too_and_files_are_as_good_as_states(tmp_path: Path) -> None:
+    model, other = trained(HEADED), fill(trained(HEADED), seed=5)
 
     def held() -> list[Same]:
         bank = attached_state(model).bank  # type: ignore[union-attr]
         copies = [each for basis in bank for pair in basis._copies.values() for each in pair]
         return [Same(each) for each in (*model.parameters(), *bank, *copies)]
 
+    HEADED.output(model)
     kept, versions = held(), [each._version for each in adapter_values(model).values()]
-    randlora.swap(model, randlora.adapter_state(other))
-    assert held() == kept
-    assert all(map(int.__gt__, (each._version for each in adapter_values(model).values()), versions))
-    assert all_bits(adapter_values(model)) == all_bits(adapter_values(other))
-    assert torch.equal(model(x), other(x))
-    assert not torch.equal(model(x), before)
-
-
-def test_trained_parameters_are_swapped_too_and_files_are_as_good_as_states(tmp_path: Path) -> None:
-    model, other = trained(HEADED), fill(trained(HEADED), seed=5)
     randlora.save(other, tmp_path / "other")
-    edit_fields(tmp_path / "other", {"base_model_name_or_path": "org/model", "added_by": "a newer PEFT"})
+    files.edit_fields(tmp_path / "other", {"base_model_name_or_path": "org/model", "added_by": "a newer PEFT"})
     with randlora.disabled(model):
         plain = HEADED.output(model)
     randlora.swap(model, tmp_path, subfolder="other")
+    assert held() == kept  # nothing but values has changed
+    assert all(map(int.__gt__, (each._version for each in adapter_values(model).values()), versions))
     assert torch.equal(HEADED.output(model), HEADED.output(other))
     randlora.save(model, tmp_path / "again")
     assert read_fields(tmp_path / "again") == read_fields(tmp_path / "other")
-    files = [tmp_path / name / "adapter_model.safetensors" for name in ("again", "other")]
-    assert len({file.read_bytes() for file in files}) == 1
+    paths = [tmp_path / name / "adapter_model.safetensors" for name in ("again", "other")]
+    assert len({path.read_bytes() for path in paths}) == 1
     with randlora.disabled(model):
         assert torch.equal(HEADED.output(model), plain)
 
 
-DIFFERENT: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    ({"targets": ["0", "3"]}, ("the files have no layer 2",)),
-    ({"train_also": ["2.bias"]}, ("the adapter has no trained parameter 2.bias",)),
-    ({"r": 2}, ("0 has r=3 and alpha=60, but in the files r=2 and alpha=40", "2 has r=3", "3 has r=3")),
-    ({"alpha": 6}, ("0 has r=3 and alpha=60, but in the files r=3 and alpha=6", "2 has", "3 has")),
-    ({"seed": 1}, ("the bases are", "and in the files", "seed=1")),
-    ({"basis": "block"}, ("the bases are dense bases", "and in the files block bases")),
-]
-
-
 def test_another_spec_is_refused_with_every_difference(tmp_path: Path) -> None:
     model = model_with()
-    for number, (options, messages) in enumerate(DIFFERENT):
+    different: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"targets": ["0", "3"]}, ("the files have no layer 2",)),
+        ({"train_also": ["2.bias"]}, ("the adapter has no trained parameter 2.bias",)),
+        ({"r": 2}, ("0 has r=3 and alpha=60, but in the files r=2 and alpha=40", "2 has r=3", "3 has r=3")),
+        ({"alpha": 6}, ("0 has r=3 and alpha=60, but in the files r=3 and alpha=6", "2 has", "3 has")),
+        ({"seed": 1}, ("the bases are", "and in the files", "seed=1")),
+        ({"basis": "block"}, ("the bases are dense bases", "and in the files block bases")),
+    ]
+    for number, (options, messages) in enumerate(different):
         randlora.save(model_with(1, **options), tmp_path / str(number))
         with untouched(model), pytest.raises(CheckpointError) as error:
             randlora.swap(model, tmp_path / str(number), name="a")
@@ -150,7 +121,7 @@ def test_another_spec_is_refused_with_every_difference(tmp_path: Path) -> None:
 def test_what_cannot_be_swapped_is_refused(tmp_path: Path) -> None:
     model, one = model_with(), trained(LINEAR)
     state, own = randlora.adapter_state(model), randlora.adapter_state(one)
-    peft_directory(tmp_path / "peft")
+    files.peft_directory(tmp_path / "peft")
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(6, 9), nn.Identity(), nn.Linear(9, 4), nn.Linear(4, 9))
     randlora.inject(empty, r=3, targets="all-linear", stream="portable", name="a")
@@ -168,13 +139,7 @@ def test_what_cannot_be_swapped_is_refused(tmp_path: Path) -> None:
         (one, replace(own, metadata={"format": "pt"}), {}, CheckpointError, "the metadata of the state has no 'randl"),
         (one, replace(own, tensors={}), {}, CheckpointError, "names other targets|do not match its checksum"),
         (one, replace(own, tensors=odd), {}, CheckpointError, r"tensors\['one'\] must be Tensor, got 1"),
-        (
-            one,
-            replace(own, config={**own.config, "r": "2"}),
-            {},
-            CheckpointError,
-            "config.r must be an integer, got '2",
-        ),
+        (one, replace(own, config={**own.config, "r": "2"}), {}, CheckpointError, "config.r must be an integer, got"),
         (one, own.with_tensors(nan), {}, CheckpointError, "holds NaN or infinite values"),
         (one, own.tensors, {}, ConfigError, r"source must be .*AdapterState, got"),
     ]
@@ -251,15 +216,3 @@ def test_a_swap_compiles_nothing_again() -> None:
         randlora.swap(model, randlora.adapter_state(other), name="a")
         assert_close(compiled(X), other(X), torch.float32)
     assert counter.frame_count == 1
-
-
-def test_an_optimizer_keeps_its_moments() -> None:
-    model, other = model_with(), model_with(1)
-    optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=0.1)
-    model(X).square().sum().backward()
-    optimizer.step()
-    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
-    randlora.swap(model, randlora.adapter_state(other), name="a")
-    assert all(
-        map(torch.equal, (optimizer.state[each]["exp_avg"] for each in adapter_values(model, "a").values()), moments)
-    )

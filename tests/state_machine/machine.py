@@ -306,7 +306,7 @@ class RandLoRAMachine(AdapterRules):
     def teardown(self) -> None:
         with self.cleanup:
             while self.blocks:
-                self.leave(None)
+                self.leave(ZeroDivisionError())
                 self.holds()
             if hasattr(self, "truth") and self.truth.adapters:
                 self.eject()
