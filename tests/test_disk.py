@@ -1,24 +1,45 @@
-"""Files and directories appear whole or not at all, whatever fails at whatever call, and nothing temporary remains."""
+"""Files appear whole or not at all, whatever fails at whatever call, and tensors in them as safetensors has them."""
 
 import errno
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from io import FileIO
 from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from randlora.disk import replace
+from randlora.disk import formats, replace
+from randlora.disk.formats import (
+    TORCH_DTYPES,
+    Entry,
+    Planned,
+    bytes_of,
+    is_equal,
+    open_shard,
+    read_pieces,
+    read_shard,
+    read_tensor,
+    write_tensor_file,
+)
 from randlora.disk.replace import Files, is_free, new_directory, write_files
+from randlora.errors import CheckpointError
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
+from tests.kit import all_bits
 from tests.model_directories import contents
 from tests.torture.faults import ERRORS, Call, in_child
 from tests.torture.replacing import SCENARIOS, Stage, after_a_kill, after_an_error
@@ -26,6 +47,7 @@ from tests.torture.replacing import SCENARIOS, Stage, after_a_kill, after_an_err
 # of Python 3.12, in a process with threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
+DTYPES = [*TORCH_DTYPES.values()]
 OLD, NEW = {"one": b"old one", "two": b"old two"}, {"one": b"new 1", "two": b"new 2"}
 
 
@@ -286,3 +308,118 @@ def assert_flushed(calls: tuple[Call, ...]) -> None:
     for at, call in enumerate(calls):
         if call.name == "mkdir" and "unfinished" not in (made := call.paths[0]):
             assert calls[at + 1] == Call("fsync", (str(Path(made).parent),)), f"{made} is not flushed into its parent"
+
+
+# Files of tensors
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_pieces() -> Iterator[None]:
+    """Read in pieces of a few bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "PIECE_BYTES", 16)
+        yield
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    """Draw tensors of any dtype and shape, empty ones and scalars among them, with any bits."""
+    tensor = torch.zeros(draw(st.lists(st.integers(0, 5), max_size=3)), dtype=draw(st.sampled_from(DTYPES)))
+    raw = draw(st.binary(min_size=tensor.nbytes, max_size=tensor.nbytes))
+    values = [byte % 2 if tensor.dtype == torch.bool else byte for byte in raw]
+    bytes_of(tensor).copy_(torch.tensor(values, dtype=torch.uint8))
+    return tensor
+
+
+names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=6).filter(
+    lambda name: name != "__metadata__"
+)
+
+
+@given(st.dictionaries(names, tensors(), min_size=1, max_size=6), st.dictionaries(names, names, max_size=1))
+def test_every_tensor_is_read_and_written_as_safetensors_does(
+    held: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    wrote: list[int] = []
+    with tempfile.TemporaryDirectory() as directory:
+        path, ours = Path(directory, "file"), Path(directory, "ours")
+        save_file(held, path, metadata or None)
+        with open_shard(path) as (shard, raw):
+            assert shard.metadata == metadata
+            found = {entry.name: read_tensor(entry, raw) for entry in reversed(shard.entries)}
+        again = {entry.name: read_tensor(entry) for entry in read_shard(path).entries}
+        assert all_bits(again) == all_bits(found) == all_bits(load_file(path)) == all_bits(held)
+        plans = [
+            Planned(name, tensor.dtype, tuple(tensor.shape), partial(tensor.flatten().split, 1))
+            for name, tensor in held.items()
+        ]
+        write_tensor_file(ours, plans, metadata, lambda count, _: wrote.append(count))
+        assert ours.read_bytes() == path.read_bytes()
+    assert sum(wrote) == sum(tensor.nbytes for tensor in held.values())
+
+
+@given(tensors(), st.data())
+def test_a_copy_is_told_from_what_differs_in_one_bit_or_in_kind(tensor: Tensor, data: st.DataObject) -> None:
+    changed, six = tensor.clone(), torch.arange(6)
+    if tensor.nbytes:
+        bits = [1] if tensor.dtype == torch.bool else [1 << bit for bit in range(8)]
+        bytes_of(changed)[data.draw(st.integers(0, tensor.nbytes - 1))] ^= data.draw(st.sampled_from(bits))
+    pairs = [(tensor, tensor.clone(), True), (tensor, changed, not tensor.nbytes)]
+    others = six.view(torch.float64), six.reshape(2, 3), torch.arange(5), torch.arange(7)
+    for first, second, same in [*pairs, *((six, other.clone(), False) for other in others)]:
+        with tempfile.TemporaryDirectory() as directory:
+            save_file({"a": first, "b": second}, Path(directory, "file"))
+            with open_shard(Path(directory, "file")) as (shard, raw):
+                entries = {entry.name: entry for entry in shard.entries}
+                assert is_equal(entries["b"], read_tensor(entries["a"], raw), raw) == same
+
+
+def test_tensors_are_read_in_pieces_into_new_memory_and_written_one_after_the_other(tmp_path: Path) -> None:
+    """Aligned, also after the file is gone; a file that shrinks meanwhile is refused."""
+    path, tensor, asked = tmp_path / "file", torch.randn(3, formats.PIECE_BYTES // 4 + 1), list[str]()
+    save_file({"a": torch.arange(3, dtype=torch.int8), "b": tensor}, path)
+    with open_shard(path) as (shard, raw):
+        found = {entry.name: read_tensor(entry, raw) for entry in shard.entries}
+        pieces = [piece.clone() for piece in read_pieces(shard.entries[0], raw)]
+    assert max(piece.nbytes for piece in pieces) <= formats.PIECE_BYTES < tensor.nbytes
+    assert torch.equal(torch.cat(pieces).reshape(tensor.shape), tensor)
+    os.truncate(path, 0)
+    assert found["a"].tolist() == [0, 1, 2]
+    assert torch.equal(found["b"], tensor)
+    assert all(each.data_ptr() % 64 == 0 for each in found.values())
+
+    def ask(name: str) -> Iterator[Tensor]:
+        asked.append(name)
+        yield torch.ones(2)
+
+    plans = [Planned(name, torch.float32, (2,), partial(ask, name)) for name in "bca"]
+    write_tensor_file(path, plans, {}, lambda _, name: asked.append(f"wrote {name}"))
+    assert asked == ["a", "wrote a", "b", "wrote b", "c", "wrote c"]
+    reads: list[Callable[[Entry, FileIO], object]] = [read_tensor, lambda *read: [*read_pieces(*read)]]
+    for read in reads:
+        save_file({"a": torch.zeros(20_000), "b": torch.zeros(20_000)}, path)
+        with open_shard(path) as (shard, raw):
+            first, second = shard.entries
+            read(first, raw)
+            os.truncate(path, path.stat().st_size // 2)
+            with pytest.raises(CheckpointError, match="ends within b: it was truncated while it was being read"):
+                read(second, raw)
+
+
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that is cut anywhere; but not what may not be read, and not for an error of the caller."""
+    path = tmp_path / "file"
+    save_file({"a.weight": torch.ones(8, 4), "b.weight": torch.ones(2, 2)}, path)
+    whole = path.read_bytes()
+    cut = [whole[:length] for length in range(len(whole))]
+    for held in (b"\0" * 8, b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", *cut):
+        path.write_bytes(held)
+        with pytest.raises(CheckpointError, match=f"{path} is truncated or damaged"):
+            read_shard(path)
+    path.write_bytes(whole)
+    with pytest.raises(KeyError), open_shard(path):
+        raise KeyError("a")
+
+    monkeypatch.setattr("os.open", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(CheckpointError, match=r"^cannot read .*file \(Permission denied\)$"):
+        read_shard(path)
