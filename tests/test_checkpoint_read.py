@@ -98,14 +98,10 @@ def test_a_loaded_adapter_is_active_and_frozen_where_it_is_the_first(tmp_path: P
     assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
 
 
-def test_a_second_adapter_can_be_the_only_active_one_and_shares_bases_also_with_another_kind_of_layer(
-    tmp_path: Path,
-) -> None:
-    alone, model = LINEAR.build(), trained(LINEAR, name="first")
-    other = nn.Sequential(Conv1D(4, 6), nn.Tanh(), nn.Linear(4, 5))
-    our_adapter(tmp_path)
-    for each in (alone, other):
-        randlora.load(each, tmp_path)
+def test_a_second_adapter_can_be_the_only_active_one_and_shares_bases_with_other_layers(tmp_path: Path) -> None:
+    model, other = trained(LINEAR, name="first"), nn.Sequential(Conv1D(4, 6), nn.Tanh(), nn.Linear(4, 5))
+    alone = loaded(our_adapter(tmp_path))
+    randlora.load(other, tmp_path)
     randlora.load(model, tmp_path, name="second", active=True)
     randlora.load(model, tmp_path, name="third")
     assert [info.weight for info in randlora.adapters(model)] == [None, 1.0, None]
@@ -138,13 +134,11 @@ def test_a_shared_layer_is_found_by_whichever_of_its_names_the_file_holds(tmp_pa
     model, other, twin = trained(case), case.build(), case.build()
     del other.first
     other.first = other.again  # by now the second of the two
-    randlora.save(model, tmp_path / "one")
-    randlora.load(other, tmp_path / "one")
+    for saved, loading in ((model, other), (other, twin)):
+        randlora.save(saved, tmp_path)
+        randlora.load(loading, tmp_path)
+        assert torch.equal(case.output(loading), case.output(model))
     assert other.first is other.again
-    randlora.save(other, tmp_path / "two")
-    randlora.load(twin, tmp_path / "two")
-    assert torch.equal(case.output(other), case.output(model))
-    assert torch.equal(case.output(twin), case.output(model))
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "("])
@@ -165,21 +159,14 @@ def test_target_modules_of_a_file_is_never_run(pattern: str, make: Callable[...,
 
 # PEFT's layouts
 
-LAYOUTS: dict[str, tuple[str, bool, int, float]] = {
-    "once": ("", True, 0, 1e15),
-    "no-bases": ("", False, 0, 7),
-    "top-and-per-layer": ("0 2", True, 0, 7.0),
-    "per-layer": ("0 2", False, 0, 0.1),
-    "one-layer": ("2", False, 0, 7),
-    "of-another-key": ("", True, 9, 7),
-}
+LAYOUTS = (("", True, 0, 1e15), ("", False, 0, 7), ("0 2", True, 0, 7.0), ("0 2", False, 0, 0.1), ("2", False, 0, 7))
 
 
-@pytest.mark.parametrize(("copies", "is_at_the_top", "key", "alpha"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("copies", "is_at_the_top", "key", "alpha"), [*LAYOUTS, ("", True, 9, 7)])
 def test_every_layout_of_pefts_bases_reads_the_same(
     copies: str, is_at_the_top: bool, key: int, alpha: float, tmp_path: Path
 ) -> None:
-    """Bases in the file win over its key."""
+    """For each layer, at the top or both; bases in the file win over its key."""
     model, twin = trained(LINEAR, alpha=alpha), LINEAR.build()
     peft_directory(tmp_path, alpha=alpha)
     bases = {part: read_tensors(tmp_path)[0][part] for part in (BASIS_A, BASIS_B)}
@@ -245,11 +232,11 @@ def test_bases_of_no_seed_are_shared_by_files_that_hold_the_same_and_by_nothing_
     places = [foreign(tmp_path / "one"), foreign(tmp_path / "two", 1), peft_directory(tmp_path / "drawn")]
     same = loaded(places[0], foreign(tmp_path / "again"))
     assert basis_of(same, "a0") is basis_of(same, "a1")
-    for first, second in [(0, 1), (0, 2), (2, 0)]:
-        both = loaded(places[first], places[second])
+    for pair in ((0, 1), (0, 2), (2, 0)):
+        both = loaded(*(places[index] for index in pair))
         assert basis_of(both, "a0").spec == basis_of(both, "a1").spec
-        assert torch.equal(output(both, "a0"), output(loaded(places[first])))
-        assert torch.equal(output(both, "a1"), output(loaded(places[second])))
+        for name, index in zip(("a0", "a1"), pair, strict=True):
+            assert torch.equal(output(both, name), output(loaded(places[index])))
     model, alone = loaded(places[0]), LINEAR.build()
     for each in (model, alone):
         randlora.inject(each, r=2, name="ours")
@@ -286,12 +273,12 @@ def test_stored_bases_are_used_where_a_seed_draws_others(tmp_path: Path, monkeyp
 # Two files that disagree
 
 OPTIONS: dict[str, Any] = {"stream": "portable", "seed": 5, "alpha": 3, "dropout": 0.25}
-DISAGREEING: dict[str, tuple[dict[str, Any], str]] = {
-    "r": ({"r": 1, "alpha": 3.5}, "says r=2, the tensors were saved with 1"),
-    "alpha": ({"alpha": 3.5}, "says randlora_alpha=3, the tensors were saved with 3.5"),
-    "dropout": ({"dropout": 0.5}, "says randlora_dropout=0.25, the tensors were saved with 0.5"),
-    "seed": ({"seed": 6}, "says projection_prng_key=5, the tensors were saved with 6"),
-    "kind": ({"basis": "sparse", "r": 8}, "kind of basis='dense', the tensors were saved with 'sparse'"),
+DISAGREEING: dict[str, dict[str, Any]] = {
+    "says r=2, the tensors were saved with 1": {"r": 1, "alpha": 3.5},
+    "says randlora_alpha=3, the tensors were saved with 3.5": {"alpha": 3.5},
+    "says randlora_dropout=0.25, the tensors were saved with 0.5": {"dropout": 0.5},
+    "says projection_prng_key=5, the tensors were saved with 6": {"seed": 6},
+    "kind of basis='dense', the tensors were saved with 'sparse'": {"basis": "sparse", "r": 8},
 }
 
 
@@ -301,9 +288,9 @@ def understood(model: nn.Module) -> tuple[object, ...]:
     return info.options, info.specs, all_bits(adapter_values(model)), bits(LINEAR.output(model))
 
 
-@pytest.mark.parametrize(("options", "said"), DISAGREEING.values(), ids=DISAGREEING)
-def test_tensors_beside_the_json_of_another_save_decide(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    other, model, again = trained(LINEAR, **{**OPTIONS, **options}), LINEAR.build(), LINEAR.build()
+@pytest.mark.parametrize("said", DISAGREEING)
+def test_tensors_beside_the_json_of_another_save_decide(said: str, tmp_path: Path) -> None:
+    other, model, again = trained(LINEAR, **{**OPTIONS, **DISAGREEING[said]}), LINEAR.build(), LINEAR.build()
     ours = our_adapter(tmp_path / "ours", **OPTIONS)
     randlora.save(other, tmp_path / "other")
     shutil.copy(tmp_path / "other" / TENSORS_FILE, ours)
