@@ -54,11 +54,7 @@ class Hub:
 
 
 class RefusedError(Exception):
-    """An answer other than success."""
-
-    def __init__(self, status: int, code: str, **content: str) -> None:
-        super().__init__(code)
-        self.status, self.code, self.content = status, code, content
+    """An answer other than success: its status, its code, and more of its content."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -72,8 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path}")
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         routes: dict[str, Callable[..., Any]] = {
-            r"GET /api/models/([^/]+/[^/]+)/revision/([^/]+)": self._revision,
-            r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)": self._tree,
+            r"GET /api/models/([^/]+/[^/]+)/revision/([^/]+)": lambda *of: {"id": of[0], "sha": self._read(*of)[0]},
+            r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)": lambda *of: [*map(_entry, self._read(*of)[1].items())],
             r"(?:GET|HEAD) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self._resolve,
             r"POST /api/repos/create": self._create,
             r"POST /api/validate-yaml": lambda: {"errors": [], "warnings": []},
@@ -86,10 +82,11 @@ class Handler(BaseHTTPRequestHandler):
                 if (match := re.fullmatch(pattern, self.hub.requests[-1])) is not None:
                     content = route(*match.groups())
                     return self._send(200, content if isinstance(content, bytes) else json.dumps(content).encode())
-            raise RefusedError(404, "RouteNotFound")
+            raise RefusedError(404, "RouteNotFound", {})
         except RefusedError as refused:
-            self.extra = {"X-Error-Code": refused.code, "X-Error-Message": refused.code}
-            self._send(refused.status, json.dumps(refused.content).encode())
+            status, code, content = refused.args
+            self.extra = {"X-Error-Code": code, "X-Error-Message": code}
+            self._send(status, json.dumps(content).encode())
 
     do_HEAD = do_POST = do_GET
 
@@ -106,26 +103,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read(self, repo_id: str, revision: str) -> tuple[str, Files]:
         if repo_id not in self.hub.repositories:
-            raise RefusedError(404, "RepoNotFound")
+            raise RefusedError(404, "RepoNotFound", {})
         if repo_id in self.hub.gated:
-            raise RefusedError(403, "GatedRepo")
+            raise RefusedError(403, "GatedRepo", {})
         repository = self.hub.repositories[repo_id]
         commit = repository.refs.get(revision, revision)
         if commit not in repository.commits:
-            raise RefusedError(404, "RevisionNotFound")
+            raise RefusedError(404, "RevisionNotFound", {})
         return commit, repository.commits[commit]
-
-    def _revision(self, repo_id: str, revision: str) -> dict[str, Any]:
-        return {"id": repo_id, "sha": self._read(repo_id, revision)[0]}
-
-    def _tree(self, repo_id: str, revision: str) -> list[dict[str, Any]]:
-        _, files = self._read(repo_id, revision)
-        return [{"type": "file", "path": name, "size": len(files[name]), "oid": _oid(files[name])} for name in files]
 
     def _resolve(self, repo_id: str, revision: str, name: str) -> bytes:
         commit, files = self._read(repo_id, revision)
         if name not in files:
-            raise RefusedError(404, "EntryNotFound")
+            raise RefusedError(404, "EntryNotFound", {})
         content = files[name]
         self.extra = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit}
         if (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))) is not None:
@@ -135,12 +125,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _create(self) -> dict[str, Any]:
         if not self.hub.writable:
-            raise RefusedError(403, "Forbidden")
-        asked = json.loads(self.body)
-        repo_id = f"{asked['organization']}/{asked['name']}"
+            raise RefusedError(403, "Forbidden", {})
+        repo_id = "{organization}/{name}".format(**json.loads(self.body))
         url = f"{self.hub.url}/{repo_id}"
         if repo_id in self.hub.repositories:
-            raise RefusedError(409, "RepoExists", url=url)
+            raise RefusedError(409, "RepoExists", {"url": url})
         self.hub.repositories[repo_id] = Repository()
         self.hub.repositories[repo_id].commit({".gitattributes": b""})
         return {"url": url}
@@ -151,15 +140,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def _commit(self, repo_id: str, revision: str) -> dict[str, Any]:
         entries = [json.loads(line) for line in self.body.splitlines()]
-        files = {entry["value"]["path"]: entry["value"]["content"] for entry in entries if entry["key"] == "file"}
-        content = {name: base64.b64decode(text) for name, text in files.items()}
+        files = [entry["value"] for entry in entries if entry["key"] == "file"]
         self._read(repo_id, "main")
+        content = {file["path"]: base64.b64decode(file["content"]) for file in files}
         commit = self.hub.repositories[repo_id].commit(content, revision)
         return {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{commit}", "commitOid": commit}
 
 
 def _oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _entry(file: tuple[str, bytes]) -> dict[str, Any]:
+    return {"type": "file", "path": file[0], "size": len(file[1]), "oid": _oid(file[1])}
 
 
 def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,14 +172,11 @@ def keep_client_in(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def running_hub() -> Iterator[Hub]:
     """Run a server on a free port of this machine."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {}))
-    hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
-    server.RequestHandlerClass.hub = hub  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {})) as server:
+        hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
+        server.RequestHandlerClass.hub = hub  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            yield hub
+        finally:
+            server.shutdown()

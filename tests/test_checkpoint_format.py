@@ -153,12 +153,9 @@ class Odd(nn.Linear):
 
 @st.composite
 def odd_layers(draw: st.DrawFn, depth: int = 2) -> Odd:
-    taken = dir(nn.Linear(1, 1))
-    free = odd_names.filter(lambda name: name not in taken)
-    parameters = draw(st.lists(free, max_size=2, unique=True))
-    inside = free.filter(lambda name: name not in parameters)
-    children = {name: draw(odd_layers(depth - 1)) for name in draw(st.lists(inside, max_size=depth, unique=True))}
-    return Odd(parameters, children)
+    free = odd_names.filter(lambda name: name not in dir(nn.Linear(1, 1)))
+    names = draw(st.lists(free, max_size=2 + depth, unique=True))
+    return Odd(names[:2], {name: draw(odd_layers(depth - 1)) for name in names[2:]})
 
 
 def exactly(fqns: list[str]) -> str | None:
@@ -235,13 +232,9 @@ def test_what_was_saved_of_layers_is_loaded_under_any_name(kind: LayerKind, tmp_
 
 
 def test_a_child_of_a_layer_goes_by_the_name_that_peft_gives_it_too(tmp_path: Path) -> None:
-    for key, fqn in {
-        "q.base_layer.bias": "q.bias",
-        "q.base_layer.child.bias": "q.child.bias",  # as PEFT writes it
-        "q.child.bias": "q.child.bias",  # as we do
-        "q.base_layer.base_layer.bias": "q.base_layer.bias",
-        "k.base_layer.bias": "k.base_layer.bias",
-    }.items():
+    keys = {"q.base_layer.bias": "q.bias", "q.base_layer.base_layer.bias": "q.base_layer.bias"}
+    keys |= dict.fromkeys(["q.base_layer.child.bias", "q.child.bias"], "q.child.bias")  # as PEFT writes it, and we
+    for key, fqn in {**keys, "k.base_layer.bias": "k.base_layer.bias"}.items():
         assert trained_fqn(MODEL_PREFIX + key, {"q"}) == fqn
     model = nn.Sequential(Odd([], {"lora_A": nn.Linear(3, 4)}))
     randlora.inject(model, r=2, targets="0", train_also=r"0\.lora_A\.weight")

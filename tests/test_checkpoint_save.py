@@ -36,7 +36,7 @@ from tests.checkpoint_files import (
     read_tensors,
     trained,
 )
-from tests.kit import Bits, adapter_values, all_bits, fill, snapshot, untouched
+from tests.kit import Bits, adapter_values, all_bits, bits, fill, snapshot, untouched
 from tests.laws import Mixed, assert_close
 from tests.model_directories import contents
 from tests.peer import THEIR_WARNINGS
@@ -91,6 +91,15 @@ def test_save_then_load_is_the_identity_for_any_options_and_leaves_no_trace(
     assert torch.equal(case.output(twin), case.output(model))
     randlora.eject(twin)
     assert snapshot(twin) == fresh
+
+
+def test_save_never_narrows_a_value(tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        model = trained(HEADED).to(dtype)
+        randlora.save(model, tmp_path)
+        assert {key.removeprefix(PREFIX): bits(each) for key, each in read_tensors(tmp_path)[0].items()} == widened(
+            model
+        )
 
 
 def test_what_is_saved_does_not_depend_on_what_the_model_computes_with(tmp_path: Path) -> None:
@@ -148,7 +157,8 @@ def test_save_names_its_tensors_as_peft_does_and_says_what_peft_would_not_load(t
 
 @pytest.mark.parametrize("first", ["inject", "wrap"])
 def test_wrappers_of_torch_change_no_names(first: str, tmp_path: Path) -> None:
-    for wrap in (checkpoint_wrapper, partial(torch.compile, backend="eager")):
+    wraps: list[Callable[[nn.Module], Any]] = [checkpoint_wrapper, partial(torch.compile, backend="eager")]
+    for wrap in wraps:
         body = nn.ModuleDict({"inner": wrap(Mixed()) if first == "wrap" else Mixed()})
         model, fresh = nn.Sequential(body), nn.Sequential(nn.ModuleDict({"inner": Mixed()}))
         report = randlora.inject(model, r=3, targets=["q", "up"], train_also=["head"])
