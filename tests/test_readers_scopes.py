@@ -21,22 +21,14 @@ from tests.laws import assert_close, needs_compiler
 WEIGHTS = ("read.table", "read.turned", "called.table", "called.turned")
 
 
-@pytest.fixture(autouse=True)
-def _readers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_one_owner_have_their_updates_until_they_are_given_up_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     register(monkeypatch)
-
-
-def adapted() -> tuple[Reading, Reading]:
-    """Adapt the four weights and the layer; return the model, and a copy as it was before."""
     model = Reading()
     base = copy.deepcopy(model)
     randlora.inject(model, r=3, alpha=6, targets=[*WEIGHTS, "linear"], stream="portable")
-    return fill(model), base
-
-
-def test_weights_of_one_owner_have_their_updates_until_they_are_given_up_one_after_the_other() -> None:
-    model, base = adapted()
-    with randlora.merged(model):
+    with randlora.merged(fill(model)):
         expected = model(X)
     assert_close(model(X), expected, torch.float32)
     for fqn in WEIGHTS:
@@ -59,26 +51,18 @@ def test_weights_of_one_owner_have_their_updates_until_they_are_given_up_one_aft
         randlora.remove(model, order[1])
         assert type(model.read) is Tables
         assert torch.equal(model(X), base(X))
-
-
-def test_what_goes_wrong_while_reading_is_not_answered_with_the_plain_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(delta: Tensor) -> Tensor:
-        raise AttributeError("of the kind")
-
-    model, _ = adapted()
-    monkeypatch.setattr(TableReader, "in_storage_layout", staticmethod(broken))
-    with pytest.raises(RuntimeError, match="cannot compute the adapted table: of the kind"):
-        model(X)
-
-
-def test_another_weight_of_an_owner_whose_class_was_changed_since_is_refused() -> None:
-    model = Reading()
     randlora.inject(model, r=3, targets=["read.table"])
-    changed_since = type("Sharded", (type(model.read),), {})
-    model.read.__class__ = changed_since
+    model.read.__class__ = type("Sharded", (type(model.read),), {})
     with untouched(model), pytest.raises(TargetError, match=r"read\.turned changed its class to Sharded after"):
         randlora.inject(model, r=3, targets=["read.turned"], name="second")
     randlora.inject(model, r=3, targets=["read.table"], name="second")
+
+    def broken(delta: Tensor) -> Tensor:
+        raise AttributeError("of the kind")
+
+    monkeypatch.setattr(TableReader, "in_storage_layout", staticmethod(broken))
+    with pytest.raises(RuntimeError, match="cannot compute the adapted table: of the kind"):
+        model(X)  # and not with the plain weight
 
 
 # In calls, and nowhere else
@@ -117,18 +101,26 @@ def is_parameter(model: Any) -> bool:
     return model.table.weight is model.table._parameters["weight"]
 
 
-def test_code_around_a_module_reads_the_updates_and_code_outside_the_parameter() -> None:
-    model, hidden = head(), torch.randn(2, 3, 8)
+def test_code_around_a_module_reads_the_updates_and_code_outside_and_another_thread_the_parameter() -> None:
+    model, hidden, found = head(), torch.randn(2, 3, 8), []
+
+    def look(*_: object) -> None:
+        found.append(is_parameter(model))
+        thread = threading.Thread(target=lambda: found.append(is_parameter(model)))
+        thread.start()
+        thread.join()
+
     with torch.no_grad(), randlora.merged(model):
         expected = model(IDS)
-    assert_close(model(IDS), expected, torch.float32)
+    with model.inner.register_forward_hook(look):
+        assert_close(model(IDS), expected, torch.float32)
+    assert found == [False, True]
     assert is_parameter(model)
     assert_close(model.logits(hidden), F.linear(hidden, model.get_parameter("table.weight")), torch.float32)
     with in_call():
         assert not is_parameter(model)
-    base = {name: value for name, value in model.state_dict().items() if "randlora" not in name}
     part = Head()
-    part.load_state_dict(base)
+    part.load_state_dict({name: value for name, value in model.state_dict().items() if "randlora" not in name})
     head(nn.ModuleDict({"part": part}))
     assert_close(part(IDS), expected, torch.float32)  # a call of any module around it counts
     assert not is_in_call()
@@ -140,10 +132,12 @@ def test_a_call_that_raises_ends_the_scope() -> None:
     with pytest.raises(ValueError, match="as it was told"):
         model(IDS)
     assert is_parameter(model)
-    handle = model.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True)
-    with pytest.raises(ZeroDivisionError), in_call():
+    with (
+        model.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True),
+        pytest.raises(ZeroDivisionError),
+        in_call(),
+    ):
         model(IDS)
-    handle.remove()
     assert is_parameter(model)
     with pytest.raises(AdapterError, match="adapter_names"):
         model(IDS, adapter_names=["a"])
@@ -172,20 +166,6 @@ def test_a_plain_tensor_in_the_place_of_a_weight_lacks_the_updates_which_is_said
         model(IDS)
     del model.table.__dict__["weight"]
     assert torch.equal(model(IDS), expected)
-
-
-def test_another_thread_reads_the_parameter_meanwhile() -> None:
-    model, found = head(), []
-
-    def look(*_: object) -> None:
-        found.append(is_parameter(model))
-        thread = threading.Thread(target=lambda: found.append(is_parameter(model)))
-        thread.start()
-        thread.join()
-
-    model.inner.register_forward_hook(look)
-    model(IDS)
-    assert found == [False, True]
 
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.MultiheadAttention])

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,35 +21,31 @@ TASKS = {
 }
 """By task, the class for each ``model_type``."""
 
-LAYERS = dict.fromkeys(
-    (
-        *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"),
-        *("num_encoder_layers", "num_decoder_layers", "decoder_num_layers", "num_hidden_groups"),
-    ),
-    2,
-)
+
+def _each(names: str, size: int) -> dict[str, int]:
+    return dict.fromkeys(names.split(), size)
+
+
+LAYERS = _each("num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers", 2)
+LAYERS |= _each("num_decoder_layers decoder_num_layers num_hidden_groups", 2)
 WIDE = {
     "vocab_size": 128,
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 48),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
-    **dict.fromkeys(("n_group", "topk_group"), 1),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 64),
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"), 1),
+    **_each("intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim", 96),
+    **_each("moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size", 48),
+    **_each("num_experts num_local_experts n_routed_experts moe_num_experts", 4),
+    **_each("num_experts_per_tok num_experts_per_token moe_k moe_topk", 2),
+    **_each("n_group topk_group", 1),
+    **_each("max_position_embeddings n_positions n_ctx", 64),
+    **_each("pad_token_id bos_token_id eos_token_id decoder_start_token_id sep_token_id", 1),
 }
-SIDES = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 64),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("head_dim", "d_kv"), 16),
+HEADS = {
+    **_each("hidden_size d_model n_embd dim embedding_size word_embed_proj_dim", 64),
+    **_each("num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads", 4),
     "num_key_value_heads": 2,
 }
-HEADS = {name: size for name, size in SIDES.items() if name not in ("head_dim", "d_kv")}
+SIDES = HEADS | _each("head_dim d_kv", 16)
 CUTS = (LAYERS | WIDE | SIDES, LAYERS | WIDE | HEADS, LAYERS | WIDE, LAYERS)
 """What is cut down, the most first: a config may refuse some sizes beside others of its own."""
-
-LARGEST = 12_000_000
 
 
 def classes() -> Iterator[tuple[str, str, str]]:
@@ -61,18 +59,34 @@ def classes() -> Iterator[tuple[str, str, str]]:
                 yield task, model_type, name
 
 
-def tiny(model_type: str, name: str) -> nn.Module | None:
-    """Build a class with few weights; ``None`` where no cut of its config gives any."""
-    for sizes in CUTS:
+def _of_type(model_type: str, names: Iterable[str], cuts: Iterable[Any]) -> Iterator[tuple[Any, Any, nn.Module]]:
+    """Go through the classes that can be built, each with each cut: the class, the config, and a model on meta."""
+    for name, sizes in product(names, cuts):
         try:
             model_class, config = getattr(transformers, name), cut(CONFIG_MAPPING[model_type], sizes)
             with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in model_class(config).parameters())
-            if size <= LARGEST:
-                return model_class(config).eval()  # type: ignore[no-any-return]
-        except Exception:  # some sizes do not go together
+                model = model_class(config)
+        except Exception:  # some sizes do not go together, and some classes need another library
             continue
-    return None
+        yield model_class, config, model.eval()
+
+
+def built(model_type: str, names: Iterable[str], cuts: Iterable[Any], *, most: int) -> Iterator[nn.Module]:
+    """Build the classes of a type with each cut of their config that leaves at most so many weights."""
+    for model_class, config, model in _of_type(model_type, names, cuts):
+        if sum(parameter.numel() for parameter in model.parameters()) <= most:
+            with suppress(Exception):
+                yield model_class(config).eval()
+
+
+def tiny(model_type: str, name: str) -> nn.Module | None:
+    """Build a class with few weights; ``None`` where no cut of its config gives any."""
+    return next(built(model_type, [name], CUTS, most=12_000_000), None)
+
+
+def on_meta(model_type: str, names: Iterable[str]) -> Iterator[nn.Module]:
+    """Build the classes of a type that can be built, each with fewer layers and then as its config is by default."""
+    return (model for _, _, model in _of_type(model_type, names, (*CUTS, {})))
 
 
 def every_type() -> dict[str, list[str]]:
@@ -83,20 +97,6 @@ def every_type() -> dict[str, list[str]]:
             known = found.setdefault(model_type, [])
             known += [name for name in ([names] if isinstance(names, str) else names) if name not in known]
     return {model_type: names for model_type, names in found.items() if model_type in CONFIG_MAPPING}
-
-
-def on_meta(model_type: str, names: Iterable[str]) -> Iterator[nn.Module]:
-    """Build the classes of a type that can be built, each with fewer layers and then as its config is by default."""
-    for name in names:
-        for sizes in (*CUTS, {}):
-            try:
-                model_class = getattr(transformers, name)
-                config = cut(CONFIG_MAPPING[model_type], sizes)
-                with torch.device("meta"):
-                    model = model_class(config)
-            except Exception:  # some sizes do not go together, and some classes need another library
-                continue
-            yield model.eval()
 
 
 def cut(config_class: Any, sizes: dict[str, int]) -> Any:
