@@ -1,5 +1,6 @@
 """The table of weights that other code reads: the laws of tests/test_readers_*.py run over its rows."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding as ScaledEmbedding
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -65,7 +67,6 @@ class ReadKind:
 
     @property
     def adapter_options(self) -> dict[str, Any]:
-        """The options with which `adapted` calls `randlora.inject`."""
         return {"r": 3, "alpha": 6, "targets": [self.target], "stream": "portable", **self.options}
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -87,7 +88,6 @@ class ReadKind:
             return tuple(part.to(dtype) if part.is_floating_point() else part for part in self.inputs())
 
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Run the module of such a model."""
         return output_of(model.get_submodule("0")(*self.arguments(dtype)))
 
     def gradients(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -101,11 +101,7 @@ class ReadKind:
         return adapter_layers_of(self.owner(model))[self.attribute]
 
     def diagonals(self, model: nn.Module, name: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
-        """Return Λ and Γ of one adapter."""
         return self.layer(model).diagonals_of(self.owner(model), name)
-
-    def diagonal_fqns(self, model: nn.Module, name: str = "default") -> tuple[str, ...]:
-        return tuple(f"{self.owner_fqn}.{part}.{name}" for part in self.layer(model).parameter_names())
 
     def weight(self, model: nn.Module) -> nn.Parameter:
         """Return the parameter without any update."""
@@ -114,11 +110,10 @@ class ReadKind:
     def oracle_update(self, model: nn.Module, name: str = "default") -> Tensor:
         """Compute the update of one adapter in float64, as the library gives it: a matrix or a stack of them."""
         part = self.layer(model).adapters[name]
-        out_features, in_features = part.shape[-2:]
-        sides = max(out_features, in_features), min(out_features, in_features)
+        sides = max(part.shape[-2:]), min(part.shape[-2:])
         bases = part.basis.slices(*sides, device="cpu", dtype=torch.float64)
         lam, gamma = self.diagonals(model, name)
-        matrix = partial(reference.delta_weight, *bases, scaling=part.scaling, in_features=in_features)
+        matrix = partial(reference.delta_weight, *bases, scaling=part.scaling, in_features=part.shape[-1])
         if lam.dim() == 2:
             return matrix(lam, gamma)
         stack = torch.stack([matrix(*each) for each in zip(lam, gamma, strict=True)])
@@ -126,12 +121,10 @@ class ReadKind:
 
     def changed(self, base: nn.Module, *updates: Tensor) -> nn.Module:
         """Make a float64 copy of a plain model with updates added to the weight: an oracle by torch's own forward."""
-        twin = self.model().double()
-        twin.load_state_dict({name: tensor.double() for name, tensor in base.state_dict().items()})
+        twin = copy.deepcopy(base).double()
         with torch.no_grad():
-            weight = self.weight(twin)
             for update in updates:
-                weight.add_(self.in_layout(update, weight))
+                self.weight(twin).add_(self.in_layout(update, self.weight(twin)))
         return twin
 
 
@@ -147,13 +140,6 @@ def weighted(output: Tensor) -> Tensor:
     return (output * torch.linspace(0.5, 2, output.numel(), dtype=output.dtype).view(output.shape)).sum()
 
 
-class Scaled(nn.Embedding):
-    """An embedding that multiplies, as those of Gemma do."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return super().forward(input) * 3
-
-
 class Absolute(nn.Linear):
     """A linear layer whose output is not linear in its weight."""
 
@@ -162,12 +148,12 @@ class Absolute(nn.Linear):
 
 
 def _convolution(
-    name: str, build: Callable[[], nn.Module], *shape: int, memory_format: torch.memory_format = torch.contiguous_format
+    name: str, build: Callable[[], nn.Module], *shape: int, layout: Any = torch.contiguous_format
 ) -> ReadKind:
-    def made() -> nn.Module:
-        return build().to(memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
+    def made() -> Any:
+        return build().to(memory_format=layout)  # type: ignore[call-overload]
 
-    return ReadKind(name, "convolution", made, lambda: (torch.randn(2, *shape).to(memory_format=memory_format),))
+    return ReadKind(name, "convolution", made, lambda: (torch.randn(2, *shape).to(memory_format=layout),))
 
 
 def _embedding(name: str, build: Callable[[], nn.Embedding], *shape: int, **row: Any) -> ReadKind:
@@ -185,9 +171,7 @@ CONVOLUTIONS = (
     _convolution("Conv1d-circular", lambda: nn.Conv1d(4, 5, 3, padding=1, padding_mode="circular", bias=False), 4, 7),
     _convolution("Conv2d-stride", lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1), 3, 7, 7),
     _convolution("Conv2d-groups", lambda: nn.Conv2d(6, 4, (3, 2), dilation=2, groups=2), 6, 6, 5),
-    _convolution(
-        "Conv2d-channels-last", lambda: nn.Conv2d(4, 6, 3, padding=1), 4, 5, 5, memory_format=torch.channels_last
-    ),
+    _convolution("Conv2d-channels-last", lambda: nn.Conv2d(4, 6, 3, padding=1), 4, 5, 5, layout=torch.channels_last),
     _convolution("Conv3d", lambda: nn.Conv3d(3, 4, 2, groups=1), 3, 3, 3, 3),
     _convolution("ConvTranspose1d", lambda: nn.ConvTranspose1d(6, 4, 3, stride=2, groups=2), 6, 4),
     _convolution("ConvTranspose2d", lambda: nn.ConvTranspose2d(3, 5, 2, stride=2, output_padding=1), 3, 3, 3),
@@ -197,7 +181,7 @@ EMBEDDINGS = (
     _embedding("Embedding", lambda: nn.Embedding(30, 12), 2, 5),
     _embedding("Embedding-few-rows", lambda: nn.Embedding(9, 12), 4, 5),  # fewer than are looked up
     _embedding("Embedding-padding", lambda: nn.Embedding(30, 12, padding_idx=2), 2, 3),
-    _embedding("Embedding-scaled", lambda: Scaled(20, 12), 2, 4, is_whole_read=True),
+    _embedding("Embedding-scaled", lambda: ScaledEmbedding(20, 12, 0, embed_scale=3.5), 2, 4, is_whole_read=True),
 )
 
 

@@ -78,7 +78,7 @@ class RoundedAdapter(QuantizedLayer):
 class Flat(nn.Module):
     """A layer of a user's with packed codes in one dimension, and a bias in a buffer, as kernels ask for."""
 
-    def __init__(self, in_features: int = 8, out_features: int = 12, *, bias: bool = True) -> None:
+    def __init__(self, in_features: int = 8, out_features: int = 12, bias: bool = True) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("bias", torch.randn(out_features) if bias else None)
@@ -121,27 +121,16 @@ def _filled(layer: Any) -> Any:
     return layer.requires_grad_(requires_grad=False)
 
 
-def _eetq(in_features: int, out_features: int, *, bias: bool) -> Any:
-    return _filled(eetq.EetqLinear(in_features, out_features, bias=bias))
+def _gptqmodel(name: str) -> Any:
+    def build(in_features: int, out_features: int, bias: bool) -> Any:
+        module = importlib.import_module(f"gptqmodel.nn_modules.qlinear.{'torch_awq' if 'Awq' in name else 'torch'}")
+        options = {"in_features": in_features, "out_features": out_features, "bias": bias, "register_buffers": True}
+        layer = _filled(getattr(module, name)(bits=4, group_size=16, sym=True, desc_act=False, **options))
+        layer.optimized = True  # or its own compiler is run
+        layer.post_init()
+        return layer
 
-
-def _aqlm(in_features: int, out_features: int, *, bias: bool) -> Any:
-    kind = importlib.import_module("aqlm").QuantizedLinear
-    return _filled(kind(in_features, out_features, 1, 1, num_codebooks=2, nbits_per_codebook=4, bias=bias))
-
-
-def _gptqmodel(in_features: int, out_features: int, *, bias: bool, module: str, name: str) -> Any:
-    kind = getattr(importlib.import_module(f"gptqmodel.nn_modules.qlinear.{module}"), name)
-    options = {"in_features": in_features, "out_features": out_features, "bias": bias, "register_buffers": True}
-    layer = _filled(kind(bits=4, group_size=16, sym=True, desc_act=False, **options))
-    layer.optimized = True  # or its own compiler is run
-    layer.post_init()
-    return layer
-
-
-def _autoawq(in_features: int, out_features: int, *, bias: bool) -> Any:
-    kind = importlib.import_module("awq.modules.linear.gemm").WQLinear_GEMM
-    return _filled(kind(4, 16, in_features, out_features, bias, "cpu", training=True))
+    return build
 
 
 @cache
@@ -160,13 +149,12 @@ def _packed_class() -> Any:
 
     @Packed.implements_torch_function(nn.functional.linear)  # type: ignore[untyped-decorator]
     def product(function: Any, types: Any, args: Any, kwargs: Any) -> Tensor:  # torchao's signature
-        x, weight, bias = args
-        return nn.functional.linear(x, weight.qdata / 64, bias)
+        return nn.functional.linear(args[0], args[1].qdata / 64, args[2])
 
     return Packed
 
 
-def _packed(in_features: int, out_features: int, *, bias: bool) -> nn.Module:
+def _packed(in_features: int, out_features: int, bias: bool) -> nn.Module:
     layer, codes = nn.Linear(in_features, out_features, bias), torch.randint(-40, 41, (out_features, in_features))
     layer.weight = nn.Parameter(_packed_class()(codes.float()), requires_grad=False)
     return layer
@@ -186,14 +174,11 @@ def _weight_of_hqq(layer: Any) -> Any:
 
 
 class Kind(NamedTuple):
-    """How to make layers with random codes, from their sizes, or by quantizing others, into which updates are merged.
+    """How to make layers with random codes, or by quantizing others, into which updates are merged."""
 
-    And to read what the codes of the latter mean.
-    """
-
-    build: Callable[..., nn.Module] | None = None
-    quantize: Callable[[nn.Linear], nn.Module] | None = None
-    weight: Callable[[Any], Tensor] | None = None
+    build: Any = None  # from (in_features, out_features, bias)
+    quantize: Any = None  # from an `nn.Linear`
+    weight: Any = None  # reads what the codes of the latter mean
     library: str = "torch"  # that must be installed
     unit: int = 1  # which its sizes are multiples of
     dtype: torch.dtype = torch.float32  # that it computes in
@@ -201,11 +186,11 @@ class Kind(NamedTuple):
 
     def made(self, *widths: int) -> nn.Sequential:
         """Return layers, the same ones each time, of which every other one has a bias."""
-        build = self.build or (lambda before, after, *, bias: self.quantize(nn.Linear(before, after, bias)))  # type: ignore[misc]
+        build = self.build or (lambda before, after, bias: self.quantize(nn.Linear(before, after, bias)))
         with torch.random.fork_rng():
             torch.manual_seed(0)
             sizes = enumerate(pairwise(width * self.unit for width in widths))
-            return nn.Sequential(*(build(*each, bias=index % 2 == 0) for index, each in sizes))
+            return nn.Sequential(*(build(*each, index % 2 == 0) for index, each in sizes))
 
     def adapted(self, *widths: int, **options: Any) -> nn.Sequential:
         model = self.made(*widths)
@@ -227,28 +212,37 @@ def _torchao(name: str, **options: Any) -> Kind:
 
 
 def _in_groups(bits: int, mapping: str) -> Kind:
-    return _torchao(
-        "IntxWeightOnlyConfig",
-        weight_dtype=lambda: getattr(torch, f"int{bits}"),
-        granularity=lambda: quantization.granularity.PerGroup(GROUP),
-        mapping_type=lambda: quantization.MappingType[mapping],
-    )
+    granularity = {"granularity": lambda: quantization.granularity.PerGroup(GROUP)}
+    options = {"mapping_type": lambda: quantization.MappingType[mapping], **granularity}
+    return _torchao("IntxWeightOnlyConfig", weight_dtype=lambda: getattr(torch, f"int{bits}"), **options)
 
 
 def _hqq(bits: int, dtype: torch.dtype = torch.float32) -> Kind:
     return Kind(None, partial(_by_hqq, bits=bits, dtype=dtype), _weight_of_hqq, "hqq", dtype=dtype)
 
 
-_gptq = partial(_gptqmodel, module="torch", name="TorchLinear")
-_awq = partial(_gptqmodel, module="torch_awq", name="AwqTorchLinear")
+def _eetq(into: int, out: int, bias: bool) -> Any:
+    return _filled(eetq.EetqLinear(into, out, bias=bias))
+
+
+def _aqlm(into: int, out: int, bias: bool) -> Any:
+    options = {"num_codebooks": 2, "nbits_per_codebook": 4, "bias": bias}
+    return _filled(importlib.import_module("aqlm").QuantizedLinear(into, out, 1, 1, **options))
+
+
+def _autoawq(into: int, out: int, bias: bool) -> Any:
+    kind = importlib.import_module("awq.modules.linear.gemm").WQLinear_GEMM
+    return _filled(kind(4, 16, into, out, bias, "cpu", training=True))
+
+
 KINDS = {
     "of a user": Kind(Flat),
     "rounded by a user": Kind(None, Rounded, lambda layer: layer.codes.double() * layer.scales.double()),
     "eetq": Kind(_eetq),
     "packed": Kind(_packed, library="torchao"),
     "aqlm": Kind(_aqlm, library="aqlm"),
-    "gptq": Kind(_gptq, library="gptqmodel", unit=16, dtype=torch.bfloat16),
-    "awq": Kind(_awq, library="gptqmodel", unit=16, dtype=torch.float16),
+    "gptq": Kind(_gptqmodel("TorchLinear"), library="gptqmodel", unit=16, dtype=torch.bfloat16),
+    "awq": Kind(_gptqmodel("AwqTorchLinear"), library="gptqmodel", unit=16, dtype=torch.float16),
     "autoawq": Kind(_autoawq, library="awq", unit=16, dtype=torch.float16, has_backward=False),
     "int8": _torchao("Int8WeightOnlyConfig"),
     "int8-inputs": _torchao("Int8DynamicActivationInt8WeightConfig"),
@@ -350,8 +344,6 @@ def test_adapters_are_merged_by_rounding_as_the_library_does_or_into_plain_layer
         assert vars(model[0]).keys() == held.keys()
         assert vars(model[0]).get("extra_repr") is held.get("extra_repr")
         assert same_bits(model(x), output)
-    assert kind.quantize is not None
-    assert kind.weight is not None
     updates = [randlora.delta_weight(model, str(i)).detach().double() for i in range(2)]  # of both adapters
     exact = [kind.weight(layer) + update for layer, update in zip(model, updates, strict=True)]
     merged = copy.deepcopy(model)
@@ -415,7 +407,7 @@ def test_merging_is_refused_with_what_to_do_and_changes_nothing(kind: Kind, tmp_
     [
         (Nameless, {"targets": ["1"]}, AdapterError, "'Nameless' .* define features in the adapter layer of Nameless"),
         (Away, {"targets": ["1"]}, TargetError, "1 has no codes in its par.*, or define weight_of in AwayAdapter if"),
-        (lambda: _eetq(8, 8, bias=True).to("meta"), {"targets": ["1"]}, TargetError, "1 has no values"),
+        (lambda: _eetq(8, 8, True).to("meta"), {"targets": ["1"]}, TargetError, "1 has no values"),
         *(
             (Flat, {"targets": ["0"], "train_also": [name]}, TargetError, r"1\.(packed|bias), a buffer of a quantized")
             for name in ("1", "1.packed", "1.bias")
@@ -451,7 +443,6 @@ def test_a_layer_of_hqq_has_either_backend_and_whose_scales_are_away_is_dequanti
     with pytest.raises(TargetError, match=r"0 has no codes .*: load the model's weights"):
         randlora.inject(nn.Sequential(empty), r=2, targets=["0"])
     model = kind.adapted(16, 24, 8, targets=["0"])
-    assert kind.weight is not None
     hqq.HQQLinear.set_backend(hqq.HQQBackend.PYTORCH_FORWARD)  # beside the other, which is the default
     try:
         (found,) = torch.autograd.grad(model[0](x).sum(), x)

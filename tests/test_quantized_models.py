@@ -112,13 +112,13 @@ def test_a_model_that_never_ran_computes_after_it_is_dequantized(bits: int, is_p
 
 
 @every_case
-def test_an_adapter_fits_the_model_and_what_bitsandbytes_and_transformers_made_of_it(
+def test_an_adapter_fits_the_model_and_what_bitsandbytes_transformers_and_peft_made_of_it(
     kind: RealModel, codes: Codes, tmp_path: Path
 ) -> None:
-    x = kind.inputs()
+    x, options = kind.inputs(), {"alpha": peer.ALPHA, "targets": kind.targets, "stream": peer.peft_draw("dense")}
     for trained, name in ((quantized_model(kind, codes), "codes"), (kind.build(), "dense")):
-        randlora.inject(trained, R, targets=kind.targets)
-        randlora.save(fill(trained), tmp_path / name)
+        randlora.inject(trained, R, **options)
+        randlora.save(fill(trained), tmp_path / name, bases="stored" if kind is LLAMA else "seed")
         for other in (quantized_model(kind, codes), kind.build()):
             randlora.load(other, tmp_path / name)
             (adapter,), (found,) = randlora.adapters(trained), randlora.adapters(other)
@@ -127,31 +127,23 @@ def test_an_adapter_fits_the_model_and_what_bitsandbytes_and_transformers_made_o
                 assert same_bits(randlora.delta_weight(trained, fqn), randlora.delta_weight(other, fqn))
             if type(trained.get_submodule(adapter.targets[0])) is type(other.get_submodule(adapter.targets[0])):
                 assert same_bits(outputs(other, x), outputs(trained, x))
-    if kind is not GPT2:  # of which transformers leaves nn.Linear where its own code reads the files of Conv1D
-        model, plain = quantized_model(kind, codes), quantized_model(kind, codes).dequantize()
-        for each in (model, plain):
-            randlora.load(each, tmp_path / "codes")
-        randlora.merge(plain)
-        plain.save_pretrained(tmp_path / "merged")
-        again = type(plain).from_pretrained(tmp_path / "merged").eval()
-        assert distance(outputs(again, x), outputs(model, x)) < codes.tolerance
-
-
-@every_case
-def test_an_adapter_of_codes_computes_the_same_in_peft_and_pefts_here(
-    kind: RealModel, codes: Codes, tmp_path: Path
-) -> None:
+    model = quantized_model(kind, codes)
+    randlora.load(model, tmp_path / "codes")
+    theirs = PeftModel.from_pretrained(quantized_model(kind, codes), tmp_path / "codes").eval()
+    peer.assert_same_effect(model, theirs, kind)
     config = RandLoraConfig(r=R, randlora_alpha=peer.ALPHA, target_modules=list(kind.targets))
     theirs = get_peft_model(quantized_model(kind, codes), config).eval()
     fill(theirs).save_pretrained(tmp_path / "theirs")
     ours = quantized_model(kind, codes)
     randlora.load(ours, tmp_path / "theirs")
     peer.assert_same_effect(ours, theirs, kind)
-    ours = quantized_model(kind, codes)
-    randlora.inject(ours, R, alpha=peer.ALPHA, targets=kind.targets, stream=peer.peft_draw("dense"))
-    randlora.save(fill(ours), tmp_path / "ours", bases="stored" if kind is LLAMA else "seed")
-    theirs = PeftModel.from_pretrained(quantized_model(kind, codes), tmp_path / "ours").eval()
-    peer.assert_same_effect(ours, theirs, kind)
+    if kind is not GPT2:  # of which transformers leaves nn.Linear where its own code reads the files of Conv1D
+        plain = quantized_model(kind, codes).dequantize()
+        randlora.load(plain, tmp_path / "codes")
+        randlora.merge(plain)
+        plain.save_pretrained(tmp_path / "merged")
+        again = type(plain).from_pretrained(tmp_path / "merged").eval()
+        assert distance(outputs(again, x), outputs(model, x)) < codes.tolerance
 
 
 # Preparing: what each step changes, and gradients where there would be none without it
@@ -270,13 +262,11 @@ class Stored(Tensor):
 
 
 def test_what_is_tied_stays_tied_and_what_has_no_values_or_another_form_stays_as_it_is() -> None:
-    model = Mixed(torch.bfloat16)
+    model: Any = Mixed(torch.bfloat16)
     model.head = nn.Linear(12, 11, bias=False, dtype=torch.bfloat16)
-    model.head.weight = model.embed.weight
-    model.again = model.q
+    model.head.weight, model.again, model.lazy = model.embed.weight, model.q, nn.LazyLinear(4, bias=False)
     model.stored = nn.Linear(4, 4, dtype=torch.bfloat16)
     model.stored.weight = nn.Parameter(model.stored.weight.detach().as_subclass(Stored), requires_grad=False)
-    model.lazy = nn.LazyLinear(4, bias=False)
     report = prepare_quantized(model, **only("full_precision"))
     assert model.head.weight is model.embed.weight
     assert report.cast == ("embed", "q", "up", "down", "norm", "head")
@@ -304,41 +294,24 @@ def test_matrices_that_keep_their_16_bits_meet_the_float32_that_norms_give(name:
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
-def text_and_images() -> Any:
+def test_each_input_and_what_cannot_be_done_is_reported() -> None:
     sides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     text, vision = {"vocab_size": 64, **sides}, {"image_size": 16, "patch_size": 8, **sides}
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
-
-
-def convolutions() -> Any:
-    return transformers.ConvNextModel(transformers.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2))
-
-
-def without_checkpointing() -> nn.Module:
-    model: Any = LLAMA.build()
-    model.supports_gradient_checkpointing = False
-    return model  # type: ignore[no-any-return]
-
-
-NO_EMBEDDING = "no embedding was found: for reentrant checkpointing, make the inputs require grad"
-
-
-@pytest.mark.parametrize(
-    ("build", "step", "inputs", "note"),
-    [
-        (text_and_images, "inputs_require_grad", ["token_embedding", "patch_embedding"], None),
-        (convolutions, "inputs_require_grad", [], NO_EMBEDDING),
-        (without_checkpointing, "checkpointing", [], "checkpointing stays off: LlamaForCausalLM has no method for it"),
-    ],
-)
-def test_each_input_and_what_cannot_be_done_is_reported(
-    build: Callable[[], nn.Module], step: str, inputs: list[str], note: str | None
-) -> None:
-    model = build()
-    report = prepare_quantized(model, **only(step))
-    assert [name.rpartition(".")[2] for name in report.input_gradients] == inputs
-    assert (report.notes, report.checkpointing) == ((note,) if note else (), False)
-    assert (set(hooks(model).values()) == {(0, 0)}) == (not inputs)
+    both = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+    report = prepare_quantized(both, **only("inputs_require_grad"))
+    assert [name.rpartition(".")[2] for name in report.input_gradients] == ["token_embedding", "patch_embedding"]
+    assert (report.notes, report.checkpointing) == ((), False)
+    convolutions = transformers.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)
+    unable: Any = LLAMA.build()
+    unable.supports_gradient_checkpointing = False
+    for model, step, note in (
+        (transformers.ConvNextModel(convolutions), "inputs_require_grad", "no embedding was found: for reentrant chec"),
+        (unable, "checkpointing", "checkpointing stays off: LlamaForCausalLM has no method for it"),
+    ):
+        with untouched(model):
+            report = prepare_quantized(model, **only(step))
+        assert report.notes[0].startswith(note)
+        assert (report.input_gradients, report.checkpointing) == ((), False)
 
 
 def gradient_after_evaluation(layer: nn.Module) -> Tensor | None:
@@ -353,35 +326,30 @@ def gradient_after_evaluation(layer: nn.Module) -> Tensor | None:
     return leaf.grad
 
 
-def _without_state(layer: Any) -> None:
-    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-
-
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
-@pytest.mark.parametrize("compress_statistics", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
 def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits_and_another_is_put_in_order(
-    compress_statistics: bool,
+    nested: bool,
 ) -> None:
-    options: dict[str, Any] = {"bias": False, "compute_dtype": torch.bfloat16, "repacks": True}
-    options["compress_statistics"] = compress_statistics
-    layer = of_4_bits(64, 7, **options)
-    model, before = nn.Sequential(layer), copy.deepcopy(layer.state_dict())
-    report = prepare_quantized(model, **only("unpacked"))
+    options: dict[str, Any] = {"bias": False, "compute_dtype": torch.bfloat16, "compress_statistics": nested}
+    layer, x = of_4_bits(64, 7, repacks=True, **options), torch.randn(3, 64, dtype=torch.bfloat16)
+    before = copy.deepcopy(layer.state_dict())
+    report = prepare_quantized(nn.Sequential(layer), **only("unpacked"))
     assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ())
-    found = gradient_after_evaluation(model)
+    found = gradient_after_evaluation(layer)
     assert found is not None
     assert found.abs().max() > 0
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
-    for change in (gradient_after_evaluation, _without_state) if quantized.REPACKS else ():
-        layer = of_4_bits(64, 32, **options)
-        model, x = nn.Sequential(layer), torch.randn(3, 64, dtype=torch.bfloat16)
-        expected = model(x)  # with a bias, a forward pass in training would raise from here on
-        model.eval()(x)
-        assert change(layer) is None, "bitsandbytes leads no gradient through repacked layers"
+    for keeps_state in (True, False) if quantized.REPACKS else ():
+        layer = of_4_bits(64, 32, repacks=True, **options)
+        model, expected = nn.Sequential(layer), layer(x)  # with a bias, a forward in training would raise from here on
+        assert gradient_after_evaluation(model) is None, "bitsandbytes leads no gradient through repacked layers"
+        if not keeps_state:
+            layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
         report = prepare_quantized(model)
         assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ("0",))
         assert "restored after repacking: 0 (scales rounded to bfloat16)" in str(report)
-        if change is not _without_state:
+        if keeps_state:
             assert gradient_after_evaluation(model) is not None
             for is_training in (True, False):
                 found = model.train(is_training)(x)

@@ -103,6 +103,7 @@ def test_gradients_are_those_of_an_update_formed_by_plain_autograd_in_every_way_
     kind: ReadKind, basis: str
 ) -> None:
     model, plain = kind.adapted(torch.float64, basis=basis), kind.model().double()
+    arguments = kind.arguments(torch.float64)
     part = kind.layer(model).adapters["default"]
     lam, gamma = (value.detach().double().requires_grad_() for value in kind.diagonals(model))
     sides = max(part.shape[-2:]), min(part.shape[-2:])
@@ -112,10 +113,10 @@ def test_gradients_are_those_of_an_update_formed_by_plain_autograd_in_every_way_
     update = update if part.shape[-1] == sides[1] else update.mT
     weight = kind.weight(plain)
     changed = {kind.parameter_fqn.removeprefix("0."): weight + kind.in_layout(update, weight)}
-    output = output_of(torch.func.functional_call(plain[0], changed, kind.arguments(torch.float64)))
+    output = output_of(torch.func.functional_call(plain[0], changed, arguments))
     expected = torch.autograd.grad(weighted(output), (lam, gamma))
-    trained: dict[str, Tensor] = {fqn: model.get_parameter(fqn) for fqn in kind.diagonal_fqns(model)}
-    assert [*trained.values()] == [*randlora.trainable_parameters(model)]
+    trained: dict[str, Tensor] = {fqn: value for fqn, value in model.named_parameters() if value.requires_grad}
+    assert [*trained.values()] == [*randlora.trainable_parameters(model)] == [*kind.diagonals(model)]
 
     def assert_gradients(found: Iterable[Tensor | None]) -> None:
         for each, own in zip(found, expected, strict=True):
@@ -125,7 +126,7 @@ def test_gradients_are_those_of_an_update_formed_by_plain_autograd_in_every_way_
 
     def loss(values: dict[str, Tensor]) -> Tensor:
         named = {fqn.removeprefix("0."): value for fqn, value in values.items()}
-        return weighted(output_of(torch.func.functional_call(model[0], named, kind.arguments(torch.float64))))
+        return weighted(output_of(torch.func.functional_call(model[0], named, arguments)))
 
     start = torch.ones((), requires_grad=True)  # without it a reentrant segment of indices gets no gradient
     for reentrant in (True, False):

@@ -1,7 +1,9 @@
-"""What is particular to `nn.MultiheadAttention` and to embeddings: masks, the fast path, files, refusals."""
+"""Weights have their updates in calls and nowhere else; what is particular to torch's attention and embeddings."""
 
 import copy
 import re
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -10,21 +12,211 @@ import bitsandbytes
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from torch.utils.checkpoint import checkpoint
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 import randlora
 from randlora.checkpoint.header import HEADER_KEY
 from randlora.disk.formats import read_shard
 from randlora.errors import AdapterError, TargetError
-from randlora.layers.scopes import forward_of
+from randlora.layers.scopes import forward_of, in_call, is_in_call
 from randlora.readers.read_weight import EmbeddingAdapter, ReadWeight
-from tests.kit import all_bits, fill, read, untouched
-from tests.laws import adapted_names, assert_close
+from tests.in_place_models import Reading, TableReader, Tables, register
+from tests.in_place_models import X as ROWS
+from tests.kit import all_bits, fill, read, same_bits, untouched
+from tests.laws import adapted_names, assert_close, needs_compiler
 from tests.models import GPT2, reproducible
+
+WEIGHTS = ("read.table", "read.turned", "called.table", "called.turned")
+
+
+def test_weights_of_one_owner_have_their_updates_until_they_are_given_up_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register(monkeypatch)
+    model = Reading()
+    base = copy.deepcopy(model)
+    randlora.inject(model, r=3, alpha=6, targets=[*WEIGHTS, "linear"], stream="portable")
+    with randlora.merged(fill(model)):
+        expected = model(ROWS)
+    assert_close(model(ROWS), expected, torch.float32)
+    for fqn in WEIGHTS:
+        assert read(model, fqn) is not dict(model.named_parameters())[fqn]
+        assert dict(model.named_parameters())[fqn] is model.get_parameter(fqn)
+    randlora.activate(model, [])
+    assert all(read(model, fqn) is model.get_parameter(fqn) for fqn in WEIGHTS)
+    assert torch.equal(model(ROWS), base(ROWS))
+    randlora.eject(model)
+    for order in (("table", "turned"), ("turned", "table")):
+        for name in order:
+            randlora.inject(model, r=3, targets=[f"read.{name}"], name=name)
+            fill(model, name, seed=len(name))
+        randlora.activate(model, [*order])
+        kept = read(model, f"read.{order[1]}").detach().clone()
+        randlora.remove(model, order[0])
+        assert same_bits(read(model, f"read.{order[0]}"), base.get_parameter(f"read.{order[0]}"))
+        assert same_bits(read(model, f"read.{order[1]}"), kept)
+        assert not [name for name in model.state_dict() if f"{order[0]}_randlora" in name]
+        randlora.remove(model, order[1])
+        assert type(model.read) is Tables
+        assert torch.equal(model(ROWS), base(ROWS))
+    randlora.inject(model, r=3, targets=["read.table"])
+    model.read.__class__ = type("Sharded", (type(model.read),), {})
+    with untouched(model), pytest.raises(TargetError, match=r"read\.turned changed its class to Sharded after"):
+        randlora.inject(model, r=3, targets=["read.turned"], name="second")
+    randlora.inject(model, r=3, targets=["read.table"], name="second")
+
+    def broken(delta: Tensor) -> Tensor:
+        raise AttributeError("of the kind")
+
+    monkeypatch.setattr(TableReader, "in_storage_layout", staticmethod(broken))
+    with pytest.raises(RuntimeError, match="cannot compute the adapted table: of the kind"):
+        model(ROWS)  # and not with the plain weight
+
+
+# In calls, and nowhere else
+
+
+class Head(nn.Module):
+    """A model that computes its output with the table of its embedding, past any call of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 8)
+        self.inner = nn.Sequential(nn.Conv1d(3, 3, 1), nn.ReLU())
+        self.fails = False
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.inner(self.table(ids))
+        if self.fails:
+            raise ValueError("as it was told")
+        return self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.table.weight)
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+def head(model: nn.Module | None = None) -> Any:
+    torch.manual_seed(0)
+    model = Head() if model is None else model
+    randlora.inject(model, r=2, targets="all")
+    return fill(model, spread=0.3)
+
+
+def is_parameter(model: Any) -> bool:
+    return model.table.weight is model.table._parameters["weight"]
+
+
+def test_code_around_a_module_reads_the_updates_and_code_outside_and_another_thread_the_parameter() -> None:
+    model, hidden, found = head(), torch.randn(2, 3, 8), []
+
+    def look(*_: object) -> None:
+        found.append(is_parameter(model))
+        thread = threading.Thread(target=lambda: found.append(is_parameter(model)))
+        thread.start()
+        thread.join()
+
+    with torch.no_grad(), randlora.merged(model):
+        expected = model(IDS)
+    with model.inner.register_forward_hook(look):
+        assert_close(model(IDS), expected, torch.float32)
+    assert found == [False, True]
+    assert is_parameter(model)
+    assert_close(model.logits(hidden), F.linear(hidden, model.get_parameter("table.weight")), torch.float32)
+    with in_call():
+        assert not is_parameter(model)
+    part = Head()
+    part.load_state_dict({name: value for name, value in model.state_dict().items() if "randlora" not in name})
+    head(nn.ModuleDict({"part": part}))
+    assert_close(part(IDS), expected, torch.float32)  # a call of any module around it counts
+    assert not is_in_call()
+
+
+def test_a_call_that_raises_ends_the_scope() -> None:
+    model = head()
+    model.fails = True
+    with pytest.raises(ValueError, match="as it was told"):
+        model(IDS)
+    assert is_parameter(model)
+    with (
+        model.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True),
+        pytest.raises(ZeroDivisionError),
+        in_call(),
+    ):
+        model(IDS)
+    assert is_parameter(model)
+    with pytest.raises(AdapterError, match="adapter_names"):
+        model(IDS, adapter_names=["a"])
+    assert not is_in_call()
+
+
+def test_what_backward_computes_again_reads_the_updates() -> None:
+    model, found = head(), []
+    trained, plain = [*randlora.trainable_parameters(model)], model.logits
+    for logits in (plain, *(partial(checkpoint, plain, use_reentrant=reentrant) for reentrant in (True, False))):
+        model.logits = logits
+        model(IDS).square().sum().backward()
+        found.append([parameter.grad for parameter in trained])
+        model.zero_grad()
+        torch.testing.assert_close(found[-1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_plain_tensor_in_the_place_of_a_weight_lacks_the_updates_which_is_said() -> None:
+    """As `nn.DataParallel` sets them on its replicas."""
+    model = head()
+    expected = model(IDS)
+    model.table.__dict__["weight"] = model.get_parameter("table.weight").detach().clone()
+    with pytest.raises(AdapterError, match="is now a plain tensor without the updates"):
+        model(IDS)
+    with randlora.disabled(model):
+        model(IDS)
+    del model.table.__dict__["weight"]
+    assert torch.equal(model(IDS), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.MultiheadAttention])
+def test_a_forward_that_is_set_on_a_module_or_called_directly_reads_the_updates(kind: Any) -> None:
+    x = torch.randn(2, 4, 4)
+    given = (x,) if kind is nn.Conv1d else (x, x, x)
+    for when in ("before", "after"):
+        layer: Any = kind(4, 4, 1) if kind is nn.Conv1d else kind(4, 2)
+        model, found = nn.Sequential(layer), []
+        if when == "before":
+            layer.forward = partial(kind.forward, layer)
+        randlora.inject(model, r=2, targets="all")
+        fill(model, spread=0.3)
+        if when == "after":
+            found.append(layer.forward(*given))
+            layer.forward = partial(kind.forward, layer)
+        found.append(model(x) if kind is nn.Conv1d else layer(*given))
+        with torch.no_grad(), randlora.merged(model):
+            expected = layer(*given)
+        torch.testing.assert_close(found, [expected] * len(found), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.medium
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # asked by dynamo
+@needs_compiler
+def test_compiled_code_and_what_it_leaves_uncompiled_read_the_updates() -> None:
+    model = head()
+    expected, model.logits = model(IDS), torch.compiler.disable(model.logits)
+    found = torch.compile(model, backend="aot_eager")(IDS)
+    assert_close(found, expected, torch.float32)
+    assert is_parameter(model)
+    ours, theirs = (
+        torch.autograd.grad(each.sum(), [*randlora.trainable_parameters(model)]) for each in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# Attention
 
 
 class Subclass(nn.MultiheadAttention):
@@ -142,21 +334,21 @@ def test_merging_files_gives_what_merging_in_memory_gives_and_split_projections_
     tmp_path: Path,
 ) -> None:
     """By the model's class; by names: tests/test_files_merge.py."""
-    model, adapters = siglip(), {tmp_path / form: 1.0 for form in ("split", "packed")}
-    model.save_pretrained(tmp_path / "base")
-    for path in adapters:
-        form: Any = path.name
-        randlora.inject(model, r=4, targets=["in_proj_weight", "out_proj"], in_proj=form, name=form)
+    model, base, forms = siglip(), tmp_path / "base", ("split", "packed")
+    model.save_pretrained(base)
+    for form in forms:
+        path, options = tmp_path / form, {"in_proj": form, "name": form}
+        randlora.inject(model, r=4, targets=["in_proj_weight", "out_proj"], **options)  # type: ignore[arg-type]
         fill(model, form, spread=0.2, seed=len(form))
         randlora.save(model, path, name=form)
         assert randlora.files.inspect(path).config.in_proj == form
-        assert randlora.files.verify(path, base=tmp_path / "base").passed
+        assert randlora.files.verify(path, base=base).passed
         header = read_shard(path / "adapter_model.safetensors").metadata[HEADER_KEY]
         assert f'"format_version": {2 if form == "split" else 1}' in header
         assert ("in_proj" in re.sub("in_proj_weight", "", header)) == (form == "split")
-    randlora.activate(model, ["split", "packed"])
+    randlora.activate(model, [*forms])
     randlora.merge(model)
-    randlora.files.merge(adapters, tmp_path / "out", base=tmp_path / "base")
+    randlora.files.merge({tmp_path / form: 1.0 for form in forms}, tmp_path / "out", base=base)
     found = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert all_bits(found) == all_bits(model.state_dict()) != all_bits(siglip().state_dict())
 
@@ -189,22 +381,25 @@ def test_the_update_of_the_table_is_not_formed_for_a_batch(monkeypatch: pytest.M
             model(torch.tensor([30]))
 
 
-@pytest.mark.parametrize("name", ["gemma", "opt", "bitsandbytes"])
-def test_a_forward_of_a_subclass_computes_with_the_adapted_table(name: str) -> None:
-    plain, given = {
-        "gemma": lambda: (Gemma3TextScaledWordEmbedding(20, 12, 0, embed_scale=3.5), torch.tensor([[1, 4]])),
-        "opt": lambda: (OPTLearnedPositionalEmbedding(18, 12), torch.ones(1, 4, dtype=torch.int64)),
-        "bitsandbytes": lambda: (bitsandbytes.nn.StableEmbedding(16, 12), torch.tensor([3, 9])),
-    }[name]()
+@pytest.mark.parametrize(
+    ("build", "ids"),
+    [
+        (lambda: OPTLearnedPositionalEmbedding(18, 12), torch.ones(1, 4, dtype=torch.int64)),
+        (lambda: bitsandbytes.nn.StableEmbedding(16, 12), torch.tensor([3, 9])),
+    ],
+    ids=["opt", "bitsandbytes"],
+)
+def test_a_forward_of_a_subclass_computes_with_the_adapted_table(build: Any, ids: Tensor) -> None:
+    plain = build()
     model = embedding(copy.deepcopy(plain))
     with torch.no_grad():
         plain.weight.copy_(read(model, "0.weight"))
-    found = model[0](given)
-    assert_close(found, plain(given), torch.float32)
+    found = model(ids)
+    assert_close(found, plain(ids), torch.float32)
     found.square().sum().backward()
     assert_all_have_gradients(model)
     assert randlora.merge(model).notes == ()
-    assert_close(model[0](given), found, torch.float32)
+    assert_close(model(ids), found, torch.float32)
 
 
 def test_what_cannot_be_adapted_is_refused_with_the_reason() -> None:
