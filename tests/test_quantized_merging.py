@@ -133,9 +133,7 @@ def test_a_merge_that_cannot_be_is_refused(
 
 @pytest.mark.parametrize("quantized", ["requantize", "dequantize"])
 @one_of_each_library
-def test_a_copy_made_while_merged_is_merged_and_unmerges_to_the_same_codes(
-    kind: LayerKind, quantized: Quantized
-) -> None:
+def test_a_copy_made_while_merged_unmerges_to_the_same_codes(kind: LayerKind, quantized: Quantized) -> None:
     model, x = one_layer(kind, (24, 20), torch.float32), torch.randn(5, 24, requires_grad=True)
     expected, saved = model(x), all_bits(model.state_dict())
     with randlora.merged(model, quantized=quantized) as report:

@@ -52,9 +52,7 @@ def loss(model: nn.Module, kind: RealModel) -> Tensor:
 
 
 @every_case
-def test_an_adapter_is_planned_as_for_the_dense_model_added_trained_switched_off_merged_and_ejected(
-    kind: RealModel, codes: Codes
-) -> None:
+def test_an_adapter_is_planned_as_for_the_dense_model_trained_merged_and_ejected(kind: RealModel, codes: Codes) -> None:
     dense, model, x = kind.build(), quantized_model(kind, codes), kind.inputs()
     assert {type(layer).__name__ for layer in quantized_layers(model).values()} == {codes.kind}
     for targets in (None, "all-linear", kind.targets):
@@ -112,10 +110,11 @@ def test_a_model_that_never_ran_computes_after_it_is_dequantized(bits: int, is_p
 
 
 @every_case
-def test_an_adapter_fits_the_model_and_what_bitsandbytes_transformers_and_peft_made_of_it(
+def test_files_fit_the_model_as_codes_dense_in_peft_and_dequantized(
     kind: RealModel, codes: Codes, tmp_path: Path
 ) -> None:
-    x, options = kind.inputs(), {"alpha": peer.ALPHA, "targets": kind.targets, "stream": peer.peft_draw("dense")}
+    options: dict[str, Any] = {"alpha": peer.ALPHA, "targets": kind.targets, "stream": peer.peft_draw("dense")}
+    x = kind.inputs()
     for trained, name in ((quantized_model(kind, codes), "codes"), (kind.build(), "dense")):
         randlora.inject(trained, R, **options)
         randlora.save(fill(trained), tmp_path / name, bases="stored" if kind is LLAMA else "seed")
@@ -188,7 +187,7 @@ def trainable_gradients(model: nn.Module, kind: RealModel) -> dict[str, Tensor |
 
 
 @pytest.mark.parametrize(("kind", "bits", "reentrant"), [(LLAMA, 4, False), (GPT2, 8, False), (VIT, 4, True)])
-def test_a_prepared_model_trains_down_to_its_inputs_as_without_checkpointing_and_a_second_call_changes_nothing(
+def test_a_prepared_model_trains_down_to_its_inputs_and_is_not_prepared_twice(
     kind: RealModel, bits: int, reentrant: bool
 ) -> None:
     plain, model = (half_precision_model(kind, bits=bits).train() for _ in range(2))
@@ -328,9 +327,7 @@ def gradient_after_evaluation(layer: nn.Module) -> Tensor | None:
 
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
 @pytest.mark.parametrize("nested", [True, False])
-def test_an_evaluation_costs_a_prepared_layer_neither_gradients_nor_bits_and_another_is_put_in_order(
-    nested: bool,
-) -> None:
+def test_an_evaluation_costs_a_prepared_layer_nothing_and_another_is_put_in_order(nested: bool) -> None:
     options: dict[str, Any] = {"bias": False, "compute_dtype": torch.bfloat16, "compress_statistics": nested}
     layer, x = of_4_bits(64, 7, repacks=True, **options), torch.randn(3, 64, dtype=torch.bfloat16)
     before = copy.deepcopy(layer.state_dict())

@@ -34,9 +34,7 @@ from tests.models import GPT2, reproducible
 WEIGHTS = ("read.table", "read.turned", "called.table", "called.turned")
 
 
-def test_weights_of_one_owner_have_their_updates_until_they_are_given_up_one_after_the_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_weights_of_one_owner_are_given_up_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch)
     model = Reading()
     base = copy.deepcopy(model)
@@ -207,7 +205,8 @@ def test_a_forward_that_is_set_on_a_module_or_called_directly_reads_the_updates(
 def test_compiled_code_and_what_it_leaves_uncompiled_read_the_updates() -> None:
     model = head()
     expected, model.logits = model(IDS), torch.compiler.disable(model.logits)
-    found = torch.compile(model, backend="aot_eager")(IDS)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    found = compiled(IDS)
     assert_close(found, expected, torch.float32)
     assert is_parameter(model)
     ours, theirs = (
@@ -241,14 +240,6 @@ class Attending(nn.Module):
         return output
 
 
-PACKED = {"attn.in_proj_weight", "attn.out_proj"}
-SEPARATE = {"attn.q_proj_weight", "attn.k_proj_weight", "attn.v_proj_weight", "attn.out_proj"}
-ATTENTION: dict[str, tuple[dict[str, Any], Any, set[str]]] = {
-    "sequence-first": ({"batch_first": False, "num_heads": 3}, "split", PACKED),
-    "bias-kv": ({"add_bias_kv": True, "add_zero_attn": True}, "packed", PACKED),
-    "separate": ({"kdim": 8, "vdim": 20, "bias": False}, "packed", SEPARATE),
-    "subclass": ({"kind": Subclass}, "packed", PACKED),
-}
 MASKS: tuple[dict[str, Any], ...] = (
     {},
     {"need_weights": True, "average_attn_weights": False},
@@ -257,24 +248,25 @@ MASKS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": False, "num_heads": 3, "kind": Subclass}], ids=["own", "other"]
+)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_attention_computes_as_one_whose_weights_were_changed(name: str, training: bool) -> None:
-    options, in_proj, fqns = ATTENTION[name]
+def test_attention_computes_as_one_whose_weights_were_changed(options: dict[str, Any], training: bool) -> None:
+    options = {"add_bias_kv": True, "add_zero_attn": True, **options}
     model, changed, plain = (Attending(**options).train(training) for _ in range(3))
-    randlora.inject(model, r=3, alpha=6, in_proj=in_proj, stream="portable")
+    randlora.inject(model, r=3, alpha=6, in_proj="split", stream="portable")
     fill(model, spread=0.2)
-    assert adapted_names(model) == fqns
-    inputs = [torch.randn(2, 5, options.get(width, 12), dtype=torch.float64) for width in ("", "kdim", "vdim")]
+    assert adapted_names(model) == {"attn.in_proj_weight", "attn.out_proj"}
+    x = torch.randn(3, *(2, 5) if "kind" not in options else (5, 2), 12, dtype=torch.float64)
     with torch.no_grad():
-        for fqn in fqns:
-            weight = changed.get_parameter(fqn if fqn.endswith("_weight") else f"{fqn}.weight")
-            weight.add_(randlora.delta_weight(model, fqn))
-    for mask in MASKS[:2] if name == "sequence-first" else MASKS:  # its first dim is the sequence
+        changed.attn.in_proj_weight.add_(randlora.delta_weight(model, "attn.in_proj_weight").flatten(0, -2))
+        changed.attn.out_proj.weight.add_(randlora.delta_weight(model, "attn.out_proj"))
+    for mask in MASKS:
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
-                (output, weights), (expected, by) = (each.attn(*inputs, **mask) for each in (model, changed))
-                base = plain.attn(*inputs, **mask)[0]
+                (output, weights), (expected, by) = (each.attn(*x, **mask) for each in (model, changed))
+                base = plain.attn(*x, **mask)[0]
             assert_close(output, expected, torch.float64)
             assert (output - base).abs().max() > 0.01
             assert (weights is None) == (by is None)
@@ -330,9 +322,7 @@ def siglip() -> Any:
     return reproducible(lambda: transformers.SiglipVisionModel(config))
 
 
-def test_merging_files_gives_what_merging_in_memory_gives_and_split_projections_have_the_second_format(
-    tmp_path: Path,
-) -> None:
+def test_files_are_merged_as_in_memory_and_split_projections_have_the_second_format(tmp_path: Path) -> None:
     """By the model's class; by names: tests/test_files_merge.py."""
     model, base, forms = siglip(), tmp_path / "base", ("split", "packed")
     model.save_pretrained(base)

@@ -71,21 +71,34 @@ def altup(kind: Any, **options: Any) -> tuple[nn.Module, Callable[[], Any]]:
     return owner, run
 
 
-def bloom() -> Any:
-    sizes = {"vocab_size": 20, "hidden_size": 16, "n_layer": 1, "n_head": 2}
-    return transformers.BloomModel(transformers.BloomConfig(**sizes, pretraining_tp=2, slow_but_exact=True))
-
-
 def neomme() -> Any:
     model: Any = tiny("neomme", "NeoMMEForMaskedLM")
     model.unembedding_projection.weight = nn.Parameter(model.unembedding_projection.weight.detach().clone())  # untied
     return model
 
 
-def falcon_mamba() -> Any:
-    return transformers.FalconMambaModel(transformers.FalconMambaConfig(vocab_size=20, **STATES))
+def model_of(name: str, **sizes: Any) -> Any:
+    """Build a model of transformers."""
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    return reproducible(lambda: getattr(transformers, f"{name}Model")(config))
 
 
+bloom = partial(
+    model_of, "Bloom", vocab_size=20, hidden_size=16, n_layer=1, n_head=2, pretraining_tp=2, slow_but_exact=True
+)
+falcon_mamba = partial(model_of, "FalconMamba", vocab_size=20, **STATES)
+wavlm = partial(
+    model_of, "WavLM", **SIZES, conv_dim=(8, 8), conv_stride=(2, 2), conv_kernel=(3, 3), layerdrop=0.0,
+    num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, apply_spec_augment=False,
+)  # fmt: skip
+mamba2 = partial(
+    model_of, "Mamba2", vocab_size=20, hidden_size=32, state_size=4, num_hidden_layers=1, num_heads=8, head_dim=8,
+    n_groups=1,
+)  # fmt: skip
+rwkv = partial(
+    model_of, "Rwkv", vocab_size=20, hidden_size=16, num_hidden_layers=4, attention_hidden_size=16,
+    intermediate_size=16, use_cache=False,
+)  # fmt: skip
 TDNN = SimpleNamespace(tdnn_dim=(8,), tdnn_kernel=(3,), tdnn_dilation=(1,))
 ROUTER = SimpleNamespace(
     num_experts_per_tok=1, num_local_experts=4, hidden_size=8, n_routed_experts=4, zero_expert_num=0,
@@ -226,14 +239,6 @@ def decoder() -> nn.Module:
     return reproducible(lambda: nn.TransformerDecoderLayer(16, 4, 24, batch_first=True, dropout=0.0))
 
 
-def wavlm() -> nn.Module:
-    config = transformers.WavLMConfig(
-        **SIZES, conv_dim=(8, 8), conv_stride=(2, 2), conv_kernel=(3, 3), num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2, layerdrop=0.0, apply_spec_augment=False,
-    )  # fmt: skip
-    return reproducible(lambda: transformers.WavLMModel(config))
-
-
 def swin(version: str = "") -> nn.Module:
     models: Any = importlib.import_module("torchvision.models.swin_transformer")
     block, merging = (getattr(models, f"{name}{version}") for name in ("SwinTransformerBlock", "PatchMerging"))
@@ -296,16 +301,8 @@ def test_an_encoder_in_evaluation_gives_gradients_or_torch_says_that_nested_tens
     assert_only_adapters_are_trained(model)
 
 
-def rwkv(rescale_every: int = 2) -> Any:
-    config = transformers.RwkvConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=4, attention_hidden_size=16, intermediate_size=16,
-        rescale_every=rescale_every, use_cache=False,
-    )  # fmt: skip
-    return reproducible(lambda: transformers.RwkvModel(config))
-
-
 def test_layers_of_rwkv_that_it_divides_in_place_are_left_out_and_the_rest_is_merged_as_it_acts() -> None:
-    model = rwkv()
+    model = rwkv(rescale_every=2)
     report = randlora.inject(model, r=2)
     divided = {f"blocks.{i}.{child}" for i in (2, 3) for child in ("attention.output", "feed_forward.value")}
     assert {fqn for fqn, why in report.skipped.items() if "load the model with rescale_every=0" in why} == divided
@@ -321,7 +318,7 @@ def test_layers_of_rwkv_that_it_divides_in_place_are_left_out_and_the_rest_is_me
             with randlora.merged(model):
                 torch.testing.assert_close(model(IDS)[0], adapted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(*effects, rtol=1e-3, atol=1e-3)
-    assert not randlora.inject(rwkv(0), r=2).skipped
+    assert not randlora.inject(rwkv(rescale_every=0), r=2).skipped
 
 
 # What is refused
@@ -336,11 +333,6 @@ def quantize(model: nn.Module, *names: str) -> nn.Module:
             layer = of_4_bits(module.in_features, module.out_features, bias=module.bias is not None)
             setattr(model.get_submodule(owner), child, layer)
     return model
-
-
-def mamba2() -> Any:
-    sizes = {"vocab_size": 20, "hidden_size": 32, "state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1}
-    return transformers.Mamba2Model(transformers.Mamba2Config(num_hidden_layers=1, **sizes))
 
 
 def positions(encoder: str) -> nn.Module:
@@ -363,7 +355,11 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, str]] = [
     (lambda: positions(V3), "encoder.rel_pos_x_bias (Linear)", UNDER.format(V3)),
     (lambda: positions(PP), "encoder.rel_pos_bias (Linear)", UNDER.format(PP)),
     (lambda: positions(PP), "encoder.rel_pos_x_bias (Linear)", f"is never used by {PP}, {NO_EFFECT}"),
-    (rwkv, "blocks.2.attention.output (Linear)", "is in a RwkvBlock, whose weights the model divides in place"),
+    (
+        partial(rwkv, rescale_every=2),
+        "blocks.2.attention.output (Linear)",
+        "is in a RwkvBlock, whose weights the model divides in place",
+    ),
 ]
 
 
@@ -411,7 +407,7 @@ def test_what_chooses_tokens_runs_without_gradients_and_rules_leave_it_out() -> 
 @pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:.*gemm_4bit")
 @pytest.mark.parametrize(("build", "draw"), [(flux, patches), (unet, noise)], ids=["flux", "unet"])
-def test_of_joined_projections_the_joined_are_adapted_and_joining_what_is_adapted_is_an_error_of_the_forward(
+def test_joined_projections_are_adapted_and_joining_adapted_ones_is_an_error_of_the_forward(
     build: Any, draw: Any
 ) -> None:
     model, given = build().eval(), draw()
