@@ -251,6 +251,7 @@ def test_sources_are_directories_read_again_for_a_new_name_states_and_the_packed
     assert list(pool.names) == ["a", "b"]
     randlora.load(loaded, outputs["files"] / "b")
     states = {"one": outputs["files"] / "a", "two": randlora.adapter_state(loaded)}
+    refused(AdapterPool(other, states, max_loaded=2), "prefetch", ["a"], AdapterError, "no adapter named 'a'")
     with AdapterPool(other, states, max_loaded=2).routed([["one", "two", None]]):
         found = other(X.unsqueeze(0))
     assert_close(found[0, :2], torch.stack([outputs["a"][0], outputs["b"][1]]), torch.float32)

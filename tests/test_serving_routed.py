@@ -134,7 +134,12 @@ def model() -> nn.Module:
     return with_some(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)))
 
 
-def test_tokens_of_a_packed_row(model: nn.Module) -> None:
+@pytest.mark.parametrize("is_reshaped", [False, True])
+def test_tokens_of_a_packed_row(model: nn.Module, is_reshaped: bool) -> None:
+    if is_reshaped:
+        to_parts = nn.Sequential(nn.Unflatten(0, (2, 3)), nn.Unflatten(2, (2, 4)))
+        layers = nn.Sequential(nn.Flatten(0, 1), nn.Linear(6, 8), to_parts, nn.Linear(4, 4))
+        model = with_some(layers, targets=["1", "3"])
     x = torch.randn(2, 3, 6)
     names: list[Names] = [["a", "a", "b"], [None, "c", "a"]]
     outputs = each_alone(model, ("a", "b", "c", None), lambda: model(x))
@@ -182,6 +187,7 @@ LLAMA4 = Llama4TextConfig(hidden_size=4, intermediate_size=8, num_local_experts=
 UNBATCHED = r" was given an input of shape .4, 4., which has no"
 WITHOUT_ROWS: list[tuple[Callable[[], nn.Module], Callable[[Any], object], str]] = [
     (lambda: Llama4TextExperts(LLAMA4), lambda module: module(X), "sorted by expert"),
+    (lambda: Llama4TextExperts(LLAMA4), lambda module: module(X, X[:, 0]), "sorted by expert"),
     (lambda: nn.Conv1d(4, 4, 3), lambda module: module(X), f"Conv1d{UNBATCHED} batch"),
     (lambda: nn.MultiheadAttention(4, 2), lambda module: module(X, X, X), f"Attention{UNBATCHED}"),
     (lambda: nn.Conv1d(4, 4, 1), reads_elsewhere, "reads an adapted weight outside"),

@@ -294,7 +294,6 @@ def _called_itself(routing: Routing, shape: torch.Size, module: str) -> Layout:
             f"an adapted {module} was given an input of shape {(*shape, '...')}, whose first dimension is not the "
             f"batch of {rows}: {ADVICE}"
         )
-    routing.use(1)
     return routing.layout(shape, first_dimension(shape).rows)
 
 

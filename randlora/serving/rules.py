@@ -104,8 +104,7 @@ def _is_view(func: Any) -> bool:
 
 
 def _unknown(call: Call) -> Label:
-    outputs = tensors_of(call.output)
-    return unknown(outputs[0].dim() if outputs else 0, call.name)
+    return unknown(tensors_of(call.output)[0].dim(), call.name)
 
 
 def _nothing(call: Call) -> None:  # noqa: ARG001
