@@ -160,12 +160,16 @@ class Offloaded(Place):
     def restore(self, values: Entries) -> None:
         """Restore kept entries, or write their values if the parameter has been offloaded again since."""
         value = self._read(values)
-        if [id(entry.store) for entry, _ in values] != [id(entry.store) for entry in self.entries]:
+        if not self.has_stores_of(entry for entry, _ in values):
             self.write(value)
             return
         for entry, each in values:
             entry.put(each)
         self._renew(value)
+
+    def has_stores_of(self, entries: Iterable[Entry]) -> bool:
+        """Whether a hook loads the parameter from where some entries are, so it has not been offloaded again since."""
+        return [id(entry.store) for entry in entries] == [id(entry.store) for entry in self.entries]
 
     def stored(self, values: Entries) -> Tensor | None:
         """Return kept values if the parameter is loaded now. Otherwise a state dict has no values for it."""
@@ -291,7 +295,10 @@ def require_merged_weights(root: nn.Module, args: tuple[Any, ...]) -> None:  # n
     loaded = loaded_modules(census.modules)
     for site in census.adapted:
         unmerged = site.layer.unmerged
-        if unmerged is not None and unmerged.place is None and id(site.owner) in loaded:
+        if unmerged is None or id(site.owner) not in loaded:
+            continue
+        before, now = unmerged.place, site.place
+        if not (isinstance(before, Offloaded) and isinstance(now, Offloaded) and now.has_stores_of(before.entries)):
             raise MergeError(
                 f"{site.fqn}: accelerate offloaded the model while its adapters were merged reversibly, and loads the "
                 "original weights, without the updates: call randlora.unmerge(model), or offload the model before "

@@ -161,6 +161,9 @@ def test_what_was_merged_is_unmerged_wherever_it_is_offloaded_since(tmp_path: Pa
         randlora.merge(model, reversible=True)
         for where in changes:
             put(model, where, tmp_path)
+        if where != "no hooks":
+            with pytest.raises(MergeError, match="accelerate offloaded the model while its adapters were merged"):
+                model(X)
         randlora.unmerge(model)
         assert bits(model(X)) == plain
     with align_module_device(model.down):  # so are values that are loaded at present
