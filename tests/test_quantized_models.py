@@ -104,6 +104,7 @@ def test_a_model_that_never_ran_computes_after_it_is_dequantized(bits: int, is_p
     fill(model)
     with randlora.merged(model, quantized="dequantize") as report:
         assert report.notes == ()  # for a while only
+        assert [each for each in model.parameters() if each.requires_grad] == randlora.trainable_parameters(model)
     assert "config still says that it is quantized" in str(randlora.merge(model, quantized="dequantize"))
     assert outputs(model, LLAMA.inputs()).isfinite().all()
     assert quantized_layers(model) == {}

@@ -174,6 +174,9 @@ def test_wrong_names_and_inputs_of_another_number_of_rows_are_refused(model: nn.
         for shape in ((3, 6), (4, 2, 6), (6, 5, 6), (6,)):  # the second has its batch in another dimension
             with pytest.raises(AdapterError, match="whose first dimension is not the batch of 2"):
                 model.get_submodule("0")(torch.randn(shape))
+    first, x, names = model.get_submodule("0"), torch.randn(2, 6), ["b", "a"]
+    expected = row_by_row(model, names, lambda: first(x))
+    assert_close(in_block(model, names, lambda: first(x)), expected, torch.float32)
 
 
 def reads_elsewhere(layer: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -239,6 +239,25 @@ def split_tokens(model: Any) -> Any:
 def test_a_model_whose_tokens_are_split_between_its_layers(order: Any, first: tuple[str, ...], tmp_path: Path) -> None:
     case = InSequence((*first, "1.up", "1.down", "2"))
     require_as_one_process(Engine(order(split_tokens), **SPLIT), case, tmp_path)
+
+
+@in_two
+def test_a_whole_layer_is_given_whole_tokens_some_of_them_or_some_of_their_features() -> None:
+    case, mesh = InSequence(("0",)), init_device_mesh("cpu", (2,))
+    (x,) = case.batch(0, 0)
+    one = case.adapted()
+    expected = one[0](x)
+    expected.square().mean().backward()
+    for placement in (Replicate(), Shard(1), Shard(2)):
+        model, placed = case.build(), distribute_tensor(x, mesh, [placement])
+        distribute_module(model[0], mesh)
+        case.adapt(model)
+        with CommDebugMode() as communication:
+            output = model[0](placed)
+        assert communication.get_total_counts() == 0 or placement == Shard(2)
+        close(output.full_tensor(), expected)
+        output.square().mean().backward()
+        gradients_alike(one, model)
 
 
 @in_four

@@ -109,10 +109,11 @@ def chosen(mutant: Mutant, tests: Sequence[Test]) -> list[Test]:
     """
     functions: dict[str, list[Test]] = defaultdict(list)
     alone = [test for test in tests if not test.file.startswith("tests/distributed/")]
-    fitting = tests if feature_of(mutant.file) == "sharded" else alone or tests
+    is_sharded = feature_of(mutant.file) == "sharded"
+    room = "tests/distributed/" if is_sharded else f"tests/test_{mutant.file.split('/')[1].removesuffix('.py')}"
+    fitting = tests if is_sharded else alone or tests
     for test in sorted(fitting, key=lambda test: (test.breadth, test.seconds, test.name)):
         functions[test.function].append(test)
-    room = f"tests/test_{mutant.file.split('/')[1].removesuffix('.py')}"
     few = sorted(functions, key=lambda name: (functions[name][0].breadth, name))
     near = sorted(few, key=lambda name: not name.startswith(room))
     fast = sorted(functions, key=lambda name: (functions[name][0].seconds, name))
