@@ -19,6 +19,7 @@ from randlora.errors import AdapterError, MergeError
 from randlora.functional import Compute
 from randlora.layers.scopes import in_call
 from randlora.serving import routed
+from tests import models
 from tests.kit import fill, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LayerKind, every_kind
@@ -253,44 +254,33 @@ def test_blocks_nest_the_innermost_counts_an_error_ends_them_and_copies_are_inac
 
 # Real models in `generate`, and compiled ones
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
-T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-MODELS: dict[str, tuple[Any, dict[str, Any], Any]] = {
-    "Llama": (transformers.LlamaForCausalLM, SIZES, None),
-    "Mixtral": (transformers.MixtralForCausalLM, SIZES | EXPERTS, "all"),
-    "GPT-2": (transformers.GPT2LMHeadModel, SIZES | {"n_embd": 32, "n_layer": 2, "n_head": 4}, None),
-    "T5": (
-        transformers.T5ForConditionalGeneration,
-        T5 | {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1},
-        None,
-    ),
+TOKENS = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+MIXTRAL = transformers.MixtralConfig(
+    **models.SIDES, **TOKENS, num_local_experts=4, num_experts_per_tok=2, num_key_value_heads=4
+)
+T5 = transformers.T5Config(**TOKENS, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0)
+GENERATED: dict[str, tuple[Callable[[], Any], Any, dict[str, Any]]] = {
+    "beams": (models.gpt2, None, {"num_beams": 3}),
+    "sequences": (lambda: transformers.MixtralForCausalLM(MIXTRAL), "all", {"num_beams": 2, "num_return_sequences": 2}),
+    "static": (models.llama, None, {"cache_implementation": "static", "disable_compile": True}),
+    "uncached": (models.gpt2, None, {"use_cache": False}),
+    "decoder": (lambda: transformers.T5ForConditionalGeneration(T5), None, {"num_beams": 2}),
 }
 
 
-GENERATED: list[tuple[str, dict[str, Any]]] = [
-    ("GPT-2", {"num_beams": 3}),
-    ("Mixtral", {"num_beams": 2, "num_return_sequences": 2}),
-    ("Llama", {"cache_implementation": "static", "disable_compile": True}),
-    ("GPT-2", {"use_cache": False}),
-    ("T5", {"num_beams": 2}),
-]
-
-
 @pytest.mark.medium
-@pytest.mark.parametrize(("name", "options"), GENERATED)
-def test_generate_of_left_padded_rows(name: str, options: dict[str, Any]) -> None:
-    kind, sizes, targets = MODELS[name]
-    model, batch = with_adapters(kind(kind.config_class(**sizes)), targets, r=4), torch.randint(3, 60, (4, 6))
+@pytest.mark.parametrize("what", GENERATED)
+def test_generate_of_left_padded_rows(what: str) -> None:
+    build, targets, options = GENERATED[what]
+    model, batch = with_adapters(build(), targets, r=4), torch.randint(3, 60, (4, 6))
     mask = torch.ones_like(batch)
-    if name != "T5":
+    if what != "decoder":
         mask[1, :2] = mask[3, :3] = 0
         batch[mask == 0] = 0
     each = options.get("num_return_sequences", 1)
 
     def run(**options: Any) -> list[Any]:
-        usual = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        usual = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         return list(model.generate(batch, attention_mask=mask, **usual, **options).split(each))
 
     with pytest.raises((AdapterError, ValueError), match="adapter_names"):
