@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,8 @@ from randlora.report import Report
 from randlora.targets.left_out import LeftOut
 from tests.kit import fill, on_one_line, untouched
 
+pytestmark = pytest.mark.filterwarnings("ignore:the default adapts only:UserWarning")
+plan = partial(randlora.plan, r=2)
 RULES = (None, "all-linear", "all")
 ATTENTION = ("attention.in_proj_weight", "attention.out_proj")
 HEAD = "the output head"
@@ -49,12 +52,6 @@ class Experts(Held):
 
 def kernel() -> nn.Module:
     return nn.Conv1d(4, 6, 1, bias=False)
-
-
-def quiet_plan(model: nn.Module, **options: Any) -> Report:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the default adapts only", UserWarning)
-        return randlora.plan(model, **{"r": 2, **options})
 
 
 def groups(report: Report) -> dict[str, LeftOut]:
@@ -103,10 +100,10 @@ def assert_every_matrix_is_told_of_once(model: nn.Module, report: Report) -> Non
 
 def test_all_linear_is_linear_layers_and_attention_and_all_is_every_kind() -> None:
     heads = {"head.1": HEAD, "head.0": HEAD}
-    report = quiet_plan(mixed(), targets="all-linear")
-    assert report.targets == quiet_plan(mixed()).targets == (*ATTENTION, "up")
+    report = plan(mixed(), targets="all-linear")
+    assert report.targets == plan(mixed()).targets == (*ATTENTION, "up")
     assert report.skipped == heads
-    report = quiet_plan(mixed(), targets="all")
+    report = plan(mixed(), targets="all")
     assert report.targets == (*ATTENTION, "up", "kernel", "experts.up_proj", "experts.down_proj")
     assert report.skipped == heads
     assert report.rule == "all layers and weights that can be adapted but the output head"
@@ -114,13 +111,13 @@ def test_all_linear_is_linear_layers_and_attention_and_all_is_every_kind() -> No
     assert rows[3:] == [("convolution", 1, 4, 6), ("experts", 2, 6, 8), ("experts", 2, 8, 6)]
     named: list[tuple[Any, Any]] = [(["up_proj"], None), (["experts.up_proj"], None), (r".*\.up_proj", None)]
     for targets, exclude in [*named, (r"experts\..*", ["router", "down_proj"])]:
-        report = quiet_plan(mixed(), targets=targets, exclude=exclude)
+        report = plan(mixed(), targets=targets, exclude=exclude)
         assert report.targets == ("experts.up_proj",)
         assert (report.left_out, report.warning) == ((), "")  # nothing is told of what the user described
 
 
 def test_a_report_says_what_is_left_out_and_how_much_of_the_model_that_is() -> None:
-    report = quiet_plan(mixed(), targets="all-linear")
+    report = plan(mixed(), targets="all-linear")
     total = sum(parameter.numel() for parameter in mixed().parameters())
     register = "register one with randlora.layers.register_layer"
     adds = 'targets="all" adapts them and trains 96 more parameters'
@@ -134,26 +131,26 @@ def test_a_report_says_what_is_left_out_and_how_much_of_the_model_that_is() -> N
     assert " ".join(said) in on_one_line(report)
     fqns = ("experts.up_proj", "experts.down_proj")
     assert groups(report)["experts"] == LeftOut("experts", None, fqns, 192, 192 / total, 96, "all", None)
-    assert quiet_plan(mixed(), targets=[*fqns]).trainable_parameters == 96
+    assert plan(mixed(), targets=[*fqns]).trainable_parameters == 96
 
 
 def test_presets_adapt_heads_they_name_and_what_is_excluded_or_trained_also_is_told_as_such() -> None:
     head = nn.ModuleDict({"query_key_value": nn.Linear(4, 12), "up": nn.Linear(4, 8)})
-    report = quiet_plan(of_type("bloom", head=head, up=nn.Linear(4, 8)))
+    report = plan(of_type("bloom", head=head, up=nn.Linear(4, 8)))
     assert (report.targets, report.skipped) == (("head.query_key_value",), {"head.up": HEAD})
     assert [(group.kind, group.fqns, group.targets) for group in report.left_out] == [("linear", ("up",), "all-linear")]
-    report = quiet_plan(mixed(), targets="all-linear", exclude=["up", "experts"])
+    report = plan(mixed(), targets="all-linear", exclude=["up", "experts"])
     reasons = {group.fqns: group.reason for group in report.left_out}
     assert reasons["up",] == reasons["experts.up_proj", "experts.down_proj"] == reasons["experts.router",] == "excluded"
     assert reasons["kernel",] is None
     assert on_one_line(report).count("of the weights (excluded)") == 3
-    report = quiet_plan(mixed(), targets="all-linear", train_also=["odd.table", "kernel", "head.0", "head.1.bias"])
+    report = plan(mixed(), targets="all-linear", train_also=["odd.table", "kernel", "head.0", "head.1.bias"])
     assert groups(report)["Odd"].fqns == ("odd.stack",)
     assert "convolution" not in groups(report)
     assert report.skipped == {"head.1": HEAD}
     types = [type(f"Odd{index}", (Odd,), {}) for index in range(9)]  # of which three are named and the rest counted
     model = nn.Sequential(nn.Linear(4, 4), *(kind() for kind in types))
-    told = [line for line in str(quiet_plan(model, targets="all")).splitlines() if "no adapter layer" in line]
+    told = [line for line in str(plan(model, targets="all")).splitlines() if "no adapter layer" in line]
     assert len(told) == 4
     assert told[-1].startswith("no adapter layer for 12 parameters of Odd3, Odd4, Odd5, Odd6 and 2 more, ")
 
@@ -200,14 +197,14 @@ UNFIT: list[tuple[Callable[[], nn.Module], str]] = [
 @pytest.mark.parametrize(("make", "reason"), UNFIT)
 def test_all_skips_with_the_reason_what_all_linear_and_names_refuse(make: Any, reason: str) -> None:
     model = nn.ModuleDict({"up": nn.Linear(4, 6), "unfit": make()})
-    report = quiet_plan(model, targets="all")
+    report = plan(model, targets="all")
     assert report.targets == ("up",)
     assert report.skipped["unfit"] == reason
     for targets in ("all-linear", ["unfit"]):
         with untouched(model), pytest.raises(TargetError, match=f"unfit {reason}"):
             randlora.inject(model, r=1, targets=targets)
     with pytest.raises(TargetError, match=rf"no layer is left to adapt; .*; skipped: unfit \({reason[:20]}"):
-        quiet_plan(nn.ModuleDict({"unfit": make()}), targets="all")
+        plan(nn.ModuleDict({"unfit": make()}), targets="all")
 
 
 @pytest.mark.parametrize("how", ["parameter", "storage", "on meta"])
@@ -218,7 +215,7 @@ def test_a_weight_tied_to_another_is_skipped_by_all_and_refused_by_name_and_a_ti
     weight = model.get_parameter("kernel.weight")
     model["head"].weight = nn.Parameter(weight.detach()) if how == "storage" else weight
     model["a"].bias = model["b"].bias
-    report = quiet_plan(model, targets="all")
+    report = plan(model, targets="all")
     assert report.targets == ("up", "a", "b")
     assert report.skipped == {"head": HEAD, "kernel": "tied to head.weight"}
     tied = r"the weight of kernel is tied to head\.weight: untie it, or exclude the layer"
@@ -234,7 +231,7 @@ def test_where_the_default_finds_nothing_the_error_says_what_there_is() -> None:
     told = r"no layer is left to adapt; .*; skipped: head \(the output head\); left out: 1 convolution, .* of the "
     told += r'weights: targets="all" adapts it; no adapter layer for 2 parameters of Odd'
     with pytest.raises(TargetError, match=told):
-        quiet_plan(nn.ModuleDict({"kernel": kernel(), "odd": Odd(), "head": nn.Linear(6, 3)}))
+        plan(nn.ModuleDict({"kernel": kernel(), "odd": Odd(), "head": nn.Linear(6, 3)}))
     with pytest.raises(TypeError, match="Misnamed has kind='conv': expected one of linear, attention, convolution"):
         randlora.layers.register_layer(Odd)(type("Misnamed", (LinearAdapter,), {"kind": "conv"}))
 
@@ -274,8 +271,9 @@ def test_a_default_that_adapts_only_a_head_warns_at_the_line_that_asked_and_noth
         assert sum(group.share for group in report.left_out) == pytest.approx(0.9553, abs=1e-3)
     with pytest.warns(UserWarning, match=r"the default adapts only 0, 1, 0\.00% of the weights: give"):
         randlora.plan(beside_a_table, r=2)
-    model = nn.Sequential(kernel(), nn.Linear(6, 2))  # warnings are errors here
-    with untouched(model), pytest.raises(UserWarning, match=r'the default adapts only 1, .*: give targets="all"; left'):
+    model = nn.Sequential(kernel(), nn.Linear(6, 2))
+    given = r'the default adapts only 1, .*: give targets="all"; left'
+    with untouched(model), warnings.catch_warnings(action="error"), pytest.raises(UserWarning, match=given):
         randlora.inject(model, r=2)
     for options in ({"targets": "all-linear"}, {"targets": ["1"]}, {"exclude": ["0"]}):
         assert randlora.plan(model, r=2, **options).warning == ""
@@ -322,14 +320,14 @@ def test_every_matrix_of_a_model_is_adapted_or_skipped_or_left_out_once_and_wide
     model: nn.ModuleDict, rule: str | None, exclude: Any
 ) -> None:
     try:
-        report = quiet_plan(model, targets=rule, exclude=exclude)
+        report = plan(model, targets=rule, exclude=exclude)
     except TargetError as error:  # nothing there to exclude, or nothing else to adapt, or tied by all-linear
         assert re.search("exclude=|no layer is left", str(error))  # noqa: PT017  # most models are fine
         return
     assert_every_matrix_is_told_of_once(model, report)
     for wider in ("all-linear", "all"):
         promised = [group for group in report.left_out if group.targets == wider]
-        more = quiet_plan(model, targets=wider, exclude=exclude) if promised else report
+        more = plan(model, targets=wider, exclude=exclude) if promised else report
         assert all(set(group.fqns) <= set(more.targets) for group in promised)
         if promised and wider == "all":
             added = sum(group.trainable for group in report.left_out if group.reason is None)
@@ -338,7 +336,7 @@ def test_every_matrix_of_a_model_is_adapted_or_skipped_or_left_out_once_and_wide
 
 @given(models(SOUND | UNSOUND))
 def test_all_skips_what_cannot_be_adapted_and_tells_of_it(model: nn.ModuleDict) -> None:
-    report = quiet_plan(model, targets="all")
+    report = plan(model, targets="all")
     assert_every_matrix_is_told_of_once(model, report)
     for group in report.left_out:
         assert group.kind is None
