@@ -1,6 +1,7 @@
 """Targets that read files as anyone may have written them: an adapter, the JSON of one of PEFT's, and a base model."""
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -67,9 +68,8 @@ def adapter(data: bytes) -> None:
 def _drawn(file: AdapterFile) -> int:
     sizes = [gamma.shape[-1] for _, gamma in file.values.values()] + [options.r for options in file.options.values()]
     if file.header:
-        shapes = [shape[-2:] for shape in file.header.shapes.values()]
-        dims = [(record.spec.max_dim, record.spec.min_dim) for record in file.header.bases.values()]
-        sizes += [a * b for a, b in [*shapes, *dims]]
+        sizes += [math.prod(shape[-2:]) for shape in file.header.shapes.values()]
+        sizes += [record.spec.max_dim * record.spec.min_dim for record in file.header.bases.values()]
     return max(sizes)
 
 
@@ -94,15 +94,16 @@ def _check_rewritten(file: AdapterFile, root: Path) -> None:
     assert again.header == file.header
     assert json.dumps(again.fields) == json.dumps(file.fields)
     _check_same(file, again)
-    first, second = ({r: tuple(map(bits, pair)) for r, pair in each.bases.items()} for each in (file, again))
-    assert first == second
+    for r, pair in file.bases.items():
+        assert [*map(bits, again.bases[r])] == [*map(bits, pair)]
 
 
 def _check_same(file: AdapterFile, again: AdapterFile) -> None:
     assert again.options == file.options
     assert (again.config.seed, again.config.dropout) == (file.config.seed, file.config.dropout)
-    first, second = (all_bits(adapter_tensors(each.values, each.trained)) for each in (file, again))
-    assert first == second
+    assert all_bits(adapter_tensors(again.values, again.trained)) == all_bits(
+        adapter_tensors(file.values, file.trained)
+    )
 
 
 def _check_loaded(file: AdapterFile, source: Path, root: Path) -> None:
@@ -194,8 +195,8 @@ def checkpoint(data: bytes) -> None:
             outcome(inspect, source, base)
             converted = outcome(lambda: convert(source, root / "native", "native", base=base))
             merged = outcome(lambda: merge(source, root / "merged", base=base))
-            written = set() if isinstance(converted, RandLoRAError) else {"native"}
-            written |= {"merged"} if isinstance(merged, FileMergeReport) else set()
+            results = {"native": converted, "merged": merged}
+            written = {name for name, result in results.items() if not isinstance(result, RandLoRAError)}
             assert {name: held for name, held in tree(root).items() if name.split("/")[0] not in written} == before
             if isinstance(directory, RandLoRAError):
                 assert not found.passed
@@ -207,7 +208,7 @@ def checkpoint(data: bytes) -> None:
                 # the result is whole, readable by the library of its format, and changed where the report says so
                 result = read_model_directory(root / "merged")
                 own, theirs = (
-                    {name: value for shard in each.shards for name, value in load_file(shard.path).items()}
+                    dict(entry for shard in each.shards for entry in load_file(shard.path).items())
                     for each in (result, directory)
                 )
                 changed = {*merged.merged, *merged.replaced}

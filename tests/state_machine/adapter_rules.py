@@ -31,32 +31,6 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8}
 """Of a merged weight, relative to each value, which is rounded once; and to the update, summed in float32."""
 
 
-def assert_is(model: nn.Module, truth: Truth, held: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Hold a model against the truth; return the Λ and Γ that must be the same objects the next time."""
-    found = [
-        (info.name, info.weight, info.is_trainable, info.is_merged, set(info.train_also), set(info.targets))
-        for info in randlora.adapters(model)
-    ]
-    assert found == [
-        (name, each.factor, each.trains, name in truth.merged_names, set(each.copies), set(each.values))
-        for name, each in truth.adapters.items()
-    ]
-    assert all(module.training == truth.training for module in model.modules())
-    assert_classes_are(model, truth)
-    parameters = dict(model.named_parameters())
-    assert_values_are(model.state_dict(), truth.state())
-    assert_values_are({name: parameters[name] for name in truth.own}, truth.live())
-    assert {name: each.requires_grad for name, each in parameters.items()} == truth.requires_grad(), "requires_grad"
-    replaced = [name for name, parameter in held.items() if parameters.get(name, parameter) is not parameter]
-    assert not replaced, f"other objects, which an optimizer does not know: {replaced}"
-    if not truth.is_random:
-        with torch.no_grad():
-            output: Tensor = model(*truth.arguments())
-        assert output.dtype == truth.dtype
-        assert_near(output, truth.output(), truth.dtype)
-    return {name: parameter for name, parameter in parameters.items() if name not in truth.own}
-
-
 def assert_classes_are(model: nn.Module, truth: Truth) -> None:
     """Check that the owners of adapted weights, and no other modules, are of another class than without adapters."""
     adapted = {weight.name.rpartition(".")[0] for each in truth.adapters.values() for weight in truth.weights_of(each)}
@@ -132,8 +106,31 @@ class AdapterRules(RuleBasedStateMachine):
 
     @invariant()
     def holds(self) -> None:
-        self.truth.settle()
-        self.held = assert_is(self.model, self.truth, self.held)
+        model, truth = self.model, self.truth
+        truth.settle()
+        found = [
+            (info.name, info.weight, info.is_trainable, info.is_merged, set(info.train_also), set(info.targets))
+            for info in randlora.adapters(model)
+        ]
+        expected = [
+            (name, each.factor, each.trains, name in truth.merged_names, set(each.copies), set(each.values))
+            for name, each in truth.adapters.items()
+        ]
+        assert found == expected, f"{found}, expected {expected}"
+        assert all(module.training == truth.training for module in model.modules())
+        assert_classes_are(model, truth)
+        parameters = dict(model.named_parameters())
+        assert_values_are(model.state_dict(), truth.state())
+        assert_values_are({name: parameters[name] for name in truth.own}, truth.live())
+        assert {name: each.requires_grad for name, each in parameters.items()} == truth.requires_grad()
+        replaced = [name for name, parameter in self.held.items() if parameters.get(name, parameter) is not parameter]
+        assert not replaced, f"other objects, which an optimizer does not know: {replaced}"
+        if not truth.is_random:
+            with torch.no_grad():
+                output: Tensor = model(*truth.arguments())
+            assert output.dtype == truth.dtype
+            assert_near(output, truth.output(), truth.dtype)
+        self.held = {name: parameter for name, parameter in parameters.items() if name not in truth.own}
         for bystander, before in self.bystanders:
             assert all_bits(bystander.state_dict()) == before, "a copy changed the model that it was made of"
 

@@ -110,7 +110,6 @@ class Truth:
 
     @property
     def is_random(self) -> bool:
-        """Whether the output depends on dropout."""
         return self.training and any(each.options["dropout"] for each in self.on_top.values())
 
     def arguments(self) -> tuple[Tensor, ...]:
@@ -130,7 +129,6 @@ class Truth:
         return self.unmerged() | (self.merged or {})
 
     def settle(self) -> None:
-        """Give what the model has now its dtype, as installing and ``to`` do."""
         for name in self.own.keys() - self.installed.keys() - (self.merged or {}).keys():
             self.own[name] = self.own[name].to(self.dtype)
         for name, (adapter, value) in self.installed.items():
@@ -146,7 +144,7 @@ class Truth:
             for weight in self.acted_on(adapter):
                 delta = adapter.update(weight, values[name][weight.fqn] if values else None)
                 placed = weight.placed(delta, self.own[weight.name]) * adapter.factor_of(weight)
-                total[weight.name] = total[weight.name] + placed if weight.name in total else placed
+                total[weight.name] = placed + total.get(weight.name, 0)
         return total
 
     def merging(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -184,9 +182,8 @@ class Truth:
         for name, adapter in on_top.items():
             for weight in self.acted_on(adapter) if adapter.trains else ():
                 leaves |= zip(diagonal_names(weight.name, name), values[name][weight.fqn], strict=True)
-        if not leaves:
-            return {}
-        found = torch.autograd.grad(self.output(parameters).square().sum(), list(leaves.values()), allow_unused=True)
+        loss = self.output(parameters).square().sum()
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if leaves else ()
         return {name: grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
 
     def state(self) -> dict[str, Tensor]:
@@ -212,7 +209,6 @@ class Truth:
     # what the verbs do
 
     def add(self, name: str, adapter: Adapter, *, is_active: bool) -> None:
-        """Add an adapter, as the only active one if it is active."""
         if is_active:
             self.activate({name: 1.0} if name in self.adapters else {})
             adapter.factor = 1.0
