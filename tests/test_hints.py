@@ -37,12 +37,8 @@ STRANGE_PATHS = path(lambda _: b"x"), path(lambda _: 1 / 0)  # of bytes, and who
 EVERY_NO_PATH: tuple[Any, ...] = (*NO_PATHS, b"bytes", ["a"], "", *STRANGE_PATHS, 10**5000, "a" * 300 + "/b")
 NO_NUMBERS: tuple[Any, ...] = ("a", True, float("nan"), float("inf"), 10**400, None)
 
-files = randlora.files
-FUNCTIONS: dict[str, Callable[..., object]] = {
-    "load": randlora.load,
-    "save": randlora.save,
-    **{name: getattr(files, name) for name in ("plan", "inspect", "verify", "convert", "merge")},
-}
+FUNCTIONS: dict[str, Callable[..., object]] = {"load": randlora.load, "save": randlora.save}
+FUNCTIONS |= {name: getattr(randlora.files, name) for name in ("plan", "inspect", "verify", "convert", "merge")}
 VALUES: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
     (EVERY_NO_PATH, ("load source", "plan directory")),
     (NO_PATHS, ("save directory", "inspect directory", "convert out", "merge out")),
@@ -94,7 +90,7 @@ def test_a_bad_argument_is_our_error_and_nothing_is_written(name: str, places: P
             assert len(str(caught.value)) < 1500
     for factor in NO_NUMBERS:
         with pytest.raises(RandLoRAError):
-            files.merge({places / "ours": factor}, places / "out", base=places / "base")
+            randlora.files.merge({places / "ours": factor}, places / "out", base=places / "base")
     assert contents(places) == before
 
 

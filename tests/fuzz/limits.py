@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Never, TypeVar
 
 from randlora.errors import RandLoRAError
@@ -18,8 +17,6 @@ from tests.torture.faults import NAMES
 Result = TypeVar("Result")
 
 MIB = 2**20
-WAITING = 15
-"""How much longer than its time of the processor a call may take, as one that waits for a pipe would for ever."""
 
 
 class Violation(BaseException):  # no `except Exception` of the code under test may catch it
@@ -38,26 +35,21 @@ def outcome(call: Callable[..., Result], *args: object) -> Result | RandLoRAErro
 
 @contextmanager
 def bounded(seconds: float, mib: int) -> Iterator[None]:
-    """Raise a `Violation` if the block takes more time of the processor, or waits; refuse it more memory than that."""
+    """Raise a `Violation` if the block takes more time of the processor; refuse it more memory than that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     previous = signal.signal(signal.SIGVTALRM, _late)
-    # the alarm of the clock itself is atheris's
-    waiting = threading.Timer(WAITING * seconds, os.kill, (os.getpid(), signal.SIGVTALRM))
-    waiting.start()
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # what waits for ever is stopped by atheris, or by pytest
     resource.setrlimit(resource.RLIMIT_AS, (held + mib * MIB, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        waiting.cancel()
-        waiting.join()
         signal.signal(signal.SIGVTALRM, previous)
 
 
-def _late(_signal: int, _frame: FrameType | None) -> Never:
+def _late(*_: object) -> Never:
     raise Violation("it took too long")
 
 

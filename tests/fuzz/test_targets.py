@@ -1,7 +1,6 @@
 """No input of the corpus breaks a promise; a target sees a check that is gone, and limits hold."""
 
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 
 from randlora.checkpoint.read import read_adapter
 from randlora.errors import CheckpointError
-from tests.fuzz import limits
 from tests.fuzz.files import CORPUS, laid_out, tree
 from tests.fuzz.limits import Violation, bounded, writing_only
 from tests.fuzz.mutate import parse, reseal, unparse
@@ -49,12 +47,9 @@ def test_a_check_that_is_gone_is_seen_from_the_corpus(
         list(map(TARGETS[name].run, inputs))
 
 
-def test_a_call_that_uses_too_much_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "WAITING", 1)
+def test_a_call_that_uses_too_much_is_stopped() -> None:
     with pytest.raises(Violation), bounded(0.2, 100):
         all(True for _ in iter(int, 1))
-    with pytest.raises(Violation), bounded(0.2, 100):
-        threading.Event().wait(60)
     with pytest.raises(RuntimeError), bounded(0.2, 100):
         torch.empty(2**30)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
