@@ -17,11 +17,7 @@ STANDS_FOR_OTHERS: dict[str, tuple[object, ...]] = {
     "dtype": (torch.float32,),
     "experts": ("each",),
     "form": ("dense", "block(2,4)", "NF4"),
-    "grad": (True,),
     "implementation": ("eager", "grouped_mm"),
-    "is_disabled": (False,),
-    "is_ejected_first": (False,),
-    "is_reentrant": (False,),
     "is_sharded": (False,),
     "kind": (
         *("Linear", "NF4-double"),
@@ -36,7 +32,6 @@ STANDS_FOR_OTHERS: dict[str, tuple[object, ...]] = {
     "stream": ("portable",),
     "strict": (False,),
     "training": (True,),
-    "when": ("before",),
 }
 """By the name of a parameter the values, or their names, that are the usual ones, or one of each family."""
 

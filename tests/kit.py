@@ -79,7 +79,6 @@ def bits(tensor: Tensor) -> Bits:
 
 
 def all_bits(tensors: Mapping[str, Tensor]) -> dict[str, Bits]:
-    """Apply `bits` to each."""
     return {name: bits(tensor) for name, tensor in tensors.items()}
 
 

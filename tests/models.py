@@ -2,7 +2,7 @@
 
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,20 +39,17 @@ def llama(**sides: Any) -> nn.Module:
 
 
 def gpt2(n_embd: int = 32) -> nn.Module:
-    """Build a GPT-2, whose layers are ``Conv1D``."""
     sizes = {"vocab_size": VOCABULARY, "n_embd": n_embd, "n_layer": 2, "n_head": 4, "n_positions": 64}
     zeros = dict.fromkeys(("bos_token_id", "eos_token_id", "embd_pdrop", "attn_pdrop", "resid_pdrop"), 0)
     return reproducible(lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **zeros)))
 
 
 def bert(**sides: int) -> nn.Module:
-    """Build a BERT that classifies sequences."""
     sides = {**SIDES, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "num_labels": LABELS, **sides}
     return reproducible(lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**sides)))
 
 
 def vit(**sides: int) -> nn.Module:
-    """Build transformers' ViT that classifies images."""
     config = transformers.ViTConfig(image_size=16, patch_size=8, **{"num_labels": LABELS, **SIDES, **sides})
     return reproducible(lambda: transformers.ViTForImageClassification(config))
 
@@ -66,8 +63,6 @@ def library(name: str) -> Any:
 
 
 def torchvision_vit() -> nn.Module:
-    """Build torchvision's ViT, whose attention is an `nn.MultiheadAttention`."""
-
     def build() -> Any:
         sizes = {"num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 48, "num_classes": LABELS}
         model = library("torchvision").models.VisionTransformer(image_size=16, patch_size=8, **sizes)
@@ -78,46 +73,35 @@ def torchvision_vit() -> nn.Module:
 
 
 def clip() -> nn.Module:
-    """Build a CLIP of open_clip."""
     text = {"context_length": 8, "vocab_size": 40, "width": 24, "heads": 2, "layers": 2}
     vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
     return reproducible(lambda: library("open_clip").CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text))
 
 
 def tokens() -> dict[str, Tensor]:
-    """Make a batch of two sequences of six tokens."""
     return {"input_ids": _drawn(lambda: torch.randint(0, VOCABULARY, (2, 6)))}
 
 
 def pixels() -> dict[str, Tensor]:
-    """Make a batch of two images."""
     return {"pixel_values": _drawn(lambda: torch.randn(2, 3, 16, 16))}
-
-
-def image() -> dict[str, Tensor]:
-    """Make the same batch under torchvision's name."""
-    return {"x": pixels()["pixel_values"]}
 
 
 LLAMA = RealModel("llama", llama, tokens, ("q_proj", "v_proj", "up_proj", "down_proj"))
 GPT2 = RealModel("gpt2", gpt2, tokens, ("c_attn", "c_fc", "c_proj"))
 BERT = RealModel("bert", bert, tokens, ("query", "value", "dense"))
 VIT = RealModel("vit", vit, pixels, ("q_proj", "v_proj", "fc1", "fc2"))
-TORCHVISION_VIT = RealModel("torchvision-vit", torchvision_vit, image, ("0", "3"))
+TORCHVISION_VIT = RealModel("torchvision-vit", torchvision_vit, lambda: {"x": pixels()["pixel_values"]}, ("0", "3"))
 TRANSFORMERS_MODELS = (LLAMA, GPT2, BERT, VIT)
 
-
-def every(models: Sequence[RealModel]) -> pytest.MarkDecorator:
-    """Parametrize over models: over the first two, whose layers are of every shape and form, in the quick run too."""
-    further = [pytest.param(kind, marks=pytest.mark.medium) for kind in models[2:]]
-    return pytest.mark.parametrize("kind", [*models[:2], *further], ids=lambda kind: kind.name)
-
-
-every_transformers_model = every(TRANSFORMERS_MODELS)
+every_transformers_model = pytest.mark.parametrize(
+    "kind",
+    # the layers of the first two are of every shape and form
+    [LLAMA, GPT2, *(pytest.param(kind, marks=pytest.mark.medium) for kind in (BERT, VIT))],
+    ids=lambda kind: kind.name,
+)
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Run a model without gradients and return its logits."""
     with torch.no_grad():
         return logits(model(**inputs))
 

@@ -31,7 +31,8 @@ X = torch.linspace(-1, 1, 24).view(3, 8)
 
 
 def model_with(*names: str, **options: Any) -> nn.Sequential:
-    """Make a model with filled adapters of one spec; the last is active."""
+    """Make a model with filled adapters of one spec, whose bases nothing has written out yet; the last is active."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
     for seed, name in enumerate(names):
         randlora.inject(model, **{"r": 4, "targets": "all-linear", "name": name, "trainable": True, **options})
@@ -144,6 +145,8 @@ def test_a_replaced_parameter_is_read_at_once() -> None:
     for replace, graphs in (
         (lambda: setattr(values, "b", new()), 1),
         (lambda: values._parameters.update(b=new()), 1),
+        (lambda: values._parameters.__ior__({"b": new()}), 1),
+        (lambda: (dict.pop(values._parameters, "b"), values._parameters.setdefault("b", new())), 1),
         (lambda: (values.pop("b"), values.__setitem__("b", new())), 1),
         (lambda: model.load_state_dict(others(), assign=True), 1),
         (lambda: model.double().float().get_parameter("0.randlora_lambda.b").data.add_(1), 1),
@@ -189,7 +192,7 @@ def test_functional_calls_read_what_they_are_given() -> None:
         outputs = call(model, {name: lam}, (X,)), call(compiled, {f"_orig_mod.{name}": lam}, (X,)), inside(lam)
         expected, *found = ((output.detach(), *torch.autograd.grad(output.sum(), lam)) for output in outputs)
         for each in found:
-            torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(each, expected, rtol=1e-3, atol=1e-4)
         assert model.get_parameter(name) is own
         run.graphs()
 
@@ -222,7 +225,7 @@ def test_bases_that_grow_are_released_or_of_another_seed_leave_programs_right() 
 
 class Block(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = x + super().forward(x)
+        output: Tensor = x + super().forward(x)  # type: ignore[no-untyped-call]
         return output
 
 
@@ -254,14 +257,6 @@ def test_blocks_compiled_one_by_one_take_as_many_graphs_as_plain_ones_and_checkp
 # Tracers and exporters
 
 
-def cold_model(**options: Any) -> nn.Module:
-    """Make a filled model whose bases nothing has written out yet."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
-    randlora.inject(model, r=4, targets="all-linear", **options)
-    return fill(model, spread=0.3)
-
-
 def compile_whole(model: nn.Module, x: Tensor) -> Any:
     return torch.compile(model, fullgraph=True, backend="aot_eager")(x)
 
@@ -277,7 +272,7 @@ def trace(model: nn.Module, x: Tensor) -> Any:
     traced: Any = torch.jit.trace(model, (x,))
     outputs, trained = (traced(x), model(x)), [*randlora.trainable_parameters(model)]
     found, expected = (torch.autograd.grad(out.square().sum(), trained, retain_graph=True) for out in outputs)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     return outputs[0]
 
 
@@ -294,8 +289,8 @@ def trace(model: nn.Module, x: Tensor) -> Any:
     ],
 )
 def test_a_tracer_that_comes_first_spoils_no_values(see: Callable[[nn.Module, Tensor], Any], basis: str) -> None:
-    expected = cold_model(basis=basis)(x := torch.randn(3, 8))
-    model = cold_model(basis=basis)
+    expected = model_with("default", basis=basis)(x := torch.randn(3, 8))
+    model = model_with("default", basis=basis)
     assert_close(see(model, x).detach(), expected.detach(), torch.float32)
     assert same_bits(model(x), expected)
     model(x).sum().backward()
@@ -304,7 +299,7 @@ def test_a_tracer_that_comes_first_spoils_no_values(see: Callable[[nn.Module, Te
 
 @pytest.mark.parametrize("basis", ["dense", "block"])
 def test_a_transform_that_comes_first_spoils_no_bases_for_the_next(basis: str) -> None:
-    model = pickle.loads(pickle.dumps(cold_model(basis=basis)))  # a pickle holds no bases that a seed brings back
+    model = pickle.loads(pickle.dumps(model_with("default", basis=basis)))  # without bases that a seed brings back
     lam, x = model.get_parameter("0.randlora_lambda.default").detach(), torch.randn(3, 8)
 
     def loss(lam: Tensor) -> Tensor:
@@ -315,9 +310,7 @@ def test_a_transform_that_comes_first_spoils_no_bases_for_the_next(basis: str) -
     assert model(x).requires_grad
 
 
-@pytest.mark.parametrize(
-    ("basis", "dynamic", "most"), [("dense", None, 2), ("block", True, 1)], ids=["automatic", "dynamic"]
-)
+@pytest.mark.parametrize(("basis", "dynamic", "most"), [("dense", None, 2), ("block", True, 1)])
 def test_the_number_of_tokens_is_no_condition_of_a_graph(basis: Any, dynamic: bool | None, most: int) -> None:
     """The first number is taken for a constant unless told otherwise; every other shares one graph.
 
@@ -344,16 +337,13 @@ def test_a_wrapper_is_not_adapted_under_the_names_it_gives(wrap: Callable[[nn.Mo
 
 # Programs exported from adapted models, run by other runtimes: packages of AOTInductor, and ONNX
 
-DYNAMIC = ({0: torch.export.Dim("tokens", min=2, max=64)},)
-
 
 @needs_export
-@pytest.mark.parametrize(
-    ("options", "strict"), [({}, False), ({"basis": "block"}, True)], ids=["dense", "block, strict"]
-)
+@pytest.mark.parametrize(("options", "strict"), [({}, False), ({"basis": "block"}, True)], ids=["dense", "block"])
 def test_a_program_of_any_number_of_tokens_is_saved_loaded_and_trained(options: dict[str, Any], strict: bool) -> None:
-    model, whole, file = cold_model(**options), cold_model(**options), io.BytesIO()
-    torch.export.save(torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=DYNAMIC, strict=strict), file)
+    model, whole, file = model_with("default", **options), model_with("default", **options), io.BytesIO()
+    sizes = ({0: torch.export.Dim("tokens", min=2, max=64)},)
+    torch.export.save(torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=sizes, strict=strict), file)
     file.seek(0)
     loaded = torch.export.load(file).module()
     for tokens in (2, 64):
@@ -365,7 +355,7 @@ def test_a_program_of_any_number_of_tokens_is_saved_loaded_and_trained(options: 
     program = torch.export.export(model, (x,)).module()
     found = torch.autograd.grad(program(x).square().sum(), [program.get_parameter(name) for name in trained])
     expected = torch.autograd.grad(model(x).square().sum(), [*trained.values()])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @needs_export
@@ -374,7 +364,7 @@ def test_a_block_of_the_page_computes_the_same(block: str, tmp_path: Path, monke
     for name in ("onnxruntime", "onnxscript") if block == "torch.onnx" else ():
         pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)
-    model, x = cold_model(basis="block"), torch.randn(3, 8)
+    model, x = model_with("default", basis="block"), torch.randn(3, 8)
     exec(snippet("compiling.md", block), found := {"torch": torch, "model": model, "x": x})
     assert_close(torch.as_tensor(found["output"]), model(x), torch.float32)
     for x in (torch.randn(2, 8), torch.randn(7, 8)) if block == "aoti" else ():

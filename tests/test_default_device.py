@@ -70,7 +70,8 @@ def story(model: nn.Module, at: Path) -> dict[str, Callable[[], Any]]:
         "eject": lambda: randlora.eject(model),
         "pool": lambda: inside(model, serving.AdapterPool(model, every, max_loaded=1).using(["a"] * len(TOKENS))),
         "load_all": lambda: (randlora.eject(model), randlora.load_all(model, every)),
-        "merge": lambda: (randlora.remove(model, "b"), randlora.merge(model)),
+        "remove": lambda: randlora.remove(model, "b"),
+        "merge": lambda: randlora.merge(model),
     }
 
 
@@ -110,8 +111,8 @@ def told(at: Path, device: str | None, dtype: torch.dtype) -> dict[str, Any]:
         randlora.inject(model, r=4, name=name, targets=["q", "up", "down"], basis="block", dropout=0.1)
         fill(model, name, seed=ord(name))
     save_model(LLAMA, at / "base")
-    for name, options in (("adapter", {}), ("q_proj", {"targets": ["q_proj"]}), ("up_proj", {"targets": ["up_proj"]})):
-        save_adapter(LLAMA, at / name, stream="portable", **options)
+    for name, targets in (("adapter", [*LLAMA.targets]), ("q_proj", ["q_proj"]), ("up_proj", ["up_proj"])):
+        save_adapter(LLAMA, at / name, stream="portable", targets=targets)
     found: dict[str, Any] = {}
     for verb, call in story(model, at).items():
         if device and verb == "load_model":

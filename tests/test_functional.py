@@ -237,7 +237,8 @@ def test_forward_mode_is_right_where_no_gradient_is_wanted_and_refused_elsewhere
 # What is kept for backward, how large temporaries are, and how many products there are
 
 
-def kept_by(run: Callable[[], Any]) -> list[Tensor]:
+def kept_by(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Run forward; return the output, and what autograd keeps."""
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -245,8 +246,7 @@ def kept_by(run: Callable[[], Any]) -> list[Tensor]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run()
-    return kept
+        return run(), kept
 
 
 def storages(tensors: Iterable[Tensor]) -> set[int]:
@@ -294,14 +294,10 @@ def test_backward_keeps_inputs_and_makes_nothing_larger(form: str, compute: Comp
     """PEFT keeps ``min_dim²`` numbers a layer beside it."""
     made, x, weight = trained(form, shape, tokens)
     given = storages((x, weight, *made.diagonals[:2]))
-    outputs: list[Tensor] = []
-
-    def forward() -> None:
-        outputs.append(adapted_linear(x, made.pair, made.diagonals, weight=weight, compute=compute))
-
     with Watch() as watch:
-        kept = kept_by(forward)
-        outputs[0].sum().backward()
+        run = partial(adapted_linear, x, made.pair, made.diagonals, weight=weight, compute=compute)
+        output, kept = kept_by(run)
+        output.sum().backward()
     assert storages(kept) == given
     if form != "block(3,1)":  # whose blocks are filled up to a multiple of three
         assert watch.entries <= max(weight.numel(), tokens * max(shape))
@@ -310,22 +306,20 @@ def test_backward_keeps_inputs_and_makes_nothing_larger(form: str, compute: Comp
 @every_form
 def test_of_updates_and_rows_the_diagonals_and_indices_alone_are_kept_and_nothing_without_gradients(form: str) -> None:
     made, x, weight = trained(form, (24, 24), 7)
-    given, outputs = storages(made.diagonals[:2]), []
+    run, diagonals = partial(adapted_linear, x, made.pair, made.diagonals, weight=weight), made.diagonals[:2]
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            assert kept_by(lambda: adapted_linear(x, made.pair, made.diagonals, weight=weight)) == []
-    assert storages(kept_by(lambda: delta_weight(made.pair, made.diagonals, is_wide=True))) == given
-    made.diagonals.lam.requires_grad_(False), made.diagonals.gamma.requires_grad_(False)
-    assert not storages([x]) & storages(kept_by(lambda: adapted_linear(x, made.pair, made.diagonals, weight=weight)))
+            assert kept_by(run)[1] == []
+    kept = kept_by(lambda: delta_weight(made.pair, made.diagonals, is_wide=True))[1]
+    assert storages(kept) == storages(diagonals)
+    for part in diagonals:
+        part.requires_grad_(False)
+    assert not storages([x]) & storages(kept_by(run)[1])
     table, ids = trained(form, (400, 8), 1)[0], torch.tensor([[7, 399, 7], [0, 12, 7]])
-
-    def forward() -> None:
-        outputs.append(update_rows(ids, table.pair, table.diagonals, num_rows=400, is_wide=True))
-
     with Watch() as before:
-        kept = kept_by(forward)
+        rows, kept = kept_by(lambda: update_rows(ids, table.pair, table.diagonals, num_rows=400, is_wide=True))
     with Watch() as backward:
-        outputs[0].sum().backward()
+        rows.sum().backward()
     assert all(0 < watch.entries < 400 for watch in (before, backward)), "a tensor of the size of the table"
     given = storages(table.diagonals[:2])
     assert given <= storages(kept) <= given | storages(tensor for tensor in kept if not tensor.is_floating_point())
@@ -357,33 +351,31 @@ def test_a_weight_written_out_is_gone_before_its_gradient_comes(form: str, compu
         torch.testing.assert_close(last[0], weight + update)
 
 
-@pytest.mark.parametrize(
-    ("form", "compute", "shape", "needs", "expected"),
-    [
-        # 2·(base twice, each factor in forward, input gradient and that of Λ and Γ: 6 less the one shared)
-        ("dense", "factored", (32, 32), "all", lambda t: 2 * t * 32 * 32 * (2 + 5)),
-        # forward, input gradient, weight gradient; the update twice and its gradient
-        ("dense", "materialized", (32, 32), "all", lambda t: 2 * t * 32 * 32 * 3 + 2 * 32**3 * 3),
-        ("block(2,4)", "factored", (32, 32), "all", lambda t: 2 * t * 32 * 32 * (2 + 3 / 2 + 2 / 4)),
-        ("block(2,4)", "materialized", (32, 32), "all", lambda t: 2 * t * 32 * 32 * 3 + 2 * 32**3 * 3 / 8),
-        # without a weight: two products in forward, two for the input, two for Λ and Γ
-        *(
-            ("dense", "factored", shape, needs, lambda t: 2 * t * 20 * (20 + 28) * 2)
-            for shape in ((20, 28), (28, 20))
-            for needs in ("input", "diagonals")
-        ),
-    ],
-)
-def test_a_step_makes_the_products_that_the_cost_model_says_for_what_is_asked_and_no_more(
-    form: str, compute: Compute, shape: Shape, needs: str, expected: Callable[[int], float]
+PASS, FORMED = 2 * 10 * 32 * 32, 2 * 32**3  # of ten tokens through a weight, and of the bases to an update
+PRODUCTS: list[tuple[str, Compute, Shape, str, float]] = [
+    # base twice, each factor in forward, input gradient and that of Λ and Γ: 6 less the one shared
+    ("dense", "factored", (32, 32), "all", PASS * (2 + 5)),
+    # forward, input gradient, weight gradient; the update twice and its gradient
+    ("dense", "materialized", (32, 32), "all", PASS * 3 + FORMED * 3),
+    ("block(2,4)", "factored", (32, 32), "all", PASS * (2 + 3 / 2 + 2 / 4)),
+    ("block(2,4)", "materialized", (32, 32), "all", PASS * 3 + FORMED * 3 / 8),
+    # without a weight: two products in forward, two for the input, two for Λ and Γ
+    *(("dense", "factored", (20, 28), needs, 2 * 10 * 20 * (20 + 28) * 2) for needs in ("input", "diagonals")),
+    *(("dense", "factored", (28, 20), needs, 2 * 10 * 20 * (20 + 28) * 2) for needs in ("input", "diagonals")),
+]
+
+
+@pytest.mark.parametrize(("form", "compute", "shape", "needs", "expected"), PRODUCTS)
+def test_a_step_makes_the_products_that_the_cost_model_says_and_no_more(
+    form: str, compute: Compute, shape: Shape, needs: str, expected: float
 ) -> None:
-    made, x, weight = trained(form, shape, tokens := 10)
+    made, x, weight = trained(form, shape, 10)
     for tensor in (x,) if needs == "diagonals" else made.diagonals[:2] if needs == "input" else ():
         tensor.requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
         base = weight if needs == "all" else None
         adapted_linear(x, made.pair, made.diagonals, weight=base, compute=compute).sum().backward()
-    assert counter.get_total_flops() == expected(tokens)
+    assert counter.get_total_flops() == expected
     assert [each.grad is not None for each in (x, made.diagonals.lam)] == [needs != "diagonals", needs != "input"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.ao import quantization
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,8 +24,8 @@ from randlora.layers.linear import LinearAdapter
 from randlora.layers.scopes import begin_call, end_call
 from randlora.model.install import check_call
 from randlora.offloaded import require_merged_weights
+from randlora.readers.read_weight import ReadWeight
 from tests.distributed.processes import Processes
-from tests.in_place_models import Reading, X, adapt, given, of_kind, register
 from tests.kit import all_bits, fill, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind
@@ -34,6 +34,76 @@ from tests.models import LLAMA, outputs
 HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith("_hooks") or "_hooks_with" in name]
 OURS = frozenset({check_call, begin_call, end_call, require_merged_weights})
 ROOT = Path(__file__).parent.parent
+X = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+
+
+class Tables(nn.Module):
+    """Two weights on one owner, whose own forward reads both; the second is stored ``(in_features, out_features)``."""
+
+    def __init__(self, in_features: int = 12, out_features: int = 20, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(out_features, in_features, dtype=dtype) * 0.3)
+        self.turned = nn.Parameter(torch.randn(out_features, in_features, dtype=dtype) * 0.3)
+        self.scale = nn.Parameter(torch.ones(in_features, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = torch.tanh(x @ self.table.T) @ self.turned * self.scale
+        return output
+
+
+class TableReader(ReadWeight):
+    attribute = "table"
+
+    @staticmethod
+    def features(owner: nn.Module) -> tuple[int, int]:
+        out_features, in_features = owner._parameters["table"].shape  # type: ignore[union-attr]
+        return in_features, out_features
+
+    @staticmethod
+    def in_storage_layout(delta: Tensor) -> Tensor:
+        return delta
+
+
+class TurnedReader(TableReader):
+    attribute = "turned"
+    features = staticmethod(lambda owner: tuple(owner._parameters["turned"].shape))
+    in_storage_layout = staticmethod(lambda delta: delta.T)
+
+
+class Reading(nn.Module):
+    """A parent that reads its child's weights and never calls the child, then a layer and the child itself."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.read = Tables(dtype=dtype)
+        self.called = Tables(dtype=dtype)
+        self.linear = nn.Linear(12, 12, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(x @ self.read.table.T) @ self.read.turned
+        output: Tensor = self.linear(self.called(x))
+        return output
+
+
+def register(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the weights of `Tables` be adapted until the test is over."""
+    monkeypatch.setattr(registry, "_readers", dict(registry._readers))
+    randlora.layers.register_layer(Tables)(TableReader)
+    randlora.layers.register_layer(Tables)(TurnedReader)
+
+
+def of_kind(kind: LayerKind) -> nn.Sequential:
+    layer, dtype = kind.build(12, 12, True, kind.exact), kind.exact
+    return nn.Sequential(layer, nn.Sequential(layer, nn.LayerNorm(12, dtype=dtype)), kind.build(12, 20, True, dtype))
+
+
+def adapt(model: nn.Module) -> nn.Module:
+    randlora.inject(model, r=3, targets="all-linear", stream="portable")
+    return fill(model)
+
+
+def given(kind: LayerKind) -> Tensor:
+    return X.to(kind.exact)
 
 
 def objects(model: nn.Module) -> dict[str, Any]:
@@ -161,7 +231,7 @@ def routed() -> None:
             before = model(x)
             for name, value in model.named_parameters():
                 if name.endswith("lambda.b"):
-                    value.to_local().mul_(-3)  # type: ignore[operator]
+                    value.to_local().mul_(-3)  # type: ignore[attr-defined]
             after = model(x)
         randlora.activate(model, "b")
         torch.testing.assert_close(after[1], model(x)[1])
@@ -187,10 +257,7 @@ class Final(nn.Linear):
 
 
 class Scripted(LinearAdapter):
-    @staticmethod
-    def features(owner: nn.Module) -> tuple[int, int]:
-        out_features, in_features = owner.get_parameter("weight").shape
-        return in_features, out_features
+    features = staticmethod(lambda _: (12, 12))  # type: ignore[assignment]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch.ao and torch.jit warn of all
@@ -234,15 +301,12 @@ def test_a_class_changed_on_top_stops_eject_and_remove(change: str) -> None:
         assert_close(model(x), expected, torch.float64)
 
 
-def test_what_version_0_1_pickled_whole_is_refused_in_words() -> None:
-    """Its adapted layers had a hook, which the pickle names."""
+def test_what_version_0_1_wrote_is_refused_in_words_that_say_how_to_mend_it() -> None:
+    """Its adapted layers had a hook, which the pickle of a whole model names."""
     with pytest.raises(CheckpointError, match=r"a whole model, pickled by randlora 0\.1, .* save the adapter with"):
         pickle.loads(b"crandlora.layers.base\n_decline_fast_paths\n.")
     with pytest.raises(AttributeError, match="nothing"):
         pickle.loads(b"crandlora.layers.base\nnothing\n.")
-
-
-def test_a_state_dict_of_version_0_1_is_refused_in_words_that_say_how_to_mend_it() -> None:
     model, other = (nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2))
     for each in (model, other):
         randlora.inject(each, r=4, targets=["0"])

@@ -283,11 +283,8 @@ def test_an_entry_of_its_own_comes_before_its_parents(entry: Any) -> None:
 
 def test_a_refused_kind_is_refused_by_name_and_skipped_by_all_linear() -> None:
     registry.refuse_layer(Renamed, "it is of no use: exclude it")
-    model = nn.ModuleDict({
-        "refused": Renamed(8, 8),
-        "linear": nn.Linear(8, 8),
-        "own": DeepseekV4GroupedLinear(8, 16, 4),
-    })
+    layers = {"refused": Renamed(8, 8), "linear": nn.Linear(8, 8), "own": DeepseekV4GroupedLinear(8, 16, 4)}
+    model = nn.ModuleDict(layers)
     report = randlora.plan(model, r=2, targets="all-linear")
     assert (report.targets, report.skipped["refused"]) == (("linear",), "it is of no use: exclude it")
     for fqn, message in (("refused", r"\(Renamed\) .*: it is of no use"), ("own", "Grouped.*: its forward multiplies")):
@@ -298,8 +295,7 @@ def test_a_refused_kind_is_refused_by_name_and_skipped_by_all_linear() -> None:
 def test_routers_that_choose_experts_are_skipped() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "num_local_experts": 4, "vocab_size": 20, "head_dim": 8}
-    config = transformers.Llama4TextConfig(**sizes, interleave_moe_layer_step=1)
-    model = transformers.Llama4TextModel(config).eval()
+    model = transformers.Llama4TextModel(transformers.Llama4TextConfig(**sizes, interleave_moe_layer_step=1)).eval()
     for rule in ("all", "all-linear"):
         skipped = randlora.plan(model, r=2, targets=rule).skipped
         assert [why for fqn, why in skipped.items() if fqn.endswith("router") and "returns the experts" in why]
@@ -315,8 +311,7 @@ def test_a_forward_that_returns_no_product_is_an_error(what: str, got: str) -> N
             return (output, output) if what == "pair" else output[:, :2]
 
     register_layer(Odd)(LinearAdapter)
-    model = nn.Sequential(Odd(4, 4))
-    randlora.inject(model, r=2, targets=["0"])
+    randlora.inject(model := nn.Sequential(Odd(4, 4)), r=2, targets=["0"])
     message = r"the forward of an adapted Odd must return a tensor of shape \(\.\.\., 4\), .*" + got
     with pytest.raises(TypeError, match=message + ".*randlora.layers.register_layer"):
         model(torch.randn(3, 4))
@@ -331,7 +326,8 @@ def product(self: Any, x: Tensor) -> Tensor:
 
 def on_instance() -> nn.Module:
     layer = nn.Linear(16, 12)
-    layer.forward = lambda x, own=layer.forward: 1.1 * own(x)  # type: ignore[method-assign]
+    own = layer.forward
+    layer.forward = lambda x: 1.1 * own(x)  # type: ignore[method-assign, assignment]
     return layer
 
 

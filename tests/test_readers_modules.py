@@ -25,11 +25,11 @@ from randlora.disk.formats import read_shard
 from randlora.errors import AdapterError, TargetError
 from randlora.layers.scopes import forward_of, in_call, is_in_call
 from randlora.readers.read_weight import EmbeddingAdapter, ReadWeight
-from tests.in_place_models import Reading, TableReader, Tables, register
-from tests.in_place_models import X as ROWS
 from tests.kit import all_bits, fill, read, same_bits, untouched
 from tests.laws import adapted_names, assert_close, needs_compiler
 from tests.models import GPT2, reproducible
+from tests.test_in_place import Reading, TableReader, Tables, register
+from tests.test_in_place import X as ROWS
 
 WEIGHTS = ("read.table", "read.turned", "called.table", "called.turned")
 

@@ -2,6 +2,9 @@
 
 import re
 import shutil
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import randlora
+from randlora.quantized import bnb
+from tests.floors import PYPROJECT, floors
 from tests.pages import ROOT
 from tests.release import changelog
 from tests.release.changelog import pyproject, text_of
@@ -24,25 +29,17 @@ SAFE = {"name": "numpy", "version": "2.0", "vulns": []}
 SKIPPED = {"name": "torch", "skip_reason": "Dependency not found"}
 
 
-def locked() -> list[Requirement]:
-    """Read what the lock file has for this Python and this system."""
-    requirements = [Requirement(entry["requirement"]) for entry in ENTRY.finditer(LOCK.read_text(encoding="utf-8"))]
-    return [each for each in requirements if each.marker is None or each.marker.evaluate()]
-
-
-def test_the_lock_is_made_of_versions_with_hashes_and_names_no_place() -> None:
+def test_the_lock_is_made_of_versions_with_hashes_and_has_what_pyproject_asks_for() -> None:
     text = LOCK.read_text(encoding="utf-8")
     assert re.sub(r"#.*\n", "", ENTRY.sub("", text)) == ""
-    assert all(re.fullmatch(r"==[\w.]+", str(each.specifier)) and each.url is None for each in locked())
-    assert not re.search(r"://|--(extra-)?index|--find-links|@|/", text)
-
-
-def test_the_lock_has_what_pyproject_asks_for() -> None:
-    table, found = pyproject(), locked()
+    assert not re.search(r"://|--(extra-)?index|--find-links|@|/", text), "it names no place"
+    found = [Requirement(entry["requirement"]) for entry in ENTRY.finditer(text)]
+    assert all(re.fullmatch(r"==[\w.]+", str(each.specifier)) and each.url is None for each in found)
+    here, table = [each for each in found if each.marker is None or each.marker.evaluate()], pyproject()
     lists = [table["project"]["dependencies"], *table["project"]["optional-dependencies"].values()]
     lists += [build_requirements(), *(table["dependency-groups"][group] for group in GROUPS)]
     for wanted in (Requirement(text) for some in lists for text in some):
-        own = [each for each in found if canonicalize_name(each.name) == canonicalize_name(wanted.name)]
+        own = [each for each in here if canonicalize_name(each.name) == canonicalize_name(wanted.name)]
         versions = [Version(part.version) for each in own for part in each.specifier]
         assert [version in wanted.specifier for version in versions] == [True], f"`make lock`: {wanted}"
 
@@ -89,12 +86,7 @@ def test_a_changelog_without_the_version_is_an_error(old: str, new: str, message
         changelog.notes(CHANGES.replace(old, new), "1.0")
 
 
-def test_a_tag_of_another_version_is_an_error() -> None:
-    with pytest.raises(SystemExit, match=r"got v0\.0\.1"):
-        changelog.main("v0.0.1")
-
-
-def test_a_bump_is_all_that_a_release_needs() -> None:
+def test_a_bump_is_all_that_a_release_needs_and_a_tag_of_another_version_is_an_error() -> None:
     files = {name: text_of(name) for name in changelog.FILES}
     change = "## [Unreleased]\n\n### Fixed\n- A fault.\n\n"  # just after a release there is none
     files["CHANGELOG.md"] = files["CHANGELOG.md"].replace("## [Unreleased]\n\n", change)
@@ -105,6 +97,8 @@ def test_a_bump_is_all_that_a_release_needs() -> None:
     assert [text.count("987.6") for text in changed.values()] == [1, 1, 1]
     with pytest.raises(ValueError, match="expected one line"):
         changelog.bumped({**files, "CITATION.cff": ""}, "987.6", "2026-01-31")
+    with pytest.raises(SystemExit, match=r"got v0\.0\.1"):
+        changelog.main("v0.0.1")
 
 
 INFO = "randlora-1.0.dist-info/"
@@ -174,18 +168,14 @@ def test_the_citation_is_of_this_version_and_of_the_paper_that_the_readme_cites(
     assert paper["url"] in readme
 
 
-def test_actions_are_pinned_and_campaigns_are_targets_of_the_makefile() -> None:
+def test_workflows_pin_actions_run_targets_of_the_makefile_and_may_do_nothing_else() -> None:
     for path in (ROOT / ".github/workflows").glob("*.yml"):
         used = re.findall(r"uses: (\S+)@(.*)", path.read_text(encoding="utf-8"))
-        loose = [name for name, version in used if not re.fullmatch(r"[0-9a-f]{40} # v\d+\.\d+\.\d+", version)]
         assert used
-        assert not loose
+        assert not [name for name, version in used if not re.fullmatch(r"[0-9a-f]{40} # v\d+\.\d+\.\d+", version)]
     jobs = yaml.safe_load(text_of(".github/workflows/campaigns.yml"))["jobs"]
     targets = re.findall(r"^([\w-]+):", text_of("Makefile"), flags=re.MULTILINE)
     assert {*jobs["campaign"]["strategy"]["matrix"]["target"]} <= {*targets}
-
-
-def test_a_workflow_may_do_nothing_that_a_job_does_not_ask_for() -> None:
     release = yaml.safe_load(text_of(".github/workflows/release.yml"))
     assert release["permissions"] == {}
     assert {name: (job["permissions"], job.get("environment")) for name, job in release["jobs"].items()} == {
@@ -193,3 +183,20 @@ def test_a_workflow_may_do_nothing_that_a_job_does_not_ask_for() -> None:
         "publish": ({"attestations": "write", "contents": "read", "id-token": "write"}, "pypi"),
         "announce": ({"contents": "write"}, None),
     }
+
+
+def test_the_script_pins_every_floor_and_what_is_installed_is_not_older() -> None:
+    command = [sys.executable, str(PYPROJECT.parent / "tests" / "floors.py")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert dict(line.split("==") for line in printed.splitlines()) == floors()
+    assert {"torch", "safetensors", "numpy"} < set(floors())
+    assert [name for name, floor in floors().items() if Version(version(name)) < Version(floor)] == []
+    assert Version(floors()["bitsandbytes"]).release == bnb.OLDEST
+
+
+@pytest.mark.parametrize("requirement", ["torch", "torch==2.6", "torch>=2.6,<3", "torch>=2.6; python_version > '3'"])
+def test_a_bound_of_another_form_is_refused(requirement: str, tmp_path: Path) -> None:
+    pyproject = tmp_path / "pyproject.toml"
+    pyproject.write_text(f'[project]\ndependencies = ["{requirement}"]\noptional-dependencies = {{}}\n')
+    with pytest.raises(ValueError, match="expected a name, >= and a version"):
+        floors(pyproject)

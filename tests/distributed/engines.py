@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.trained import Drawn, Net, gathered, optimizer_of
+from tests.distributed.trained import Net, gathered, optimizer_of
 
 LACKING = "DeepSpeed is not installed"
 has_deepspeed = sys.platform.startswith("linux") and importlib.util.find_spec("deepspeed") is not None
@@ -54,7 +54,6 @@ def deepspeed() -> Any:
 
 
 def config(stage: str, **options: Any) -> dict[str, Any]:
-    """Return a config that does not clip gradients."""
     return {
         "train_micro_batch_size_per_gpu": 3,
         "gradient_clipping": 0.0,
@@ -147,6 +146,7 @@ class Engine:
         is_split: Whether each process computes a part of a merged weight, which may round otherwise than all of it.
         has_copies: Whether each process has a copy of the model.
         within: How far values and losses may be from those of one process, in float32.
+        in_double: The same of values in float64.
         is_trained: Whether the tests train it.
     """
 
@@ -157,18 +157,13 @@ class Engine:
     has_copies: bool = False
     within: float = 1e-6
     is_trained: bool = True
-
-    def suited(self, drawn: Drawn) -> Drawn:
-        """Return what the engine does of a drawn model."""
-        return replace(drawn, **self.fixed)
+    in_double: float = 1e-12
 
     def whole(self, run: Any) -> AbstractContextManager[object]:
-        """Return the block in which values are whole."""
         is_flattened = isinstance(run, FullyShardedDataParallel)
         return FullyShardedDataParallel.summon_full_params(run) if is_flattened else nullcontext()
 
     def ranks(self) -> range:
-        """Return the numbers of the batches that there are."""
         return range(dist.get_world_size() // self.sharing)
 
 

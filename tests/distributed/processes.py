@@ -75,7 +75,6 @@ class Processes:
         return results
 
     def stop(self) -> None:
-        """Kill the processes."""
         for process, connection in self._running:
             connection.close()
             process.kill()

@@ -18,6 +18,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import randlora
+from tests.distributed.engines import trained, zero
 from tests.distributed.processes import LAW, in_two, on_all
 from tests.distributed.trained import (
     Drawn,
@@ -26,7 +27,6 @@ from tests.distributed.trained import (
     drawn_models,
     optimizer_of,
     require_equal_on_ranks,
-    trained_alone,
     values,
 )
 
@@ -39,16 +39,6 @@ def train_step(ddp: Callable[..., Tensor], optimizer: torch.optim.Optimizer, ste
     optimizer.zero_grad()
     DRAWN.loss(ddp(*DRAWN.batch(dist.get_rank(), step)), 0).backward()
     optimizer.step()
-
-
-def test_a_compiled_wrapper_trains() -> None:
-    model, one = DRAWN.adapted(), DRAWN.adapted()
-    compiled, optimizer = torch.compile(DistributedDataParallel(model), backend="aot_eager"), optimizer_of(model)
-    for step in range(3):
-        train_step(compiled, optimizer, step)
-    require_equal_on_ranks(values(model))
-    trained_alone(one, DRAWN, range(2))
-    assert distance(values(model), values(one)) <= 1e-6
 
 
 @LAW
@@ -99,7 +89,6 @@ def test_processes_with_uneven_inputs_stay_equal() -> None:
 
 
 def warned(call: Callable[[], object]) -> list[str]:
-    """Return the messages that a call warns with."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
@@ -118,28 +107,27 @@ def add(model: nn.Module, name: str, **options: Any) -> None:
     randlora.inject(model, 2, targets=list(DRAWN.targets), name=name, stream="portable", **options)
 
 
-def second_adapter(model: nn.Module, place: Path, how: str) -> Callable[[], object]:
-    """Return a call that has the model train another adapter than before."""
-    if how == "set_trainable":
-        add(model, "second", active=True)
-        return lambda: randlora.set_trainable(model, "second")
-    if how == "train_also":  # whose copies are not in the model before they are active
-        add(model, "second", train_also=["norm"], trainable=True)
-        return lambda: randlora.activate(model, "second")
-    if how == "inject":
-        return lambda: add(model, "second", active=True, trainable=True)
-    return lambda: randlora.load(model, place, name="second", active=True, trainable=True)
+HOW: dict[str, Callable[[Any, Path], object]] = {
+    "set_trainable": lambda model, _: randlora.set_trainable(model, "second"),
+    "train_also": lambda model, _: randlora.activate(model, "second"),
+    "inject": lambda model, _: add(model, "second", active=True, trainable=True),
+    "load": lambda model, place: randlora.load(model, place, name="second", active=True, trainable=True),
+}
+"""Calls that have a model train another adapter than before."""
 
 
-@pytest.mark.parametrize("how", ["set_trainable", "train_also", "inject", "load"])
+@pytest.mark.parametrize("how", HOW)
 def test_training_another_adapter_in_a_wrapped_model_warns(tmp_path: Path, how: str) -> None:
     model = DRAWN.adapted()
     if dist.get_rank() == 0:  # which is enough
         randlora.save(model, tmp_path / "adapter")
     dist.barrier()
-    change = second_adapter(model, tmp_path / "adapter", how)
+    if how == "set_trainable":
+        add(model, "second", active=True)
+    elif how == "train_also":  # whose copies are not in the model before they are active
+        add(model, "second", train_also=["norm"], trainable=True)
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
-    (message,) = warned(change)
+    (message,) = warned(lambda: HOW[how](model, tmp_path / "adapter"))
     assert "requires grad" in message
     assert "Wrap the model again" in message
     assert differs_after_training(ddp, model)
@@ -174,6 +162,21 @@ def test_what_ddp_averages_was_told_to_ignore_or_is_not_trained_is_not_warned_of
     assert warned(lambda: randlora.set_trainable(composed, "default")) == []
     (message,) = warned(lambda: add(composed, "b", active=True, trainable=True))
     assert ".b" in message
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-2", "ZeRO-3"])
+def test_training_another_adapter_than_an_engine_of_deepspeed_does_warns(engine: str) -> None:
+    model = DRAWN.adapted()
+    add(model, "second")
+    trained(zero(model, engine[-1]), DRAWN, dist.get_rank(), 1)
+    randlora.set_trainable(model, "default")  # which the engine trains
+    changes: list[Callable[[], object]] = [
+        lambda: randlora.set_trainable(model, ["default", "second"]),
+        lambda: add(model, "third", trainable=True),
+    ]
+    for change in changes:
+        with pytest.warns(UserWarning, match="requires grad, and the DeepSpeedEngine around the model was made before"):
+            change()
 
 
 def test_a_warning_that_is_raised_changes_nothing() -> None:

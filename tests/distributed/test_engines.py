@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,34 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import example, given, settings
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.placement_types import _StridedShard
+from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError
-from tests.distributed.engines import ENGINES, IN_FOUR, IN_TWO, Engine, trained
+from tests.distributed.engines import ENGINES, IN_FOUR, IN_TWO, SPLIT, Engine, around, trained, within
 from tests.distributed.processes import LAW, in_four, in_two, on_all
 from tests.distributed.trained import (
+    Block,
     Case,
     Drawn,
+    Made,
+    close,
     distance,
+    drawn,
     drawn_models,
+    filled,
     held,
     require_equal_on_ranks,
     trained_alone,
@@ -28,13 +45,13 @@ from tests.distributed.trained import (
 )
 from tests.kit import all_bits, fill
 from tests.model_directories import contents
+from tests.read_kinds import READ_KINDS, ReadKind, output_of, weighted
 
 SIZE = 1000
 """Bytes of a file of a merged model, which are a few of the tensors."""
 
 
-def as_one_process(engine: Engine, case: Case, place: Path) -> Any:
-    """Assert that an engine does what one process does, but for ends of an adapter; return what is run, and the one."""
+def require_as_one_process(engine: Engine, case: Case, place: Path) -> None:
     one, run = case.adapted(), engine.make(case)
     model = getattr(run, "module", run)
     before = values(one, only_trained=True)
@@ -45,7 +62,8 @@ def as_one_process(engine: Engine, case: Case, place: Path) -> Any:
         torch.testing.assert_close(losses, expected, rtol=engine.within, atol=engine.within)
         found = values(model, only_trained=True)
         require_equal_on_ranks(found)
-        assert distance(found, values(one, only_trained=True)) <= engine.within
+        apart = distance(found, values(one, only_trained=True))
+        assert apart <= engine.within, apart
         assert distance(found, before) > 1e-4, "nothing was trained"
         with torch.no_grad():
             for name, value in found.items():
@@ -54,7 +72,9 @@ def as_one_process(engine: Engine, case: Case, place: Path) -> Any:
         run(*case.batch(0, 9))  # after which the outermost module holds whole parameters
     with engine.whole(run):
         same_files(engine, case, one, run, place)
-    return one, run
+    if engine.is_trained:
+        merge_and_back(engine, case, one, run)
+        switch_and_end(engine, case, one, run)
 
 
 def same_files(engine: Engine, case: Case, one: Any, run: Any, place: Path) -> None:
@@ -67,7 +87,7 @@ def same_files(engine: Engine, case: Case, one: Any, run: Any, place: Path) -> N
     assert [*tensors] == [*entries]
     for name, tensor in entries.items():
         if engine.is_split:
-            close(engine, tensors[name], tensor)
+            alike(engine, tensors[name], tensor)
         else:
             assert all_bits({name: tensors[name]}) == all_bits({name: tensor})
     report = str(randlora.files.save_merged(run, place / "out", max_shard_size=SIZE))
@@ -91,28 +111,31 @@ def merge_and_back(engine: Engine, case: Case, one: Any, run: Any) -> None:
     """Compare updates and merged models, and find that every bit of this process is restored."""
     model, inputs = getattr(run, "module", run), case.batch(dist.get_rank() // engine.sharing, 9)
     output, kept = run(*inputs).detach(), held(model)
-    close(engine, output, one(*inputs))
+    alike(engine, output, one(*inputs))
     for fqn in randlora.adapters(one)[0].options:
-        close(engine, randlora.delta_weight(model, fqn), randlora.delta_weight(one, fqn))
-    with torch.no_grad(), randlora.merged(one):
-        expected = one(*inputs)
+        alike(engine, randlora.delta_weight(model, fqn), randlora.delta_weight(one, fqn))
+    with torch.no_grad():
+        norms, expected_norms = randlora.update_norms(model), randlora.update_norms(one)
+        assert norms.keys() == expected_norms.keys()
+        for fqn, norm in norms.items():
+            alike(engine, norm, expected_norms[fqn])
+        with randlora.merged(one):
+            expected = one(*inputs)
     with torch.no_grad(), randlora.merged(run):
         assert held(model)  # from which whole parameters are gathered anew
-        close(engine, run(*inputs), expected)
+        alike(engine, run(*inputs), expected)
     assert torch.equal(run(*inputs), output)
     randlora.merge(model, reversible=True)
     assert held(model)
-    close(engine, run(*inputs), expected)
+    alike(engine, run(*inputs), expected)
     randlora.unmerge(model)
     assert all(torch.equal(value, kept[name]) for name, value in held(model).items())
     assert torch.equal(run(*inputs), output)
 
 
-def close(engine: Engine, found: Tensor, expected: Tensor) -> None:
-    """Assert equality but for sums in another order, as a share of the largest value."""
-    within = engine.within if torch.float32 in (found.dtype, expected.dtype) else 1e-12
-    scale = max(1.0, float(expected.detach().abs().max()))
-    torch.testing.assert_close(found.detach(), expected.detach(), rtol=0, atol=within * scale)
+def alike(engine: Engine, found: Tensor, expected: Tensor) -> None:
+    """Assert equality but for sums in another order."""
+    close(found, expected, engine.within if torch.float32 in (found.dtype, expected.dtype) else engine.in_double)
 
 
 def switch_and_end(engine: Engine, case: Case, one: Any, run: Any) -> None:
@@ -131,29 +154,26 @@ def switch_and_end(engine: Engine, case: Case, one: Any, run: Any) -> None:
         randlora.swap(model, changed)
         assert held(model)
         assert own == [*map(id, model.parameters())]
-        close(engine, output := run(*inputs).detach(), one(*inputs))
+        alike(engine, output := run(*inputs).detach(), one(*inputs))
+        for each in (one, model):
+            randlora.inject(each, name="second", **case.options())
+            randlora.activate(filled(each, "second"), {"default": 0.5, "second": 0.25})
+        alike(engine, run(*inputs), one(*inputs))
+        randlora.activate(model, "default")
     if is_spread and case.train_also:
         for call in (lambda: randlora.activate(model, []), lambda: randlora.disabled(model).__enter__()):
             with pytest.raises(AdapterError, match=r"norm\.\w+ would have to become a different parameter object"):
                 call()
     else:
         with torch.no_grad(), randlora.disabled(model):
-            close(engine, run(*inputs), plain(*inputs))
+            alike(engine, run(*inputs), plain(*inputs))
     assert torch.equal(run(*inputs), output)
     trained(run, case, dist.get_rank() // engine.sharing, 1)
     require_equal_on_ranks(values(model, only_trained=True))
     randlora.eject(model)
     with torch.no_grad():
-        close(engine, run(*inputs), plain(*inputs))
+        alike(engine, run(*inputs), plain(*inputs))
     assert distance(values(model), values(plain)) == 0
-
-
-def require_as_one_process(engine: Engine, case: Case, place: Path) -> None:
-    """Assert all laws of an engine."""
-    models = as_one_process(engine, case, place)
-    if engine.is_trained:
-        merge_and_back(engine, case, *models)
-        switch_and_end(engine, case, *models)
 
 
 @settings(LAW, max_examples=1)
@@ -164,10 +184,218 @@ def require_as_one_process(engine: Engine, case: Case, place: Path) -> None:
 def test_a_model_is_trained_saved_merged_and_ejected_as_in_one_process(
     engine: str, drawn: Drawn, tmp_path: Path
 ) -> None:
-    require_as_one_process(ENGINES[engine], ENGINES[engine].suited(drawn), tmp_path)
+    require_as_one_process(ENGINES[engine], replace(drawn, **ENGINES[engine].fixed), tmp_path)
 
 
 @in_four
 @pytest.mark.parametrize("engine", IN_FOUR)
 def test_a_mesh_of_two_dimensions(engine: str, tmp_path: Path) -> None:
     require_as_one_process(ENGINES[engine], Drawn(train_also=("norm",)), tmp_path)
+
+
+CONV1D = ReadKind("Conv1D", "linear", lambda: Conv1D(20, 12), lambda: (torch.randn(5, 12),), options={"targets": ["0"]})
+KINDS = {kind.name: kind for kind in (*READ_KINDS, CONV1D)}
+
+
+class Run(nn.Module):
+    """Runs the module of a kind, whose names it keeps, through a forward that an engine sees."""
+
+    def __init__(self, kind: ReadKind) -> None:
+        super().__init__()
+        self.add_module("0", kind.model()[0])
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return output_of(self.get_submodule("0")(*args))
+
+
+@in_two
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [
+        ("FSDP2", "Conv1D"),
+        ("FSDP2 first", "Conv2d-groups"),
+        ("FSDP2", "ConvTranspose1d"),
+        ("FSDP2 first", "Embedding-few-rows"),
+        ("FSDP2", "attention-in_proj"),
+        ("FSDP2 first", "attention-in_proj-split"),
+        ("FSDP2", "attention-k_proj"),
+        ("FSDP2 first", "attention-out_proj"),
+        ("FSDP2", "experts-gate_up"),
+        ("FSDP2 first", "experts-down-shared-batched"),
+        ("ZeRO-3", "Conv2d-stride"),
+        ("ZeRO-3", "Embedding"),
+        ("ZeRO-3", "attention-in_proj"),
+        ("ZeRO-3", "attention-out_proj"),
+        ("ZeRO-3, experts", "experts-gate_up"),
+    ],
+)
+def test_each_kind_trains_is_saved_and_merged(engine: str, name: str, tmp_path: Path) -> None:
+    """Each process weights its output otherwise."""
+    kind = KINDS[name]
+    case = Made(
+        lambda: Run(kind),
+        kind.adapter_options,
+        lambda *_: kind.arguments(),
+        measure=lambda output, rank: weighted(output) * (rank + 1) / 50,
+    )
+    require_as_one_process(ENGINES[engine], case, tmp_path)
+
+
+def split_tokens(model: Any) -> Any:
+    plan = {
+        "0": SequenceParallel(),
+        "1.up": ColwiseParallel(input_layouts=Shard(1)),
+        "1.down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+        "1.norm": SequenceParallel(),
+        "2": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(model, mesh, PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1)))
+    parallelize_module(model, mesh, plan)
+    for part in (model[0], model[1].norm):
+        part.requires_grad_(False)  # whose parameters are others then
+    return model
+
+
+@in_two
+@pytest.mark.parametrize(("order", "first"), [(around, ()), (within, ("0",))])
+def test_a_model_whose_tokens_are_split_between_its_layers(order: Any, first: tuple[str, ...], tmp_path: Path) -> None:
+    """The first layer is whole in each process."""
+    case = Made(
+        lambda: nn.Sequential(nn.Linear(6, 8), Block(8, 12), nn.Linear(8, 10, bias=False)),
+        {"r": 4, "targets": [*first, "1.up", "1.down", "2"]},
+        lambda rank, step: (drawn(2, 4, 6, seed=step + rank),),
+    )
+    require_as_one_process(Engine(order(split_tokens), **SPLIT), case, tmp_path)
+
+
+class Gated(nn.Module):
+    """A table, a gated block whose first layer is two matrices one above the other, and a head of two tasks."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.embed, self.gate_up = nn.Embedding(12, 8), nn.Linear(8, 2 * hidden, bias=False)
+        self.down, self.head = nn.Linear(hidden, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Any) -> Any:
+        if not isinstance(weight := self.embed._parameters["weight"], DTensor):
+            gate, up = self.gate_up(self.embed(ids)).chunk(2, -1)
+            return self.head(self.down(torch.relu(gate) * up))
+        mesh = weight.device_mesh
+        gate, up = self.gate_up(self.embed(DTensor.from_local(ids, mesh, [Replicate()]))).to_local().chunk(2, -1)
+        return self.head(self.down(DTensor.from_local(torch.relu(gate) * up, mesh, [Shard(2)]))).full_tensor()
+
+
+def split_in_pieces(model: Any) -> Any:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    placements = {"embed": (0, 2), "gate_up": (0, 2), "down": (1, 1), "head": (1, 2)}
+    for name, (dim, pieces) in placements.items():
+        layer = model.get_submodule(name)
+        placement = _StridedShard(dim, split_factor=pieces) if pieces > 1 else Shard(dim)
+        for attribute, own in [*layer.named_parameters()]:
+            placed = distribute_tensor(own.detach(), mesh, [placement if attribute == "weight" else Replicate()])
+            layer.register_parameter(attribute, nn.Parameter(placed, requires_grad=False))
+    return model
+
+
+@in_two
+@pytest.mark.parametrize(("hidden", "basis"), [(12, "dense"), (2, "block")])
+def test_a_process_that_has_several_pieces_of_a_weight(hidden: int, basis: str, tmp_path: Path) -> None:
+    case = Made(
+        lambda: Gated(hidden).double(),
+        {"r": 4, "targets": ["embed", "gate_up", "down", "head"], "basis": basis},
+        lambda rank, step: ((torch.arange(12).view(2, 6) + step + rank) % 12,),
+    )
+    require_as_one_process(Engine(within(split_in_pieces), **SPLIT), case, tmp_path)
+
+
+@dataclass(frozen=True)
+class Planned(Case):
+    """A kind of model of transformers, which its own plan splits, with options of its config, the plan and `inject`."""
+
+    kind: str
+    config: dict[str, Any]
+    parallel: dict[str, Any]
+    adapter: dict[str, Any]
+    experts: str = "eager"
+    place: Path = Path()
+
+    def written(self, place: Path) -> Planned:
+        from transformers import AutoConfig, AutoModelForCausalLM  # which takes long to import, in the processes only
+
+        sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+        if dist.get_rank() == 0:
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(self.kind, **{**sizes, **heads, **self.config})
+            AutoModelForCausalLM.from_config(config).save_pretrained(place)
+        dist.barrier()
+        return replace(self, place=place)
+
+    def build(self, **options: Any) -> Any:
+        """Load it in float64, where sums in another order are no matter; it returns logits."""
+        from transformers import AutoModelForCausalLM
+
+        options = {"dtype": torch.float64, "experts_implementation": self.experts} | options
+        model = AutoModelForCausalLM.from_pretrained(self.place, **options).eval()
+        model.register_forward_hook(lambda *call: call[-1].logits)
+        return model
+
+    def split(self, **options: Any) -> Any:
+        from transformers.distributed import DistributedConfig
+
+        parallel = DistributedConfig(**{"tp_size": dist.get_world_size(), **self.parallel})
+        return self.build(distributed_config=parallel, **options)
+
+    def adapt(self, model: Any, name: str = "default") -> Any:
+        for parameter in randlora.trainable_parameters(super().adapt(model, name)):
+            parameter.data = parameter.data.double()
+        return model
+
+    def options(self) -> dict[str, Any]:
+        return {"r": 4, "targets": ".*(_proj|embed_tokens|lm_head)", **self.adapter}
+
+    def batch(self, rank: int, step: int) -> tuple[Tensor]:
+        return ((torch.arange(12).view(2, 6) + 12 * rank + step) % 30,)
+
+    def loss(self, output: Tensor, rank: int) -> Tensor:  # noqa: ARG002
+        return (output - 0.3).square().mean() / 10
+
+    def engine(self, sharing: int = 2) -> Engine:
+        """Return the engine that the plan is. Mixtral weights parts of experts in float32."""
+        in_double = 5e-6 if self.kind == "mixtral" and "ep_size" not in self.parallel else 1e-12
+        return Engine(lambda case: case.adapt(case.split()), **SPLIT | {"sharing": sharing}, in_double=in_double)
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "head_dim": 4}
+PACKED = {"model.layers.*.mlp.gate_up_proj": "packed_colwise", "model.layers.*.mlp.down_proj": "rowwise"}
+AUTO, WHOLE = {"tp_plan": "auto"}, {"tp_plan": "auto", "ep_size": 2}
+BLOCK = {"basis": "block", "blocks": (2, 2)}
+WIDER = {"hidden_size": 24, "num_attention_heads": 6, "intermediate_size": 20}
+PLANS = {
+    # of layers with a sum of outputs too, added once
+    "llama": Planned("llama", {"attention_bias": True, "mlp_bias": True}, AUTO, {}),
+    "mixtral": Planned("mixtral", EXPERTS, AUTO, {}),
+    "mixtral, blocks": Planned("mixtral", EXPERTS, AUTO, BLOCK, "batched_mm"),
+    "qwen3_moe": Planned("qwen3_moe", QWEN | {"hidden_size": 8}, AUTO, {"experts": "shared"}),
+    "packed": Planned("phi3", {"pad_token_id": 0}, {"tp_plan": PACKED}, {}),
+    "packed, narrow": Planned("phi3", {"pad_token_id": 0, "intermediate_size": 6}, {"tp_plan": PACKED}, BLOCK),
+    "whole experts": Planned("mixtral", EXPERTS | WIDER | {"num_local_experts": 6}, WHOLE, {"basis": "sparse"}),
+    "whole experts, shared": Planned("qwen3_moe", QWEN | {"num_experts": 2}, WHOLE, {"experts": "shared"}),
+}
+
+
+@in_two
+@pytest.mark.parametrize("name", PLANS)
+def test_a_model_that_its_plan_splits(name: str, tmp_path: Path) -> None:
+    case = PLANS[name].written(tmp_path / "base")
+    assert any(isinstance(each, DTensor) for each in case.split().parameters())
+    require_as_one_process(case.engine(), case, tmp_path)
+
+
+@pytest.mark.slow  # four processes that import transformers
+@in_four
+def test_a_plan_of_two_dimensions(tmp_path: Path) -> None:
+    case = replace(PLANS["mixtral"], parallel={**AUTO, "tp_size": 2, "fsdp_size": 2}).written(tmp_path / "base")
+    require_as_one_process(case.engine(), case, tmp_path)

@@ -22,8 +22,8 @@ from randlora.errors import AdapterError, CheckpointError, MergeError
 from randlora.layers.base import AdapterLayer
 from randlora.model import merge
 from randlora.sharded import places
-from tests.distributed.engines import ENGINES, flattened, sharded
-from tests.distributed.processes import in_two, on_all
+from tests.distributed.engines import ENGINES, built_spread, flattened, sharded
+from tests.distributed.processes import in_two, in_two_of_zero, on_all
 from tests.distributed.trained import Drawn, held, require_equal_on_ranks
 from tests.kit import fill
 
@@ -31,88 +31,107 @@ pytestmark = in_two
 
 DRAWN = Drawn(train_also=("norm",))
 SAVING = "randlora.files.save_merged"
-NO_ROOM = MemoryError("no room")
 GATHER: dict[str, tuple[str, Any]] = {"FSDP2": ("full_tensor", DTensor), "ZeRO-3": ("gathered", places)}
 
 
 @contextmanager
-def failing_in_last(method: str, on: Any, call: int, error: BaseException) -> Iterator[None]:
-    """Have one call of a method raise in the last process, once it has returned."""
+def failing_in_last(method: str, on: Any, call: int, error: BaseException | None = None) -> Iterator[None]:
+    """Have one call of a method raise in the last process, once it has returned; all get an error of memory."""
     own, calls = getattr(on, method), count()
 
     def failing(*args: Any, **options: Any) -> Any:
         result = own(*args, **options)
         if next(calls) == call and dist.get_rank() == dist.get_world_size() - 1:
-            raise error
+            raise error or MemoryError("no room")
         return result
 
-    with mock.patch.object(on, method, failing):
+    raised = nullcontext() if error else pytest.raises(MemoryError, match="no room")
+    with mock.patch.object(on, method, failing), raised:
         yield
 
 
-def require_held(model: nn.Module, expected: dict[str, Tensor]) -> None:
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Assert that this process has the same values after a block as before it."""
+    before = held(model)
+    yield
     found = held(model)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("engine", [*GATHER, "ZeRO-3, persistent"])
+def test_a_merge_that_fails_in_one_process_is_undone_in_all(engine: str) -> None:
+    run = ENGINES[engine].make(DRAWN)
+    model, rows = getattr(run, "module", run), DRAWN.batch(dist.get_rank(), 5)
+    expected = run(*rows).detach()
+    gathers = GATHER[engine.partition(",")[0]]
+    writes = "write", places.Shard if engine == "FSDP2" else places.Spread
+    faults: list[tuple[tuple[str, Any], int]] = [
+        (gathers, 0),
+        (gathers, 1),
+        (("require_finite", merge), 2),
+        (writes, 1),
+    ]
+    for reversible in (False, True):
+        for failing, call in faults:
+            with restored(model), failing_in_last(*failing, call):
+                randlora.merge(run, reversible=reversible)
+            assert torch.equal(run(*rows), expected)
+    with randlora.merged(run):
+        torch.testing.assert_close(run(*rows), expected)
+    randlora.merge(model)
 
 
 @pytest.mark.parametrize("engine", GATHER)
 def test_what_fails_in_one_process_is_raised_in_all_and_leaves_nothing(engine: str, tmp_path: Path) -> None:
     model = ENGINES[engine].make(DRAWN)
-    model = getattr(model, "module", model)
-    before, out = held(model), tmp_path / "out"
+    model, out = getattr(model, "module", model), tmp_path / "out"
     verbs: dict[Callable[[], object], tuple[int, ...]] = {
-        lambda: randlora.merge(model): (0, 1),  # Λ and Γ of the first layer
-        lambda: randlora.merge(model, reversible=True): (0, 1),
         lambda: randlora.save(model, out): (0, 1),
         lambda: dict(randlora.merged_tensors(model)): (0, 2, 5),  # Λ, the weight, and what has no adapter
         lambda: randlora.files.save_merged(model, out): (0, 2, 5),
     }
-    for verb, calls in verbs.items():
-        for call in calls:
-            with failing_in_last(*GATHER[engine], call, NO_ROOM), pytest.raises(MemoryError, match="no room"):
-                verb()
-    full = OSError(28, "No space left on device")
-    for step in ("new_directory", "_write_config", "write_tensor_file"):
-        with mock.patch(f"{SAVING}.{step}", side_effect=full), pytest.raises(OSError, match="No space"):
-            randlora.files.save_merged(model, out, max_shard_size=1000)
-    (tmp_path / "taken").mkdir(exist_ok=True)
-    dist.barrier()
-    with pytest.raises(MergeError, match="taken exists"):
-        randlora.files.save_merged(model, tmp_path / "taken")
-    dist.barrier()
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-    require_held(model, before)
+    with restored(model):
+        for verb, calls in verbs.items():
+            for call in calls:
+                with failing_in_last(*GATHER[engine], call):
+                    verb()
+        full = OSError(28, "No space left on device")
+        for step in ("new_directory", "_write_config", "write_tensor_file"):
+            with mock.patch(f"{SAVING}.{step}", side_effect=full), pytest.raises(OSError, match="No space"):
+                randlora.files.save_merged(model, out, max_shard_size=1000)
+        (tmp_path / "taken").mkdir(exist_ok=True)
+        dist.barrier()
+        with pytest.raises(MergeError, match="taken exists"):
+            randlora.files.save_merged(model, tmp_path / "taken")
+        dist.barrier()
+        assert [path.name for path in tmp_path.iterdir()] == ["taken"]
     randlora.files.save_merged(model, out)
-    randlora.merge(model)
 
 
 def test_a_merge_that_is_not_finite_in_one_process_is_refused_in_all() -> None:
     model = sharded(DRAWN.adapted())
     if dist.get_rank() == 1:
         model.blocks[1].up.weight._local_tensor.fill_(torch.inf)
-    before = held(model)
-    with pytest.raises(MergeError, match=r"blocks\.1\.up would not be finite"):
+    with restored(model), pytest.raises(MergeError, match=r"blocks\.1\.up would not be finite"):
         randlora.merge(model, reversible=True)
-    require_held(model, before)
 
 
 def test_an_unmerge_that_fails_in_one_process_is_tried_again() -> None:
     model = sharded(DRAWN.adapted())
-    before = held(model)
-    randlora.merge(model, reversible=True)
-    with failing_in_last("unfold", AdapterLayer, 0, NO_ROOM), pytest.raises(MemoryError, match="no room"):
+    with restored(model):
+        randlora.merge(model, reversible=True)
+        with failing_in_last("unfold", AdapterLayer, 0):
+            randlora.unmerge(model)
         randlora.unmerge(model)
-    randlora.unmerge(model)
-    failing = failing_in_last("unfold", AdapterLayer, 0, NO_ROOM)
-    with failing, pytest.raises(MemoryError, match="no room"), randlora.merged(model):
-        pass
-    with pytest.raises(MergeError, match="not merged"):
-        randlora.unmerge(model)
-    randlora.merge(model, reversible=True)
-    raises = pytest.raises(KeyboardInterrupt) if dist.get_rank() else nullcontext()
-    with failing_in_last("unfold", AdapterLayer, 0, KeyboardInterrupt()), raises:
-        randlora.unmerge(model)
-    require_held(model, before)
+        with failing_in_last("unfold", AdapterLayer, 0), randlora.merged(model):
+            pass
+        with pytest.raises(MergeError, match="not merged"):
+            randlora.unmerge(model)
+        randlora.merge(model, reversible=True)
+        raises = pytest.raises(KeyboardInterrupt) if dist.get_rank() else nullcontext()
+        with raises, failing_in_last("unfold", AdapterLayer, 0, KeyboardInterrupt()):
+            randlora.unmerge(model)
     randlora.merge(model)
 
 
@@ -123,33 +142,26 @@ def test_a_merge_that_is_interrupted_is_undone() -> None:
         with mock.patch.object(merge, last, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
             randlora.merge(model, reversible=reversible)
         assert torch.equal(model(*DRAWN.batch(0, 0)), expected)
-        with randlora.disabled(model):
-            assert not torch.allclose(model(*DRAWN.batch(0, 0)), expected), "the adapter has an effect"
 
 
 def test_an_error_in_one_block_of_merged_does_not_wait_for_others() -> None:
     model = sharded(DRAWN.adapted())
-    before = held(model)
-    if dist.get_rank() == 0:
+    with restored(model):
         with suppress(ZeroDivisionError), randlora.merged(model):
-            dist.recv(torch.zeros(1), 1)  # of what is sent after the other's block
+            if dist.get_rank() == 0:
+                dist.recv(torch.zeros(1), 1)  # of what is sent after the other's block
             raise ZeroDivisionError
-    else:
-        with suppress(ZeroDivisionError), randlora.merged(model):
-            raise ZeroDivisionError
-        dist.send(torch.zeros(1), 0)
-    require_held(model, before)
+        if dist.get_rank():
+            dist.send(torch.zeros(1), 0)
 
 
 def test_a_swap_with_nothing_in_one_process_changes_nothing(tmp_path: Path) -> None:
     model = sharded(DRAWN.adapted())
-    before = held(model)
     randlora.save(model, tmp_path / "other")
     dist.barrier()
     for source in (tmp_path / ("other" if dist.get_rank() else "none"), tmp_path / "none"):
-        with pytest.raises(CheckpointError, match=r"cannot load .*/none"):
+        with restored(model), pytest.raises(CheckpointError, match=r"cannot load .*/none"):
             randlora.swap(model, source)
-        require_held(model, before)
     randlora.swap(model, tmp_path / "other")
 
 
@@ -236,14 +248,13 @@ def test_copies_of_sharded_parameters_are_made_without_gathering() -> None:
 def test_what_is_sharded_is_not_renamed_and_what_was_added_later_is() -> None:
     model = sharded(DRAWN.adapted())
     randlora.inject(model, r=2, targets=["up"], name="whole", active=False)
-    expected, before, infos = model(*DRAWN.batch(0, 0)), held(model), randlora.adapters(model)
+    expected, infos = model(*DRAWN.batch(0, 0)), randlora.adapters(model)
     kept = [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
-    with pytest.raises(AdapterError, match="cannot rename 'default', 5 problems:") as caught:
+    with restored(model), pytest.raises(AdapterError, match="cannot rename 'default', 5 problems:") as caught:
         randlora.rename(model, "default", "new")
     assert "Λ and Γ of embed are sharded, and fully_shard knows them by name: rename before" in str(caught.value)
     assert randlora.adapters(model) == infos
     assert kept == [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
-    require_held(model, before)
     randlora.rename(model, "whole", "new")
     assert [info.name for info in randlora.adapters(model)] == ["default", "new"]
     assert torch.equal(model(*DRAWN.batch(0, 0)), expected)
@@ -277,3 +288,21 @@ def test_a_model_that_is_flattened_is_refused_in_all_processes(tmp_path: Path) -
     with model.summon_full_params(model), pytest.raises(MergeError, match="give the wrapper"):
         randlora.merged_tensors(inner)
     assert not (tmp_path / "out").exists()
+
+
+@in_two_of_zero
+def test_copies_that_cannot_be_made_in_one_process_raise_in_all() -> None:
+    model = built_spread(DRAWN, "3")
+    with failing_in_last("gathered", places, 0):
+        DRAWN.adapt(model)
+    assert randlora.adapters(model) == []
+    DRAWN.adapt(model)
+
+
+@pytest.mark.parametrize("engine", ["ZeRO-3", "ZeRO-3, persistent"])
+def test_norms_under_zero_3_are_neither_trained_nor_limited(engine: str) -> None:
+    model = ENGINES[engine].make(DRAWN).module
+    with pytest.raises(AdapterError, match=r"would give no gradients .* under torch\.no_grad"):
+        randlora.update_norms(model)
+    with pytest.raises(AdapterError, match="is partitioned by ZeRO-3, whose optimizer has copies"):
+        randlora.limit_norms(model, 1.0)

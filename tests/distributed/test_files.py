@@ -6,6 +6,7 @@ import importlib
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from torch.distributed.fsdp import fully_shard
 import randlora
 from randlora.disk.formats import write_tensor_file
 from randlora.errors import CheckpointError, MergeError
-from tests.distributed.engines import ENGINES, sharded, split, zero
+from tests.distributed.engines import ENGINES, split
 from tests.distributed.processes import in_four, in_two, on_all
+from tests.distributed.test_engines import PLANS
 from tests.distributed.test_faults import GATHER, SAVING
 from tests.distributed.trained import Drawn, Net
-from tests.kit import fill
 from tests.model_directories import contents
 
 DRAWN = Drawn(train_also=("blocks.0.norm",))
@@ -50,15 +51,11 @@ def watched(name: str, on: Any) -> Iterator[list[int]]:
 @pytest.mark.parametrize("engine", GATHER)
 def test_one_tensor_at_a_time_is_gathered(engine: str, tmp_path: Path) -> None:
     model = ENGINES[engine].make(DRAWN)
-    written = mock.Mock(side_effect=write_tensor_file)
-    verbs: list[Callable[[], object]] = [
-        lambda: randlora.save(model, tmp_path / "adapter"),
-        lambda: randlora.adapter_state(model),
-    ]
-    for verb in verbs:
+    for verb in (partial(randlora.save, model, tmp_path / "adapter"), partial(randlora.adapter_state, model)):
         with watched(*GATHER[engine]) as alive:
             verb()
         assert alive == [1] * (5 * 2 + 2)  # Λ and Γ of five layers, and what is trained beside them
+    written = mock.Mock(side_effect=write_tensor_file)
     with watched(*GATHER[engine]) as alive, mock.patch(f"{SAVING}.write_tensor_file", written):
         randlora.files.save_merged(model, tmp_path / "out", max_shard_size=1000)
     files, others = on_all(written.call_count)
@@ -128,37 +125,18 @@ def test_what_would_write_a_part_of_a_model_is_refused(engine: str, tmp_path: Pa
     own.assert_called_once_with(tmp_path / "merged", state_dict=whole)
 
 
-def language_model(kind: str) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM  # which take long
-
-    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    if kind == "Mixtral":
-        model: Any = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
-    randlora.inject(model, r=4, targets="all-linear")
-    return fill(model)
-
-
 @in_two
-@pytest.mark.parametrize("name", ["tied Llama", "Mixtral"])
-@pytest.mark.parametrize("engine", GATHER)
+@pytest.mark.parametrize(("name", "engine"), [("llama", "ZeRO-3"), ("mixtral", "ZeRO-3, experts"), ("llama", "FSDP2")])
 def test_a_model_of_transformers_is_written_for_it_to_load(name: str, engine: str, tmp_path: Path) -> None:
-    """With its configs, as one process does."""
-    model, one = language_model(name), language_model(name)
-    if engine == "FSDP2":
-        fully_shard(model.model.layers[0])
-        sharded(model)
-    else:
-        model = zero(model, "3-experts" if name == "Mixtral" else "3")
+    """With its configs, as one process does, also of tied weights."""
+    config = PLANS[name].config | {"tie_word_embeddings": name == "llama"}
+    case = replace(PLANS[name], config=config, adapter={"targets": "all-linear"}).written(tmp_path / "base")
+    one, model = case.adapted(), ENGINES[engine].make(case)
     randlora.files.save_merged(model, tmp_path / "out", max_shard_size=4000)
     if dist.get_rank() == 0:
         randlora.files.save_merged(one, tmp_path / "one", max_shard_size=4000)
         assert contents(tmp_path / "out") == contents(tmp_path / "one")
-        loaded = type(one).from_pretrained(tmp_path / "out").eval()
-        ids = torch.arange(8)[None]
+        loaded, inputs = replace(case, place=tmp_path / "out").build(), case.batch(0, 0)
         with torch.no_grad(), randlora.merged(one):
-            assert torch.equal(loaded(ids).logits, one.eval()(ids).logits)
+            assert torch.equal(loaded(*inputs), one(*inputs))
     dist.barrier()

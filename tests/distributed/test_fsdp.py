@@ -26,13 +26,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import randlora
-from randlora.config import Init
 from randlora.errors import AdapterError
 from randlora.layers.diagonals import Diagonal
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
 from tests.distributed.engines import ENGINES, sharded, trained
 from tests.distributed.processes import FOUR, PAIR, in_two
 from tests.distributed.trained import Block, Drawn, distance, held, optimizer_of, trained_alone, values
+from tests.pages import DOCS
 
 DRAWN, ALSO = Drawn(), Drawn(train_also=("norm", "head"))
 WHOLE = StateDictOptions(full_state_dict=True)
@@ -40,7 +40,6 @@ each_order = pytest.mark.parametrize("engine", ["FSDP2", "FSDP2 first"])
 
 
 def require_alike(one: nn.Module, model: nn.Module, within: float = 1e-6) -> None:
-    """Assert that the values of a model are those of one process."""
     apart = distance(values(model), values(one))
     assert apart <= within, apart
 
@@ -62,35 +61,19 @@ def outputs_alike(one: nn.Module, model: nn.Module) -> None:
 def test_gradients_are_bit_by_bit_those_of_one_process_that_accumulates(engine: str) -> None:
     """With all of a batch in one backward, what differs in the last bits grows in training: in two steps to 1e-5."""
     one, model = DRAWN.adapted(), ENGINES[engine].make(DRAWN)
-    optimizers = [torch.optim.SGD(randlora.trainable_parameters(each), lr=0.5) for each in (one, model)]
-    for step in range(3):
-        for rank in range(dist.get_world_size()):
-            (DRAWN.loss(one(*DRAWN.batch(rank, step)), rank) / dist.get_world_size()).backward()
-        optimizers[0].step()
-        optimizers[0].zero_grad()
-        DRAWN.loss(model(*DRAWN.batch(dist.get_rank(), step)), 0).backward()
-        optimizers[1].step()
-        optimizers[1].zero_grad()
+    for each, ranks in ((one, range(2)), (model, [dist.get_rank()])):
+        optimizer = torch.optim.SGD(randlora.trainable_parameters(each), lr=0.5)
+        for step in range(3):
+            optimizer.zero_grad()
+            for rank in ranks:
+                (DRAWN.loss(each(*DRAWN.batch(rank, step)), rank) / len(ranks)).backward()
+            optimizer.step()
     require_alike(one, model, within=0)
 
 
 @in_two
 @each_order
-def test_a_second_adapter_trains(engine: str) -> None:
-    one, model = DRAWN.adapted(), ENGINES[engine].make(DRAWN)
-    for each in (one, model):
-        DRAWN.adapt(each, "second")
-        randlora.activate(each, "second")
-        randlora.set_trainable(each, "second")
-    train_alike(one, model)
-    randlora.remove(model, "second")
-    assert randlora.eject(model)
-    require_alike(DRAWN.build(), model, within=0)
-
-
-@in_two
-@each_order
-def test_what_is_trained_beside_is_exchanged_by_values(engine: str) -> None:
+def test_what_is_trained_beside_is_exchanged_by_values_and_a_second_adapter_trains(engine: str) -> None:
     one, model = ALSO.adapted(), ENGINES[engine].make(ALSO)
     train_alike(one, model)
     for _ in range(2):
@@ -100,33 +83,16 @@ def test_what_is_trained_beside_is_exchanged_by_values(engine: str) -> None:
             assert torch.equal(values(model)["blocks.0.norm.weight"], torch.ones(12))
     with pytest.raises(AdapterError, match="which is sharded, so only one adapter can train it"):
         randlora.inject(model, r=2, targets=["up"], train_also=["norm"], name="second")
-    for each in (one, model):
-        randlora.inject(each, r=2, targets=["up"], name="second", active=True)
-    outputs_alike(one, model)
-    for each in (one, model):
-        randlora.activate(each, "default")
-    outputs_alike(one, model)
-    train_alike(one, model)
+    for name in ("second", "default"):
+        for each in (one, model):
+            if name == "second":
+                DRAWN.adapt(each, name)
+            randlora.activate(each, name)
+            randlora.set_trainable(each, name)
+        outputs_alike(one, model)
+        train_alike(one, model)
     randlora.eject(model)
     require_alike(ALSO.build(), model, within=0)
-
-
-@in_two
-@pytest.mark.parametrize("part", ["", "blocks.0"])
-def test_other_parameter_objects_are_averaged_also_if_a_part_is_called(part: str) -> None:
-    """Such as ``to_empty`` makes."""
-    one, model = DRAWN.adapted(), ENGINES["FSDP2 first"].make(DRAWN)
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if isinstance(module, nn.ParameterDict) and parameter is not None:
-                module._parameters[name] = nn.Parameter(parameter.detach().clone())
-    inputs = [torch.randn(3, 2, 12) if part else DRAWN.batch(rank, 0)[0] for rank in range(2)]
-    one, model = (each.get_submodule(part) for each in (one, model))
-    model(inputs[dist.get_rank()]).square().mean().backward()
-    torch.stack([one(x).square().mean() for x in inputs]).mean().backward()
-    for own, expected in zip(model.parameters(), one.parameters(), strict=True):
-        if expected.requires_grad:
-            torch.testing.assert_close(own.grad, expected.grad)
 
 
 @in_two
@@ -159,21 +125,18 @@ def test_what_had_an_adapter_is_used_and_adapted_again(
     train_alike(one, model)
     randlora.save(model, tmp_path / "adapter")
     dist.barrier()
-    loaded, other = case.build(), sharded(case.build())
-    loaded.load_state_dict(plain)
-    set_model_state_dict(other, plain, options=WHOLE)
-    for each in (loaded, other):
-        randlora.load(each, tmp_path / "adapter", trainable=True)
-    require_alike(loaded, model)
-    require_alike(loaded, other, within=0)
-    train_alike(loaded, other)
+    loaded = sharded(case.build())
+    set_model_state_dict(loaded, plain, options=WHOLE)
+    randlora.load(loaded, tmp_path / "adapter", trainable=True)
+    require_alike(one, loaded)
+    train_alike(one, loaded)
 
 
 @in_two
-@pytest.mark.parametrize(("is_first", "init"), [(False, "gamma"), (True, "lambda")])
-def test_a_model_built_on_meta_trains_as_one_that_was_not(is_first: bool, init: Init) -> None:
+@pytest.mark.parametrize(("is_first", "alpha"), [(False, 3), (True, None)])
+def test_a_model_built_on_meta_trains_as_one_that_was_not(is_first: bool, alpha: float | None) -> None:
     base, one = DRAWN.build(), DRAWN.build()
-    options: dict[str, Any] = {"init": init, "alpha": 3 if init == "gamma" else None}
+    options: dict[str, Any] = {"init": "gamma" if alpha else "lambda", "alpha": alpha}
     options |= {"r": 3, "targets": list(DRAWN.targets)}
     randlora.inject(one, **options)
     with torch.device("meta"):
@@ -208,20 +171,14 @@ def layers() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), Rotary(), nn.LayerNorm(8), nn.Linear(8, 8))
 
 
-def test_values_that_no_state_dict_has_are_missed_when_a_model_is_built_on_meta() -> None:
-    with torch.device("meta"):
-        model = layers()
-    report = randlora.inject(model)
-    assert "1.inv_freq" in next(note for note in report.notes if "to_empty" in note)
-    with init_empty_weights():
-        model = layers()
-    assert not any("to_empty" in note for note in randlora.inject(model).notes)
-
-
 @in_two
-def test_what_the_docs_do_on_meta_is_enough() -> None:
-    page = Path(__file__).parents[2] / "docs" / "distributed.md"
-    (block,) = re.findall(r"```python[^\n]*\n([^`]*to_empty[^`]*)```", page.read_text(encoding="utf-8"))
+def test_what_the_docs_do_on_meta_is_enough_and_values_that_no_state_dict_has_are_missed_without() -> None:
+    for device, is_missed in ((torch.device("meta"), True), (init_empty_weights(), False)):
+        with device:
+            model = layers()
+        notes = [note for note in randlora.inject(model).notes if "to_empty" in note]
+        assert ["1.inv_freq" in note for note in notes] == [True] * is_missed
+    (block,) = re.findall(r"```python[^\n]*\n([^`]*to_empty[^`]*)```", (DOCS / "distributed.md").read_text("utf-8"))
     base = layers()
     names: dict[str, Any] = {"torch": torch, "randlora": randlora, "fully_shard": fully_shard, "build": layers}
     names |= {"device": "cpu", "rank": dist.get_rank(), "base_weights": base.state_dict()}
@@ -239,7 +196,7 @@ def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     state, moments = get_state_dict(model, optimizer, options=TRAINED)
     assert state
     assert all("randlora" in key or "norm" in key for key in state), "only what is trained"
-    return {"model": state, "optimizer": moments}
+    return {"model_state_dict": state, "optim_state_dict": moments}
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, case: Drawn, ranks: Any, first: int) -> None:
@@ -260,18 +217,14 @@ def train_and_save(engine: str, case: Drawn, directory: Path) -> dict[str, Tenso
     return values(model)
 
 
-def resumed(model: nn.Module, directory: Path, case: Drawn, ranks: Any, *, is_alone: bool = False) -> nn.Module:
+def resume(engine: str, case: Drawn, directory: Path, expected: dict[str, Tensor]) -> None:
+    """Train on, by an engine in all processes, or without any in one."""
+    model = ENGINES[engine].make(case) if engine else case.adapted()
     optimizer = optimizer_of(model)
     found = states(model, optimizer)
-    state_dict_loader.load(found, checkpoint_id=directory, no_dist=is_alone)
-    loaded = {"model_state_dict": found["model"], "optim_state_dict": found["optimizer"]}
-    set_state_dict(model, optimizer, options=TRAINED, **loaded)
-    steps(model, optimizer, case, ranks, 2)
-    return model
-
-
-def resume(engine: str, case: Drawn, directory: Path, expected: dict[str, Tensor]) -> None:
-    model = resumed(ENGINES[engine].make(case), directory, case, [dist.get_rank()])
+    state_dict_loader.load(found, checkpoint_id=directory, no_dist=not engine)
+    set_state_dict(model, optimizer, options=TRAINED, **found)
+    steps(model, optimizer, case, [dist.get_rank()] if engine else range(4), 2)
     assert distance(values(model), expected) <= 1e-6
 
 
@@ -279,10 +232,9 @@ def resume(engine: str, case: Drawn, directory: Path, expected: dict[str, Tensor
 @each_order
 def test_another_number_of_processes_resumes(engine: str, tmp_path: Path) -> None:
     case = Drawn(train_also=("norm",) if engine == "FSDP2" else ())
-    expected = PAIR.run(train_and_save, engine, case, tmp_path / "run")[0]
-    FOUR.run(resume, engine, case, tmp_path / "run", expected)
-    alone = resumed(case.adapted(), tmp_path / "run", case, range(4), is_alone=True)
-    assert distance(values(alone), expected) <= 1e-6
+    expected = PAIR.run(train_and_save, engine, case, tmp_path)[0]
+    FOUR.run(resume, engine, case, tmp_path, expected)
+    resume("", case, tmp_path, expected)
 
 
 WRAPPED = {"blocks": Block, "targets": nn.Linear | nn.LayerNorm, "later": Block}

@@ -1,24 +1,26 @@
 """What a plan says of several devices is what each process holds: shards, parts of layers and optimizer."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
 import randlora
+from randlora.places import values_within
+from randlora.sharded.places import is_split, part_at
 from randlora.state import adapted_root
 from tests.distributed.processes import LAW, in_two, on_all
-
-pytestmark = in_two
+from tests.models import VOCABULARY, llama
 
 models = st.fixed_dictionaries({
     "hidden_size": st.sampled_from([24, 32, 40]),
@@ -33,11 +35,6 @@ adapters = st.fixed_dictionaries({
 })
 
 
-def build(sizes: dict[str, int]) -> Any:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=67, **heads, **sizes))
-
-
 class Held(NamedTuple):
     """Bytes of a process, with what the engine says that it holds beside."""
 
@@ -49,12 +46,11 @@ class Held(NamedTuple):
     communication: int
 
 
-def planned(sizes: dict[str, int], options: dict[str, Any], strategy: Any) -> Held:
-    """Plan on the meta device for two processes."""
+def planned(sizes: dict[str, int], options: dict[str, Any], strategy: Any) -> tuple[Any, Held]:
+    """Build a model, and plan on the meta device for two processes."""
     with torch.device("meta"):
-        model = build(sizes)
-    plan = randlora.training_memory(model, devices=2, strategy=strategy, **options)
-    return Held(*(getattr(plan, name) for name in Held._fields))
+        plan = randlora.training_memory(llama(**sizes), devices=2, strategy=strategy, **options)
+    return llama(**sizes), Held(*(getattr(plan, name) for name in Held._fields))
 
 
 def storage(*tensors: Tensor) -> int:
@@ -65,14 +61,13 @@ def storage(*tensors: Tensor) -> int:
 
 def held(model: nn.Module, whole: Any, communication: Callable[[], int] = lambda: 0) -> Held:
     """Train a step and count what this process holds of everything."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen, trained = ([each for each in model.parameters() if each.requires_grad is own] for own in (False, True))
     optimizer = torch.optim.AdamW(trained)
     for _ in range(2):  # DDP makes its buckets anew after the first
-        model(input_ids=torch.randint(67, (2, 5))).logits.sum().backward()
+        model(input_ids=torch.randint(VOCABULARY, (2, 5))).logits.sum().backward()
     optimizer.step()
     moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
     state = adapted_root(whole)[1]
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return Held(
         storage(*frozen, *model.buffers(), *(entry.original for entry in state.replaced.values())),
         storage(*trained),
@@ -84,11 +79,12 @@ def held(model: nn.Module, whole: Any, communication: Callable[[], int] = lambda
 
 
 @LAW
+@in_two
 @given(sizes=models, options=adapters)
 def test_each_process_of_ddp_holds_everything_and_buckets_as_large_as_the_gradients(
     sizes: dict[str, int], options: dict[str, Any]
 ) -> None:
-    model, plan = build(sizes), planned(sizes, options, "ddp")
+    model, plan = planned(sizes, options, "ddp")
     randlora.inject(model, **options)
     engine = DistributedDataParallel(model)
 
@@ -102,11 +98,12 @@ def test_each_process_of_ddp_holds_everything_and_buckets_as_large_as_the_gradie
 
 
 @LAW
+@in_two
 @given(sizes=models, options=adapters)
 def test_each_process_of_fsdp2_holds_shards_of_all_parameters_and_whole_bases(
     sizes: dict[str, int], options: dict[str, Any]
 ) -> None:
-    model, plan = build(sizes), planned(sizes, options, "fsdp2")
+    model, plan = planned(sizes, options, "fsdp2")
     randlora.inject(model, **options)
     gathered = [0]
 
@@ -130,6 +127,7 @@ def test_each_process_of_fsdp2_holds_shards_of_all_parameters_and_whole_bases(
 
 
 @LAW
+@in_two
 @given(sizes=models, options=adapters)
 def test_each_process_of_tensor_parallelism_holds_parts_of_the_layers(
     sizes: dict[str, int], options: dict[str, Any]
@@ -137,7 +135,7 @@ def test_each_process_of_tensor_parallelism_holds_parts_of_the_layers(
     """Of a model that transformers divides."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # not in older ones
 
-    model, plan = build(sizes), planned(sizes, options, "tp")
+    model, plan = planned(sizes, options, "tp")
     apply_tensor_parallelism(model, init_device_mesh("cpu", (2,)), model._expand_parallel_plan(model.tp_plan))
     parts = [each.to_local() if isinstance(each, DTensor) else each for each in model.parameters()]
     weights = sum(part.nbytes for part in (*parts, *model.buffers()))  # not their memory: these are views of the whole
@@ -146,3 +144,29 @@ def test_each_process_of_tensor_parallelism_holds_parts_of_the_layers(
     found = Held(*(max(sizes) for sizes in zip(*on_all(own), strict=True)))
     assert found._replace(weights=0, bases=0) == plan._replace(weights=0, bases=0)
     assert plan.weights == pytest.approx(found.weights, rel=0.15)  # where a side is odd, one process has more
+
+
+placed = st.one_of(
+    st.integers(0, 1).map(Shard),
+    st.builds(lambda dim, pieces: _StridedShard(dim, split_factor=pieces), st.integers(0, 1), st.integers(1, 3)),
+    st.sampled_from([Replicate(), Partial()]),
+)
+split = st.integers(1, 3).flatmap(
+    lambda ndim: st.tuples(
+        st.lists(placed, min_size=ndim, max_size=ndim), st.lists(st.integers(1, 4), min_size=ndim, max_size=ndim)
+    )
+)
+
+
+@given(st.tuples(st.integers(0, 9), st.integers(1, 9)), split, st.data())
+def test_the_part_is_that_which_torch_finds(
+    shape: tuple[int, int], split: tuple[list[Any], list[int]], data: st.DataObject
+) -> None:
+    placements, mesh = split
+    coordinate = [data.draw(st.integers(0, processes - 1)) for processes in mesh]
+    values = expected = torch.arange(math.prod(shape)).view(shape)
+    for placement, processes, index in zip(placements, mesh, coordinate, strict=True):
+        if is_split(placement):
+            parts, _ = placement._split_tensor(expected, processes, with_padding=False)
+            expected = parts[index]
+    assert torch.equal(values_within(values, part_at(shape, placements, mesh, coordinate)), expected)

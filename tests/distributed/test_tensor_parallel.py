@@ -1,11 +1,12 @@
-"""Tensor parallelism: what it sends, dropout and losses of split layers, weights in pieces, and tokens split too."""
+"""Tensor parallelism: what it sends, dropout and losses of split layers, and plans of transformers' models."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,42 +15,22 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    loss_parallel,
-    parallelize_module,
-)
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 
 import randlora
-from randlora.sharded.places import is_dtensor
-from tests.distributed.engines import SPLIT, Engine, around, split, within
+from randlora.errors import RandLoRAError
+from randlora.sharded.tensor_parallel import on_mesh
+from tests.distributed.engines import around, split, within
 from tests.distributed.processes import in_four, in_two
-from tests.distributed.test_engines import require_as_one_process
-from tests.distributed.trained import Block, Case, Drawn, require_equal_on_ranks
+from tests.distributed.test_engines import EXPERTS, PLANS, WHOLE, Planned
+from tests.distributed.trained import Block, Drawn, Made, close, drawn, require_equal_on_ranks
 from tests.pages import snippet
 
 DRAWN = Drawn(targets=("embed", "up", "down", "head"))
 IDS = torch.arange(8).view(2, 4)
-each_order = pytest.mark.parametrize("order", [around, within])
-
-
-def close(found: Tensor, expected: Tensor, within: float = 5e-6) -> None:
-    """Assert equality but for sums in another order, as a share of the largest value.
-
-    In float64 up to 6e-15 was measured. In float32 one process by itself is up to 3.1e-6 from the values of float64 and
-    a split model up to 2.8e-6: only the very operations of one process would bring the two to within 1e-6.
-    """
-    scale = float(expected.detach().abs().max().clamp(min=1e-3))
-    error = float((found.detach() - expected.detach()).abs().max())
-    assert error <= within * scale, (error, scale)
 
 
 def gradients_alike(one: nn.Module, model: nn.Module, within: float = 5e-6) -> None:
-    """Compare the gradients of Λ and Γ."""
     for ours, expected in zip(*map(randlora.trainable_parameters, (model, one)), strict=True):
         close(gradient_of(ours), gradient_of(expected), within)
 
@@ -78,33 +59,15 @@ def test_nothing_is_sent_but_gradients() -> None:
     assert both[1] == both[0] + 2 * 6  # of Λ and of Γ of six layers
 
 
-@in_two
-def test_two_adapters_are_used_and_one_is_loaded() -> None:
-    one, model = DRAWN.adapted(), within(split)(DRAWN)
-    state = randlora.adapter_state(one)
-    for each in (one, model):
-        randlora.load(each, state, name="second")
-        randlora.activate(each, {"default": 0.5, "second": 0.25})
-    with torch.no_grad():
-        close(model(IDS), one(IDS))
-        with randlora.merged(model):
-            close(model(IDS), one(IDS))
-    randlora.eject(model)
-    assert type(model.blocks[0].up) is nn.Linear
-    assert isinstance(weight := model.blocks[0].up.weight, DTensor)
-    assert weight.placements == (Shard(0),)
-
-
 class Dropping(Drawn):
     def options(self) -> dict[str, Any]:
         return super().options() | {"dropout": 0.5}
 
 
 @in_two
-@each_order
+@pytest.mark.parametrize("order", [around, within])
 def test_dropout_leaves_processes_with_the_same_adapter(order: Any) -> None:
-    case = Dropping(targets=("up", "down", "head"))
-    model = order(partial(split, table="whole"))(case)
+    model = order(partial(split, table="whole"))(Dropping(targets=("up", "down", "head")))
     torch.manual_seed(dist.get_rank())
     found = [model(IDS), model(IDS)]
     assert not torch.equal(*found)
@@ -115,10 +78,8 @@ def test_dropout_leaves_processes_with_the_same_adapter(order: Any) -> None:
 
 @in_two
 def test_a_loss_of_split_logits() -> None:
-    one = DRAWN.adapted()
-    model = DRAWN.build()
-    mesh = init_device_mesh("cpu", (2,))
-    parallelize_module(model, mesh, {"head": ColwiseParallel(use_local_output=False)})
+    one, model = DRAWN.adapted(), DRAWN.build()
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"head": ColwiseParallel(use_local_output=False)})
     DRAWN.adapt(model)
     expected = nn.functional.cross_entropy(one(IDS).flatten(0, 1), IDS.flatten())
     expected.backward()
@@ -142,111 +103,12 @@ def test_a_compiled_model_is_one_graph() -> None:
     gradients_alike(*models)
 
 
-class Gated(nn.Module):
-    """A table, a gated block whose first layer is two matrices one above the other, and a head of two tasks."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(12, 8)
-        self.gate_up = nn.Linear(8, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, 8)
-        self.head = nn.Linear(8, 8)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        if is_dtensor(weight := self.embed._parameters["weight"]):
-            ids = DTensor.from_local(ids, weight.device_mesh, [Replicate()])
-        gates: Any = self.gate_up(self.embed(ids))
-        gate, up = (gates.to_local() if is_dtensor(gates) else gates).chunk(2, -1)
-        hidden: Any = torch.relu(gate) * up
-        if is_dtensor(gates):
-            hidden = DTensor.from_local(hidden, gates.device_mesh, [Shard(2)])
-        output: Any = self.head(self.down(hidden))
-        whole: Tensor = output.full_tensor() if is_dtensor(output) else output
-        return whole
-
-
-@dataclass(frozen=True)
-class InPieces(Case):
-    """A model whose first layer is split in such a way that a process has a piece of each matrix."""
-
-    hidden: int
-    basis: Any
-
-    def build(self) -> Any:
-        torch.manual_seed(0)
-        return Gated(self.hidden).double()
-
-    def options(self) -> dict[str, Any]:
-        return {"r": 4, "targets": ["embed", "gate_up", "down", "head"], "basis": self.basis}
-
-    def batch(self, rank: int, step: int) -> tuple[Tensor]:
-        return ((torch.arange(12).view(2, 6) + step + rank) % 12,)
-
-
-def split_in_pieces(model: Any) -> Any:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    placements = {"embed": (0, 2), "gate_up": (0, 2), "down": (1, 1), "head": (1, 2)}
-    for name, (dim, pieces) in placements.items():
-        layer = model.get_submodule(name)
-        placement = _StridedShard(dim, split_factor=pieces) if pieces > 1 else Shard(dim)
-        for attribute, own in [*layer.named_parameters()]:
-            placed = distribute_tensor(own.detach(), mesh, [placement if attribute == "weight" else Replicate()])
-            layer.register_parameter(attribute, nn.Parameter(placed, requires_grad=False))
-    return model
-
-
-@in_two
-@pytest.mark.parametrize(("hidden", "basis"), [(12, "dense"), (2, "block")])
-def test_a_process_that_has_several_pieces_of_a_weight(hidden: int, basis: str, tmp_path: Path) -> None:
-    require_as_one_process(Engine(within(split_in_pieces), **SPLIT), InPieces(hidden, basis), tmp_path)
-
-
-@dataclass(frozen=True)
-class InSequence(Case):
-    """Layers between which the tokens are split, and the first of which is whole in each process."""
-
-    targets: tuple[str, ...]
-
-    def build(self) -> Any:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 8), Block(8, 12), nn.Linear(8, 10, bias=False))
-
-    def options(self) -> dict[str, Any]:
-        return {"r": 4, "targets": list(self.targets)}
-
-    def batch(self, rank: int, step: int) -> tuple[Tensor]:
-        return (torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(step + rank)),)
-
-
-def split_tokens(model: Any) -> Any:
-    plan = {
-        "0": SequenceParallel(),
-        "1.up": ColwiseParallel(input_layouts=Shard(1)),
-        "1.down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
-        "1.norm": SequenceParallel(),
-        "2": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
-    }
-    mesh = init_device_mesh("cpu", (2,))
-    parallelize_module(model, mesh, PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1)))
-    parallelize_module(model, mesh, plan)
-    for part in (model[0], model[1].norm):
-        part.requires_grad_(False)  # whose parameters are others then
-    return model
-
-
-@in_two
-@pytest.mark.parametrize(("order", "first"), [(around, ()), (within, ("0",))])
-def test_a_model_whose_tokens_are_split_between_its_layers(order: Any, first: tuple[str, ...], tmp_path: Path) -> None:
-    case = InSequence((*first, "1.up", "1.down", "2"))
-    require_as_one_process(Engine(order(split_tokens), **SPLIT), case, tmp_path)
-
-
 @in_two
 def test_a_whole_layer_is_given_whole_tokens_some_of_them_or_some_of_their_features() -> None:
-    case, mesh = InSequence(("0",)), init_device_mesh("cpu", (2,))
-    (x,) = case.batch(0, 0)
+    mesh, x = init_device_mesh("cpu", (2,)), drawn(2, 4, 6, seed=0)
+    case = Made(lambda: nn.Sequential(nn.Linear(6, 8)), {"r": 4, "targets": ["0"]}, lambda *_: (x,))
     one = case.adapted()
-    expected = one[0](x)
+    expected = one(x)
     expected.square().mean().backward()
     for placement in (Replicate(), Shard(1), Shard(2)):
         model, placed = case.build(), distribute_tensor(x, mesh, [placement])
@@ -262,9 +124,62 @@ def test_a_whole_layer_is_given_whole_tokens_some_of_them_or_some_of_their_featu
 
 @in_four
 def test_the_order_of_the_page() -> None:
-    """Split, adapt and shard as docs/tensor_parallel.md does, and train."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = Block(16, 32)
     exec(snippet("tensor_parallel.md", "parallelize_module"), {"randlora": randlora, "model": model, "mesh": mesh})
     model(torch.randn(4, 16)).square().mean().backward()
     assert [type(parameter.grad) for parameter in randlora.trainable_parameters(model)] == [DTensor] * 4
+
+
+@in_two
+def test_the_code_of_the_page_splits_and_adapts(tmp_path: Path) -> None:
+    PLANS["llama"].written(tmp_path)
+    code = snippet("tensor_parallel.md", "tp_plan").replace("meta-llama/Llama-3.1-8B", str(tmp_path))
+    exec(code, found := {"randlora": randlora})
+    model: Any = found["model"]
+    assert isinstance(model.model.layers[0].self_attn.q_proj.weight, DTensor)
+    assert len([*randlora.trainable_parameters(model)]) == 14
+    model(input_ids=(ids := torch.arange(12).view(2, 6)), labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
+
+
+ONLY_EXPERTS = {"targets": ".*experts.*"}
+
+
+@in_two
+def test_each_stack_of_experts_sums_once(tmp_path: Path) -> None:
+    case = replace(PLANS["mixtral"], adapter=ONLY_EXPERTS).written(tmp_path)
+    model = case.adapt(case.split())
+    with mock.patch("randlora.sharded.tensor_parallel.on_mesh", side_effect=on_mesh) as counted:
+        model(*case.batch(0, 0))
+    assert counted.call_count == 2  # of one layer: gate_up_proj and down_proj, whose experts all have tokens
+
+
+@in_two
+def test_processes_whose_experts_have_no_tokens_take_part(tmp_path: Path) -> None:
+    case = Planned("mixtral", {**EXPERTS, "num_experts_per_tok": 1}, WHOLE, ONLY_EXPERTS).written(tmp_path)
+    one, model = case.adapted(), case.adapt(case.split())
+    for each in (one, model):
+        each(torch.tensor([[3]])).square().mean().backward()
+    gradients_alike(one, model, within=1e-12)
+
+
+@in_two
+def test_what_a_plan_leaves_without_a_way_to_train_is_refused(tmp_path: Path) -> None:
+    """Experts whose processes have different batches, and layers of bitsandbytes, which do not compute either."""
+    from transformers import BitsAndBytesConfig
+
+    parallel = {"tp_size": 1, "fsdp_size": 2, "ep_size": 2}
+    experts = replace(PLANS["mixtral"], parallel=parallel).written(tmp_path / "a").split()
+    codes = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "dtype": torch.float32}
+    quantized = PLANS["llama"].written(tmp_path / "b").split(**codes)
+    with pytest.raises(AssertionError):  # of bitsandbytes
+        quantized(IDS)
+    for model, targets, said in (
+        (experts, ["gate_up_proj"], "gate_up_proj is split by EpDispatchExpertsParallel"),
+        (quantized, "all-linear", "q_proj is a quantized Linear4bit whose weight ColwiseParallel"),
+    ):
+        before = {name: type(module) for name, module in model.named_modules()}
+        with pytest.raises(RandLoRAError, match=said):
+            randlora.inject(model, r=4, targets=targets)
+        assert before == {name: type(module) for name, module in model.named_modules()}

@@ -1,12 +1,15 @@
-"""Trainers of transformers, TRL, accelerate and Lightning with each engine: runs resumed with the same bits."""
+"""Trainers of transformers, TRL, accelerate and Lightning, and the examples: runs resumed with the same bits."""
 
 from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,12 +21,11 @@ from torch.distributed.fsdp import fully_shard
 
 import randlora
 from tests.distributed.engines import STAGES, deepspeed
-from tests.distributed.processes import in_two, on_all
+from tests.distributed.processes import FOUR, in_two, on_all
 from tests.distributed.trained import Drawn, distance, optimizer_of, trained_alone, values
 from tests.further import further
 from tests.kit import all_bits
-
-pytestmark = in_two
+from tests.pages import ROOT, imported
 
 
 @contextmanager
@@ -59,7 +61,6 @@ def launched(engine: str) -> Iterator[None]:
 
 
 def options(engine: str) -> dict[str, Any]:
-    """Return the arguments of a trainer with an engine."""
     name, _, kind = engine.partition(" ")
     given: dict[str, Any] = {"per_device_train_batch_size": 1}
     if name == "ddp":
@@ -69,42 +70,29 @@ def options(engine: str) -> dict[str, Any]:
         config |= {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         config |= {"cpu_ram_efficient_loading": False, "sync_module_states": False}
         return given | {"fsdp": "full_shard auto_wrap", "fsdp_config": config, "use_cpu": False}
-    stage, _, gathered = kind.partition(" ")
     engine_config: dict[str, Any] = dict.fromkeys(["train_micro_batch_size_per_gpu", "gradient_clipping"], "auto")
-    engine_config["zero_optimization"] = copy.deepcopy(STAGES[stage])
-    if gathered:
-        engine_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    engine_config |= {"zero_optimization": copy.deepcopy(STAGES[kind])}
     engine_config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return given | {"use_cpu": False, "deepspeed": engine_config}
 
 
+@in_two
 @pytest.mark.parametrize(
-    ("engine", "is_stock"),
-    [
-        ("ddp", False),
-        ("fsdp FULL_STATE_DICT", False),
-        further("fsdp SHARDED_STATE_DICT", False),
-        further("fsdp FULL_STATE_DICT", True),
-        ("zero 2", False),
-        ("zero 3", False),
-        further("zero 3", True),
-        further("zero 3 gathered", True),
-    ],
+    "engine", ["ddp", "fsdp FULL_STATE_DICT", further("fsdp SHARDED_STATE_DICT"), "zero 2", "zero 3"]
 )
-def test_a_run_is_resumed_from_checkpoints_without_the_base(tmp_path: Path, engine: str, *, is_stock: bool) -> None:
+def test_a_run_is_resumed_from_checkpoints_without_the_base(tmp_path: Path, engine: str) -> None:
     name = engine.split(maxsplit=1)[0]
     with launched(engine):
-        from transformers import Trainer, TrainingArguments
+        from transformers import TrainingArguments
 
         from randlora.integrations.transformers import AdapterTrainer
         from tests.trainers import adapted_model, arguments, plain_model, rows
 
         def trainer() -> Any:
             given = arguments(TrainingArguments, tmp_path, **options(engine))
-            model = adapted_model(train_also=["norm"], dropout=0.1)
-            return (Trainer if is_stock else AdapterTrainer)(model, given, train_dataset=rows())
+            return AdapterTrainer(adapted_model(train_also=["norm"], dropout=0.1), given, train_dataset=rows())
 
-        through, rest = trainer(), None
+        through = trainer()
         with mock.patch.object(randlora, "save", side_effect=randlora.save) as saved:
             through.train()
         dist.barrier()
@@ -112,14 +100,10 @@ def test_a_run_is_resumed_from_checkpoints_without_the_base(tmp_path: Path, engi
         rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         losses, resumed = ([each.get("loss") for each in own.state.log_history] for own in (through, rest))
         assert losses == resumed
-        found = [all_bits(randlora.adapter_state(each.model).tensors) for each in (through, rest)]
-        if not (is_stock and engine == "zero 3"):  # which gathers nothing into its checkpoints
-            loaded = plain_model()
-            randlora.load(loaded, tmp_path / "checkpoint-4", trainable=True)
-            found.append(all_bits(randlora.adapter_state(loaded).tensors))
+        loaded = plain_model()
+        randlora.load(loaded, tmp_path / "checkpoint-4", trainable=True)
+        found = [all_bits(randlora.adapter_state(each).tensors) for each in (through.model, rest.model, loaded)]
         assert all(each == found[0] for of_rank in on_all(found) for each in of_rank)
-    if is_stock:
-        return
     wrapped = {"ddp": "DistributedDataParallel", "fsdp": "FSDPLlamaForCausalLM", "zero": "DeepSpeedEngine"}
     assert wrapped[name] in {type(through.model_wrapped).__name__, type(through.model).__name__}
     assert name != "ddp" or on_all(saved.call_count) == [2, 0]
@@ -161,6 +145,7 @@ def make(kind: str, directory: Path, train_also: list[str], given: dict[str, Any
         return grpo(model, rewards, args=args, train_dataset=prompts, **own)
 
 
+@in_two
 @pytest.mark.parametrize(
     ("kind", "engine", "train_also"),
     [
@@ -190,6 +175,7 @@ def test_the_reference_is_the_same_model_without_its_adapter(
         assert (reference - base).abs().max() < 1e-6 < (model - base).abs().max()
 
 
+@in_two
 def test_an_accelerator_trains_saves_and_resumes_an_adapter(tmp_path: Path) -> None:
     case = Drawn()
     with launched("ddp"):
@@ -227,7 +213,7 @@ def test_an_accelerator_trains_saves_and_resumes_an_adapter(tmp_path: Path) -> N
 
 
 def fitted(is_sharded: bool, out: Path, epochs: int, resume: Path | None = None) -> Any:
-    """Train with Lightning, and return the module."""
+    """Train with Lightning, sharded over the processes by FSDP2 or not, and return the module."""
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
@@ -235,8 +221,6 @@ def fitted(is_sharded: bool, out: Path, epochs: int, resume: Path | None = None)
     from tests.lightning_modules import Module, fit
 
     class Sharded(Module):
-        """The module, sharded over the processes by FSDP2."""
-
         def configure_model(self) -> None:
             if not getattr(self, "is_sharded", False):
                 self.is_sharded = True
@@ -254,6 +238,7 @@ def fitted(is_sharded: bool, out: Path, epochs: int, resume: Path | None = None)
     return module
 
 
+@in_two
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_a_resumed_run_of_lightning_has_the_bits_of_a_whole_one(tmp_path: Path, *, is_sharded: bool) -> None:
     with launched("ddp"):
@@ -272,3 +257,56 @@ def test_a_resumed_run_of_lightning_has_the_bits_of_a_whole_one(tmp_path: Path, 
         fresh = type(rest)().model
         randlora.eject(fresh)
         randlora.load(fresh, tmp_path / "part/epoch=0.adapter")
+
+
+def run(name: str, *args: Any) -> str:
+    """Run an example in a process that is in a group already; return what it prints."""
+    printed = StringIO()
+    in_a_group = mock.patch.multiple(dist, init_process_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT)
+    with in_a_group, redirect_stdout(printed):
+        imported(name).main(*args)
+    return printed.getvalue()
+
+
+def require_learned(name: str, printed: str, directory: Path, data: Any) -> None:
+    """Assert that the adapter was saved once, loads, and halves the loss of none."""
+    assert printed.count("saved 'default'") == 1
+    example = imported(name)
+    model = example.pretrained()
+    x, y = example.batch(*data)
+    before = (model(x) - y).square().mean()
+    randlora.load(model, directory)
+    with torch.no_grad():
+        assert (model(x) - y).square().mean() < before / 2
+
+
+@in_two
+@pytest.mark.parametrize(
+    ("name", "engine"), [("data_parallel", "DDP"), ("tensor_parallel", ""), ("data_parallel", "ZeRO")]
+)
+def test_an_example_trains(tmp_path: Path, name: str, engine: str) -> None:
+    stage = {"DDP": [0], "ZeRO": [3]}.get(engine, [])
+    if engine == "ZeRO":
+        deepspeed()
+    printed = "".join(on_all(run(name, 40, tmp_path, *stage)))
+    assert "step 40: loss" in printed
+    require_learned(name, printed, tmp_path, [torch.Generator().manual_seed(9)])
+
+
+def test_an_example_is_launched_and_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--steps", "20", "--checkpoints", str(tmp_path / "run"), "--out", str(tmp_path / "adapter")]
+    command = [*torchrun, "docs/examples/fully_sharded.py", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    # gloo's threads outlive destroy_process_group, because what torch caches of shards holds the group, and may abort a
+    # process that has come to its end (seen once)
+    aborted_at_the_end = (
+        "terminate called without an active exception" in done.stderr and "saved 'default'" in done.stdout
+    )
+    assert done.returncode == 0 or aborted_at_the_end, done.stderr[-4000:]
+    assert "trains from step 0 on 2 processes" in done.stdout
+    printed = "".join(FOUR.run(run, "fully_sharded", 120, tmp_path / "run", tmp_path / "adapter"))
+    assert "trains from step 20 on 4 processes" in printed
+    assert "step 120: loss" in printed
+    require_learned("fully_sharded", printed, tmp_path / "adapter", [9, 9])

@@ -32,7 +32,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def swift(base: Path, output: str, plugin: str = "plugin.py", more: str = "") -> str:
-    """Train with ms-swift, and return what it prints."""
     words = f"sft {OPTIONS} --external_plugins {plugin} --output_dir {output} {more}"
     return command(base, "swift", *words.split())
 

@@ -25,12 +25,10 @@ FILES = {
 
 
 def text_of(name: str) -> str:
-    """Return a file of the repository."""
     return (ROOT / name).read_text(encoding="utf-8")
 
 
 def pyproject() -> dict[str, Any]:
-    """Return pyproject.toml."""
     return tomllib.loads(text_of("pyproject.toml"))
 
 

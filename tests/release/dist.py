@@ -1,13 +1,11 @@
 """Wheel and sdist in dist/: equal builds of the last commit, what they say of themselves, and what they install.
 
 ``python -m tests.release.dist`` (`make dist`) builds them twice, in other places and under other circumstances, to
-equal bytes, with the tools of the environment that runs it, and prints their SHA-256. Files that git does not track are
-not in them. The time in them is that of the commit.
+equal bytes, of files that git tracks and with the time of the commit, and prints their SHA-256.
 
 ``python -m tests.release.dist PYTHON...`` (`make dist-check`) checks their metadata with twine and against the
-checkout. Then it installs them in empty environments of each Python that this machine has, and runs the README's
-snippets with what the wheel installs. The sdist is installed without its requirements: what it installs is compared
-with the wheel, byte for byte.
+checkout, and installs them in empty environments of each Python that this machine has: the wheel, with which the
+README's snippets run, and the sdist without its requirements, which must install the same bytes.
 """
 
 import ast

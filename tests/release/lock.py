@@ -1,14 +1,11 @@
 """The file requirements.lock: the environment of the tests, with every version and every file's SHA-256.
 
-``python -m tests.release.lock UV`` (`make lock`) writes it. It takes the versions of the environment that runs it, so
-that what is locked is what the tests last ran with, and completes them for other systems and for newer Pythons. The
-tools of the group ``release`` are not in that environment, and are locked at their newest versions. The file names no
-index: pip takes the files from wherever it is configured to, and refuses any with another hash.
+``python -m tests.release.lock UV`` (`make lock`) writes it: the versions of the environment that runs it, with which
+the tests passed, completed for other systems and newer Pythons, and the newest tools of the group ``release``. It
+names no index: pip takes the files from wherever it is configured to, and refuses any with another hash.
 
-``python -m tests.release.lock`` (`make audit`) asks pip-audit whether a version has a known vulnerability. It exits
-with 1 if one has, or if the service gave no answer for one: pip-audit itself succeeds where the service knows none of
-the packages, as where a mirror of the index answers that has no such service. ``AUDIT=optional`` in the environment
-makes that a warning; a release made so says in its notes that it was not audited.
+``python -m tests.release.lock`` (`make audit`) asks pip-audit whether a version has a known vulnerability, and fails if
+one has or if there was no answer for one, for which pip-audit itself succeeds. ``AUDIT=optional`` accepts the latter.
 """
 
 import json

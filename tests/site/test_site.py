@@ -21,8 +21,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", 
 
 
 class Look(NamedTuple):
-    """A palette and a size of screen."""
-
     is_dark: bool
     is_phone: bool
 
@@ -78,8 +76,6 @@ BROKEN = r"""() => [...document.querySelectorAll("table:not([class]) :is(th, td)
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves files, and says nothing."""
-
     def log_message(self, *_: object) -> None: ...
 
 
@@ -103,13 +99,11 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def look() -> Look:
-    """The look of tests that do not range over looks."""
     return Look(is_dark=False, is_phone=False)
 
 
 @pytest.fixture
 def page(look: Look, browser: Browser, address: str) -> Iterator[Page]:
-    """An empty page with a look."""
     context = browser.new_context(
         base_url=address,
         viewport={"width": look.width, "height": 844 if look.is_phone else 800},

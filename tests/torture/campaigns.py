@@ -87,7 +87,6 @@ def fuzz(name: str, scale: float) -> Row:
 
 
 def resident() -> int:
-    """Return the memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

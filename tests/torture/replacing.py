@@ -22,7 +22,6 @@ NEW: dict[str, Any] = {"seed": 2, "alpha": 5.0}
 
 @cache
 def model(seed: int, alpha: float) -> nn.Module:
-    """Return a small model with a trained adapter."""
     return trained(LINEAR, seed=seed, alpha=alpha)
 
 
@@ -108,7 +107,6 @@ class State(NamedTuple):
 
 
 def state_of(directory: Path) -> State:
-    """Look at a directory."""
     files = {name: text for name, text in places(directory).items() if not name.startswith(".")}
     return State(files, loaded(directory), (files.get(CONFIG_FILE), files.get(TENSORS_FILE)))
 
@@ -131,7 +129,6 @@ class Stage:
         self.clean = [*places(self.there)]
 
     def reset(self) -> None:
-        """Bring back the old state."""
         shutil.rmtree(self.there, ignore_errors=True)
         self.there.mkdir()
         if self.scenario.old:

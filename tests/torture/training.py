@@ -8,6 +8,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,7 @@ from tests.pages import imported
 from tests.torture import Row, share
 from tests.torture.faults import FORK
 
-KILLS = 100
-STEPS, EVERY = 400, 4
-TRAINER_STEPS = 50  # an epoch: in the middle of one, `Trainer` takes a step more if a finished run is resumed
-LONGEST_LIFE, TRAINER_LIFE = 0.6, 2.0  # seconds that a process trains before it is killed
+KILLS, EVERY = 100, 4
 WHOLE = 600.0  # seconds that no whole run takes
 
 Train = Callable[[Path, int], None]
@@ -29,7 +27,6 @@ Train = Callable[[Path, int], None]
 
 
 def plain_loop() -> Train:
-    """Return the training of the loop of one's own."""
     plain: Any = imported("plain_pytorch")
     network: nn.Module = plain.pretrained()
     generator = torch.get_rng_state()
@@ -51,7 +48,6 @@ def plain_loop() -> Train:
 
 
 def trainer() -> Train:
-    """Return the training of `AdapterTrainer`."""
     program: Any = imported("transformers_trainer")
     from transformers.trainer_callback import ProgressCallback
 
@@ -98,7 +94,10 @@ def in_process(train: Train, out: Path, steps: int, life: float) -> bool:
 
 
 def killed_training(train: Train, kills: int, steps: int, life: float) -> tuple[int, int, list[str]]:
-    """Kill training again and again; return the kills, the steps that were taken again, and failures."""
+    """Kill training again and again; return the kills, the steps that were taken again, and failures.
+
+    A process trains for at most ``life`` seconds before it is killed.
+    """
     chance, failures = random.Random(0), list[str]()
     done = again = runs = 0
     with tempfile.TemporaryDirectory() as root:
@@ -123,17 +122,12 @@ def killed_training(train: Train, kills: int, steps: int, life: float) -> tuple[
     return done, again, failures
 
 
-def _row(tried: str, done: int, again: int, failures: list[str]) -> Row:
-    return Row(tried, done, failures, f"{again:,} steps taken again, with the same losses")
+def killed(train: Callable[[], Train], steps: int, life: float, tried: str, scale: float) -> Row:
+    """Kill training at random times, and let it resume."""
+    done, again, failures = killed_training(train(), share(KILLS, scale), steps, life)
+    return Row(f"{tried} killed and resumed", done, failures, f"{again:,} steps taken again, with the same losses")
 
 
-def killed_while_training(scale: float) -> Row:
-    """Kill the loop of docs/training.md at random times, and let it resume."""
-    found = killed_training(plain_loop(), share(KILLS, scale), STEPS, LONGEST_LIFE)
-    return _row("training runs killed and resumed", *found)
-
-
-def killed_trainer(scale: float) -> Row:
-    """Kill `AdapterTrainer` at random times, and let it resume."""
-    found = killed_training(trainer(), share(KILLS, scale), TRAINER_STEPS, TRAINER_LIFE)
-    return _row("runs of AdapterTrainer killed and resumed", *found)
+killed_while_training = partial(killed, plain_loop, 400, 0.6, "training runs")  # of the loop of docs/training.md
+# 50 steps are an epoch: in the middle of one, `Trainer` takes a step more if a finished run is resumed
+killed_trainer = partial(killed, trainer, 50, 2.0, "runs of AdapterTrainer")
