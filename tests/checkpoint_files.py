@@ -117,8 +117,7 @@ CASES = (
     LINEAR,
     Case("Conv1D", _conv1d),
     Case(
-        "mixed-sizes",
-        lambda: nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 3, bias=False), Conv1D(12, 3)),
+        "mixed-sizes", lambda: nn.Sequential(nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 3, bias=False), Conv1D(12, 3))
     ),
     Case("two-places", Twice, {"targets": "all-linear"}),
     HEADED,

@@ -37,9 +37,14 @@ def _without_compiled_programs(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def fast_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory where flushing takes no time, and where no other process writes that readers would wait for."""
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for another process to finish replacing files: there is none."""
     monkeypatch.setattr(read, "PATIENCE", 0)
+
+
+@pytest.fixture
+def fast_path(impatient: None) -> Iterator[Path]:
+    """A directory where flushing takes no time, and where no other process writes that readers would wait for."""
     with fast_disk() as directory:
         yield directory
 

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 import randlora
 from randlora.bases import BasisSpec
 from randlora.bases.basis import Basis
-from randlora.checkpoint import read
 from randlora.cli.app import main
 from randlora.errors import AdapterError, CheckpointError
 from tests.checkpoint_files import (
@@ -60,12 +59,7 @@ from tests.kit import adapter_values, all_bits, bits, snapshot, untouched
 INPUTS = sorted(path for target in ("adapter", "peft_config") for path in (CORPUS / target).iterdir())
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_other_process() -> Iterator[None]:
-    """Do not wait for another process to finish replacing files."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read, "PATIENCE", 0)
-        yield
+pytestmark = pytest.mark.usefixtures("impatient")
 
 
 # Files that every verb refuses
@@ -246,15 +240,11 @@ def peft(damage: Damage) -> Make:
     return lambda directory: damage(peft_directory(directory))
 
 
-def named(fqn: str) -> Make:
-    """Make an adapter of PEFT's in which a layer has another name, letter by letter."""
-
-    def rename(directory: Path) -> None:
-        held = read_tensors(directory)[0]
-        others = {key.replace("model.0.", f"model.{fqn}."): tensor for key, tensor in held.items()}
-        edit_tensors(directory, others, drop=[key for key in held if key not in others])
-
-    return peft(rename)
+def with_a_pattern(directory: Path) -> None:
+    """Give a layer the name ``.*``, letter by letter."""
+    held = read_tensors(peft_directory(directory))[0]
+    others = {key.replace("model.0.", "model..*."): tensor for key, tensor in held.items()}
+    edit_tensors(directory, others, drop=[key for key in held if key not in others])
 
 
 def without_bases(directory: Path) -> None:
@@ -272,22 +262,16 @@ def twice() -> nn.Module:
     return nn.Sequential(layer, nn.Tanh(), layer)
 
 
-def other(name: str, module: Build) -> Build:
-    """Make HEADED with another module."""
+def other(name: str, part: Callable[[], nn.Module | nn.Parameter]) -> Build:
+    """Make HEADED with another module, or with another parameter."""
 
     def make() -> nn.Module:
         model = HEADED.build()
-        setattr(model, name, module())
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, part())
         return model
 
     return make
-
-
-def rounded() -> nn.Module:
-    """Make a norm with a bias for which rounded numbers would be written."""
-    norm = nn.LayerNorm(7)
-    norm.bias = nn.Parameter(torch.ones(7, dtype=torch.int8), requires_grad=False)
-    return norm
 
 
 def transposed() -> nn.Module:
@@ -297,6 +281,7 @@ def transposed() -> nn.Module:
 THIN = Case("thin", lambda: nn.Sequential(nn.Linear(6, 1)))
 NARROW = Case("narrow", Headed, {"targets": ["head"]})
 TRAINED_ON = "here, the adapter was trained on out x in = "
+INTEGERS = nn.Parameter(torch.ones(7, dtype=torch.int8), requires_grad=False)
 LARGER = "0 is 4 x 6, larger than the bases in the file"
 REFUSED: tuple[tuple[str, Make, Build], ...] = (
     ("the model has no layer 2", our_adapter, lambda: nn.Sequential(nn.Linear(6, 4))),
@@ -320,7 +305,11 @@ REFUSED: tuple[tuple[str, Make, Build], ...] = (
     ("the model has no parameter norm.bias, which was trained with the", headed, other("norm", nn.Identity)),
     ("head.weight has shape (4, 7) here, (3, 7) in the file", headed, other("head", lambda: nn.Linear(7, 4))),
     ("the model has no parameter head.bias", headed, other("head", lambda: nn.Linear(7, 3, bias=False))),
-    ("norm.bias holds torch.int8 here", headed, other("norm", rounded)),
+    (
+        "norm.bias holds torch.int8 here",
+        headed,
+        other("norm.bias", lambda: INTEGERS),
+    ),
     (NOT_SAME, partial(headed, digest="0" * 64), lambda: trained(NARROW, name="grows")),
     ("the bases that the file names cannot be drawn", without_bases, THIN.build),
     (
@@ -328,7 +317,7 @@ REFUSED: tuple[tuple[str, Make, Build], ...] = (
         peft(tensors({f"{LAMBDA}.default": ones(2)})),
         LINEAR.build,
     ),
-    ("the model has no layer .*", named(".*"), LINEAR.build),
+    ("the model has no layer .*", with_a_pattern, LINEAR.build),
     (
         "0 is 4 x 6 here, the adapter was trained on a smaller side of 3",
         peft(tensors({GAMMA: ones(2, 3)})),

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from io import FileIO
 from itertools import combinations, count
@@ -69,29 +69,17 @@ def make(directory: Path, **options: Any) -> None:
             (new / "folder" / name).write_bytes(text)
 
 
-@contextmanager
-def umask(mask: int) -> Iterator[None]:
-    """Set the umask, and check that it stays."""
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        assert os.umask(before) == mask
-
-
-def mode(path: Path) -> int:
-    return path.stat().st_mode & 0o777
-
-
 def test_files_are_written_and_replaced_and_as_readable_as_any_or_as_those_before(tmp_path: Path) -> None:
-    place = tmp_path / "a" / "b"
-    with umask(0o027):
+    place, before = tmp_path / "a" / "b", os.umask(0o027)
+    try:
         assert write(place, {**OLD, "other": b"other"}) == 19
         make(tmp_path / "c")
-    assert (mode(place / "one"), mode(tmp_path / "c")) == (0o640, 0o750)
+    finally:
+        assert os.umask(before) == 0o027, "it is left as it was"
+    assert [path.stat().st_mode & 0o777 for path in (place / "one", tmp_path / "c")] == [0o640, 0o750]
     (place / "one").chmod(0o600)
     write(place)
-    assert mode(place / "one") == 0o600, "what was private stays private"
+    assert (place / "one").stat().st_mode & 0o777 == 0o600, "what was private stays private"
     assert contents(place) == {**NEW, "other": b"other"}
     with pytest.raises(OSError, match="one"):
         write(place / "one")

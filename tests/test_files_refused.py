@@ -90,18 +90,11 @@ def too_large() -> None:
 
 READING: tuple[Callable[..., object], ...] = files.inspect, files.verify
 OF_BASES, FOR_BASE = ("prefix", "base_revision"), "is for a base model: give base= too"
-UPDATES: tuple[dict[str, Any], ...] = (
-    {"to": "lora", "format": "diffusers"},
-    {"to": "lora", "format": "mlx"},
-    {"to": "diff"},
-)
-"""Conversions to files that hold updates alone."""
+UPDATES: list[dict[str, Any]] = [{"to": "diff"}, *({"to": "lora", "format": each} for each in ("diffusers", "mlx"))]
+TWICE = ["adapter"] * 2, {"adapter": 0.5, "adapter/": 0.25}, ["adapter", "link"], ["x/../link", "link"]
 INTO = {"out": "bert/../adapter"}, {"out": "adapter/in"}, {"source": f"adapter/{TENSORS_FILE}", "out": "adapter"}
 CALLS: list[tuple[type[Exception], str, Call]] = [
-    *(
-        (ConfigError, "named twice", merge(twice))
-        for twice in (["adapter"] * 2, {"adapter": 0.5, "adapter/": 0.25}, ["adapter", "link"], ["x/../link", "link"])
-    ),
+    *((ConfigError, "named twice", merge(twice)) for twice in TWICE),
     (ConfigError, "must be a finite number, got nan", merge({"adapter": float("nan")})),
     (ConfigError, "dtype must be one of .*got torch.int8", merge(dtype=torch.int8)),
     (ConfigError, "there is no adapter", merge([])),
@@ -121,17 +114,15 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
     (ConfigError, "format= and same_rank= are for to=\"lora\", not 'diff'", convert(to="diff", same_rank=True)),
     (ConfigError, "rank= and tolerance= are for to=\"lora\": 'peft' is exact", convert(rank=4)),
     (ConfigError, 'component= is for to="diff", and', convert(to="lora", component="unet")),
-    (ConfigError, 'component="diffusion_model" is for', convert(**UPDATES[0], component="diffusion_model")),
+    (ConfigError, 'component="diffusion_model" is for', convert(**UPDATES[1], component="diffusion_model")),
     (ConfigError, "rank must be a positive integer, got 0", convert(to="lora", rank=0)),
     (ConfigError, "tolerance must be a finite number, got nan", convert(to="lora", tolerance=float("nan"))),
     (ConfigError, r"two layers would have the key lora_unet_down_blocks_a_b\.diff", convert("alike", to="diff")),
     *((ConfigError, r"has trained classifier\.bias, class", convert("head", **options)) for options in UPDATES),
     *((ConfigError, "0 is of kind convolution, and", convert("convolution", **options)) for options in UPDATES),
     *((ConfigError, f"^{option}= {FOR_BASE}$", convert(to="native", **{option: "model"})) for option in OF_BASES),
-    *(
-        (ConfigError, f"^{option}= {FOR_BASE}$", partial(verb, "adapter", **{option: "model"}))
-        for verb, option in product(READING, OF_BASES)
-    ),
+    *((ConfigError, f"^prefix= {FOR_BASE}$", partial(verb, "adapter", prefix="model")) for verb in READING),
+    *((ConfigError, f"^base_revision= {FOR_BASE}$", partial(verb, "adapter", base_revision="x")) for verb in READING),
     (CheckpointError, r"^no such directory: .*nothing$", lambda: files.verify("nothing")),
     (CheckpointError, r"^no such directory: .*nothing$", lambda: files.verify("adapter", "nothing")),
     (CheckpointError, r"the update of model\.layers\.0.* is too large", too_large),
