@@ -33,8 +33,6 @@ BASIS_A, BASIS_B = "base_model.randlora_A", "base_model.randlora_B"
 
 
 class Twice(nn.Module):
-    """A model that uses one layer in two places."""
-
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(6, 6)
@@ -96,7 +94,6 @@ class Case:
             return self.make().to(self.dtype).eval()
 
     def output(self, model: nn.Module) -> Tensor:
-        """Run the model on an input that is always the same."""
         x = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(3, 6).to(self.dtype)
         with torch.no_grad():
             output: Tensor = model(x)
@@ -140,13 +137,11 @@ def trained(case: Case, *, name: str = "default", **options: Any) -> nn.Module:
 
 
 def basis_of(model: nn.Module, name: str = "default") -> Basis:
-    """Return the bases of one adapter of one r."""
     (basis,) = bases_of(model, name).values()
     return basis
 
 
 def bases_of(model: nn.Module, name: str = "default") -> dict[int, Basis]:
-    """Return the bases of one adapter by r."""
     state = attached_state(model)
     assert state is not None, "the model is adapted"
     return state.adapter(name).bases
@@ -169,24 +164,20 @@ def doubted(model: nn.Module, directory: Path | str, match: str) -> None:
 
 
 def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a directory's tensors and their header's metadata."""
     with safe_open(directory / TENSORS_FILE, framework="pt") as file:
         return {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata() or {}
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Replace a directory's tensors and metadata."""
     save_file({key: tensor.clone() for key, tensor in tensors.items()}, directory / TENSORS_FILE, dict(metadata))
 
 
 def read_fields(directory: Path) -> dict[str, Any]:
-    """Read a directory's JSON."""
     fields: dict[str, Any] = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     return fields
 
 
 def edit_fields(directory: Path, changes: Mapping[str, Any], *, drop: Sequence[str] = ()) -> None:
-    """Change some fields of a directory's JSON."""
     fields = {key: value for key, value in {**read_fields(directory), **changes}.items() if key not in drop}
     (directory / CONFIG_FILE).write_text(json.dumps(fields), encoding="utf-8")
 

@@ -40,7 +40,6 @@ Damage = Callable[[Path], object]
 
 
 def our_adapter(directory: Path, case: Case = LINEAR, *, bases: Any = "seed", **options: Any) -> Path:
-    """Save an adapter of ours."""
     randlora.save(trained(case, **options), directory, bases=bases)
     return directory
 
@@ -116,7 +115,6 @@ class Bomb:
 
 @damage
 def pickled(directory: Path, name: str) -> None:
-    """Put a pickle of that name in place of the tensors."""
     (directory / TENSORS_FILE).unlink()
     torch.save({"weight": Bomb()}, directory / name)
 
@@ -131,7 +129,6 @@ def raw(directory: Path, tensors: Mapping[str, tuple[list[int], int]], *, is_add
 
 @damage
 def instead(directory: Path, name: str, make: Callable[[Path], object]) -> None:
-    """Put something else in place of a file."""
     (directory / name).unlink(missing_ok=True)
     make(directory / name)
 

@@ -171,7 +171,6 @@ def keep_client_in(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """Run a server on a free port of this machine."""
     with ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {})) as server:
         hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
         server.RequestHandlerClass.hub = hub  # type: ignore[attr-defined]

@@ -23,7 +23,6 @@ HEADS = {"llama": "model.norm", "gpt2": "ln_f", "bert": "classifier", "vit": "cl
 def save_model(
     kind: RealModel, directory: Path, *, dtype: torch.dtype = torch.float32, is_sharded: bool = False
 ) -> Path:
-    """Let transformers write a model."""
     return write(kind.build().to(dtype), directory, is_sharded=is_sharded)
 
 
@@ -57,7 +56,6 @@ def adapter_of(model: nn.Module, directory: Path, *, values: int = 0, **options:
 
 
 def save_adapter(kind: RealModel, directory: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    """Save an adapter of a kind of model."""
     return adapter_of(kind.build().to(dtype), directory, **{"targets": list(kind.targets), **options})
 
 
@@ -77,7 +75,6 @@ def carrying(model: Model, adapters: Mapping[Path, float]) -> Model:
 
 
 def merge_into(model: Model, adapters: Mapping[Path, float]) -> Model:
-    """Load adapters into a model, and merge them."""
     randlora.merge(carrying(model, adapters))
     return model
 
@@ -89,7 +86,6 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def stored(directory: Path) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint."""
     found: dict[str, Tensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
         found |= load_file(path)

@@ -61,7 +61,6 @@ def card_of(directory: Path) -> str:
 
 
 def rows(directory: Path) -> dict[str, str]:
-    """Read the table of a directory's card."""
     return dict(re.findall(r"^\| ([^|-][^|]*) \| (.*) \|$", card_of(directory), re.MULTILINE))
 
 
@@ -301,7 +300,6 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub that the client talks to."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with running_hub() as running:
         point_client_at(running.url, monkeypatch)

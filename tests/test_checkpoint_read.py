@@ -47,7 +47,6 @@ pytestmark = pytest.mark.usefixtures("impatient")
 
 
 def output(model: nn.Module, name: str = "a0") -> Tensor:
-    """Run the model with one adapter."""
     randlora.activate(model, name)
     return LINEAR.output(model)
 

@@ -303,7 +303,6 @@ def assert_flushed(calls: tuple[Call, ...]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def small_pieces() -> Iterator[None]:
-    """Read in pieces of a few bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "PIECE_BYTES", 16)
         yield

@@ -193,7 +193,6 @@ def index_text(text: str) -> Call:
 
 @later
 def instead(**held: bytes) -> None:
-    """Put files in place of the base's."""
     shutil.rmtree(BASE)
     BASE.mkdir()
     for name, content in held.items():
@@ -248,7 +247,6 @@ def of_peft() -> None:
 
 
 def expert(change: Callable[[Tensor], Tensor | None]) -> Call:
-    """Change a tensor of an expert."""
     place = "1.block_sparse_moe.experts.2.w1"
     return of(
         lambda: made(mixtral, dtype=torch.float32),
