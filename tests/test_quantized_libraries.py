@@ -400,24 +400,18 @@ def test_merging_is_refused_with_what_to_do_and_changes_nothing(kind: Kind, tmp_
     assert not any("merged weights were not compared" in note for note in report.notes)
 
 
-@pytest.mark.parametrize(
-    ("build", "options", "error", "said"),
-    [
-        (Nameless, {"targets": ["1"]}, AdapterError, "'Nameless' .* define features in the adapter layer of Nameless"),
-        (Away, {"targets": ["1"]}, TargetError, "1 has no codes in its par.*, or define weight_of in AwayAdapter if"),
-        (lambda: _eetq(8, 8, True).to("meta"), {"targets": ["1"]}, TargetError, "1 has no values"),
-        *(
-            (Flat, {"targets": ["0"], "train_also": [name]}, TargetError, r"1\.(packed|bias), a buffer of a quantized")
-            for name in ("1", "1.packed", "1.bias")
-        ),
-    ],
-)
-def test_a_layer_that_lacks_what_is_needed_is_refused_with_what_to_do(
-    build: Callable[[], nn.Module], options: dict[str, Any], error: type[Exception], said: str
-) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), build())
-    with pytest.raises(error, match=said):
-        randlora.inject(model, r=2, **options)
+def test_a_layer_that_lacks_what_is_needed_is_refused_with_what_to_do() -> None:
+    beside = [{"targets": ["0"], "train_also": [name]} for name in ("1", "1.packed", "1.bias")]
+    own: dict[str, Any] = {"targets": ["1"]}
+    rows: list[tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = [
+        (Nameless, own, AdapterError, "'Nameless' .* define features in the adapter layer of Nameless"),
+        (Away, own, TargetError, "1 has no codes in its par.*, or define weight_of in AwayAdapter if"),
+        (lambda: _eetq(8, 8, True).to("meta"), own, TargetError, "1 has no values"),
+        *((Flat, options, TargetError, r"1\.(packed|bias), a buffer of a quantized") for options in beside),
+    ]
+    for build, options, error, said in rows:
+        with pytest.raises(error, match=said):
+            randlora.inject(nn.Sequential(nn.Linear(8, 8), build()), r=2, **options)
     with pytest.raises(ConfigError, match="not quantized, but this one is"):
         randlora.training_memory(nn.Sequential(Flat()), r=2, load_in_4bit=True)
 

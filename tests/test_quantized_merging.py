@@ -98,37 +98,28 @@ def test_a_layer_that_does_more_is_requantized_but_not_made_plain(kind: LayerKin
         change(layer)
         model, own = nn.Sequential(layer), type(layer)
         randlora.inject(model, r=3)
-        with (
-            untouched(fill(model)),
-            pytest.raises(MergeError, match=r"0 has its own forward, .* quantized='requantize'"),
-        ):
+        said = r"0 has its own forward, .* quantized='requantize'"
+        with untouched(fill(model)), pytest.raises(MergeError, match=said):
             randlora.merge(model, quantized="dequantize")
         randlora.merge(model)
         assert (model[0] is layer, type(layer)) == (True, own)
 
 
-DEQUANTIZE = {"quantized": "dequantize"}
-
-
-@pytest.mark.parametrize(
-    ("kind", "alpha", "options", "error", "said"),
-    [
-        (NF4, 1, {**DEQUANTIZE, "reversible": True}, MergeError, "0 changed its class to Parametr"),
-        (INT8, 1e7, {**DEQUANTIZE, "dtype": torch.float16}, MergeError, r"would not be finite in torch\.float16"),
+def test_a_merge_that_cannot_be_is_refused() -> None:
+    dequantize: dict[str, Any] = {"quantized": "dequantize"}
+    rows: list[tuple[LayerKind, float, dict[str, Any], type[Exception], str]] = [
+        (NF4, 1, {**dequantize, "reversible": True}, MergeError, "0 changed its class to Parametr"),
+        (INT8, 1e7, {**dequantize, "dtype": torch.float16}, MergeError, r"would not be finite in torch\.float16"),
         (NF4, 1, {"quantized": "round"}, ConfigError, "one of requantize, dequantize, got 'round'"),
-        (NF4, 1, {**DEQUANTIZE, "dtype": torch.int8}, ConfigError, r"a floating dtype or None, got torch\.int8"),
+        (NF4, 1, {**dequantize, "dtype": torch.int8}, ConfigError, r"a floating dtype or None, got torch\.int8"),
         (NF4, 1, {"dtype": torch.float32}, ConfigError, "applies to dequantized layers only"),
-    ],
-    ids=["class", "overflow", "way", "int", "codes"],
-)
-def test_a_merge_that_cannot_be_is_refused(
-    kind: LayerKind, alpha: float, options: dict[str, Any], error: type[Exception], said: str
-) -> None:
-    model = one_layer(kind, (24, 20), torch.float32, alpha=alpha)
-    if "class" in said:
-        parametrize.register_parametrization(model[0], "bias", nn.Identity())
-    with untouched(model), pytest.raises(error, match=said):
-        randlora.merge(model, **options)
+    ]
+    for kind, alpha, options, error, said in rows:
+        model = one_layer(kind, (24, 20), torch.float32, alpha=alpha)
+        if "class" in said:
+            parametrize.register_parametrization(model[0], "bias", nn.Identity())
+        with untouched(model), pytest.raises(error, match=said):
+            randlora.merge(model, **options)
 
 
 @pytest.mark.parametrize("quantized", ["requantize", "dequantize"])

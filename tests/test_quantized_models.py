@@ -30,11 +30,7 @@ pytestmark = peer.THEIR_WARNINGS
 R = peer.R
 LLAMA, GPT2, BERT, VIT = quantized.MODELS
 CASES = [(LLAMA, quantized.NF4), (GPT2, quantized.FP4), (BERT, quantized.INT8)]
-every_case = pytest.mark.parametrize(
-    ("kind", "codes"),
-    [pytest.param(*case, marks=[pytest.mark.medium] * (case[0] is BERT)) for case in CASES],
-    ids=lambda value: value.name,
-)
+every_case = pytest.mark.parametrize(("kind", "codes"), CASES, ids=lambda value: value.name)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -51,6 +47,7 @@ def loss(model: nn.Module, kind: RealModel) -> Tensor:
     return nn.functional.cross_entropy(rows, torch.arange(len(rows)) % rows.shape[-1])
 
 
+@pytest.mark.medium
 @every_case
 def test_an_adapter_is_planned_as_for_the_dense_model_trained_merged_and_ejected(kind: RealModel, codes: Codes) -> None:
     dense, model, x = kind.build(), quantized_model(kind, codes), kind.inputs()
@@ -110,6 +107,7 @@ def test_a_model_that_never_ran_computes_after_it_is_dequantized(bits: int, is_p
     assert quantized_layers(model) == {}
 
 
+@pytest.mark.medium
 @every_case
 def test_files_fit_the_model_as_codes_dense_in_peft_and_dequantized(
     kind: RealModel, codes: Codes, tmp_path: Path
