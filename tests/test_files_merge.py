@@ -128,6 +128,7 @@ def test_a_wider_dtype_is_that_of_the_model_while_merging_and_a_narrower_is_roun
         assert_same_tensors(report.out, expected)
         assert (report.out / "config.json").read_bytes() == (expected / "config.json").read_bytes()
         assert report.replaced == ("classifier.bias", "classifier.weight")
+        assert "replaced 2 tensors trained with the adapters" in str(report)
         index = json.loads((report.out / "model.safetensors.index.json").read_text(encoding="utf-8"))
         nbytes = sum(each.nbytes for each in stored(expected).values())
         assert (index["metadata"]["total_size"], report.nbytes, {*index["weight_map"]}) == (nbytes, nbytes, {*held})
@@ -453,7 +454,7 @@ def test_at_most_the_tensors_of_one_file_are_held_and_a_full_disk_leaves_nothing
 
     model = adapted(LLAMA.build())
     with mock.patch(WRITER, counting):
-        report = files.save_merged(model, tmp_path / "out", max_shard_size=20_000)
+        report = files.save_merged(model, tmp_path / "out", max_shard_size="0.00002GB")
     assert max(held) <= 20_000
     index = json.loads((report.out / INDEX_FILE).read_text(encoding="utf-8"))
     assert index["metadata"]["total_size"] == report.nbytes == sum(held)

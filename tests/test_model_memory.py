@@ -180,7 +180,9 @@ def test_the_layers_in_4_bits_are_those_that_transformers_replaces(name: str) ->
     assert planned.keys() == replaced != set()
 
 
-def test_a_weight_of_torchao_is_counted_as_it_is_stored() -> None:
+def test_a_quantized_weight_is_counted_as_it_is_stored() -> None:
+    layer = bitsandbytes.nn.Linear8bitLt(64, 128, bias=False, has_fp16_weights=False)
+    assert memory(nn.Sequential(layer).to("cpu"), targets=["0"]).weights == 64 * 128 + 4 * 128
     quantization = pytest.importorskip("torchao.quantization")
     for config in (quantization.Int8WeightOnlyConfig, quantization.Float8WeightOnlyConfig):
         quantization.quantize_(model := nn.Sequential(nn.Linear(64, 128, bias=False)), config())
