@@ -42,7 +42,7 @@ from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
 from tests.kit import all_bits
 from tests.model_directories import contents
 from tests.torture.faults import ERRORS, Call, in_child
-from tests.torture.replacing import SCENARIOS, Stage, after_a_kill, after_an_error
+from tests.torture.replacing import SCENARIOS, Stage, after_a_fault
 
 # of Python 3.12, in a process with threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -213,7 +213,7 @@ def test_a_kill_or_an_error_at_a_call_leaves_the_old_or_the_new_and_nothing_afte
     """And a save that fails leaves the model as it was."""
     stage = Stage(BY_NAME["over ours"], fast_path)
     for at in count(1 + is_killed, 3):
-        broken = after_a_kill(stage, at) if is_killed else after_an_error(stage, at, ERRORS[at % len(ERRORS)])
+        broken = after_a_fault(stage, at, None if is_killed else ERRORS[at % len(ERRORS)])
         if broken is None:
             break
         assert broken == []

@@ -99,15 +99,10 @@ def replicated(model: Any) -> Any:
     return sharded(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
 
 
-def split(model: Any, mesh: Any = None, *, table: str = "rows", layers: tuple[str, ...] = ("0", "1")) -> Any:
-    """Split a model's table by rows, by columns or not at all, its blocks, and its head if no other table is."""
-    plan: dict[str, Any] = {"head": ColwiseParallel(output_layouts=Replicate())}
-    for index in layers:
-        # torch takes a local output for a half, also of an odd number
-        plan |= {
-            f"blocks.{index}.up": ColwiseParallel(use_local_output=False),
-            f"blocks.{index}.down": RowwiseParallel(),
-        }
+def split(model: Any, mesh: Any = None, *, table: str = "rows") -> Any:
+    """Split a model's table by rows, by columns or not at all, its blocks, and its head."""
+    plan: dict[str, Any] = {"head": ColwiseParallel(output_layouts=Replicate()), "blocks.*.down": RowwiseParallel()}
+    plan["blocks.*.up"] = ColwiseParallel(use_local_output=False)  # torch takes a local output of an odd half for even
     if table == "rows":
         plan["embed"] = RowwiseParallel(input_layouts=Replicate())
     elif table == "columns":
@@ -136,28 +131,16 @@ def within(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 @dataclass(frozen=True)
 class Engine:
-    """How an adapted model is made and trained.
-
-    Attributes:
-        make: Makes what is called, of a case.
-        fixed: What of a drawn model it does not do otherwise.
-        shares_batch: Whether processes have the same batch; else the ranks of a mesh that have the same are one.
-        sharing: How many processes have the same batch.
-        is_split: Whether each process computes a part of a merged weight, which may round otherwise than all of it.
-        has_copies: Whether each process has a copy of the model.
-        within: How far values and losses may be from those of one process, in float32.
-        in_double: The same of values in float64.
-        is_trained: Whether the tests train it.
-    """
+    """How an adapted model is made of a case, and trained."""
 
     make: Callable[[Any], Any]
-    fixed: dict[str, Any] = field(default_factory=dict)
-    sharing: int = 1
-    is_split: bool = False
-    has_copies: bool = False
-    within: float = 1e-6
-    is_trained: bool = True
+    fixed: dict[str, Any] = field(default_factory=dict)  # what of a drawn model it does not do otherwise
+    sharing: int = 1  # how many processes have the same batch
+    is_split: bool = False  # each process computes a part of a merged weight, which may round otherwise than all of it
+    has_copies: bool = False  # each process has a copy of the model
+    within: float = 1e-6  # how far values and losses may be from those of one process, in float32
     in_double: float = 1e-12
+    is_trained: bool = True  # by the tests
 
     def whole(self, run: Any) -> AbstractContextManager[object]:
         is_flattened = isinstance(run, FullyShardedDataParallel)

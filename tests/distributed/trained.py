@@ -48,21 +48,13 @@ class Net(nn.Module):
 
 
 class Case:
-    """A model and its adapter, and what it is trained with: the same in every process that builds it.
+    """A model and its adapter, and what it is trained with: the same in every process that builds it."""
 
-    Attributes:
-        backwards: How many there are in a step.
-        train_also: What is trained beside the adapter, by name.
-    """
-
-    backwards: int = 1
+    backwards: int = 1  # in a step
     train_also: tuple[str, ...] = ()
-
-    def build(self) -> Any:
-        raise NotImplementedError
-
-    def options(self) -> dict[str, Any]:
-        raise NotImplementedError
+    build: Any  # returns the model without adapters
+    options: Any  # returns those of the adapter
+    batch: Any  # returns what the process of a rank gives to the model in one backward
 
     def adapt(self, model: Model, name: str = "default") -> Model:
         """Add the adapter, with values as after some training, which are those of one process."""
@@ -71,9 +63,6 @@ class Case:
 
     def adapted(self) -> Any:
         return self.adapt(self.build())
-
-    def batch(self, rank: int, step: int) -> tuple[Any, ...]:
-        raise NotImplementedError
 
     def loss(self, output: Tensor, rank: int) -> Tensor:  # noqa: ARG002  # of other cases
         return (output - 0.3).square().mean() / self.backwards

@@ -12,9 +12,9 @@ import yaml
 
 from tests.other_trainers import command, logits, write_base, write_texts
 
-SETTINGS = {"sequence_len": 64, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 6}
-SETTINGS |= {"save_steps": 3, "seed": 0, "bf16": False, "tf32": False}
-NAMED = {"optimizer": "adamw_torch", "lr_scheduler": "constant", "attn_implementation": "sdpa"}
+SETTINGS: dict[str, Any] = {"sequence_len": 64, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 6}
+SETTINGS |= {"save_steps": 3, "seed": 0, "bf16": False, "tf32": False, "learning_rate": 0.01}
+SETTINGS |= {"optimizer": "adamw_torch", "lr_scheduler": "constant", "attn_implementation": "sdpa"}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,6 @@ def axolotl(verb: str, base: Path, output: str, **options: Any) -> str:
         "dataset_prepared_path": str(base / "prepared"),
         "output_dir": str(base / output),
         **SETTINGS,
-        **NAMED,
-        "learning_rate": 0.01,
         **options,
     }
     file = base / f"{output}.yml"

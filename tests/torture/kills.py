@@ -19,7 +19,7 @@ from typing import Any
 from randlora.checkpoint import read
 from tests.torture import Row, share
 from tests.torture.faults import ERRORS, FORK, fast_disk, in_child, places
-from tests.torture.replacing import NEW, OLD, SCENARIOS, Identity, Stage, after_a_kill, after_an_error, loaded, save
+from tests.torture.replacing import NEW, OLD, SCENARIOS, Identity, Stage, after_a_fault, loaded, save
 
 KILLS, SECONDS = 1000, 60.0
 LONGEST_LIFE = 0.15  # seconds that a process saves before it is killed
@@ -36,8 +36,7 @@ def at_every_call(scale: float) -> Row:
             stage = Stage(scenario, root)
             for error in (None, *ERRORS):
                 for at in count(1, share(1, 1 / scale)):
-                    broken = after_a_kill(stage, at) if error is None else after_an_error(stage, at, error)
-                    if broken is None:
+                    if (broken := after_a_fault(stage, at, error)) is None:
                         break
                     tried += 1
                     failures += broken

@@ -172,20 +172,16 @@ class Stage:
             yield f"did not raise, and left {[*left]}"
 
 
-def after_a_kill(stage: Stage, at: int) -> list[str] | None:
-    """Kill a write before a call, and return the laws that are broken; ``None`` if it made no such call."""
-    outcome = stage.run(at)
-    if not outcome.was_killed:
-        return [f"{stage.scenario.name}, without a fault: {outcome.raised}"] if outcome.raised else None
-    broken = *stage.broken(), *stage.broken_afterwards()
-    return [f"{stage.scenario.name}, killed before call {at}: {law}" for law in broken]
-
-
-def after_an_error(stage: Stage, at: int, error: int) -> list[str] | None:
-    """Let a call of a write fail, and return the laws that are broken; ``None`` if it made no such call."""
+def after_a_fault(stage: Stage, at: int, error: int | None = None) -> list[str] | None:
+    """Kill a write before a call, or let the call fail; return the broken laws, ``None`` if it made no such call."""
     outcome = stage.run(at, error)
-    if len(outcome.calls) < at:
+    if outcome.was_killed:
+        what, broken = f"killed before call {at}", [*stage.broken()]
+    elif error is None:
+        return [f"{stage.scenario.name}, without a fault: {outcome.raised}"] if outcome.raised else None
+    elif len(outcome.calls) < at:
         return None
-    call = outcome.calls[at - 1].name
-    broken = *stage.broken(), *stage.broken_by_an_error(outcome, call), *stage.broken_afterwards()
-    return [f"{stage.scenario.name}, {call} (call {at}) failed: {law}" for law in broken]
+    else:
+        call = outcome.calls[at - 1].name
+        what, broken = f"{call} (call {at}) failed", [*stage.broken(), *stage.broken_by_an_error(outcome, call)]
+    return [f"{stage.scenario.name}, {what}: {law}" for law in (*broken, *stage.broken_afterwards())]
