@@ -127,7 +127,8 @@ def make(kind: str, directory: Path, train_also: list[str], given: dict[str, Any
     from tests.trainers import adapted_model, arguments, preferences, tokenizer
 
     given = {"max_steps": 2, "save_strategy": "no", "gradient_checkpointing": False, "bf16": False, **given}
-    rewards, rows = [], preferences()
+    rewards: list[Any] = []
+    rows: Any = preferences()
     if kind == "GRPO":
         given |= {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
         rewards = [lambda completions, **_: [sum(map(ord, text)) % 7 for text in completions]]
