@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,7 +23,8 @@ import randlora
 from randlora.errors import AdapterError, ConfigError, MergeError, RandLoRAError, TargetError
 from randlora.state import adapted_root, is_adapted
 from tests.kit import all_bits, fill, on_one_line, same_bits, untouched
-from tests.laws import Mixed, assert_close
+from tests.laws import TOKENS, Mixed, assert_close
+from tests.layer_kinds import LayerKind, every_mergeable_kind
 from tests.test_compiler import Compiled, model_with
 
 TARGETS = ["q", "up", "down"]
@@ -130,6 +132,23 @@ def test_a_way_to_compute_serves_adapters_that_come_later_and_ends_with_them() -
     assert adapted_root(model)[1].compute == "auto"
 
 
+def test_a_renamed_adapter_keeps_its_place_and_all_it_has(tmp_path: Path) -> None:
+    model = mixed("a", "b", "c")
+    randlora.activate(model, {"a": 0.5, "b": -2.0})
+    before, expected = [vars(info) | {"name": ""} for info in randlora.adapters(model)], model(TOKENS)
+    objects, state = [*model.parameters()], {name.replace(".a", ".new"): v for name, v in model.state_dict().items()}
+    randlora.rename(model, "a", "new")
+    assert [info.name for info in randlora.adapters(model)] == ["new", "b", "c"]
+    assert [vars(info) | {"name": ""} for info in randlora.adapters(model)] == before
+    assert all_bits(model.state_dict()) == all_bits(state)
+    assert all(one is other for one, other in zip(model.parameters(), objects, strict=True))
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same_bits(copied(TOKENS), expected)
+    randlora.save(model, tmp_path, name="new")
+    randlora.swap(model, tmp_path, name="new")
+    assert all_bits(model.state_dict()) == all_bits(state)
+
+
 @pytest.mark.medium
 def test_a_compiled_model_compiles_nothing_for_another_name() -> None:
     model = model_with("a", "b")
@@ -140,7 +159,34 @@ def test_a_compiled_model_compiles_nothing_for_another_name() -> None:
         assert run.graphs() == before
 
 
-# By layer
+BY_LAYER = {"0": -0.7, "1": 0.0, "2": 1.0}
+
+
+def weights(model: nn.Module) -> dict[str, Any]:
+    """Take down the values that the model computes with, without Λ and Γ."""
+    return all_bits({fqn: value for fqn, value in model.named_parameters() if "randlora" not in fqn})
+
+
+@every_mergeable_kind
+def test_a_layer_computes_what_it_does_if_all_have_its_factor(kind: LayerKind) -> None:
+    dtype = kind.dtypes[-1]
+    model = nn.Sequential(*(kind.build(9, 9, True, dtype) for _ in BY_LAYER))
+    for seed, name in enumerate("ab"):
+        randlora.inject(model, r=3, name=name, targets=[*BY_LAYER], stream="portable", seed=seed)
+        fill(model, name, seed=seed)
+    x = torch.randn(5, 9).to(dtype)
+    expected: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
+    for fqn, factor in BY_LAYER.items():
+        randlora.activate(model, {"b": 0.3} | ({"a": factor} if factor else {}))
+        expected[fqn] = model.get_submodule(fqn)(x)
+        with randlora.merged(model):
+            merged |= {own: value for own, value in weights(model).items() if own.startswith(fqn)}
+    randlora.activate(model, {"b": 0.3, "a": BY_LAYER})
+    for fqn, output in expected.items():
+        assert same_bits(model.get_submodule(fqn)(x), output)
+    with untouched(model), randlora.merged(model):
+        assert weights(model) == merged
 
 
 @pytest.mark.parametrize("layers", ["q|up", ["q", "up"], ("up", "q.?")])
@@ -161,8 +207,21 @@ def test_layers_are_named_by_patterns(layers: Any) -> None:
         assert randlora.adapters(model)[0].weight == factor
 
 
+def test_parameters_trained_beside_have_no_factor_and_a_layer_that_is_left_out_is_not_trained() -> None:
+    model = mixed("a", targets=["q", "up"], train_also=["q.bias"])
+    copied = model.q.bias
+    randlora.activate(model, "a", layers=["up"])
+    assert model.q.bias is copied
+    assert same_bits(dict(randlora.merged_tensors(model))["q.bias"], copied)
+    model(TOKENS).square().sum().backward()
+    trained = {fqn for fqn, each in model.named_parameters() if each.grad is not None}
+    assert trained == {"up.randlora_lambda.a", "up.randlora_gamma.a", "q.bias"}
+    model.q.weight = nn.Parameter(torch.empty_like(model.q.weight, device="meta"), requires_grad=False)
+    with pytest.raises(MergeError, match=r"q\.weight"):
+        randlora.merged_tensors(model)
+
+
 def test_a_layer_that_is_left_out_is_not_merged_into() -> None:
-    """`tests.state_machine` merges some of several adapters, in any order, and computes and trains with factors."""
     model = mixed("a", "b")
     randlora.activate(model, {"a": {"q": 0.5, ".*": 0.0}, "b": {"q": 0.0, ".*": 1.0}})
     with untouched(model):
@@ -224,8 +283,6 @@ def test_what_cannot_be_named_activated_or_trained_is_refused() -> None:
     with randlora.merged(model), untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"):
         randlora.rename(model, "a", "new")
 
-
-# Blocks
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 

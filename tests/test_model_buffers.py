@@ -39,7 +39,6 @@ class Counter(nn.Module):
         self.register_buffer("scratch", torch.zeros(6), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(n, 6)`` to ``(n, 6)``."""
         if self.training:
             self.steps += 1
             self.average = 0.5 * self.average + x.detach().mean(0)

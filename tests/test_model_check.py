@@ -52,6 +52,13 @@ def halves(self: Any, h: Tensor) -> Tensor:
     return self.inner(h)  # type: ignore[no-any-return]
 
 
+def raises(self: Any, h: Tensor) -> Tensor:
+    """Compute what raises in backward."""
+    if (output := self.inner(h)).requires_grad:
+        output.register_hook(lambda _: 1 / 0)
+    return output  # type: ignore[no-any-return]
+
+
 def calls(self: Any, h: Tensor) -> Tensor:
     return self.inner(h)  # type: ignore[no-any-return]
 
@@ -144,8 +151,6 @@ def test_a_model_without_fault_is_told_so_and_what_an_input_does_not_reach(name:
 
 
 class Untidy(nn.Module):
-    """Change whatever a forward can change."""
-
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.dropout, self.linear = nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 6)
@@ -233,6 +238,9 @@ def test_active_adapters_are_checked_and_the_layers_of_others_named_and_experts_
         report = randlora.check(model, X)
     assert report.checked == ("first", "inner")
     assert report.unchecked == {"last": "only inactive adapters act on it: activate them, and check again"}
+    report = randlora.check(adapted(around(raises)), X)
+    assert (report.problems, len(report.notes)) == ((), 2)
+    assert "gradients were not checked in training mode: ZeroDivisionError" in str(report)
     experts: Any = tiny("mixtral", "MixtralForCausalLM")
     randlora.inject(experts.bfloat16(), r=2, targets="all")
     report = randlora.check(experts, **tokens())

@@ -55,16 +55,11 @@ def test_inject_adds_only_diagonals_and_eject_gives_back_every_object_and_bit_al
         del model.later
 
 
-# What is refused
-
-
 def layers() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
 
 
 class OwnLoRA(nn.Module):
-    """A LoRA as people write it themselves."""
-
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
@@ -163,9 +158,6 @@ def test_an_argument_of_any_type_is_used_or_refused_by_an_error_of_ours(verb: Ca
                 assert [info.name for info in randlora.adapters(model)] == ["default"]
 
 
-# Models in unusual states
-
-
 def test_a_model_built_in_inference_mode_is_adapted_merged_and_restored() -> None:
     with torch.inference_mode():
         model, x = layers(), torch.randn(2, 8)
@@ -217,9 +209,6 @@ def test_an_alpha_of_a_file_is_loaded_whatever_it_is(tmp_path: Path) -> None:
     randlora.load(model, tmp_path)
     assert torch.equal(randlora.delta_weight(model, "0"), randlora.delta_weight(trained, "0"))
     assert randlora.adapters(model)[0].options["0"].alpha == -3
-
-
-# Adapters of others
 
 
 @pytest.mark.parametrize("kind", [peft.LoraConfig, peft.RandLoraConfig, peft.VeraConfig, peft.IA3Config])

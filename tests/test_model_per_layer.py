@@ -23,7 +23,7 @@ from tests import checkpoint_files as files
 from tests.checkpoint_files import Case, bases_of, edit_fields, read_fields, read_tensors, refused, reseal
 from tests.kit import adapter_values, all_bits, fill, untouched
 from tests.laws import TOLERANCES, Mixed, adapted_names, adapter_layer, diagonals
-from tests.model_directories import contents
+from tests.model_directories import contents, merge_in_memory, save_adapter, save_model, write
 from tests.models import LLAMA, outputs, tokens
 from tests.read_kinds import ReadKind, every_read_kind
 from tests.strategies import KINDS_AND_STREAMS
@@ -36,8 +36,6 @@ DIMS = {2: (6, 4), 4: (9, 4), 6: (9, 5)}
 
 
 class Layers(nn.Module):
-    """Layers of several shapes and kinds."""
-
     def __init__(self) -> None:
         super().__init__()
         self.wide, self.tall = nn.Linear(6, 4), nn.Linear(4, 9, bias=False)
@@ -166,6 +164,23 @@ def test_peft_warns_of_patterns_refuses_several_r_and_computes_another_update_of
     assert any("alpha_pattern" in str(one.message) for one in caught)
 
 
+@pytest.mark.medium
+def test_files_are_merged_as_in_memory_and_planned_as_the_model(tmp_path: Path) -> None:
+    base = save_model(LLAMA, tmp_path / "base", dtype=torch.bfloat16)
+    by_layer: dict[str, Any] = {"r": {"q_proj": 8, "layers.1": 2, ".*": 4}, "alpha": {"up_proj": 4, ".*": 16}}
+    adapters = {
+        save_adapter(LLAMA, tmp_path / "one", dtype=torch.bfloat16, **by_layer): 1.0,
+        save_adapter(LLAMA, tmp_path / "two", dtype=torch.bfloat16, r={"v_proj": 4, ".*": 8}, values=1): 0.5,
+    }
+    report = randlora.files.merge(adapters, tmp_path / "out", base=base)
+    merged = merge_in_memory(LLAMA, adapters, dtype=torch.bfloat16)
+    assert contents(report.out) == contents(write(merged, tmp_path / "expected"))
+    options: dict[str, Any] = {"r": {"q_proj": 8, ".*": 4}, "targets": list(LLAMA.targets)}
+    model = LLAMA.build().bfloat16()
+    assert randlora.files.training_memory(base, **options) == randlora.training_memory(model, **options)
+    assert randlora.files.plan(base, **options) == randlora.inject(model, **options)
+
+
 @every_read_kind
 def test_a_limit_scales_whole_layers_and_the_norm_of_one_term_of_each_matrix_is_exact(kind: ReadKind) -> None:
     dtype = kind.dtypes[0]
@@ -188,7 +203,6 @@ def test_a_limit_scales_whole_layers_and_the_norm_of_one_term_of_each_matrix_is_
 
 @pytest.mark.parametrize(("basis", "stream"), KINDS_AND_STREAMS)
 def test_its_value_and_gradients_are_those_of_the_norms_of_the_terms(basis: BasisKind, stream: Stream) -> None:
-    """Of a layer that has slices of the bases."""
     model = nn.Sequential(nn.Linear(20, 14, dtype=torch.float64), nn.Linear(25, 16, dtype=torch.float64))
     randlora.inject(model, r=4, basis=basis, stream=stream, targets=["0", "1"])
     fill(model.double(), spread=1)

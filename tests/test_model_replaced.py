@@ -141,8 +141,6 @@ def test_flags_come_back_to_the_parameters_they_were_of(change: str) -> None:
     assert not any(vars(parameter) for parameter in model.parameters()), "no mark is left"
 
 
-# Modules that are replaced or resized afterwards
-
 IDS = torch.arange(10).view(2, 5)
 
 
@@ -257,8 +255,6 @@ def test_what_several_adapters_have_lost_is_said_of_each_in_their_order() -> Non
 
 
 class Tied(Mixed):
-    """A head that is tied to another module."""
-
     def __init__(self) -> None:
         super().__init__()
         self.twin = nn.Linear(12, 3, bias=False)

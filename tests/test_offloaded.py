@@ -95,9 +95,6 @@ def in_a_checkpoint(model: nn.Module, folder: Path, of: nn.Module | None = None,
     return accelerate.dispatch_model(model, {name: "disk" for name, _ in model.named_children()}, offload_index=index)
 
 
-# Weights
-
-
 @pytest.mark.parametrize(
     ("where", "is_adapted_first", "options", "beside"),
     [
@@ -336,9 +333,6 @@ def test_what_is_not_in_memory_is_refused_where_values_are_needed(tmp_path: Path
         randlora.merged_tensors(model)
 
 
-# Parameters that are trained beside the layers
-
-
 def test_offloaded_parameters_are_no_ones_to_train_copies_of(tmp_path: Path) -> None:
     save(adapted(Small(), train_also=NORM), tmp_path / "here")
     for where in ("ram", "checkpoint"):
@@ -396,8 +390,6 @@ def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_re
     assert same_bits(model(X), base)
     assert same_bits(base, Small()(X))
 
-
-# Models of libraries
 
 BESIDE = {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb", "layers.1")} | {"lm_head": "cpu"}
 
