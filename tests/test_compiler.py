@@ -161,24 +161,6 @@ def test_a_replaced_parameter_is_read_at_once() -> None:
         run.graphs()
 
 
-def test_a_copy_reads_its_own_parameters() -> None:
-    model = model_with("a", "b")
-    with randlora.disabled(model):
-        pickled = pickle.loads(pickle.dumps(model))
-    for twin, is_same in ((copy.deepcopy(model), True), (pickled, False)):
-        run = Compiled(twin)
-        assert run.graphs() == 1
-        assert torch.allclose(run.compiled(X), model(X), rtol=1e-3) == is_same
-        randlora.activate(model, "a")  # of which the copy knows nothing
-        assert run.graphs() == 1
-        with torch.no_grad():
-            randlora.activate(twin, "a")
-            before = run.compiled(X)
-            twin.get_parameter("0.randlora_lambda.a").add_(1)
-            run.graphs()
-            assert not torch.equal(run.compiled(X), before)
-
-
 @needs_compiler
 def test_functional_calls_read_what_they_are_given() -> None:
     model = model_with("a", "b", targets=["0"])
