@@ -73,6 +73,7 @@ ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     ),
     "a token before": (lambda x: torch.cat([torch.ones(1, 1, 6).expand(ROWS, -1, -1), x], 1), lambda x: x[:, 1:]),
     "written into a part": (in_parts, lambda x: x),
+    "normalized": (lambda x: F.batch_norm(x, torch.zeros(ROWS), torch.ones(ROWS)), lambda x: x),
 }
 
 
