@@ -1,7 +1,9 @@
 """Each row of a batch through its own adapter: equal to running each adapter alone, or an error."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -16,15 +18,18 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4T
 
 import randlora
 from randlora.errors import AdapterError, MergeError
-from randlora.functional import Compute
+from randlora.functional import Compute, Diagonals
 from randlora.layers.scopes import in_call
-from randlora.serving import routed
-from tests import models
+from randlora.serving import routed, stacked
+from randlora.serving.stacked import Stack, Way, one_by_one, stacked_update
+from tests import models, reference
 from tests.kit import fill, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LayerKind, every_kind
+from tests.pairs import Case, case, every_form
 from tests.read_kinds import READ_KINDS, ReadKind, output_of
 from tests.serving import Names, each_alone, row_by_row, with_adapters
+from tests.strategies import ranks, sides
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "a": {"r": 3, "alpha": 6},
@@ -123,9 +128,9 @@ def test_attention(targets: Any, batch_first: bool, masked: str) -> None:
             for row, name in enumerate(NAMES):
                 torch.testing.assert_close(output.select(axis, row), singles[name][0].select(axis, row), equal_nan=True)
                 torch.testing.assert_close(weights[row], singles[name][1][row], equal_nan=True)
-        with pytest.raises((AdapterError, RuntimeError, AssertionError)):
-            model[0](*[torch.randn(7)] * 3)
-    inside = with_adapters(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), targets)
+            with pytest.raises((AdapterError, RuntimeError, AssertionError)):
+                model[0](*[torch.randn(7)] * 3)
+    inside = with_adapters(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), ["out_proj", "linear1"])
     x = torch.randn(4, 5, 12)
     torch.testing.assert_close(in_block(inside, NAMES, lambda: inside(x)), row_by_row(inside, NAMES, lambda: inside(x)))
 
@@ -150,6 +155,74 @@ def test_tokens_of_a_packed_row(model: nn.Module, is_reshaped: bool) -> None:
             model(torch.randn(2, 4, 6))
     for row, token in ((row, token) for row in range(2) for token in range(3)):
         assert_close(found[row, token], outputs[names[row][token]][row, token], torch.float32)
+
+
+SOME: Names = ["a", "b", "c", "d", None]
+
+
+def test_values_are_copied_once_a_block_and_are_in_no_copy_of_the_model(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, size, copies, copied = torch.randn(5, 6), len(pickle.dumps(model)), list[Stack](), Stack.of
+
+    def noted(*args: Any) -> Stack:
+        copies.append(copied(*args))
+        return copies[-1]
+
+    monkeypatch.setattr(Stack, "of", noted)
+    with torch.no_grad():
+        wanted = row_by_row(model, SOME, lambda: model(x))
+        with routed(model, SOME):
+            for tokens in (x, x.unsqueeze(1).expand(5, 3, 6), x):
+                found = model(tokens)
+                torch.testing.assert_close(found if found.dim() == 2 else found[:, 1], wanted)
+                assert len(pickle.dumps(copy.deepcopy(model))) < size + 2000
+        assert len(copies) == 4, "one for each layer and basis"
+        kept = weakref.ref(copies.pop().gamma)
+        copies.clear()
+        gc.collect()
+        assert kept() is None
+
+
+def in_place(held: Any) -> None:
+    held["b"].mul_(-3)
+
+
+def other_data(held: Any) -> None:
+    other = held["b"].data * -3
+    held["b"].data = torch.zeros_like(other)
+    gc.collect()
+    held["b"].data = other.clone()
+
+
+def other_parameter(held: Any) -> None:
+    held["b"] = nn.Parameter(held["b"] * -3, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change", [torch.no_grad()(in_place), torch.inference_mode()(in_place), other_data, other_parameter]
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_change_inside_of_the_block_is_seen_and_gradients_are_after_it(
+    model: nn.Module, change: Any, mode: Any
+) -> None:
+    x = torch.randn(5, 6)
+    with routed(model, SOME):
+        with mode():
+            before = model(x).clone()
+        change(model.get_submodule("0.randlora_lambda"))
+        with mode():
+            after = model(x).clone()
+        for names in ([], ["a", "c"]):  # of the input alone, and of adapters too
+            randlora.set_trainable(model, names)
+            found = model(x.requires_grad_())
+            torch.testing.assert_close(found, after)
+            found.square().sum().backward()
+    assert x.grad is not None
+    assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
+    with torch.no_grad():
+        torch.testing.assert_close(after, row_by_row(model, SOME, lambda: model(x)))
+    assert not torch.equal(before[1], after[1])
 
 
 PER_ROW = "expected for each row the name of an adapter"
@@ -250,6 +323,67 @@ def test_blocks_nest_the_innermost_counts_an_error_ends_them_and_copies_are_inac
     with pytest.raises(ZeroDivisionError), routed(model, ["a", "b"]):
         raise ZeroDivisionError
     assert torch.equal(model(x), c)
+
+
+# The products with bases that several adapters share
+
+every_count = st.lists(st.integers(1, 4), min_size=1, max_size=5)
+
+
+def updates(form: str, out: int, into: int, r: int, counts: list[int], x: Tensor) -> tuple[Case, Any, Tensor]:
+    """Make bases, an update for each count of tokens, and what the oracle says that the tokens get."""
+    made = case(form, out, into, r)
+    lam, gamma, _ = made.diagonals
+    diagonals = [
+        Diagonals(torch.randn_like(lam), torch.randn_like(gamma), scaling)
+        for scaling in torch.rand(len(counts), dtype=torch.float64).tolist()
+    ]
+    deltas = [reference.delta_weight(made.basis_A, made.basis_B, *one, in_features=into) for one in diagonals]
+    parts = zip(x.double().split(counts), deltas, strict=True)
+    return made, diagonals, torch.cat([part @ delta.T for part, delta in parts])
+
+
+@every_form
+@settings(max_examples=8)
+@given(
+    out=sides,
+    into=sides,
+    r=ranks,
+    counts=every_count,
+    way=st.sampled_from([*get_args(Way), None]),
+    at_once=st.sampled_from([1, 2**22]),
+)
+def test_each_token_gets_the_oracles_update(
+    form: str, out: int, into: int, r: int, counts: list[int], way: Way | None, at_once: int
+) -> None:
+    x, is_wide = torch.randn(sum(counts), into, dtype=torch.float64), into <= out
+    made, diagonals, wanted = updates(form, out, into, r, counts, x)
+    if way == "by term" and made.pair.A.shape[0] > 1:
+        way = None
+    in_turn = one_by_one(x, made.pair, diagonals, counts, is_wide=is_wide)
+    torch.testing.assert_close(in_turn, wanted, rtol=1e-12, atol=1e-12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(stacked.AT_ONCE, "cpu", at_once)
+        stacked._parts.cache_clear()
+        found = stacked_update(x, made.pair, Stack.of(made.pair, diagonals), counts, is_wide=is_wide, way=way)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", get_args(Way))
+def test_in_bfloat16_it_is_as_close_as_one_by_one(way: Way) -> None:
+    x, counts = torch.randn(6, 16, dtype=torch.float64).bfloat16(), [1, 2, 3]
+    made, diagonals, wanted = updates("dense", 24, 16, 8, counts, x)
+    pair = type(made.pair)(made.pair.A.float(), made.pair.B.bfloat16(), *made.pair.rest)
+    near = one_by_one(x, pair, diagonals, counts, is_wide=True)
+    found = stacked_update(x, pair, Stack.of(pair, diagonals), counts, is_wide=True, way=way)
+    errors = [(each.double() - wanted).norm() / wanted.norm() for each in (near, found)]
+    assert errors[1] < 2 * errors[0] + 1e-3
+
+
+def test_a_few_tokens_of_each_adapter_build_no_large_factor() -> None:
+    few, many = ({part.way for part in stacked._parts((count, count), (1, 8, 8, 64), "cpu", None)} for count in (1, 64))
+    assert few < {"by row", "by term"}
+    assert many == {"whole"}
 
 
 # Real models in `generate`, and compiled ones
