@@ -263,6 +263,7 @@ UNREAD = {
     "merge adapter out --base model --dtype int8": "dtype must be one of float32, bfloat16,",
     "merge adapter other out --base model --scale 2": "one --scale for each adapter",
     "merge adapter adapter out --base model": "an adapter is named twice",
+    "merge adapter adapter out --base model --scale 1 --scale 2": "an adapter is given twice",
     "merge --base model": "ADAPTER",
 }
 

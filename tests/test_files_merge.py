@@ -337,7 +337,7 @@ def adapted(model: nn.Module, **options: Any) -> Any:
 
 
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "to bfloat16": (LLAMA.build, {"dtype": torch.bfloat16}),
+    "to bfloat16": (lambda: tiny("llava", "LlavaForConditionalGeneration"), {"dtype": torch.bfloat16}),
     "sharded": (LLAMA.build, {"max_shard_size": model_directories.SHARD}),
     "tied": (lambda: llama(tie_word_embeddings=True), {}),
     "masked, tied with a bias": (lambda: tiny("bert", "BertForMaskedLM"), {}),
