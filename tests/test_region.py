@@ -124,5 +124,5 @@ def test_a_part_of_a_weight_of_any_kind_is_merged_into_as_the_whole_is(kind: Rea
                 held = [all_of(length) for length in weight.shape]
                 held[dim] = spans
                 local = take_spans(weight, spans, dim).clone()
-                merged = layer.part_with_updates(local, held, tuple(weight.shape), updates)
+                merged = layer.part_with_updates(local, tuple(held), tuple(weight.shape), updates)
                 torch.testing.assert_close(merged, take_spans(whole, spans, dim), rtol=1e-6, atol=1e-6)
