@@ -146,6 +146,7 @@ def test_a_weight_under_two_names_is_refused_by_every_verb_that_has_its_model(so
     assert not randlora.files.verify(directory, sound / "base").passed
 
 
+@pytest.mark.medium
 def test_bases_as_large_as_peft_would_draw_them_are_not_written_needlessly(sound: Path, tmp_path: Path) -> None:
     """A wide and a high layer, for which PEFT has bases that are as wide and as high."""
     spec = BasisSpec("dense", "portable", seed=0, r=2, max_dim=2**14, min_dim=4)
@@ -200,6 +201,7 @@ def damaged(raw: bytes) -> Iterator[bytes]:
     yield from (raw[:length] for length in range(len(raw)) if length % 9 == 0 or length > len(raw) - 8)
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings(f"ignore:{CONFIG_FILE} says:UserWarning")
 @pytest.mark.parametrize("name", [TENSORS_FILE, CONFIG_FILE])
 def test_a_file_with_a_flipped_bit_or_cut_short_is_refused_or_changes_nothing(name: str, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def inject_options(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.medium
 @given(st.sampled_from(CASES), inject_options(), st.sampled_from(["seed", "stored"]))
 def test_save_then_load_is_the_identity_for_any_options_and_leaves_no_trace(
     case: Case, options: dict[str, Any], bases: Stored

@@ -6,7 +6,6 @@ import re
 import shutil
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -340,13 +339,14 @@ OF_BOTH: dict[str, Call] = {
     f".*{MADE_OF}": expert(lambda each: each[1:].clone()),
 }
 """What every verb says that reads both."""
+NO_FILES = {"config.json": "device-without-end", SINGLE_FILE: "pipe", INDEX_FILE: "directory"}
 DAMAGED: list[tuple[str, str, str, Call]] = [
     *((words, "", "files", damage) for words, damage in OF_ADAPTER.items()),
     *((words, "plan inspect merge", "base", damage) for words, damage in OF_BASE.items()),
     *((words, "plan", "", damage) for words, damage in OF_CLASS.items()),
     *((words, "inspect merge", "base", damage) for words, damage in OF_BOTH.items()),
     *(("is a link to .*secret, outside of the", "merge", "", link(name)) for name in ("x", "config.json", "deep/x")),
-    *((".", "plan merge", "", special(*each)) for each in product(("config.json", SINGLE_FILE, INDEX_FILE), SPECIAL)),
+    *((".", "plan merge", "", special(name, kind)) for name, kind in NO_FILES.items()),
     *(("cannot copy the files of", "merge", "", special("tokenizer.json", kind)) for kind in SPECIAL),
 ]
 VERBS: dict[str, Call] = {
