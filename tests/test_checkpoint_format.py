@@ -239,12 +239,13 @@ def test_a_child_of_a_layer_goes_by_the_name_that_peft_gives_it_too(tmp_path: Pa
     assert not (tmp_path / "lora").exists()
 
 
-def test_a_name_that_is_too_long_to_be_loaded_is_not_saved(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_or_no_text_to_be_loaded_is_not_saved(tmp_path: Path) -> None:
     long, greatest = "long" * 1024, "n" * (LONGEST_NAME - len(value_keys("", ())[0]))
-    for target, also in ((long, None), ("other", long)):
-        model = nn.ModuleDict({name: nn.Linear(4, 4) for name in (long, greatest, "other")})
+    said, half = r"longlong.*… in a file would have 41", "half \ud800"
+    for target, also, message in ((long, None, said), ("other", long, said), (half, None, "is not valid Unicode")):
+        model = nn.ModuleDict({name: nn.Linear(4, 4) for name in (long, greatest, half, "other")})
         randlora.inject(model, r=2, targets=[target], train_also=also)
-        with untouched(model), pytest.raises(CheckpointError, match=r"longlong.*… in a file would have 41"):
+        with untouched(model), pytest.raises(CheckpointError, match=message):
             randlora.save(model, tmp_path)
     assert not [*tmp_path.iterdir()]
     randlora.inject(model, r=2, targets=[greatest], name="greatest")
