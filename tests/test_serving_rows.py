@@ -306,6 +306,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "norms": lambda x: [F.layer_norm(x, (4,)), F.layer_norm(x, (4, 4)), F.group_norm(x, 2), F.instance_norm(x)],
     "batch norm": lambda x: [F.batch_norm(x, None, None, training=True), F.batch_norm(x, FRACTIONS, FRACTIONS + 1)],
     "convolved": lambda x: [F.conv1d(x, torch.ones(2, 4, 3)), F.conv2d(x[:, None], torch.ones(2, 1, 2, 2))],
+    "convolved by": lambda x: [F.conv1d(x, x[:2, :, :3]), x[0]],
     "images": lambda x: [F.max_pool1d(x, 2), F.interpolate(x, 8), F.avg_pool1d(x, 2), F.unfold(x[:, None], 2)],
     "halved": lambda x: [F.glu(x, 1), F.glu(x, 0)],
     "indexed": lambda x: [x[[2, 0]], x[[1, 1], [0, 3]], x[:, [2, 2]], x[:, :, torch.tensor([[0, 1]])]],
