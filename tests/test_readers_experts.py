@@ -238,6 +238,12 @@ def test_a_stack_requires_a_gradient_where_its_sum_does_and_works_where_none_is_
     assert not up(model).requires_grad
 
 
+def written_to(stack: Tensor) -> Tensor:
+    out = torch.zeros(3, OUT)
+    torch.matmul(X, stack[1].mT, out=out)
+    return out
+
+
 CALLS: dict[str, Callable[[Any], Tensor]] = {
     "linear-weight": lambda stack: F.linear(X, weight=stack[1]),
     "linear-input": lambda stack: F.linear(input=X, weight=stack[1], bias=torch.ones(OUT)),
@@ -251,7 +257,7 @@ CALLS: dict[str, Callable[[Any], Tensor]] = {
     "t": lambda stack: X.mm(torch.t(input=stack[1])),
 }
 FORMED: dict[str, Callable[[Any], Any]] = {
-    "out": lambda stack: torch.matmul(X, stack[1].mT, out=torch.empty(3, OUT)),
+    "out": written_to,
     "einsum": lambda stack: torch.einsum("ti,eoi->teo", X, stack),
     "left": lambda stack: torch.matmul(input=stack[1], other=X.mT),
     "copy_": lambda stack: torch.empty(COUNT, OUT, IN).copy_(stack),
