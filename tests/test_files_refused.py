@@ -245,8 +245,8 @@ def of_peft() -> None:
     edit_model(BASE, {f"{Q}.weight": torch.ones(34, 30)})
 
 
-def expert(change: Callable[[Tensor], Tensor | None]) -> Call:
-    place = "1.block_sparse_moe.experts.2.w1"
+def expert(change: Callable[[Tensor], Tensor | None], part: str = "w1") -> Call:
+    place = f"1.block_sparse_moe.experts.2.{part}"
     return of(
         lambda: made(mixtral, dtype=torch.float32),
         changes=lambda held: {name: change(each) for name, each in held.items() if place in name},
@@ -336,6 +336,7 @@ OF_BOTH: dict[str, Call] = {
         lambda: nn.Sequential(nn.Conv2d(3, 8, 5)), lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), targets=["0"]
     ),
     MADE_OF: expert(lambda _: None),
+    f"{MADE_OF}.*": expert(lambda _: None, part=""),
     f".*{MADE_OF}": expert(lambda each: each[1:].clone()),
 }
 """What every verb says that reads both."""
