@@ -96,6 +96,22 @@ def test_what_is_trained_beside_is_exchanged_by_values_and_a_second_adapter_trai
 
 
 @in_two
+def test_other_parameter_objects_are_averaged_also_if_a_part_is_called() -> None:
+    """Such as ``to_empty`` makes."""
+    one, model = DRAWN.adapted(), ENGINES["FSDP2 first"].make(DRAWN)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if isinstance(module, nn.ParameterDict) and parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone())
+    inputs, one, model = torch.randn(2, 3, 2, 12), one.blocks[0], model.blocks[0]
+    model(inputs[dist.get_rank()]).pow(3).mean().backward()  # squares of what a norm gives are constant
+    torch.stack([one(x).pow(3).mean() for x in inputs]).mean().backward()
+    for own, expected in zip(model.parameters(), one.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(own.grad, expected.grad)
+
+
+@in_two
 def test_diagonals_stay_float32_where_the_model_computes_in_bfloat16() -> None:
     one = DRAWN.adapted()
     model = DRAWN.adapt(sharded(DRAWN.build(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))
