@@ -162,6 +162,11 @@ def test_a_replaced_parameter_is_read_at_once() -> None:
 
 
 @needs_compiler
+def test_where_nothing_is_trained_outputs_need_no_gradient() -> None:
+    assert not Compiled(model_with("a", trainable=False)).compiled(X).requires_grad
+
+
+@needs_compiler
 def test_functional_calls_read_what_they_are_given() -> None:
     model = model_with("a", "b", targets=["0"])
     run, name, call = Compiled(model), "0.randlora_lambda.b", torch.func.functional_call
