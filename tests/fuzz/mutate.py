@@ -190,7 +190,10 @@ def mutate_file(data: bytes, random: Random, mutate_bytes: MutateBytes, *, has_t
         return mutate_bytes(data)
     try:
         for _ in range(random.choice((1, 1, 1, 2, 3))):
-            value = mutate_json(value, random)
+            if has_tensors and value.get("__metadata__") and random.random() < 0.25:
+                value["__metadata__"] = mutate_json(value["__metadata__"], random)
+            else:
+                value = mutate_json(value, random)
         for mend in (resize, reseal) if has_tensors else ():
             if random.random() < 0.9:
                 mend(value)
