@@ -46,7 +46,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-tests: $(VENV)/.dev  # the quick ones, in under two minutes on two cores
+tests: $(VENV)/.dev  # the quick ones, in a minute and a half on two cores
 	$(BIN)/python -m pytest --numprocesses auto -m "not medium and not distributed and not slow"
 
 alone: $(VENV)/.dev  # the quick and the medium ones in one run: to collect them takes each worker 20 s
