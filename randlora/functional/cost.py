@@ -223,7 +223,7 @@ class Shaped(Protocol):
 
 
 @lru_cache(maxsize=4096)
-def _forward(tokens: int, shape: Shape, *, is_wide: bool, has_weight: bool) -> Way:
+def _forward(tokens: int, shape: Shape, is_wide: bool, has_weight: bool) -> Way:  # noqa: FBT001  # looked up faster
     return forward_way(Sizes(tokens, *shape[:5], is_wide, has_weight, shape.entry))
 
 
@@ -247,7 +247,7 @@ def chosen_forward(tokens: int, pair: Shaped, *, is_wide: bool, has_weight: bool
     """Return the cached result of `forward_way`, or ``"factored"`` without reading ``tokens`` if that is a symbol."""
     if compute != "auto":
         return compute
-    return _forward(tokens, pair.shape, is_wide=is_wide, has_weight=has_weight) if _is_known(tokens) else "factored"
+    return _forward(tokens, pair.shape, is_wide, has_weight) if _is_known(tokens) else "factored"
 
 
 def chosen_all_at_once(counts: Sequence[int], pair: Shaped, *, is_wide: bool, compute: Compute) -> bool:

@@ -106,7 +106,7 @@ class DensePair:
         Γ may also be one for each token, ``(tokens, num_bases, min_dim)``.
         """
         if small.size(0) == 1:  # as in generation, with fewer views
-            laid_out = small * gamma.view(gamma.shape[-2:])
+            laid_out = small * (gamma if gamma.dim() == 2 else gamma.squeeze(0))
             return (in_dtype(self._A, laid_out.dtype) @ laid_out.T).unsqueeze(0)
         laid_out = (small.unsqueeze(1) * gamma).reshape(-1, gamma.size(-1))
         terms = laid_out @ in_dtype(self._A_T, laid_out.dtype)

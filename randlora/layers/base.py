@@ -29,12 +29,10 @@ def input_of(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get(owner.randlora_input)
 
 
-def is_plain_tensor(value: object) -> TypeGuard[Tensor]:
+def is_plain_tensor(value: Any) -> TypeGuard[Tensor]:
     """Whether a value is a strided floating tensor and not of a tensor subclass."""
-    if type(value) not in (Tensor, nn.Parameter):
-        return False
-    assert isinstance(value, Tensor)
-    return value.is_floating_point() and value.layout == torch.strided and not value.is_nested
+    is_tensor = type(value) in (Tensor, nn.Parameter)
+    return is_tensor and value.is_floating_point() and value.layout == torch.strided and not value.is_nested
 
 
 def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:

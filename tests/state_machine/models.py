@@ -122,7 +122,8 @@ class Experts(nn.Module):
         self.oss = GptOssExperts(transformers.GptOssConfig(**sides, intermediate_size=6))
 
     def forward(self, x: Tensor, experts: Tensor, shares: Tensor) -> Any:
-        x = x + self.between(torch.tanh(self.mixtral(x, experts, shares)))
+        x = x + torch.tanh(self.mixtral(x, experts, shares))  # onto what tells the rows apart, as in every model
+        x = x + self.between(torch.tanh(x))
         return x + self.oss(torch.tanh(x), experts, shares)
 
 
