@@ -46,7 +46,8 @@ def compare(compiled: Any, model: nn.Module, x: Tensor = X, dtype: torch.dtype =
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         outputs = compiled(x), model(x)
     assert_close(outputs[0].detach(), outputs[1].detach(), dtype)
-    if outputs[0].requires_grad:
+    assert outputs[0].requires_grad >= outputs[1].requires_grad
+    if outputs[1].requires_grad:
         trained = [[each for each in (x, *of.parameters()) if each.requires_grad] for of in (compiled, model)]
         losses = zip((output.float().square().sum() for output in outputs), trained, strict=True)
         for ours, theirs in zip(*(torch.autograd.grad(*each, allow_unused=True) for each in losses), strict=True):

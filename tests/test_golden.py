@@ -296,6 +296,10 @@ def test_a_golden_file_computes_what_the_loops_compute_also_merged(golden: Golde
         torch.testing.assert_close(model(tokens), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_the_matrix_is_whole() -> None:
+    assert {path.name for path in (DATA / "golden").iterdir()} == {golden.name for golden in GOLDEN}
+
+
 @pytest.mark.medium
 def test_two_processes_that_hash_differently_save_the_same_bytes(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"}

@@ -1,10 +1,12 @@
 """A module that is adapted stays what and where it is: the laws of the class that adapts it, over every kind."""
 
 import copy
+import gc
 import pickle
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +319,17 @@ def test_what_version_0_1_wrote_is_refused_in_words_that_say_how_to_mend_it() ->
         other.load_state_dict(theirs)
     other.load_state_dict({name.replace(".base_layer.", "."): value for name, value in theirs.items()})
     assert all_bits(other.state_dict()) == all_bits(own)
+
+
+@pytest.mark.parametrize(("base", "is_ejected"), [(nn.Linear, False), (nn.Embedding, True)], ids=["called", "read"])
+def test_a_class_that_a_program_made_is_collected_with_the_modules_that_it_adapted(base: Any, is_ejected: bool) -> None:
+    made = type("Made", (base,), {})
+    models = [nn.Sequential(made(8, 8))]
+    randlora.inject(models[0], r=2, targets="all")
+    models.append(copy.deepcopy(models[0]))
+    classes = [weakref.ref(made), weakref.ref(type(models[0][0]))]
+    if is_ejected:
+        [*map(randlora.eject, models)]
+    del made, models
+    gc.collect()
+    assert [reference() for reference in classes] == [None, None]

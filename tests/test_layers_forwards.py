@@ -415,3 +415,32 @@ def test_a_forward_that_takes_the_weight_from_elsewhere_is_not_merged_into(endin
     for call in (randlora.merge, randlora.merged_tensors):
         with untouched(elsewhere), pytest.raises(MergeError, match=message):
             call(elsewhere)
+
+
+CHANGES: dict[str, Callable[[Any, nn.Parameter], object]] = {  # by the names of the methods
+    "__delitem__": lambda values, _: values.__delitem__("b"),
+    "__ior__": lambda values, new: values.__ior__({"b": new}),
+    "__setitem__": lambda values, new: values.__setitem__("b", new),
+    "clear": lambda values, _: values.clear(),
+    "pop": lambda values, _: values.pop("b"),
+    "popitem": lambda values, _: [values.popitem() for _ in range(2)],
+    "setdefault": lambda values, new: (dict.pop(values, "b"), values.setdefault("b", new)),
+    "update": lambda values, new: values.update(b=new),
+}
+
+
+@pytest.mark.parametrize("method", CHANGES)
+def test_the_list_of_parameters_follows_its_dictionary(method: str) -> None:
+    reading = {"copy", "fromkeys", "get", "items", "keys", "values", "__contains__", "__getitem__", "__iter__"}
+    reading |= {"__len__", "__reversed__", "__or__", "__ror__", "__class_getitem__"}
+    assert set(vars(dict)) - set(vars(object)) - reading == set(CHANGES), "every method is known"
+    model = nn.Sequential(nn.Linear(8, 12))
+    for name in "bac":
+        randlora.inject(model, r=4, targets=["0"], name=name)
+    held: Any = model[0]._modules["randlora_lambda"]
+    held.randlora_seat(["c", "b"])
+    slots, values, before = held.randlora_slots, held._parameters, list(held.randlora_slots)
+    CHANGES[method](values, nn.Parameter(torch.randn(4, 2)))
+    assert held.randlora_slots is slots
+    assert all(slot is values.get(name) for slot, name in zip(slots, ["c", "b"], strict=True))
+    assert any(slot is not old for slot, old in zip(slots, before, strict=True))

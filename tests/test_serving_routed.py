@@ -237,6 +237,17 @@ WRONG: list[tuple[Any, str]] = [
 ]
 
 
+def test_parameters_of_inference_mode_are_never_kept(model: nn.Module) -> None:
+    x, held = torch.randn(len(SOME), 6), model.get_submodule("0.randlora_lambda")
+    with torch.inference_mode():
+        other_parameter(held)
+        with routed(model, SOME):
+            model(x)
+            in_place(held)
+            after = model(x)
+        torch.testing.assert_close(after, row_by_row(model, SOME, lambda: model(x)))
+
+
 def test_wrong_names_and_inputs_of_another_number_of_rows_are_refused(model: nn.Module) -> None:
     for names, message in WRONG:
         with untouched(model), pytest.raises(AdapterError, match=message), routed(model, names):
