@@ -1,5 +1,7 @@
 """The state machine at a length that `make test` can afford, and its own arithmetic held against the oracle."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,6 +10,8 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests import reference
 from tests.state_machine.machine import RandLoRAMachine
+from tests.state_machine.recipes import Recipe
+from tests.state_machine.refusals import REFUSALS, WHEN
 from tests.state_machine.truth import update
 
 
@@ -20,6 +24,22 @@ def test_every_verb_does_what_the_truth_says() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
+
+
+@pytest.mark.medium
+def test_every_refusal_is_met_by_two_adapters_or_merged_ones_or_none() -> None:
+    recipe, met = Recipe((0, 1)), set[int]()
+    machine = RandLoRAMachine()
+    machine.build("text", torch.float32, recipe, recipe, (1.0, 1.0, 1.0))
+    machine.save(0, 0, "seed")
+    steps: list[Callable[[], object]] = [lambda: machine.merge(True, None), machine.eject, machine.teardown]
+    for go_on in steps:
+        for place, (when, _, _) in enumerate(REFUSALS):
+            if all(WHEN[word](machine) for word in when.split()):
+                machine.refuse(place)
+                met.add(place)
+        go_on()
+    assert met == {*range(len(REFUSALS))}
 
 
 @given(out_features=st.integers(1, 7), in_features=st.integers(1, 7), r=st.integers(1, 4))
