@@ -67,17 +67,27 @@ def damage(function: Callable[Concatenate[Path, P], object]) -> Callable[P, Dama
 fields, tensors, sealed = damage(edit_fields), damage(edit_tensors), damage(reseal)
 
 
+def read_facts(directory: Path) -> dict[str, Any]:
+    """Read the header without its seal."""
+    found: dict[str, Any] = json.loads(read_tensors(directory)[1]["randlora"])
+    return {name: value for name, value in found.items() if name != "sha256"}
+
+
+def write_facts(directory: Path, found: dict[str, Any], old: str = "", new: str = "") -> None:
+    """Write another header, sealed as a save would, and then change its text."""
+    tensors, metadata = read_tensors(directory)
+    text = json.dumps({**found, "sha256": _seal(found, tensors)})
+    write_tensors(directory, tensors, {**metadata, "randlora": text.replace(old, new)})
+
+
 @damage
 def facts(directory: Path, /, old: str = "", new: str = "", **changes: Any) -> None:
     """Change facts of the header, ``config__r`` that of its config, seal them, and then change its text."""
-    tensors, metadata = read_tensors(directory)
-    found = json.loads(metadata["randlora"])
+    found = read_facts(directory)
     for path, value in changes.items():
         *parents, name = path.split("__")
         reduce(getitem, parents, found)[name] = value
-    del found["sha256"]
-    text = json.dumps({**found, "sha256": _seal(found, tensors)})
-    write_tensors(directory, tensors, {**metadata, "randlora": text.replace(old, new)})
+    write_facts(directory, found, old, new)
 
 
 @damage

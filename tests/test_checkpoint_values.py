@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import randlora
-from randlora.checkpoint.header import _seal
 from randlora.errors import CheckpointError
-from tests.checkpoint_files import (
-    CONFIG_FILE,
-    LINEAR,
-    TENSORS_FILE,
-    peft_directory,
-    read_fields,
-    read_tensors,
-    write_tensors,
-)
-from tests.hostile_files import our_adapter
+from tests.checkpoint_files import LINEAR, TENSORS_FILE, peft_directory, read_fields
+from tests.hostile_files import config, our_adapter, read_facts, write_facts
 from tests.kit import untouched
 from tests.model_directories import contents
 
@@ -73,19 +65,12 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def put(value: Any, path: tuple[Any, ...], entry: Any) -> Any:
     """Return a value with another one at a place."""
     changed = deepcopy(value)
-    reduce(lambda held, key: held[key], path[:-1], changed)[path[-1]] = entry
+    reduce(getitem, path[:-1], changed)[path[-1]] = entry
     return changed
 
 
-def rewrite(directory: Path, facts: dict[str, Any]) -> None:
-    """Write another header than a file has, sealed as a save would."""
-    tensors, metadata = read_tensors(directory)
-    text = json.dumps({**facts, "sha256": _seal(facts, tensors)})
-    write_tensors(directory, tensors, {**metadata, "randlora": text})
-
-
-def write_json(directory: Path, fields: Any) -> None:
-    (directory / CONFIG_FILE).write_text(json.dumps(fields), encoding="utf-8")
+def write_fields(directory: Path, fields: Any) -> None:
+    config(json.dumps(fields).encode())(directory)
 
 
 def outcome(directory: Path) -> Exception | None:
@@ -98,11 +83,6 @@ def outcome(directory: Path) -> Exception | None:
             return error
         randlora.eject(model)
     return None
-
-
-def header_of(directory: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(read_tensors(directory)[1]["randlora"])
-    return {name: value for name, value in facts.items() if name != "sha256"}
 
 
 WRONG: tuple[Any, ...] = (None, True, 2.5, -1, 10**30, "%2000000000d", "(a+)+$", [], [[]], {}, {"a": {}}, [["0", 2]])
@@ -137,13 +117,13 @@ def test_every_place_of_a_header_and_every_field_of_pefts_has_its_types(tmp_path
     ours = our_adapter(tmp_path / "ours", alpha=3.5, train_also=["0.bias"])
     theirs = peft_directory(tmp_path / "theirs")
     both: list[tuple[Path, Any, Types, Callable[[Any], object]]] = [
-        (ours, header_of(ours), HEADER_TYPES, partial(rewrite, ours)),
-        (theirs, read_fields(theirs), PEFT_TYPES, partial(write_json, theirs)),
+        (ours, read_facts(ours), HEADER_TYPES, partial(write_facts, ours)),
+        (theirs, read_fields(theirs), PEFT_TYPES, partial(write_fields, theirs)),
     ]
     for directory, found, types, write in both:
         assert len({*places(found)}) > 20
         for number, place in enumerate(places(found)):
-            own = reduce(lambda held, key: held[key], place, found)
+            own = reduce(getitem, place, found)
             for wrong in WRONG[number % 4 :: 4]:
                 with restoring(directory):
                     write(put(found, place, wrong))
@@ -179,7 +159,7 @@ def test_any_header_is_refused_or_loads(data: st.DataObject, sound: Path) -> Non
     directory = sound / data.draw(st.sampled_from([*OPTIONS]))
     with restoring(directory):
         with suppress(TypeError, ValueError):  # of what cannot be sealed
-            rewrite(directory, changed(header_of(directory), data))
+            write_facts(directory, changed(read_facts(directory), data))
         assert isinstance(outcome(directory), CheckpointError | None)
 
 
@@ -190,7 +170,7 @@ def test_any_json_is_refused_or_loads_and_can_be_saved_again(data: st.DataObject
     with restoring(directory):
         found = {**read_fields(directory), data.draw(st.text(max_size=4)): data.draw(json_values)}
         with suppress(ValueError):  # of an integer that Python does not write
-            write_json(directory, changed(found, data))
+            write_fields(directory, changed(found, data))
         error = outcome(directory)
         if error is None:
             randlora.load(model, directory)
