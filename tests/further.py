@@ -8,36 +8,20 @@ import pytest
 import torch
 
 STANDS_FOR_OTHERS: dict[str, tuple[object, ...]] = {
-    "bases": ("seed",),
     "basis": ("dense",),
-    "build": ("mixtral", "gpt_oss"),
-    "codes": ("nf4-double",),
     "compute": ("auto",),
-    "copied": ("deepcopy",),
     "dtype": (torch.float32,),
-    "experts": ("each",),
-    "form": ("dense", "block(2,4)", "NF4"),
-    "implementation": ("eager", "grouped_mm"),
-    "is_sharded": (False,),
+    "form": ("dense", "block(2,4)"),
     "kind": (
         *("Linear", "NF4-double"),
         *("Conv2d-groups", "ConvTranspose2d", "Embedding", "attention-in_proj-split", "experts-down-square-batched"),
-        *("packed", "split", "llama", "dense", "linear", "experts"),
     ),
-    "mode": ("no_grad",),
-    "quantization": ("nf4 twice",),
-    "quantized": ("requantize",),
-    "seed": (0,),
-    "shape": ((5, 7), (6, 9), (9, 12), (24, 40), (40, 8)),
-    "stream": ("portable",),
-    "strict": (False,),
-    "training": (True,),
+    "shape": ((5, 7), (24, 40)),
 }
 """By the name of a parameter the values, or their names, that are the usual ones, or one of each family."""
 
 REPEATS_OTHERS = (
     *("NF4", "FP4-double"),
-    "bert",
     *("Conv2d-stride", "ConvTranspose3d"),
     *("attention-k_proj", "experts-gate_up", "Linear-other-forward"),
 )
@@ -50,10 +34,10 @@ def further(*values: object) -> Any:
 
 
 def leave_to_slow(items: Sequence[pytest.Item]) -> None:
-    """Mark the further tests of each function as slow."""
+    """Mark as slow what repeats a law over a product of tables."""
     functions: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if hasattr(item, "callspec") and not item.get_closest_marker("slow"):
+        if item.get_closest_marker("product"):
             functions[item.nodeid.partition("[")[0]].append(item)
     for function in functions.values():
         parameters: list[dict[str, Any]] = [item.callspec.params for item in function]  # type: ignore[attr-defined]

@@ -93,6 +93,7 @@ def test_in_bfloat16_the_sum_of_weight_and_update_is_rounded_once() -> None:
 # Gradients
 
 
+@pytest.mark.product
 @every_form
 @every_way
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6), (1, 6)], ids=str)
@@ -286,6 +287,7 @@ class Watch(Observer):
         return result
 
 
+@pytest.mark.product
 @every_form
 @every_way
 @every_shape

@@ -50,6 +50,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape).to(DEVICE, dtype)
 
 
+@pytest.mark.product
 @every_kind_and_dtype
 @given(
     shape=st.tuples(sides, sides), r=st.integers(1, 8), basis=st.sampled_from(BASES), bias=st.booleans(),
@@ -90,6 +91,7 @@ def test_a_fresh_adapter_leaves_every_bit_of_the_output_and_a_trained_one_adds_t
         assert drawn.digest(*dims) == before
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
@@ -130,6 +132,7 @@ def test_every_way_is_the_same_and_unmerging_restores_every_bit(
         assert {tensor.device.type for tensor in model.state_dict().values()} == {torch.device(DEVICE).type}
 
 
+@pytest.mark.product
 @every_convertible_kind
 @pytest.mark.parametrize("basis", BASES)
 @pytest.mark.parametrize("compute", WAYS)
@@ -152,6 +155,7 @@ def test_gradients_are_those_of_finite_differences(kind: LayerKind, basis: Basis
         assert torch.autograd.gradcheck(run, (x, *values.values()))
 
 
+@pytest.mark.product
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_computes_in_the_dtype_of_the_plain_layer(kind: LayerKind, dtype: torch.dtype) -> None:

@@ -65,6 +65,7 @@ def never_called() -> Iterator[None]:
         yield
 
 
+@pytest.mark.product
 @every_kind
 @pytest.mark.parametrize("compute", get_args(Compute))
 def test_a_layer_is_one_operation_whose_output_may_be_changed_in_place(kind: LayerKind, compute: Compute) -> None:

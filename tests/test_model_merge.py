@@ -42,6 +42,7 @@ def assert_within_a_step(kind: LayerKind, model: nn.Sequential, x: Tensor, expec
     assert ((found - expected.double()).abs() <= allowed + rounding).all()
 
 
+@pytest.mark.product
 @every_mergeable_kind_and_dtype
 @settings(max_examples=8)
 @given(shape=st.tuples(st.integers(2, 15), st.integers(2, 15)), r=st.integers(1, 6))
@@ -308,6 +309,7 @@ def yielded_bits(model: nn.Module, **options: Any) -> dict[str, Any]:
     return dict(pairs)
 
 
+@pytest.mark.product
 @every_mergeable_kind_and_dtype
 def test_every_kind_of_layer_is_yielded_as_it_would_be_merged(kind: LayerKind, dtype: torch.dtype) -> None:
     model = nn.Sequential(kind.build(128, 96, True, dtype), nn.LayerNorm(96, dtype=dtype))

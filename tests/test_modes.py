@@ -104,6 +104,7 @@ def assert_same_gradients(run: Run, plain: Run, leaves: list[Tensor]) -> None:
         torch.testing.assert_close(gradients, expected)
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", TRAINED, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("compute", get_args(Compute))
 def test_selective_checkpointing_changes_no_gradient(kind: Kind, compute: Compute) -> None:

@@ -54,6 +54,7 @@ def test_the_table_has_a_row_for_every_weight_of_torchs_modules() -> None:
 # Outputs
 
 
+@pytest.mark.product
 @every_read_kind_and_dtype
 def test_a_fresh_adapter_leaves_every_bit_of_the_output(kind: ReadKind, dtype: torch.dtype) -> None:
     for init in get_args(Init):
@@ -66,6 +67,7 @@ def test_a_fresh_adapter_leaves_every_bit_of_the_output(kind: ReadKind, dtype: t
             assert same_bits(kind.run(model, dtype), kind.run(base, dtype))
 
 
+@pytest.mark.product
 @every_read_kind_and_dtype
 def test_the_output_is_that_of_the_weight_and_the_oracles_update(kind: ReadKind, dtype: torch.dtype) -> None:
     rows = [("dense" if dtype in (torch.float32, torch.float64) else "block", 3)]
@@ -97,6 +99,7 @@ def test_the_output_is_that_of_the_weight_and_the_oracles_update(kind: ReadKind,
 # Gradients
 
 
+@pytest.mark.product
 @every_read_kind
 @pytest.mark.parametrize("basis", ["dense", "block"])
 def test_gradients_are_those_of_plain_autograd_in_every_way_to_compute(kind: ReadKind, basis: str) -> None:
@@ -143,6 +146,7 @@ def test_gradients_are_those_of_plain_autograd_in_every_way_to_compute(kind: Rea
 # Verbs: tests/state_machine has their orders, several adapters, copies, and casts
 
 
+@pytest.mark.product
 @every_read_kind_and_dtype
 @torch.no_grad()  # with gradients torch computes a linear layer in another way
 def test_merging_gives_the_exact_sum_rounded_once_and_undoing_every_bit(kind: ReadKind, dtype: torch.dtype) -> None:
