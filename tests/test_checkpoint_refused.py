@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import randlora
 from randlora.bases import BasisSpec
 from randlora.bases.basis import Basis
+from randlora.checkpoint import bases
 from randlora.cli.app import main
 from randlora.errors import AdapterError, CheckpointError
 from tests.checkpoint_files import (
@@ -76,7 +77,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def verbs(directory: Path, base: Path, out: Path) -> list[Callable[[], object]]:
-    """Everything that reads an adapter, for one directory; the last two for its model."""
+    """Everything that reads an adapter, for one directory; the last three with its model."""
     files = randlora.files
     return [
         lambda: randlora.load(LINEAR.build(), directory),
@@ -102,7 +103,7 @@ def test_every_verb_refuses_a_hostile_file_and_touches_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the same words, within a second and 100 MB; every command ends with 1 and a message; nothing is unpickled."""
+    """In the same words, within a second and 100 MiB; every command ends with 1 and a message; nothing is unpickled."""
     monkeypatch.chdir(tmp_path)
     directory, base, out = Path("adapter"), sound / "base", Path("out")
     shutil.copytree(sound / maker, directory)
@@ -153,13 +154,24 @@ def test_bases_as_large_as_peft_would_draw_them_are_not_written_needlessly(sound
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("rows", "said"), [(59_916, "drawn here, by torch"), (59_917, "has only 24 trained values")])
-def test_bases_of_up_to_four_million_entries_are_drawn_for_any_file(rows: int, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("for_any_file", "most"), [(2**22, 59_916), (0, 349)])
+def test_bases_of_up_to_four_million_entries_or_1024_for_each_value_are_drawn(
+    for_any_file: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A row of B has 6 entries, and the time in which it begins is that of 64."""
     directory = our_adapter(tmp_path / "adapter", stream="portable")
-    facts(targets={"0": [4, rows], "2": [4, rows]})(directory)
-    with pytest.raises(CheckpointError, match=said):
-        randlora.files.inspect(directory)
+    if not for_any_file:
+        monkeypatch.setattr(bases, "FOR_ANY_FILE", 0)
+    for rows, said in ((most, "drawn here, by torch"), (most + 1, "has only 24 trained values")):
+        facts(targets={"0": [4, rows], "2": [4, rows]})(directory)
+        with pytest.raises(CheckpointError, match=said):
+            randlora.files.inspect(directory)
+
+
+def test_a_json_of_16_mib_is_read(tmp_path: Path) -> None:
+    path = our_adapter(tmp_path) / CONFIG_FILE
+    path.write_bytes(path.read_bytes().ljust(2**24))
+    randlora.load(LINEAR.build(), tmp_path)
 
 
 # Damage of any bit

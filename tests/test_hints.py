@@ -5,6 +5,7 @@ import inspect
 import operator
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from fractions import Fraction
@@ -25,7 +26,8 @@ from randlora.hints import CALLS, mistyped
 from tests.checkpoint_files import LINEAR, trained
 from tests.hostile_files import model_directory, our_adapter
 from tests.kit import untouched
-from tests.model_directories import contents
+from tests.model_directories import contents, save_model
+from tests.models import LLAMA
 
 
 def path(fspath: Callable[[object], object]) -> Any:
@@ -57,25 +59,31 @@ VALUES: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with an adapter and its model."""
+    """A directory with an adapter, its model and a model that transformers knows."""
     parent = tmp_path_factory.mktemp("places")
     our_adapter(parent / "ours")
     model_directory(parent / "base")
+    save_model(LLAMA, parent / "llama")
     return parent
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_bad_argument_is_our_error_and_nothing_is_written(name: str, places: Path) -> None:
+    """In place of one of the good arguments, with which the call works first."""
     function, before, model = FUNCTIONS[name], contents(places), trained(LINEAR)
-    usual: dict[str, dict[str, Any]] = {
+    good: dict[str, Any] = {
         "load": {"model": model, "source": places / "ours", "name": "b"},
         "save": {"model": model, "directory": places / "out"},
-        "plan": {"directory": places / "base"},
+        "plan": {"directory": places / "llama"},
         "inspect": {"directory": places / "ours", "base": places / "base"},
         "verify": {"directory": places / "ours"},
         "convert": {"directory": places / "ours", "out": places / "out", "to": "lora", "tolerance": 1},
         "merge": {"adapters": places / "ours", "out": places / "out", "base": places / "base"},
-    }
+    }[name]
+    function(**good)
+    shutil.rmtree(places / "out", ignore_errors=True)
+    if name == "load":
+        randlora.remove(model, "b")
     values: dict[str, list[Any]] = {
         each: [object()] for each in inspect.signature(function).parameters if each != "options"
     }
@@ -86,7 +94,7 @@ def test_a_bad_argument_is_our_error_and_nothing_is_written(name: str, places: P
     with untouched(model):
         for parameter, bad in ((parameter, each) for parameter, bad_values in values.items() for each in bad_values):
             with pytest.raises(RandLoRAError) as caught:
-                function(**{**usual[name], parameter: bad})
+                function(**{**good, parameter: bad})
             assert len(str(caught.value)) < 1500
     for factor in NO_NUMBERS:
         with pytest.raises(RandLoRAError):

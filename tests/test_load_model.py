@@ -115,8 +115,10 @@ def test_no_code_of_a_base_is_run_and_nothing_unpickled(saved: nn.Module, monkey
         with pytest.raises(ConfigError, match="create such a model yourself"):
             load_model("adapter", **{option: value})
     (BASE / "modeling.py").write_text("open('ran', 'w')\n", encoding="utf-8")
-    edit_json(CONFIG, auto_map={"AutoModelForCausalLM": "modeling.Any"}, _attn_implementation="some/kernel")
-    assert same_bits(logits(load_model("adapter")), logits(saved))
+    kernels = dict.fromkeys(("attn_implementation", "_attn_implementation", "experts_implementation"), "some/kernel")
+    edit_json(CONFIG, auto_map={"AutoModelForCausalLM": "modeling.Any"}, **kernels)
+    assert same_bits(logits(model := load_model("adapter")), logits(saved))
+    assert "some/kernel" not in (model.config._attn_implementation, model.config._experts_implementation)
     tensors = stored(BASE)
     (BASE / "model.safetensors").unlink()
     for pickled in (tensors, Bomb()):

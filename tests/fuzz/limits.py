@@ -35,18 +35,21 @@ def outcome(call: Callable[..., Result], *args: object) -> Result | RandLoRAErro
 
 @contextmanager
 def bounded(seconds: float, mib: int) -> Iterator[None]:
-    """Raise a `Violation` if the block takes more time of the processor; refuse it more memory than that."""
+    """Raise a `Violation` if the block takes more time of the processor, its system calls included.
+
+    Refuse it more address space than that beside what the process has.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    previous = signal.signal(signal.SIGVTALRM, _late)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # what waits for ever is stopped by atheris, or by pytest
+    previous = signal.signal(signal.SIGPROF, _late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # what waits for ever is stopped by atheris, or by pytest
     resource.setrlimit(resource.RLIMIT_AS, (held + mib * MIB, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
 
 
 def _late(*_: object) -> Never:

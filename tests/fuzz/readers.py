@@ -28,7 +28,7 @@ from tests.fuzz.limits import bounded, outcome
 from tests.kit import all_bits, bits, untouched
 
 READING, REST, OF_MODELS = (2.0, 150), (10.0, 600), (20.0, 1000)
-"""Seconds and MiB. Reading is promised within 1 s and 100 MB; a process that counts branches is slower."""
+"""Seconds and MiB. Reading is promised within 1 s and 100 MiB; a process that counts branches is slower."""
 DRAWN = 2**22
 """Entries of bases up to which they are drawn: a file of few bytes may state layers of any width."""
 PREPARED = unpack((HERE / "prepared.zip").read_bytes()) or {}
