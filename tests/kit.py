@@ -131,6 +131,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
     assert_unchanged(model, before)
 
 
+def working_nbytes(model: nn.Module) -> int:
+    """Count the bytes of the working copies of an adapted model's bases. On a CPU one may be the storage itself."""
+    bank = randlora.state.adapted_root(model)[1].bank
+    pairs = [pair for basis in bank for pair in basis._pairs.values()]
+    forms = [form for pair in pairs for form in (pair, pair.written) if form is not None]
+    copies = [copy for basis in bank for copy in basis._copies.values()]
+    held = [tensor.untyped_storage() for each in (*copies, *((form.A, form.B) for form in forms)) for tensor in each]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+
 def until(condition: Callable[[], bool]) -> None:
     """Wait for a condition, which another thread makes true."""
     end = time.monotonic() + WAIT

@@ -254,7 +254,8 @@ def _id(value: object) -> str:
 
 def of(*names: str) -> pytest.MarkDecorator:
     """Parametrize over the rows of these names."""
-    return pytest.mark.parametrize("kind", [kind for kind in READ_KINDS if kind.name in names], ids=_id)
+    rows = {kind.name: kind for kind in READ_KINDS}
+    return pytest.mark.parametrize("kind", [rows[name] for name in names], ids=_id)
 
 
 every_read_kind = pytest.mark.parametrize("kind", READ_KINDS, ids=_id)

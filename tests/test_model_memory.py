@@ -21,8 +21,8 @@ from benchmarks.memory import kept_by
 from randlora.errors import ConfigError, RandLoRAError
 from randlora.functional.cost import Pass
 from randlora.model.memory import TrainingMemory, planned_codes
-from randlora.state import adapted_root
 from randlora.targets.census import Census
+from tests.kit import working_nbytes
 from tests.model_directories import write
 from tests.models import GPT2, LLAMA, RealModel
 from tests.quantized import FP4, NF4, quantized_model
@@ -56,10 +56,6 @@ def memory(model: nn.Module, **options: Any) -> TrainingMemory:
     return randlora.training_memory(model, **{"r": 4, **options})
 
 
-def bases_of(model: nn.Module) -> int:
-    return sum(basis.working_nbytes for basis in adapted_root(model)[1].bank)
-
-
 def trained(model: Any, *, checkpointing: bool = False, **options: Any) -> int:
     """Train an adapter for two steps and return the most memory that the second has, with all that is held."""
     model.train()
@@ -82,7 +78,7 @@ def trained(model: Any, *, checkpointing: bool = False, **options: Any) -> int:
     held = [*model.parameters(), *model.buffers()]
     held += [weight.quant_state.absmax for weight in model.parameters() if hasattr(weight, "quant_state")]
     moments = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(int(tensor.nbytes) for tensor in (*held, *moments)) + bases_of(model) + peak_of(step, "cpu")
+    return sum(int(tensor.nbytes) for tensor in (*held, *moments)) + working_nbytes(model) + peak_of(step, "cpu")
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.* is deprecated:FutureWarning")
@@ -211,7 +207,7 @@ def test_what_is_held_is_that_of_a_trained_model(kind: RealModel, dtype: torch.d
     assert planned.gradients == sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
     assert planned.optimizer == sum(moment.nbytes for moment in moments)
     if basis != "block":  # of which such small layers have dense copies
-        assert planned.bases == bases_of(model)
+        assert planned.bases == working_nbytes(model)
 
 
 @pytest.mark.parametrize(("dtype", "targets"), [(torch.float32, None), (torch.bfloat16, "all-linear")])
@@ -248,7 +244,7 @@ def test_the_work_is_that_of_the_operators_that_run(
 
     of_lora = multiply_adds(lambda: F.linear(x, weight) + F.linear(F.linear(x, down), up))
     assert planned.work == pytest.approx(multiply_adds(lambda: model["a"](x)) / of_lora, rel=0.01)
-    assert planned.bases == pytest.approx(bases_of(model), rel=WITHIN)
+    assert planned.bases == pytest.approx(working_nbytes(model), rel=WITHIN)
 
 
 def test_weights_are_split_by_style_by_plan_and_by_rows() -> None:

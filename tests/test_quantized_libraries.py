@@ -260,13 +260,15 @@ KINDS = {
 
 
 def of(*names: str) -> pytest.MarkDecorator:
-    """Parametrize over the kinds of these names whose library is installed; of torchao without its own warnings."""
+    """Parametrize over the kinds of these names, of which those are skipped whose library is missing."""
     rows = []
     for name in names:
         library = KINDS[name].library
-        if find_spec(library) is not None and (library != "torchao" or quantization is not None):
-            marks = [pytest.mark.filterwarnings("ignore")] * (library == "torchao")
-            rows.append(pytest.param(KINDS[name], id=name, marks=marks))
+        is_missing = quantization is None if library == "torchao" else find_spec(library) is None
+        marks = [pytest.mark.skipif(is_missing, reason=f"{library} is not installed: make test-quantizers")]
+        if library == "torchao":
+            marks.append(pytest.mark.filterwarnings("ignore"))  # its own
+        rows.append(pytest.param(KINDS[name], id=name, marks=marks))
     return pytest.mark.parametrize("kind", rows)
 
 

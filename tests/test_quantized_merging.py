@@ -142,6 +142,10 @@ def test_a_copy_made_while_merged_unmerges_to_the_same_codes(kind: LayerKind, qu
         assert codes[0].data_ptr() != codes[1].data_ptr()
         randlora.eject(twin)
         assert type(twin[0]) is model[0].randlora_base
+    if kind.library == "torchao":  # bitsandbytes' parameters cannot be moved there
+        randlora.merge(model, reversible=True, quantized=quantized)
+        randlora.unmerge(model.to("meta"))
+        assert model[0].weight.is_meta, "the codes are where the layer was moved to"
 
 
 @one_of_each_library

@@ -324,16 +324,6 @@ class Basis:
         return self.spec.nbytes(*self.extent)
 
     @property
-    def working_nbytes(self) -> int:
-        """Bytes of the working copies made so far. On a CPU a copy may be the storage itself, which is counted too."""
-        pairs = [form for pair in self._pairs.values() for form in (pair, pair.written) if form is not None]
-        tensors = [
-            tensor for copy in (*self._copies.values(), *((pair.A, pair.B) for pair in pairs)) for tensor in copy
-        ]
-        storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
-        return sum(storages.values())
-
-    @property
     def _form(self) -> Kind:
         """The kind that makes pairs of the storage: bases from a file are stored dense."""
         return KINDS["dense" if self.stored is not None else self.spec.kind]

@@ -20,6 +20,7 @@ from randlora.places import values_within
 from randlora.sharded.places import is_split, part_at
 from randlora.state import adapted_root
 from tests.distributed.processes import LAW, in_two, on_all
+from tests.kit import working_nbytes
 from tests.models import VOCABULARY, llama
 
 models = st.fixed_dictionaries({
@@ -73,7 +74,7 @@ def held(model: nn.Module, whole: Any, communication: Callable[[], int] = lambda
         storage(*trained),
         sum(storage(parameter.grad) for parameter in trained if parameter.grad is not None),
         storage(*moments),
-        sum(basis.working_nbytes for basis in state.bank),
+        working_nbytes(whole),
         communication(),
     )
 
