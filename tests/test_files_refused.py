@@ -340,14 +340,20 @@ OF_BOTH: dict[str, Call] = {
     f".*{MADE_OF}": expert(lambda each: each[1:].clone()),
 }
 """What every verb says that reads both."""
-NO_FILES = {"config.json": "device-without-end", SINGLE_FILE: "pipe", INDEX_FILE: "directory"}
+NO_FILES: dict[str, tuple[str, str]] = {
+    f"{name} is a {kind.split('-')[0]}: expected a file": (name, kind)
+    for name in ("config.json", SINGLE_FILE, INDEX_FILE)
+    for kind in ("pipe", "device-without-end", "directory")
+}
+NO_FILES |= {f"holds no weights.*{name}": (name, "link-to-itself") for name in (SINGLE_FILE, INDEX_FILE)}
+NO_FILES["config.json( names no class|.*, which would be copied)"] = "config.json", "link-to-itself"
 DAMAGED: list[tuple[str, str, str, Call]] = [
     *((words, "", "files", damage) for words, damage in OF_ADAPTER.items()),
     *((words, "plan inspect merge", "base", damage) for words, damage in OF_BASE.items()),
     *((words, "plan", "", damage) for words, damage in OF_CLASS.items()),
     *((words, "inspect merge", "base", damage) for words, damage in OF_BOTH.items()),
     *(("is a link to .*secret, outside of the", "merge", "", link(name)) for name in ("x", "config.json", "deep/x")),
-    *((".", "plan merge", "", special(name, kind)) for name, kind in NO_FILES.items()),
+    *((words, "plan merge", "", special(*each)) for words, each in NO_FILES.items()),
     *(("cannot copy the files of", "merge", "", special("tokenizer.json", kind)) for kind in SPECIAL),
 ]
 VERBS: dict[str, Call] = {
