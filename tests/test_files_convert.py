@@ -24,7 +24,7 @@ import randlora
 from randlora import files
 from randlora.bases.basis import Basis
 from randlora.bases.spec import PEFT_STREAMS
-from randlora.checkpoint.header import parse_header
+from randlora.checkpoint.header import ModelClass, parse_header
 from randlora.checkpoint.read import read_adapter
 from randlora.config import Stream
 from randlora.errors import CheckpointError, ConfigError
@@ -230,8 +230,13 @@ def test_each_layer_keeps_its_alpha_and_what_two_parts_train_must_be_one(tmp_pat
     first, second = stages(2)
     first["head"] = copy.deepcopy(second["head"])
     parts = [saved(first, tmp_path / "a", alpha=3.0), saved(second, tmp_path / "b", alpha={"q": 3.0, ".*": 5.0})]
-    joined = tmp_path / "joined"
+    joined, with_head = tmp_path / "joined", ModelClass("transformers", "BertForMaskedLM", labels=("a", "b"))
+    for part, known in zip(parts, (replace(with_head, labels=None), with_head), strict=True):
+        stored.reseal(part, model_class=known)
     files.join(parts, joined)
+    header = read_adapter(joined).header
+    assert header is not None
+    assert header.model_class == with_head
     own = {fqn: option for part in parts for fqn, option in read_adapter(part).options.items()}
     assert {option.alpha for option in own.values()} == {3.0, 5.0}
     assert read_adapter(joined).options == own

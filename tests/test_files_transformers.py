@@ -276,6 +276,9 @@ def test_a_class_that_asks_for_what_its_files_do_not_have_is_not_built(
     for module, name in ((socket, "getaddrinfo"), *loading):
         monkeypatch.setattr(module, name, lambda *asking, **_: asked.append(asking))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    few = save_model(LLAMA, tmp_path / "of one tensor")
+    model_directories.edit_model(few, dict.fromkeys({*stored(few)} - {"model.norm.weight"}))
+    assert not isinstance(build_model(read_model_directory(few)), str)
     for number, changes in enumerate(ASKING):
         directory = save_model(LLAMA, tmp_path / str(number))
         edit_json(directory / "config.json", **changes)
