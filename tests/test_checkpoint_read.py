@@ -245,10 +245,12 @@ def test_stored_bases_are_kept_unless_their_key_brings_back_every_number(tmp_pat
     edit_tensors(peft_directory(tmp_path), {BASIS_A: bases.A, BASIS_B: bases.B})
     basis = basis_of(loaded(tmp_path), "a0")
     assert (basis.stored, basis.spec.max_dim, basis.spec.min_dim) == (None, 9, 7)
+    assert randlora.files.inspect(tmp_path).bases[0].source == "seed"
     for part, own in ((BASIS_A, bases.A), (BASIS_B, bases.B)):
         changed = own.clone()
-        changed.view(-1)[0] += 2**-9
+        changed[0].view(-1)[4] += 2**-9  # of those that layers use
         edit_tensors(tmp_path, {BASIS_A: bases.A, BASIS_B: bases.B, part: changed})
+        assert randlora.files.inspect(tmp_path).bases[0].source == "file"
         kept = basis_of(loaded(tmp_path), "a0").slices(9, 7, device="cpu", dtype=torch.float32)
         assert torch.equal(kept.A if part == BASIS_A else kept.B, changed)
 

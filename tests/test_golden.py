@@ -43,7 +43,21 @@ DATA = Path(__file__).parent / "data"
 STACK = 2  # matrices of experts
 
 
-class Layers(nn.Module):
+class Attending(nn.Module):
+    """Three layers with which both models begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.linear = nn.Linear(6, 4)
+        self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def attended(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.linear(self.embed(tokens))
+        return x + self.attn(x, x, x, need_weights=False)[0]
+
+
+class Layers(Attending):
     """Every kind of layer that format 1 has a place for."""
 
     shapes: Mapping[str, Shape] = {
@@ -58,17 +72,12 @@ class Layers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(7, 6)
-        self.linear = nn.Linear(6, 4)
-        self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
         self.conv1d = Conv1D(5, 4)
         self.conv = nn.Conv2d(1, 3, 2)
         self.deconv = nn.ConvTranspose2d(3, 2, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.linear(self.embed(tokens))
-        x = self.conv1d(x + self.attn(x, x, x, need_weights=False)[0])
-        output: Tensor = self.deconv(self.conv(x.unsqueeze(1)))
+        output: Tensor = self.deconv(self.conv(self.conv1d(self.attended(tokens)).unsqueeze(1)))
         return output
 
 
@@ -85,7 +94,7 @@ class Stack(nn.Module):
         return sum((x @ (each if self.is_transposed else each.T) for each in weight), torch.zeros(()))
 
 
-class Stacks(nn.Module):
+class Stacks(Attending):
     """What format 2 was made for: stacks of experts, and attention whose projections are split."""
 
     shapes: Mapping[str, Shape] = {
@@ -97,15 +106,11 @@ class Stacks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(7, 6)
-        self.linear = nn.Linear(6, 4)
-        self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
         self.plain = Stack("gate_up_proj", STACK, 6, 4)
         self.turned = Stack("down_proj", STACK, 6, 5, is_transposed=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.linear(self.embed(tokens))
-        output: Tensor = self.turned(self.plain(x + self.attn(x, x, x, need_weights=False)[0]))
+        output: Tensor = self.turned(self.plain(self.attended(tokens)))
         return output
 
 
