@@ -248,7 +248,7 @@ def test_stored_bases_are_kept_unless_their_key_brings_back_every_number(tmp_pat
     assert randlora.files.inspect(tmp_path).bases[0].source == "seed"
     for part, own in ((BASIS_A, bases.A), (BASIS_B, bases.B)):
         changed = own.clone()
-        changed[0].view(-1)[4] += 2**-9  # of those that layers use
+        changed[0].view(-1)[3] += 2**-9  # of those that layers use
         edit_tensors(tmp_path, {BASIS_A: bases.A, BASIS_B: bases.B, part: changed})
         assert randlora.files.inspect(tmp_path).bases[0].source == "file"
         kept = basis_of(loaded(tmp_path), "a0").slices(9, 7, device="cpu", dtype=torch.float32)
