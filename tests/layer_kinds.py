@@ -54,9 +54,9 @@ class LayerKind:
 
 def _conv1d(in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> nn.Module:
     layer: Any = Conv1D(out_features, in_features)
-    nn.init.normal_(layer.weight, std=0.3)
-    nn.init.normal_(layer.bias, std=float(bias))
-    return layer.to(dtype)  # type: ignore[no-any-return]
+    layer.weight = nn.Parameter(torch.randn(in_features, out_features, dtype=dtype) * 0.3)
+    layer.bias = nn.Parameter(torch.randn(out_features, dtype=dtype) * bias)
+    return layer  # type: ignore[no-any-return]
 
 
 def _of_4_bits(

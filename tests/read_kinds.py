@@ -151,7 +151,8 @@ def _convolution(
     name: str, build: Callable[[], nn.Module], *shape: int, layout: Any = torch.contiguous_format
 ) -> ReadKind:
     def made() -> Any:
-        return build().to(memory_format=layout)  # type: ignore[call-overload]
+        module = build()  # torch converts no fake module
+        return module if layout is torch.contiguous_format else module.to(memory_format=layout)  # type: ignore[call-overload]
 
     return ReadKind(name, "convolution", made, lambda: (torch.randn(2, *shape).to(memory_format=layout),))
 

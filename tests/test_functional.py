@@ -1,7 +1,6 @@
 """The operation, its rows and its stacks: values and gradients by the oracle, what they keep and what they cost."""
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, get_args
@@ -314,9 +313,12 @@ def test_of_updates_and_rows_the_diagonals_and_indices_alone_are_kept_and_nothin
             assert kept_by(run)[1] == []
     kept = kept_by(lambda: delta_weight(made.pair, made.diagonals, is_wide=True))[1]
     assert storages(kept) == storages(diagonals)
-    for part in diagonals:
-        part.requires_grad_(False)
-    assert not storages([x]) & storages(kept_by(run)[1])
+    for alone in (weight, *diagonals, x):
+        for each in (weight, *diagonals, x):
+            each.requires_grad_(each is alone)
+        kept = kept_by(run)[1]
+        assert storages(kept) <= storages((x, weight, *diagonals))
+    assert not storages([x]) & storages(kept)
     table, ids = trained(form, (400, 8), 1)[0], torch.tensor([[7, 399, 7], [0, 12, 7]])
     with Watch() as before:
         rows, kept = kept_by(lambda: update_rows(ids, table.pair, table.diagonals, num_rows=400, is_wide=True))
@@ -336,21 +338,18 @@ def test_a_weight_written_out_is_gone_before_its_gradient_comes(form: str, compu
     def write_out(dtype: torch.dtype) -> Tensor:
         written = weight.to(dtype, copy=True)
         watch.written.append(weakref.ref(written))
-        last.append(written)
         return written
 
-    last: deque[Tensor] = deque(maxlen=0)
     with Watch(shape) as watch:
         adapted_linear(x, made.pair, made.diagonals, weight=write_out, compute=compute).sum().backward()
     assert len(watch.written) == 2
     assert watch.products > 0 or compute != "materialized"
     assert watch.living == 0
-    last = deque()
-    with torch.no_grad():
-        update = delta_weight(made.pair, made.diagonals, is_wide=shape[1] == min(shape))
-        adapted_linear(x, made.pair, made.diagonals, weight=write_out, compute="materialized")
-    if form == "dense":
-        torch.testing.assert_close(last[0], weight + update)
+    if form == "dense":  # whose update is added to what was written out, in place
+        with torch.no_grad():
+            written, update = weight.clone(), delta_weight(made.pair, made.diagonals, is_wide=shape[1] == min(shape))
+            adapted_linear(x, made.pair, made.diagonals, weight=lambda _: written, compute="materialized")
+        torch.testing.assert_close(written, weight + update)
 
 
 PASS, FORMED = 2 * 10 * 32 * 32, 2 * 32**3  # of ten tokens through a weight, and of the bases to an update
@@ -385,14 +384,14 @@ def test_a_step_makes_the_products_that_the_cost_model_says_and_no_more(
 def test_gradients_summed_over_strips_are_those_of_all_tokens(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     made, x, weight = trained("block(2,4)", shape, 1000)
     found, kernels = [], []
-    for entries in (2**14, 2**20):
+    for entries in (1, 2**20):
         monkeypatch.setattr(scratch, "STRIP", entries)
         output = adapted_linear(x.detach(), made.pair, made.diagonals, weight=weight, compute="factored")
         with Watch() as watch:
             found.append(torch.autograd.grad(output.sin().sum(), made.diagonals[:2]))
         kernels.append(watch.kernels)
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
-    assert kernels[0] > kernels[1]
+    assert 500 > kernels[0] > kernels[1], "strips of a few tokens would cost more than they save"
 
 
 # The choice among ways to compute: a pure function of sizes
@@ -437,6 +436,9 @@ def test_layers_take_the_ways_that_were_measured_fastest() -> None:
     assert cost.pass_over("cuda", torch.bfloat16).multiply_adds > cost.pass_over("cuda", torch.float32).multiply_adds
     assert cost.pass_over("xpu", torch.float8_e4m3fn) == ON_GPU[torch.float32]
     assert [ON_CPU.is_measured, any(found.is_measured for found in ON_GPU.values())] == [True, False]
+    expert = case("dense", 256, 256, 32).pair
+    together = [cost.chosen_all_at_once([each] * 2, expert, is_wide=True, compute="auto") for each in (12, 13)]
+    assert together == [True, False], "of a few tokens each"
     small = [cost.is_small(*work) for work in ((16, 256 * 256), (17, 256 * 256), (4, SMALL_WEIGHT), (1.0, 1))]
     assert small == [True, False, True, False]
 

@@ -31,7 +31,7 @@ from tests.layer_kinds import (
 from tests.strategies import KINDS_AND_STREAMS, every_start
 
 BASES, WAYS = get_args(BasisKind), get_args(Compute)
-CODES = {"NF4": torch.float32, "FP4-double": torch.bfloat16, "8bit": torch.float16}
+CODES = {"NF4": torch.float32, "NF4-double": torch.float32, "FP4-double": torch.bfloat16, "8bit": torch.float16}
 """In a dtype that a GPU takes them in without a warning."""
 sides = st.integers(1, 20).filter(lambda side: side != 16)  # of rows of 16, bitsandbytes misreads the codes
 
@@ -107,8 +107,8 @@ def test_every_way_is_the_same_and_unmerging_restores_every_bit(
     kind: LayerKind, dtype: torch.dtype, basis: BasisKind
 ) -> None:
     for tokens in (1, 300):
-        model, base = adapted(kind, (64, 128), dtype, r=8, basis=basis)
-        x, grad, found = random(tokens, 64, dtype=dtype), random(tokens, 128, dtype=dtype), []
+        model, base = adapted(kind, (128, 64), dtype, r=8, basis=basis)
+        x, grad, found = random(tokens, 128, dtype=dtype), random(tokens, 64, dtype=dtype), []
         own = base(x).detach()
         assert torch.equal(model(x), own)
         leaves = [x.requires_grad_(), *randlora.trainable_parameters(fill(model))]

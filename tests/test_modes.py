@@ -8,12 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -42,7 +37,10 @@ Kind = LayerKind | ReadKind
 
 FAMILY: list[Kind] = [kind for kind in READ_KINDS if kind.name in FAMILIES]
 TRAINED: list[Kind] = [*(kind for kind in LAYER_KINDS if kind.backpropagates), *FAMILY]
-FAKED: list[Kind] = [*(kind for kind in LAYER_KINDS if not kind.is_quantized), *FAMILY]
+FAKED: list[Kind] = [kind for kind in LAYER_KINDS if not kind.is_quantized]
+FAKED += [
+    kind for kind in READ_KINDS if kind.name in FAMILIES and kind.is_one_graph
+]  # shapes in others are up to values
 
 
 def subjects(kind: Kind) -> Iterator[tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]]:
@@ -201,11 +199,6 @@ def assert_pretends(
 def test_a_fake_module_is_adapted_and_trained_without_drawing_bases(kind: Kind) -> None:
     for build, inputs, options in subjects(kind):
         given = tuple(x.detach() for x in inputs)
-        with FakeTensorMode() as mode:
-            try:
-                output(build(), tuple(map(mode.from_tensor, given)))
-            except (DynamicOutputShapeException, DataDependentOutputException, AttributeError, RuntimeError):
-                pytest.skip("torch cannot pretend to make or run the module itself")
         flops = assert_pretends(build, given, partial(randlora.inject, **options))
         assert isinstance(kind, ReadKind) or flops[0] == flops[1] > 0
 

@@ -56,6 +56,7 @@ def test_the_update_of_a_region_is_that_part_of_the_whole_update(
     """Of a stack too, of which a region may be some matrices."""
     update, rows, columns = drawn(spec, data, *matrices)
     whole = formed(update, dtype)
+    assert all(part.is_meta for part in update.parts(torch.device("meta"), dtype)[1][:2]), "as where it is asked for"
     scale = whole.abs().max().clamp(min=1e-30)
     for one, other in itertools.product(rows, columns):
         for part in partition(data, 3)[:1] if matrices else [None]:

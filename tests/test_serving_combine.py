@@ -58,6 +58,7 @@ def test_what_is_not_trained_adds_nothing_and_a_sum_of_it_can_be_trained() -> No
         randlora.inject(model, r=3, name=name, init=init)  # type: ignore[arg-type]
     combine(model, {"a": 1.0, "b": 0.5}, name="none")
     assert sum(bool(part.any()) for part in diagonals(model[0], "none")) == 1
+    assert adapted_root(model)[1].adapters["none"].config.alpha is None
     fill(model, "c")
     combine(model, {"c": 2.0, "a": 1.0}, name="d")
     assert_is_sum(model, "d", {"c": 2.0}, "0")

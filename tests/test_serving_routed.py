@@ -131,9 +131,27 @@ def test_attention(targets: Any, batch_first: bool, masked: str) -> None:
                 torch.testing.assert_close(weights[row], singles[name][1][row], equal_nan=True)
             with pytest.raises((AdapterError, RuntimeError, AssertionError)):
                 model[0](*[torch.randn(7)] * 3)
-    inside = with_adapters(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), ["out_proj", "linear1"])
-    x = torch.randn(4, 5, 12)
-    torch.testing.assert_close(in_block(inside, NAMES, lambda: inside(x)), row_by_row(inside, NAMES, lambda: inside(x)))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_attention_inside_of_a_model_that_may_put_tokens_first(axis: int) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(12, 2, 16, batch_first=axis == 0)
+            self.reading = nn.MultiheadAttention(12, 2, batch_first=True)
+            self.table = nn.Parameter(torch.randn(3, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x.transpose(0, axis)).transpose(0, axis)
+            table = self.table.expand(len(x), -1, -1)  # the same for all rows
+            output: Tensor = self.reading(x, table, table)[0]
+            return output
+
+    model, x = with_adapters(Model().double(), "all"), torch.randn(4, 5, 12, dtype=torch.float64)
+    expected = row_by_row(model, NAMES, lambda: model(x))
+    for _ in range(2):
+        torch.testing.assert_close(in_block(model, NAMES, lambda: model(x)), expected)
 
 
 @pytest.fixture
