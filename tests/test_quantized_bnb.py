@@ -119,9 +119,7 @@ def test_what_cannot_be_adapted_is_refused_with_its_name_and_a_remedy(
 @pytest.mark.parametrize(
     ("owner", "name"), [(bitsandbytes, "matmul_4bit"), (Linear4bit, "forward")], ids=["kernel", "forward"]
 )
-def test_the_layers_own_forward_runs_in_evaluation_and_if_somebody_replaced_it(
-    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_forwards_run_in_evaluation_and_if_replaced(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(LinearNF4): ...  # type: ignore[misc]
 
     model, layer = adapted(Own(64, 96, compute_dtype=torch.float32, bias=False).to("cpu"))
@@ -136,9 +134,7 @@ FULL, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.mark.parametrize(("dtype", "given"), [(FULL, BRAIN), (BRAIN, FULL), (HALF, HALF), (None, BRAIN)])
-def test_the_output_has_the_dtype_of_the_input_and_is_computed_in_the_layers(
-    dtype: torch.dtype | None, given: torch.dtype
-) -> None:
+def test_the_output_has_the_dtype_of_the_input_not_of_the_layer(dtype: torch.dtype | None, given: torch.dtype) -> None:
     model, layer = adapted(four_bits(compute_dtype=dtype))
     x, fresh = torch.randn(5, 64).to(given), copy.deepcopy(model)
     nn.init.zeros_(fresh[0].randlora_lambda["default"])

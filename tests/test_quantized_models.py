@@ -20,7 +20,7 @@ from randlora import prepare_quantized
 from randlora.errors import AdapterError
 from randlora.quantized.prepare import PreparationReport
 from tests import peer, quantized
-from tests.kit import all_bits, assert_unchanged, fill, same_bits, snapshot, untouched
+from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
 from tests.models import RealModel, logits, outputs
 from tests.quantized import Codes, half_precision_model, of_4_bits, quantized_layers, quantized_model
@@ -35,10 +35,6 @@ every_case = pytest.mark.parametrize(("kind", "codes"), CASES, ids=lambda value:
 
 def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
-
-
-def state_bits(model: nn.Module) -> dict[str, Any]:
-    return all_bits({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
 
 
 def loss(model: nn.Module, kind: RealModel) -> Tensor:
@@ -56,8 +52,8 @@ def test_an_adapter_is_planned_as_for_the_dense_model_trained_merged_and_ejected
         found, expected = (randlora.plan(each, R, targets=targets) for each in (model, dense))
         assert (found.targets, found.rule, found.skipped) == (expected.targets, expected.rule, expected.skipped)
         assert (found.rows, found.specs) == (expected.rows, expected.specs)
-    state, plain, modules = state_bits(model), outputs(model, x), dict(model.named_modules())
-    classes = {fqn: type(module) for fqn, module in modules.items()}
+    state, plain = snapshot(model), outputs(model, x)
+    classes = {fqn: type(module) for fqn, module in model.named_modules()}
     before = loss(model.train(), kind)
     report = randlora.inject(model, R, targets="all-linear")
     trained = [*randlora.trainable_parameters(model)]
@@ -86,8 +82,7 @@ def test_an_adapter_is_planned_as_for_the_dense_model_trained_merged_and_ejected
     assert distance(outputs(twin, x), wanted) < codes.tolerance
     randlora.eject(model)
     assert {fqn: type(module) for fqn, module in model.named_modules()} == classes
-    assert all(model.get_submodule(fqn) is module for fqn, module in modules.items())
-    assert state_bits(model) == state
+    assert_unchanged(model, state)
     assert same_bits(outputs(model, x), plain)
 
 
@@ -109,9 +104,7 @@ def test_a_model_that_never_ran_computes_after_it_is_dequantized(bits: int, is_p
 
 @pytest.mark.medium
 @every_case
-def test_files_fit_the_model_as_codes_dense_in_peft_and_dequantized(
-    kind: RealModel, codes: Codes, tmp_path: Path
-) -> None:
+def test_files_fit_models_as_codes_dense_in_peft_and_dequantized(kind: RealModel, codes: Codes, tmp_path: Path) -> None:
     options: dict[str, Any] = {"alpha": peer.ALPHA, "targets": kind.targets, "stream": peer.peft_draw("dense")}
     x = kind.inputs()
     for trained, name in ((quantized_model(kind, codes), "codes"), (kind.build(), "dense")):
@@ -186,7 +179,7 @@ def trainable_gradients(model: nn.Module, kind: RealModel) -> dict[str, Tensor |
 
 
 @pytest.mark.parametrize(("kind", "bits", "reentrant"), [(LLAMA, 4, False), (GPT2, 8, False), (VIT, 4, True)])
-def test_a_prepared_model_trains_down_to_its_inputs_and_is_not_prepared_twice(
+def test_a_prepared_model_trains_down_to_inputs_and_is_prepared_once(
     kind: RealModel, bits: int, reentrant: bool
 ) -> None:
     plain, model = (half_precision_model(kind, bits=bits).train() for _ in range(2))

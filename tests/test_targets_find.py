@@ -141,9 +141,7 @@ HOLDING = [name for name in NAMES if any(f".{name}." in f".{fqn}." for fqn in [*
 @given(
     st.lists(st.sampled_from(HOLDING), min_size=1, max_size=3), st.none() | st.lists(st.sampled_from(NAMES), min_size=1)
 )
-def test_a_list_means_the_layers_of_its_names_and_in_modules_of_its_names(
-    names: list[str], exclude: list[str] | None
-) -> None:
+def test_a_list_means_the_layers_and_the_modules_of_its_names(names: list[str], exclude: list[str] | None) -> None:
     def means(entries: list[str], fqn: str) -> bool:
         return any(f".{entry}." in f".{fqn}." for entry in entries)
 
@@ -252,9 +250,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
 
 
 @pytest.mark.parametrize(("targets", "exclude", "message"), REFUSED)
-def test_a_pattern_that_means_nothing_is_refused_with_what_was_probably_meant(
-    targets: Any, exclude: Any, message: str
-) -> None:
+def test_a_pattern_that_means_nothing_is_refused_with_what_was_meant(targets: Any, exclude: Any, message: str) -> None:
     model, exclude = (exclude, None) if isinstance(exclude, nn.Module) else (Model(), exclude)
     with untouched(model), pytest.raises(TargetError, match=re.escape(message)):
         find_targets(model, targets, exclude)
@@ -355,9 +351,7 @@ fqns = st.lists(st.lists(parts, min_size=1, max_size=3).map(".".join), min_size=
 
 
 @given(fqns, st.data())
-def test_options_listed_by_fqn_are_those_of_each_target_in_whichever_way_they_are_read(
-    names: list[str], data: st.DataObject
-) -> None:
+def test_options_listed_by_fqn_are_those_of_each_target_however_read(names: list[str], data: st.DataObject) -> None:
     """A target's name may be a suffix of another's, or that of a module that another is inside."""
     draw = st.builds(LayerOptions, st.sampled_from([2, 4]), st.sampled_from([1.0, 2.5]))
     options = {fqn: data.draw(draw) for fqn in names}
