@@ -161,7 +161,7 @@ def whole_model(transposed: int = 0) -> nn.ModuleDict:
     model = nn.ModuleDict()
     for index, (in_, out) in enumerate(pairwise((6, 10, 6, 14, 8))):
         pair = [Conv1D(out, in_), Conv1D(3, in_)] if index < transposed else [nn.Linear(in_, out), nn.Linear(in_, 3)]
-        model[str(index)] = nn.ModuleDict(zip("qv", pair, strict=True))
+        model[str(index)] = nn.ModuleDict(dict(zip("qv", pair, strict=True)))
     model["head"] = nn.Linear(8, 3)
     return model
 

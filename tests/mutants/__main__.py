@@ -17,9 +17,8 @@ from typing import Any
 
 from tests.mutants.choice import Coverage, chosen
 from tests.mutants.copies import Copies, Copy
-from tests.mutants.parts import COUNTS, feature_of
 from tests.mutants.runs import collect, run_chosen
-from tests.mutants.sample import Mutant, sampled
+from tests.mutants.sample import COUNTS, Mutant, feature_of, sampled
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,7 +154,6 @@ def say(line: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Sample, collect, run, check, and print the shares."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("--part", choices=COUNTS, help="one part; default: both")
     parser.add_argument("--count", type=int, help="so many mutants of each part, instead of 300 and 200")
     parser.add_argument("--resume", action="store_true", help="go on with what the file has")
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout whose last commit is measured")
@@ -175,16 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only != "run":
             collect_all(copies, tree, place / "contexts")
         if options.only != "collect":
-            parts = [options.part] if options.part else list(COUNTS)
-            run(copies, Coverage(tree, (place / "contexts").glob("*.gz")), parts, options.count, output)
+            run(copies, Coverage(tree, (place / "contexts").glob("*.gz")), options.count, output)
     print(as_table(read(output)))
     return 0
 
 
-def run(copies: Copies, coverage: Coverage, parts: Sequence[str], count: int | None, output: Path) -> None:
-    """Measure the mutants of some parts in turn, and again without the tests that fail without them."""
+def run(copies: Copies, coverage: Coverage, count: int | None, output: Path) -> None:
+    """Measure the mutants of both parts in turn, and again without the tests that fail without them."""
     say(f"{len(coverage.tests):,} tests run lines of the package; {len(coverage.failed)} do not pass and are left out")
-    samples = [sampled(coverage.tree, part, count or COUNTS[part]) for part in parts]
+    samples = [sampled(coverage.tree, part, count or usual) for part, usual in COUNTS.items()]
     numbered = [(number / len(sample), mutant) for sample in samples for number, mutant in enumerate(sample)]
     mutants = [mutant for _, mutant in sorted(numbered, key=lambda pair: pair[0])]
     while True:

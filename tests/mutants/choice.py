@@ -13,8 +13,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-from tests.mutants.parts import feature_of
-from tests.mutants.sample import Mutant
+from tests.mutants.sample import Mutant, feature_of
 
 MOST, SECONDS, FILES, LEAST = 60, 20.0, 12, 3
 """At most so many tests are chosen, of so many seconds, of so many files; but so many however long they take."""

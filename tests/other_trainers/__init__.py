@@ -27,28 +27,28 @@ def command(directory: Path, name: str, *arguments: str) -> str:
     return f"{done.returncode}\n{done.stdout}{done.stderr}"
 
 
-def write_base(directory: Path) -> None:
-    """Write a Llama of two layers with random weights, and a tokenizer that has a token for each letter."""
+def write_inputs(directory: Path, form: str) -> Path:
+    """Write a Llama of two layers with random weights, and texts, one on a line as JSON; return the directory.
+
+    A text is a ``text``, or ``messages`` of a conversation. The tokenizer has a token for each letter.
+    """
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     inner.decoder = decoders.Fuse()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(directory / "base")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     tokens = {"vocab_size": len(WORDS), "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).save_pretrained(directory)
-
-
-def write_texts(file: Path, form: str) -> None:
-    """Write texts, one on a line as JSON: as ``text``, or as ``messages`` of a conversation."""
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **tokens)).save_pretrained(directory / "base")
     lines = []
     for number in range(64):
         text = f"tale {number} is of a fox that jumped {number * number} times"
         said = [{"role": "user", "content": f"tell tale {number}"}, {"role": "assistant", "content": text}]
         lines.append(json.dumps({"text": text} if form == "text" else {"messages": said}))
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (directory / "texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return directory
 
 
 def logits(directory: Path, adapter: Path | None = None) -> torch.Tensor:

@@ -10,7 +10,7 @@ pytest.importorskip("axolotl", reason="axolotl is not installed: make test-train
 import torch
 import yaml
 
-from tests.other_trainers import command, logits, write_base, write_texts
+from tests.other_trainers import command, logits, write_inputs
 
 SETTINGS: dict[str, Any] = {"sequence_len": 64, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 6}
 SETTINGS |= {"save_steps": 3, "seed": 0, "bf16": False, "tf32": False, "learning_rate": 0.01}
@@ -19,10 +19,7 @@ SETTINGS |= {"optimizer": "adamw_torch", "lr_scheduler": "constant", "attn_imple
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("axolotl")
-    write_base(directory / "base")
-    write_texts(directory / "texts.jsonl", "text")
-    return directory
+    return write_inputs(tmp_path_factory.mktemp("axolotl"), "text")
 
 
 def axolotl(verb: str, base: Path, output: str, **options: Any) -> str:

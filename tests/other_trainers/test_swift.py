@@ -11,7 +11,7 @@ import torch
 
 import randlora
 from randlora.errors import AdapterError
-from tests.other_trainers import command, logits, write_base, write_texts
+from tests.other_trainers import command, logits, write_inputs
 
 PLUGIN = "from randlora.integrations.swift import register\n\nregister({})\n"
 OPTIONS = (
@@ -23,9 +23,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("swift")
-    write_base(directory / "base")
-    write_texts(directory / "texts.jsonl", "messages")
+    directory = write_inputs(tmp_path_factory.mktemp("swift"), "messages")
     (directory / "plugin.py").write_text(PLUGIN.format("r=4, alpha=8"), encoding="utf-8")
     (directory / "wrong.py").write_text(PLUGIN.format("rank=4"), encoding="utf-8")
     return directory
