@@ -18,7 +18,7 @@ from randlora.checkpoint.read import read_adapter
 from randlora.config import BasisKind, Stream
 from tests.kit import Bits, all_bits, fill
 from tests.model_directories import save_model
-from tests.models import RealModel, outputs
+from tests.models import GPT2, RealModel, outputs
 
 TOLERANCE = 2e-4
 """How far our output may be from PEFT's, as a share of what the adapter changes: the two differ in rounding only."""
@@ -151,6 +151,13 @@ def in_ours(kind: RealModel, directory: Path, **options: Any) -> nn.Module:
     """Load a directory into a fresh model ourselves."""
     model = kind.build()
     randlora.load(model, directory, **{"stream": told_stream(directory), **options})
+    return model
+
+
+def untied() -> Any:
+    """Build a GPT-2 whose head is not tied to its embedding."""
+    model: Any = GPT2.build()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model
 
 

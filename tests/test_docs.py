@@ -22,20 +22,8 @@ from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.layers import registry
-from tests import models, stand_ins
-from tests.pages import (
-    DOCS,
-    EXAMPLES,
-    FENCE,
-    NOTEBOOK,
-    QUICKSTART,
-    ROOT,
-    SNIPPET,
-    imported,
-    notebook_of,
-    run_page,
-    snippets,
-)
+from tests import models, pages, stand_ins
+from tests.pages import DOCS, FENCE, ROOT, imported, run_page, snippets
 from tests.peer import PEFT_STREAM, THEIR_WARNINGS, TRAINERS_WARNINGS
 from tests.torture.training import killed_training, plain_loop
 from tests.trainers import ADAPTER_FILES, files, trained_bits
@@ -128,7 +116,7 @@ def test_every_example_in_the_package_is_found_and_has_80_columns_and_the_notebo
     assert found == sum(text.count(">>> ") for text in texts) > 0
     lines = [line.strip() for text in texts for line in text.splitlines()]
     assert [line for line in lines if line.startswith((">>> ", "... ")) and len(line) > 80] == []
-    assert NOTEBOOK.read_text(encoding="utf-8") == notebook_of(QUICKSTART), "python -m tests.pages makes it anew"
+    assert pages.NOTEBOOK.read_text("utf-8") == pages.notebook_of(pages.QUICKSTART), "python -m tests.pages"
 
 
 def test_the_pages_of_the_api_show_every_public_name_once_where_it_is_defined() -> None:
@@ -157,7 +145,7 @@ def test_pages_are_short_their_code_has_80_columns_and_is_run_and_their_links_le
         targets = [match["target"] for match in LINK.finditer(FENCE.sub("", whole))]
         own = [target for target in targets if "://" not in target and not target.startswith(("#", "mailto:"))]
         assert [target for target in own if not (page.parent / target.split("#")[0]).exists()] == [], page
-        if count := len(SNIPPET.findall(whole)):
+        if count := len(pages.SNIPPET.findall(whole)):
             elsewhere[page_name(page)] = count
     assert elsewhere == {"docs/compiling.md": 2, "docs/tensor_parallel.md": 2}
 
@@ -286,7 +274,7 @@ def test_an_example_of_training_runs_and_goes_on(
     for arguments in (["1"], ["2", "--resume"]) if is_by_epochs else (["2"], ["4", "--resume"]):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", "--out", "run", *lengths, *arguments])
         with pytest.raises(SystemExit) as exit_:
-            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+            runpy.run_path(str(pages.EXAMPLES / f"{name}.py"), run_name="__main__")
         assert exit_.value.code == 0
     assert "RandLoRA adapter 'default'" in capsys.readouterr().out
     assert sorted(path.name for path in Path("run").iterdir()) == LEFT[name]

@@ -29,20 +29,12 @@ from randlora.checkpoint.read import read_adapter
 from randlora.config import Stream
 from randlora.errors import CheckpointError, ConfigError
 from tests import checkpoint_files as stored
+from tests import peer
 from tests.checkpoint_files import LINEAR, edit_fields, edit_tensors, peft_directory, read_fields, read_tensors, refused
 from tests.kit import all_bits, fill
 from tests.model_directories import contents
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, outputs, reproducible
-from tests.peer import (
-    THEIR_WARNINGS,
-    assert_same_effect,
-    base_directory,
-    in_ours,
-    in_peft,
-    our_directory,
-    their_directory,
-    told_stream,
-)
+from tests.peer import THEIR_WARNINGS, assert_same_effect, base_directory, in_ours, in_peft, our_directory
 from tests.test_golden import CASE, DATA
 
 pytestmark = [*THEIR_WARNINGS, pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")]
@@ -59,14 +51,14 @@ def assert_same_tensors_file(found: Path, expected: Path) -> None:
 
 def scaled(kind: RealModel, parent: Path) -> tuple[Path, Any]:
     """Save bases that no key draws, as from a machine where PEFT draws in float16."""
-    source, theirs = their_directory(kind, parent)
+    source, theirs = peer.their_directory(kind, parent)
     with torch.no_grad():
         theirs.base_model.randlora_B["default"].mul_(1.5)
     theirs.save_pretrained(source)
     return source, theirs
 
 
-ours, theirs = our_directory, their_directory
+ours, theirs = our_directory, peer.their_directory
 SOURCES: dict[str, tuple[RealModel, Callable[[RealModel, Path], tuple[Path, Any]], bool]] = {
     "dense": (LLAMA, ours, False),
     "sparse": (GPT2, partial(ours, basis="sparse"), False),
@@ -86,7 +78,7 @@ def test_what_is_converted_does_what_it_did_and_is_the_file_that_save_writes(nam
     kind, make, holds_bases = SOURCES[name]
     source, model = make(kind, tmp_path)
     before, base, is_theirs = contents(source), base_directory(kind, tmp_path), "PEFT" in name
-    given: dict[str, Any] = {"base": base, "stream": told_stream(source)} if is_theirs else {}
+    given: dict[str, Any] = {"base": base, "stream": peer.told_stream(source)} if is_theirs else {}
     peft, native, back = (tmp_path / each for each in ("peft", "native", "back"))
     for to in ("native", "lora") if is_theirs else ():
         with pytest.raises(CheckpointError, match="give base=, the directory of its base model"):

@@ -51,8 +51,6 @@ def test_what_we_saved_passes_and_is_as_in_the_model(kind: RealModel, options: d
     assert [(layer.fqn, layer.out_features, layer.in_features) for layer in summary.layers] == sizes
     for layer in summary.layers:
         values = torch.linalg.svdvals(randlora.delta_weight(model, layer.fqn).detach().double())
-        assert layer.frobenius == pytest.approx(float(values.square().sum().sqrt()), rel=1e-5)
-        assert layer.spectral == pytest.approx(float(values[0]), rel=1e-5)
         assert layer.stable_rank == pytest.approx(float((values / values[0]).square().sum()), rel=1e-4)
         assert layer.num_bases == -(-layer.min_dim // R)
     basis, (bases,) = basis_of(model), summary.bases

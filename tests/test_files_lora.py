@@ -24,20 +24,13 @@ import randlora
 from randlora.errors import CheckpointError, ConfigError
 from randlora.files import layouts
 from randlora.files.layouts import frobenius_norm, of_rank, spectral_norm, within
+from tests import peer
 from tests.checkpoint_files import TENSORS_FILE, read_fields
 from tests.diffusion_models import flux, noise, patches, unet
 from tests.kit import fill, same_bits
 from tests.model_directories import contents
 from tests.models import BERT, GPT2, LLAMA, RealModel, outputs, reproducible
-from tests.peer import (
-    PREFIX,
-    THEIR_WARNINGS,
-    assert_same_effect,
-    base_directory,
-    in_peft,
-    our_directory,
-    their_directory,
-)
+from tests.peer import PREFIX, THEIR_WARNINGS, assert_same_effect, in_peft, our_directory
 
 pytestmark = [*THEIR_WARNINGS, pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")]
 
@@ -135,8 +128,8 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", CHOICES.values(), ids=CHOICES)
 def test_a_choice_of_layers_made_in_peft_is_kept_and_a_head(options: dict[str, Any], tmp_path: Path) -> None:
-    source, theirs = their_directory(BERT, tmp_path, **options)
-    base, has_head = base_directory(BERT, tmp_path), "bias" in options
+    source, theirs = peer.their_directory(BERT, tmp_path, **options)
+    base, has_head = peer.base_directory(BERT, tmp_path), "bias" in options
     report = randlora.files.convert(source, tmp_path / "lora", "lora", tolerance=FULL, base=base)
     assert any("not every server reads them" in note for note in report.notes) == has_head
     lora = in_peft(BERT, tmp_path / "lora")

@@ -11,7 +11,6 @@ from typing import Any, ParamSpec
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, edit_fields, resea
 from tests.hostile_files import SPECIAL, sparse
 from tests.model_directories import adapter_of, contents, edit_json, edit_model, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, llama
-from tests.peer import THEIR_WARNINGS, their_directory
+from tests.peer import THEIR_WARNINGS, their_directory, untied
 from tests.test_readers_experts import EXPERTS, made, mixtral
 
 pytestmark = THEIR_WARNINGS
@@ -226,12 +225,6 @@ def of(
         write(model, BASE)
     edit_model(BASE, changes(stored(BASE)))
     adapter_of(adapted() if adapted else model, ADAPTER, **options)
-
-
-def untied() -> nn.Module:
-    settings: Any = GPT2.build().config
-    settings.tie_word_embeddings = False
-    return transformers.GPT2LMHeadModel(settings)  # type: ignore[no-any-return]
 
 
 def of_norm() -> None:

@@ -22,7 +22,7 @@ from tests import models, peer
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, basis_of, edit_tensors, read_fields, read_tensors, refused
 from tests.kit import adapter_values, all_bits, fill, untouched
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model, outputs
-from tests.peer import THEIR_WARNINGS, assert_same_effect, in_ours, in_peft, our_model, peft_config, peft_model
+from tests.peer import THEIR_WARNINGS, assert_same_effect, in_ours, in_peft, our_model, peft_config, peft_model, untied
 
 pytestmark = [
     *THEIR_WARNINGS,
@@ -331,13 +331,6 @@ TIED: dict[tuple[str, ...], str] = {
     ("lm_head",): f"{LM_HEAD} is tied to {WTE} here, but PEFT trained only it: untie",
     ("wte", "lm_head"): f"{WTE} and {LM_HEAD} are one parameter in this model and two in the file: untie",
 }
-
-
-def untied() -> nn.Module:
-    model: Any = GPT2.build()
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    assert isinstance(model, nn.Module)
-    return model
 
 
 def test_values_for_one_place_of_a_tied_parameter_or_two_are_refused_unless_untied(tmp_path: Path) -> None:
