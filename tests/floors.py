@@ -10,9 +10,9 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 LOWER_BOUND = re.compile(r"(?P<name>[\w.-]+)>=(?P<version>\d+(\.\d+)*)")
 
 
-def floors(pyproject: Path = PYPROJECT) -> dict[str, str]:
+def floors() -> dict[str, str]:
     """Return the oldest version of each dependency of the package and of its extras, by name."""
-    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     found = {}
     for requirement in chain(project["dependencies"], *project["optional-dependencies"].values()):
         bound = LOWER_BOUND.fullmatch(requirement)

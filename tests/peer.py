@@ -109,14 +109,6 @@ def their_values(model: nn.Module, name: str = "default") -> Iterator[tuple[str,
             yield fqn.removeprefix(PREFIX), lam.detach(), gamma.detach()
 
 
-def copy_values(theirs: nn.Module, ours: nn.Module) -> None:
-    """Give our adapter the Λ and Γ of PEFT's."""
-    with torch.no_grad():
-        for fqn, lam, gamma in their_values(theirs):
-            ours.get_parameter(f"{fqn}.randlora_lambda.default").copy_(lam)
-            ours.get_parameter(f"{fqn}.randlora_gamma.default").copy_(gamma)
-
-
 def assert_same_effect(ours: nn.Module, theirs: nn.Module, kind: RealModel, tolerance: float = TOLERANCE) -> None:
     """Hold our output against PEFT's, in units of what PEFT's adapter changes; a change too small would prove nothing.
 

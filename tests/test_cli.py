@@ -61,9 +61,7 @@ def run(capsys: pytest.CaptureFixture[str], words: str) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
-LORA: dict[str, Any] = {"base": "model", "rank": 4, "tolerance": 1, "format": "diffusers", "component": "unet"}
 LEFT_OUT: dict[str, Any] = {"targets": "all-linear", "exclude": ["mlp"], "experts": "shared"}
-NAMES: dict[str, Any] = {"targets": ["q_proj", "up_proj", "v_proj"], "train_also": ["norm", "embed_tokens"]}
 LIBRARY: dict[str, Callable[[], Any]] = {
     "inspect adapter": partial(files.inspect, "adapter"),
     "verify adapter --base model": partial(files.verify, "adapter", "model"),
@@ -71,11 +69,10 @@ LIBRARY: dict[str, Callable[[], Any]] = {
         files.merge, {"adapter": 0.5, "other": -2.0}, "out", base="model", dtype=torch.bfloat16
     ),
     "convert adapter out --to lora --base model --rank 4 --tolerance 1 --format diffusers --component unet": partial(
-        files.convert, "adapter", "out", "lora", **LORA
+        files.convert, "adapter", "out", "lora", base="model", rank=4, tolerance=1, format="diffusers", component="unet"
     ),
-    "plan model --targets all": partial(files.plan, "model", 32, targets="all"),
     "plan model --r 4 --targets q_proj,up_proj --targets v_proj --train-also norm,embed_tokens": partial(
-        files.plan, "model", 4, **NAMES
+        files.plan, "model", 4, targets=["q_proj", "up_proj", "v_proj"], train_also=["norm", "embed_tokens"]
     ),
     "plan model --targets all-linear --exclude mlp --alpha 3 --seed 7 --dropout 0.5 --init gamma --experts shared": (
         partial(files.plan, "model", 32, alpha=3, seed=7, dropout=0.5, init="gamma", **LEFT_OUT)

@@ -85,8 +85,6 @@ def test_unknown_options_are_answered_at_once_with_ours() -> None:
             verb(dropot=0.5)
         with pytest.raises(TypeError, match="unknown option x_y=: the options are"):
             verb(x_y=1)
-    with pytest.raises(OptionError, match=r"cannot call inject, 2 problems:\n(.|\n)*use r=(.|\n)*use alpha="):
-        randlora.inject(model, rank=4, lora_alpha=8)  # type: ignore[call-arg]
     assert randlora.adapters(model) == []
 
 

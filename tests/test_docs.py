@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-import typer
 import yaml
 from torch import nn
 from torch.torch_version import TorchVersion
@@ -26,7 +25,7 @@ from tests import models, pages, stand_ins
 from tests.pages import DOCS, FENCE, ROOT, imported, run_page, snippets
 from tests.peer import PEFT_STREAM, THEIR_WARNINGS, TRAINERS_WARNINGS
 from tests.torture.training import killed_training, plain_loop
-from tests.trainers import ADAPTER_FILES, files, trained_bits
+from tests.trainers import trained_bits
 
 pytestmark = [*THEIR_WARNINGS, *TRAINERS_WARNINGS]  # of pages that show them at work
 
@@ -186,16 +185,12 @@ def test_the_pages_on_trust_name_a_test_for_each_promise_and_have_one_place_for_
 # The programs of docs/examples
 
 
-def test_what_was_trained_on_is_not_tested_on(tmp_path: Path) -> None:
+def test_what_was_trained_on_is_not_tested_on() -> None:
     sentiment, causal_lm = imported("sentiment"), imported("causal_lm")
     reviews = [sentiment.Review(str(number), number % 2 == 0) for number in range(50)]
     training, test = sentiment.split(reviews, 30, 15, 0)
     assert (len(training), len(test), len({*training, *test})) == (30, 15, 45)
     assert sentiment.split(reviews, 30, 15, 0) == (training, test) != sentiment.split(reviews, 30, 15, 1)
-    with pytest.raises(typer.BadParameter, match="too many"):
-        sentiment.split(reviews, 30, 21, 0)
-    (tmp_path / "tales.txt").write_text("# One\n\nOnce.\n\nTwice.\n\n# Two\n\nThrice.\n", encoding="utf-8")
-    assert causal_lm.read_tales(tmp_path / "tales.txt") == [("One", "Once.\n\nTwice."), ("Two", "Thrice.")]
     tales = causal_lm.read_tales(causal_lm.TALES)
     training, held_out = causal_lm.split(tales)
     assert (len(training), len(held_out), {*training, *held_out}) == (13, 4, {*tales})
@@ -225,27 +220,22 @@ def test_a_classifier_learns_and_what_it_loads_again_is_checked(
 
 
 @pytest.mark.medium
-def test_a_resumed_plain_run_has_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_plain_run_has_the_same_losses(tmp_path: Path) -> None:
     """And passes over a checkpoint that was not finished."""
-    monkeypatch.chdir(tmp_path)
     plain = imported("plain_pytorch")
     whole = plain.begin(steps=40)
     expected = list(whole.train(40))
     assert sum(expected[-10:]) < 0.2 * sum(expected[:10])
     part = plain.begin(steps=40)
     before = list(part.train(25))
-    part.save(Path("run"))
+    part.save(tmp_path)
     list(part.train(28))
-    part.save(Path("run"))
-    assert files("run/step-000028") == {*ADAPTER_FILES, "training.pt"}
-    Path("run/step-000028/training.pt").unlink()
+    part.save(tmp_path)
+    (tmp_path / "step-000028/training.pt").unlink()
     torch.manual_seed(99)
-    rest = plain.resume(Path("run"), steps=40)
+    rest = plain.resume(tmp_path, steps=40)
     assert before + list(rest.train(40)) == expected
     assert trained_bits(rest.model) == trained_bits(whole.model)
-    Path("run/step-000025/training.pt").unlink()
-    with pytest.raises(typer.BadParameter, match="there is no checkpoint in run"):
-        plain.resume(Path("run"), steps=40)
 
 
 @pytest.mark.medium
