@@ -100,12 +100,6 @@ class Diagonal(nn.ParameterDict):
         if name == "_parameters":
             self.randlora_seat(self.randlora_acting)  # `Values` that were away may list others
 
-    def _replicate_for_data_parallel(self) -> Diagonal:
-        """Return a replica, whose parameters are on a different device."""
-        replica: Diagonal = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.randlora_slots = None
-        return replica
-
     def randlora_seat(self, names: Iterable[str]) -> None:
         """Set the names of the active adapters."""
         held = self._parameters
