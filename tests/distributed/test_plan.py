@@ -1,6 +1,5 @@
 """What a plan says of several devices is what each process holds: shards, parts of layers and optimizer."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,13 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import randlora
-from randlora.places import values_within
-from randlora.sharded.places import is_split, part_at
 from randlora.state import adapted_root
 from tests.distributed.processes import LAW, in_two, on_all
 from tests.kit import working_nbytes
@@ -145,29 +141,3 @@ def test_each_process_of_tensor_parallelism_holds_parts_of_the_layers(
     found = Held(*(max(sizes) for sizes in zip(*on_all(own), strict=True)))
     assert found._replace(weights=0, bases=0) == plan._replace(weights=0, bases=0)
     assert plan.weights == pytest.approx(found.weights, rel=0.15)  # where a side is odd, one process has more
-
-
-placed = st.one_of(
-    st.integers(0, 1).map(Shard),
-    st.builds(lambda dim, pieces: _StridedShard(dim, split_factor=pieces), st.integers(0, 1), st.integers(1, 3)),
-    st.sampled_from([Replicate(), Partial()]),
-)
-split = st.integers(1, 3).flatmap(
-    lambda ndim: st.tuples(
-        st.lists(placed, min_size=ndim, max_size=ndim), st.lists(st.integers(1, 4), min_size=ndim, max_size=ndim)
-    )
-)
-
-
-@given(st.tuples(st.integers(0, 9), st.integers(1, 9)), split, st.data())
-def test_the_part_is_that_which_torch_finds(
-    shape: tuple[int, int], split: tuple[list[Any], list[int]], data: st.DataObject
-) -> None:
-    placements, mesh = split
-    coordinate = [data.draw(st.integers(0, processes - 1)) for processes in mesh]
-    values = expected = torch.arange(math.prod(shape)).view(shape)
-    for placement, processes, index in zip(placements, mesh, coordinate, strict=True):
-        if is_split(placement):
-            parts, _ = placement._split_tensor(expected, processes, with_padding=False)
-            expected = parts[index]
-    assert torch.equal(values_within(values, part_at(shape, placements, mesh, coordinate)), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,23 +13,86 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import randlora
 from randlora.errors import RandLoRAError
-from randlora.sharded.tensor_parallel import on_mesh
+from randlora.functional.region import take_spans
+from randlora.places import values_within
+from randlora.sharded.places import is_split, part_at
+from randlora.sharded.tensor_parallel import local_product, on_mesh
 from tests.distributed.engines import around, split, within
 from tests.distributed.processes import in_four, in_two
 from tests.distributed.test_engines import EXPERTS, PLANS, WHOLE, Planned
 from tests.distributed.trained import Block, Drawn, Made, close, drawn, require_equal_on_ranks
+from tests.kit import fill
 from tests.pages import snippet
 
 DRAWN = Drawn(targets=("embed", "up", "down", "head"))
 IDS = torch.arange(8).view(2, 4)
+
+
+placed = st.one_of(
+    st.integers(0, 1).map(Shard),
+    st.builds(lambda dim, pieces: _StridedShard(dim, split_factor=pieces), st.integers(0, 1), st.integers(1, 3)),
+    st.sampled_from([Replicate(), Partial()]),
+)
+splits = st.integers(1, 3).flatmap(
+    lambda ndim: st.tuples(
+        st.lists(placed, min_size=ndim, max_size=ndim), st.lists(st.integers(1, 4), min_size=ndim, max_size=ndim)
+    )
+)
+
+
+@given(st.tuples(st.integers(0, 9), st.integers(1, 9)), splits, st.data())
+def test_the_part_is_that_which_torch_finds(
+    shape: tuple[int, int], split: tuple[list[Any], list[int]], data: st.DataObject
+) -> None:
+    placements, mesh = split
+    coordinate = [data.draw(st.integers(0, processes - 1)) for processes in mesh]
+    values = expected = torch.arange(math.prod(shape)).view(shape)
+    for placement, processes, index in zip(placements, mesh, coordinate, strict=True):
+        if is_split(placement):
+            parts, _ = placement._split_tensor(expected, processes, with_padding=False)
+            expected = parts[index]
+    assert torch.equal(values_within(values, part_at(shape, placements, mesh, coordinate)), expected)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 13), st.integers(1, 13), st.sampled_from(["dense", "sparse", "block"]), splits)
+def test_parts_of_any_size_on_any_number_of_processes_compute_and_merge_as_the_whole(
+    out: int, into: int, basis: Any, split: tuple[list[Any], list[int]]
+) -> None:
+    """Also where a side does not divide evenly, so that some processes may have nothing."""
+    model = nn.Sequential(nn.Linear(into, out, bias=False)).double()
+    randlora.inject(model, r=2, targets=["0"], basis=basis)
+    trained = [*randlora.trainable_parameters(fill(model.double()))]
+    owner, x = model[0], drawn(3, into, seed=0).double().requires_grad_()
+    layer, weight, upstream = owner.randlora["weight"], owner.weight, drawn(3, out, seed=1).double()
+    update = layer.update(owner, layer.adapters["default"], 1.0)
+    whole, (placements, mesh) = layer.with_updates(weight, [update]), split
+    total = torch.zeros_like(upstream)
+    for coordinate in itertools.product(*map(range, mesh)):
+        if any(index and not is_split(each) for index, each in zip(coordinate, placements, strict=True)):
+            continue  # a copy of the part of another process
+        part = part_at((out, into), placements, mesh, coordinate)
+        merged = layer.part_with_updates(values_within(weight, part), part, (out, into), [update])
+        torch.testing.assert_close(merged, values_within(whole, part))
+        region = layer.region_of((out, into), part)
+        product = local_product(update.within(region), take_spans(x, region.columns, 1), region, "auto")
+        assert all(each is not None for each in torch.autograd.grad(product.sum(), [x, *trained], retain_graph=True))
+        total = total.index_add(1, torch.cat([torch.arange(*span) for span in region.rows]), product)
+    expected = x @ (whole - weight).T
+    torch.testing.assert_close(total, expected)
+    found, own = (torch.autograd.grad(each, [x, *trained], upstream) for each in (total, expected))
+    torch.testing.assert_close(found, own)
 
 
 def gradients_alike(one: nn.Module, model: nn.Module, within: float = 5e-6) -> None:
