@@ -29,7 +29,7 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
 from randlora.model.engines import Engine, Parts, register_engine
 from randlora.replaced import ReplacedParameter
-from randlora.sharded.places import all_fsdp_modules, flattening, fsdp_modules, is_dtensor, is_managed
+from randlora.sharded.places import all_fsdp_modules, flattening, fsdp_modules, is_dtensor, is_spread
 from randlora.state import ModelState
 from randlora.targets.match import shortened
 
@@ -257,8 +257,8 @@ class Reducers(Engine):
             return True
         _look_for([DistributedDataParallel, *_deepspeed_engines()])
         own = {id(parameter): parameter for parameter in model.parameters()}
-        is_spread = any(map(is_managed, own.values()))  # by an engine whose processes hold one copy together
-        engines = [each for each in _of({*own}) if isinstance(each, DistributedDataParallel) or not is_spread]
+        is_one = any(map(is_spread, own.values()))  # which the processes of ZeRO-3 hold together
+        engines = [each for each in _of({*own}) if isinstance(each, DistributedDataParallel) or not is_one]
         engines += flattening(model)
         return all(dist.get_rank(_group(engine)) == 0 for engine in engines)
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from hypothesis import example, given, settings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -26,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError
+from randlora.sharded.places import is_managed
 from tests.distributed.engines import ENGINES, IN_FOUR, IN_TWO, SPLIT, Engine, around, trained, within
 from tests.distributed.processes import LAW, in_four, in_two, on_all
 from tests.distributed.trained import (
@@ -40,6 +40,7 @@ from tests.distributed.trained import (
     filled,
     held,
     require_equal_on_ranks,
+    reshard,
     trained_alone,
     values,
 )
@@ -65,16 +66,20 @@ def require_as_one_process(engine: Engine, case: Case, place: Path) -> None:
         apart = distance(found, values(one, only_trained=True))
         assert apart <= engine.within, apart
         assert distance(found, before) > 1e-4, "nothing was trained"
-        with torch.no_grad():
-            for name, value in found.items():
-                one.get_parameter(name).copy_(value)
-    if isinstance(model, FSDPModule):
-        run(*case.batch(0, 9))  # after which the outermost module holds whole parameters
+        give(one, found)
+    with torch.no_grad():  # after which the outermost module of FSDP2 holds whole parameters, and ZeRO-3 small ones
+        run(*case.batch(0, 9))
     with engine.whole(run):
         same_files(engine, case, one, run, place)
     if engine.is_trained:
         merge_and_back(engine, case, one, run)
         switch_and_end(engine, case, one, run)
+
+
+@torch.no_grad()
+def give(model: nn.Module, values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)
 
 
 def same_files(engine: Engine, case: Case, one: Any, run: Any, place: Path) -> None:
@@ -122,11 +127,11 @@ def merge_and_back(engine: Engine, case: Case, one: Any, run: Any) -> None:
         with randlora.merged(one):
             expected = one(*inputs)
     with torch.no_grad(), randlora.merged(run):
-        assert held(model)  # from which whole parameters are gathered anew
+        reshard(model)
         alike(engine, run(*inputs), expected)
     assert torch.equal(run(*inputs), output)
     randlora.merge(model, reversible=True)
-    assert held(model)
+    reshard(model)
     alike(engine, run(*inputs), expected)
     randlora.unmerge(model)
     assert all(torch.equal(value, kept[name]) for name, value in held(model).items())
@@ -139,28 +144,25 @@ def alike(engine: Engine, found: Tensor, expected: Tensor) -> None:
 
 
 def switch_and_end(engine: Engine, case: Case, one: Any, run: Any) -> None:
-    """Exchange the values, disable the adapter and eject it, as far as an engine lets its parameters be replaced."""
+    """Swap values, disable, train on, add an adapter, remove the first where that is allowed, and eject the other."""
     model, plain = getattr(run, "module", run), case.build()
     inputs = case.batch(dist.get_rank() // engine.sharing, 9)
     output = run(*inputs).detach()
-    changed = randlora.adapter_state(fill(one, seed=7))
-    is_spread = any(hasattr(each, "ds_id") for each in model.parameters())
+    swapped = randlora.adapter_state(fill(one, seed=7))
+    is_spread = any(map(is_managed, model.parameters()))  # then the engine's optimizer has copies of all parameters
     if is_spread:
-        with pytest.raises(CheckpointError, match=r"engine\.load_checkpoint"):  # the optimizer would overwrite them
-            randlora.swap(model, changed)
-        assert torch.equal(run(*inputs), output)
+        with pytest.raises(CheckpointError, match=r"engine\.load_checkpoint"):
+            randlora.swap(model, swapped)
     else:
-        own = held(model) and [*map(id, model.parameters())]
-        randlora.swap(model, changed)
-        assert held(model)
-        assert own == [*map(id, model.parameters())]
-        alike(engine, output := run(*inputs).detach(), one(*inputs))
-        for each in (one, model):
-            randlora.inject(each, name="second", **case.options())
-            randlora.activate(filled(each, "second"), {"default": 0.5, "second": 0.25})
-        alike(engine, run(*inputs), one(*inputs))
-        randlora.activate(model, "default")
-    if is_spread and case.train_also:
+        reshard(model)
+        objects = [*map(id, model.parameters())]
+        randlora.swap(model, swapped)
+        reshard(model)
+        assert [*map(id, model.parameters())] == objects
+        output = run(*inputs).detach()
+        alike(engine, output, one(*inputs))
+    keeps_copies = is_spread and case.train_also != ()
+    if keeps_copies:
         for call in (lambda: randlora.activate(model, []), lambda: randlora.disabled(model).__enter__()):
             with pytest.raises(AdapterError, match=r"norm\.\w+ would have to become a different parameter object"):
                 call()
@@ -169,9 +171,18 @@ def switch_and_end(engine: Engine, case: Case, one: Any, run: Any) -> None:
             alike(engine, run(*inputs), plain(*inputs))
     assert torch.equal(run(*inputs), output)
     trained(run, case, dist.get_rank() // engine.sharing, 1)
-    require_equal_on_ranks(values(model, only_trained=True))
-    randlora.eject(model)
+    found = values(model, only_trained=True)
+    require_equal_on_ranks(found)
+    give(one, found)
     with torch.no_grad():
+        for each in (one, model):
+            randlora.inject(each, name="second", **case.options())
+            randlora.activate(filled(each, "second"), {"default": 0.5, "second": 0.25})
+        alike(engine, run(*inputs), one(*inputs))
+        for each in (one, model):
+            randlora.remove(each, "second" if keeps_copies else "default")
+        alike(engine, run(*inputs), one(*inputs))
+        randlora.eject(model)
         alike(engine, run(*inputs), plain(*inputs))
     assert distance(values(model), values(plain)) == 0
 

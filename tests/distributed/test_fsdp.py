@@ -31,7 +31,7 @@ from randlora.layers.diagonals import Diagonal
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
 from tests.distributed.engines import ENGINES, sharded, trained
 from tests.distributed.processes import FOUR, PAIR, in_two
-from tests.distributed.trained import Block, Drawn, distance, held, optimizer_of, trained_alone, values
+from tests.distributed.trained import Block, Drawn, distance, optimizer_of, reshard, trained_alone, values
 from tests.pages import DOCS
 
 DRAWN, ALSO = Drawn(), Drawn(train_also=("norm", "head"))
@@ -45,7 +45,7 @@ def require_alike(one: nn.Module, model: nn.Module, within: float = 1e-6) -> Non
 
 
 def train_alike(one: nn.Module, model: nn.Module, within: float = 1e-6) -> None:
-    held(model)  # or the outermost module may hold whole parameters, after a forward without a backward
+    reshard(model)  # the outermost module may hold whole parameters, after a forward without a backward
     trained_alone(one, DRAWN, range(dist.get_world_size()))
     trained(model, DRAWN, dist.get_rank())
     require_alike(one, model, within)

@@ -166,15 +166,21 @@ def gathered(parameters: Iterable[Any]) -> Iterator[None]:
         yield
 
 
-def held(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of what this process has of each parameter, of a model that may hold whole ones until then."""
+def reshard(model: nn.Module) -> None:
+    """Have a model that may hold whole parameters hold its parts only, of which they are gathered anew."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    found: dict[str, Any] = dict(model.named_parameters())
-    for each in found.values():
+    every: Iterable[Any] = model.parameters()
+    for each in every:
         if is_managed(each) and not is_spread(each) and not each.ds_persist:
             each.partition(param_list=[each], has_been_updated=False)
+
+
+def held(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of what this process has of each parameter."""
+    reshard(model)
+    found: dict[str, Any] = dict(model.named_parameters())
     parts = {name: each.ds_tensor if is_managed(each) else each for name, each in found.items()}
     own = {name: each._local_tensor if isinstance(each, DTensor) else each for name, each in parts.items()}
     return {name: each.detach().clone() for name, each in own.items()}
@@ -182,7 +188,7 @@ def held(model: nn.Module) -> dict[str, Tensor]:
 
 def values(model: nn.Module, *, only_trained: bool = False) -> dict[str, Tensor]:
     """Return whole values of a model's parameters, also of one that several processes share."""
-    assert held(model)
+    reshard(model)
     found = {name: each for name, each in model.named_parameters() if each.requires_grad or not only_trained}
     with gathered(found.values()):
         whole = {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in found.items()}
