@@ -19,7 +19,7 @@ from randlora.bases.basis import Basis
 from randlora.checkpoint.header import dump_header, parse_header
 from randlora.errors import CheckpointError
 from randlora.state import attached_state
-from tests.kit import fill, untouched
+from tests.kit import adapter_values, all_bits, bits, fill, untouched
 
 Stored = Literal["seed", "stored"]
 
@@ -139,6 +139,12 @@ def trained(case: Case, *, name: str = "default", **options: Any) -> nn.Module:
 def basis_of(model: nn.Module, name: str = "default") -> Basis:
     (basis,) = bases_of(model, name).values()
     return basis
+
+
+def understood(model: nn.Module, case: Case) -> tuple[object, ...]:
+    """All but the names that a file says about an adapter, as a model understood it, and what it computes."""
+    (info,) = randlora.adapters(model)
+    return info.options, info.specs, all_bits(adapter_values(model)), bits(case.output(model))
 
 
 def bases_of(model: nn.Module, name: str = "default") -> dict[int, Basis]:

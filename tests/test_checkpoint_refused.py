@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 import randlora
@@ -29,29 +30,19 @@ from tests.checkpoint_files import (
     TENSORS_FILE,
     Case,
     Headed,
-    basis_of,
     edit_tensors,
     peft_directory,
     read_tensors,
     refused,
     reseal,
     trained,
+    understood,
     write_tensors,
 )
 from tests.fuzz.files import CORPUS
 from tests.fuzz.limits import bounded
-from tests.hostile_files import (
-    MAKERS,
-    NOT_SAME,
-    Damage,
-    facts,
-    header,
-    model_directory,
-    ones,
-    our_adapter,
-    tensors,
-)
-from tests.kit import adapter_values, all_bits, bits, snapshot, untouched
+from tests.hostile_files import MAKERS, NOT_SAME, Damage, facts, header, model_directory, ones, our_adapter, tensors
+from tests.kit import snapshot, untouched
 
 INPUTS = sorted(path for target in ("adapter", "peft_config") for path in (CORPUS / target).iterdir())
 
@@ -180,12 +171,6 @@ def test_a_json_of_16_mib_is_read(tmp_path: Path) -> None:
 SMALL = Case("small", lambda: nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3)), {"train_also": ["1.bias"]})
 
 
-def understood(model: nn.Module) -> tuple[object, ...]:
-    """All that a file says about an adapter, as a model understood it."""
-    (info,) = randlora.adapters(model)
-    return info, all_bits(adapter_values(model)), basis_of(model).digest(6, 2), bits(SMALL.output(model))
-
-
 def damaged(raw: bytes) -> Iterator[bytes]:
     """Flip each bit of the length and of our key, and one of every fifth byte; and cut the bytes short."""
     key = raw.find(b'"randlora"')
@@ -205,7 +190,7 @@ def test_a_file_with_a_flipped_bit_or_cut_short_is_refused_or_changes_nothing(na
     model, raw = SMALL.build(), (tmp_path / name).read_bytes()
     before = snapshot(model)
     randlora.load(model, tmp_path)
-    expected = understood(model)
+    expected = randlora.adapters(model), understood(model, SMALL)
     randlora.eject(model)
     for contents in damaged(raw):
         (tmp_path / name).write_bytes(contents)
@@ -213,7 +198,7 @@ def test_a_file_with_a_flipped_bit_or_cut_short_is_refused_or_changes_nothing(na
             randlora.load(model, tmp_path)
         except CheckpointError:
             continue
-        assert understood(model) == expected, contents
+        assert (randlora.adapters(model), understood(model, SMALL)) == expected, contents
         randlora.eject(model)
     assert snapshot(model) == before
     for contents in (raw[:-1], raw + b"\0") if name == TENSORS_FILE else ():
@@ -289,11 +274,7 @@ REFUSED: tuple[tuple[str, Make, Build], ...] = (
     (f"2 is 6 x 4 {TRAINED_ON}5 x 4", our_adapter, transposed),
     ("2 problems:\n  - 0 is 4 x 7", our_adapter, transposed),
     ("0 (LayerNorm) has no weight that can be adapted", our_adapter, first(lambda: nn.LayerNorm(6))),
-    (
-        "0 computes its weight from other parameters",
-        our_adapter,
-        first(lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))),
-    ),
+    ("0 computes its weight from other parameters", our_adapter, first(lambda: weight_norm(nn.Linear(6, 4)))),
     ("0 holds no values yet (meta)", our_adapter, first(lambda: nn.Linear(6, 4, device="meta"))),
     ("2 and 0 are the same layer in this model, which cannot hold both", our_adapter, twice),
     ('give prefix="body"', our_adapter, lambda: nn.ModuleDict({"body": LINEAR.make()})),
@@ -302,24 +283,12 @@ REFUSED: tuple[tuple[str, Make, Build], ...] = (
     ("the model has no parameter norm.bias, which was trained with the", headed, other("norm", nn.Identity)),
     ("head.weight has shape (4, 7) here, (3, 7) in the file", headed, other("head", lambda: nn.Linear(7, 4))),
     ("the model has no parameter head.bias", headed, other("head", lambda: nn.Linear(7, 3, bias=False))),
-    (
-        "norm.bias holds torch.int8 here",
-        headed,
-        other("norm.bias", lambda: INTEGERS),
-    ),
+    ("norm.bias holds torch.int8 here", headed, other("norm.bias", lambda: INTEGERS)),
     (NOT_SAME, partial(headed, digest="0" * 64), lambda: trained(NARROW, name="grows")),
     ("the bases that the file names cannot be drawn", without_bases, THIN.build),
-    (
-        "the model has no parameter 0.randlora_lambda.default",
-        peft(tensors({f"{LAMBDA}.default": ones(2)})),
-        LINEAR.build,
-    ),
+    ("no parameter 0.randlora_lambda.default", peft(tensors({f"{LAMBDA}.default": ones(2)})), LINEAR.build),
     ("the model has no layer .*", with_a_pattern, LINEAR.build),
-    (
-        "0 is 4 x 6 here, the adapter was trained on a smaller side of 3",
-        peft(tensors({GAMMA: ones(2, 3)})),
-        LINEAR.build,
-    ),
+    ("0 is 4 x 6 here, the adapter was trained on a smaller side", peft(tensors({GAMMA: ones(2, 3)})), LINEAR.build),
     (LARGER, peft(tensors({BASIS_B: ones(5, 3, 2)})), LINEAR.build),
     (LARGER, peft(tensors({BASIS_A: ones(2, 1, 3), BASIS_B: ones(6, 2, 2)})), LINEAR.build),
 )

@@ -25,17 +25,7 @@ import randlora
 from randlora.bases.spec import KINDS, Shape
 from randlora.config import BasisKind, Stream
 from tests import reference
-from tests.checkpoint_files import (
-    CARD_FILE,
-    CASES,
-    HEADED,
-    Case,
-    Stored,
-    bases_of,
-    read_fields,
-    read_tensors,
-    trained,
-)
+from tests.checkpoint_files import CARD_FILE, CASES, HEADED, Case, Stored, bases_of, read_fields, read_tensors, trained
 from tests.kit import adapter_values, all_bits, snapshot
 from tests.model_directories import contents
 
