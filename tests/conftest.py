@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ def fast_path(impatient: None) -> Iterator[Path]:
     """A directory where flushing takes no time, and where no other process writes that readers would wait for."""
     with fast_disk() as directory:
         yield directory
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Hub that huggingface_hub's client talks to, with ``tmp_path`` as the directory that it works in."""
+    from tests.hub_server import running_hub
+
+    with running_hub(tmp_path, monkeypatch) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

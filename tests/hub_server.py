@@ -161,20 +161,19 @@ def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
-def keep_client_in(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def running_hub(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Keep the machine's cache and token out of it, and no bar on the screen, and work in a directory."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(directory / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     monkeypatch.chdir(directory)
-
-
-@contextmanager
-def running_hub() -> Iterator[Hub]:
     with ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {})) as server:
         hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
         server.RequestHandlerClass.hub = hub  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        point_client_at(hub.url, monkeypatch)
         try:
             yield hub
         finally:

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from tests.checkpoint_files import (
     refused,
     trained,
 )
-from tests.hub_server import Hub, Repository, keep_client_in, point_client_at, running_hub
+from tests.hub_server import Hub, Repository, point_client_at
 from tests.kit import adapter_values, all_bits, fill, untouched
 from tests.peer import THEIR_WARNINGS, as_peft_draws, peft_draw
 
@@ -292,21 +291,7 @@ def test_saving_into_the_base_models_own_directory_warns(tmp_path: Path) -> None
 
 # The Hub, by huggingface_hub's own client
 
-
 NOBODY = "http://127.0.0.1:1"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_client_in(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with running_hub() as running:
-        point_client_at(running.url, monkeypatch)
-        yield running
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from randlora.files.inspect import Verification
 from randlora.files.model_directory import find_codes, read_model_directory
 from randlora.targets.select import find_targets
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, basis_of, edit_fields, edit_tensors
-from tests.hub_server import Hub, Repository, keep_client_in, point_client_at, running_hub
+from tests.hub_server import Hub, Repository
 from tests.kit import fill
 from tests.model_directories import HEADS, contents, edit_json, edit_model, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel
@@ -209,16 +208,6 @@ def test_what_the_first_versions_said_of_codes_suffices_and_they_cannot_be_train
 # The same of models and adapters on the Hub
 
 BASE, ADAPTER = Path("base"), Path("adapter")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub that the client talks to, with ``tmp_path`` as the directory that it works in."""
-    keep_client_in(tmp_path, monkeypatch)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with running_hub() as running:
-        point_client_at(running.url, monkeypatch)
-        yield running
 
 
 def put(hub: Hub, repo_id: str, files: dict[str, bytes]) -> Repository:

@@ -18,7 +18,6 @@ import sentence_transformers
 import torch
 import transformers
 from datasets import Dataset
-from huggingface_hub import constants
 from peft import LoraConfig
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
@@ -33,7 +32,7 @@ from randlora.errors import AdapterError, CheckpointError
 from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, AdapterTrainer, LoadsAdapters
 from tests import trainers
 from tests.checkpoint_files import edit_fields, read_fields
-from tests.hub_server import keep_client_in, point_client_at, running_hub
+from tests.hub_server import Hub
 from tests.kit import Bits, all_bits, bits, fill, same_bits, untouched
 from tests.trainers import ADAPTER_FILES, QUIET, adapted_model, files, plain_model, rows, tokenizer, trained_bits
 
@@ -297,25 +296,21 @@ def test_what_is_overridden_and_not_public_is_named_and_called_as_and_where_it_w
 
 
 def test_a_push_has_the_adapter_and_save_model_the_tokenizer_and_the_arguments_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep_client_in(tmp_path, monkeypatch)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with running_hub() as hub:
-        point_client_at(hub.url, monkeypatch)
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # a client that an earlier test may have made
-        options = {"push_to_hub": True, "hub_model_id": "me/adapter", "max_steps": 2}
-        run = trainer(AdapterTrainer, adapted_model(), processing_class=tokenizer(), **options)
-        run.train()
-        run.save_model("saved")
-        assert files("saved") == ADAPTER_FILES | {"tokenizer.json", "tokenizer_config.json", "training_args.bin"}
-        run.push_to_hub()
-        with pytest.warns(UserWarning, match="wrote adapter 'default'"):
-            run.model.push_to_hub("me/by-method")
-        assert set(hub.repositories["me/by-method"].files()) >= ADAPTER_FILES
-        found = set(hub.repositories["me/adapter"].files())
-        assert found >= ADAPTER_FILES
-        assert not [name for name in found if name.startswith(("model", "pytorch_model"))]
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # a client that an earlier test may have made
+    options = {"push_to_hub": True, "hub_model_id": "me/adapter", "max_steps": 2}
+    run = trainer(AdapterTrainer, adapted_model(), processing_class=tokenizer(), **options)
+    run.train()
+    run.save_model("saved")
+    assert files("saved") == ADAPTER_FILES | {"tokenizer.json", "tokenizer_config.json", "training_args.bin"}
+    run.push_to_hub()
+    with pytest.warns(UserWarning, match="wrote adapter 'default'"):
+        run.model.push_to_hub("me/by-method")
+    assert set(hub.repositories["me/by-method"].files()) >= ADAPTER_FILES
+    found = set(hub.repositories["me/adapter"].files())
+    assert found >= ADAPTER_FILES
+    assert not [name for name in found if name.startswith(("model", "pytorch_model"))]
 
 
 @pytest.mark.parametrize(("is_whole", "method"), [(True, "save_pretrained"), (False, "save")])
