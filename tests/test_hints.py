@@ -46,7 +46,7 @@ VALUES: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
     (NO_PATHS, ("save directory", "inspect directory", "convert out", "merge out")),
     (NO_PATHS[1:], ("verify base",)),
     ((7, b"bytes", []), ("save name",)),
-    ((7, b"bytes", [], None), ("load name",)),
+    ((7, b"bytes", [], None, "", "a.b", "keys"), ("load name",)),
     ((1, "yes", None), ("load trainable", "inspect norms")),
     ((None, 7, "gguf", []), ("convert to",)),
     ((0, -1, 1.5, True, "4", 10**6, 10**400, []), ("convert rank",)),
