@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -287,10 +288,6 @@ def test_a_new_kind_is_an_entry_and_a_name(monkeypatch: pytest.MonkeyPatch, tmp_
 # Ranks, and the entries that blocks reach
 
 
-def divisors(r: int) -> list[int]:
-    return [size for size in range(1, r + 1) if r % size == 0]
-
-
 def is_reached(r: int, blocks: Shape, num_bases: int) -> bool:
     """Whether each pair of a class of rows and one of columns has an index p, by going through all of them."""
     c, b = blocks
@@ -320,7 +317,7 @@ def test_expected_ranks_and_enough_bases_to_reach_them(kind: BasisKind, side: in
 
 @given(r=st.integers(1, 96), counts=st.sets(st.integers(1, 12), max_size=3))
 def test_default_blocks_reach_all_entries_and_no_larger_ones_do(r: int, counts: set[int]) -> None:
-    every = [(c, b) for c in divisors(r) for b in divisors(r)]
+    every = [(c, b) for c, b in product(range(1, r + 1), repeat=2) if r % c == r % b == 0]
     for blocks in every:
         for num_bases in counts:
             assert reach_all(blocks, num_bases) == is_reached(r, blocks, num_bases), (blocks, num_bases)

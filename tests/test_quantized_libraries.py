@@ -244,9 +244,7 @@ KINDS = {
     "gptq": Kind(_gptqmodel("TorchLinear"), library="gptqmodel", unit=16, dtype=torch.bfloat16),
     "awq": Kind(_gptqmodel("AwqTorchLinear"), library="gptqmodel", unit=16, dtype=torch.float16),
     "autoawq": Kind(_autoawq, library="awq", unit=16, dtype=torch.float16, has_backward=False),
-    "int8": _torchao("Int8WeightOnlyConfig"),
     "int8-inputs": _torchao("Int8DynamicActivationInt8WeightConfig"),
-    "float8": _torchao("Float8WeightOnlyConfig"),
     "int4-inputs": _torchao(
         "Int8DynamicActivationIntxWeightConfig",
         weight_dtype=lambda: getattr(torch, "int4", None),

@@ -25,12 +25,10 @@ from tests.quantized import of_4_bits
 from tests.transformers_zoo import tiny
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-STATES: dict[str, Any] = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4}
 IDS = torch.tensor([[1, 2, 3, 4]])
 
 
 def named(name: str) -> Any:
-    """Import a class by its qualified name."""
     module, _, attribute = name.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
 
@@ -82,7 +80,6 @@ def neomme() -> Any:
 
 
 def model_of(name: str, **sizes: Any) -> Any:
-    """Build a model of transformers."""
     config = getattr(transformers, f"{name}Config")(**sizes)
     return reproducible(lambda: getattr(transformers, f"{name}Model")(config))
 
@@ -90,14 +87,9 @@ def model_of(name: str, **sizes: Any) -> Any:
 bloom = partial(
     model_of, "Bloom", vocab_size=20, hidden_size=16, n_layer=1, n_head=2, pretraining_tp=2, slow_but_exact=True
 )
-falcon_mamba = partial(model_of, "FalconMamba", vocab_size=20, **STATES)
 wavlm = partial(
     model_of, "WavLM", **SIZES, conv_dim=(8, 8), conv_stride=(2, 2), conv_kernel=(3, 3), layerdrop=0.0,
     num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, apply_spec_augment=False,
-)  # fmt: skip
-mamba2 = partial(
-    model_of, "Mamba2", vocab_size=20, hidden_size=32, state_size=4, num_hidden_layers=1, num_heads=8, head_dim=8,
-    n_groups=1,
 )  # fmt: skip
 rwkv = partial(
     model_of, "Rwkv", vocab_size=20, hidden_size=16, num_hidden_layers=4, attention_hidden_size=16,
@@ -137,9 +129,9 @@ BUILDS: dict[str, Build] = {
     "SparseAutoEncoder": one({"sentence_embedding": torch.randn(4, 8)}, 8, 12, k=3, k_aux=4),
     "LongcatFlashTopkRouter": one(SEVERAL, ROUTER),
     "MobileBertLMPredictionHead": one(TOKENS, MOBILE),
-    "FalconMambaMixer": inside(falcon_mamba, "layers.0.mixer"),
+    "FalconMambaMixer": inside(partial(tiny, "falcon_mamba", "FalconMambaModel"), "layers.0.mixer"),
     "JambaMambaMixer": one(TOKENS, JAMBA, 0),
-    "MambaMixer": one(TOKENS, transformers.MambaConfig(**STATES), 0),
+    "MambaMixer": one(TOKENS, transformers.MambaConfig(hidden_size=16, state_size=4, time_step_rank=4), 0),
     "BloomAttention": inside(bloom, "h.0.self_attention"),
     "BloomMLP": inside(bloom, "h.0.mlp"),
     "NeoMMEForMaskedLM": inside(neomme, ""),
@@ -343,12 +335,13 @@ def positions(encoder: str) -> nn.Module:
 
 NO_EFFECT = "so an adapter would have no effect"
 READ = f"because ShiftedWindowAttention reads its weight, {NO_EFFECT}"
-KERNELS = "is not called when the kernels of mamba-ssm are used, because Mamba2Mixer"
+KERNELS = "is not called when the kernels of mamba-ssm are used, because BambaMixer"
 UNDER = "has no gradient, because {} reads its weight under torch.no_grad"
+bamba: Any = partial(tiny, "bamba", "BambaModel")
 V2, V3, PP = "LayoutLMv2Encoder", "LayoutLMv3Encoder", "PPDocLayoutV2ReadingOrderEncoder"
 REFUSED: list[tuple[Callable[[], nn.Module], str, str]] = [
     (lambda: quantize(swin(), "qkv"), "features.1.0.attn.qkv (Linear4bit)", f"is never called, {READ}"),
-    (lambda: quantize(mamba2(), "out_proj"), "layers.0.mixer.out_proj (Linear4bit)", KERNELS),
+    (lambda: quantize(bamba(), "out_proj"), "layers.0.mamba.out_proj (Linear4bit)", KERNELS),
     (lambda: positions(V2), "encoder.rel_pos_bias (Linear)", UNDER.format(V2)),
     (lambda: positions(V3), "encoder.rel_pos_x_bias (Linear)", UNDER.format(V3)),
     (lambda: positions(PP), "encoder.rel_pos_bias (Linear)", UNDER.format(PP)),
