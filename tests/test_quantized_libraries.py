@@ -89,26 +89,9 @@ class Flat(nn.Module):
         return nn.functional.linear(x, weight, self._buffers["bias"])
 
 
-class Nameless(nn.Module):
-    """A layer that says nothing about its sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("codes", torch.zeros(8, 8, dtype=torch.int8))
-
-
-class Away(nn.Module):
-    """A layer whose codes are neither parameters nor buffers."""
-
-    in_features, out_features = 8, 12
-
-
-class AwayAdapter(ForwardOnly):
-    """Adapts it, but does not know where its codes are."""
-
-
-for own, adapter_class in ((Flat, ForwardOnly), (Nameless, ForwardOnly), (Away, AwayAdapter)):
-    register_layer(own)(adapter_class)
+@register_layer(Flat)
+class FlatAdapter(ForwardOnly):
+    """Adapts it."""
 
 
 def _filled(layer: Any) -> Any:
@@ -401,11 +384,21 @@ def test_merging_is_refused_with_what_to_do_and_changes_nothing(kind: Kind, tmp_
 
 
 def test_a_layer_that_lacks_what_is_needed_is_refused_with_what_to_do() -> None:
+    def without(name: str) -> nn.Module:
+        layer = Flat(bias=False)
+        delattr(layer, name)
+        return layer
+
     beside = [{"targets": ["0"], "train_also": [name]} for name in ("1", "1.packed", "1.bias")]
     own: dict[str, Any] = {"targets": ["1"]}
     rows: list[tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = [
-        (Nameless, own, AdapterError, "'Nameless' .* define features in the adapter layer of Nameless"),
-        (Away, own, TargetError, "1 has no codes in its par.*, or define weight_of in AwayAdapter if"),
+        (lambda: without("in_features"), own, AdapterError, "'Flat' .* define features in the adapter layer of Flat"),
+        (
+            lambda: without("packed"),
+            own,
+            TargetError,
+            "1 has no codes in .*, or define weight_of in FlatAdapter",
+        ),
         (lambda: _eetq(8, 8, True).to("meta"), own, TargetError, "1 has no values"),
         *((Flat, options, TargetError, r"1\.(packed|bias), a buffer of a quantized") for options in beside),
     ]

@@ -336,15 +336,13 @@ def positions(encoder: str) -> nn.Module:
 NO_EFFECT = "so an adapter would have no effect"
 READ = f"because ShiftedWindowAttention reads its weight, {NO_EFFECT}"
 KERNELS = "is not called when the kernels of mamba-ssm are used, because BambaMixer"
-UNDER = "has no gradient, because {} reads its weight under torch.no_grad"
+V2, PP = "LayoutLMv2Encoder", "PPDocLayoutV2ReadingOrderEncoder"
+UNDER = f"has no gradient, because {V2} reads its weight under torch.no_grad"
 bamba: Any = partial(tiny, "bamba", "BambaModel")
-V2, V3, PP = "LayoutLMv2Encoder", "LayoutLMv3Encoder", "PPDocLayoutV2ReadingOrderEncoder"
 REFUSED: list[tuple[Callable[[], nn.Module], str, str]] = [
     (lambda: quantize(swin(), "qkv"), "features.1.0.attn.qkv (Linear4bit)", f"is never called, {READ}"),
     (lambda: quantize(bamba(), "out_proj"), "layers.0.mamba.out_proj (Linear4bit)", KERNELS),
-    (lambda: positions(V2), "encoder.rel_pos_bias (Linear)", UNDER.format(V2)),
-    (lambda: positions(V3), "encoder.rel_pos_x_bias (Linear)", UNDER.format(V3)),
-    (lambda: positions(PP), "encoder.rel_pos_bias (Linear)", UNDER.format(PP)),
+    (lambda: positions(V2), "encoder.rel_pos_x_bias (Linear)", UNDER),
     (lambda: positions(PP), "encoder.rel_pos_x_bias (Linear)", f"is never used by {PP}, {NO_EFFECT}"),
     (
         partial(rwkv, rescale_every=2),
