@@ -85,9 +85,7 @@ def test_a_benchmark_that_fails_shuts_the_gate_and_the_others_go_on(
     assert "had no time left: good" in capsys.readouterr().out
 
 
-def test_results_are_written_as_json_a_table_and_a_picture_and_a_law_that_was_skipped_did_not_hold(
-    tmp_path: Path,
-) -> None:
+def test_results_are_written_in_three_forms_and_a_law_that_was_skipped_did_not_hold(tmp_path: Path) -> None:
     rows = [row(f"T = {tokens}", ("tokens", tokens), PEFT=6.0, dense=3.0, full=2.0) for tokens in (1, 10)]
     Results("b", {"processor": "some"}, rows).save(tmp_path, ["met    b"])
     content = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))

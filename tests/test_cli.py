@@ -42,6 +42,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(str(command.name) for command in app.registered_commands)
 MODULE = [sys.executable, "-m", "randlora"]
 TEXT = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+Run = Callable[[str], tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -54,11 +55,16 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(capsys: pytest.CaptureFixture[str], words: str) -> tuple[int, str, str]:
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command; return its exit code and what it printed on both streams."""
-    capsys.readouterr()
-    code = main(words.split())
-    return code, *capsys.readouterr()
+
+    def of(words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(words.split())
+        return code, *capsys.readouterr()
+
+    return of
 
 
 LEFT_OUT: dict[str, Any] = {"targets": "all-linear", "exclude": ["mlp"], "experts": "shared"}
@@ -90,9 +96,7 @@ LIBRARY: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("words", LIBRARY, ids=range(len(LIBRARY)))
-def test_a_command_does_and_prints_what_the_verb_of_its_name_does(
-    words: str, directory: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_does_and_prints_what_the_verb_of_its_name_does(words: str, directory: Path, run: Run) -> None:
     def written() -> dict[str, bytes]:
         found = contents(Path("out"))
         shutil.rmtree("out", ignore_errors=True)
@@ -102,10 +106,10 @@ def test_a_command_does_and_prints_what_the_verb_of_its_name_does(
         expected = LIBRARY[words]()
         text = str(expected)
     own = written()
-    code, out, err = run(capsys, words)
+    code, out, err = run(words)
     assert (code, err, written()) == (0, "", own)
     assert out == f"{text}\n" or (words.startswith("plan") and out.startswith(f"{text}\n\nmemory for training"))
-    code, out, err = run(capsys, f"{words} --json")
+    code, out, err = run(f"{words} --json")
     assert (code, err, written()) == (0, "", own)
     found = json.loads(out)
     assert {name: found[name] for name in plain(expected)} == json.loads(json.dumps(plain(expected)))
@@ -114,9 +118,8 @@ def test_a_command_does_and_prints_what_the_verb_of_its_name_does(
         assert memory["total"] == sum(memory[part] for part in parts)
 
 
-def test_a_plan_takes_the_setup_and_all_options_and_tells_what_is_left_out_and_of_a_default_that_adapts_little(
-    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("directory")
+def test_a_plan_takes_all_options_and_tells_what_is_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "plan model --devices 8 --strategy tp --tokens 100 --dtype bfloat16 --checkpointing --optimizer-states 1 "
     words += "--tp-plan *.q_proj=colwise --tp-plan *.v_proj=rowwise"
     setup: dict[str, Any] = {"devices": 8, "strategy": "tp", "tokens": 100, "dtype": torch.bfloat16}
@@ -125,8 +128,8 @@ def test_a_plan_takes_the_setup_and_all_options_and_tells_what_is_left_out_and_o
     with on_command_line():
         expected = files.training_memory("model", **setup)
         text = str(expected)
-    assert run(capsys, words)[1].endswith(f"\n\n{text}\n")
-    assert json.loads(run(capsys, f"{words} --json")[1])["training_memory"] == plain(expected)
+    assert run(words)[1].endswith(f"\n\n{text}\n")
+    assert json.loads(run(f"{words} --json")[1])["training_memory"] == plain(expected)
     commands: Any = typer.main.get_command(app)
     assert {*OPTIONS, "like_lora", "init"} <= {parameter.name for parameter in commands.commands["plan"].params}
     monkeypatch.setattr("randlora.targets.left_out.LITTLE", 1.1)  # as if it were next to nothing
@@ -135,17 +138,16 @@ def test_a_plan_takes_the_setup_and_all_options_and_tells_what_is_left_out_and_o
     with on_command_line():
         groups = [str(group) for group in report.left_out]
     assert [warning.filename for warning in caught] == [__file__]
-    code, out, err = run(capsys, "plan model")
+    code, out, err = run("plan model")
     assert (code, "UserWarning" in err, groups == []) == (0, False, False)
     shown = " ".join(out.split())
     assert all(each in shown for each in (f"warning: {report.warning}", *groups))
 
 
-def test_an_error_is_one_message_that_names_options_and_a_bug_is_not_dressed_up_as_one(
-    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("directory")
+def test_an_error_is_one_message_and_a_bug_is_not_dressed_up_as_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def failed(code: int, words: str, message: str) -> None:
-        found, out, err = run(capsys, words)
+        found, out, err = run(words)
         assert (found, out, err[:7], err.count("\n")) == (code, "", "error: ", 1)  # though it is wider than a terminal
         assert message in err
 
@@ -153,20 +155,20 @@ def test_an_error_is_one_message_that_names_options_and_a_bug_is_not_dressed_up_
     failed(1, "plan . --json", "holds no weights")
     failed(1, "merge adapter adapter/adapter_config.json/out --base model", "adapter_config.json")
     edit_fields(Path("adapter"), {"base_model_name_or_path": "model"})
-    assert run(capsys, "merge adapter out")[0] == 0
+    assert run("merge adapter out")[0] == 0
     before = contents(Path("out"))
     failed(1, "merge other out --base model", "exists and is not empty: choose a different name, or give --overwrite")
     assert contents(Path("out")) == before
-    assert run(capsys, "merge other out --base model --overwrite")[0] == 0
+    assert run("merge other out --base model --overwrite")[0] == 0
     assert contents(Path("out")) != before
     peft_directory(Path("theirs"))
     failed(1, "convert theirs lora --to lora", "give --base, the directory of its base model")
     message = "with --rank 4, 8 of 8 layers have a relative error above --tolerance 0.05"
     failed(2, "convert adapter lora --to lora --base model --rank 4", message)
     edit_fields(Path("adapter"), {"r": 7})
-    code, out, err = run(capsys, "verify adapter")
+    code, out, err = run("verify adapter")
     assert (code, "failed: files" in out, err) == (1, True, "")
-    code, out, _ = run(capsys, "verify adapter --json")
+    code, out, _ = run("verify adapter --json")
     assert (code, json.loads(out)["passed"]) == (1, False)
     assert "the files come from different saves" in json.loads(out)["checks"][0]["words"]
     monkeypatch.setattr("randlora.files.base_fit.find_model", lambda *_, **__: 1 / 0)
@@ -225,21 +227,19 @@ main()
 # What it prints where, and how it ends
 
 
-def test_every_command_is_in_the_help_and_the_pages_and_takes_no_word_that_it_cannot_read(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["--help"]) == 0
-    shown = capsys.readouterr()
-    assert shown.err == ""
+def test_every_command_is_in_the_help_and_the_pages_and_takes_no_word_that_it_cannot_read(run: Run) -> None:
+    code, shown, err = run("--help")
+    assert (code, err) == (0, "")
     for command in COMMANDS:
-        assert re.search(rf"\b{command} ", shown.out)
+        assert re.search(rf"\b{command} ", shown)
         (section,) = re.findall(rf"^## {command}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
         assert SCREEN.search(section)
-        assert main([command, "--help"]) == 0
-        words = " ".join(capsys.readouterr().out.split())
+        code, out, _ = run(f"{command} --help")
+        words = " ".join(out.split())
+        assert code == 0
         assert re.search(rf"Examples randlora {command} .* randlora {command} ", words)
         assert "--json" in words
-        code, out, err = run(capsys, f"{command} --no-such-option")
+        code, out, err = run(f"{command} --no-such-option")
         assert (code, out, "no-such-option" in err) == (2, "", True)
 
 
@@ -265,11 +265,10 @@ UNREAD = {
 }
 
 
-def test_every_bad_value_ends_with_2_and_says_what_is_meant(
-    directory: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("directory")
+def test_every_bad_value_ends_with_2_and_says_what_is_meant(run: Run) -> None:
     for words, said in UNREAD.items():
-        code, out, err = run(capsys, words)
+        code, out, err = run(words)
         assert (code, out) == (2, ""), words
         assert said in " ".join(err.replace("│", " ").split())
     assert not Path("out").exists()
@@ -333,18 +332,17 @@ def test_what_an_encoding_lacks_is_written_out(directory: Path, monkeypatch: pyt
 
 
 @pytest.mark.medium
-def test_the_demo_learns_and_gives_the_same_outputs_after_saving_and_merging(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_learns_and_gives_the_same_outputs_after_saving_and_merging(tmp_path: Path, run: Run) -> None:
     before, kept = torch.get_rng_state(), str(tmp_path / "kept")
-    assert main(["demo", "--json", "--keep", kept]) == 0
-    found = json.loads(capsys.readouterr().out)
+    code, out, _ = run(f"demo --json --keep {kept}")
+    found = json.loads(out)
+    assert code == 0
     assert (found["loads_equal"], found["passed"], found["after"] < found["before"] / 5) == (True, True, True)
     assert found["merged_apart"] < 1e-5
     assert files.verify(kept).passed
     assert torch.equal(torch.get_rng_state(), before)
-    assert main(["demo", "--keep", kept]) == 1
-    code, shown, _ = run(capsys, "demo")
+    assert run(f"demo --keep {kept}")[0] == 1
+    code, shown, _ = run("demo")
     assert code == 0
     assert all(f"randlora.{call}(" in shown for call in ("inject", "save", "load", "merge", "files.verify"))
     assert max(map(len, shown.splitlines())) <= 84

@@ -135,9 +135,7 @@ def test_plan_and_memory_from_headers_equal_those_of_the_model(
     assert contents(tmp_path) == before
 
 
-def test_a_plan_may_be_of_another_class_with_other_labels_and_of_files_with_other_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_may_be_of_another_class_and_of_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(BERT, tmp_path)
     name = "AutoModelForTokenClassification"
     options: dict[str, Any] = {"targets": "all-linear", "train_also": ["classifier"]}
@@ -256,9 +254,7 @@ def test_a_merge_downloads_both_and_equals_that_of_directories(hub: Hub, monkeyp
 
 
 @pytest.mark.medium
-def test_every_command_takes_revisions_of_adapter_and_base_and_says_what_is_nowhere(
-    hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_takes_revisions_and_says_what_is_nowhere(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     put(hub, "org/model", contents(save_model(LLAMA, BASE)))
     put(hub, "user/adapter", contents(save_adapter(LLAMA, ADAPTER)))
     assert main(["verify", "user/adapter", "--base", "org/model"]) == 0

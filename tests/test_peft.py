@@ -117,9 +117,7 @@ PEFT_LR = 1e-4
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.name)
-def test_an_experiment_is_as_peft_writes_it_and_as_the_page_says_and_computes_here_what_it_does_there(
-    experiment: Path, tmp_path: Path
-) -> None:
+def test_an_experiment_is_as_peft_writes_it_and_as_the_page_says(experiment: Path, tmp_path: Path) -> None:
     config: Any = PeftConfig.from_pretrained(str(experiment))
     path = experiment / "training_params.json"
     given = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
