@@ -59,13 +59,6 @@ def save_adapter(kind: RealModel, directory: Path, *, dtype: torch.dtype = torch
     return adapter_of(kind.build().to(dtype), directory, **{"targets": list(kind.targets), **options})
 
 
-def merge_in_memory(
-    kind: RealModel, adapters: Mapping[Path, float], *, dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """Build the model, load adapters, and merge them: what merging on disk must equal."""
-    return merge_into(kind.build().to(dtype), adapters)
-
-
 def carrying(model: Model, adapters: Mapping[Path, float]) -> Model:
     """Load adapters into a model, and activate all."""
     for number, directory in enumerate(adapters):
@@ -75,6 +68,7 @@ def carrying(model: Model, adapters: Mapping[Path, float]) -> Model:
 
 
 def merge_into(model: Model, adapters: Mapping[Path, float]) -> Model:
+    """Load adapters into a model, and merge them: what merging on disk must equal."""
     randlora.merge(carrying(model, adapters))
     return model
 

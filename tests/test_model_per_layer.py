@@ -23,7 +23,7 @@ from tests import checkpoint_files as files
 from tests.checkpoint_files import Case, bases_of, edit_fields, read_fields, read_tensors, refused, reseal
 from tests.kit import adapter_values, all_bits, fill, untouched
 from tests.laws import TOLERANCES, Mixed, adapted_names, adapter_layer, diagonals
-from tests.model_directories import contents, merge_in_memory, save_adapter, save_model, write
+from tests.model_directories import contents, merge_into, save_adapter, save_model, write
 from tests.models import LLAMA, outputs, tokens
 from tests.read_kinds import ReadKind, every_read_kind
 from tests.strategies import KINDS_AND_STREAMS
@@ -173,7 +173,7 @@ def test_files_are_merged_as_in_memory_and_planned_as_the_model(tmp_path: Path) 
         save_adapter(LLAMA, tmp_path / "two", dtype=torch.bfloat16, r={"v_proj": 4, ".*": 8}, values=1): 0.5,
     }
     report = randlora.files.merge(adapters, tmp_path / "out", base=base)
-    merged = merge_in_memory(LLAMA, adapters, dtype=torch.bfloat16)
+    merged = merge_into(LLAMA.build().to(torch.bfloat16), adapters)
     assert contents(report.out) == contents(write(merged, tmp_path / "expected"))
     options: dict[str, Any] = {"r": {"q_proj": 8, ".*": 4}, "targets": list(LLAMA.targets)}
     model = LLAMA.build().bfloat16()

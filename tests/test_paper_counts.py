@@ -37,7 +37,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 COUNTS: tuple[tuple[str, Any, int, int], ...] = (
     ("llama 3 8B", QKV_UP_DOWN, 60, 28_778_112),
-    ("llama 3 8B", QKV_UP_DOWN, 30, 56_626_112),
     ("llama 3 8B", QKV_UP_DOWN, 15, 112_723_968),
     ("qwen 2 0.5B", QKV_UP_DOWN, 10, 5_956_992),
     ("qwen 2 0.5B", QKV_UP_DOWN, 5, 11_842_944),

@@ -2,12 +2,12 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import PeftConfig, RandLoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
@@ -23,6 +23,7 @@ from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, basis_of, edit_ten
 from tests.kit import adapter_values, all_bits, fill, untouched
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, every_transformers_model, outputs
 from tests.peer import THEIR_WARNINGS, assert_same_effect, in_ours, in_peft, our_model, peft_config, peft_model, untied
+from tests.transformers_zoo import tiny
 
 pytestmark = [
     *THEIR_WARNINGS,
@@ -142,10 +143,8 @@ def test_an_experiment_is_as_peft_writes_it_and_as_the_page_says(experiment: Pat
 
 def task(name: str, of: str, *targets: str) -> RealModel:
     """Return a kind of model of a task, of any class of transformers'."""
-    config, build = (getattr(transformers, f"{of}{each}") for each in ("Config", f"For{name}"))
-    sizes = {"vocab_size": models.VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0, **models.SIDES}
-    made = config(num_labels=models.LABELS, **sizes)
-    return RealModel(of, lambda: models.reproducible(lambda: build(made)), models.tokens, targets)
+    build: Any = partial(models.reproducible, partial(tiny, of.lower(), f"{of}For{name}"))
+    return RealModel(of, build, models.tokens, targets)
 
 
 HEAD = r"classifier\.(bias|weight)"

@@ -130,13 +130,11 @@ class Chosen:
             run = processes.run
             processes.run = lambda *args, seconds=0, **kwargs: run(*args, seconds=max(seconds, PATIENCE), **kwargs)
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.failed:
             self.failed.append(report.nodeid)
 
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.failed.append(report.nodeid)
+    pytest_collectreport = pytest_runtest_logreport
 
 
 def run_chosen(copy: Copy, tests: Sequence[str]) -> tuple[bool, list[str]]:
