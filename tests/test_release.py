@@ -127,8 +127,8 @@ def test_all_that_metadata_and_files_say_otherwise_is_found(tmp_path: Path) -> N
     wheel, sdist = {f"{INFO}METADATA": other, "tests/__init__.py": b""}, {"PKG-INFO": other}
     found = problems(wheel, sdist, "1.0", tmp_path)
     assert (len(found), found[-1]) == (10, "the wheel has tests/__init__.py"), found
-    (found,) = problems(wheel, SDIST, "1.0", tmp_path)
-    assert "differ" in found
+    (problem,) = problems(wheel, SDIST, "1.0", tmp_path)
+    assert "differ" in problem
 
 
 def test_what_is_not_installed_as_it_was_built_is_named(tmp_path: Path) -> None:
