@@ -145,10 +145,7 @@ def test_a_replaced_parameter_is_read_at_once() -> None:
     assert run.graphs() == 1
     for replace, graphs in (
         (lambda: setattr(values, "b", new()), 1),
-        (lambda: values._parameters.update(b=new()), 1),
-        (lambda: values._parameters.__ior__({"b": new()}), 1),
-        (lambda: (dict.pop(values._parameters, "b"), values._parameters.setdefault("b", new())), 1),
-        (lambda: (values.pop("b"), values.__setitem__("b", new())), 1),
+        (lambda: values._parameters.update(b=new()), 1),  # for the others see tests/test_layers_forwards.py
         (lambda: model.load_state_dict(others(), assign=True), 1),
         (lambda: model.double().float().get_parameter("0.randlora_lambda.b").data.add_(1), 1),
         (lambda: setattr(values, "_parameters", {**values._parameters, "b": new()}), 2),  # as DeepSpeed's ZeRO-3

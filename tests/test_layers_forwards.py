@@ -155,10 +155,6 @@ def test_hooks_and_forwards_set_on_a_layer_run_around_it_and_come_back(is_first:
 
 
 def test_what_is_done_to_the_weight_or_to_a_replica_later_on_is_done() -> None:
-    class Halved(nn.Module):
-        def forward(self, weight: Tensor) -> Tensor:
-            return weight / 2
-
     def replica_of(module: nn.Module) -> nn.Module:
         """Make what DataParallel makes on each device: parameters become attributes."""
         twin: nn.Module = module._replicate_for_data_parallel()
@@ -174,7 +170,7 @@ def test_what_is_done_to_the_weight_or_to_a_replica_later_on_is_done() -> None:
         torch.testing.assert_close(replica(X), expected)  # of its own copies
         layer.get_parameter("randlora_lambda.default").sub_(1)
     for each in (layer, base):
-        parametrize.register_parametrization(each, "weight", Halved())
+        parametrize.register_parametrization(each, "weight", nn.Hardtanh(-0.1, 0.1))
     assert_close(layer(X), base(X) + X @ update.T, torch.float32)
 
 
