@@ -39,13 +39,9 @@ from tests.checkpoint_files import (
     understood,
     write_tensors,
 )
-from tests.fuzz.files import CORPUS
 from tests.fuzz.limits import bounded
 from tests.hostile_files import MAKERS, NOT_SAME, Damage, facts, header, model_directory, ones, our_adapter, tensors
 from tests.kit import snapshot, untouched
-
-INPUTS = sorted(path for target in ("adapter", "peft_config") for path in (CORPUS / target).iterdir())
-
 
 pytestmark = pytest.mark.usefixtures("impatient")
 

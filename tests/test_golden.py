@@ -1,9 +1,7 @@
 """Golden files load for ever, to the same bits and to what they mean, and `save` writes the same bytes again.
 
-Those of every format, kind of bases, stream and way to save bases, each with all kinds of layers: every value in them,
-and in the models that they are for, is that of a formula. ``python -m tests.test_golden`` makes the directories of
-`GOLDEN` that are missing. One that is there is never made again: a file of a release must load for ever. And those of
-the first releases, with numbers written down when they were made, exact in any order of summation in float64.
+``python -m tests.test_golden`` makes the directories of `GOLDEN` that are missing, with values of formulas, and none
+anew. Those of the first releases have numbers written down when they were made, exact in any order of summation.
 """
 
 import hashlib

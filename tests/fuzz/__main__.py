@@ -23,8 +23,6 @@ with atheris.instrument_imports(include=["randlora"], enable_loader_override=Fal
     from tests.fuzz.limits import Violation
     from tests.fuzz.targets import TARGETS
 
-LONGEST_INPUT = 2**16
-
 
 def _place(error: BaseException) -> str:
     """Return the kind of an error and the innermost lines that raised it, in this repository and below."""
@@ -71,7 +69,7 @@ def main() -> None:
     # what reaches more is written to the first folder
     folders = options.corpus or Path(tempfile.mkdtemp(prefix="corpus-")), CORPUS / options.name
     folders[0].mkdir(parents=True, exist_ok=True)
-    limits = {"max_total_time": round(options.seconds), "max_len": LONGEST_INPUT, "timeout": 60, "rss_limit_mb": 4096}
+    limits = {"max_total_time": round(options.seconds), "max_len": 2**16, "timeout": 60, "rss_limit_mb": 4096}
     limits |= {"print_final_stats": 1, "len_control": 0, "detect_leaks": 0, "reload": 0, "seed": options.seed}
     arguments = [f"-artifact_prefix={findings}{os.sep}", *(f"-{name}={value}" for name, value in limits.items())]
     atheris.Setup([sys.argv[0], *arguments, *map(str, folders)], run_one, custom_mutator=mutate)

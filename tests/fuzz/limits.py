@@ -16,8 +16,6 @@ from tests.torture.faults import NAMES
 
 Result = TypeVar("Result")
 
-MIB = 2**20
-
 
 class Violation(BaseException):  # no `except Exception` of the code under test may catch it
     """A promise that was broken."""
@@ -43,7 +41,7 @@ def bounded(seconds: float, mib: int) -> Iterator[None]:
     held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     previous = signal.signal(signal.SIGPROF, _late)
     signal.setitimer(signal.ITIMER_PROF, seconds)  # what waits for ever is stopped by atheris, or by pytest
-    resource.setrlimit(resource.RLIMIT_AS, (held + mib * MIB, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (held + mib * 2**20, hard))
     try:
         yield
     finally:

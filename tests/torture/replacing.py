@@ -11,8 +11,8 @@ from torch import nn
 
 import randlora
 from randlora.errors import CheckpointError
-from tests.checkpoint_files import CONFIG_FILE, LINEAR, TENSORS_FILE, basis_of, edit_tensors, trained
-from tests.kit import adapter_values, all_bits, assert_unchanged, bits, snapshot
+from tests.checkpoint_files import CONFIG_FILE, LINEAR, TENSORS_FILE, edit_tensors, trained, understood
+from tests.kit import adapter_values, assert_unchanged, snapshot
 from tests.torture.faults import Outcome, in_child, places
 
 OLD: dict[str, Any] = {"seed": 1, "alpha": 3.0}
@@ -94,8 +94,7 @@ def loaded(directory: Path) -> Identity:
             randlora.load(twin, directory)
     except CheckpointError:
         return None
-    (info,) = randlora.adapters(twin)
-    return info.options, basis_of(twin).digest(6, 5), all_bits(adapter_values(twin)), bits(LINEAR.output(twin))
+    return understood(twin, LINEAR)
 
 
 class State(NamedTuple):
