@@ -85,18 +85,18 @@ def _quantized_on_cpu(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
 
 
 class Coded(nn.Module):
-    """A layer of which only the forward is known: int8 codes with one scale, as the kernel of a library would have."""
+    """A layer of which only the forward is known: codes in one dimension, as the kernel of a library would have."""
 
     codes: Tensor
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("codes", torch.randint(-40, 41, (out_features, in_features), dtype=torch.int8))
+        self.register_buffer("codes", torch.randint(-40, 41, (out_features * in_features,), dtype=torch.int8))
         self.bias = nn.Parameter(torch.randn(out_features, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.codes.to(x.dtype) / 64, self.bias)
+        return nn.functional.linear(x, self.codes.view(self.out_features, -1).to(x.dtype) / 64, self.bias)
 
 
 @register_layer(Coded)
@@ -145,7 +145,7 @@ LAYER_KINDS = (
     LayerKind(
         "forward-only",
         lambda into, out, bias, dtype: Coded(into, out, bias=bias, dtype=dtype),
-        lambda layer: layer.codes.double() / 64,
+        lambda layer: layer.codes.view(layer.out_features, -1).double() / 64,
         dtypes=CODED,
         library="tests",
         merges=False,

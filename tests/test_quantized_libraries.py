@@ -24,11 +24,11 @@ from transformers.integrations import eetq
 import randlora
 from randlora.errors import AdapterError, ConfigError, MergeError, TargetError
 from randlora.layers import register_layer
-from randlora.quantized import ForwardOnly, QuantizedLayer
+from randlora.quantized import QuantizedLayer
 from tests.codes import written_out
 from tests.kit import all_bits, fill, same_bits
 from tests.laws import assert_close, oracle_of
-from tests.layer_kinds import quantization
+from tests.layer_kinds import Coded, quantization
 
 GROUP = 8
 
@@ -73,25 +73,6 @@ class RoundedAdapter(QuantizedLayer):
 
     def put_in(self, owner: Any, held: Any) -> None:
         owner.codes, owner.scales = held
-
-
-class Flat(nn.Module):
-    """A layer of a user's with packed codes in one dimension, and a bias in a buffer, as kernels ask for."""
-
-    def __init__(self, in_features: int = 8, out_features: int = 12, bias: bool = True) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("bias", torch.randn(out_features) if bias else None)
-        self.register_buffer("packed", torch.randint(0, 9, (out_features * in_features,), dtype=torch.uint8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.get_buffer("packed").view(self.out_features, -1).to(x.dtype)
-        return nn.functional.linear(x, weight, self._buffers["bias"])
-
-
-@register_layer(Flat)
-class FlatAdapter(ForwardOnly):
-    """Adapts it."""
 
 
 def _filled(layer: Any) -> Any:
@@ -219,7 +200,7 @@ def _autoawq(into: int, out: int, bias: bool) -> Any:
 
 
 KINDS = {
-    "of a user": Kind(Flat),
+    "of a user": Kind(lambda before, after, bias: Coded(before, after, bias=bias, dtype=torch.float32)),
     "rounded by a user": Kind(None, Rounded, lambda layer: layer.codes.double() * layer.scales.double()),
     "eetq": Kind(_eetq),
     "packed": Kind(_packed, library="torchao"),
@@ -384,29 +365,25 @@ def test_merging_is_refused_with_what_to_do_and_changes_nothing(kind: Kind, tmp_
 
 
 def test_a_layer_that_lacks_what_is_needed_is_refused_with_what_to_do() -> None:
-    def without(name: str) -> nn.Module:
-        layer = Flat(bias=False)
-        delattr(layer, name)
+    def coded(*lacking: str) -> nn.Module:
+        layer = Coded(8, 12, bias=False, dtype=torch.float32)
+        for name in lacking:
+            delattr(layer, name)
         return layer
 
-    beside = [{"targets": ["0"], "train_also": [name]} for name in ("1", "1.packed", "1.bias")]
-    own: dict[str, Any] = {"targets": ["1"]}
+    rounded, own = partial(Rounded, nn.Linear(8, 12)), {"targets": ["1"]}
+    beside = [{"targets": ["0"], "train_also": [name]} for name in ("1", "1.codes", "1.bias")]
     rows: list[tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = [
-        (lambda: without("in_features"), own, AdapterError, "'Flat' .* define features in the adapter layer of Flat"),
-        (
-            lambda: without("packed"),
-            own,
-            TargetError,
-            "1 has no codes in .*, or define weight_of in FlatAdapter",
-        ),
+        (partial(coded, "in_features"), own, AdapterError, "'Coded' .* define features in the adapter layer of Coded"),
+        (partial(coded, "codes"), own, TargetError, "1 has no codes in .*, or define weight_of in CodedAdapter"),
         (lambda: _eetq(8, 8, True).to("meta"), own, TargetError, "1 has no values"),
-        *((Flat, options, TargetError, r"1\.(packed|bias), a buffer of a quantized") for options in beside),
+        *((rounded, options, TargetError, r"1\.(codes|bias), a buffer of a quantized") for options in beside),
     ]
     for build, options, error, said in rows:
         with pytest.raises(error, match=said):
             randlora.inject(nn.Sequential(nn.Linear(8, 8), build()), r=2, **options)
     with pytest.raises(ConfigError, match="not quantized, but this one is"):
-        randlora.training_memory(nn.Sequential(Flat()), r=2, load_in_4bit=True)
+        randlora.training_memory(nn.Sequential(coded()), r=2, load_in_4bit=True)
 
 
 @of("int8-inputs")
