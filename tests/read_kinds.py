@@ -36,6 +36,7 @@ class ReadKind:
         other: Options of a second adapter, of another form where there are several.
         in_layout: Puts the oracle's update into the shape of the second argument.
         is_whole_read: Whether the forward reads all of weight + update, so that it computes the same bits as merged.
+        is_one_graph: Whether the forward does the same for all values, so that it can be compiled to one graph.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ReadKind:
     in_layout: Callable[[Tensor, Tensor], Tensor] = lambda update, weight: update.reshape(weight.shape)
     dtypes: tuple[torch.dtype, ...] = EVERY_DTYPE
     is_whole_read: bool = True
+    is_one_graph: bool = True
 
     @property
     def owner_fqn(self) -> str:
@@ -226,7 +228,7 @@ def _experts(name: str, attribute: str, experts: str = "each", implementation: s
     other = {"experts": "each" if experts == "shared" else "shared"}
     return ReadKind(
         f"experts-{name}", "experts", build, _routed, attribute, options={"experts": experts}, other=other,
-        in_layout=in_layout, is_whole_read=False, **row,
+        in_layout=in_layout, is_whole_read=False, is_one_graph=implementation != "eager", **row,
     )  # fmt: skip
 
 

@@ -255,14 +255,13 @@ def test_offloading_gives_the_same_at_each_point(kind: ReadKind, is_before: bool
 def test_compiled_and_exported_it_computes_the_same_in_one_graph_where_no_value_decides(kind: ReadKind) -> None:
     model = kind.adapted()
     torch._dynamo.reset()
-    is_one_graph = kind.name != "experts-gate_up-shared"  # which goes through the experts that are visited
-    compiled = torch.compile(model[0], fullgraph=is_one_graph, backend="aot_eager")
+    compiled = torch.compile(model[0], fullgraph=kind.is_one_graph, backend="aot_eager")
     found = output_of(compiled(*kind.arguments()))
     assert_close(found, kind.run(model), torch.float32)
     again = torch.autograd.grad(weighted(found), tuple(randlora.trainable_parameters(model)))
     for first, second in zip(again, kind.gradients(model), strict=True):
         assert_close(first, second, torch.float32)
-    for strict in (True, False) if is_one_graph else ():
+    for strict in (True, False) if kind.is_one_graph else ():
         program = torch.export.export(model[0], kind.arguments(), strict=strict)
         assert_close(output_of(program.module()(*kind.arguments())), kind.run(model), torch.float32)
 
