@@ -8,12 +8,10 @@ import io
 import json
 import re
 import sys
-import traceback
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -27,47 +25,34 @@ SNIPPET = re.compile(r"^```py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```(?P<language>\w*)(?P<options>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Snippet:
+class Snippet(NamedTuple):
     """A block of Python on a page, the line of its first statement, and what the page says right below it prints."""
 
-    page: Path
     line: int
     code: str
     printed: str | None
 
-    def compiled(self) -> Any:
-        """Compile it so that a traceback names the page and the line."""
-        return compile("\n" * (self.line - 1) + self.code, str(self.page), "exec")
-
 
 def snippets(page: Path, *, real: bool = False) -> list[Snippet]:
     """Find the blocks of a page that are to be run, in order: those for a model and data of the Hub, or the others."""
-    text = page.read_text(encoding="utf-8")
-    found = []
+    text, found = page.read_text(encoding="utf-8"), []
     for block in FENCE.finditer(text):
         if block["language"] != "python" or NOT_RUN in block["options"] or (REAL in block["options"]) != real:
             continue
         below = FENCE.match(text, len(text) - len(text[block.end() :].lstrip("\n")))
         printed = below["code"] if below and below["language"] == "text" else None
-        found.append(Snippet(page, text.count("\n", 0, block.start("code")) + 1, block["code"], printed))
+        found.append(Snippet(text.count("\n", 0, block.start("code")) + 1, block["code"], printed))
     return found
 
 
 def run_page(page: Path, *, real: bool = False) -> None:
     """Run a page's snippets in one namespace; fail, and name page and line, at one that raises or prints otherwise."""
     namespace: dict[str, Any] = {"__name__": page.stem}
-    for snippet in snippets(page, real=real):
-        output = io.StringIO()
-        try:
-            with redirect_stdout(output):
-                exec(snippet.compiled(), namespace)
-        except Exception as error:
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(page)]
-            line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else [snippet.line, *lines][-1]
-            raise AssertionError(f"{page.name}:{line}: {type(error).__name__}: {error}") from error
-        if snippet.printed is not None and stripped(output.getvalue()) != stripped(snippet.printed):
-            raise AssertionError(f"{page.name}:{snippet.line}: prints\n{output.getvalue()}\nand not\n{snippet.printed}")
+    for line, code, printed in snippets(page, real=real):
+        with redirect_stdout(output := io.StringIO()):
+            exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)  # whose tracebacks name the line
+        if printed is not None and stripped(output.getvalue()) != stripped(printed):
+            raise AssertionError(f"{page.name}:{line}: prints\n{output.getvalue()}\nand not\n{printed}")
 
 
 def stripped(text: str) -> list[str]:

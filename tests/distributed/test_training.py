@@ -149,7 +149,7 @@ def test_a_checkpoint_of_deepspeed_resumes_a_run(tmp_path: Path, stage: str, *, 
 def test_gradients_that_are_sharded_and_whole_are_clipped_by_the_norm_of_one_process(engine: str) -> None:
     """By the function of docs/distributed.md."""
     (snippet,) = (each for each in snippets(DOCS / "distributed.md") if "def clip_grad_norm" in each.code)
-    exec(snippet.compiled(), documented := dict[str, Any]())
+    exec(snippet.code, documented := dict[str, Any]())
     one, model, own = ALSO.adapted(), ENGINES[engine].make(ALSO), ENGINES[engine]
     for rank in own.ranks():
         (ALSO.loss(one(*ALSO.batch(rank, 0)), rank) / len(own.ranks())).backward()
