@@ -1,6 +1,7 @@
 """Files appear whole or not at all, whatever fails at whatever call, and tensors in them as safetensors has them."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ from randlora.disk.formats import (
     bytes_of,
     is_equal,
     open_shard,
+    parse_json,
     read_pieces,
     read_shard,
     read_tensor,
@@ -397,6 +399,16 @@ def test_tensors_are_read_in_pieces_into_new_memory_and_written_one_after_the_ot
             os.truncate(path, path.stat().st_size // 2)
             with pytest.raises(CheckpointError, match="ends within b: it was truncated while it was being read"):
                 read(second, raw)
+
+
+def test_json_and_dims_are_read_up_to_their_limits(tmp_path: Path) -> None:
+    for most in ("[" * 64 + "]" * 64, "9" * 309, "-" + "9" * 309):
+        assert json.dumps(parse_json(most)) == most
+    for beyond, said in (("[" * 65 + "]" * 65, "deeper than 64 levels"), ("9" * 310, "an integer of 310 digits")):
+        with pytest.raises(ValueError, match=said):
+            parse_json(beyond)
+    save_file({"a": torch.ones([1] * 64)}, tmp_path / "file")
+    assert [read_tensor(entry).ndim for entry in read_shard(tmp_path / "file").entries] == [64]
 
 
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
