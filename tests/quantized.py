@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +32,7 @@ MODELS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Codes:
     """A way to quantize, with options of a ``BitsAndBytesConfig``, and how far two ways to compute may then differ."""
 
@@ -48,22 +48,18 @@ _in_float32 = {"bnb_4bit_compute_dtype": torch.float32}
 NF4 = Codes("nf4-double", {**_nf4, **_in_float32, **_twice})
 FP4 = Codes("fp4", {**_fp4, **_in_float32})
 INT8 = Codes("8bit", _8_bits, kind="Linear8bitLt", tolerance=0.05)  # rounds its inputs to 8 bits too
-
-_LOADED: dict[tuple[object, ...], Any] = {}
-"""Models that were loaded before, which takes longer than to copy one."""
+HALF = Codes("nf4-half", {**_nf4, "bnb_4bit_compute_dtype": torch.bfloat16})
 
 
-def _loaded(kind: RealModel, options: dict[str, Any], **more: Any) -> Any:
-    """Build a model, write it, and load it as a user does; the second time, a copy of what was loaded."""
-    key = kind.build, str(options), str(more)
-    if key not in _LOADED:
-        built: Any = kind.build()
-        with TemporaryDirectory() as directory:
-            built.save_pretrained(directory)
-            model = _quantized_by(options, type(built), directory, **more)
-        model.name_or_path = model.config._name_or_path = ""  # as of the dense one; a directory's is another each time
-        _LOADED[key] = model
-    return copy.deepcopy(_LOADED[key])
+@cache
+def _loaded(kind: RealModel, codes: Codes, dtype: torch.dtype) -> Any:
+    """Build a model, write it, and load it as a user does, which takes longer than to copy it."""
+    built: Any = kind.build()
+    with TemporaryDirectory() as directory:
+        built.save_pretrained(directory)
+        model = _quantized_by(codes.options, type(built), directory, dtype=dtype)
+    model.name_or_path = model.config._name_or_path = ""  # as of the dense one; a directory's is another each time
+    return model
 
 
 def _quantized_by(options: dict[str, Any], kind: Any, directory: Any, **more: Any) -> Any:
@@ -73,7 +69,7 @@ def _quantized_by(options: dict[str, Any], kind: Any, directory: Any, **more: An
 
 def quantized_model(kind: RealModel, codes: Codes) -> Any:
     """Load a model in float32 with its linear layers quantized, in evaluation mode, that is not repacked there."""
-    model = _loaded(kind, codes.options)
+    model = copy.deepcopy(_loaded(kind, codes, torch.float32))
     for module in quantized_layers(model).values():
         module.support_avx512bf16_for_cpu = False
     return model
@@ -81,8 +77,7 @@ def quantized_model(kind: RealModel, codes: Codes) -> Any:
 
 def half_precision_model(kind: RealModel, *, bits: int = 4) -> transformers.PreTrainedModel:
     """Load a model in bfloat16 with its linear layers quantized, as users who train do."""
-    options = _8_bits if bits == 8 else {**_nf4, "bnb_4bit_compute_dtype": torch.bfloat16}
-    model: transformers.PreTrainedModel = _loaded(kind, options, dtype=torch.bfloat16)
+    model: Any = copy.deepcopy(_loaded(kind, INT8 if bits == 8 else HALF, torch.bfloat16))
     return model.requires_grad_(requires_grad=False)
 
 
