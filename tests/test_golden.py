@@ -41,8 +41,9 @@ class Attending(nn.Module):
         self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
 
     def attended(self, tokens: Tensor) -> Tensor:
-        x: Tensor = self.linear(self.embed(tokens))
-        return x + self.attn(x, x, x, need_weights=False)[0]
+        x = self.linear(self.embed(tokens))
+        output: Tensor = x + self.attn(x, x, x, need_weights=False)[0]
+        return output
 
 
 class Layers(Attending):

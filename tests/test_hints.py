@@ -71,7 +71,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_bad_argument_is_our_error_and_nothing_is_written(name: str, places: Path) -> None:
     """In place of one of the good arguments, with which the call works first."""
     function, before, model = FUNCTIONS[name], contents(places), trained(LINEAR)
-    good: dict[str, Any] = {
+    of_verbs: dict[str, dict[str, Any]] = {
         "load": {"model": model, "source": places / "ours", "name": "b"},
         "save": {"model": model, "directory": places / "out"},
         "plan": {"directory": places / "llama"},
@@ -79,7 +79,8 @@ def test_a_bad_argument_is_our_error_and_nothing_is_written(name: str, places: P
         "verify": {"directory": places / "ours"},
         "convert": {"directory": places / "ours", "out": places / "out", "to": "lora", "tolerance": 1},
         "merge": {"adapters": places / "ours", "out": places / "out", "base": places / "base"},
-    }[name]
+    }
+    good = of_verbs[name]
     function(**good)
     shutil.rmtree(places / "out", ignore_errors=True)
     if name == "load":
