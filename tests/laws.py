@@ -65,13 +65,17 @@ def update_of(layer: nn.Module, name: str = "default") -> Tensor:
     return adapter_layer(layer).delta_weight(layer, {name: 1.0})
 
 
-def oracle_of(layer: nn.Module) -> Tensor:
-    """Compute the update of one module whose adapter has alpha = 2r, by the loops of `tests.reference` in float64."""
-    lam, gamma = (values.detach().cpu() for values in diagonals(layer))
-    part = adapter_layer(layer).adapters["default"]
-    out, into = part.shape
+def oracle_of(layer: nn.Module, attribute: str = "weight", name: str = "default") -> Tensor:
+    """Compute one adapter's update, a matrix or a stack of them, by the loops of `tests.reference` in float64."""
+    held = adapter_layers_of(layer)[attribute]
+    part, values = held.adapters[name], [each.detach().cpu() for each in held.diagonals_of(layer, name)]
+    *count, out, into = part.shape
     bases = part.basis.slices(max(out, into), min(out, into), device="cpu", dtype=torch.float64)
-    return reference.delta_weight(*bases, lam, gamma, 2.0, in_features=into)
+
+    def matrix(lam: Tensor, gamma: Tensor) -> Tensor:
+        return reference.delta_weight(*bases, lam, gamma, part.options.alpha / part.options.r, in_features=into)
+
+    return torch.stack([matrix(*each) for each in zip(*values, strict=True)]) if count else matrix(*values)
 
 
 def plain(layer: nn.Module) -> nn.Module:

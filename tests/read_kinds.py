@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import randlora
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
-from tests import reference
 from tests.kit import fill
+from tests.laws import oracle_of
 
 EVERY_DTYPE = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -109,15 +108,8 @@ class ReadKind:
 
     def oracle_update(self, model: nn.Module, name: str = "default") -> Tensor:
         """Compute the update of one adapter in float64, as the library gives it: a matrix or a stack of them."""
-        part = self.layer(model).adapters[name]
-        sides = max(part.shape[-2:]), min(part.shape[-2:])
-        bases = part.basis.slices(*sides, device="cpu", dtype=torch.float64)
-        lam, gamma = self.diagonals(model, name)
-        matrix = partial(reference.delta_weight, *bases, scaling=part.scaling, in_features=part.shape[-1])
-        if lam.dim() == 2:
-            return matrix(lam, gamma)
-        stack = torch.stack([matrix(*each) for each in zip(lam, gamma, strict=True)])
-        return stack.flatten(end_dim=-2) if self.kind == "attention" else stack
+        update = oracle_of(self.owner(model), self.attribute, name)
+        return update.flatten(end_dim=-2) if self.kind == "attention" else update
 
     def changed(self, base: nn.Module, *updates: Tensor) -> nn.Module:
         """Make a float64 copy of a plain model with updates added to the weight: an oracle by torch's own forward."""
