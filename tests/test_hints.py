@@ -229,13 +229,11 @@ def test_parameters_to_train_are_listed_again_and_again_and_half_precision_is_wa
 
 
 def test_errors_are_ours_and_pythons_and_list_all_problems_up_to_a_number() -> None:
-    assert issubclass(ConfigError, ValueError)
-    assert issubclass(TargetError, ValueError)
-    assert issubclass(errors.CheckpointError, ValueError)
-    assert issubclass(errors.AdapterError, RuntimeError)
-    assert issubclass(errors.MergeError, RuntimeError)
-    assert issubclass(OptionError, TypeError)
-    assert issubclass(OptionError, ConfigError)
+    for error in (ConfigError, TargetError, errors.CheckpointError):
+        assert issubclass(error, ValueError)
+    for error in (errors.AdapterError, errors.MergeError):
+        assert issubclass(error, RuntimeError)
+    assert all(issubclass(OptionError, each) for each in (TypeError, ConfigError))
     raise_collected(ConfigError, [], doing="inject")
     with pytest.raises(TargetError, match=r"^cannot inject: no such layer$"):
         raise_collected(TargetError, ["no such layer"], doing="inject")
