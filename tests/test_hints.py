@@ -229,10 +229,8 @@ def test_parameters_to_train_are_listed_again_and_again_and_half_precision_is_wa
 
 
 def test_errors_are_ours_and_pythons_and_list_all_problems_up_to_a_number() -> None:
-    for error in (ConfigError, TargetError, errors.CheckpointError):
-        assert issubclass(error, ValueError)
-    for error in (errors.AdapterError, errors.MergeError):
-        assert issubclass(error, RuntimeError)
+    assert all(issubclass(each, ValueError) for each in (ConfigError, TargetError, errors.CheckpointError))
+    assert all(issubclass(each, RuntimeError) for each in (errors.AdapterError, errors.MergeError))
     assert all(issubclass(OptionError, each) for each in (TypeError, ConfigError))
     raise_collected(ConfigError, [], doing="inject")
     with pytest.raises(TargetError, match=r"^cannot inject: no such layer$"):
