@@ -1,10 +1,10 @@
 """Layers whose weight another module reads, or that it leaves out: adapted as they are read, or refused."""
 
 import copy
-import importlib
 import pickle
 from collections.abc import Callable
 from functools import partial
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import randlora
 from randlora.errors import AdapterError, TargetError
@@ -26,11 +27,6 @@ from tests.transformers_zoo import tiny
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
 IDS = torch.tensor([[1, 2, 3, 4]])
-
-
-def named(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def class_name(name: str) -> str:
@@ -142,17 +138,10 @@ SUBCLASS = "torchvision.models.swin_transformer.ShiftedWindowAttentionV2"
 BUILT = [name for name in (*PARENTS, SUBCLASS) if class_name(name) in BUILDS]
 
 
-def values_of(output: Any) -> list[Tensor]:
-    """Return the floating tensors of what a module returns."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    parts = output.values() if hasattr(output, "values") else output if isinstance(output, tuple | list) else ()
-    return [value for part in parts for value in values_of(part)]
-
-
 def seeded(run: Callable[[], Any]) -> list[Tensor]:
+    """Return the floating tensors of what a call returns."""
     torch.manual_seed(0)  # for dropout
-    return values_of(run())
+    return [value for value in tree_leaves(run()) if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def assert_only_adapters_are_trained(model: nn.Module) -> None:
@@ -170,7 +159,7 @@ def test_every_class_that_never_calls_a_layer_is_built() -> None:
 @pytest.mark.parametrize("name", BUILT)
 def test_a_layer_that_is_read_acts_and_is_trained_as_if_it_were_merged(name: str) -> None:
     torch.manual_seed(0)
-    owner, run = BUILDS[class_name(name)](named(name))
+    owner, run = BUILDS[class_name(name)](resolve_name(name))
     root = nn.ModuleDict({"owner": owner})
     names = [f"{parent.__module__}.{parent.__qualname__}" for parent in type(owner).__mro__]
     found = [part for each in names for part in PARENTS.get(each, ()) if part.where(owner) and not part.problem]
@@ -193,7 +182,7 @@ def test_a_layer_that_is_read_acts_and_is_trained_as_if_it_were_merged(name: str
 
 def test_gemma_clamps_what_it_reads_with_the_update_and_changes_no_frozen_weight() -> None:
     (name,) = (name for name in PARENTS if name.endswith("AltUp"))
-    owner, run = altup(named(name), altup_coef_clip=0.02)
+    owner, run = altup(resolve_name(name), altup_coef_clip=0.02)
     model = nn.ModuleDict({"up": owner})
     randlora.inject(model, r=2, targets="all-linear")
     before = all_bits(fill(model, spread=0.3).state_dict())
@@ -229,7 +218,7 @@ def own_attention() -> nn.Module:
 
 
 def swin(version: str = "") -> nn.Module:
-    models: Any = importlib.import_module("torchvision.models.swin_transformer")
+    models = library("torchvision").models.swin_transformer
     block, merging = (getattr(models, f"{name}{version}") for name in ("SwinTransformerBlock", "PatchMerging"))
     sizes = {"patch_size": [4, 4], "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": [2, 2]}
     options = {"num_classes": 3, "stochastic_depth_prob": 0.0, "block": block, "downsample_layer": merging}
@@ -329,8 +318,8 @@ def positions(encoder: str) -> nn.Module:
     """Build an encoder of documents, whose biases of positions are read without gradients or not at all."""
     (name,) = (name for name in PARENTS if name.endswith(encoder))
     options = {"has_relative_attention_bias": True, "has_spatial_attention_bias": True}
-    config = named(name.replace("modeling", "configuration").replace("Encoder", "Config"))
-    return nn.ModuleDict({"encoder": named(name)(config(**SIZES, **options, max_2d_position_embeddings=16))})
+    config = resolve_name(name.replace("modeling", "configuration").replace("Encoder", "Config"))
+    return nn.ModuleDict({"encoder": resolve_name(name)(config(**SIZES, **options, max_2d_position_embeddings=16))})
 
 
 NO_EFFECT = "so an adapter would have no effect"
@@ -373,12 +362,12 @@ def test_a_default_skips_them_and_adapts_all_linear_layers_where_nothing_else_is
     with pytest.raises(TargetError, match=r"attn\.qkv is a weight that other code reads, and dropout=0.1 cannot reach"):
         randlora.inject(swin(), r=2, targets=["qkv"], dropout=0.1)
     for options in ({"qkv_bias": False}, {"qkv_bias": True, "qkv_bias_separate": True}):  # with which it calls them
-        model = quantize(nn.Sequential(named("timm.models.beit.Attention")(8, 2, **options)), "qkv")
+        model = quantize(nn.Sequential(resolve_name("timm.models.beit.Attention")(8, 2, **options)), "qkv")
         assert "0.qkv" in randlora.inject(model, r=2, targets="all-linear").targets
 
 
 def test_what_chooses_tokens_runs_without_gradients_and_rules_leave_it_out() -> None:
-    kinds = [named(name) for name in WITHOUT_GRADIENT]
+    kinds = [resolve_name(name) for name in WITHOUT_GRADIENT]
     assert {kind.forward.__code__ for kind in kinds} == {torch.no_grad()(lambda: None).__code__}
     indexer: nn.Module = kinds[0].__new__(kinds[0])
     nn.Module.__init__(indexer)
