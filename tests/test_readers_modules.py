@@ -142,11 +142,7 @@ def test_a_call_that_raises_ends_the_scope() -> None:
     with pytest.raises(ValueError, match="as it was told"):
         model(IDS)
     assert is_parameter(model)
-    with (
-        model.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True),
-        pytest.raises(ZeroDivisionError),
-        in_call(),
-    ):
+    with model.register_forward_pre_hook(lambda *_: 1 / 0, prepend=True), pytest.raises(ZeroDivisionError), in_call():
         model(IDS)
     assert is_parameter(model)
     with pytest.raises(AdapterError, match="adapter_names"):
@@ -207,10 +203,9 @@ def test_compiled_code_and_what_it_leaves_uncompiled_read_the_updates() -> None:
     found = compiled(IDS)
     assert_close(found, expected, torch.float32)
     assert is_parameter(model)
-    ours, theirs = (
-        torch.autograd.grad(each.sum(), [*randlora.trainable_parameters(model)]) for each in (found, expected)
-    )
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    trained = [*randlora.trainable_parameters(model)]
+    gradients = [torch.autograd.grad(each.sum(), trained) for each in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 # Attention
