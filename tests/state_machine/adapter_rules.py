@@ -17,8 +17,8 @@ import randlora
 from randlora.errors import AdapterError, MergeError, RandLoRAError, TargetError
 from randlora.state import ATTRIBUTE
 from tests.kit import all_bits, bits, untouched
-from tests.state_machine.recipes import Factors, Recipe, factors, maybe, names, recipes, which
-from tests.state_machine.refusals import is_adapted, is_free, is_merged, is_plain, is_unmerged
+from tests.state_machine.recipes import NAMES, Factors, Recipe, factors, maybe, names, recipes, which
+from tests.state_machine.refusals import is_adapted, is_free, is_merged, is_unmerged
 from tests.state_machine.truth import Adapter, Truth, diagonal_names
 from tests.torture.faults import fast_disk
 
@@ -96,6 +96,10 @@ class AdapterRules(RuleBasedStateMachine):
     def name(self, which: int) -> str:
         return list(self.truth.adapters)[which % len(self.truth.adapters)]
 
+    def new_name(self, drawn: str | None) -> str:
+        """Return the name that was drawn, which may be taken, or the first that is not."""
+        return drawn or next((name for name in NAMES if name not in self.truth.adapters), NAMES[0])
+
     def chosen(self, factors: Iterable[float | None]) -> dict[str, float]:
         return {name: by for name, by in zip(self.truth.adapters, factors, strict=False) if by is not None}
 
@@ -134,18 +138,18 @@ class AdapterRules(RuleBasedStateMachine):
         for bystander, before in self.bystanders:
             assert all_bits(bystander.state_dict()) == before, "a copy changed the model that it was made of"
 
-    @is_plain
-    @rule(first=recipes, second=st.none() | recipes)
-    def begin(self, first: Recipe, second: Recipe | None) -> None:
-        """Inject one adapter or two, so that a model is seldom plain for long."""
-        self.inject("a", first, None, None)
-        if second is not None:
-            self.inject("b", second, None, True)
-
     @is_unmerged
-    @rule(name=names, recipe=recipes, active=maybe, trainable=maybe)
-    def inject(self, name: str, recipe: Recipe, active: bool | None, trainable: bool | None) -> None:
+    @rule(name=names, recipe=recipes, active=maybe, trainable=maybe, place=st.none() | st.integers(0, 9))
+    def inject(
+        self, name: str | None, recipe: Recipe, active: bool | None, trainable: bool | None, place: int | None
+    ) -> None:
+        """Add an adapter. Of a plain model, a parameter may be frozen first, or trained if it was frozen."""
         truth, recipe = self.truth, replace(recipe, beside=()) if self.is_half else recipe
+        name = self.new_name(name)
+        if place is not None and not truth.adapters:
+            own = list(truth.own)[place % len(truth.own)]
+            truth.own_grad[own] = not truth.own_grad[own]
+            self.model.get_parameter(own).requires_grad_(truth.own_grad[own])
         options = {**recipe.options(truth.kind), "name": name, "active": active, "trainable": trainable}
         refused: Refused = AdapterError if name in truth.adapters else recipe.misfit(truth.kind)
         with untouched(self.model):
@@ -173,13 +177,23 @@ class AdapterRules(RuleBasedStateMachine):
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1)
         self.truth.take({each: self.model.get_parameter(each) for each in own})
 
-    @is_free
+    @is_adapted
     @rule(chosen=factors, form=st.sampled_from(["name", "names", "mapping"]))
     def activate(self, chosen: Factors, form: str) -> None:
-        factor_of = self.chosen(chosen)
+        truth, factor_of = self.truth, self.chosen(chosen)
+        if truth.merged is not None:
+            self.activate_on_top(factor_of)
+            return
         given: Any = factor_of if form == "mapping" else [*factor_of]
         factor_of = factor_of if form == "mapping" else dict.fromkeys(factor_of, 1.0)
         self.activated(self.share(factor_of), factor_of, given[0] if form == "name" and len(given) == 1 else given)
+
+    def activate_on_top(self, factor_of: dict[str, float]) -> None:
+        truth = self.truth
+        given: dict[str, Any] = factor_of | {name: truth.adapters[name].factor or 0.0 for name in truth.merged_names}
+        owners = {copy: id(truth.adapters[name]) for name in given for copy in truth.adapters[name].copies}
+        is_exchange = owners != {copy: id(adapter) for copy, (adapter, _) in truth.installed.items()}
+        self.activated(self.share(given) or is_exchange, given, given)
 
     def activated(self, is_refused: bool, factor_of: dict[str, Any], given: Any, **options: Any) -> None:
         self.ask(AdapterError if is_refused else None, randlora.activate, given, **options)
@@ -192,17 +206,21 @@ class AdapterRules(RuleBasedStateMachine):
         """Activate adapters in one layer and those whose names begin with its, or with another factor in each."""
         truth, given = self.truth, self.chosen(chosen)
         named = truth.kind.weights[place % len(truth.kind.weights)].fqn
-        factor_of, is_nowhere = {}, False
-        for name, by in given.items():
-            fqns = sorted(truth.adapters[name].values, key=len, reverse=True)
-            inside = [fqn for fqn in fqns if f".{named}." in f".{fqn}."]
-            in_turn = zip(fqns, itertools.cycle(scales or [1.0]), strict=False)
-            factor_of[name] = dict(in_turn) if scales else {fqn: by * (fqn in inside) for fqn in fqns}
-            is_nowhere |= not (scales or inside)
-        alike = {name: next(iter(by.values())) for name, by in factor_of.items() if len({*by.values()}) == 1}
-        options = {} if scales else {"layers": named}
-        is_refused = self.share(given) or is_nowhere
-        self.activated(is_refused, factor_of | alike, factor_of if scales else given, **options)
+        by_layer: dict[str, dict[str, float]] = {}
+        is_refused = self.share(given)
+        for name, factor in given.items():
+            fqns = sorted(truth.adapters[name].values, key=len, reverse=True)  # a short one is the end of longer ones
+            if scales is None:
+                inside = {fqn for fqn in fqns if f".{named}." in f".{fqn}."}
+                by_layer[name] = {fqn: factor if fqn in inside else 0.0 for fqn in fqns}
+                is_refused = is_refused or not inside
+            else:
+                by_layer[name] = dict(zip(fqns, itertools.cycle(scales), strict=False))
+        alike = {name: next(iter(own.values())) for name, own in by_layer.items() if len({*own.values()}) == 1}
+        if scales is None:
+            self.activated(is_refused, by_layer | alike, given, layers=named)
+        else:
+            self.activated(is_refused, by_layer | alike, by_layer)
 
     @is_free
     @rule(which=which)
@@ -218,11 +236,6 @@ class AdapterRules(RuleBasedStateMachine):
         restored = randlora.eject(self.model)
         assert {*restored} == {fqn for adapter in self.truth.adapters.values() for fqn in adapter.values}
         self.truth.become_plain(keep=False)
-
-    @is_adapted
-    @rule(compute=st.sampled_from(["auto", "factored", "materialized"]))
-    def set_compute(self, compute: Any) -> None:
-        randlora.set_compute(self.model, compute)
 
     @is_adapted
     @rule(place=st.integers(0, 6), of=st.none() | which)
@@ -249,12 +262,12 @@ class AdapterRules(RuleBasedStateMachine):
         return MergeError if not truth.active or not names or is_loss or is_trained or is_again else None
 
     @is_adapted
-    @rule(reversible=st.booleans(), some=st.none() | st.sets(which))
-    def merge(self, reversible: bool, some: set[int] | None) -> None:
-        truth = self.truth
-        names = {*truth.on_top} if some is None else {self.name(each) for each in some}
+    @rule(reversible=st.sampled_from([True, True, False]), of=st.none() | which)
+    def merge(self, reversible: bool, of: int | None) -> None:
+        """Merge all active adapters or one of them."""
+        truth, names = self.truth, _one_or_all(self.truth.on_top, of)
         refused = self.unless_mergeable(names, reversible=reversible)
-        given = {} if some is None else {"adapters": sorted(names)}
+        given = {} if of is None else {"adapters": [*names]}
         report = self.ask(refused, randlora.merge, reversible=reversible, **given)
         if refused:
             return
@@ -276,22 +289,11 @@ class AdapterRules(RuleBasedStateMachine):
         self.truth.merge(names, found)
 
     @is_merged
-    @rule(some=st.none() | st.sets(which, min_size=1))
-    def unmerge(self, some: set[int] | None) -> None:
-        names = {*self.truth.merged_names} if some is None else {self.name(each) for each in some}
-        refused = None if names <= self.truth.merged_names else MergeError
-        self.ask(refused, randlora.unmerge, *([] if some is None else [sorted(names)]))
-        if refused is None:
-            self.merge_as(self.truth.merged_names - names)
-
-    @is_merged
-    @rule(chosen=factors)
-    def activate_on_top(self, chosen: Factors) -> None:
-        truth, factor_of = self.truth, self.chosen(chosen)
-        given: dict[str, Any] = factor_of | {name: truth.adapters[name].factor or 0.0 for name in truth.merged_names}
-        owners = {copy: id(truth.adapters[name]) for name in given for copy in truth.adapters[name].copies}
-        is_exchange = owners != {copy: id(adapter) for copy, (adapter, _) in truth.installed.items()}
-        self.activated(self.share(given) or is_exchange, given, given)
+    @rule(of=st.sampled_from([0, 1, 2, None]))
+    def unmerge(self, of: int | None) -> None:
+        names = _one_or_all(self.truth.merged_names, of)
+        randlora.unmerge(self.model, None if of is None else [*names])
+        self.merge_as(self.truth.merged_names - names)
 
     def enter(self, refused: Refused, block: Callable[..., Any], merges: set[str] | None = None) -> None:
         """Open a block, which `leave` closes some time later: one that merges these adapters, or one of `disabled`."""
@@ -300,14 +302,19 @@ class AdapterRules(RuleBasedStateMachine):
         if refused is None:
             self.blocks.append((manager, merges, self.truth.life))
 
-    @is_free
-    @rule()
-    def disable(self) -> None:
-        self.enter(None, randlora.disabled)
-        self.truth.disabled += 1
+    @precondition(lambda self: self.blocks or self.truth.adapters)
+    @rule(does=st.sampled_from(["merge", "disable", "end"]), error=st.sampled_from([None, ZeroDivisionError()]))
+    def block(self, does: str, error: ZeroDivisionError | None) -> None:
+        """Begin a block of `merged` or of `disabled`, or end the innermost."""
+        if self.blocks and (does == "end" or not self.truth.adapters or len(self.blocks) > 1):
+            self.leave(error)
+        elif does == "merge":
+            self.merge_for_a_while()
+        else:
+            refused = None if self.truth.merged is None else AdapterError
+            self.enter(refused, randlora.disabled)
+            self.truth.disabled += refused is None
 
-    @is_adapted
-    @rule()
     def merge_for_a_while(self) -> None:
         truth, names = self.truth, {*self.truth.on_top}
         is_nested = truth.merged is not None and not names
@@ -316,8 +323,6 @@ class AdapterRules(RuleBasedStateMachine):
         if not refused and not is_nested:
             self.merge_as(names | truth.merged_names)
 
-    @precondition(lambda self: self.blocks)
-    @rule(error=st.sampled_from([None, ZeroDivisionError()]))
     def leave(self, error: ZeroDivisionError | None) -> None:
         truth, (manager, merges, life) = self.truth, self.blocks.pop()
         assert not manager.__exit__(type(error) if error else None, error, None), "an exception must not be hidden"
@@ -325,3 +330,9 @@ class AdapterRules(RuleBasedStateMachine):
             truth.disabled -= 1
         if life == truth.life and (own := (merges or set()) & truth.merged_names):
             self.merge_as(truth.merged_names - own)
+
+
+def _one_or_all(names: Iterable[str], of: int | None) -> set[str]:
+    """Return all of some names, or one of them by its place, counted round and round."""
+    held = sorted(names)
+    return {held[of % len(held)]} if held and of is not None else {*held}

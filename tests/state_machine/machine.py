@@ -15,12 +15,12 @@ from torch import Tensor
 
 import randlora
 from randlora.checkpoint.read import read_adapter
-from randlora.errors import AdapterError, CheckpointError, MergeError
+from randlora.errors import AdapterError, MergeError
 from tests.kit import all_bits, assert_unchanged, bits, snapshot, untouched
 from tests.state_machine.adapter_rules import AdapterRules, Refused, assert_near, assert_weights_near
 from tests.state_machine.models import KINDS
 from tests.state_machine.recipes import DTYPES, Factors, Recipe, factors, maybe, names, recipes, slots, which
-from tests.state_machine.refusals import REFUSALS, WHEN, has_saved, is_adapted, is_free, is_plain, is_unmerged
+from tests.state_machine.refusals import REFUSALS, WHEN, has_saved, is_adapted, is_free, is_unmerged
 from tests.state_machine.truth import Adapter, Truth, diagonal_names, drawn
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
@@ -39,9 +39,11 @@ class RandLoRAMachine(AdapterRules):
         self.is_half = dtype == torch.bfloat16  # it trains nothing beside, whose copies would be float32
         self.truth = Truth(KINDS[kind], dtype)
         self.model, _ = KINDS[kind].build(dtype)
-        self.begin(first, second)
+        self.inject("a", first, None, None, None)
+        self.inject("b", second, None, True, None)
         if self.truth.adapters:
             self.activate(chosen, "mapping")
+            self.save(0, 0, "seed")
 
     @is_adapted
     @rule(steps=st.integers(1, 2))
@@ -82,34 +84,30 @@ class RandLoRAMachine(AdapterRules):
         self.model.zero_grad(set_to_none=True)
         self.truth.take({name: value for name, value in self.model.state_dict().items() if name in expected})
 
-    @rule(dtype=st.sampled_from(DTYPES))
-    def cast(self, dtype: torch.dtype) -> None:
-        if dtype == torch.bfloat16 and not self.is_half:
-            return
-        self.model.to(dtype)
-        self.truth.cast(dtype)
+    @is_adapted
+    @rule(
+        which=which, trains=st.booleans(), mode=maybe, compute=st.sampled_from(["auto", "factored", "materialized"]),
+        dtype=st.sampled_from([None, *DTYPES]),
+    )  # fmt: skip
+    def set_up(self, which: int, trains: bool, mode: bool | None, compute: Any, dtype: torch.dtype | None) -> None:
+        """Set what is trained and how the model computes, and give it another mode and dtype or not."""
+        randlora.set_compute(self.model, compute)
+        randlora.set_trainable(self.model, name := self.name(which), trains)
+        self.truth.adapters[name].trains = trains
+        if mode is not None:
+            self.model.train(mode)
+            self.truth.training = mode
+        if dtype is not None and (dtype != torch.bfloat16 or self.is_half):
+            self.model.to(dtype)
+            self.truth.cast(dtype)
 
     @is_adapted
-    @rule(training=st.booleans())
-    def set_mode(self, training: bool) -> None:
-        self.model.train(training)
-        self.truth.training = training
-
-    @is_plain
-    @rule(place=st.integers(0, 9), flag=st.booleans())
-    def freeze(self, place: int, flag: bool) -> None:
-        name = list(self.truth.own)[place % len(self.truth.own)]
-        self.model.get_parameter(name).requires_grad_(flag)
-        self.truth.own_grad[name] = flag
-
-    @is_adapted
-    @rule()
-    def remember_state(self) -> None:
-        self.remembered = {name: value.clone() for name, value in self.model.state_dict().items()}
-
-    @precondition(lambda self: self.remembered)
     @rule(assign=st.booleans())
-    def restore_state(self, assign: bool) -> None:
+    def go_back(self, assign: bool) -> None:
+        """Take down the state dict, or load the one that was taken down before."""
+        if not self.remembered:
+            self.remembered = {name: value.clone() for name, value in self.model.state_dict().items()}
+            return
         now = self.truth.state()
         state = {
             name: value.clone()
@@ -142,8 +140,8 @@ class RandLoRAMachine(AdapterRules):
 
     @is_adapted
     @rule(which=which, to=names)
-    def rename(self, which: int, to: str) -> None:
-        name, truth = self.name(which), self.truth
+    def rename(self, which: int, to: str | None) -> None:
+        name, to, truth = self.name(which), self.new_name(to), self.truth
         refused = AdapterError if to in truth.adapters or truth.merged is not None else None
         self.ask(refused, randlora.rename, name, to)
         if refused is None:
@@ -153,18 +151,11 @@ class RandLoRAMachine(AdapterRules):
             self.held = {renamed.get(key, key): parameter for key, parameter in self.held.items()}
             truth.adapters = {to if each == name else each: adapter for each, adapter in truth.adapters.items()}
 
-    @is_adapted
-    @rule(which=which, flag=st.booleans())
-    def set_trainable(self, which: int, flag: bool) -> None:
-        name = self.name(which)
-        randlora.set_trainable(self.model, name, flag)
-        self.truth.adapters[name].trains = flag
-
     @is_free
     @rule(of=st.tuples(which, which), by=st.sampled_from([(1.0, 0.0), (0.5, -2.0), (-1.0, 1.0)]), name=names)
-    def combine(self, of: tuple[int, int], by: tuple[float, float], name: str) -> None:
+    def combine(self, of: tuple[int, int], by: tuple[float, float], name: str | None) -> None:
         """A sum that no adapter on these bases has is refused, by a table of tests."""
-        factors = dict(zip(map(self.name, of), by, strict=True))
+        name, factors = self.new_name(name), dict(zip(map(self.name, of), by, strict=True))
         before = snapshot(self.model)
         try:
             randlora.serving.combine(self.model, factors, name=name)
@@ -255,11 +246,9 @@ class RandLoRAMachine(AdapterRules):
     @has_saved
     @is_unmerged
     @rule(slot=slots, name=names, active=maybe, trainable=st.booleans())
-    def load(self, slot: int, name: str, active: bool | None, trainable: bool) -> None:
-        truth = self.truth
-        refused: Refused = None if slot in self.saved else CheckpointError
-        if name in truth.adapters:
-            refused = AdapterError
+    def load(self, slot: int, name: str | None, active: bool | None, trainable: bool) -> None:
+        truth, name, slot = self.truth, self.new_name(name), slot if slot in self.saved else min(self.saved)
+        refused: Refused = AdapterError if name in truth.adapters else None
         self.ask(refused, randlora.load, self.path(slot), name=name, active=active, trainable=trainable)
         if refused is None:
             file = self.saved[slot]
@@ -269,10 +258,13 @@ class RandLoRAMachine(AdapterRules):
 
     @has_saved
     @is_adapted
-    @rule(slot=slots, factor=st.sampled_from([1.0, -0.5]))
-    def merge_files(self, slot: int, factor: float) -> None:
-        if slot not in self.saved:
-            return
+    @rule(slot=slots, to=slots, factor=st.sampled_from([1.0, -0.5]))
+    def merge_files(self, slot: int, to: int, factor: float) -> None:
+        """Merge a saved adapter, or what it is converted to, into the model's own values on disk."""
+        slot = slot if slot in self.saved else min(self.saved)
+        if slot != to:
+            randlora.files.convert(self.path(slot), self.path(to), to="native", overwrite=True)
+            slot, self.saved[to] = to, self.saved[slot]
         adapter, base, out = self.saved[slot], self.root / "base", self.root / "merged"
         base.mkdir(exist_ok=True)
         own = {name: value.clone() for name, value in self.truth.own.items()}
@@ -294,14 +286,6 @@ class RandLoRAMachine(AdapterRules):
         for path in out.iterdir():
             path.unlink()
         out.rmdir()
-
-    @has_saved
-    @is_adapted
-    @rule(slot=slots, to=slots)
-    def convert(self, slot: int, to: int) -> None:
-        if slot != to and slot in self.saved:
-            randlora.files.convert(self.path(slot), self.path(to), to="native", overwrite=True)
-            self.saved[to] = self.saved[slot]
 
     def teardown(self) -> None:
         with self.cleanup:

@@ -84,7 +84,7 @@ class Recipe:
         return Adapter(options, scales, bases, values, {name: own[name] for name in self.copies(kind)}, None, trains)
 
 
-names = st.sampled_from(NAMES)
+names = st.sampled_from([None, None, None, *NAMES])
 slots = st.integers(0, 1)
 maybe = st.sampled_from([None, True, False])
 ranks = st.tuples(st.integers(2, 6), st.integers(2, 6)) | st.just((4, 4))
