@@ -28,7 +28,7 @@ from tests.kit import fill, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LayerKind, every_kind
 from tests.pairs import Case, case, every_form
-from tests.read_kinds import READ_KINDS, ReadKind, output_of
+from tests.read_kinds import READ_KINDS, ReadKind, output_of, weighted
 from tests.serving import Names, each_alone, row_by_row, with_adapters
 from tests.strategies import ranks, sides
 
@@ -78,6 +78,15 @@ def test_rows_are_those_of_each_adapter_alone(
         assert_close(in_block(model, names, lambda: model(x)), expected, kind.exact)
 
 
+def test_in_training_dropout_falls_on_the_rows_of_each_adapter() -> None:
+    model, x = with_some(nn.Sequential(nn.Linear(10, 6)), ["a"], targets=["0"], dropout=0.5), torch.randn(4, 10)
+    torch.manual_seed(1)
+    expected = row_by_row(model, ["a"] * 4, lambda: model(x))
+    torch.manual_seed(1)
+    assert_close(in_block(model, ["a"] * 4, lambda: model(x)), expected, torch.float32)
+    assert not torch.allclose(model(x), expected)
+
+
 @settings(max_examples=8)
 @given(names_of_rows, st.integers(1, 4))
 def test_gradients_are_those_of_each_adapter_alone(names: Names, tokens: int) -> None:
@@ -102,9 +111,16 @@ def test_rows_of_modules_that_read_their_weight(kind: ReadKind) -> None:
     fill(model, "b", seed=7)
     args = kind.arguments(torch.float64)
     names: Names = [("default", None, "b")[row % 3] for row in range(args[0].shape[0])]
-    expected = row_by_row(model, names, lambda: output_of(model[0](*args)))
-    assert_close(in_block(model, names, lambda: output_of(model[0](*args))), expected, torch.float64)
+    randlora.set_trainable(model, ["default", "b"])
+    expected, found = (run(model, names, lambda: output_of(model[0](*args))) for run in (row_by_row, in_block))
+    assert_close(found, expected, torch.float64)
     assert len(names) == 1 or not torch.equal(expected[0], expected[1])
+    trained = [*randlora.trainable_parameters(model)]
+    for ours, alone in zip(
+        *(torch.autograd.grad(weighted(each), trained, materialize_grads=True) for each in (found, expected)),
+        strict=True,
+    ):
+        assert_close(ours, alone, torch.float32)
 
 
 @pytest.mark.parametrize("targets", ["all", ["out_proj"]])
@@ -139,14 +155,14 @@ def test_attention_inside_of_a_model_that_may_put_tokens_first(axis: int) -> Non
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.TransformerEncoderLayer(12, 2, 16, batch_first=axis == 0)
-            self.reading = nn.MultiheadAttention(12, 2, batch_first=True)
-            self.table = nn.Parameter(torch.randn(3, 12))
+            self.reading = nn.MultiheadAttention(12, 2, batch_first=axis == 0)
+            self.table, self.last = nn.Parameter(torch.randn(3, 12)), nn.Linear(3, 12)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = self.layer(x.transpose(0, axis)).transpose(0, axis)
-            table = self.table.expand(len(x), -1, -1)  # the same for all rows
-            output: Tensor = self.reading(x, table, table)[0]
-            return output
+            table = self.table.expand(len(x), -1, -1).transpose(0, axis)  # the same for all rows
+            output, weights = self.reading(self.layer(x.transpose(0, axis)), table, table)
+            total: Tensor = output.transpose(0, axis) + self.last(weights)
+            return total
 
     model, x = with_adapters(Model().double(), "all"), torch.randn(4, 5, 12, dtype=torch.float64)
     expected = row_by_row(model, NAMES, lambda: model(x))
@@ -430,7 +446,7 @@ GENERATED: dict[str, tuple[Callable[[], Any], Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("what", GENERATED)
 def test_generate_of_left_padded_rows(what: str) -> None:
     build, targets, options = GENERATED[what]
-    model, batch = with_adapters(build(), targets, r=4), torch.randint(3, 60, (4, 6))
+    model, batch = with_adapters(build(), targets, r=4), torch.randint(3, 60, (4, 4))  # as many tokens as rows
     mask = torch.ones_like(batch)
     if what != "decoder":
         mask[1, :2] = mask[3, :3] = 0
@@ -439,6 +455,9 @@ def test_generate_of_left_padded_rows(what: str) -> None:
 
     def run(**options: Any) -> list[Any]:
         usual = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        if what == "beams" and "num_beams" in options:  # by a config
+            config = transformers.GenerationConfig(**usual, **options)
+            return list(model.generate(batch, config, attention_mask=mask).split(each))
         return list(model.generate(batch, attention_mask=mask, **usual, **options).split(each))
 
     with pytest.raises((AdapterError, ValueError), match="adapter_names"):
