@@ -13,41 +13,23 @@ from safetensors.torch import save_file
 
 import randlora
 from randlora.checkpoint.header import _seal
-from tests.checkpoint_files import (
-    BASIS_A,
-    BASIS_B,
-    CONFIG_FILE,
-    GAMMA,
-    LAMBDA,
-    LINEAR,
-    PREFIX,
-    TENSORS_FILE,
-    Case,
-    edit_fields,
-    edit_tensors,
-    foreign,
-    peft_directory,
-    read_fields,
-    read_tensors,
-    reseal,
-    trained,
-    write_tensors,
-)
+from tests import checkpoint_files as stored
+from tests.checkpoint_files import BASIS_A, BASIS_B, CONFIG_FILE, GAMMA, LAMBDA, LINEAR, PREFIX, TENSORS_FILE
 from tests.fuzz.mutate import parse, unparse
 
 P = ParamSpec("P")
 Damage = Callable[[Path], object]
 
 
-def our_adapter(directory: Path, case: Case = LINEAR, *, bases: Any = "seed", **options: Any) -> Path:
-    randlora.save(trained(case, **options), directory, bases=bases)
+def our_adapter(directory: Path, case: stored.Case = LINEAR, *, bases: Any = "seed", **options: Any) -> Path:
+    randlora.save(stored.trained(case, **options), directory, bases=bases)
     return directory
 
 
 def unseeded(directory: Path) -> Path:
     """Save one with bases that no seed brings back, as PEFT may draw them."""
     model = LINEAR.build()
-    randlora.load(model, foreign(directory))
+    randlora.load(model, stored.foreign(directory))
     randlora.save(model, directory, bases="stored")
     return directory
 
@@ -64,20 +46,20 @@ def damage(function: Callable[Concatenate[Path, P], object]) -> Callable[P, Dama
     return lambda *args, **options: lambda directory: function(directory, *args, **options)
 
 
-fields, tensors, sealed = damage(edit_fields), damage(edit_tensors), damage(reseal)
+fields, tensors, sealed = damage(stored.edit_fields), damage(stored.edit_tensors), damage(stored.reseal)
 
 
 def read_facts(directory: Path) -> dict[str, Any]:
     """Read the header without its seal."""
-    found: dict[str, Any] = json.loads(read_tensors(directory)[1]["randlora"])
+    found: dict[str, Any] = json.loads(stored.read_tensors(directory)[1]["randlora"])
     return {name: value for name, value in found.items() if name != "sha256"}
 
 
 def write_facts(directory: Path, found: dict[str, Any], old: str = "", new: str = "") -> None:
     """Write another header, sealed as a save would, and then change its text."""
-    tensors, metadata = read_tensors(directory)
+    tensors, metadata = stored.read_tensors(directory)
     text = json.dumps({**found, "sha256": _seal(found, tensors)})
-    write_tensors(directory, tensors, {**metadata, "randlora": text.replace(old, new)})
+    stored.write_tensors(directory, tensors, {**metadata, "randlora": text.replace(old, new)})
 
 
 @damage
@@ -93,8 +75,8 @@ def facts(directory: Path, /, old: str = "", new: str = "", **changes: Any) -> N
 @damage
 def header(directory: Path, name: str, text: str | None = None) -> None:
     """Write the header, or another text, under a name in place of the header."""
-    tensors, metadata = read_tensors(directory)
-    write_tensors(directory, tensors, {"format": "pt", name: metadata["randlora"] if text is None else text})
+    tensors, metadata = stored.read_tensors(directory)
+    stored.write_tensors(directory, tensors, {"format": "pt", name: metadata["randlora"] if text is None else text})
 
 
 @damage
@@ -104,16 +86,16 @@ def config(directory: Path, contents: bytes) -> None:
 
 @damage
 def json_text(directory: Path, old: str, new: str) -> None:
-    config(json.dumps(read_fields(directory)).replace(old, new).encode())(directory)
+    config(json.dumps(stored.read_fields(directory)).replace(old, new).encode())(directory)
 
 
 @damage
 def multiplied(directory: Path, key: str, last: float, others: float = 1) -> None:
     """Multiply a tensor, and its last value by some other number, under a whole seal if there is one."""
-    held, metadata = read_tensors(directory)
+    held, metadata = stored.read_tensors(directory)
     changed = held[key] * others
     changed.view(-1)[-1] *= last
-    (reseal if "randlora" in metadata else edit_tensors)(directory, {key: changed})
+    (stored.reseal if "randlora" in metadata else stored.edit_tensors)(directory, {key: changed})
 
 
 class Bomb:
@@ -289,6 +271,6 @@ MAKERS: dict[str, tuple[Callable[[Path], object], Rows]] = {
     "block": (partial(our_adapter, basis="block"), PORTABLE[-2:]),
     "stored": (partial(our_adapter, bases="stored", train_also=["2.bias"]), STORED),
     "unseeded": (unseeded, UNSEEDED),
-    "PEFT's": (partial(peft_directory, train_also=["2.bias"]), PEFTS),
+    "PEFT's": (partial(stored.peft_directory, train_also=["2.bias"]), PEFTS),
 }
 """What makes a sound directory, and what is said of it, by every verb, after some damage."""

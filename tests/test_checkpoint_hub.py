@@ -22,24 +22,9 @@ from randlora.checkpoint.peft_config import base_model_name, mismatch, target_mo
 from randlora.checkpoint.save import task_of
 from randlora.errors import CheckpointError, ConfigError, how_to_install
 from randlora.targets.census import Census
+from tests import checkpoint_files as stored
 from tests import models
-from tests.checkpoint_files import (
-    BASIS_B,
-    CARD_FILE,
-    CASES,
-    CONFIG_FILE,
-    HEADED,
-    LINEAR,
-    TENSORS_FILE,
-    Case,
-    basis_of,
-    edit_fields,
-    edit_tensors,
-    peft_directory,
-    read_fields,
-    refused,
-    trained,
-)
+from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, HEADED, LINEAR, TENSORS_FILE, read_fields, refused, trained
 from tests.hub_server import Hub, Repository, point_client_at
 from tests.kit import adapter_values, all_bits, fill, untouched
 from tests.peer import THEIR_WARNINGS, as_peft_draws, peft_draw
@@ -75,7 +60,7 @@ def test_the_card_says_what_the_report_of_inject_says_whatever_else_the_model_ca
         "blocks": "(2, 2)",
         "stream of the bases": "portable",
         "seed of the bases": "11",
-        "SHA-256 of the bases": f"`{basis_of(model).digest(9, 7)}`",
+        "SHA-256 of the bases": f"`{stored.basis_of(model).digest(9, 7)}`",
         "adapted layers": "2, called `0`, `2`",
         "trained parameters": f"{report.trainable_parameters} of {report.total_parameters} ({report.share:.2%})",
         "trained with the adapter": ", ".join(f"`{fqn}`" for fqn in report.train_also),
@@ -87,7 +72,7 @@ def test_the_card_says_what_the_report_of_inject_says_whatever_else_the_model_ca
     with randlora.merged(model):
         randlora.save(model, tmp_path, name="default")
     assert card_of(tmp_path) == alone
-    edit_tensors(peft_directory(tmp_path / "peft"), {BASIS_B: torch.randn(6, 3, 2)})
+    stored.edit_tensors(stored.peft_directory(tmp_path / "peft"), {stored.BASIS_B: torch.randn(6, 3, 2)})
     randlora.load(foreign, tmp_path / "peft")
     randlora.save(foreign, tmp_path / "ours", bases="stored")
     assert rows(tmp_path / "ours")["seed of the bases"] == "none reproduces them: they are in the file"
@@ -180,9 +165,10 @@ FOREIGN |= {FIELD: "org/base"}
 
 
 def test_fields_that_mean_nothing_here_are_written_back_and_those_of_the_arithmetic_anew(tmp_path: Path) -> None:
-    directory = peft_directory(tmp_path / "peft", r=4)
+    directory = stored.peft_directory(tmp_path / "peft", r=4)
     before = read_fields(directory)
-    edit_fields(directory, {**FOREIGN, "target_modules": "nonsense", "inference_mode": False, "peft_version": "0.15.0"})
+    others = {"target_modules": "nonsense", "inference_mode": False, "peft_version": "0.15.0"}
+    stored.edit_fields(directory, {**FOREIGN, **others})
     model, again, swapped = LINEAR.build(), LINEAR.build(), trained(LINEAR, r=4)
     report = randlora.load(model, directory)
     assert report.notes == ("fields kept but not understood: a_field_of_tomorrow",)
@@ -211,7 +197,7 @@ def test_the_json_is_sorted_and_names_whole_modules_and_transposed_weights(tmp_p
         randlora.save(model, tmp_path)
         randlora.eject(model)
         assert read_fields(tmp_path)["modules_to_save"] == expected
-    for case in CASES:
+    for case in stored.CASES:
         randlora.save(trained(case), tmp_path)
         assert read_fields(tmp_path)["fan_in_fan_out"] is (case.name == "Conv1D")
     text = (tmp_path / CONFIG_FILE).read_text(encoding="utf-8")
@@ -301,7 +287,7 @@ def pushed(hub: Hub, tmp_path: Path) -> Hub:
     return hub
 
 
-def loads(name: str, case: Case, **options: Any) -> str:
+def loads(name: str, case: stored.Case, **options: Any) -> str:
     """Load what was saved of a case's model into a fresh one, to the same bits, and return the rule of the report."""
     twin = case.build()
     report = randlora.load(twin, name, **options)

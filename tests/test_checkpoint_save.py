@@ -21,28 +21,15 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import randlora
 from randlora.disk import replace as replacing
 from randlora.errors import AdapterError, CheckpointError, RandLoRAError
-from tests.checkpoint_files import (
-    CARD_FILE,
-    CASES,
-    CONFIG_FILE,
-    HEADED,
-    LINEAR,
-    PREFIX,
-    TENSORS_FILE,
-    Case,
-    Stored,
-    basis_of,
-    both_ways,
-    read_tensors,
-    trained,
-)
+from tests import checkpoint_files as stored
+from tests.checkpoint_files import HEADED, LINEAR, PREFIX, TENSORS_FILE, Case, Stored, basis_of, read_tensors, trained
 from tests.kit import Bits, adapter_values, all_bits, bits, fill, snapshot, untouched
 from tests.laws import Mixed, assert_close
 from tests.model_directories import contents
 from tests.peer import THEIR_WARNINGS
 from tests.strategies import KINDS_AND_STREAMS, seeds
 
-FILES = {CARD_FILE, CONFIG_FILE, TENSORS_FILE}
+FILES = {stored.CARD_FILE, stored.CONFIG_FILE, TENSORS_FILE}
 
 
 def widened(model: nn.Module) -> dict[str, Bits]:
@@ -69,7 +56,7 @@ def inject_options(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.medium
-@given(st.sampled_from(CASES), inject_options(), st.sampled_from(["seed", "stored"]))
+@given(st.sampled_from(stored.CASES), inject_options(), st.sampled_from(["seed", "stored"]))
 def test_save_then_load_is_the_identity_for_any_options_and_leaves_no_trace(
     case: Case, options: dict[str, Any], bases: Stored
 ) -> None:
@@ -115,7 +102,7 @@ def test_what_is_saved_does_not_depend_on_what_the_model_computes_with(tmp_path:
         assert contents(tmp_path / "within") == contents(tmp_path / "before")
 
 
-@both_ways
+@stored.both_ways
 def test_an_adapter_that_shared_larger_bases_than_its_own_reloads_alone(bases: Stored, tmp_path: Path) -> None:
     """And is saved as if alone where those grow only."""
     model, twin = HEADED.build(), HEADED.build()
