@@ -26,19 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from randlora.disk import formats, replace
-from randlora.disk.formats import (
-    TORCH_DTYPES,
-    Entry,
-    Planned,
-    bytes_of,
-    is_equal,
-    open_shard,
-    parse_json,
-    read_pieces,
-    read_shard,
-    read_tensor,
-    write_tensor_file,
-)
+from randlora.disk.formats import Planned, bytes_of, open_shard, read_pieces, read_shard, read_tensor, write_tensor_file
 from randlora.disk.replace import Files, is_free, new_directory, write_files
 from randlora.errors import CheckpointError
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
@@ -50,7 +38,7 @@ from tests.torture.replacing import SCENARIOS, Stage, after_a_fault
 # of Python 3.12, in a process with threads
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
-DTYPES = [*TORCH_DTYPES.values()]
+DTYPES = [*formats.TORCH_DTYPES.values()]
 OLD, NEW = {"one": b"old one", "two": b"old two"}, {"one": b"new 1", "two": b"new 2"}
 
 
@@ -366,7 +354,7 @@ def test_a_copy_is_told_from_what_differs_in_one_bit_or_in_kind(tensor: Tensor, 
             save_file({"a": first, "b": second}, Path(directory, "file"))
             with open_shard(Path(directory, "file")) as (shard, raw):
                 entries = {entry.name: entry for entry in shard.entries}
-                assert is_equal(entries["b"], read_tensor(entries["a"], raw), raw) == same
+                assert formats.is_equal(entries["b"], read_tensor(entries["a"], raw), raw) == same
 
 
 def test_tensors_are_read_in_pieces_into_new_memory_and_written_one_after_the_other(tmp_path: Path) -> None:
@@ -390,7 +378,7 @@ def test_tensors_are_read_in_pieces_into_new_memory_and_written_one_after_the_ot
     plans = [Planned(name, torch.float32, (2,), partial(ask, name)) for name in "bca"]
     write_tensor_file(path, plans, {}, lambda _, name: asked.append(f"wrote {name}"))
     assert asked == ["a", "wrote a", "b", "wrote b", "c", "wrote c"]
-    reads: list[Callable[[Entry, FileIO], object]] = [read_tensor, lambda *read: [*read_pieces(*read)]]
+    reads: list[Callable[[formats.Entry, FileIO], object]] = [read_tensor, lambda *read: [*read_pieces(*read)]]
     for read in reads:
         save_file({"a": torch.zeros(20_000), "b": torch.zeros(20_000)}, path)
         with open_shard(path) as (shard, raw):
@@ -403,10 +391,10 @@ def test_tensors_are_read_in_pieces_into_new_memory_and_written_one_after_the_ot
 
 def test_json_and_dims_are_read_up_to_their_limits(tmp_path: Path) -> None:
     for most in ("[" * 64 + "]" * 64, "9" * 309, "-" + "9" * 309):
-        assert json.dumps(parse_json(most)) == most
+        assert json.dumps(formats.parse_json(most)) == most
     for beyond, said in (("[" * 65 + "]" * 65, "deeper than 64 levels"), ("9" * 310, "an integer of 310 digits")):
         with pytest.raises(ValueError, match=said):
-            parse_json(beyond)
+            formats.parse_json(beyond)
     save_file({"a": torch.ones([1] * 64)}, tmp_path / "file")
     assert [read_tensor(entry).ndim for entry in read_shard(tmp_path / "file").entries] == [64]
 
