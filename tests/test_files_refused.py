@@ -274,7 +274,6 @@ OF_ADAPTER: dict[str, Call] = {
     "the files come from different saves": lambda: edit_fields(ADAPTER, {"r": 7}),
     f"its header says that {Q} is 32 x 30": misstate,
 }
-"""What only `files.verify` says, of the check of the files."""
 OF_BASE: dict[str, Call] = {
     "2 problems:(?s:.*)00001-.* is truncated or damaged .*undamaged(?s:.*)no .*00002-of": sharded(cut_and_lose),
     "lacks no.such.weight, which the index says it holds": index(
@@ -301,7 +300,6 @@ OF_BASE: dict[str, Call] = {
     "config.json says with gptq": quantized(quant_method="gptq", load_in_4bit=True),
     "config.json says with an unnamed method": quantized(bits=4),
 }
-"""What every verb says that reads the base."""
 OF_CLASS: dict[str, Call] = {
     "names OwnForCausalLM, which transformers .* lacks; or build": config(architectures=["OwnForCausalLM"]),
     "names AutoModel, which transformers .* lacks; or build": config(architectures=["AutoModel"]),
@@ -309,7 +307,6 @@ OF_CLASS: dict[str, Call] = {
     "cannot build LlamaForCausalLM from its config.json": config(num_attention_heads="many"),
     r"up_proj.weight has shape \(48, 32\) in the files, \(40, 32\) by its config": config(intermediate_size=40),
 }
-"""What a plan says, which needs a model."""
 OF_BOTH: dict[str, Call] = {
     f"the model has no layer {Q}": lambda: edit_model(BASE, {f"{Q}.weight": None}),
     r"model\.layers\.0\.mlp\.up_proj is 48 x 32 here, the adapter was trained on out x in = 40 x 32": of(
@@ -332,7 +329,6 @@ OF_BOTH: dict[str, Call] = {
     f"{MADE_OF}.*": expert(lambda _: None, part=""),
     f".*{MADE_OF}": expert(lambda each: each[1:].clone()),
 }
-"""What every verb says that reads both."""
 NO_FILES: dict[str, tuple[str, str]] = {
     f"{name} is a {kind.split('-')[0]}: expected a file": (name, kind)
     for name in ("config.json", SINGLE_FILE, INDEX_FILE)
@@ -340,7 +336,7 @@ NO_FILES: dict[str, tuple[str, str]] = {
 }
 NO_FILES |= {f"holds no weights.*{name}": (name, "link-to-itself") for name in (SINGLE_FILE, INDEX_FILE)}
 NO_FILES["config.json( names no class|.*, which would be copied)"] = "config.json", "link-to-itself"
-DAMAGED: list[tuple[str, str, str, Call]] = [
+DAMAGED: list[tuple[str, str, str, Call]] = [  # words, the verbs that say them, the check of `files.verify` that does
     *((words, "", "files", damage) for words, damage in OF_ADAPTER.items()),
     *((words, "plan inspect merge", "base", damage) for words, damage in OF_BASE.items()),
     *((words, "plan", "", damage) for words, damage in OF_CLASS.items()),
