@@ -257,16 +257,12 @@ def clip() -> nn.Module:
     return reproducible(lambda: CLIPTextModel(config))
 
 
-def ids() -> dict[str, Any]:
-    return {"input_ids": torch.arange(12).reshape(2, 6)}
-
-
 OF_CLIP = r"text_encoder\.text_model\.encoder\.layers\.\d\.self_attn\.[qv]_proj\.diff"
 PARTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], Any, str]] = {
     "unet": (unet, noise, None, r"lora_unet_(down|up|mid)_block[s_]\w+_to_\w+\.diff"),
     # of whose `proj_out` those within a block are not adapted
     "transformer": (flux, patches, r".*\.to_q|proj_out|.*\.proj_mlp", r"transformer\.[\w.]+\.diff"),
-    "text_encoder": (clip, ids, None, OF_CLIP),
+    "text_encoder": (clip, lambda: {"input_ids": torch.arange(12).reshape(2, 6)}, None, OF_CLIP),
 }
 
 
