@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from randlora.__main__ import main
 from randlora.disk.formats import write_tensor_file
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from randlora.files.model_directory import INDEX_FILE, copy_config, find_companions, read_model_directory
+from randlora.files.save_merged import NAMES_IN_MEMORY
 from randlora.readers.experts import Experts
 from tests import model_directories, quantized
 from tests.checkpoint_files import read_tensors
@@ -376,6 +378,16 @@ def test_a_quantized_model_is_written_as_the_plain_one_that_it_stands_for(kind: 
         torch.testing.assert_close(outputs(loaded, kind.inputs()), outputs(model, kind.inputs()))
 
 
+def test_what_cannot_be_renamed_one_by_one_keeps_its_names_in_memory_and_is_read(tmp_path: Path) -> None:
+    model: Any = adapted(made(mixtral))
+    with mock.patch("transformers.core_model_loading.revert_weight_conversion", side_effect=KeyError):
+        report = files.save_merged(model, tmp_path / "out")
+    assert report.notes == (NAMES_IN_MEMORY,)
+    randlora.merge(model)
+    for found in (stored(report.out), type(model).from_pretrained(report.out).state_dict()):
+        assert all_bits(found) == all_bits(model.state_dict())
+
+
 class Plain(nn.Module):
     """A model without a config, with a layer in two places, statistics, and what a file may not hold."""
 
@@ -410,6 +422,8 @@ def test_a_model_without_a_config_has_its_state_dict_written_and_what_moved_or_d
     model.config = {"width": 8}
     report = files.save_merged(model, tmp_path / "out")
     assert "no config was written: the config of a Plain has no save_pretrained" in str(report)
+    model.config = transformers.PreTrainedConfig(auto_map={"AutoModel": "modeling_own.Own"})
+    assert "names Python files of the model, which were not copied" in str(files.save_merged(model, tmp_path / "own"))
 
 
 def poisoned() -> nn.Module:

@@ -19,7 +19,7 @@ from randlora import files
 from randlora.errors import CheckpointError, ConfigError, MergeError, RandLoRAError
 from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, edit_fields, reseal
-from tests.hostile_files import SPECIAL, sparse
+from tests.hostile_files import SPECIAL, sparse, unseeded
 from tests.model_directories import adapter_of, contents, edit_json, edit_model, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, llama
 from tests.peer import THEIR_WARNINGS, their_directory, untied
@@ -48,6 +48,9 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8)), root / "convolution", targets="all")
     blocks = nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
     adapter_of(nn.ModuleDict({"down_blocks": blocks}), root / "alike")
+    save_adapter(LLAMA, root / "of two ranks", r={"q_proj": 4, ".*": 8})
+    unseeded(root / "unseeded")
+    their_directory(LLAMA, root)
     return root
 
 
@@ -108,12 +111,17 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
     (CheckpointError, "an input that must not change", lambda: files.join(["again", "other"], "other")),
     (CheckpointError, "exists and is not empty", lambda: files.join(["again", "other"], "bert")),
     (CheckpointError, "expected two or more parts, got 1", lambda: files.join(["again"], "out")),
+    (CheckpointError, "theirs was written by PEFT: convert it to", lambda: files.join(["again", "theirs"], "out")),
+    (CheckpointError, "bases of unseeded came from a file, and no", lambda: files.join(["again", "unseeded"], "out")),
     (ConfigError, "format= and same_rank= are for to=\"lora\", not 'peft'", convert(to="peft", format="peft")),
     (ConfigError, "format= and same_rank= are for to=\"lora\", not 'diff'", convert(to="diff", same_rank=True)),
     (ConfigError, "rank= and tolerance= are for to=\"lora\": 'peft' is exact", convert(rank=4)),
     (ConfigError, 'component= is for to="diff", and', convert(to="lora", component="unet")),
     (ConfigError, 'component="diffusion_model" is for', convert(**UPDATES[1], component="diffusion_model")),
+    (CheckpointError, "to 'peft': .*; a 'lora' has a rank for each layer", convert("of two ranks", to="peft")),
     (ConfigError, "rank must be a positive integer, got 0", convert(to="lora", rank=0)),
+    (ConfigError, "rank must be at most 512, got 513", convert(to="lora", rank=513)),
+    (ConfigError, r"tolerance must be a number in \[0, 1\], got 1\.5", convert(to="lora", tolerance=1.5)),
     (ConfigError, "tolerance must be a finite number, got nan", convert(to="lora", tolerance=float("nan"))),
     (ConfigError, r"two layers would have the key lora_unet_down_blocks_a_b\.diff", convert("alike", to="diff")),
     *((ConfigError, r"has trained classifier\.bias, class", convert("head", **options)) for options in UPDATES),
