@@ -181,6 +181,7 @@ def test_a_new_head_is_loaded_and_merged(
     assert same_bits(logits(load_model("adapter"), kind), logits(model, kind))
     report = randlora.files.merge(ADAPTER, MERGED, base=BASE)
     assert len(report.added or report.replaced) == 2 * len(train_also)
+    assert ("not copied: cls.predictions." in str(report)) == ("pooler" in train_also)
     randlora.merge(model)
     assert_same_tensors(MERGED, write(model, Path("expected")))
     merged, told = auto.from_pretrained(MERGED, output_loading_info=True)
