@@ -55,7 +55,7 @@ def vit(**sides: int) -> nn.Module:
 
 
 def library(name: str) -> Any:
-    """Import a library of vision models: only the tests of its models do, because that takes seconds."""
+    """Import a library of models: only the tests of its models do, because that takes seconds."""
     with warnings.catch_warnings():
         # what they warn of is their own affair
         warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
@@ -78,6 +78,39 @@ def clip() -> nn.Module:
     return reproducible(lambda: library("open_clip").CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text))
 
 
+def unet() -> nn.Module:
+    """Build a UNet of diffusers with cross-attention."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "block_out_channels": (16, 32)}
+    blocks |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 16}
+    sizes = {"sample_size": 8, "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 8}
+    return reproducible(lambda: library("diffusers").UNet2DConditionModel(**blocks, **sizes))
+
+
+def flux() -> nn.Module:
+    """Build a transformer of diffusers in which a name is the end of another."""
+    sizes = {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
+    sizes |= {"attention_head_dim": 16, "joint_attention_dim": 24, "pooled_projection_dim": 12}
+    return reproducible(lambda: library("diffusers").FluxTransformer2DModel(**sizes, axes_dims_rope=[4, 4, 8]))
+
+
+def noise() -> dict[str, Any]:
+    """Draw inputs of `unet`."""
+    steps, context = torch.tensor([3, 500]), torch.randn(2, 5, 16)
+    return {"sample": torch.randn(2, 4, 8, 8), "timestep": steps, "encoder_hidden_states": context}
+
+
+def patches() -> dict[str, Any]:
+    """Draw inputs of `flux`."""
+    return {
+        "hidden_states": torch.randn(2, 16, 4),
+        "encoder_hidden_states": torch.randn(2, 6, 24),
+        "pooled_projections": torch.randn(2, 12),
+        "timestep": torch.tensor([0.3, 0.5]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(6, 3),
+    }
+
+
 def tokens() -> dict[str, Tensor]:
     return {"input_ids": _drawn(lambda: torch.randint(0, VOCABULARY, (2, 6)))}
 
@@ -90,7 +123,6 @@ LLAMA = RealModel("llama", llama, tokens, ("q_proj", "v_proj", "up_proj", "down_
 GPT2 = RealModel("gpt2", gpt2, tokens, ("c_attn", "c_fc", "c_proj"))
 BERT = RealModel("bert", bert, tokens, ("query", "value", "dense"))
 VIT = RealModel("vit", vit, pixels, ("q_proj", "v_proj", "fc1", "fc2"))
-TORCHVISION_VIT = RealModel("torchvision-vit", torchvision_vit, lambda: {"x": pixels()["pixel_values"]}, ("0", "3"))
 TRANSFORMERS_MODELS = (LLAMA, GPT2, BERT, VIT)
 
 every_transformers_model = pytest.mark.parametrize(

@@ -25,10 +25,9 @@ from randlora.files import layouts
 from randlora.files.layouts import frobenius_norm, of_rank, spectral_norm, within
 from tests import peer
 from tests.checkpoint_files import TENSORS_FILE, read_fields
-from tests.diffusion_models import flux, noise, patches, unet
 from tests.kit import fill, same_bits
 from tests.model_directories import contents
-from tests.models import BERT, GPT2, LLAMA, RealModel, outputs, reproducible
+from tests.models import BERT, GPT2, LLAMA, RealModel, flux, noise, outputs, patches, reproducible, unet
 from tests.peer import PREFIX, THEIR_WARNINGS, assert_same_effect, in_peft, our_directory
 
 pytestmark = [*THEIR_WARNINGS, pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")]

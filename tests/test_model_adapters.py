@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 from unittest.mock import Mock
@@ -133,7 +132,7 @@ def test_a_way_to_compute_serves_adapters_that_come_later_and_ends_with_them() -
     assert adapted_root(model)[1].compute == "auto"
 
 
-def test_a_renamed_adapter_keeps_its_place_and_all_it_has(tmp_path: Path) -> None:
+def test_a_renamed_adapter_keeps_its_place_and_all_it_has() -> None:
     model = mixed("a", "b", "c")
     randlora.activate(model, {"a": 0.5, "b": -2.0})
     before, expected = [vars(info) | {"name": ""} for info in randlora.adapters(model)], model(TOKENS)
@@ -143,11 +142,7 @@ def test_a_renamed_adapter_keeps_its_place_and_all_it_has(tmp_path: Path) -> Non
     assert [vars(info) | {"name": ""} for info in randlora.adapters(model)] == before
     assert all_bits(model.state_dict()) == all_bits(state)
     assert all(one is other for one, other in zip(model.parameters(), objects, strict=True))
-    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert same_bits(copied(TOKENS), expected)
-    randlora.save(model, tmp_path, name="new")
-    randlora.swap(model, tmp_path, name="new")
-    assert all_bits(model.state_dict()) == all_bits(state)
+    assert same_bits(model(TOKENS), expected)
 
 
 @pytest.mark.medium
@@ -311,13 +306,8 @@ def test_a_verb_that_is_interrupted_leaves_the_model_as_it_was(verb: str, monkey
     call(model)
 
 
-X = torch.linspace(-1, 1, 24).view(3, 8)
-
-
-def adapted() -> nn.Sequential:
-    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
-    randlora.inject(model, r=2, targets=["0"], train_also=["1"], name="a")
-    return fill(model, "a")
+def adapted() -> Mixed:
+    return mixed("a", train_also=["norm"])
 
 
 def test_nothing_of_a_state_dict_is_loaded_into_a_merged_model() -> None:
@@ -336,23 +326,23 @@ def test_nothing_of_a_state_dict_is_loaded_into_a_merged_model() -> None:
 
 def test_blocks_of_disabled_that_overlap_end_with_the_last_and_restore_every_bit() -> None:
     model, barrier = adapted(), threading.Barrier(4)
-    plain = model(X)
+    plain = model(TOKENS)
     one, other = randlora.disabled(model), randlora.disabled(model)
     with untouched(model):
         one.__enter__()
         other.__enter__()
-        expected = model(X)
+        expected = model(TOKENS)
         one.__exit__(None, None, None)
-        assert torch.equal(model(X), expected)
+        assert torch.equal(model(TOKENS), expected)
         other.__exit__(None, None, None)
-    assert torch.equal(model(X), plain)
+    assert torch.equal(model(TOKENS), plain)
 
     def outputs(_: int) -> list[Tensor]:
         barrier.wait()
         found = []
         for _ in range(50):
             with randlora.disabled(model):
-                found.append(model(X))
+                found.append(model(TOKENS))
         return found
 
     with untouched(model), ThreadPoolExecutor(4) as pool:
@@ -369,11 +359,11 @@ def test_a_block_of_merged_in_another_thread_is_refused_and_may_run_the_model() 
             pytest.fail("the block was entered")
 
     with randlora.merged(model), ThreadPoolExecutor(1) as pool:
-        inside = model(X)
-        assert torch.equal(pool.submit(lambda: model(X)).result(), inside)
+        inside = model(TOKENS)
+        assert torch.equal(pool.submit(lambda: model(TOKENS)).result(), inside)
         with pytest.raises(MergeError, match="another thread or task has an open block"):
             pool.submit(enter).result()
-        assert torch.equal(model(X), inside)
+        assert torch.equal(model(TOKENS), inside)
     with ThreadPoolExecutor(1) as pool, pytest.raises(pytest.fail.Exception, match="entered"):
         pool.submit(enter).result()
     assert all_bits(model.state_dict()) == before
@@ -416,12 +406,12 @@ def test_an_interrupt_at_any_call_leaves_no_block_open(block: Any, share: float)
 
 def test_a_copy_made_while_disabled_is_inactive_and_not_disabled_for_ever() -> None:
     model = adapted()
-    active = model(X)
+    active = model(TOKENS)
     with randlora.disabled(model), randlora.disabled(model):
-        copies, base = (copy.deepcopy(model), pickle.loads(pickle.dumps(model))), model(X)
-    assert torch.equal(model(X), active)
+        copies, base = (copy.deepcopy(model), pickle.loads(pickle.dumps(model))), model(TOKENS)
+    assert torch.equal(model(TOKENS), active)
     for twin in copies:
-        assert torch.equal(twin(X), base)
+        assert torch.equal(twin(TOKENS), base)
         assert [info.is_active for info in randlora.adapters(twin)] == [False]
         randlora.activate(twin, "a")
-        assert torch.equal(twin(X), active)
+        assert torch.equal(twin(TOKENS), active)

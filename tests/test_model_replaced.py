@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from bitsandbytes.nn import Embedding4bit
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -17,6 +16,7 @@ from torch.nn.utils import prune
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, MergeError, RandLoRAError, TargetError
+from tests import models
 from tests.checkpoint_files import read_tensors
 from tests.kit import adapter_values, bits, fill, same_bits, untouched
 from tests.laws import TOKENS, Mixed
@@ -145,10 +145,7 @@ IDS = torch.arange(10).view(2, 5)
 
 
 def llama(*, is_tied: bool) -> Any:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=40, tie_word_embeddings=is_tied, **sizes)
-    return transformers.LlamaForCausalLM(config).eval()
+    return models.llama(vocab_size=40, tie_word_embeddings=is_tied, num_hidden_layers=1)
 
 
 def resize(model: Any, size: int) -> None:
@@ -189,7 +186,7 @@ def test_a_resized_vocabulary_is_trained_and_saved_on(
     assert not any(same_bits(before[name], model.get_parameter(name)) for name in names)
     randlora.save(model, tmp_path)
     fresh = llama(is_tied=is_tied)
-    with pytest.raises(CheckpointError, match=r"has shape \(40, 16\) here"):
+    with pytest.raises(CheckpointError, match=r"has shape \(40, 32\) here"):
         randlora.load(fresh, tmp_path)
     resize(fresh, size)
     for name, parameter in model.named_parameters():  # the rows that are new in what is not trained
@@ -198,7 +195,7 @@ def test_a_resized_vocabulary_is_trained_and_saved_on(
     randlora.load(fresh, tmp_path)
     assert same_bits(fresh(IDS).logits, model(IDS).logits)
     randlora.eject(model)
-    assert model.get_input_embeddings().weight.shape == model.lm_head.weight.shape == (size, 16)
+    assert model.get_input_embeddings().weight.shape == model.lm_head.weight.shape == (size, 32)
     assert is_tied == (model.lm_head.weight is model.get_input_embeddings().weight)
 
 
@@ -207,7 +204,7 @@ def test_resizing_an_adapted_embedding_or_head_is_said_by_everything(tmp_path: P
     randlora.inject(model, r=2, targets=["embed_tokens"])
     fill(model)
     resize(model, 44)
-    with pytest.raises(AdapterError, match=r"had the shape \(40, 16\) when it was adapted: resize it before"):
+    with pytest.raises(AdapterError, match=r"had the shape \(40, 32\) when it was adapted: resize it before"):
         model(IDS)
     assert_said(model, "the shape of model.embed_tokens was", tmp_path)
     randlora.inject(model, r=2, targets=["lm_head", "q_proj"])

@@ -18,10 +18,9 @@ import randlora
 from randlora.errors import AdapterError, TargetError
 from randlora.layers.scopes import in_call
 from randlora.readers.parents import PARENTS, WITHOUT_GRADIENT
-from tests.diffusion_models import flux, noise, patches, unet
 from tests.kit import all_bits, fill, same_bits, untouched
 from tests.laws import assert_close
-from tests.models import clip, library, reproducible, torchvision_vit
+from tests.models import clip, flux, library, noise, patches, reproducible, torchvision_vit, unet
 from tests.quantized import of_4_bits
 from tests.transformers_zoo import tiny
 

@@ -68,7 +68,7 @@ WHEN: dict[str, Callable[["AdapterRules"], bool]] = {
 }
 """What a model must be, so that a call can be made and would not be refused for another reason."""
 
-_, is_plain, is_adapted, is_free, is_merged, is_unmerged, has_saved = map(precondition, WHEN.values())
+_, _, is_adapted, is_free, is_merged, is_unmerged, has_saved = map(precondition, WHEN.values())
 
 REFUSALS: list[tuple[str, type[Exception], Call]] = [
     *(("plain", AdapterError, _on(getattr(randlora, verb), "a")) for verb in ("activate", "remove", "delta_weight")),
