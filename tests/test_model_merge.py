@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -184,6 +184,11 @@ def test_what_would_lose_something_or_go_wrong_while_merged_is_refused() -> None
         refused("a merge that is not reversible removed it", gone)
 
 
+class Named(NamedTuple):
+    layers: int
+    states: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Dataclass:
     states: Tensor
@@ -193,6 +198,7 @@ FORMS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
     "tuple": (lambda out: (out, None), lambda out: out[0]),
     "dict": (lambda out: {"loss": out.sum(), "states": [out]}, lambda out: out["states"][0]),
     "output": (lambda out: CausalLMOutput(loss=out.sum(), logits=out), lambda out: out.loss),
+    "named tuple": (lambda out: Named(1, out), lambda out: out.states),
     "dataclass": (Dataclass, lambda out: out.states),
 }
 
