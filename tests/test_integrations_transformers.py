@@ -44,19 +44,11 @@ def _in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def with_checkpoints(kind: type) -> Any:
-    """Make of a class of trainers one whose checkpoints have the adapter only."""
-    return type(kind.__name__, (AdapterCheckpoints, kind), {})
-
-
-SENTENCES = sentence_transformers.SentenceTransformerTrainer
-SFT, DPO, GRPO, Seq2Seq, Sentences = map(
-    with_checkpoints, (SFTTrainer, DPOTrainer, GRPOTrainer, Seq2SeqTrainer, SENTENCES)
-)
-
+SENTENCES: Any = sentence_transformers.SentenceTransformerTrainer
+KINDS: tuple[Any, ...] = SFTTrainer, DPOTrainer, GRPOTrainer, Seq2SeqTrainer, SENTENCES
+SFT, DPO, GRPO, Seq2Seq, Sentences = (type(kind.__name__, (AdapterCheckpoints, kind), {}) for kind in KINDS)
 
 TEXTS = {"text": [f"{i} squared is {i * i}" for i in range(16)]}
-PROMPTS = {"prompt": [f"{i} squared is" for i in range(16)]}
 PAIRS = {"a": [f"{i}" for i in range(16)], "b": ["x"] * 16, "score": [i / 16 for i in range(16)]}
 
 
@@ -68,7 +60,7 @@ SAMPLES = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completi
 GIVEN: dict[type, tuple[Any, Callable[[], Any], dict[str, Any]]] = {
     SFTTrainer: (SFTConfig, partial(Dataset.from_dict, TEXTS), {}),
     DPOTrainer: (DPOConfig, trainers.preferences, {}),
-    GRPOTrainer: (GRPOConfig, partial(Dataset.from_dict, PROMPTS), {"reward_funcs": digits}),
+    GRPOTrainer: (GRPOConfig, trainers.preferences, {"reward_funcs": digits}),
     SENTENCES: (sentence_transformers.SentenceTransformerTrainingArguments, partial(Dataset.from_dict, PAIRS), {}),
     Seq2SeqTrainer: (Seq2SeqTrainingArguments, rows, {}),
     Trainer: (TrainingArguments, rows, {}),

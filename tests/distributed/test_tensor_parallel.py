@@ -74,8 +74,9 @@ def test_parts_of_any_size_on_any_number_of_processes_compute_and_merge_as_the_w
     model = nn.Sequential(nn.Linear(into, out, bias=False)).double()
     randlora.inject(model, r=2, targets=["0"], basis=basis)
     trained = [*randlora.trainable_parameters(fill(model.double()))]
-    owner, x = model[0], drawn(3, into, seed=0).double().requires_grad_()
-    layer, weight, upstream = owner.randlora["weight"], owner.weight, drawn(3, out, seed=1).double()
+    owner: Any = model[0]
+    layer, weight = owner.randlora["weight"], owner.weight
+    x, upstream = drawn(3, into, seed=0).double().requires_grad_(), drawn(3, out, seed=1).double()
     update = layer.update(owner, layer.adapters["default"], 1.0)
     whole, (placements, mesh) = layer.with_updates(weight, [update]), split
     total = torch.zeros_like(upstream)
@@ -124,15 +125,10 @@ def test_nothing_is_sent_but_gradients() -> None:
     assert both[1] == both[0] + 2 * 6  # of Λ and of Γ of six layers
 
 
-class Dropping(Drawn):
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"dropout": 0.5}
-
-
 @in_two
 @pytest.mark.parametrize("order", [around, within])
 def test_dropout_leaves_processes_with_the_same_adapter(order: Any) -> None:
-    model = order(partial(split, table="whole"))(Dropping(targets=("up", "down", "head")))
+    model = order(partial(split, table="whole"))(Drawn(dropout=0.5, targets=("up", "down", "head")))
     torch.manual_seed(dist.get_rank())
     found = [model(IDS), model(IDS)]
     assert not torch.equal(*found)
@@ -158,7 +154,8 @@ def test_a_loss_of_split_logits() -> None:
 
 
 @in_two
-def test_a_compiled_model_is_one_graph() -> None:
+def test_a_compiled_model_is_one_graph(tmp_path: Path) -> None:
+    """Also a block that a plan splits, if no other forward came before."""
     models = [within(split)(DRAWN) for _ in range(2)]
     compiled: Any = torch.compile(models[1], backend="aot_eager", fullgraph=True)
     outputs = [models[0](IDS), compiled(IDS)]
@@ -166,6 +163,10 @@ def test_a_compiled_model_is_one_graph() -> None:
     for output in outputs:
         output.square().mean().backward()
     gradients_alike(*models)
+    case, x = PLANS["llama"].written(tmp_path), drawn(3, 16, seed=0).double()
+    one, planned = (each.model.layers[0].mlp for each in (case.adapted(), case.adapt(case.split())))
+    compiled = torch.compile(planned, backend="aot_eager", fullgraph=True)
+    close(compiled(x), one(x))
 
 
 @in_two
@@ -212,17 +213,13 @@ ONLY_EXPERTS = {"targets": ".*experts.*"}
 
 
 @in_two
-def test_each_stack_of_experts_sums_once(tmp_path: Path) -> None:
-    case = replace(PLANS["mixtral"], adapter=ONLY_EXPERTS).written(tmp_path)
+def test_each_stack_of_experts_sums_once_and_processes_without_tokens_take_part(tmp_path: Path) -> None:
+    case = replace(PLANS["mixtral"], adapter=ONLY_EXPERTS).written(tmp_path / "a")
     model = case.adapt(case.split())
     with mock.patch("randlora.sharded.tensor_parallel.on_mesh", side_effect=on_mesh) as counted:
         model(*case.batch(0, 0))
     assert counted.call_count == 2  # of one layer: gate_up_proj and down_proj, whose experts all have tokens
-
-
-@in_two
-def test_processes_whose_experts_have_no_tokens_take_part(tmp_path: Path) -> None:
-    case = Planned("mixtral", {**EXPERTS, "num_experts_per_tok": 1}, WHOLE, ONLY_EXPERTS).written(tmp_path)
+    case = Planned("mixtral", {**EXPERTS, "num_experts_per_tok": 1}, WHOLE, ONLY_EXPERTS).written(tmp_path / "b")
     one, model = case.adapted(), case.adapt(case.split())
     for each in (one, model):
         each(torch.tensor([[3]])).square().mean().backward()

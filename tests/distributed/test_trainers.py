@@ -121,24 +121,21 @@ def test_a_run_is_resumed_from_checkpoints_without_the_base(tmp_path: Path, engi
 def make(kind: str, directory: Path, train_also: list[str], given: dict[str, Any]) -> Any:
     """Make a trainer of TRL, which must not load a model."""
     import trl
-    from datasets import Dataset
 
     from randlora.integrations.transformers import AdapterCheckpoints
     from tests.trainers import adapted_model, arguments, preferences, tokenizer
 
     given = {"max_steps": 2, "save_strategy": "no", "gradient_checkpointing": False, "bf16": False, **given}
     rewards: list[Any] = []
-    rows: Any = preferences()
     if kind == "GRPO":
         given |= {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
         rewards = [lambda completions, **_: [sum(map(ord, text)) % 7 for text in completions]]
-        rows = Dataset.from_dict({"prompt": [f"{i} squared is" for i in range(16)]})
     args = arguments(getattr(trl, f"{kind}Config"), directory, **given)
     trainer: Any = type(kind, (AdapterCheckpoints, getattr(trl, f"{kind}Trainer")), {})
     model, own = adapted_model(train_also=train_also or None), {"processing_class": tokenizer()}
     module = f"trl.trainer.{kind.lower()}_trainer"
     with mock.patch(f"{module}.create_model_from_path", side_effect=AssertionError("a second model")):
-        return trainer(model, *rewards, args=args, train_dataset=rows, **own)
+        return trainer(model, *rewards, args=args, train_dataset=preferences(), **own)
 
 
 @in_two

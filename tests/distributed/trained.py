@@ -105,6 +105,7 @@ class Drawn(Case):
     r: int = 3
     basis: BasisKind = "dense"
     alpha: float = 2.0
+    dropout: float = 0.0
     targets: tuple[str, ...] = ("embed", "up", "down")
     train_also: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
@@ -117,7 +118,8 @@ class Drawn(Case):
             return Net(self.width, self.hidden, self.rows, checkpointed=self.checkpointed).to(self.dtype)
 
     def options(self) -> dict[str, Any]:
-        return {"r": self.r, "targets": list(self.targets), "basis": self.basis, "alpha": self.alpha}
+        options = {"r": self.r, "basis": self.basis, "alpha": self.alpha, "dropout": self.dropout}
+        return options | {"targets": list(self.targets)}
 
     def batch(self, rank: int, step: int) -> tuple[Tensor]:
         generator = torch.Generator().manual_seed(1000 * step + rank)
@@ -239,20 +241,3 @@ def close(found: Tensor, expected: Tensor, within: float = 5e-6) -> None:
     """
     scale = float(expected.detach().abs().max().clamp(min=1e-3))
     torch.testing.assert_close(found.detach(), expected.detach(), rtol=0, atol=within * scale)
-
-
-@contextmanager
-def counted_broadcasts() -> Iterator[list[int]]:
-    """Count the bytes of the tensors that wrappers of torch make equal in all processes: parameters and buffers."""
-    sent: list[int] = []
-    original: Callable[..., None] = vars(dist)["_broadcast_coalesced"]
-
-    def counting(group: Any, tensors: list[Tensor], *args: Any) -> None:
-        sent.append(sum(tensor.nbytes for tensor in tensors))
-        original(group, tensors, *args)
-
-    vars(dist)["_broadcast_coalesced"] = counting
-    try:
-        yield sent
-    finally:
-        vars(dist)["_broadcast_coalesced"] = original

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from tests.pages import ROOT
-from tests.torture.campaigns import CAMPAIGNS, Timed, run
+from tests.torture import Row
+from tests.torture.campaigns import CAMPAIGNS, run
 
 RESULTS = ROOT / "build" / "torture.json"
 
 
-def as_table(rows: Sequence[Timed]) -> str:
+def as_table(rows: Sequence[tuple[str, Row, float]]) -> str:
     """Return the rows as a table in Markdown, with the failures after it."""
     lines = ["| campaign | what was tried | how many | failures | seconds | notes |", "|---|---|--:|--:|--:|---|"]
     lines += [

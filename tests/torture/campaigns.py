@@ -13,7 +13,6 @@ import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import hypothesis
 import torch
@@ -141,20 +140,12 @@ CAMPAIGNS: dict[str, Callable[[float], Row]] = {
 """By name, the longest first, so that none is left to run alone at the end."""
 
 
-class Timed(NamedTuple):
-    """The row of a campaign by its name, and how long it took."""
-
-    campaign: str
-    row: Row
-    seconds: float
-
-
-def run(name: str, scale: float) -> Timed:
-    """Run one campaign. An error in it is a failure, so that the others run nevertheless."""
+def run(name: str, scale: float) -> tuple[str, Row, float]:
+    """Run a campaign; return its name, its row and its seconds. An error in it is a failure, so that the others run."""
     torch.set_num_threads(1)  # campaigns run side by side, and threads would get in each other's way on small tensors
     start = time.monotonic()
     try:
         row = CAMPAIGNS[name](scale)
     except Exception as error:
         row = Row("the campaign did not finish", 0, [repr(error)])
-    return Timed(name.replace("-", " "), row, time.monotonic() - start)
+    return name.replace("-", " "), row, time.monotonic() - start
