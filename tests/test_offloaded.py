@@ -211,10 +211,9 @@ def test_one_layer_at_a_time_is_merged_into_files_that_are_deleted_with_the_mode
     assert len(alive) == 2
     assert any(str(tmp_path / "offloaded") in note and "up, down" in note for note in report.notes)
     added = contents(tmp_path).keys() - before.keys()
-    assert sorted(Path(each).name.rsplit("-", 1)[0] for each in added) == [
-        "randlora-merged-down.weight",
-        "randlora-merged-up.weight",
-    ]
+    assert len(added) == 2
+    named = {Path(each).name.rsplit("-", 1)[0] for each in added}
+    assert named == {"randlora-merged-up.weight", "randlora-merged-down.weight"}
     assert json.loads((tmp_path / "offloaded" / "index.json").read_text()).keys() == Small().state_dict().keys()
     assert same_bits(put(Small(), "disk", tmp_path)(X), Small()(X))  # another model of that folder is not merged
     twin, merged = copy.deepcopy(model), model(X)

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 import randlora
 from randlora.errors import AdapterError, CheckpointError
 from randlora.sharded.places import is_managed
-from tests.distributed.engines import ENGINES, IN_FOUR, IN_TWO, SPLIT, Engine, around, trained, within
+from tests.distributed.engines import ENGINES, IN_FOUR, IN_TWO, OF_EXPERTS, SPLIT, Engine, around, trained, within
 from tests.distributed.processes import LAW, in_four, in_two, on_all
 from tests.distributed.trained import (
     Block,
@@ -219,24 +219,16 @@ class Run(nn.Module):
         return output_of(self.get_submodule("0")(*args))
 
 
+EACH_KIND = {
+    "FSDP2": ("Conv1D", "ConvTranspose1d", "attention-in_proj", "experts-gate_up"),
+    "FSDP2 first": ("Conv2d-groups", "attention-in_proj-split", "attention-out_proj", "experts-down-shared-batched"),
+    "ZeRO-3": ("Conv2d-stride", "attention-in_proj", "attention-out_proj"),
+    OF_EXPERTS: ("experts-gate_up",),
+}
+
+
 @in_two
-@pytest.mark.parametrize(
-    ("engine", "name"),
-    [
-        ("FSDP2", "Conv1D"),
-        ("FSDP2 first", "Conv2d-groups"),
-        ("FSDP2", "ConvTranspose1d"),
-        ("FSDP2", "attention-in_proj"),
-        ("FSDP2 first", "attention-in_proj-split"),
-        ("FSDP2 first", "attention-out_proj"),
-        ("FSDP2", "experts-gate_up"),
-        ("FSDP2 first", "experts-down-shared-batched"),
-        ("ZeRO-3", "Conv2d-stride"),
-        ("ZeRO-3", "attention-in_proj"),
-        ("ZeRO-3", "attention-out_proj"),
-        ("ZeRO-3, experts", "experts-gate_up"),
-    ],
-)
+@pytest.mark.parametrize(("engine", "name"), [(engine, name) for engine, names in EACH_KIND.items() for name in names])
 def test_each_kind_trains_is_saved_and_merged(engine: str, name: str, tmp_path: Path) -> None:
     """Each process weights its output otherwise."""
     kind = KINDS[name]

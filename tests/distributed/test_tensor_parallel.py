@@ -155,7 +155,7 @@ def test_a_loss_of_split_logits() -> None:
 
 @in_two
 def test_a_compiled_model_is_one_graph(tmp_path: Path) -> None:
-    """Also a block that a plan splits, if no other forward came before."""
+    """Also a block with a packed weight that a plan splits, if no other forward came before."""
     models = [within(split)(DRAWN) for _ in range(2)]
     compiled: Any = torch.compile(models[1], backend="aot_eager", fullgraph=True)
     outputs = [models[0](IDS), compiled(IDS)]
@@ -163,7 +163,7 @@ def test_a_compiled_model_is_one_graph(tmp_path: Path) -> None:
     for output in outputs:
         output.square().mean().backward()
     gradients_alike(*models)
-    case, x = PLANS["llama"].written(tmp_path), drawn(3, 16, seed=0).double()
+    case, x = PLANS["packed"].written(tmp_path), drawn(3, 16, seed=0).double()
     one, planned = (each.model.layers[0].mlp for each in (case.adapted(), case.adapt(case.split())))
     compiled = torch.compile(planned, backend="aot_eager", fullgraph=True)
     close(compiled(x), one(x))

@@ -70,11 +70,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Made(Case):
-    """What some functions make, always the same; ``inputs`` are by rank and step."""
+    """What some functions make, always the same; a batch by rank and step."""
 
     make: Callable[[], Any]
     adapter: dict[str, Any]
-    inputs: Callable[[int, int], tuple[Any, ...]]
+    batch: Callable[[int, int], tuple[Any, ...]]
     train_also: tuple[str, ...] = ()
     measure: Callable[[Tensor, int], Tensor] = lambda output, _: (output - 0.3).square().mean()
 
@@ -85,9 +85,6 @@ class Made(Case):
 
     def options(self) -> dict[str, Any]:
         return self.adapter
-
-    def batch(self, rank: int, step: int) -> tuple[Any, ...]:
-        return self.inputs(rank, step)
 
     def loss(self, output: Tensor, rank: int) -> Tensor:
         return self.measure(output, rank)
