@@ -311,6 +311,7 @@ def test_a_pattern_is_a_name_a_suffix_a_module_or_else_a_regex_in_full() -> None
         ({"layers.1": 4, "q_proj": 8, ".*": 16}, [8, 16, 4, 4]),  # the first that matches applies
         ({"q_proj": 8, "attn": 4, "mlp|.*mlp.*": 2, ".*": 16}, [8, 2, 8, 4]),  # the last finds none left
         ({".*": 4, "q_proj": 4}, [4, 4, 4, 4]),
+        ({"1": 4, "layers.1": 8, ".*": 16}, [16, 16, 4, 4]),  # two patterns for the same ones are no mistake
     ]
     for r, ranks in rows:
         found, problems = resolve(RandLoRAConfig(r=r), TARGETS)
