@@ -100,9 +100,7 @@ def package_examples() -> Iterator[doctest.DocTest]:
 
 
 @pytest.mark.parametrize("example", list(package_examples()), ids=lambda example: example.name)
-def test_the_example_of_a_docstring_runs(
-    example: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_docstrings_example_runs(example: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     report = io.StringIO()
     doctest.DocTestRunner().run(example, out=report.write)
@@ -197,9 +195,7 @@ def test_what_was_trained_on_is_not_tested_on() -> None:
 
 
 @pytest.mark.medium
-def test_a_classifier_learns_and_what_it_loads_again_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_classifier_learns_and_its_reloading_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From texts of 3 to 7 tokens whose first token says whether they are good."""
     sentiment, encoder = imported("sentiment"), cast("Any", models.bert()).bert
     model = sentiment.SentimentClassifier(encoder, encoder.config.hidden_size)

@@ -230,9 +230,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Callable[[Path, RealModel], dict[str, T
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("kind", [LLAMA, GPT2], ids=lambda kind: kind.name)
-def test_every_layout_holds_the_update_and_is_written_again_and_not_beside_another(
-    kind: RealModel, name: str, tmp_path: Path
-) -> None:
+def test_every_layout_holds_the_update_and_stands_beside_no_other(kind: RealModel, name: str, tmp_path: Path) -> None:
     options, updates_of = LAYOUTS[name]
     source, model = our_directory(kind, tmp_path)
     first, second = (randlora.files.convert(source, tmp_path / "again", overwrite=True, **options) for _ in range(2))

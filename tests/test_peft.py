@@ -48,10 +48,7 @@ Shapes = tuple[tuple[int, int], ...]  # (out, in) of each layer
 @example(((1, 9),), 1, "dense", 0)  # one number has no deviation
 @example(((9, 1),), 1, "sparse", 0)  # one sign has no deviation
 @example(((4, 4),), 1, "very_sparse", 2)  # nothing but zeros
-def test_bases_are_those_of_peft_or_refused_where_peft_divides_by_nothing(
-    shapes: Shapes, r: int, basis: BasisKind, seed: int
-) -> None:
-    """Bit for bit."""
+def test_bases_are_those_of_peft_bit_for_bit_or_refused(shapes: Shapes, r: int, basis: BasisKind, seed: int) -> None:
     base, model = (nn.Sequential(*(nn.Linear(in_, out) for out, in_ in shapes)) for _ in range(2))
     names = [str(i) for i in range(len(shapes))]
     config = peft_config(LLAMA, basis, r=r, projection_prng_key=seed, target_modules=names)
