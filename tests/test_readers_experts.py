@@ -21,6 +21,7 @@ from randlora.readers.adapted_stack import AdaptedStack, Own, Parts
 from randlora.readers.experts import Experts
 from tests.kit import fill, read, untouched
 from tests.laws import TOLERANCES
+from tests.test_functional import kept_by, storages
 
 IDS = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
 TWO = "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok"
@@ -105,17 +106,11 @@ def test_backward_keeps_nothing_of_the_size_of_all_updates(experts: Any, impleme
     model = made(mixtral, implementation, torch.float32)
     randlora.inject(model, r=3, targets=EXPERTS, experts=experts)
     module = model.model.layers[0].mlp.experts
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    x = torch.randn(2, 16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(x, torch.tensor([[1, 3], [3, 1]]), torch.full((2, 2), 0.5))
-    known = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
-    sizes, one = [size for key, size in kept.items() if key not in known], module._parameters["gate_up_proj"][0].nbytes
+    given = torch.randn(2, 16, requires_grad=True), torch.tensor([[1, 3], [3, 1]]), torch.full((2, 2), 0.5)
+    _, kept = kept_by(lambda: module(*given))
+    known, one = storages([*module.parameters(), *module.buffers()]), module._parameters["gate_up_proj"][0].nbytes
+    held = {storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, kept)}
+    sizes = [size for key, size in held.items() if key not in known]
     # a gathered product keeps the weights that it gathered, one for each token and expert, with or without adapters
     assert max(sizes) <= (4 * one if implementation == "batched_mm" else one)
     if implementation != "batched_mm":
