@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -350,6 +350,16 @@ def test_a_weight_written_out_is_gone_before_its_gradient_comes(form: str, compu
             written, update = weight.clone(), delta_weight(made.pair, made.diagonals, is_wide=shape[1] == min(shape))
             adapted_linear(x, made.pair, made.diagonals, weight=lambda _: written, compute="materialized")
         torch.testing.assert_close(written, weight + update)
+
+
+@every_way
+def test_a_merge_between_forward_and_backward_changes_no_gradient(compute: Compute) -> None:
+    made, x, weight = trained("dense", (24, 40), 7)
+    held = nn.Parameter(weight.clone(), requires_grad=False)
+    output = adapted_linear(x, made.pair, made.diagonals, weight=held, compute=compute)
+    held.data = held.data + 1
+    (found,) = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(found, (weight + oracle(made, 40)).sum(0).expand_as(x))
 
 
 PASS, FORMED = 2 * 10 * 32 * 32, 2 * 32**3  # of ten tokens through a weight, and of the bases to an update

@@ -157,11 +157,12 @@ def test_gradients_are_those_of_finite_differences(kind: LayerKind, basis: Basis
 
 @pytest.mark.product
 @every_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_autocast_computes_in_the_dtype_of_the_plain_layer(kind: LayerKind, dtype: torch.dtype) -> None:
-    model, base = adapted(kind, (6, 9))
+    held, dtype = (kind.exact, kind.exact) if dtype == torch.float64 else (torch.float32, dtype)
+    model, base = adapted(kind, (6, 9), held)
     x = random(5, 6, dtype=dtype).requires_grad_()
-    expected = fill(model)(x.detach().float())
+    expected = fill(model)(x.detach().to(held))
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         found, own = model(x), base(x)
     assert found.dtype == own.dtype
