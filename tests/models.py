@@ -80,12 +80,10 @@ def clip() -> nn.Module:
 
 def unet() -> nn.Module:
     """Build a UNet of diffusers with cross-attention."""
-    blocks: dict[str, Any] = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "block_out_channels": (16, 32),
-    }
-    blocks |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 16}
     sizes = {"sample_size": 8, "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 8}
+    blocks: dict[str, Any] = {"block_out_channels": (16, 32), "cross_attention_dim": 16}
+    for way, order in (("down", ("CrossAttnDownBlock2D", "DownBlock2D")), ("up", ("UpBlock2D", "CrossAttnUpBlock2D"))):
+        blocks[f"{way}_block_types"] = order
     return reproducible(lambda: library("diffusers").UNet2DConditionModel(**blocks, **sizes))
 
 

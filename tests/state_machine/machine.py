@@ -131,6 +131,7 @@ class RandLoRAMachine(AdapterRules):
         self.bystanders = [(self.model, all_bits(self.model.state_dict()))]
         self.model, self.held = COPIES[by](self.model), {}
 
+    @is_adapted
     @rule(place=st.integers(0, len(REFUSALS) - 1))
     def refuse(self, place: int) -> None:
         when, error, call = REFUSALS[place]
