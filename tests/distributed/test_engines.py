@@ -48,6 +48,8 @@ from tests.kit import all_bits, fill
 from tests.model_directories import contents
 from tests.read_kinds import READ_KINDS, ReadKind, output_of, weighted
 
+pytestmark = in_two
+
 SIZE = 1000
 """Bytes of a file of a merged model, which are a few of the tensors."""
 
@@ -190,7 +192,6 @@ def switch_and_end(engine: Engine, case: Case, one: Any, run: Any) -> None:
 @settings(LAW, max_examples=1)
 @given(drawn=drawn_models)
 @example(drawn=Drawn(hidden=1, rows=9, r=4, basis="block", train_also=("norm",)))
-@in_two
 @pytest.mark.parametrize("engine", IN_TWO)
 def test_a_model_is_trained_saved_merged_and_ejected_as_in_one_process(
     engine: str, drawn: Drawn, tmp_path: Path
@@ -227,7 +228,6 @@ EACH_KIND = {
 }
 
 
-@in_two
 @pytest.mark.parametrize(("engine", "name"), [(engine, name) for engine, names in EACH_KIND.items() for name in names])
 def test_each_kind_trains_is_saved_and_merged(engine: str, name: str, tmp_path: Path) -> None:
     """Each process weights its output otherwise."""
@@ -257,7 +257,6 @@ def split_tokens(model: Any) -> Any:
     return model
 
 
-@in_two
 @pytest.mark.parametrize(("order", "first"), [(around, ()), (within, ("0",))])
 def test_a_model_whose_tokens_are_split_between_its_layers(order: Any, first: tuple[str, ...], tmp_path: Path) -> None:
     """The first layer is whole in each process."""
@@ -273,10 +272,10 @@ class Whole(nn.Sequential):
     """Layers that take ids, and return outputs, that are whole in each process."""
 
     def forward(self, ids: Any) -> Any:
+        run: Any = super().forward
         if not isinstance(weight := self[0]._parameters["weight"], DTensor):
-            return super().forward(ids)
-        output: Any = super().forward(DTensor.from_local(ids, weight.device_mesh, [Replicate()]))
-        return output.full_tensor()
+            return run(ids)
+        return run(DTensor.from_local(ids, weight.device_mesh, [Replicate()])).full_tensor()
 
 
 def split_in_pieces(model: Any) -> Any:
@@ -290,7 +289,6 @@ def split_in_pieces(model: Any) -> Any:
     return model
 
 
-@in_two
 @pytest.mark.parametrize(("hidden", "basis"), [(12, "dense"), (2, "block")])
 def test_a_process_that_has_several_pieces_of_a_weight(hidden: int, basis: str, tmp_path: Path) -> None:
     case = Made(
@@ -376,16 +374,15 @@ PLANS = {
     "packed, narrow": Planned("phi3", {"pad_token_id": 0, "intermediate_size": 6}, {"tp_plan": PACKED}, BLOCK),
     "whole experts": Planned("mixtral", EXPERTS | WIDER | {"num_local_experts": 6}, WHOLE, {"basis": "sparse"}),
     "whole experts, shared": Planned("qwen3_moe", QWEN | {"num_experts": 2}, WHOLE, {"experts": "shared"}),
-    "two dimensions": Planned("mixtral", EXPERTS, AUTO | {"tp_size": 2, "fsdp_size": 2}, {}),
 }
+ON_TWO_DIMENSIONS = pytest.param(
+    Planned("mixtral", EXPERTS, AUTO | {"tp_size": 2, "fsdp_size": 2}, {}),
+    marks=[in_four, pytest.mark.slow],  # each process imports transformers
+)
 
 
-def marks_of(name: str) -> list[Any]:
-    return [in_four, pytest.mark.slow] if name == "two dimensions" else [in_two]  # each process imports transformers
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in PLANS])
-def test_a_model_that_its_plan_splits(name: str, tmp_path: Path) -> None:
-    case = PLANS[name].written(tmp_path / "base")
+@pytest.mark.parametrize("plan", [*PLANS.values(), ON_TWO_DIMENSIONS], ids=[*PLANS, "two dimensions"])
+def test_a_model_that_its_plan_splits(plan: Planned, tmp_path: Path) -> None:
+    case = plan.written(tmp_path / "base")
     assert any(isinstance(each, DTensor) for each in case.split().parameters())
     require_as_one_process(case.engine(), case, tmp_path)

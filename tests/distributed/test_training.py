@@ -26,6 +26,8 @@ from tests.kit import all_bits, fill, on_one_line
 from tests.laws import Mixed
 from tests.pages import DOCS, snippets
 
+pytestmark = in_two
+
 DRAWN, ALSO = Drawn(), Drawn(train_also=("norm", "head"))
 
 
@@ -38,7 +40,6 @@ NORMS = Made(
 """Of a norm that is trained, and one that is not."""
 
 
-@in_two
 @pytest.mark.parametrize("engine", ["DDP", "FSDP2", "FSDP2 first", "ZeRO-3"])
 def test_an_adapter_has_the_statistics_of_the_first_process(engine: str, tmp_path: Path) -> None:
     case, own = NORMS, ENGINES[engine]
@@ -78,7 +79,6 @@ HALF = Made(
 """Of a model in float16, of which copies are trained."""
 
 
-@in_two
 @pytest.mark.parametrize("engine", ["FSDP2", "FSDP2, the head by itself", "DDP"])
 def test_copies_in_float32_train_as_in_one_process(engine: str, tmp_path: Path) -> None:
     by_itself = replace(ENGINES["FSDP2"], make=around(lambda model: sharded(model, parts=("head",))))
@@ -92,7 +92,6 @@ def test_copies_in_float32_train_as_in_one_process(engine: str, tmp_path: Path) 
         assert {each.dtype for each in randlora.trainable_parameters(run)} == {torch.float32}
 
 
-@in_two
 def test_what_is_sharded_already_keeps_its_dtype_and_the_report_says_so() -> None:
     model = sharded(HALF.build())
     report = randlora.inject(model, train_also=["head", "norm"], **HALF.options())
@@ -144,7 +143,6 @@ def test_a_checkpoint_of_deepspeed_resumes_a_run(tmp_path: Path, stage: str, *, 
     assert distance(values(rest.module), values(through.module)) == 0
 
 
-@in_two
 @pytest.mark.parametrize("engine", ["FSDP2 first", "tensor parallel first"])
 def test_gradients_that_are_sharded_and_whole_are_clipped_by_the_norm_of_one_process(engine: str) -> None:
     """By the function of docs/distributed.md."""
@@ -179,7 +177,6 @@ def with_penalty(run: nn.Module, ranks: Any, factor: float = 0.03) -> dict[str, 
     return values(model)
 
 
-@in_two
 @pytest.mark.parametrize("engine", ["DDP", "FSDP2", "FSDP2 first"])
 def test_a_penalty_and_a_limit_of_norms_are_those_of_one_process(engine: str) -> None:
     one, model = DRAWN.adapted(), ENGINES[engine].make(DRAWN)
@@ -190,7 +187,6 @@ def test_a_penalty_and_a_limit_of_norms_are_those_of_one_process(engine: str) ->
     assert limited == {"blocks.0.up", "blocks.0.down"}
 
 
-@in_two
 def test_joined_stages_are_what_one_process_saves(tmp_path: Path) -> None:
     """Each keeps the layers of its stage under their own names, and trains them with the others."""
     options: dict[str, Any] = {"r": 2, "targets": "all-linear", "basis": "block", "blocks": (2, 2), "alpha": 2.0}
@@ -259,7 +255,6 @@ class Attention(nn.Module):
         return scaled_dot_product_attention(self.q(x), key, value)
 
 
-@in_two
 def test_gradients_of_parts_of_sequences_average_to_the_whole() -> None:
     model = Attention()
     randlora.inject(model, r=2, targets="all")
