@@ -92,7 +92,8 @@ def described(result: Any) -> Any:
 
 @contextmanager
 def defaults(device: str | None, dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_device(device)
+    if device:  # torch 2.9 and older fail to read a None that was set
+        torch.set_default_device(device)
     torch.set_default_dtype(dtype)
     try:
         yield
@@ -100,7 +101,7 @@ def defaults(device: str | None, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
         with suppress(AttributeError):
-            del torch._GLOBAL_DEVICE_CONTEXT.device_context  # torch 2.9 and older fail to read the None that is there
+            del torch._GLOBAL_DEVICE_CONTEXT.device_context
 
 
 def told(at: Path, device: str | None, dtype: torch.dtype) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def test_a_resumed_plain_run_has_the_same_losses(tmp_path: Path) -> None:
     plain = imported("plain_pytorch")
     whole = plain.begin(steps=40)
     expected = list(whole.train(40))
-    assert sum(expected[-10:]) < 0.2 * sum(expected[:10])
+    assert sum(expected[-10:]) < 0.25 * sum(expected[:10])
     part = plain.begin(steps=40)
     before = list(part.train(25))
     part.save(tmp_path)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
@@ -45,6 +46,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 EXPERTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"]
 ALL: dict[str, Any] = {"r": 16, "targets": "all-linear"}
+
+with_fused_attention = pytest.mark.skipif(
+    TorchVersion(torch.__version__) < "2.7", reason="attention with grouped heads is not fused on a CPU in torch 2.6"
+)
 
 
 def build(name: str, **options: Any) -> Any:
@@ -90,7 +95,10 @@ def trained(model: Any, *, checkpointing: bool = False, **options: Any) -> int:
         ("OPTForCausalLM", torch.float32, {"basis": "block"}),
         ("MixtralForCausalLM", torch.bfloat16, {"targets": EXPERTS}),
         ("ViTForImageClassification", torch.bfloat16, {"basis": "sparse", "train_also": "classifier"}),
-        ("Qwen3ForCausalLM", torch.bfloat16, {"targets": "all-linear", "r": {"q_proj": 8, ".*": 64}}),
+        pytest.param(
+            *("Qwen3ForCausalLM", torch.bfloat16, {"targets": "all-linear", "r": {"q_proj": 8, ".*": 64}}),
+            marks=with_fused_attention,
+        ),
         *(
             pytest.param(name, dtype, options, marks=pytest.mark.slow)
             for name in MODELS
@@ -210,6 +218,7 @@ def test_what_is_held_is_that_of_a_trained_model(kind: RealModel, dtype: torch.d
         assert planned.bases == working_nbytes(model)
 
 
+@with_fused_attention
 @pytest.mark.parametrize(("dtype", "targets"), [(torch.float32, None), (torch.bfloat16, "all-linear")])
 def test_what_a_llama_keeps_for_backward_is_counted(dtype: torch.dtype, targets: Any) -> None:
     model = build("LlamaForCausalLM").to(dtype).train()
