@@ -103,6 +103,8 @@ def test_what_was_trained_beside_is_summed_as_changes_of_the_models_own_in_the_d
     assert {*state.adapters["c"].trained} == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
     randlora.activate(model, "c")
     assert model.head.bias.dtype == torch.float64
+    config = state.adapters["c"].config
+    assert (config.targets, config.train_also) == (("q", "up", "down"), (*state.adapters["c"].trained,))
     assert state.adapters["c"].options == {"q": (4, 5.0), "up": (2, 40.0), "down": (4, 80.0)}
     assert_is_sum(model, "c", {"a": 0.7}, "q")  # each exact that one adapter has alone
     assert_is_sum(model, "c", {"b": -0.3}, "up", "down")

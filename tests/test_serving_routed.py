@@ -195,6 +195,14 @@ def test_tokens_of_a_packed_row(model: nn.Module, is_reshaped: bool) -> None:
 SOME: Names = ["a", "b", "c", "d", None]
 
 
+def test_under_autocast_rows_are_as_close_as_those_of_each_adapter_alone(model: nn.Module) -> None:
+    x = torch.randn(5, 3, 6)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = (run(model, SOME, lambda: model(x)) for run in (row_by_row, in_block))
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert_close(found, expected, torch.bfloat16)
+
+
 def test_values_are_copied_once_a_block_and_are_in_no_copy_of_the_model(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
