@@ -123,9 +123,8 @@ def test_rows_that_cannot_be_known_are_an_error_at_every_length(what: str) -> No
 
 @pytest.mark.parametrize("arrange", [lambda x: x.flip(0), lambda x: x.transpose(0, 1).flatten(0, 1)])
 def test_tokens_of_packed_rows_that_are_elsewhere_are_an_error(arrange: Any) -> None:
-    model = with_adapters(Arranging(arrange, lambda x: x))
-    refused = pytest.raises(AdapterError, match="routed was given names for 2 rows of 3 tokens")
-    with routed(model, [["a", "b", "a"], ["b", None, "a"]]), refused:
+    model, names = with_adapters(Arranging(arrange, lambda x: x)), list[Names]([["a", "b", "a"], ["b", None, "a"]])
+    with routed(model, names), pytest.raises(AdapterError, match="routed was given names for 2 rows of 3 tokens"):
         model(torch.randn(2, 3, 6))
 
 
