@@ -91,17 +91,12 @@ def test_merged_nests_and_yields_the_report_of_the_merge_around_it() -> None:
     assert randlora.unmerge(model) == report.targets == ("q", "up", "down")
 
 
-def test_what_is_merged_or_unmerged_in_inference_mode_can_be_trained_and_a_state_dict_has_no_adapter_twice() -> None:
-    model, other, twin = (filled(Mixed()) for _ in range(3))
+def test_what_is_merged_or_unmerged_in_inference_mode_can_be_trained() -> None:
+    model, other = (filled(Mixed()) for _ in range(2))
     with randlora.merged(model):
-        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         assert model.state_dict(keep_vars=True)["q.bias"] is model.q.bias
-    twin.load_state_dict(saved)
-    assert same_bits(twin(TOKENS), model(TOKENS))
-    randlora.merge(twin, reversible=True)
-    assert {tensor.dtype for tensor in twin.half().state_dict().values()} == {torch.float16}
     randlora.merge(other, reversible=True)
-    other.double()
+    assert {tensor.dtype for tensor in other.double().state_dict().values()} == {torch.float64}
     with torch.inference_mode():
         randlora.merge(model)
         randlora.unmerge(other)
