@@ -66,7 +66,7 @@ def test_the_part_is_that_which_torch_finds(
 
 
 @settings(max_examples=40)
-@given(st.integers(1, 13), st.integers(1, 13), st.sampled_from(["dense", "sparse", "block"]), splits)
+@given(st.integers(1, 13), st.integers(1, 13), st.sampled_from(["dense", "block"]), splits)
 def test_parts_of_any_size_on_any_number_of_processes_compute_and_merge_as_the_whole(
     out: int, into: int, basis: Any, split: tuple[list[Any], list[int]]
 ) -> None:
