@@ -1,45 +1,25 @@
 """The state machine at a length that `make test` can afford, and its own arithmetic held against the oracle."""
 
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import INITIALIZE_RULE_MARKER, RULE_MARKER
 
 from tests import reference
 from tests.state_machine.machine import RandLoRAMachine
+from tests.state_machine.programs import run_program
 from tests.state_machine.recipes import Recipe
 from tests.state_machine.refusals import REFUSALS, WHEN
 from tests.state_machine.truth import update
-
-STEPS = 25
-methods = [method for _, method in inspect.getmembers(RandLoRAMachine, inspect.isfunction)]
-RULES = [rule for method in methods if (rule := getattr(method, RULE_MARKER, None))]
 
 
 @pytest.mark.medium
 @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_every_verb_does_what_the_truth_says(data: st.DataObject) -> None:
-    """Take the rule that was called least of those that can be: Hypothesis itself leaves out half in each run."""
-    machine, calls = RandLoRAMachine(), dict.fromkeys(data.draw(st.permutations(RULES)), 0)
-
-    def call(rule: Any) -> None:
-        rule.function(machine, **{name: data.draw(each) for name, each in rule.arguments.items()})
-        machine.holds()
-
-    try:
-        call(getattr(RandLoRAMachine.build, INITIALIZE_RULE_MARKER))
-        for _ in range(STEPS):
-            possible = [rule for rule in calls if all(condition(machine) for condition in rule.preconditions)]
-            call(rule := min(possible, key=calls.__getitem__))
-            calls[rule] += 1
-    finally:
-        machine.teardown()
+    run_program(data, steps=25)
 
 
 @pytest.mark.medium

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import hypothesis
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import randlora
 from tests.checkpoint_files import HEADED
 from tests.fuzz.targets import TARGETS
 from tests.kit import snapshot
 from tests.pages import ROOT
-from tests.state_machine.machine import RandLoRAMachine
+from tests.state_machine.programs import run_program
 from tests.torture import Row, kills, share, training
 
 PROGRAMS, STEPS = 1000, 60
@@ -45,18 +45,19 @@ def state_machine(scale: float, seed: int | None = None) -> Row:
     seed = secrets.randbits(32) if seed is None else seed
     failures, count = list[str](), 0
 
-    class Counted(RandLoRAMachine):
-        def __init__(self) -> None:
-            nonlocal count
-            count += 1
-            super().__init__()
-
-    longer = settings(
-        max_examples=share(PROGRAMS, scale), stateful_step_count=STEPS, deadline=None, database=None, print_blob=False,
+    @hypothesis.seed(seed)
+    @settings(
+        max_examples=share(PROGRAMS, scale), deadline=None, database=None, print_blob=False,
         report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
+    @given(data=st.data())
+    def programs(data: st.DataObject) -> None:
+        nonlocal count
+        count += 1
+        run_program(data, STEPS)
+
     try:
-        run_state_machine_as_test(hypothesis.seed(seed)(Counted), settings=longer)
+        programs()
     except Exception as error:  # whatever a broken promise raised
         sys.stderr.write("\n".join([*getattr(error, "__notes__", ()), ""]))  # the shortest program
         failures.append("".join(traceback.format_exception_only(error)).partition("\n")[0])
