@@ -58,7 +58,9 @@ def test_4_bit_codes_are_written_out_as_their_tables_say_and_rounded_to_the_near
     dtype = torch.bfloat16 if nested else torch.float32
     options = {"blocksize": blocksize, "compress_statistics": nested, "quant_type": quant_type}
     layer: Any = Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.float32)
-    layer.weight = Params4bit(torch.randn(shape, dtype=dtype), quant_storage=storage, **options)
+    block = torch.arange(shape[0] * shape[1]).view(shape) // blocksize
+    weight = torch.randn(shape) * 16.0 ** (block % 2)  # so that a code read with the scale of the next block is another
+    layer.weight = Params4bit(weight.to(dtype), quant_storage=storage, **options)
     layer.to("cpu")
     codes, state = layer.weight.data, layer.weight.quant_state
     found, expected = bnb.write_out_4bit(codes, state), written_out(layer)
