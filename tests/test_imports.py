@@ -72,6 +72,7 @@ def inner_imports(name: str) -> set[str]:
     return {target.removeprefix("randlora").removeprefix(".") for target in targets}
 
 
+@pytest.mark.medium
 def test_a_file_imports_from_its_room_and_those_below_it_and_names_no_feature() -> None:
     above = {(name, target) for name in modules() for target in inner_imports(name) if floor(target) > floor(name)}
     assert above == set()
@@ -168,6 +169,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.medium
 def test_importing_the_library_imports_its_files_but_the_command_line_and_nothing_optional() -> None:
     command = [sys.executable, "-W", "error", "-c", SCRIPT]
     result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

@@ -229,6 +229,7 @@ def test_outputs_of_every_form_are_compared(name: str) -> None:
         assert {problem.fault for problem in randlora.check(model, X).problems} == faults
 
 
+@pytest.mark.medium
 def test_active_adapters_are_checked_and_the_layers_of_others_named_and_experts_are_right() -> None:
     model = adapted(around(calls), targets=["first", "inner"])
     randlora.inject(model, r=2, targets=["first"], name="b", seed=1)

@@ -164,6 +164,7 @@ def test_a_model_that_is_converted_computes_in_its_new_dtype(to: torch.dtype) ->
     assert same_bits(model(TOKENS), plain(TOKENS))
 
 
+@pytest.mark.medium
 @needs_compiler
 def test_compiled_checkpointed_and_scaled() -> None:
     model = adapted()
