@@ -24,7 +24,6 @@ from tests.pages import snippet
 pytestmark = [
     pytest.mark.medium,
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # the compiler looks at it
-    pytest.mark.filterwarnings("ignore:.torch.jit.script(_method)?. is deprecated"),  # what the compiler imports
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),  # of torch about itself
 ]
 X = torch.linspace(-1, 1, 24).view(3, 8)
@@ -296,6 +295,26 @@ def test_a_transform_that_comes_first_spoils_no_bases_for_the_next(basis: str) -
     assert model(x).requires_grad
 
 
+@needs_compiler
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_transforms_are_compiled_with_the_model(basis: str) -> None:
+    model, call = model_with("default", basis=basis), torch.func.functional_call
+    trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+    def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        return call(model, values, (x,)).square().mean()  # type: ignore[no-any-return]
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))  # as for private training
+
+    def curvature(values: dict[str, Tensor], x: Tensor) -> Any:
+        along = {name: value.sin() for name, value in values.items()}
+        return torch.func.jvp(lambda values: torch.func.grad(loss)(values, x), (values,), (along,))[1]
+
+    for transformed in (each, curvature):
+        found = torch.compile(transformed, fullgraph=True, backend="aot_eager")(trained, X)
+        torch.testing.assert_close(found, transformed(trained, X), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("basis", "dynamic", "most"), [("dense", None, 2), ("block", True, 1)])
 def test_the_number_of_tokens_is_no_condition_of_a_graph(basis: Any, dynamic: bool | None, most: int) -> None:
     """The first number is taken for a constant unless told otherwise; every other shares one graph.
@@ -342,6 +361,40 @@ def test_a_program_of_any_number_of_tokens_is_saved_loaded_and_trained(options: 
     found = torch.autograd.grad(program(x).square().sum(), [program.get_parameter(name) for name in trained])
     expected = torch.autograd.grad(model(x).square().sum(), [*trained.values()])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@needs_export
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_model_that_was_exported_is_as_it_was(strict: bool, dynamic: bool, tmp_path: Path) -> None:
+    model, sizes = model_with("default"), ({0: torch.export.Dim("tokens", min=2, max=64)},) if dynamic else None
+    before = Compiled(model)
+    assert before.graphs() == 1
+    for _ in range(2):
+        with untouched(model):
+            program = torch.export.export(model, (X,), dynamic_shapes=sizes, strict=strict)
+        assert_close(program.module()(X), model(X), torch.float32)
+    graphs = before.graphs()
+    assert graphs == 1 + strict  # a strict export forgets all programs of the compiler
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        compare(twin, model)
+    randlora.save(model, tmp_path / "adapter")
+    for of in (model, twin):
+        randlora.load(of, tmp_path / "adapter", name="again", trainable=True)
+        randlora.activate(of, "again")
+    compare(torch.compile(twin, fullgraph=True, backend="eager"), model)
+    optimizer = torch.optim.Adam(randlora.trainable_parameters(model), lr=0.1)
+    model(X).square().sum().backward()
+    optimizer.step()
+    assert before.graphs() == graphs
+    for name, held in model.named_modules():
+        if "randlora" in name:
+            cast("Any", held).reset_parameters()
+    with randlora.disabled(model):
+        expected = model(X)
+    assert same_bits(model(X), expected)
 
 
 @needs_export

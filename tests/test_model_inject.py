@@ -102,7 +102,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], type[RandLoRAError]
     (Mixed, {"targets": ["q"], "train_also": ["q", "hed"]}, TargetError, "2 problems"),
     (Mixed, {"config": RandLoRAConfig(), "r": None, "seed": 4}, ConfigError, "either config= or single options"),
     *((Mixed, {"name": name}, AdapterError, NAMED) for name in ("", "a.b", "a\nb")),
-    *((Mixed, {"name": name}, AdapterError, RESERVED) for name in ("class", "keys", "training")),
+    *((Mixed, {"name": name}, AdapterError, RESERVED) for name in ("class", "keys", "training", "randlora_layer")),
     (adapted, {"name": "default"}, AdapterError, "has an adapter of that name; remove it"),
 ]
 

@@ -7,8 +7,8 @@ however they are replaced: `nn.Module.to`, FSDP, `torch.func.functional_call` an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,15 @@ from randlora.bases.spec import Shape, count_bases
 from randlora.config import Init
 from randlora.errors import AdapterError
 from randlora.layers.scopes import is_in_call
-from randlora.state import SiteAdapter
+
+if TYPE_CHECKING:
+    from randlora.layers.base import AdapterLayer
 
 Named = dict[str, nn.Parameter | None]
+
+
+class Slots(list[nn.Parameter | None]):
+    """A list that two objects may hold: torch.export replaces plain lists among a module's attributes by copies."""
 
 
 class Values(Named):
@@ -35,7 +41,7 @@ class Values(Named):
     def __init__(self) -> None:
         """Create it empty."""
         super().__init__()
-        self.slots: list[nn.Parameter | None] = []
+        self.slots = Slots()
 
     def seat(self, names: Iterable[str]) -> None:
         """Set the names of the active adapters."""
@@ -82,17 +88,18 @@ class Diagonal(nn.ParameterDict):
         randlora_acting: The names of the active adapters.
         randlora_slots: Their parameters. ``None`` if the parameters are not held by `Values`, such as in replicas of
             `nn.DataParallel` and under DeepSpeed's ZeRO-3; they are found by name then.
-        randlora_parts: The adapters of the weight, by name; the same mapping as in its adapter layer.
+        randlora_layer: The adapter layer of the weight.
     """
 
     randlora_acting: tuple[str, ...] = ()
-    randlora_slots: list[nn.Parameter | None] | None
+    randlora_slots: Slots | None
+    randlora_layer: AdapterLayer
 
-    def __init__(self, parts: Mapping[str, SiteAdapter]) -> None:
-        """Create it without parameters, for the adapters that its adapter layer has."""
+    def __init__(self, layer: AdapterLayer) -> None:
+        """Create it without parameters."""
         super().__init__()
         self._parameters = Values()
-        self.randlora_parts = parts
+        self.randlora_layer = layer
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; whatever holds the parameters says where the active ones are."""
@@ -138,7 +145,7 @@ class Diagonal(nn.ParameterDict):
     def randlora_reset(self, position: int) -> None:
         """Set every parameter to its initial value, which `initial_values` returns at this position."""
         for name, parameter in self.named_parameters():
-            part = self.randlora_parts[name]
+            part = self.randlora_layer.adapters[name]
             parameter.fill_(initial_values(part.adapter.init, part.shape)[position])
 
 
@@ -156,6 +163,10 @@ class Gamma(Diagonal):
     def reset_parameters(self) -> None:
         """Set every Γ to its initial value, for use after ``model.to_empty(...)``."""
         self.randlora_reset(1)
+
+
+TAKEN_NAMES = frozenset({*dir(nn.ParameterDict()), *dir(Gamma), *Diagonal.__annotations__})
+"""The attributes of the modules that hold Λ and Γ, which are no names for adapters."""
 
 
 def _refuse_gradient(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature

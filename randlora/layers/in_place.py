@@ -269,7 +269,7 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
     """Attach an adapter layer, which has no adapters yet, to a module."""
     layers = {**adapter_layers_of(owner), layer.attribute: layer}
     owner.__dict__["randlora"] = layers
-    for held, name in zip((Lambda(layer.adapters), Gamma(layer.adapters)), layer.parameter_names(), strict=True):
+    for held, name in zip((Lambda(layer), Gamma(layer)), layer.parameter_names(), strict=True):
         held.training = owner.training
         # torch's fused transformer layers read weights without calling their modules, unless a module has a hook
         held.register_forward_pre_hook(_decline_fast_paths)

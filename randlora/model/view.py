@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
-from randlora.layers.diagonals import Diagonal, Gamma, Values
+from randlora.layers.diagonals import TAKEN_NAMES, Diagonal, Values
 from randlora.layers.in_place import has_attribute
 from randlora.model.engines import ranks_holding
 from randlora.model.save_guard import savers
@@ -136,7 +136,7 @@ def require_new_name(state: ModelState, name: str, doing: str) -> None:
     """Raise an `AdapterError` if a new adapter cannot have this name."""
     # torch.export writes the names of parameters as code
     is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
-    if not is_name or keyword.iskeyword(name) or name in dir(Gamma({})):
+    if not is_name or keyword.iskeyword(name) or name in TAKEN_NAMES:
         raise AdapterError(
             f"cannot {doing} an adapter named {shortly(name)}: expected a printable name without dots, "
             "not an attribute of ParameterDict or a keyword of Python"
