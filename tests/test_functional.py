@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import grad, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from randlora.functional import (
@@ -34,6 +34,8 @@ from tests.pairs import Case, case, every_form
 from tests.strategies import ranks, sides
 
 Shape = tuple[int, int]
+Loss = Callable[..., Tensor]
+Derivative = Callable[[Loss, list[Tensor], int], Tensor]
 every_way = pytest.mark.parametrize("compute", get_args(Compute))
 every_shape = pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24)], ids=["square", "down", "up"])
 
@@ -223,15 +225,72 @@ def test_a_batch_of_gradients_is_led_back_at_once(form: str, compute: Compute) -
             torch.testing.assert_close(tuple(ours[member] for ours in found), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own import
-def test_forward_mode_is_right_where_no_gradient_is_wanted_and_refused_elsewhere() -> None:
-    loss, (x, weight, lam, gamma) = prepared("dense", (9, 12), "auto")
+def tangents(values: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(value.sin() for value in values)
+
+
+def by_duals(loss: Loss, values: list[Tensor], at: int) -> Tensor:
+    """Return the tangent for that of one value, while every value also requires a gradient."""
     with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(loss(x, weight, forward_ad.make_dual(lam, lam), gamma)).tangent
-        with pytest.raises(NotImplementedError, match="jvp"):
-            loss(x.requires_grad_(), weight, forward_ad.make_dual(lam, lam), gamma)
-    (expected,) = torch.autograd.grad(loss(x, weight, lam.requires_grad_(), gamma), lam)
-    torch.testing.assert_close(tangent, (expected * lam.detach()).sum())
+        duals = [value.clone().requires_grad_() for value in values]
+        duals[at] = forward_ad.make_dual(duals[at], values[at].sin())
+        tangent: Tensor = forward_ad.unpack_dual(loss(*duals)).tangent.detach()
+        return tangent
+
+
+def directional(loss: Loss, values: list[Tensor], at: int) -> Tensor:
+    gradient: Tensor = grad(loss, at)(*values)
+    return (gradient * values[at].sin()).sum()
+
+
+def along(transform: Callable[..., Any]) -> Derivative:
+    """Return a derivative of a function of one value, in a direction, by a transform."""
+
+    def derivative(loss: Loss, values: list[Tensor], at: int) -> Tensor:
+        found: Tensor = transform(lambda value: loss(*values[:at], value, *values[at + 1 :]), values[at])
+        return found
+
+    return derivative
+
+
+FORWARD: dict[str, tuple[Derivative, Derivative]] = {
+    "dual numbers": (by_duals, directional),
+    "jvp": (along(lambda f, value: jvp(f, (value,), (value.sin(),))[1]), directional),
+    "jvp without gradients": (
+        along(lambda f, value: torch.no_grad()(jvp)(f, (value,), (value.sin(),))[1]),
+        directional,
+    ),
+    "jvp of all": (
+        lambda loss, values, _: jvp(loss, (*values,), tangents(values))[1],
+        lambda loss, values, _: sum((directional(loss, values, at) for at in range(4)), torch.zeros(())),
+    ),
+    "linearize": (along(lambda f, value: linearize(f, value)[1](value.sin())), directional),
+    "vmap of jvp": (
+        along(lambda f, value: vmap(lambda to: jvp(f, (value,), (to,))[1])(torch.stack([value.sin(), 2 * value]))),
+        along(lambda f, value: torch.stack([(grad(f)(value) * to).sum() for to in (value.sin(), 2 * value)])),
+    ),
+    "jacfwd": (along(lambda f, value: jacfwd(f)(value)), along(lambda f, value: grad(f)(value))),
+    "hessian": (along(lambda f, value: hessian(f)(value)), along(lambda f, value: jacrev(jacrev(f))(value))),
+    "jacfwd twice": (along(lambda f, value: jacfwd(jacfwd(f))(value)), along(lambda f, value: hessian(f)(value))),
+    "jacrev of jacfwd": (along(lambda f, value: jacrev(jacfwd(f))(value)), along(lambda f, value: hessian(f)(value))),
+    "across": (
+        lambda loss, values, at: jacfwd(jacrev(loss, at), (at + 1) % 4)(*values),
+        lambda loss, values, at: jacrev(jacrev(loss, at), (at + 1) % 4)(*values),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # of linearize about its own graph
+@every_form
+@pytest.mark.parametrize("transform", FORWARD)
+def test_forward_mode_agrees_with_reverse_mode_in_every_nesting(form: str, transform: str) -> None:
+    forward, reverse = FORWARD[transform]
+    for shape, compute in zip(((9, 12), (12, 9), (12, 12)), get_args(Compute), strict=True):
+        loss, values = prepared(form, shape, compute)
+        for at in range(4):
+            expected = reverse(loss, values, at)
+            assert expected.abs().max() > 0
+            torch.testing.assert_close(forward(loss, values, at), expected)
 
 
 # What is kept for backward, how large temporaries are, and how many products there are

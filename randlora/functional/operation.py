@@ -10,7 +10,7 @@ from torch import Tensor
 from randlora.functional.adapted import WriteOut, adapted
 from randlora.functional.cost import Compute, chosen_backward, chosen_forward, is_small
 from randlora.functional.pairs import BlockPair, DensePair, Pair
-from randlora.functional.scratch import in_dtype, is_in_transform, is_traced
+from randlora.functional.scratch import in_dtype, is_forward_mode, is_in_transform, is_traced
 
 
 class Diagonals(NamedTuple):
@@ -68,7 +68,11 @@ def adapted_linear(
     lam, gamma, scaling = diagonals
     is_wide = shape[-1] == gamma.shape[-1] if is_wide is None else is_wide
     output: Tensor
-    if torch.compiler.is_compiling():  # every tensor must be an argument, as for a transform
+    is_compiling = torch.compiler.is_compiling()
+    if is_forward_mode() or (is_compiling and is_in_transform()):
+        # plain operations, which torch differentiates in any nesting of transforms and compiles with them
+        output = _output(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute, is_wide)
+    elif is_compiling:  # every tensor must be an argument, as for a transform
         lam = lam * scaling  # the scaling may be a symbolic float, so it must multiply a tensor here
         output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, 1.0, pair.A, pair.B, pair.rest, compute, is_wide)  # type: ignore[no-untyped-call]
     elif is_in_transform():
@@ -189,8 +193,9 @@ def _save(
     ctx.bias_dtype = None if bias is None else bias.dtype
     needs_tokens = needs_weight or needs_lam or needs_gamma
     held, ctx.write_out = (weight, None) if weight is None or isinstance(weight, Tensor) else (None, weight)
-    if held is not None and not held.requires_grad:
-        held = held.detach()  # a merge before backward changes the parameter's data
+    # a merge before backward changes the parameter's data; but a transform around this one may differentiate by it
+    if held is not None and not held.requires_grad and not is_in_transform():
+        held = held.detach()
     ctx.save_for_backward(x if needs_tokens else None, held, lam, gamma, basis_A, basis_B)
 
 

@@ -2,8 +2,8 @@
 
 New memory is expensive: the system clears every page first, which can take longer than the arithmetic. In-place
 operations are not used in compiled or traced code, while autograd records, which may need the old values, under
-`torch.func` transforms, where a batch cannot be written into an unbatched tensor, or under a dispatch mode, which may
-keep results of operators, as selective activation checkpointing does.
+`torch.func` transforms, where a batch cannot be written into an unbatched tensor, in forward mode, or under a dispatch
+mode, which may keep results of operators, as selective activation checkpointing does.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from randlora.modes import may_be_kept
 
@@ -23,9 +24,14 @@ is_traced: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tr
 """Whether `torch.jit.trace` runs the code: what `torch.jit.is_tracing` asks, which takes five times as long."""
 
 
+def is_forward_mode() -> bool:
+    """Whether a block of forward-mode differentiation is open, as in `torch.func.jvp`, ``jacfwd`` and ``hessian``."""
+    return getattr(forward_ad, "_current_level", -1) >= 0  # private, but the only way to ask; tested likewise
+
+
 def is_transformed() -> bool:
-    """Whether the code runs under a compiler, under `torch.jit.trace` or a `torch.func` transform."""
-    return torch.compiler.is_compiling() or is_in_transform() or is_traced()
+    """Whether the code runs under a compiler, under `torch.jit.trace`, a `torch.func` transform or in forward mode."""
+    return torch.compiler.is_compiling() or is_in_transform() or is_traced() or is_forward_mode()
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -34,8 +40,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def _may_overwrite() -> bool:
-    is_recorded = torch.is_grad_enabled() or is_in_transform() or torch.compiler.is_compiling() or is_traced()
-    return not (is_recorded or may_be_kept())
+    return not (torch.is_grad_enabled() or is_transformed() or may_be_kept())
 
 
 STRIP = 2**20
@@ -65,7 +70,8 @@ def times(scratch: Tensor, factor: Tensor) -> Tensor:
 
 def plus(scratch: Tensor, term: Tensor, factor: float) -> Tensor:
     """Return ``scratch + factor·term``; ``scratch`` may be overwritten."""
-    return scratch.add_(term, alpha=factor) if _may_overwrite() else torch.add(scratch, term, alpha=factor)
+    # torch.func.linearize crashes in an add() with alpha
+    return scratch.add_(term, alpha=factor) if _may_overwrite() else scratch + term * factor
 
 
 def plus_product(scratch: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
