@@ -4,6 +4,7 @@ It is the CPU by default. `python -m benchmarks --device cuda --gate` runs them 
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -197,6 +198,52 @@ def test_dropout_falls_on_the_adapters_input_alone_and_in_training_alone(kind: L
     torch.manual_seed(3)
     assert_close(found, base(x) + nn.functional.dropout(x, 0.5, training=True) @ update.T, kind.exact)
     assert not torch.allclose(found, model(x))
+
+
+def twice_each(x: Tensor) -> Tensor:
+    """Return a sparse tensor whose entries are sums of two."""
+    own = x.to_sparse()
+    values = torch.cat([own.values() / 4, own.values() * 0.75])
+    return torch.sparse_coo_tensor(own.indices().repeat(1, 2), values, own.shape, check_invariants=True)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse, twice_each, Tensor.to_sparse_csr, Tensor.to_sparse_csc])
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_sparse_inputs_give_the_values_and_gradients_of_dense_ones(
+    sparse: Callable[[Tensor], Tensor], basis: BasisKind
+) -> None:
+    """As `nn.Linear` takes them, such as bags of words, in any number of rows and every way to compute."""
+    cases: list[tuple[int, Compute]] = [(0, "auto"), (1, "factored"), (5, "auto"), (5, "materialized"), (3000, "auto")]
+    for shape in ((40, 12), (12, 40), (12, 12)):
+        model, _ = adapted(LAYER_KINDS[0], shape, basis=basis, r=4)
+        trained = [*randlora.trainable_parameters(fill(model))]
+        for tokens, compute in cases:
+            randlora.set_compute(model, compute)
+            x = random(tokens, shape[0]) * (random(tokens, shape[0]) > 1)
+            outputs = model(sparse(x)), model(x)
+            assert_close(*outputs, torch.float32)
+            gradients = [torch.autograd.grad(each.square().sum(), trained) for each in outputs]
+            for found, expected in zip(*gradients, strict=True):
+                assert_close(found, expected, torch.float32)
+        if sparse is not twice_each:
+            x = sparse(torch.ones(2, shape[0], device=DEVICE)).requires_grad_()  # torch gives it a dense gradient
+            (found,) = torch.autograd.grad(model(x).sum(), x)
+            whole = model[0].get_parameter("weight") + update_of(model[0])
+            assert_close(found, whole.sum(0).expand(2, -1), torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse, Tensor.to_sparse_csr])
+def test_dropout_falls_on_the_entries_of_a_sparse_input(sparse: Callable[[Tensor], Tensor]) -> None:
+    model, base = adapted(LAYER_KINDS[0], (50, 9), dropout=0.5)
+    x = torch.eye(50, device=DEVICE)
+    found = fill(model)(sparse(x)) - base(x)  # a row for each input: dropped, or doubled
+    update = update_of(model[0]).T
+    is_dropped = found.abs().sum(1) < 1e-6
+    assert 10 < is_dropped.sum() < 40
+    assert_close(found, torch.where(is_dropped[:, None], 0, 2 * update), torch.float32)
+    assert_close(model.eval()(sparse(x)), base(x) + update, torch.float32)
 
 
 @every_dense_kind

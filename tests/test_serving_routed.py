@@ -323,6 +323,7 @@ WITHOUT_ROWS: list[tuple[Callable[[], nn.Module], Callable[[Any], object], str]]
     (lambda: Llama4TextExperts(LLAMA4), lambda module: module(X, X[:, 0]), "sorted by expert"),
     (lambda: nn.Conv1d(4, 4, 3), lambda module: module(X), f"Conv1d{UNBATCHED} batch"),
     (lambda: nn.MultiheadAttention(4, 2), lambda module: module(X, X, X), f"Attention{UNBATCHED}"),
+    (lambda: nn.Linear(4, 4), lambda module: module(X.to_sparse()), r"nor sparse, .*Linear was given.*x\.to_dense\(\)"),
     (lambda: nn.Conv1d(4, 4, 1), reads_elsewhere, "reads an adapted weight outside"),
 ]
 

@@ -310,12 +310,16 @@ class AdapterLayer(StoredWeight):
         self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """Return one adapter's output in the dtype of the layer's output, which autocast determines if it is on."""
-        x = F.dropout(x.to(dtype), part.adapter.config.dropout, owner.training)
+        is_strided, p = x.layout == torch.strided, part.adapter.config.dropout
+        if p and owner.training and not is_strided:
+            x = x.to_dense()  # torch drops entries of dense tensors only
+        x = F.dropout(x.to(dtype), p, owner.training)
         update, weight = self.update(owner, part, factor), self.weight_of(owner)
         if weight is not None and (split := split_of(type(self), weight)) is not None:
             return split.product(update, x, self.state.compute)
         pair, diagonals = update.parts(x.device, dtype)
-        if x.is_nested:  # adapted_linear needs a shape, which nested tensors lack
+        # adapted_linear needs a shape, which nested tensors lack, and changes it, which sparse ones do not let it
+        if x.is_nested or x.layout != torch.strided:
             return F.linear(x, delta_weight(pair, diagonals, is_wide=self.shape[1] == min(self.shape)))
         return adapted_linear(x, pair, diagonals, compute=self.state.compute)
 

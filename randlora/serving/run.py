@@ -136,9 +136,10 @@ class RowByRow(Routing, Run):
         if not self.concerns(layer):
             return output
         routes = Routes.of(layer, owner)
-        if not isinstance(x, Tensor) or x.is_nested:
+        if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
             raise AdapterError(
-                f"routed needs a tensor with a batch, but an adapted {routes.module} was given a different input"
+                f"routed needs a tensor with a batch, neither nested nor sparse, but an adapted {routes.module} was "
+                "given a different input: give it x.to_dense()"
             )
         layout = layout_of(self, layer, x, routes.module)
         with unfollowed(self):
