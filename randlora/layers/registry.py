@@ -9,6 +9,7 @@ by the module's type or, if the type is not registered, by the parameter's name.
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -159,11 +160,11 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
 
     If the module overrides the forward of the registered base class, this is its `as_read`, if there is one.
     """
-    for parent in type(module).__mro__:
-        if (entry := _layers.get(qualified_name(parent))) is not None:
+    for parent, name in zip(type(module).__mro__, qualified_names(type(module)), strict=True):
+        if (entry := _layers.get(name)) is not None:
             as_read = entry.as_read if isinstance(entry, type) else None
             is_inherited = _forward_of(plain_class(module)) is _forward_of(parent)
-            names = map(qualified_name, type(_weight_or_source(module, "weight")).__mro__)
+            names = qualified_names(type(_weight_or_source(module, "weight")))
             by_weight = next((_weights[name] for name in names if name in _weights), None)
             if by_weight is not None and isinstance(entry, type) and issubclass(by_weight, entry):
                 return by_weight
@@ -173,10 +174,10 @@ def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
 
 def find_readers(module: nn.Module) -> tuple[type[AdapterLayer], ...]:
     """Return the adapter layers for the parameters of a module that other code reads, except for its ``weight``."""
-    for parent in type(module).__mro__:
-        if (entry := _readers.get(qualified_name(parent))) is not None:
+    for name in qualified_names(type(module)):
+        if (entry := _readers.get(name)) is not None:
             return tuple(kind for kind in entry.values() if _weight_or_source(module, kind.attribute) is not None)
-        if isinstance(_layers.get(qualified_name(parent)), str):
+        if isinstance(_layers.get(name), str):
             return ()
     found = []
     for name in (*module._parameters.keys(), *_computed(module)):  # TorchScript's are no dict, and have keys() alone
@@ -215,6 +216,16 @@ def _weight_or_source(module: nn.Module, name: str) -> Tensor | None:
 def _require_known_kind(layer: type[AdapterLayer]) -> None:
     if layer.kind not in KINDS:
         raise TypeError(f"{layer.__name__} has kind={layer.kind!r}: expected one of {', '.join(KINDS)}")
+
+
+_names: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def qualified_names(kind: type) -> tuple[str, ...]:
+    """Return the qualified names of a type and of its base classes, in the order in which Python searches them."""
+    if (known := _names.get(kind)) is None:
+        known = _names[kind] = tuple(map(qualified_name, kind.__mro__))
+    return known
 
 
 def qualified_name(base_type: type | str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError
 from randlora.layers.base import input_of
 from randlora.layers.linear import LinearAdapter
-from randlora.layers.registry import qualified_name, register_weight
+from randlora.layers.registry import qualified_names, register_weight
 from randlora.places import Keeper, Place, register_keeper
 from randlora.quantized.layer import NOT_HERE, ForwardOnly, QuantizedLayer
 
@@ -174,7 +174,7 @@ class Torchao(Keeper):
 
 def _is_of(weight: Tensor, kind: str) -> bool:
     """Whether a weight is of a class, or of a subclass, without importing it: an `isinstance` by name."""
-    return kind in map(qualified_name, type(weight).__mro__)
+    return kind in qualified_names(type(weight))
 
 
 def _dequantized(weight: Any, dtype: torch.dtype) -> Tensor:

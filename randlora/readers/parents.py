@@ -15,7 +15,7 @@ from torch import nn
 
 from randlora.errors import AdapterError
 from randlora.layers.in_place import adapter_layers_of, plain_class
-from randlora.layers.registry import Reading, qualified_name, register_readings
+from randlora.layers.registry import Reading, qualified_names, register_readings
 from randlora.model.install import register_check
 
 TRANSFORMERS = "transformers.models"
@@ -188,7 +188,7 @@ def _readings_in(owner: nn.Module) -> Iterator[Reading]:
     """Go through the modules inside an owner whose weight it reads or changes, or that it leaves out."""
     name = plain_class(owner).__name__
     never = f"is never called, because {name} reads its weight, {NO_EFFECT}"
-    for parent in _classes(owner):
+    for parent in qualified_names(type(owner)):
         if parent in WITHOUT_GRADIENT:
             yield from (Reading(child, CHOOSES.format(name), "untrained") for child in owner.children())
         for reading in PARENTS.get(parent, ()):
@@ -221,7 +221,7 @@ JOINED = {
 
 def _can_join(module: nn.Module) -> bool:
     """Whether a module is an attention of diffusers."""
-    return ATTENTION in _classes(module) or OLDER_ATTENTION in _classes(module)
+    return ATTENTION in qualified_names(type(module)) or OLDER_ATTENTION in qualified_names(type(module))
 
 
 def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
@@ -233,7 +233,7 @@ def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
     held = attention._modules
     if not any(joined in held for joined in JOINED) or not _can_join(attention):
         return
-    is_older = OLDER_ATTENTION in _classes(attention)
+    is_older = OLDER_ATTENTION in qualified_names(type(attention))
     is_fused = type(attention.processor).__name__.startswith("Fused") if is_older else attention.fused_projections
     for joined, parts in JOINED.items():
         if all(held.get(name) is not None for name in (joined, *parts)):
@@ -256,7 +256,3 @@ def require_called(attention: nn.Module, args: Any) -> None:  # noqa: ARG001  # 
                 f"{name} is adapted and {reason}: undo fuse_qkv_projections() or unfuse_qkv_projections(), which was "
                 "called after adapting, or eject the adapters first and adapt the layers that are called"
             )
-
-
-def _classes(module: nn.Module) -> list[str]:
-    return [qualified_name(parent) for parent in type(module).__mro__]
