@@ -21,6 +21,7 @@ from randlora.functional import (
     adapted_linear,
     cost,
     delta_weight,
+    scaled,
     scratch,
     summed_linear,
     update_rows,
@@ -30,6 +31,7 @@ from randlora.functional.cost import ON_CPU, ON_GPU, SMALL_WEIGHT, Sizes, Way, b
 from randlora.functional.scratch import is_in_transform
 from randlora.modes import Observer
 from tests import reference
+from tests.kit import same_bits
 from tests.pairs import Case, case, every_form
 from tests.strategies import ranks, sides
 
@@ -461,6 +463,38 @@ def test_gradients_summed_over_strips_are_those_of_all_tokens(shape: Shape, monk
         kernels.append(watch.kernels)
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
     assert 500 > kernels[0] > kernels[1], "strips of a few tokens would cost more than they save"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("leading", [(), (3,)], ids=["dense", "block"])
+def test_strips_make_the_same_bits_and_nothing_larger(
+    dtype: torch.dtype, leading: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, num_bases, columns = 7, 5, 40
+    A, lam = (torch.randn(*leading, rows, *shape) for shape in ((1, columns), (num_bases, 1)))
+    gamma = torch.randn(*(leading and (*leading, 1)), num_bases, columns)
+    upstream = torch.randn(*leading, rows, num_bases, columns).to(dtype)
+    row = num_bases * columns * len(torch.empty(leading).flatten())
+    found, largest = [], []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for entries in (2**20, 2 * row, 1):
+        monkeypatch.setattr(scaled, "STRIP", entries)
+        used = upstream.clone()
+        with torch.no_grad(), Watch() as build:
+            basis = scaled.scaled_basis(A, lam, gamma, dtype)
+        with torch.no_grad(), Watch() as sums:
+            found.append((basis, *scaled.diagonal_gradients(used, A, lam, gamma)))
+        largest.append((build.entries, sums.entries))
+    whole = rows * row
+    assert largest[0] == (whole, whole)
+    expected = (A * gamma * lam).to(dtype)
+    for basis, *gradients in found:
+        assert same_bits(basis, expected)
+        for ours, alone in zip(gradients, found[0][1:], strict=True):
+            torch.testing.assert_close(ours, alone)
+    assert same_bits(found[0][1], found[2][1]), "of Λ no sum is split"
+    # the result and, from an upstream gradient that is not overwritten, the products of a strip alone
+    assert [sums for _, sums in largest[1:]] == [2 * row, row]
 
 
 # The choice among ways to compute: a pure function of sizes

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from randlora.functional import scratch
 from randlora.functional.cost import Shape, pass_over
+from randlora.functional.scaled import diagonal_gradients, scaled_basis
 from randlora.functional.scratch import in_dtype
 
 
@@ -65,13 +66,11 @@ class DensePair:
 
     def scaled_A(self, lam: Tensor, gamma: Tensor) -> Tensor:
         """Compute UA, ``(r·num_bases, min_dim)``, in the dtype of B, rounded once from the widest of its factors."""
-        product = scratch.times(self._rows_of_A * gamma, lam.unsqueeze(2))
-        return in_dtype(product.reshape(-1, gamma.size(1)), self.B.dtype)
+        return scaled_basis(self._rows_of_A, lam.unsqueeze(2), gamma, self.B.dtype).reshape(-1, gamma.size(1))
 
     def diagonal_gradients(self, grad_A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of Λ and Γ from the gradient of UA, which is overwritten."""
-        product = scratch.times(grad_A.reshape(lam.size(0), lam.size(1), -1), self._rows_of_A)
-        return (product * gamma).sum(2), scratch.times(product, lam.unsqueeze(2)).sum(0)
+        return diagonal_gradients(grad_A.reshape(*lam.shape, -1), self._rows_of_A, lam.unsqueeze(2), gamma)
 
     def small_to_hidden(self, small: Tensor, scaled_A: Tensor) -> Tensor:
         """Multiply ``(tokens, min_dim)`` by ``UA.T``: hidden vectors in the order of the rows of ``scaled_A``."""
@@ -212,15 +211,15 @@ class BlockPair:
 
     def scaled_A(self, lam: Tensor, gamma: Tensor) -> Tensor:
         """Compute UA block by block in the dtype of B, rounded once from the widest dtype of its factors."""
-        product = scratch.times(self._rows_of_A * self._blocks_of_gamma(gamma), self._blocks_of_lam(lam))
-        return in_dtype(product.reshape(self._c, -1, self._width), self.B.dtype)
+        blocks = self._blocks_of_lam(lam), self._blocks_of_gamma(gamma)
+        return scaled_basis(self._rows_of_A, *blocks, self.B.dtype).reshape(self._c, -1, self._width)
 
     def diagonal_gradients(self, grad_A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of Λ and Γ from the gradient of UA, which is overwritten."""
         grad_A = grad_A.reshape(self._c, self._rows, self.num_bases, self._width)
-        product = scratch.times(grad_A, self._rows_of_A)
-        grad_lam = (product * self._blocks_of_gamma(gamma)).sum(3).transpose(0, 1).reshape(self.r, self.num_bases)
-        return grad_lam, _gather(scratch.times(product, self._blocks_of_lam(lam)).sum(1), self.min_dim)
+        blocks = self._blocks_of_lam(lam), self._blocks_of_gamma(gamma)
+        grad_lam, grad_gamma = diagonal_gradients(grad_A, self._rows_of_A, *blocks)
+        return grad_lam.transpose(0, 1).reshape(self.r, self.num_bases), _gather(grad_gamma, self.min_dim)
 
     def _blocks_of_lam(self, lam: Tensor) -> Tensor:
         """Return Λ in the order of the blocks of A: ``(c, r/c, num_bases, 1)``."""

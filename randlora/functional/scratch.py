@@ -47,12 +47,17 @@ STRIP = 2**20
 """Entries of a strip that fit into a CPU's cache together with the results computed from them."""
 
 
+def may_be_in_strips(tensor: Tensor) -> bool:
+    """Whether results can be written piece by piece, and whether that is faster: not on a GPU."""
+    return tensor.device.type == "cpu" and _may_overwrite()
+
+
 def strips(*matrices: Tensor, entries: int) -> Iterable[tuple[Tensor, ...]]:
     """Split matrices with equal numbers of rows into strips of rows, of ``entries`` entries in the widest.
 
     Not on a GPU or if in-place arithmetic is not allowed.
     """
-    if matrices[0].device.type != "cpu" or not _may_overwrite():
+    if not may_be_in_strips(matrices[0]):
         return [matrices]
     rows = max(1, entries // max(matrix.size(1) for matrix in matrices))
     return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
