@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora.errors import AdapterError
@@ -31,7 +35,7 @@ from randlora.layers.diagonals import Diagonal
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
 from tests.distributed.engines import ENGINES, sharded, trained
 from tests.distributed.processes import FOUR, PAIR, in_two
-from tests.distributed.trained import Block, Drawn, distance, optimizer_of, reshard, trained_alone, values
+from tests.distributed.trained import Block, Drawn, distance, filled, optimizer_of, reshard, trained_alone, values
 from tests.pages import DOCS
 
 DRAWN, ALSO = Drawn(), Drawn(train_also=("norm", "head"))
@@ -106,6 +110,80 @@ def test_other_parameter_objects_are_averaged_also_if_a_part_is_called() -> None
     for own, expected in zip(model.parameters(), one.parameters(), strict=True):
         if expected.requires_grad:
             torch.testing.assert_close(own.grad, expected.grad)
+
+
+def _again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    output: Tensor = checkpoint(run, x, use_reentrant=True)
+    return output
+
+
+BLOCKWISE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "kept": lambda run, x: run(x),
+    "not reentrant": lambda run, x: checkpoint(run, x, use_reentrant=False),
+    "reentrant": _again,
+    "one inside another": lambda run, x: _again(partial(_again, run), x),
+}
+"""How a block is computed again in a backward, if it is."""
+
+
+class Deep(nn.Module):
+    """Blocks between layers that are not computed again."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.last, self.way = nn.Linear(8, 8), nn.Linear(8, 8), way
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = BLOCKWISE[self.way](block, x).tanh()
+        output: Tensor = self.last(x)
+        return output
+
+
+@in_two
+@pytest.mark.parametrize("targets", [r"blocks\.\d", "all-linear"])
+@pytest.mark.parametrize("way", BLOCKWISE)
+def test_gradients_are_averaged_once_at_the_end_of_the_outermost_backward(way: str, targets: str) -> None:
+    """Of each backward that accumulates, of two outputs together, and after one that failed in its midst.
+
+    `torch.autograd.grad`, which accumulates nothing, averages nothing.
+    """
+    one, rank = Deep(way), dist.get_rank()
+    model: Any = sharded(copy.deepcopy(one), parts=[f"blocks.{index}" for index in range(3)])
+    for each in (model, one):
+        randlora.inject(each, r=2, targets=targets)
+        filled(each)
+    rows = torch.randn(2, 3, 8, requires_grad=True)  # else reentrant checkpointing has nothing to train
+
+    def loss(each: nn.Module, *ranks: int) -> Tensor:
+        return torch.stack([each(rows[rank]).pow(3).sum() for rank in ranks]).mean()
+
+    def averages(backward: Callable[[], object]) -> int:
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as collective:
+            backward()
+        return collective.call_count
+
+    def fail(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(mock.Mock(side_effect=ZeroDivisionError))
+
+    if way in ("kept", "not reentrant"):  # torch refuses it otherwise
+        own = loss(model, rank)
+        assert averages(lambda: torch.autograd.grad(own, randlora.trainable_parameters(model))) == 0
+    failing = model.blocks[1].register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        loss(model, rank).backward()
+    failing.remove()
+    model.zero_grad()
+    for _ in range(2):
+        assert averages(loss(model, rank).backward) == 1
+        loss(one, 0, 1).backward()
+    assert averages((loss(model, rank) + 2 * loss(model, rank)).backward) == 1
+    (3 * loss(one, 0, 1)).backward()
+    for found, expected in zip(randlora.trainable_parameters(model), randlora.trainable_parameters(one), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
 
 
 @in_two
