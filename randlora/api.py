@@ -14,6 +14,7 @@ from randlora.checkpoint import save_all as save_all
 from randlora.checkpoint import swap as swap
 from randlora.config import RandLoRAConfig as RandLoRAConfig
 from randlora.model.check import check as check
+from randlora.model.check_ranks import check_ranks as check_ranks
 from randlora.model.inject import eject as eject
 from randlora.model.inject import inject as inject
 from randlora.model.inject import plan as plan
@@ -30,7 +31,6 @@ from randlora.model.switch import disabled as disabled
 from randlora.model.switch import remove as remove
 from randlora.model.switch import rename as rename
 from randlora.model.switch import set_compute as set_compute
-from randlora.model.updates import check_ranks as check_ranks
 from randlora.model.updates import delta_weight as delta_weight
 from randlora.model.updates import limit_norms as limit_norms
 from randlora.model.updates import update_norms as update_norms

@@ -1,5 +1,7 @@
 """`check_ranks`: all processes are told what differs between them, and which has what. Which hold a model together."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.two_tensor import TwoTensor
 
 import randlora
 from randlora.errors import AdapterError
-from randlora.model.updates import differences
+from randlora.model.check_ranks import differences
+from randlora.state import adapted_root
+from tests.distributed.engines import ENGINES, sharded
 from tests.distributed.processes import LAW, PAIR, ProcessError, in_two, on_all
 from tests.distributed.trained import Drawn, drawn_models
 
@@ -49,7 +54,7 @@ def refused(
         randlora.check_ranks(model, **options)
     first, second = on_all(str(caught.value))
     assert first == second
-    assert said in first
+    assert said in first, first
     return first
 
 
@@ -103,6 +108,119 @@ def test_other_values_are_found_where_asked_for(fqn: str, said: str) -> None:
         model.get_parameter(fqn).add_(dist.get_rank())
     randlora.check_ranks(model)
     assert "problems" not in refused(model, said, values=True), "nothing else differs"
+
+
+def changed(model: Any, fqn: str, change: Callable[[Tensor], Tensor]) -> bool:
+    """Replace a parameter or a buffer of a model; return that it was."""
+    owner, _, name = fqn.rpartition(".")
+    held = model.get_submodule(owner)
+    if name in held._buffers:
+        held._buffers[name] = change(held._buffers[name])
+    else:
+        own = held._parameters[name]
+        held._parameters[name] = nn.Parameter(change(own.detach()), own.requires_grad)
+    return True
+
+
+ELSEWHERE: dict[str, tuple[Callable[[Any], object], str]] = {
+    "dtype": (lambda model: model.bfloat16(), "dtype of embed.weight, blocks.0.up.weight, blocks.0.up.bias"),
+    "dtype of one": (
+        partial(changed, fqn="head.bias", change=Tensor.double),
+        "dtype of head.bias: torch.float32 on rank 0; torch.float64 on rank 1",
+    ),
+    "shape": (partial(changed, fqn="head.bias", change=lambda own: own[:7]), "shape of head.bias: 11 on rank 0; 7 on"),
+    "lacking": (
+        lambda model: setattr(model.head, "bias", None),
+        "dtype of head.bias: torch.float32 on rank 0; nothing on rank 1",
+    ),
+    "dtype of a buffer": (
+        partial(changed, fqn="counts", change=Tensor.float),
+        "dtype of counts: torch.int64 on rank 0; torch.float32 on rank 1",
+    ),
+}
+"""How the model of one process may differ, and what is said of it at no cost."""
+
+
+@in_two
+@pytest.mark.parametrize(("what", "way"), [*((what, "whole") for what in ELSEWHERE), ("dtype of one", "sharded")])
+def test_a_different_base_is_found(what: str, way: str) -> None:
+    """Also after it was sharded, when no process has its values."""
+    model = DRAWN.build()
+    model.register_buffer("counts", torch.arange(3))
+    change, said = ELSEWHERE[what]
+    if dist.get_rank():
+        change(model)
+    DRAWN.adapt(model)
+    if way == "sharded":
+        sharded(model)
+    refused(model, said, "cannot go on: the ranks have different models|cannot go on: .*, 2 problems")
+
+
+@in_two
+@pytest.mark.parametrize("engine", ["", "FSDP2", "FSDP2 first"])
+def test_an_adapter_that_only_some_processes_train_is_found(engine: str) -> None:
+    model = ENGINES[engine].make(DRAWN) if engine else DRAWN.adapted()
+    randlora.check_ranks(model, values=True)
+    for parameter in randlora.trainable_parameters(model):
+        parameter.requires_grad = dist.get_rank() == 0
+    said = refused(model, "requires_grad of Λ and Γ of embed of 'default', Λ and Γ of blocks.0.up of 'default'")
+    assert "'default' and 5 more: True on rank 0; False on rank 1" in said, said
+    assert "problems" not in said, "only what adapters have differs"
+
+
+BASES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "another model": (
+        lambda model: all(changed(model, name, lambda own: own + 1) for name, _ in [*model.named_parameters()]),
+        "values of embed.weight, blocks.0.up.weight, blocks.0.up.bias, blocks.0.down.weight and 11 more: SHA-256 ",
+    ),
+    "a weight": (
+        partial(changed, fqn="blocks.1.up.weight", change=Tensor.neg),
+        "values of blocks.1.up.weight: SHA-256 ",
+    ),
+    "what is trained": (
+        partial(changed, fqn="blocks.0.norm.weight", change=Tensor.neg),
+        "values of blocks.0.norm.weight: SHA-256 ",
+    ),
+    "a part of a tensor": (
+        partial(changed, fqn="head.bias", change=lambda own: TwoTensor(vars(own)["a"], vars(own)["b"] + 1)),
+        "values of head.bias: SHA-256 ",
+    ),
+    "a buffer": (
+        partial(changed, fqn="counts", change=lambda own: own + 1),
+        "values of counts when the model was adapted: SHA-256 ",
+    ),
+}
+
+
+@in_two
+@pytest.mark.parametrize("what", BASES)
+def test_other_values_of_the_base_are_found_where_asked_for(what: str) -> None:
+    model = DRAWN.build()
+    model.register_buffer("counts", torch.arange(3))
+    changed(model, "head.bias", lambda own: TwoTensor(own, own.clone()))
+    change, said = BASES[what]
+    if dist.get_rank():
+        change(model)
+    DRAWN.adapt(model)
+    with torch.no_grad():  # an adapter of equal values, whatever the base has
+        for name, copy in adapted_root(model)[1].adapters["default"].parameters.items():
+            copy.fill_(len(name))
+    randlora.check_ranks(model)
+    refused(model, said, "cannot go on: the ranks have different models", values=True)
+
+
+@in_two
+def test_what_only_one_process_has_is_not_compared_nor_are_statistics() -> None:
+    """As where one process loads a model and sends it to others, and after some training."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).to("meta" if dist.get_rank() else "cpu")
+    randlora.inject(model, 2, targets=["0"], train_also=["1"])
+    randlora.check_ranks(model, values=True)
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, 0)
+    randlora.inject(model, 2, targets=["0"], train_also=["1"])
+    model(torch.randn(4, 6) + dist.get_rank())
+    randlora.check_ranks(model, values=True)
 
 
 @in_two
