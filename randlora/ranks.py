@@ -9,6 +9,7 @@ import copy
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
@@ -39,21 +40,70 @@ class Ranks(NamedTuple):
         return found
 
 
+class _Block(NamedTuple):
+    """An open block of `raise_on_every_rank`: its processes, and the errors in it that all of them know."""
+
+    ranks: Ranks
+    known: list[Exception]
+
+    def knows(self, error: BaseException | None) -> bool:
+        """Whether all processes know an error, or one that it was raised for."""
+        seen: list[BaseException] = []
+        while error is not None and error not in seen:
+            seen.append(error)
+            error = error.__cause__ or error.__context__
+        return any(each in self.known for each in seen)
+
+
+_BLOCK: ContextVar[_Block | None] = ContextVar("_BLOCK", default=None)
+"""The outermost open block of this thread."""
+
+
+def agreeing() -> Ranks | None:
+    """Return the processes that run the current block of `raise_on_every_rank` together, or ``None`` outside of one."""
+    block = _BLOCK.get()
+    return None if block is None else block.ranks
+
+
 @contextmanager
 def raise_on_every_rank(ranks: Ranks | None) -> Iterator[None]:
     """Raise an error in every process if the block raised one in any; a collective at the end of the block.
 
-    The block itself must not contain collectives that an error could skip: `run_collectives` skips none.
+    A process may raise an error anywhere in the block where the next thing that the others do together is to agree: by
+    `agree`, or at the end of this block or of one inside it, which is of the same processes. So what they compute
+    together comes right after `agree`, by `run_collectives`, which skips nothing if a part of it fails.
     """
-    if ranks is None:
+    block = _BLOCK.get() or (None if ranks is None else _Block(ranks, []))
+    if block is None:
         yield
         return
+    token = _BLOCK.set(block)
     try:
         yield
+        agree()
     except Exception as error:
-        ranks.gathered(_portable(error))
+        if not block.knows(error):
+            block.known.append(error)
+            block.ranks.gathered((_portable(error), None))
         raise
-    raise_first(ranks.gathered(None))
+    finally:
+        _BLOCK.reset(token)
+
+
+def agree(value: object = None) -> list[Any]:
+    """Raise the first error that another process has raised since; else return the values of all; a collective.
+
+    Outside of a block of `raise_on_every_rank` there are no other processes.
+    """
+    if (block := _BLOCK.get()) is None:
+        return [value]
+    found = block.ranks.gathered((None, value))
+    for error, _ in found:
+        if error is not None:
+            error.add_note("This was raised in another process, which holds a part of the same model.")
+            block.known.append(error)
+            raise error
+    return [each for _, each in found]
 
 
 def run_collectives(collectives: Iterable[Callable[[], Any]]) -> list[Any]:
@@ -68,30 +118,20 @@ def run_collectives(collectives: Iterable[Callable[[], Any]]) -> list[Any]:
         try:
             results.append(collective())
         except Exception as error:
+            if _BLOCK.get() is None:  # nobody waits
+                raise
             failed = failed or error
     if failed is not None:
         raise failed
     return results
 
 
-def on_first_rank(ranks: Ranks | None, write: Callable[[], Result]) -> Result:
+def on_first_rank(write: Callable[[], Result]) -> Result:
     """Call a function in one process while the others wait. All return its result or raise its error; a collective."""
-    if ranks is None:
-        return write()
-    results: list[Result] = []
-    with raise_on_every_rank(ranks):
-        if ranks.is_first:
-            results.append(write())
-    (result,) = [each for own in ranks.gathered(results) for each in own]
+    ranks = agreeing()
+    agree()  # before anything is written
+    (result,) = [each for own in agree([write()] if ranks is None or ranks.is_first else []) for each in own]
     return result  # type: ignore[no-any-return]
-
-
-def raise_first(errors: list[Exception | None]) -> None:
-    """Raise the first error that a process reports, if any."""
-    for error in errors:
-        if error is not None:
-            error.add_note("This was raised in another process, which holds a part of the same model.")
-            raise error
 
 
 def _portable(error: Exception) -> Exception:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import IN_PLACE, NotTheModel, shortly
 from randlora.places import loaded_modules, place_at, settle
+from randlora.ranks import run_collectives
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, RequiredGrad, like, path_to
 
 ATTRIBUTE = "randlora_state"
@@ -279,12 +281,16 @@ class ModelState:
             adapter.trained = trained
 
     def install_parameters(self) -> None:
-        """Install the trained copies of the active adapters, and the model's own parameters elsewhere."""
-        for replaced, version in list(self._versions([] if self.is_disabled else self.active)):
-            if place_at(replaced.live).exchanges == "values":
-                self._install_values(replaced, version)
-            else:
-                replaced.install(version)
+        """Install the trained copies of the active adapters, and the model's own parameters elsewhere.
+
+        A collective where ZeRO-3 keeps them in pieces.
+        """
+        run_collectives(
+            partial(self._install_values, replaced, version)
+            if place_at(replaced.live).exchanges == "values"
+            else partial(replaced.install, version)
+            for replaced, version in list(self._versions([] if self.is_disabled else self.active))
+        )
 
     def exchanged(self, active: Iterable[str]) -> list[str]:
         """Return the names of the parameters that would be exchanged if these adapters were active."""

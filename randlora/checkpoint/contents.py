@@ -32,10 +32,11 @@ from randlora.disk.formats import LONGEST_NAME
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, require_types, shortly
 from randlora.layers.diagonals import diagonal_shapes
+from randlora.model.engines import collective
 from randlora.model.install import lost_parts
 from randlora.model.view import opened, require_own
 from randlora.places import copied
-from randlora.ranks import Ranks, raise_on_every_rank, run_collectives
+from randlora.ranks import agree, agreeing, run_collectives
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, ModelState
 from randlora.targets.census import AdaptedSite, Census, other_kinds, shapes_of
@@ -91,27 +92,24 @@ class Contents(NamedTuple):
 
 def gathered(
     model: nn.Module, names: Sequence[str | None], bases: str, *, doing: str, is_for_all: bool
-) -> tuple[list[Gathered], Ranks | None]:
-    """Return some adapters with all their values, and the processes that together hold the model, if it is sharded.
+) -> list[Gathered]:
+    """Return some adapters with all their values; a collective if the model is sharded.
 
-    It is then a collective. One tensor at a time is gathered on the device, and copied to the CPU by the processes that
-    want it: all of them if it ``is_for_all``, else the one that writes files. Problems of a sharded model raise an
-    error at once.
+    One tensor at a time is then gathered on the device, and copied to the CPU by the processes that want it: all of
+    them if it ``is_for_all``, else the one that writes files. Problems of a sharded model raise an error at once.
     """
     with opened(model, None) as view:
-        state, census, ranks = view.state, view.census, view.ranks()
+        state, census, ranks = view.state, view.census, agreeing()
         held = [_held(census, state, state.adapter(name), bases) for name in names]
-        with raise_on_every_rank(ranks):
-            require_own(census, state, "save")
-            for each in held:
-                each.problems.extend(_problems(each))
-            if ranks is not None:  # before anything is gathered
-                problems = [problem for each in held for problem in (*each.problems, *meta_problems(each.values()))]
-                raise_collected(CheckpointError, problems, doing=doing)
+        require_own(census, state, "save")
+        for each in held:
+            each.problems.extend(_problems(each))
         if ranks is None:
-            return held, None
-        with raise_on_every_rank(ranks):
-            return [_whole(each, is_kept=is_for_all or ranks.is_first) for each in held], ranks
+            return held
+        problems = [problem for each in held for problem in (*each.problems, *meta_problems(each.values()))]
+        raise_collected(CheckpointError, problems, doing=doing)
+        agree()
+        return run_collectives(partial(_whole, each, is_kept=is_for_all or ranks.is_first) for each in held)
 
 
 def given_values(model: nn.Module, values: Mapping[str, Tensor]) -> Gathered:
@@ -274,6 +272,7 @@ class AdapterState:
         return replace(self, tensors=values, metadata=self.metadata | metadata_of(header, values))
 
 
+@collective(writes=False)
 def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs = "seed") -> AdapterState:
     """Return an adapter in memory, as `randlora.save` would write it.
 
@@ -301,10 +300,9 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
     """
     require_types(adapter_state, {"model": model, "name": name})
     doing = "return the state of an adapter"
-    (held,), ranks = gathered(model, [name], bases, doing=doing, is_for_all=True)
-    with raise_on_every_rank(ranks):
-        raise_collected(CheckpointError, value_problems(held), doing=doing)
-        contents = contents_of(held)
+    (held,) = gathered(model, [name], bases, doing=doing, is_for_all=True)
+    raise_collected(CheckpointError, value_problems(held), doing=doing)
+    contents = contents_of(held)
     config = json.loads(json.dumps(contents.fields))  # as it is read from a file
     return AdapterState(contents.tensors, metadata_of(contents.header, contents.tensors), config)
 

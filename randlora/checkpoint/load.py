@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,14 @@ from randlora.disk.formats import is_there
 from randlora.disk.hub import local_path
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types
+from randlora.model.engines import collective
 from randlora.model.install import commit, lost_parts, prepare
 from randlora.model.switch import remove
 from randlora.model.train_also import copy_dtype, half_notes, moving_note, replacements
 from randlora.model.view import View, opened, opened_to_add
 from randlora.modes import has_values, in_mode, without_modes
 from randlora.places import Kept, Place, place_at, values_within
-from randlora.ranks import raise_on_every_rank
+from randlora.ranks import agree, agreeing, raise_on_every_rank
 from randlora.replaced import like, whole_shape
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, SavePretrained, require_unmerged, require_unused
@@ -90,6 +91,7 @@ def adapters_in(directory: Path) -> dict[str, Path]:
     return found
 
 
+@collective(writes=True)
 @torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in
 def load(
     model: nn.Module,
@@ -108,7 +110,8 @@ def load(
 
     The names in the file determine the layers; its ``target_modules`` is not matched against the model. Bases that the
     model does not have are added. A ``UserWarning`` says if the file and the model name different base models. It also
-    says if the JSON file is missing or contradicts the header of the tensors; the header then decides.
+    says if the JSON file is missing or contradicts the header of the tensors; the header then decides. If the model is
+    sharded, all processes call this together.
 
     Args:
         model: The model that the adapter was trained on, with or without other adapters.
@@ -146,6 +149,7 @@ def load(
         return added(view, found, Options(name, trainable, active, prefix, save_pretrained))
 
 
+@collective(writes=True)
 def load_all(
     model: nn.Module,
     source: str | os.PathLike[str],
@@ -159,7 +163,8 @@ def load_all(
     """Load the adapters in a directory into a model, in place: all of them, or none.
 
     `randlora.save_all` and PEFT write such directories. Each adapter gets the name of its subdirectory; an adapter in
-    ``source`` itself is named ``default``. The first is active if the model had no adapter before.
+    ``source`` itself is named ``default``. The first is active if the model had no adapter before. If the model is
+    sharded, all processes call this together.
 
     Args:
         model: The model that the adapters were trained on.
@@ -206,15 +211,17 @@ class Options(NamedTuple):
     save_pretrained: SavePretrained | None = None
 
 
+@collective(writes=True)
 @torch.inference_mode(mode=False)
 def add_all(model: nn.Module, found: Mapping[str, Found], options: Options) -> list[Report]:
     """Add adapters that were read to a model under these names: all of them, or none if one cannot be added."""
     reports: list[Report] = []
     with opened_to_add(model, found, "load") as view:
         try:
-            for name, each in found.items():
-                now = View(view.root, view.state, view.census.again()) if reports else view
-                reports.append(added(now, each, options._replace(name=name)))
+            with raise_on_every_rank(agreeing()):  # else only some of the processes would remove what all have added
+                for name, each in found.items():
+                    now = View(view.root, view.state, view.census.again()) if reports else view
+                    reports.append(added(now, each, options._replace(name=name)))
         except BaseException:
             for name in reversed([*found][: len(reports)]):
                 remove(model, name)
@@ -299,6 +306,7 @@ ADVICE = (
 )
 
 
+@collective(writes=True)
 @torch.inference_mode(mode=False)
 def swap(
     model: nn.Module,
@@ -340,19 +348,20 @@ def swap(
     given = {"model": model, "name": name, "source": source, "revision": revision}
     require_types(swap, {**given, "subfolder": subfolder, "prefix": prefix})
     with opened(model, SWAPPING) as view:
-        adapter, file, values = _planned(view, name, source, revision=revision, subfolder=subfolder, prefix=prefix)
+        adapter, fields, values = _planned(view, name, source, revision=revision, subfolder=subfolder, prefix=prefix)
         _write_all(values.items())
-        adapter.peft_fields = kept_fields(file.fields)
+        adapter.peft_fields = fields
 
 
+@collective(writes=True)
 @torch.inference_mode(mode=False)
 def swap_each(model: nn.Module, sources: Mapping[str, Source]) -> None:
     """Swap the values of several adapters, by name, as `swap` does: all of them, or none."""
     with opened(model, SWAPPING) as view:
         planned = [_planned(view, name, source) for name, source in sources.items()]
         _write_all(chain.from_iterable(values.items() for _, _, values in planned))
-        for adapter, file, _ in planned:
-            adapter.peft_fields = kept_fields(file.fields)
+        for adapter, fields, _ in planned:
+            adapter.peft_fields = fields
 
 
 def _planned(
@@ -363,44 +372,43 @@ def _planned(
     revision: str | None = None,
     subfolder: str | None = None,
     prefix: str | None = None,
-) -> tuple[Adapter, AdapterFile, dict[Tensor, Tensor]]:
-    """Return an adapter, what was read for it, and its parameters with their new values, after all checks."""
+) -> tuple[Adapter, dict[str, Any], dict[Tensor, Tensor]]:
+    """Return an adapter, its new fields of PEFT, and its parameters with their new values, after all checks."""
     state, census = view.state, view.census
     adapter = state.adapter(name)
     doing = f"swap the values of {adapter.name!r}"
     require_unmerged(state, doing)
     require_unused(state, adapter.name, doing)
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
-    with raise_on_every_rank(view.ranks()):
-        problems = lost_parts(census, state, [adapter])
-        raise_collected(CheckpointError, problems, doing=doing)
-        found = read_source(source, revision=revision, subfolder=subfolder)
-        doing += f" for those of {found.where}"
-        try:
-            file = with_prefix(found.file, prefix, census.sites_by_fqn, parameter_names(census))
-            file = without_repeats(census, file)
-        except CheckpointError as error:
-            raise CheckpointError(f"cannot {doing}: {error}") from error
-        if file.header is None:
-            raise CheckpointError(f"cannot {doing}: randlora.save did not write these files: call randlora.load")
-        others = _differences(adapter, file, file.header, shapes_of(sites, adapter.config))
-        problems += [f"{difference}: {ADVICE}" for difference in others]
-        own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
-        problems += [
-            f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back: "
-            "load a checkpoint of DeepSpeed, with engine.load_checkpoint(directory)"
-            for site in sites[:1]
-            if not all(place_at(each).is_lasting for each in own)
-        ]
-        if not all(has_values(each) for each in (*own, *adapter.trained.values())):
-            problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
-        raise_collected(CheckpointError, problems, doing=doing)
+    problems = lost_parts(census, state, [adapter])
+    raise_collected(CheckpointError, problems, doing=doing)
+    found = read_source(source, revision=revision, subfolder=subfolder)
+    doing += f" for those of {found.where}"
+    try:
+        file = with_prefix(found.file, prefix, census.sites_by_fqn, parameter_names(census))
+        file = without_repeats(census, file)
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot {doing}: {error}") from error
+    if file.header is None:
+        raise CheckpointError(f"cannot {doing}: randlora.save did not write these files: call randlora.load")
+    others = _differences(adapter, file, file.header, shapes_of(sites, adapter.config))
+    problems += [f"{difference}: {ADVICE}" for difference in others]
+    own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
+    problems += [
+        f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back: "
+        "load a checkpoint of DeepSpeed, with engine.load_checkpoint(directory)"
+        for site in sites[:1]
+        if not all(place_at(each).is_lasting for each in own)
+    ]
+    if not all(has_values(each) for each in (*own, *adapter.trained.values())):
+        problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
+    raise_collected(CheckpointError, problems, doing=doing)
     warn_of_doubts(view.root, file)
-    return adapter, file, dict(_values(adapter, file, sites))
+    return adapter, kept_fields(file.fields), dict(_values(adapter, file, sites))
 
 
 def _write_all(values: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Write whole values into parameters, in place; all of them, or none."""
+    """Write whole values into parameters, in place; all of them in all processes, or none."""
     kept: list[tuple[Place, Kept]] = []
     with torch.no_grad():
         try:
@@ -408,6 +416,7 @@ def _write_all(values: Iterable[tuple[Tensor, Tensor]]) -> None:
                 place = place_at(parameter)
                 kept.append((place, place.keep()))
                 place.write(value if place.part is None else values_within(value, place.part))
+            agree()
         except BaseException:
             for place, before in reversed(kept):
                 place.restore(before.values)

@@ -38,6 +38,7 @@ from randlora.disk.replace import Files, write_files
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types, shortly
 from randlora.layers.in_place import plain_class
+from randlora.model.engines import collective
 from randlora.model.listing import adapter_parameters
 from randlora.model.save_guard import SaveGuard
 from randlora.model.train_also import moved_note, untrained_note
@@ -94,6 +95,7 @@ class SaveReport:
         return "\n".join([f"saved {self.name!r} to {self.directory}, {as_bytes(self.nbytes)}", *pushed, *self.notes])
 
 
+@collective(writes=False)
 def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -137,6 +139,7 @@ def save(
     return report
 
 
+@collective(writes=False)
 def save_all(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -193,9 +196,9 @@ def write_each(
 ) -> list[SaveReport]:
     """Save adapters by name, each to its directory, which is ``root`` or inside it, after checking all of them."""
     doing = f"save to {str(root)!r}"
-    held, ranks = gathered(model, [*directories], bases, doing=doing, is_for_all=False)
+    held = gathered(model, [*directories], bases, doing=doing, is_for_all=False)
     write = partial(_write_each, held, [*directories.values()], root, hub=push_to_hub, results=results, doing=doing)
-    return on_first_rank(ranks, write)
+    return on_first_rank(write)
 
 
 def _write_each(

@@ -38,7 +38,7 @@ from randlora.files.model_directory import (
 from randlora.hints import require_types, shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import in_own_dtypes
-from randlora.model.engines import is_first_copy
+from randlora.model.engines import collective, is_first_copy
 from randlora.model.merged_tensors import MergedTensors, Share, buffers_beside, parameter_names
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.places import own_class
@@ -60,6 +60,7 @@ Saved = Callable[[str, Tensor], Mapping[str, Tensor]]
 """Returns the tensors in files for an entry of a state dict, by name: itself, or several, such as for experts."""
 
 
+@collective(writes=False)
 def save_merged(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -111,7 +112,7 @@ def save_merged(
         return FileMergeReport(out, dict(factors), merged, (), 0, 0, dtype, ())
     with ExitStack() as stack:
         files = _Files(limit, _not_written(tensors.census))
-        notes = on_first_rank(ranks, partial(_begin, tensors, out, files, stack))
+        notes = on_first_rank(partial(_begin, tensors, out, files, stack))
         share = Share.WHOLE if ranks is None or ranks.is_first else Share.NONE
         for _ in tensors.each(files.add, share):
             pass
@@ -121,7 +122,7 @@ def save_merged(
             stack.close()  # the directory appears
             return FileMergeReport(out, dict(factors), merged, (), len(files.names), files.nbytes, dtype, notes)
 
-        return on_first_rank(ranks, end)
+        return on_first_rank(end)
 
 
 def _bytes_of(size: int | str) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from randlora.errors import AdapterError, MergeError, raise_collected
+from randlora.model.engines import is_held_together
 from randlora.model.listing import offloaded_diagonals
 from randlora.model.merge import merged
 from randlora.model.mergeable import TOLERANCE, differences_from_product, weight_problems
@@ -113,7 +114,7 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
         return [f"the adapters are disabled: check outside of {view.state.disabled_by}"]
     if not sites:
         return [f"no adapter is active: activate one of {', '.join(view.state.adapters)}"]
-    if view.ranks() is not None:
+    if is_held_together(view.census.model):
         return ["the model is spread over processes: check it, or a smaller model of its class, before it is sharded"]
     placed = [
         f"{site.fqn} is offloaded or sharded: check the model before it is"

@@ -1,20 +1,26 @@
-"""Engines that train a model in several processes, and which processes together hold a model.
+"""Engines that train a model in several processes, and verbs of the processes that together hold a model.
 
 A feature registers an `Engine`, which is told what an adapter trains. Without one, nothing is known of other processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
+import torch.distributed as dist
 from torch import nn
 
 from randlora.layers.base import AdapterLayer
 from randlora.places import ranks_of, settle
-from randlora.ranks import Ranks
+from randlora.ranks import Ranks, raise_on_every_rank
 from randlora.replaced import ReplacedParameter
-from randlora.state import ModelState, adapted_root
-from randlora.targets.census import Census
+from randlora.state import CHANGING, ModelState
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]
 """Adapters of weights: for each, the module, its adapter layer, and the adapter's name."""
@@ -70,29 +76,61 @@ def is_first_copy(model: nn.Module) -> bool:
     return all(engine.is_first_copy(model) for engine in ENGINES)
 
 
-def ranks_holding(census: Census, state: ModelState, *, is_written: bool = False) -> Ranks | None:
-    """Return the processes that together hold an adapted model; ``None`` if each holds all of it.
+def ranks_holding(model: nn.Module, *, is_written: bool = False) -> Ranks | None:
+    """Return the processes that together hold a model, whose parameters are as they are at rest; else ``None``.
 
     These are all processes over which any of its parameters is sharded. Λ and Γ are sharded only if the adapter was
     added before the model was sharded, and calls must not depend on that.
 
     Args:
-        census: The module that has the adapters, with its parameters as they are at rest.
-        state: Its state.
+        model: A model, or a wrapper around it.
         is_written: See `ranks_of`.
 
     Raises:
         AdapterError: If no mesh has all processes over which parameters are sharded.
     """
-    own = [held.parameter for held in census.parameters]
-    added = [site.owner.get_submodule(name) for site in census.adapted for name in site.layer.parameter_names()]
-    diagonals = (diagonal for each in added for diagonal in each.parameters())
-    copies = (copy for adapter in state.adapters.values() for copy in adapter.trained.values())
-    return ranks_of([*own, *diagonals, *copies], is_written=is_written)
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return ranks_of(model.parameters(), is_written=is_written)
 
 
 def is_held_together(model: nn.Module) -> bool:
     """Whether several processes together hold an adapted model, so that all must call functions on it."""
     settle(model)  # after a forward, whole copies may be in the places of shards
-    root, state = adapted_root(model)
-    return ranks_holding(Census.of(root), state) is not None
+    return ranks_holding(model) is not None
+
+
+@contextmanager
+def together(model: Any, *, writes: bool) -> Iterator[None]:
+    """Raise an error in all processes that together hold a model if the block raised one in any of them.
+
+    See `randlora.ranks.raise_on_every_rank`. A verb that changes a model (``writes``), or that reads values which other
+    processes hold, runs in such a block as a whole, so that an error at its very beginning does not leave others
+    waiting.
+    """
+    ranks, unsettled = None, None
+    if isinstance(model, nn.Module):  # the caller refuses others
+        try:
+            with CHANGING:
+                settle(model)
+        except Exception as error:  # raised when it is known by whom
+            unsettled = error
+        ranks = ranks_holding(model, is_written=writes)
+    with raise_on_every_rank(ranks):
+        if unsettled is not None:
+            raise unsettled
+        yield
+
+
+def collective(*, writes: bool) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
+    """Return a decorator that has a function of a model, its first argument, run in a block of `together`."""
+
+    def decorate(verb: Callable[Given, Result]) -> Callable[Given, Result]:
+        @wraps(verb)
+        def run_together(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+            with together(args[0] if args else kwargs.get("model"), writes=writes):
+                return verb(*args, **kwargs)
+
+        return run_together
+
+    return decorate

@@ -32,6 +32,7 @@ from randlora.config import (
 )
 from randlora.errors import ConfigError, TargetError, raise_collected, warn
 from randlora.hints import require_types
+from randlora.model.engines import collective
 from randlora.model.install import commit, detach_all, prepare, require_detachable, unfold_all
 from randlora.model.train_also import (
     copy_dtype,
@@ -46,8 +47,8 @@ from randlora.model.train_also import (
 )
 from randlora.model.view import View, all_or_nothing, opened, opened_to_add
 from randlora.modes import has_values
-from randlora.places import place_at, ranks_of, whole
-from randlora.ranks import raise_on_every_rank, run_collectives
+from randlora.places import place_at, whole
+from randlora.ranks import agree, run_collectives
 from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, require_unused
@@ -110,6 +111,7 @@ class Plan:
 
 
 @explain_options
+@collective(writes=True)
 @torch.inference_mode(mode=False)  # trainable parameters must not be inference tensors
 def inject(
     model: nn.Module,
@@ -138,7 +140,7 @@ def inject(
 
     The output does not change at first, because Λ or Γ starts at zero. Without ``targets``, attention is adapted in
     models of transformers and diffusers; if none is found, all linear layers except the output head are adapted. The
-    report says what is left out.
+    report says what is left out. If the model is sharded, all processes call this together.
 
     Args:
         model: Any module with layers that can be adapted; it is changed in place.
@@ -236,14 +238,12 @@ def _copies(planned: Plan) -> dict[str, Tensor]:
     """
     own: dict[str, Tensor] = {fqn: entry.original for fqn, entry in planned.replaced.items()}
     others = {fqn: each for fqn, each in own.items() if place_at(each).exchanges != "values"}
-    with raise_on_every_rank(ranks_of(others.values())):
-        own |= zip(others, run_collectives(partial(whole, each) for each in others.values()), strict=True)
-        return {
-            fqn: like(
-                entry.original, own[fqn].detach().to(copy_dtype(entry), copy=True), requires_grad=planned.trainable
-            )
-            for fqn, entry in planned.replaced.items()
-        }
+    agree()
+    own |= zip(others, run_collectives(partial(whole, each) for each in others.values()), strict=True)
+    return {
+        fqn: like(entry.original, own[fqn].detach().to(copy_dtype(entry), copy=True), requires_grad=planned.trainable)
+        for fqn, entry in planned.replaced.items()
+    }
 
 
 @same_options(inject)
@@ -261,10 +261,12 @@ def plan(model: nn.Module, name: str, **asked: Any) -> Report:
     return report
 
 
+@collective(writes=True)
 def eject(model: nn.Module) -> tuple[str, ...]:
     """Remove all adapters, in place, and restore the original classes and values.
 
     Merged adapters are unmerged first. Parameters replaced by ``train_also`` and ``requires_grad`` flags are restored.
+    If the model is sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
@@ -281,6 +283,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
         require_unused(state, None, "eject")
         require_detachable(census, "eject")
         misplaced = misplaced_copies(census, state)
+        agree()  # before copies are exchanged
         with all_or_nothing(census, state, replaced=misplaced):
             unfold_all(census, state)  # in case this is called inside `with merged(model)`
             state.adapters.clear()

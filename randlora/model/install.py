@@ -24,6 +24,7 @@ from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.model.train_also import lost_parameters, remembered
 from randlora.model.view import all_or_nothing, set_requires_grad
 from randlora.places import place_at
+from randlora.ranks import agree
 from randlora.replaced import CASTS, ReplacedParameter, RequiredGrad, whole_shape
 from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteAdapter
 from randlora.targets.census import Census, Site, sizes
@@ -122,6 +123,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
                 for module, attribute in entry.places.values():
                     set_casts(module, {**vars(module).get(CASTS, {}), attribute: dtype})
         state.require_exchangeable(state.active, f"add {adapter.name!r}")
+        agree()  # before copies are exchanged
         state.install_parameters()
         census.model.__dict__[ATTRIBUTE] = state
         tell_changed(census.model)

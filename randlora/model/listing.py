@@ -13,7 +13,7 @@ from randlora.config import Factor, LayerOptions, RandLoRAConfig, described
 from randlora.errors import AdapterError, raise_collected, warn
 from randlora.hints import listed, require_types
 from randlora.layers.diagonals import Diagonal
-from randlora.model.engines import require_averaged, tell_changed
+from randlora.model.engines import collective, require_averaged, tell_changed
 from randlora.model.install import lost_parts
 from randlora.model.train_also import HALF_RISKS, copy_dtype
 from randlora.model.view import opened, set_requires_grad
@@ -178,10 +178,12 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         return trained
 
 
+@collective(writes=True)
 def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool = True) -> None:  # noqa: FBT001, FBT002
     """Set whether the parameters of some adapters require grad, whether active or not. Other adapters do not change.
 
-    A trainable adapter gets no gradients until it is active or routed.
+    A trainable adapter gets no gradients until it is active or routed. If the model is sharded, all processes call this
+    together.
 
     Args:
         model: A model with adapters.

@@ -8,8 +8,9 @@ left as it is.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.hints import listed, require_types, shortly
 from randlora.layers.base import AdapterLayer
 from randlora.layers.update import Into, Quantized, RoundingLoss
+from randlora.model.engines import collective, together
 from randlora.model.install import detach_all, lost_parts, require_detachable, unfold_all
 from randlora.model.mergeable import (
     differences_from_product,
@@ -39,13 +41,14 @@ from randlora.model.mergeable import (
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import View, all_or_nothing, opened, require_own
 from randlora.places import Kept
-from randlora.ranks import Ranks, raise_on_every_rank
+from randlora.ranks import agree, agreeing, run_collectives
 from randlora.report import MergeReport
-from randlora.state import CHANGING, ModelState, adapted_root
+from randlora.state import CHANGING, ModelState
 from randlora.targets.census import AdaptedSite, Census
 from randlora.targets.obstacles import tie_problems
 
 
+@collective(writes=True)
 @torch.inference_mode(mode=False)  # the weights must not be inference tensors
 def merge(
     model: nn.Module,
@@ -94,7 +97,9 @@ def merge(
         names = None if adapters is None else listed(adapters)
         planned = _planned(view, names, quantized, dtype, reversible=reversible)
         with _unfolded_if_raised(planned.first) as kept:
-            return _merge(view, planned, kept)
+            report = _merge(view, planned, kept)
+            agree()  # before it is certain that nothing is to be unfolded
+            return report
 
 
 class Plan(NamedTuple):
@@ -107,7 +112,6 @@ class Plan(NamedTuple):
         into: The form that merged weights take.
         reversible: Whether the adapters and the original weights are kept.
         options: The options ``quantized`` and ``dtype`` as given.
-        ranks: The processes that hold the model together.
         notes: Notes for the user.
     """
 
@@ -117,53 +121,48 @@ class Plan(NamedTuple):
     into: Into
     reversible: bool
     options: tuple[Quantized, torch.dtype | None]
-    ranks: Ranks | None
     notes: tuple[str, ...]
 
 
 def _planned(
     view: View, names: list[str] | None, quantized: Quantized, dtype: torch.dtype | None, *, reversible: bool
 ) -> Plan:
-    """Return a merge of adapters of these names, ``None`` for all, after checking it in all processes."""
+    """Return a merge of adapters of these names, ``None`` for all, after checking it."""
     census, state = view.census, view.state
     adapters = {name: each for name, each in state.active_unmerged.items() if names is None or name in names}
     sites = [site for site in census.adapted if site.layer.factors(adapters)]
-    ranks = view.ranks(is_written=True)
-    with raise_on_every_rank(ranks):
-        require_types(merge, {"reversible": reversible, "quantized": quantized})
-        raise_collected(ConfigError, option_problems(quantized, dtype), doing="merge")
-        into = Into(quantized, dtype or model_dtype(census))
-        require_own(census, state, "merge")
-        raise_collected(MergeError, name_problems(state, names), doing="merge")
-        merging = [state.adapters[name] for name in adapters]
-        lost = lost_parts(census, state, merging)
-        first = [site for site in sites if site.layer.unmerged is None]
-        values = [*tie_problems(census, sites), *weight_problems(first, into), *remerge_problems(sites)]
-        differences = {} if values else differences_from_product(first)  # of weights that have values
-        trained = trained_problems(state, sites, adapters)
-        problems = [*state_problems(state, adapters, reversible=reversible), *lost, *values, *trained]
-        problems += product_problems(differences)
-        if state.is_merged and state.merge_options != (quantized, dtype):
-            problems.append(
-                "others are merged with different options: give the same quantized and dtype, or unmerge them"
-            )
-        raise_collected(MergeError, problems, doing="merge")
-        if not reversible:
-            require_detachable(census, "merge")
+    require_types(merge, {"reversible": reversible, "quantized": quantized})
+    raise_collected(ConfigError, option_problems(quantized, dtype), doing="merge")
+    into = Into(quantized, dtype or model_dtype(census))
+    require_own(census, state, "merge")
+    raise_collected(MergeError, name_problems(state, names), doing="merge")
+    merging = [state.adapters[name] for name in adapters]
+    lost = lost_parts(census, state, merging)
+    first = [site for site in sites if site.layer.unmerged is None]
+    values = [*tie_problems(census, sites), *weight_problems(first, into), *remerge_problems(sites)]
+    differences = {} if values else differences_from_product(first)  # of weights that have values
+    trained = trained_problems(state, sites, adapters)
+    problems = [*state_problems(state, adapters, reversible=reversible), *lost, *values, *trained]
+    problems += product_problems(differences)
+    if state.is_merged and state.merge_options != (quantized, dtype):
+        problems.append("others are merged with different options: give the same quantized and dtype, or unmerge them")
+    raise_collected(MergeError, problems, doing="merge")
+    if not reversible:
+        require_detachable(census, "merge")
     untried = [site for site, difference in differences.items() if difference is None]
     notes = (
         *merge_notes(view.root, first, untried, into, reversible=reversible),  # before merging, which changes classes
         *untrained_notes(census, state, merging),
         *moved_note(census, state, merging, "the merged model has them as they are now, and no file of the adapter"),
     )
-    return Plan(adapters, sites, first, into, reversible, (quantized, dtype), ranks, notes)
+    return Plan(adapters, sites, first, into, reversible, (quantized, dtype), notes)
 
 
 def _merge(view: View, planned: Plan, kept: dict[AdapterLayer, Kept | None]) -> MergeReport:
     """Merge as planned; ``kept`` gets what `AdapterLayer.unmerged` was before it is dropped."""
     census, state, sites = view.census, view.state, planned.sites
-    together = _together(state, state.merged | planned.adapters)
-    rounding = _fold_all(sites, together, planned.into, planned.ranks)
+    active = _in_order(state, state.merged | planned.adapters)
+    rounding = _fold_all(sites, active, planned.into)
     factors = {name: copy(factor) for name, factor in planned.adapters.items()}
     targets = tuple(site.fqn for site in sites)
     report = MergeReport(factors, targets, reversible=planned.reversible, rounding=rounding, notes=planned.notes)
@@ -175,7 +174,7 @@ def _merge(view: View, planned: Plan, kept: dict[AdapterLayer, Kept | None]) -> 
             guarded = census.around_adapted
             state.merge_guards = [each.register_load_state_dict_pre_hook(_refuse_loading) for each in guarded]
             state.merge_guards.append(view.root.register_forward_hook(refuse_backward))
-        state.merged, state.merge_options, state.merge_report = together, planned.options, report
+        state.merged, state.merge_options, state.merge_report = active, planned.options, report
         for site in sites:
             site.layer.seat(site.owner)
         return report
@@ -186,7 +185,7 @@ def _merge(view: View, planned: Plan, kept: dict[AdapterLayer, Kept | None]) -> 
     return report
 
 
-def _together(state: ModelState, weights: Mapping[str, Factor]) -> dict[str, Factor]:
+def _in_order(state: ModelState, weights: Mapping[str, Factor]) -> dict[str, Factor]:
     """Return adapters with their weights in the order in which their updates are added, whichever was merged first."""
     return {name: weights[name] for name in state.adapters if name in weights}
 
@@ -208,30 +207,32 @@ def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tu
         AdapterError: If the model has no adapter.
         MergeError: If its adapters are not merged, or a sharded or offloaded weight would have to be merged again.
     """
-    return _unmerge(model, None if adapters is None else listed(adapters))
+    return _unmerge(model, adapters)
 
 
-def _unmerge(model: nn.Module, names: Sequence[str] | None, *, is_agreed: bool = True) -> tuple[str, ...]:
+def _unmerge(model: nn.Module, adapters: str | Iterable[str] | None, *, is_agreed: bool = True) -> tuple[str, ...]:
     """Restore the weights; if ``is_agreed``, together with the other processes that hold parts of them."""
-    with opened(model, None) as view:
+    with together(model, writes=True) if is_agreed else nullcontext(), opened(model, None) as view:
         state, census = view.state, view.census
+        names = None if adapters is None else listed(adapters)
         staying = {name: each for name, each in state.merged.items() if names is not None and name not in names}
-        ranks = view.ranks(is_written=True) if is_agreed else None
+        if not state.is_merged:
+            raise MergeError("cannot unmerge: the adapters are not merged; first merge(model, reversible=True)")
+        unknown = [name for name in names or () if not isinstance(name, str) or name not in state.merged]
+        problems = [f"{shortly(name)} is not merged: {', '.join(state.merged)} is" for name in unknown]
+        raise_collected(MergeError, problems, doing="unmerge")
+        agree()
 
         def restored() -> tuple[str, ...]:
-            with all_or_nothing(census, state), raise_on_every_rank(ranks):
-                if not state.is_merged:
-                    raise MergeError("cannot unmerge: the adapters are not merged; first merge(model, reversible=True)")
-                unknown = [name for name in names or () if not isinstance(name, str) or name not in state.merged]
-                problems = [f"{shortly(name)} is not merged: {', '.join(state.merged)} is" for name in unknown]
-                raise_collected(MergeError, problems, doing="unmerge")
+            with all_or_nothing(census, state):
                 return _merge_fewer(census, state, staying) if staying else unfold_all(census, state)
 
         try:
             return restored()
         except BaseException as error:  # an `Exception` is raised in all processes, which wait for an interrupted one
-            if ranks is not None and not isinstance(error, Exception) and state.is_merged:
+            if agreeing() is not None and not isinstance(error, Exception) and state.is_merged:
                 restored()
+                agree()  # as they do at the end of the call
             raise
 
 
@@ -243,11 +244,11 @@ def _merge_fewer(census: Census, state: ModelState, staying: Mapping[str, Factor
     again = [site for site in sites if site.layer.factors(staying)]
     raise_collected(MergeError, remerge_problems(again), doing="unmerge")
     quantized, dtype = state.merge_options
-    _fold_all(again, _together(state, staying), Into(quantized, dtype or model_dtype(census)), None)
+    _fold_all(again, _in_order(state, staying), Into(quantized, dtype or model_dtype(census)))
     for site in sites:
         if not site.layer.factors(staying):
             site.layer.unfold(site.owner)
-    state.merged = _together(state, staying)
+    state.merged = _in_order(state, staying)
     for site in sites:
         site.layer.seat(site.owner)
     return tuple(site.fqn for site in sites)
@@ -274,11 +275,13 @@ def merged(
         MergeError: If a different thread or task has an open block, and any error of `merge`.
         RandLoRAError: Any other error of `merge`.
     """
-    _, state = adapted_root(model)
+    state: ModelState | None = None
     block, has_raised = object(), True
     own: tuple[str, ...] = ()
 
     def end() -> None:
+        if state is None:  # it was not found
+            return
         BLOCKS.set(tuple(each for each in BLOCKS.get() if each is not block))
         with CHANGING:
             state.merged_blocks = [other for other in state.merged_blocks if other is not block]
@@ -287,7 +290,8 @@ def merged(
                 _unmerge(model, names, is_agreed=not has_raised)
 
     try:
-        with opened(model, None):
+        with together(model, writes=True), opened(model, None) as view:
+            state = view.state
             if any(other not in BLOCKS.get() for other in state.merged_blocks):
                 raise MergeError(
                     "another thread or task has an open block of randlora.merged, and its end would unmerge this one "
@@ -318,31 +322,23 @@ def _refuse_loading(module: nn.Module, *args: object) -> None:  # noqa: ARG001  
     )
 
 
-def _fold_all(
-    sites: Sequence[AdaptedSite], names: Collection[str], into: Into, ranks: Ranks | None
-) -> dict[str, RoundingLoss]:
-    """Merge some active adapters into all weights and return the rounding errors. If any process fails, all raise."""
+def _fold_all(sites: Sequence[AdaptedSite], names: Collection[str], into: Into) -> dict[str, RoundingLoss]:
+    """Merge some active adapters into all weights and return the rounding errors."""
     rounding: dict[str, RoundingLoss] = {}
-    with raise_on_every_rank(ranks):
-        failed: Exception | None = None
-        for site in sites:
-            try:
-                if site.layer.is_quantized:
-                    site.layer.unfold(site.owner)  # its original codes, if it is merged into already, to add to
-                merged = site.layer.merged(site.owner, site.layer.factors(names), into)
-                if failed is not None:  # the other processes still need this one to gather
-                    continue
-                require_finite(site.fqn, merged.weight)
-                site.layer.fold(site.owner, merged)
-            except Exception as error:
-                if ranks is None:
-                    raise
-                failed = failed or error
-            else:
-                if merged.rounding is not None:
-                    rounding[site.fqn] = merged.rounding
-        if failed is not None:
-            raise failed
+
+    def fold(site: AdaptedSite) -> None:
+        factors = site.layer.factors(names)
+        if site.layer.is_quantized:
+            site.layer.unfold(site.owner)  # its original codes, if it is merged into already, to add to
+        merged = site.layer.merged(site.owner, factors, into)
+        require_finite(site.fqn, merged.weight)
+        site.layer.fold(site.owner, merged)
+        if merged.rounding is not None:
+            rounding[site.fqn] = merged.rounding
+
+    agree()
+    run_collectives(partial(fold, site) for site in sites)
+    agree()
     return rounding
 
 

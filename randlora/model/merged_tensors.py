@@ -17,6 +17,7 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import cast
 from randlora.layers.update import Into
+from randlora.model.engines import collective
 from randlora.model.install import lost_parts
 from randlora.model.mergeable import (
     differences_from_product,
@@ -26,9 +27,9 @@ from randlora.model.mergeable import (
     require_finite,
     weight_problems,
 )
-from randlora.model.view import View, opened, require_own, unwrapped_model
-from randlora.places import lent, place_of, ranks_of, settle, whole, withheld
-from randlora.ranks import Ranks, raise_on_every_rank, run_collectives
+from randlora.model.view import opened, require_own, unwrapped_model
+from randlora.places import lent, place_of, settle, whole, withheld
+from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank, run_collectives
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.census import Census, Site, is_quantized, saved_buffers
 from randlora.targets.obstacles import tie_problems
@@ -38,6 +39,7 @@ Result = TypeVar("Result")
 NOT_HERE = "has no values here (meta, offloaded or sharded): load or gather it first"
 
 
+@collective(writes=False)
 def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Return an iterator over the names and values of the merged model's state dict, without merging the model.
 
@@ -100,18 +102,16 @@ class MergedTensors:
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None, *, doing: str) -> MergedTensors:
-        """Check in all processes that together hold a model that it can be merged and has all values."""
+        """Check that a model can be merged and has all values."""
         raise_collected(ConfigError, option_problems("dequantize", dtype), doing=doing)
         with opened(model, None) as view:
             root, state, census = view.root, view.state, Census.of(unwrapped_model(model))
-            ranks = View(root, state, census).ranks()  # parts of the model without adapters may be sharded
-            with raise_on_every_rank(ranks):
-                if (problem := withheld(model)) is not None:
-                    raise MergeError(f"cannot {doing}: {problem}")
-                _require_mergeable(view.census, state, doing)
-                entries = tuple(entries_of(census, state, Into("dequantize", dtype or model_dtype(census))))
-                raise_collected(MergeError, _value_problems(census, state), doing=doing)
-        return cls(root, state, census, ranks, entries, dtype)
+            if (problem := withheld(model)) is not None:
+                raise MergeError(f"cannot {doing}: {problem}")
+            _require_mergeable(view.census, state, doing)
+            entries = tuple(entries_of(census, state, Into("dequantize", dtype or model_dtype(census))))
+            raise_collected(MergeError, _value_problems(census, state), doing=doing)
+        return cls(root, state, census, agreeing(), entries, dtype)
 
     def each(self, take: Callable[[str, Tensor], Result], share: Share) -> Iterator[Result]:
         """Compute one value after the other, keep none, and yield the result of a function for each.
@@ -130,6 +130,7 @@ class MergedTensors:
                         "the tensors would be from two different models: take all of them first, then change the "
                         "adapters"
                     )
+                agree()
                 taken += self._taken(entry, take, share)
             while taken:
                 yield taken.pop()
@@ -289,10 +290,9 @@ def _from_parts(layer: AdapterLayer, owner: nn.Module, factors: dict[str, float]
     place = layer.place_in(owner)
     if place.part is None:
         return layer.merged(owner, factors, into).weight
-    with raise_on_every_rank(ranks_of(owner.parameters())):  # or the others would wait for this process's part
-        merged = layer.merged(owner, factors, into).weight
-    stored = place.stored(merged)
+    stored = place.stored(layer.merged(owner, factors, into).weight)
     assert stored is not None, "it is a part of the weight"
+    agree()  # or the others would wait for this process's part
     return whole(stored)
 
 

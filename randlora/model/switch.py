@@ -15,18 +15,20 @@ from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import is_finite, listed, require_types, shortly
 from randlora.layers.in_place import drop_adapter
-from randlora.model.engines import tell_changed
+from randlora.model.engines import collective, tell_changed, together
 from randlora.model.inject import eject
 from randlora.model.install import require_detachable, shared_slots
 from randlora.model.listing import offloaded_diagonals
 from randlora.model.view import all_or_nothing, opened, require_new_name, require_own
 from randlora.places import is_whole
+from randlora.ranks import agree
 from randlora.replaced import whole_shape
 from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unused
 from randlora.targets.census import AdaptedSite, Census
 from randlora.targets.options import by_target, meant_by, one_or_all
 
 
+@collective(writes=True)
 def activate(
     model: nn.Module,
     names: str | Iterable[str] | Mapping[str, Factor],
@@ -37,6 +39,7 @@ def activate(
 
     `set_trainable` sets which adapters are trained. If an adapter has the factor 0 in a layer, the layer computes as
     without it, at no cost. Parameters of ``train_also`` have no factor: the copies of an active adapter are used.
+    If the model is sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
@@ -65,6 +68,7 @@ def activate(
         if state.is_merged and state.exchanged(name for name in state.adapters if name in weights):
             require_unmerged(state, "activate adapters with train_also")  # which may be of a weight that is merged into
         state.require_exchangeable([name for name in state.adapters if name in weights], "activate")
+        agree()  # before copies are exchanged
         state.activate(weights)
         for site in census.adapted:
             site.layer.seat(site.owner)
@@ -77,7 +81,7 @@ def disabled(model: nn.Module) -> AbstractContextManager[Any]:
     """Disable all adapters inside a ``with`` block, so that the model computes as without adapters.
 
     Blocks can be nested. The previous state is restored on exit, even after an exception. If you copy the model inside
-    the block, the adapters stay inactive in the copy.
+    the block, the adapters stay inactive in the copy. If the model is sharded, all processes enter the block together.
 
     Args:
         model: A model with adapters.
@@ -117,9 +121,10 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
             state.adopt_parameters(root)
 
     try:
-        with opened(model, None) as view:
+        with together(model, writes=True), opened(model, None) as view:
             root, state = view.root, view.state
             block = checked(view.census, state)
+            agree()  # before copies are exchanged
             # without copies to exchange it is one assignment; to keep what could be undone takes far longer
             with all_or_nothing(view.census, state) if state.replaced else nullcontext():
                 state.open_block(block)
@@ -134,8 +139,11 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
             raise
 
 
+@collective(writes=True)
 def remove(model: nn.Module, name: str) -> None:
     """Remove one adapter, in place, without changing the output of others. Removing the last one is `eject`.
+
+    If the model is sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
@@ -157,6 +165,7 @@ def remove(model: nn.Module, name: str) -> None:
         state.require_exchangeable([other for other in state.active if other != name], doing)
         sites = [site for site in census.adapted if name in site.layer.adapters]
         require_detachable(census, doing, sites)
+        agree()  # before copies are exchanged
         del state.adapters[name]
         for site in sites:
             drop_adapter(site.owner, site.layer, name)
@@ -208,11 +217,13 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
     state.compute = compute
 
 
+@collective(writes=True)
 def rename(model: nn.Module, name: str, to: str) -> None:
     """Rename an adapter, in place.
 
     Nothing else changes: its position, whether it is active, and what it trains. Parameters remain the same objects, so
-    optimizers keep working and compiled programs are not recompiled. State dicts use the new name.
+    optimizers keep working and compiled programs are not recompiled. State dicts use the new name. If the model is
+    sharded, all processes call this together.
 
     Args:
         model: A model with adapters.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -13,15 +14,18 @@ from torch import Tensor, nn
 from randlora.config import Factor
 from randlora.errors import AdapterError, ConfigError, TargetError, raise_collected
 from randlora.hints import is_finite, require_types, shortly
+from randlora.model.engines import collective
 from randlora.model.listing import offloaded_diagonals
 from randlora.model.view import View, opened
 from randlora.places import place_at
+from randlora.ranks import agree, run_collectives
 from randlora.state import Adapter, require_unmerged
 from randlora.targets.census import AdaptedSite
 from randlora.targets.match import nearest_names
 from randlora.targets.options import by_target
 
 
+@collective(writes=False)
 def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tensor:
     """Return the update of one layer's weight.
 
@@ -47,9 +51,11 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         raise_collected(AdapterError, offloaded_diagonals(view.census), doing=doing)
         site = sites[fqn]
         factors = site.layer.factors(view.state.active) if name is None else {view.state.adapter(name).name: 1.0}
+        agree()
         return site.layer.delta_weight(site.owner, factors)
 
 
+@collective(writes=False)
 def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tensor]:
     """Return the approximate Frobenius norm of each layer's update, without forming the update.
 
@@ -85,13 +91,15 @@ def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tens
         return _norms(*_sites_of(view, name, doing))
 
 
+@collective(writes=True)
 @torch.no_grad()
 def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> dict[str, Tensor]:
     """Scale down Λ, in place, in each layer whose update has a norm above a limit, to the limit.
 
     The norms are those of `update_norms`. Other layers, and layers with a norm that is not finite, keep every bit. Call
-    this after each step of the optimizer; the optimizer's state does not change. It does not wait for a GPU. Optimizers
-    with their own copies of the parameters, such as DeepSpeed's in half precision, would overwrite the new values.
+    this after each step of the optimizer; the optimizer's state does not change. It does not wait for a GPU, unless the
+    model is sharded. Optimizers with their own copies of the parameters, such as DeepSpeed's in half precision, would
+    overwrite the new values.
 
     Args:
         model: A model with adapters.
@@ -126,12 +134,14 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
         ]
         raise_collected(AdapterError, problems, doing=doing)
         norms = _norms(adapter, sites)
-        for fqn, norm in norms.items():
-            is_above = (norm > limits[fqn]) & norm.isfinite()
-            factor = torch.where(is_above, limits[fqn] / norm, 1.0)
-            lam = lambdas[fqn]
-            held = place_at(lam).read()
-            held.mul_(factor.to(held.device))
+        held = {fqn: place_at(lam).read() for fqn, lam in lambdas.items()}
+        factors = {
+            fqn: torch.where((norm > limits[fqn]) & norm.isfinite(), limits[fqn] / norm, 1.0).to(held[fqn].device)
+            for fqn, norm in norms.items()
+        }
+        agree()  # before anything is written
+        for fqn, factor in factors.items():
+            held[fqn].mul_(factor)
         return norms
 
 
@@ -143,8 +153,9 @@ def _sites_of(view: View, name: str | None, doing: str) -> tuple[Adapter, list[A
 
 
 def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
-    found = {}
-    for site in sites:
+    """Return the norm of an adapter's update of each layer, by FQN; a collective if Λ and Γ are sharded."""
+
+    def norm_of(site: AdaptedSite) -> Tensor:
         (update,) = site.layer.whole_updates(site.owner, {adapter.name: 1.0})
         own = site.layer.diagonals_of(site.owner, adapter.name)
         is_cut = any(
@@ -156,8 +167,11 @@ def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
                 f"the norm of the update of {site.fqn} would give no gradients to its Λ and Γ, which are gathered from "
                 "other processes: call update_norms under torch.no_grad(); it cannot be part of the loss"
             )
-        found[site.fqn] = update.norm(site.layer.device_beside(site.owner))
-    return found
+        return update.norm(site.layer.device_beside(site.owner))
+
+    agree()
+    norms = run_collectives(partial(norm_of, site) for site in sites)
+    return {site.fqn: norm for site, norm in zip(sites, norms, strict=True)}
 
 
 def _limits(limit: Any, fqns: list[str]) -> dict[str, float]:

@@ -24,11 +24,10 @@ from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.diagonals import TAKEN_NAMES, Diagonal, Values
 from randlora.layers.in_place import has_attribute
-from randlora.model.engines import ranks_holding
 from randlora.model.save_guard import savers
 from randlora.modes import fake_obstacle
 from randlora.places import holders, place_at, settle
-from randlora.ranks import Ranks
+from randlora.ranks import agreeing, raise_on_every_rank
 from randlora.replaced import ReplacedParameter, held_at
 from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root, attached_state, require_unmerged
 from randlora.targets.census import Census, Site
@@ -63,10 +62,6 @@ class View:
     root: nn.Module
     state: ModelState
     census: Census
-
-    def ranks(self, *, is_written: bool = False) -> Ranks | None:
-        """Return the processes that together hold the model; see `ranks_holding`."""
-        return ranks_holding(self.census, self.state, is_written=is_written)
 
 
 @contextmanager
@@ -163,8 +158,9 @@ def all_or_nothing(
 ) -> Iterator[None]:
     """Undo everything that the block has changed if it raises: modules, parameters, and the state with its adapters.
 
-    Values written in place are restored only for sharded parameters that adapters train copies of. Nothing else here
-    writes in place.
+    In a block of `raise_on_every_rank` this is also done in the processes in which it did not raise, all of which agree
+    at its end. Values written in place are restored only for sharded parameters that adapters train copies of. Nothing
+    else here writes in place.
 
     Args:
         census: The model.
@@ -200,7 +196,8 @@ def all_or_nothing(
     kept = [(place, place.keep()) for place in places if place.exchanges == "values"]
     with unchanged_if_raised(objects, values, own):
         try:
-            yield
+            with raise_on_every_rank(agreeing()):
+                yield
         except BaseException:
             for place, before in kept:
                 place.restore(before.values)

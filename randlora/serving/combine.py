@@ -15,6 +15,7 @@ from randlora.config import ALPHA_PER_RANK
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import require_types, shortly
 from randlora.layers.update import Update
+from randlora.model.engines import collective
 from randlora.model.install import commit, lost_parts, prepare
 from randlora.model.listing import offloaded_diagonals
 from randlora.model.switch import factor_problems
@@ -22,7 +23,7 @@ from randlora.model.train_also import copy_dtype, replacements
 from randlora.model.view import opened, opened_to_add
 from randlora.modes import has_values
 from randlora.places import whole
-from randlora.ranks import raise_on_every_rank, run_collectives
+from randlora.ranks import agree, run_collectives
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState
 from randlora.targets.census import AdaptedSite, shapes_of, sizes
@@ -36,6 +37,7 @@ ROUNDINGS = 16
 INSTEAD = "activate the adapters with factors, which is exact, or merge one after the other"
 
 
+@collective(writes=True)
 @torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in
 @torch.no_grad()
 def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Report:
@@ -48,7 +50,7 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
 
     The new adapter takes the options of the first adapter named, and r and alpha of each layer from the first adapter
     that adapts it. Parameters of ``train_also`` become the model's own plus the weighted sum of the adapters' changes.
-    The new adapter is neither active nor trainable.
+    The new adapter is neither active nor trainable. If the model is sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
@@ -81,9 +83,11 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
         problems += [*_form_problems(sites, sources), *_copy_problems(state, sites, sources)]
         raise_collected(AdapterError, problems, doing="combine")
         adapter = _planned(name, sites, sources, adapters)
-        with raise_on_every_rank(view.ranks()):
-            updates = {site.fqn: site.layer.whole_updates(site.owner, dict(adapters)) for site in sites}
-            copies = _copies(state, adapters, sources)
+        agree()
+        *updates, copies = run_collectives([
+            *(partial(site.layer.whole_updates, site.owner, dict(adapters)) for site in sites),
+            partial(_copies, state, adapters, sources),
+        ])
         values = _values(adapter, sites, updates)
         adapter.trained |= {fqn: nn.Parameter(copy, requires_grad=False) for fqn, copy in copies.items()}
         replaced = replacements(census, state, copies)
@@ -180,29 +184,31 @@ def _planned(
 
 def _copies(state: ModelState, adapters: Mapping[str, float], sources: Sequence[Adapter]) -> dict[str, Tensor]:
     """Return the parameters trained with the adapters: the model's own plus the weighted sum of their changes."""
-    found = {}
-    for fqn in dict.fromkeys(fqn for source in sources for fqn in source.trained):
+
+    def summed_copy(fqn: str) -> Tensor:
         trained = {source.name: source.trained[fqn] for source in sources if fqn in source.trained}
         own = state.replaced[fqn].original
-        flat = [*run_collectives(partial(whole, each) for each in (own, *trained.values()))]
+        flat = run_collectives(partial(whole, each) for each in (own, *trained.values()))
         dtype = functools.reduce(torch.promote_types, [each.dtype for each in flat], torch.float32)
         first, *others = [each.detach().to(device=own.device, dtype=dtype) for each in flat]
         factors = [adapters[name] for name in trained]
-        total = (1 - sum(factors)) * first
+        total: Tensor = (1 - sum(factors)) * first
         for factor, other in zip(factors, others, strict=True):
             total = total + factor * other
-        found[fqn] = total.to(copy_dtype(state.replaced[fqn]))
-    return found
+        return total.to(copy_dtype(state.replaced[fqn]))
+
+    fqns = dict.fromkeys(fqn for source in sources for fqn in source.trained)
+    return dict(zip(fqns, run_collectives(partial(summed_copy, fqn) for fqn in fqns), strict=True))
 
 
 def _values(
-    adapter: Adapter, sites: Iterable[AdaptedSite], updates: Mapping[str, Sequence[Update]]
+    adapter: Adapter, sites: Iterable[AdaptedSite], updates: Iterable[Sequence[Update]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return Λ and Γ of the sum by FQN. Raises an `AdapterError` if a layer's sum is not exact or not finite."""
     found, inexact, infinite = {}, [], []
-    for site in sites:
+    for site, own in zip(sites, updates, strict=True):
         device = site.layer.device_beside(site.owner)
-        lam, gamma, is_exact = summed(updates[site.fqn], adapter.options[site.fqn].scaling)
+        lam, gamma, is_exact = summed(own, adapter.options[site.fqn].scaling)
         found[site.fqn] = lam.to(device), gamma.to(device)
         if not (lam.isfinite().all() and gamma.isfinite().all()):
             infinite.append(site.fqn)

@@ -17,6 +17,7 @@ from torch import nn
 from randlora.checkpoint.load import Found, Options, Source, adapters_in, add_all, read_source
 from randlora.errors import AdapterError, ConfigError, raise_collected
 from randlora.hints import require_types, shortly
+from randlora.model.engines import together
 from randlora.model.switch import remove
 from randlora.serving.routed import routed
 from randlora.state import adapted_root, is_adapted
@@ -179,7 +180,9 @@ class AdapterPool:
         require_types(AdapterPool.using, {"names": names})
         wanted = list(dict.fromkeys([names] if isinstance(names, str) else names))
         with self._using:
-            self._check(wanted, {*wanted, *self._pinned}, "use")
+            with together(self._model, writes=True):
+                self._check(wanted, {*wanted, *self._pinned}, "use")
+                self._forget_removed()
             self._pinned += wanted
             try:
                 self._provide(wanted)
@@ -201,11 +204,14 @@ class AdapterPool:
             problems.append(f"{count} adapters are asked for at once, and the pool loads {self._max}: raise max_loaded")
         raise_collected(AdapterError, problems, doing=f"{doing} adapters of the pool")
 
+    def _forget_removed(self) -> None:
+        """Forget the adapters that somebody else has removed from the model."""
+        present = adapted_root(self._model)[1].adapters if is_adapted(self._model) else {}
+        for name in [name for name in self._loaded if name not in present]:
+            del self._loaded[name]
+
     def _provide(self, names: Sequence[str]) -> None:
         """Load the adapters that are missing, then remove those that are too many."""
-        present = adapted_root(self._model)[1].adapters if is_adapted(self._model) else {}
-        for name in [name for name in self._loaded if name not in present]:  # somebody else has removed it
-            del self._loaded[name]
         missing = [name for name in names if name not in self._loaded]
         self._count(hits=len(names) - len(missing), misses=len(missing))
         if missing:
@@ -228,8 +234,9 @@ class AdapterPool:
 
     def _load(self, names: Sequence[str]) -> None:
         """Load some adapters, all or none."""
-        found = {name: self._read(name) for name in names}
-        reports = add_all(self._model, found, Options(active=False, prefix=self._prefix))
+        with together(self._model, writes=True):
+            found = {name: self._read(name) for name in names}
+            reports = add_all(self._model, found, Options(active=False, prefix=self._prefix))
         self._loaded |= {name: report.checkpoint_bytes for name, report in zip(found, reports, strict=True)}
         self._count(loads=len(reports))
 

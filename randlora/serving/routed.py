@@ -69,7 +69,8 @@ def routed(
 
     A linear layer computes the base once for the whole batch, and adapters with the same bases share the product with
     them. Convolutions, attention and experts run once for each adapter, with its rows. Gradients are the same as with
-    single adapters. If parts of the model are checkpointed, call ``backward`` inside the block.
+    single adapters. If parts of the model are checkpointed, call ``backward`` inside the block. All processes that hold
+    parts of a sharded model enter the block together.
 
     Inside transformers' ``generate``, a row may become several, such as for beams. Blocks can be nested, including with
     `randlora.disabled`; the innermost counts.

@@ -24,14 +24,14 @@ from torch.distributed.tensor import DTensor
 
 import randlora
 from randlora.disk.formats import write_tensor_file
-from randlora.errors import AdapterError, CheckpointError, MergeError
+from randlora.errors import AdapterError, CheckpointError, MergeError, RandLoRAError
 from randlora.layers.base import AdapterLayer
 from randlora.model import merge
 from randlora.sharded import places
 from tests.distributed.engines import ENGINES, built_spread, flattened, sharded, split
 from tests.distributed.processes import in_four, in_two, in_two_of_zero, on_all
 from tests.distributed.test_engines import PLANS
-from tests.distributed.trained import Drawn, Net, held
+from tests.distributed.trained import Drawn, Net, gathered, held
 from tests.model_directories import contents
 
 pytestmark = in_two
@@ -122,6 +122,38 @@ def test_a_merge_that_is_not_finite_in_one_process_is_refused_in_all() -> None:
         model.blocks[1].up.weight._local_tensor.fill_(torch.inf)
     with restored(model), pytest.raises(MergeError, match=r"blocks\.1\.up would not be finite"):
         randlora.merge(model, reversible=True)
+
+
+def test_an_error_before_anything_is_computed_together_is_raised_in_all(tmp_path: Path) -> None:
+    """As what is to be undone is copied, as shards are put back in place, and of what only one process was given."""
+    model, is_last = sharded(DRAWN.adapted()), dist.get_rank() == 1
+    randlora.inject(model, r=2, targets=["up"], name="second", active=False)
+    wrong: Any = 2  # of a type that no argument has
+    verbs: dict[Callable[[], object], tuple[str, Any]] = {
+        lambda: randlora.merge(model, reversible=True): ("keep", places.Shard),
+        lambda: randlora.activate(model, "second"): ("keep", places.Shard),
+        lambda: randlora.remove(model, "second"): ("keep", places.Shard),
+        lambda: randlora.inject(model, r=2, targets=["up"], name="third"): ("keep", places.Shard),
+        lambda: randlora.disabled(model).__enter__(): ("keep", places.Shard),
+        lambda: randlora.save(model, tmp_path / "out", name="default"): ("settle", places.Mesh),
+        lambda: dict(randlora.merged_tensors(model)): ("settle", places.Mesh),
+        lambda: randlora.delta_weight(model, "blocks.0.up"): ("settle", places.Mesh),
+    }
+    for verb, failing in verbs.items():
+        with restored(model), failing_in_last(*failing, 0):
+            verb()
+    given: dict[Callable[[], object], str] = {
+        lambda: randlora.save(model, wrong if is_last else tmp_path / "out", name="default"): "directory must be",
+        lambda: randlora.inject(model, r=2, targets=["up"], name=wrong if is_last else "third"): "named 2",
+        lambda: randlora.delta_weight(model, "head" if is_last else "blocks.0.up"): "'head' is not adapted",
+        lambda: randlora.merge(model, reversible=True, dtype=wrong if is_last else None): "dtype",
+    }
+    for verb, said in given.items():
+        with restored(model), pytest.raises(RandLoRAError, match=said) as caught:
+            verb()
+        assert len({*on_all(str(caught.value))}) == 1
+    assert [info.name for info in randlora.adapters(model)] == ["default", "second"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unmerge_that_fails_in_one_process_is_tried_again() -> None:
@@ -294,6 +326,18 @@ def test_copies_that_cannot_be_made_in_one_process_raise_in_all() -> None:
         DRAWN.adapt(model)
     assert randlora.adapters(model) == []
     DRAWN.adapt(model)
+
+
+@in_two_of_zero
+def test_in_a_block_that_gathers_all_parameters_one_process_saves_alone(tmp_path: Path) -> None:
+    model = ENGINES["ZeRO-3"].make(DRAWN).module
+    with gathered(model.parameters()):
+        if dist.get_rank():
+            randlora.save(model, tmp_path / "alone")
+        dist.barrier()
+    randlora.save(model, tmp_path / "all")
+    dist.barrier()
+    assert contents(tmp_path / "alone") == contents(tmp_path / "all")
 
 
 @pytest.mark.parametrize("engine", ["ZeRO-3", "ZeRO-3, persistent"])
