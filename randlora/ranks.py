@@ -71,7 +71,8 @@ def raise_on_every_rank(ranks: Ranks | None) -> Iterator[None]:
 
     A process may raise an error anywhere in the block where the next thing that the others do together is to agree: by
     `agree`, or at the end of this block or of one inside it, which is of the same processes. So what they compute
-    together comes right after `agree`, by `run_collectives`, which skips nothing if a part of it fails.
+    together comes right after `agree`, by `run_collectives`, which skips nothing if a part of it fails. An error that
+    all know must leave the outermost block; on its way, or if undoing something fails, nobody is told again.
     """
     block = _BLOCK.get() or (None if ranks is None else _Block(ranks, []))
     if block is None:

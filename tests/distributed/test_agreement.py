@@ -172,7 +172,7 @@ def facts(model: Any) -> object:
     """Return all that a verb which raises must leave alone."""
     kinds = {name: type(module) for name, module in model.named_modules()}
     flags = {name: each.requires_grad for name, each in model.named_parameters()}
-    values = {name: (each.dtype, each.tolist()) for name, each in held(model).items()}
+    values = {name: (each.dtype, each.numpy().tobytes()) for name, each in held(model).items()}  # NaN in padding, too
     return kinds, flags, values, randlora.adapters(model), vars(model)[ATTRIBUTE].is_merged
 
 
@@ -246,7 +246,7 @@ def saved(name: str, tmp_path: Path) -> Path:
 @in_two
 @pytest.mark.parametrize("name", VERBS)
 def test_an_error_in_one_process_is_raised_in_all_and_changes_nothing(name: str, saved: Path) -> None:
-    assert require_agreement("FSDP2", name, 1, saved, count(0, 90)) > 0
+    assert require_agreement("FSDP2", name, 1, saved, count(0, 150)) > 0
 
 
 @pytest.mark.slow

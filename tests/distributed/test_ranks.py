@@ -17,6 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import randlora
 from randlora.errors import AdapterError
 from randlora.model.check_ranks import differences
+from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank
 from randlora.state import adapted_root, is_adapted
 from tests.distributed.engines import ENGINES, sharded
 from tests.distributed.processes import LAW, PAIR, ProcessError, in_two, on_all
@@ -225,6 +226,37 @@ def test_what_only_one_process_has_is_not_compared_nor_are_statistics() -> None:
 @in_two
 def test_a_rank_without_adapters_stops_all() -> None:
     refused(DRAWN.build() if dist.get_rank() else DRAWN.adapted(), "rank 1: ", "cannot compare the adapters of all")
+
+
+@in_two
+def test_an_error_is_raised_in_all_wherever_in_nested_blocks_a_process_raises_it() -> None:
+    """The same object more than once, or another error while it is undone, as when there is no room for that."""
+    own, is_last = Ranks((dist.group.WORLD,), dist.get_rank() == 0), dist.get_rank() == 1
+    error = KeyError("before, inside or after")
+
+    def raise_at(*places: str, place: str) -> None:
+        if is_last and place in places:
+            raise error
+
+    def run(place: str) -> None:
+        with raise_on_every_rank(own):
+            raise_at("before", place=place)
+            assert agree(dist.get_rank()) == [0, 1]
+            try:
+                with raise_on_every_rank(None):  # of the same processes
+                    raise_at("inside", "undone", place=place)
+            except KeyError:
+                if is_last and place == "undone":
+                    raise MemoryError from None
+                raise
+            raise_at("after", place=place)
+
+    for place in ("before", "inside", "after", "undone"):
+        with pytest.raises(MemoryError if is_last and place == "undone" else KeyError):
+            run(place)
+        assert on_all(place) == [place] * 2, "nothing was left to send"
+    assert agreeing() is None
+    assert agree(3) == [3], "outside of a block there are no other processes"
 
 
 @in_two
