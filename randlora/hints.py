@@ -200,6 +200,7 @@ def _is_no_path(value: object) -> bool:
         return False
     try:
         text = os.fspath(value)
+        os.fsencode(text)
     except Exception:  # whatever an object's own code raises
         return True
     return not isinstance(text, str) or not text or "\0" in text

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from io import FileIO
-from itertools import combinations, count
+from itertools import combinations, count, product
 from pathlib import Path
 from random import random
 from typing import Any
@@ -193,6 +193,90 @@ def test_a_directory_that_only_looks_like_a_leftover_stays(tmp_path: Path) -> No
     make(tmp_path / "a[1]")
     assert {path.name for path in tmp_path.iterdir()} == {*looks, ".a1.unfinished-leftover", link.name, "data", "a[1]"}
     assert all(contents(tmp_path / name) == NEW for name in (*looks, "data/new"))
+
+
+LONG = ["n" * 101, "n" * 234, "n" * 235, "n" * 255, "é" * 127, "n" + "é" * 127, "字" * 85, "🙂" * 63]
+"""Names up to the 255 bytes that the system allows, some of which no cut at a fixed byte leaves whole."""
+
+
+@pytest.mark.parametrize("name", LONG, ids=lambda name: f"{name[:2]}{len(name.encode())}")
+def test_a_directory_may_have_any_name_that_the_system_allows(name: str, fast_path: Path) -> None:
+    """What is hidden for it has a name that older file systems allow, and is removed for no other directory."""
+    acts: dict[str, Callable[[Path], object]] = {"inside": write, "beside": make}
+    for where, act in acts.items():
+        out, other = (fast_path / where / each for each in (name, name[:-1] + "m"))
+        with replace.scratch_for(out, is_inside=where == "inside") as left:
+            assert len(left.name.encode()) <= 143
+        left.mkdir(parents=True)  # as a killed process leaves it
+        act(other)
+        assert left.exists()
+        act(out)
+        assert [*(fast_path / where).rglob(".*")] == []
+        assert contents(out) == contents(other) == (NEW if where == "inside" else FOLDER)
+
+
+def fill_the_disk(path: Path) -> None:
+    path.symlink_to("/dev/full")
+    path.write_bytes(b"more than fits")
+
+
+TELLING: dict[str, tuple[Callable[[Path], object], int | None, str | None]] = {
+    "a full disk": (fill_the_disk, errno.ENOSPC, "given/out"),
+    "something hidden": (lambda path: (path / "deeper").write_bytes(b""), errno.ENOENT, "given/out"),
+    "two that are hidden": (lambda path: path.rename(path.with_name("other")), errno.ENOENT, "given/out"),
+    "a different file": (lambda _: Path("nowhere").read_bytes(), errno.ENOENT, "nowhere"),
+    "nothing": (Mock(side_effect=OSError("the disk refuses")), None, None),
+}
+"""What fails, by what its error tells; the error's number, and what it names in the end."""
+
+
+@pytest.mark.parametrize("told", TELLING)
+def test_an_error_of_the_disk_names_the_directory_that_was_given(
+    told: str, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not what is hidden in it or beside it, which is gone by then; what was said before is the cause."""
+    failing, number, named = TELLING[told]
+    out = Path("given/out")
+    monkeypatch.chdir(fast_path)
+
+    def make_failing() -> None:
+        with new_directory(out) as new:
+            failing(new / "file")
+
+    for act in (lambda: write_files(Files(out, {"file": failing})), make_failing):
+        with pytest.raises(OSError) as raised:  # noqa: PT011  # whose words are the system's
+            act()
+        assert (raised.value.errno, raised.value.filename, raised.value.filename2) == (number, named, None)
+        assert isinstance(raised.value.__cause__, OSError) == (named == "given/out")
+        assert [*fast_path.iterdir()] == []
+
+
+def test_dots_lead_out_of_a_directory_that_is_there_and_of_nothing_else(
+    fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for whoever reads there."""
+    monkeypatch.chdir(fast_path)
+    write(Path("out"), OLD)
+    Path("file").touch()
+    Path("circle").symlink_to("circle")
+    Path("far/away").mkdir(parents=True)
+    Path("link").symlink_to("far/away")
+    Path("dangling").symlink_to("far/gone")
+    before = contents(fast_path)
+    acts: list[Callable[[Path], object]] = [write, partial(make, overwrite=True)]
+    for act, lost in product(acts, ("missing", "file", "circle", "missing/../out")):
+        with pytest.raises(OSError, match=lost):
+            act(Path(lost, "..", "out"))
+        with pytest.raises(OSError, match="circle"):
+            act(Path("circle", "out"))
+    assert contents(fast_path) == before
+    write(Path("link/../new"))
+    write(Path("dangling/new"))
+    write(Path("far/.."))
+    assert contents(Path("far")) == {
+        f"{place}/{name}": text for place in ("gone/new", "new") for name, text in NEW.items()
+    }
+    assert contents(fast_path).items() >= NEW.items()
 
 
 # Saves and conversions: `make torture` kills in all scenarios, at every call
@@ -387,6 +471,9 @@ def test_tensors_are_read_in_pieces_into_new_memory_and_written_one_after_the_ot
             os.truncate(path, path.stat().st_size // 2)
             with pytest.raises(CheckpointError, match="ends within b: it was truncated while it was being read"):
                 read(second, raw)
+        broken = Mock(readinto=Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(CheckpointError, match=rf"^cannot read {path} \(Input/output error\)$"):
+            read(second, broken)
 
 
 def test_json_and_dims_are_read_up_to_their_limits(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """What verbs on files refuse: calls, damage, and adapters that do not fit; each says why, and nothing is written."""
 
+import errno
+import io
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,11 +20,23 @@ from torch import Tensor, nn
 
 import randlora
 from randlora import files
+from randlora.__main__ import main
+from randlora.disk import formats
 from randlora.errors import CheckpointError, ConfigError, MergeError, RandLoRAError
 from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, edit_fields, reseal
 from tests.hostile_files import SPECIAL, sparse, unseeded
-from tests.model_directories import adapter_of, contents, edit_json, edit_model, save_adapter, save_model, stored, write
+from tests.model_directories import (
+    adapter_of,
+    carrying,
+    contents,
+    edit_json,
+    edit_model,
+    save_adapter,
+    save_model,
+    stored,
+    write,
+)
 from tests.models import BERT, GPT2, LLAMA, llama
 from tests.peer import THEIR_WARNINGS, their_directory, untied
 from tests.test_readers_experts import EXPERTS, made, mixtral
@@ -42,6 +58,8 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_adapter(LLAMA, root / name, train_also=["model.norm"])
     edit_fields(root / "other", {"base_model_name_or_path": "no/such/place"})
     save_adapter(LLAMA, root / "adapter")
+    for name, layers in {"a": ["q_proj"], "b": ["o_proj"]}.items():
+        save_adapter(LLAMA, root / "parts" / name, targets=layers)
     (root / "link").symlink_to("adapter")
     save_adapter(BERT, root / "head", targets=["query"], train_also=["classifier"])
     edit_fields(root / "head", {"base_model_name_or_path": "bert"})
@@ -149,6 +167,77 @@ def test_a_call_that_cannot_be_meant_writes_nothing(error: type[Exception], word
     with pytest.raises(error, match=words):
         call()
     assert contents(Path()) == before
+
+
+def adapted_llama() -> nn.Module:
+    model = LLAMA.build()
+    randlora.inject(model, r=4)
+    return model
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "save": lambda out: randlora.save(adapted_llama(), out),
+    "save_all": lambda out: randlora.save_all(adapted_llama(), out),
+    "save_merged": lambda out: files.save_merged(adapted_llama(), out),
+    "merge": lambda out: files.merge("adapter", out, base="base", overwrite=True),
+    "convert": lambda out: files.convert("adapter", out, overwrite=True),
+    "convert to a LoRA": lambda out: files.convert("adapter", out, "lora", tolerance=1, overwrite=True),
+    "convert to 'diff'": lambda out: files.convert("adapter", out, "diff", overwrite=True),
+    "join": lambda out: files.join(["parts/a", "parts/b"], out),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_told_by_the_name_of_the_directory_that_was_given(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(Path())
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(formats, "_write_fully", Mock(side_effect=full))
+    with pytest.raises(OSError, match=r"No space left on device: 'some/out'$") as raised:
+        WRITERS[name](Path("some/out"))
+    assert (raised.value.errno, raised.value.__cause__) == (errno.ENOSPC, full)
+    assert contents(Path()) == before
+    assert not Path("some").exists()
+
+
+def merge_by_command(out: Path) -> None:
+    with redirect_stderr(io.StringIO()) as told:
+        if main(["merge", "adapter", str(out), "--base", "base", "--overwrite"]):
+            raise OSError(told.getvalue())
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "load": lambda place: randlora.load(LLAMA.build(), place / "adapter"),
+    "load_all": lambda place: randlora.load_all(LLAMA.build(), place / "adapter"),
+    "load_model": lambda place: files.load_model(place / "adapter", base=place / "base"),
+    "the base of load_model": lambda place: files.load_model("adapter", base=place / "base"),
+    "swap": lambda place: randlora.swap(carrying(LLAMA.build(), {ADAPTER: 1.0}), place / "adapter"),
+    "a pool": lambda place: randlora.serving.AdapterPool(LLAMA.build(), place, max_loaded=1).prefetch("adapter"),
+    "plan": lambda place: files.plan(place / "base"),
+    "training_memory": lambda place: files.training_memory(place / "base"),
+    "inspect": lambda place: files.inspect(place / "adapter", place / "base"),
+    "verify": lambda place: files.verify(place / "adapter", place / "base"),
+    "the adapter of merge": lambda place: files.merge(place / "adapter", "out", base="base"),
+    "the base of merge": lambda place: files.merge("adapter", "out", base=place / "base"),
+    "convert": lambda place: files.convert(place / "adapter", "out"),
+    "the parts of join": lambda place: files.join([place / "parts/a", place / "parts/b"], "out"),
+}
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "the command line", *READERS])
+def test_a_path_means_the_same_place_to_all_that_read_and_write(name: str) -> None:
+    """What the system makes of it: nothing, where dots lead out of what does not exist, whatever is beside it."""
+    shutil.copytree("adapter", "written")
+    act = {**WRITERS, "the command line": merge_by_command, **READERS}[name]
+    before = contents(Path())
+    for place in ("missing/..",) if name in READERS else ("missing/../new", "missing/../written"):
+        with pytest.raises((OSError, RandLoRAError), match=r"missing/\.\."):
+            act(Path(place))
+        assert contents(Path()) == before
+    Path("missing").mkdir()
+    act(Path("missing/.." if name in READERS else "missing/../new"))
+    assert Path("new").exists() == (name not in READERS)
 
 
 def test_what_the_model_refuses_is_refused_of_its_files_in_the_same_words() -> None:

@@ -34,7 +34,7 @@ def path(fspath: Callable[[object], object]) -> Any:
     return type("Path", (), {"__fspath__": fspath})()
 
 
-NO_PATHS: tuple[Any, ...] = (None, 7, "a\0b")
+NO_PATHS: tuple[Any, ...] = (None, 7, "a\0b", "half \ud800")
 STRANGE_PATHS = path(lambda _: b"x"), path(lambda _: 1 / 0)  # of bytes, and whose own code fails
 EVERY_NO_PATH: tuple[Any, ...] = (*NO_PATHS, b"bytes", ["a"], "", *STRANGE_PATHS, 10**5000, "a" * 300 + "/b")
 NO_NUMBERS: tuple[Any, ...] = ("a", True, float("nan"), float("inf"), 10**400, None)

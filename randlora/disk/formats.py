@@ -292,7 +292,11 @@ def read_pieces(entry: Entry, raw: FileIO | None = None, nbytes: int | None = No
         file.seek(entry.offset)
         for start in range(0, max(entry.nbytes, 1), step):
             piece = buffer[: entry.nbytes - start]
-            if not _read_fully(file, piece.numpy().data):
+            try:
+                is_whole = _read_fully(file, piece.numpy().data)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {entry.file} ({error.strerror or error})") from error
+            if not is_whole:
                 raise CheckpointError(
                     f"{entry.file} ends within {entry.name}: it was truncated while it was being read"
                 )
@@ -348,15 +352,10 @@ def write_tensor_file(
     ``wrote`` is called after each piece with its size in bytes and the name of its tensor.
     """
     ordered = sorted(tensors, key=lambda tensor: (-_ORDER[tensor.dtype], tensor.name))
-    try:
-        with path.open("wb", buffering=0) as file:
-            _write_fully(file, memoryview(header_bytes(ordered, metadata)))
-            for tensor in ordered:
-                _write_tensor(file, tensor, wrote)
-    except OSError as error:
-        if error.errno is not None:
-            error.filename = error.filename or os.fspath(path)  # which a full disk does not name
-        raise
+    with path.open("wb", buffering=0) as file:
+        _write_fully(file, memoryview(header_bytes(ordered, metadata)))
+        for tensor in ordered:
+            _write_tensor(file, tensor, wrote)
 
 
 def _write_tensor(file: FileIO, tensor: Planned, wrote: Callable[[int, str], object] | None) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import shutil
 import sys
@@ -39,6 +40,7 @@ PATIENCE = 10.0  # seconds to wait for another process, which holds locks for mi
 NEW, OLD = "new", "old"
 """The only entries of a hidden directory: what is written, and what it replaces."""
 RANDOM = 8  # characters at the end of a name of `tempfile.mkdtemp`
+LONGEST = 100  # bytes of a name that are in the name of its hidden directory, for file systems that allow 143 in all
 
 UNFLUSHABLE = (errno.EINVAL, errno.ENOTSUP)  # file systems on a network that flush no directories
 
@@ -119,9 +121,8 @@ def new_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     ``out`` must not exist, unless a directory of that name is to be replaced; its parents are created.
     """
-    out = out.resolve()
     with scratch_for(out, is_inside=False) as scratch:
-        new = scratch / NEW
+        out, new = Path(os.path.realpath(out)), scratch / NEW
         new.mkdir()  # with the permissions of any new directory
         yield new
         for path in (*new.rglob("*"), new):
@@ -141,11 +142,17 @@ def scratch_for(directory: Path, *, is_inside: bool = True) -> Iterator[Path]:
     """Yield a new hidden directory inside of a directory, or beside it, and remove it after the block.
 
     The directory that contains it is created, with its parents, and these are removed if the block raises. Whatever a
-    killed process left there is removed, which is why a hidden directory may contain only `NEW` and `OLD`.
+    killed process left there is removed, which is why a hidden directory may contain only `NEW` and `OLD`. An error of
+    the disk in the block names ``directory``, of which the caller knows, where it would name what is hidden or nothing.
+
+    A path means what the system makes of it: ``..`` leads out of a directory that exists, as for those who read there.
     """
-    directory = directory.resolve()
-    place, name = directory if is_inside else directory.parent, directory.name
-    with ExitStack() as undo:
+    for each in (directory, *directory.parents):
+        if each.name == "..":
+            each.stat()
+    real = Path(os.path.realpath(directory))  # unlike Path.resolve, of links in a circle too
+    place, name = real if is_inside else real.parent, real.name
+    with _naming(directory, _prefix(name)), ExitStack() as undo:
         for missing in reversed([each for each in (place, *place.parents) if not each.exists()]):
             undo.callback(_remove_if_empty, missing)
             missing.mkdir(exist_ok=True)
@@ -163,7 +170,7 @@ def scratch_for(directory: Path, *, is_inside: bool = True) -> Iterator[Path]:
 
 def is_free(directory: Path) -> bool:
     """Whether a directory contains nothing but what a killed process left there."""
-    left = _prefix(directory.resolve().name)
+    left = _prefix(Path(os.path.realpath(directory)).name)
     return all(path.name.startswith(left) for path in directory.iterdir())
 
 
@@ -172,8 +179,23 @@ def _remove_if_empty(directory: Path) -> None:
         directory.rmdir()
 
 
+@contextmanager
+def _naming(directory: Path, prefix: str) -> Iterator[None]:
+    """Have errors of the disk name a directory, if they would name what is hidden in or beside it, or nothing."""
+    try:
+        yield
+    except OSError as error:
+        named = [str(each) for each in (error.filename, error.filename2) if each is not None]
+        if error.errno is None or (named and not any(prefix in each for each in named)):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(directory)) from error
+
+
 def _prefix(name: str) -> str:
     """Return how the names of hidden directories begin, which tells what they are for."""
+    whole = os.fsencode(name)
+    if len(whole) > LONGEST:  # cut, where a character may have several bytes, but not to the name of a different one
+        name = f"{whole[:LONGEST].decode(errors='ignore')}~{hashlib.sha256(whole).hexdigest()[:16]}"
     return f".{name}.unfinished-"
 
 
@@ -217,6 +239,7 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in UNFLUSHABLE or not path.is_dir():
+            error.filename = os.fspath(path)  # of which a descriptor tells nothing
             raise
     finally:
         os.close(descriptor)

@@ -37,7 +37,8 @@ class Call(NamedTuple):
 class Outcome(NamedTuple):
     """How a process ended: killed, or what it raised, if anything; and its calls, unless it was killed.
 
-    ``raised`` is ``"OSError"`` for the error that was asked for, else a traceback.
+    ``raised`` is ``"OSError"`` for the error that was asked for, if it names a place of which the caller knows, else a
+    traceback.
     """
 
     was_killed: bool
@@ -103,6 +104,7 @@ def _act(action: Callable[[], object], at: int | None, error: int | None, sendin
         action()
     except BaseException as failure:
         is_expected = isinstance(failure, OSError) and failure.errno == error
+        is_expected &= "unfinished" not in str(getattr(failure, "filename", None) or "unfinished")
         raised = "OSError" if is_expected else "".join(traceback.format_exception(failure))
     sending.send(Outcome(was_killed=False, raised=raised, calls=tuple(calls)))
     os._exit(0)
