@@ -243,6 +243,7 @@ def test_kinds_are_registered_under_their_names_with_their_streams() -> None:
         assert (spec.stream, spec.blocks is None) == (("portable", False) if kind == "block" else ("torch", True))
 
 
+ONE_NUMBER = ("dense", "torch"), ("dense", "torch-2.11"), ("sparse", "torch"), ("very_sparse", "torch")
 REFUSED: list[tuple[tuple[Any, ...], str]] = [
     (("dense", "torch", 0, 0, 4, 4), "positive integer"),
     (("dense", "torch", 0, 2, 0, 4), "positive integer"),
@@ -250,7 +251,11 @@ REFUSED: list[tuple[tuple[Any, ...], str]] = [
     (("dense", "portable", 0, 2, 4, 4, (1, 1)), "block"),
     (("block", "portable", 0, 2, 4, 4, None), "block"),
     (("block", "torch", 0, 2, 4, 4, (1, 1)), "block"),
-    (("very_sparse", "torch", 7, 1, 16, 16), "standard deviation of 0: use basis='dense'"),
+    (
+        ("very_sparse", "torch", 7, 1, 16, 16),
+        "standard deviation of 0: use basis='dense', a larger r or a different seed$",
+    ),
+    *(((*one, 0, 1, 1, 1), "standard deviation of 0: use a larger r or stream='portable'$") for one in ONE_NUMBER),
 ]
 
 
@@ -258,6 +263,9 @@ REFUSED: list[tuple[tuple[Any, ...], str]] = [
 def test_a_spec_that_means_no_bases_is_refused(spec: tuple[Any, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         slices(BasisSpec(*spec))
+    if "stream='portable'" in said:  # and what is advised works
+        slices(BasisSpec(spec[0], "portable", *spec[2:]))
+        slices(BasisSpec("dense", spec[1], 0, 2, *spec[4:]))
 
 
 def test_a_new_kind_is_an_entry_and_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

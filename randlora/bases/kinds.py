@@ -111,7 +111,11 @@ def _deviation(spec: BasisSpec, count: int, total: float, squares: float) -> flo
     """Return the standard deviation of numbers from their count, sum and sum of squares: from integers, exactly."""
     variance = (count * squares - total * total) / (count * (count - 1)) if count > 1 else 0.0
     if variance <= 0:
-        raise ConfigError(f"{spec} have a standard deviation of 0: use basis='dense', a larger r or a different seed")
+        is_for_any_seed = count == 1 or spec.kind == "dense"
+        advice = (
+            "a larger r or stream='portable'" if is_for_any_seed else "basis='dense', a larger r or a different seed"
+        )
+        raise ConfigError(f"{spec} have a standard deviation of 0: use {advice}")
     return math.sqrt(variance)
 
 
