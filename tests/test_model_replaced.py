@@ -21,6 +21,7 @@ from tests.checkpoint_files import read_tensors
 from tests.kit import adapter_values, bits, fill, same_bits, untouched
 from tests.laws import TOKENS, Mixed
 from tests.quantized import of_4_bits
+from tests.test_readers_kinds import REWRITES
 
 NAMES: list[tuple[list[str] | str, list[str]]] = [
     (["head"], ["head.weight", "head.bias"]),
@@ -139,6 +140,67 @@ def test_flags_come_back_to_the_parameters_they_were_of(change: str) -> None:
     randlora.eject(model.requires_grad_(True))
     assert {bits(parameter): parameter.requires_grad for parameter in model.parameters()} == of_value
     assert not any(vars(parameter) for parameter in model.parameters()), "no mark is left"
+
+
+X = torch.randn(3, 8)
+NEEDING: dict[str, Callable[[nn.Module, Path], object]] = {
+    "delta_weight": lambda model, _: randlora.delta_weight(model, "0"),
+    "update_norms": lambda model, _: randlora.update_norms(model, name="a"),
+    "limit_norms": lambda model, _: randlora.limit_norms(model, 1.0, name="a"),
+    "check": lambda model, _: randlora.check(model, X),
+    "merge": lambda model, _: randlora.merge(model),
+    "merge some": lambda model, _: randlora.merge(model, adapters=["a"], reversible=True),
+    "merged": lambda model, _: randlora.merged(model).__enter__(),
+    "merged_tensors": lambda model, _: dict(randlora.merged_tensors(model)),
+    "save_merged": lambda model, path: randlora.files.save_merged(model, path / "merged"),
+    "combine": lambda model, _: randlora.serving.combine(model, {"a": 2.0}, name="c"),
+    "plan": lambda model, _: randlora.plan(model, r=2, name="c", targets=["0"]),
+    "inject": lambda model, _: randlora.inject(model, r=2, name="c", targets=["0"]),
+    "load": lambda model, path: randlora.load(model, path / "a", name="c"),
+}
+"""What needs the weight of an adapted layer, or puts something beside it."""
+ONCE_MERGED: dict[str, Callable[[nn.Module], object]] = {
+    "unmerge": randlora.unmerge,
+    "unmerge some": lambda model: randlora.unmerge(model, "a"),
+    "eject": randlora.eject,
+    "state_dict": nn.Module.state_dict,
+}
+COMPUTED = r"0 computes its weight from other parameters: remove the parametrization first$"
+
+
+def of_two() -> Any:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    for name in ("a", "b"):
+        randlora.inject(model, r=2, targets=["0", "1"], name=name)
+        fill(model, name)
+    randlora.activate(model, ["a", "b"])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", REWRITES)
+def test_what_needs_a_weight_that_is_computed_since_refuses_it_in_the_same_words(name: str, tmp_path: Path) -> None:
+    """And what needs none goes on, such as saving."""
+    model, merged = of_two(), of_two()
+    own = bits(merged[0].weight)
+    randlora.merge(merged, reversible=True)
+    for each in (model, merged):
+        REWRITES[name](each[0], "weight")
+    randlora.save_all(model, tmp_path)
+    for verb, call in NEEDING.items():
+        with untouched(model), pytest.raises(RandLoRAError, match=COMPUTED):
+            call(model, tmp_path)
+        assert not (tmp_path / "merged").exists(), verb
+    before = [str(each) for each in randlora.adapters(merged)]
+    words = "0 changed its class" if name in ("weight_norm", "parametrize") else COMPUTED
+    for verb, undo in ONCE_MERGED.items():
+        with pytest.raises(RandLoRAError, match=words if verb == "eject" else COMPUTED):
+            undo(merged)
+    assert [str(each) for each in randlora.adapters(merged)] == before
+    if name == "prune":
+        prune.remove(merged[0], "weight")
+        randlora.unmerge(merged)
+        assert bits(merged[0].weight) == own
 
 
 IDS = torch.arange(10).view(2, 5)

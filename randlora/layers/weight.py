@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
+from randlora.errors import MergeError
 from randlora.functional import Compute
 from randlora.functional.region import Region, Spans
 from randlora.layers.update import Into, Merged, Update, folded, sum_updates
 from randlora.places import Kept, Part, Place, is_hooked, place_at, place_of
 from randlora.ranks import run_collectives
+
+COMPUTED = "computes its weight from other parameters: remove the parametrization first"
+"""What is said of a weight that is no parameter, as after pruning, weight norm or another parametrization."""
 
 
 class StoredWeight(ABC):
@@ -243,7 +247,8 @@ class StoredWeight(ABC):
     def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
         """Write the original weight into a state dict that has the merged one, on its device and in its dtype."""
         weight = self.weight_of(owner)
-        assert weight is not None, "it was merged into"
+        if weight is None:
+            raise MergeError(f"cannot save the weight from before the merge: {prefix.removesuffix('.')} {COMPUTED}")
         assert self.unmerged is not None, "it was merged into"
         if (own := self.unmerged.stored(place_of(owner, self.attribute))) is not None:
             destination[f"{prefix}{self.attribute}"] = own.detach().to(device=weight.device, dtype=weight.dtype)

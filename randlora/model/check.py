@@ -22,6 +22,7 @@ from randlora.report import wrapped
 from randlora.state import require_unmerged
 from randlora.targets.census import AdaptedSite, Census
 from randlora.targets.match import shortened
+from randlora.targets.obstacles import computed_weights
 
 Sites = Collection[AdaptedSite]
 
@@ -116,6 +117,8 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
         return [f"no adapter is active: activate one of {', '.join(view.state.adapters)}"]
     if is_held_together(view.census.model):
         return ["the model is spread over processes: check it, or a smaller model of its class, before it is sharded"]
+    if computed := computed_weights(sites):
+        return computed
     placed = [
         f"{site.fqn} is offloaded or sharded: check the model before it is"
         for site in sites

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, sliced_dims
 from randlora.config import RandLoRAConfig, by_rank
-from randlora.errors import AdapterError, raise_collected
+from randlora.errors import AdapterError, MergeError, raise_collected
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, set_casts
 from randlora.layers.scopes import begin_call, end_call
@@ -27,9 +27,9 @@ from randlora.places import place_at
 from randlora.ranks import agree
 from randlora.replaced import CASTS, ReplacedParameter, RequiredGrad, whole_shape
 from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteAdapter
-from randlora.targets.census import Census, Site, sizes
+from randlora.targets.census import AdaptedSite, Census, Site, sizes
 from randlora.targets.match import prefixes
-from randlora.targets.obstacles import offloaded_with
+from randlora.targets.obstacles import computed_weights, offloaded_with
 
 NOWHERE: tuple[dict[str, SiteAdapter], Shape | None] = {}, None
 """The adapters and the shape of a weight that does not exist in a model."""
@@ -186,9 +186,16 @@ def _shape_now(layer: AdapterLayer, owner: nn.Module, config: RandLoRAConfig) ->
     return layer.shape_of(owner, config)
 
 
+def merged_sites(census: Census) -> list[AdaptedSite]:
+    """Return the weights that are merged into reversibly, or raise a `MergeError` if one cannot be restored."""
+    merged = [site for site in census.adapted if site.layer.unmerged is not None]
+    raise_collected(MergeError, computed_weights(merged), doing="unmerge")
+    return merged
+
+
 def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
     """Restore the weights from before a reversible merge, if there was one, and return their FQNs."""
-    merged = [site for site in census.adapted if site.layer.unmerged is not None]
+    merged = merged_sites(census)
     for site in merged:
         site.layer.unfold(site.owner)
     state.merged, state.merge_options, state.merge_report = {}, None, None

@@ -23,7 +23,7 @@ from randlora.hints import listed, require_types, shortly
 from randlora.layers.base import AdapterLayer
 from randlora.layers.update import Into, Quantized, RoundingLoss
 from randlora.model.engines import collective, together
-from randlora.model.install import detach_all, lost_parts, require_detachable, unfold_all
+from randlora.model.install import detach_all, lost_parts, merged_sites, require_detachable, unfold_all
 from randlora.model.mergeable import (
     differences_from_product,
     merge_notes,
@@ -205,7 +205,8 @@ def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tu
 
     Raises:
         AdapterError: If the model has no adapter.
-        MergeError: If its adapters are not merged, or a sharded or offloaded weight would have to be merged again.
+        MergeError: If its adapters are not merged, a sharded or offloaded weight would have to be merged again, or a
+            weight is computed from other parameters since, as by pruning.
     """
     return _unmerge(model, adapters)
 
@@ -239,8 +240,7 @@ def _unmerge(model: nn.Module, adapters: str | Iterable[str] | None, *, is_agree
 def _merge_fewer(census: Census, state: ModelState, staying: Mapping[str, Factor]) -> tuple[str, ...]:
     """Restore the weights from before other adapters than these were merged, and return the FQNs of the layers."""
     leaving = state.merged.keys() - staying.keys()
-    merged = [site for site in census.adapted if site.layer.unmerged is not None]
-    sites = [site for site in merged if site.layer.factors(leaving)]
+    sites = [site for site in merged_sites(census) if site.layer.factors(leaving)]
     again = [site for site in sites if site.layer.factors(staying)]
     raise_collected(MergeError, remerge_problems(again), doing="unmerge")
     quantized, dtype = state.merge_options

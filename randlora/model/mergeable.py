@@ -24,6 +24,7 @@ from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import run_forward
 from randlora.layers.update import Into, Quantized, folded
+from randlora.layers.weight import COMPUTED
 from randlora.model.view import undone
 from randlora.places import Plain, Whole, lent, place_at
 from randlora.state import ModelState, attached_state
@@ -118,7 +119,7 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into | None) -> list[str
     for site in sites:
         layer, weight = site.layer, site.weight
         if weight is None:
-            problems.append(f"{site.fqn} computes its weight from other parameters: remove the parametrization first")
+            problems.append(f"{site.fqn} {COMPUTED}")
         elif _is_incomplete(site, weight):
             problems.append(
                 f"the weight of {site.fqn} is incomplete (meta, fake, offloaded or sharded): load or gather it first"

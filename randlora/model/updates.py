@@ -22,6 +22,7 @@ from randlora.ranks import agree, run_collectives
 from randlora.state import Adapter, require_unmerged
 from randlora.targets.census import AdaptedSite
 from randlora.targets.match import nearest_names
+from randlora.targets.obstacles import computed_weights
 from randlora.targets.options import by_target
 
 
@@ -39,7 +40,8 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         If the model is sharded, this is a collective: every process calls it and gets the whole update.
 
     Raises:
-        AdapterError: If the model has no adapter, or none of that name, or accelerate offloads Λ and Γ.
+        AdapterError: If the model has no adapter, or none of that name, if accelerate offloads Λ and Γ, or if the
+            weight is computed from other parameters since, as by pruning.
         TargetError: If the layer is not adapted.
     """
     require_types(delta_weight, {"fqn": fqn, "name": name})
@@ -48,8 +50,8 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         sites = {site.fqn: site for site in view.census.adapted}
         if fqn not in sites:
             raise TargetError(f"{fqn!r} is not adapted; the nearest adapted layers are {nearest_names(fqn, sites)}")
-        raise_collected(AdapterError, offloaded_diagonals(view.census), doing=doing)
         site = sites[fqn]
+        _require_readable(view, [site], doing)
         factors = site.layer.factors(view.state.active) if name is None else {view.state.adapter(name).name: 1.0}
         agree()
         return site.layer.delta_weight(site.owner, factors)
@@ -76,8 +78,9 @@ def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tens
         the same norms.
 
     Raises:
-        AdapterError: If the model has no adapter, or none with this name, or accelerate offloads Λ and Γ. Under
-            DeepSpeed's ZeRO-3, where gradients cannot reach them, also unless it is called under `torch.no_grad`.
+        AdapterError: If the model has no adapter, or none with this name, if accelerate offloads Λ and Γ, or if a
+            weight is computed from other parameters since, as by pruning. Under DeepSpeed's ZeRO-3, where gradients
+            cannot reach Λ and Γ, also unless it is called under `torch.no_grad`.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -148,8 +151,14 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
 def _sites_of(view: View, name: str | None, doing: str) -> tuple[Adapter, list[AdaptedSite]]:
     """Return an adapter and its layers, whose Λ and Γ can be read."""
     adapter = view.state.adapter(name)
-    raise_collected(AdapterError, offloaded_diagonals(view.census), doing=doing)
-    return adapter, [site for site in view.census.adapted if adapter.name in site.layer.adapters]
+    sites = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
+    _require_readable(view, sites, doing)
+    return adapter, sites
+
+
+def _require_readable(view: View, sites: Iterable[AdaptedSite], doing: str) -> None:
+    """Raise an `AdapterError` if Λ and Γ are offloaded, or a weight beside which updates would be is computed."""
+    raise_collected(AdapterError, [*offloaded_diagonals(view.census), *computed_weights(sites)], doing=doing)
 
 
 def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:

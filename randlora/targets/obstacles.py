@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.in_place import class_obstacle, plain_class
-from randlora.layers.weight import split_obstacle
+from randlora.layers.weight import COMPUTED, split_obstacle
 from randlora.places import Place, loaded_modules, place_of
 from randlora.targets.census import Census, Held, Site
 
@@ -69,7 +69,7 @@ def obstacle(site: Site) -> str | None:
         return reason
     weight = site.weight
     if weight is None and not site.layer_class.is_quantized:
-        return "computes its weight from other parameters: remove the parametrization first"
+        return COMPUTED
     if is_parametrized(site.owner):  # removing it would restore another class
         return (
             "computes other parameters by a parametrization, which changed its class: remove the parametrization first"
@@ -80,6 +80,11 @@ def obstacle(site: Site) -> str | None:
         return "has no shape yet: run one forward pass first"
     split = split_obstacle(site.owner, weight, is_quantized=site.layer_class.is_quantized)
     return split or site.layer_class.obstacle(site.owner)
+
+
+def computed_weights(sites: Iterable[Site]) -> list[str]:
+    """Return messages about adapted weights that have become computed from other parameters."""
+    return [f"{site.fqn} {COMPUTED}" for site in sites if site.weight is None]
 
 
 def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
