@@ -115,6 +115,21 @@ class Kept(NamedTuple):
         return (self.place if isinstance(now, Plain) else now).stored(self.values)
 
 
+def converted(tensor: Tensor, convert: Any) -> Tensor:
+    """Return a tensor outside of modules, converted as `nn.Module._apply` converts those inside.
+
+    A parameter usually stays the same object. What has no values, on the meta device, gets none.
+    """
+    if tensor.is_meta:
+        return tensor
+    holder = nn.Module()
+    held: dict[str, Any] = holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers
+    held["tensor"] = tensor
+    holder._apply(convert)
+    found: Tensor = held["tensor"]
+    return found
+
+
 class Whole(Place):
     """The place of a tensor whose data are all its values, such as Λ. They change in place."""
 

@@ -23,7 +23,7 @@ from randlora.config import Factor, Init, LayerOptions, RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import IN_PLACE, NotTheModel, shortly
-from randlora.places import loaded_modules, place_at, settle
+from randlora.places import converted, loaded_modules, place_at, settle
 from randlora.ranks import run_collectives
 from randlora.replaced import KEEP_COPIES, ReplacedParameter, RequiredGrad, like, path_to
 
@@ -291,6 +291,24 @@ class ModelState:
             else partial(replaced.install, version)
             for replaced, version in list(self._versions([] if self.is_disabled else self.active))
         )
+
+    def convert_aside(self, convert: Any) -> None:
+        """Convert the parameters and buffers that the model does not use now as `nn.Module._apply` converts the others.
+
+        These are the copies of adapters that are not active, and its own in the places of copies.
+        """
+        with CHANGING:
+            for fqn, entry in self.replaced.items():
+                versions = [
+                    entry.original,
+                    *(each.trained[fqn] for each in self.adapters.values() if fqn in each.trained),
+                ]
+                aside = {id(each): each for each in versions if each is not entry.installed}
+                now = {key: converted(each, convert) for key, each in aside.items()}
+                entry.original = now.get(id(entry.original), entry.original)
+                for adapter in self.adapters.values():
+                    if fqn in adapter.trained:
+                        adapter.trained[fqn] = now.get(id(adapter.trained[fqn]), adapter.trained[fqn])
 
     def exchanged(self, active: Iterable[str]) -> list[str]:
         """Return the names of the parameters that would be exchanged if these adapters were active."""

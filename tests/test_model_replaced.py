@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,77 @@ def test_flags_come_back_to_the_parameters_they_were_of(change: str) -> None:
     randlora.eject(model.requires_grad_(True))
     assert {bits(parameter): parameter.requires_grad for parameter in model.parameters()} == of_value
     assert not any(vars(parameter) for parameter in model.parameters()), "no mark is left"
+
+
+def round_trip(model: nn.Module) -> None:
+    model.to(torch.bfloat16).to(torch.float32)
+
+
+CONVERTED: dict[str, Callable[[nn.Module], Any]] = {
+    "itself": lambda model: model,
+    "in a wrapper": nn.Sequential,
+    "a copy": copy.deepcopy,
+    "a pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("chosen", ["a", "b", "none", "disabled", "merged"])
+@pytest.mark.parametrize("how", CONVERTED)
+def test_what_is_held_aside_is_converted_as_what_is_in_the_model(how: str, chosen: str) -> None:
+    """So outputs do not depend on which adapter was active while the model was converted, nor whether it was merged."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)).eval()
+
+    def adapted() -> nn.Module:
+        model = made()
+        for seed, name in enumerate("ab"):
+            randlora.inject(model, r=2, targets=["0"], train_also=["1", "2"], name=name, active=True)
+            with torch.no_grad():
+                for value in adapter_values(model, name).values():
+                    value.add_(torch.rand(value.shape, generator=torch.Generator().manual_seed(seed)).to(value.dtype))
+        return model
+
+    model, x = adapted(), torch.randn(4, 6)
+    randlora.activate(model, {"none": [], "a": "a"}.get(chosen, "b"))
+    with ExitStack() as blocks:
+        if chosen in ("disabled", "merged"):
+            blocks.enter_context(getattr(randlora, chosen)(model))
+        if how in ("itself", "in a wrapper"):
+            round_trip(CONVERTED[how](model))
+    if how in ("a copy", "a pickle"):
+        model = CONVERTED[how](model)
+        round_trip(model)
+    for name in ("a", "b"):
+        expected = adapted()
+        randlora.activate(expected, name)
+        round_trip(expected)
+        randlora.activate(model, name)
+        assert same_bits(model(x), expected(x)), name
+    randlora.remove(model, "a")
+    plain = made()
+    round_trip(plain)
+    randlora.eject(model)
+    assert same_bits(model(x), plain(x))
+    assert vars(model).keys() == vars(plain).keys()
+
+
+def test_what_is_held_aside_moves_with_the_model_and_what_has_no_values_gets_none() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    own = [entry.original for entry in randlora.state.adapted_root(model)[1].replaced.values()]
+    before = [id(each) for each in own]
+    model.share_memory()
+    assert all(each.is_shared() for each in own)
+    randlora.eject(model)
+    assert [id(each) for each in model[1].parameters()] == before
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    randlora.inject(empty, r=2, targets=["0"], train_also=["1"])
+    empty.to_empty(device="cpu")
+    with pytest.raises(NotImplementedError, match="no data"):
+        randlora.activate(empty, [])
 
 
 X = torch.randn(3, 8)

@@ -58,8 +58,10 @@ class InPlace(nn.Module):
         return _new, (self.randlora_base, *_hosts(self), *args[1:]), *state
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Convert the module, and with it the dtypes that it computes with."""
+        """Convert the module, and with it the dtypes that it computes with and the weights from before a merge."""
         applied = super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        for layer in self.randlora.values():
+            layer.convert_unmerged(fn)
         if self.randlora_casts:
             self.randlora_casts = {
                 name: fn(torch.empty(0, dtype=dtype, device="cpu")).dtype for name, dtype in self.randlora_casts.items()

@@ -16,7 +16,7 @@ from randlora.errors import MergeError
 from randlora.functional import Compute
 from randlora.functional.region import Region, Spans
 from randlora.layers.update import Into, Merged, Update, folded, sum_updates
-from randlora.places import Kept, Part, Place, is_hooked, place_at, place_of
+from randlora.places import Kept, Part, Place, converted, is_hooked, place_at, place_of
 from randlora.ranks import run_collectives
 
 COMPUTED = "computes its weight from other parameters: remove the parametrization first"
@@ -252,6 +252,11 @@ class StoredWeight(ABC):
         assert self.unmerged is not None, "it was merged into"
         if (own := self.unmerged.stored(place_of(owner, self.attribute))) is not None:
             destination[f"{prefix}{self.attribute}"] = own.detach().to(device=weight.device, dtype=weight.dtype)
+
+    def convert_unmerged(self, convert: Any) -> None:
+        """Convert the original weight as `nn.Module._apply` converts the merged one."""
+        if self.unmerged is not None and isinstance(self.unmerged.values, Tensor) and not self.is_quantized:
+            self.unmerged = self.unmerged._replace(values=converted(self.unmerged.values, convert))
 
     @torch.inference_mode(mode=False)  # the weight must not be an inference tensor
     def unfold(self, owner: nn.Module) -> None:

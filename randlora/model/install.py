@@ -19,6 +19,7 @@ from randlora.errors import AdapterError, MergeError, raise_collected
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, set_casts
 from randlora.layers.scopes import begin_call, end_call
+from randlora.model.converting import watch_conversions
 from randlora.model.engines import require_averaged, tell_added, tell_changed
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.model.train_also import lost_parameters, remembered
@@ -126,6 +127,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         agree()  # before copies are exchanged
         state.install_parameters()
         census.model.__dict__[ATTRIBUTE] = state
+        watch_conversions(census.model, state)
         tell_changed(census.model)
         now = census.again()
         guard_saving(now, state, addition.save_pretrained)
@@ -228,6 +230,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
     if state.averaging is not None:
         state.averaging.end()
     del census.model.__dict__[ATTRIBUTE]
+    watch_conversions(census.model, None)
     return restored
 
 

@@ -15,6 +15,7 @@ from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
 from randlora.hints import is_finite, listed, require_types, shortly
 from randlora.layers.in_place import drop_adapter
+from randlora.model.converting import watch_conversions
 from randlora.model.engines import collective, tell_changed, together
 from randlora.model.inject import eject
 from randlora.model.install import require_detachable, shared_slots
@@ -170,6 +171,7 @@ def remove(model: nn.Module, name: str) -> None:
         for site in sites:
             drop_adapter(site.owner, site.layer, name)
         state.forget_unused()
+        watch_conversions(view.root, state)
 
 
 def _activation_problems(state: ModelState, weights: Mapping[str, Factor]) -> list[str]:

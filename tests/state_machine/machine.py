@@ -186,7 +186,7 @@ class RandLoRAMachine(AdapterRules):
             wrong = (made.update(weight) - torch.stack(terms).sum(0)).norm()
             assert wrong <= EXACT * sum(term.norm() for term in terms), f"{weight.fqn} is off by {wrong}"
         for copied in {copied for source in sources.values() for copied in source.copies}:
-            plain = truth.own[copied].to(truth.dtype).double()
+            plain = truth.own[copied].double()
             changes = [
                 factors[e] * (s.copies[copied].double() - plain) for e, s in sources.items() if copied in s.copies
             ]

@@ -70,7 +70,7 @@ class Truth:
     """What the model must be.
 
     Of ``own``, the model's own parameters, one that is displaced by an adapter's copy or a merged weight keeps its bits
-    until it is put back, whatever dtype the model has meanwhile. ``life`` counts up whenever the model becomes plain.
+    until it is put back, and is converted when the model is. ``life`` counts up whenever the model becomes plain.
     """
 
     kind: Kind
@@ -128,13 +128,6 @@ class Truth:
     def live(self) -> dict[str, Tensor]:
         return self.unmerged() | (self.merged or {})
 
-    def settle(self) -> None:
-        for name in self.own.keys() - self.installed.keys() - (self.merged or {}).keys():
-            self.own[name] = self.own[name].to(self.dtype)
-        for name, (adapter, value) in self.installed.items():
-            if name not in (self.merged or {}):
-                adapter.copies[name] = value.to(self.dtype)
-
     def sums(
         self, adapters: Mapping[str, Adapter], values: Mapping[str, Mapping[str, Pair]] | None = None
     ) -> dict[str, Tensor]:
@@ -150,7 +143,7 @@ class Truth:
     def merging(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return what the weights are when the adapters of these names are merged, and no others, in float64."""
         sums = self.sums({name: self.active[name] for name in self.active if name in {*names}})
-        return {name: self.unmerged()[name].to(self.dtype).double() + delta for name, delta in sums.items()}
+        return {name: self.unmerged()[name].double() + delta for name, delta in sums.items()}
 
     def output(self, parameters: dict[str, Tensor] | None = None) -> Tensor:
         """Run the twin, by default with what the model has and its updates."""
@@ -162,7 +155,7 @@ class Truth:
 
     def rows(self, names: Sequence[str | None]) -> Tensor:
         """Run the twin once for each of the names, with the update of that adapter alone, and take its rows."""
-        outputs, plain = {}, {name: value.to(self.dtype).double() for name, value in self.own.items()}
+        outputs, plain = {}, {name: value.double() for name, value in self.own.items()}
         for name in {*names}:
             sums = {} if name is None else self.sums({name: replace(self.adapters[name], factor=1.0)})
             outputs[name] = self.output(plain | {own: plain[own] + delta for own, delta in sums.items()})
@@ -189,7 +182,7 @@ class Truth:
     def state(self) -> dict[str, Tensor]:
         """Return the state dict: original weights, even while merged, under every name, and every Λ and Γ."""
         unmerged = self.unmerged()
-        found = {name: unmerged[first].to(self.dtype) for name, first in self.aliases.items()}
+        found = {name: unmerged[first] for name, first in self.aliases.items()}
         for name, adapter in self.adapters.items():
             for weight in self.weights_of(adapter):
                 for alias in (alias for alias, first in self.aliases.items() if first == weight.name):
@@ -233,12 +226,14 @@ class Truth:
         self.merge([], {})
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Give all that the model has, merged weights and every Λ and Γ too, another dtype."""
+        """Give all that the model has another dtype: what it computes with, what is held aside, and every Λ and Γ."""
         self.dtype = dtype
+        self.own = {name: value.to(dtype) for name, value in self.own.items()}
         if self.merged is not None:
             self.merged = {name: value.to(dtype) for name, value in self.merged.items()}
         for adapter in self.adapters.values():
             adapter.values = {fqn: (lam.to(dtype), gamma.to(dtype)) for fqn, (lam, gamma) in adapter.values.items()}
+            adapter.copies = {fqn: value.to(dtype) for fqn, value in adapter.copies.items()}
 
     def take(self, state: Mapping[str, Tensor]) -> None:
         """Take over what a state dict of this model holds, in the dtype that each value has."""
