@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from randlora.bases.basis import Basis, BasisBank
 from randlora.bases.spec import Shape
 from randlora.blocks import Run
 from randlora.config import Factor, Init, LayerOptions, RandLoRAConfig
-from randlora.errors import AdapterError, TargetError, raise_collected
+from randlora.errors import AdapterError, TargetError, raise_collected, warn
 from randlora.functional import Compute
 from randlora.hints import IN_PLACE, NotTheModel, shortly
 from randlora.places import converted, loaded_modules, place_at, settle
@@ -174,6 +175,27 @@ class ModelState:
     save_pretrained: SavePretrained | None = None
     saves_merged: bool = False
     activation: Activation = field(default_factory=Activation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle of the model has. No `Run` goes on in it, which its calls would not tell.
+
+        A process that is being spawned gets a pickle of what it runs.
+
+        Raises:
+            AdapterError: If a `Run` is open and this is for such a process.
+
+        Warns:
+            UserWarning: If a `Run` is open.
+        """
+        if self.run is not None:
+            left = f"in a block of {self.run.words} the adapters of a copy or a pickle of the model are inactive"
+            if get_spawning_popen() is not None:
+                raise AdapterError(
+                    f"{left}, so that a process spawned here would run the model without them: start it before the "
+                    "block, and open a block in it"
+                )
+            warn(f"{left}: make it outside of the block, or activate or route them in the copy")
+        return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Hold the state of a copied or unpickled model, in which no block is open, as none would end there.

@@ -41,7 +41,9 @@ class Converter:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converter:
         """Return one for the model's copy."""
-        return Converter(memo[id(self.model())])
+        model = self.model()
+        assert model is not None, "it is the model that is copied"
+        return Converter(memo.get(id(model), model))
 
 
 def watch_conversions(model: nn.Module, state: ModelState | None) -> None:

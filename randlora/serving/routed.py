@@ -73,7 +73,8 @@ def routed(
     parts of a sharded model enter the block together.
 
     Inside transformers' ``generate``, a row may become several, such as for beams. Blocks can be nested, including with
-    `randlora.disabled`; the innermost counts.
+    `randlora.disabled`; the innermost counts. In a copy or a pickle of the model that is made inside, no adapter is
+    active, and a warning says so; starting a process that would get one raises an `AdapterError`.
 
     Args:
         model: A model with adapters.
