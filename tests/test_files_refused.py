@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 import randlora
 from randlora import files
 from randlora.__main__ import main
+from randlora.checkpoint.header import parse_header
 from randlora.disk import formats
 from randlora.errors import CheckpointError, ConfigError, MergeError, RandLoRAError
 from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE
-from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, edit_fields, reseal
+from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, edit_fields, read_tensors, reseal
 from tests.hostile_files import SPECIAL, sparse, unseeded
 from tests.model_directories import (
     adapter_of,
@@ -329,6 +331,15 @@ def of_norm() -> None:
     save_file({name.replace(Q, "model.norm"): tensor for name, tensor in held}, ADAPTER / TENSORS_FILE)
 
 
+def name_one_tensor_twice() -> None:
+    of(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), targets=["0", "1"])()
+    tensors, metadata = read_tensors(ADAPTER)
+    config = replace(parse_header(metadata["randlora"], tensors).config, targets=("0", "0.weight"))
+    renamed = {name.replace(".1.", ".0.weight."): tensor for name, tensor in tensors.items() if ".1." in name}
+    dropped = [name for name in tensors if ".1." in name]
+    reseal(ADAPTER, renamed, drop=dropped, config=config, shapes={"0": (8, 8), "0.weight": (8, 8)})
+
+
 def of_peft() -> None:
     shutil.rmtree(ADAPTER)
     their_directory(LLAMA, Path())[0].rename(ADAPTER)
@@ -422,6 +433,7 @@ OF_BOTH: dict[str, Call] = {
     "0 is 8 x 75 here, the adapter was trained on out x in = 8 x 27": of(
         lambda: nn.Sequential(nn.Conv2d(3, 8, 5)), lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), targets=["0"]
     ),
+    r"0 and 0\.weight are both 0\.weight, which cannot hold both adapters": name_one_tensor_twice,
     MADE_OF: expert(lambda _: None),
     f"{MADE_OF}.*": expert(lambda _: None, part=""),
     f".*{MADE_OF}": expert(lambda each: each[1:].clone()),

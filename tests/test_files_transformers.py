@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 import randlora
@@ -25,7 +26,7 @@ from randlora.report import Report
 from randlora.targets.census import Census
 from tests import model_directories
 from tests.checkpoint_files import edit_fields, edit_tensors, read_fields, reseal
-from tests.kit import same_bits
+from tests.kit import all_bits, same_bits
 from tests.model_directories import adapter_of, assert_same_tensors, contents, edit_json, merge_into, save_model, stored
 from tests.models import BERT, GPT2, LLAMA, VIT
 from tests.test_readers_experts import EXPERTS, gpt_oss, made, mixtral
@@ -155,6 +156,41 @@ def test_without_transformers_our_files_say_what_is_transposed(tmp_path: Path, m
             files.merge(other, tmp_path / "out", base=base)
         assert not files.verify(other, base).passed
     assert not (tmp_path / "out").exists()
+
+
+def test_matrices_one_above_the_other_are_merged_also_where_they_are_not_square(tmp_path: Path) -> None:
+    """By their names alone, as no class is known."""
+    model, base = nn.Sequential(attention := nn.MultiheadAttention(8, 2)), tmp_path / "base"
+    attention.in_proj_weight = nn.Parameter(torch.randn(24, 6))
+    base.mkdir()
+    save_file(model.state_dict(), base / "model.safetensors")
+    adapters = {
+        adapter_of(model, tmp_path / form, values=seed, targets=["0.in_proj_weight"], in_proj=form): 1.0 + seed
+        for seed, form in enumerate(("split", "packed"))
+    }
+    found = stored(files.merge(adapters, tmp_path / "out", base=base).out)
+    assert all_bits(found) == all_bits(merge_into(model, adapters).state_dict())
+
+
+def test_tensors_that_transformers_would_save_in_other_shapes_are_merged_in_memory_alone(tmp_path: Path) -> None:
+    """As those of Molmo 2, whose table is made of two parts, and would be saved as two halves."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 30, "additional_vocab_size": 10}
+    model = transformers.Molmo2TextModel(transformers.Molmo2TextConfig(**sizes))
+    base = model_directories.write(model, tmp_path / "halves")
+    adapter = adapter_of(model, tmp_path / "adapter", targets=["embed_tokens"])
+    expected = model_directories.write(merge_into(model, {adapter: 1.0}), tmp_path / "expected")
+    assert_same_tensors(files.merge(adapter, tmp_path / "out", base=base).out, expected)
+    names = "wte.embedding", "wte.new_embedding"
+    whole = torch.cat([stored(base)[name] for name in names])
+    model_directories.edit_model(base, dict(zip(names, whole.clone().split((30, 10)), strict=True)))
+    made_of = r"embed_tokens\.weight is made of wte\.embedding, wte\.new_embedding when it is loaded"
+    message = (
+        f"{made_of}, and transformers would save it under other names or in other shapes: load the model and merge"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        files.merge(adapter, tmp_path / "other", base=base)
+    assert not files.verify(adapter, base).passed
 
 
 # Models with a head and bare ones, whose names differ by a prefix

@@ -285,6 +285,55 @@ def test_a_refused_kind_is_refused_by_name_and_skipped_by_all_linear() -> None:
             randlora.inject(model, r=2, targets=[fqn])
 
 
+class Marked(Tensor):
+    """A kind of weights that is registered."""
+
+
+class Nearer(Marked):
+    """One that has an entry of its own."""
+
+
+class Further(Nearer):
+    """One that has none."""
+
+
+class MarkedAdapter(LinearAdapter):
+    """Adapts linear layers with such weights."""
+
+
+class NearerAdapter(MarkedAdapter):
+    """Adapts linear layers with the nearer ones."""
+
+
+def marked(layer: Any, kind: type[Tensor] = Marked) -> Any:
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(kind), requires_grad=False)
+    return layer
+
+
+def test_a_weight_of_a_registered_type_has_its_entry_where_that_is_of_the_modules_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if the module has its own forward, or computes the weight; not if the module is refused."""
+    monkeypatch.setattr(registry, "_weights", dict(registry._weights))
+    for kind, entry in {Nearer: NearerAdapter, Marked: MarkedAdapter}.items():
+        registry.register_weight(registry.qualified_name(kind))(entry)
+    computed = parametrize.register_parametrization(marked(nn.Linear(2, 2)), "weight", nn.Identity())
+    found = [
+        (nn.Linear(2, 2), LinearAdapter),
+        (marked(nn.Linear(2, 2)), MarkedAdapter),
+        (marked(nn.Linear(2, 2), Nearer), NearerAdapter),
+        (marked(nn.Linear(2, 2), Further), NearerAdapter),
+        (marked(Renamed(2, 2)), MarkedAdapter),
+        (marked(Swapped(2, 2)), MarkedAdapter),
+        (computed, MarkedAdapter),
+        (marked(Conv1D(2, 2)), Conv1DAdapter),
+        (marked(nn.LayerNorm(2)), None),
+    ]
+    assert [registry.find_layer(layer) for layer, _ in found] == [entry for _, entry in found]
+    registry.refuse_layer(Renamed, "it is of no use: exclude it")
+    assert registry.find_layer(marked(Renamed(2, 2))) == "it is of no use: exclude it"
+
+
 def test_routers_that_choose_experts_are_skipped() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "num_local_experts": 4, "vocab_size": 20, "head_dim": 8}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import randlora
 from randlora.errors import AdapterError, ConfigError
@@ -164,6 +165,13 @@ def without_values() -> nn.Module:
         return two(Mixed())
 
 
+def pruned() -> nn.Module:
+    model = Mixed()
+    randlora.inject(model, r=3, name="a", train_also=["head"])
+    prune.identity(model.head, "weight")
+    return model
+
+
 INSTEAD = ".*activate the adapters with factors, which is exact, or merge one after the other"
 REFUSED: list[tuple[Any, Any, str]] = [
     (
@@ -189,6 +197,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
 STATES: list[tuple[Callable[[], nn.Module], Any, str]] = [
     (merged, {"b": 1}, "while the adapters are merged"),
     (without_values, {"a": 1}, r"has no values \(meta or fake\)"),
+    (pruned, {"a": 1}, "head.weight, which adapter 'a' trains, is no longer in the model"),
     (attention, {"a": 1, "b": 1}, r"'b' adapts 0.in_proj_weight as 3 x 12 x 12, and one like 'a' as 36 x 12"),
 ]
 

@@ -148,7 +148,7 @@ def _copy_problems(state: ModelState, sites: Iterable[AdaptedSite], sources: Ite
             )
         for fqn, copy in source.trained.items():
             entry = state.replaced[fqn]
-            if not entry.is_lost and id(entry.live) in weights:
+            if id(entry.installed) in weights:
                 problems.append(
                     f"{source.name!r} trained a copy of {fqn}, a weight that the new adapter would adapt: leave one of "
                     "the two out"
