@@ -375,6 +375,11 @@ def special(name: str, kind: str) -> None:
         (BASE / name / "more").symlink_to("/dev/zero")
 
 
+def dangling() -> None:
+    (BASE / "config.json").unlink()
+    (BASE / "config.json").symlink_to("nowhere")
+
+
 HEADER = json.dumps({"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
 MADE_OF = r"gate_up_proj is made of .*experts\.0\.w1\.weight, .* and \d more when it is loaded, and .*merge in memory"
 OF_ADAPTER: dict[str, Call] = {
@@ -444,14 +449,15 @@ NO_FILES: dict[str, tuple[str, str]] = {
     for kind in ("pipe", "device-without-end", "directory")
 }
 NO_FILES |= {f"holds no weights.*{name}": (name, "link-to-itself") for name in (SINGLE_FILE, INDEX_FILE)}
-NO_FILES["config.json( names no class|.*, which would be copied)"] = "config.json", "link-to-itself"
+NO_FILES["cannot read .*config.json .*Too many levels"] = "config.json", "link-to-itself"
 DAMAGED: list[tuple[str, str, str, Call]] = [  # words, the verbs that say them, the check of `files.verify` that does
     *((words, "", "files", damage) for words, damage in OF_ADAPTER.items()),
     *((words, "plan inspect merge", "base", damage) for words, damage in OF_BASE.items()),
     *((words, "plan", "", damage) for words, damage in OF_CLASS.items()),
     *((words, "inspect merge", "base", damage) for words, damage in OF_BOTH.items()),
     *(("is a link to .*secret, outside of the", "merge", "", link(name)) for name in ("x", "config.json", "deep/x")),
-    *((words, "plan merge", "", special(*each)) for words, each in NO_FILES.items()),
+    *((words, "plan inspect merge", "base", special(*each)) for words, each in NO_FILES.items()),
+    ("cannot read .*config.json .*No such file", "plan inspect merge", "base", dangling),
     *(("cannot copy the files of", "merge", "", special("tokenizer.json", kind)) for kind in SPECIAL),
 ]
 VERBS: dict[str, Call] = {

@@ -147,7 +147,8 @@ def read_model_directory(path: Path, repo_id: str | None = None) -> ModelDirecto
     elif repo_id is None and not is_there(path / SINGLE_FILE):
         raise CheckpointError(_what_is_there_instead(path))
     files = sorted(set(weight_map.values())) or [SINGLE_FILE]
-    config = _read_json(path / MODEL_CONFIG_FILE) if is_there(path / MODEL_CONFIG_FILE) else {}
+    has_config = os.path.lexists(path / MODEL_CONFIG_FILE)  # a link that leads nowhere is no model without a config
+    config = _read_json(path / MODEL_CONFIG_FILE) if has_config else {}
     shards, places = _read_shards(path, files, repo_id), dict[str, list[str]]()
     for shard in shards:
         for entry in shard.entries:
