@@ -17,6 +17,7 @@ import randlora
 from randlora import files
 from randlora.__main__ import main
 from randlora.errors import CheckpointError, TargetError
+from randlora.files.base_fit import open_base
 from randlora.files.inspect import Verification
 from randlora.files.model_directory import find_codes, read_model_directory
 from randlora.targets.select import find_targets
@@ -243,8 +244,17 @@ def test_a_merge_downloads_both_and_equals_that_of_directories(hub: Hub, monkeyp
     put(hub, "org/model", contents(BASE) | other)
     put(hub, "user/adapter", contents(save_adapter(LLAMA, ADAPTER)))
     (BASE / "tokenizer.json").write_bytes(b"{}")
-    report = files.merge({"user/adapter": 0.5}, "merged", base="org/model")
-    assert hub.requests.count("GET /api/models/user/adapter/revision/main") == 1
+
+    def open_before_a_push(*arguments: Any) -> Any:
+        opened = open_base(*arguments)
+        hub.repositories["org/model"].commit({"config.json": b"{}"})
+        return opened
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["randlora.files.merge"], "open_base", open_before_a_push)
+        report = files.merge({"user/adapter": 0.5}, "merged", base="org/model")
+    for repository in ("user/adapter", "org/model"):  # whatever is pushed after that
+        assert hub.requests.count(f"GET /api/models/{repository}/revision/main") == 1
     assert not [request for request in hub.requests if "consolidated" in request or ".bin" in request]
     expected = files.merge({ADAPTER: 0.5}, "expected", base=BASE)
     assert contents(Path("merged")) == contents(Path("expected"))

@@ -151,7 +151,7 @@ def merge(
             "or merge into the checkpoint that it was quantized from"
         )
     if is_on_hub(base):  # of which only headers are here yet
-        model = read_base(local_path(base, base_revision, WHOLE, are_patterns=True))
+        model = read_base(local_path(base, model.directory.path.name, WHOLE, are_patterns=True))
     changes = find_changes(model, opened, prefix)
     raise_collected(MergeError, changes.float8_problems(dtype), doing="merge")
     shards = [(shard, changes.tensors_of(shard, dtype)) for shard in model.directory.shards]
