@@ -320,6 +320,17 @@ def test_names_in_a_file_give_a_terminal_no_commands_and_add_no_lines(
                 assert out + err
                 assert (out + err).replace("\n", "").isprintable()
                 assert not any(line.startswith("passed: forged") for line in out.splitlines())
+                assert all(line.startswith("  - ") for line in err.splitlines()[1:]), "each is one of several problems"
+                assert err[:7] in ("", "error: ")
+
+
+def test_a_bar_shows_a_name_as_it_is_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress_bar() as progress:
+        progress(1, 2, "[/x]\nforged\x1b[2J")
+    assert "[/x]\\nforged\\u001b[2J" in terminal.getvalue()
 
 
 def test_what_an_encoding_lacks_is_written_out(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,7 +417,7 @@ OF_CLASS: dict[str, Call] = {
     "names OwnForCausalLM, which transformers .* lacks; or build": config(architectures=["OwnForCausalLM"]),
     "names AutoModel, which transformers .* lacks; or build": config(architectures=["AutoModel"]),
     "its config.json names no class; or build the model": config(architectures=None),
-    "cannot build LlamaForCausalLM from its config.json": config(num_attention_heads="many"),
+    "cannot build LlamaForCausalLM from its config.json .*: TypeError: .* got str": config(num_attention_heads="many"),
     r"up_proj.weight has shape \(48, 32\) in the files, \(40, 32\) by its config": config(intermediate_size=40),
 }
 OF_BOTH: dict[str, Call] = {

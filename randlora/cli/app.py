@@ -384,8 +384,9 @@ def show_json(value: object) -> None:
 
 
 def complain(message: str) -> None:
-    """Print an error on stderr."""
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print("error:", visible(message), style=None)
+    """Print an error on stderr. Further lines are its problems, if there are several; other line breaks are escaped."""
+    told = visible(re.sub(r"\n(?!  - )", r"\\n", message))
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print("error:", told, style=None)
 
 
 def visible(text: str) -> str:
@@ -415,7 +416,12 @@ def progress_bar() -> Iterator[Callable[[int, int, str], object]]:
     if not sys.stderr.isatty():
         yield no_progress
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("", total=None)
-        yield lambda done, total, doing: bars.update(task, completed=done, total=total, description=visible(doing))
+
+        def show_step(done: int, total: int, doing: str) -> None:
+            on_one_line = visible(doing.replace("\n", r"\n"))
+            bars.update(task, completed=done, total=total, description=on_one_line)
+
+        yield show_step

@@ -125,7 +125,7 @@ class Conversion:
         try:
             found = self.convert(lambda name: torch.empty(shapes[name], device="meta"))
         except Exception as error:  # whatever an operation raises for unsuitable shapes
-            return f"transformers cannot convert them ({error})"
+            return f"transformers cannot convert them ({' '.join(str(error).split())})"
         for fqn, parameter in found.items():
             if parameter.shape != (expected := self.model.get_parameter(fqn).shape):
                 return f"they give {fqn} the shape {tuple(parameter.shape)}, expected {tuple(expected)}"
@@ -208,7 +208,8 @@ def build_model(directory: ModelDirectory, trained_on: ModelClass | None = None)
             model.to(config.dtype)
         return _with_names(model, directory, trained_on)
     except Exception as error:  # whatever a model's code raises for an unsuitable config, or names of tensors
-        return f"transformers {transformers.__version__} cannot build {name} from its config.json ({error})"
+        said = " ".join(str(error).split())
+        return f"transformers {transformers.__version__} cannot build {name} from its config.json ({said})"
 
 
 def _with_names(model: nn.Module, directory: ModelDirectory, model_class: ModelClass | None) -> TransformersModel:
