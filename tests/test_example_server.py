@@ -124,15 +124,16 @@ def test_requests_beyond_the_limit_are_refused_and_what_waits_is_answered_when_t
     adapters: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits, body = server.Limits(waiting=3, batch=1), {"prompt": "a", "max_new_tokens": 1}
-    with server.serving(server.tiny_model(), adapters, limits) as running, ThreadPoolExecutor(3) as clients:
+    with server.serving(server.tiny_model(), adapters, limits) as running, ThreadPoolExecutor(4) as clients:
         gate, port = Gate(running, monkeypatch), running.server_port
         answers = [clients.submit(post, port, body)]
         assert gate.has_begun.wait(30)
         monkeypatch.setattr(server, "PATIENCE", 0.2)
         assert post(port, body)[0] == 504
+        assert not running.batcher.waiting, "what was given up is no longer in the line"
         monkeypatch.setattr(server, "PATIENCE", 60.0)
-        answers += [clients.submit(post, port, body) for _ in range(2)]
-        until(lambda: len(running.batcher.waiting) == 3)  # the one that was given up leaves with the next batch
+        answers += [clients.submit(post, port, body) for _ in range(3)]
+        until(lambda: len(running.batcher.waiting) == 3)
         status, answer = post(port, body)
         assert (status, answer["error"]) == (503, "3 requests wait: try again later")
         ending = threading.Thread(target=running.close)
@@ -140,11 +141,36 @@ def test_requests_beyond_the_limit_are_refused_and_what_waits_is_answered_when_t
         until(lambda: bool(running.batcher._is_closing))
         gate.is_open.set()
         ending.join(60)
-        assert [answer.result(60)[0] for answer in answers] == [200] * 3
-        assert running.batcher.counts["rows"] == 3  # and not the one that was given up
+        assert [answer.result(60)[0] for answer in answers] == [200] * 4
+        assert running.batcher.counts["rows"] == 4  # and not the one that was given up
         with pytest.raises(ConnectionError):
             post(port, body)
         assert not [thread for thread in threading.enumerate() if thread.name in {"batcher", "server"}]
+
+
+def test_a_request_whose_client_goes_leaves_the_line_and_is_not_counted_as_answered(
+    adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is one whose batch runs already, whose tokens nobody is sent."""
+    body, limits = {"prompt": "a", "max_new_tokens": 1}, server.Limits(batch=1)
+    monkeypatch.setattr(server, "LOOK", 0.05)
+    with server.serving(server.tiny_model(), adapters, limits) as running, ThreadPoolExecutor(1) as clients:
+        gate, port, gone = Gate(running, monkeypatch), running.server_port, list[http.client.HTTPConnection]()
+        for waiting in (0, 1, 2):
+            gone.append(http.client.HTTPConnection("127.0.0.1", port, timeout=30))
+            gone[-1].request("POST", "/generate", json.dumps(body))
+            assert gate.has_begun.wait(30)
+            until(lambda: len(running.batcher.waiting) == waiting)  # noqa: B023
+        stays = clients.submit(post, port, body)
+        until(lambda: len(running.batcher.waiting) == 3)
+        for connection in gone:
+            connection.close()
+        until(lambda: running.batcher.counts["given_up"] == 3)
+        assert len(running.batcher.waiting) == 1
+        gate.is_open.set()
+        assert stays.result(60)[0] == 200
+        metrics = running.metrics().splitlines()
+    assert {'randlora_answers{status="200"} 1', "randlora_rows 2", "randlora_given_up 3"} <= {*metrics}
 
 
 def test_damaged_files_of_one_adapter_fail_its_requests_alone_and_one_that_is_saved_later_is_served(

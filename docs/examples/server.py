@@ -12,12 +12,13 @@ accounts: put a proxy in front of it.
 
 import json
 import signal
+import socket
 import tempfile
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
@@ -36,6 +37,7 @@ from randlora.serving import AdapterPool
 LONGEST_BODY = 2**20  # bytes
 FIELDS = ("adapter", "prompt", "max_new_tokens")
 PATIENCE = 60.0  # seconds that a request waits for its answer
+LOOK = 0.5  # seconds between two looks at whether its client still waits
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Limits:
     seconds: float = 0.005  # that a batch waits for more requests after its first
     prompt: int = 512  # tokens
     new_tokens: int = 128
+
+
+class GivenUp(ConnectionError):  # noqa: N818 - it is the client's doing
+    """The client of a request has gone, and gets no answer."""
 
 
 class Refusal(Exception):  # noqa: N818 - it is the client's error, and an answer
@@ -74,7 +80,7 @@ class Batcher:
 
     def __init__(self, model: nn.Module, pool: AdapterPool, limits: Limits) -> None:
         """Start the thread."""
-        self.pool, self.limits, self.counts = pool, limits, Counter(batches=0, rows=0, tokens=0)
+        self.pool, self.limits, self.counts = pool, limits, Counter(batches=0, rows=0, tokens=0, given_up=0)
         self._model: Any = model
         self.waiting: deque[Request] = deque()
         self._changed = threading.Condition()
@@ -91,6 +97,13 @@ class Batcher:
                 raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, f"{len(self.waiting)} requests wait: try again later")
             self.waiting.append(request)
             self._changed.notify_all()
+
+    def give_up(self, request: Request) -> None:
+        """Take a request out of the line, unless its batch runs."""
+        with self._changed:
+            self.counts["given_up"] += 1
+            if request.answer.cancel():
+                self.waiting.remove(request)
 
     def close(self) -> None:
         """Refuse what comes, answer what waits, and end the thread."""
@@ -117,7 +130,7 @@ class Batcher:
                     self._serve([request])
 
     def _next_batch(self) -> list[Request]:
-        """Wait for requests; return those of the next batch, which are none if nobody waits for them any more."""
+        """Wait for requests; return those of the next batch, which are none if all are given up or the server ends."""
         with self._changed:
             self._changed.wait_for(lambda: self.waiting or self._is_closing)
             enough = time.monotonic() + self.limits.seconds
@@ -137,7 +150,8 @@ class Batcher:
             wanted = adapters if request.adapter is None else adapters | {request.adapter}
             if len(wanted) > self.limits.adapters:
                 later.append(request)
-            elif request.answer.set_running_or_notify_cancel():  # else nobody waits for it any more
+            else:
+                request.answer.set_running_or_notify_cancel()  # from now on it is not given up
                 adapters, taken = wanted, taken + 1
                 yield request
         self.waiting.extendleft(reversed(later))
@@ -197,15 +211,19 @@ class Server(ThreadingHTTPServer):
         self.batcher.close()
         self.server_close()
 
-    def generate(self, body: object) -> dict[str, Any]:
-        """Answer a request, or raise a `Refusal`."""
+    def generate(self, body: object, is_gone: Callable[[], bool]) -> dict[str, Any]:
+        """Answer a request, or raise a `Refusal`, or `GivenUp` if its client is gone."""
         request = self._request(body)
         self.batcher.submit(request)
-        try:
-            ids = request.answer.result(PATIENCE)
-        except TimeoutError:
-            request.answer.cancel()
-            raise Refusal(HTTPStatus.GATEWAY_TIMEOUT, f"no answer after {PATIENCE:g} s: try again later") from None
+        enough = time.monotonic() + PATIENCE
+        while not wait([request.answer], min(LOOK, PATIENCE)).done:
+            if is_gone():
+                self.batcher.give_up(request)
+                raise GivenUp
+            if time.monotonic() >= enough:
+                self.batcher.give_up(request)
+                raise Refusal(HTTPStatus.GATEWAY_TIMEOUT, f"no answer after {PATIENCE:g} s: try again later")
+        ids = request.answer.result()
         return {"adapter": request.adapter, "ids": ids, "text": self.text.decode(ids)}
 
     def _request(self, body: object) -> Request:
@@ -257,11 +275,25 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.path != "/generate":
                 raise Refusal(HTTPStatus.NOT_FOUND, f"there is nothing to post to {self.path!r:.80}: post to /generate")
-            self._answer(HTTPStatus.OK, self.server.generate(self._body()))
+            self._answer(HTTPStatus.OK, self.server.generate(self._body(), self._is_gone))
+        except GivenUp:
+            self.close_connection = True
         except Refusal as refusal:
             self._answer(refusal.status, {"error": str(refusal)})
         except Exception as error:  # whatever the model raised
             self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": f"{type(error).__name__}: {error}"})
+
+    def _is_gone(self) -> bool:
+        """Whether the client has closed the connection, of which there is nothing to read then."""
+        self.connection.settimeout(0)
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self.connection.settimeout(self.timeout)
 
     def _body(self) -> object:
         length = self.headers.get("Content-Length", "")
