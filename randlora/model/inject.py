@@ -277,6 +277,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
     Raises:
         AdapterError: If the model has no adapter, a block of `randlora.serving.routed` is open, or something else has
             changed the class of an adapted module.
+        MergeError: If a weight that is merged into is computed from other parameters since, as by pruning.
     """
     with opened(model, "eject") as view:
         state, census = view.state, view.census
