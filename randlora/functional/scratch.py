@@ -75,8 +75,9 @@ def times(scratch: Tensor, factor: Tensor) -> Tensor:
 
 def plus(scratch: Tensor, term: Tensor, factor: float) -> Tensor:
     """Return ``scratch + factor·term``; ``scratch`` may be overwritten."""
-    # torch.func.linearize crashes in an add() with alpha
-    return scratch.add_(term, alpha=factor) if _may_overwrite() else scratch + term * factor
+    if is_forward_mode():  # where torch.func.linearize crashes in an add() with alpha
+        return scratch + term * factor
+    return scratch.add_(term, alpha=factor) if _may_overwrite() else torch.add(scratch, term, alpha=factor)
 
 
 def plus_product(scratch: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
