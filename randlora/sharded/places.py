@@ -299,11 +299,10 @@ class Spread(Place):
 
         A collective. Afterwards every process has its piece of the values.
         """
-        if not is_managed(parameter):
+        if not is_managed(parameter):  # without a dtype, of which it would refuse float64 on a GPU
             sys.modules["deepspeed"].zero.Init(
                 module=nn.ParameterList([parameter]),
                 data_parallel_group=self._parameter.ds_process_group,
-                dtype=parameter.dtype,
                 mem_efficient_linear=False,  # which would replace F.linear for the whole program
             )
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,13 @@ from tests.distributed.trained import Net, gathered, optimizer_of
 
 LACKING = "DeepSpeed is not installed"
 has_deepspeed = sys.platform.startswith("linux") and importlib.util.find_spec("deepspeed") is not None
+
+KNOWS_FP16 = os.environ.get("KNOWS_FP16", "1") == "1"
+"""Whether DeepSpeed takes the processor for one that computes in fp16, as a GPU or the newest CPUs of Intel.
+
+It would ask oneDNN, and so the tests would depend on the machine: where the processor does, there are fp16 engines, and
+ZeRO-3 refuses models in float64. `KNOWS_FP16=0 make distributed` runs the tests as where it does not.
+"""
 
 LINEAR = functional.linear
 """What DeepSpeed replaces in a process for good, also for engines that are told not to."""
@@ -50,7 +58,13 @@ def deepspeed() -> Any:
     # else it compiles a collective of its own, for a minute or two, and a process that is killed then leaves a lock for
     # which every later one waits
     vars(library.ops)["__compatible_ops__"] = {}
+    vars(library.get_accelerator()).setdefault("is_fp16_supported", lambda: KNOWS_FP16)
     return library
+
+
+def answering(*, knows_fp16: bool) -> AbstractContextManager[object]:
+    """Have DeepSpeed take this processor for one that computes in fp16, or for one that does not."""
+    return mock.patch.object(deepspeed().get_accelerator(), "is_fp16_supported", return_value=knows_fp16)
 
 
 def config(stage: str, **options: Any) -> dict[str, Any]:

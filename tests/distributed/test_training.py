@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import randlora
-from tests.distributed.engines import ENGINES, around, deepspeed, sharded, trained, zero
+from tests.distributed.engines import ENGINES, answering, around, config, deepspeed, sharded, trained, zero
 from tests.distributed.processes import in_two, in_two_of_zero, on_all
 from tests.distributed.test_engines import require_as_one_process
 from tests.distributed.trained import Drawn, Made, distance, drawn, require_equal_on_ranks, trained_alone, values
@@ -107,8 +106,7 @@ def test_what_is_sharded_already_keeps_its_dtype_and_the_report_says_so() -> Non
 def test_engines_of_half_precision_train(tmp_path: Path, stage: str, dtype: str) -> None:
     """Λ and Γ are in the engine's dtype, and so is the file; float32 masters are the optimizer's."""
     case, scale = Drawn(train_also=("norm",)), {"loss_scale": 128} if dtype == "fp16" else {}  # else it looks for one
-    # DeepSpeed asks whether oneDNN computes in fp16 on this CPU; torch does in any case, slowly
-    with mock.patch.object(deepspeed().get_accelerator(), "is_fp16_supported", return_value=True):
+    with answering(knows_fp16=True):  # torch does in any case, slowly
         engine = zero(case.adapted(), stage, **{dtype: {"enabled": True, **scale}})
     losses = torch.tensor(on_all(trained(engine, case, dist.get_rank()))).mean(0)
     assert (losses - torch.tensor(trained_alone(case.adapted(), case, range(2)))).abs().max() < 0.02
@@ -126,6 +124,19 @@ def test_engines_of_half_precision_train(tmp_path: Path, stage: str, dtype: str)
         assert torch.equal(engine(*rows), twin(*rows))
         torch.testing.assert_close(engine(*rows), before, rtol=0, atol=0.02)
     assert torch.equal(engine(*rows), before)
+
+
+@pytest.mark.parametrize("knows_fp16", [True, False])
+@in_two_of_zero
+def test_a_model_in_float64_that_is_spread_is_adapted_whatever_the_processor_computes_in(*, knows_fp16: bool) -> None:
+    """Also with copies, which ZeRO-3 manages then; `zero.Init` refuses float64 where the processor knows fp16."""
+    case = Drawn(train_also=("norm",), dtype=torch.float64)
+    with answering(knows_fp16=knows_fp16):
+        model = case.build()
+        deepspeed().zero.Init(module=model, config_dict_or_path=config("3"))
+        found, expected = values(case.adapt(model)), values(case.adapted())
+    assert all_bits(found) == all_bits(expected)
+    assert {each.dtype for name, each in found.items() if "norm" in name} == {torch.float64}
 
 
 @pytest.mark.parametrize("has_all", [True, False], ids=["all", "trained"])
