@@ -310,6 +310,7 @@ class Planned(Case):
     adapter: dict[str, Any]
     experts: str = "eager"
     place: Path = Path()
+    dtype: torch.dtype = torch.float64  # where sums in another order are no matter
 
     def written(self, place: Path) -> Planned:
         from transformers import AutoConfig, AutoModelForCausalLM  # which takes long to import, in the processes only
@@ -324,10 +325,10 @@ class Planned(Case):
         return replace(self, place=place)
 
     def build(self, **options: Any) -> Any:
-        """Load it in float64, where sums in another order are no matter; it returns logits."""
+        """Load it; it returns logits."""
         from transformers import AutoModelForCausalLM
 
-        options = {"dtype": torch.float64, "experts_implementation": self.experts} | options
+        options = {"dtype": self.dtype, "experts_implementation": self.experts} | options
         model = AutoModelForCausalLM.from_pretrained(self.place, **options).eval()
         model.register_forward_hook(lambda *call: call[-1].logits)
         return model
@@ -340,7 +341,7 @@ class Planned(Case):
 
     def adapt(self, model: Any, name: str = "default") -> Any:
         for parameter in randlora.trainable_parameters(super().adapt(model, name)):
-            parameter.data = parameter.data.double()
+            parameter.data = parameter.data.to(self.dtype)
         return model
 
     def options(self) -> dict[str, Any]:
