@@ -17,7 +17,8 @@ from tests.torture.faults import fast_disk
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which accelerate imports, prints what it found
-torch.set_num_threads(1)  # the tests run in parallel, and on small tensors threads only get in each other's way
+if os.environ.setdefault("OMP_NUM_THREADS", "1") == "1":  # the processes that tests start take it from there
+    torch.set_num_threads(1)  # the tests run in parallel, and on small tensors threads only get in each other's way
 
 settings.register_profile("quick", max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])

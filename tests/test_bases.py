@@ -100,7 +100,7 @@ def test_bases_depend_on_nothing_but_their_spec(spec: BasisSpec, step: int, chun
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert pickle.dumps(np.random.get_state()) == numpy_before  # noqa: NPY002
     torch.rand(3)  # another state of the generator, another number of threads, and other chunks
-    torch.set_num_threads(2)
+    torch.set_num_threads((threads := torch.get_num_threads()) + 1)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kinds, "PORTABLE_CHUNK", chunk)
@@ -110,7 +110,7 @@ def test_bases_depend_on_nothing_but_their_spec(spec: BasisSpec, step: int, chun
             assert_same(twin.slices(*dims, device="cpu", dtype=torch.float32), first)
             assert twin.digest(*dims) == basis.digest(*dims)
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
     data = pickle.dumps(basis)
     assert len(data) < 2000
     assert_same(pickle.loads(data).slices(*dims, device="cpu", dtype=torch.float32), first)

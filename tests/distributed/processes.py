@@ -121,7 +121,6 @@ def on_all(value: Result) -> list[Result]:
 
 def _serve(calls: Connection, rank: int, count: int, meeting: Path) -> None:
     """Run what arrives until the other end is closed."""
-    torch.set_num_threads(1)
     # a process that waits for one that failed must raise before it is given up
     patience = timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=patience)
