@@ -175,7 +175,6 @@ def test_a_checkpoint_of_the_base_loads_before_and_after(kind: LayerKind) -> Non
 CHILD = """
 import pickle, sys, torch
 models = {"pickle": pickle.load(open(sys.argv[1], "rb")), "torch": torch.load(sys.argv[2], weights_only=False)}
-torch.set_num_threads(1)
 for how, saved in models.items():
     for name, (model, x, expected) in saved.items():
         assert torch.equal(model(x), expected), (how, name)
