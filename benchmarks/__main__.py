@@ -15,6 +15,7 @@ from benchmarks import (
     server,
     startup,
     step,
+    traffic,
 )
 from benchmarks.command import main
 
@@ -22,6 +23,7 @@ main(
     ("laws", laws.run),
     ("peft_faults", peft_faults.run),
     ("step", step.run),
+    ("traffic", traffic.run),
     ("overhead", overhead.run),
     ("compiled", compiled.run),
     ("model", model.run),
@@ -33,6 +35,7 @@ main(
     ("routed", routed.run),
     ("pool", pool.run),
     ("server", server.run),
-    # `make tests` runs the laws on a CPU, and faults, starting, the pool and the server need no device
-    only_on={"laws": "cuda", **dict.fromkeys(("peft_faults", "startup", "pool", "server"), "cpu")},
+    # `make tests` runs the laws on a CPU; traffic is counted there; faults, starting, the pool and the server need no
+    # device
+    only_on={"laws": "cuda", **dict.fromkeys(("peft_faults", "traffic", "startup", "pool", "server"), "cpu")},
 )

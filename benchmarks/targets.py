@@ -114,6 +114,16 @@ ON_A_CPU = (
     within("step", "bfloat16, T = 2048, 1024→1024", "block", 1.25),
     within("step", "bfloat16, T = 2048, 1024→1024", "block", 1.35, of=LORA_IN_BFLOAT16),  # was to be 1.15
     within("step", "bfloat16, T = 8192, 1024→1024", "block", 1.05, of=LORA_IN_BFLOAT16),
+    *(
+        within("step", f"bfloat16, T = {tokens}, 1024→1024", ours, share, of=LORA_IN_BFLOAT16)
+        for ours, shares in (("dense", (3.9, 3.5, 2.3)), ("block", (2.1, 1.7)))
+        for tokens, share in zip((128, 512, 2048), shares, strict=False)
+    ),
+    *(
+        within("traffic", f"{dtype}, T = {tokens}, 1024→1024", "dense", share)
+        for dtype, shares in (("bfloat16", (6.3, 3.8, 2.2)), ("float32", (4.7, 3.9, 2.2)))
+        for tokens, share in zip((128, 512, 2048), shares, strict=True)
+    ),
     faster("model", "Llama, 4 layers, d = 512, T = 4096", "dense", 1.5),
     within("model", "Llama, 4 layers, d = 512, T = 4096", "dense", 1.25),
     faster("model", "Llama, 4 layers, d = 512, T = 4096", "block", 1.8),

@@ -6,6 +6,7 @@ is not in it is counted. The inside of an operator is not seen: a product counts
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from benchmarks.results import Row
 from benchmarks.step import Case, name_of
 from randlora.modes import Observer
 
-CACHE, LINE = 2**21, 2**12
-"""Bytes of the cache, as two cores have beside them, and of what it takes at once."""
-TOKENS, SIDES = (128, 512, 2048), (1024, 2048)
+CORES, CACHE, LINE = 2, 2**22, 2**12
+"""The cores, the bytes of the cache that they have beside them, and of what it takes at once."""
+DTYPES, TOKENS, SIDES = (torch.bfloat16, torch.float32), (128, 512, 2048), (1024, 2048)
 IN_FLOAT32 = ("full", "LoRA", "PEFT", "dense", "block")
 IN_BFLOAT16 = ("full", *AUTOCAST_CONTESTANTS, "dense", "block")
 
@@ -89,12 +90,17 @@ def measure(case: Case, device: str) -> Row:
 
 
 def run(settings: Settings) -> Sequence[Row]:
-    """Count steps of square layers."""
+    """Count steps of square layers, as `CORES` threads make them."""
     sides = SIDES[:1] if settings.is_quick else SIDES
-    dtypes = torch.bfloat16, torch.float32
-    return [
-        measure((dtype, tokens, side, side), settings.device) for dtype in dtypes for side in sides for tokens in TOKENS
-    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(CORES)
+    try:
+        return [
+            measure((dtype, tokens, side, side), settings.device)
+            for dtype, side, tokens in product(DTYPES, sides, TOKENS)
+        ]
+    finally:
+        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

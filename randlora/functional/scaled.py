@@ -13,15 +13,16 @@ from torch import Tensor
 from randlora.functional import scratch
 from randlora.functional.scratch import in_dtype
 
-STRIP = 2**18
+STRIP = 2**17
 """Entries of a strip for each thread. Measured on a CPU: fewer cost more operators than they save memory."""
 
 
 def _rows_at_once(A: Tensor, lam: Tensor) -> int:
     """Return how many rows of A a strip has; all of them if strips would not pay, or cannot be written."""
-    rows, entries = A.size(-3), STRIP * torch.get_num_threads()
+    rows = A.size(-3)
     if not scratch.may_be_in_strips(A):
         return rows
+    entries = STRIP * torch.get_num_threads()  # which a compiler does not trace
     return min(rows, max(1, entries * rows // (A.numel() * lam.size(-2))))
 
 
