@@ -315,15 +315,6 @@ def whole(tensor: Tensor) -> Tensor:
     return place_at(tensor).whole()
 
 
-def copied(tensor: Tensor, *, is_kept: bool) -> Tensor | None:
-    """Return a copy of all values of a tensor on the CPU, or ``None`` if this process keeps none.
-
-    A collective if other processes hold parts of the tensor. Nothing stays on the tensor's device.
-    """
-    values = whole(tensor)
-    return values.detach().to("cpu", copy=True) if is_kept else None
-
-
 def values_within(values: Tensor, part: Part) -> Tensor:
     """Return a part of a parameter, given all its values."""
     for dim, spans in enumerate(part):

@@ -17,9 +17,9 @@ from peft import PeftModel
 from torch import nn
 
 import randlora
+from randlora.checkpoint.card import task_of
 from randlora.checkpoint.load import swap_each
 from randlora.checkpoint.peft_config import base_model_name, mismatch, target_modules
-from randlora.checkpoint.save import task_of
 from randlora.errors import CheckpointError, ConfigError, how_to_install
 from randlora.targets.census import Census
 from tests import checkpoint_files as stored

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import randlora
 from randlora.disk import replace as replacing
@@ -156,6 +158,45 @@ def test_wrappers_of_torch_change_no_names(first: str, tmp_path: Path) -> None:
         randlora.save(fill(model), tmp_path)
         randlora.load(fresh, tmp_path)
         assert all_bits(adapter_values(fresh)) == all_bits(adapter_values(model))
+
+
+class Made(TorchDispatchMode):
+    """Counts the most bytes, at any time, of tensors that operations have made and that are still there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most, self._own = 0, {each.untyped_storage()._cdata for each in model.parameters()}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = operation(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, output if isinstance(output, tuple | list) else [output]):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._own:
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._made = {key: (ref, size) for key, (ref, size) in self._made.items() if not ref.expired()}
+        self.most = max(self.most, sum(size for _, size in self._made.values()))
+        return output
+
+
+def test_one_value_at_a_time_is_copied(tmp_path: Path) -> None:
+    """Also of several adapters."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(6)))
+    for name in ("default", "second"):
+        randlora.inject(model, r=8, name=name, basis="block", trainable=True)
+    total = 4 * sum(each.numel() for each in randlora.trainable_parameters(fill(model)))
+    calls: dict[str, Callable[[], object]] = {
+        "one": lambda: randlora.save(model, tmp_path / "one", name="second"),
+        "all": lambda: randlora.save_all(model, tmp_path / "all"),
+        "state": lambda: randlora.adapter_state(model, "second"),
+    }
+    most = {}
+    for name, call in calls.items():
+        with Made(model) as made:
+            call()
+        most[name] = made.most
+    assert most["state"] >= total / 2  # it has the values
+    assert max(most["one"], most["all"]) < 2 * max(each.nbytes for each in randlora.trainable_parameters(model))
 
 
 # What is refused before anything is written

@@ -195,7 +195,7 @@ def test_a_full_disk_is_told_by_the_name_of_the_directory_that_was_given(
 ) -> None:
     before = contents(Path())
     full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(formats, "_write_fully", Mock(side_effect=full))
+    monkeypatch.setattr(formats.TensorFile, "_write_at", Mock(side_effect=full))
     with pytest.raises(OSError, match=r"No space left on device: 'some/out'$") as raised:
         WRITERS[name](Path("some/out"))
     assert (raised.value.errno, raised.value.__cause__) == (errno.ENOSPC, full)

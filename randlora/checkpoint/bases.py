@@ -8,8 +8,9 @@ by the layers of the model, not by the layers that the file names.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from randlora.bases.spec import (
 from randlora.checkpoint.header import Header
 from randlora.checkpoint.read import AdapterFile
 from randlora.checkpoint.tensors import basis_keys
+from randlora.disk.formats import Planned
 from randlora.errors import CheckpointError, ConfigError, spelled
 
 Known = Callable[[], Iterable[Shape]]
@@ -214,15 +216,23 @@ def require_drawable(spec: BasisSpec, used: tuple[int, int], file: AdapterFile, 
         )
 
 
-def stored_bases(bases: Mapping[int, Basis], header: Header) -> dict[str, Tensor]:
-    """Return dense bases, by key, with the dims that PEFT expects, or smaller ones if the bases were drawn for less."""
-    tensors: dict[str, Tensor] = {}
+def stored_bases(bases: Mapping[int, Basis], header: Header) -> list[Planned]:
+    """Return dense bases, with the dims that PEFT expects, or smaller ones if the bases were drawn for less."""
+    tensors = []
     for r, rectangle in header.rectangles.items():
+        max_dim, min_dim = stored_dims(bases[r], rectangle)
         drawn = bases[r] if bases[r].stored else Basis(bases[r].spec)  # the model's own must not grow
-        written = drawn.slices(*stored_dims(bases[r], rectangle), device="cpu", dtype=torch.float32)
-        key_A, key_B = basis_keys(r, header.bases.keys())
-        tensors |= {key_A: written.A.contiguous(), key_B: written.B.contiguous()}
+        drawn.extend(max_dim, min_dim)
+        shapes = (r, 1, min_dim), (max_dim, count_bases(min_dim, r), r)
+        for index, (key, shape) in enumerate(zip(basis_keys(r, header.bases.keys()), shapes, strict=True)):
+            tensors.append(Planned(key, torch.float32, shape, partial(_rows, drawn, index, shape)))
     return tensors
+
+
+def _rows(basis: Basis, index: int, shape: tuple[int, int, int]) -> Iterator[Tensor]:
+    """Yield the rows of A (index 0) or B (index 1), dense, some at a time."""
+    for rows in basis.matrices()[index].dense_chunks(shape[0]):
+        yield rows[:, : shape[1] * shape[2]]
 
 
 def stored_dims(basis: Basis, rectangle: tuple[int, int]) -> tuple[int, int]:

@@ -1,41 +1,35 @@
-"""All of an adapter, checked, with its fields and header, as `save` writes it; `AdapterState`.
+"""An adapter to be saved: what its files have beside the values, and the values one at a time; `AdapterState`.
 
-`gathered`, a collective if the model is sharded, finds values that could not be written. `contents_of` then makes the
-contents that `save` writes into files and `adapter_state` returns.
+`Saving` is an adapter on its way into a file of `save` or into memory, for `adapter_state`. The steps of `passing_on`,
+collectives if the model is sharded, give it one value after the other, so that `save` holds no more than one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from randlora.checkpoint.bases import stored_bases, stored_dims
-from randlora.checkpoint.header import HEADER_KEY, Header, ModelClass, metadata_of, parse_header
+from randlora.checkpoint.header import HEADER_KEY, Header, ModelClass, Seal, facts_of, metadata_of, parse_header
 from randlora.checkpoint.peft_config import PeftFields, drawing_note, peft_obstacle, to_peft_fields, unknown_to_peft
 from randlora.checkpoint.read import AdapterFile, disagreements, sort_contents
-from randlora.checkpoint.tensors import (
-    Value,
-    adapter_tensors,
-    is_text,
-    meta_problems,
-    save_problems,
-    trained_key,
-    value_keys,
-)
-from randlora.disk.formats import LONGEST_NAME
+from randlora.checkpoint.tensors import Value, is_text, meta_problems, trained_key, value_keys
+from randlora.disk.formats import LONGEST_NAME, Planned
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, require_types, shortly
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.engines import collective
 from randlora.model.install import lost_parts
+from randlora.model.train_also import is_changed
 from randlora.model.view import opened, require_own
-from randlora.places import copied
+from randlora.places import whole
 from randlora.ranks import agree, agreeing, run_collectives
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, ModelState
@@ -47,11 +41,8 @@ StoredAs = Literal["seed", "stored"]
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered:
-    """An adapter with all its values here, and why it cannot be written.
-
-    ``diagonals`` are Λ and Γ by FQN. If the model is sharded, the values are copies on the CPU.
-    """
+class AdapterToSave:
+    """An adapter, with Λ and Γ by FQN (``diagonals``), and why it cannot be saved."""
 
     census: Census
     state: ModelState
@@ -61,58 +52,127 @@ class Gathered:
     trained: Mapping[str, Tensor]
     bases: str
     problems: list[str]
-    are_copies: bool = False
 
     def values(self) -> dict[str, Value]:
-        """Return all values that are written, except bases, each with the shape that it must have."""
+        """Return all values that are written, except bases, by their names in a file."""
         values = {}
         for site in self.sites:
-            part, (lam, gamma) = site.layer.adapters[self.adapter.name], self.diagonals[site.fqn]
-            lam_shape, gamma_shape = diagonal_shapes(part.shape, part.options.r)
-            values[f"Λ of {site.fqn}"] = Value(lam, lam_shape)
-            values[f"Γ of {site.fqn}"] = Value(gamma, gamma_shape)
+            part = site.layer.adapters[self.adapter.name]
+            shapes, keys = diagonal_shapes(part.shape, part.options.r), value_keys(site.fqn, self.diagonals)
+            for key, letter, own, shape in zip(keys, "ΛΓ", self.diagonals[site.fqn], shapes, strict=True):
+                values[key] = Value(f"{letter} of {site.fqn}", own, shape, is_diagonal=True)
         for fqn, parameter in self.trained.items():
             entry = self.state.replaced[fqn]
-            values[fqn] = Value(parameter, whole_shape(entry.original), entry.is_buffer)
+            shape = whole_shape(entry.original)
+            values[trained_key(fqn, self.diagonals)] = Value(fqn, parameter, shape, is_buffer=entry.is_buffer)
         return values
+
+    def value_problems(self) -> list[str]:
+        """Return why it cannot be saved if all values are here."""
+        return [*self.problems, *filter(None, (value.problem(value.parameter) for value in self.values().values()))]
 
 
 class Contents(NamedTuple):
-    """The contents of an adapter's files, under the names that its layers have now.
+    """What an adapter's files have beside the values, under the names that its layers have now.
 
-    ``tensors`` are copies on the CPU, by key. ``notes`` say why PEFT could not load the files.
+    ``bases`` are the bases to write, and ``notes`` say why PEFT could not load the files.
     """
 
     adapter: Adapter
     fields: dict[str, Any]
     header: Header
-    tensors: dict[str, Tensor]
+    bases: list[Planned]
     notes: list[str]
 
 
-def gathered(
-    model: nn.Module, names: Sequence[str | None], bases: str, *, doing: str, is_for_all: bool
-) -> list[Gathered]:
-    """Return some adapters with all their values; a collective if the model is sharded.
+class Saving:
+    """An adapter whose values are given one at a time, in the order of their names: checked, hashed and written.
 
-    One tensor at a time is then gathered on the device, and copied to the CPU by the processes that want it: all of
-    them if it ``is_for_all``, else the one that writes files. Problems of a sharded model raise an error at once.
+    Attributes:
+        held: The adapter.
+        contents: What its files have beside the values.
+        tensors: The tensors of its file, without values.
+        seal: The checksum of what was written so far.
+        has_effect: Whether the values so far change what the model computes.
+    """
+
+    def __init__(self, held: AdapterToSave) -> None:
+        """Prepare an adapter that has no problems but, perhaps, in its values."""
+        self.held, self.contents = held, contents_of(held)
+        values = held.values()
+        own = [Planned(key, value.dtype, tuple(value.shape), tuple) for key, value in values.items()]
+        self.tensors = [*own, *self.contents.bases]
+        self.seal = Seal(facts_of(self.contents.header))
+        self.has_effect = False
+        self._own = {tensor.name: tensor for tensor in own}
+        self._problems: dict[str, str | None] = dict.fromkeys(values)
+        self._nonzero = set[str]()  # the layers of which one of Λ and Γ has an entry that is not 0
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the adapter cannot be saved, by the values so far, in the order of the model."""
+        return [problem for problem in self._problems.values() if problem is not None]
+
+    def take(self, key: str, value: Value, values: Tensor, write: Callable[[Planned], object]) -> None:
+        """Take all values of a parameter, and write a copy if there is no problem with them."""
+        self._problems[key] = value.problem(values)
+        if self._problems[key] is not None:
+            return
+        self.has_effect = self.has_effect or self._changes(key, value, values)
+        copy = value.stored(values)
+        write(self.seal.added(replace(self._own[key], pieces=lambda: (copy,))))
+
+    def _changes(self, key: str, value: Value, values: Tensor) -> bool:
+        if not value.is_diagonal:
+            return not value.is_buffer and is_changed(self.held.state, value.name, values)
+        layer, is_nonzero = key.rpartition(".")[0], bool(values.any())
+        is_second = layer in self._nonzero
+        self._nonzero.update([layer] * is_nonzero)
+        return is_nonzero and is_second
+
+    def end(self, write: Callable[[Planned], object]) -> None:
+        """Write the bases, if they are to be written: their names come after those of all values."""
+        for basis in sorted(self.contents.bases, key=attrgetter("name")):
+            write(self.seal.added(basis))
+
+
+def to_save(model: nn.Module, names: Sequence[str | None], bases: str, *, doing: str) -> list[AdapterToSave]:
+    """Return some adapters.
+
+    If the model is sharded, problems that are known before anything is gathered raise an error at once.
     """
     with opened(model, None) as view:
-        state, census, ranks = view.state, view.census, agreeing()
+        state, census = view.state, view.census
         held = [_held(census, state, state.adapter(name), bases) for name in names]
         require_own(census, state, "save")
         for each in held:
             each.problems.extend(_problems(each))
-        if ranks is None:
-            return held
-        problems = [problem for each in held for problem in (*each.problems, *meta_problems(each.values()))]
-        raise_collected(CheckpointError, problems, doing=doing)
-        agree()
-        return run_collectives(partial(_whole, each, is_kept=is_for_all or ranks.is_first) for each in held)
+        if agreeing() is not None:
+            values = [value for each in held for value in each.values().values()]
+            problems = [*(problem for each in held for problem in each.problems), *meta_problems(values)]
+            raise_collected(CheckpointError, problems, doing=doing)
+        return held
 
 
-def given_values(model: nn.Module, values: Mapping[str, Tensor]) -> Gathered:
+def passing_on(
+    held: AdapterToSave, take: Callable[[str, Value, Tensor], object] | None
+) -> Iterator[Callable[[], None]]:
+    """Yield the steps that give the values of an adapter to a function, one at a time; collectives if it is sharded.
+
+    A process without such a function takes part in gathering, and drops the values.
+    """
+
+    def step(key: str, value: Value) -> None:
+        with torch.no_grad():
+            values = whole(value.parameter)
+            if take is not None:
+                take(key, value, values)
+
+    for item in sorted(held.values().items(), key=itemgetter(0)):
+        yield partial(step, *item)
+
+
+def given_values(model: nn.Module, values: Mapping[str, Tensor]) -> AdapterToSave:
     """Return the only adapter of a model with values that another library gathered, by FQN; never a collective."""
     with opened(model, "save") as view:
         state, census = view.state, view.census
@@ -133,8 +193,8 @@ def given_values(model: nn.Module, values: Mapping[str, Tensor]) -> Gathered:
         return replace(held, diagonals=pairs, trained=dict(zip(held.trained, found, strict=True)))
 
 
-def contents_of(held: Gathered) -> Contents:
-    """Return the contents of the files of an adapter that has no problems."""
+def contents_of(held: AdapterToSave) -> Contents:
+    """Return what the files of an adapter that has no problems have beside the values."""
     adapter, sites = held.adapter, held.sites
     shapes = shapes_of(sites, adapter.config)
     # a module used in several places may have another name now, if one of them is gone or new
@@ -152,35 +212,18 @@ def contents_of(held: Gathered) -> Contents:
         model_class,
         adapter.buffers,
     )
-    tensors = adapter_tensors(held.diagonals, held.trained, copy=not held.are_copies)
-    if held.bases == "stored":
-        tensors |= stored_bases(adapter.bases, header)
     fields = to_peft_fields(held.census, adapter, stored=held.bases == "stored")
-    return Contents(adapter, fields, header, tensors, _peft_notes(adapter, header, held.bases))
+    written = stored_bases(adapter.bases, header) if held.bases == "stored" else []
+    return Contents(adapter, fields, header, written, _peft_notes(adapter, header, held.bases))
 
 
-def value_problems(held: Gathered) -> list[str]:
-    """Return why an adapter cannot be written, its values included."""
-    return [*held.problems, *save_problems(held.values())]
-
-
-def _held(census: Census, state: ModelState, adapter: Adapter, bases: str) -> Gathered:
+def _held(census: Census, state: ModelState, adapter: Adapter, bases: str) -> AdapterToSave:
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
     diagonals = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
-    return Gathered(census, state, adapter, sites, diagonals, adapter.trained, bases, [])
+    return AdapterToSave(census, state, adapter, sites, diagonals, adapter.trained, bases, [])
 
 
-def _whole(held: Gathered, *, is_kept: bool) -> Gathered:
-    """Return an adapter with the values that other processes hold too, if this one keeps them; a collective."""
-    flat = [*chain.from_iterable(held.diagonals.values()), *held.trained.values()]
-    values = iter(run_collectives(partial(copied, each, is_kept=is_kept) for each in flat))
-    if not is_kept:
-        return held
-    pairs = {fqn: (next(values), next(values)) for fqn in held.diagonals}
-    return replace(held, diagonals=pairs, trained=dict(zip(held.trained, values, strict=True)), are_copies=True)
-
-
-def _problems(held: Gathered) -> list[str]:
+def _problems(held: AdapterToSave) -> list[str]:
     adapter, bases = held.adapter, held.bases
     problems = lost_parts(held.census, held.state, [adapter])
     if bases not in ("seed", "stored"):
@@ -300,11 +343,20 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
     """
     require_types(adapter_state, {"model": model, "name": name})
     doing = "return the state of an adapter"
-    (held,) = gathered(model, [name], bases, doing=doing, is_for_all=True)
-    raise_collected(CheckpointError, value_problems(held), doing=doing)
-    contents = contents_of(held)
-    config = json.loads(json.dumps(contents.fields))  # as it is read from a file
-    return AdapterState(contents.tensors, metadata_of(contents.header, contents.tensors), config)
+    (held,) = to_save(model, [name], bases, doing=doing)
+    raise_collected(CheckpointError, held.value_problems() if agreeing() is None else [], doing=doing)
+    saving, tensors = Saving(held), dict[str, Tensor]()
+
+    def keep(tensor: Planned) -> None:
+        tensors[tensor.name] = tensor.read()
+
+    agree()  # before anything is gathered
+    run_collectives(passing_on(held, partial(saving.take, write=keep)))
+    saving.end(keep)
+    raise_collected(CheckpointError, saving.problems, doing=doing)
+    tensors = {tensor.name: tensors[tensor.name] for tensor in saving.tensors}  # in the order of the model
+    config = json.loads(json.dumps(saving.contents.fields))  # as it is read from a file
+    return AdapterState(tensors, saving.seal.metadata, config)
 
 
 def file_of(state: AdapterState) -> AdapterFile:

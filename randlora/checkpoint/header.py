@@ -21,7 +21,7 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims
 from randlora.checkpoint.tensors import METADATA
 from randlora.config import OPTIONS, LayerOptions, RandLoRAConfig, by_rank
-from randlora.disk.formats import bytes_of, parse_json
+from randlora.disk.formats import Planned, bytes_of, parse_json
 from randlora.errors import SHOWN, CheckpointError
 from randlora.hints import UNIONS, mistyped
 from randlora.layers.in_place import plain_class
@@ -291,13 +291,55 @@ class Header:
         return all(record.is_reproducible for record in self.bases.values())
 
 
+class Seal:
+    """The SHA-256 of the facts of a header and of the tensors beside it, added one by one in the order of their names.
+
+    Attributes:
+        text: The header as JSON, with the SHA-256 of all that was added so far: always of the same length.
+    """
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        """Begin with the facts."""
+        self._facts, self._digest = facts, hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+
+    def added(self, tensor: Planned) -> Planned:
+        """Return a tensor whose pieces are added as they are read."""
+
+        def pieces() -> Iterator[Tensor]:
+            self._digest.update(f"\n{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
+            for piece in tensor.pieces():
+                self._digest.update(bytes_of(piece.contiguous()).numpy().data)
+                yield piece
+
+        return replace(tensor, pieces=pieces)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all that was added so far."""
+        return self._digest.hexdigest()
+
+    @property
+    def text(self) -> str:  # noqa: D102  # see above
+        return json.dumps({**self._facts, "sha256": self.digest})
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the file."""
+        return METADATA | {HEADER_KEY: self.text}
+
+
 def metadata_of(header: Header | None, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the metadata of the file of an adapter's tensors."""
-    return METADATA | ({} if header is None else {HEADER_KEY: dump_header(header, tensors)})
+    return METADATA if header is None else _sealed(facts_of(header), tensors).metadata
 
 
 def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
     """Return a header as JSON, with the SHA-256 of itself and of every tensor."""
+    return _sealed(facts_of(header), tensors).text
+
+
+def facts_of(header: Header) -> dict[str, Any]:
+    """Return the fields of a header as JSON-serializable values, without the SHA-256."""
     facts: dict[str, Any] = {
         "config": header.config.to_dict(),
         "format_version": header.format_version,
@@ -315,8 +357,7 @@ def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
         facts["bases"] = {str(r): record.to_dict() for r, record in header.bases.items()}
     if header.buffers:
         facts["buffers"] = list(header.buffers)
-    facts = dict(sorted(facts.items()))
-    return json.dumps({**facts, "sha256": _seal(facts, tensors)})
+    return dict(sorted(facts.items()))
 
 
 def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
@@ -393,8 +434,11 @@ def _is_consistent(header: Header) -> bool:
 
 
 def _seal(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    return _sealed(facts, tensors).digest
+
+
+def _sealed(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Seal:
+    seal = Seal(facts)
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(bytes_of(tensor.cpu().contiguous()).numpy().data)
-    return digest.hexdigest()
+        seal.added(Planned.whole(name, tensor.cpu())).read()
+    return seal

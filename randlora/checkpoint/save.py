@@ -1,74 +1,43 @@
 """`save` and `save_all`: adapters to directories of two files that PEFT reads too, with a model card; the Hub.
 
-The card is a README.md with an adapter's figures and how to load it, which the Hub reads too.
+One value after the other is gathered, copied to the CPU, hashed and written, so that memory holds no second adapter.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 
-from randlora.checkpoint.contents import (
-    Contents,
-    Gathered,
-    StoredAs,
-    contents_of,
-    gathered,
-    given_values,
-    value_problems,
-)
+from randlora.checkpoint.card import CARD_FILE, Results, is_ours, results_note, write_card
+from randlora.checkpoint.contents import AdapterToSave, Saving, StoredAs, given_values, passing_on, to_save
 from randlora.checkpoint.fit import untied_by_peft
-from randlora.checkpoint.header import HEADER_KEY, Header, metadata_of
+from randlora.checkpoint.header import Header, metadata_of
 from randlora.checkpoint.load import IN_ROOT
-from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, is_own_directory, repo_of
+from randlora.checkpoint.peft_config import CONFIG_FILE, is_own_directory
 from randlora.checkpoint.tensors import TENSORS_FILE
-from randlora.config import described
-from randlora.disk.formats import Planned, write_tensor_file
+from randlora.disk.formats import Planned, TensorFile, write_tensor_file
 from randlora.disk.hub import is_repo_id, require_hub, upload
-from randlora.disk.replace import Files, write_files
+from randlora.disk.replace import Files, staged_files
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types, shortly
-from randlora.layers.in_place import plain_class
 from randlora.model.engines import collective
 from randlora.model.listing import adapter_parameters
 from randlora.model.save_guard import SaveGuard
 from randlora.model.train_also import moved_note, untrained_note
-from randlora.ranks import on_first_rank
-from randlora.report import Report, adapter_report, as_bytes
+from randlora.ranks import agreeing, on_first_rank, run_collectives
+from randlora.report import as_bytes
 from randlora.state import ModelState, adapted_root
 from randlora.targets.census import Census
 from randlora.targets.match import shortened
-
-CARD_FILE = "README.md"
-MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"
-RESULTS = "## Results"
-
-Results: TypeAlias = Mapping[str, float | str] | None
-"""Results that a user measured, by the name of the metric."""
-
-TASKS = {
-    "WithLMHeadModel": None,  # of XLM and Flaubert, masked or causal
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForMaskedLM": "fill-mask",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForImageClassification": "image-classification",
-}
-"""The Hub's names of tasks, by the ends of the names of transformers' classes."""
-
-NOT_TEXT = re.compile("pixel|image|visual|bbox|audio|feature|table")
-"""Names of arguments by which a forward takes more than text."""
 
 
 @dataclass(frozen=True)
@@ -196,13 +165,12 @@ def write_each(
 ) -> list[SaveReport]:
     """Save adapters by name, each to its directory, which is ``root`` or inside it, after checking all of them."""
     doing = f"save to {str(root)!r}"
-    held = gathered(model, [*directories], bases, doing=doing, is_for_all=False)
-    write = partial(_write_each, held, [*directories.values()], root, hub=push_to_hub, results=results, doing=doing)
-    return on_first_rank(write)
+    held = to_save(model, [*directories], bases, doing=doing)
+    return _write_each(held, [*directories.values()], root, hub=push_to_hub, results=results, doing=doing)
 
 
 def _write_each(
-    held: Sequence[Gathered],
+    held: Sequence[AdapterToSave],
     directories: Sequence[Path],
     root: Path,
     *,
@@ -210,38 +178,104 @@ def _write_each(
     results: Results,
     doing: str,
 ) -> list[SaveReport]:
-    """Check the values of some adapters and write their files."""
-    problems = [problem for each in held for problem in value_problems(each)]
-    if hub is not None and not (isinstance(hub, str) and is_repo_id(hub)):
-        problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {shortly(hub)}")
-    elif hub is not None:
-        require_hub(hub)
-    problems += [
-        f"{'it' if directory == root else repr(str(directory))} is a file or a broken link: expected the name of a "
-        "directory"
-        for directory in dict.fromkeys((root, *directories))
-        if os.path.lexists(directory) and not directory.is_dir()
-    ]
-    raise_collected(CheckpointError, problems, doing=doing)
-    planned, notes = [], []
-    for each, directory in zip(held, directories, strict=True):
-        beside = _beside_the_base(each.census, directory)
-        contents, card = contents_of(each), directory / CARD_FILE
-        subfolder = None if directory == root else directory.name
-        is_kept = os.path.lexists(card) and not is_ours(card)  # the user's own
-        text = None if is_kept else write_card(each, contents, results, hub, subfolder)
-        planned.append(adapter_files(directory, contents.fields, contents.tensors, contents.header, text))
-        notes.append([*contents.notes, *_training_notes(each), *beside, *results_note(card, results)])
-    sizes = write_files(*planned)
-    url, kept = _push(root, directories, hub) if hub else (None, [])
-    for card_file in kept:
-        notes[directories.index((root / card_file).parent)] += [
-            f"{card_file} of {hub} is not a generated card, so it stays"
+    """Write the files of some adapters, one value after the other; a collective if there are several processes."""
+    with ExitStack() as hidden, ExitStack() as being_written:
+        writing = _Writing(held, directories, root, hub, results, doing, are_here=agreeing() is None)
+        on_first_rank(partial(writing.begin, hidden))
+        run_collectives(writing.steps(being_written))
+        return on_first_rank(partial(writing.end, hidden))
+
+
+@dataclass
+class _Writing:
+    """The writing of some adapters, of which one process has the ``files``. All values ``are_here`` at once, or not."""
+
+    held: Sequence[AdapterToSave]
+    directories: Sequence[Path]
+    root: Path
+    hub: str | None
+    results: Results
+    doing: str
+    are_here: bool
+    files: list[_Files] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+
+    def begin(self, hidden: ExitStack) -> None:
+        """Check what can be checked before a value is gathered, and begin all files, in hidden directories."""
+        problems = [problem for each in self.held for problem in each.value_problems()] if self.are_here else []
+        if self.hub is not None and not (isinstance(self.hub, str) and is_repo_id(self.hub)):
+            problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {shortly(self.hub)}")
+        elif self.hub is not None:
+            require_hub(self.hub)
+        problems += [
+            f"{'it' if directory == self.root else repr(str(directory))} is a file or a broken link: expected the name "
+            "of a directory"
+            for directory in dict.fromkeys((self.root, *self.directories))
+            if os.path.lexists(directory) and not directory.is_dir()
         ]
-    return [
-        SaveReport(directory, each.adapter.name, size, tuple(own), url)
-        for each, directory, size, own in zip(held, directories, sizes, notes, strict=True)
-    ]
+        raise_collected(CheckpointError, problems, doing=self.doing)
+        for each, directory in zip(self.held, self.directories, strict=True):
+            subfolder = None if directory == self.root else directory.name
+            self.files.append(_Files(each, directory, subfolder, self.hub, self.results))
+        self.sizes = hidden.enter_context(staged_files(*(each.files for each in self.files)))
+
+    def steps(self, being_written: ExitStack) -> Iterator[Callable[[], object]]:
+        """Yield what gathers and writes each value in turn. A process without files takes part in gathering."""
+        for held, own in zip_longest(self.held, self.files):
+            if own is None:
+                yield from passing_on(held, None)
+                continue
+            yield partial(being_written.enter_context, own.tensors)
+            yield from passing_on(held, partial(own.saving.take, write=own.tensors.write))
+            yield partial(own.saving.end, own.tensors.write)
+            yield own.seal
+            yield being_written.close
+
+    def end(self, hidden: ExitStack) -> list[SaveReport]:
+        """Move the files to their places if all values could be saved, push them, and return the reports."""
+        problems = [problem for each in self.files for problem in each.saving.problems]
+        raise_collected(CheckpointError, problems, doing=self.doing)
+        hidden.close()
+        url, kept = _push(self.root, self.directories, self.hub) if self.hub else (None, [])
+        reports = []
+        for each, size in zip(self.files, self.sizes, strict=True):
+            notes = each.notes() + [
+                f"{card} of {self.hub} is not a generated card, so it stays"
+                for card in kept
+                if (self.root / card).parent == each.directory
+            ]
+            reports.append(SaveReport(each.directory, each.saving.held.adapter.name, size, tuple(notes), url))
+        return reports
+
+
+class _Files:
+    """The files of one adapter. All but the values in them is known before a value is gathered."""
+
+    tensors: TensorFile
+
+    def __init__(
+        self, held: AdapterToSave, directory: Path, subfolder: str | None, hub: str | None, results: Results
+    ) -> None:
+        """Plan them."""
+        beside, card = _beside_the_base(held.census, directory), directory / CARD_FILE
+        self.saving, self.directory = Saving(held), directory
+        contents = self.saving.contents
+        is_kept = os.path.lexists(card) and not is_ours(card)  # the user's own
+        text = None if is_kept else write_card(held, contents, results, hub, subfolder)
+        self.files = files_of(directory, {TENSORS_FILE: self._begin}, contents.fields, text, has_header=True)
+        self._notes = [*_training_notes(held), *beside, *results_note(card, results)]
+
+    def _begin(self, path: Path) -> None:
+        self.tensors = TensorFile(path, self.saving.tensors, self.saving.seal.metadata)
+
+    def seal(self) -> None:
+        """Write the checksum of all that was written."""
+        self.tensors.write_metadata(self.saving.seal.metadata)
+
+    def notes(self) -> list[str]:
+        """Return the notes of the report, once all values have been written."""
+        untrained = [] if self.saving.has_effect else untrained_note(self.saving.held.adapter)
+        return [*self.saving.contents.notes, *untrained, *self._notes]
 
 
 def _beside_the_base(census: Census, directory: Path) -> list[str]:
@@ -282,12 +316,11 @@ SaveGuard.write_adapter = staticmethod(save)
 SaveGuard.write_given = staticmethod(save_given)
 
 
-def _training_notes(held: Gathered) -> list[str]:
+def _training_notes(held: AdapterToSave) -> list[str]:
     """Return notes on what of the training the files do not have."""
     census, state, adapter = held.census, held.state, held.adapter
     elsewhere = "they are not in the files, so a model that loads the adapter computes something different"
     return [
-        *untrained_note(state, adapter, held.diagonals.values(), held.trained),
         *untied_by_peft(census, adapter.trained),
         *_left_out(census, state),
         *moved_note(census, state, [adapter], elsewhere),
@@ -314,122 +347,34 @@ def adapter_files(
 ) -> Files:
     """Return an adapter's files, to be written. Tensors must be contiguous and on the CPU."""
     planned = [Planned.whole(*item) for item in tensors.items()]
-    return files_of(directory, TENSORS_FILE, planned, metadata_of(header, tensors), fields, card)
+    write = partial(write_tensor_file, tensors=planned, metadata=metadata_of(header, tensors))
+    return files_of(directory, {TENSORS_FILE: write}, fields, card, has_header=header is not None)
 
 
 def files_of(
     directory: Path,
-    tensors_file: str,
-    tensors: Sequence[Planned],
-    metadata: Mapping[str, str],
+    tensors: Mapping[str, Callable[[Path], object]],
     fields: Mapping[str, Any] | None,
     card: str | None = None,
+    *,
+    has_header: bool = False,
 ) -> Files:
     """Return a file of tensors, a JSON if there are ``fields``, and a model card if there is one, to be written.
 
     Our header makes the file of the tensors complete in itself: it decides, and the JSON after it is a copy of its
     options for PEFT. Beside tensors without our header readers need the JSON, so it is gone while the tensors change.
+
+    Args:
+        directory: The directory to write into.
+        tensors: The name of the file of tensors, and what writes it, or begins to.
+        fields: The contents of the JSON.
+        card: The text of the model card.
+        has_header: Whether the file of tensors has our header.
     """
     config = None if fields is None else json.dumps(dict(fields), indent=2) + "\n"
-    writers: dict[str, Callable[[Path], object]] = {
-        tensors_file: lambda path: write_tensor_file(path, tensors, metadata)
-    }
+    writers = dict(tensors)
     for name, text in ((CARD_FILE, card), (CONFIG_FILE, config)):
         if text is not None:
             writers[name] = partial(Path.write_text, data=text, encoding="utf-8")
-    is_needed = config is not None and HEADER_KEY not in metadata
+    is_needed = config is not None and not has_header
     return Files(directory, writers, withdrawn=CONFIG_FILE if is_needed else None)
-
-
-def write_card(held: Gathered, contents: Contents, results: Results, repo_id: str | None, subfolder: str | None) -> str:
-    """Return the text of a model card. ``subfolder`` is the place of the files in the repository."""
-    census, header, adapter = held.census, contents.header, contents.adapter
-    report = adapter_report(census, adapter, header.shapes)
-    task, base = task_of(census.model), repo_of(contents.fields[BASE_FIELD])
-    place = f'"{repo_id or "path/to/this/directory"}"'
-    place += f', subfolder="{subfolder}"' if repo_id and subfolder else ""
-    # what the Hub reads, in YAML, of which JSON strings are a part
-    of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
-    of_task = [f"pipeline_tag: {task}"] if task else []
-    front_matter = ["---", *of_base, "library_name: randlora", *of_task, "tags:", "- randlora", "---"]
-    figures = (f"| {name} | {value} |" for name, value in _figures(report, header, adapter.left_out).items() if value)
-    here = f"import randlora\n\nrandlora.load(model, {place})  # model: the base model as it was before training"
-    there = f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, {place})"
-    sections = [
-        "\n".join(front_matter),
-        MARK,
-        f"# RandLoRA adapter of {base}" if base else "# RandLoRA adapter",
-        "An adapter of the method [RandLoRA](https://arxiv.org/abs/2502.00987): trained scalings of random bases.",
-        "\n".join(["| | |", "|---|---|", *figures]),
-        *([RESULTS, _results_table(results)] if results else ()),
-        "## Loading it",
-        f"```python\n{here}\n```",
-        "PEFT 0.21.2 does not load these files:" if contents.notes else "With PEFT:",
-        "\n".join(f"- {note}" for note in contents.notes) or f"```python\n{there}\n```",
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a README.md is a generated model card that still has its mark."""
-    return MARK in _lines(path)
-
-
-def results_note(path: Path, results: Results) -> list[str]:
-    """Return a note if a save with these results does not write them into the model card, or removes earlier ones."""
-    if results and os.path.lexists(path) and not is_ours(path):
-        return ["README.md is not a generated model card, so the results are not written into it"]
-    if not results and is_ours(path) and RESULTS in _lines(path):
-        return ["README.md had results of the replaced adapter, and has none now: pass results= to save for this one"]
-    return []
-
-
-def task_of(model: nn.Module) -> str | None:
-    """Return the Hub's name of a model's task if its class, such as `LlamaForCausalLM`, tells it.
-
-    For a class that takes more than text, or makes something else, such as audio, the result is ``None``.
-    """
-    kind = plain_class(model)
-    task = next((task for end, task in TASKS.items() if kind.__name__.endswith(end)), None)
-    if task is None or task == "image-classification":
-        return task
-    taken = " ".join(inspect.signature(kind.forward).parameters)
-    is_text = "input_ids" in taken and not NOT_TEXT.search(taken)
-    return task if is_text and "audio" not in (getattr(model, "output_modalities", None) or ()) else None
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-
-
-def _results_table(results: Mapping[str, float | str]) -> str:
-    cells = (tuple(" ".join(str(cell).split()).replace("|", r"\|") for cell in row) for row in results.items())
-    return "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
-
-
-def _figures(report: Report, header: Header, left_out: Sequence[str]) -> dict[str, object]:
-    spec = report.specs[0]  # all have the same, except for r and blocks
-    blocks = {r: record.spec.blocks for r, record in header.bases.items() if record.spec.blocks}
-    digests = {r: f"`{record.digest}`" for r, record in header.bases.items()}
-    kinds = sorted({fqn.rsplit(".", 1)[-1] for fqn in report.targets})
-    return {
-        **described(header.options),
-        "bases": spec.kind,
-        "blocks": _by_rank(blocks),
-        "stream of the bases": spec.stream,
-        "seed of the bases": f"{spec.seed}" if header.is_reproducible else "none reproduces them: they are in the file",
-        "SHA-256 of the bases": _by_rank(digests),
-        "adapted layers": f"{len(report.targets)}, called {_names(kinds)}",
-        "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} ({report.share:.2%})",
-        "trained with the adapter": _names(report.train_also),
-        "left out": "; ".join(line.removeprefix("left out: ") for line in left_out),
-    }
-
-
-def _by_rank(values: Mapping[int, object]) -> str:
-    """Return the only value, or each with its r."""
-    return ", ".join(f"{value} (r={r})" if len(values) > 1 else f"{value}" for r, value in values.items())
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

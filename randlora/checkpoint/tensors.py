@@ -10,7 +10,7 @@ counts and masks, need not be floating or finite.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
@@ -83,31 +83,54 @@ def _descended(fqn: str, targets: Container[str]) -> str:
     return ".".join(descended)
 
 
-def master(tensor: Tensor, device: torch.device | str, *, copy: bool = False) -> Tensor:
+def master(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Return Λ or Γ in float32, or in float64 if it is in float64."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    return tensor.detach().to(device=device, dtype=dtype, copy=copy).contiguous()
+    return tensor.detach().to(device=device, dtype=dtype).contiguous()
 
 
-def adapter_tensors(
-    values: Mapping[str, tuple[Tensor, Tensor]], trained: Mapping[str, Tensor], *, copy: bool = True
-) -> dict[str, Tensor]:
-    """Return Λ, Γ and the parameters trained with an adapter on the CPU, by key; copies unless told otherwise."""
+def adapter_tensors(values: Mapping[str, tuple[Tensor, Tensor]], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return Λ, Γ and the parameters trained with an adapter on the CPU, by key."""
     tensors = {}
     for fqn, diagonals in values.items():
         for key, diagonal in zip(value_keys(fqn, values), diagonals, strict=True):
-            tensors[key] = master(diagonal, "cpu", copy=copy)
+            tensors[key] = master(diagonal, "cpu")
     for fqn, parameter in trained.items():
-        tensors[trained_key(fqn, values)] = parameter.detach().to("cpu", copy=copy).contiguous()
+        tensors[trained_key(fqn, values)] = parameter.detach().to("cpu").contiguous()
     return tensors
 
 
 class Value(NamedTuple):
-    """A parameter or buffer to save, and the shape that it must have."""
+    """A parameter or buffer to save.
 
+    Attributes:
+        name: How messages call it.
+        parameter: The parameter, which may be sharded.
+        shape: The shape that it must have.
+        is_buffer: Whether it is a buffer.
+        is_diagonal: Whether it is Λ or Γ, which a file has in float32 or wider.
+    """
+
+    name: str
     parameter: Tensor
     shape: Sequence[int]
     is_buffer: bool = False
+    is_diagonal: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that a file has it in."""
+        own = self.parameter.dtype
+        return torch.promote_types(own, torch.float32) if self.is_diagonal else own
+
+    def problem(self, values: Tensor) -> str | None:
+        """Return why values of it cannot be saved: not here, not whole, or not readable by `load`; else ``None``."""
+        reason = _save_problem(values, self.shape, self.is_buffer)
+        return None if reason is None else f"{self.name} {reason}"
+
+    def stored(self, values: Tensor) -> Tensor:
+        """Return a copy of values of it as a file has them, on the CPU."""
+        return values.detach().to("cpu", self.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _flaw(tensor: Tensor, *, is_buffer: bool = False) -> str | None:
@@ -133,15 +156,9 @@ def is_text(name: str) -> bool:
     return True
 
 
-def save_problems(values: Mapping[str, Value]) -> list[str]:
-    """Return which of the values, by name, cannot be saved: not here, not whole, or not readable by `load`."""
-    problems = {name: _save_problem(*value) for name, value in values.items()}
-    return [f"{name} {problem}" for name, problem in problems.items() if problem is not None]
-
-
-def meta_problems(values: Mapping[str, Value]) -> list[str]:
-    """Return which of the values, by name, have no values."""
-    return [f"{name} {_META}" for name, value in values.items() if not has_values(value.parameter)]
+def meta_problems(values: Iterable[Value]) -> list[str]:
+    """Return which parameters have no values."""
+    return [f"{value.name} {_META}" for value in values if not has_values(value.parameter)]
 
 
 _META = "holds no values to save (meta or fake): materialize the model first"

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import FileIO
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -340,6 +341,60 @@ class Planned:
         """Its size in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def read(self) -> Tensor:
+        """Return all of it, in memory."""
+        pieces = [piece.flatten() for piece in self.pieces()]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(self.shape)
+
+
+class TensorFile:
+    """A safetensors file whose tensors are written one by one, in any order, each to its place.
+
+    It is open within a ``with`` block, and complete when all tensors have been written.
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[Planned], metadata: Mapping[str, str]) -> None:
+        """Plan a file. ``tensors`` are all that it will have, and of the metadata only the length must stay."""
+        self.tensors = sorted(tensors, key=lambda tensor: (-_ORDER[tensor.dtype], tensor.name))
+        self._path, self._header = path, header_bytes(self.tensors, metadata)
+        ends = accumulate((tensor.nbytes for tensor in self.tensors), initial=len(self._header))
+        self._starts = {tensor.name: start for tensor, start in zip(self.tensors, ends, strict=False)}
+
+    def __enter__(self) -> Self:
+        """Create the file, with its header."""
+        self._file = self._path.open("wb", buffering=0)
+        self._write_at(0, self._header)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def write(self, tensor: Planned, wrote: Callable[[int, str], object] | None = None) -> None:
+        """Write a tensor. ``wrote`` is called after each piece with its size in bytes and the name of its tensor."""
+        start = self._starts[tensor.name]
+        end = start + tensor.nbytes
+        for piece in tensor.pieces():
+            assert piece.dtype == tensor.dtype, f"{tensor.name} was planned as {tensor.dtype}"
+            view = bytes_of(piece.contiguous()).numpy().data
+            self._write_at(start, view)
+            start += len(view)
+            if wrote is not None:
+                wrote(len(view), tensor.name)
+        assert start == end, f"{tensor.name} does not have the size that it was planned with"
+
+    def write_metadata(self, metadata: Mapping[str, str]) -> None:
+        """Replace the metadata by others that are as long, such as with a checksum that is known at the end."""
+        header = header_bytes(self.tensors, metadata)
+        assert len(header) == len(self._header), "the tensors have their places"
+        self._write_at(0, header)
+
+    def _write_at(self, start: int, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        self._file.seek(start)
+        while view:
+            view = view[self._file.write(view) or 0 :]
+
 
 def write_tensor_file(
     path: Path,
@@ -347,32 +402,10 @@ def write_tensor_file(
     metadata: Mapping[str, str],
     wrote: Callable[[int, str], object] | None = None,
 ) -> None:
-    """Write a safetensors file from tensors in any order, one by one.
-
-    ``wrote`` is called after each piece with its size in bytes and the name of its tensor.
-    """
-    ordered = sorted(tensors, key=lambda tensor: (-_ORDER[tensor.dtype], tensor.name))
-    with path.open("wb", buffering=0) as file:
-        _write_fully(file, memoryview(header_bytes(ordered, metadata)))
-        for tensor in ordered:
-            _write_tensor(file, tensor, wrote)
-
-
-def _write_tensor(file: FileIO, tensor: Planned, wrote: Callable[[int, str], object] | None) -> None:
-    left = tensor.nbytes
-    for piece in tensor.pieces():
-        assert piece.dtype == tensor.dtype, f"{tensor.name} was planned as {tensor.dtype}"
-        view = bytes_of(piece.contiguous()).numpy().data
-        _write_fully(file, view)
-        left -= len(view)
-        if wrote is not None:
-            wrote(len(view), tensor.name)
-    assert left == 0, f"{tensor.name} does not have the size that it was planned with"
-
-
-def _write_fully(file: FileIO, view: memoryview) -> None:
-    while len(view):
-        view = view[file.write(view) or 0 :]
+    """Write a safetensors file from tensors in any order, one by one; ``wrote`` is as for `TensorFile.write`."""
+    with TensorFile(path, tensors, metadata) as file:
+        for tensor in file.tensors:
+            file.write(tensor, wrote)
 
 
 def header_bytes(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:

@@ -48,8 +48,8 @@ UNFLUSHABLE = (errno.EINVAL, errno.ENOTSUP)  # file systems on a network that fl
 class Files(NamedTuple):
     """Files to write into a directory, which is created if it does not exist and keeps its other files.
 
-    ``writers`` each write to the path they are given, by name; the first of the files decides. If the first does not
-    tell everything, ``withdrawn`` is the file without which readers ignore the others.
+    ``writers`` each write to the path they are given, or begin to, by name; the first of the files decides. If the
+    first does not tell everything, ``withdrawn`` is the file without which readers ignore the others.
     """
 
     directory: Path
@@ -63,26 +63,37 @@ def write_files(*each: Files) -> list[int]:
     All files are complete on disk before the first appears. If the disk refuses before that, nothing changes; if it
     refuses a rename later, completed directories remain, and the others are as they were.
     """
-    with ExitStack() as held:
-        scratches = [held.enter_context(_staged(files)) for files in each]
-        sizes = [sum(path.stat().st_size for path in (scratch / NEW).iterdir()) for scratch in scratches]
-        for files, scratch in zip(each, scratches, strict=True):
-            _reveal(files, scratch)
+    with staged_files(*each) as sizes:
+        pass
     return sizes
 
 
 @contextmanager
-def _staged(files: Files) -> Iterator[Path]:
-    """Write files into a hidden directory, and yield that."""
-    with scratch_for(files.directory) as scratch:
-        (scratch / NEW).mkdir()
-        for name, write in files.writers.items():
-            path = scratch / NEW / name
-            write(path)
-            with suppress(FileNotFoundError):  # what was private stays private
-                shutil.copymode(files.directory / name, path)
-            flush(path)
-        yield scratch
+def staged_files(*each: Files) -> Iterator[list[int]]:
+    """Call the writers of files, which appear at the end of the block as by `write_files`, or not at all if it raises.
+
+    A file that its writer has begun may be written within the block. The list yielded has the sizes after the block.
+    """
+    with ExitStack() as held:
+        scratches = [held.enter_context(scratch_for(files.directory)) for files in each]
+        for files, scratch in zip(each, scratches, strict=True):
+            (scratch / NEW).mkdir()
+            for name, write in files.writers.items():
+                write(scratch / NEW / name)
+        sizes: list[int] = []
+        yield sizes
+        for files, scratch in zip(each, scratches, strict=True):
+            sizes.append(sum(_complete(scratch / NEW / name, files.directory / name) for name in files.writers))
+        for files, scratch in zip(each, scratches, strict=True):
+            _reveal(files, scratch)
+
+
+def _complete(path: Path, replaced: Path) -> int:
+    """Flush a new file, with the permissions of the file that it replaces, and return its size."""
+    with suppress(FileNotFoundError):  # what was private stays private
+        shutil.copymode(replaced, path)
+    flush(path)
+    return path.stat().st_size
 
 
 def _reveal(files: Files, scratch: Path) -> None:

@@ -246,7 +246,7 @@ def contents_as(
         for r, spec in specs.items():
             require_drawable(spec, header.rectangles[r], file, adapter.known)
     if is_stored:
-        stored = stored_bases(adapter.bases, header)
+        stored = {planned.name: planned.read() for planned in stored_bases(adapter.bases, header)}
         tensors |= _filled_up(stored, header) if to == "peft" else stored
         reason = "PEFT would draw different ones from the seed" if to == "peft" else "no seed reproduces them"
         notes = (f"the bases are in the file: {reason}",)

@@ -73,7 +73,8 @@ class AdapterFiles:
 
     def write(self, directory: Path) -> int:
         """Write the files into a directory, all or none, and return their size in bytes."""
-        (nbytes,) = write_files(files_of(directory, self.tensors_file, self.tensors, self.metadata, self.fields))
+        write = partial(write_tensor_file, tensors=self.tensors, metadata=self.metadata)
+        (nbytes,) = write_files(files_of(directory, {self.tensors_file: write}, self.fields))
         return nbytes
 
 

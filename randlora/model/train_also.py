@@ -226,20 +226,8 @@ def _differs(now: Tensor, before: Tensor | None) -> bool:
     return held.shape != value.shape or not bool(((held == value) | (held.isnan() & value.isnan())).all())
 
 
-def untrained_note(
-    state: ModelState,
-    adapter: Adapter,
-    diagonals: Iterable[tuple[Tensor, Tensor]],
-    trained: Mapping[str, Tensor],
-) -> list[str]:
-    """Return a note if an adapter's update is zero in all layers and its parameters equal those of the base.
-
-    Λ and Γ of each layer, and the parameters trained with the adapter by FQN, are given with all their values.
-    """
-    if any(lam.any() and gamma.any() for lam, gamma in diagonals):
-        return []
-    if not all(_equals(state.replaced[fqn].original, trained[fqn]) for fqn in adapter.parameters):
-        return []
+def untrained_note(adapter: Adapter) -> list[str]:
+    """Return a note on an adapter whose update is zero in all layers and whose parameters equal those of the base."""
     also = ", and what train_also names is unchanged" if adapter.parameters else ""
     cause = "an optimizer made before inject does not know its parameters"
     zero = f"the update of {adapter.name!r} is exactly zero in all layers{also}"
@@ -253,8 +241,10 @@ def untrained_notes(census: Census, state: ModelState, adapters: Iterable[Adapte
         sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
         diagonals = [site.layer.diagonals_of(site.owner, adapter.name) for site in sites]
         flat = [*(each for pair in diagonals for each in pair), *adapter.parameters.values()]
-        if all(_is_whole(each) for each in flat):
-            notes += untrained_note(state, adapter, diagonals, adapter.trained)
+        if not all(_is_whole(each) for each in flat) or any(lam.any() and gamma.any() for lam, gamma in diagonals):
+            continue
+        if not any(is_changed(state, fqn, copy) for fqn, copy in adapter.parameters.items()):
+            notes += untrained_note(adapter)
     return notes
 
 
@@ -262,11 +252,12 @@ def _is_whole(tensor: Tensor) -> bool:
     return has_values(tensor) and is_whole(tensor)
 
 
-def _equals(own: Tensor, copy: Tensor) -> bool:
-    """Whether a whole copy has the values of the model's own parameter, as far as this process has them."""
+def is_changed(state: ModelState, fqn: str, copy: Tensor) -> bool:
+    """Whether a whole copy has different values than the model's own parameter, as far as this process has them."""
+    own = state.replaced[fqn].original
     place = place_at(own)
     if not has_values(own) or not place.is_lasting:
-        return False
+        return True
     if place.part is not None:
         own, copy = place.read(), values_within(copy, place.part)
-    return torch.equal(own.detach().to(device=copy.device, dtype=copy.dtype), copy.detach())
+    return not torch.equal(own.detach().to(device=copy.device, dtype=copy.dtype), copy.detach())

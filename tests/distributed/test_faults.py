@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -21,9 +20,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import randlora
-from randlora.disk.formats import write_tensor_file
+from randlora.checkpoint.tensors import Value
+from randlora.disk.formats import TensorFile, write_tensor_file
 from randlora.errors import AdapterError, CheckpointError, MergeError, RandLoRAError
 from randlora.layers.base import AdapterLayer
 from randlora.model import merge
@@ -114,6 +115,38 @@ def test_what_fails_in_one_process_is_raised_in_all_and_leaves_nothing(engine: s
         dist.barrier()
         assert [path.name for path in tmp_path.iterdir()] == ["taken"]
     randlora.files.save_merged(model, out)
+
+
+@pytest.mark.parametrize("engine", GATHER)
+def test_a_save_that_fails_half_way_leaves_the_files_that_were_there(engine: str, tmp_path: Path) -> None:
+    """Also of adapters that were written to their end, and of directories that were not there."""
+    run = ENGINES[engine].make(Drawn())
+    model = getattr(run, "module", run)
+    randlora.inject(model, r=2, targets=["up"], name="second", trainable=False)
+    randlora.save_all(model, tmp_path / "old")
+    dist.barrier()
+    before, write = contents(tmp_path), TensorFile.write
+    for out, full in (("old", "blocks.0.down"), ("new", "/second/")):  # in the middle of the first, and the second
+
+        def fill_up(file: TensorFile, tensor: Any, full: str = full) -> None:
+            if full in f"{file._path} {tensor.name}":
+                raise OSError(28, "No space left on device")
+            write(file, tensor)
+
+        with mock.patch.object(TensorFile, "write", fill_up), pytest.raises(OSError, match="No space left") as caught:
+            randlora.save_all(model, tmp_path / out)
+        assert len(set(on_all(str(caught.value)))) == 1
+        assert contents(tmp_path) == before
+    for name, parameter in model.named_parameters():
+        if "blocks.1" in name and "gamma" in name:
+            with gathered([parameter]), torch.no_grad():
+                (parameter._local_tensor if isinstance(parameter, DTensor) else parameter).fill_(torch.nan)
+    said = r"3 problems:\n.*Γ of blocks\.1\.up holds NaN.*\n.*Γ of blocks\.1\.down holds NaN.*\n.*Γ of blocks\.1\.up"
+    with pytest.raises(CheckpointError, match=said) as refused:
+        randlora.save_all(model, tmp_path / "old")
+    assert len(set(on_all(str(refused.value)))) == 1
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.rglob("*") if path.is_dir()] == ["old", "second"]
 
 
 def test_a_merge_that_is_not_finite_in_one_process_is_refused_in_all() -> None:
@@ -352,12 +385,12 @@ def test_norms_under_zero_3_are_neither_trained_nor_limited(engine: str) -> None
 @contextmanager
 def watched(name: str, on: Any) -> Iterator[list[int]]:
     """Yield how many of the tensors that a function has returned are there whenever it returns another."""
-    own, held, alive = getattr(on, name), list[Any](), list[int]()
+    own, held, alive = getattr(on, name), list[StorageWeakRef](), list[int]()
 
     def watching(*args: Any, **options: Any) -> Tensor:
         found: Tensor = own(*args, **options)
-        held.append(weakref.ref(found))
-        alive.append(sum(each() is not None for each in held))
+        held.append(StorageWeakRef(found.untyped_storage()))
+        alive.append(sum(not each.expired() for each in held))
         return found
 
     with mock.patch.object(on, name, watching):
@@ -366,11 +399,16 @@ def watched(name: str, on: Any) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("engine", GATHER)
 def test_one_tensor_at_a_time_is_gathered(engine: str, tmp_path: Path) -> None:
-    model = ENGINES[engine].make(NARROW)
-    for verb in (partial(randlora.save, model, tmp_path / "adapter"), partial(randlora.adapter_state, model)):
-        with watched(*GATHER[engine]) as alive:
+    model, count = ENGINES[engine].make(NARROW), 5 * 2 + 2  # Λ and Γ of five layers, and what is trained beside them
+    verbs: list[tuple[Callable[[], object], list[list[int]]]] = [
+        (partial(randlora.save, model, tmp_path / "adapter"), [[1] * count, []]),  # by the process that writes
+        (partial(randlora.adapter_state, model), [[*range(1, count + 1)]] * 2),
+    ]
+    for verb, expected in verbs:
+        with watched(*GATHER[engine]) as alive, watched("stored", Value) as copies:
             verb()
-        assert alive == [1] * (5 * 2 + 2)  # Λ and Γ of five layers, and what is trained beside them
+        assert alive == [1] * count
+        assert on_all(copies) == expected
     written = mock.Mock(side_effect=write_tensor_file)
     with watched(*GATHER[engine]) as alive, mock.patch(f"{SAVING}.write_tensor_file", written):
         randlora.files.save_merged(model, tmp_path / "out", max_shard_size=1000)
@@ -404,8 +442,8 @@ def test_one_process_writes_and_all_learn_of_errors(order: str, tmp_path: Path) 
                 fully_shard(model, mesh=mesh["data" if "split" in order else "tensor"])
     (tmp_path / "file").touch()
     save_module = importlib.import_module("randlora.checkpoint.save")  # the package has a function of this name
-    written = mock.Mock(side_effect=save_module.write_files)
-    with mock.patch.object(save_module, "write_files", written):
+    written = mock.Mock(side_effect=save_module.staged_files)
+    with mock.patch.object(save_module, "staged_files", written):
         assert randlora.save(model, tmp_path / "adapter").nbytes > 0
         model.save_pretrained(tmp_path / "other")
         for write in (partial(randlora.save, model), model.save_pretrained):
