@@ -363,7 +363,11 @@ class TensorFile:
     def __enter__(self) -> Self:
         """Create the file, with its header."""
         self._file = self._path.open("wb", buffering=0)
-        self._write_at(0, self._header)
+        try:
+            self._write_at(0, self._header)
+        except BaseException:
+            self._file.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -94,10 +94,13 @@ def ranks_holding(model: nn.Module, *, is_written: bool = False) -> Ranks | None
     return ranks_of(model.parameters(), is_written=is_written)
 
 
-def is_held_together(model: nn.Module) -> bool:
-    """Whether several processes together hold an adapted model, so that all must call functions on it."""
+def is_held_together(model: nn.Module, *, is_written: bool = False) -> bool:
+    """Whether several processes together hold an adapted model, so that all must call functions on it.
+
+    ``is_written`` is as for `ranks_of`: then a model of ZeRO-3 counts that is whole on this process now.
+    """
     settle(model)  # after a forward, whole copies may be in the places of shards
-    return ranks_holding(model) is not None
+    return ranks_holding(model, is_written=is_written) is not None
 
 
 @contextmanager

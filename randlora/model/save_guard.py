@@ -74,9 +74,7 @@ class SaveGuard:
                     "not merged: merge it too, or unmerge all"
                 )
             self._require_merged(kwargs.get("state_dict"))
-            # a module that transformers has sharded gathers what it writes
-            gathers = getattr(getattr(module, "config", None), "distributed_config", None) is not None
-            if kwargs.get("state_dict") is None and is_held_together(root) and not gathers:
+            if kwargs.get("state_dict") is None and is_held_together(root) and not _gathers(module):
                 raise MergeError(
                     f"{self.name} would write what this process holds of a sharded model: call "
                     "randlora.files.save_merged(model, directory) in all processes"
@@ -129,12 +127,18 @@ class SaveGuard:
                 "randlora.save(model, directory, name=...)"
             )
         values, is_shared = kwargs.get("state_dict"), is_held_together(root)
-        if not kwargs.get("is_main_process", True) and not (is_shared and values is None):
+        # an engine of ZeRO-3 gives its values to the main process, and None to the others
+        is_alone = values is not None or ("state_dict" in kwargs and not _gathers(module))
+        if not kwargs.get("is_main_process", True) and (is_alone or not is_shared):
             return
-        if is_shared and values is not None and not values:  # as a Trainer calls it with ZeRO-3
+        if values is not None and not values and is_held_together(root, is_written=True):
+            # a Trainer does this in one process, so neither values can be gathered nor an error raised
+            place = "a checkpoint" if CHECKPOINT.fullmatch(Path(given[0]).name) else repr(str(given[0]))
             warn(
-                f"{self.name} wrote nothing, because its state_dict is empty: use AdapterTrainer, or set "
-                "stage3_gather_16bit_weights_on_model_save to true for an engine of ZeRO-3"
+                f"{self.name} wrote no adapter to {place}, because its state_dict is empty, as transformers' Trainer "
+                "gives it with DeepSpeed's ZeRO-3: set stage3_gather_16bit_weights_on_model_save to true in "
+                "zero_optimization, use AdapterTrainer of randlora.integrations.transformers, or call "
+                "randlora.save(model, directory) in all processes"
             )
             return
         if is_shared and values is not None:  # that one process gathered, which may call alone
@@ -156,6 +160,11 @@ class SaveGuard:
                 "randlora.files.save_merged(model, directory). inject and load take save_pretrained='adapter', which "
                 "does not warn, or 'error'"
             )
+
+
+def _gathers(module: nn.Module) -> bool:
+    """Whether transformers has sharded a module, and calls its ``save_pretrained`` in all processes to gather it."""
+    return getattr(getattr(module, "config", None), "distributed_config", None) is not None
 
 
 def _require_own_values(module: nn.Module, given: Mapping[str, Any] | None) -> None:

@@ -45,6 +45,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "3": SPREAD,
     "3-experts": SPREAD | {"memory_efficient_linear": False},  # else it computes F.linear by a function of its own
     "3-persistent": {"stage": 3},
+    "3-gathered": SPREAD | {"stage3_gather_16bit_weights_on_model_save": True},
     "3-offload": SPREAD | {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
 

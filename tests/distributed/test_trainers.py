@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,7 @@ from tests.distributed.processes import FOUR, in_two, on_all
 from tests.distributed.trained import Drawn, distance, optimizer_of, trained_alone, values
 from tests.further import further
 from tests.kit import all_bits
+from tests.model_directories import contents
 from tests.pages import ROOT, imported
 
 
@@ -118,6 +120,63 @@ def test_a_run_is_resumed_from_checkpoints_without_the_base(tmp_path: Path, engi
         assert not any(each.get("frozen_param_fragments") for each in held)
 
 
+NOT_WRITTEN = (
+    r"wrote no adapter to a checkpoint, .*set stage3_gather_16bit_weights_on_model_save to true in zero_optimization, "
+    r"use AdapterTrainer .*, or call randlora\.save\(model, directory\) in all processes"
+)
+
+
+@in_two
+@pytest.mark.parametrize(
+    ("engine", "has_adapter"),
+    [
+        ("zero 3", False),
+        ("zero 3-persistent", False),  # all parameters are whole between two steps
+        ("zero 3-gathered", True),
+        ("zero 2", True),
+        ("fsdp FULL_STATE_DICT", True),
+        ("fsdp SHARDED_STATE_DICT", False),  # of which transformers asks for no files
+    ],
+)
+def test_a_stock_trainer_resumes_and_says_if_it_writes_no_adapter(
+    tmp_path: Path, engine: str, *, has_adapter: bool
+) -> None:
+    """From the engine's own checkpoints, which have the base too."""
+    with launched(engine):
+        from transformers import Trainer, TrainingArguments
+
+        from tests.trainers import adapted_model, arguments, plain_model, rows
+
+        def trainer() -> Any:
+            given = arguments(TrainingArguments, tmp_path / "run", **options(engine))
+            return Trainer(adapted_model(train_also=["norm"], dropout=0.1), given, train_dataset=rows())
+
+        through, rest = trainer(), None
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            through.train()
+            through.save_model(str(tmp_path / "end"))
+        dist.barrier()
+        rest = trainer()
+        rest.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+        losses, resumed = ([each.get("loss") for each in own.state.log_history] for own in (through, rest))
+        assert losses == resumed
+        found = [all_bits(randlora.adapter_state(each.model).tensors) for each in (through, rest)]
+        assert all(each == found[0] for of_rank in on_all(found) for each in of_rank)
+        said = [str(each.message) for each in caught if "wrote no adapter" in str(each.message)]
+        is_silent = has_adapter or dist.get_rank() or engine.startswith("fsdp")
+        assert len(said) == (0 if is_silent else 3)
+        if said:
+            assert said[0] == said[1]  # so that Python shows it once
+            assert re.search(NOT_WRITTEN, said[0])
+            assert f"wrote no adapter to '{tmp_path / 'end'}'" in said[2]
+        for directory in (tmp_path / "run/checkpoint-2", tmp_path / "end"):
+            assert (directory / "adapter_model.safetensors").exists() == has_adapter
+        if has_adapter:
+            loaded = plain_model()
+            randlora.load(loaded, tmp_path / "end", trainable=True)
+            assert all_bits(randlora.adapter_state(loaded).tensors) == found[0]
+
+
 def make(kind: str, directory: Path, train_also: list[str], given: dict[str, Any]) -> Any:
     """Make a trainer of TRL, which must not load a model."""
     import trl
@@ -203,6 +262,34 @@ def test_an_accelerator_trains_saves_and_resumes_an_adapter(tmp_path: Path) -> N
     assert distance(found, values(one)) <= 1e-6
     randlora.load(loaded, tmp_path / "adapter")
     assert all_bits(values(loaded)) == all_bits(found)
+
+
+@in_two
+@pytest.mark.parametrize("engine", ["zero 3-gathered", "fsdp FULL_STATE_DICT"])
+def test_all_processes_save_what_accelerate_gathers_in_the_first(tmp_path: Path, engine: str) -> None:
+    """The others have nothing, or no values, to give."""
+    with launched(engine):
+        from accelerate import Accelerator
+        from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+
+        from tests.trainers import adapted_model
+
+        if engine.startswith("zero"):
+            config = options(engine)["deepspeed"] | {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0}
+            accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        else:
+            plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+            accelerator = Accelerator(fsdp_plugin=plugin)
+        model = adapted_model(train_also=["norm"])
+        wrapped, _ = accelerator.prepare(model, optimizer_of(model))
+        accelerator.unwrap_model(wrapped).save_pretrained(
+            tmp_path / "adapter",
+            is_main_process=accelerator.is_main_process,
+            save_function=accelerator.save,
+            state_dict=accelerator.get_state_dict(wrapped),
+        )
+        randlora.save(accelerator.unwrap_model(wrapped), tmp_path / "own")
+        assert contents(tmp_path / "adapter") == contents(tmp_path / "own")
 
 
 def fitted(is_sharded: bool, out: Path, epochs: int, resume: Path | None = None) -> Any:
