@@ -30,10 +30,13 @@ class Place(ABC):
 
     Attributes:
         is_lasting: Whether written values stay. Not if an optimizer has copies that it would write back.
+        is_gathered_by_use: Whether a forward gathers the values where it uses them. All processes must then use the
+            same parameters in the same order.
         exchanges: How the parameter is exchanged for a copy.
     """
 
     is_lasting: bool = True
+    is_gathered_by_use: bool = False
     exchanges: Exchanges = "parameters"
 
     @property

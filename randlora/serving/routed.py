@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -25,7 +26,8 @@ from randlora.model.listing import adapter_parameters, offloaded_diagonals
 from randlora.model.switch import without_active
 from randlora.model.view import require_own
 from randlora.modes import uncompiled
-from randlora.places import is_whole
+from randlora.places import is_whole, place_at
+from randlora.ranks import agree
 from randlora.serving.labels import first_dimension
 from randlora.serving.routing import Routing, RunningCall, require_here
 from randlora.serving.run import Hook, RowByRow, RowsOfAttention
@@ -83,8 +85,9 @@ def routed(
 
     Raises:
         AdapterError: If a name is unknown, an adapter trained further parameters with ``train_also``, the adapters are
-            merged, or another thread routes through this model. Inside the block: if a call of the model has a
-            different number of rows, or a layer's rows are unknown.
+            merged, another thread routes through this model, or processes that hold it together have rows of adapters
+            that they would mix up. Inside the block: if a call of the model has a different number of rows, or a
+            layer's rows are unknown.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -104,6 +107,7 @@ def routed(
         state.require_exchangeable([], "route")
         parameters = [*adapter_parameters(census, *used)]
         routing.keeps = all(map(is_whole, {type(part): part for part in parameters}.values()))
+        _require_alike(census, state, routing)
         return routing
 
     return _watching(model, without_active(model, checked))
@@ -152,6 +156,31 @@ def _problems(state: ModelState, routing: RowByRow) -> list[str]:
     if open_elsewhere(state.disabled):
         problems.append(ELSEWHERE)
     return problems
+
+
+def _require_alike(census: Census, state: ModelState, routing: RowByRow) -> None:
+    """Raise an `AdapterError` in all processes if they would mix up values or gradients of the adapters of their rows.
+
+    Values that a forward gathers where it uses them are mixed up if the processes use them in different orders, and
+    gradients of shards if a process has none.
+    """
+    some = [one for each in state.adapters.values() for one in islice(adapter_parameters(census, each), 1)]
+    places = [place_at(each) for each in some]
+    own: object = None  # nothing can be mixed up
+    if any(place.is_gathered_by_use for place in places):
+        own = routing.adapters, routing.index.tolist()
+        remedy = "name the same adapter for each row in all of them"
+    elif torch.is_grad_enabled() and any(
+        each.requires_grad and place.part is not None for each, place in zip(some, places, strict=True)
+    ):
+        own = sorted(routing.adapters)
+        remedy = "give each of them rows of the same adapters, or inject the adapters after the model is sharded"
+    every = agree(own)
+    if own is not None and any(each != own for each in every):
+        raise AdapterError(
+            f"cannot route: the processes that hold this model together have rows of different adapters, whose values "
+            f"or gradients would be mixed up: {remedy}"
+        )
 
 
 class Entries:

@@ -244,6 +244,7 @@ class Spread(Place):
     """
 
     is_lasting = False  # the engine's optimizer has copies
+    is_gathered_by_use = True
 
     def __init__(self, parameter: Any, exchanges: Exchanges = "parameters") -> None:
         """Take a parameter that ZeRO-3 manages."""
