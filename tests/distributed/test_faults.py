@@ -34,6 +34,7 @@ from tests.distributed.processes import in_four, in_two, in_two_of_zero, on_all
 from tests.distributed.test_engines import PLANS
 from tests.distributed.trained import Drawn, Net, gathered, held
 from tests.model_directories import contents
+from tests.pages import snippet
 
 pytestmark = in_two
 
@@ -225,6 +226,24 @@ def test_an_error_in_one_block_of_merged_does_not_wait_for_others() -> None:
             raise ZeroDivisionError
         if dist.get_rank():
             dist.send(torch.zeros(1), 0)
+
+
+@pytest.mark.parametrize("engine", GATHER)
+def test_a_consumer_of_merged_tensors_that_fails_in_one_process_is_told_to_all(engine: str) -> None:
+    """By the code of docs/rollouts.md."""
+    model, taken = ENGINES[engine].make(DRAWN), list[str]()
+
+    def load_weight(name: str, tensor: Tensor) -> None:
+        if dist.get_rank() == 1 and len(taken) == 3:
+            raise ZeroDivisionError(f"{name} of {tensor.shape}")
+        taken.append(name)
+
+    code = snippet("rollouts.md", "all_gather_object")
+    scope = {"dist": dist, "randlora": randlora, "model": model, "load_weight": load_weight}
+    with pytest.raises(RuntimeError, match=r"not loaded: \[None, .ZeroDivisionError"):
+        exec(code, scope)
+    names = [name for name, _ in randlora.merged_tensors(model)]
+    assert on_all(taken) == [names, names[:3]]
 
 
 def test_a_swap_with_nothing_in_one_process_changes_nothing(tmp_path: Path) -> None:
