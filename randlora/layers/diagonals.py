@@ -8,7 +8,7 @@ however they are replaced: `nn.Module.to`, FSDP, `torch.func.functional_call` an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,7 @@ from randlora.bases.spec import Shape, count_bases
 from randlora.config import Init
 from randlora.errors import AdapterError
 from randlora.layers.scopes import is_in_call
-
-if TYPE_CHECKING:
-    from randlora.layers.base import AdapterLayer
+from randlora.state import SiteAdapter
 
 Named = dict[str, nn.Parameter | None]
 
@@ -79,6 +77,12 @@ for _method in ("__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault
     setattr(Values, _method, _filling(_method))
 
 
+class Adapted(Protocol):
+    """What Λ and Γ know of the adapter layer of their weight."""
+
+    adapters: dict[str, SiteAdapter]
+
+
 class Diagonal(nn.ParameterDict):
     """Λ or Γ of one weight.
 
@@ -93,9 +97,9 @@ class Diagonal(nn.ParameterDict):
 
     randlora_acting: tuple[str, ...] = ()
     randlora_slots: Slots | None
-    randlora_layer: AdapterLayer
+    randlora_layer: Adapted
 
-    def __init__(self, layer: AdapterLayer) -> None:
+    def __init__(self, layer: Adapted) -> None:
         """Create it without parameters."""
         super().__init__()
         self._parameters = Values()
