@@ -135,6 +135,10 @@ def _hints(function: Any) -> dict[str, Any]:
     return get_type_hints(function)
 
 
+RIGHT = {(kind, kind) for kind in (bool, int, str)}
+"""Classes and type hints of which every value is right, and need not be looked at."""
+
+
 def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:
     """Yield messages about the parts of a value that do not match a type hint, with their names and the expected type.
 
@@ -179,17 +183,21 @@ def _differences(value: Any, hint: Any, name: str) -> Iterator[str]:
         hints = _hints(hint)
         yield from (f"{name or 'it'} has no {field}" for field in sorted(hint.__required_keys__ - value.keys()))
         for field in sorted(hints.keys() & value.keys()):
-            yield from mistyped(value[field], hints[field], f"{name}.{field}".removeprefix("."))
+            if (type(value[field]), hints[field]) not in RIGHT:
+                yield from mistyped(value[field], hints[field], f"{name}.{field}".removeprefix("."))
     elif form is tuple and len(value) != len(args):
         yield f"{name} must have {len(args)} entries, got {len(value)}"
     elif form in (tuple, list, Sequence):
         inner = args if form is tuple else args * len(value)
         for index, (entry, entry_hint) in enumerate(zip(value, inner, strict=True)):
-            yield from mistyped(entry, entry_hint, f"{name}[{index}]")
+            if (type(entry), entry_hint) not in RIGHT:
+                yield from mistyped(entry, entry_hint, f"{name}[{index}]")
     elif form in (dict, Mapping):
         for key, entry in value.items():
-            yield from mistyped(key, args[0], f"a name in {name}")
-            yield from mistyped(entry, args[1], f"{name}[{shortly(key)}]")
+            if (type(key), args[0]) not in RIGHT:
+                yield from mistyped(key, args[0], f"a name in {name}")
+            if (type(entry), args[1]) not in RIGHT:
+                yield from mistyped(entry, args[1], f"{name}[{shortly(key)}]")
     elif form is float and not is_finite(value):
         yield f"{name} must be a finite number, got {shortly(value)}"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -53,15 +53,17 @@ def in_mode(tensor: Tensor) -> Tensor:
     return tensor if mode is None else mode.from_tensor(tensor)
 
 
-def fake_obstacle(tensor: Tensor) -> str | None:
-    """Return why tensors made now would not work together with one, as a phrase after its name, or ``None``."""
+def fake_obstacle(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return why tensors made now would not work together with one of some named tensors, or ``None``."""
     mode = fake_mode()
-    if isinstance(tensor, FakeTensor) and tensor.fake_mode is not mode:
-        return "is fake: call this, and the model, under the FakeTensorMode that it was made under"
-    if mode is not None and not isinstance(tensor, FakeTensor):
-        return (
-            "has values, but tensors made under FakeTensorMode have none: leave this mode, or build the model under it"
-        )
+    for name, tensor in tensors:
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is not mode:
+            return f"{name} is fake: call this, and the model, under the FakeTensorMode that it was made under"
+        if mode is not None and not isinstance(tensor, FakeTensor):
+            return (
+                f"{name} has values, but tensors made under FakeTensorMode have none: leave this mode, or build the "
+                "model under it"
+            )
     return None
 
 

@@ -244,7 +244,7 @@ class Offloading(Keeper):
 
         ``None`` too if it is loaded together with a whole module around it, or from a map that cannot be written to.
         """
-        if not (hooks := list(offloading_hooks(owner))):
+        if HOOK not in vars(owner) or not (hooks := list(offloading_hooks(owner))):
             return None
         entries = [_entry(hook.weights_map, attribute) for hook in hooks]
         found = tuple(entry for entry in entries if entry is not None)
@@ -261,7 +261,7 @@ class Offloading(Keeper):
     def holders(self, owner: nn.Module) -> list[object]:
         """Return the maps and loaders that hooks load a module's parameters from."""
         found: dict[int, object] = {}
-        for hook in offloading_hooks(owner):
+        for hook in offloading_hooks(owner) if HOOK in vars(owner) else ():
             holder = hook
             within = hook.weights_map
             while (inner := getattr(within, "dataset", None)) is not None:
@@ -274,7 +274,7 @@ class Offloading(Keeper):
         """Return which modules have parameters that accelerate loads; see `loaded_modules`."""
         found: dict[int, str | None] = {}
         for module in modules:
-            for hook in offloading_hooks(module):
+            for hook in offloading_hooks(module) if HOOK in vars(module) else ():
                 if hook.place_submodules:
                     found |= dict.fromkeys(map(id, module.modules()), plain_class(module).__name__)
                 else:

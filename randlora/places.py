@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from randlora.functional.region import Spans, take_spans
 from randlora.ranks import Ranks
@@ -174,7 +175,7 @@ class Plain(Whole):
         """Take a module and the name of its parameter."""
         self._owner, self._attribute = owner, attribute
         self._own: nn.Parameter = owner._parameters[attribute]  # type: ignore[assignment]  # it has one
-        super().__init__(self._own)
+        self._tensor = self._own
 
     def write(self, value: Tensor) -> None:
         """Replace the current parameter by one with these values.
@@ -200,7 +201,10 @@ class Keeper:
     """Finds places of values that are kept outside of their parameters. Register subclasses by `register_keeper`."""
 
     def place_at(self, tensor: Tensor) -> Place | None:  # noqa: ARG002  # for those that keep no such tensors
-        """Return the place of a tensor if it is kept here, whichever module it belongs to."""
+        """Return the place of a tensor if it is kept here, whichever module it belongs to.
+
+        Tensors that are kept elsewhere have their own class, or attributes; others are not asked about.
+        """
         return None
 
     def place_of(self, owner: nn.Module, attribute: str) -> Place | None:  # noqa: ARG002
@@ -239,33 +243,52 @@ class Keeper:
         """Have a model hold its parameters as they are between its calls."""
 
 
-KEEPERS: list[Keeper] = []
-"""The keepers that find places that are not plain, in the order in which they are asked."""
+_answers: dict[str, list[Any]] = {question: [] for question in vars(Keeper) if not question.startswith("_")}
+"""For each question, the methods of the keepers that do not leave the answer to the base class, in their order."""
 
 
 def register_keeper(kind: type[Keeper]) -> type[Keeper]:
     """Add a keeper; a decorator of its class."""
-    KEEPERS.append(kind())
+    keeper = kind()
+    for question, answers in _answers.items():
+        if getattr(kind, question) is not getattr(Keeper, question):
+            answers.append(getattr(keeper, question))
     return kind
 
 
 def place_of(owner: nn.Module, attribute: str) -> Place:
     """Return the place of a module's parameter or buffer."""
-    buffer = owner._buffers.get(attribute)
-    tensor = owner._parameters[attribute] if buffer is None else buffer
-    for keeper in KEEPERS:
-        found = keeper.place_of(owner, attribute)
-        if found is None and tensor is not None:
-            found = keeper.place_at(tensor)
-        if found is not None:
-            return found
-    return Plain(owner, attribute) if buffer is None else Whole(buffer)
+    for find in _answers["place_of"]:
+        if (place := find(owner, attribute)) is not None:
+            return place  # type: ignore[no-any-return]
+    if (buffer := owner._buffers.get(attribute)) is not None:
+        return place_at(buffer)
+    parameter = owner._parameters[attribute]
+    place = None if parameter is None else place_at(parameter)
+    return Plain(owner, attribute) if place is None or type(place) is Whole else place
 
 
 def place_at(tensor: Tensor) -> Place:
     """Return the place of a tensor that is not a parameter of the model, such as Λ or a copy that an adapter trains."""
-    found = (keeper.place_at(tensor) for keeper in KEEPERS)
-    return next((place for place in found if place is not None), None) or Whole(tensor)
+    is_marked = type(tensor) not in (Tensor, nn.Parameter) or bool(vars(tensor))
+    for find in _answers["place_at"] if is_marked else ():
+        if (place := find(tensor)) is not None:
+            return place  # type: ignore[no-any-return]
+    return Whole(tensor)
+
+
+def identities(owner: nn.Module, attribute: str, tensor: Tensor) -> tuple[object, ...]:
+    """Return keys of a module's parameter, one of which is equal for parameters that share its values.
+
+    Such parameters share memory, or did so when accelerate offloaded them. One without a shape has no keys.
+    """
+    if is_lazy(tensor):
+        return ()
+    if not tensor.is_meta:
+        is_plain = type(tensor.data) is Tensor and tensor.numel() > 0
+        return ((tensor.device, tensor.data_ptr()) if is_plain else id(tensor),)
+    place = place_of(owner, attribute) if tensor.numel() > 0 else None
+    return (id(tensor), *(place.identities if place is not None and place.is_away else ()))
 
 
 def is_whole(tensor: Tensor) -> bool:
@@ -275,29 +298,29 @@ def is_whole(tensor: Tensor) -> bool:
 
 def lent(tensor: Tensor) -> str | None:
     """Return what to do to have all values of a tensor, if its data are these only for a while; else ``None``."""
-    return next((remedy for keeper in KEEPERS if (remedy := keeper.lent(tensor)) is not None), None)
+    return next((remedy for ask in _answers["lent"] if (remedy := ask(tensor)) is not None), None)
 
 
 def withheld(model: nn.Module) -> str | None:
     """Return why a model, given with what wraps it, has not all values here, and what to do; else ``None``."""
-    return next((problem for keeper in KEEPERS if (problem := keeper.withheld(model)) is not None), None)
+    return next((problem for ask in _answers["withheld"] if (problem := ask(model)) is not None), None)
 
 
 def own_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class that a module had before a keeper of its parameters changed it."""
-    for keeper in KEEPERS:
-        kind = keeper.own_class(kind)
+    for find in _answers["own_class"]:
+        kind = find(kind)
     return kind
 
 
 def holders(owner: nn.Module) -> list[object]:
     """Return the objects other than a module whose attributes change when one of its parameters is written."""
-    return [each for keeper in KEEPERS for each in keeper.holders(owner)]
+    return [each for find in _answers["holders"] for each in find(owner)]
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook of a module may load or move its parameters."""
-    return any(keeper.is_hooked(module) for keeper in KEEPERS)
+    return any(ask(module) for ask in _answers["is_hooked"])
 
 
 def loaded_modules(modules: Iterable[nn.Module]) -> dict[int, str | None]:
@@ -310,7 +333,7 @@ def loaded_modules(modules: Iterable[nn.Module]) -> dict[int, str | None]:
         For each, the name of the class of the module that it is loaded with; ``None`` if it is loaded by itself.
     """
     modules = list(modules)
-    return {key: around for keeper in KEEPERS for key, around in keeper.loads(modules).items()}
+    return {key: around for find in _answers["loads"] for key, around in find(modules).items()}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -332,12 +355,12 @@ def ranks_of(parameters: Iterable[Tensor], *, is_written: bool = False) -> Ranks
     because every process writes its own piece. An `AdapterError` is raised if no mesh has all of these processes.
     """
     parameters = list(parameters)
-    found = (keeper.ranks_of(parameters, is_written=is_written) for keeper in KEEPERS)
+    found = (find(parameters, is_written=is_written) for find in _answers["ranks_of"])
     return next((ranks for ranks in found if ranks is not None), None)
 
 
 def settle(model: nn.Module) -> None:
     """Have a model hold its parameters as they are between its calls, whichever keepers they have."""
     if isinstance(model, nn.Module):  # the caller refuses others
-        for keeper in KEEPERS:
-            keeper.settle(model)
+        for put_back in _answers["settle"]:
+            put_back(model)

@@ -34,7 +34,7 @@ KEEP_COPIES = (
 MARK = "randlora_required_grad"
 """The attribute of a parameter that says whether it required grad before a model that contains it was adapted."""
 
-Named = Iterable[tuple[str, nn.Parameter]]
+Named = Iterable[tuple[str, Tensor]]
 """Parameters with their FQNs."""
 
 
@@ -50,8 +50,11 @@ def path_to(root: nn.Module, fqn: str) -> list[nn.Module]:
 
 def unwrapped(module: nn.Module | None) -> nn.Module | None:
     """Return a module without the wrappers of `WRAPPED_AS` around it."""
-    while module is not None and (within := held_at(module, WRAPPED_AS)) is not None:
-        module = module._modules[within]
+    while module is not None:
+        within = [WRAPPED_AS[base.__qualname__] for base in type(module).__mro__ if base.__qualname__ in WRAPPED_AS]
+        if not within:
+            break
+        module = module._modules[within[0]]
     return module
 
 
@@ -255,7 +258,7 @@ class RequiredGrad:
         for fqn, parameter in parameters:
             vars(parameter)[MARK] = self._flags[fqn]
 
-    def take(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, bool]:
+    def take(self, parameters: Mapping[str, Tensor]) -> dict[str, bool]:
         """Return the flags of the parameters of a model, by their current FQNs, and remove the marks."""
         found = {fqn: vars(own).get(MARK, self._flags.get(fqn)) for fqn, own in parameters.items()}
         for parameter in parameters.values():  # a tied one is there more than once

@@ -216,8 +216,8 @@ def adapter_report(
     sites = {fqn: census.sites_by_fqn[fqn] for fqn in shapes}
     rows = shape_rows(shapes, {fqn: site.layer_class.kind for fqn, site in sites.items()}, adapter)
     adapter_size = sum(row.trainable for row in rows)
-    own = {id(held.parameter): held for held in reversed(census.parameters) if not is_lazy(held.parameter)}
-    beside = [held.parameter for held in own.values() if held.fqn in adapter.trained]
+    own = {id(held.tensor): held for held in reversed(census.parameters) if not is_lazy(held.tensor)}
+    beside = [held.tensor for held in own.values() if held.fqn in adapter.trained]
     buffers = adapter.buffers
     scaling = max((abs(options.scaling) for options in adapter.options.values()), default=0.0)
     untrained = [each for each in remaining if each.held.fqn not in adapter.trained]

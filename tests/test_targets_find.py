@@ -81,12 +81,12 @@ def test_a_walk_comes_past_every_module_under_its_name_and_sees_an_adapted_model
     plain = Census.of(model)
     assert [(visit.fqn, visit.module) for visit in plain.visits] == named
     assert plain.adapted == ()
-    parameters = [(held.fqn, id(held.parameter)) for held in plain.parameters]
+    parameters = [(held.fqn, id(held.tensor)) for held in plain.parameters]
     assert parameters == [(fqn, id(value)) for fqn, value in model.named_parameters(remove_duplicate=False)]
     randlora.inject(model, r=1, targets="all-linear", exclude="layer")
     census = Census.of(model)
     assert [(visit.fqn, visit.module) for visit in census.visits] == named
-    assert [(held.fqn, id(held.parameter)) for held in census.parameters] == parameters
+    assert [(held.fqn, id(held.tensor)) for held in census.parameters] == parameters
     linear = {fqn for fqn, module in named if isinstance(module, nn.Linear)}
     assert {site.fqn for site in census.adapted} == linear - {"layer"}
     assert {site.fqn for site in find_targets(model, "all-linear") if site.adapter_layer} == linear - {"layer"}

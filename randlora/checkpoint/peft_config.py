@@ -20,7 +20,7 @@ from randlora.errors import CheckpointError, ConfigError
 from randlora.layers.in_place import plain_class
 from randlora.state import Adapter
 from randlora.targets.census import Census
-from randlora.targets.match import has_suffix, shortened
+from randlora.targets.match import shortened
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_TYPE = "RANDLORA"
@@ -106,7 +106,7 @@ class PeftFields(TypedDict, total=False):
 
 def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[str, Any]:
     """Return the fields of an adapter as PEFT would write them; ``stored`` means that the file holds the bases."""
-    kinds = {plain_class(visit.module).__name__ for visit in census.visits if visit.fqn in set(adapter.targets)}
+    kinds = {plain_class(module).__name__ for fqn, module in census.visits if fqn in adapter.options}
     (stream,) = {basis.spec.stream for basis in adapter.bases.values()}
     fields = {
         **NEUTRAL_FIELDS,
@@ -230,9 +230,9 @@ def kept_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 def target_modules(census: Census, fqns: Sequence[str]) -> list[str] | str:
     """Return a value of ``target_modules`` for exactly these layers: last components if possible, else a regex."""
     wanted = set(fqns)
-    suffixes = sorted({fqn.rsplit(".", 1)[-1] for fqn in fqns})
-    found = {visit.fqn for visit in census.visits if any(has_suffix(visit.fqn, suffix) for suffix in suffixes)}
-    return suffixes if found == wanted else "|".join(re.escape(fqn) for fqn in fqns)
+    suffixes = {fqn.rsplit(".", 1)[-1] for fqn in fqns}
+    found = {fqn for fqn, _ in census.visits if fqn.rsplit(".", 1)[-1] in suffixes}
+    return sorted(suffixes) if found == wanted else "|".join(re.escape(fqn) for fqn in fqns)
 
 
 def whole_modules(census: Census, trained: Iterable[str]) -> list[str]:

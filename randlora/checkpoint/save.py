@@ -332,7 +332,7 @@ def _left_out(census: Census, state: ModelState) -> list[str]:
     if state.is_merged:  # when a quantized layer may have others
         return []
     own = {id(each) for adapter in state.adapters.values() for each in adapter_parameters(census, adapter)}
-    left = [held.fqn for held in census.parameters if held.parameter.requires_grad and id(held.parameter) not in own]
+    left = [held.fqn for held in census.parameters if held.tensor.requires_grad and id(held.tensor) not in own]
     if not left:
         return []
     return [f"{shortened(left)} requires grad and belongs to no adapter, so it is not in the files: see train_also"]

@@ -68,7 +68,7 @@ class Base(NamedTuple):
     def dtype_of(self, fqn: str) -> torch.dtype:
         """Return the dtype that a parameter has in the model's class."""
         assert not isinstance(self.model, str), "only a class has parameters that the files lack"
-        return next(held.parameter.dtype for held in self.model.census.parameters if held.fqn == fqn)
+        return next(held.tensor.dtype for held in self.model.census.parameters if held.fqn == fqn)
 
 
 class Slot(NamedTuple):
@@ -149,7 +149,7 @@ def as_trained(base: Base, file: AdapterFile) -> Base:
     else:  # a class that differs by its prefix does not lack a parameter
         prefix = f"{base.model.census.model.base_model_prefix}."
         held = base.model.census.parameters
-        own = {each.fqn.removeprefix(prefix): tuple(each.parameter.shape) for each in held}
+        own = {each.fqn.removeprefix(prefix): tuple(each.tensor.shape) for each in held}
     has_all = all(own.get(fqn.removeprefix(prefix)) == tuple(tensor.shape) for fqn, tensor in file.trained.items())
     if has_all and not _has_other_labels(base, known):
         return base
@@ -195,7 +195,7 @@ def _fit_model(
     file = without_repeats(model.census, file)
     problems = obstacles(model.census, sites, file.config.dropout)
     slots = {}
-    fqns = {id(held.parameter): held.fqn for held in reversed(model.census.parameters)}  # the first of a tied one
+    fqns = {id(held.tensor): held.fqn for held in reversed(model.census.parameters)}  # the first of a tied one
     for site in sites:
         kind = site.layer_class
         fqn = fqns[id(site.weight)]

@@ -94,12 +94,12 @@ def _take_dtypes(model: TransformersModel, base: Base) -> list[str]:
     """Set the parameters' dtypes to the dtypes in the checkpoint, and return which shapes differ there."""
     problems = []
     for held in model.census.parameters:
-        names = (name for name in model.names_of(held.parameter) if name not in base.codes)
+        names = (name for name in model.names_of(held.tensor) if name not in base.codes)
         for entry in (base.directory.entries[name] for name in names):
-            if entry.shape != tuple(held.parameter.shape) and base.trained_on is None:  # else a head may differ
-                by_class = tuple(held.parameter.shape)
+            if entry.shape != tuple(held.tensor.shape) and base.trained_on is None:  # else a head may differ
+                by_class = tuple(held.tensor.shape)
                 problems.append(f"{entry.name} has shape {entry.shape} in the files, {by_class} by its config.json")
-            held.parameter.data = held.parameter.data.to(entry.dtype)
+            held.tensor.data = held.tensor.data.to(entry.dtype)
     return problems
 
 

@@ -165,6 +165,7 @@ class _Files:
     held: dict[str, Tensor] = field(default_factory=dict)
     names: list[list[str]] = field(default_factory=list)
     nbytes: int = 0
+    waiting: int = 0
 
     def add(self, fqn: str, tensor: Tensor) -> None:
         """Take an entry of the state dict."""
@@ -173,9 +174,10 @@ class _Files:
         if tensor.dtype not in TORCH_DTYPES.values():
             raise MergeError(f"cannot {DOING}: {fqn} has {tensor.dtype}, which safetensors files do not hold")
         for name, part in self.saved(fqn, tensor.detach().to("cpu")).items():
-            if self.held and self._held_bytes() + part.nbytes > self.limit:
+            if self.held and self.waiting + part.nbytes > self.limit:
                 self._write()
             self.held[name] = part
+            self.waiting += part.nbytes
 
     def finish(self, parameters: int) -> None:
         """Write the last file, give all their names, and write an index if there are several."""
@@ -190,15 +192,12 @@ class _Files:
             metadata = {"total_parameters": parameters, "total_size": self.nbytes}
             write_json(self.directory / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(places.items()))})
 
-    def _held_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.held.values())
-
     def _write(self) -> None:
         path = self.directory / f"{len(self.names)}.unnamed"  # until it is known how many there are
         write_tensor_file(path, [Planned.whole(*each) for each in self.held.items()], METADATA)
         self.names.append([*self.held])
-        self.nbytes += self._held_bytes()
-        self.held = {}
+        self.nbytes += self.waiting
+        self.held, self.waiting = {}, 0
 
 
 def _not_written(census: Census) -> set[str]:

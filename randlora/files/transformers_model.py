@@ -77,8 +77,8 @@ class TransformersModel:
     @property
     def missing(self) -> tuple[str, ...]:
         """FQNs of the parameters for which the checkpoint has no tensor, tied ones once."""
-        found = {held.fqn for held in self.census.parameters if self.names_of(held.parameter)}
-        named = {id(held.parameter): held.fqn for held in reversed(self.census.parameters)}
+        found = {held.fqn for held in self.census.parameters if self.names_of(held.tensor)}
+        named = {id(held.tensor): held.fqn for held in reversed(self.census.parameters)}
         return tuple(fqn for fqn in reversed(named.values()) if fqn not in found and fqn not in self.conversions)
 
     def names_of(self, parameter: Tensor | None) -> tuple[str, ...]:

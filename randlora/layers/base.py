@@ -277,15 +277,19 @@ class AdapterLayer(StoredWeight):
 
         Compiled code finds the adapters by their position in this list.
         """
-        self.activation, merged = self.state.activation, self.state.merged
-        self.acting = self._acting(name for name in self.adapters if name not in merged)
-        for part in self.adapters.values():
+        self.activation = self.state.activation
+        for part, _ in self.acting:
             part.position = None
-        for position, (part, _) in enumerate(self.acting):
-            part.position = position
+        self.acting = self._acting(self.state.active_unmerged)
+        self.number()
         held: dict[str, Any] = owner._modules
         for name in self.names:
             held[name].randlora_seat(part.adapter.name for part, _ in self.acting)
+
+    def number(self) -> None:
+        """Let the adapters that act here know their positions."""
+        for position, (part, _) in enumerate(self.acting):
+            part.position = position
 
     def _seated(self, owner: nn.Module, part: SiteAdapter) -> tuple[nn.Parameter, nn.Parameter] | None:
         """Return what `diagonals_of` does, without reading a name, or ``None`` where only that finds them."""

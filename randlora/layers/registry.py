@@ -7,7 +7,7 @@ by the module's type or, if the type is not registered, by the parameter's name.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -126,19 +126,20 @@ class Reading(NamedTuple):
     effect: Literal["read", "untrained", "none"]
 
 
-_finders: list[Callable[[nn.Module], Iterator[Reading]]] = []
+Finder = Callable[[nn.Module], Iterable[Reading]]
+
+_finders: list[Finder] = []
 
 
-def register_readings(find: Callable[[nn.Module], Iterator[Reading]]) -> Callable[[nn.Module], Iterator[Reading]]:
+def register_readings(find: Finder) -> Finder:
     """Register a function that finds, inside a module, the modules whose weight it reads; a decorator."""
     _finders.append(find)
     return find
 
 
-def readings_in(owner: nn.Module) -> Iterator[Reading]:
-    """Yield the modules inside an owner whose weight it reads or changes, or that it does not use."""
-    for find in _finders:
-        yield from find(owner)
+def readings_in(owner: nn.Module) -> list[Reading]:
+    """Return the modules inside an owner whose weight it reads or changes, or that it does not use."""
+    return [reading for find in _finders for reading in find(owner)]
 
 
 FORMS: dict[str, type[AdapterLayer]] = {}
@@ -155,51 +156,72 @@ def register_form(name: str) -> Callable[[Layer], Layer]:
     return register
 
 
+class Kinds(NamedTuple):
+    """The adapter layers of one module.
+
+    Attributes:
+        called: Of the weight with which the module's forward multiplies, or the reason why it cannot be adapted, or
+            ``None`` if the type of the module is unknown.
+        read: Of the parameters that other code reads, except for ``weight``.
+    """
+
+    called: type[AdapterLayer] | str | None
+    read: tuple[type[AdapterLayer], ...]
+
+
+def find_kinds(module: nn.Module) -> Kinds:
+    """Return the adapter layers of a module."""
+    names = qualified_names(type(module))
+    return Kinds(_called(module, names), _read(module, names))
+
+
 def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
     """Return the adapter layer of a module's type, the reason why it cannot be adapted, or ``None`` if unknown.
 
     If the module overrides the forward of the registered base class, this is its `as_read`, if there is one.
     """
-    for parent, name in zip(type(module).__mro__, qualified_names(type(module)), strict=True):
-        if (entry := _layers.get(name)) is not None:
-            as_read = entry.as_read if isinstance(entry, type) else None
-            is_inherited = _forward_of(plain_class(module)) is _forward_of(parent)
-            names = qualified_names(type(_weight_or_source(module, "weight")))
-            by_weight = next((_weights[name] for name in names if name in _weights), None)
-            if by_weight is not None and isinstance(entry, type) and issubclass(by_weight, entry):
-                return by_weight
-            return entry if as_read is None or is_inherited else as_read
-    return None
+    return _called(module, qualified_names(type(module)))
 
 
-def find_readers(module: nn.Module) -> tuple[type[AdapterLayer], ...]:
-    """Return the adapter layers for the parameters of a module that other code reads, except for its ``weight``."""
-    for name in qualified_names(type(module)):
+def _called(module: nn.Module, names: tuple[str, ...]) -> type[AdapterLayer] | str | None:
+    if (name := next(filter(_layers.__contains__, names), None)) is None:
+        return None
+    if not isinstance(entry := _layers[name], type):
+        return entry
+    weight = type(_weight_or_source(module, "weight"))
+    if weight is not nn.Parameter:
+        by_weight = next((_weights[name] for name in qualified_names(weight) if name in _weights), None)
+        if by_weight is not None and issubclass(by_weight, entry):
+            return by_weight
+    own, parent = plain_class(module), type(module).__mro__[names.index(name)]
+    is_inherited = own is parent or _forward_of(own) is _forward_of(parent)
+    return entry if entry.as_read is None or is_inherited else entry.as_read
+
+
+def _read(module: nn.Module, names: tuple[str, ...]) -> tuple[type[AdapterLayer], ...]:
+    for name in names:
         if (entry := _readers.get(name)) is not None:
             return tuple(kind for kind in entry.values() if _weight_or_source(module, kind.attribute) is not None)
         if isinstance(_layers.get(name), str):
             return ()
-    found = []
-    for name in (*module._parameters.keys(), *_computed(module)):  # TorchScript's are no dict, and have keys() alone
+    own = module._parameters.keys()  # TorchScript's parameters are no dict, and have keys() alone
+    found = [name for name in own if name in _by_parameter]
+    # parameters that the module computes from others
+    found += [
+        name for name in _by_parameter if name not in own and (name in vars(module) or is_parametrized(module, name))
+    ]
+    kinds = []
+    for name in found:
         weight = _weight_or_source(module, name)
-        for where, kind in _by_parameter.get(name, ()):
+        for where, kind in _by_parameter[name]:
             if weight is not None and where(module, weight):
-                found.append(kind)
+                kinds.append(kind)
                 break
-    return tuple(found)
+    return tuple(kinds)
 
 
 def _forward_of(kind: type) -> object:
     return inspect.getattr_static(kind, "forward", None)  # TorchScript's computes
-
-
-def _computed(module: nn.Module) -> list[str]:
-    """Return the names of registered parameters that a module computes from others."""
-    return [
-        name
-        for name in _by_parameter
-        if name not in module._parameters and (is_parametrized(module, name) or name in module.__dict__)
-    ]
 
 
 def _weight_or_source(module: nn.Module, name: str) -> Tensor | None:

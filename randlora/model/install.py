@@ -17,7 +17,7 @@ from randlora.bases.spec import Shape, sliced_dims
 from randlora.config import RandLoRAConfig, by_rank
 from randlora.errors import AdapterError, MergeError, raise_collected
 from randlora.layers.base import AdapterLayer
-from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, set_casts
+from randlora.layers.in_place import add_adapter, detach, detach_obstacle, set_casts
 from randlora.layers.scopes import begin_call, end_call
 from randlora.model.converting import watch_conversions
 from randlora.model.engines import require_averaged, tell_added, tell_changed
@@ -97,7 +97,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
     with all_or_nothing(census, state, [site for site, *_ in addition.layers], addition.replaced.values()):
         if not state.adapters:
             state.buffers_before = remembered(census)
-            named = [(held.fqn, held.parameter) for held in census.parameters]
+            named = [(held.fqn, held.tensor) for held in census.parameters]
             state.required_grad = RequiredGrad(named)
             state.required_grad.mark(named)
             for _, parameter in named:
@@ -155,10 +155,13 @@ def lost_parts(census: Census, state: ModelState, adapters: Iterable[Adapter]) -
 
 def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
     """Return messages about weights that have lost an adapter because the module was replaced or resized."""
+    layers: dict[int, list[AdapterLayer]] = {}
+    for site in census.adapted:
+        layers.setdefault(id(site.owner), []).append(site.layer)
     found = {
-        type(layer).site_fqn(visit.fqn): (layer, visit.module)
-        for visit in census.visits
-        for layer in adapter_layers_of(visit.module).values()
+        type(layer).site_fqn(fqn): (layer, module)
+        for fqn, module in census.visits
+        for layer in layers.get(id(module), ())
     }
     problems = []
     for config, alike in groupby(adapters, key=lambda adapter: adapter.config):
@@ -224,7 +227,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
             set_casts(module, _rounded(module))
     now = census.again()
     unwatch(now)
-    own = {held.fqn: held.parameter for held in now.parameters}
+    own = {held.fqn: held.tensor for held in now.parameters}
     for fqn, flag in state.required_grad.take(own).items():  # not for parameters added later
         set_requires_grad(own[fqn], flag)
     if state.averaging is not None:
@@ -302,29 +305,31 @@ def watch(census: Census) -> None:
 def unwatch(census: Census) -> None:
     """Stop watching a model without adapters, except modules in which a parameter is still cast as it is read."""
     for module in census.modules:
-        _remove(module, check_call, *_checks)
+        if module._forward_pre_hooks:
+            _remove(module, check_call, *_checks)
     _count(census)
 
 
 def _count(census: Census) -> None:
-    read = [visit for visit in census.visits if _is_read(visit.module)]
-    around = {name for visit in read for name in prefixes(visit.fqn)[:-1]}
-    inside = {visit.module for visit in census.visits if visit.fqn in around}
+    """Count the calls of the modules around those whose weights code reads as something else than the parameter."""
+    read = {id(site.owner) for site in census.adapted if site.layer.is_read}
+    read |= {id(module) for module in census.modules if CASTS in vars(module)}
+    around = {name for fqn, module in census.visits if id(module) in read for name in prefixes(fqn)[:-1]}
+    inside = {id(module) for fqn, module in census.visits if fqn in around}
     # their own calls too where the forward is not ours: beside a copy that is cast, or set on the module
-    inside.update(visit.module for visit in read if vars(visit.module).keys() & {CASTS, "forward"})
+    inside |= {
+        id(module)
+        for module in census.modules
+        if id(module) in read and not {CASTS, "forward"}.isdisjoint(vars(module))
+    }
     if around or census.adapted:
-        inside.add(census.model)
+        inside.add(id(census.model))
     for module in census.modules:
-        if module not in inside:
-            _remove(module, begin_call, end_call)
-        elif NUMBER not in module._forward_hooks:
+        if id(module) in inside and NUMBER not in module._forward_hooks:
             module._forward_pre_hooks[NUMBER], module._forward_hooks[NUMBER] = begin_call, end_call
             module._forward_hooks_always_called[NUMBER] = True
-
-
-def _is_read(module: nn.Module) -> bool:
-    """Whether code reads a weight of a module as something else than the parameter."""
-    return CASTS in vars(module) or any(layer.is_read for layer in adapter_layers_of(module).values())
+        elif id(module) not in inside and module._forward_hooks:
+            _remove(module, begin_call, end_call)
 
 
 def _remove(module: nn.Module, *hooks: Any) -> None:

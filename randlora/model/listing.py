@@ -16,7 +16,7 @@ from randlora.layers.diagonals import Diagonal
 from randlora.model.engines import collective, require_averaged, tell_changed
 from randlora.model.install import lost_parts
 from randlora.model.train_also import HALF_RISKS, copy_dtype
-from randlora.model.view import opened, set_requires_grad
+from randlora.model.view import all_or_nothing, opened, set_requires_grad
 from randlora.report import FLOAT32_BYTES, as_lines, wrapped
 from randlora.state import Adapter, ModelState, adapted_root, is_adapted
 from randlora.targets.census import Census
@@ -209,13 +209,14 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
     require_types(set_trainable, {"trainable": trainable})
     named = listed(names)
     doing = "set what is trainable"
-    with opened(model, doing, writes=True) as view:
+    with opened(model, doing) as view:
         raise_collected(AdapterError, view.state.unknown(named), doing=doing)
         chosen = [view.state.adapters[name] for name in named]
         if trainable:
             require_trainable(view.census, view.state, chosen)
-        train(view.census, view.state, chosen, trainable=trainable)
-        tell_changed(view.root)
+        with all_or_nothing(view.census, view.state, flags=adapter_parameters(view.census, *chosen)):
+            train(view.census, view.state, chosen, trainable=trainable)
+            tell_changed(view.root)
 
 
 def require_trainable(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> None:

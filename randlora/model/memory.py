@@ -269,7 +269,7 @@ def _parts(
     def itemsize(tensor: torch.Tensor) -> int:
         return (setup.dtype if setup.dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
 
-    own, adapter = {id(each.parameter): each for each in reversed(plan.census.parameters)}, plan.adapter
+    own, adapter = {id(each.tensor): each for each in reversed(plan.census.parameters)}, plan.adapter
     parts = [
         _Part(fqn, block(fqn), tuple(each.shape), itemsize(each), fqn not in adapter.trained)
         for fqn, _, _, each in own.values()
@@ -354,7 +354,7 @@ also be quantized."""
 
 def held_codes(census: Census) -> dict[str, int]:
     """Return the bytes of the quantized weights of a model, with their scales, by the FQN of a parameter."""
-    fqns = {id(held.parameter): held.fqn for held in reversed(census.parameters)}
+    fqns = {id(held.tensor): held.fqn for held in reversed(census.parameters)}
     sites = (site for site in census.sites if site.layer_class.is_quantized and id(site.weight) in fqns)
     return {fqns[id(site.weight)]: site.layer_class.nbytes_of(site.owner) for site in sites}
 

@@ -77,11 +77,15 @@ def state_problems(state: ModelState, names: Iterable[str], *, reversible: bool)
 
 def trained_problems(state: ModelState, sites: Sequence[AdaptedSite], names: Iterable[str]) -> list[str]:
     """Return messages about weights of which an adapter that would not be merged, but stays active, trains a copy."""
-    weights = {id(site.weight) for site in sites}
-    return [
-        f"{name!r} would not be merged, but trains a copy of {fqn}, which is merged into: merge it too"
+    copies = [
+        (name, fqn, copy)
         for name in state.active_unmerged.keys() - set(names)
         for fqn, copy in state.adapters[name].trained.items()
+    ]
+    weights = {id(site.weight) for site in sites} if copies else set()
+    return [
+        f"{name!r} would not be merged, but trains a copy of {fqn}, which is merged into: merge it too"
+        for name, fqn, copy in copies
         if id(copy) in weights
     ]
 
@@ -132,7 +136,7 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into | None) -> list[str
 def _is_incomplete(site: AdaptedSite, weight: Tensor) -> bool:
     """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
     place = place_at(weight) if site.layer.is_quantized else site.place
-    is_part = lent(weight) is not None and weight.dim() < 2  # as no weight that is adapted has
+    is_part = weight.dim() < 2 and lent(weight) is not None  # as no weight that is adapted has
     return is_part or not place.is_complete or (isinstance(place, Whole) and not weight.numel())
 
 
@@ -168,13 +172,9 @@ def merge_notes(
 
 def model_dtype(census: Census) -> torch.dtype | None:
     """Return the dtype of the inputs of linear layers: the dtype of norms, else of the first unquantized parameter."""
-    own = [
-        (held.module, held.parameter.dtype)
-        for held in census.parameters
-        if held.parameter.is_floating_point() and not is_quantized(held.module)
-    ]
-    norms = [dtype for module, dtype in own if is_norm(module)]
-    return next(iter(norms or [dtype for _, dtype in own]), None)
+    own = [held for held in census.parameters if held.tensor.is_floating_point()]
+    norms = [held for held in own if is_norm(held.module)]
+    return next((held.tensor.dtype for held in (*norms, *own) if not is_quantized(held.module)), None)
 
 
 def refuse_backward(root: nn.Module, args: object, output: Any) -> Any:  # noqa: ARG001  # a hook's signature

@@ -172,7 +172,7 @@ def _value_problems(census: Census, state: ModelState) -> list[str]:
         site = census.sites_by_key.get((id(held.module), held.attribute))
         is_known = site is not None and site.layer_class.is_quantized
         is_codes = held.attribute == "weight" and is_quantized(held.module)
-        if not _is_here(held.module, held.attribute, held.parameter) or (is_codes and held.parameter.is_meta):
+        if not _is_here(held.module, held.attribute, held.tensor) or (is_codes and held.tensor.is_meta):
             layer = None if site is None or state.is_merged else site.adapter_layer
             if layer is None or not layer.factors(state.active):  # else `weight_problems` has said so
                 problems.append(f"{held.fqn} {NOT_HERE}")

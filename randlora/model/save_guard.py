@@ -181,7 +181,12 @@ def _require_own_values(module: nn.Module, given: Mapping[str, Any] | None) -> N
 
 def savers(census: Census) -> list[nn.Module]:
     """Return the modules of a model that have a ``save_pretrained`` method, the model first."""
-    return [module for module in census.modules if _has_method(module, METHODS[0])]
+    name = METHODS[0]
+    return [
+        module
+        for module in census.modules
+        if callable(getattr(type(module), name, None)) or callable(vars(module).get(name))
+    ]
 
 
 def _has_method(module: nn.Module, name: str) -> bool:

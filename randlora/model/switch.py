@@ -312,7 +312,7 @@ def _inside(layers: Any, fqns: Sequence[str]) -> set[str]:
         raise AdapterError(f"expected layers to be names or patterns of layers, got {shortly(strange[0])}")
     if not patterns:
         raise AdapterError("layers is empty: name those in which the adapters act, or use randlora.disabled(model)")
-    meant = {pattern: meant_by(pattern, fqns) for pattern in patterns}
+    meant = meant_by(patterns, fqns)
     problems = [f"layers: {pattern!r} {unmet}" for pattern, (_, unmet) in meant.items() if unmet]
     raise_collected(AdapterError, problems, doing="activate")
     return {fqn for own, _ in meant.values() for fqn in own}

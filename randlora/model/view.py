@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import keyword
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -113,14 +113,13 @@ def owned_state(census: Census, doing: str) -> ModelState:
     if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
         raise AdapterError(f"cannot {doing}: the model already has an attribute {ATTRIBUTE}; rename it")
     raise_collected(AdapterError, foreign_adapters(census), doing=doing)
-    for held in census.parameters:
-        if (reason := fake_obstacle(held.parameter)) is not None:
-            raise AdapterError(f"cannot {doing}: {held.fqn} {reason}")
+    if (reason := fake_obstacle((held.fqn, held.tensor) for held in census.parameters)) is not None:
+        raise AdapterError(f"cannot {doing}: {reason}")
     state = attached_state(model) or ModelState()
     state.require_loaded(model)
     state.adopt_parameters(model)
     require_own(census, state, doing)
-    unfit = [held.fqn for held in census.parameters if not held.parameter.is_leaf]
+    unfit = [held.fqn for held in census.parameters if not held.tensor.is_leaf]
     if unfit:
         raise AdapterError(f"cannot {doing}: {unfit[0]} is not a leaf tensor and cannot be frozen; detach it")
     require_unmerged(state, doing)
@@ -154,7 +153,11 @@ def require_own(census: Census, state: ModelState, doing: str) -> None:
 
 @contextmanager
 def all_or_nothing(
-    census: Census, state: ModelState, sites: Iterable[Site] = (), replaced: Iterable[ReplacedParameter] = ()
+    census: Census,
+    state: ModelState,
+    sites: Iterable[Site] = (),
+    replaced: Iterable[ReplacedParameter] = (),
+    flags: Iterable[Tensor] = (),
 ) -> Iterator[None]:
     """Undo everything that the block has changed if it raises: modules, parameters, and the state with its adapters.
 
@@ -167,34 +170,33 @@ def all_or_nothing(
         state: Its state, attached or not.
         sites: The weights that are to be adapted. Those that are adapted are always included.
         replaced: The parameters that are to be replaced by trained copies. Those that are replaced are included too.
+        flags: Those of Λ and Γ of which ``requires_grad`` is to be changed. Nothing else of them changes.
     """
-    replaced = list(replaced)
-    own = [held.parameter for held in census.parameters]
+    replaced = [*state.replaced.values(), *replaced]
+    copies = [copy for adapter in state.adapters.values() for copy in adapter.trained.values()]
+    sites = [*sites, *census.adapted]
+    owners = {id(site.owner): site.owner for site in sites}
+    parts = [part for owner in owners.values() for part in owner._modules.values()]
     objects: list[object] = [
-        *own,
+        *(held.tensor for held in census.parameters),
         *census.around_adapted,
         *savers(census),
-        state,
-        state.activation,
-        state.bank,
-        *state.bank,
-        *state.adapters.values(),
+        *(state, state.activation, state.bank, *state.bank, *state.adapters.values()),
+        *replaced,
+        *(module for entry in replaced for module, _ in entry.places.values()),
+        *owners.values(),
+        *parts,
+        *(part._parameters for part in parts if isinstance(part, Diagonal) and isinstance(part._parameters, Values)),
+        *(each for site in sites for each in site.layer_class.beside(site.owner)),
+        *(site.layer for site in census.adapted),
+        *(each for owner in owners.values() for each in holders(owner)),
     ]
-    values = [parameter for adapter in state.adapters.values() for parameter in adapter.trained.values()]
-    for entry in (*state.replaced.values(), *replaced):
-        objects += [entry, *(module for module, _ in entry.places.values())]
-        values += [entry.original, entry.installed]
-    for site in (*sites, *census.adapted):
-        owner = site.owner
-        diagonals = (each._parameters for each in owner._modules.values() if isinstance(each, Diagonal))
-        objects += [owner, *owner._modules.values(), *(each for each in diagonals if isinstance(each, Values))]
-        objects += [*site.layer_class.beside(owner), site.adapter_layer]
-        objects += holders(owner)
-        objects += site.adapter_layer.adapters.values() if site.adapter_layer is not None else ()
-        values += owner.parameters()
-    places = [place_at(entry.installed) for entry in (*state.replaced.values(), *replaced)]
+    values: list[Tensor | None] = [*copies, *(each for entry in replaced for each in (entry.original, entry.installed))]
+    values += (tensor for owner in owners.values() for tensor in owner._parameters.values())
+    places = [place_at(entry.installed) for entry in replaced]
     kept = [(place, place.keep()) for place in places if place.exchanges == "values"]
-    with unchanged_if_raised(objects, values, own):
+    flags = [*flags, *(held.tensor for held in census.parameters)]
+    with unchanged_if_raised(objects, values, flags, [site.layer.number for site in census.adapted]):
         try:
             with raise_on_every_rank(agreeing()):
                 yield
@@ -205,21 +207,32 @@ def all_or_nothing(
 
 
 @contextmanager
-def unchanged_if_raised(objects: Iterable[object], values: Iterable[Tensor], flags: Iterable[Tensor]) -> Iterator[None]:
-    """If the block raises, restore objects as `Attributes` does, the data of tensors (``values``), and their flags."""
-    held = {id(each): Attributes(each) for each in objects if each is not None}
-    required_grad = [(each, each.requires_grad) for each in (*values, *flags)]
-    data = [(each, each.data) for each in values if not is_lazy(each) and type(each.data) is Tensor]
+def unchanged_if_raised(
+    objects: Iterable[object],
+    values: Iterable[Tensor | None],
+    flags: Iterable[Tensor] = (),
+    then: Iterable[Callable[[], object]] = (),
+) -> Iterator[None]:
+    """If the block raises, restore objects as `Attributes` does, the data of tensors (``values``), and their flags.
+
+    ``then`` are functions to call afterwards.
+    """
+    held = attributes_of(objects)
+    tensors = [each for each in values if each is not None]
+    required_grad = [(each, each.requires_grad) for each in (*tensors, *flags)]
+    data = [(each, each.data) for each in tensors if not is_lazy(each) and type(each.data) is Tensor]
     try:
         yield
     except BaseException:
-        for attributes in held.values():
+        for attributes in held:
             attributes.restore()
         for tensor, own in data:
             if tensor.data_ptr() != own.data_ptr() or tensor.dtype != own.dtype:
                 tensor.data = own
         for tensor, flag in required_grad:
             set_requires_grad(tensor, flag)
+        for each in then:
+            each()
         raise
 
 
@@ -232,14 +245,13 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:  # noqa: FBT001
         tensor.requires_grad = flag  # the method does not work on uninitialized parameters
 
 
-class Attributes:
+class Attributes(NamedTuple):
     """The class and the attributes of an object, and the entries of attributes that are dicts or lists."""
 
-    def __init__(self, owner: Any) -> None:
-        """Note them."""
-        self.owner, self.kind, self.attributes = owner, type(owner), dict(vars(owner))
-        containers = [each for each in self.attributes.values() if isinstance(each, dict | list)]
-        self.entries = [(each, dict(each) if isinstance(each, dict) else list(each)) for each in containers]
+    owner: Any
+    kind: type
+    attributes: dict[str, Any]
+    entries: list[tuple[Any, Any]]
 
     def restore(self) -> None:
         """Set the class and the attributes again, and delete new ones."""
@@ -247,10 +259,28 @@ class Attributes:
             object.__setattr__(self.owner, "__class__", self.kind)
         self.owner.__dict__.clear()
         self.owner.__dict__.update(self.attributes)
-        for container, entries in self.entries:
+        for container, before in self.entries:
+            entries = before or ({} if isinstance(container, dict) else [])
             if _is_changed(container, entries):  # a dict that cannot change, as diffusers has, is not
                 container.clear()
                 container.update(entries) if isinstance(container, dict) else container.extend(entries)
+
+
+def attributes_of(objects: Iterable[object]) -> list[Attributes]:
+    """Return the attributes of objects, to be restored."""
+    return [
+        Attributes(
+            each,
+            type(each),
+            dict(own := vars(each)),
+            [
+                (held, (dict(held) if isinstance(held, dict) else list(held)) if held else None)  # most are empty
+                for held in own.values()
+                if isinstance(held, dict | list)
+            ],
+        )
+        for each in {id(each): each for each in objects if each is not None}.values()
+    ]
 
 
 def _is_changed(container: Any, entries: Any) -> bool:
@@ -280,7 +310,7 @@ class Snapshot:
             if tensor is not None and not is_lazy(tensor)
         }
         self._values: list[_Values]
-        self._objects = [Attributes(each) for each in (*inside.values(), *tensors.values(), *others)]
+        self._objects = attributes_of((*inside.values(), *tensors.values(), *others))
         earlier = {} if copies is None else {id(held.tensor): held for held in copies._values}
         self._values = [_Values(tensor, earlier.get(key)) for key, tensor in tensors.items()]
         devices = {tensor.device for tensor in tensors.values()} - {torch.device("meta")}

@@ -152,7 +152,7 @@ def prepare_quantized(
     )
 
 
-def _changeable(model: nn.Module) -> tuple[list[object], list[Tensor], list[Tensor]]:
+def _changeable(model: nn.Module) -> tuple[list[object], list[Tensor]]:
     """Return the arguments of `unchanged_if_raised`: everything that preparing a model may change."""
     objects: list[object] = []
     values: list[Tensor] = []
@@ -161,7 +161,7 @@ def _changeable(model: nn.Module) -> tuple[list[object], list[Tensor], list[Tens
         objects += [module, *adapter_layers_of(module).values()]
         objects += kind.beside(module) if isinstance(kind, type) else []
         values += _own_tensors(module)
-    return objects, values, []
+    return objects, values
 
 
 def _let_outputs_require_grad(model: nn.Module, embeddings: Sequence[nn.Module]) -> tuple[str, ...]:

@@ -169,7 +169,7 @@ class Torchao(Keeper):
 
     def place_at(self, tensor: Tensor) -> Codes | None:
         """Return the place of a weight of torchao."""
-        return Codes(tensor) if _is_of(tensor, ANY) else None
+        return Codes(tensor) if type(tensor) is not nn.Parameter and _is_of(tensor, ANY) else None
 
 
 def _is_of(weight: Tensor, kind: str) -> bool:

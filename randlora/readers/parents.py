@@ -8,7 +8,7 @@ adapter would be right, refused with the reason. Projections that an attention o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -184,21 +184,28 @@ WITHOUT_GRADIENT = frozenset(
 
 
 @register_readings
-def _readings_in(owner: nn.Module) -> Iterator[Reading]:
-    """Go through the modules inside an owner whose weight it reads or changes, or that it leaves out."""
+def _readings_in(owner: nn.Module) -> list[Reading]:
+    """Return the modules inside an owner whose weight it reads or changes, or that it leaves out."""
+    found, kinds = [], qualified_names(type(owner))
+    if not WITHOUT_GRADIENT.isdisjoint(kinds):
+        reason = CHOOSES.format(plain_class(owner).__name__)
+        found += [Reading(child, reason, "untrained") for child in owner.children()]
+    for kind in filter(PARENTS.__contains__, kinds):
+        found += _readings_by(owner, PARENTS[kind])
+    if any(name in owner._modules for name in JOINED):
+        found += [Reading(child, f"{reason}, {NO_EFFECT}", "none") for child, reason in _left_by_joining(owner)]
+    return found
+
+
+def _readings_by(owner: nn.Module, readings: Iterable[Parent]) -> Iterator[Reading]:
     name = plain_class(owner).__name__
-    never = f"is never called, because {name} reads its weight, {NO_EFFECT}"
-    for parent in qualified_names(type(owner)):
-        if parent in WITHOUT_GRADIENT:
-            yield from (Reading(child, CHOOSES.format(name), "untrained") for child in owner.children())
-        for reading in PARENTS.get(parent, ()):
-            if reading.where(owner):
-                at_times = f"is not called {reading.when}, because {name} reads its weight, {NO_EFFECT}"
-                reason = reading.problem.format(name) or (at_times if reading.when else never)
-                found = (_child(owner, child) for child in reading.children)
-                effect: Literal["none", "read"] = "none" if reading.problem else "read"
-                yield from (Reading(child, reason, effect) for child in found if child is not None)
-    yield from (Reading(child, f"{reason}, {NO_EFFECT}", "none") for child, reason in _left_by_joining(owner))
+    for reading in readings:
+        if reading.where(owner):
+            when = f"is not called {reading.when}" if reading.when else "is never called"
+            reason = reading.problem.format(name) or f"{when}, because {name} reads its weight, {NO_EFFECT}"
+            effect: Literal["none", "read"] = "none" if reading.problem else "read"
+            found = (_child(owner, child) for child in reading.children)
+            yield from (Reading(child, reason, effect) for child in found if child is not None)
 
 
 def _child(owner: nn.Module, path: str) -> nn.Module | None:
@@ -231,7 +238,7 @@ def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
     ``unfuse_qkv_projections()``, and its processor decides. No other module has any.
     """
     held = attention._modules
-    if not any(joined in held for joined in JOINED) or not _can_join(attention):
+    if not _can_join(attention):
         return
     is_older = OLDER_ATTENTION in qualified_names(type(attention))
     is_fused = type(attention.processor).__name__.startswith("Fused") if is_older else attention.fused_projections

@@ -321,10 +321,9 @@ class Zero3(Keeper):
         return Spread(tensor) if is_managed(tensor) else None
 
     def place_of(self, owner: nn.Module, attribute: str) -> Spread | None:
-        """Return the place of a module's parameter, which an engine that runs the module expects to stay."""
-        parameter = owner._parameters.get(attribute)
-        is_in_engine = hasattr(owner, "ds_id")  # as ZeRO-3 marks modules
-        return Spread(parameter, "nothing" if is_in_engine else "parameters") if is_managed(parameter) else None
+        """Return the place of a parameter of a module that an engine runs, which expects the parameter to stay."""
+        parameter = owner._parameters.get(attribute) if hasattr(owner, "ds_id") else None  # as ZeRO-3 marks modules
+        return Spread(parameter, "nothing") if is_managed(parameter) else None
 
     def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:
         """Return the processes over which parameters are spread."""

@@ -19,9 +19,9 @@ from randlora.config import RandLoRAConfig
 from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
-from randlora.layers.in_place import adapter_layers_of
-from randlora.layers.registry import Reading, find_layer, find_readers, readings_in
-from randlora.places import Place
+from randlora.layers.in_place import InPlace, adapter_layers_of
+from randlora.layers.registry import Kinds, Reading, find_kinds, find_layer, readings_in
+from randlora.places import Place, identities
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
 from randlora.targets.match import prefixes
@@ -47,7 +47,7 @@ class Site:
     owner: nn.Module
     layer_class: type[AdapterLayer]
 
-    @property
+    @cached_property
     def key(self) -> tuple[int, str]:
         """A key that identifies the weight, independent of its name."""
         return id(self.owner), self.layer_class.attribute
@@ -55,7 +55,7 @@ class Site:
     @property
     def shape(self) -> Shape:
         """The shape of the update of an adapter with the default options."""
-        return self.shape_with(DEFAULT)
+        return self.layer_class.shape_of(self.owner, DEFAULT)
 
     def shape_with(self, config: RandLoRAConfig) -> Shape:
         """Return the shape of the update of an adapter with these options."""
@@ -66,9 +66,9 @@ class Site:
         """The parameter without any update, or ``None`` if the owner computes it from others."""
         return self.layer_class.weight_of(self.owner)
 
-    @property
+    @cached_property
     def place(self) -> Place:
-        """Where the values of the weight are."""
+        """Where the values of the weight were when this was first asked."""
         return self.layer_class.place_in(self.owner)
 
     @property
@@ -102,6 +102,8 @@ def sizes(shape: Sequence[int]) -> str:
 PARTS = frozenset({"lora_A", "lora_B", "lora_a", "lora_b", "lora_down", "lora_up", "vera_A", "vera_B"})
 """Names of modules that hold a matrix of an adapter, in any library or in users' code."""
 
+ANOTHERS = "by its name it is part of another adapter, not a layer of the model"
+
 
 @runtime_checkable
 class HasOutputEmbeddings(Protocol):
@@ -112,18 +114,26 @@ class HasOutputEmbeddings(Protocol):
 
 
 class Visit(NamedTuple):
-    """One occurrence of a module in a model or, with a ``reader``, of a parameter that is adapted on read."""
+    """One occurrence of a module in a model."""
 
     fqn: str
     module: nn.Module
-    reader: type[AdapterLayer] | None = None
 
-    @property
-    def entry(self) -> type[AdapterLayer] | str | None:
-        """The registry entry, as from `find_layer`. For a matrix of another adapter, the reason why it has none."""
-        if is_part(self.fqn):
-            return "by its name it is part of another adapter, not a layer of the model"
-        return find_layer(self.module) if self.reader is None else self.reader
+
+class Candidate(NamedTuple):
+    """One occurrence in a model of a module or, with a ``reader``, of a parameter that is adapted on read.
+
+    Attributes:
+        fqn: Its name.
+        module: The module, or the one that has the parameter.
+        entry: The registry's entry, as from `find_layer`. For a matrix of another adapter, the reason why it has none.
+        reader: The adapter layer of a parameter that is adapted on read.
+    """
+
+    fqn: str
+    module: nn.Module
+    entry: type[AdapterLayer] | str | None
+    reader: type[AdapterLayer] | None = None
 
     @property
     def key(self) -> tuple[int, str]:
@@ -138,11 +148,6 @@ class Held(NamedTuple):
     module: nn.Module
     attribute: str
     tensor: Tensor
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The tensor of a parameter."""
-        return self.tensor  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +168,7 @@ class Census:
             TargetError: If the model is not a module, or contains itself.
         """
         require_module(model)
-        return cls(model, tuple(_walk(model, "", {id(model): "the model"})))
+        return cls(model, tuple(_walk(model)))
 
     def again(self) -> Census:
         """Return a census of the same modules with their current contents."""
@@ -185,6 +190,7 @@ class Census:
         return tuple(
             Held(f"{prefix}{attribute}", module, attribute, buffer)
             for prefix, module in self.prefixed
+            if module._buffers
             for attribute, buffer in saved_buffers(module)
         )
 
@@ -207,7 +213,7 @@ class Census:
     def size(self) -> int:
         """Number of entries of all parameters, dequantized; a tied one counts once."""
         own = {id(held.tensor): held for held in reversed(self._counted)}
-        return sum(map(count_numbers, own.values()))
+        return sum(map(self.count_numbers, own.values()))
 
     @cached_property
     def _counted(self) -> tuple[Held, ...]:
@@ -220,8 +226,8 @@ class Census:
         """All parameters with two or more dimensions, or without a shape yet, each with all of its places."""
         places: dict[int, list[Held]] = {}
         for held in self._counted:
-            if is_lazy(held.parameter) or len(whole_shape(held.parameter)) >= 2:
-                places.setdefault(id(held.parameter), []).append(held)
+            if is_lazy(held.tensor) or len(whole_shape(held.tensor)) >= 2:
+                places.setdefault(id(held.tensor), []).append(held)
         return tuple(map(tuple, places.values()))
 
     @cached_property
@@ -287,16 +293,23 @@ class Census:
         return {visit.fqn: visit.module for visit in self.visits}
 
     @cached_property
-    def candidates(self) -> tuple[Visit, ...]:
+    def kinds(self) -> dict[int, Kinds]:
+        """The adapter layers that the registry has for each module, by id."""
+        return {id(module): find_kinds(module) for module in self.modules}
+
+    @cached_property
+    def layers(self) -> tuple[Candidate, ...]:
+        """All submodules, at each of their places."""
+        return tuple(_candidate(fqn, module, self.kinds[id(module)].called) for fqn, module in self.visits)
+
+    @cached_property
+    def candidates(self) -> tuple[Candidate, ...]:
         """All submodules and all parameters adapted on read, at each of their places."""
-        return tuple(
-            found
-            for visit in self.visits
-            for found in (
-                visit,
-                *(Visit(kind.site_fqn(visit.fqn), visit.module, kind) for kind in find_readers(visit.module)),
-            )
-        )
+        found = []
+        for layer in self.layers:
+            readers = self.kinds[id(layer.module)].read
+            found += [layer, *(_candidate(kind.site_fqn(layer.fqn), layer.module, kind, kind) for kind in readers)]
+        return tuple(found)
 
     @cached_property
     def first_visits(self) -> tuple[Visit, ...]:
@@ -314,7 +327,17 @@ class Census:
     @cached_property
     def sites_by_fqn(self) -> dict[str, Site]:
         """All weights that have a class of adapter layer, by FQN, at each of their places."""
-        return {site.fqn: site for visit in self.visits for site in self.sites_of(visit)}
+        found = {}
+        for fqn, module in self.visits:
+            called, readers = self.kinds[id(module)]
+            if isinstance(called, type):
+                known = self._readings.get(id(module))
+                is_read = id(module) in self._heads if known is None else known.effect == "read"
+                readers = (called.as_read if is_read and called.as_read is not None else called, *readers)
+            for kind in readers:
+                name = kind.site_fqn(fqn)
+                found[name] = Site(name, module, kind)
+        return found
 
     def shapes(self) -> list[Shape]:
         """Return the shapes of the updates of all weights that can be adapted, at each of their places."""
@@ -328,34 +351,50 @@ class Census:
     @cached_property
     def _heads(self) -> set[int]:
         """The output heads of all language models in the model, by id, which trainers may read."""
-        within = filter(_is_of_transformers, self.modules[1:])
+        of_transformers = {
+            kind
+            for kind in set(map(type, self.modules[1:]))
+            if any(base.__module__ == "transformers.modeling_utils" for base in kind.__mro__)
+        }
+        within = (module for module in self.modules[1:] if type(module) in of_transformers)
         heads = [module.get_output_embeddings() for module in within if isinstance(module, HasOutputEmbeddings)]
         return {id(head) for head in (self.head, *heads) if head is not None}
-
-    def sites_of(self, visit: Visit) -> tuple[Site, ...]:
-        """Return the weights of a module that can be adapted, named by one of its places."""
-        called, kinds = find_layer(visit.module), list[type[AdapterLayer]](find_readers(visit.module))
-        if isinstance(called, type):
-            known = self._readings.get(id(visit.module))
-            is_read = id(visit.module) in self._heads if known is None else known.effect == "read"
-            kinds.insert(0, called.as_read if is_read and called.as_read is not None else called)
-        return tuple(Site(kind.site_fqn(visit.fqn), visit.module, kind) for kind in kinds)
 
     @cached_property
     def adapted(self) -> tuple[AdaptedSite, ...]:
         """All adapted weights, each once."""
         return tuple(
-            AdaptedSite(type(layer).site_fqn(visit.fqn), visit.module, type(layer), layer)
-            for visit in self.first_visits
-            for layer in adapter_layers_of(visit.module).values()
+            AdaptedSite(type(layer).site_fqn(fqn), module, type(layer), layer)
+            for fqn, module in self.first_visits
+            if isinstance(module, InPlace)
+            for layer in module.randlora.values()
         )
 
     @cached_property
     def around_adapted(self) -> tuple[nn.Module, ...]:
         """The model and all submodules that contain an adapted weight's owner."""
-        adapted = [visit.fqn for visit in self.visits if adapter_layers_of(visit.module)]
-        names = {name for fqn in adapted for name in prefixes(fqn)[:-1]}
-        return self.model, *(visit.module for visit in self.first_visits if visit.fqn in names)
+        owners = {id(site.owner) for site in self.adapted}
+        names = {name for fqn, module in self.visits if id(module) in owners for name in prefixes(fqn)[:-1]}
+        return self.model, *(module for fqn, module in self.first_visits if fqn in names)
+
+    @cached_property
+    def by_identity(self) -> dict[object, list[Held]]:
+        """The parameters by each of their `identities`; those that share their values are together."""
+        found: dict[object, list[Held]] = {}
+        for held in self.parameters:
+            for identity in identities(held.module, held.attribute, held.tensor):
+                found.setdefault(identity, []).append(held)
+        return found
+
+    def count_numbers(self, held: Held) -> int:
+        """Return the number of entries of a parameter, dequantized: one stored element may hold several codes."""
+        layer_class = self.kinds[id(held.module)].called
+        if isinstance(layer_class, type) and layer_class.is_quantized and held.attribute != "bias":
+            is_weight = held.tensor is layer_class.weight_of(held.module)
+            return math.prod(layer_class.features(held.module)) if is_weight else 0
+        if (state := getattr(held.tensor, "quant_state", None)) is not None:  # a bitsandbytes embedding
+            return math.prod(state.shape)
+        return 0 if is_lazy(held.tensor) else math.prod(whole_shape(held.tensor))
 
 
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -364,20 +403,6 @@ def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         # private, but nothing else tells which buffers a state dict leaves out
         if buffer is not None and attribute not in module._non_persistent_buffers_set:
             yield attribute, buffer
-
-
-def _is_of_transformers(module: nn.Module) -> bool:
-    return any(base.__module__ == "transformers.modeling_utils" for base in type(module).__mro__)
-
-
-def count_numbers(held: Held) -> int:
-    """Return the number of entries of a parameter, dequantized: one stored element may hold several codes."""
-    layer_class = find_layer(held.module)
-    if isinstance(layer_class, type) and layer_class.is_quantized and held.attribute != "bias":
-        return math.prod(layer_class.features(held.module)) if held.tensor is layer_class.weight_of(held.module) else 0
-    if (state := getattr(held.parameter, "quant_state", None)) is not None:  # a bitsandbytes embedding
-        return math.prod(state.shape)
-    return 0 if is_lazy(held.parameter) else math.prod(whole_shape(held.parameter))
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -394,19 +419,32 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _walk(module: nn.Module, prefix: str, around: dict[int, str]) -> Iterator[Visit]:
-    for attribute, held in module._modules.items():
-        child = unwrapped(held)
-        if child is not None and not isinstance(child, Diagonal):
-            fqn = f"{prefix}{attribute}"
+def _walk(model: nn.Module) -> Iterator[Visit]:
+    """Go through all modules inside a model, parents first, each with its name at each of its places."""
+    left: list[tuple[str, nn.Module, dict[int, str]]] = [("", model, {id(model): "the model"})]
+    while left:
+        fqn, module, around = left.pop()
+        if fqn:
+            yield Visit(fqn, module)
+        inside = []
+        for attribute, held in module._modules.items():
+            if held is None or isinstance(held, Diagonal):
+                continue
+            child = unwrapped(held)
+            if child is None:
+                continue
+            name = f"{fqn}.{attribute}" if fqn else attribute
             if (outer := around.get(id(child))) is not None:
                 raise TargetError(
-                    f"the model contains itself: {fqn} is {outer}, which is around it; hold it in a list instead"
+                    f"the model contains itself: {name} is {outer}, which is around it; hold it in a list instead"
                 )
-            yield Visit(fqn, child)
-            yield from _walk(child, f"{fqn}.", {**around, id(child): fqn})
+            inside.append((name, child, {**around, id(child): name}))
+        left += reversed(inside)
 
 
-def is_part(fqn: str) -> bool:
-    """Whether a module, by its name, is or lies within a module that holds a matrix of an adapter."""
-    return not PARTS.isdisjoint(fqn.split("."))
+def _candidate(
+    fqn: str, module: nn.Module, entry: type[AdapterLayer] | str | None, reader: type[AdapterLayer] | None = None
+) -> Candidate:
+    """Return a candidate, which is none if it is or lies within a module that, by its name, is another adapter's."""
+    is_part = not PARTS.isdisjoint(fqn.split("."))
+    return Candidate(fqn, module, ANOTHERS if is_part else entry, reader)

@@ -15,8 +15,8 @@ from randlora.bases.spec import count_trainable
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import SHOWN, spelled
 from randlora.layers.in_place import plain_class
-from randlora.layers.registry import KINDS, find_layer, find_readers
-from randlora.targets.census import Census, Held, Site, Visit, count_numbers
+from randlora.layers.registry import KINDS, find_kinds
+from randlora.targets.census import Candidate, Census, Held, Site
 from randlora.targets.match import has_suffix, is_names, is_regex_of, matches_name, prefixes, shortened, suggestion
 from randlora.targets.obstacles import obstacle, tied_names
 from randlora.targets.options import ranks_of_others
@@ -49,11 +49,13 @@ class Remaining(NamedTuple):
     Attributes:
         held: The parameter, at its first place.
         site: Its site, or ``None`` if there is no adapter layer for it.
+        numbers: How many entries it has, dequantized.
         reason: Why only a change of the model or of ``exclude`` could get it adapted, if so.
     """
 
     held: Held
     site: Site | None
+    numbers: int
     reason: str | None
 
     @property
@@ -122,7 +124,10 @@ def remaining(
         if not is_passed and not any(site.key in chosen or site.key in passed_sites for site in sites):
             left.append((places[0], sites[0] if sites else None))
     tied = tied_names(census, [site for _, site in left if site is not None]).keys()
-    return tuple(Remaining(held, site, _reason(census, held, site, excluded, tied)) for held, site in left)
+    return tuple(
+        Remaining(held, site, census.count_numbers(held), _reason(census, held, site, excluded, tied))
+        for held, site in left
+    )
 
 
 def _reason(
@@ -133,7 +138,7 @@ def _reason(
     tied: Collection[tuple[int, str]],
 ) -> str | None:
     if site is None:
-        refused = find_layer(held.module)
+        refused = census.kinds[id(held.module)].called
         return EXCLUDED if (id(held.module), "weight") in excluded else refused if isinstance(refused, str) else None
     if site.key in excluded:
         return EXCLUDED
@@ -149,7 +154,7 @@ def left_out(matrices: Iterable[Remaining], config: RandLoRAConfig, total: int) 
         members = list(found)
         sites = {member.site.key: member.site for member in members if member.site is not None}
         kind = KINDS[order] if order < len(KINDS) else None
-        numbers = sum(count_numbers(member.held) for member in members)
+        numbers = sum(member.numbers for member in members)
         can = kind is not None and not reason
         groups.append(
             LeftOut(
@@ -193,8 +198,8 @@ def doubt(census: Census, sites: Sequence[Site], groups: Sequence[LeftOut]) -> s
     if not others or not census.size:
         return ""
     weights = {id(site.weight) for site in sites}
-    own = [places for places in census.matrices if id(places[0].parameter) in weights]
-    share = sum(count_numbers(places[0]) for places in own) / census.size
+    own = [places for places in census.matrices if id(places[0].tensor) in weights]
+    share = sum(census.count_numbers(places[0]) for places in own) / census.size
     is_head = len(own) == 1 and own[0] is census.matrices[-1]
     if not is_head and share >= LITTLE:
         return ""
@@ -205,29 +210,32 @@ def doubt(census: Census, sites: Sequence[Site], groups: Sequence[LeftOut]) -> s
     return f"{DOUBT} {names}, {share:.2%} of the weights{like}: give {advice}"
 
 
-def layer_names(visits: Iterable[Visit]) -> list[str]:
+def layer_names(visits: Iterable[Candidate]) -> list[str]:
     """Return the FQNs of the layers and weights that have an adapter layer."""
     return [visit.fqn for visit in visits if isinstance(visit.entry, type)]
 
 
-def holders(visits: Iterable[Visit]) -> set[str]:
+def holders(visits: Iterable[Candidate]) -> set[str]:
     """Return the FQNs of the modules that contain such layers or weights."""
     return {name for fqn in layer_names(visits) for name in prefixes(fqn)[:-1]}
 
 
-def reason(visit: Visit) -> str | None:
+def reason(visit: Candidate) -> str | None:
     """Return why a module cannot be adapted. ``None`` if it can be, is a container, or has no matrix."""
     entry = visit.entry
     if isinstance(entry, str):
         return entry
-    parameters = [parameter for parameter in visit.module._parameters.values() if parameter is not None]
-    is_owner = bool(find_readers(visit.module))  # of weights adapted on read
-    if entry is None and not is_owner and any(is_lazy(parameter) or parameter.ndim >= 2 for parameter in parameters):
+    has_matrix = any(
+        is_lazy(parameter) or parameter.ndim >= 2
+        for parameter in visit.module._parameters.values()
+        if parameter is not None
+    )
+    if entry is None and has_matrix and not find_kinds(visit.module).read:  # no owner of weights adapted on read
         return f"of type {plain_class(visit.module).__name__}, for which there is no adapter layer"
     return None
 
 
-def refusal(visit: Visit) -> str:
+def refusal(visit: Candidate) -> str:
     """Return the message about a matched module that cannot be adapted."""
     if visit.entry is not None:
         return f"{visit.fqn} ({plain_class(visit.module).__name__}) cannot be adapted: {reason(visit)}"
@@ -244,7 +252,7 @@ def _remedies(fqn: str) -> str:
 
 
 def _described(held: Held) -> str:
-    shape = "no shape yet" if is_lazy(held.parameter) else f"shape {tuple(held.parameter.shape)}"
+    shape = "no shape yet" if is_lazy(held.tensor) else f"shape {tuple(held.tensor.shape)}"
     return f"a parameter of {plain_class(held.module).__name__} with {shape}"
 
 
@@ -285,12 +293,12 @@ def _role(census: Census, held: Held) -> str:
     """Return a description of a parameter that is not a target under its own name."""
     if (site := census.site_of(held)) is not None:
         return f"a parameter of {site.fqn}, which is the name to give"
-    if is_lazy(held.parameter) or held.parameter.ndim >= 2:
+    if is_lazy(held.tensor) or held.tensor.ndim >= 2:
         return f"{_described(held)}, for which there is no adapter layer: {REGISTER}"
     return f"{_described(held)}, not a matrix"
 
 
-def inventory(visits: Sequence[Visit]) -> str:
+def inventory(visits: Sequence[Candidate]) -> str:
     """Return a list of the model's layers that can be adapted or, if it has none, of its types of modules."""
     if layers := layer_names(visits):
         return f"the model has {shortened(layers, LISTED)}"

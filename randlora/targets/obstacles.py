@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.weight import COMPUTED, split_obstacle
-from randlora.places import Place, loaded_modules, place_of
+from randlora.places import Place, identities, loaded_modules, place_of
 from randlora.targets.census import Census, Held, Site
 
 NAMES = "all_tied_weights_keys"
@@ -109,7 +108,7 @@ def tied_away(census: Census) -> set[str]:
 
 def _are_tied(one: Held, other: Held) -> bool:
     """Whether two parameters are one, or were when accelerate offloaded them and have equal values."""
-    if not {*_identities(one)}.isdisjoint(_identities(other)):
+    if not {*identities(*one[1:])}.isdisjoint(identities(*other[1:])):
         return True
     place, beside = _away(one), _away(other)
     return place is not None and beside is not None and torch.equal(place.read(), beside.read())
@@ -117,41 +116,22 @@ def _are_tied(one: Held, other: Held) -> bool:
 
 def tied_names(census: Census, sites: Iterable[Site]) -> dict[tuple[int, str], list[str]]:
     """Return the names of the parameters of other modules that the weights of sites are tied to, by `Site.key`."""
-    holders: dict[object, list[Held]] = {}
-    for held in census.parameters:
-        for identity in _identities(held):
-            holders.setdefault(identity, []).append(held)
     tied = {}
     for site in sites:
         weight = site.weight
         if weight is None or site.layer_class.attribute not in site.owner._parameters:  # codes by a name of their own
             continue
         own = Held(site.fqn, site.owner, site.layer_class.attribute, weight)
-        found = [held for identity in _identities(own) for held in holders.get(identity, [])]
-        found += _tied_by_name(census, own)
+        found = [held for identity in identities(*own[1:]) for held in census.by_identity.get(identity, [])]
+        found += _tied_by_name(census, own) if weight.is_meta else []
         if others := [held.fqn for held in found if held.module is not site.owner]:
             tied[site.key] = [*dict.fromkeys(others)]
     return tied
 
 
-def _identities(held: Held) -> Iterator[object]:
-    """Yield keys, one of which is equal for parameters that share memory, or did so when accelerate offloaded them."""
-    parameter = held.parameter
-    if is_lazy(parameter):
-        return
-    yield _identity(parameter)
-    if (place := _away(held)) is not None and parameter.numel() > 0:
-        yield from place.identities
-
-
-def _identity(parameter: Tensor) -> object:
-    is_plain = type(parameter.data) is Tensor and not parameter.is_meta and parameter.numel() > 0
-    return (parameter.device, parameter.data_ptr()) if is_plain else id(parameter)
-
-
 def _away(held: Held) -> Place | None:
     """Return the place of a parameter that is not loaded at present."""
-    if not held.parameter.is_meta:
+    if not held.tensor.is_meta:
         return None
     place = place_of(held.module, held.attribute)
     return place if place.is_away else None

@@ -117,33 +117,44 @@ def by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, An
     if not isinstance(option, Mapping):
         return dict.fromkeys(fqns, option), []
     found: dict[str, Any] = {}
-    earlier: dict[str, frozenset[str]] = {}
+    takers: dict[str, list[tuple[str, frozenset[str]]]] = {}
     problems = []
-    for pattern, value in option.items():
-        meant, unmet = meant_by(pattern, fqns)
+    for pattern, (meant, unmet) in meant_by(option, fqns).items():
         if unmet:
             problems.append(f"{name}={{{pattern!r}: …}} {unmet}")
-        own = frozenset(meant)
-        wider = [other for other, taken in earlier.items() if taken > own and option[other] != value]
-        if meant and wider:
+            continue
+        own, value = frozenset(meant), option[pattern]
+        if wider := [other for other, taken in takers.get(meant[0], ()) if taken > own and option[other] != value]:
             problems.append(
                 f"{name}={{{pattern!r}: …}} matches only what {wider[0]!r} took: put it before {wider[0]!r}"
             )
-        earlier[pattern] = own
         for fqn in meant:
+            takers.setdefault(fqn, []).append((pattern, own))
             found.setdefault(fqn, value)
     if left := [fqn for fqn in fqns if fqn not in found]:
         problems.append(f"{name}= has no pattern for {shortened(left)}: add '.*' as the last, for all others")
     return found, problems
 
 
-def meant_by(pattern: str, fqns: Sequence[str]) -> tuple[list[str], str]:
-    """Return the targets that have a name, are inside a module with this name, or else match it as a regex.
+def meant_by(patterns: Iterable[str], fqns: Sequence[str]) -> dict[str, tuple[list[str], str]]:
+    """Return, for each pattern, the targets that it means, or why there are none, as a phrase that follows it.
 
-    The second result is empty, or says why there are none, as a phrase that follows the pattern.
+    These are the targets that have the pattern as a name, are inside a module with this name, or else match it as a
+    regex.
     """
-    if named := [fqn for fqn in fqns if f".{pattern}." in f".{fqn}."]:
-        return named, ""
+    by_part: dict[str, list[str]] = {}
+    for fqn in fqns:
+        for part in set(fqn.split(".")):
+            by_part.setdefault(part, []).append(fqn)
+    found = {}
+    for pattern in patterns:
+        likely = min((by_part.get(part, []) for part in pattern.split(".")), key=len)
+        named = [fqn for fqn in likely if f".{pattern}." in f".{fqn}."]
+        found[pattern] = (named, "") if named else _matching(pattern, fqns)
+    return found
+
+
+def _matching(pattern: str, fqns: Sequence[str]) -> tuple[list[str], str]:
     try:
         matching = [fqn for fqn in fqns if re.fullmatch(pattern, fqn)]
     except NO_REGEX as error:

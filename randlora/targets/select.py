@@ -9,8 +9,7 @@ from torch import nn
 
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected, spelled
-from randlora.layers.registry import find_layer, find_readers
-from randlora.targets.census import Census, Held, Site, Visit
+from randlora.targets.census import Candidate, Census, Held, Site
 from randlora.targets.left_out import (
     ALL,
     ALL_LINEAR,
@@ -81,7 +80,8 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
     Parameters in ``trained``, by FQN, are not adapted unless the user gave the pattern.
     """
     model, visits = census.model, census.candidates
-    if (not visits and find_layer(model) is not None) or find_readers(model):
+    own = census.kinds[id(model)]
+    if (not visits and own.called is not None) or own.read:
         raise TargetError(
             f"the model itself is a layer ({type(model).__name__}) and has no name within a model: "
             "wrap it in a module, as in torch.nn.Sequential(layer), and adapt that"
@@ -146,18 +146,18 @@ def _resolve(census: Census, pattern: Pattern | None) -> tuple[Pattern, str, boo
     return tuple(pattern), f"the names {', '.join(pattern)}", True
 
 
-def _names(visit: Visit, *, opens: bool) -> list[str]:
+def _names(visit: Candidate, *, opens: bool) -> list[str]:
     """Return the names by which a pattern may match a module: its FQN and, if ``opens``, its parents' names."""
     return prefixes(visit.fqn) if opens else [visit.fqn]
 
 
-def _is_meant(visit: Visit, pattern: Pattern, *, opens: bool) -> bool:
+def _is_meant(visit: Candidate, pattern: Pattern, *, opens: bool) -> bool:
     return any(matches(pattern, name, visit.module) for name in _names(visit, opens=opens))
 
 
 def _matching(
-    visits: Sequence[Visit], found: Sequence[Visit], pattern: Pattern, *, opens: bool
-) -> tuple[list[Visit], dict[str, str], list[Visit]]:
+    visits: Sequence[Candidate], found: Sequence[Candidate], pattern: Pattern, *, opens: bool
+) -> tuple[list[Candidate], dict[str, str], list[Candidate]]:
     """Split matches into linear layers, other layers inside a named module (skipped), and other named layers."""
     chosen, skipped, refused = [], {}, []
     opened = holders(visits) if opens else set()
@@ -172,18 +172,18 @@ def _matching(
     return chosen, skipped, refused
 
 
-def _strays(census: Census, found: Sequence[Visit], pattern: Pattern, exclude: Pattern | None) -> list[Held]:
+def _strays(census: Census, found: Sequence[Candidate], pattern: Pattern, exclude: Pattern | None) -> list[Held]:
     """Return the parameters without an adapter layer that a regex or a name matches, and that no module stands for."""
     told = {id(visit.module) for visit in found if visit.reader is None and reason(visit) is not None}
     return [
         held
         for held in census.unserved
         if id(held.module) not in told and not callable(pattern) and matches(pattern, held.fqn, held.module)
-        if exclude is None or not _is_meant(Visit(held.fqn, held.module), exclude, opens=is_names(exclude))
+        if exclude is None or not _is_meant(Candidate(held.fqn, held.module, None), exclude, opens=is_names(exclude))
     ]
 
 
-def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[list[Visit], dict[str, str]]:
+def _by_rule(census: Census, visits: Sequence[Candidate], rule: Pattern) -> tuple[list[Candidate], dict[str, str]]:
     """Split what ``"all"`` or ``"all-linear"`` is about into what is adapted and what is skipped, with the reasons.
 
     What cannot be adapted is skipped by ``"all"``, and chosen by ``"all-linear"``, unless it is not called or tied.
@@ -201,18 +201,18 @@ def _by_rule(census: Census, visits: Sequence[Visit], rule: Pattern) -> tuple[li
     return [visit for visit in visits if visit.key not in passed], skipped
 
 
-def _useless(census: Census, visits: Sequence[Visit]) -> dict[str, str]:
+def _useless(census: Census, visits: Sequence[Candidate]) -> dict[str, str]:
     """Return the layers that would be adapted without effect, or could not be trained, as skipped."""
     why = census.untrainable | census.uncalled
     return {visit.fqn: why[visit.key] for visit in visits if visit.key in why}
 
 
-def _left_alone(census: Census, visits: Sequence[Visit], trained: Collection[str]) -> dict[str, str]:
+def _left_alone(census: Census, visits: Sequence[Candidate], trained: Collection[str]) -> dict[str, str]:
     """Return which weights that a rule chose are not adapted: trained beside, or shared by modules."""
     keys = {visit.key for visit in visits}
     sites = [site for site in census.sites if site.key in keys]
     why = {key: f"tied to {', '.join(names)}" for key, names in tied_names(census, sites).items()}
-    beside = {id(held.parameter) for held in census.parameters if held.fqn in trained}
+    beside = {id(held.tensor) for held in census.parameters if held.fqn in trained}
     why |= {site.key: TRAINED for site in sites if id(site.weight) in beside}
     return {visit.fqn: why[visit.key] for visit in visits if visit.key in why}
 
@@ -253,7 +253,7 @@ def _exclude_problems(census: Census, exclude: Pattern) -> list[str]:
     return missed(census, "exclude", exclude, unmatched(exclude, known))
 
 
-def _excluded(visits: Sequence[Visit], found: Sequence[Visit], exclude: Pattern) -> list[Visit]:
+def _excluded(visits: Sequence[Candidate], found: Sequence[Candidate], exclude: Pattern) -> list[Candidate]:
     """Return the modules that ``exclude`` matches, at all of their places; a name in a list includes all submodules.
 
     A callable is called only for the layers that the targets match.
@@ -352,17 +352,17 @@ def _by_names(census: Census) -> tuple[Pattern, str] | None:
         return preset, f"the preset of model_type {model_type!r} ({names})"
     if isinstance(model_type, str):
         what = "the query and value projections"
-        visits: Sequence[Visit] = [visit for visit in census.visits if LANGUAGE_MODEL in visit.fqn.split(".")]
+        visits = [visit for visit in census.layers if LANGUAGE_MODEL in visit.fqn.split(".")]
         if visits:
             return _named(visits, TRANSFORMERS_NAMES, f"{what} of {LANGUAGE_MODEL}")
-        return _named(census.visits, TRANSFORMERS_NAMES, what)
+        return _named(census.layers, TRANSFORMERS_NAMES, what)
     if _is_of_diffusers(census.model):
-        visits = [visit for visit in census.visits if "time" not in visit.fqn]  # some embed it by attention
+        visits = [visit for visit in census.layers if "time" not in visit.fqn]  # some embed it by attention
         return _named(visits, DIFFUSERS_NAMES, "the attention projections")
     return None
 
 
-def is_linear(visit: Visit) -> bool:
+def is_linear(visit: Candidate) -> bool:
     """Whether a module or weight is, or looks like, a linear layer or a projection of attention."""
     entry = visit.entry
     return isinstance(entry, str) or (entry is not None and entry.kind in LINEAR_KINDS)
@@ -373,7 +373,7 @@ def _is_of_diffusers(model: nn.Module) -> bool:
     return any(base.__module__.partition(".")[0] == "diffusers" for base in type(model).__mro__)
 
 
-def _named(visits: Iterable[Visit], names: Sequence[str], what: str) -> tuple[Pattern, str] | None:
+def _named(visits: Iterable[Candidate], names: Sequence[str], what: str) -> tuple[Pattern, str] | None:
     """Return the pattern and the rule of the linear layers that have one of some names, or lie in a module that has."""
     found = {visit.fqn: visit.fqn.split(".")[-2:] for visit in visits if is_linear(visit)}
     chosen = {fqn for fqn, ending in found.items() if not set(names).isdisjoint(ending)}
