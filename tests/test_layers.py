@@ -233,17 +233,37 @@ def test_sparse_inputs_give_the_values_and_gradients_of_dense_ones(
             assert_close(found, whole.sum(0).expand(2, -1), torch.float32)
 
 
+def nested(x: Tensor, layout: torch.layout) -> Tensor:
+    return torch.nested.as_nested_tensor([x[:20], x[20:]], layout=layout)
+
+
+OTHER_FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "COO": Tensor.to_sparse,
+    "CSR": Tensor.to_sparse_csr,
+    "nested": lambda x: nested(x, torch.strided),
+    "jagged": lambda x: nested(x, torch.jagged),
+}
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-@pytest.mark.parametrize("sparse", [Tensor.to_sparse, Tensor.to_sparse_csr])
-def test_dropout_falls_on_the_entries_of_a_sparse_input(sparse: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_dropout_falls_on_the_entries_of_a_sparse_or_nested_input(form: str) -> None:
     model, base = adapted(LAYER_KINDS[0], (50, 9), dropout=0.5)
     x = torch.eye(50, device=DEVICE)
-    found = fill(model)(sparse(x)) - base(x)  # a row for each input: dropped, or doubled
-    update = update_of(model[0]).T
+
+    def added() -> Tensor:
+        """Return a row for each input: dropped, or doubled."""
+        output = model(OTHER_FORMS[form](x))
+        return (torch.cat(output.unbind()) if output.is_nested else output) - base(x)  # type: ignore[no-any-return]
+
+    fill(model)
+    found, update = added(), update_of(model[0]).T
     is_dropped = found.abs().sum(1) < 1e-6
     assert 10 < is_dropped.sum() < 40
     assert_close(found, torch.where(is_dropped[:, None], 0, 2 * update), torch.float32)
-    assert_close(model.eval()(sparse(x)), base(x) + update, torch.float32)
+    model.eval()
+    assert_close(added(), update, torch.float32)
 
 
 @every_dense_kind

@@ -314,9 +314,9 @@ class AdapterLayer(StoredWeight):
         self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """Return one adapter's output in the dtype of the layer's output, which autocast determines if it is on."""
-        is_strided, p = x.layout == torch.strided, part.adapter.config.dropout
-        if p and owner.training and not is_strided:
-            x = x.to_dense()  # torch drops entries of dense tensors only
+        p = part.adapter.config.dropout
+        if p and owner.training and x.layout != torch.strided and not x.is_nested:
+            x = x.to_dense()  # torch drops no entries of sparse tensors
         x = F.dropout(x.to(dtype), p, owner.training)
         update, weight = self.update(owner, part, factor), self.weight_of(owner)
         if weight is not None and (split := split_of(type(self), weight)) is not None:
