@@ -214,6 +214,24 @@ def test_what_is_held_aside_moves_with_the_model_and_what_has_no_values_gets_non
         randlora.activate(empty, [])
 
 
+@pytest.mark.parametrize("depth", ["shallow", "deep"])
+def test_no_conversion_of_a_copy_is_one_of_a_different_model(depth: str) -> None:
+    """A shallow copy shares the model's modules, and its method: that tells where it would act on others, or none."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
+    twin = copy.copy(model)
+    assert twin.double()[1].weight.dtype == model[1].weight.dtype == torch.float64
+    kept = [model]
+    if depth == "deep":
+        twin = copy.deepcopy(twin)
+    else:
+        kept.clear()
+    del model
+    with pytest.raises(AdapterError, match="cannot convert a shallow copy"), untouched(twin):
+        twin.float()
+    assert all(model[1].weight.dtype == torch.float64 for model in kept)
+
+
 X = torch.randn(3, 8)
 NEEDING: dict[str, Callable[[nn.Module, Path], object]] = {
     "delta_weight": lambda model, _: randlora.delta_weight(model, "0"),

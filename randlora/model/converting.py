@@ -6,10 +6,12 @@ Its dtype then depends on no switch of adapters in between, nor does a value tha
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from randlora.errors import AdapterError
 from randlora.state import ModelState, attached_state
 
 METHOD = "_apply"
@@ -19,17 +21,21 @@ METHOD = "_apply"
 class Converter:
     """Replaces the method of a model while its adapters train copies of parameters.
 
-    It does not keep the model alive. A copy of the model gets its own.
+    It does not keep the model alive. A copy of the model gets its own, except for a shallow one, which shares this one.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Replace the method of a model."""
-        self.model = weakref.ref(model)
+    def __init__(self, model: nn.Module | None) -> None:
+        """Replace the method of a model, ``None`` for one that is not known."""
+        self.model: Callable[[], nn.Module | None] = weakref.ref(model) if model is not None else lambda: None
 
     def __call__(self, convert: Any, *args: Any, **kwargs: Any) -> Any:
         """Convert the model, then what is held aside."""
         model = self.model()
-        assert model is not None, "it is the model whose method is called"
+        if model is None:
+            raise AdapterError(
+                "cannot convert a shallow copy of an adapted model that is gone, or what was copied or pickled from a "
+                "shallow copy: convert the model, or make its copy with copy.deepcopy"
+            )
         result = getattr(type(model), METHOD)(model, convert, *args, **kwargs)
         if (state := attached_state(model)) is not None:
             state.convert_aside(convert)
@@ -40,10 +46,8 @@ class Converter:
         return Converter, (self.model(),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converter:
-        """Return one for the model's copy."""
-        model = self.model()
-        assert model is not None, "it is the model that is copied"
-        return Converter(memo.get(id(model), model))
+        """Return one for the model's copy, which is not known if a shallow copy of the model is copied."""
+        return Converter(memo.get(id(self.model())))
 
 
 def watch_conversions(model: nn.Module, state: ModelState | None) -> None:
