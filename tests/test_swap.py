@@ -77,6 +77,15 @@ def test_a_state_belongs_to_no_model_and_is_sent_as_bytes() -> None:
     assert torch.equal(HEADED.output(twin), expected)
 
 
+def test_a_state_has_copies_also_of_bases_that_no_seed_reproduces(tmp_path: Path) -> None:
+    model = LINEAR.build()
+    randlora.load(model, files.foreign(tmp_path))
+    expected = LINEAR.output(model)
+    for tensor in randlora.adapter_state(model, bases="stored").tensors.values():
+        tensor.zero_()
+    assert torch.equal(LINEAR.output(model), expected)
+
+
 def test_trained_parameters_are_swapped_too_and_files_are_as_good_as_states(tmp_path: Path) -> None:
     model, other = trained(HEADED), fill(trained(HEADED), seed=5)
 

@@ -232,7 +232,7 @@ def stored_bases(bases: Mapping[int, Basis], header: Header) -> list[Planned]:
 def _rows(basis: Basis, index: int, shape: tuple[int, int, int]) -> Iterator[Tensor]:
     """Yield the rows of A (index 0) or B (index 1), dense, some at a time."""
     for rows in basis.matrices()[index].dense_chunks(shape[0]):
-        yield rows[:, : shape[1] * shape[2]]
+        yield rows[:, : shape[1] * shape[2]].clone()  # those kept in float32 are the basis itself
 
 
 def stored_dims(basis: Basis, rectangle: tuple[int, int]) -> tuple[int, int]:
