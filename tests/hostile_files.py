@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import randlora
-from randlora.checkpoint.header import _seal
+from randlora.checkpoint.header import seal_of
 from tests import checkpoint_files as stored
 from tests.checkpoint_files import BASIS_A, BASIS_B, CONFIG_FILE, GAMMA, LAMBDA, LINEAR, PREFIX, TENSORS_FILE
 from tests.fuzz.mutate import parse, unparse
@@ -58,7 +58,7 @@ def read_facts(directory: Path) -> dict[str, Any]:
 def write_facts(directory: Path, found: dict[str, Any], old: str = "", new: str = "") -> None:
     """Write another header, sealed as a save would, and then change its text."""
     tensors, metadata = stored.read_tensors(directory)
-    text = json.dumps({**found, "sha256": _seal(found, tensors)})
+    text = json.dumps({**found, "sha256": seal_of(found, tensors).digest})
     stored.write_tensors(directory, tensors, {**metadata, "randlora": text.replace(old, new)})
 
 

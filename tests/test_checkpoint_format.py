@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import randlora
 from randlora import RandLoRAConfig
 from randlora.bases import BasisSpec
-from randlora.checkpoint.header import BasisRecord, Header, ModelClass, _seal, dump_header, parse_header
+from randlora.checkpoint.header import BasisRecord, Header, ModelClass, facts_of, parse_header, seal_of
 from randlora.checkpoint.tensors import MODEL_PREFIX, trained_fqn, value_keys
 from randlora.disk.formats import LONGEST_NAME
 from randlora.errors import CheckpointError, ConfigError, RandLoRAError
@@ -54,14 +54,14 @@ REMOVED = object()
 
 def refused(path: str, value: object, message: str, header: Header = HEADER, *, is_sealed: bool = True) -> None:
     """Check that a header is refused in which one fact is another, or `REMOVED`."""
-    facts = json.loads(dump_header(header, TENSORS))
+    facts = json.loads(seal_of(facts_of(header), TENSORS).text)
     *parents, name = path.split("/")
     place = reduce(getitem, parents, facts)
     place[name] = value
     if value is REMOVED:
         del place[name]
     if is_sealed and facts.pop("sha256", None):
-        facts["sha256"] = _seal(facts, TENSORS)
+        facts["sha256"] = seal_of(facts, TENSORS).digest
     with pytest.raises(CheckpointError, match=message):
         parse_header(json.dumps(facts), TENSORS)
 
@@ -79,7 +79,7 @@ CHANGED_TENSORS: tuple[dict[str, Tensor], ...] = (
 
 
 def test_any_changed_fact_or_tensor_breaks_the_seal() -> None:
-    header = dump_header(HEADER, TENSORS)
+    header = seal_of(facts_of(HEADER), TENSORS).text
     for tensors in CHANGED_TENSORS:
         with pytest.raises(CheckpointError, match="do not match its checksum"):
             parse_header(header, tensors)
@@ -130,8 +130,8 @@ def test_options_of_each_layer_are_parsed_back_and_tensors_sealed_in_any_order()
     assert BY_LAYER.options == {"a": (2, 0.5), "b.c": (4, 5.0)}
     alpha_alone = replace(HEADER, config=replace(CONFIG, alpha={"b.c": 5, "a": 0.5}))
     for header in (HEADER, BY_LAYER, alpha_alone, replace(BY_LAYER, config=replace(BY_LAYER.config, alpha=None))):
-        assert parse_header(dump_header(header, TENSORS), dict(reversed(TENSORS.items()))) == header
-    facts = json.loads(dump_header(BY_LAYER, TENSORS))
+        assert parse_header(seal_of(facts_of(header), TENSORS).text, dict(reversed(TENSORS.items()))) == header
+    facts = json.loads(seal_of(facts_of(BY_LAYER), TENSORS).text)
     facts["bases"] = dict(reversed(facts["bases"].items()))
     assert parse_header(json.dumps(facts, sort_keys=True), TENSORS).options == BY_LAYER.options
 

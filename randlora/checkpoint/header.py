@@ -330,12 +330,7 @@ class Seal:
 
 def metadata_of(header: Header | None, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the metadata of the file of an adapter's tensors."""
-    return METADATA if header is None else _sealed(facts_of(header), tensors).metadata
-
-
-def dump_header(header: Header, tensors: Mapping[str, Tensor]) -> str:
-    """Return a header as JSON, with the SHA-256 of itself and of every tensor."""
-    return _sealed(facts_of(header), tensors).text
+    return METADATA if header is None else seal_of(facts_of(header), tensors).metadata
 
 
 def facts_of(header: Header) -> dict[str, Any]:
@@ -361,7 +356,7 @@ def facts_of(header: Header) -> dict[str, Any]:
 
 
 def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
-    """Return the header that `dump_header` wrote with these tensors, after checking version and checksum."""
+    """Return the header that was written as a `Seal.text` with these tensors, after checking version and checksum."""
     try:
         facts = parse_json(text)
         if not isinstance(facts, dict):
@@ -393,7 +388,7 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"the file's header is damaged ({error}): get an undamaged copy") from error
-    if seal != _seal(facts, tensors):
+    if seal != seal_of(facts, tensors).digest:
         raise CheckpointError("the file's contents do not match its checksum, it was damaged: get an undamaged copy")
     if not _is_consistent(header):
         specs = " and ".join(str(record.spec) for record in header.bases.values())
@@ -433,11 +428,8 @@ def _is_consistent(header: Header) -> bool:
     return True
 
 
-def _seal(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    return _sealed(facts, tensors).digest
-
-
-def _sealed(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Seal:
+def seal_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Seal:
+    """Return a seal to which tensors in any order were added."""
     seal = Seal(facts)
     for name, tensor in sorted(tensors.items()):
         seal.added(Planned.whole(name, tensor.cpu())).read()
