@@ -53,7 +53,7 @@ def by_layers(layers: int, directory: Path) -> Iterator[Step]:
     yield "eject", lambda: randlora.eject(model)
     yield "load", lambda: randlora.load(model, directory / "adapter")
     yield "merge for good", lambda: randlora.merge(model)
-    yield "inject by names", lambda: randlora.inject(model, r={name: R for name in half}, targets=half)
+    yield "inject by names", lambda: randlora.inject(model, r=dict.fromkeys(half, R), targets=half)
 
 
 def by_adapters(count: int, directory: Path) -> Iterator[Step]:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from randlora.errors import AdapterError, MergeError, raise_collected
+from randlora.errors import AdapterError, raise_collected
+from randlora.layers.update import Into
 from randlora.model.engines import is_held_together
 from randlora.model.listing import offloaded_diagonals
-from randlora.model.merge import merged
-from randlora.model.mergeable import TOLERANCE, differences_from_product, weight_problems
-from randlora.model.trial import WIDENED, Trial, acting_sites, distances, half_precision, held_by, roles, roundings
-from randlora.model.view import View, opened, undone, unwrapped_model
+from randlora.model.mergeable import TOLERANCE, differences_from_product, model_dtype, weight_problems
+from randlora.model.trial import WIDENED, Trial, acting_sites, distances, half_precision, roles, roundings
+from randlora.model.view import View, opened, unwrapped_model
 from randlora.places import Plain
 from randlora.report import wrapped
 from randlora.state import require_unmerged
 from randlora.targets.census import AdaptedSite, Census
 from randlora.targets.match import shortened
-from randlora.targets.obstacles import computed_weights
+from randlora.targets.obstacles import computed_weights, tie_problems
 
 Sites = Collection[AdaptedSite]
 
@@ -30,6 +31,8 @@ EXACT, ROUNDED = 0.01, 0.1
 """How far merged and adapted may differ, as a share of the effect: float32 weights; narrower or quantized weights."""
 
 Fault = Literal["unused", "read past", "no gradient", "merged differs"]
+
+MODES = "evaluation mode", "training mode"
 
 WORDS: dict[Fault, str] = {
     "unused": "computed, but the output does not depend on it: train with inputs on which it acts, or exclude it",
@@ -51,13 +54,14 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
     the model with random values of every Λ and Γ of the active adapters, as adapters and merged, in training mode and
     in evaluation mode, and compares the outputs.
 
-    Afterwards Λ and Γ, all weights, buffers such as running statistics, ``requires_grad``, ``grad``, training flags,
-    hooks and the states of random number generators are the same as before, bit for bit, even if the forward raises. No
-    other thread may run the model meanwhile.
+    The model holds copies of its tensors meanwhile, so Λ and Γ, all weights, buffers such as running statistics,
+    ``requires_grad`` and ``grad`` do not change. Attributes of its modules, such as training flags and hooks, and the
+    states of random number generators are the same afterwards, even if the forward raises. No other thread may run the
+    model meanwhile.
 
-    The check takes about a hundred forward passes, so give it a small input. A copy of the model's weights is kept on
-    the CPU. A model in half precision of up to 4 GB is checked in float32, so that small effects can be compared, if
-    its forward allows it.
+    The check takes some dozen forward passes, so give it a small input, and as much memory as a copy of the model's
+    weights. A model in half precision of up to 4 GB is copied to float32, so that small effects can be compared, if its
+    forward allows it.
 
     Args:
         model: A model with adapters. Its active adapters are checked, trainable or not.
@@ -86,27 +90,16 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
         sites = acting_sites(census, state)
         raise_collected(AdapterError, _obstacles(view, sites), doing="check")
         inner = unwrapped_model(model)
-
-        def run(*, is_widened: bool) -> CheckReport:
-            with undone([inner], held_by(view.root, sites, state)) as before:
-                trial = Trial(inner, census, state, args, kwargs, is_widened=is_widened)
-                trial.ready(before)
-                return _checked(census, trial)
-
-        size = sum(tensor.nbytes for tensor in half_precision(inner))
-        if 0 < size <= WIDENED:
-            with suppress(RuntimeError, TypeError):  # of a forward that casts to half precision itself
-                return run(is_widened=True)
-        return run(is_widened=False)
-
-
-def _checked(census: Census, trial: Trial) -> CheckReport:
-    """Return the report, given a model with drawn values."""
-    differences = differences_from_product(trial.sites)
-    refused = {site: share for site, share in differences.items() if share is not None and share > TOLERANCE}
-    merging, notes = _mergeable(census.model, trial, refused)
-    seen, more = _both_modes(trial, merging, is_training=trial.model.training)
-    return _report(census, trial.sites, seen, refused, [*notes, *more])
+        try:
+            if 0 < sum(tensor.nbytes for tensor in half_precision(inner)) <= WIDENED:
+                with suppress(RuntimeError, TypeError):  # of a forward that casts to half precision itself
+                    into = Into("dequantize", torch.float32)
+                    return _checked(view, Trial(inner, view, into, args, kwargs, widens=True))
+            into = Into("dequantize", model_dtype(census))
+            return _checked(view, Trial(inner, view, into, args, kwargs, widens=False))
+        finally:
+            for basis in state.bank:
+                basis.release()  # its working copies in dtypes that the model may not use
 
 
 def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
@@ -128,43 +121,31 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
     return [*placed, *offloaded_diagonals(view.census)] or weight_problems(read, None)
 
 
-def _mergeable(
-    root: nn.Module, trial: Trial, refused: Mapping[AdaptedSite, float]
-) -> tuple[list[AdaptedSite], list[str]]:
-    """Return the weights whose merged effect can be compared, and notes on those that cannot."""
-    known = [site for site in trial.sites if not site.layer.is_forward_only]
+def _checked(view: View, trial: Trial) -> CheckReport:
+    """Return what is found in the mode that the model is in and, if its forward runs there, in the other one."""
+    differences = differences_from_product(trial.sites)
+    refused = {site: share for site, share in differences.items() if share is not None and share > TOLERANCE}
+    merging = [site for site in trial.sites if not site.layer.is_forward_only and site not in refused]
     unknown = [site.fqn for site in trial.sites if site.layer.is_forward_only]
     notes = [f"only checked unmerged, as nothing can be merged into them: {shortened(unknown)}"] * bool(unknown)
-    merging = [site for site in known if site not in refused]
-    if not merging:
-        return [], notes
-    try:
-        with trial.only(merging, training=False), merged(root, quantized="dequantize"):
-            pass
-    except MergeError as error:
-        return [], [*notes, f"merged weights were not compared: {error}"]
-    return merging, notes
-
-
-def _both_modes(trial: Trial, merging: Sequence[AdaptedSite], *, is_training: bool) -> tuple[list[_Mode], list[str]]:
-    """Return what is found in the mode that the model is in and, if its forward runs there, in the other one."""
-    seen, notes = [_Mode(trial, merging, training=is_training)], []
+    if problems := [*tie_problems(view.census, merging), *weight_problems(merging, Into("dequantize"))]:
+        merging, notes = [], [*notes, f"merged weights were not compared: {'; '.join(problems)}"]
+    is_training = trial.model.training
+    seen = [_Mode(trial, merging, training=is_training)]
     try:
         seen.append(_Mode(trial, merging, training=not is_training))
     except Exception as error:
-        notes = [f"not checked in {_name(not is_training)}: {type(error).__name__}: {error}"]
-    return seen, notes + [
-        f"gradients were not checked in {_name(mode.training)}: {mode.backward_error}"
-        for mode in seen
-        if mode.backward_error
-    ]
+        notes.append(f"not checked in {MODES[not is_training]}: {type(error).__name__}: {error}")
+    failed = [mode for mode in seen if mode.backward_error]
+    notes += [f"gradients were not checked in {mode.name}: {mode.backward_error}" for mode in failed]
+    return _report(view.census, trial.sites, seen, refused, notes)
 
 
 class _Mode:
     """What was found in training or in evaluation mode.
 
     Attributes:
-        training: Which of them.
+        name: Which of them.
         backward_error: What backward raised, if it did.
         ran: The weights whose update was computed.
         trained: Those that gradients reach.
@@ -176,12 +157,11 @@ class _Mode:
 
     def __init__(self, trial: Trial, merging: Sequence[AdaptedSite], *, training: bool) -> None:
         """Run the model."""
-        self.training, self._trial = training, trial
-        self._base = trial.run((), training=training)
+        self.name, self._trial, self._run = MODES[training], trial, partial(trial.run, training=training)
+        self._base = self._run(())
         if not self._base:
             raise AdapterError("cannot check: the forward returns no floating tensor, such as logits, to compare")
-        again = trial.run((), training=training)
-        floors, jitter = roundings(self._base), distances(self._base, again)
+        jitter, floors = distances(self._base, self._run(())), roundings(self._base)
         self._jitter = {path: 4 * jitter.get(path, 0.0) for path in self._base}
         self._floors = {path: max(floors[path], self._jitter[path]) for path in self._base}
         self.differing: dict[AdaptedSite, float] = {}
@@ -194,36 +174,32 @@ class _Mode:
             self.backward_error = f"{type(error).__name__}: {error}"
         self.ran = set(trial.ran)
         rest = [site for site in trial.sites if site not in self.trained]
-        mergeable = [site for site in rest if site in set(merging)]
         self.moved = set(blame(rest, self._moves))
-        self.moved_merged = set(blame(mergeable, lambda on: self._moves(on, is_merged=True)))
+        can_merge = set(merging)
+        self.moved_merged = set(blame([site for site in rest if site in can_merge], partial(self._moves, merged=True)))
         for group in [*roles(merging), merging]:
             rest = [site for site in group if site not in self.differing]
             self.differing |= {site: self._shares[site] for site in blame(rest, self._differs)}
 
-    def _moves(self, on: Sites, *, is_merged: bool = False) -> bool:
+    def _moves(self, on: Sites, *, merged: bool = False) -> bool:
         """Whether updates of some weights change the output."""
-        output = self._trial.run(on, training=self.training, is_merged=is_merged)
-        return any(far > self._jitter.get(path, 0.0) for path, far in distances(output, self._base).items())
+        far = distances(self._run(on, is_merged=merged), self._base)
+        return any(each > self._jitter.get(path, 0.0) for path, each in far.items())
 
     def _differs(self, on: Sites) -> bool:
         """Whether updates of some weights have a different effect once merged than as adapters."""
-        adapted = self._trial.run(on, training=self.training)
-        as_merged = self._trial.run(on, training=self.training, is_merged=True)
+        adapted, as_merged = self._run(on), self._run(on, is_merged=True)
         effects = distances(adapted, self._base), distances(as_merged, self._base)
         effect = {path: max(each.get(path, 0.0) for each in effects) for path in self._base}
         tolerance = EXACT if self._trial.is_wide(on) else ROUNDED
         far = {path: each for path, each in distances(adapted, as_merged).items() if each > tolerance * effect[path]}
         if not far:
             return False
-        ways = [self._trial.run(on, training=self.training, compute=way) for way in ("factored", "materialized")]
-        rounding = distances(*ways)
+        rounding = distances(self._run(on, compute="factored"), self._run(on, compute="materialized"))
         sure = [path for path in far if far[path] > max(10 * rounding.get(path, 0.0), self._floors[path])]
-        if not sure:
-            self.unclear |= set(on)
-            return False
-        self._shares |= dict.fromkeys(on, max(far[path] / effect[path] for path in sure))
-        return True
+        self._shares |= dict.fromkeys(on, max((far[path] / effect[path] for path in sure), default=0.0))
+        self.unclear |= set(() if sure else on)
+        return bool(sure)
 
 
 def blame(sites: Sequence[AdaptedSite], has: Callable[[Sites], bool]) -> list[AdaptedSite]:
@@ -244,53 +220,48 @@ def _report(
     notes: Sequence[str],
 ) -> CheckReport:
     """Return what both modes have found together."""
-    problems: list[Problem] = []
+    keys, problems = {site.key for site in sites}, list[Problem]()
     unchecked = {
         site.fqn: "only inactive adapters act on it: activate them, and check again"
         for site in census.adapted
-        if site not in sites and site.key not in {other.key for other in sites}
+        if site.key not in keys
     }
     for site in sites:
-        found = _problems(site, seen, refused.get(site))
-        problems += found
-        if not found and not any(site in mode.trained or site in mode.moved for mode in seen):
+        if found := list(_faults(site, seen, refused.get(site))):
+            problems += [Problem(site.fqn, *each) for each in found]
+        elif not any(site in mode.trained or site in mode.moved for mode in seen):
             unchecked[site.fqn] = "this input does not reach it"
-        elif not found and any(site in mode.unclear for mode in seen):
+        elif any(site in mode.unclear for mode in seen):
             unchecked[site.fqn] = "its effect is not larger than rounding, so merged and adapted cannot be compared"
     left = {problem.fqn for problem in problems} | unchecked.keys()
-    return CheckReport(
-        tuple(problems), unchecked, tuple(site.fqn for site in sites if site.fqn not in left), tuple(notes)
-    )
+    checked = tuple(site.fqn for site in sites if site.fqn not in left)
+    return CheckReport(tuple(problems), unchecked, checked, tuple(notes))
 
 
-def _problems(site: AdaptedSite, seen: Sequence[_Mode], refused: float | None) -> list[Problem]:
-    """Return what is wrong with one weight, into which `merge` may refuse to merge."""
-    found: list[Problem] = []
-
-    def add(fault: Fault, modes: Sequence[_Mode], difference: float | None = None) -> None:
-        found.append(Problem(site.fqn, fault, tuple(_name(mode.training) for mode in modes), difference))
-
-    past = [mode for mode in seen if site in mode.moved_merged - mode.moved]
-    if refused is not None and site.layer.is_read:
-        add("read past", seen)
-        return found
+def _faults(
+    site: AdaptedSite, seen: Sequence[_Mode], refused: float | None
+) -> Iterator[tuple[Fault, tuple[str, ...], float | None]]:
+    """Yield what is wrong with one weight, where, and by how much; ``refused`` is why it could not be merged into."""
+    is_bypassed = refused is not None and site.layer.is_read
+    past = [mode for mode in seen if is_bypassed or site in mode.moved_merged - mode.moved]
+    moved = [mode for mode in seen if site in mode.moved]
+    ran = [mode for mode in seen if site in mode.ran]
     if past:
-        add("read past", past)
+        yield "read past", _names(past), None
     elif not any(site in mode.trained for mode in seen):
-        if moved := [mode for mode in seen if site in mode.moved]:
-            if not any(mode.backward_error for mode in moved):
-                add("no gradient", moved)
-        elif ran := [mode for mode in seen if site in mode.ran]:
-            add("unused", ran)
-    if refused is not None:
-        add("merged differs", seen, refused)
-    elif not past and (differing := [mode for mode in seen if site in mode.differing]):
-        add("merged differs", differing, max(mode.differing[site] for mode in differing))
-    return found
+        if not moved and ran:
+            yield "unused", _names(ran), None
+        elif moved and not any(mode.backward_error for mode in moved):
+            yield "no gradient", _names(moved), None
+    differing = [mode for mode in seen if site in mode.differing]
+    if refused is not None and not is_bypassed:
+        yield "merged differs", _names(seen), refused
+    elif differing and not past:
+        yield "merged differs", _names(differing), max(mode.differing[site] for mode in differing)
 
 
-def _name(training: bool) -> str:  # noqa: FBT001
-    return "training mode" if training else "evaluation mode"
+def _names(modes: Sequence[_Mode]) -> tuple[str, ...]:
+    return tuple(mode.name for mode in modes)
 
 
 @dataclass(frozen=True)

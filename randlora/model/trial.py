@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from randlora.functional import Compute
-from randlora.layers.diagonals import Diagonal
-from randlora.model.merge import merged
-from randlora.model.view import Snapshot, set_requires_grad
+from randlora.layers.update import Into
+from randlora.model.view import Copies, View
 from randlora.modes import uncompiled
 from randlora.state import ModelState, SiteAdapter
 from randlora.targets.census import AdaptedSite, Census
@@ -43,7 +42,7 @@ LEAST_DIGITS = 0.04
 
 
 class Trial:
-    """A model whose active adapters have random values, to be run as often as needed.
+    """A model that is run on copies of its tensors, with random values of Λ and Γ of the active adapters.
 
     Attributes:
         sites: The weights that active adapters act on.
@@ -51,111 +50,94 @@ class Trial:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        census: Census,
-        state: ModelState,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        is_widened: bool,
+        self, model: nn.Module, view: View, into: Into, args: tuple[Any, ...], kwargs: dict[str, Any], *, widens: bool
     ) -> None:
-        """Draw the values, within a block that undoes that, in a model whose half precision may become float32."""
-        self.model, self.state, self.sites = model, state, acting_sites(census, state)
-        self.ran: set[AdaptedSite] = set()
-        self._root, self._args, self._kwargs, self._is_widened = census.model, args, kwargs, is_widened
+        """Draw the values. If ``widens``, half precision is copied to float32."""
+        self.model, self.sites, self.ran = model, acting_sites(view.census, view.state), set[AdaptedSite]()
+        self._state, self._into, self._args, self._kwargs, self._widens = view.state, into, args, kwargs, widens
+        layers = [site.layer for site in self.sites]
+        beside = [each for site in self.sites for each in site.layer_class.beside(site.owner)]
+        others = [view.state, *view.state.adapters.values(), *layers, *beside]
+        self._copies = Copies([model], others, self._copy)
         self._generator = torch.Generator("cpu").manual_seed(0)
-        self._drawn: dict[AdaptedSite, list[nn.Parameter]] = {site: [] for site in self.sites}
-        for tensor in half_precision(model) if is_widened else ():
-            tensor.data = tensor.data.float()
-        for parameter in model.parameters():
-            self._fill(parameter)
-            set_requires_grad(parameter, flag=False)
-        for adapter in map(state.adapters.__getitem__, state.active):
-            adapter.config = replace(adapter.config, dropout=0.0)  # which a merged weight has none of
-        for site in self.sites:
-            for part in acting_parts(site, state):
-                self._drawn[site] += self._draw(site, part)
-            self._watch(site)
-        self._before: Snapshot | None = None
-
-    def ready(self, earlier: Snapshot) -> None:
-        """Take the snapshot, reusing an earlier one's copies of values that are still the same."""
-        self._before = Snapshot([self.model], held_by(self._root, self.sites, self.state), earlier)
+        # zeros, such as of gates that are not trained yet, would hide effects
+        zero = [each for each in model.parameters() if _has_digits(each) and each.numel() and not each.any()]
+        self._filled = {id(each): self._like(each) * SPREAD for each in zero}
+        self._values: dict[int, nn.Parameter] = {}
+        self._drawn = {
+            site: [each for part in acting_parts(site, view.state) for each in self._draw(site, part)]
+            for site in self.sites
+        }
 
     def run(
         self, on: Collection[AdaptedSite], *, training: bool, is_merged: bool = False, compute: Compute = "auto"
     ) -> Output:
         """Return the output with updates of some weights, in training mode with gradients, else without."""
-        with self.only(on, training=training), torch.set_grad_enabled(training):
-            self.state.compute = compute
-            with merged(self._root, quantized="dequantize") if is_merged else nullcontext():
-                output = self._call()
-            return {path: value.detach().clone() for path, value in output.items()}
+        with self._trying(on, training=training), torch.set_grad_enabled(training):
+            self._state.compute = compute
+            for site in on if is_merged else ():
+                names = [part.adapter.name for part, _ in site.layer.acting]
+                site.layer.fold(site.owner, site.layer.merged(site.owner, dict.fromkeys(names, 1.0), self._into))
+                site.layer.acting = []
+            return {path: value.detach().clone() for path, value in self._call().items()}
 
     def gradients(self, *, training: bool) -> set[AdaptedSite]:
         """Return the weights for which nonzero gradients reach all of Λ and Γ."""
-        with self.only(self.sites, training=training), torch.enable_grad():
-            self.ran.clear()
+        self.ran.clear()
+        with self._trying(self.sites, training=training), torch.enable_grad():
+            for site in self.sites:
+                self._watch(site)
             values = [value for value in self._call().values() if value.requires_grad]
             weighted = [(value * self._like(value)).where(value.isfinite(), 0) for value in values]
-            if weighted:
+            if weighted:  # torch.autograd.grad would not go through checkpoints with use_reentrant=True
                 torch.stack([each.float().sum().to(weighted[0].device) for each in weighted]).sum().backward()
-            found = {
-                site
-                for site, drawn in self._drawn.items()
-                if all(each.grad is not None and bool(each.grad.count_nonzero()) for each in drawn)
-            }
-            for each in (each for drawn in self._drawn.values() for each in drawn):
-                each.grad = None
-            return found
+        found = {site for site, held in self._drawn.items() if all(map(_has_gradient, held))}
+        for each in self._values.values():
+            each.grad = None
+        return found
 
     def is_wide(self, on: Iterable[AdaptedSite]) -> bool:
-        """Whether the weights are neither quantized nor in half precision."""
+        """Whether the weights are neither quantized nor run in half precision."""
         return all(
-            not site.layer.is_quantized and site.weight is not None and site.weight.dtype.itemsize >= 4 for site in on
+            not site.layer.is_quantized
+            and site.weight is not None
+            and (self._widens or site.weight.dtype.itemsize >= 4)
+            for site in on
         )
 
     @contextmanager
-    def only(self, on: Iterable[AdaptedSite], *, training: bool) -> Iterator[None]:
-        """Run a block with updates of only these weights, and undo all its changes."""
-        assert self._before is not None, "check() calls ready()"
-        chosen: dict[str, dict[str, float]] = {name: {} for name in self.state.active}
-        for site in on:
-            for part in acting_parts(site, self.state):
-                chosen[part.adapter.name][part.fqn] = 1.0
-        try:
-            self.state.activate(chosen)
+    def _trying(self, on: Iterable[AdaptedSite], *, training: bool) -> Iterator[None]:
+        """Run a block in a mode, with updates of only these weights, without dropout in their inputs."""
+        # compiled code would run without what watches the layers
+        with self._copies.held(), uncompiled():
+            for adapter in self._state.adapters.values():
+                adapter.config = replace(adapter.config, dropout=0.0)  # which a merged weight has none of
             for site in self.sites:
-                site.layer.seat(site.owner)
+                site.layer.activation, site.layer.acting = self._state.activation, []
+            for site in on:
+                site.layer.acting = [(part, 1.0) for part in acting_parts(site, self._state)]
             self.model.train(training)
             yield
-        finally:
-            self._before.restore()
 
     def _call(self) -> Output:
-        args, kwargs = copied((self._args, self._kwargs), is_widened=self._is_widened)
-        with uncompiled():  # compiled code would run without what watches the layers
-            return tensors_in(self.model(*args, **kwargs))
+        args, kwargs = copied((self._args, self._kwargs), is_widened=self._widens)
+        return tensors_in(self.model(*args, **kwargs))
 
-    def _draw(self, site: AdaptedSite, part: SiteAdapter) -> list[nn.Parameter]:
-        """Replace Λ and Γ of an adapter by new parameters, which no optimizer or hook knows."""
-        name, drawn = part.adapter.name, []
-        for held in map(site.owner._modules.__getitem__, site.layer.parameter_names()):
-            assert isinstance(held, Diagonal), "the weight is adapted"
-            parameter = nn.Parameter(self._like(held.randlora_named(name)))
-            held._parameters[name] = parameter
-            drawn.append(parameter)
-        with torch.no_grad():
-            norm = site.layer.update(site.owner, part, 1.0).norm(drawn[0].device)
-            drawn[0].mul_(_size(site) * SHARE / norm)
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """Return the values that the model is run with instead of those of one of its tensors."""
+        if (drawn := self._values.get(id(tensor))) is not None:
+            return drawn
+        values = self._filled.get(id(tensor), tensor)
+        return values.float() if self._widens and values.dtype in HALVES else values.detach().clone()
+
+    def _draw(self, site: AdaptedSite, part: SiteAdapter) -> Iterable[nn.Parameter]:
+        """Return values for Λ and Γ of an adapter, with which its update is about as large as the weight."""
+        own = site.layer.diagonals_of(site.owner, part.adapter.name)
+        lam, gamma = drawn = [nn.Parameter(self._like(each)) for each in own]
+        update = site.layer.update(site.owner, part, 1.0)._replace(lam=lam.detach(), gamma=gamma.detach())
+        lam.data *= _size(site) * SHARE / update.norm(lam.device)
+        self._values |= {id(each): values for each, values in zip(own, drawn, strict=True)}
         return drawn
-
-    def _fill(self, parameter: nn.Parameter) -> None:
-        """Replace zeros by random values, such as in gates that are not trained yet."""
-        is_plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.dtype.itemsize > 1
-        if is_plain and not parameter.is_meta and parameter.numel() and not parameter.any():
-            parameter.data = self._like(parameter) * SPREAD
 
     def _like(self, tensor: Tensor) -> Tensor:
         return torch.randn(tensor.shape, generator=self._generator, device="cpu").to(tensor.device, tensor.dtype)
@@ -175,11 +157,23 @@ class Trial:
         layer.__dict__[name] = noting
 
 
+HALVES = torch.float16, torch.bfloat16
+
+
 def half_precision(model: nn.Module) -> list[Tensor]:
-    """Return the parameters and buffers in half precision."""
-    halves = torch.float16, torch.bfloat16
+    """Return the parameters and buffers in half precision that have values."""
     tensors = [*model.parameters(), *model.buffers()]
-    return [each for each in tensors if each.dtype in halves and type(each.data) is Tensor and not each.is_meta]
+    return [each for each in tensors if each.dtype in HALVES and _has_digits(each)]
+
+
+def _has_digits(tensor: Tensor) -> bool:
+    """Whether a tensor has values of a floating dtype of 16 bits or more, in itself."""
+    is_plain = type(tensor.data) is Tensor and not tensor.is_meta
+    return is_plain and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.count_nonzero())
 
 
 def acting_sites(census: Census, state: ModelState) -> list[AdaptedSite]:
@@ -190,16 +184,6 @@ def acting_sites(census: Census, state: ModelState) -> list[AdaptedSite]:
 def acting_parts(site: AdaptedSite, state: ModelState) -> list[SiteAdapter]:
     """Return the active adapters of a weight."""
     return [part for name, part in site.layer.adapters.items() if name in state.active]
-
-
-def held_by(root: nn.Module, sites: Iterable[AdaptedSite], state: ModelState) -> list[object]:
-    """Return what running, switching and merging may change beside modules."""
-    found: list[object] = [state, state.activation, state.bank, *state.bank, *state.adapters.values()]
-    found += state.replaced.values()
-    found += [module._parameters for module in root.modules() if isinstance(module, Diagonal) and module._parameters]
-    for site in sites:
-        found += [site.layer, *site.layer.adapters.values(), *site.layer_class.beside(site.owner)]
-    return [each for each in found if hasattr(each, "__dict__")]
 
 
 def roles(sites: Sequence[AdaptedSite]) -> list[list[AdaptedSite]]:

@@ -2,8 +2,8 @@
 
 The checks of a call find most reasons for it to fail. Reasons that no check can foresee, such as a lack of memory, an
 interrupt or a class that sets attributes in its own way, may still raise in the middle of a change, which is then
-undone. The checks hold until the change is made, because only one thread at a time changes models. `undone` restores
-modules after a run of their code, which may have changed anything in them.
+undone. The checks hold until the change is made, because only one thread at a time changes models. Code of modules is
+tried with `Copies` of their tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -217,15 +217,14 @@ def unchanged_if_raised(
 
     ``then`` are functions to call afterwards.
     """
-    held = attributes_of(objects)
+    before = Attributes(objects)
     tensors = [each for each in values if each is not None]
     required_grad = [(each, each.requires_grad) for each in (*tensors, *flags)]
     data = [(each, each.data) for each in tensors if not is_lazy(each) and type(each.data) is Tensor]
     try:
         yield
     except BaseException:
-        for attributes in held:
-            attributes.restore()
+        before.restore()
         for tensor, own in data:
             if tensor.data_ptr() != own.data_ptr() or tensor.dtype != own.dtype:
                 tensor.data = own
@@ -245,148 +244,102 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:  # noqa: FBT001
         tensor.requires_grad = flag  # the method does not work on uninitialized parameters
 
 
-class Attributes(NamedTuple):
-    """The class and the attributes of an object, and the entries of attributes that are dicts or lists."""
+class Attributes:
+    """The classes and the attributes of some objects, and the entries of attributes that are dicts or lists.
 
-    owner: Any
-    kind: type
-    attributes: dict[str, Any]
-    entries: list[tuple[Any, Any]]
+    They are in a few long lists, because Python's garbage collector goes through each container again and again.
+    """
+
+    def __init__(self, objects: Iterable[object]) -> None:
+        """Note them."""
+        self._objects = [*{id(each): each for each in objects if each is not None}.values()]
+        self._classes = [type(each) for each in self._objects]
+        self._attributes = [dict(vars(each)) for each in self._objects]
+        every = (value for attributes in self._attributes for value in attributes.values())
+        self._containers = [value for value in every if isinstance(value, dict | list)]
+        self._entries = [  # most are empty
+            (dict(each) if isinstance(each, dict) else list(each)) if each else None for each in self._containers
+        ]
 
     def restore(self) -> None:
-        """Set the class and the attributes again, and delete new ones."""
-        if type(self.owner) is not self.kind:
-            object.__setattr__(self.owner, "__class__", self.kind)
-        self.owner.__dict__.clear()
-        self.owner.__dict__.update(self.attributes)
-        for container, before in self.entries:
-            entries = before or ({} if isinstance(container, dict) else [])
+        """Set the classes and the attributes again, and delete new ones."""
+        for each, kind, attributes in zip(self._objects, self._classes, self._attributes, strict=True):
+            if type(each) is not kind:
+                object.__setattr__(each, "__class__", kind)
+            each.__dict__.clear()
+            each.__dict__.update(attributes)
+        for container, entries in zip(self._containers, self._entries, strict=True):
             if _is_changed(container, entries):  # a dict that cannot change, as diffusers has, is not
                 container.clear()
-                container.update(entries) if isinstance(container, dict) else container.extend(entries)
-
-
-def attributes_of(objects: Iterable[object]) -> list[Attributes]:
-    """Return the attributes of objects, to be restored."""
-    return [
-        Attributes(
-            each,
-            type(each),
-            dict(own := vars(each)),
-            [
-                (held, (dict(held) if isinstance(held, dict) else list(held)) if held else None)  # most are empty
-                for held in own.values()
-                if isinstance(held, dict | list)
-            ],
-        )
-        for each in {id(each): each for each in objects if each is not None}.values()
-    ]
+                if entries:
+                    container.update(entries) if isinstance(container, dict) else container.extend(entries)
 
 
 def _is_changed(container: Any, entries: Any) -> bool:
     """Whether a dict or a list has different entries than before, or a different order."""
+    if not entries or len(container) != len(entries):
+        return len(container) != len(entries or ())
     if isinstance(container, dict):
         container, entries = ([part for pair in each.items() for part in pair] for each in (container, entries))
-    return len(container) != len(entries) or any(own is not was for own, was in zip(container, entries, strict=True))
+    return any(own is not was for own, was in zip(container, entries, strict=True))
 
 
-class Snapshot:
-    """Everything that running a model may change, to be restored bit for bit.
+class Copies:
+    """What some modules hold in place of their parameters and buffers while their code is tried, so that none change.
 
-    It contains the class and the attributes of each object, with the entries of attributes that are dicts or lists; the
-    same for each parameter and buffer, with values and ``requires_grad``; and the states of the random number
-    generators. Changes inside other objects, such as a cache that a module holds, are not included.
+    After a trial the modules and some other objects have their classes and attributes again, with the entries of
+    attributes that are dicts or lists, and random number generators are in the same state. Changes inside other
+    objects, such as a cache that a module holds, stay. So do values of tensors that cannot be copied, because they are
+    on the meta device or of a subclass.
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module], others: Iterable[object] = (), copies: Snapshot | None = None
+        self,
+        modules: Iterable[nn.Module],
+        others: Iterable[object] = (),
+        copy: Callable[[Tensor], Tensor] = torch.clone,
     ) -> None:
-        """Take a snapshot, with the copies of an earlier one of the values that have not changed since."""
-        inside = {id(each): each for module in modules for each in module.modules()}
-        tensors = {
-            id(tensor): tensor
-            for module in inside.values()
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None and not is_lazy(tensor)
-        }
-        self._values: list[_Values]
-        self._objects = attributes_of((*inside.values(), *tensors.values(), *others))
-        earlier = {} if copies is None else {id(held.tensor): held for held in copies._values}
-        self._values = [_Values(tensor, earlier.get(key)) for key, tensor in tensors.items()]
-        devices = {tensor.device for tensor in tensors.values()} - {torch.device("meta")}
-        self._random = _RandomStates(device for device in devices if device.type != "cpu")
+        """Note what modules, including all inside of them, and other objects have, without copying any tensor yet."""
+        inside = list({id(each): each for module in modules for each in module.modules()}.values())
+        tables: list[Any] = [table for each in inside for table in (each._parameters, each._buffers) if table]
+        held = {id(each): each for table in tables for each in table.values() if each is not None and not is_lazy(each)}
+        self._plain = {key: each for key, each in held.items() if type(each.data) is Tensor and not each.is_meta}
+        self._tables, self._before, self._copy = tables, Attributes((*inside, *others)), copy
 
-    def restore(self, *, thoroughly: bool = False) -> None:
-        """Restore everything; unless ``thoroughly``, only values that torch knows to have been written."""
-        for attributes in self._objects:
-            attributes.restore()
-        for values in self._values:
-            values.restore(thoroughly=thoroughly)
-        self._random.restore()
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Run a block in which the modules hold copies, new ones each time."""
+        with _same_random_states(each.device for each in self._plain.values()):
+            try:
+                copies = {key: _copied(each, self._copy) for key, each in self._plain.items()}
+                for table in self._tables:
+                    for name, tensor in list(table.items()):
+                        table[name] = copies.get(id(tensor), tensor)
+                yield
+            finally:
+                self._before.restore()
+
+
+def _copied(tensor: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a copy with the class and the attributes of a tensor. A parameter does not require grad."""
+    values = copy(tensor)
+    if isinstance(values, nn.Parameter) or not isinstance(tensor, nn.Parameter):
+        return values
+    copied = nn.Parameter(values.detach(), requires_grad=False)
+    copied.__class__ = type(tensor)
+    copied.__dict__.update(vars(tensor))
+    return copied
 
 
 @contextmanager
-def undone(modules: Iterable[nn.Module], others: Iterable[object] = ()) -> Iterator[Snapshot]:
-    """Run a block and restore everything that it has changed in some modules, even if it raises."""
-    snapshot = Snapshot(modules, others)
+def _same_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Restore, after the block, the states of all generators that a forward may draw from."""
+    others = {device for device in devices if device.type != "cpu"}
+    kind = next((device.type for device in others), "cuda")
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # models draw from it
     try:
-        yield snapshot
+        with torch.random.fork_rng([device.index for device in others], device_type=kind):
+            yield
     finally:
-        snapshot.restore(thoroughly=True)
-
-
-class _Values:
-    """The values of one tensor, and whether it requires grad."""
-
-    def __init__(self, tensor: Tensor, earlier: _Values | None) -> None:
-        self.tensor, self.data, self.requires_grad = tensor, tensor.data, tensor.requires_grad
-        self.version = _version(tensor)
-        is_plain = type(self.data) is Tensor and not tensor.is_meta
-        is_as_earlier = earlier is not None and earlier.is_untouched()
-        self.copy: Tensor | None = None
-        if is_as_earlier and earlier is not None:
-            self.copy = earlier.copy
-        elif is_plain:
-            self.copy = self.data.to("cpu", copy=True)
-
-    def is_untouched(self) -> bool:
-        """Whether torch knows of no change of the values."""
-        is_same = self.tensor.data_ptr() == self.data.data_ptr() and self.tensor.dtype == self.data.dtype
-        return is_same and self.version is not None and _version(self.tensor) == self.version
-
-    def restore(self, *, thoroughly: bool) -> None:
-        """Restore the values."""
-        if self.copy is not None and (thoroughly or not self.is_untouched()):
-            if self.tensor.data_ptr() != self.data.data_ptr() or self.tensor.dtype != self.data.dtype:
-                self.tensor.data = self.data
-            if not torch.equal(_bits(self.data).to("cpu"), _bits(self.copy)):
-                with torch.inference_mode(self.tensor.is_inference()):
-                    self.data.copy_(self.copy)
-            self.version = _version(self.tensor)
-        set_requires_grad(self.tensor, self.requires_grad)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
-
-
-class _RandomStates:
-    """The states of all generators that a forward may draw from."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self.python, self.cpu = random.getstate(), torch.get_rng_state()
-        self.numpy = np.random.get_state()  # noqa: NPY002  # models draw from it
-        self.devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
-
-    def restore(self) -> None:
-        """Restore them."""
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)  # noqa: NPY002
-        torch.set_rng_state(self.cpu)
-        for device, state in self.devices.items():
-            module: Any = torch.get_device_module(device)
-            module.set_rng_state(state, device)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
