@@ -91,6 +91,19 @@ def raise_on_every_rank(ranks: Ranks | None) -> Iterator[None]:
         _BLOCK.reset(token)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Have the functions called in the block agree with no other process, each of which may do something else in it.
+
+    They must gather nothing. In a block of `raise_on_every_rank` its processes agree at the end of that.
+    """
+    token = _BLOCK.set(_Block(Ranks((), is_first=True), []))
+    try:
+        yield
+    finally:
+        _BLOCK.reset(token)
+
+
 def agree(value: object = None) -> list[Any]:
     """Raise the first error that another process has raised since; else return the values of all; a collective.
 

@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from randlora.errors import AdapterError, ConfigError, raise_collected
 from randlora.hints import require_types, shortly
 from randlora.model.engines import together
 from randlora.model.switch import remove
+from randlora.ranks import agree, alone
+from randlora.report import Report
 from randlora.serving.routed import routed
 from randlora.state import adapted_root, is_adapted
 from randlora.targets.match import nearest_names
@@ -53,7 +55,8 @@ class AdapterPool:
     """Loads adapters into a model when they are needed, and removes the least recently used ones.
 
     All calls of the model must go through the pool, in blocks of `routed` or `using`. One thread at a time is in a
-    block; others wait. The pool does not touch other adapters of the model.
+    block; others wait. The pool does not touch other adapters of the model. If the model is sharded, all processes
+    enter the blocks together, each with its own adapters.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -158,10 +161,13 @@ class AdapterPool:
                 adapters as before.
         """
         wanted = _named(names)
-        with self.using(wanted):
-            all_are_base = not wanted and not is_adapted(self._model)
-            with nullcontext() if all_are_base else routed(self._model, names):
-                yield
+        with self.using(wanted), ExitStack() as block:
+            with together(self._model, writes=True):
+                has_adapters = bool(wanted) or is_adapted(self._model)
+                with nullcontext() if all(agree(has_adapters)) else alone():
+                    if has_adapters:
+                        block.enter_context(routed(self._model, names))
+            yield
 
     @contextmanager
     def using(self, names: str | Sequence[str]) -> Iterator[None]:
@@ -186,6 +192,7 @@ class AdapterPool:
             self._pinned += wanted
             try:
                 self._provide(wanted)
+                self._make_room()
                 yield
             finally:
                 for name in wanted:
@@ -211,34 +218,44 @@ class AdapterPool:
             del self._loaded[name]
 
     def _provide(self, names: Sequence[str]) -> None:
-        """Load the adapters that are missing, then remove those that are too many."""
+        """Load the adapters that are missing, which may be others in each of several processes."""
         missing = [name for name in names if name not in self._loaded]
         self._count(hits=len(names) - len(missing), misses=len(missing))
-        if missing:
-            begin = time.perf_counter()
-            try:
-                self._load(missing)
-            except BaseException:
-                self._count(failures=1)
-                raise
-            finally:
-                self._count(seconds_loading=time.perf_counter() - begin)
+        begin = time.perf_counter()
+        try:
+            self._load(missing)
+        except BaseException:
+            self._count(failures=bool(missing))
+            raise
+        finally:
+            self._count(seconds_loading=time.perf_counter() - begin if missing else 0)
         for name in names:
             self._loaded.move_to_end(name)
-        for name in [name for name in self._loaded if name not in self._pinned][
-            : max(0, len(self._loaded) - self._max)
-        ]:
-            remove(self._model, name)
-            del self._loaded[name]
-            self._count(evictions=1)
 
     def _load(self, names: Sequence[str]) -> None:
-        """Load some adapters, all or none."""
-        with together(self._model, writes=True):
-            found = {name: self._read(name) for name in names}
-            reports = add_all(self._model, found, Options(active=False, prefix=self._prefix))
-        self._loaded |= {name: report.checkpoint_bytes for name, report in zip(found, reports, strict=True)}
+        """Load some adapters, all or none, and none if a process that holds the model too cannot load its own."""
+        reports: list[Report] = []
+        try:
+            with together(self._model, writes=True), alone():
+                found = {name: self._read(name) for name in names}
+                reports = add_all(self._model, found, Options(active=False, prefix=self._prefix)) if found else []
+        except BaseException:
+            with alone():
+                for name in reversed(names[: len(reports)]):
+                    remove(self._model, name)
+            raise
+        self._loaded |= {name: report.checkpoint_bytes for name, report in zip(names, reports, strict=True)}
         self._count(loads=len(reports))
+
+    def _make_room(self) -> None:
+        """Remove the adapters that are too many."""
+        with together(self._model, writes=True), alone():
+            for name in [name for name in self._loaded if name not in self._pinned][
+                : max(0, len(self._loaded) - self._max)
+            ]:
+                remove(self._model, name)
+                del self._loaded[name]
+                self._count(evictions=1)
 
     def _read(self, name: str) -> Found:
         """Return the contents of an adapter, which may have been read before."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import islice
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -27,7 +26,7 @@ from randlora.model.switch import without_active
 from randlora.model.view import require_own
 from randlora.modes import uncompiled
 from randlora.places import is_whole, place_at
-from randlora.ranks import agree
+from randlora.ranks import agree, agreeing
 from randlora.serving.labels import first_dimension
 from randlora.serving.routing import Routing, RunningCall, require_here
 from randlora.serving.run import Hook, RowByRow, RowsOfAttention
@@ -162,21 +161,29 @@ def _require_alike(census: Census, state: ModelState, routing: RowByRow) -> None
     """Raise an `AdapterError` in all processes if they would mix up values or gradients of the adapters of their rows.
 
     Values that a forward gathers where it uses them are mixed up if the processes use them in different orders, and
-    gradients of shards if a process has none.
+    gradients of shards if a process has none. A backward without any adapter averages no gradients of whole Λ and Γ,
+    for which the other processes would wait.
     """
-    some = [one for each in state.adapters.values() for one in islice(adapter_parameters(census, each), 1)]
-    places = [place_at(each) for each in some]
-    own: object = None  # nothing can be mixed up
-    if any(place.is_gathered_by_use for place in places):
-        own = routing.adapters, routing.index.tolist()
-        remedy = "name the same adapter for each row in all of them"
-    elif torch.is_grad_enabled() and any(
-        each.requires_grad and place.part is not None for each, place in zip(some, places, strict=True)
-    ):
-        own = sorted(routing.adapters)
-        remedy = "give each of them rows of the same adapters, or inject the adapters after the model is sharded"
+    if agreeing() is None:
+        return
+    used = {name: [*adapter_parameters(census, state.adapters[name])] for name in routing.adapters}
+    trained = {
+        name: {place_at(each).part is not None for each in parameters if each.requires_grad}
+        for name, parameters in (used.items() if torch.is_grad_enabled() else ())
+    }
+    is_gathered = any(place_at(each).is_gathered_by_use for parameters in used.values() for each in parameters)
+    order = (routing.adapters, routing.index.tolist()) if is_gathered else None
+    sharded = sorted(name for name, are_sharded in trained.items() if True in are_sharded)
+    is_averaged = state.averaging is not None and any(False in are_sharded for are_sharded in trained.values())
+    own = order, sharded, is_averaged
     every = agree(own)
-    if own is not None and any(each != own for each in every):
+    if any(each != own for each in every):
+        remedy = (
+            "give each of them rows of the same adapters, inject the adapters after the model is sharded and give each "
+            "a row of any, or enter the block under torch.no_grad() if nothing is trained"
+            if all(order is None for order, *_ in every)
+            else "name the same adapter for each row in all of them"
+        )
         raise AdapterError(
             f"cannot route: the processes that hold this model together have rows of different adapters, whose values "
             f"or gradients would be mixed up: {remedy}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,21 +36,11 @@ from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
 from tests.distributed.engines import ENGINES, sharded, trained
 from tests.distributed.processes import FOUR, PAIR, in_two
 from tests.distributed.trained import Block, Drawn, distance, filled, optimizer_of, reshard, trained_alone, values
-from tests.kit import Model
 from tests.pages import DOCS
 
 DRAWN, ALSO = Drawn(), Drawn(train_also=("norm", "head"))
 WHOLE = StateDictOptions(full_state_dict=True)
 each_order = pytest.mark.parametrize("engine", ["FSDP2", "FSDP2 first"])
-
-
-class Two(Drawn):
-    """With a second adapter that is trained too, whose updates are others."""
-
-    def adapt(self, model: Model, name: str = "default") -> Model:
-        super().adapt(model, name)
-        randlora.inject(model, name="second", **self.options() | {"alpha": 6.0}, trainable=True)
-        return filled(model, "second")
 
 
 def require_alike(one: nn.Module, model: nn.Module, within: float = 1e-6) -> None:
@@ -84,82 +73,6 @@ def test_gradients_are_bit_by_bit_those_of_one_process_that_accumulates(engine: 
                 (DRAWN.loss(each(*DRAWN.batch(rank, step)), rank) / len(ranks)).backward()
             optimizer.step()
     require_alike(one, model, within=0)
-
-
-NAMES: dict[str, Callable[[int], list[str | None]]] = {
-    "equal": lambda _: ["default", "second", None],
-    "rotated": lambda rank: ["default", "second", None][rank:] + ["default", "second", None][:rank],
-    "others": lambda rank: ["second" if rank else "default"] * 2 + [None],
-}
-"""For each row of a batch, by process."""
-
-EACH_ROUTED = (("FSDP2", "rotated"), ("FSDP2 first", "others"), ("DDP, unused", "others"), ("ZeRO-3", "equal"))
-
-
-@in_two
-@pytest.mark.parametrize(("engine", "names"), EACH_ROUTED)
-def test_rows_that_are_routed_run_with_the_bits_of_one_process_and_train_alike(engine: str, names: str) -> None:
-    two, rank = Two(), dist.get_rank()
-    one, model = two.adapted(), ENGINES[engine].make(two)
-    with torch.no_grad():
-        outputs = []
-        for each in (one, model):
-            with randlora.serving.routed(each, NAMES[names](rank)):
-                outputs.append([each(*two.batch(rank, step)) for step in (0, 1)])
-        for expected, found in zip(*outputs, strict=True):
-            assert torch.equal(found, expected)
-            assert not torch.equal(found[0], found[2])
-    is_zero, before = hasattr(model, "backward"), values(one, only_trained=True)
-    optimizers = [optimizer_of(one), model if is_zero else optimizer_of(model)]
-    for step in range(2):
-        for own in range(2):
-            with randlora.serving.routed(one, NAMES[names](own)):
-                (two.loss(one(*two.batch(own, step)), own) / 2).backward()
-        with randlora.serving.routed(model, NAMES[names](rank)):
-            loss = two.loss(model(*two.batch(rank, step)), rank)
-            (model if is_zero else loss).backward(*[loss] if is_zero else [])
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    trained = values(getattr(model, "module", model), only_trained=True)
-    assert distance(trained, values(one, only_trained=True)) <= 1e-6
-    assert distance(trained, before) > 1e-3
-
-
-@in_two
-@pytest.mark.parametrize(("engine", "names", "said"), [("FSDP2", "others", "after"), ("ZeRO-3", "rotated", "each row")])
-def test_rows_of_which_processes_would_mix_up_adapters_are_refused_in_all(engine: str, names: str, said: str) -> None:
-    two, rank = Two(), dist.get_rank()
-    one, model = two.adapted(), ENGINES[engine].make(two)
-    refused = pytest.raises(AdapterError, match=f"have rows of different adapters.*{said}")
-    for is_training in (True, False):
-        is_mixed = is_training or engine == "ZeRO-3"
-        with torch.set_grad_enabled(is_training), refused if is_mixed else nullcontext():
-            with randlora.serving.routed(model, NAMES[names](rank)):
-                found = model(*two.batch(rank, 0))
-            with randlora.serving.routed(one, NAMES[names](rank)):
-                assert torch.equal(found, one(*two.batch(rank, 0)))
-    assert [each.is_active for each in randlora.adapters(getattr(model, "module", model))] == [True, False]
-
-
-@in_two
-def test_a_pool_loads_other_adapters_in_each_process_with_the_bits_of_one(tmp_path: Path) -> None:
-    rank = dist.get_rank()
-    randlora.save_all(Two().adapted(), tmp_path / str(rank))
-    sources = {"a": tmp_path / str(rank), "b": tmp_path / str(rank) / "second"}
-    one, model = DRAWN.build(), sharded(DRAWN.build())
-    with torch.no_grad():
-        plain = one(*DRAWN.batch(rank, 0))
-        pools = [randlora.serving.AdapterPool(each, sources, max_loaded=1) for each in (one, model)]
-        for name in "aba" if rank else "bbb":
-            outputs = []
-            for pool, each in zip(pools, (one, model), strict=True):
-                with pool.routed([name, None, name]):
-                    outputs.append(each(*DRAWN.batch(rank, 0)))
-            assert torch.equal(*outputs)
-            assert torch.equal(outputs[0][1], plain[1])
-            assert not torch.equal(outputs[0][0], plain[0])
-    assert [pool.stats().misses for pool in pools] == [3 if rank else 1] * 2
 
 
 @in_two
