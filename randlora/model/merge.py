@@ -8,7 +8,7 @@ left as it is.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from typing import NamedTuple
@@ -41,7 +41,7 @@ from randlora.model.mergeable import (
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import View, all_or_nothing, opened, require_own
 from randlora.places import Kept
-from randlora.ranks import agree, agreeing, run_collectives
+from randlora.ranks import agree, agreeing, alone, run_collectives
 from randlora.report import MergeReport
 from randlora.state import CHANGING, ModelState
 from randlora.targets.census import AdaptedSite, Census
@@ -63,7 +63,7 @@ def merge(
     The old and the new weights are both in memory until the last layer is merged. Reversibly merged adapters remain
     active; others can be active on top of them, and be merged later. A merged weight is always computed from the
     original weight and all merged adapters, in the order in which they were added. It does not depend on the order of
-    merging.
+    merging. If the model is sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
@@ -190,6 +190,7 @@ def _in_order(state: ModelState, weights: Mapping[str, Factor]) -> dict[str, Fac
     return {name: weights[name] for name in state.adapters if name in weights}
 
 
+@collective(writes=True)
 def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tuple[str, ...]:
     """Restore, bit for bit, the weights from before ``merge(model, reversible=True)``, for all or some adapters.
 
@@ -208,12 +209,7 @@ def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tu
         MergeError: If its adapters are not merged, a sharded or offloaded weight would have to be merged again, or a
             weight is computed from other parameters since, as by pruning.
     """
-    return _unmerge(model, adapters)
-
-
-def _unmerge(model: nn.Module, adapters: str | Iterable[str] | None, *, is_agreed: bool = True) -> tuple[str, ...]:
-    """Restore the weights; if ``is_agreed``, together with the other processes that hold parts of them."""
-    with together(model, writes=True) if is_agreed else nullcontext(), opened(model, None) as view:
+    with opened(model, None) as view:
         state, census = view.state, view.census
         names = None if adapters is None else listed(adapters)
         staying = {name: each for name, each in state.merged.items() if names is not None and name not in names}
@@ -261,7 +257,8 @@ def merged(
     """Merge the active adapters inside a ``with`` block, for inference at the base model's speed.
 
     Blocks can be nested: an inner block merges the adapters that are active and not merged yet, with the options of the
-    outer block. Other threads may run the model in the block, but may not open a block.
+    outer block. Other threads may run the model in the block, but may not open a block. If the model is sharded, all
+    processes enter the block together.
 
     Args:
         model: A model with adapters.
@@ -276,7 +273,7 @@ def merged(
         RandLoRAError: Any other error of `merge`.
     """
     state: ModelState | None = None
-    block, has_raised = object(), True
+    block = object()
     own: tuple[str, ...] = ()
 
     def end() -> None:
@@ -286,8 +283,8 @@ def merged(
         with CHANGING:
             state.merged_blocks = [other for other in state.merged_blocks if other is not block]
             if names := [name for name in own if name in state.merged]:
-                # after an error of this process alone, the others may never come here
-                _unmerge(model, names, is_agreed=not has_raised)
+                with alone():  # after an error of one process alone, the others would wait for it
+                    unmerge(model, names)
 
     try:
         with together(model, writes=True), opened(model, None) as view:
@@ -305,7 +302,6 @@ def merged(
             report = state.merge_report
         BLOCKS.set((*BLOCKS.get(), block))
         yield report
-        has_raised = False
     finally:
         try:
             end()

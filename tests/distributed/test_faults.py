@@ -197,8 +197,9 @@ def test_an_unmerge_that_fails_in_one_process_is_tried_again() -> None:
         with failing_in_last("unfold", AdapterLayer, 0):
             randlora.unmerge(model)
         randlora.unmerge(model)
-        with failing_in_last("unfold", AdapterLayer, 0), randlora.merged(model):
-            pass
+        fails = pytest.raises(MemoryError) if dist.get_rank() else nullcontext()
+        with fails, failing_in_last("unfold", AdapterLayer, 0, MemoryError()), randlora.merged(model):
+            pass  # whose end waits for nobody, and tries it again
         with pytest.raises(MergeError, match="not merged"):
             randlora.unmerge(model)
         randlora.merge(model, reversible=True)
@@ -217,8 +218,10 @@ def test_a_merge_that_is_interrupted_is_undone() -> None:
         assert torch.equal(model(*DRAWN.batch(0, 0)), expected)
 
 
-def test_an_error_in_one_block_of_merged_does_not_wait_for_others() -> None:
-    model = sharded(DRAWN.adapted())
+@pytest.mark.parametrize("engine", GATHER)
+def test_an_error_in_one_block_of_merged_does_not_wait_for_others_nor_they_for_it(engine: str) -> None:
+    run = ENGINES[engine].make(DRAWN)
+    model, has_failed = getattr(run, "module", run), False
     with restored(model):
         with suppress(ZeroDivisionError), randlora.merged(model):
             if dist.get_rank() == 0:
@@ -232,6 +235,12 @@ def test_an_error_in_one_block_of_merged_does_not_wait_for_others() -> None:
 def test_a_consumer_of_merged_tensors_that_fails_in_one_process_is_told_to_all(engine: str) -> None:
     """By the code of docs/rollouts.md."""
     model, taken = ENGINES[engine].make(DRAWN), list[str]()
+        try:
+            with randlora.merged(model):
+                assert 1 / (1 - dist.get_rank())
+        except ZeroDivisionError:
+            has_failed = True
+        assert on_all(has_failed) == [False, True], "which it may tell at once"
 
     def load_weight(name: str, tensor: Tensor) -> None:
         if dist.get_rank() == 1 and len(taken) == 3:
