@@ -350,8 +350,9 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
     def keep(tensor: Planned) -> None:
         tensors[tensor.name] = tensor.read()
 
+    steps = [*passing_on(held, partial(saving.take, write=keep))]
     agree()  # before anything is gathered
-    run_collectives(passing_on(held, partial(saving.take, write=keep)))
+    run_collectives(steps)
     saving.end(keep)
     raise_collected(CheckpointError, saving.problems, doing=doing)
     tensors = {tensor.name: tensors[tensor.name] for tensor in saving.tensors}  # in the order of the model

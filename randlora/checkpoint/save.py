@@ -33,7 +33,7 @@ from randlora.model.engines import collective
 from randlora.model.listing import adapter_parameters
 from randlora.model.save_guard import SaveGuard
 from randlora.model.train_also import moved_note, untrained_note
-from randlora.ranks import agreeing, on_first_rank, run_collectives
+from randlora.ranks import agree, agreeing, on_first_rank, run_collectives
 from randlora.report import as_bytes
 from randlora.state import ModelState, adapted_root
 from randlora.targets.census import Census
@@ -182,7 +182,9 @@ def _write_each(
     with ExitStack() as hidden, ExitStack() as being_written:
         writing = _Writing(held, directories, root, hub, results, doing, are_here=agreeing() is None)
         on_first_rank(partial(writing.begin, hidden))
-        run_collectives(writing.steps(being_written))
+        steps = [*writing.steps(being_written)]
+        agree()  # before anything is gathered
+        run_collectives(steps)
         return on_first_rank(partial(writing.end, hidden))
 
 

@@ -110,8 +110,8 @@ class Plan:
         return replace(report, warning=doubt(self.census, self.selection.sites, report.left_out))
 
 
-@explain_options
 @collective(writes=True)
+@explain_options
 @torch.inference_mode(mode=False)  # trainable parameters must not be inference tensors
 def inject(
     model: nn.Module,

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import randlora
+from randlora.checkpoint.contents import AdapterToSave
 from randlora.checkpoint.tensors import Value
 from randlora.disk.formats import TensorFile, write_tensor_file
 from randlora.errors import AdapterError, CheckpointError, MergeError, RandLoRAError
@@ -163,6 +164,7 @@ def test_an_error_before_anything_is_computed_together_is_raised_in_all(tmp_path
     model, is_last = sharded(DRAWN.adapted()), dist.get_rank() == 1
     randlora.inject(model, r=2, targets=["up"], name="second", active=False)
     wrong: Any = 2  # of a type that no argument has
+    unknown: dict[str, Any] = {"alhpa": 2} if is_last else {}
     verbs: dict[Callable[[], object], tuple[str, Any]] = {
         lambda: randlora.merge(model, reversible=True): ("keep", places.Shard),
         lambda: randlora.activate(model, "second"): ("keep", places.Shard),
@@ -176,11 +178,15 @@ def test_an_error_before_anything_is_computed_together_is_raised_in_all(tmp_path
     for verb, failing in verbs.items():
         with restored(model), failing_in_last(*failing, 0):
             verb()
+    for save, call in ((randlora.adapter_state, 2), (partial(randlora.save, directory=tmp_path / "out"), 1)):
+        with failing_in_last("values", AdapterToSave, call):  # what is about to be gathered
+            save(model, name="default")
     given: dict[Callable[[], object], str] = {
         lambda: randlora.save(model, wrong if is_last else tmp_path / "out", name="default"): "directory must be",
         lambda: randlora.inject(model, r=2, targets=["up"], name=wrong if is_last else "third"): "named 2",
         lambda: randlora.delta_weight(model, "head" if is_last else "blocks.0.up"): "'head' is not adapted",
         lambda: randlora.merge(model, reversible=True, dtype=wrong if is_last else None): "dtype",
+        lambda: randlora.inject(model, r=2, name="third", **unknown): "unknown option alhpa=",
     }
     for verb, said in given.items():
         with restored(model), pytest.raises(RandLoRAError, match=said) as caught:
@@ -229,18 +235,18 @@ def test_an_error_in_one_block_of_merged_does_not_wait_for_others_nor_they_for_i
             raise ZeroDivisionError
         if dist.get_rank():
             dist.send(torch.zeros(1), 0)
-
-
-@pytest.mark.parametrize("engine", GATHER)
-def test_a_consumer_of_merged_tensors_that_fails_in_one_process_is_told_to_all(engine: str) -> None:
-    """By the code of docs/rollouts.md."""
-    model, taken = ENGINES[engine].make(DRAWN), list[str]()
         try:
             with randlora.merged(model):
                 assert 1 / (1 - dist.get_rank())
         except ZeroDivisionError:
             has_failed = True
         assert on_all(has_failed) == [False, True], "which it may tell at once"
+
+
+@pytest.mark.parametrize("engine", GATHER)
+def test_a_consumer_of_merged_tensors_that_fails_in_one_process_is_told_to_all(engine: str) -> None:
+    """By the code of docs/rollouts.md."""
+    model, taken = ENGINES[engine].make(DRAWN), list[str]()
 
     def load_weight(name: str, tensor: Tensor) -> None:
         if dist.get_rank() == 1 and len(taken) == 3:
