@@ -249,10 +249,9 @@ class AdapterPool:
 
     def _make_room(self) -> None:
         """Remove the adapters that are too many."""
+        unused = [name for name in self._loaded if name not in self._pinned]
         with together(self._model, writes=True), alone():
-            for name in [name for name in self._loaded if name not in self._pinned][
-                : max(0, len(self._loaded) - self._max)
-            ]:
+            for name in unused[: max(0, len(self._loaded) - self._max)]:
                 remove(self._model, name)
                 del self._loaded[name]
                 self._count(evictions=1)

@@ -1,8 +1,9 @@
 """An error in one process, at whatever step of a verb, is raised in all, none of which waits, and changes nothing.
 
 An error is planted in each function of the package that a verb calls in one process, as it begins or goes on. Left out
-is what the processes agree by, and what finds and gathers the parts of tensors after they have agreed: a process that
-left out a part would mix up the rest. tests/distributed/test_faults.py plants errors between two gathers.
+is what the processes agree by, the end of a block, and what finds and gathers the parts of tensors after they have
+agreed: a process that left out a part would mix up the rest. tests/distributed/test_faults.py plants errors between two
+gathers.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ VERBS: dict[str, Case] = {
     "routed": Case(within(lambda model, _: randlora.serving.routed(model, ["second"]))),
     "save": Case(lambda model, place: randlora.save(model, place / "out", name="default")),
     "save_all": Case(lambda model, place: randlora.save_all(model, place / "out")),
+    "save stored": Case(lambda model, place: randlora.save(model, place / "out", name="default", bases="stored")),
     "save_merged": Case(lambda model, place: randlora.files.save_merged(model, tempfile.mktemp(dir=place))),
     "set_trainable": Case(
         lambda model, _: randlora.set_trainable(model, "second"),
@@ -121,6 +123,9 @@ TOGETHER = {
 }
 """What finds and gathers parts of tensors."""
 
+END = "merged.<locals>.end"
+"""What ends a block, for which no process waits."""
+
 AROUND = {
     inspect.unwrap(each).__code__
     for each in (together, opened, opened_to_add, all_or_nothing, unchanged_if_raised, merge._unfolded_if_raised)
@@ -140,7 +145,7 @@ class Steps:
             return
         if code in AROUND or code.co_name == "<genexpr>":  # which may be given up, with nobody to raise to
             return
-        if ranks.agreeing() is None or self._computes_together(frame):
+        if ranks.agreeing() is None or self._is_left_out(frame):
             return
         step = code, frame.f_lasti
         if step not in self.seen:
@@ -149,9 +154,9 @@ class Steps:
                 raise MemoryError(f"no room at step {self.planted}, {code.co_qualname} in {code.co_filename}")
 
     @staticmethod
-    def _computes_together(frame: Any) -> bool:
+    def _is_left_out(frame: Any) -> bool:
         while frame is not None:
-            if frame.f_code in TOGETHER:
+            if frame.f_code in TOGETHER or frame.f_code.co_qualname == END:
                 return True
             frame = frame.f_back
         return False
