@@ -1,4 +1,4 @@
-"""`routed` and pools in several processes, each of which has rows, and adapters, of its own."""
+"""`routed`, pools and switched adapters in several processes, each of which has its own rows, and adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import randlora
 from randlora.errors import AdapterError, CheckpointError
 from randlora.serving import AdapterPool, routed
 from tests.distributed.engines import ENGINES, sharded
-from tests.distributed.processes import in_two, on_all
+from tests.distributed.processes import in_two, in_two_of_zero, on_all
 from tests.distributed.trained import Drawn, distance, filled, optimizer_of, values
 from tests.kit import Model
 
@@ -161,3 +161,17 @@ def test_an_adapter_that_no_row_has_does_not_matter() -> None:
     trained = values(model, only_trained=True)
     assert distance(trained, values(one, only_trained=True)) <= 1e-6
     assert distance(trained, before) > 1e-3
+
+
+@in_two_of_zero
+@torch.no_grad()
+def test_adapters_of_an_engine_of_zero_3_are_switched_once_all_of_them_have_run() -> None:
+    """As docs/limits.md says: DeepSpeed refuses those that it has not seen in its first forward."""
+    two, rows = Two(), Two().batch(dist.get_rank(), 0)
+    one, run = two.adapted(), ENGINES["ZeRO-3"].make(two)
+    for names in (["default", "second"], "second", "second", "default", "default"):
+        for each in (one, run.module):
+            randlora.activate(each, names)
+        torch.testing.assert_close(run(*rows), one(*rows))
+        with randlora.disabled(run.module), randlora.disabled(one):
+            torch.testing.assert_close(run(*rows), one(*rows))
