@@ -10,7 +10,7 @@ import pytest
 import randlora
 from benchmarks import command, laws, scale
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import pages, spectrum, summary
+from benchmarks.quality import pages, summary
 from benchmarks.results import Results, Row
 from benchmarks.targets import TARGETS, faster, only_in_full, only_on, passed_over, verdicts, within
 from benchmarks.timing import Figure
@@ -102,18 +102,19 @@ def test_results_are_written_in_three_forms_and_a_law_that_was_skipped_did_not_h
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=str)
 def test_a_page_shows_the_runs_that_are_kept_whose_best_rates_are_inside_of_their_sweeps(page: Path) -> None:
-    text, tasks = page.read_text(encoding="utf-8"), {task.name: task for task in spectrum.WIDTH_TASKS} | quality.TASKS
+    text = page.read_text(encoding="utf-8")
     places = list(pages.PLACE.finditer(text))
     assert len(places) == text.count("<!--") > 0
-    assert pages.filled(text) == pages.filled(text.replace("| dense |", "| denser |", 1)) == text
+    assert "| LoRA" in text
+    assert pages.filled(text) == pages.filled(text.replace("| LoRA", "| LORA", 1)) == text
     for place in places:
-        for name in pages.REAL if place["task"] == "all tasks" else (place["task"],):
-            points = summary.points_of(tasks[name], pages.kept_runs(tasks[name], place["group"]))
+        for task in pages.tasks_of(place):
+            points = summary.points_of(task, pages.kept_runs(task, place["group"]))
             for contestant, own in summary.by_contestant(points).items():
-                assert not summary.rate_beyond(tasks[name], own), (name, contestant)
-                if name in quality.TASKS:
-                    assert {point.seeds for point in own} == {5}, (name, contestant)
-                    assert len(own) >= (1 if contestant == "frozen" else 3), (name, contestant)
+                assert not summary.rate_beyond(task, own), (task.name, contestant)
+                if task.name in quality.TASKS:
+                    assert {point.seeds for point in own} == {5}, (task.name, contestant)
+                    assert len(own) >= (1 if contestant == "frozen" else 3), (task.name, contestant)
 
 
 def test_the_rate_to_try_first_is_near_the_best_of_each_task() -> None:

@@ -11,6 +11,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -35,6 +36,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS_PAGES]
 
 LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)[^)]*\)")
 FRONT_MATTER = re.compile(r"\A---\n.*?^---\n\n", re.DOTALL | re.MULTILINE)
+RUNS = re.compile(r"^<!-- [\w, ]+ -->\n\n(\|.*\n)+", re.MULTILINE)
+"""Tables that a program makes of kept runs: a page is as long as they are, and nobody reads them from end to end."""
 API_ENTRY = re.compile(r"^::: randlora\.([\w.]+)", re.MULTILINE)
 
 
@@ -134,7 +137,8 @@ def test_pages_are_short_their_code_has_80_columns_and_is_run_and_their_links_le
     elsewhere = {}  # snippets that a test runs which asks for them
     for page in PAGES:
         whole = page.read_text(encoding="utf-8")
-        assert page not in DOCS_PAGES or len(FRONT_MATTER.sub("", whole).splitlines()) <= 200, page
+        text = FRONT_MATTER.sub("", RUNS.sub("", whole))
+        assert page not in DOCS_PAGES or len(text.splitlines()) <= 200, page
         for block in FENCE.finditer(whole):  # of screens only the commands count: what they print wraps
             begin = "$" if block["language"] == "console" else ""
             code = block["code"].splitlines() if block["language"] not in ("", "text", "math") else ()
@@ -166,6 +170,26 @@ def test_the_navigation_lists_every_page_at_most_eight_on_a_level_and_the_archit
     listed = [line.split("`")[1] for line in hook["table"](page) if "`" in line]
     own = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
     assert sorted(listed) == sorted(name for name in own if name != "__init__.py")
+
+
+def test_old_addresses_of_the_site_lead_to_pages_and_to_their_sections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The build of the site fails at one that leads to no page or no section."""
+    hook = runpy.run_path(str(DOCS / "assets" / "moved.py"))
+    for old, new in hook["MOVED"].items():
+        assert "#" in old or not (DOCS / old).exists(), old
+        assert (DOCS / new.split("#")[0]).is_file(), new
+    moved = {"old.md": "a/new.md", "old.md#here": "a/new.md#there", "index.md#gone": "a/new.md#lost"}
+    monkeypatch.setitem(hook["sections"].__globals__, "MOVED", moved)
+    (tmp_path / "a" / "new").mkdir(parents=True)
+    (tmp_path / "a" / "new" / "index.html").write_text('<h2 id="there">', "utf-8")
+    hook["on_post_build"](config={"site_dir": str(tmp_path)})
+    assert [record.args for record in caplog.records] == [("index.md#gone", "a/new.md#lost")]
+    stub = (tmp_path / "old" / "index.html").read_text("utf-8")
+    assert 'replace({"#here": "../a/new/#there"}[location.hash] ?? "../a/new/" + location.hash)' in stub
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    assert '{"#gone": "a/new/#lost"}' in hook["on_post_page"]("<body></body>", page=page)
 
 
 def test_the_pages_on_trust_name_a_test_for_each_promise_and_have_one_place_for_the_figures() -> None:

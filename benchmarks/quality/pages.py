@@ -1,8 +1,8 @@
 """Write tables and the figures of kept runs into the documentation: ``python -m benchmarks.quality.pages``.
 
-A page says where a table goes: ``<!-- group of task -->``, ``<!-- rates of group of task -->`` for the one with each
-learning rate, or ``<!-- overview of group of all tasks -->``. What follows such a line is made of the runs that are
-kept, and a test compares both.
+A page says where a table goes: ``<!-- rates of group of task -->`` for one with each learning rate of a task, and
+``<!-- overview of group of task, task -->``, ``costs`` or ``best rates`` for one with the best of each task. What
+follows such a line is made of the runs that are kept, and a test compares both. `make quality` writes all figures.
 """
 
 import re
@@ -32,9 +32,19 @@ FIGURES = DOCS / "figures"
 DRAWN = {"main": REAL, "ranks": ("clothes", "flat spectrum", "steep spectrum")}
 """The tasks in the figure of a group."""
 CURVES = {name: label.replace("`", "") for name, label in ROWS.items() if name not in ("rsLoRA", "block")}
+LEFT_OUT = {"main": ("PEFT", "rsLoRA, equal size")}
+"""Contestants of a group whose rates are not shown, because others are like them."""
 SIZES = {"LoRA": "LoRA", "dense": "RandLoRA, dense", "gamma first": "RandLoRA, Γ first"}
 """The methods in the figures of both groups, and what they are called there."""
-PLACE = re.compile(r"<!-- (?:(?P<kind>rates|overview) of )?(?P<group>\w+) of (?P<task>[\w ]+) -->\n(?:\n(?:\|.*\n)+)?")
+PLACE = re.compile(
+    r"<!-- (?P<kind>rates|overview|costs|best rates) of (?P<group>\w+) of (?P<tasks>[\w, ]+) -->\n(?:\n(?:\|.*\n)+)?"
+)
+KNOWN: dict[str, Task] = TASKS | {task.name: task for task in WIDTH_TASKS}
+
+
+def tasks_of(place: re.Match[str]) -> list[Task]:
+    """Return the tasks of a table."""
+    return [KNOWN[name] for name in (REAL if place["tasks"] == "all tasks" else place["tasks"].split(", "))]
 
 
 def kept_runs(task: Task, group: str) -> list[Run]:
@@ -53,14 +63,19 @@ def kept_runs(task: Task, group: str) -> list[Run]:
 
 def filled(page: str) -> str:
     """Return a page with all of its tables made anew."""
-    tasks = {**TASKS, **{task.name: task for task in WIDTH_TASKS}}
 
     def table(place: re.Match[str]) -> str:
-        if place["kind"] == "overview":
-            made = summary.overview([(TASKS[name], kept_runs(TASKS[name], place["group"])) for name in REAL], ROWS)
+        tasks = [(task, kept_runs(task, place["group"])) for task in tasks_of(place)]
+        names = dict.fromkeys(run.key.contestant for _, runs in tasks for run in runs)
+        rows = ROWS if place["tasks"] == "all tasks" else {name: name for name in names}
+        if place["kind"] == "rates":
+            ((task, runs),) = tasks
+            hidden = LEFT_OUT.get(place["group"], ())
+            made = summary.rates_of(task, [run for run in runs if run.key.contestant not in hidden])
+        elif place["kind"] == "best rates":
+            made = summary.best_rates(tasks)
         else:
-            make = summary.rates_of if place["kind"] else summary.table_of
-            made = make(tasks[place["task"]], kept_runs(tasks[place["task"]], place["group"]))
+            made = (summary.costs if place["kind"] == "costs" else summary.overview)(tasks, rows)
         return f"{place[0].splitlines()[0]}\n\n{made}"
 
     return PLACE.sub(table, page)

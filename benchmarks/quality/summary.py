@@ -130,15 +130,12 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
     """Write a table in Markdown: each contestant at its best learning rate, and what it costs beside full fine-tuning.
 
     The gain is the one over the first LoRA in the table, or else over our default adapter, by equal seeds. What else
-    all runs have measured follows. Times are from runs on the processor that full fine-tuning ran on.
+    all runs have measured follows.
     """
     curves = by_contestant(points_of(task, runs))
     peers = [name for name in curves if name.startswith("LoRA")] + [name for name in curves if name == "dense"]
     peer = peers[0] if peers else None
-    reference = "full" if "full" in curves else next(iter(curves))
-    processors = {run.machine.get("processor") for run in runs if run.key.contestant == reference}
-    timed = [run for run in runs if run.machine.get("processor") in processors]
-    seconds = {name: mean_seconds(timed, name) for name in {run.key.contestant for run in timed}}
+    times = times_of(runs)
     others = [what for what in runs[0].found if what not in (task.metric, "drift")]
     others = [what for what in others if all(what in run.found for run in runs)]
     gained = [f"gain over {peer}"] if peer else []
@@ -160,7 +157,7 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
         line += [
             f"{chosen.lr:g}",
             f"{own[0].trained:,}",
-            f"{seconds[contestant] / seconds[reference]:.2f}" if contestant in seconds else "",
+            f"{times[contestant]:.2f}" if contestant in times else "",
             f"{own[0].file_bytes / 1e6:.2f}",
             f"{max(run.peak_bytes for run in own) / 1e6:.0f}",
         ]
@@ -168,14 +165,52 @@ def table_of(task: Task, runs: Sequence[Run]) -> str:
     return in_markdown(titles, lines)
 
 
-def overview(tasks: Collection[tuple[Task, Sequence[Run]]], rows: Mapping[str, str]) -> str:
+def times_of(runs: Sequence[Run]) -> dict[str, float]:
+    """Return each contestant's time relative to full fine-tuning, or else the first, on the processor of that one."""
+    contestants = dict.fromkeys(run.key.contestant for run in runs)
+    reference = "full" if "full" in contestants else next(iter(contestants))
+    processors = {run.machine.get("processor") for run in runs if run.key.contestant == reference}
+    timed = [run for run in runs if run.machine.get("processor") in processors]
+    seconds = {name: mean_seconds(timed, name) for name in {run.key.contestant for run in timed}}
+    return {name: value / seconds[reference] for name, value in seconds.items()}
+
+
+Tasks = Collection[tuple[Task, Sequence[Run]]]
+
+
+def overview(tasks: Tasks, rows: Mapping[str, str]) -> str:
     """Write a table in Markdown: the metric of some contestants, under other names, at their best learning rates."""
     lines = [[label] for label in rows.values()]
     for task, runs in tasks:
         curves = by_contestant(points_of(task, runs))
         for line, contestant in zip(lines, rows, strict=True):
-            line.append(number(task, *best(task, curves[contestant]).metric) if contestant in curves else "")
-    return in_markdown(["", *(f"{task.name}, {task.metric}" for task, _ in tasks)], lines)
+            line.append(_plain(task, *best(task, curves[contestant]).metric) if contestant in curves else "")
+    return in_markdown(["", *(f"{task.name}, {_title(task)}" for task, _ in tasks)], lines)
+
+
+def costs(tasks: Tasks, rows: Mapping[str, str]) -> str:
+    """Write a table in Markdown: trained parameters, and in parentheses the time of full fine-tuning and the file."""
+    trained = {run.key.contestant for _, runs in tasks for run in runs if run.trained}
+    rows = {name: label for name, label in rows.items() if name in trained}
+    lines = [[label] for label in rows.values()]
+    for _, runs in tasks:
+        first = {run.key.contestant: run for run in reversed(runs)}
+        for line, contestant in zip(lines, rows, strict=True):
+            run, time = first[contestant], times_of(runs)[contestant]
+            line.append(f"{run.trained:,} ({time:.2f}; {run.file_bytes / 1e6:.2f} MB)")
+    return in_markdown(["", *(task.name for task, _ in tasks)], lines)
+
+
+def best_rates(tasks: Tasks) -> str:
+    """Write a table in Markdown: each contestant's best learning rate in each task, and the metric there."""
+    names = dict.fromkeys(run.key.contestant for _, runs in tasks for run in runs)
+    lines = [[name] for name in names]
+    for task, runs in tasks:
+        curves = by_contestant(points_of(task, runs))
+        for line, contestant in zip(lines, names, strict=True):
+            point = best(task, curves[contestant]) if contestant in curves else None
+            line.append(f"{point.lr:g} ({_plain(task, point.metric[0])})" if point else "")
+    return in_markdown(["", *(task.name for task, _ in tasks)], lines)
 
 
 def rates_of(task: Task, runs: Sequence[Run]) -> str:
@@ -188,10 +223,10 @@ def rates_of(task: Task, runs: Sequence[Run]) -> str:
     rates = sorted({point.lr for point in points})
     lines = []
     for contestant, own in by_contestant(points).items():
-        cells = {point.lr: f"{number(task, point.metric[0])} ({point.drift[0]:.3f})" for point in own}
+        cells = {point.lr: f"{_plain(task, point.metric[0])} ({point.drift[0]:.3f})" for point in own}
         bold = {lr: f"**{cell}**" if (contestant, lr) in chosen else cell for lr, cell in cells.items()}
         lines.append([contestant, *(bold.get(lr, "") for lr in rates)])
-    return in_markdown(["method", *(f"{lr:g}" for lr in rates)], lines)
+    return in_markdown([f"{_title(task)} (drift)", *(f"{lr:g}" for lr in rates)], lines)
 
 
 def mean_seconds(runs: Sequence[Run], contestant: str) -> float:
@@ -209,8 +244,17 @@ def by_contestant(points: Iterable[Point]) -> dict[str, list[Point]]:
 
 def number(task: Task, value: float, error: float = math.nan) -> str:
     """Write a metric, in percent where the task has it so."""
-    factor, unit = (100, " %") if task.in_percent else (1, "")
-    return _with_error(f"{factor * value:.{task.decimals}f}", f"{factor * error:.{task.decimals}f}", error) + unit
+    return _plain(task, value, error) + (" %" if task.in_percent else "")
+
+
+def _plain(task: Task, value: float, error: float = math.nan) -> str:
+    """Write a metric without its unit, which a title has."""
+    factor = 100 if task.in_percent else 1
+    return _with_error(f"{factor * value:.{task.decimals}f}", f"{factor * error:.{task.decimals}f}", error)
+
+
+def _title(task: Task) -> str:
+    return f"{task.metric}, %" if task.in_percent else task.metric
 
 
 def _with_error(value: str, error: str, is_known: float) -> str:

@@ -1,6 +1,7 @@
 """The site in a real browser: every page in every look, links, search, and the buttons that copy."""
 
 import re
+import runpy
 import shutil
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.pages import ROOT
 
 SITE, SCREENSHOTS = ROOT / "build" / "site", ROOT / "build" / "site-screenshots"
-PAGES = sorted(page.relative_to(SITE).as_posix().removesuffix("index.html") for page in SITE.rglob("*.html"))
+MOVED = runpy.run_path(str(ROOT / "docs" / "assets" / "moved.py"))
+GONE = {MOVED["folder"](old) + "/index.html" for old in MOVED["MOVED"] if "#" not in old}
+FILES = {page.relative_to(SITE).as_posix() for page in SITE.rglob("*.html")} - GONE
+PAGES = sorted(file.removesuffix("index.html") for file in FILES)
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 
 
@@ -161,17 +165,6 @@ def test_a_page_fits_the_screen_in_its_palette_and_reports_no_error(
     assert page.locator("math").filter(has_text="\\").all_text_contents() == []
 
 
-@pytest.mark.parametrize("address_of_page", [each for each in PAGES if each.startswith("results")])
-def test_tables_of_results_show_metric_and_drift_without_scrolling(address_of_page: str, page: Page) -> None:
-    page.goto(address_of_page)
-    for cell in page.locator("th", has_text=re.compile("^drift$")).all():
-        box = cell.locator("xpath=ancestor::*[@class='md-typeset__scrollwrap']")
-        seen, wanted = box.bounding_box(), cell.bounding_box()
-        assert seen
-        assert wanted
-        assert wanted["x"] + wanted["width"] <= seen["x"] + seen["width"]
-
-
 def test_every_link_leads_to_a_page_and_to_an_anchor_on_it(page: Page, address: str) -> None:
     links: dict[str, list[str]] = {}
     anchors: dict[str, set[str]] = {}
@@ -190,6 +183,13 @@ def test_anchors_of_the_api_when_it_was_one_page_lead_to_the_page_of_the_topic(p
     expect(page).to_have_url(f"{address}api/merging/#randlora.model.merge.merge")
     page.goto("api/#merging")
     expect(page).to_have_url(f"{address}api/#merging")
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED["MOVED"].items())
+def test_an_old_address_leads_to_where_its_text_is_now(old: str, new: str, page: Page, address: str) -> None:
+    page.goto(MOVED["address"](old, "index.md"))
+    expect(page).to_have_url(address + MOVED["address"](new, "index.md").removeprefix("./"))
+    assert "#" not in new or page.locator(f"[id='{new.split('#')[1]}']").count() == 1
 
 
 @pytest.mark.parametrize("look", LOOKS[:2], ids=str)

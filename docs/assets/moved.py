@@ -1,0 +1,95 @@
+"""A hook of MkDocs: the old addresses of pages and sections that have moved lead to where they are now."""
+
+import json
+import logging
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+MOVED = {
+    "measured_elsewhere.md": "results.md#larger-models-measured-by-others",
+    "measured_elsewhere.md#supervised-fine-tuning": "results.md#supervised-fine-tuning",
+    "measured_elsewhere.md#reinforcement-learning": "results.md#reinforcement-learning",
+    "measured_elsewhere.md#learning-rates": "learning_rate.md#what-it-rests-on",
+    "results.md#new-classes-for-a-vision-transformer": "results_runs.md#new-classes-for-a-vision-transformer",
+    "results.md#film-reviews-and-tweets": "results_runs.md#film-reviews-and-tweets",
+    "results.md#word-problems": "results_runs.md#word-problems",
+    "results_details.md": "results_runs.md#matrices-of-known-spectrum",
+    "results_details.md#other-bases": "results_runs.md#bases",
+    "results_details.md#features-like-those-of-full-fine-tuning": "results_runs.md#features",
+    "results_rates.md": "results_runs.md",
+    "results_rates.md#film-reviews": "results_runs.md#film-reviews-and-tweets",
+    "results_rates.md#tweets": "results_runs.md#film-reviews-and-tweets",
+    "results_regimes.md": "results_runs.md#rewards",
+    "results_regimes.md#facts": "results_runs.md#facts",
+    "results_regimes.md#one-matrix": "results_runs.md#facts",
+    "results_regimes.md#a-language-model": "results_runs.md#facts",
+    "results_regimes.md#where": "results_runs.md#where",
+    "results_regimes.md#kradapter": "results_runs.md#bases",
+    "results_regimes.md#what-predicts-the-better-one": "results.md#the-answer",
+    "results_settings.md": "results_runs.md",
+    "results_settings.md#a-learning-rate-for-gamma-alone": "learning_rate.md#a-rate-for-gamma-alone",
+    "results_settings.md#attention": "results_runs.md#where",
+}
+"""Pages that are gone and where they lead, and sections that are elsewhere now.
+
+An anchor of a page that is gone and has no entry is kept if the page leads to a whole page.
+"""
+
+LOG = logging.getLogger("mkdocs.hooks.moved")
+STUB = """<!doctype html>
+<html lang="en">
+  <head>
+    <meta charset="utf-8">
+    <title>Moved</title>
+    <meta name="robots" content="noindex">
+    <link rel="canonical" href="{address}">
+    <noscript><meta http-equiv="refresh" content="0; url={address}"></noscript>
+    <script>location.replace({sections}[location.hash] ?? "{address}"{anchor})</script>
+  </head>
+  <body><a href="{address}">This page has moved</a></body>
+</html>
+"""
+SCRIPT = "<script>{{ const there = {sections}[location.hash]; if (there) location.replace(there); }}</script>"
+
+
+def folder(page: str) -> str:
+    """Return where a page is on the site: ``api/index.md`` is in ``api``, and ``cli.md`` in ``cli``."""
+    return re.sub(r"(^|/)index$", "", page.removesuffix(".md"))
+
+
+def address(target: str, start: str) -> str:
+    """Return the address of a page or a section relative to a page."""
+    page, mark, anchor = target.partition("#")
+    return f"{posixpath.relpath(folder(page) or '.', folder(start) or '.')}/{mark}{anchor}"
+
+
+def sections(page: str) -> str:
+    """Return the new addresses of a page's sections by their anchors, for JavaScript."""
+    own = {old.partition("#")[2]: new for old, new in MOVED.items() if old.startswith(f"{page}#")}
+    return json.dumps({f"#{anchor}": address(new, page) for anchor, new in own.items()})
+
+
+def on_post_page(output: str, *, page: Any, **_: object) -> str:
+    """Let a page that is still there lead on to its sections that are not."""
+    found = sections(page.file.src_uri)
+    return output.replace("</body>", SCRIPT.format(sections=found) + "</body>") if found != "{}" else output
+
+
+def on_post_build(*, config: Any, **_: object) -> None:
+    """Write a page in place of each that is gone, and warn of what leads nowhere."""
+    site = Path(config["site_dir"])
+    for old, new in MOVED.items():
+        page, _mark, anchor = new.partition("#")
+        file = site / folder(page) / "index.html"
+        if not file.is_file() or (anchor and f'id="{anchor}"' not in file.read_text(encoding="utf-8")):
+            LOG.warning("%s has moved to %s, which does not exist", old, new)
+        if "#" not in old:
+            stub = site / folder(old) / "index.html"
+            if stub.is_file():
+                LOG.warning("%s has moved, and is still there", old)
+            stub.parent.mkdir(parents=True, exist_ok=True)
+            kept = "" if anchor else " + location.hash"
+            text = STUB.format(address=address(new, old), sections=sections(old), anchor=kept)
+            stub.write_text(text, encoding="utf-8")
