@@ -8,6 +8,18 @@ from pathlib import Path
 from typing import Any
 
 MOVED = {
+    "benchmarks.md#accuracy-against-drift": "results.md#how-it-was-measured",
+    "benchmarks_memory.md": "benchmarks.md#memory",
+    "benchmarks_memory.md#experts": "benchmarks_more.md#experts",
+    "benchmarks_memory.md#quantized-layers": "benchmarks_more.md#quantized-layers",
+    "benchmarks_memory.md#starting": "benchmarks_more.md#starting",
+    "benchmarks_serving.md": "benchmarks.md",
+    "benchmarks_serving.md#a-lora-of-an-adapter": "benchmarks_more.md#a-lora-of-an-adapter",
+    "benchmarks_serving.md#loading-removing-and-swapping-adapters": (
+        "benchmarks_more.md#loading-removing-and-swapping-adapters"
+    ),
+    "benchmarks_targets.md": "benchmarks_more.md",
+    "measured_elsewhere.md#time-on-gpus": "benchmarks.md#on-gpus-by-others",
     "measured_elsewhere.md": "results.md#larger-models-measured-by-others",
     "measured_elsewhere.md#supervised-fine-tuning": "results.md#supervised-fine-tuning",
     "measured_elsewhere.md#reinforcement-learning": "results.md#reinforcement-learning",
