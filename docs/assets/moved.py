@@ -43,6 +43,8 @@ MOVED = {
     "results_settings.md": "results_runs.md",
     "results_settings.md#a-learning-rate-for-gamma-alone": "learning_rate.md#a-rate-for-gamma-alone",
     "results_settings.md#attention": "results_runs.md#where",
+    "trust_figures.md": "trust.md#campaigns",
+    "trust_figures.md#the-same-bytes": "trust.md#the-same-bytes",
 }
 """Pages that are gone and where they lead, and sections that are elsewhere now.
 
