@@ -1,7 +1,7 @@
 """The screens of the command line in docs: each is what its commands print, recorded by ``python -m tests.screens``.
 
 A screen is a block of the page marked ``console``. A line that begins with ``$ `` is a command, which a backslash at
-its end continues, and what follows is what it printed, errors too. All screens of a page are recorded in one
+its end continues, and what follows is what it printed, errors too. All screens are recorded in one
 directory, one after the other, which begins with what `prepare` puts there.
 """
 
@@ -23,14 +23,14 @@ from tests.model_directories import save_adapter, save_model
 from tests.models import LLAMA
 from tests.quantized import quantize
 
-PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("cli.md", "cli_plan.md", "cli_files.md")]
+PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 SCREEN = re.compile(r"^```console\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 CONTINUED = "\\\n"
 COMMAND = re.compile(r"^\$ (?P<words>(?:.*\\\n)*.*\n)", re.MULTILINE)
 
 
 def prepare(directory: Path) -> None:
-    """Make the models and adapters that the pages speak of."""
+    """Make the models and adapters that the page speaks of."""
     write_llama_3_8b(directory / "Llama-3-8B")
     base = save_model(LLAMA, directory / "tiny-llama", dtype=torch.bfloat16, is_sharded=True)
     (base / "tokenizer.json").write_text("{}", encoding="utf-8")
@@ -77,9 +77,8 @@ def record(page: str, directory: Path) -> str:
 
 
 if __name__ == "__main__":
-    for each in PAGES:
-        with tempfile.TemporaryDirectory() as made:
-            recorded = record(each.read_text(encoding="utf-8"), Path(made))
-        if recorded != each.read_text(encoding="utf-8"):
-            each.write_text(recorded, encoding="utf-8")
-            sys.stdout.write(f"recorded {each} anew\n")
+    with tempfile.TemporaryDirectory() as made:
+        recorded = record(PAGE.read_text(encoding="utf-8"), Path(made))
+    if recorded != PAGE.read_text(encoding="utf-8"):
+        PAGE.write_text(recorded, encoding="utf-8")
+        sys.stdout.write(f"recorded {PAGE} anew\n")

@@ -185,8 +185,11 @@ def test_old_addresses_of_the_site_lead_to_pages_and_to_their_sections(
     monkeypatch.setitem(hook["sections"].__globals__, "MOVED", moved)
     (tmp_path / "a" / "new").mkdir(parents=True)
     (tmp_path / "a" / "new" / "index.html").write_text('<h2 id="there">', "utf-8")
+    (tmp_path / "index.html").write_text('<h2 id="gone">', "utf-8")
     hook["on_post_build"](config={"site_dir": str(tmp_path)})
-    assert [record.args for record in caplog.records] == [("index.md#gone", "a/new.md#lost")]
+    warned = [record.getMessage() for record in caplog.records]
+    moved_to = "index.md#gone has moved to a/new.md#lost"
+    assert warned == [f"{moved_to}, and is still there", f"{moved_to}, which does not exist"]
     stub = (tmp_path / "old" / "index.html").read_text("utf-8")
     assert 'replace({"#here": "../a/new/#there"}[location.hash] ?? "../a/new/" + location.hash)' in stub
     page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))

@@ -20,6 +20,9 @@ MOVED = {
     ),
     "benchmarks_targets.md": "benchmarks_more.md",
     "measured_elsewhere.md#time-on-gpus": "benchmarks.md#on-gpus-by-others",
+    "cli.md#the-other-commands": "cli.md",
+    "cli_files.md": "cli.md",
+    "cli_plan.md": "cli.md#plan",
     "measured_elsewhere.md": "results.md#larger-models-measured-by-others",
     "measured_elsewhere.md#supervised-fine-tuning": "results.md#supervised-fine-tuning",
     "measured_elsewhere.md#reinforcement-learning": "results.md#reinforcement-learning",
@@ -92,18 +95,25 @@ def on_post_page(output: str, *, page: Any, **_: object) -> str:
 
 
 def on_post_build(*, config: Any, **_: object) -> None:
-    """Write a page in place of each that is gone, and warn of what leads nowhere."""
+    """Write a page in place of each that is gone, and warn of what leads nowhere, or is still there."""
     site = Path(config["site_dir"])
+    was_there = {old: is_there(site, old) for old in MOVED}
     for old, new in MOVED.items():
-        page, _mark, anchor = new.partition("#")
-        file = site / folder(page) / "index.html"
-        if not file.is_file() or (anchor and f'id="{anchor}"' not in file.read_text(encoding="utf-8")):
+        if was_there[old]:
+            LOG.warning("%s has moved to %s, and is still there", old, new)
+        if not is_there(site, new):
             LOG.warning("%s has moved to %s, which does not exist", old, new)
         if "#" not in old:
             stub = site / folder(old) / "index.html"
-            if stub.is_file():
-                LOG.warning("%s has moved, and is still there", old)
+            kept = "" if "#" in new else " + location.hash"
             stub.parent.mkdir(parents=True, exist_ok=True)
-            kept = "" if anchor else " + location.hash"
-            text = STUB.format(address=address(new, old), sections=sections(old), anchor=kept)
-            stub.write_text(text, encoding="utf-8")
+            stub.write_text(
+                STUB.format(address=address(new, old), sections=sections(old), anchor=kept), encoding="utf-8"
+            )
+
+
+def is_there(site: Path, target: str) -> bool:
+    """Return whether the site that was built has a page, or a page with a section."""
+    page, _mark, anchor = target.partition("#")
+    file = site / folder(page) / "index.html"
+    return file.is_file() and (not anchor or f'id="{anchor}"' in file.read_text(encoding="utf-8"))
