@@ -339,7 +339,7 @@ def test_default_blocks_reach_all_entries_and_no_larger_ones_do(r: int, counts: 
 
 
 def test_the_table_of_the_docs_has_the_default_blocks() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "method_bases.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
     for r in (16, 32, 64):
         (row,) = (line for line in text.splitlines() if line.startswith(f"| r = {r} |"))
         blocks = [default_blocks(r, {num_bases, 8, 33}) for num_bases in range(1, 9)]
