@@ -10,6 +10,7 @@ import re
 import runpy
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,14 +18,17 @@ from typing import Any, cast
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 from torch.torch_version import TorchVersion
 
 import randlora
+from randlora.bases import BasisBank
 from randlora.layers import registry
 from tests import models, pages, stand_ins
 from tests.pages import DOCS, FENCE, ROOT, imported, run_page, snippets
 from tests.peer import PEFT_STREAM, THEIR_WARNINGS, TRAINERS_WARNINGS
+from tests.reference import delta_weight
 from tests.torture.campaigns import CAMPAIGNS
 from tests.torture.training import killed_training, plain_loop
 from tests.trainers import trained_bits
@@ -171,6 +175,46 @@ def test_the_navigation_lists_every_page_at_most_eight_on_a_level_and_the_archit
     listed = [line.split("`")[1] for line in hook["table"](page) if "`" in line]
     own = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
     assert sorted(listed) == sorted(name for name in own if name != "__init__.py")
+
+
+@pytest.mark.parametrize(("in_features", "out_features", "r"), [(48, 32, 8), (20, 36, 6), (30, 30, 30)])
+def test_the_module_that_opens_the_architecture_computes_what_loops_and_the_library_compute(
+    in_features: int, out_features: int, r: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "architecture.md"
+    ((_, code, _),) = snippets(page)
+    assert len(code.splitlines()) <= 60
+    rows = re.findall(r"^\| `?\w+`? \| (`.*`) \| .* \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    parts = [name for row in rows for name in re.findall(r"`([\w/.]+)`", row)]
+    assert [name for name in parts if not (PACKAGE / name).exists()] == [] != parts
+    namespace: dict[str, Any] = {"__name__": "module"}
+    exec(compile(code, str(page), "exec"), namespace)
+    saved = load_file("layer.safetensors")
+    assert {name: values.shape for name, values in saved.items()} == {"lam": (8, 4), "gamma": (4, 32)}
+
+    linear = nn.Linear(in_features, out_features)
+    model = nn.Sequential(copy.deepcopy(linear))
+    randlora.inject(model, r=r, alpha=15, seed=3, targets="all")
+    module = namespace["RandLoRALinear"](linear, r=r, alpha=15, seed=3)
+    (info,) = randlora.adapters(model)
+    max_dim, min_dim = max(linear.weight.shape), min(linear.weight.shape)
+    bases = BasisBank().acquire(info.specs[0]).slices(max_dim, min_dim, device="cpu", dtype=torch.float32)
+    assert torch.equal(module.A, bases.A.flatten(1))
+    assert torch.equal(module.B, bases.B.flatten(1))
+    for parameter, ours in zip((module.lam, module.gamma), randlora.trainable_parameters(model), strict=True):
+        assert torch.equal(parameter, ours), "they start alike"
+        nn.init.normal_(parameter)
+        ours.data.copy_(parameter)
+    scaling = info.options["0"].scaling
+    expected = delta_weight(bases.A, bases.B, module.lam, module.gamma, scaling, in_features=in_features)
+    assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)
+    assert_close(module.delta_weight().double(), expected)
+    assert_close(module.delta_weight(), randlora.delta_weight(model, "0"))
+    x = torch.randn(5, in_features)
+    assert_close(module(x), model(x), atol=1e-3)
+    randlora.merge(model)
+    assert_close(module.merge().weight, model[0].weight)
 
 
 def test_old_addresses_of_the_site_lead_to_pages_and_to_their_sections(

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 MOVED = {
+    "architecture_calls.md": "architecture.md#sites-adapted-in-place",
+    "architecture_calls.md#what-happens-in-inject": "architecture.md#what-happens-in-inject",
+    "architecture_calls.md#what-happens-in-randlorafilesmerge": "architecture.md#what-happens-in-randlorafilesmerge",
+    "architecture_calls.md#what-happens-in-a-forward-pass": "architecture.md#what-happens-in-a-forward-pass",
     "benchmarks.md#accuracy-against-drift": "results.md#how-it-was-measured",
     "benchmarks_memory.md": "benchmarks.md#memory",
     "benchmarks_memory.md#experts": "benchmarks_more.md#experts",
