@@ -33,7 +33,7 @@ DRAWN = {"main": REAL, "ranks": ("clothes", "flat spectrum", "steep spectrum")}
 """The tasks in the figure of a group."""
 CURVES = {name: label.replace("`", "") for name, label in ROWS.items() if name not in ("rsLoRA", "block")}
 LEFT_OUT = {"main": ("PEFT", "rsLoRA, equal size")}
-"""Contestants of a group whose rates are not shown, because others are like them."""
+"""Contestants of a group that are not shown, because others are like them."""
 SIZES = {"LoRA": "LoRA", "dense": "RandLoRA, dense", "gamma first": "RandLoRA, Γ first"}
 """The methods in the figures of both groups, and what they are called there."""
 PLACE = re.compile(
@@ -65,13 +65,14 @@ def filled(page: str) -> str:
     """Return a page with all of its tables made anew."""
 
     def table(place: re.Match[str]) -> str:
-        tasks = [(task, kept_runs(task, place["group"])) for task in tasks_of(place)]
+        hidden = LEFT_OUT.get(place["group"], ())
+        whole = [(task, kept_runs(task, place["group"])) for task in tasks_of(place)]
+        tasks = [(task, [run for run in runs if run.key.contestant not in hidden]) for task, runs in whole]
         names = dict.fromkeys(run.key.contestant for _, runs in tasks for run in runs)
         rows = ROWS if place["tasks"] == "all tasks" else {name: name for name in names}
         if place["kind"] == "rates":
             ((task, runs),) = tasks
-            hidden = LEFT_OUT.get(place["group"], ())
-            made = summary.rates_of(task, [run for run in runs if run.key.contestant not in hidden])
+            made = summary.rates_of(task, runs)
         elif place["kind"] == "best rates":
             made = summary.best_rates(tasks)
         else:
