@@ -4,6 +4,7 @@ from benchmarks import (
     compiled,
     decode,
     experts,
+    growth,
     laws,
     memory,
     model,
@@ -31,11 +32,12 @@ main(
     ("quantized", quantized.run),
     ("experts", experts.run),
     ("startup", startup.run),
+    ("growth", growth.run),
     ("decode", decode.run),
     ("routed", routed.run),
     ("pool", pool.run),
     ("server", server.run),
     # `make tests` runs the laws on a CPU; traffic is counted there; faults, starting, the pool and the server need no
     # device
-    only_on={"laws": "cuda", **dict.fromkeys(("peft_faults", "traffic", "startup", "pool", "server"), "cpu")},
+    only_on={"laws": "cuda", **dict.fromkeys(("peft_faults", "traffic", "startup", "growth", "pool", "server"), "cpu")},
 )

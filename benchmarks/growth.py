@@ -16,12 +16,9 @@ from benchmarks.command import Settings, main
 from benchmarks.results import Row
 from benchmarks.timing import Figure
 
-SIDE, R, REPEATS = 16, 2, 2
-LAYERS, ADAPTERS = (500, 1000, 2000, 5000), (10, 100, 300)
+SIDE, R, REPEATS = 16, 2, 3
+LAYERS, ADAPTERS = (250, 1000, 2000, 5000), (10, 100, 300)
 QUICK_LAYERS, QUICK_ADAPTERS, ADAPTED_LAYERS = (250, 1000), (10, 100), 20
-EXPONENT = 1.2
-"""By which no time and no memory may grow: 2**1.2 is 2.3."""
-
 Step = tuple[str, Callable[[], object]]
 
 
@@ -85,8 +82,7 @@ def grown(
                         peak = _peak_of(step)
                         nbytes.setdefault(name, {})[str(size)] = Figure(peak, peak, "B")
     for name, taken in seconds.items():
-        figures = {size: Figure(min(each), sorted(each)[len(each) // 2], "s") for size, each in taken.items()}
-        yield Row(f"{axis}, {name}, time", figures)
+        yield Row(f"{axis}, {name}, time", {size: Figure.of(each, "s") for size, each in taken.items()})
         yield Row(f"{axis}, {name}, memory", nbytes[name])
 
 

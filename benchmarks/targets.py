@@ -87,7 +87,26 @@ def of_the_pool(case: str) -> tuple[Target, ...]:
     )
 
 
+def growing(axis: str, smaller: int, larger: int, *verbs: str) -> tuple[Target, ...]:
+    """Ask that time and memory grow with the 1.2th power of a number at most: they are to be linear."""
+    share = round((larger / smaller) ** 1.2, 1)
+    return tuple(
+        within("growth", f"{axis}, {verb}, {what}", str(larger), share, of=str(smaller))
+        for verb in verbs
+        for what in ("time", "memory")
+    )
+
+
 ON_A_CPU = (
+    *growing(
+        *("layers", 250, 1000),
+        *("inject", "inject by names", "adapter_state", "save", "load", "activate in half of the layers", "activate"),
+        *("check", "save_merged", "merge", "unmerge", "merge for good", "eject"),
+    ),
+    *growing(
+        *("adapters", 10, 100),
+        *("inject one more", "activate the last", "remove the last", "save_all", "load_all"),
+    ),
     within("peft_faults", "all faults", "randlora", 0.0, of="tried"),
     Target("peft_faults", "all faults", "PEFT", "tried", at_least=1.0),  # as the documentation says of PEFT 0.21.2
     faster("step", "float32, T = 8192, 1024→1024", "dense", 2.1),

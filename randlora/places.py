@@ -243,24 +243,24 @@ class Keeper:
         """Have a model hold its parameters as they are between its calls."""
 
 
-_answers: dict[str, list[Any]] = {question: [] for question in vars(Keeper) if not question.startswith("_")}
-"""For each question, the methods of the keepers that do not leave the answer to the base class, in their order."""
+_asked: dict[str, list[Keeper]] = {question: [] for question in vars(Keeper) if not question.startswith("_")}
+"""For each question, the keepers that do not leave the answer to the base class, in their order."""
 
 
 def register_keeper(kind: type[Keeper]) -> type[Keeper]:
     """Add a keeper; a decorator of its class."""
     keeper = kind()
-    for question, answers in _answers.items():
+    for question, keepers in _asked.items():
         if getattr(kind, question) is not getattr(Keeper, question):
-            answers.append(getattr(keeper, question))
+            keepers.append(keeper)
     return kind
 
 
 def place_of(owner: nn.Module, attribute: str) -> Place:
     """Return the place of a module's parameter or buffer."""
-    for find in _answers["place_of"]:
-        if (place := find(owner, attribute)) is not None:
-            return place  # type: ignore[no-any-return]
+    for keeper in _asked["place_of"]:
+        if (found := keeper.place_of(owner, attribute)) is not None:
+            return found
     if (buffer := owner._buffers.get(attribute)) is not None:
         return place_at(buffer)
     parameter = owner._parameters[attribute]
@@ -271,9 +271,9 @@ def place_of(owner: nn.Module, attribute: str) -> Place:
 def place_at(tensor: Tensor) -> Place:
     """Return the place of a tensor that is not a parameter of the model, such as Λ or a copy that an adapter trains."""
     is_marked = type(tensor) not in (Tensor, nn.Parameter) or bool(vars(tensor))
-    for find in _answers["place_at"] if is_marked else ():
-        if (place := find(tensor)) is not None:
-            return place  # type: ignore[no-any-return]
+    for keeper in _asked["place_at"] if is_marked else ():
+        if (place := keeper.place_at(tensor)) is not None:
+            return place
     return Whole(tensor)
 
 
@@ -298,29 +298,29 @@ def is_whole(tensor: Tensor) -> bool:
 
 def lent(tensor: Tensor) -> str | None:
     """Return what to do to have all values of a tensor, if its data are these only for a while; else ``None``."""
-    return next((remedy for ask in _answers["lent"] if (remedy := ask(tensor)) is not None), None)
+    return next((remedy for keeper in _asked["lent"] if (remedy := keeper.lent(tensor)) is not None), None)
 
 
 def withheld(model: nn.Module) -> str | None:
     """Return why a model, given with what wraps it, has not all values here, and what to do; else ``None``."""
-    return next((problem for ask in _answers["withheld"] if (problem := ask(model)) is not None), None)
+    return next((problem for keeper in _asked["withheld"] if (problem := keeper.withheld(model)) is not None), None)
 
 
 def own_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class that a module had before a keeper of its parameters changed it."""
-    for find in _answers["own_class"]:
-        kind = find(kind)
+    for keeper in _asked["own_class"]:
+        kind = keeper.own_class(kind)
     return kind
 
 
 def holders(owner: nn.Module) -> list[object]:
     """Return the objects other than a module whose attributes change when one of its parameters is written."""
-    return [each for find in _answers["holders"] for each in find(owner)]
+    return [each for keeper in _asked["holders"] for each in keeper.holders(owner)]
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook of a module may load or move its parameters."""
-    return any(ask(module) for ask in _answers["is_hooked"])
+    return any(keeper.is_hooked(module) for keeper in _asked["is_hooked"])
 
 
 def loaded_modules(modules: Iterable[nn.Module]) -> dict[int, str | None]:
@@ -333,7 +333,7 @@ def loaded_modules(modules: Iterable[nn.Module]) -> dict[int, str | None]:
         For each, the name of the class of the module that it is loaded with; ``None`` if it is loaded by itself.
     """
     modules = list(modules)
-    return {key: around for find in _answers["loads"] for key, around in find(modules).items()}
+    return {key: around for keeper in _asked["loads"] for key, around in keeper.loads(modules).items()}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -355,12 +355,12 @@ def ranks_of(parameters: Iterable[Tensor], *, is_written: bool = False) -> Ranks
     because every process writes its own piece. An `AdapterError` is raised if no mesh has all of these processes.
     """
     parameters = list(parameters)
-    found = (find(parameters, is_written=is_written) for find in _answers["ranks_of"])
+    found = (keeper.ranks_of(parameters, is_written=is_written) for keeper in _asked["ranks_of"])
     return next((ranks for ranks in found if ranks is not None), None)
 
 
 def settle(model: nn.Module) -> None:
     """Have a model hold its parameters as they are between its calls, whichever keepers they have."""
     if isinstance(model, nn.Module):  # the caller refuses others
-        for put_back in _answers["settle"]:
-            put_back(model)
+        for keeper in _asked["settle"]:
+            keeper.settle(model)

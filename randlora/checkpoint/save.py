@@ -30,7 +30,6 @@ from randlora.disk.replace import Files, staged_files
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types, shortly
 from randlora.model.engines import collective
-from randlora.model.listing import adapter_parameters
 from randlora.model.save_guard import SaveGuard
 from randlora.model.train_also import moved_note, untrained_note
 from randlora.ranks import agree, agreeing, on_first_rank, run_collectives
@@ -333,7 +332,7 @@ def _left_out(census: Census, state: ModelState) -> list[str]:
     """Return a note on parameters that require grad and belong to no adapter, such as in a module added later."""
     if state.is_merged:  # when a quantized layer may have others
         return []
-    own = {id(each) for adapter in state.adapters.values() for each in adapter_parameters(census, adapter)}
+    own = {id(copy) for adapter in state.adapters.values() for copy in adapter.trained.values()}
     left = [held.fqn for held in census.parameters if held.tensor.requires_grad and id(held.tensor) not in own]
     if not left:
         return []
