@@ -33,7 +33,7 @@ class Setting(NamedTuple):
     strategy: Any
 
 
-SETTINGS = (Setting(1, "ddp"), Setting(8, "ddp"), Setting(8, "fsdp2"), Setting(8, "tp"), Setting(64, "fsdp2"))
+SETTINGS = (Setting(1, "ddp"), Setting(8, "ddp"), Setting(8, "fsdp2"), Setting(64, "fsdp2"))
 
 
 class Shape(NamedTuple):
@@ -137,7 +137,6 @@ def totals_row(name: str, shape: Shape) -> str:
 PARTS: dict[str, tuple[str, Setting]] = {
     "Llama-3 8B, one device": ("Llama-3 8B", Setting(1, "ddp")),
     "Llama-3 70B, 8 devices, fsdp2": ("Llama-3 70B", Setting(8, "fsdp2")),
-    "Llama-3 70B, 8 devices, tp": ("Llama-3 70B", Setting(8, "tp")),
     "Llama-3 405B, 64 devices, fsdp2": ("Llama-3 405B", Setting(64, "fsdp2")),
     "Mixtral-8x22B, 8 devices, fsdp2": ("Mixtral-8x22B", Setting(8, "fsdp2")),
     "Qwen3-235B-A22B, experts too, 64 devices, fsdp2": ("Qwen3-235B-A22B, experts too", Setting(64, "fsdp2")),

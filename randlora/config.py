@@ -28,7 +28,7 @@ Experts = Literal["each", "shared"]
 Init = Literal["lambda", "gamma"]
 """Which of Λ and Γ starts at zero and moves first."""
 
-Strategy = Literal["ddp", "fsdp2", "tp"]
+Strategy = Literal["ddp", "fsdp2"]
 
 Format = Literal["peft", "native", "lora", "diff"]
 Layout = Literal["peft", "diffusers", "mlx"]

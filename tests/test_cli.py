@@ -121,11 +121,10 @@ def test_a_command_does_and_prints_what_the_verb_of_its_name_does(words: str, di
 
 @pytest.mark.usefixtures("directory")
 def test_a_plan_takes_all_options_and_tells_what_is_left_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "plan model --devices 8 --strategy tp --tokens 100 --dtype bfloat16 --checkpointing --optimizer-states 1 "
-    words += "--tp-plan *.q_proj=colwise --tp-plan *.v_proj=rowwise"
-    setup: dict[str, Any] = {"devices": 8, "strategy": "tp", "tokens": 100, "dtype": torch.bfloat16}
+    words = "plan model --devices 8 --strategy fsdp2 --tokens 100 --dtype bfloat16 --checkpointing"
+    words += " --optimizer-states 1"
+    setup: dict[str, Any] = {"devices": 8, "strategy": "fsdp2", "tokens": 100, "dtype": torch.bfloat16}
     setup |= {"checkpointing": True, "optimizer_states": 1}
-    setup["tp_plan"] = {"*.q_proj": "colwise", "*.v_proj": "rowwise"}
     with on_command_line():
         expected = files.training_memory("model", **setup)
         text = str(expected)
@@ -254,7 +253,6 @@ UNREAD = {
     "plan model --r q_proj=8 --r q_proj=4": "--r is given twice for one name",
     "plan model --r q_proj=2.5": "--r must be a number or NAME=NUMBER, got '2.5'",
     "plan model --alpha much": "--alpha must be a number or NAME=NUMBER, got 'much'",
-    "plan model --tp-plan colwise": "--tp-plan must be NAME=VALUE each time, got colwise",
     "plan model --targets q_proj --targets .*v.*": "--targets takes names or one regex, got q_proj, .*v.*",
     "inspect adapter --stream torch2": "stream must be one of torch, torch-2.11, portable or None, got",
     "convert adapter out --to nativ": "got 'nativ': did you mean 'native'?",

@@ -144,15 +144,10 @@ class Sizes(NamedTuple):
 
 
 def forward_way(sizes: Sizes) -> Way:
-    """Return the cheapest way to compute the output."""
-    costs = _forward_costs(sizes)
+    """Return the cheapest way to compute the output, beside the product with the weight."""
+    costs: dict[Way, float] = {way: sizes.product(way) for way in ALWAYS}
+    costs["few_tokens"] = sizes.through_terms + sizes.through_B
     return min(costs, key=costs.__getitem__)
-
-
-def _forward_costs(sizes: Sizes) -> dict[Way, float]:
-    """Return the cost of each way to compute the output, beside the product with the weight."""
-    always: dict[Way, float] = {way: sizes.product(way) for way in ALWAYS}
-    return {**always, "few_tokens": sizes.through_terms + sizes.through_B}
 
 
 def backward_ways(
@@ -162,14 +157,6 @@ def backward_ways(
 
     The gradients of Λ and Γ can also be computed from the weight's gradient, if this is needed.
     """
-    costs = _backward_costs(sizes, needs_input=needs_input, needs_diagonals=needs_diagonals, needs_weight=needs_weight)
-    return min(costs, key=costs.__getitem__)
-
-
-def _backward_costs(
-    sizes: Sizes, *, needs_input: bool, needs_diagonals: bool, needs_weight: bool
-) -> dict[tuple[Way, Way], float]:
-    """Return the cost of each way to compute the gradients, beside the product with the weight."""
     costs: dict[tuple[Way, Way], float] = {
         (x_way, diagonals_way): needs_input * sizes.product(x_way)
         + needs_diagonals
@@ -186,13 +173,7 @@ def _backward_costs(
     products = through_A * sizes.through_terms + through_B * sizes.through_B
     sums = 2 * needs_diagonals * sizes.laid_out  # over the terms for the input, over the tokens for Γ
     costs["few_tokens", "few_tokens"] = products + sizes.entry * (sums + MORE_OPERATORS)
-    return costs
-
-
-def step_cost(sizes: Sizes, *, forwards: int = 1) -> float:
-    """Return the cost of some forwards and a backward in the cheapest ways, without the products with the weight."""
-    backward = _backward_costs(sizes, needs_input=True, needs_diagonals=True, needs_weight=False)
-    return forwards * min(_forward_costs(sizes).values()) + min(backward.values())
+    return min(costs, key=costs.__getitem__)
 
 
 def _diagonal_gradients(sizes: Sizes, way: Way, *, has_hidden: bool, has_weight_gradient: bool) -> float:

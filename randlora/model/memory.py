@@ -1,7 +1,8 @@
-"""`training_memory`: the bytes that training an adapter takes on each device, computed by formula.
+"""`training_memory`: the bytes that training an adapter takes on each device, as a sum over the layers of a model.
 
-Nothing is run. A quantized weight counts with its scales. tests/test_model_memory.py compares the result with
-measurements.
+Nothing is run. What a model keeps for backward depends on its code. This assumes the usual: each layer's output is kept
+by the next operation, a module's last layer keeps its input, and norms written in Python keep theirs in float32.
+tests/test_model_memory.py compares the sums with measurements.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from randlora.hints import mistyped
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.layers.in_place import plain_class
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
-from randlora.model.activations import LORA_RANK, Activations
+from randlora.model.activations import kept_by_block, logits_and_backward, products_of
 from randlora.model.inject import Plan, make_plan
 from randlora.model.view import opened_to_add
 from randlora.report import FLOAT32_BYTES, as_bytes, table
@@ -59,7 +60,6 @@ class TrainingMemory:
         logits: The output of the model's head, and the float32 tensors of transformers' loss.
         backward: The most that the backward of a block takes. With activation checkpointing, this includes the
             activations of the block.
-        work: The work of a step in the adapted layers, relative to LoRA with rank 32; ``None`` without tokens.
     """
 
     devices: int
@@ -77,7 +77,6 @@ class TrainingMemory:
     activations: int
     logits: int
     backward: int
-    work: float | None
 
     @property
     def total(self) -> int:
@@ -86,7 +85,7 @@ class TrainingMemory:
         return sum(held) + max(self.logits, self.backward)
 
     def __str__(self) -> str:
-        """Return a table, what is not in it, and the work of a step."""
+        """Return a table, and what is not in it."""
         spread = f"each of {self.devices} devices, {self.strategy}" if self.devices > 1 else "one device"
         how_well = ", within 15 %" if self.tokens else ""
         rows = {
@@ -109,13 +108,8 @@ class TrainingMemory:
             *table(("", ""), shown)[1:],
         ]
         if not self.tokens:
-            lines.append("not counted without tokens: what is kept for backward, logits, work")
-        lines.append(UNKNOWN)
-        if self.work is not None:
-            lines.append(
-                f"work of a step in the adapted layers: {self.work:.1f} times that of LoRA of rank {LORA_RANK}"
-            )
-        return "\n".join(lines)
+            lines.append("not counted without tokens: what is kept for backward, logits")
+        return "\n".join([*lines, UNKNOWN])
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,6 @@ class Setup:
     strategy: Strategy = "ddp"
     tokens: int = 0
     dtype: torch.dtype | None = None
-    tp_plan: Mapping[str, str] | None = None
     optimizer_states: int = 2
     checkpointing: bool = False
     load_in_4bit: bool = False
@@ -143,9 +136,6 @@ class Setup:
         ]
         if self.dtype is not None and not self.dtype.is_floating_point:
             problems.append(f"dtype must be a floating one, got {self.dtype}")
-        if self.load_in_4bit and self.strategy == "tp":
-            both = f"{spelled('load_in_4bit', value=True)} and {spelled('strategy', 'tp')}"
-            problems.append(f"{both} exclude each other: a plan cannot split codes")
         raise_collected(ConfigError, problems, doing=doing)
 
 
@@ -159,7 +149,6 @@ def training_memory(
     strategy: Strategy = "ddp",
     tokens: int = 0,
     dtype: torch.dtype | None = None,
-    tp_plan: Mapping[str, str] | None = None,
     optimizer_states: int = 2,
     checkpointing: bool = False,
     load_in_4bit: bool = False,
@@ -176,13 +165,9 @@ def training_memory(
         like_lora: As for `randlora.inject`.
         devices: The number of devices.
         strategy: ``"ddp"``: each device has everything. ``"fsdp2"``: each has a shard of every parameter, and blocks
-            (the entries of module lists) are gathered when they compute. ``"tp"``: each has a part of every layer that
-            the plan names, and all of Λ, Γ and the bases.
-        tokens: Tokens of a step on each device, to count activations, logits and work. With ``"tp"`` all devices have
-            the same tokens.
+            (the entries of module lists) are gathered when they compute.
+        tokens: Tokens of a step on each device, to count activations and logits.
         dtype: The dtype in which the model is held and computes. ``None`` means the dtype of each parameter.
-        tp_plan: The style of each layer under ``"tp"``, by name with ``*`` for numbers, as in transformers:
-            ``{"model.layers.*.self_attn.q_proj": "colwise"}``. ``None`` means the model's own plan.
         optimizer_states: Numbers that the optimizer keeps for each trained parameter: two for AdamW, one for SGD with
             momentum.
         checkpointing: Whether backward recomputes blocks, so that only one block at a time keeps its activations.
@@ -195,11 +180,10 @@ def training_memory(
         The sizes as fields. Prints as a table that also says what is not counted.
 
     Raises:
-        ConfigError: If numbers are negative, ``"tp"`` has no plan or comes with ``load_in_4bit``, or the model is
-            quantized already and comes with it.
+        ConfigError: If numbers are negative, or ``load_in_4bit`` is given for a model that is quantized already.
         RandLoRAError: Any error that `randlora.plan` would raise.
     """
-    setup = Setup(devices, strategy, tokens, dtype, tp_plan, optimizer_states, checkpointing, load_in_4bit)
+    setup = Setup(devices, strategy, tokens, dtype, optimizer_states, checkpointing, load_in_4bit)
     return memory_of(model, r, setup, {}, like_lora=like_lora, config=config, **options)
 
 
@@ -218,11 +202,12 @@ def memory_of(
         stored = planned_codes(plan.census)
     dtypes = [site.weight.dtype for site in plan.selection.sites if site.weight is not None]
     dtype = setup.dtype or next((each for each in dtypes if each.is_floating_point), torch.bfloat16)
-    style, block = _style_of(model, setup), _block_of(plan.census)
+    block = _block_of(plan.census)
     own, trained = _parts(plan, setup, stored, block)
-    frozen_size, trained_size = (sum(_held(part, setup, style) for part in parts) for parts in (own, trained))
-    kept = Activations(plan, dtype, setup.tokens, setup.devices, style, block, stored.keys())
-    activations, backward = kept.by_block(), kept.backward()
+    frozen_size, trained_size = (sum(_held(part, setup) for part in parts) for parts in (own, trained))
+    products = products_of(plan, setup.tokens)
+    activations = kept_by_block(plan, products, setup.tokens, dtype, block)
+    logits, backward = logits_and_backward(plan, products, setup.tokens, dtype, stored.keys())
     if setup.checkpointing:
         widths = {part.block: part.shape[-1] for part in reversed(own) if part.block and part.shape}
         backward += max((size for name, size in activations.items() if name), default=0)
@@ -241,16 +226,14 @@ def memory_of(
         bases=_bases(plan, dtype),
         communication=_communication(own, trained, setup),
         activations=activations.total(),
-        logits=kept.logits(),
+        logits=logits,
         backward=backward,
-        work=kept.work(2 if setup.checkpointing else 1),
     )
 
 
 class _Part(NamedTuple):
-    """A parameter by its FQN, or "" for Λ and Γ, which no plan splits. FSDP2 sees registered ones."""
+    """A parameter of a block. FSDP2 sees registered ones."""
 
-    fqn: str
     block: str
     shape: Shape
     itemsize: int
@@ -271,36 +254,35 @@ def _parts(
 
     own, adapter = {id(each.tensor): each for each in reversed(plan.census.parameters)}, plan.adapter
     parts = [
-        _Part(fqn, block(fqn), tuple(each.shape), itemsize(each), fqn not in adapter.trained)
+        _Part(block(fqn), (stored[fqn],), 1)
+        if fqn in stored
+        else _Part(block(fqn), tuple(each.shape), itemsize(each), fqn not in adapter.trained)
         for fqn, _, _, each in own.values()
         if not is_lazy(each)
     ]
-    parts = [part._replace(shape=(stored[part.fqn],), itemsize=1) if part.fqn in stored else part for part in parts]
     diagonals = [
-        _Part("", block(site.fqn), shape, FLOAT32_BYTES)
+        _Part(block(site.fqn), shape, FLOAT32_BYTES)
         for site in plan.selection.sites
         for shape in diagonal_shapes(site.shape_with(adapter.config), adapter.options[site.fqn].r)
     ]
     copies = [
-        _Part(fqn, block(fqn), tuple(each.shape), max(itemsize(each), FLOAT32_BYTES))
+        _Part(block(fqn), tuple(each.shape), max(itemsize(each), FLOAT32_BYTES))
         for fqn, each in adapter.parameters.items()
     ]
     return parts, diagonals + copies
 
 
-def _held(part: _Part, setup: Setup, style: Callable[[str], str]) -> int:
+def _held(part: _Part, setup: Setup) -> int:
     """Return the bytes of a parameter that a device holds."""
-    if setup.strategy == "fsdp2" and part.is_registered and part.nbytes:  # equally many rows on all devices
-        rows = part.shape[0] if part.shape else 1
-        return math.ceil(rows / setup.devices) * (part.nbytes // rows)
-    how = style(part.fqn)
-    is_split = "colwise" in how or ("rowwise" in how and len(part.shape) > 1)  # the bias is added after the sum
-    return math.ceil(part.nbytes / setup.devices) if is_split else part.nbytes
+    if setup.strategy == "ddp" or not part.is_registered or not part.nbytes:
+        return part.nbytes
+    rows = part.shape[0] if part.shape else 1  # equally many on all devices
+    return math.ceil(rows / setup.devices) * (part.nbytes // rows)
 
 
 def _communication(own: list[_Part], trained: list[_Part], setup: Setup) -> int:
     """Return what the engine holds beside what is the device's own."""
-    if setup.devices == 1 or setup.strategy == "tp":
+    if setup.devices == 1:
         return 0
     if setup.strategy == "ddp":
         return sum(part.nbytes for part in trained)
@@ -321,22 +303,6 @@ def _bases(plan: Plan, dtype: torch.dtype) -> int:
         total += max(dtype.itemsize, FLOAT32_BYTES) * r * math.ceil(min_dim / c)
         total += dtype.itemsize * max_dim * r * count_bases(min_dim, r) // b
     return total
-
-
-def _style_of(model: nn.Module, setup: Setup) -> Callable[[str], str]:
-    """Return a function that gives the style of a layer or a parameter under tensor parallelism, or ""."""
-    own: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
-    styles = own if setup.tp_plan is None else setup.tp_plan
-    if setup.strategy != "tp":
-        return lambda _: ""
-    if not styles:
-        raise ConfigError("strategy='tp' needs tp_plan, because the model does not have a plan")
-
-    def style(fqn: str) -> str:
-        name = re.sub(r"\.\d+(?=\.|$)", ".*", fqn)
-        return styles.get(name) or styles.get(name.rpartition(".")[0]) or ""
-
-    return style
 
 
 def _block_of(census: Census) -> Callable[[str], str]:
@@ -361,26 +327,21 @@ def held_codes(census: Census) -> dict[str, int]:
 
 def planned_codes(census: Census) -> dict[str, int]:
     """Return the bytes that weights would have that transformers loads in 4 bits, with their scales, by FQN."""
-    return {f"{site.fqn}.weight": _nbytes_in_4bit(math.prod(site.shape)) for site in _loaded_in_4bit(census)}
-
-
-def _nbytes_in_4bit(count: int) -> int:
-    return math.ceil(count / 2) + FLOAT32_BYTES * (math.ceil(count / BLOCK) + LEVELS)
-
-
-def _loaded_in_4bit(census: Census) -> list[Site]:
-    """Return the linear layers but for the head, the last layer, tied ones, and what the class keeps in float32."""
+    # the linear layers but for the head, the last layer, tied ones, and what the class keeps in float32
     last = census.parameters[-1].fqn.removesuffix(".weight") if census.parameters else ""
     kept: Any = getattr(census.model, "_keep_in_fp32_modules", None)
     names = [last, *(kept or ())]
     sites = [site for site in census.sites if _is_linear(site.owner, site) and site.owner is not census.head]
     tied = tied_names(census, sites)
-    return [
-        site
+    loaded = {
+        f"{site.fqn}.weight": math.prod(site.shape)
         for site in sites
         if site.key not in tied
         and not any(site.fqn.endswith(name) or f"{site.fqn}.".startswith(f"{name}.") for name in names)
-    ]
+    }
+    return {
+        fqn: math.ceil(count / 2) + FLOAT32_BYTES * (math.ceil(count / BLOCK) + LEVELS) for fqn, count in loaded.items()
+    }
 
 
 def _is_linear(owner: nn.Module, site: Site) -> bool:
