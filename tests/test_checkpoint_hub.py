@@ -17,7 +17,6 @@ from peft import PeftModel
 from torch import nn
 
 import randlora
-from randlora.checkpoint.card import task_of
 from randlora.checkpoint.load import swap_each
 from randlora.checkpoint.peft_config import base_model_name, mismatch, target_modules
 from randlora.errors import CheckpointError, ConfigError, how_to_install
@@ -94,11 +93,8 @@ def test_the_hubs_own_library_reads_the_front_matter_which_has_no_path_of_this_m
             data = ModelCard.load(directory / CARD_FILE).data
             assert (data.base_model, data.library_name, data.tags) == (base, "randlora", ["randlora"])
             assert str(tmp_path) not in card_of(directory)
-    assert (data.to_dict()["base_model_relation"], data.pipeline_tag) == ("adapter", "text-generation")
+    assert data.to_dict()["base_model_relation"] == "adapter"
     assert "# RandLoRA adapter of org/tiny-llama\n" in card_of(directory)
-    bart = type("BartForConditionalGeneration", (nn.Module,), {"__module__": "transformers.models.bart"})()
-    built = [models.gpt2(), models.bert(), models.vit(), LINEAR.build(), bart]  # the last may translate or summarize
-    assert [*map(task_of, built)] == ["text-generation", "text-classification", "image-classification", None, None]
 
 
 def test_results_are_a_table_until_a_save_without_them_which_says_so(tmp_path: Path) -> None:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
-
-from torch import nn
 
 from randlora.checkpoint.contents import AdapterToSave, Contents
 from randlora.checkpoint.header import Header
 from randlora.checkpoint.peft_config import BASE_FIELD, repo_of
 from randlora.config import described
-from randlora.layers.in_place import plain_class
 from randlora.report import Report, adapter_report
 
 CARD_FILE = "README.md"
@@ -26,36 +21,19 @@ RESULTS = "## Results"
 Results: TypeAlias = Mapping[str, float | str] | None
 """Results that a user measured, by the name of the metric."""
 
-TASKS = {
-    "WithLMHeadModel": None,  # of XLM and Flaubert, masked or causal
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForMaskedLM": "fill-mask",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForImageClassification": "image-classification",
-}
-"""The Hub's names of tasks, by the ends of the names of transformers' classes."""
-
-NOT_TEXT = re.compile("pixel|image|visual|bbox|audio|feature|table")
-"""Names of arguments by which a forward takes more than text."""
-
 
 def write_card(
     held: AdapterToSave, contents: Contents, results: Results, repo_id: str | None, subfolder: str | None
 ) -> str:
     """Return the text of a model card. ``subfolder`` is the place of the files in the repository."""
-    census, header, adapter = held.census, contents.header, contents.adapter
-    report = adapter_report(census, adapter, header.shapes)
-    task, base = task_of(census.model), repo_of(contents.fields[BASE_FIELD])
+    header, base = contents.header, repo_of(contents.fields[BASE_FIELD])
+    report = adapter_report(held.census, contents.adapter, header.shapes)
     place = f'"{repo_id or "path/to/this/directory"}"'
     place += f', subfolder="{subfolder}"' if repo_id and subfolder else ""
     # what the Hub reads, in YAML, of which JSON strings are a part
     of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
-    of_task = [f"pipeline_tag: {task}"] if task else []
-    front_matter = ["---", *of_base, "library_name: randlora", *of_task, "tags:", "- randlora", "---"]
-    figures = (f"| {name} | {value} |" for name, value in _figures(report, header, adapter.left_out).items() if value)
+    front_matter = ["---", *of_base, "library_name: randlora", "tags:", "- randlora", "---"]
+    figures = _figures(report, header, contents.adapter.left_out)
     here = f"import randlora\n\nrandlora.load(model, {place})  # model: the base model as it was before training"
     there = f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, {place})"
     sections = [
@@ -63,8 +41,8 @@ def write_card(
         MARK,
         f"# RandLoRA adapter of {base}" if base else "# RandLoRA adapter",
         "An adapter of the method [RandLoRA](https://arxiv.org/abs/2502.00987): trained scalings of random bases.",
-        "\n".join(["| | |", "|---|---|", *figures]),
-        *([RESULTS, _results_table(results)] if results else ()),
+        _table("| | |", {name: value for name, value in figures.items() if value}),
+        *([RESULTS, _table("| metric | value |", results)] if results else ()),
         "## Loading it",
         f"```python\n{here}\n```",
         "PEFT 0.21.2 does not load these files:" if contents.notes else "With PEFT:",
@@ -87,27 +65,13 @@ def results_note(path: Path, results: Results) -> list[str]:
     return []
 
 
-def task_of(model: nn.Module) -> str | None:
-    """Return the Hub's name of a model's task if its class, such as `LlamaForCausalLM`, tells it.
-
-    For a class that takes more than text, or makes something else, such as audio, the result is ``None``.
-    """
-    kind = plain_class(model)
-    task = next((task for end, task in TASKS.items() if kind.__name__.endswith(end)), None)
-    if task is None or task == "image-classification":
-        return task
-    taken = " ".join(inspect.signature(kind.forward).parameters)
-    is_text = "input_ids" in taken and not NOT_TEXT.search(taken)
-    return task if is_text and "audio" not in (getattr(model, "output_modalities", None) or ()) else None
-
-
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
-def _results_table(results: Mapping[str, float | str]) -> str:
-    cells = (tuple(" ".join(str(cell).split()).replace("|", r"\|") for cell in row) for row in results.items())
-    return "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
+def _table(head: str, rows: Mapping[str, object]) -> str:
+    cells = (tuple(" ".join(str(cell).split()).replace("|", r"\|") for cell in row) for row in rows.items())
+    return "\n".join([head, "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
 
 def _figures(report: Report, header: Header, left_out: Sequence[str]) -> dict[str, object]:
