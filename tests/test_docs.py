@@ -27,7 +27,7 @@ from randlora.bases import BasisBank
 from randlora.layers import registry
 from tests import models, pages, stand_ins
 from tests.pages import DOCS, FENCE, ROOT, imported, run_page, snippets
-from tests.peer import PEFT_STREAM, THEIR_WARNINGS, TRAINERS_WARNINGS
+from tests.peer import THEIR_WARNINGS, TRAINERS_WARNINGS
 from tests.reference import delta_weight
 from tests.torture.campaigns import CAMPAIGNS
 from tests.torture.training import killed_training, plain_loop
@@ -74,11 +74,9 @@ def run_pages() -> Iterator[Any]:
 
 @pytest.mark.parametrize("page", list(run_pages()), ids=page_name)
 def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if page.name == "saving.md" and PEFT_STREAM != "torch":
-        pytest.skip("PEFT draws other dense bases under torch 2.11 and older")
     if page.name == "compiling.md" and TorchVersion(torch.__version__) < "2.9":
         pytest.skip("torch.export of older versions loses tensors that a model computes with")
-    if page.name == "quantized_others.md":
+    if page == DOCS / "quantized.md":
         pytest.importorskip("torchao", reason="the oldest versions are tested without it")
     monkeypatch.chdir(tmp_path)
     stand_ins.write(models_of(page, real=False), tmp_path)

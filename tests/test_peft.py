@@ -63,7 +63,7 @@ def test_bases_are_those_of_peft_bit_for_bit_or_refused(shapes: Shapes, r: int, 
     ours = BasisBank().acquire(spec).slices(spec.max_dim, spec.min_dim, device="cpu", dtype=torch.float32)
     for own, part in zip(ours, expected, strict=True):
         if basis == "dense" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-            # torch may multiply and add in two steps there, so PEFT draws a few other numbers: docs/peft_files.md
+            # torch may multiply and add in two steps there, so PEFT draws a few other numbers: docs/from_peft.md
             assert (own != part).sum() <= own.numel() / 1000
             torch.testing.assert_close(own, part, rtol=0, atol=2**-7)  # a step of bfloat16 between 1 and 2
         else:
