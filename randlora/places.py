@@ -33,10 +33,12 @@ class Place(ABC):
         is_lasting: Whether written values stay. Not if an optimizer has copies that it would write back.
         is_gathered_by_use: Whether a forward gathers the values where it uses them. All processes must then use the
             same parameters in the same order.
+        is_away: Whether the values are loaded for each call of the module from where they can only be read.
         exchanges: How the parameter is exchanged for a copy.
     """
 
     is_lasting: bool = True
+    is_away: bool = False
     is_gathered_by_use: bool = False
     exchanges: Exchanges = "parameters"
 
@@ -49,16 +51,6 @@ class Place(ABC):
     def is_complete(self) -> bool:
         """Whether there are values, and all of them can be read and written."""
         return True
-
-    @property
-    def folder(self) -> str | None:
-        """The folder to which writing adds a file, or ``None``."""
-        return None
-
-    @property
-    def is_away(self) -> bool:
-        """Whether the values are not in memory now, and are loaded for each call of the module."""
-        return False
 
     @property
     def identities(self) -> tuple[object, ...]:
@@ -106,10 +98,7 @@ class Kept(NamedTuple):
 
     def put_back(self, now: Place) -> None:
         """Restore the values in the current place of the parameter, which may be of a different kind than before."""
-        if self.place is None and not isinstance(now, Plain):  # it has been offloaded since
-            now.write(self.values)
-        else:
-            (self.place if self.place is not None and isinstance(now, Plain) else now).restore(self.values)
+        (self.place if self.place is not None and isinstance(now, Plain) else now).restore(self.values)
 
     def stored(self, now: Place) -> Tensor | None:
         """Return the values in the form in which a state dict has the parameter; ``None`` if it has none."""
@@ -223,10 +212,6 @@ class Keeper:
         """Return the class that a module had before a keeper of its parameters changed it."""
         return kind
 
-    def holders(self, owner: nn.Module) -> list[object]:  # noqa: ARG002
-        """Return the objects whose attributes change when a parameter of a module is written."""
-        return []
-
     def is_hooked(self, module: nn.Module) -> bool:  # noqa: ARG002
         """Whether a hook of a module may load or move its parameters."""
         return False
@@ -311,11 +296,6 @@ def own_class(kind: type[nn.Module]) -> type[nn.Module]:
     for keeper in _asked["own_class"]:
         kind = keeper.own_class(kind)
     return kind
-
-
-def holders(owner: nn.Module) -> list[object]:
-    """Return the objects other than a module whose attributes change when one of its parameters is written."""
-    return [each for keeper in _asked["holders"] for each in keeper.holders(owner)]
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -146,7 +146,10 @@ class ModelState:
         disabled: The open blocks of `randlora.disabled`, and similar ones of features.
         run: The innermost of these, if it is a `Run`.
         ended: Closed blocks whose parameters are not restored yet.
-        merge_guards: While merged, the handles of the hooks that refuse to load a state dict and to run backward.
+        merge_guards: While merged, the handles of the hooks that refuse to load a state dict, to run backward, and to
+            run without the merged weights.
+        merged_weights: While merged, for each parameter that was exchanged for a merged one: the parameters of its
+            owner, its adapter layer, and the merged one.
         merged: The names and factors of the adapters that are merged reversibly. They stay active.
         merge_options: While any are merged, the options ``quantized`` and ``dtype`` that they are merged with.
         merge_report: The `randlora.report.MergeReport` of the last reversible merge.
@@ -166,6 +169,7 @@ class ModelState:
     run: Run | None = None
     ended: list[object] = field(default_factory=list)
     merge_guards: list[RemovableHandle] = field(default_factory=list)
+    merged_weights: list[tuple[dict[str, Any], Any, Any]] = field(default_factory=list)
     merged: dict[str, Factor] = field(default_factory=dict)
     merge_options: Any = None
     merge_report: Any = None

@@ -25,7 +25,6 @@ from randlora.layers import registry
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.scopes import begin_call, end_call
 from randlora.model.install import check_call
-from randlora.offloaded import require_merged_weights
 from randlora.readers.read_weight import ReadWeight
 from tests.distributed.processes import Processes
 from tests.kit import all_bits, fill, untouched
@@ -34,7 +33,7 @@ from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind
 from tests.models import LLAMA, outputs
 
 HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith("_hooks") or "_hooks_with" in name]
-OURS = frozenset({check_call, begin_call, end_call, require_merged_weights})
+OURS = frozenset({check_call, begin_call, end_call})
 ROOT = Path(__file__).parent.parent
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
 

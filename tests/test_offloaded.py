@@ -1,11 +1,8 @@
-"""Models that accelerate offloads or hooks: adapted before and after, trained, saved, merged, switched, refused."""
+"""Models that accelerate offloads or hooks: adapted before and after, trained, saved, switched, refused."""
 
 import copy
-import gc
-import json
 import pickle
 import re
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,15 +14,13 @@ import accelerate  # type: ignore[import-untyped]
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file  # type: ignore[import-untyped]
-from accelerate.utils import DistributedType, align_module_device, modeling  # type: ignore[import-untyped]
+from accelerate.utils import DistributedType, modeling  # type: ignore[import-untyped]
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import randlora
-from randlora import offloaded as offloaded_module
 from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
-from randlora.offloaded import MergedFile, Offloaded
 from randlora.places import Plain, place_of
 from tests.kit import adapter_values, all_bits, bits, fill, same_bits
 from tests.model_directories import contents
@@ -107,7 +102,7 @@ def in_a_checkpoint(model: nn.Module, folder: Path, of: nn.Module | None = None,
         ("here", False, {}, None),
     ],
 )
-def test_an_offloaded_model_computes_trains_saves_and_merges_as_one_that_is_not(
+def test_an_offloaded_model_computes_trains_and_saves_as_one_that_is_not_and_is_not_merged_into(
     where: str, is_adapted_first: bool, options: dict[str, Any], beside: Any, tmp_path: Path
 ) -> None:
     here, base, there = adapted(Small(**options), train_also=beside), Small(**options), Small(**options)
@@ -134,98 +129,90 @@ def test_an_offloaded_model_computes_trains_saves_and_merges_as_one_that_is_not(
     assert not any("randlora" in name for name, _ in there.named_parameters())
     randlora.load(there, tmp_path / "here")
     before, expected = contents(tmp_path), all_bits(dict(randlora.merged_tensors(here)))
-    with randlora.merged(here), randlora.merged(there):
-        merged = here(x)
-        assert same_bits(there(x), merged)
-        assert all_bits(dict(randlora.merged_tensors(there))) == expected
     assert all_bits(dict(randlora.merged_tensors(there))) == expected
-    assert same_bits(there(x), plain)
+    for reversible in (False, True) if where != "here" else ():
+        with pytest.raises(MergeError, match=r"accelerate offloads the weights of .*down.*save_merged.*files\.merge"):
+            randlora.merge(there, reversible=reversible)
+        assert same_bits(there(x), plain)
+        accelerate.hooks.remove_hook_from_submodules(there) if reversible else None
     assert contents(tmp_path) == before
     randlora.merge(there)
-    gc.collect()
-    assert same_bits(there(x), merged)
-    assert {name: contents(tmp_path)[name] for name in before} == before
     accelerate.hooks.remove_hook_from_submodules(there)
-    assert same_bits(there(x), merged)
     assert all_bits(there.state_dict()) == expected
     assert not any("_hf_hook" in vars(each) or "Adapted" in type(each).__name__ for each in there.modules())
 
 
-def test_what_was_merged_is_unmerged_wherever_it_is_offloaded_since(tmp_path: Path) -> None:
+AWAY = {
+    "ram": lambda model: accelerate.cpu_offload(model, CPU),
+    "whole": lambda model: accelerate.cpu_offload(model, CPU, preload_module_classes=["Sequential"]),
+    "a part": lambda model: accelerate.cpu_offload(model[0].up, CPU),
+    "hooks removed": lambda model: accelerate.hooks.remove_hook_from_submodules(accelerate.cpu_offload(model, CPU)),
+}
+"""Ways of having accelerate take the original weights of a model that is merged reversibly."""
+
+
+@pytest.mark.parametrize("way", AWAY)
+def test_a_model_that_is_offloaded_while_it_is_merged_raises_an_error_until_it_is_unmerged(
+    way: str, tmp_path: Path
+) -> None:
+    model: Any = adapted(nn.Sequential(Small()))
+    randlora.inject(model, r=2, targets="0.down", name="other")
+    randlora.activate(model, ["default", "other"])
+    plain = bits(model(X))
+    randlora.merge(model, adapters="default", reversible=True)
+    merged, twin = bits(model(X)), copy.deepcopy(model)
+    AWAY[way](model)
+    for refused in (
+        lambda: model(X),
+        lambda: randlora.merged_tensors(model),
+        lambda: randlora.merge(model, reversible=True),
+        lambda: randlora.merged(model).__enter__(),
+    ):
+        with pytest.raises(MergeError, match=r"took the original weights of 0\.up.*hook.*then randlora\.unmerge"):
+            refused()
+    if way != "hooks removed":
+        for refused in (lambda: randlora.unmerge(model), lambda: randlora.eject(model)):
+            with pytest.raises((AdapterError, MergeError), match=r"offloaded .*(since the merge|together).*: .*hook"):
+                refused()
+    accelerate.hooks.remove_hook_from_submodules(model)
+    randlora.unmerge(model)
+    assert bits(model(X)) == plain
+    for moved in (twin, copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
+        assert bits(moved(X)) == merged
+        moved.to(torch.float64).to(torch.float32)
+        assert bits(moved(X)) == merged
+        randlora.unmerge(moved)
+        assert bits(moved(X)) == plain
+
+
+def test_a_merged_block_in_which_a_model_is_offloaded_ends_in_an_error_and_is_ended_by_unmerge(tmp_path: Path) -> None:
     model = adapted(Small())
     plain = bits(model(X))
-    for changes in (["ram"], ["no hooks"], ["disk"], ["no hooks", "ram"]):
-        randlora.merge(model, reversible=True)
-        for where in changes:
-            put(model, where, tmp_path)
-        if where != "no hooks":
-            with pytest.raises(MergeError, match="accelerate offloaded the model while its adapters were merged"):
-                model(X)
-        randlora.unmerge(model)
-        assert bits(model(X)) == plain
-    with align_module_device(model.down):  # so are values that are loaded at present
-        own = bits(model.down.weight)
-        with randlora.merged(model):
-            assert bits(model.down.weight) != own
-            assert bits(model.down.state_dict()["weight"]) == own  # beside Λ and Γ it is the original
-        assert bits(model.down.weight) == own
-
-
-@pytest.mark.parametrize(("where", "reversible"), [("ram", True), ("disk", False), ("partly disk", False)])
-def test_a_merge_that_fails_leaves_the_maps_and_files_as_they_were(
-    where: str, reversible: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = adapted(put(Small(), where, tmp_path))
-    plain, before = bits(model(X)), contents(tmp_path)
-    write, calls = Offloaded.write, list[Tensor]()
-
-    def fail_late(self: Offloaded, value: Tensor) -> None:
-        calls.append(value)
-        write(self, value)
-        if len(calls) == 2 or where == "partly disk":
-            raise OSError("the disk is full")
-
-    monkeypatch.setattr(Offloaded, "write", fail_late)
-    with pytest.raises(OSError, match="disk is full"):
-        randlora.merge(model, reversible=reversible)
-    gc.collect()
+    with pytest.raises(MergeError, match="since the merge"), randlora.merged(model):
+        put(model, "disk", tmp_path)
+    with pytest.raises(MergeError, match="took the original weights of up, down"):
+        model(X)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    randlora.unmerge(model)
     assert bits(model(X)) == plain
-    assert contents(tmp_path) == before
 
 
-def test_one_layer_at_a_time_is_merged_into_files_that_are_deleted_with_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, read = adapted(put(Small(), "disk", tmp_path)), Offloaded.read
-    before, alive = contents(tmp_path), list[weakref.ref[Tensor]]()
-
-    def counted(self: Offloaded) -> Tensor:
-        gc.collect()
-        assert not any(is_alive() is not None for is_alive in alive)
-        alive.append(weakref.ref(value := read(self)))
-        return value
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Offloaded, "read", counted)
-        report = randlora.merge(model)
-    assert len(alive) == 2
-    assert any(str(tmp_path / "offloaded") in note and "up, down" in note for note in report.notes)
-    added = contents(tmp_path).keys() - before.keys()
-    assert len(added) == 2
-    named = {Path(each).name.rsplit("-", 1)[0] for each in added}
-    assert named == {"randlora-merged-up.weight", "randlora-merged-down.weight"}
-    assert json.loads((tmp_path / "offloaded" / "index.json").read_text()).keys() == Small().state_dict().keys()
-    assert same_bits(put(Small(), "disk", tmp_path)(X), Small()(X))  # another model of that folder is not merged
-    twin, merged = copy.deepcopy(model), model(X)
-    del model, report
-    gc.collect()
-    assert same_bits(twin(X), merged)
-    for path in added:  # only the process that wrote them deletes them
-        offloaded_module._delete(tmp_path / path, -1)
-    assert type(pickle.loads(pickle.dumps(MergedFile(str(tmp_path / "other"))))) is str
-    assert contents(tmp_path).keys() == before.keys() | added
-    del twin
-    gc.collect()
+def test_layers_that_are_not_offloaded_are_merged_beside_those_that_are(tmp_path: Path) -> None:
+    model, here = (adapted(each, targets="up") for each in (put(Small(), "partly disk", tmp_path), Small()))
+    before = contents(tmp_path)
+    with randlora.merged(model), randlora.merged(here):
+        merged = here(X)
+        assert same_bits(model(X), merged)
+    assert same_bits(model(X), here(X))
+    randlora.inject(model, r=2, targets="down", name="other")
+    randlora.activate(model, ["default", "other"])
+    own, plain = bits(model.up.weight), bits(model(X))
+    with pytest.raises(MergeError, match="offloads the weights of down, which"):
+        randlora.merge(model)
+    assert (bits(model.up.weight), bits(model(X))) == (own, plain)
+    randlora.remove(model, "other")
+    randlora.merge(model)
+    assert same_bits(model(X), merged)
     assert contents(tmp_path) == before
 
 
@@ -260,19 +247,14 @@ def test_a_checkpoint_is_dispatched_before_it_is_adapted_and_loaded_in_the_dtype
         accelerate.load_checkpoint_and_dispatch(injected, **options | {"device_map": {"": "cpu"}})
     wide, x, index = Small(torch.float64), X.bfloat16(), dict[str, Any]()
     there = adapted(in_a_checkpoint(Small(torch.bfloat16), tmp_path, wide, index))
-    given = copy.deepcopy(index)  # other models may be given it, too
+    given = copy.deepcopy(index)
     here = adapted(wide.bfloat16())
-    plain = there(x)
-    assert same_bits(plain, here(x))
-    for model in (there, here):
-        randlora.merge(model, reversible=True)
     assert same_bits(there(x), here(x))
     place = place_of(there.down, "weight")
-    assert place is not None
     assert same_bits(place.read(), here.down.weight)
+    with pytest.raises(MergeError, match="accelerate offloads the weight"):
+        place.write(here.down.weight)
     assert index == given
-    randlora.unmerge(there)
-    assert same_bits(there(x), plain)
 
 
 @pytest.mark.parametrize("where", ["ram", "disk by a map", "from_pretrained"])
@@ -407,9 +389,6 @@ def test_a_model_of_transformers_that_is_offloaded_as_it_is_loaded(device_map: d
     expected = outputs(plain, tokens())
     assert same_bits(outputs(model, tokens()), expected)
     assert save(model, tmp_path / "there") == save(plain, tmp_path / "here")
-    with randlora.merged(model), randlora.merged(plain):
-        assert same_bits(outputs(model, tokens()), outputs(plain, tokens()))
-    assert same_bits(outputs(model, tokens()), expected)
     for each, name in ((plain, "plain"), (model, "merged")):
         randlora.files.save_merged(each, tmp_path / name)
     assert contents(tmp_path / "merged") == contents(tmp_path / "plain")

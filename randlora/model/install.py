@@ -24,12 +24,12 @@ from randlora.model.engines import require_averaged, tell_added, tell_changed
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.model.train_also import lost_parameters, remembered
 from randlora.model.view import all_or_nothing, set_requires_grad
-from randlora.places import place_at
+from randlora.places import loaded_modules, place_at
 from randlora.ranks import agree
 from randlora.replaced import CASTS, ReplacedParameter, RequiredGrad, whole_shape
 from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteAdapter
 from randlora.targets.census import AdaptedSite, Census, Site, sizes
-from randlora.targets.match import prefixes
+from randlora.targets.match import prefixes, shortened
 from randlora.targets.obstacles import computed_weights, offloaded_with
 
 NOWHERE: tuple[dict[str, SiteAdapter], Shape | None] = {}, None
@@ -194,7 +194,15 @@ def _shape_now(layer: AdapterLayer, owner: nn.Module, config: RandLoRAConfig) ->
 def merged_sites(census: Census) -> list[AdaptedSite]:
     """Return the weights that are merged into reversibly, or raise a `MergeError` if one cannot be restored."""
     merged = [site for site in census.adapted if site.layer.unmerged is not None]
-    raise_collected(MergeError, computed_weights(merged), doing="unmerge")
+    loaded = loaded_modules(census.modules)
+    offloaded = [site.fqn for site in merged if id(site.owner) in loaded]
+    problems = computed_weights(merged)
+    if offloaded:
+        problems.append(
+            f"accelerate has offloaded the weights of {shortened(offloaded)} since the merge: call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
+    raise_collected(MergeError, problems, doing="unmerge")
     return merged
 
 
@@ -208,7 +216,7 @@ def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
         site.layer.seat(site.owner)
     for guard in state.merge_guards:
         guard.remove()
-    state.merge_guards = []
+    state.merge_guards, state.merged_weights = [], []
     state.merged_blocks = []
     return tuple(site.fqn for site in merged)
 

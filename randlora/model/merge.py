@@ -38,6 +38,7 @@ from randlora.model.mergeable import (
     trained_problems,
     weight_problems,
 )
+from randlora.model.merged_weights import exchanged_weights, replaced_problems, require_merged_weights
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import View, all_or_nothing, opened, require_own
 from randlora.places import Kept
@@ -87,11 +88,11 @@ def merge(
         ConfigError: For an unknown value of ``quantized``, a dtype that is not floating, or a dtype with
             ``"requantize"``.
         MergeError: If no adapter is active, the adapters are disabled or already merged, an inactive adapter would be
-            lost, others are merged with different options, a sharded or offloaded weight is already merged into, a
-            weight has no values (meta, offloaded or sharded), an adapted module was replaced, a merged weight would not
-            be finite, or a quantized layer has a custom forward that an `nn.Linear` would not run. Also if a test on a
-            small random input shows that a custom forward does not use the layer's weight as a plain product, or does
-            not read it from the attribute. The model is then unchanged.
+            lost, others are merged with different options, a sharded weight is already merged into, accelerate offloads
+            a weight, a weight has no values (meta or sharded), an adapted module was replaced, a merged weight would
+            not be finite, or a quantized layer has a custom forward that an `nn.Linear` would not run. Also if a test
+            on a small random input shows that a custom forward does not use the layer's weight as a plain product, or
+            does not read it from the attribute. The model is then unchanged.
     """
     with opened(model, None, writes=True) as view:
         names = None if adapters is None else listed(adapters)
@@ -142,7 +143,8 @@ def _planned(
     values = [*tie_problems(census, sites), *weight_problems(first, into), *remerge_problems(sites)]
     differences = {} if values else differences_from_product(first)  # of weights that have values
     trained = trained_problems(state, sites, adapters)
-    problems = [*state_problems(state, adapters, reversible=reversible), *lost, *values, *trained]
+    problems = [*state_problems(state, adapters, reversible=reversible), *replaced_problems(state)]
+    problems += [*lost, *values, *trained]
     problems += product_problems(differences)
     if state.is_merged and state.merge_options != (quantized, dtype):
         problems.append("others are merged with different options: give the same quantized and dtype, or unmerge them")
@@ -174,7 +176,9 @@ def _merge(view: View, planned: Plan, kept: dict[AdapterLayer, Kept | None]) -> 
             guarded = census.around_adapted
             state.merge_guards = [each.register_load_state_dict_pre_hook(_refuse_loading) for each in guarded]
             state.merge_guards.append(view.root.register_forward_hook(refuse_backward))
+            state.merge_guards.append(view.root.register_forward_pre_hook(require_merged_weights))
         state.merged, state.merge_options, state.merge_report = active, planned.options, report
+        state.merged_weights = exchanged_weights(census)
         for site in sites:
             site.layer.seat(site.owner)
         return report
@@ -206,8 +210,8 @@ def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tu
 
     Raises:
         AdapterError: If the model has no adapter.
-        MergeError: If its adapters are not merged, a sharded or offloaded weight would have to be merged again, or a
-            weight is computed from other parameters since, as by pruning.
+        MergeError: If its adapters are not merged, a sharded weight would have to be merged again, or since the merge a
+            weight is computed from other parameters, as by pruning, or accelerate has offloaded it.
     """
     with opened(model, None) as view:
         state, census = view.state, view.census
@@ -244,7 +248,7 @@ def _merge_fewer(census: Census, state: ModelState, staying: Mapping[str, Factor
     for site in sites:
         if not site.layer.factors(staying):
             site.layer.unfold(site.owner)
-    state.merged = _in_order(state, staying)
+    state.merged, state.merged_weights = _in_order(state, staying), exchanged_weights(census)
     for site in sites:
         site.layer.seat(site.owner)
     return tuple(site.fqn for site in sites)

@@ -93,7 +93,7 @@ def trained_problems(state: ModelState, sites: Sequence[AdaptedSite], names: Ite
 def remerge_problems(sites: Sequence[AdaptedSite]) -> list[str]:
     """Return messages about weights that cannot be merged into again, because their values are not in one place."""
     return [
-        f"{site.fqn} is merged into already, and its weight is sharded or offloaded: unmerge all, and merge together"
+        f"{site.fqn} is merged into already, and its weight is sharded: unmerge all, and merge together"
         for site in sites
         if site.layer.unmerged is not None and (site.layer.unmerged.place is not None or not _is_here(site))
     ]
@@ -120,6 +120,13 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into | None) -> list[str
     ``None`` means that merged weights are only computed.
     """
     problems = []
+    offloaded = [site.fqn for site in sites if site.place.is_away]
+    if offloaded and into is not None:
+        problems.append(
+            f"accelerate offloads the weights of {shortened(offloaded)}, which are not merged into: write the merged "
+            "model with randlora.files.save_merged(model, directory), or save the adapter and merge it into the "
+            "model's files with randlora.files.merge"
+        )
     for site in sites:
         layer, weight = site.layer, site.weight
         if weight is None:
@@ -151,13 +158,6 @@ def merge_notes(
             f"layers with their own forward, which could not be tried: {shortened(own)}; once merged, their output is "
             "the same as with the adapter only if the forward is linear in the weight: compare outputs before and "
             "after"
-        )
-    on_disk = {site.fqn: folder for site in sites if (folder := site.place.folder) is not None}
-    if on_disk:
-        notes.append(
-            f"the merged weights of {shortened(list(on_disk))}, which accelerate offloads to disk, are in new files in "
-            f"{', '.join(sorted(set(on_disk.values())))}, which are deleted with the model; the original files are not "
-            "changed. To keep the merged model, save it"
         )
     becomes_plain = into.quantized == "dequantize" and any(site.layer.is_quantized for site in sites)
     is_called_quantized = getattr(getattr(root, "config", None), "quantization_config", None) is not None

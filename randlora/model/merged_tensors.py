@@ -27,6 +27,7 @@ from randlora.model.mergeable import (
     require_finite,
     weight_problems,
 )
+from randlora.model.merged_weights import replaced_problems
 from randlora.model.view import opened, require_own, unwrapped_model
 from randlora.places import lent, place_of, settle, whole, withheld
 from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank, run_collectives
@@ -156,6 +157,7 @@ def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
         problems.append(f"the adapters are disabled: call this outside of {state.disabled_by}")
     if not active:
         problems.append(f"no adapter is active: activate one of {', '.join(state.adapters)}")
+    problems += replaced_problems(state)
     if state.is_merged and state.active_unmerged:
         problems.append(f"{', '.join(state.active_unmerged)} is active and not merged, as others are: merge it too")
     if not state.is_merged:

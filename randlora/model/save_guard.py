@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from randlora.errors import AdapterError, MergeError, warn
+from randlora.errors import AdapterError, MergeError, raise_collected, warn
 from randlora.layers.in_place import InPlace, adapter_layers_of
 from randlora.layers.scopes import in_own_dtypes
 from randlora.model.engines import is_held_together
+from randlora.model.merged_weights import replaced_problems
 from randlora.state import ModelState, SavePretrained, attached_state
 from randlora.targets.census import Census
 
@@ -73,6 +74,7 @@ class SaveGuard:
                     f"{self.name} would write a model without {', '.join(state.active_unmerged)}, which is active and "
                     "not merged: merge it too, or unmerge all"
                 )
+            raise_collected(MergeError, replaced_problems(state), doing=self.name)
             self._require_merged(kwargs.get("state_dict"))
             if kwargs.get("state_dict") is None and is_held_together(root) and not _gathers(module):
                 raise MergeError(

@@ -26,7 +26,7 @@ from randlora.layers.diagonals import TAKEN_NAMES, Diagonal, Values
 from randlora.layers.in_place import has_attribute
 from randlora.model.save_guard import savers
 from randlora.modes import fake_obstacle
-from randlora.places import holders, place_at, settle
+from randlora.places import place_at, settle
 from randlora.ranks import agreeing, raise_on_every_rank
 from randlora.replaced import ReplacedParameter, held_at
 from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root, attached_state, require_unmerged
@@ -189,7 +189,6 @@ def all_or_nothing(
         *(part._parameters for part in parts if isinstance(part, Diagonal) and isinstance(part._parameters, Values)),
         *(each for site in sites for each in site.layer_class.beside(site.owner)),
         *(site.layer for site in census.adapted),
-        *(each for owner in owners.values() for each in holders(owner)),
     ]
     values: list[Tensor | None] = [*copies, *(each for entry in replaced for each in (entry.original, entry.installed))]
     values += (tensor for owner in owners.values() for tensor in owner._parameters.values())
