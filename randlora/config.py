@@ -30,10 +30,10 @@ Init = Literal["lambda", "gamma"]
 
 Strategy = Literal["ddp", "fsdp2"]
 
-Format = Literal["peft", "native", "lora", "diff"]
-Layout = Literal["peft", "diffusers", "mlx"]
-Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2", "diffusion_model"]
-"""Attributes of diffusers' pipelines, and ``diffusion_model``, ComfyUI's name for a model with its authors' names."""
+Format = Literal["peft", "native", "lora"]
+Layout = Literal["peft", "diffusers"]
+Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]
+"""Attributes of diffusers' pipelines."""
 
 Names = str | Sequence[str]
 """A regex for whole names, or names and suffixes of names."""

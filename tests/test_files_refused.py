@@ -66,8 +66,6 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(BERT, root / "head", targets=["query"], train_also=["classifier"])
     edit_fields(root / "head", {"base_model_name_or_path": "bert"})
     adapter_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8)), root / "convolution", targets="all")
-    blocks = nn.ModuleDict({"a_b": nn.Linear(4, 4), "a": nn.ModuleDict({"b": nn.Linear(4, 4)})})
-    adapter_of(nn.ModuleDict({"down_blocks": blocks}), root / "alike")
     save_adapter(LLAMA, root / "of two ranks", r={"q_proj": 4, ".*": 8})
     unseeded(root / "unseeded")
     their_directory(LLAMA, root)
@@ -111,7 +109,7 @@ def too_large() -> None:
 
 READING: tuple[Callable[..., object], ...] = files.inspect, files.verify
 OF_BASES, FOR_BASE = ("prefix", "base_revision"), "is for a base model: give base= too"
-UPDATES: list[dict[str, Any]] = [{"to": "diff"}, *({"to": "lora", "format": each} for each in ("diffusers", "mlx"))]
+UPDATES: dict[str, Any] = {"to": "lora", "format": "diffusers"}
 TWICE = ["adapter"] * 2, {"adapter": 0.5, "adapter/": 0.25}, ["adapter", "link"], ["x/../link", "link"]
 INTO = {"out": "bert/../adapter"}, {"out": "adapter/in"}, {"source": f"adapter/{TENSORS_FILE}", "out": "adapter"}
 CALLS: list[tuple[type[Exception], str, Call]] = [
@@ -134,18 +132,18 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
     (CheckpointError, "theirs was written by PEFT: convert it to", lambda: files.join(["again", "theirs"], "out")),
     (CheckpointError, "bases of unseeded came from a file, and no", lambda: files.join(["again", "unseeded"], "out")),
     (ConfigError, "format= and same_rank= are for to=\"lora\", not 'peft'", convert(to="peft", format="peft")),
-    (ConfigError, "format= and same_rank= are for to=\"lora\", not 'diff'", convert(to="diff", same_rank=True)),
+    (ConfigError, "format= and same_rank= are for to=\"lora\", not 'native'", convert(to="native", same_rank=True)),
+    (ConfigError, "to must be one of peft, native, lora, got 'diff'", convert(to="diff")),
+    (ConfigError, "format must be one of peft, diffusers or None, got 'mlx'", convert(to="lora", format="mlx")),
     (ConfigError, "rank= and tolerance= are for to=\"lora\": 'peft' is exact", convert(rank=4)),
-    (ConfigError, 'component= is for to="diff", and', convert(to="lora", component="unet")),
-    (ConfigError, 'component="diffusion_model" is for', convert(**UPDATES[1], component="diffusion_model")),
+    (ConfigError, 'component= is for to="lora" with format="diffusers"', convert(to="lora", component="unet")),
     (CheckpointError, "to 'peft': .*; a 'lora' has a rank for each layer", convert("of two ranks", to="peft")),
     (ConfigError, "rank must be a positive integer, got 0", convert(to="lora", rank=0)),
     (ConfigError, "rank must be at most 512, got 513", convert(to="lora", rank=513)),
     (ConfigError, r"tolerance must be a number in \[0, 1\], got 1\.5", convert(to="lora", tolerance=1.5)),
     (ConfigError, "tolerance must be a finite number, got nan", convert(to="lora", tolerance=float("nan"))),
-    (ConfigError, r"two layers would have the key lora_unet_down_blocks_a_b\.diff", convert("alike", to="diff")),
-    *((ConfigError, r"has trained classifier\.bias, class", convert("head", **options)) for options in UPDATES),
-    *((ConfigError, "0 is of kind convolution, and", convert("convolution", **options)) for options in UPDATES),
+    (ConfigError, r"has trained classifier\.bias, class", convert("head", **UPDATES)),
+    (ConfigError, "0 is of kind convolution, and", convert("convolution", **UPDATES)),
     *((ConfigError, f"^{option}= {FOR_BASE}$", convert(to="native", **{option: "model"})) for option in OF_BASES),
     *((ConfigError, f"^prefix= {FOR_BASE}$", partial(verb, "adapter", prefix="model")) for verb in READING),
     *((ConfigError, f"^base_revision= {FOR_BASE}$", partial(verb, "adapter", base_revision="x")) for verb in READING),
@@ -184,7 +182,6 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "merge": lambda out: files.merge("adapter", out, base="base", overwrite=True),
     "convert": lambda out: files.convert("adapter", out, overwrite=True),
     "convert to a LoRA": lambda out: files.convert("adapter", out, "lora", tolerance=1, overwrite=True),
-    "convert to 'diff'": lambda out: files.convert("adapter", out, "diff", overwrite=True),
     "join": lambda out: files.join(["parts/a", "parts/b"], out),
 }
 

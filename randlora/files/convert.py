@@ -1,4 +1,4 @@
-"""`randlora.files.convert` and `join`: an adapter for this library, for PEFT, as a LoRA, or as full updates."""
+"""`randlora.files.convert` and `join`: an adapter for this library, for PEFT, or as a LoRA."""
 
 from __future__ import annotations
 
@@ -26,14 +26,11 @@ from randlora.disk.replace import NEW, scratch_for, write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
 from randlora.files.layouts import (
-    OWN_NAMES,
     WEIGHTS,
     LoraLayer,
-    diff_files,
     diffusers_files,
     layout_problems,
     low_rank_factors,
-    mlx_files,
     peft_files,
     recognized,
 )
@@ -105,9 +102,8 @@ def convert(
 
     ``"peft"`` can be loaded by PEFT 0.21.2: the file contains the bases if PEFT would draw different ones. ``"native"``
     has this library's header with its checksums, and contains the bases only if no seed reproduces them. ``"lora"`` is
-    for servers that support only LoRA: a low-rank approximation of every layer's update, in the files of PEFT,
-    diffusers or mlx-lm. Nothing is written if the error of a layer exceeds the tolerance. ``"diff"`` is exact: every
-    update in full, under the keys by which ComfyUI adds it to a weight.
+    for servers that support only LoRA: a low-rank approximation of every layer's update, in the files of PEFT or
+    diffusers. Nothing is written if the error of a layer exceeds the tolerance.
 
     Args:
         directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, which does not change, or a
@@ -115,15 +111,14 @@ def convert(
         out: The directory to write to, different from ``directory``.
         to: The format.
         format: For ``"lora"``, whose files to write: ``"peft"``, the default, which vLLM, SGLang and llama.cpp's
-            converter read too, ``"diffusers"`` or ``"mlx"``.
+            converter read too, or ``"diffusers"``.
         rank: For ``"lora"``, the rank of every layer; ``None`` means each layer's smallest rank within the tolerance.
         tolerance: For ``"lora"``, the largest accepted relative error of a layer's update, in the Frobenius norm;
             ``None`` means 0.05. 1 accepts anything.
-        same_rank: For ``"lora"``, whether to pad all factors with zeros to the highest rank. Factors for diffusers and
-            mlx-lm are always padded; SGLang and llama.cpp also need it, unless ``rank`` gives all layers one rank.
-        component: For diffusers and ``"diff"``, which of a pipeline's models the adapter is for: ``"unet"``,
-            ``"transformer"``, ``"text_encoder"`` or ``"text_encoder_2"``, with their names in diffusers. For ``"diff"``
-            also ``"diffusion_model"``, with its authors' names. ``None`` recognizes the model by the names of layers.
+        same_rank: For ``"lora"``, whether to pad all factors with zeros to the highest rank. Factors for diffusers are
+            always padded; SGLang and llama.cpp also need it, unless ``rank`` gives all layers one rank.
+        component: For diffusers, which of a pipeline's models the adapter is for: ``"unet"``, ``"transformer"``,
+            ``"text_encoder"`` or ``"text_encoder_2"``. ``None`` recognizes the model by the names of layers.
         base: The base model, a directory or a repository on the Hub, whose headers give the layers' shapes. PEFT does
             not store the shapes, so its files need ``base`` for ``"native"`` and ``"lora"``.
         revision: Branch, tag or commit of the adapter's repository.
@@ -147,7 +142,7 @@ def convert(
     problems = _option_problems(to, format, rank, tolerance, component, same_rank=same_rank)
     raise_collected(ConfigError, problems, doing="convert")
     raise_collected(CheckpointError, out_problems(target, [source], overwrite=overwrite), doing="convert")
-    layout = to if to == "diff" else format or "peft"
+    layout = format or "peft"
     others = set(WEIGHTS.values()) - {WEIGHTS[layout]}
     if beside := sorted(name for name in others if (target / name).exists()):
         raise CheckpointError(
@@ -159,20 +154,12 @@ def convert(
         fields, tensors, header, notes = contents_as(to, adapter)
         (nbytes,) = write_files(adapter_files(target, fields, tensors, header))
         return ConversionReport(source, target, to, nbytes, (), (*assumed, *notes))
-    doing = "convert to 'diff'" if to == "diff" else "convert to a LoRA"
-    raise_collected(ConfigError, layout_problems(adapter, layout), doing=doing)
-    if to == "diff":
-        files = diff_files(adapter, component, progress)
-        nbytes = files.write(target)
-        progress(len(files.tensors), len(files.tensors), "done")
-        return ConversionReport(source, target, to, nbytes, (), (*assumed, *files.notes))
+    raise_collected(ConfigError, layout_problems(adapter, layout), doing="convert to a LoRA")
     with scratch_for(target) as scratch:
         (room := scratch / NEW).mkdir()
         factors = low_rank_factors(adapter, rank, tolerance, room, progress)
         if layout == "diffusers":
-            files = diffusers_files(factors, component or recognized(adapter.require_shapes(), "transformer"))
-        elif layout == "mlx":
-            files = mlx_files(adapter, factors)
+            files = diffusers_files(factors, component or recognized(adapter.require_shapes()))
         else:
             files = peft_files(adapter, factors, same_rank=same_rank)
         nbytes = files.write(target)
@@ -189,15 +176,13 @@ def _option_problems(
     *,
     same_rank: bool,
 ) -> list[str]:
-    problems, lora, diff = [], spelled("to", "lora"), spelled("to", "diff")
+    problems, lora = [], spelled("to", "lora")
     if to != "lora" and (rank is not None or tolerance is not None):
         problems.append(f"{spelled('rank')} and {spelled('tolerance')} are for {lora}: {to!r} is exact")
     if to != "lora" and (layout is not None or same_rank):
         problems.append(f"{spelled('format')} and {spelled('same_rank')} are for {lora}, not {to!r}")
-    if component is not None and not (to == "diff" or layout == "diffusers"):
-        problems.append(f"{spelled('component')} is for {diff}, and for {lora} with {spelled('format', 'diffusers')}")
-    if component == OWN_NAMES and layout == "diffusers":
-        problems.append(f"{spelled('component', component)} is for {diff}: pipelines of diffusers have no such part")
+    if component is not None and layout != "diffusers":
+        problems.append(f"{spelled('component')} is for {lora} with {spelled('format', 'diffusers')}")
     if rank is not None and rank <= 0:
         problems.append(f"rank must be a positive integer, got {rank!r}")
     if tolerance is not None and not 0 <= tolerance <= 1:

@@ -1,16 +1,14 @@
-"""An adapter as other programs name and arrange it: as a LoRA, or as full updates.
+"""An adapter as a LoRA, the product of two thin matrices, named and arranged as other programs do it.
 
-A LoRA, the product of two thin matrices, is for PEFT, whose files vLLM, SGLang and llama.cpp's converter read too, for
-diffusers, or for mlx-lm. Every scaling is 1, so that the product is the update. A given rank of a large matrix is found
-by a randomized singular value decomposition (Halko et al. 2011), everything else by an exact one, and the error is
-measured with the resulting factors. Full updates, as large as weights, are for ComfyUI.
+It is for PEFT, whose files vLLM, SGLang and llama.cpp's converter read too, or for diffusers. Every scaling is 1, so
+that the product is the update. A given rank of a large matrix is found by a randomized singular value decomposition
+(Halko et al. 2011), everything else by an exact one, and the error is measured with the resulting factors.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,21 +22,16 @@ from torch import Tensor
 from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION, pattern_fields
 from randlora.checkpoint.save import files_of
 from randlora.checkpoint.tensors import METADATA, MODEL_PREFIX, TENSORS_FILE, trained_key
-from randlora.config import Component, LayerOptions
+from randlora.config import Component, LayerOptions, Layout
 from randlora.disk.formats import Entry, Planned, read_shard, read_tensor, write_tensor_file
 from randlora.disk.replace import write_files
-from randlora.errors import ConfigError, raise_collected, spelled
+from randlora.errors import ConfigError, spelled
 from randlora.files.adapter import OpenAdapter
 from randlora.hints import shortly
 from randlora.report import Progress
 from randlora.targets.match import has_suffix
 
-WEIGHTS: dict[str, str] = {
-    "peft": TENSORS_FILE,
-    "diffusers": "pytorch_lora_weights.safetensors",
-    "mlx": "adapters.safetensors",
-    "diff": "diff.safetensors",
-}
+WEIGHTS: dict[Layout, str] = {"peft": TENSORS_FILE, "diffusers": "pytorch_lora_weights.safetensors"}
 """The files of the tensors, of which readers of a directory take the one with the name that they expect."""
 
 TRANSPOSED = (
@@ -52,7 +45,6 @@ LORA_CONFIG_KEY = "lora_adapter_metadata"
 CARRIED_FIELDS = ("auto_mapping", BASE_FIELD, "fan_in_fan_out", "modules_to_save", "revision", "task_type")
 """Fields that have the same meaning for a LoRA."""
 
-OWN_NAMES: Component = "diffusion_model"
 BEGINNINGS: dict[Component, tuple[str, ...]] = {
     "unet": ("down_blocks", "mid_block", "up_blocks"),
     "transformer": ("transformer_blocks", "single_transformer_blocks"),
@@ -78,8 +70,8 @@ class AdapterFiles:
         return nbytes
 
 
-def layout_problems(adapter: OpenAdapter, layout: str) -> list[str]:
-    """Return the parts of an adapter that a layout in `WEIGHTS` cannot hold."""
+def layout_problems(adapter: OpenAdapter, layout: Layout) -> list[str]:
+    """Return the parts of an adapter that a layout cannot hold."""
     trained, shapes = adapter.file.trained, adapter.require_shapes()
     stacks = {fqn: f"a stack of {shape[0]} matrices" for fqn, shape in shapes.items() if len(shape) == 3}
     others = stacks or {fqn: f"of kind {kind}" for fqn, kind in adapter.kinds.items()}
@@ -91,16 +83,15 @@ def layout_problems(adapter: OpenAdapter, layout: str) -> list[str]:
     if names := sorted(trained):
         more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
         named = f"{', '.join(names[:LISTED])}{more}"
-        what = spelled("to", "diff") if layout == "diff" else spelled("format", layout)
-        lora = f"{spelled('to', 'lora')} with {spelled('format', 'peft')}"
-        problems.append(f"{what} holds only updates, but the adapter has trained {named} too: use {lora}")
+        other, peft = spelled("format", layout), spelled("format", "peft")
+        problems.append(f"{other} holds only updates, but the adapter has trained {named} too: use {peft}")
     return problems
 
 
-def recognized(fqns: Iterable[str], otherwise: Component) -> Component:
+def recognized(fqns: Iterable[str]) -> Component:
     """Return the model of a pipeline that layers with such names are in."""
     first = {fqn.partition(".")[0] for fqn in fqns}
-    return next((part for part, beginnings in BEGINNINGS.items() if first & set(beginnings)), otherwise)
+    return next((part for part, beginnings in BEGINNINGS.items() if first & set(beginnings)), "transformer")
 
 
 def peft_files(adapter: OpenAdapter, factors: Sequence[StoredFactors], *, same_rank: bool) -> AdapterFiles:
@@ -151,63 +142,6 @@ def diffusers_files(factors: Sequence[StoredFactors], component: Component) -> A
     return AdapterFiles(WEIGHTS["diffusers"], tensors, metadata=metadata, notes=(note, *_padding_notes(factors)))
 
 
-def mlx_files(adapter: OpenAdapter, factors: Sequence[StoredFactors]) -> AdapterFiles:
-    """Return what ``mlx_lm.lora`` would write: transposed factors, of one rank.
-
-    ``keys`` are whole names. All blocks, ``num_layers`` -1, are searched for them, and then the model.
-    """
-    rank, base = _highest(factors), adapter.file.fields.get(BASE_FIELD)
-    names = [each.layer.fqn for each in factors]
-    tensors = [
-        planned
-        for fqn, each in zip(names, factors, strict=True)
-        for planned in _padded((f"{fqn}.lora_a", f"{fqn}.lora_b"), each, rank, is_transposed=True)
-    ]
-    fields = {
-        "fine_tune_type": "lora",
-        "lora_parameters": {"dropout": 0.0, "keys": names, "rank": rank, "scale": 1.0},
-        "num_layers": -1,
-        **({} if base is None else {"model": base}),
-    }
-    return AdapterFiles(WEIGHTS["mlx"], tensors, fields, notes=_padding_notes(factors))
-
-
-def diff_files(adapter: OpenAdapter, component: Component | None, progress: Progress) -> AdapterFiles:
-    """Return a file with every update in float32, in the layout of its weight, each computed when it is written.
-
-    Two layers with one key raise a `ConfigError`.
-    """
-    shapes, transposed = adapter.require_shapes(), frozenset(adapter.transposed or ())
-    component = component or recognized(shapes, OWN_NAMES)
-    keys = {fqn: _diff_key(component, fqn) for fqn in shapes}
-    twice = [key for key, count in Counter(keys.values()).items() if count > 1]
-    problems = [f"two layers would have the key {key}: rename one" for key in twice]
-    raise_collected(ConfigError, problems, doing="convert to 'diff'")
-    done = iter(range(len(shapes)))
-
-    def pieces(fqn: str) -> tuple[Tensor]:
-        progress(next(done), len(shapes), fqn)
-        (update,) = adapter.delta_weights(fqn)
-        return (update.float().T if fqn in transposed else update.float(),)
-
-    tensors = [
-        Planned(keys[fqn], torch.float32, shape[::-1] if fqn in transposed else shape, partial(pieces, fqn))
-        for fqn, shape in shapes.items()
-    ]
-    return AdapterFiles(
-        WEIGHTS["diff"], tensors, notes=(f"for {component!r}: {spelled('component')} names a different model",)
-    )
-
-
-def _diff_key(component: Component, fqn: str) -> str:
-    """Return ComfyUI's key of the full update of a layer."""
-    if component == "unet":  # of which ComfyUI knows diffusers' names with underscores only
-        return f"lora_unet_{fqn.replace('.', '_')}.diff"
-    if component in {"text_encoder", "text_encoder_2"}:  # of which it knows those names that CLIP has had
-        fqn = f"text_model.{fqn.removeprefix('text_model.')}"
-    return f"{component}.{fqn}.diff"
-
-
 def _highest(factors: Sequence[StoredFactors]) -> int:
     return max(each.layer.rank for each in factors)
 
@@ -224,18 +158,17 @@ def _peft_keys(fqn: str) -> tuple[str, str]:
     return f"{MODEL_PREFIX}{fqn}.lora_A.weight", f"{MODEL_PREFIX}{fqn}.lora_B.weight"
 
 
-def _padded(keys: tuple[str, str], factors: StoredFactors, rank: int, *, is_transposed: bool = False) -> list[Planned]:
-    """Plan to write the factors of a layer with zeros up to a rank, and each transposed if the reader wants that."""
+def _padded(keys: tuple[str, str], factors: StoredFactors, rank: int) -> list[Planned]:
+    """Plan to write the factors of a layer with zeros up to a rank."""
 
     def pieces(entry: Entry, padding: tuple[int, ...]) -> tuple[Tensor]:
-        factor = F.pad(read_tensor(entry), padding)
-        return (factor.T if is_transposed else factor,)
+        return (F.pad(read_tensor(entry), padding),)
 
     added, layer = rank - factors.layer.rank, factors.layer
     of_A = (factors.lora_A, (rank, layer.in_features), (0, 0, 0, added))
     of_B = (factors.lora_B, (layer.out_features, rank), (0, added))
     return [
-        Planned(key, entry.dtype, shape[::-1] if is_transposed else shape, partial(pieces, entry, padding))
+        Planned(key, entry.dtype, shape, partial(pieces, entry, padding))
         for key, (entry, shape, padding) in zip(keys, (of_A, of_B), strict=True)
     ]
 
