@@ -94,6 +94,23 @@ MOVED = {
     "serving.md#one-adapter-merged": "serving.md#serving",
     "serving.md#many-adapters-routed": "serving.md#a-row-each",
     "serving.md#what-another-adapter-costs": "serving.md#serving",
+    "deepspeed.md": "accelerate.md#deepspeed",
+    "pipeline.md": "tensor_parallel.md#pipeline-every-process-has-some-of-the-layers",
+    "pipeline.md#context-parallel-every-process-has-a-part-of-each-sequence": (
+        "tensor_parallel.md#context-parallel-every-process-has-a-part-of-each-sequence"
+    ),
+    "lightning.md": "other_trainers.md#lightning",
+    "other_trainers.md#what-this-was-tested-with": "other_trainers.md#ms-swift",
+    "compiling.md#switching-adapters": "compiling.md#compiling-and-exporting",
+    "quickstart.md#choose-the-layers": "targets.md",
+    "index.md#what-it-does-not-do-yet": "limits.md",
+    "api/inject.md": "api/model.md",
+    "api/training.md": "api/model.md",
+    "api/adapters.md": "api/model.md",
+    "api/merging.md": "api/model.md",
+    "api/saving.md": "api/model.md",
+    "api/layers.md": "api/files.md",
+    "api/errors.md": "api/files.md",
 }
 """Pages that are gone and where they lead, and sections that are elsewhere now.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ENTRY = re.compile(r"^::: (randlora\.[\w.]+)\.(\w+)$", re.MULTILINE)
-TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
+SECTION = re.compile(r"^## (.+)\n((?:(?!## ).*\n)*)", re.MULTILINE)
 SPACES = {"randlora.files": "files/__init__.py", "randlora.serving": "serving/__init__.py", "randlora": "api.py"}
 HERE = "<!-- names -->"
 
@@ -42,14 +42,15 @@ def imported_from(module: str, name: str) -> str:
 
 
 def tables(config: Any) -> Iterator[str]:
-    """Yield the lines of a table for each page, in the order of the navigation."""
+    """Yield the lines of a table for each section of a page, in the order of the navigation."""
     for page in re.findall(r"'(api/(?!index)\w+\.md)'", str(config.nav)):
-        text, name_of_page = Path(config.docs_dir, page).read_text(encoding="utf-8"), Path(page).name
-        yield from ("", f"## [{TITLE.findall(text)[0]}]({name_of_page})", "", "| name | what it does |", "|---|---|")
-        for module, name in ENTRY.findall(text):
-            breakable = imported_from(module, name).replace(".", ".<wbr>")
-            link = f"[<code>{breakable}</code>]({name_of_page}#{module}.{name})"
-            yield f"| {link} | {first_line(module, name)} |"
+        name_of_page = Path(page).name
+        for title, text in SECTION.findall(Path(config.docs_dir, page).read_text(encoding="utf-8")):
+            yield from ("", f"## {title}", "", "| name | what it does |", "|---|---|")
+            for module, name in ENTRY.findall(text):
+                breakable = imported_from(module, name).replace(".", ".<wbr>")
+                link = f"[<code>{breakable}</code>]({name_of_page}#{module}.{name})"
+                yield f"| {link} | {first_line(module, name)} |"
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: object) -> str:

@@ -136,7 +136,7 @@ def is_dark(png: bytes) -> bool:
 
 
 def test_the_site_is_built() -> None:
-    assert {"", "404.html", "api/", "api/inject/", "quickstart/"} <= {*PAGES}
+    assert {"", "404.html", "api/", "api/model/", "quickstart/"} <= {*PAGES}
 
 
 @pytest.mark.parametrize("address_of_page", PAGES)
@@ -180,7 +180,7 @@ def test_every_link_leads_to_a_page_and_to_an_anchor_on_it(page: Page, address: 
 
 def test_anchors_of_the_api_when_it_was_one_page_lead_to_the_page_of_the_topic(page: Page, address: str) -> None:
     page.goto("api/#randlora.model.merge.merge")
-    expect(page).to_have_url(f"{address}api/merging/#randlora.model.merge.merge")
+    expect(page).to_have_url(f"{address}api/model/#randlora.model.merge.merge")
     page.goto("api/#merging")
     expect(page).to_have_url(f"{address}api/#merging")
 
