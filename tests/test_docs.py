@@ -60,7 +60,7 @@ def models_of(page: Path, *, real: bool) -> list[str]:
     return stand_ins.named("".join(snippet.code for snippet in snippets(page, real=real)))
 
 
-TRAINING = ("continued.md", "diffusion.md", "grpo.md")  # of which each takes over a second
+TRAINING = ("continued.md", "diffusion.md")  # of which each takes over a second
 
 
 def run_pages() -> Iterator[Any]:
