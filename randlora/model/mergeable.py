@@ -119,24 +119,25 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into | None) -> list[str
 
     ``None`` means that merged weights are only computed.
     """
-    problems = []
-    offloaded = [site.fqn for site in sites if site.place.is_away]
-    if offloaded and into is not None:
-        problems.append(
-            f"accelerate offloads the weights of {shortened(offloaded)}, which are not merged into: write the merged "
-            "model with randlora.files.save_merged(model, directory), or save the adapter and merge it into the "
-            "model's files with randlora.files.merge"
-        )
+    problems, offloaded = [], []
     for site in sites:
         layer, weight = site.layer, site.weight
         if weight is None:
             problems.append(f"{site.fqn} {COMPUTED}")
+        elif into is not None and site.place.is_away:
+            offloaded.append(site.fqn)
         elif _is_incomplete(site, weight):
             problems.append(
                 f"the weight of {site.fqn} is incomplete (meta, fake, offloaded or sharded): load or gather it first"
             )
         elif (reason := layer.merge_obstacle(site.owner, into)) is not None:
             problems.append(f"{site.fqn} {reason}")
+    if offloaded:
+        problems.append(
+            f"accelerate offloads the weights of {shortened(offloaded)}, which are not merged into: write the merged "
+            "model with randlora.files.save_merged(model, directory), or save the adapter and merge it into the "
+            "model's files with randlora.files.merge"
+        )
     return problems
 
 
