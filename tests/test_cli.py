@@ -338,24 +338,7 @@ def test_what_an_encoding_lacks_is_written_out(directory: Path, monkeypatch: pyt
     assert b"\\u039b and \\u0393 of 8 layers" in written.getvalue()
 
 
-# The demo and the pages
-
-
-@pytest.mark.medium
-def test_the_demo_learns_and_gives_the_same_outputs_after_saving_and_merging(tmp_path: Path, run: Run) -> None:
-    before, kept = torch.get_rng_state(), str(tmp_path / "kept")
-    code, out, _ = run(f"demo --json --keep {kept}")
-    found = json.loads(out)
-    assert code == 0
-    assert (found["loads_equal"], found["passed"], found["after"] < found["before"] / 5) == (True, True, True)
-    assert found["merged_apart"] < 1e-5
-    assert files.verify(kept).passed
-    assert torch.equal(torch.get_rng_state(), before)
-    assert run(f"demo --keep {kept}")[0] == 1
-    code, shown, _ = run("demo")
-    assert code == 0
-    assert all(f"randlora.{call}(" in shown for call in ("inject", "save", "load", "merge", "files.verify"))
-    assert max(map(len, shown.splitlines())) <= 84
+# The page
 
 
 @pytest.mark.medium

@@ -262,14 +262,6 @@ def _plan(**given: Any) -> Printed:
     return f"{report}\n\n{memory}", {**plain(report), "training_memory": plain(memory)}
 
 
-def _demo(**given: Any) -> Printed:
-    from randlora.cli.demo import demo  # noqa: PLC0415 - it imports torch, too
-
-    with progress_bar() as progress:
-        text, facts = demo(**given, progress=progress)
-    return text, plain(facts)
-
-
 MEMORY = "model/memory", "training_memory"
 
 COMMANDS = {
@@ -319,7 +311,6 @@ COMMANDS = {
         "my-adapter a-lora --to lora --rank 64 --tolerance 0.3",
         "my-adapter for-pipeline --to lora --format diffusers",
     )),
-    "demo": Command(("--keep first-adapter", "--json"), _demo, "cli/demo"),
 }
 
 
