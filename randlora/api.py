@@ -29,7 +29,6 @@ from randlora.model.merged_tensors import merged_tensors as merged_tensors
 from randlora.model.switch import activate as activate
 from randlora.model.switch import disabled as disabled
 from randlora.model.switch import remove as remove
-from randlora.model.switch import rename as rename
 from randlora.model.switch import set_compute as set_compute
 from randlora.model.updates import delta_weight as delta_weight
 from randlora.model.updates import limit_norms as limit_norms
@@ -66,7 +65,6 @@ __all__ = [
     "plan",
     "prepare_quantized",
     "remove",
-    "rename",
     "save",
     "save_all",
     "serving",

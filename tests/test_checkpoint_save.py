@@ -243,7 +243,7 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     r"has shape \(1, 1, \d+\) here, expected all of \(": lambda held: held.flatten()[None, None],
     r"has no memory here, expected all of \(": freed,
 }
-NAMED, UNNAMED = "no adapter named 'c': it has default", "cannot be the name of a directory: rename the adapter"
+NAMED, UNNAMED = "no adapter named 'c': it has default", r"cannot be the name of a directory: save it by itself"
 bad: Any = {"bases": "both"}
 REFUSED: tuple[tuple[str, type[Exception], Call], ...] = (
     ("the model has no adapter: call", AdapterError, lambda out: randlora.save(LINEAR.build(), out)),

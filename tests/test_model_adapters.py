@@ -24,7 +24,6 @@ from randlora.errors import AdapterError, ConfigError, MergeError, RandLoRAError
 from randlora.state import adapted_root, is_adapted
 from tests.kit import all_bits, fill, on_one_line, same_bits, untouched
 from tests.laws import TOKENS, Mixed, assert_close
-from tests.test_compiler import Compiled, model_with
 
 TARGETS = ["q", "up", "down"]
 
@@ -131,29 +130,6 @@ def test_a_way_to_compute_serves_adapters_that_come_later_and_ends_with_them() -
     assert adapted_root(model)[1].compute == "auto"
 
 
-def test_a_renamed_adapter_keeps_its_place_and_all_it_has() -> None:
-    model = mixed("a", "b", "c")
-    randlora.activate(model, {"a": 0.5, "b": -2.0})
-    before, expected = [vars(info) | {"name": ""} for info in randlora.adapters(model)], model(TOKENS)
-    objects, state = [*model.parameters()], {name.replace(".a", ".new"): v for name, v in model.state_dict().items()}
-    randlora.rename(model, "a", "new")
-    assert [info.name for info in randlora.adapters(model)] == ["new", "b", "c"]
-    assert [vars(info) | {"name": ""} for info in randlora.adapters(model)] == before
-    assert all_bits(model.state_dict()) == all_bits(state)
-    assert all(one is other for one, other in zip(model.parameters(), objects, strict=True))
-    assert same_bits(model(TOKENS), expected)
-
-
-@pytest.mark.medium
-def test_a_compiled_model_compiles_nothing_for_another_name() -> None:
-    model = model_with("a", "b")
-    run = Compiled(model)
-    before = run.graphs()
-    for name, new in (("b", "new"), ("a", "newer")):
-        randlora.rename(model, name, new)
-        assert run.graphs() == before
-
-
 @pytest.mark.parametrize("layers", ["q|up", ["q", "up"], ("up", "q.?")])
 def test_layers_are_named_by_patterns(layers: Any) -> None:
     model = mixed("a", "b")
@@ -218,9 +194,9 @@ NOT_A_NAME = "expected a printable name without dots"
 wrong: Any = partial  # for arguments of types that are refused
 REFUSED: list[tuple[Callable[[nn.Module], object], type[RandLoRAError], str]] = [
     *((wrong(randlora.activate, names=row[0], layers=row[1]), AdapterError, row[2]) for row in ACTIVATIONS),
-    (wrong(randlora.rename, name="x", to="y"), AdapterError, "no adapter named 'x': it has a, elsewhere"),
-    (wrong(randlora.rename, name="a", to="a"), AdapterError, "the model has an adapter of that name"),
-    *((wrong(randlora.rename, name="a", to=to), AdapterError, NOT_A_NAME) for to in ("a.b", "keys", 3)),
+    (wrong(randlora.remove, name="x"), AdapterError, "no adapter named 'x': it has a, elsewhere"),
+    (wrong(randlora.inject, r=3, name="a"), AdapterError, "the model has an adapter of that name"),
+    *((wrong(randlora.inject, r=3, name=name), AdapterError, NOT_A_NAME) for name in ("a.b", "keys", 3)),
     *((wrong(randlora.set_trainable, names=x), AdapterError, "has no adapter n") for x in ("x", ["a", "x"], [3], 3)),
     (wrong(randlora.set_trainable, names="a", trainable=None), ConfigError, "trainable must be"),
     (wrong(randlora.set_compute, compute="fast"), ConfigError, "one of auto, factored, materialized, got 'fast'"),
@@ -235,14 +211,13 @@ def test_what_cannot_be_named_activated_or_trained_is_refused() -> None:
         with untouched(model), pytest.raises(error, match=message):
             call(model)
     with randlora.merged(model), untouched(model), pytest.raises(AdapterError, match="while the adapters are merged"):
-        randlora.rename(model, "a", "new")
+        randlora.remove(model, "a")
 
 
 WRITING: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "inject": (wrong(randlora.inject, r=3, targets=["q"], train_also=["norm"], name="new"), "model.install.watch"),
     "activate": (wrong(randlora.activate, names={"a": 0.5, "c": 1.0}), "model.switch.tell_changed"),
     "set_trainable": (wrong(randlora.set_trainable, names="b"), "model.listing.tell_changed"),
-    "rename": (wrong(randlora.rename, name="a", to="new"), "layers.base.AdapterLayer.seat"),
     "remove": (wrong(randlora.remove, name="b"), "state.ModelState.forget_unused"),
     "merge": (wrong(randlora.merge, reversible=True), "model.merge.MergeReport"),
     "eject": (randlora.eject, "model.inject.detach_all"),

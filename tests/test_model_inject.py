@@ -124,7 +124,7 @@ VALUES += [10**400, 10**5000, float("nan"), {"default": 10**400}, [10**5000]]
 VERBS: list[Callable[..., Any]] = [
     *(randlora.inject, randlora.eject, randlora.activate, randlora.remove, randlora.delta_weight),
     *(randlora.set_compute, randlora.merge, randlora.unmerge, randlora.adapters, randlora.prepare_quantized),
-    *(randlora.find_targets, randlora.rename, randlora.set_trainable, randlora.serving.combine),
+    *(randlora.find_targets, randlora.set_trainable, randlora.serving.combine),
     *(randlora.adapter_state, randlora.swap, randlora.update_norms, randlora.limit_norms),
 ]
 REQUIRED: dict[str, Any] = {"names": "default", "name": "default", "fqn": "0", "to": "b", "limit": 0.5}

@@ -296,7 +296,6 @@ def test_an_adapter_of_an_open_block_is_not_changed() -> None:
             (randlora.eject, []),
             (randlora.merge, []),
             (randlora.remove, ["a"]),
-            (randlora.rename, "ac"),
         ):
             with pytest.raises(RandLoRAError):
                 verb(model, *args)

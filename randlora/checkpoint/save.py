@@ -144,7 +144,9 @@ def save_all(
     chosen = list(state.adapters if names is None else names)
     problems = [f"{name!r} is named twice" for name in dict.fromkeys(chosen) if chosen.count(name) > 1]
     problems += [
-        f"{name!r} cannot be the name of a directory: rename the adapter" for name in chosen if Path(name).name != name
+        f"{name!r} cannot be the name of a directory: save it by itself, with randlora.save(model, directory, {name=})"
+        for name in chosen
+        if Path(name).name != name
     ]
     if not chosen:
         problems.append("no adapter is named")

@@ -1,4 +1,4 @@
-"""Choosing which adapters of a model act and with which factors; renaming and removing adapters."""
+"""Choosing which adapters of a model act and with which factors; removing adapters."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ from randlora.model.converting import watch_conversions
 from randlora.model.engines import collective, tell_changed, together
 from randlora.model.inject import eject
 from randlora.model.install import require_detachable, shared_slots
-from randlora.model.listing import offloaded_diagonals
-from randlora.model.view import all_or_nothing, opened, require_new_name, require_own
-from randlora.places import is_whole
+from randlora.model.view import all_or_nothing, opened, require_own
 from randlora.ranks import agree
 from randlora.replaced import whole_shape
 from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unused
-from randlora.targets.census import AdaptedSite, Census
+from randlora.targets.census import Census
 from randlora.targets.options import by_target, meant_by, one_or_all
 
 
@@ -217,62 +215,6 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
     require_types(set_compute, {"compute": compute})
     _, state = adapted_root(model)
     state.compute = compute
-
-
-@collective(writes=True)
-def rename(model: nn.Module, name: str, to: str) -> None:
-    """Rename an adapter, in place.
-
-    Nothing else changes: its position, whether it is active, and what it trains. Parameters remain the same objects, so
-    optimizers keep working and compiled programs are not recompiled. State dicts use the new name. If the model is
-    sharded, all processes call this together.
-
-    Args:
-        model: A model with adapters.
-        name: The adapter to rename.
-        to: Its new name.
-
-    Raises:
-        AdapterError: If the model has no such adapter, the new name is invalid or taken, the adapters are merged, a
-            block of `randlora.serving.routed` is open, or Λ and Γ are sharded by `fully_shard` (which refers to them by
-            name) or offloaded by accelerate.
-    """
-    with opened(model, "rename an adapter", writes=True) as view:
-        state = view.state
-        adapter = state.adapter(name)
-        doing = f"rename {adapter.name!r}"
-        require_new_name(state, to, f"{doing} to")
-        require_unmerged(state, doing)
-        require_unused(state, None, doing)  # which goes by names
-        sites = [site for site in view.census.adapted if name in site.layer.adapters]
-        sharded = [
-            f"Λ and Γ of {site.fqn} are sharded, and fully_shard knows them by name: rename before calling it"
-            for site in sites
-            if not all(is_whole(each) for each in site.layer.diagonals_of(site.owner, name))
-        ]
-        raise_collected(AdapterError, [*sharded, *offloaded_diagonals(view.census)], doing=doing)
-        adapter.name = to
-        renamed = {each.name: each for each in state.adapters.values()}
-        state.adapters.clear()
-        state.adapters |= renamed
-        for site in sites:
-            _rename_at(site, name, to)
-        if state.averaging is not None:
-            state.averaging.rename({site.layer for site in sites}, name, to)
-
-
-def _rename_at(site: AdaptedSite, name: str, to: str) -> None:
-    """Give an adapter of a weight, whose own name is the new one already, that name here too, in the same place."""
-    for part in site.layer.parameter_names():
-        held = site.owner._modules[part]
-        assert isinstance(held, nn.ParameterDict), "the weight is adapted"
-        for known, parameter in [*held._parameters.items()]:  # all of them, so that their order stays
-            del held[known]
-            held[to if known == name else known] = parameter
-    renamed = {part.adapter.name: part for part in site.layer.adapters.values()}
-    site.layer.adapters.clear()
-    site.layer.adapters |= renamed
-    site.layer.seat(site.owner)
 
 
 def resolved_factors(state: ModelState, names: object, layers: object) -> dict[str, Factor]:

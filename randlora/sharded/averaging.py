@@ -5,7 +5,7 @@ The average is one collective at the end of a backward, for up to 64 MiB of grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,13 +91,6 @@ class Averaging:
             hooks = parameter._post_accumulate_grad_hooks or {}  # private, for want of another
             if self._notice not in hooks.values():
                 parameter.register_post_accumulate_grad_hook(self._notice)
-
-    def rename(self, layers: Container[AdapterLayer], name: str, to: str) -> None:
-        """Rename the adapter of some layers."""
-        self.meshes = {
-            (layer, to if layer in layers and known == name else known): mesh
-            for (layer, known), mesh in self.meshes.items()
-        }
 
     def end(self) -> None:
         """Remove the hooks."""

@@ -98,7 +98,6 @@ VERBS: dict[str, Case] = {
     "merged": Case(within(lambda model, _: randlora.merged(model))),
     "merged_tensors": Case(lambda model, _: dict(randlora.merged_tensors(model))),
     "remove": Case(lambda model, _: randlora.remove(model, "second")),
-    "rename": Case(lambda m, _: randlora.rename(m, "second", "2"), lambda m, _: randlora.rename(m, "2", "second")),
     "routed": Case(within(lambda model, _: randlora.serving.routed(model, ["second"]))),
     "save": Case(lambda model, place: randlora.save(model, place / "out", name="default")),
     "save_all": Case(lambda model, place: randlora.save_all(model, place / "out")),

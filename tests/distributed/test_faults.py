@@ -341,21 +341,6 @@ def test_copies_of_sharded_parameters_are_made_without_gathering() -> None:
     assert model.get_parameter("1.weight").grad is not None
 
 
-def test_what_is_sharded_is_not_renamed_and_what_was_added_later_is() -> None:
-    model = sharded(DRAWN.adapted())
-    randlora.inject(model, r=2, targets=["up"], name="whole", active=False)
-    expected, infos = model(*DRAWN.batch(0, 0)), randlora.adapters(model)
-    kept = [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
-    with restored(model), pytest.raises(AdapterError, match="cannot rename 'default', 5 problems:") as caught:
-        randlora.rename(model, "default", "new")
-    assert "Λ and Γ of embed are sharded, and fully_shard knows them by name: rename before" in str(caught.value)
-    assert randlora.adapters(model) == infos
-    assert kept == [(name, id(parameter), parameter.requires_grad) for name, parameter in model.named_parameters()]
-    randlora.rename(model, "whole", "new")
-    assert [info.name for info in randlora.adapters(model)] == ["default", "new"]
-    assert torch.equal(model(*DRAWN.batch(0, 0)), expected)
-
-
 def test_a_torch_that_hides_what_is_sharded_is_missed_loudly() -> None:
     composable = vars(torch.distributed)["_composable_state"]
     model, plain, adapted = sharded(DRAWN.build()), DRAWN.build(), sharded(DRAWN.adapted())

@@ -139,19 +139,6 @@ class RandLoRAMachine(AdapterRules):
             with untouched(self.model), pytest.raises(error):
                 call(self)
 
-    @is_adapted
-    @rule(which=which, to=names)
-    def rename(self, which: int, to: str | None) -> None:
-        name, to, truth = self.name(which), self.new_name(to), self.truth
-        refused = AdapterError if to in truth.adapters or truth.merged is not None else None
-        self.ask(refused, randlora.rename, name, to)
-        if refused is None:
-            renamed = dict[str, str]()
-            for weight in truth.weights_of(truth.adapters[name]):
-                renamed |= zip(diagonal_names(weight.name, name), diagonal_names(weight.name, to), strict=True)
-            self.held = {renamed.get(key, key): parameter for key, parameter in self.held.items()}
-            truth.adapters = {to if each == name else each: adapter for each, adapter in truth.adapters.items()}
-
     @is_free
     @rule(of=st.tuples(which, which), by=st.sampled_from([(1.0, 0.0), (0.5, -2.0), (-1.0, 1.0)]), name=names)
     def combine(self, of: tuple[int, int], by: tuple[float, float], name: str | None) -> None:
