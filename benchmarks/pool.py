@@ -71,8 +71,8 @@ def ours(layers: int, side: int, device: str, directory: Path, repeats: int) -> 
         },
         repeats,
     )
-    bases = randlora.inject(model, r=RANK, targets=LLAMA_TARGETS, name="c").basis_bytes
-    return figures | {"bytes": Figure.of([pool.stats().nbytes], "B"), "bases": Figure.of([bases], "B")}
+    report = randlora.inject(model, r=RANK, targets=LLAMA_TARGETS, name="c")
+    return figures | {"bytes": Figure.of([report.checkpoint_bytes], "B"), "bases": Figure.of([report.basis_bytes], "B")}
 
 
 def peers(layers: int, side: int, device: str, directory: Path, repeats: int) -> dict[str, Figure]:

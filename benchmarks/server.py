@@ -139,12 +139,11 @@ def _rows(server: ModuleType, adapters: Path, room: int) -> list[Row]:
     for name, own in {"one by one": replace(limits, batch=1), "batches": limits}.items():
         with server.serving(server.tiny_model(), adapters, own) as running:
             found[name] = load_test(running.server_port)
-            stats = running.batcher.pool.stats()
             counts = running.batcher.counts
         ties = check(server, adapters, found[name].answers)
         print(
             f"{name}, room for {room}: {len(found[name].answers)} answers equal those of the adapters alone, "
-            f"{ties} of them up to ties; {counts['rows'] / counts['batches']:.1f} rows in a batch, {stats}"
+            f"{ties} of them up to ties; {counts['rows'] / counts['batches']:.1f} rows in a batch"
         )
     shares = {name: statistics.quantiles(each.latencies, n=100, method="inclusive") for name, each in found.items()}
     rows = [

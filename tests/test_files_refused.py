@@ -212,7 +212,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "load_model": lambda place: files.load_model(place / "adapter", base=place / "base"),
     "the base of load_model": lambda place: files.load_model("adapter", base=place / "base"),
     "swap": lambda place: randlora.swap(carrying(LLAMA.build(), {ADAPTER: 1.0}), place / "adapter"),
-    "a pool": lambda place: randlora.serving.AdapterPool(LLAMA.build(), place, max_loaded=1).prefetch("adapter"),
+    "a pool": lambda place: randlora.serving.AdapterPool(LLAMA.build(), place, max_loaded=1).names,
     "plan": lambda place: files.plan(place / "base"),
     "training_memory": lambda place: files.training_memory(place / "base"),
     "inspect": lambda place: files.inspect(place / "adapter", place / "base"),

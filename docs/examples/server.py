@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -239,16 +239,14 @@ class Server(ThreadingHTTPServer):
         if len(ids) > limits.prompt or count > limits.new_tokens:
             message = f"expected a prompt of {limits.prompt} tokens and max_new_tokens of {limits.new_tokens} at most"
             raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{message}, got {len(ids)} and {count}")
-        try:  # to read it from disk while the request waits
-            self.batcher.pool.prefetch([] if adapter is None else [adapter])
-        except randlora.errors.AdapterError as error:
-            raise Refusal(HTTPStatus.NOT_FOUND, f"{error}: GET /adapters lists all") from None
+        if adapter is not None and adapter not in self.batcher.pool.names:
+            raise Refusal(HTTPStatus.NOT_FOUND, f"there is no adapter named {adapter!r:.80}: GET /adapters lists all")
         return Request(adapter, ids, count)
 
     def metrics(self) -> str:
         """Return all counters as Prometheus reads them."""
-        pool = {f"pool_{name}": value for name, value in asdict(self.batcher.pool.stats()).items()}
-        counted = {**self.batcher.counts, **pool, "waiting": len(self.batcher.waiting)}
+        counted = {**self.batcher.counts, "pool_loaded": len(self.batcher.pool.loaded)}
+        counted["waiting"] = len(self.batcher.waiting)
         with self.counting:
             counted |= {f'answers{{status="{status:d}"}}': count for status, count in sorted(self.answers.items())}
         return "".join(f"randlora_{name} {value}\n" for name, value in counted.items())

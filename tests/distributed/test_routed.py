@@ -121,7 +121,7 @@ def test_a_pool_loads_other_adapters_in_each_process_with_the_bits_of_one(tmp_pa
             assert torch.equal(*outputs)
             assert torch.equal(outputs[0][1], plain[1])
             assert not torch.equal(outputs[0][0], plain[0])
-    assert [pool.stats().misses for pool in pools] == [3 if rank else 1] * 2
+    assert [pool.loaded for pool in pools] == [("a",) if rank else ("b",)] * 2
 
 
 def test_what_a_process_lacks_in_a_block_of_a_pool_stops_all_and_changes_nothing(tmp_path: Path) -> None:
@@ -141,7 +141,6 @@ def test_what_a_process_lacks_in_a_block_of_a_pool_stops_all_and_changes_nothing
             if "lacking" in names:
                 assert (randlora.adapters(model), pool.loaded) == before
     assert on_all(pool.loaded) == [("a",)] * 2
-    assert on_all(pool.stats().failures) == [1, 2], "of adapters that were missing"
 
 
 def test_an_adapter_that_no_row_has_does_not_matter() -> None:
