@@ -341,7 +341,6 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
         >>> half = {name: tensor / 2 for name, tensor in state.tensors.items()}
         >>> randlora.swap(model, state.with_tensors(half))
     """
-    require_types(adapter_state, {"model": model, "name": name})
     doing = "return the state of an adapter"
     (held,) = to_save(model, [name], bases, doing=doing)
     raise_collected(CheckpointError, held.value_problems() if agreeing() is None else [], doing=doing)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from randlora.bases.basis import Basis
 from randlora.config import ALPHA_PER_RANK
 from randlora.errors import AdapterError, raise_collected
-from randlora.hints import require_types, shortly
+from randlora.hints import shortly
 from randlora.layers.update import Update
 from randlora.model.engines import collective
 from randlora.model.install import commit, lost_parts, prepare
@@ -71,7 +71,6 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
         >>> randlora.serving.combine(model, {"a": 0.7, "b": -0.3}, name="c").rule
         'the sum 0.7·a + -0.3·b'
     """
-    require_types(combine, {"name": name})
     with opened(model, None) as found:  # it may be inside of a wrapper
         root = found.root
     with opened_to_add(root, [name], "combine adapters into") as view:

@@ -123,7 +123,6 @@ class AdapterPool:
             AdapterError: If a name is unknown, or there are more adapters than ``max_loaded`` in all open blocks.
             CheckpointError: If an adapter cannot be loaded. The model then has the same adapters as before.
         """
-        require_types(AdapterPool.using, {"names": names})
         wanted = list(dict.fromkeys([names] if isinstance(names, str) else names))
         with self._using:
             with together(self._model, writes=True):
