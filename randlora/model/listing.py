@@ -215,7 +215,10 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
         if trainable:
             require_trainable(view.census, view.state, chosen)
         with all_or_nothing(view.census, view.state, flags=adapter_parameters(view.census, *chosen)):
-            train(view.census, view.state, chosen, trainable=trainable)
+            for parameter in adapter_parameters(view.census, *chosen):
+                set_requires_grad(parameter, trainable)
+            if view.state.averaging is not None:
+                view.state.averaging(view.census.model)
             tell_changed(view.root)
 
 
@@ -230,15 +233,6 @@ def require_trainable(census: Census, state: ModelState, adapters: Iterable[Adap
     ]
     copies = [state.replaced[fqn] for adapter in adapters for fqn in adapter.parameters]
     require_averaged(census.model, parts, copies)
-
-
-def train(census: Census, state: ModelState, adapters: Iterable[Adapter], *, trainable: bool) -> None:
-    """Set ``requires_grad`` of all parameters of adapters."""
-    for adapter in adapters:
-        for parameter in adapter_parameters(census, adapter):
-            set_requires_grad(parameter, trainable)
-    if state.averaging is not None:
-        state.averaging(census.model)
 
 
 def offloaded_diagonals(census: Census) -> list[str]:
