@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError
 
 BLOCKS: ContextVar[tuple[object, ...]] = ContextVar("BLOCKS", default=())
-"""The blocks of this library that this thread, or this task of asyncio, is in."""
+"""The blocks in which active adapters do not act that this thread, or this task of asyncio, is in."""
 
 
 class ForwardCall(NamedTuple):

@@ -153,7 +153,7 @@ class ModelState:
         merged: The names and factors of the adapters that are merged reversibly. They stay active.
         merge_options: While any are merged, the options ``quantized`` and ``dtype`` that they are merged with.
         merge_report: The `randlora.report.MergeReport` of the last reversible merge.
-        merged_blocks: The open blocks of `randlora.merged`.
+        merged_block: The adapters that the open block of `randlora.merged` merged, if one is open.
         save_pretrained: What ``save_pretrained`` of the model does; ``None`` if no caller has chosen.
         saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
         activation: The last choice of active adapters.
@@ -173,7 +173,7 @@ class ModelState:
     merged: dict[str, Factor] = field(default_factory=dict)
     merge_options: Any = None
     merge_report: Any = None
-    merged_blocks: list[object] = field(default_factory=list)
+    merged_block: list[str] | None = None
     averaging: Any = None
     compute: Compute = "auto"
     save_pretrained: SavePretrained | None = None
@@ -209,7 +209,7 @@ class ModelState:
         self.__dict__.update(state)
         if self.is_disabled:
             self.activate({})
-        self.disabled, self.ended, self.merged_blocks, self.run = [], [], [], None
+        self.disabled, self.ended, self.merged_block, self.run = [], [], None, None
 
     @property
     def is_merged(self) -> bool:

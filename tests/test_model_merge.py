@@ -1,8 +1,10 @@
 """A merged layer is the adapted one, unmerging gives every bit back, and `merged_tensors` yields the same bits."""
 
+import asyncio
 import copy
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -80,13 +82,62 @@ def test_a_merged_weight_is_the_exact_sum_rounded_once(kind: LayerKind, dtype: t
     torch.testing.assert_close(kind.weight(several[0]).to(own.dtype), expected, rtol=step / 2 + 1e-6, atol=step / 32)
 
 
-def test_merged_nests_and_yields_the_report_of_the_merge_around_it() -> None:
+def in_a_task(call: Callable[[], Any]) -> Any:
+    async def run() -> Any:
+        return call()
+
+    return asyncio.run(run())
+
+
+def in_a_thread(call: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+@pytest.mark.parametrize("has_some", [False, True])
+@pytest.mark.parametrize("elsewhere", [lambda call: call(), in_a_thread, in_a_task], ids=["here", "thread", "task"])
+def test_one_block_of_merged_is_open_at_a_time_and_another_is_refused_before_anything_is_touched(
+    elsewhere: Callable[[Callable[[], Any]], Any], has_some: bool
+) -> None:
     model = filled(Mixed())
-    with untouched(model), randlora.merged(model) as outer, randlora.merged(model) as inner:
-        assert inner is outer
+    randlora.inject(model, r=2, targets=["up", "head"], name="on top", active=has_some)
+    randlora.activate(fill(model, "on top", seed=1), ["default", "on top"][: 1 + has_some])
+    if has_some:
+        randlora.merge(model, adapters="default", reversible=True)
+
+    def enter() -> None:
+        with randlora.merged(model):
+            pytest.fail("the block was entered")
+
+    def held() -> tuple[Any, ...]:
+        return all_bits(dict(model.named_parameters())), randlora.adapters(model)
+
+    before, message = held(), r"is open already.* open one around all.* reversible=True\)"
+    with randlora.merged(model) as report:
+        assert report.adapters == ({"on top": 1.0} if has_some else {"default": 1.0})
+        inside = model(TOKENS)
+        with untouched(model), pytest.raises(MergeError, match=message):
+            elsewhere(enter)
+        assert same_bits(elsewhere(lambda: model(TOKENS)), inside)
+        randlora.unmerge(model, [*report.adapters])
+        with untouched(model), pytest.raises(MergeError, match=message):  # until it ends
+            elsewhere(enter)
+    assert held() == before
+    with pytest.raises(pytest.fail.Exception, match="entered"):
+        elsewhere(enter)
+    with randlora.merged(model):
+        assert held() != before
+    assert held() == before
+
+
+def test_a_block_of_merged_does_nothing_if_everything_is_merged_so_that_any_number_may_be_open() -> None:
+    model = filled(Mixed())
     report = randlora.merge(model, reversible=True)
-    with randlora.merged(model) as inner:
-        assert inner is report
+    first, second = randlora.merged(model), randlora.merged(model)
+    with untouched(model):
+        assert first.__enter__() is second.__enter__() is report
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
     assert randlora.adapters(model)[0].is_merged
     assert randlora.unmerge(model) == report.targets == ("q", "up", "down")
 

@@ -195,6 +195,9 @@ def test_a_merged_block_in_which_a_model_is_offloaded_ends_in_an_error_and_is_en
     accelerate.hooks.remove_hook_from_submodules(model)
     randlora.unmerge(model)
     assert bits(model(X)) == plain
+    with randlora.merged(model):
+        assert bits(model(X)) != plain
+    assert bits(model(X)) == plain
 
 
 def test_layers_that_are_not_offloaded_are_merged_beside_those_that_are(tmp_path: Path) -> None:

@@ -217,7 +217,6 @@ def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
     for guard in state.merge_guards:
         guard.remove()
     state.merge_guards, state.merged_weights = [], []
-    state.merged_blocks = []
     return tuple(site.fqn for site in merged)
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from randlora.blocks import BLOCKS
 from randlora.config import Factor
 from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.hints import listed, require_types, shortly
@@ -260,8 +259,9 @@ def merged(
 ) -> Iterator[MergeReport]:
     """Merge the active adapters inside a ``with`` block, for inference at the base model's speed.
 
-    Blocks can be nested: an inner block merges the adapters that are active and not merged yet, with the options of the
-    outer block. Other threads may run the model in the block, but may not open a block. If the model is sharded, all
+    One block of a model can be open at a time. The block merges the adapters that are active and not merged yet, with
+    the options of those that are, and unmerges only these at its end; if all are merged by ``merge(model,
+    reversible=True)``, it does nothing. Other threads may run the model in the block. If the model is sharded, all
     processes enter the block together.
 
     Args:
@@ -270,22 +270,21 @@ def merged(
         dtype: See `merge`.
 
     Yields:
-        The report of the merge, or the outer block's report if everything is already merged.
+        The report of the merge, or of the last one if everything is already merged.
 
     Raises:
-        MergeError: If a different thread or task has an open block, and any error of `merge`.
+        MergeError: If a block of this model is open, and any error of `merge`.
         RandLoRAError: Any other error of `merge`.
     """
     state: ModelState | None = None
-    block = object()
-    own: tuple[str, ...] = ()
+    own: list[str] = []  # the names of the adapters that this block merges, and the block in the state
 
     def end() -> None:
         if state is None:  # it was not found
             return
-        BLOCKS.set(tuple(each for each in BLOCKS.get() if each is not block))
         with CHANGING:
-            state.merged_blocks = [other for other in state.merged_blocks if other is not block]
+            if state.merged_block is own:
+                state.merged_block = None
             if names := [name for name in own if name in state.merged]:
                 with alone():  # after an error of one process alone, the others would wait for it
                     unmerge(model, names)
@@ -293,18 +292,17 @@ def merged(
     try:
         with together(model, writes=True), opened(model, None) as view:
             state = view.state
-            if any(other not in BLOCKS.get() for other in state.merged_blocks):
+            if state.merged_block is not None:
                 raise MergeError(
-                    "another thread or task has an open block of randlora.merged, and its end would unmerge this one "
-                    "too: open one block around all of them, or call randlora.merge(model, reversible=True)"
+                    "a block of randlora.merged is open already, whose end would unmerge this one: open one around "
+                    "all, or call randlora.merge(model, reversible=True) before and randlora.unmerge(model) after"
                 )
             if state.active_unmerged or not state.is_merged:
-                own = tuple(state.active_unmerged)  # first, or an interrupt might leave them merged
+                own += state.active_unmerged  # first, or an interrupt might leave them merged
+                state.merged_block = own
                 quantized, dtype = state.merge_options or (quantized, dtype)
                 merge(model, reversible=True, quantized=quantized, dtype=dtype)
-            state.merged_blocks = [*state.merged_blocks, block]
             report = state.merge_report
-        BLOCKS.set((*BLOCKS.get(), block))
         yield report
     finally:
         try:

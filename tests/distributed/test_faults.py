@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -241,6 +241,23 @@ def test_an_error_in_one_block_of_merged_does_not_wait_for_others_nor_they_for_i
         except ZeroDivisionError:
             has_failed = True
         assert on_all(has_failed) == [False, True], "which it may tell at once"
+
+
+@pytest.mark.parametrize("engine", GATHER)
+def test_a_block_of_merged_that_is_open_in_one_process_alone_is_refused_in_all(engine: str) -> None:
+    run = ENGINES[engine].make(DRAWN)
+    model, first = getattr(run, "module", run), ExitStack()
+    with restored(model):
+        first.enter_context(randlora.merged(model))
+        if dist.get_rank() == 0:
+            first.close()
+        inside = held(model)
+        with pytest.raises(MergeError, match="is open already, whose end would"), randlora.merged(model):
+            pytest.fail("the block was entered")
+        assert all(torch.equal(value, inside[name]) for name, value in held(model).items())
+        first.close()
+        with randlora.merged(model):
+            pass
 
 
 @pytest.mark.parametrize("engine", GATHER)

@@ -317,12 +317,18 @@ class AdapterRules(RuleBasedStateMachine):
             self.enter(refused, randlora.disabled)
             self.truth.disabled += refused is None
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether a block is open that has merged adapters of the model as it is."""
+        return any(merges and life == self.truth.life for _, merges, life in self.blocks)
+
     def merge_for_a_while(self) -> None:
         truth, names = self.truth, {*self.truth.on_top}
-        is_nested = truth.merged is not None and not names
-        refused = None if is_nested else self.unless_mergeable(names, reversible=True)
-        self.enter(refused, randlora.merged, set() if is_nested else names)
-        if not refused and not is_nested:
+        is_idle = truth.merged is not None and not names
+        mergeable = None if is_idle else self.unless_mergeable(names, reversible=True)
+        refused = MergeError if self.is_inside else mergeable
+        self.enter(refused, randlora.merged, names)
+        if not refused and names:
             self.merge_as(names | truth.merged_names)
 
     def leave(self, error: ZeroDivisionError | None) -> None:

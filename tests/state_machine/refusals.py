@@ -65,10 +65,11 @@ WHEN: dict[str, Callable[["AdapterRules"], bool]] = {
     "merged": lambda machine: machine.truth.merged is not None,
     "unmerged": lambda machine: machine.truth.merged is None,
     "saved": lambda machine: bool(machine.saved),
+    "inside": lambda machine: machine.is_inside,
 }
 """What a model must be, so that a call can be made and would not be refused for another reason."""
 
-_, _, is_adapted, is_free, is_merged, is_unmerged, has_saved = map(precondition, WHEN.values())
+_, _, is_adapted, is_free, is_merged, is_unmerged, has_saved, _ = map(precondition, WHEN.values())
 
 REFUSALS: list[tuple[str, type[Exception], Call]] = [
     *(("plain", AdapterError, _on(getattr(randlora, verb), "a")) for verb in ("activate", "remove", "delta_weight")),
@@ -84,6 +85,7 @@ REFUSALS: list[tuple[str, type[Exception], Call]] = [
     ("merged", AdapterError, _of_first(lambda model, name: serving.combine(model, {name: 1.0}, name="new"))),
     ("merged", AdapterError, _entered(serving.routed, [None])),
     ("merged", MergeError, _on(randlora.merge)),
+    ("inside", MergeError, _entered(randlora.merged)),
     ("saved merged", AdapterError, _load()),
     ("free", MergeError, _on(randlora.unmerge)),
     ("saved unmerged", CheckpointError, _load(lambda data: data[: len(data) // 2])),

@@ -27,7 +27,8 @@ def test_every_refusal_is_met_by_two_adapters_or_merged_ones_or_none() -> None:
     recipe, met = Recipe((0, 1)), set[int]()
     machine = RandLoRAMachine()
     machine.build("text", torch.float32, recipe, recipe, (1.0, 1.0, 1.0))
-    steps: list[Callable[[], object]] = [lambda: machine.merge(True, None), machine.eject, machine.teardown]
+    steps: list[Callable[[], object]] = [machine.merge_for_a_while, lambda: machine.leave(None)]
+    steps += [lambda: machine.merge(True, None), machine.eject, machine.teardown]
     for go_on in steps:
         for place, (when, _, _) in enumerate(REFUSALS):
             if all(WHEN[word](machine) for word in when.split()):
