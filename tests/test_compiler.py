@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora.errors import AdapterError
+from tests.further import further
 from tests.kit import fill, same_bits, untouched
 from tests.laws import assert_close, needs_compiler, needs_export
 from tests.pages import snippet
@@ -296,7 +297,7 @@ def test_a_transform_that_comes_first_spoils_no_bases_for_the_next(basis: str) -
 
 
 @needs_compiler
-@pytest.mark.parametrize("basis", ["dense", "block"])
+@pytest.mark.parametrize("basis", ["dense", further("block")])
 def test_transforms_are_compiled_with_the_model(basis: str) -> None:
     model, call = model_with("default", basis=basis), torch.func.functional_call
     trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}

@@ -44,6 +44,7 @@ from tests.distributed.trained import (
     trained_alone,
     values,
 )
+from tests.further import further
 from tests.kit import all_bits, fill
 from tests.model_directories import contents
 from tests.read_kinds import READ_KINDS, ReadKind, output_of, weighted
@@ -200,6 +201,7 @@ def test_a_model_is_trained_saved_merged_and_ejected_as_in_one_process(
 
 
 @in_four
+@pytest.mark.slow  # to start four processes on two cores takes a quarter of a minute
 @pytest.mark.parametrize("engine", IN_FOUR)
 def test_a_mesh_of_two_dimensions(engine: str, tmp_path: Path) -> None:
     require_as_one_process(ENGINES[engine], Drawn(train_also=("norm",)), tmp_path)
@@ -382,7 +384,14 @@ ON_TWO_DIMENSIONS = pytest.param(
 )
 
 
-@pytest.mark.parametrize("plan", [*PLANS.values(), ON_TWO_DIMENSIONS], ids=[*PLANS, "two dimensions"])
+FURTHER = ("qwen3_moe", "mixtral, blocks", "whole experts, shared", "packed, narrow")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [*(further(plan) if name in FURTHER else plan for name, plan in PLANS.items()), ON_TWO_DIMENSIONS],
+    ids=[*PLANS, "two dimensions"],
+)
 def test_a_model_that_its_plan_splits(plan: Planned, tmp_path: Path) -> None:
     case = plan.written(tmp_path / "base")
     assert any(isinstance(each, DTensor) for each in case.split().parameters())

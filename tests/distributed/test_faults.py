@@ -462,7 +462,7 @@ class Saver(Net):
 
 
 @pytest.mark.parametrize(
-    "order", ["inject, shard", "split, inject", pytest.param("inject, split, shard", marks=in_four)]
+    "order", ["inject, shard", "split, inject", pytest.param("inject, split, shard", marks=[in_four, pytest.mark.slow])]
 )
 def test_one_process_writes_and_all_learn_of_errors(order: str, tmp_path: Path) -> None:
     """By each way to save, also on a mesh of two dimensions."""

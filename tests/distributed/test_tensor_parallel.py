@@ -154,6 +154,7 @@ def test_a_loss_of_split_logits() -> None:
 
 
 @in_two
+@pytest.mark.slow
 def test_a_compiled_model_is_one_graph(tmp_path: Path) -> None:
     """Also a block with a packed weight that a plan splits, if no other forward came before."""
     models = [within(split)(DRAWN) for _ in range(2)]
@@ -189,6 +190,7 @@ def test_a_whole_layer_is_given_whole_tokens_some_of_them_or_some_of_their_featu
 
 
 @in_four
+@pytest.mark.slow
 def test_the_order_of_the_page() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = Block(16, 32)
