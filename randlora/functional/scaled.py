@@ -19,11 +19,10 @@ STRIP = 2**17
 
 def _rows_at_once(A: Tensor, lam: Tensor) -> int:
     """Return how many rows of A a strip has; all of them if strips would not pay, or cannot be written."""
-    rows = A.size(-3)
-    if not scratch.may_be_in_strips(A):
+    rows, entries = A.size(-3), A.numel() * lam.size(-2)
+    if entries <= STRIP or not scratch.may_be_in_strips(A):
         return rows
-    entries = STRIP * torch.get_num_threads()  # which a compiler does not trace
-    return min(rows, max(1, entries * rows // (A.numel() * lam.size(-2))))
+    return min(rows, max(1, STRIP * torch.get_num_threads() * rows // entries))  # which a compiler does not trace
 
 
 def scaled_basis(A: Tensor, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,12 +53,17 @@ def diagonal_gradients(grad: Tensor, A: Tensor, lam: Tensor, gamma: Tensor) -> t
         lam: As there.
         gamma: As there.
     """
-    at_once = _rows_at_once(A, lam)
+    if (at_once := _rows_at_once(A, lam)) == A.size(-3):
+        return _diagonal_gradients(grad, A, lam, gamma)
     of_lam, of_gamma = [], None
     for part, rows, own in zip(*(each.split(at_once, dim=-3) for each in (grad, A, lam)), strict=True):
-        product = scratch.times(part, rows)
-        of_lam.append((product * gamma).sum(-1))
-        more = scratch.times(product, own).sum(-3)
+        one, more = _diagonal_gradients(part, rows, own, gamma)
+        of_lam.append(one)
         of_gamma = more if of_gamma is None else of_gamma.add_(more)
     assert of_gamma is not None, "A has rows"
-    return of_lam[0] if len(of_lam) == 1 else torch.cat(of_lam, dim=-2), of_gamma
+    return torch.cat(of_lam, dim=-2), of_gamma
+
+
+def _diagonal_gradients(grad: Tensor, A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    product = scratch.times(grad, A)
+    return (product * gamma).sum(-1), scratch.times(product, lam).sum(-3)
