@@ -30,6 +30,7 @@ from randlora.disk.formats import Planned, bytes_of, open_shard, read_pieces, re
 from randlora.disk.replace import Files, is_free, new_directory, write_files
 from randlora.errors import CheckpointError
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
+from tests.further import further
 from tests.kit import all_bits
 from tests.model_directories import contents
 from tests.torture.faults import ERRORS, Call, in_child
@@ -285,7 +286,7 @@ BY_NAME = {each.name: each for each in SCENARIOS}
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", ["over ours", "LoRA over ours"])
+@pytest.mark.parametrize("name", ["over ours", further("LoRA over ours")])
 @pytest.mark.parametrize("is_killed", [True, False], ids=["kill", "error"])
 def test_a_kill_or_an_error_at_a_call_leaves_the_old_or_the_new_and_nothing_after_the_next(
     is_killed: bool, name: str, fast_path: Path

@@ -408,6 +408,7 @@ def test_an_example_trains(tmp_path: Path, name: str, engine: str) -> None:
     require_learned(name, printed, tmp_path, [torch.Generator().manual_seed(9)])
 
 
+@pytest.mark.slow
 def test_an_example_is_launched_and_resumed_by_another_number_of_processes(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--steps", "20", "--checkpoints", str(tmp_path / "run"), "--out", str(tmp_path / "adapter")]
