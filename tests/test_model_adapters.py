@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, ConfigError, MergeError, RandLoRAError, TargetError
+from randlora.layers.in_place import adapter_layers_of
+from randlora.model import switch
 from randlora.state import adapted_root, is_adapted
 from tests.kit import fill, on_one_line, same_bits, untouched
 from tests.laws import TOKENS, Mixed, assert_close
@@ -329,3 +331,17 @@ def test_a_copy_made_while_disabled_is_inactive_and_not_disabled_for_ever() -> N
         assert [info.is_active for info in randlora.adapters(twin)] == [False]
         randlora.activate(twin, "a")
         assert torch.equal(twin(TOKENS), active)
+
+
+def test_an_activation_that_fails_at_its_end_leaves_the_positions_that_compiled_code_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    for name in ("a", "b"):
+        randlora.inject(model, r=2, targets="all", name=name)
+    (layer,) = adapter_layers_of(model[0]).values()
+    before = {name: part.position for name, part in layer.adapters.items()}
+    monkeypatch.setattr(switch, "tell_changed", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        randlora.activate(model, "b")
+    assert {name: part.position for name, part in layer.adapters.items()} == before == {"a": 0, "b": None}

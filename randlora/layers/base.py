@@ -278,8 +278,6 @@ class AdapterLayer(StoredWeight):
         Compiled code finds the adapters by their position in this list.
         """
         self.activation = self.state.activation
-        for part, _ in self.acting:
-            part.position = None
         self.acting = self._acting(self.state.active_unmerged)
         self.number()
         held: dict[str, Any] = owner._modules
@@ -287,7 +285,9 @@ class AdapterLayer(StoredWeight):
             held[name].randlora_seat(part.adapter.name for part, _ in self.acting)
 
     def number(self) -> None:
-        """Let the adapters that act here know their positions."""
+        """Let the adapters that act here know their positions, and the others that they have none."""
+        for part in self.adapters.values():
+            part.position = None
         for position, (part, _) in enumerate(self.acting):
             part.position = position
 
