@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -183,16 +183,11 @@ def _require_own_values(module: nn.Module, given: Mapping[str, Any] | None) -> N
 
 def savers(census: Census) -> list[nn.Module]:
     """Return the modules of a model that have a ``save_pretrained`` method, the model first."""
-    name = METHODS[0]
-    return [
-        module
-        for module in census.modules
-        if callable(getattr(type(module), name, None)) or callable(vars(module).get(name))
-    ]
+    return _having(METHODS[0], census.modules)
 
 
-def _has_method(module: nn.Module, name: str) -> bool:
-    return callable(vars(module).get(name)) or callable(getattr(type(module), name, None))
+def _having(method: str, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [each for each in modules if callable(vars(each).get(method)) or callable(getattr(type(each), method, None))]
 
 
 def guard_saving(census: Census, state: ModelState, choice: SavePretrained | None) -> None:
@@ -202,10 +197,10 @@ def guard_saving(census: Census, state: ModelState, choice: SavePretrained | Non
         unguard_saving(census)
         return
     around = {id(module) for module in census.around_adapted}
-    for module in savers(census):
-        for name in METHODS:
-            own = vars(module).get(name)
-            if id(module) in around and _has_method(module, name) and not isinstance(own, SaveGuard):
+    inside = [module for module in savers(census) if id(module) in around]
+    for name in METHODS:
+        for module in _having(name, inside):
+            if not isinstance(own := vars(module).get(name), SaveGuard):
                 vars(module)[name] = SaveGuard(name, module, census.model, own)
 
 
