@@ -179,10 +179,15 @@ def reshard(model: nn.Module) -> None:
 def held(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of what this process has of each parameter."""
     reshard(model)
-    found: dict[str, Any] = dict(model.named_parameters())
-    parts = {name: each.ds_tensor if is_managed(each) else each for name, each in found.items()}
-    own = {name: each._local_tensor if isinstance(each, DTensor) else each for name, each in parts.items()}
+    own = {name: _own_values(each) for name, each in model.named_parameters()}
     return {name: each.detach().clone() for name, each in own.items()}
+
+
+def _own_values(parameter: Any) -> Tensor:
+    if is_managed(parameter):  # without what ZeRO-3 fills the last piece up with, which is any memory, also NaN
+        piece: Tensor = parameter.ds_tensor
+        return piece[: max(0, parameter.ds_numel - dist.get_rank(parameter.ds_process_group) * piece.numel())]
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
 
 
 def values(model: nn.Module, *, only_trained: bool = False) -> dict[str, Tensor]:
