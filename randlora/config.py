@@ -60,18 +60,18 @@ _Value = TypeVar("_Value")
 
 
 def entry(
-    *, check: Check = lambda _: "", peft: str | None = None, meant: Sequence[str] = (), since: int = 1
+    *, check: Check = lambda _: "", peft: str | None = None, aliases: Sequence[str] = (), since: int = 1
 ) -> dict[str, Any]:
     """Return an option's entry in the table, as metadata of its field.
 
     Args:
         check: The requirement on its values beside their type. In a mapping, on each value.
         peft: PEFT's name for it, in the JSON of its RandLoRA.
-        meant: Further names for it in other libraries.
+        aliases: Further names for it in other libraries.
         since: The first version of the file format that has it. A version above 1 is written only if the option does
             not have its default.
     """
-    return {"check": check, "peft": peft, "meant": meant, "since": since}
+    return {"check": check, "peft": peft, "aliases": aliases, "since": since}
 
 
 def between(words: str, least: float, largest: float) -> Check:
@@ -104,7 +104,7 @@ class Option:
     default: Any
     check: Check
     peft: str | None
-    meant: tuple[str, ...]
+    aliases: tuple[str, ...]
     since: int
 
     def problems(self, value: Any) -> Iterator[str]:
@@ -255,13 +255,13 @@ class RandLoRAConfig:
         metadata=entry(check=between(f"a positive integer of at most {LARGEST_RANK}", 1, LARGEST_RANK), peft="r"),
     )
     targets: Pattern | None = field(default=None, metadata=entry(check=names_or_regex, peft="target_modules"))
-    exclude: Pattern | None = field(default=None, metadata=entry(check=names_or_regex, meant=["exclude_modules"]))
+    exclude: Pattern | None = field(default=None, metadata=entry(check=names_or_regex, aliases=["exclude_modules"]))
     alpha: float | Mapping[str, float] | None = field(
         default=None,
         metadata=entry(
             check=between(f"a number of at most {LARGEST_FACTOR:g} in size", -LARGEST_FACTOR, LARGEST_FACTOR),
             peft="randlora_alpha",
-            meant=["lora_alpha"],
+            aliases=["lora_alpha"],
         ),
     )
     dropout: float = field(
@@ -269,7 +269,7 @@ class RandLoRAConfig:
         metadata=entry(
             check=between("a number in [0, 1)", 0, math.nextafter(1, 0)),
             peft="randlora_dropout",
-            meant=["lora_dropout"],
+            aliases=["lora_dropout"],
         ),
     )
     basis: BasisKind = field(default="dense", metadata=entry())
@@ -337,8 +337,12 @@ OPTIONS = {
 }
 """The options of the table by name."""
 
-MEANT = {name: f"use {option.name}=" for option in OPTIONS.values() for name in (option.peft, *option.meant) if name}
-MEANT = {**{name: advice for name, advice in MEANT.items() if name not in OPTIONS}, **ADVICE}
+OPTION_ADVICE = {
+    name: f"use {option.name}="
+    for option in OPTIONS.values()
+    for name in (option.peft, *option.aliases)
+    if name and name not in OPTIONS
+} | ADVICE
 """Advice about options that PEFT or other libraries have and `inject` does not have."""
 
 
@@ -409,8 +413,8 @@ def further_options(
 
 
 def _unknown_option(option: str, known: Iterable[str]) -> str:
-    if option in MEANT:
-        return f"unknown option {option}=: {MEANT[option]}"
+    if option in OPTION_ADVICE:
+        return f"unknown option {option}=: {OPTION_ADVICE[option]}"
     near = difflib.get_close_matches(option, known, n=3)
     if near:
         return f"unknown option {option}=: the nearest options are {', '.join(near)}"

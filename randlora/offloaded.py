@@ -21,7 +21,7 @@ HOOK = "_hf_hook"
 """The attribute of a module in which accelerate keeps its hook, or several hooks combined."""
 
 
-class Entry(NamedTuple):
+class StoredAt(NamedTuple):
     """Where one hook finds the values of a parameter: under a key of a dict or of accelerate's loader of files."""
 
     store: Any
@@ -45,9 +45,9 @@ class Offloaded(Place):
         entries: The entry of each hook of the module; a module used in two places has two hooks.
     """
 
-    is_away = True
+    is_loaded_on_call = True
 
-    def __init__(self, owner: nn.Module, attribute: str, entries: tuple[Entry, ...], device: torch.device) -> None:
+    def __init__(self, owner: nn.Module, attribute: str, entries: tuple[StoredAt, ...], device: torch.device) -> None:
         """Take a module, the name of a parameter or buffer, its entries and the device that the module runs on."""
         self._owner, self._attribute, self.entries, self._device = owner, attribute, entries, device
 
@@ -100,7 +100,7 @@ def _tensor(owner: nn.Module, attribute: str) -> Tensor | None:
     return owner._buffers.get(attribute) if held is None else held
 
 
-def _entry(weights_map: Any, name: str) -> Entry | None:
+def _entry(weights_map: Any, name: str) -> StoredAt | None:
     """Return where a map has a parameter, or ``None`` if it is a map of a different kind."""
     from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset  # type: ignore[import-untyped]  # noqa: PLC0415
 
@@ -110,7 +110,7 @@ def _entry(weights_map: Any, name: str) -> Entry | None:
         is_here = name in weights_map.state_dict or name in weights_map.index
     else:
         is_here = isinstance(weights_map, dict) and name in weights_map
-    return Entry(weights_map, name) if is_here else None
+    return StoredAt(weights_map, name) if is_here else None
 
 
 @register_keeper
@@ -136,7 +136,7 @@ class Offloading(Keeper):
         """Whether a module has a hook of accelerate."""
         return HOOK in module.__dict__
 
-    def loads(self, modules: Iterable[nn.Module]) -> dict[int, str | None]:
+    def loaded_on_call(self, modules: Iterable[nn.Module]) -> dict[int, str | None]:
         """Return which modules have parameters that accelerate loads; see `loaded_modules`."""
         found: dict[int, str | None] = {}
         for module in modules:

@@ -33,12 +33,12 @@ class Place(ABC):
         is_lasting: Whether written values stay. Not if an optimizer has copies that it would write back.
         is_gathered_by_use: Whether a forward gathers the values where it uses them. All processes must then use the
             same parameters in the same order.
-        is_away: Whether the values are loaded for each call of the module from where they can only be read.
+        is_loaded_on_call: Whether the values are loaded for each call of the module from where they can only be read.
         exchanges: How the parameter is exchanged for a copy.
     """
 
     is_lasting: bool = True
-    is_away: bool = False
+    is_loaded_on_call: bool = False
     is_gathered_by_use: bool = False
     exchanges: Exchanges = "parameters"
 
@@ -200,11 +200,11 @@ class Keeper:
         """Return the place of a module's parameter if it is kept here and the place depends on the module."""
         return None
 
-    def lent(self, tensor: Tensor) -> str | None:  # noqa: ARG002
+    def whole_only_inside(self, tensor: Tensor) -> str | None:  # noqa: ARG002
         """Return what to do to have all values of a tensor, if its data are these only for a while."""
         return None
 
-    def withheld(self, model: nn.Module) -> str | None:  # noqa: ARG002
+    def why_incomplete(self, model: nn.Module) -> str | None:  # noqa: ARG002
         """Return why a model, given with what wraps it, has not all values here, as an advice; else ``None``."""
         return None
 
@@ -216,7 +216,7 @@ class Keeper:
         """Whether a hook of a module may load or move its parameters."""
         return False
 
-    def loads(self, modules: Iterable[nn.Module]) -> dict[int, str | None]:  # noqa: ARG002
+    def loaded_on_call(self, modules: Iterable[nn.Module]) -> dict[int, str | None]:  # noqa: ARG002
         """Return which of some modules are loaded for each call; see `loaded_modules`."""
         return {}
 
@@ -273,22 +273,28 @@ def identities(owner: nn.Module, attribute: str, tensor: Tensor) -> tuple[object
         is_plain = type(tensor.data) is Tensor and tensor.numel() > 0
         return ((tensor.device, tensor.data_ptr()) if is_plain else id(tensor),)
     place = place_of(owner, attribute) if tensor.numel() > 0 else None
-    return (id(tensor), *(place.identities if place is not None and place.is_away else ()))
+    return (id(tensor), *(place.identities if place is not None and place.is_loaded_on_call else ()))
 
 
 def is_whole(tensor: Tensor) -> bool:
     """Whether a tensor's own data are always all its values."""
-    return isinstance(place_at(tensor), Whole) and lent(tensor) is None
+    return isinstance(place_at(tensor), Whole) and whole_only_inside(tensor) is None
 
 
-def lent(tensor: Tensor) -> str | None:
+def whole_only_inside(tensor: Tensor) -> str | None:
     """Return what to do to have all values of a tensor, if its data are these only for a while; else ``None``."""
-    return next((remedy for keeper in _asked["lent"] if (remedy := keeper.lent(tensor)) is not None), None)
+    for keeper in _asked["whole_only_inside"]:
+        if (remedy := keeper.whole_only_inside(tensor)) is not None:
+            return remedy
+    return None
 
 
-def withheld(model: nn.Module) -> str | None:
+def why_incomplete(model: nn.Module) -> str | None:
     """Return why a model, given with what wraps it, has not all values here, and what to do; else ``None``."""
-    return next((problem for keeper in _asked["withheld"] if (problem := keeper.withheld(model)) is not None), None)
+    for keeper in _asked["why_incomplete"]:
+        if (problem := keeper.why_incomplete(model)) is not None:
+            return problem
+    return None
 
 
 def own_class(kind: type[nn.Module]) -> type[nn.Module]:
@@ -313,7 +319,9 @@ def loaded_modules(modules: Iterable[nn.Module]) -> dict[int, str | None]:
         For each, the name of the class of the module that it is loaded with; ``None`` if it is loaded by itself.
     """
     modules = list(modules)
-    return {key: around for keeper in _asked["loads"] for key, around in keeper.loads(modules).items()}
+    return {
+        key: around for keeper in _asked["loaded_on_call"] for key, around in keeper.loaded_on_call(modules).items()
+    }
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from randlora.errors import AdapterError
-from randlora.places import lent, place_at, place_of, values_within, whole
+from randlora.places import place_at, place_of, values_within, whole, whole_only_inside
 
-Place = tuple[nn.Module, str]
+Slot = tuple[nn.Module, str]
 """A module and the name of one of its parameters or buffers."""
 
 CASTS = "randlora_casts"
@@ -86,7 +86,7 @@ def watched(lam: Tensor, replaced: Iterable[ReplacedParameter]) -> Tensor:
 
     An optimizer made before would silently train everything but the copy.
     """
-    away = next((entry for entry in replaced if entry.is_away), None)
+    away = next((entry for entry in replaced if entry.is_loaded_on_call), None)
     if away is None or not lam.requires_grad:
         return lam
 
@@ -106,13 +106,13 @@ class ReplacedParameter:
     """A parameter of the model that adapters train copies of, or a buffer that they have copies of.
 
     Attributes:
-        places: Where the model has it, by FQN. Several places if it is tied.
+        slots: Where the model has it, by FQN. Several if it is tied.
         original: The model's own tensor.
         installed: The tensor that was installed last.
-        is_lost: Whether the model no longer has any of the places.
+        is_lost: Whether the model no longer has any of the slots.
     """
 
-    places: dict[str, Place]
+    slots: dict[str, Slot]
     original: Tensor
     installed: Tensor
     is_lost: bool = False
@@ -120,12 +120,12 @@ class ReplacedParameter:
     @property
     def name(self) -> str:
         """Its FQN, the first of several."""
-        return next(iter(self.places))
+        return next(iter(self.slots))
 
     @property
     def live(self) -> Tensor:
         """The parameter or buffer that the model has now."""
-        module, attribute = next(iter(self.places.values()))
+        module, attribute = next(iter(self.slots.values()))
         held: Tensor | None = table_of(module, attribute)[attribute]
         assert held is not None, f"{attribute} was deleted while an adapter has a copy of it"
         return held
@@ -138,24 +138,24 @@ class ReplacedParameter:
     @property
     def is_cast(self) -> bool:
         """Whether the model computes with it in a dtype that differs from trained copies."""
-        module, attribute = next(iter(self.places.values()))
+        module, attribute = next(iter(self.slots.values()))
         return attribute in vars(module).get(CASTS, ())
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes with."""
-        module, attribute = next(iter(self.places.values()))
+        module, attribute = next(iter(self.slots.values()))
         found: torch.dtype = vars(module).get(CASTS, {}).get(attribute, self.live.dtype)
         return found
 
     @property
     def is_fixed(self) -> bool:
         """Whether an engine of DeepSpeed's ZeRO-3 has the parameter and would not run with a replacement."""
-        held = [(module, attribute) for module, attribute in self.places.values() if attribute in module._parameters]
+        held = [(module, attribute) for module, attribute in self.slots.values() if attribute in module._parameters]
         return any(place_of(module, attribute).exchanges == "nothing" for module, attribute in held)
 
     @property
-    def is_away(self) -> bool:
+    def is_loaded_on_call(self) -> bool:
         """Whether a trained copy was replaced by a parameter without values, because accelerate offloaded it."""
         is_trained = self.installed.requires_grad and not self.installed.is_meta
         return is_trained and not self.is_lost and self.live.is_meta
@@ -176,7 +176,7 @@ class ReplacedParameter:
             parameter.data = parameter.data.to(device=leaving.device, dtype=dtype)
             if isinstance(parameter, nn.Parameter):
                 place_at(leaving).follow(parameter)
-        for module, attribute in self.places.values():
+        for module, attribute in self.slots.values():
             table_of(module, attribute)[attribute] = parameter
         self.installed = parameter
 
@@ -201,13 +201,13 @@ class ReplacedParameter:
 
         `live` may then differ from `installed`; see `adopt`.
         """
-        parts: dict[int, dict[str, Place]] = {}
-        for fqn in self.places:
-            if (place := _place(root, fqn)) is not None:
-                parts.setdefault(id(table_of(*place)[place[1]]), {})[fqn] = place
+        parts: dict[int, dict[str, Slot]] = {}
+        for fqn in self.slots:
+            if (slot := _slot(root, fqn)) is not None:
+                parts.setdefault(id(table_of(*slot)[slot[1]]), {})[fqn] = slot
         if not parts:
-            return [ReplacedParameter(self.places, self.original, self.installed, is_lost=True)]
-        return [ReplacedParameter(places, self.original, self.installed) for places in parts.values()]
+            return [ReplacedParameter(self.slots, self.original, self.installed, is_lost=True)]
+        return [ReplacedParameter(slots, self.original, self.installed) for slots in parts.values()]
 
     @torch.inference_mode(mode=False)
     def adopt(self) -> None:
@@ -230,11 +230,11 @@ class ReplacedParameter:
 
 
 def _may_be_whole(parameter: Tensor, original: Tensor) -> bool:
-    is_left = lent(parameter) is not None or not parameter.numel()
+    is_left = whole_only_inside(parameter) is not None or not parameter.numel()
     return not is_left and parameter.dim() == original.dim()
 
 
-def _place(root: nn.Module, fqn: str) -> Place | None:
+def _slot(root: nn.Module, fqn: str) -> Slot | None:
     """Return where a model has a parameter of this name now, or ``None``."""
     modules, attribute = path_to(root, fqn), fqn.rpartition(".")[2]
     found = modules and table_of(modules[-1], attribute).get(attribute) is not None

@@ -356,14 +356,14 @@ class ModelState:
 
         accelerate replaces such parameters by new ones without gradients, and loads the offloaded values into these.
         """
-        around = [module for entry in self.replaced.values() for fqn in entry.places for module in path_to(root, fqn)]
+        around = [module for entry in self.replaced.values() for fqn in entry.slots for module in path_to(root, fqn)]
         loaded = loaded_modules(around)
         problems = [
             f"{part.name}, which adapters train copies of, was offloaded by accelerate, which can neither train nor "
             f"switch them: {KEEP_COPIES}"
             for entry in (self.replaced.values() if loaded else ())
             for part in entry.followed(root)
-            if not part.is_lost and any(id(module) in loaded for module, _ in part.places.values())
+            if not part.is_lost and any(id(module) in loaded for module, _ in part.slots.values())
         ]
         raise_collected(AdapterError, problems, doing="use the adapters")
 

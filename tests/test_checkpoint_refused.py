@@ -130,7 +130,7 @@ def test_bases_of_up_to_four_million_entries_or_1024_for_each_value_are_drawn(
     """A row of B has 6 entries, and the time in which it begins is that of 64."""
     directory = our_adapter(tmp_path / "adapter", stream="portable")
     if not for_any_file:
-        monkeypatch.setattr(bases, "FOR_ANY_FILE", 0)
+        monkeypatch.setattr(bases, "FREE_ENTRIES", 0)
     for rows, said in ((most, "drawn here, by torch"), (most + 1, "has only 24 trained values")):
         facts(targets={"0": [4, rows], "2": [4, rows]})(directory)
         with pytest.raises(CheckpointError, match=said):

@@ -20,7 +20,7 @@ from torch import nn
 
 import randlora
 from randlora import errors
-from randlora.config import MEANT, RandLoRAConfig
+from randlora.config import OPTION_ADVICE, RandLoRAConfig
 from randlora.errors import ConfigError, OptionError, RandLoRAError, TargetError, raise_collected
 from randlora.hints import CALLS, mistyped
 from tests.checkpoint_files import LINEAR, trained
@@ -145,25 +145,25 @@ def small() -> nn.Module:
 
 @pytest.mark.parametrize("verb", [*VERBS, RandLoRAConfig], ids=lambda verb: f"{verb.__module__}.{verb.__name__}")
 def test_an_option_that_a_call_does_not_have_is_answered_in_its_own_name(verb: Any) -> None:
-    given = MEANT.keys() - inspect.signature(verb).parameters.keys()
+    given = OPTION_ADVICE.keys() - inspect.signature(verb).parameters.keys()
     arguments = () if verb is RandLoRAConfig else (small() if "model" in inspect.signature(verb).parameters else "x",)
     with pytest.raises(OptionError) as caught:
         verb(*arguments, **dict.fromkeys(given))
     first, *lines = str(caught.value).splitlines()
     assert first == f"cannot call {verb.__name__}, {len(given)} problems:"
-    assert {*lines} == {f"  - unknown option {option}=: {MEANT[option]}" for option in given}
+    assert {*lines} == {f"  - unknown option {option}=: {OPTION_ADVICE[option]}" for option in given}
 
 
 def test_every_option_of_pefts_configs_and_every_call_is_answered() -> None:
     own = inspect.signature(randlora.inject).parameters.keys()
     theirs = {field.name for config in (peft.LoraConfig, peft.RandLoraConfig) for field in fields(config)}
-    assert theirs - own <= MEANT.keys()
-    assert not MEANT.keys() & own
+    assert theirs - own <= OPTION_ADVICE.keys()
+    assert not OPTION_ADVICE.keys() & own
     with pytest.raises(OptionError) as caught:
         randlora.inject(small(), **peft.LoraConfig(target_modules=["0"], use_dora=True).to_dict())
     assert all(word in str(caught.value) for word in ("use targets=", "use alpha=", "use_dora=: leave it out"))
     known = {*own, *inspect.signature(randlora.save).parameters}
-    for answer in MEANT.values():
+    for answer in OPTION_ADVICE.values():
         assert {*re.findall(r"(\w+)=", answer)} <= known | {"use_rslora"}
         assert answer.startswith(("use ", "leave it out"))
     for name in CALLS:

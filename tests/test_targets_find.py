@@ -21,7 +21,7 @@ from randlora.errors import ConfigError, TargetError
 from randlora.targets.census import Census
 from randlora.targets.match import nearest_names
 from randlora.targets.obstacles import obstacles
-from randlora.targets.options import listed, options_listed, r_like_lora, ranks_of_others, resolve
+from randlora.targets.options import options_by_target, options_listed, r_like_lora, ranks_of_others, resolve
 from randlora.targets.select import Selection, find_targets, select
 from tests import models
 from tests.kit import untouched
@@ -356,11 +356,11 @@ def test_options_listed_by_fqn_are_those_of_each_target_however_read(names: list
     """A target's name may be a suffix of another's, or that of a module that another is inside."""
     draw = st.builds(LayerOptions, st.sampled_from([2, 4]), st.sampled_from([1.0, 2.5]))
     options = {fqn: data.draw(draw) for fqn in names}
-    config = listed(RandLoRAConfig(r={".*": 1}, alpha={".*": 1}), options)
+    config = options_by_target(RandLoRAConfig(r={".*": 1}, alpha={".*": 1}), options)
     assert options_listed(config, names) == options
     assert resolve(config, names) == (options, [])
     config = RandLoRAConfig(r={"a": 4, ".*": 4}, alpha={"a": 2, ".*": 2})
-    single = listed(config, {"a": LayerOptions(4, 2.0), "b": LayerOptions(4, 2.0)})
+    single = options_by_target(config, {"a": LayerOptions(4, 2.0), "b": LayerOptions(4, 2.0)})
     assert (single.r, single.alpha) == (4, 2.0)  # one value for all is listed as a number
 
 

@@ -37,11 +37,11 @@ from randlora.errors import CheckpointError, ConfigError, spelled
 Known = Callable[[], Iterable[Shape]]
 """Returns the shapes of all layers of a model. Called only if they matter."""
 
-FOR_ANY_FILE = 2**22
+FREE_ENTRIES = 2**22
 """Entries of A and B that are drawn for any file, in a part of a second: as many as a weight of 2048 x 2000 needs."""
-TIMES = 2**10
+ENTRIES_PER_VALUE = 2**10
 """Entries that may be drawn for each entry of Λ and Γ in a file, if no model tells how large its layers are."""
-ROW = 2**6  # entries that are drawn in the time in which a row begins, whose stream may be its own
+ENTRIES_PER_ROW = 2**6  # entries that are drawn in the time in which a row begins, whose stream may be its own
 
 
 def stream_notes(file: AdapterFile) -> tuple[str, ...]:
@@ -196,13 +196,13 @@ def require_drawable(spec: BasisSpec, used: tuple[int, int], file: AdapterFile, 
     """
     max_dim, min_dim = max(spec.max_dim, used[0]), max(spec.min_dim, used[1])
     count = count_entries(spec.r, max_dim, min_dim)
-    cost = count + ROW * (max_dim + spec.r)
-    if cost <= FOR_ANY_FILE or count <= sum(basis.numel() for basis in file.bases.get(spec.r, ())):
+    cost = count + ENTRIES_PER_ROW * (max_dim + spec.r)
+    if cost <= FREE_ENTRIES or count <= sum(basis.numel() for basis in file.bases.get(spec.r, ())):
         return
     asked = f"the file asks for bases of {max_dim} x {min_dim} with r={spec.r}, {count:,} entries"
     if known is None:
         own = sum(part.numel() for pair in file.values.values() for part in pair)
-        if cost > TIMES * own:
+        if cost > ENTRIES_PER_VALUE * own:
             raise CheckpointError(
                 f"{asked}, but has only {own:,} trained values: if its layers are this large, give the directory of "
                 "the base model"

@@ -28,7 +28,7 @@ from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS
 from randlora.targets.census import Shapes
 from randlora.targets.match import is_names
-from randlora.targets.options import listed, options_listed
+from randlora.targets.options import options_by_target, options_listed
 
 HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
@@ -264,7 +264,7 @@ class Header:
         records = {r: BasisRecord.of(bases[r], own) for r, own in by_rank(shapes, options).items()}
         is_drawn = any(record.is_reproducible for record in records.values())
         versions = version("randlora"), torch.__version__.split("+")[0] if is_drawn else None
-        head = listed(config, options), records, dict(shapes), *versions
+        head = options_by_target(config, options), records, dict(shapes), *versions
         return cls(*head, transposed, kinds, model_class, tuple(buffers))
 
     @property

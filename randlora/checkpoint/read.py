@@ -51,7 +51,7 @@ from randlora.disk.formats import Shard, is_equal, is_there, open_shard, read_js
 from randlora.disk.hub import local_path
 from randlora.errors import CheckpointError, raise_collected, spelled
 from randlora.hints import mistyped, shortly
-from randlora.targets.options import listed, options_listed
+from randlora.targets.options import options_by_target, options_listed
 
 COPY = re.compile(rf"\.{BASIS_B}(\.r\d+)?$")
 """The end of the key of a copy of B."""
@@ -96,7 +96,7 @@ class AdapterFile:
         """Return the adapter with different FQNs, and without the fields that name the class it was trained on."""
         targets = tuple(map(rename, self.header.shapes if self.header else self.values))
         config = replace(self.config, targets=targets, train_also=tuple(map(rename, self.trained)) or None)
-        config = listed(config, {rename(fqn): options for fqn, options in self.options.items()})
+        config = options_by_target(config, {rename(fqn): options for fqn, options in self.options.items()})
         header = self.header and replace(
             self.header,
             config=config,

@@ -21,7 +21,7 @@ from randlora.bases.spec import count_bases
 from randlora.config import LayerOptions
 from randlora.disk.formats import TORCH_DTYPES
 from randlora.modes import has_values
-from randlora.places import lent
+from randlora.places import whole_only_inside
 
 TENSORS_FILE = "adapter_model.safetensors"
 
@@ -172,7 +172,7 @@ def _save_problem(tensor: Tensor, shape: Sequence[int], is_buffer: bool) -> str 
     is_freed = tensor.untyped_storage().nbytes() < tensor.nbytes
     if is_freed or tuple(tensor.shape) != tuple(shape):
         found = "no memory" if is_freed else f"shape {tuple(tensor.shape)}"
-        remedy = lent(tensor) or "gather it if it is sharded, else adapt the model again"
+        remedy = whole_only_inside(tensor) or "gather it if it is sharded, else adapt the model again"
         return f"has {found} here, expected all of {tuple(shape)}: {remedy}"
     reason = _flaw(tensor, is_buffer=is_buffer)
     return reason and f"{reason}, which cannot be loaded: go back to earlier values"

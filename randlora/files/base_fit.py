@@ -31,7 +31,7 @@ from randlora.checkpoint.read import AdapterFile
 from randlora.config import RandLoRAConfig
 from randlora.disk.formats import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected
-from randlora.files.model_directory import Codes, ModelDirectory, find_codes, find_model, read_model_directory
+from randlora.files.model_directory import ModelDirectory, StoredCodes, find_codes, find_model, read_model_directory
 from randlora.files.transformers_model import Conversion, TransformersModel, build_model
 from randlora.layers.base import AdapterLayer
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
@@ -46,7 +46,7 @@ class Base(NamedTuple):
 
     directory: ModelDirectory
     model: TransformersModel | str
-    codes: Mapping[str, Codes]
+    codes: Mapping[str, StoredCodes]
 
     @property
     def kinds(self) -> str:

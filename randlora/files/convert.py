@@ -37,7 +37,7 @@ from randlora.files.layouts import (
 from randlora.hints import require_types
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
 from randlora.targets.match import shortened
-from randlora.targets.options import listed
+from randlora.targets.options import options_by_target
 
 
 @dataclass(frozen=True)
@@ -387,7 +387,7 @@ def _joined(parts: Sequence[OpenAdapter]) -> OpenAdapter:
         "target_modules": named[0] if all(each == named[0] for each in named) else "|".join(map(re.escape, shapes)),
     }
     whole = replace(
-        replace(first, fields=fields, config=listed(config, options), header=header),
+        replace(first, fields=fields, config=options_by_target(config, options), header=header),
         values={fqn: pair for file in files for fqn, pair in file.values.items()},
         trained={fqn: tensor for file in files for fqn, tensor in file.trained.items()},
     )

@@ -99,14 +99,14 @@ class ModelDirectory:
         return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else ""
 
 
-class Codes(NamedTuple):
+class StoredCodes(NamedTuple):
     """A tensor that is stored as codes of a kind, and the size of these and of what belongs to them in bytes."""
 
     kind: str
     nbytes: int
 
 
-def find_codes(directory: ModelDirectory) -> dict[str, Codes]:
+def find_codes(directory: ModelDirectory) -> dict[str, StoredCodes]:
     """Return the tensors that bitsandbytes quantized, by name. Any other quantization raises a `CheckpointError`."""
     advice = "only codes of bitsandbytes are known: take the checkpoint in a floating dtype"
     entries, kinds, sizes = directory.entries, {}, Counter[str]()
@@ -127,7 +127,7 @@ def find_codes(directory: ModelDirectory) -> dict[str, Codes]:
             raise CheckpointError(f"{directory.path} is quantized (config.json says with {method}): {advice}")
     if lost := [name for name in kinds if name not in entries]:
         raise CheckpointError(f"{directory.path} has no {shortened(lost)}, only scales of it: get a complete copy")
-    return {name: Codes(kind, entries[name].nbytes + sizes[name]) for name, kind in kinds.items()}
+    return {name: StoredCodes(kind, entries[name].nbytes + sizes[name]) for name, kind in kinds.items()}
 
 
 def find_model(source: str | os.PathLike[str], revision: str | None = None) -> tuple[Path, str | None]:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from randlora.errors import AdapterError, RandLoRAError, raise_collected
 from randlora.model.view import View, opened, unwrapped_model
 from randlora.modes import has_values
-from randlora.places import is_whole, lent
+from randlora.places import is_whole, whole_only_inside
 from randlora.replaced import whole_shape
 from randlora.state import ModelState, adapted_root
 from randlora.targets.census import Census, is_quantized, sizes
@@ -222,7 +222,8 @@ def _facts_of(tensors: tuple[Tensor, ...], *, with_values: bool) -> dict[str, st
         EXISTS: _joined(each.dtype for each in tensors),
         "requires_grad": _joined(each.requires_grad for each in tensors),
     }
-    if not any(is_lazy(each) or lent(each) is not None for each in tensors):  # else it has no shape, or that of a part
+    # else it has no shape, or that of a part
+    if not any(is_lazy(each) or whole_only_inside(each) is not None for each in tensors):
         found["shape"] = _joined(sizes(whole_shape(each)) for each in tensors)
         if with_values and all(has_values(each) and is_whole(each) for each in tensors):
             found[VALUES] = _sha256(tensors)

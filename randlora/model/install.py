@@ -121,7 +121,7 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         state.replaced.update(addition.replaced)
         for fqn, entry in addition.replaced.items():
             if adapter.trained[fqn].dtype != (dtype := entry.dtype):
-                for module, attribute in entry.places.values():
+                for module, attribute in entry.slots.values():
                     set_casts(module, {**vars(module).get(CASTS, {}), attribute: dtype})
         state.require_exchangeable(state.active, f"add {adapter.name!r}")
         agree()  # before copies are exchanged

@@ -102,7 +102,7 @@ def merge(
             return report
 
 
-class Plan(NamedTuple):
+class MergePlan(NamedTuple):
     """A merge that has been checked.
 
     Attributes:
@@ -126,7 +126,7 @@ class Plan(NamedTuple):
 
 def _planned(
     view: View, names: list[str] | None, quantized: Quantized, dtype: torch.dtype | None, *, reversible: bool
-) -> Plan:
+) -> MergePlan:
     """Return a merge of adapters of these names, ``None`` for all, after checking it."""
     census, state = view.census, view.state
     adapters = {name: each for name, each in state.active_unmerged.items() if names is None or name in names}
@@ -156,10 +156,10 @@ def _planned(
         *untrained_notes(census, state, merging),
         *moved_note(census, state, merging, "the merged model has them as they are now, and no file of the adapter"),
     )
-    return Plan(adapters, sites, first, into, reversible, (quantized, dtype), notes)
+    return MergePlan(adapters, sites, first, into, reversible, (quantized, dtype), notes)
 
 
-def _merge(view: View, planned: Plan, kept: dict[AdapterLayer, Kept | None]) -> MergeReport:
+def _merge(view: View, planned: MergePlan, kept: dict[AdapterLayer, Kept | None]) -> MergeReport:
     """Merge as planned; ``kept`` gets what `AdapterLayer.unmerged` was before it is dropped."""
     census, state, sites = view.census, view.state, planned.sites
     active = _in_order(state, state.merged | planned.adapters)

@@ -26,7 +26,7 @@ from randlora.layers.scopes import run_forward
 from randlora.layers.update import Into, Quantized, folded
 from randlora.layers.weight import COMPUTED
 from randlora.model.view import Copies
-from randlora.places import Plain, Whole, lent, place_at
+from randlora.places import Plain, Whole, place_at, whole_only_inside
 from randlora.state import ModelState, attached_state
 from randlora.targets.census import AdaptedSite, Census, is_norm, is_quantized
 from randlora.targets.match import shortened
@@ -124,7 +124,7 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into | None) -> list[str
         layer, weight = site.layer, site.weight
         if weight is None:
             problems.append(f"{site.fqn} {COMPUTED}")
-        elif into is not None and site.place.is_away:
+        elif into is not None and site.place.is_loaded_on_call:
             offloaded.append(site.fqn)
         elif _is_incomplete(site, weight):
             problems.append(
@@ -144,7 +144,7 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into | None) -> list[str
 def _is_incomplete(site: AdaptedSite, weight: Tensor) -> bool:
     """Whether a weight has no values, or not all of them and not in a place that they can be merged into."""
     place = place_at(weight) if site.layer.is_quantized else site.place
-    is_part = weight.dim() < 2 and lent(weight) is not None  # as no weight that is adapted has
+    is_part = weight.dim() < 2 and whole_only_inside(weight) is not None  # as no weight that is adapted has
     return is_part or not place.is_complete or (isinstance(place, Whole) and not weight.numel())
 
 

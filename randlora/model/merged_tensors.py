@@ -29,7 +29,7 @@ from randlora.model.mergeable import (
 )
 from randlora.model.merged_weights import replaced_problems
 from randlora.model.view import opened, require_own, unwrapped_model
-from randlora.places import lent, place_of, settle, whole, withheld
+from randlora.places import place_of, settle, whole, whole_only_inside, why_incomplete
 from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank, run_collectives
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.census import Census, Site, is_quantized, saved_buffers
@@ -98,7 +98,7 @@ class MergedTensors:
     state: ModelState
     census: Census
     ranks: Ranks | None
-    entries: tuple[Entry, ...]
+    entries: tuple[MergedEntry, ...]
     dtype: torch.dtype | None
 
     @classmethod
@@ -107,7 +107,7 @@ class MergedTensors:
         raise_collected(ConfigError, option_problems("dequantize", dtype), doing=doing)
         with opened(model, None) as view:
             root, state, census = view.root, view.state, Census.of(unwrapped_model(model))
-            if (problem := withheld(model)) is not None:
+            if (problem := why_incomplete(model)) is not None:
                 raise MergeError(f"cannot {doing}: {problem}")
             _require_mergeable(view.census, state, doing)
             entries = tuple(entries_of(census, state, Into("dequantize", dtype or model_dtype(census))))
@@ -136,7 +136,7 @@ class MergedTensors:
             while taken:
                 yield taken.pop()
 
-    def _taken(self, entry: Entry, take: Callable[[str, Tensor], Result], share: Share) -> list[Result]:
+    def _taken(self, entry: MergedEntry, take: Callable[[str, Tensor], Result], share: Share) -> list[Result]:
         found = entry.read(share)
         if found is None or share is Share.NONE:
             return []
@@ -221,19 +221,19 @@ class Share(Enum):
     NONE = "none"
 
 
-class Entry(NamedTuple):
+class MergedEntry(NamedTuple):
     """One entry of the state dict, and a function that returns its current value, or ``None`` if not computed."""
 
     fqn: str
     read: Callable[[Share], Tensor | None]
 
 
-def entries_of(census: Census, state: ModelState, into: Into) -> Iterator[Entry]:
+def entries_of(census: Census, state: ModelState, into: Into) -> Iterator[MergedEntry]:
     """Yield the entries of a model in the order of its state dict."""
     for prefix, module in census.prefixed:
         for attribute in (*parameter_names(census, module), *dict(buffers_beside(census, module))):
             fqn = f"{prefix}{attribute}"
-            yield Entry(fqn, partial(_value, census, module, attribute, fqn, state, into))
+            yield MergedEntry(fqn, partial(_value, census, module, attribute, fqn, state, into))
 
 
 def parameter_names(census: Census, module: nn.Module) -> list[str]:
@@ -331,4 +331,5 @@ def _held(module: nn.Module, attribute: str) -> Tensor:
     """Return the value of a parameter or buffer, wherever it is."""
     tensors: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
     values = place_of(module, attribute).whole().detach()
-    return values if lent(tensors[attribute]) is None else values.clone()  # its memory is freed as the block ends
+    # the memory of what is whole only inside a block is freed as the block ends
+    return values if whole_only_inside(tensors[attribute]) is None else values.clone()

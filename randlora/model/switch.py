@@ -24,7 +24,7 @@ from randlora.ranks import agree
 from randlora.replaced import whole_shape
 from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unused
 from randlora.targets.census import Census
-from randlora.targets.options import by_target, meant_by, one_or_all
+from randlora.targets.options import by_target, match_each, one_or_all
 
 
 @collective(writes=True)
@@ -254,7 +254,7 @@ def _inside(layers: Any, fqns: Sequence[str]) -> set[str]:
         raise AdapterError(f"expected layers to be names or patterns of layers, got {shortly(strange[0])}")
     if not patterns:
         raise AdapterError("layers is empty: name those in which the adapters act, or use randlora.disabled(model)")
-    meant = meant_by(patterns, fqns)
+    meant = match_each(patterns, fqns)
     problems = [f"layers: {pattern!r} {unmet}" for pattern, (_, unmet) in meant.items() if unmet]
     raise_collected(AdapterError, problems, doing="activate")
     return {fqn for own, _ in meant.values() for fqn in own}

@@ -118,7 +118,7 @@ def copy_dtype(entry: ReplacedParameter) -> torch.dtype:
     if entry.is_buffer or dtype not in HALF_RISKS:
         return dtype
     is_plain = type(own.data) is Tensor and is_whole(own)
-    is_wide = is_plain and all(can_cast(module, attribute) for module, attribute in entry.places.values())
+    is_wide = is_plain and all(can_cast(module, attribute) for module, attribute in entry.slots.values())
     return torch.float32 if is_wide or entry.is_cast else dtype
 
 

@@ -183,7 +183,7 @@ def all_or_nothing(
         *savers(census),
         *(state, state.activation, state.bank, *state.bank, *state.adapters.values()),
         *replaced,
-        *(module for entry in replaced for module, _ in entry.places.values()),
+        *(module for entry in replaced for module, _ in entry.slots.values()),
         *owners.values(),
         *parts,
         *(part._parameters for part in parts if isinstance(part, Diagonal) and isinstance(part._parameters, Values)),

@@ -29,7 +29,7 @@ from randlora.state import Adapter, ModelState
 from randlora.targets.census import AdaptedSite, shapes_of, sizes
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles
-from randlora.targets.options import listed
+from randlora.targets.options import options_by_target
 
 ROUNDINGS = 16
 """How many roundings of Λ and Γ a sum may be off and still count as exact."""
@@ -178,7 +178,7 @@ def _planned(
     used = {r for r, _ in options.values()}
     bases = {r: basis for source in reversed(sources) for r, basis in source.bases.items() if r in used}
     rule = "the sum " + " + ".join(f"{factor:g}·{name}" for name, factor in adapters.items())
-    return Adapter(name, listed(config, options), bases, options, rule, peft_fields=dict(first.peft_fields))
+    return Adapter(name, options_by_target(config, options), bases, options, rule, peft_fields=dict(first.peft_fields))
 
 
 def _copies(state: ModelState, adapters: Mapping[str, float], sources: Sequence[Adapter]) -> dict[str, Tensor]:

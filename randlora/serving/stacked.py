@@ -232,7 +232,7 @@ Find = Callable[[Any], tuple[nn.Parameter, ...]]
 VERSION: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
-class Kept(NamedTuple):
+class KeptStack(NamedTuple):
     """A copy of Λ and Γ of some adapters of one weight.
 
     Attributes:
@@ -271,7 +271,7 @@ def cacheable_parameters(owner: nn.Module, held: Sequence[Diagonal], find: Find)
 
 
 def kept_stack(
-    kept: dict[tuple[int, int], Kept],
+    kept: dict[tuple[int, int], KeptStack],
     here: Mapping[str, SiteAdapter],
     parts: list[SiteAdapter],
     parameters: list[nn.Parameter],
@@ -290,7 +290,7 @@ def kept_stack(
         each = zip(here_as[: len(parts)], here_as[len(parts) :], parts, strict=True)
         stack = Stack.of(pair, [Diagonals(lam, gamma, part.scaling) for lam, gamma, part in each])
     if is_lasting:
-        kept[key] = Kept(here, parameters, versions, [each.detach() for each in parameters], pair, stack)
+        kept[key] = KeptStack(here, parameters, versions, [each.detach() for each in parameters], pair, stack)
     return stack
 
 

@@ -356,11 +356,11 @@ def _is_whole(wrapper: Any) -> bool:
 class Flattening(Keeper):
     """Keeps parameters in flat shards, and lends whole parameters to a block."""
 
-    def lent(self, tensor: Tensor) -> str | None:
+    def whole_only_inside(self, tensor: Tensor) -> str | None:
         """Return the block in which a flattened parameter is whole."""
         return f"it is sharded by FSDP: call this inside {WHOLE}(model)" if FLATTENED in vars(tensor) else None
 
-    def withheld(self, model: nn.Module) -> str | None:
+    def why_incomplete(self, model: nn.Module) -> str | None:
         """Return why the values of flattened parameters are not here."""
         wrappers = [*flattening(model)]
         if any(not _is_whole(each) for each in wrappers):

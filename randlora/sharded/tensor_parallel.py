@@ -224,7 +224,7 @@ STYLES = {
 """The modules that split weights (not imported here), and the base classes of their styles."""
 
 
-class Plan(NamedTuple):
+class SplitPlan(NamedTuple):
     """How transformers splits a layer.
 
     Attributes:
@@ -238,7 +238,7 @@ class Plan(NamedTuple):
     shares_batch: bool
 
 
-def plan_of(forward: object) -> Plan | None:
+def plan_of(forward: object) -> SplitPlan | None:
     """Return how transformers splits the layer that it set a forward on, or ``None`` if it did not set it.
 
     The layer has no public name for this; it is in variables of the forward, a closure.
@@ -250,7 +250,7 @@ def plan_of(forward: object) -> Plan | None:
     if not isinstance(style := held.get("self"), kind):
         return None
     mesh = held["mesh"] if "mesh" in held else held.get("ep_mesh")
-    return Plan(style, mesh, getattr(held.get("implementation"), "shares_batch", True))
+    return SplitPlan(style, mesh, getattr(held.get("implementation"), "shares_batch", True))
 
 
 @register_splitter
@@ -293,7 +293,7 @@ class Plans(Splitter):
         return True
 
 
-def _within(owner: Any, layer: AdapterLayer, plan: Plan, held_as: str) -> Callable[..., Any]:
+def _within(owner: Any, layer: AdapterLayer, plan: SplitPlan, held_as: str) -> Callable[..., Any]:
     """Return the forward of a plan with the layer's own and its adapters in it."""
 
     def forward(x: Any) -> Any:

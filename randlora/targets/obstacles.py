@@ -134,7 +134,7 @@ def _away(held: Held) -> Place | None:
     if not held.tensor.is_meta:
         return None
     place = place_of(held.module, held.attribute)
-    return place if place.is_away else None
+    return place if place.is_loaded_on_call else None
 
 
 def _tied_by_name(census: Census, own: Held) -> Iterator[Held]:

@@ -78,7 +78,7 @@ def ranks_of_others(config: RandLoRAConfig, fqns: Sequence[str]) -> dict[str, in
     return {fqn: found.get(fqn, last) for fqn in fqns}
 
 
-def listed(config: RandLoRAConfig, options: Mapping[str, LayerOptions]) -> RandLoRAConfig:
+def options_by_target(config: RandLoRAConfig, options: Mapping[str, LayerOptions]) -> RandLoRAConfig:
     """Return a config with options by FQN for each target, or as one number if all targets have the same."""
     ranks = {fqn: r for fqn, (r, _) in options.items()}
     alphas = {fqn: alpha for fqn, (_, alpha) in options.items()}
@@ -90,7 +90,7 @@ def listed(config: RandLoRAConfig, options: Mapping[str, LayerOptions]) -> RandL
 
 
 def options_listed(config: RandLoRAConfig, fqns: Iterable[str]) -> dict[str, LayerOptions]:
-    """Return r and alpha of each target of a config from `listed`. Raises a `KeyError` if a target has none."""
+    """Return r and alpha of each target of a config from `options_by_target`; a `KeyError` if it has none."""
     ranks, alphas = config.r, config.alpha
     return {
         fqn: _options(
@@ -119,7 +119,7 @@ def by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, An
     found: dict[str, Any] = {}
     takers: dict[str, list[tuple[str, frozenset[str]]]] = {}
     problems = []
-    for pattern, (meant, unmet) in meant_by(option, fqns).items():
+    for pattern, (meant, unmet) in match_each(option, fqns).items():
         if unmet:
             problems.append(f"{name}={{{pattern!r}: …}} {unmet}")
             continue
@@ -136,7 +136,7 @@ def by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, An
     return found, problems
 
 
-def meant_by(patterns: Iterable[str], fqns: Sequence[str]) -> dict[str, tuple[list[str], str]]:
+def match_each(patterns: Iterable[str], fqns: Sequence[str]) -> dict[str, tuple[list[str], str]]:
     """Return, for each pattern, the targets that it means, or why there are none, as a phrase that follows it.
 
     These are the targets that have the pattern as a name, are inside a module with this name, or else match it as a
@@ -318,7 +318,7 @@ def _call_for(config: Any) -> str:
     """Return the call of `inject` that is nearest to a config of PEFT."""
     own = vars(config)
     by_name = {
-        option.name: [name for name in (option.peft, *option.meant) if name in own] for option in OPTIONS.values()
+        option.name: [name for name in (option.peft, *option.aliases) if name in own] for option in OPTIONS.values()
     }
     given = {name: own[theirs[0]] for name, theirs in by_name.items() if theirs}
     if is_lora := "lora_alpha" in own:  # whose r and alpha are others

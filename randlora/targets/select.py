@@ -93,7 +93,7 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
         found = [visit for visit in visits if (pattern == ALL and visit.entry is not None) or is_linear(visit)]
     else:
         asked = visits if must_match else [visit for visit in visits if visit.entry is None or is_linear(visit)]
-        found = [visit for visit in asked if _is_meant(visit, pattern, opens=opens)]
+        found = [visit for visit in asked if _is_matched(visit, pattern, opens=opens)]
     excluded = [] if exclude is None else _excluded(visits, found, exclude)
     problems = [] if exclude is None else _exclude_problems(census, exclude)
     excluded_keys = {visit.key for visit in excluded}
@@ -151,7 +151,7 @@ def _names(visit: Candidate, *, opens: bool) -> list[str]:
     return prefixes(visit.fqn) if opens else [visit.fqn]
 
 
-def _is_meant(visit: Candidate, pattern: Pattern, *, opens: bool) -> bool:
+def _is_matched(visit: Candidate, pattern: Pattern, *, opens: bool) -> bool:
     return any(matches(pattern, name, visit.module) for name in _names(visit, opens=opens))
 
 
@@ -179,7 +179,7 @@ def _strays(census: Census, found: Sequence[Candidate], pattern: Pattern, exclud
         held
         for held in census.unserved
         if id(held.module) not in told and not callable(pattern) and matches(pattern, held.fqn, held.module)
-        if exclude is None or not _is_meant(Candidate(held.fqn, held.module, None), exclude, opens=is_names(exclude))
+        if exclude is None or not _is_matched(Candidate(held.fqn, held.module, None), exclude, opens=is_names(exclude))
     ]
 
 
@@ -262,7 +262,7 @@ def _excluded(visits: Sequence[Candidate], found: Sequence[Candidate], exclude: 
     if callable(exclude):
         layers = {visit.key for visit in found if visit.entry is not None or reason(visit)}
         asked = [visit for visit in visits if visit.key in layers]
-    matched = {visit.key for visit in asked if _is_meant(visit, exclude, opens=is_names(exclude))}
+    matched = {visit.key for visit in asked if _is_matched(visit, exclude, opens=is_names(exclude))}
     return [visit for visit in visits if visit.key in matched]
 
 
