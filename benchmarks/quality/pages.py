@@ -32,8 +32,11 @@ FIGURES = DOCS / "figures"
 DRAWN = {"main": REAL, "ranks": ("clothes", "flat spectrum", "steep spectrum")}
 """The tasks in the figure of a group."""
 CURVES = {name: label.replace("`", "") for name, label in ROWS.items() if name not in ("rsLoRA", "block")}
-LEFT_OUT = {"main": ("PEFT", "rsLoRA, equal size")}
-"""Contestants of a group that are not shown, because others are like them."""
+LEFT_OUT = {
+    "main": ("PEFT", "rsLoRA, equal size"),
+    "widths": ("dense, Γ at 32/m", "dense, Γ at 128/m", "dense, Γ at 512/m"),
+}
+"""Contestants of a group that are not shown, because others are like them, or no option makes them."""
 SIZES = {"LoRA": "LoRA", "dense": "RandLoRA, dense", "gamma first": "RandLoRA, Γ first"}
 """The methods in the figures of both groups, and what they are called there."""
 PLACE = re.compile(
