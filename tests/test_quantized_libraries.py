@@ -370,7 +370,7 @@ def test_a_layer_that_lacks_what_is_needed_is_refused_with_what_to_do() -> None:
     beside = [{"targets": ["0"], "train_also": [name]} for name in ("1", "1.codes", "1.bias")]
     rows: list[tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = [
         (partial(coded, "in_features"), own, AdapterError, "'Coded' .* define features in the adapter layer of Coded"),
-        (partial(coded, "codes"), own, TargetError, "1 has no codes in .*, or define weight_of in CodedAdapter"),
+        (partial(coded, "codes"), own, TargetError, "1 has no codes in .*, or define find_weight in CodedAdapter"),
         (lambda: _eetq(8, 8, True).to("meta"), own, TargetError, "1 has no values"),
         *((rounded, options, TargetError, r"1\.(codes|bias), a buffer of a quantized") for options in beside),
     ]

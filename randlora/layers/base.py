@@ -169,7 +169,7 @@ class AdapterLayer(StoredWeight):
         """Whether an adapter can get its input with entries dropped while the module gets all of them."""
         return True
 
-    def read(self, owner: nn.Module) -> Tensor | None:
+    def read(self, owner: nn.Module) -> Tensor:
         """Return the value of the weight's attribute in calls of its module, and of those around it."""
         return self.weight_of(owner)
 
@@ -257,7 +257,7 @@ class AdapterLayer(StoredWeight):
 
         Called only if `runs_plain_forward` is true.
         """
-        weight = self.weight_of(owner)
+        weight = self.find_weight(owner)
         dtype = None if weight is None else product_dtype(x, weight, self.shape[1])
         if weight is None or dtype is None:
             return None
@@ -318,7 +318,7 @@ class AdapterLayer(StoredWeight):
         if p and owner.training and x.layout != torch.strided and not x.is_nested:
             x = x.to_dense()  # torch drops no entries of sparse tensors
         x = F.dropout(x.to(dtype), p, owner.training)
-        update, weight = self.update(owner, part, factor), self.weight_of(owner)
+        update, weight = self.update(owner, part, factor), self.find_weight(owner)
         if weight is not None and (split := split_of(type(self), weight)) is not None:
             return split.product(update, x, self.state.compute)
         pair, diagonals = update.parts(x.device, dtype)
@@ -338,10 +338,8 @@ class AdapterLayer(StoredWeight):
             ``(out_features, in_features)``, or a stack of such matrices, on the weight's device, in float32, or float64
             if the weight is.
         """
-        weight = self.weight_of(owner)
-        assert weight is not None, "obstacles() asks for a weight"
         updates = self.whole_updates(owner, weights)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = torch.promote_types(self.weight_of(owner).dtype, torch.float32)
         return sum_updates(
             updates, self.shape, device=self.device_beside(owner), dtype=dtype, as_one_matrix=self.as_one_matrix
         )

@@ -81,7 +81,7 @@ class InPlace(nn.Module):
                 yield name, module
 
     def _is_split(self) -> bool:
-        held = ((type(layer), layer.weight_of(self)) for layer in self.randlora.values())
+        held = ((type(layer), layer.find_weight(self)) for layer in self.randlora.values())
         return any(weight is not None and split_of(kind, weight) is not None for kind, weight in held)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:

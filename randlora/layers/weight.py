@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
 from randlora.config import RandLoRAConfig
-from randlora.errors import MergeError
+from randlora.errors import AdapterError, MergeError
 from randlora.functional import Compute
 from randlora.functional.region import Region, Spans
 from randlora.layers.update import Into, Merged, Update, folded, sum_updates
@@ -66,7 +66,6 @@ class StoredWeight(ABC):
     def obstacle(cls, owner: nn.Module) -> str | None:
         """Return why this module cannot be adapted, as a phrase that follows its name, or ``None``."""
         weight = cls.weight_of(owner)  # not the attribute, whose value may include updates
-        assert weight is not None, "obstacles() asks for a weight"
         if weight.dtype.is_floating_point and weight.dtype.itemsize > 1:  # torch does not add 8-bit numbers
             return None
         return f"has a weight of {weight.dtype}, expected a floating dtype of 16 bits or more: dequantize it first"
@@ -81,18 +80,30 @@ class StoredWeight(ABC):
         return out_features, in_features
 
     @classmethod
-    def weight_of(cls, owner: nn.Module) -> Tensor | None:
+    def find_weight(cls, owner: nn.Module) -> Tensor | None:
         """Return the owner's parameter without any update, or ``None`` if it is computed from others.
 
-        For codes that are held under another name, that is the tensor that has them.
+        This is the method to override for a weight that is elsewhere, such as codes under a different name.
         """
         held = owner._parameters
         return held[cls.attribute] if cls.attribute in held else None  # noqa: SIM401  # ZeRO-3 does not see a get()
 
     @classmethod
+    @final
+    def weight_of(cls, owner: nn.Module) -> Tensor:
+        """Return what `find_weight` finds, or raise an `AdapterError` if there is nothing."""
+        if (weight := cls.find_weight(owner)) is None:
+            base = getattr(owner, "randlora_base", type(owner))
+            raise AdapterError(
+                f"{cls.attribute} of an adapted {base.__name__} is no longer a parameter, such as after a "
+                "parametrization or pruning: undo this, and merge or eject the adapters first"
+            )
+        return weight
+
+    @classmethod
     def nbytes_of(cls, owner: nn.Module) -> int:
         """Return the bytes of the owner's weight as it is held, with the scales of its codes."""
-        weight = cls.weight_of(owner)
+        weight = cls.find_weight(owner)
         return 0 if weight is None else weight.nbytes
 
     @classmethod
@@ -114,14 +125,12 @@ class StoredWeight(ABC):
     @classmethod
     def device_beside(cls, owner: nn.Module) -> torch.device:
         """Return the device of Λ and Γ: the weight's device, or the CPU if accelerate offloads the weight."""
-        weight = cls.weight_of(owner)
-        assert weight is not None, "obstacles() asks for a weight"
-        return torch.device("cpu") if cls.is_offloaded(owner) else weight.device
+        return torch.device("cpu") if cls.is_offloaded(owner) else cls.weight_of(owner).device
 
     @classmethod
     def is_offloaded(cls, owner: nn.Module) -> bool:
         """Whether accelerate offloads the weight and loads it for each forward."""
-        weight = cls.weight_of(owner)
+        weight = cls.find_weight(owner)
         return weight is not None and weight.is_meta and is_hooked(owner)
 
     @classmethod
@@ -194,9 +203,7 @@ class StoredWeight(ABC):
 
     def written_out(self, owner: nn.Module) -> Tensor:
         """Return the owner's weight without any update, dequantized if it is quantized."""
-        weight = self.weight_of(owner)
-        assert weight is not None, "the caller asks for a weight"
-        return weight.detach()
+        return self.weight_of(owner).detach()
 
     @classmethod
     def bias_of(cls, owner: nn.Module) -> Tensor | None:
@@ -220,7 +227,6 @@ class StoredWeight(ABC):
             into: What a quantized layer becomes.
         """
         weight, place = self.weight_of(owner), place_of(owner, self.attribute)
-        assert weight is not None, "merge() asks for a weight"
         updates, own = run_collectives([partial(self.whole_updates, owner, weights), place.read])
         if self.unmerged is not None:  # then it is plain
             own = self.unmerged.values.to(device=weight.device, dtype=weight.dtype)
@@ -239,15 +245,12 @@ class StoredWeight(ABC):
         assert self.unmerged is not None, "it was merged into"
         (own, place), self.unmerged = self.unmerged, None
         if place is None and not own.is_inference():  # whose data cannot be set: it would be of both modes
-            merged = self.weight_of(owner)
-            assert merged is not None, "it was merged into"
-            own.data = merged.data
+            own.data = self.weight_of(owner).data
             owner._parameters[self.attribute] = own
 
     def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
         """Write the original weight into a state dict that has the merged one, on its device and in its dtype."""
-        weight = self.weight_of(owner)
-        if weight is None:
+        if (weight := self.find_weight(owner)) is None:
             raise MergeError(f"cannot save the weight from before the merge: {prefix.removesuffix('.')} {COMPUTED}")
         assert self.unmerged is not None, "it was merged into"
         if (own := self.unmerged.stored(place_of(owner, self.attribute))) is not None:

@@ -185,7 +185,7 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
 
 def _shape_now(layer: AdapterLayer, owner: nn.Module, config: RandLoRAConfig) -> Shape | None:
     """Return the shape of an update of a weight, or ``None`` if the weight does not tell."""
-    weight = layer.weight_of(owner)
+    weight = layer.find_weight(owner)
     if weight is None or len(whole_shape(weight)) < 2:  # computed from others, or a flat shard of FSDP's
         return None
     return layer.shape_of(owner, config)

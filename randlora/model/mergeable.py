@@ -283,7 +283,7 @@ def difference_from_product(site: AdaptedSite) -> float | None:
         needs more than one input, or its output is not finite or has a different shape.
     """
     owner, layer = site.owner, site.layer
-    weight = layer.weight_of(owner)
+    weight = layer.find_weight(owner)
     if weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.numel():
         return None
     if layer.is_quantized or not isinstance(site.place, Plain):

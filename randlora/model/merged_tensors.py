@@ -302,7 +302,7 @@ def _gathered_for(layer: AdapterLayer, owner: nn.Module, factors: dict[str, floa
     """Yield what `_weight` gathers to compute all of a weight, in its order."""
     for update in layer.updates(owner, factors):
         yield from (update.lam, update.gamma)
-    if not layer.is_quantized and (weight := layer.weight_of(owner)) is not None:
+    if not layer.is_quantized and (weight := layer.find_weight(owner)) is not None:
         yield weight
 
 

@@ -57,12 +57,12 @@ class ForwardOnly(LinearAdapter):
             raise AdapterError(f"{error}: define features in the adapter layer of {kind}") from None
 
     @classmethod
-    def weight_of(cls, owner: nn.Module) -> Tensor | None:
+    def find_weight(cls, owner: nn.Module) -> Tensor | None:
         """Return the codes, which determine the device of Λ and Γ.
 
         They are the ``weight``, else the owner's first matrix, else its first parameter or buffer except the bias.
         """
-        if (own := super().weight_of(owner)) is not None:
+        if (own := super().find_weight(owner)) is not None:
             return own
         named = {**owner._parameters, **owner._buffers}
         held = [tensor for name, tensor in named.items() if tensor is not None and name != "bias"]
@@ -71,15 +71,15 @@ class ForwardOnly(LinearAdapter):
     @classmethod
     def place_in(cls, owner: nn.Module) -> Place:
         """Return the place of the codes."""
-        codes = cls.weight_of(owner)
+        codes = cls.find_weight(owner)
         return super().place_in(owner) if codes is None or "weight" in owner._parameters else place_at(codes)
 
     @classmethod
     def obstacle(cls, owner: nn.Module) -> str | None:
         """Return why this layer cannot be adapted, or ``None``."""
-        if (codes := cls.weight_of(owner)) is None:
+        if (codes := cls.find_weight(owner)) is None:
             return (
-                "has no codes in its parameters and buffers: load the model's weights first, or define weight_of in "
+                "has no codes in its parameters and buffers: load the model's weights first, or define find_weight in "
                 f"{cls.__name__} if codes are elsewhere"
             )
         return NOT_HERE if codes.is_meta else None

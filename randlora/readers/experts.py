@@ -44,7 +44,6 @@ class Experts(ReadWeight):
     def obstacle(cls, owner: nn.Module) -> str | None:
         """Return why this stack cannot be adapted, as a phrase that follows its name, or ``None``."""
         weight = cls.weight_of(owner)
-        assert weight is not None, "obstacles() asks for a weight"
         if len(_shape(weight)) != 3:
             return f"has shape {tuple(weight.shape)}, expected a stack of matrices, (experts, rows, columns)"
         return super().obstacle(owner)
@@ -52,17 +51,14 @@ class Experts(ReadWeight):
     @classmethod
     def features(cls, owner: nn.Module) -> tuple[int, int]:
         """Return ``(in_features, out_features)`` of one expert."""
-        weight = cls.weight_of(owner)
-        assert weight is not None, "a stack of experts is a parameter"
-        *_, rows, columns = _shape(weight)
+        *_, rows, columns = _shape(cls.weight_of(owner))
         return (rows, columns) if cls.is_transposed else (columns, rows)
 
     @classmethod
     def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:
         """Return ``(experts, out_features, in_features)``, or ``(out_features, in_features)`` for a shared update."""
-        weight, matrix = cls.weight_of(owner), super().shape_of(owner, config)
-        assert weight is not None, "a stack of experts is a parameter"
-        return matrix if config.experts == "shared" else (_shape(weight)[0], *matrix)
+        matrix = super().shape_of(owner, config)
+        return matrix if config.experts == "shared" else (_shape(cls.weight_of(owner))[0], *matrix)
 
     @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
@@ -83,7 +79,7 @@ class Experts(ReadWeight):
 
     def value(self, owner: nn.Module) -> Tensor:
         """Return the stack with its updates. For compiled and transformed code the sum is formed at once."""
-        weight, active = self.held_weight(owner), self.active()
+        weight, active = self.weight_of(owner), self.active()
         if not active:
             return weight
         if split_of(type(self), weight) is not None:

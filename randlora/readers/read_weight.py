@@ -64,20 +64,11 @@ class ReadWeight(AdapterLayer):
         """Return which arguments of the owner's forward have the rows of the batch."""
         return Rows.first(args, kwargs, plain_class(owner).__name__)
 
-    def held_weight(self, owner: Any) -> Tensor:
-        """Return the parameter. Raises an `AdapterError` if the weight is now computed from other parameters."""
-        if (weight := self.weight_of(owner)) is None:
-            raise AdapterError(
-                f"{self.attribute} of an adapted {owner.randlora_base.__name__} is no longer a parameter, such as "
-                "after a parametrization or pruning: undo this, and merge or eject the adapters first"
-            )
-        return weight
-
     def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the output of the owner's forward, which reads its weights."""
         for layer in adapter_layers_of(owner).values():
             assert isinstance(layer, ReadWeight), "others are called"
-            layer.held_weight(owner)
+            layer.weight_of(owner)
         own = self.own_forward or base_forward
         if (run := self.state.run) is not None and run.takes_over:
             inside = (each for module in owner.modules() for each in adapter_layers_of(module).values())
@@ -98,7 +89,7 @@ class ReadWeight(AdapterLayer):
 
     def value(self, owner: nn.Module) -> Tensor:
         """Compute the weight plus the updates of the active adapters."""
-        weight, active = self.held_weight(owner), self.active()
+        weight, active = self.weight_of(owner), self.active()
         if not active:
             return weight
         updates = [self.update(owner, part, factor) for part, factor in active]
@@ -149,7 +140,7 @@ class ReadLinear(ReadWeight, LinearAdapter):
         if not self.adds_to_output(owner):
             return super().base_output(owner, base_forward, *args, **kwargs)
         bias: Any = owner.bias
-        return F.linear(input_of(owner, args, kwargs), cast(owner, "weight", self.held_weight(owner)), bias)
+        return F.linear(input_of(owner, args, kwargs), cast(owner, "weight", self.weight_of(owner)), bias)
 
 
 LinearAdapter.as_read = ReadLinear
@@ -378,7 +369,7 @@ class EmbeddingAdapter(ReadWeight):
             return run.rows(self, ForwardCall(owner, base_forward, args, kwargs))
         if not is_plain or not (active := self.active()):
             return super().forward(owner, base_forward, *args, **kwargs)
-        weight, ids = self.held_weight(owner), input_of(owner, args, kwargs)
+        weight, ids = self.weight_of(owner), input_of(owner, args, kwargs)
         num_rows, row_size = self.shape
         if (owner.num_embeddings, owner.embedding_dim) != self.shape:  # as by transformers' resize_token_embeddings
             raise AdapterError(

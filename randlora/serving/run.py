@@ -54,7 +54,7 @@ class Routes(NamedTuple):
     def of(cls, layer: AdapterLayer, owner: Any) -> Routes:
         """Return the routes of a weight, unless it is split."""
         module = owner.randlora_base.__name__
-        if (weight := layer.weight_of(owner)) is not None and split_of(type(layer), weight) is not None:
+        if (weight := layer.find_weight(owner)) is not None and split_of(type(layer), weight) is not None:
             raise AdapterError(
                 f"an adapted {module} is split by tensor parallelism, which routed does not support: activate one "
                 "adapter at a time"

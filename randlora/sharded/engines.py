@@ -105,7 +105,7 @@ def _meshes_of(root: nn.Module, parts: Parts) -> dict[tuple[AdapterLayer, str], 
     if not all_fsdp_modules(root):
         return {}
     found = DataMeshes.of(root)
-    meshes = {(layer, name): found.mesh_for(layer.weight_of(owner)) for owner, layer, name in parts}
+    meshes = {(layer, name): found.mesh_for(layer.find_weight(owner)) for owner, layer, name in parts}
     return {key: mesh for key, mesh in meshes.items() if mesh is not None}
 
 

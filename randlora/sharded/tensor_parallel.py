@@ -279,7 +279,7 @@ class Plans(Splitter):
         """Have an adapter layer computed within the forward that a plan set on its owner; ``False`` without a plan."""
         others = [other.adopted for other in owner.randlora.values() if other.adopted is not None]
         inner, around = others[0] if others else (owner.__dict__[held_as], None)
-        plan, weight = plan_of(inner), layer.weight_of(owner)
+        plan, weight = plan_of(inner), layer.find_weight(owner)
         if plan is None or not is_dtensor(weight):
             return False
         if weight.device_mesh.ndim == 1:  # else fully_shard splits it too
@@ -298,7 +298,7 @@ def _within(owner: Any, layer: AdapterLayer, plan: SplitPlan, held_as: str) -> C
 
     def forward(x: Any) -> Any:
         active, piece = layer.active(), layer.piece
-        if not active or not isinstance(piece, LocalPiece) or is_dtensor(layer.weight_of(owner)):
+        if not active or not isinstance(piece, LocalPiece) or is_dtensor(layer.find_weight(owner)):
             return type(owner).forward(owner, x)
         output = layer.base_output(owner, partial(owner.randlora_base.forward, owner), x)
         for part, factor in active:
@@ -325,7 +325,7 @@ def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return planned(*args, **kwargs)
         for layer in owner.randlora.values():
-            if is_dtensor(weight := layer.weight_of(owner)):  # fully_shard, if any, has gathered it for this forward
+            if is_dtensor(weight := layer.find_weight(owner)):  # fully_shard, if any, has gathered it for this forward
                 layer.piece = LocalPiece.of(weight, layer.region_here(weight))
         with forward_of(owner) as values:
             output = planned(*args, **kwargs)

@@ -64,7 +64,7 @@ class Site:
     @property
     def weight(self) -> Tensor | None:
         """The parameter without any update, or ``None`` if the owner computes it from others."""
-        return self.layer_class.weight_of(self.owner)
+        return self.layer_class.find_weight(self.owner)
 
     @cached_property
     def place(self) -> Place:
@@ -390,7 +390,7 @@ class Census:
         """Return the number of entries of a parameter, dequantized: one stored element may hold several codes."""
         layer_class = self.kinds[id(held.module)].called
         if isinstance(layer_class, type) and layer_class.is_quantized and held.attribute != "bias":
-            is_weight = held.tensor is layer_class.weight_of(held.module)
+            is_weight = held.tensor is layer_class.find_weight(held.module)
             return math.prod(layer_class.features(held.module)) if is_weight else 0
         if (state := getattr(held.tensor, "quant_state", None)) is not None:  # a bitsandbytes embedding
             return math.prod(state.shape)
