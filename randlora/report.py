@@ -20,7 +20,7 @@ from randlora.layers.update import RoundingLoss
 from randlora.replaced import whole_shape
 from randlora.state import Adapter
 from randlora.targets.census import Census, Shapes
-from randlora.targets.left_out import LeftOut, Remaining, left_out, lines
+from randlora.targets.left_out import LeftOut
 from randlora.targets.match import shortened
 from randlora.targets.options import first_learning_rate, lora_parameters
 from randlora.targets.select import NEW_HEADS
@@ -198,7 +198,7 @@ def left_out_lines(report: Report) -> list[str]:
     for fqn, reason in report.skipped.items():
         names.setdefault(reason, []).append(fqn)
     skipped = [f"left out: {shortened(fqns)} ({reason})" for reason, fqns in names.items()]
-    return [*skipped, *lines(report.left_out)]
+    return [*skipped, *map(str, report.left_out)]
 
 
 def adapter_report(
@@ -209,7 +209,7 @@ def adapter_report(
     is_active: bool = True,
     is_trainable: bool = True,
     skipped: Mapping[str, str] | None = None,
-    remaining: Sequence[Remaining] = (),
+    left_out: tuple[LeftOut, ...] = (),
     notes: Sequence[str] = (),
 ) -> Report:
     """Return the report of one adapter of a model, with these layers, whether it has been added or not."""
@@ -220,7 +220,6 @@ def adapter_report(
     beside = [held.tensor for held in own.values() if held.fqn in adapter.trained]
     buffers = adapter.buffers
     scaling = max((abs(options.scaling) for options in adapter.options.values()), default=0.0)
-    untrained = [each for each in remaining if each.held.fqn not in adapter.trained]
     return Report(
         name=adapter.name,
         config=adapter.config,
@@ -237,12 +236,8 @@ def adapter_report(
         is_trainable=is_trainable,
         train_also=tuple(adapter.parameters),
         buffers=tuple(buffers),
-        skipped={
-            fqn: reason
-            for fqn, reason in (skipped or {}).items()
-            if not {fqn, f"{fqn}.weight"} & adapter.trained.keys()
-        },
-        left_out=left_out(untrained, adapter.config, census.size),
+        skipped=dict(skipped or {}),
+        left_out=left_out,
         learning_rate=first_learning_rate(scaling, typical_min_dim(rows)) if is_trainable else None,
         lora_rank=adapter_size / lora_parameters(sites.values()) if sites else 0.0,
         notes=(

@@ -193,23 +193,14 @@ def test_a_report_that_is_taken_for_the_model_says_where_the_model_is() -> None:
         randlora.merge(model).eval()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("as_config", [False, True])
-def test_a_config_that_is_given_otherwise_is_answered_with_the_call_that_is_meant(*, as_config: bool) -> None:
+def test_a_config_that_is_given_otherwise_is_answered_with_the_call_that_is_meant() -> None:
     model: Any = small()
-    theirs = peft.RandLoraConfig(r=4, target_modules=["0"], randlora_alpha=8, projection_prng_key=3, sparse=True)
-    lora = peft.LoraConfig(r=4, target_modules=["0"], lora_alpha=8, lora_dropout=0.5)
-    for config in [theirs, lora] if as_config else [theirs, lora, RandLoRAConfig(r=4)]:
-        with untouched(model), pytest.raises(ConfigError) as caught:
-            randlora.inject(model, config=config) if as_config else randlora.inject(model, config)
-        call = "randlora.inject(" + str(caught.value).split("randlora.inject(")[1]
-        fresh = small()
-        report = eval(call, {"randlora": randlora, "model": fresh, "config": config})
-        assert report.targets == ("0",)
-        assert report.config.r == (32 if config is lora else 4)
-        if config is theirs:
-            assert (report.config.alpha, report.config.seed, report.config.basis) == (8, 3, "sparse")
-        if config is lora:
-            assert (report.config.alpha, report.config.dropout) == (randlora.equivalent_alpha(4, 8), 0.5)
+    others = peft.RandLoraConfig(r=4, target_modules=["0"]), peft.LoraConfig(r=4, target_modules=["0"])
+    wrong: list[tuple[dict[str, Any], str]] = [({"r": RandLoRAConfig(r=4)}, r"inject\(model, config=config\)")]
+    wrong += [({name: each}, r"of PEFT: give its options by name") for each in others for name in ("r", "config")]
+    for given, meant in wrong:
+        with untouched(model), pytest.raises(ConfigError, match=meant):
+            randlora.inject(model, **given)
 
 
 def test_parameters_to_train_are_listed_again_and_again_and_half_precision_is_warned_of_with_the_way_back() -> None:

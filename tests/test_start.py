@@ -97,13 +97,13 @@ def test_the_first_step_is_as_large_as_that_of_pefts_lora(shape: tuple[int, int]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"lora_r": 0}, "lora_r must be a positive integer of at most 1048576, got 0"),
+    ({"lora_r": 0}, "lora_r must be a positive number of at most 1048576, got 0"),
     ({"lora_alpha": -1}, r"lora_alpha must be a positive number of at most 1e\+15, got -1"),
     ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
     ({"r": {".*": 4}}, "r must be an integer, got {'"),
     ({"r": -4, "lora_alpha": 0}, "2 problems:\n.*\n.*lora_alpha must be"),
     ({"shape": (4,)}, "shape must have 2 entries, got 1"),
-    ({"shape": (4, 0)}, r"shape\[1\] must be a positive integer"),
+    ({"shape": (4, 0)}, r"shape\[1\] must be a positive number"),
     ({"use_rslora": 1}, "use_rslora must be True or False, got 1"),
 ]
 

@@ -123,7 +123,8 @@ def test_names_mean_linear_layers_of_the_language_model_where_there_is_one() -> 
         model = nn.ModuleDict(layers)
         model.__dict__["config"] = SimpleNamespace(model_type=model_type)
         selection = chosen(model)
-        return [site.fqn for site in selection.sites], selection.rule, {left.fqn for left in selection.remaining}
+        left = {fqn for group in selection.left_out for fqn in group.fqns}
+        return [site.fqn for site in selection.sites], selection.rule, left
 
     v, mixer = (nn.ModuleDict({name: nn.Linear(2, 2)}) for name in ("v_proj", "mixer"))
     tower, linear, conv = nn.ModuleDict({"v_proj": nn.Linear(2, 2)}), nn.Linear(2, 2), nn.Conv1d(2, 2, 1)

@@ -21,7 +21,7 @@ from randlora.errors import ConfigError, TargetError
 from randlora.targets.census import Census
 from randlora.targets.match import nearest_names
 from randlora.targets.obstacles import obstacles
-from randlora.targets.options import options_by_target, options_listed, r_like_lora, ranks_of_others, resolve
+from randlora.targets.options import options_by_target, options_listed, r_like_lora, resolve
 from randlora.targets.select import Selection, find_targets, select
 from tests import models
 from tests.kit import untouched
@@ -243,7 +243,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (None, r"layers\.0", 'did you mean exclude=["layers.0"]?'),
     (None, "attention.proj|up", 'did you mean exclude=["attention.proj", "up"]?'),
     *[(targets, OTHERS["bilinear"], ONLY) for targets in ("q", ["q"], "all-linear", nothing)],
-    ("q", OTHERS["empty"], "; the model has no submodules"),
+    ("q", OTHERS["empty"], "; the model has no layer or weight that can be adapted, only itself"),
     (["up", "norms"], OTHERS["norms"], f"targets='norms' {NONE}, only norms (Sequential)"),
     (None, OTHERS["layer"], "the model itself is a layer (Conv1D) and has no name within a model: wrap it in a module"),
 ]
@@ -325,7 +325,6 @@ def test_a_pattern_is_a_name_a_suffix_a_module_or_else_a_regex_in_full() -> None
     assert scaled == [(4, 2.0, 0.5), (16, 2.0, 0.125), (4, 3.5, 0.875), (4, 3.5, 0.875)]
     default, _ = resolve(RandLoRAConfig(r=r), TARGETS)  # 20 r of each layer
     assert [*default.values()] == [(4, 80.0), (16, 320.0), (4, 80.0), (4, 80.0)]
-    assert ranks_of_others(RandLoRAConfig(r={"attn": 4, "mlp": 8}), ["0.attn.q", "head"]) == {"0.attn.q": 4, "head": 8}
 
 
 UNFIT: tuple[tuple[dict[str, Any], list[str]], ...] = (

@@ -53,7 +53,7 @@ from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, require_unused
 from randlora.targets.census import Census, Shapes, shapes_of
-from randlora.targets.left_out import doubt, lines
+from randlora.targets.left_out import doubt
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
 from randlora.targets.options import one_config, r_like_lora, resolve, useless_options
@@ -102,7 +102,7 @@ class Plan:
             is_active=self.active,
             is_trainable=self.trainable,
             skipped=self.selection.skipped,
-            remaining=self.selection.remaining,
+            left_out=self.selection.left_out,
             notes=notes,
         )
         if not self.selection.is_default:
@@ -300,7 +300,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
 def _warn(report: Report) -> None:
     """Warn of a default that adapts next to nothing."""
     if report.warning:
-        warn("; ".join([report.warning, *lines(report.left_out)]))
+        warn("; ".join([report.warning, *map(str, report.left_out)]))
 
 
 def make_plan(view: View, asked: Mapping[str, Any]) -> Plan:

@@ -6,7 +6,7 @@ It is taken once per call and shared by everything that inspects the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -20,7 +20,7 @@ from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import InPlace, adapter_layers_of
-from randlora.layers.registry import Kinds, Reading, find_kinds, find_layer, readings_in
+from randlora.layers.registry import Kinds, find_kinds, find_layer, readings_in
 from randlora.places import Place, identities
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
@@ -28,6 +28,11 @@ from randlora.targets.match import prefixes
 
 Shapes = dict[str, Shape]
 """Shapes of adapted weights by FQN."""
+
+Key = tuple[int, str]
+"""What identifies a weight, independent of its name: the id of its module, and the attribute."""
+
+WEIGHT = AdapterLayer.attribute
 
 DEFAULT = RandLoRAConfig()
 
@@ -48,14 +53,14 @@ class Site:
     layer_class: type[AdapterLayer]
 
     @cached_property
-    def key(self) -> tuple[int, str]:
-        """A key that identifies the weight, independent of its name."""
+    def key(self) -> Key:
+        """The key of the weight."""
         return id(self.owner), self.layer_class.attribute
 
     @property
     def shape(self) -> Shape:
         """The shape of the update of an adapter with the default options."""
-        return self.layer_class.shape_of(self.owner, DEFAULT)
+        return self.shape_with(DEFAULT)
 
     def shape_with(self, config: RandLoRAConfig) -> Shape:
         """Return the shape of the update of an adapter with these options."""
@@ -121,24 +126,24 @@ class Visit(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """One occurrence in a model of a module or, with a ``reader``, of a parameter that is adapted on read.
+    """One occurrence in a model of a module, or of a parameter other than ``weight`` that is adapted where it is read.
 
     Attributes:
         fqn: Its name.
         module: The module, or the one that has the parameter.
-        entry: The registry's entry, as from `find_layer`. For a matrix of another adapter, the reason why it has none.
-        reader: The adapter layer of a parameter that is adapted on read.
+        attribute: The parameter, or ``"weight"``.
+        entry: Its adapter layer, the reason why it cannot have one, or ``None`` if the type of the module is unknown.
     """
 
     fqn: str
     module: nn.Module
+    attribute: str
     entry: type[AdapterLayer] | str | None
-    reader: type[AdapterLayer] | None = None
 
     @property
-    def key(self) -> tuple[int, str]:
+    def key(self) -> Key:
         """A key that is equal for all occurrences, and equal to `Site.key`."""
-        return id(self.module), (self.reader or AdapterLayer).attribute
+        return id(self.module), self.attribute
 
 
 class Held(NamedTuple):
@@ -242,55 +247,51 @@ class Census:
         owner_fqn, _, within = held.fqn.partition(".parametrizations.")
         if within and (owner := self._modules_by_fqn.get(owner_fqn)) is not None:
             return self.sites_by_key.get((id(owner), within.split(".")[0]))
-        site = self.sites_by_key.get((id(held.module), AdapterLayer.attribute))
+        site = self.sites_by_key.get((id(held.module), WEIGHT))
         is_of_codes = site is not None and site.layer_class.is_quantized and held.attribute != "bias"
         return site if site is not None and (is_of_codes or site.weight is None) else None  # None by weight_norm
 
     @cached_property
-    def uncalled(self) -> dict[tuple[int, str], str]:
+    def uncalled(self) -> dict[Key, str]:
         """Why adapters of layers would be wrong because a module uses the weight differently, by `Site.key`."""
-        sites, attribute = self.sites_by_key, AdapterLayer.attribute
+        sites = self.sites_by_key
         return {
-            (child, attribute): why
-            for child, (_, why, effect) in self._readings.items()
-            if (child, attribute) in sites and not (effect == "read" and sites[child, attribute].layer_class.is_read)
+            key: why
+            for key, why in self.read.items()
+            if key in sites and not (key in self._readings["read"] and sites[key].layer_class.is_read)
         }
 
     @cached_property
-    def untrainable(self) -> dict[tuple[int, str], str]:
-        """Why rules leave out layers whose adapters could not be trained, by `Site.key`."""
-        return {(id(child), AdapterLayer.attribute): why for child, why, effect in self._found if effect == "untrained"}
+    def useless(self) -> dict[Key, str]:
+        """Why rules leave out layers whose adapters would be wrong or could not be trained, by `Site.key`."""
+        return self._readings["untrained"] | self.uncalled
 
     @cached_property
-    def read(self) -> Collection[tuple[int, str]]:
-        """The weights that a module around the layer reads, by `Site.key`."""
-        return {(child, AdapterLayer.attribute) for child in self._readings}
+    def read(self) -> dict[Key, str]:
+        """The weights that a module around the layer reads or changes, by `Site.key`."""
+        return self._readings["read"] | self._readings["none"]
 
     @cached_property
-    def _found(self) -> tuple[Reading, ...]:
-        return tuple(reading for module in self.modules for reading in readings_in(module))
-
-    @cached_property
-    def _readings(self) -> dict[int, Reading]:
-        """The modules whose weight another module reads or changes, by id. If one reader is a problem, all are."""
-        found: dict[int, Reading] = {}
-        for reading in self._found:
-            before = found.get(id(reading.child), reading)
-            if reading.effect == "none" or (reading.effect == "read" == before.effect):
-                found[id(reading.child)] = reading
+    def _readings(self) -> dict[str, dict[Key, str]]:
+        """What `Reading.why` says, by effect and `Site.key`. If one reader is a problem, all are."""
+        found: dict[str, dict[Key, str]] = {"read": {}, "untrained": {}, "none": {}}
+        for module in self.modules:
+            for child, why, effect in readings_in(module):
+                found[effect][id(child), WEIGHT] = why
+        found["read"] = {key: why for key, why in found["read"].items() if key not in found["none"]}
         return found
 
     @cached_property
-    def sites_by_key(self) -> dict[tuple[int, str], Site]:
+    def sites_by_key(self) -> dict[Key, Site]:
         """All weights that have a class of adapter layer, by `Site.key`, with their first name."""
-        found: dict[tuple[int, str], Site] = {}
+        found: dict[Key, Site] = {}
         for site in self.sites_by_fqn.values():
             found.setdefault(site.key, site)
         return found
 
     @cached_property
-    def _modules_by_fqn(self) -> dict[str, nn.Module]:
-        return {visit.fqn: visit.module for visit in self.visits}
+    def _modules_by_fqn(self) -> Mapping[str, nn.Module]:
+        return dict(self.visits)
 
     @cached_property
     def kinds(self) -> dict[int, Kinds]:
@@ -298,17 +299,19 @@ class Census:
         return {id(module): find_kinds(module) for module in self.modules}
 
     @cached_property
-    def layers(self) -> tuple[Candidate, ...]:
-        """All submodules, at each of their places."""
-        return tuple(_candidate(fqn, module, self.kinds[id(module)].called) for fqn, module in self.visits)
-
-    @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
-        """All submodules and all parameters adapted on read, at each of their places."""
+        """All submodules and all other parameters that are adapted where they are read, at each of their places.
+
+        A name says whether one is, or lies within, what belongs to another adapter.
+        """
         found = []
-        for layer in self.layers:
-            readers = self.kinds[id(layer.module)].read
-            found += [layer, *(_candidate(kind.site_fqn(layer.fqn), layer.module, kind, kind) for kind in readers)]
+        for fqn, module in self.visits:
+            called, readers = self.kinds[id(module)]
+            is_foreign = not PARTS.isdisjoint(fqn.split("."))
+            found.append(Candidate(fqn, module, WEIGHT, ANOTHERS if is_foreign else called))
+            for kind in readers:
+                name = kind.site_fqn(fqn)
+                found.append(Candidate(name, module, kind.attribute, ANOTHERS if is_foreign else kind))
         return tuple(found)
 
     @cached_property
@@ -331,8 +334,8 @@ class Census:
         for fqn, module in self.visits:
             called, readers = self.kinds[id(module)]
             if isinstance(called, type):
-                known = self._readings.get(id(module))
-                is_read = id(module) in self._heads if known is None else known.effect == "read"
+                key = id(module), WEIGHT
+                is_read = key in self._readings["read"] if key in self.read else id(module) in self._heads
                 readers = (called.as_read if is_read and called.as_read is not None else called, *readers)
             for kind in readers:
                 name = kind.site_fqn(fqn)
@@ -428,9 +431,7 @@ def _walk(model: nn.Module) -> Iterator[Visit]:
             yield Visit(fqn, module)
         inside = []
         for attribute, held in module._modules.items():
-            if held is None or isinstance(held, Diagonal):
-                continue
-            child = unwrapped(held)
+            child = None if isinstance(held, Diagonal) else unwrapped(held)
             if child is None:
                 continue
             name = f"{fqn}.{attribute}" if fqn else attribute
@@ -440,11 +441,3 @@ def _walk(model: nn.Module) -> Iterator[Visit]:
                 )
             inside.append((name, child, {**around, id(child): name}))
         left += reversed(inside)
-
-
-def _candidate(
-    fqn: str, module: nn.Module, entry: type[AdapterLayer] | str | None, reader: type[AdapterLayer] | None = None
-) -> Candidate:
-    """Return a candidate, which is none if it is or lies within a module that, by its name, is another adapter's."""
-    is_part = not PARTS.isdisjoint(fqn.split("."))
-    return Candidate(fqn, module, ANOTHERS if is_part else entry, reader)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -10,8 +10,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.weight import COMPUTED, split_obstacle
-from randlora.places import Place, identities, loaded_modules, place_of
-from randlora.targets.census import Census, Held, Site
+from randlora.places import identities, loaded_modules, place_of
+from randlora.targets.census import Census, Held, Key, Site
 
 NAMES = "all_tied_weights_keys"
 """The attribute in which models of transformers map each tied parameter to the one that it is tied to."""
@@ -96,30 +96,12 @@ def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
     ]
 
 
-def tied_away(census: Census) -> set[str]:
-    """Return the names of parameters that transformers ties to others and that are still tied; files may lack them."""
-    named = vars(census.model).get(NAMES)
-    by_fqn = {held.fqn: held for held in census.parameters}
-    pairs = [
-        (by_fqn.get(fqn), by_fqn.get(source)) for fqn, source in (named if isinstance(named, dict) else {}).items()
-    ]
-    return {held.fqn for held, source in pairs if held is not None and source is not None and _are_tied(held, source)}
-
-
-def _are_tied(one: Held, other: Held) -> bool:
-    """Whether two parameters are one, or were when accelerate offloaded them and have equal values."""
-    if not {*identities(*one[1:])}.isdisjoint(identities(*other[1:])):
-        return True
-    place, beside = _away(one), _away(other)
-    return place is not None and beside is not None and torch.equal(place.read(), beside.read())
-
-
-def tied_names(census: Census, sites: Iterable[Site]) -> dict[tuple[int, str], list[str]]:
+def tied_names(census: Census, sites: Iterable[Site]) -> dict[Key, list[str]]:
     """Return the names of the parameters of other modules that the weights of sites are tied to, by `Site.key`."""
     tied = {}
     for site in sites:
         weight = site.weight
-        if weight is None or site.layer_class.attribute not in site.owner._parameters:  # codes by a name of their own
+        if weight is None or site.layer_class.attribute not in site.owner._parameters:  # codes under a different name
             continue
         own = Held(site.fqn, site.owner, site.layer_class.attribute, weight)
         found = [held for identity in identities(*own[1:]) for held in census.by_identity.get(identity, [])]
@@ -129,34 +111,42 @@ def tied_names(census: Census, sites: Iterable[Site]) -> dict[tuple[int, str], l
     return tied
 
 
-def _away(held: Held) -> Place | None:
-    """Return the place of a parameter that is not loaded at present."""
-    if not held.tensor.is_meta:
-        return None
-    place = place_of(held.module, held.attribute)
-    return place if place.is_loaded_on_call else None
+def tied_away(census: Census) -> set[str]:
+    """Return the names of parameters that transformers ties to others and that are still tied; files may lack them."""
+    by_fqn = {held.fqn: held for held in census.parameters}
+    found = set()
+    for source, *names in _named_groups(census):
+        for fqn in names:
+            if fqn in by_fqn and source in by_fqn and _are_tied(by_fqn[fqn], by_fqn[source]):
+                found.add(fqn)
+    return found
 
 
-def _tied_by_name(census: Census, own: Held) -> Iterator[Held]:
-    """Yield the parameters that transformers ties to an offloaded weight: each has a file, so names and values tell."""
-    if (place := _away(own)) is None:
-        return
+def _tied_by_name(census: Census, own: Held) -> list[Held]:
+    """Return the parameters that transformers ties to an offloaded weight."""
     fqns = {held.fqn for held in census.parameters if held.module is own.module and held.attribute == own.attribute}
-    names = {fqn for group in _named_groups(census) if group & fqns for fqn in group - fqns}
-    for held in census.parameters:
-        other = _away(held) if held.fqn in names else None
-        if other is not None and torch.equal(other.read(), place.read()):
-            yield held
+    names = {fqn for group in _named_groups(census) if not fqns.isdisjoint(group) for fqn in group} - fqns
+    return [held for held in census.parameters if held.fqn in names and _are_tied(own, held)]
 
 
-def _named_groups(census: Census) -> list[set[str]]:
-    """Return groups of names of parameters that transformers ties, if they are not untied since."""
-    groups: dict[str, set[str]] = {}
+def _named_groups(census: Census) -> list[list[str]]:
+    """Return groups of names of parameters that transformers ties, if they are not untied since; sources come first."""
+    groups: dict[str, list[str]] = {}
     for prefix, module in census.prefixed:
         names = module.__dict__.get(NAMES)
         for name, source in names.items() if isinstance(names, dict) else ():
-            groups.setdefault(f"{prefix}{source}", {f"{prefix}{source}"}).add(f"{prefix}{name}")
+            groups.setdefault(f"{prefix}{source}", [f"{prefix}{source}"]).append(f"{prefix}{name}")
     return [*groups.values()]
+
+
+def _are_tied(one: Held, other: Held) -> bool:
+    """Whether two parameters are one, or were when accelerate offloaded them, each to its own file."""
+    if not {*identities(*one[1:])}.isdisjoint(identities(*other[1:])):
+        return True
+    if not (one.tensor.is_meta and other.tensor.is_meta):
+        return False
+    places = place_of(one.module, one.attribute), place_of(other.module, other.attribute)
+    return all(place.is_loaded_on_call for place in places) and torch.equal(places[0].read(), places[1].read())
 
 
 def foreign_adapters(census: Census) -> list[str]:

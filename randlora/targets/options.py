@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from randlora.bases.spec import KINDS, Shape, count_bases, count_trainable
+from randlora.bases.spec import Shape, count_bases, count_trainable
 from randlora.config import (
     ALPHA_PER_RANK,
     LARGEST_FACTOR,
@@ -21,7 +21,7 @@ from randlora.config import (
     by_rank,
 )
 from randlora.errors import ConfigError, raise_collected, spelled
-from randlora.hints import require_types, shortly
+from randlora.hints import CALLS, require_types, shortly
 from randlora.targets.census import Site
 from randlora.targets.match import nearest_names, prefixes, shortened
 
@@ -69,13 +69,6 @@ def useless_options(shapes: Mapping[str, Shape], options: Mapping[str, LayerOpti
         for alpha in dict.fromkeys(own.alpha for own in options.values())
         if alpha <= 0
     ]
-
-
-def ranks_of_others(config: RandLoRAConfig, fqns: Sequence[str]) -> dict[str, int]:
-    """Return the r that weights would have that are not targets; from the last pattern if none matches."""
-    found, _ = by_target("r", config.r, fqns)
-    last = [*config.r.values()][-1] if isinstance(config.r, Mapping) else config.r
-    return {fqn: found.get(fqn, last) for fqn in fqns}
 
 
 def options_by_target(config: RandLoRAConfig, options: Mapping[str, LayerOptions]) -> RandLoRAConfig:
@@ -171,11 +164,10 @@ def lora_parameters(sites: Iterable[Site]) -> int:
 
 
 def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) -> int:
-    """Return the r with the number of parameters nearest to a LoRA on the same weights.
+    """Return the r with the number of parameters nearest to a LoRA on the same weights, or raise a `ConfigError`.
 
     No r above the smaller side of all weights is tried, because it would train more parameters without adding rank. If
-    blocks are given, they divide r. If not, ``block`` bases get a multiple of 8 if one is within a tenth. A
-    `ConfigError` is raised if no r has nearly as many parameters.
+    blocks are given, they divide r. If not, ``block`` bases get a multiple of 8 if one is within a tenth.
     """
     of_rank_one = lora_parameters(sites)
     wanted = lora_r * of_rank_one
@@ -253,25 +245,21 @@ def equivalent_alpha(
         >>> round(randlora.equivalent_alpha(lora_r=32, lora_alpha=64, r=32), 2)
         209.02
     """
-    given = {name: value for name, value in locals().items() if name != "given"}
-    require_types(equivalent_alpha, given)
-    raise_collected(ConfigError, [*_alpha_problems(given)], doing="compute an equivalent alpha")
+    require_types(equivalent_alpha, locals())
+    numbers = {"lora_r": lora_r, "r": r, "lora_alpha": lora_alpha}
+    numbers |= {f"shape[{index}]": size for index, size in enumerate(shape or ())}
+    largest = {"lora_alpha": LARGEST_FACTOR}
+    problems = [
+        f"{name} must be a positive number of at most {largest.get(name, LARGEST_RANK):.8g}, got {shortly(value)}"
+        for name, value in numbers.items()
+        if not 0 < value <= largest.get(name, LARGEST_RANK)
+    ]
+    raise_collected(ConfigError, problems, doing="compute an equivalent alpha")
     scaling = lora_alpha / (math.sqrt(lora_r) if use_rslora else lora_r)
     if shape is None:
         return r * scaling * math.sqrt(lora_r / 3)
     lora_size = scaling * math.sqrt(lora_r / (3 * shape[1]))
     return r * lora_size * min(shape) / math.sqrt(count_bases(min(shape), r) * r)
-
-
-def _alpha_problems(given: dict[str, Any]) -> Iterator[str]:
-    """Yield which arguments of `equivalent_alpha` are out of range."""
-    counts = {name: given[name] for name in ("lora_r", "r")}
-    counts |= {f"shape[{index}]": size for index, size in enumerate(given["shape"] or ())}
-    for name, value in counts.items():
-        if not 0 < value <= LARGEST_RANK:
-            yield f"{name} must be a positive integer of at most {LARGEST_RANK}, got {shortly(value)}"
-    if not 0 < (alpha := given["lora_alpha"]) <= LARGEST_FACTOR:
-        yield f"lora_alpha must be a positive number of at most {LARGEST_FACTOR:g}, got {shortly(alpha)}"
 
 
 def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
@@ -280,11 +268,12 @@ def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
     Arguments that are not in the table of options are ignored.
     """
     config, r, like_lora = (arguments.get(name) for name in ("config", "r", "like_lora"))
-    for option, value in (("r", r), ("config", config)):
-        if type(value).__module__.startswith("peft.") and hasattr(value, "target_modules"):  # PEFT is not imported
-            raise ConfigError(f"{option} is a {type(value).__name__} of PEFT: give options by name, {_call_for(value)}")
     if isinstance(r, RandLoRAConfig):
         raise ConfigError("r is a RandLoRAConfig: give it by name, randlora.inject(model, config=config)")
+    for option, value in (("r", r), ("config", config)):
+        if type(value).__module__.startswith("peft."):
+            call = CALLS["LoraConfig"]
+            raise ConfigError(f"{option} is a {type(value).__name__} of PEFT: give its options by name, {call}")
     given = {name: arguments[name] for name in OPTIONS if name in arguments and (name != "r" or r is not None)}
     if like_lora is not None:
         if r is not None or config is not None:
@@ -312,22 +301,3 @@ def _multiple_of(blocks: Any) -> int:
     if (least := math.lcm(*blocks)) > LARGEST_RANK:
         raise ConfigError(f"like_lora needs an r that both blocks divide, and there is none up to {LARGEST_RANK}")
     return least
-
-
-def _call_for(config: Any) -> str:
-    """Return the call of `inject` that is nearest to a config of PEFT."""
-    own = vars(config)
-    by_name = {
-        option.name: [name for name in (option.peft, *option.aliases) if name in own] for option in OPTIONS.values()
-    }
-    given = {name: own[theirs[0]] for name, theirs in by_name.items() if theirs}
-    if is_lora := "lora_alpha" in own:  # whose r and alpha are others
-        del given["r"], given["alpha"]
-    else:
-        flags = own["sparse"] and not own["very_sparse"], own["very_sparse"]
-        given["basis"] = next(name for name, kind in KINDS.items() if kind.peft_flags == flags)
-    listed = {name: sorted(value) if isinstance(value, set) else value for name, value in given.items()}
-    words = ["model", *(f"{name}={value!r}" for name, value in listed.items() if value)]
-    if is_lora:
-        words.append(f"alpha=randlora.equivalent_alpha({own['r']}, {own['lora_alpha']})")
-    return f"randlora.inject({', '.join(words)})"

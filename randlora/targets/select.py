@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected, spelled
-from randlora.targets.census import Candidate, Census, Held, Site
+from randlora.targets.census import WEIGHT, Candidate, Census, Held, Key, Site
 from randlora.targets.left_out import (
     ALL,
     ALL_LINEAR,
     LINEAR_KINDS,
     NOTHING,
-    Remaining,
+    LeftOut,
     holders,
     inventory,
     left_out,
-    lines,
     missed,
     reason,
     refusal,
-    remaining,
-    stray_refusal,
 )
 from randlora.targets.match import is_names, matches, prefixes, shortened, unmatched
 from randlora.targets.obstacles import foreign_adapters, obstacle, tied_names
 
 HEAD = "the output head"
 TRAINED = "trained by train_also"
-Keys = Collection[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -42,14 +38,14 @@ class Selection:
         sites: The sites, in the model's order.
         rule: A description of the rule that chose them.
         skipped: Why others were skipped, by FQN.
-        remaining: All other matrices of the model; empty if the user named or described the targets.
+        left_out: All other matrices of the model; empty if the user named or described the targets.
         is_default: Whether the user gave no targets.
     """
 
     sites: tuple[Site, ...]
     rule: str
-    skipped: dict[str, str]
-    remaining: tuple[Remaining, ...] = ()
+    skipped: Mapping[str, str]
+    left_out: tuple[LeftOut, ...] = ()
     is_default: bool = False
 
 
@@ -94,20 +90,19 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
     else:
         asked = visits if must_match else [visit for visit in visits if visit.entry is None or is_linear(visit)]
         found = [visit for visit in asked if _is_matched(visit, pattern, opens=opens)]
-    excluded = [] if exclude is None else _excluded(visits, found, exclude)
+    excluded = [] if exclude is None else _excluded(census, found, exclude)
     problems = [] if exclude is None else _exclude_problems(census, exclude)
     excluded_keys = {visit.key for visit in excluded}
     kept = [visit for visit in found if visit.key not in excluded_keys]
     if is_rule:
         chosen, skipped = _by_rule(census, kept, pattern)
     else:
-        chosen, skipped, refused = _matching(visits, kept, pattern, opens=opens)
+        chosen, skipped, refused = _matching(census, kept, pattern, opens=opens)
         if given is None:
-            useless = _useless(census, chosen)
-            skipped |= useless
-            chosen = [visit for visit in chosen if visit.fqn not in useless]
+            skipped |= _reasons(chosen, census.useless)
         strays = _strays(census, found, pattern, exclude) if must_match else []
-        problems += [*map(refusal, refused), *map(stray_refusal, strays)]
+        wrong: list[Candidate | Held] = [*refused, *strays]
+        problems += [refusal(census, matched) for matched in wrong]
         reached = [*chosen, *excluded, *refused]
         if must_match:
             names = {name for visit in reached for name in _names(visit, opens=opens)}
@@ -116,18 +111,20 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
             problems.append(f"{rule} {NOTHING}; {inventory(visits)}")
     raise_collected(TargetError, problems, doing="find the targets")
     rule += "" if exclude is None else ", without the excluded"
-    left: tuple[Remaining, ...] = ()
+    chosen = [visit for visit in chosen if visit.fqn not in skipped]
+    left: tuple[LeftOut, ...] = ()
     if given is None or is_rule:
         alone = _left_alone(census, chosen, trained)
-        chosen = [visit for visit in chosen if visit.fqn not in alone]
         skipped |= alone
-    wanted = {visit.key for visit in chosen}
-    if given is None or is_rule:
+        chosen = [visit for visit in chosen if visit.fqn not in alone]
+        wanted = {visit.key for visit in chosen}
         skipped |= _heads(census, wanted)
-        left = remaining(census, wanted, skipped, excluded_keys)
+        left = left_out(census, wanted, skipped, excluded_keys, trained)
     if not chosen:
         raise TargetError(_nothing_left(census, rule, skipped, left))
+    wanted = {visit.key for visit in chosen}
     sites = tuple(site for site in census.sites if site.key in wanted)
+    skipped = {fqn: why for fqn, why in skipped.items() if not {fqn, f"{fqn}.weight"} & {*trained}}
     return Selection(sites, rule, skipped, left, is_default=given is None)
 
 
@@ -156,15 +153,15 @@ def _is_matched(visit: Candidate, pattern: Pattern, *, opens: bool) -> bool:
 
 
 def _matching(
-    visits: Sequence[Candidate], found: Sequence[Candidate], pattern: Pattern, *, opens: bool
+    census: Census, found: Sequence[Candidate], pattern: Pattern, *, opens: bool
 ) -> tuple[list[Candidate], dict[str, str], list[Candidate]]:
     """Split matches into linear layers, other layers inside a named module (skipped), and other named layers."""
     chosen, skipped, refused = [], {}, []
-    opened = holders(visits) if opens else set()
+    opened = holders(census.candidates) if opens else set()
     for visit in found:
         if isinstance(visit.entry, type):
             chosen.append(visit)
-        elif visit.fqn not in opened and (why := reason(visit)) is not None:
+        elif visit.fqn not in opened and (why := reason(census, visit)) is not None:
             if opens and not matches(pattern, visit.fqn, visit.module):
                 skipped[visit.fqn] = why
             else:
@@ -174,12 +171,13 @@ def _matching(
 
 def _strays(census: Census, found: Sequence[Candidate], pattern: Pattern, exclude: Pattern | None) -> list[Held]:
     """Return the parameters without an adapter layer that a regex or a name matches, and that no module stands for."""
-    told = {id(visit.module) for visit in found if visit.reader is None and reason(visit) is not None}
+    told = {id(visit.module) for visit in found if visit.attribute == WEIGHT and reason(census, visit) is not None}
     return [
         held
         for held in census.unserved
         if id(held.module) not in told and not callable(pattern) and matches(pattern, held.fqn, held.module)
-        if exclude is None or not _is_matched(Candidate(held.fqn, held.module, None), exclude, opens=is_names(exclude))
+        if exclude is None
+        or not _is_matched(Candidate(held.fqn, held.module, held.attribute, None), exclude, opens=is_names(exclude))
     ]
 
 
@@ -189,9 +187,8 @@ def _by_rule(census: Census, visits: Sequence[Candidate], rule: Pattern) -> tupl
     What cannot be adapted is skipped by ``"all"``, and chosen by ``"all-linear"``, unless it is not called or tied.
     """
     skipped = {visit.fqn: visit.entry for visit in visits if isinstance(visit.entry, str)}
-    skipped |= _useless(census, visits)
-    head = census.head
-    heads = {visit.key for visit in visits if _is_in_head(visit.fqn, visit.module, head)}
+    skipped |= _reasons(visits, census.useless)
+    heads = {visit.key for visit in visits if _is_in_head(census, visit)}
     skipped |= {visit.fqn: HEAD for visit in visits if visit.key in heads}
     if rule == ALL:
         keys = {visit.key for visit in visits if visit.fqn not in skipped}
@@ -201,9 +198,8 @@ def _by_rule(census: Census, visits: Sequence[Candidate], rule: Pattern) -> tupl
     return [visit for visit in visits if visit.key not in passed], skipped
 
 
-def _useless(census: Census, visits: Sequence[Candidate]) -> dict[str, str]:
-    """Return the layers that would be adapted without effect, or could not be trained, as skipped."""
-    why = census.untrainable | census.uncalled
+def _reasons(visits: Sequence[Candidate], why: Mapping[Key, str]) -> dict[str, str]:
+    """Return the reasons for some of these layers, by FQN, given those by key."""
     return {visit.fqn: why[visit.key] for visit in visits if visit.key in why}
 
 
@@ -213,57 +209,52 @@ def _left_alone(census: Census, visits: Sequence[Candidate], trained: Collection
     sites = [site for site in census.sites if site.key in keys]
     why = {key: f"tied to {', '.join(names)}" for key, names in tied_names(census, sites).items()}
     beside = {id(held.tensor) for held in census.parameters if held.fqn in trained}
-    why |= {site.key: TRAINED for site in sites if id(site.weight) in beside}
-    return {visit.fqn: why[visit.key] for visit in visits if visit.key in why}
+    return _reasons(visits, why | {site.key: TRAINED for site in sites if id(site.weight) in beside})
 
 
-def _heads(census: Census, chosen: Keys) -> dict[str, str]:
+def _heads(census: Census, chosen: Collection[Key]) -> dict[str, str]:
     """Return the weights of the output head that are not adapted, as skipped."""
-    head = census.head
     skipped = {}
     for places in census.matrices:
         sites = [site for held in places if (site := census.site_of(held)) is not None]
-        inside = [held for held in places if _is_in_head(held.fqn, held.module, head)]
-        if inside and not any(site.key in chosen for site in sites):
-            site = census.site_of(inside[0])
-            skipped[inside[0].fqn if site is None else site.fqn] = HEAD
+        inside = next((held for held in places if _is_in_head(census, held)), None)
+        if inside is not None and not any(site.key in chosen for site in sites):
+            site = census.site_of(inside)
+            skipped[inside.fqn if site is None else site.fqn] = HEAD
     return skipped
 
 
-def _is_in_head(fqn: str, module: nn.Module, head: nn.Module | None) -> bool:
-    return module is head or fqn.partition(".")[0] in HEAD_NAMES
+def _is_in_head(census: Census, held: Candidate | Held) -> bool:
+    return held.module is census.head or held.fqn.partition(".")[0] in HEAD_NAMES
 
 
-def _nothing_left(census: Census, rule: str, skipped: dict[str, str], left: Sequence[Remaining]) -> str:
+def _nothing_left(census: Census, rule: str, skipped: Mapping[str, str], left: Sequence[LeftOut]) -> str:
     message = (
         f"{rule}: no layer is left to adapt; give {spelled('targets')} that match a layer; "
         f"{inventory(census.candidates)}"
     )
     reasons = [f"{fqn} ({why})" for fqn, why in skipped.items()]
-    parts = [message, *([f"skipped: {shortened(reasons)}"] if reasons else [])]
-    return "; ".join([*parts, *lines(left_out(left, RandLoRAConfig(), census.size))])
+    return "; ".join([message, *([f"skipped: {shortened(reasons)}"] if reasons else []), *map(str, left)])
 
 
 def _exclude_problems(census: Census, exclude: Pattern) -> list[str]:
     """Return messages about entries of ``exclude`` that match nothing or, as a regex, only a container."""
-    visits = census.candidates
-    closed = holders(visits) if isinstance(exclude, str) else set()
-    known = [visit.fqn for visit in visits if visit.fqn not in closed]
-    known += [held.fqn for held in census.unserved]
-    return missed(census, "exclude", exclude, unmatched(exclude, known))
+    closed = holders(census.candidates) if isinstance(exclude, str) else set()
+    known = [visit.fqn for visit in census.candidates if visit.fqn not in closed]
+    return missed(census, "exclude", exclude, unmatched(exclude, [*known, *(held.fqn for held in census.unserved)]))
 
 
-def _excluded(visits: Sequence[Candidate], found: Sequence[Candidate], exclude: Pattern) -> list[Candidate]:
+def _excluded(census: Census, found: Sequence[Candidate], exclude: Pattern) -> list[Candidate]:
     """Return the modules that ``exclude`` matches, at all of their places; a name in a list includes all submodules.
 
     A callable is called only for the layers that the targets match.
     """
-    asked = visits
+    asked: Sequence[Candidate] = census.candidates
     if callable(exclude):
-        layers = {visit.key for visit in found if visit.entry is not None or reason(visit)}
-        asked = [visit for visit in visits if visit.key in layers]
+        layers = {visit.key for visit in found if visit.entry is not None or reason(census, visit)}
+        asked = [visit for visit in asked if visit.key in layers]
     matched = {visit.key for visit in asked if _is_matched(visit, exclude, opens=is_names(exclude))}
-    return [visit for visit in visits if visit.key in matched]
+    return [visit for visit in census.candidates if visit.key in matched]
 
 
 TARGET_PRESETS: dict[str, str | tuple[str, ...]] = {
@@ -332,9 +323,6 @@ def default_targets(census: Census) -> tuple[Pattern, str] | None:
 
     Attention also counts as not found if none of its layers can be adapted, because each is tied to another layer or
     is not called, so that an adapter would have no effect.
-
-    Only models of transformers (which have a ``config.model_type``) and of diffusers have a default: elsewhere, a layer
-    named ``value`` may be anything.
     """
     default = _by_names(census)
     if default is None:
@@ -345,20 +333,21 @@ def default_targets(census: Census) -> tuple[Pattern, str] | None:
 
 
 def _by_names(census: Census) -> tuple[Pattern, str] | None:
+    """Return the default for models of transformers and of diffusers. Elsewhere, ``value`` may name any layer."""
     model_type = getattr(getattr(census.model, "config", None), "model_type", None)
     if model_type in TARGET_PRESETS:
         preset = TARGET_PRESETS[model_type]
         names = preset if isinstance(preset, str) else ", ".join(preset)
         return preset, f"the preset of model_type {model_type!r} ({names})"
+    layers = [visit for visit in census.candidates if visit.attribute == WEIGHT]
     if isinstance(model_type, str):
         what = "the query and value projections"
-        visits = [visit for visit in census.layers if LANGUAGE_MODEL in visit.fqn.split(".")]
-        if visits:
-            return _named(visits, TRANSFORMERS_NAMES, f"{what} of {LANGUAGE_MODEL}")
-        return _named(census.layers, TRANSFORMERS_NAMES, what)
-    if _is_of_diffusers(census.model):
-        visits = [visit for visit in census.layers if "time" not in visit.fqn]  # some embed it by attention
-        return _named(visits, DIFFUSERS_NAMES, "the attention projections")
+        if within := [visit for visit in layers if LANGUAGE_MODEL in visit.fqn.split(".")]:
+            return _named(within, TRANSFORMERS_NAMES, f"{what} of {LANGUAGE_MODEL}")
+        return _named(layers, TRANSFORMERS_NAMES, what)
+    if any(base.__module__.partition(".")[0] == "diffusers" for base in type(census.model).__mro__):
+        outside = [visit for visit in layers if "time" not in visit.fqn]  # some embed it by attention
+        return _named(outside, DIFFUSERS_NAMES, "the attention projections")
     return None
 
 
@@ -366,11 +355,6 @@ def is_linear(visit: Candidate) -> bool:
     """Whether a module or weight is, or looks like, a linear layer or a projection of attention."""
     entry = visit.entry
     return isinstance(entry, str) or (entry is not None and entry.kind in LINEAR_KINDS)
-
-
-def _is_of_diffusers(model: nn.Module) -> bool:
-    """Whether a model's class derives from one of diffusers, whose configs name no type."""
-    return any(base.__module__.partition(".")[0] == "diffusers" for base in type(model).__mro__)
 
 
 def _named(visits: Iterable[Candidate], names: Sequence[str], what: str) -> tuple[Pattern, str] | None:
