@@ -1,8 +1,8 @@
 """The table of options: the config of one adapter, a frozen dataclass that validates itself, and the values it takes.
 
-Each option is one entry: a field with type and default, its `entry`, and a line of the class's docstring. The checks,
-the options of `inject`, `plan` and the command line, the schema of files and PEFT's names are derived from it. This
-module does not import torch, because that takes seconds.
+Each option is one field, whose metadata are those of `Option`, and a line of the class's docstring. The checks, the
+options of `inject`, `plan` and the command line, the schema of files and PEFT's names are derived from it. This module
+does not import torch, because that takes seconds.
 """
 
 import difflib
@@ -59,21 +59,6 @@ _Number = TypeVar("_Number", bound=float)
 _Value = TypeVar("_Value")
 
 
-def entry(
-    *, check: Check = lambda _: "", peft: str | None = None, aliases: Sequence[str] = (), since: int = 1
-) -> dict[str, Any]:
-    """Return an option's entry in the table, as metadata of its field.
-
-    Args:
-        check: The requirement on its values beside their type. In a mapping, on each value.
-        peft: PEFT's name for it, in the JSON of its RandLoRA.
-        aliases: Further names for it in other libraries.
-        since: The first version of the file format that has it. A version above 1 is written only if the option does
-            not have its default.
-    """
-    return {"check": check, "peft": peft, "aliases": aliases, "since": since}
-
-
 def between(words: str, least: float, largest: float) -> Check:
     """Return a check that a value is a Python number (as in JSON) within a range, described by ``words``."""
     return lambda value: "" if isinstance(value, int | float) and least <= value <= largest else words
@@ -97,15 +82,23 @@ def names_or_regex(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """An option of the table: the name, type and default of its field, and its `entry`."""
+    """An option of the table.
+
+    Attributes:
+        check: The requirement on its values beside their type. In a mapping, on each value.
+        peft: PEFT's name for it, in the JSON of its RandLoRA.
+        aliases: Further names for it in other libraries.
+        since: The first version of the file format that has it. A version above 1 is written only if the option does
+            not have its default.
+    """
 
     name: str
     type: Any
     default: Any
-    check: Check
-    peft: str | None
-    aliases: tuple[str, ...]
-    since: int
+    check: Check = lambda _: ""
+    peft: str | None = None
+    aliases: tuple[str, ...] = ()
+    since: int = 1
 
     def problems(self, value: Any) -> Iterator[str]:
         """Yield messages about why a value is invalid for this option."""
@@ -132,27 +125,21 @@ class ByPattern(Mapping[str, _Number]):
         self._numbers: dict[str, _Number] = dict(numbers)
 
     def __getitem__(self, pattern: str) -> _Number:
-        """Return the number of a pattern."""
         return self._numbers[pattern]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the patterns."""
         return iter(self._numbers)
 
     def __len__(self) -> int:
-        """Return the number of patterns."""
         return len(self._numbers)
 
     def __eq__(self, other: object) -> bool:
-        """Whether the other is a mapping with the same entries in the same order."""
         return isinstance(other, Mapping) and [*self.items()] == [*other.items()]
 
     def __hash__(self) -> int:
-        """Return a hash of the entries."""
         return hash(tuple(self.items()))
 
     def __repr__(self) -> str:
-        """Return the entries as a dict shows them."""
         return repr(self._numbers)
 
 
@@ -252,36 +239,36 @@ class RandLoRAConfig:
 
     r: int | Mapping[str, int] = field(
         default=32,
-        metadata=entry(check=between(f"a positive integer of at most {LARGEST_RANK}", 1, LARGEST_RANK), peft="r"),
+        metadata={"check": between(f"a positive integer of at most {LARGEST_RANK}", 1, LARGEST_RANK), "peft": "r"},
     )
-    targets: Pattern | None = field(default=None, metadata=entry(check=names_or_regex, peft="target_modules"))
-    exclude: Pattern | None = field(default=None, metadata=entry(check=names_or_regex, aliases=["exclude_modules"]))
+    targets: Pattern | None = field(default=None, metadata={"check": names_or_regex, "peft": "target_modules"})
+    exclude: Pattern | None = field(default=None, metadata={"check": names_or_regex, "aliases": ("exclude_modules",)})
     alpha: float | Mapping[str, float] | None = field(
         default=None,
-        metadata=entry(
-            check=between(f"a number of at most {LARGEST_FACTOR:g} in size", -LARGEST_FACTOR, LARGEST_FACTOR),
-            peft="randlora_alpha",
-            aliases=["lora_alpha"],
-        ),
+        metadata={
+            "check": between(f"a number of at most {LARGEST_FACTOR:g} in size", -LARGEST_FACTOR, LARGEST_FACTOR),
+            "peft": "randlora_alpha",
+            "aliases": ("lora_alpha",),
+        },
     )
     dropout: float = field(
         default=0.0,
-        metadata=entry(
-            check=between("a number in [0, 1)", 0, math.nextafter(1, 0)),
-            peft="randlora_dropout",
-            aliases=["lora_dropout"],
-        ),
+        metadata={
+            "check": between("a number in [0, 1)", 0, math.nextafter(1, 0)),
+            "peft": "randlora_dropout",
+            "aliases": ("lora_dropout",),
+        },
     )
-    basis: BasisKind = field(default="dense", metadata=entry())
-    stream: Stream | None = field(default=None, metadata=entry())
-    blocks: tuple[int, int] | None = field(default=None, metadata=entry(check=positive_pair))
+    basis: BasisKind = "dense"
+    stream: Stream | None = None
+    blocks: tuple[int, int] | None = field(default=None, metadata={"check": positive_pair})
     seed: int = field(
         default=0,
-        metadata=entry(check=between("an integer in [0, 2**64)", 0, 2**64 - 1), peft="projection_prng_key"),
+        metadata={"check": between("an integer in [0, 2**64)", 0, 2**64 - 1), "peft": "projection_prng_key"},
     )
-    train_also: Names | None = field(default=None, metadata=entry(check=names_or_regex, peft="modules_to_save"))
-    in_proj: InProj = field(default="packed", metadata=entry(since=2))
-    experts: Experts = field(default="each", metadata=entry(since=2))
+    train_also: Names | None = field(default=None, metadata={"check": names_or_regex, "peft": "modules_to_save"})
+    in_proj: InProj = field(default="packed", metadata={"since": 2})
+    experts: Experts = field(default="each", metadata={"since": 2})
 
     def __post_init__(self) -> None:
         """Convert lists to tuples and mappings to immutable ones, and check every value."""
@@ -379,16 +366,23 @@ def explain_options(function: Callable[_Arguments, _Result], name: str = "") -> 
     return checked
 
 
-def same_options(verb: Callable[_Arguments, Any]) -> Callable[[Callable[..., _Result]], Callable[_Arguments, _Result]]:
-    """Return a decorator that gives a function the signature of ``verb``, and all arguments by name."""
-    signature = inspect.signature(verb)
+def further_options(
+    verb: Callable[..., Any],
+) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Return a decorator that adds the options of ``verb``, with their defaults, to a function that passes them on."""
 
-    def decorate(function: Callable[..., _Result]) -> Callable[_Arguments, _Result]:
+    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        own = inspect.signature(function)
+        parameters = {name: each for name, each in own.parameters.items() if each.kind is not each.VAR_KEYWORD}
+        theirs = inspect.signature(verb).parameters
+        more = [each for name, each in theirs.items() if each.kind is each.KEYWORD_ONLY and name not in parameters]
+        signature = own.replace(parameters=[*parameters.values(), *more])
+
         @functools.wraps(function)
         def bound(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
             given = signature.bind(*args, **options)
             given.apply_defaults()
-            return function(**given.arguments)
+            return function(*given.args, **given.kwargs)
 
         vars(bound)["__signature__"] = signature
         return explain_options(bound)
@@ -396,19 +390,9 @@ def same_options(verb: Callable[_Arguments, Any]) -> Callable[[Callable[..., _Re
     return decorate
 
 
-def further_options(
-    verb: Callable[..., Any],
-) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Return a decorator that adds the options of ``verb`` to the signature of a function that passes them on."""
-
-    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-        own = inspect.signature(function)
-        parameters = {name: each for name, each in own.parameters.items() if each.kind is not each.VAR_KEYWORD}
-        theirs = inspect.signature(verb).parameters
-        more = [each for name, each in theirs.items() if each.kind is each.KEYWORD_ONLY and name not in parameters]
-        vars(function)["__signature__"] = own.replace(parameters=[*parameters.values(), *more])
-        return explain_options(function)
-
+def same_options(verb: Callable[_Arguments, Any]) -> Callable[[Callable[..., _Result]], Callable[_Arguments, _Result]]:
+    """Return `further_options` of ``verb`` for a function that has no others, which a type checker sees too."""
+    decorate: Callable[..., Any] = further_options(verb)
     return decorate
 
 

@@ -31,50 +31,35 @@ WORDS: dict[Any, str] = {
 
 _BY_PATTERN = 'use {}=, which takes a mapping from patterns: {}={{"q_proj": 64, ".*": 16}}'
 
-_BIASES = 'use train_also=, which takes the names of biases: train_also=r".*\\.bias"'
-
-_WHOLE_NAMES = "use targets=, which takes names and regexes of whole layers"
-
-_NOTHING_LIKE_IT = "leave it out: it is for a different method, and has no counterpart here"
-
-_RECORDED = "leave it out: the adapter's file records what it would say"
-
 ADVICE = {
     "adapter_name": "use name=",
     "alpha_pattern": _BY_PATTERN.format("alpha", "alpha"),
-    "auto_mapping": _RECORDED,
-    "autocast_adapter_dtype": "leave it out: Λ and Γ are float32 whatever the model's dtype is",
-    "base_model_name_or_path": _RECORDED,
-    "bias": _BIASES,
-    "ensure_weight_tying": "leave it out: tied parameters stay tied",
     "fan_in_fan_out": "leave it out: layers that store their weight transposed are recognized",
     "inference_mode": "use trainable=False",
-    "init_lora_weights": 'use init="lambda" or init="gamma"',
-    "init_weights": 'use init="lambda" or init="gamma"',
-    "layers_pattern": _WHOLE_NAMES,
-    "layers_to_transform": _WHOLE_NAMES,
-    "lora_bias": _BIASES,
-    "low_cpu_mem_usage": "leave it out: bases are drawn once, and shared by all layers",
-    "peft_type": "leave it out: every adapter is a RandLoRA adapter",
-    "peft_version": _RECORDED,
     "rank": "use r=, the rank of one basis: a smaller r trains more parameters",
     "rank_pattern": _BY_PATTERN.format("r", "r"),
     "revision": "leave it out, and give it to randlora.load",
     "save_projection": 'use the argument bases="stored" of save()',
     "sparse": 'use basis="sparse"',
     "target_parameters": "use targets=, which takes names of weights too",
-    "task_type": "leave it out: the model is changed in place, and keeps its task",
     "trainable_token_indices": "use train_also=, with the whole embedding, or targets= with it",
     "use_dora": "leave it out: an update has full rank already",
     "use_rslora": "leave it out, and give alpha=: randlora.equivalent_alpha(…, use_rslora=True) computes it",
     "very_sparse": 'use basis="very_sparse"',
+    **dict.fromkeys(("bias", "lora_bias"), 'use train_also=, which takes the names of biases: train_also=r".*\\.bias"'),
+    **dict.fromkeys(("init_lora_weights", "init_weights"), 'use init="lambda" or init="gamma"'),
+    **dict.fromkeys(
+        ("layers_pattern", "layers_to_transform"), "use targets=, which takes names and regexes of whole layers"
+    ),
     **dict.fromkeys(
         (
-            *("alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config"),
-            *("layer_replication", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core"),
-            *("monteclora_config", "qalora_group_size", "runtime_config", "use_bdlora", "use_qalora", "velora_config"),
+            *("alora_invocation_tokens", "arrow_config", "auto_mapping", "autocast_adapter_dtype"),
+            *("base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "kasa_config"),
+            *("layer_replication", "loftq_config", "lora_ga_config", "low_cpu_mem_usage", "megatron_config"),
+            *("megatron_core", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "runtime_config"),
+            *("task_type", "use_bdlora", "use_qalora", "velora_config"),
         ),
-        _NOTHING_LIKE_IT,
+        "leave it out: RandLoRA needs nothing like it",
     ),
 }
 """Advice about options of PEFT and other libraries that have no entry in the table here."""
@@ -179,27 +164,27 @@ def _has_form(value: object, hint: Any) -> bool:
 def _differences(value: Any, hint: Any, name: str) -> Iterator[str]:
     """Yield what is wrong inside of a value of the right class."""
     form, args = get_origin(hint) or hint, get_args(hint)
+    parts: Iterable[tuple[object, object, Any]] = ()  # where in the value, what is there, and its type
     if is_typeddict(hint):
         hints = _hints(hint)
         yield from (f"{name or 'it'} has no {field}" for field in sorted(hint.__required_keys__ - value.keys()))
-        for field in sorted(hints.keys() & value.keys()):
-            if (type(value[field]), hints[field]) not in RIGHT:
-                yield from mistyped(value[field], hints[field], f"{name}.{field}".removeprefix("."))
+        parts = [(field, value[field], hints[field]) for field in sorted(hints.keys() & value.keys())]
     elif form is tuple and len(value) != len(args):
         yield f"{name} must have {len(args)} entries, got {len(value)}"
     elif form in (tuple, list, Sequence):
         inner = args if form is tuple else args * len(value)
-        for index, (entry, entry_hint) in enumerate(zip(value, inner, strict=True)):
-            if (type(entry), entry_hint) not in RIGHT:
-                yield from mistyped(entry, entry_hint, f"{name}[{index}]")
+        parts = [(index, *part) for index, part in enumerate(zip(value, inner, strict=True))]
     elif form in (dict, Mapping):
-        for key, entry in value.items():
-            if (type(key), args[0]) not in RIGHT:
+        for key in value:
+            if type(key) is not args[0]:
                 yield from mistyped(key, args[0], f"a name in {name}")
-            if (type(entry), args[1]) not in RIGHT:
-                yield from mistyped(entry, args[1], f"{name}[{shortly(key)}]")
+        parts = [(key, entry, args[1]) for key, entry in value.items()]
     elif form is float and not is_finite(value):
         yield f"{name} must be a finite number, got {shortly(value)}"
+    for place, part, part_hint in parts:
+        if (type(part), part_hint) not in RIGHT:
+            where = f"{name}.{place}".removeprefix(".") if is_typeddict(hint) else f"{name}[{shortly(place)}]"
+            yield from mistyped(part, part_hint, where)
 
 
 def _is_no_path(value: object) -> bool:

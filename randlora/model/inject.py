@@ -247,7 +247,7 @@ def _copies(planned: Plan) -> dict[str, Tensor]:
 
 
 @same_options(inject)
-def plan(model: nn.Module, name: str, **asked: Any) -> Report:
+def plan(model: nn.Module, r: int | Mapping[str, int] | None = None, **asked: Any) -> Report:
     """Return the report that `inject` would return for the same arguments, without changing the model.
 
     This also works with a model on the meta device. It allocates no weights or bases.
@@ -255,8 +255,8 @@ def plan(model: nn.Module, name: str, **asked: Any) -> Report:
     Raises:
         RandLoRAError: Any error that `inject` would raise before it draws bases.
     """
-    with opened_to_add(model, [name], "inject") as view:
-        report = make_plan(view, {"name": name, **asked}).report()
+    with opened_to_add(model, [asked["name"]], "inject") as view:
+        report = make_plan(view, {"r": r, **asked}).report()
     _warn(report)
     return report
 
