@@ -33,54 +33,50 @@ class Product(NamedTuple):
     """The product of tokens, ``rows`` for all matrices of a stack together, with the weight of a layer.
 
     Attributes:
-        is_trained: Whether the weight has an update, or is trained itself, so that its input is kept.
+        keeps_input: Whether the weight has an update, or is trained itself.
     """
 
     site: Site
     rows: int
     out_features: int
     in_features: int
-    is_trained: bool
+    keeps_input: bool
 
 
 def products_of(plan: Plan, tokens: int) -> dict[str, list[Product]]:
     """Return the products from the first layer that is trained on, by the module that the layers are in."""
-
-    def is_trained(site: Site) -> bool:
-        adapter = plan.adapter
-        return site.fqn in adapter.options or any(fqn in adapter.trained for fqn in (site.fqn, f"{site.fqn}.weight"))
-
-    found = defaultdict[str, list[Product]](list)
+    trained = {*plan.adapter.options, *(fqn.removesuffix(".weight") for fqn in plan.adapter.trained)}
+    products = defaultdict[str, list[Product]](list)
     routes = getattr(getattr(plan.census.model, "config", None), "num_experts_per_tok", None)
-    for site in dropwhile(lambda site: not is_trained(site), plan.census.sites):
-        kind, weight = site.layer_class.kind, site.weight
-        if kind in ("embedding", "convolution") or (weight is not None and is_lazy(weight)):
+    for site in dropwhile(lambda site: site.fqn not in trained, plan.census.sites):
+        weight = site.weight
+        if site.layer_class.kind in ("embedding", "convolution") or (weight is not None and is_lazy(weight)):
             continue  # an embedding keeps ids; how large a convolution's input is, is not known
         *matrices, out_features, in_features = site.shape
         rows = tokens * (routes if matrices and isinstance(routes, int) else math.prod(matrices))
         module = HEAD if site.owner is plan.census.head else site.fqn.rpartition(".")[0]
-        found[module].append(Product(site, rows, out_features, in_features, is_trained(site)))
-    return found
+        products[module].append(Product(site, rows, out_features, in_features, site.fqn in trained))
+    return products
 
 
 def kept_by_block(
     plan: Plan, products: dict[str, list[Product]], tokens: int, dtype: torch.dtype, block: Callable[[str], str]
 ) -> Counter[str]:
     """Return the bytes that all layers but the head keep from forward to backward, by block."""
-    found = Counter[str]()
+    kept = Counter[str]()
     for *first, last in (of_module for name, of_module in products.items() if name != HEAD):
         between = sum(each.out_features for each in first)
         width = between + last.out_features
-        width += sum({each.in_features for each in first if each.is_trained})  # q, k and v are given one input
+        width += sum({each.in_features for each in first if each.keeps_input})  # q, k and v are given one input
         # what attention computes and a gate are kept for any last layer, which if trained keeps its own input too
         computes, is_gated = between not in (0, last.in_features), between == 2 * last.in_features and len(first) < 3
-        width += last.in_features * (computes + (last.is_trained and (is_gated or not computes)))
-        found[block(last.site.fqn)] += dtype.itemsize * last.rows * width
+        width += last.in_features * (computes + (last.keeps_input and (is_gated or not computes)))
+        kept[block(last.site.fqn)] += dtype.itemsize * last.rows * width
     for visit in plan.census.first_visits:
         weight = visit.module._parameters.get("weight")
         if weight is not None and "RMSNorm" in type(visit.module).__name__:
-            found[block(visit.fqn)] += tokens * weight.numel() * max(0, FLOAT32_BYTES - dtype.itemsize)
-    return found
+            kept[block(visit.fqn)] += tokens * weight.numel() * max(0, FLOAT32_BYTES - dtype.itemsize)
+    return kept
 
 
 def logits_and_backward(

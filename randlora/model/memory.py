@@ -1,8 +1,6 @@
-"""`training_memory`: the bytes that training an adapter takes on each device, as a sum over the layers of a model.
+"""`training_memory`: the bytes that training an adapter takes on each device, as sums over the layers of a model.
 
-Nothing is run. What a model keeps for backward depends on its code. This assumes the usual: each layer's output is kept
-by the next operation, a module's last layer keeps its input, and norms written in Python keep theirs in float32.
-tests/test_model_memory.py compares the sums with measurements.
+Nothing is run. `tests/test_model_memory.py` compares the sums with measurements.
 """
 
 from __future__ import annotations
@@ -38,17 +36,38 @@ HELD = ("weights", "parameters", "gradients", "optimizer", "bases", "communicati
 UNKNOWN = "not counted: attention that keeps its weights, convolutions' inputs, fragmentation, the context of a GPU"
 
 
-@dataclass(frozen=True)
-class TrainingMemory:
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How an adapter is trained: the options of `training_memory`, which describes them."""
+
+    devices: int = 1
+    strategy: Strategy = "ddp"
+    tokens: int = 0
+    dtype: torch.dtype | None = None
+    optimizer_states: int = 2
+    checkpointing: bool = False
+    load_in_4bit: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        hints, least = get_type_hints(Setup), {"devices": 1, "tokens": 0, "optimizer_states": 0}
+        given = {field.name: getattr(self, field.name) for field in fields(Setup)}
+        problems = [problem for name, value in given.items() for problem in mistyped(value, hints[name], name)]
+        problems = problems or [
+            f"{name} must be at least {low}, got {given[name]}" for name, low in least.items() if given[name] < low
+        ]
+        if isinstance(self.dtype, torch.dtype) and not self.dtype.is_floating_point:
+            problems.append(f"dtype must be a floating one, got {self.dtype}")
+        raise_collected(ConfigError, problems, doing="plan the memory of training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory(Setup):
     """The bytes that training an adapter takes on each device, within about 15 %; prints as a table.
 
+    The options of `training_memory` are fields too; ``dtype`` is the one in which the model computes.
+
     Attributes:
-        devices: The number of devices.
-        strategy: How parameters are divided among them.
-        tokens: Tokens of a step on each device. 0 if not given; then nothing that depends on tokens is counted.
-        dtype: The dtype in which the model is held and computes.
-        load_in_4bit: Whether linear layers are held in 4 bits.
-        optimizer_states: Numbers that the optimizer keeps for each trained parameter: two for AdamW.
         weights: The model's parameters, including those that an adapter trains copies of, and its buffers.
         parameters: Λ and Γ in float32, and the copies of ``train_also`` in float32 or wider.
         gradients: As large as ``parameters``.
@@ -62,12 +81,6 @@ class TrainingMemory:
             activations of the block.
     """
 
-    devices: int
-    strategy: Strategy
-    tokens: int
-    dtype: torch.dtype
-    load_in_4bit: bool
-    optimizer_states: int
     weights: int
     parameters: int
     gradients: int
@@ -88,6 +101,7 @@ class TrainingMemory:
         """Return a table, and what is not in it."""
         spread = f"each of {self.devices} devices, {self.strategy}" if self.devices > 1 else "one device"
         how_well = ", within 15 %" if self.tokens else ""
+        last = "logits and their loss" if self.logits > self.backward else "backward of a block"
         rows = {
             "the model": self.weights,
             "the adapter": self.parameters,
@@ -96,47 +110,15 @@ class TrainingMemory:
             "bases": self.bases,
             "gathered" if self.strategy == "fsdp2" else "buckets of DDP": self.communication,
             f"kept for backward of {self.tokens:,} tokens": self.activations,
-            "logits and their loss" if self.logits > self.backward else "backward of a block": (
-                max(self.logits, self.backward)
-            ),
+            last: max(self.logits, self.backward),
             "together": self.total,
         }
         shown = [(name, as_bytes(size)) for name, size in rows.items() if size or "optimizer" in name]
         dtype = str(self.dtype).removeprefix("torch.") + ", weights in 4 bits" * self.load_in_4bit
-        lines = [
-            f"memory for training on {spread}, {dtype}{how_well}:",
-            *table(("", ""), shown)[1:],
-        ]
+        lines = [f"memory for training on {spread}, {dtype}{how_well}:", *table(("", ""), shown)[1:]]
         if not self.tokens:
             lines.append("not counted without tokens: what is kept for backward, logits")
         return "\n".join([*lines, UNKNOWN])
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How an adapter is trained: the options of `training_memory`, which describes them."""
-
-    devices: int = 1
-    strategy: Strategy = "ddp"
-    tokens: int = 0
-    dtype: torch.dtype | None = None
-    optimizer_states: int = 2
-    checkpointing: bool = False
-    load_in_4bit: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        hints, doing = get_type_hints(Setup), "plan the memory of training"
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        wrong = [problem for name, value in given.items() for problem in mistyped(value, hints[name], name)]
-        raise_collected(ConfigError, wrong, doing=doing)
-        least = {"devices": 1, "tokens": 0, "optimizer_states": 0}
-        problems = [
-            f"{name} must be at least {low}, got {given[name]}" for name, low in least.items() if given[name] < low
-        ]
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            problems.append(f"dtype must be a floating one, got {self.dtype}")
-        raise_collected(ConfigError, problems, doing=doing)
 
 
 @further_options(RandLoRAConfig)
@@ -183,7 +165,15 @@ def training_memory(
         ConfigError: If numbers are negative, or ``load_in_4bit`` is given for a model that is quantized already.
         RandLoRAError: Any error that `randlora.plan` would raise.
     """
-    setup = Setup(devices, strategy, tokens, dtype, optimizer_states, checkpointing, load_in_4bit)
+    setup = Setup(
+        devices=devices,
+        strategy=strategy,
+        tokens=tokens,
+        dtype=dtype,
+        optimizer_states=optimizer_states,
+        checkpointing=checkpointing,
+        load_in_4bit=load_in_4bit,
+    )
     return memory_of(model, r, setup, {}, like_lora=like_lora, config=config, **options)
 
 
@@ -194,45 +184,42 @@ def memory_of(
     asked = {"name": "default", "active": True, "trainable": True, "r": r, **options}
     with opened_to_add(model, ["default"], "inject") as view:
         plan = make_plan(view, asked)
-    stored = {**held_codes(plan.census), **stored}
+    census = plan.census
+    stored = {**held_codes(census), **stored}
     if setup.load_in_4bit:
-        if stored or any(site.layer_class.is_quantized for site in plan.census.sites):  # codes may be buffers
+        if stored or any(site.layer_class.is_quantized for site in census.sites):  # codes may be buffers
             option = spelled("load_in_4bit", value=True)
             raise ConfigError(f"{option} is for a model that is not quantized, but this one is: leave it out")
-        stored = planned_codes(plan.census)
+        stored = planned_codes(census)
     dtypes = [site.weight.dtype for site in plan.selection.sites if site.weight is not None]
     dtype = setup.dtype or next((each for each in dtypes if each.is_floating_point), torch.bfloat16)
-    block = _block_of(plan.census)
-    own, trained = _parts(plan, setup, stored, block)
-    frozen_size, trained_size = (sum(_held(part, setup) for part in parts) for parts in (own, trained))
+    block = _block_of(census)
+    own, trained = _own_parts(plan, setup, stored, block), _trained_parts(plan, setup, block)
+    trained_size = sum(_held(part, setup) for part in trained)
     products = products_of(plan, setup.tokens)
     activations = kept_by_block(plan, products, setup.tokens, dtype, block)
     logits, backward = logits_and_backward(plan, products, setup.tokens, dtype, stored.keys())
+    kept = activations.total()
     if setup.checkpointing:
         widths = {part.block: part.shape[-1] for part in reversed(own) if part.block and part.shape}
         backward += max((size for name, size in activations.items() if name), default=0)
-        activations = Counter({"": activations[""] + setup.tokens * sum(widths.values()) * dtype.itemsize})
+        kept = activations[""] + setup.tokens * sum(widths.values()) * dtype.itemsize
     return TrainingMemory(
-        setup.devices,
-        setup.strategy,
-        setup.tokens,
-        dtype,
-        setup.load_in_4bit,
-        setup.optimizer_states,
-        weights=frozen_size + sum(buffer.nbytes for buffer in model.buffers()),
+        **{**vars(setup), "dtype": dtype},
+        weights=sum(_held(part, setup) for part in own) + sum(buffer.nbytes for buffer in model.buffers()),
         parameters=trained_size,
         gradients=trained_size,
         optimizer=setup.optimizer_states * trained_size,
         bases=_bases(plan, dtype),
         communication=_communication(own, trained, setup),
-        activations=activations.total(),
+        activations=kept,
         logits=logits,
         backward=backward,
     )
 
 
 class _Part(NamedTuple):
-    """A parameter of a block. FSDP2 sees registered ones."""
+    """A parameter of a block. FSDP2 shards those that are registered."""
 
     block: str
     shape: Shape
@@ -244,32 +231,33 @@ class _Part(NamedTuple):
         return math.prod(self.shape) * self.itemsize
 
 
-def _parts(
-    plan: Plan, setup: Setup, stored: Mapping[str, int], block: Callable[[str], str]
-) -> tuple[list[_Part], list[_Part]]:
-    """Return the model's own parameters, each once, and what is trained: Λ and Γ, and copies of the model's."""
+def _itemsize(tensor: torch.Tensor, setup: Setup) -> int:
+    return (setup.dtype if setup.dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
 
-    def itemsize(tensor: torch.Tensor) -> int:
-        return (setup.dtype if setup.dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
 
-    own, adapter = {id(each.tensor): each for each in reversed(plan.census.parameters)}, plan.adapter
-    parts = [
+def _own_parts(plan: Plan, setup: Setup, stored: Mapping[str, int], block: Callable[[str], str]) -> list[_Part]:
+    """Return the model's own parameters, each once."""
+    return [
         _Part(block(fqn), (stored[fqn],), 1)
         if fqn in stored
-        else _Part(block(fqn), tuple(each.shape), itemsize(each), fqn not in adapter.trained)
-        for fqn, _, _, each in own.values()
+        else _Part(block(fqn), tuple(each.shape), _itemsize(each, setup), fqn not in plan.adapter.trained)
+        for fqn, _, _, each in {id(held.tensor): held for held in reversed(plan.census.parameters)}.values()
         if not is_lazy(each)
     ]
+
+
+def _trained_parts(plan: Plan, setup: Setup, block: Callable[[str], str]) -> list[_Part]:
+    """Return Λ and Γ, and the copies of the model's parameters."""
+    adapter = plan.adapter
     diagonals = [
         _Part(block(site.fqn), shape, FLOAT32_BYTES)
         for site in plan.selection.sites
         for shape in diagonal_shapes(site.shape_with(adapter.config), adapter.options[site.fqn].r)
     ]
-    copies = [
-        _Part(block(fqn), tuple(each.shape), max(itemsize(each), FLOAT32_BYTES))
+    return diagonals + [
+        _Part(block(fqn), tuple(each.shape), max(_itemsize(each, setup), FLOAT32_BYTES))
         for fqn, each in adapter.parameters.items()
     ]
-    return parts, diagonals + copies
 
 
 def _held(part: _Part, setup: Setup) -> int:
@@ -326,26 +314,27 @@ def held_codes(census: Census) -> dict[str, int]:
 
 
 def planned_codes(census: Census) -> dict[str, int]:
-    """Return the bytes that weights would have that transformers loads in 4 bits, with their scales, by FQN."""
-    # the linear layers but for the head, the last layer, tied ones, and what the class keeps in float32
+    """Return the bytes that weights would have that transformers loads in 4 bits, with their scales, by FQN.
+
+    These are the linear layers but for the head, the last layer, tied ones, and what the class keeps in float32.
+    """
     last = census.parameters[-1].fqn.removesuffix(".weight") if census.parameters else ""
     kept: Any = getattr(census.model, "_keep_in_fp32_modules", None)
     names = [last, *(kept or ())]
-    sites = [site for site in census.sites if _is_linear(site.owner, site) and site.owner is not census.head]
+    sites = [site for site in census.sites if _is_linear(site) and site.owner is not census.head]
     tied = tied_names(census, sites)
-    loaded = {
+    counts = {
         f"{site.fqn}.weight": math.prod(site.shape)
         for site in sites
         if site.key not in tied
         and not any(site.fqn.endswith(name) or f"{site.fqn}.".startswith(f"{name}.") for name in names)
     }
-    return {
-        fqn: math.ceil(count / 2) + FLOAT32_BYTES * (math.ceil(count / BLOCK) + LEVELS) for fqn, count in loaded.items()
-    }
+    scales = {fqn: math.ceil(count / BLOCK) + LEVELS for fqn, count in counts.items()}
+    return {fqn: math.ceil(count / 2) + FLOAT32_BYTES * scales[fqn] for fqn, count in counts.items()}
 
 
-def _is_linear(owner: nn.Module, site: Site) -> bool:
-    kind = site.layer_class
+def _is_linear(site: Site) -> bool:
+    kind, is_linear = site.layer_class, plain_class(site.owner) is nn.Linear
     return issubclass(kind, Conv1DAdapter) or (
-        plain_class(owner) is nn.Linear and (issubclass(kind, LinearAdapter) or kind is LinearAdapter.as_read)
+        is_linear and (issubclass(kind, LinearAdapter) or kind is LinearAdapter.as_read)
     )

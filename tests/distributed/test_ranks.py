@@ -16,7 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import randlora
 from randlora.errors import AdapterError
-from randlora.model.check_ranks import differences
+from randlora.model.check_ranks import difference
 from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank
 from randlora.state import adapted_root, is_adapted
 from tests.distributed.engines import ENGINES, sharded
@@ -64,12 +64,13 @@ def refused(
     [
         ({"seed": 1}, "on rank 0; sparse bases (stream=portable, seed=1, "),
         ({"stream": "torch"}, "on rank 0; sparse bases (stream=torch, seed=0, "),
-        ({"alpha": 3}, "the targets of 'default', their r and alpha"),
-        ({"r": 2}, "the spec of the bases of r=2 of 'default': nothing on rank 0; sparse bases"),
-        ({"exclude": "blocks.0.up"}, "the targets of 'default', their r and alpha: 4 with"),
+        ({"alpha": 3}, "adapter 'default': r=4, alpha=80, dropout=0.0, factor=1.0, 4 targets, 0 parameters"),
+        ({"r": 2}, "also different: the bases of r=4 of 'default', Λ and Γ of"),
+        ({"exclude": "blocks.0.up"}, "on rank 0; r=4, alpha=80, dropout=0.0, factor=1.0, 3 targets"),
         ({"train_also": ["norm"]}, "0 parameters"),
-        ({"dropout": 0.5}, "the dropout of 'default': 0.0 on rank 0; 0.5 on rank 1"),
+        ({"dropout": 0.5}, "dropout=0.5"),
         ({"name": "other"}, "the names of the adapters: default on rank 0; other on rank 1"),
+        ({"active": False}, "factor=None"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -86,7 +87,7 @@ def test_bases_of_other_bits_are_found_and_versions_of_torch_are_named() -> None
     if dist.get_rank():  # as after a fault of the memory or of the machine
         (basis,) = randlora.state.adapted_root(model)[1].bank
         basis.matrices()[1].values[0, 0] += 1
-    assert "versions" not in refused(model, "the bases of r=4 of 'default': SHA-256")
+    assert "versions" not in refused(model, "the bases of r=4 of 'default': sparse bases")
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank():
             patch.setattr(torch, "__version__", "2.0")
@@ -97,8 +98,8 @@ def test_bases_of_other_bits_are_found_and_versions_of_torch_are_named() -> None
 @pytest.mark.parametrize(
     ("fqn", "said"),
     [
-        ("blocks.0.up.randlora_gamma.default", "Λ and Γ of blocks.0.up of 'default': SHA-256 "),
-        ("blocks.0.norm.bias", "blocks.0.norm.bias, which 'default' trains: SHA-256 "),
+        ("blocks.0.up.randlora_gamma.default", "the values of Λ and Γ of blocks.0.up of 'default': SHA-256 "),
+        ("blocks.0.norm.bias", "the values of blocks.0.norm.bias, which 'default' trains: SHA-256 "),
     ],
 )
 def test_other_values_are_found_where_asked_for(fqn: str, said: str) -> None:
@@ -107,7 +108,7 @@ def test_other_values_are_found_where_asked_for(fqn: str, said: str) -> None:
     with torch.no_grad():
         model.get_parameter(fqn).add_(dist.get_rank())
     randlora.check_ranks(model)
-    assert "problems" not in refused(model, said, values=True), "nothing else differs"
+    assert "also different" not in refused(model, said, values=True), "nothing else differs"
 
 
 def changed(model: Any, fqn: str, change: Callable[[Tensor], Tensor]) -> bool:
@@ -123,19 +124,25 @@ def changed(model: Any, fqn: str, change: Callable[[Tensor], Tensor]) -> bool:
 
 
 ELSEWHERE: dict[str, tuple[Callable[[Any], object], str]] = {
-    "dtype": (lambda model: model.bfloat16(), "dtype of embed.weight, blocks.0.up.weight, blocks.0.up.bias"),
+    "dtype": (
+        lambda model: model.bfloat16(),
+        "embed.weight: torch.float32, 11 x 12, requires_grad=False on rank 0; torch.bfloat16",
+    ),
     "dtype of one": (
         partial(changed, fqn="head.bias", change=Tensor.double),
-        "dtype of head.bias: torch.float32 on rank 0; torch.float64 on rank 1",
+        "head.bias: torch.float32, 11, requires_grad=False on rank 0; torch.float64",
     ),
-    "shape": (partial(changed, fqn="head.bias", change=lambda own: own[:7]), "shape of head.bias: 11 on rank 0; 7 on"),
+    "shape": (
+        partial(changed, fqn="head.bias", change=lambda own: own[:7]),
+        "head.bias: torch.float32, 11, requires_grad=False on rank 0; torch.float32, 7",
+    ),
     "lacking": (
         lambda model: setattr(model.head, "bias", None),
-        "dtype of head.bias: torch.float32 on rank 0; nothing on rank 1",
+        "head.bias: torch.float32, 11, requires_grad=False on rank 0; nothing on rank 1",
     ),
     "dtype of a buffer": (
         partial(changed, fqn="counts", change=Tensor.float),
-        "dtype of counts: torch.int64 on rank 0; torch.float32 on rank 1",
+        "counts: torch.int64, 3, requires_grad=False on rank 0; torch.float32",
     ),
 }
 """How the model of one process may differ, and what is said of it at no cost."""
@@ -163,31 +170,32 @@ def test_an_adapter_that_only_some_processes_train_is_found(engine: str) -> None
     randlora.check_ranks(model, values=True)
     for parameter in randlora.trainable_parameters(model):
         parameter.requires_grad = dist.get_rank() == 0
-    said = refused(model, "requires_grad of Λ and Γ of embed of 'default', Λ and Γ of blocks.0.up of 'default'")
-    assert "'default' and 5 more: True on rank 0; False on rank 1" in said, said
+    said = refused(model, "requires_grad=True on rank 0; torch.float32")
+    assert "Λ and Γ of embed of 'default': " in said
+    assert "; also different: Λ and Γ of blocks.0.up of 'default', " in said
     assert "problems" not in said, "only what adapters have differs"
 
 
 BASES: dict[str, tuple[Callable[[Any], object], str]] = {
     "another model": (
         lambda model: all(changed(model, name, lambda own: own + 1) for name, _ in [*model.named_parameters()]),
-        "values of embed.weight, blocks.0.up.weight, blocks.0.up.bias, blocks.0.down.weight and 11 more: SHA-256 ",
+        "also different: the values of blocks.0.up.weight, the values of blocks.0.up.bias, ",
     ),
     "a weight": (
         partial(changed, fqn="blocks.1.up.weight", change=Tensor.neg),
-        "values of blocks.1.up.weight: SHA-256 ",
+        "the values of blocks.1.up.weight: SHA-256 ",
     ),
     "what is trained": (
         partial(changed, fqn="blocks.0.norm.weight", change=Tensor.neg),
-        "values of blocks.0.norm.weight: SHA-256 ",
+        "the values of blocks.0.norm.weight: SHA-256 ",
     ),
     "a part of a tensor": (
         partial(changed, fqn="head.bias", change=lambda own: TwoTensor(vars(own)["a"], vars(own)["b"] + 1)),
-        "values of head.bias: SHA-256 ",
+        "the values of head.bias: SHA-256 ",
     ),
     "a buffer": (
         partial(changed, fqn="counts", change=lambda own: own + 1),
-        "values of counts when the model was adapted: SHA-256 ",
+        "the values of counts when the model was adapted: SHA-256 ",
     ),
 }
 
@@ -280,5 +288,6 @@ def test_in_one_process_there_is_nothing_to_compare_and_all_ranks_of_a_value_are
     with pytest.raises(AdapterError, match="no adapter"):
         randlora.check_ranks(model)
     randlora.check_ranks(DRAWN.adapt(model))
-    facts = {0: {"a": "x", "b": "y"}, 2: {"a": "x", "b": "z"}, 3: {"a": "x", "b": "y"}}
-    assert differences(facts) == ["b: y on ranks 0, 3; z on rank 2"]
+    facts = {0: {"a": "x", "b": "y", "c": ""}, 2: {"a": "x", "b": "z"}, 3: {"a": "x", "b": "y"}}
+    assert difference(facts) == "b: y on ranks 0, 3; z on rank 2; also different: c"
+    assert difference({0: {}, 1: {"the values of a": "x"}}) == "", "what only one knows is not compared"
