@@ -21,7 +21,7 @@ from randlora.model.view import View, opened, unwrapped_model
 from randlora.places import Plain
 from randlora.report import wrapped
 from randlora.state import require_unmerged
-from randlora.targets.census import AdaptedSite, Census
+from randlora.targets.census import AdaptedSite
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import computed_weights, tie_problems
 
@@ -57,11 +57,9 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
     The model holds copies of its tensors meanwhile, so Λ and Γ, all weights, buffers such as running statistics,
     ``requires_grad`` and ``grad`` do not change. Attributes of its modules, such as training flags and hooks, and the
     states of random number generators are the same afterwards, even if the forward raises. No other thread may run the
-    model meanwhile.
-
-    The check takes some dozen forward passes, so give it a small input, and as much memory as a copy of the model's
-    weights. A model in half precision of up to 4 GB is copied to float32, so that small effects can be compared, if its
-    forward allows it.
+    model meanwhile. The check takes some dozen forward passes, so give it a small input, and as much memory as a copy
+    of the model's weights. A model in half precision of up to 4 GB is copied to float32, so that small effects can be
+    compared, if its forward allows it.
 
     Args:
         model: A model with adapters. Its active adapters are checked, trainable or not.
@@ -138,15 +136,13 @@ def _checked(view: View, trial: Trial) -> CheckReport:
         notes.append(f"not checked in {MODES[not is_training]}: {type(error).__name__}: {error}")
     failed = [mode for mode in seen if mode.backward_error]
     notes += [f"gradients were not checked in {mode.name}: {mode.backward_error}" for mode in failed]
-    return _report(view.census, trial.sites, seen, refused, notes)
+    return _report(view, trial, seen, refused, notes)
 
 
 class _Mode:
     """What was found in training or in evaluation mode.
 
     Attributes:
-        name: Which of them.
-        backward_error: What backward raised, if it did.
         ran: The weights whose update was computed.
         trained: Those that gradients reach.
         moved: The others that have an effect.
@@ -164,7 +160,6 @@ class _Mode:
         jitter, floors = distances(self._base, self._run(())), roundings(self._base)
         self._jitter = {path: 4 * jitter.get(path, 0.0) for path in self._base}
         self._floors = {path: max(floors[path], self._jitter[path]) for path in self._base}
-        self.differing: dict[AdaptedSite, float] = {}
         self._shares: dict[AdaptedSite, float] = {}
         self.unclear: set[AdaptedSite] = set()
         self.backward_error, self.trained = "", set[AdaptedSite]()
@@ -175,8 +170,8 @@ class _Mode:
         self.ran = set(trial.ran)
         rest = [site for site in trial.sites if site not in self.trained]
         self.moved = set(blame(rest, self._moves))
-        can_merge = set(merging)
-        self.moved_merged = set(blame([site for site in rest if site in can_merge], partial(self._moves, merged=True)))
+        self.moved_merged = set(blame([site for site in rest if site in merging], partial(self._moves, merged=True)))
+        self.differing: dict[AdaptedSite, float] = {}
         for group in [*roles(merging), merging]:
             rest = [site for site in group if site not in self.differing]
             self.differing |= {site: self._shares[site] for site in blame(rest, self._differs)}
@@ -213,55 +208,49 @@ def blame(sites: Sequence[AdaptedSite], has: Callable[[Sites], bool]) -> list[Ad
 
 
 def _report(
-    census: Census,
-    sites: Sequence[AdaptedSite],
-    seen: Sequence[_Mode],
-    refused: Mapping[AdaptedSite, float],
-    notes: Sequence[str],
+    view: View, trial: Trial, seen: Sequence[_Mode], refused: Mapping[AdaptedSite, float], notes: Sequence[str]
 ) -> CheckReport:
     """Return what both modes have found together."""
-    keys, problems = {site.key for site in sites}, list[Problem]()
+    keys, problems = {site.key for site in trial.sites}, list[Problem]()
     unchecked = {
         site.fqn: "only inactive adapters act on it: activate them, and check again"
-        for site in census.adapted
+        for site in view.census.adapted
         if site.key not in keys
     }
-    for site in sites:
-        if found := list(_faults(site, seen, refused.get(site))):
-            problems += [Problem(site.fqn, *each) for each in found]
+    for site in trial.sites:
+        if faults := list(_faults(site, seen, refused.get(site))):
+            problems += faults
         elif not any(site in mode.trained or site in mode.moved for mode in seen):
             unchecked[site.fqn] = "this input does not reach it"
         elif any(site in mode.unclear for mode in seen):
             unchecked[site.fqn] = "its effect is not larger than rounding, so merged and adapted cannot be compared"
     left = {problem.fqn for problem in problems} | unchecked.keys()
-    checked = tuple(site.fqn for site in sites if site.fqn not in left)
+    checked = tuple(site.fqn for site in trial.sites if site.fqn not in left)
     return CheckReport(tuple(problems), unchecked, checked, tuple(notes))
 
 
-def _faults(
-    site: AdaptedSite, seen: Sequence[_Mode], refused: float | None
-) -> Iterator[tuple[Fault, tuple[str, ...], float | None]]:
-    """Yield what is wrong with one weight, where, and by how much; ``refused`` is why it could not be merged into."""
+def _faults(site: AdaptedSite, seen: Sequence[_Mode], refused: float | None) -> Iterator[Problem]:
+    """Yield what is wrong with one weight; ``refused`` is how much more than the product its forward computes."""
+
+    def problem(fault: Fault, modes: Sequence[_Mode], difference: float | None = None) -> Problem:
+        return Problem(site.fqn, fault, tuple(mode.name for mode in modes), difference)
+
     is_bypassed = refused is not None and site.layer.is_read
     past = [mode for mode in seen if is_bypassed or site in mode.moved_merged - mode.moved]
     moved = [mode for mode in seen if site in mode.moved]
     ran = [mode for mode in seen if site in mode.ran]
     if past:
-        yield "read past", _names(past), None
+        yield problem("read past", past)
     elif not any(site in mode.trained for mode in seen):
         if not moved and ran:
-            yield "unused", _names(ran), None
+            yield problem("unused", ran)
         elif moved and not any(mode.backward_error for mode in moved):
-            yield "no gradient", _names(moved), None
+            yield problem("no gradient", moved)
     differing = [mode for mode in seen if site in mode.differing]
     if refused is not None and not is_bypassed:
-        yield "merged differs", _names(seen), refused
+        yield problem("merged differs", seen, refused)
     elif differing and not past:
-        yield "merged differs", _names(differing), max(mode.differing[site] for mode in differing)
-
-
-def _names(modes: Sequence[_Mode]) -> tuple[str, ...]:
-    return tuple(mode.name for mode in modes)
+        yield problem("merged differs", differing, max(mode.differing[site] for mode in differing))
 
 
 @dataclass(frozen=True)
@@ -309,18 +298,17 @@ class CheckReport:
 
     def __str__(self) -> str:
         """Return the problems, equal ones together, what was not checked, and the notes."""
-        total = len({problem.fqn for problem in self.problems}) + len(self.unchecked) + len(self.checked)
         found = len({problem.fqn for problem in self.problems})
+        total = found + len(self.unchecked) + len(self.checked)
         lines = [f"{found} of {total} adapted weights are not as they should be; {len(self.checked)} are"]
-        together: dict[tuple[object, ...], list[Problem]] = {}
+        alike: dict[tuple[object, ...], list[Problem]] = {}
         for problem in self.problems:
-            together.setdefault((problem.fault, problem.modes), []).append(problem)
-        lines += map(_line, together.values())
+            alike.setdefault((problem.fault, problem.modes), []).append(problem)
         reasons: dict[str, list[str]] = {}
         for fqn, reason in self.unchecked.items():
             reasons.setdefault(reason, []).append(fqn)
-        lines += [f"not checked: {shortened(fqns)} ({reason})" for reason, fqns in reasons.items()]
-        return "\n".join(wrapped([*lines, *self.notes]))
+        not_checked = [f"not checked: {shortened(fqns)} ({reason})" for reason, fqns in reasons.items()]
+        return "\n".join(wrapped([*lines, *map(_line, alike.values()), *not_checked, *self.notes]))
 
 
 def _line(problems: Sequence[Problem]) -> str:

@@ -25,7 +25,7 @@ from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import run_forward
 from randlora.layers.update import Into, Quantized, folded
 from randlora.layers.weight import COMPUTED
-from randlora.model.view import Copies
+from randlora.model.view import holding_copies
 from randlora.places import Plain, Whole, place_at, whole_only_inside
 from randlora.state import ModelState, attached_state
 from randlora.targets.census import AdaptedSite, Census, is_norm, is_quantized
@@ -323,7 +323,7 @@ def _outputs(site: AdaptedSite, x: Tensor, held: Any, read: Tensor | None = None
     """
     owner, layer = site.owner, site.layer
     forward: Callable[..., Any] = layer.own_forward or MethodType(plain_class(owner).forward, owner)
-    with Copies([owner], [layer]).held():
+    with holding_copies([owner], [layer]):
         owner.eval()
         owner._parameters[layer.attribute] = nn.Parameter(held.detach().clone(), requires_grad=False)
         if read is not None:

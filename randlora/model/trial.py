@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from randlora.functional import Compute
 from randlora.layers.update import Into
-from randlora.model.view import Copies, View
+from randlora.model.view import View, holding_copies
 from randlora.modes import uncompiled
 from randlora.state import ModelState, SiteAdapter
 from randlora.targets.census import AdaptedSite, Census
@@ -29,16 +29,16 @@ WIDENED = 2**32
 SPREAD = 0.02
 """The standard deviation of the values that replace zero parameters, which would hide effects before them."""
 
-Output = dict[str, Tensor]
-"""The floating tensors in a forward's output, by their places in it."""
-
 DEPTH = 8
 """How deep an output is searched for tensors."""
 
-ROUNDING = 64
-
-LEAST_DIGITS = 0.04
+ROUNDING, LEAST_DIGITS = 64, 0.04
 """An output counts as exact within this many roundings of its norm; in half precision, within this share."""
+
+HALVES = torch.float16, torch.bfloat16
+
+Output = dict[str, Tensor]
+"""The floating tensors in a forward's output, by their places in it."""
 
 
 class Trial:
@@ -55,10 +55,8 @@ class Trial:
         """Draw the values. If ``widens``, half precision is copied to float32."""
         self.model, self.sites, self.ran = model, acting_sites(view.census, view.state), set[AdaptedSite]()
         self._state, self._into, self._args, self._kwargs, self._widens = view.state, into, args, kwargs, widens
-        layers = [site.layer for site in self.sites]
-        beside = [each for site in self.sites for each in site.layer_class.beside(site.owner)]
-        others = [view.state, *view.state.adapters.values(), *layers, *beside]
-        self._copies = Copies([model], others, self._copy)
+        beside = (each for site in self.sites for each in (site.layer, *site.layer_class.beside(site.owner)))
+        self._others = [view.state, *view.state.adapters.values(), *beside]
         self._generator = torch.Generator("cpu").manual_seed(0)
         # zeros, such as of gates that are not trained yet, would hide effects
         zero = [each for each in model.parameters() if _has_digits(each) and each.numel() and not each.any()]
@@ -108,8 +106,10 @@ class Trial:
     @contextmanager
     def _trying(self, on: Iterable[AdaptedSite], *, training: bool) -> Iterator[None]:
         """Run a block in a mode, with updates of only these weights, without dropout in their inputs."""
-        # compiled code would run without what watches the layers
-        with self._copies.held(), uncompiled():
+        with (
+            holding_copies([self.model], self._others, self._copy),
+            uncompiled(),
+        ):  # compiled code would run without what watches the layers
             for adapter in self._state.adapters.values():
                 adapter.config = replace(adapter.config, dropout=0.0)  # which a merged weight has none of
             for site in self.sites:
@@ -124,7 +124,7 @@ class Trial:
         return tensors_in(self.model(*args, **kwargs))
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        """Return the values that the model is run with instead of those of one of its tensors."""
+        """Return what the model holds instead of one of its tensors."""
         if (drawn := self._values.get(id(tensor))) is not None:
             return drawn
         values = self._filled.get(id(tensor), tensor)
@@ -144,20 +144,16 @@ class Trial:
 
     def _watch(self, site: AdaptedSite) -> None:
         """Note when a layer is called with an input that is not empty, or a weight is read."""
-        layer = site.layer
-        name = "forward" if layer.is_called else "update"
-        method: Callable[..., Any] = getattr(layer, name)
+        name = "forward" if site.layer.is_called else "update"
+        method: Callable[..., Any] = getattr(site.layer, name)
 
         def noting(*args: Any, **kwargs: Any) -> Any:
-            given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-            if not given or given[0].numel():
+            tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+            if not tensors or tensors[0].numel():
                 self.ran.add(site)
             return method(*args, **kwargs)
 
-        layer.__dict__[name] = noting
-
-
-HALVES = torch.float16, torch.bfloat16
+        site.layer.__dict__[name] = noting
 
 
 def half_precision(model: nn.Module) -> list[Tensor]:
@@ -188,10 +184,10 @@ def acting_parts(site: AdaptedSite, state: ModelState) -> list[SiteAdapter]:
 
 def roles(sites: Sequence[AdaptedSite]) -> list[list[AdaptedSite]]:
     """Return the weights in groups whose names differ only by numbers, because the same code runs them."""
-    found: dict[str, list[AdaptedSite]] = {}
+    groups: dict[str, list[AdaptedSite]] = {}
     for site in sites:
-        found.setdefault(re.sub(r"\d+", "", site.fqn), []).append(site)
-    return list(found.values())
+        groups.setdefault(re.sub(r"\d+", "", site.fqn), []).append(site)
+    return list(groups.values())
 
 
 def _size(site: AdaptedSite) -> Tensor | float:
@@ -206,13 +202,8 @@ def _size(site: AdaptedSite) -> Tensor | float:
 
 def tensors_in(output: object) -> Output:
     """Return the floating tensors in an output, which may be a tensor, a container, a dataclass or an object."""
-    found: Output = {}
-    seen: set[int] = set()
-    for path, value in _walk(output, "", 0, seen):
-        dense = _dense(value)
-        if dense is not None and dense.numel():
-            found[path] = dense
-    return found
+    dense = {path: _dense(value) for path, value in _walk(output, "", 0, set())}
+    return {path: value for path, value in dense.items() if value is not None and value.numel()}
 
 
 def distances(first: Output, second: Output) -> dict[str, float]:
@@ -236,12 +227,10 @@ def roundings(output: Output) -> dict[str, float]:
 
 
 def _distance(first: Tensor, second: Tensor) -> float:
-    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
-    are_finite = first.isfinite(), second.isfinite()
-    if not torch.equal(*are_finite):
+    if not torch.equal(is_finite := first.isfinite(), second.isfinite()):
         return float("inf")
-    difference = (first.to(wide) - second.to(wide)).where(are_finite[0], 0)
-    return float(torch.linalg.vector_norm(difference))
+    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    return float(torch.linalg.vector_norm((first.to(wide) - second.to(wide)).where(is_finite, 0)))
 
 
 def _walk(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
@@ -251,14 +240,10 @@ def _walk(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[s
     if depth > DEPTH or id(value) in seen or isinstance(value, str | bytes | nn.Module | type):
         return
     seen.add(id(value))
-    if isinstance(value, Mapping):
-        inside = value.items()
-    elif isinstance(value, list | tuple):
-        inside = dict(enumerate(value)).items()
-    else:  # a dataclass, a cache, a distribution
-        inside = getattr(value, "__dict__", {}).items()
-    for key, held in inside:
-        yield from _walk(held, f"{path}.{key}" if path else str(key), depth + 1, seen)
+    if not isinstance(value, Mapping):  # a list, or a dataclass, a cache or a distribution
+        value = dict(enumerate(value)) if isinstance(value, list | tuple) else getattr(value, "__dict__", {})
+    for key, inner in value.items():
+        yield from _walk(inner, f"{path}.{key}" if path else str(key), depth + 1, seen)
 
 
 def _dense(value: Tensor) -> Tensor | None:
@@ -280,16 +265,13 @@ def copied(value: Any, *, is_widened: bool) -> Any:
     If ``is_widened``, tensors in half precision become float32.
     """
     if isinstance(value, Tensor):
-        is_half = is_widened and value.dtype in (torch.float16, torch.bfloat16)
-        own = value.detach().float() if is_half else value.detach().clone()
+        own = value.detach().float() if is_widened and value.dtype in HALVES else value.detach().clone()
         return own.requires_grad_(value.requires_grad)
     if type(value) in (list, tuple):
-        return type(value)(copied(held, is_widened=is_widened) for held in value)
+        return type(value)(copied(inner, is_widened=is_widened) for inner in value)
     if type(value) is dict:
-        return {key: copied(held, is_widened=is_widened) for key, held in value.items()}
-    if isinstance(value, nn.Module):
-        return value
+        return {key: copied(inner, is_widened=is_widened) for key, inner in value.items()}
     try:
-        return copy.deepcopy(value)
+        return value if isinstance(value, nn.Module) else copy.deepcopy(value)
     except Exception:  # what cannot be copied is given as it is
         return value

@@ -1,9 +1,7 @@
 """How a verb begins and ends: one thread at a time opens an adapted model, and a verb that raises changes nothing.
 
-The checks of a call find most reasons for it to fail. Reasons that no check can foresee, such as a lack of memory, an
-interrupt or a class that sets attributes in its own way, may still raise in the middle of a change, which is then
-undone. The checks hold until the change is made, because only one thread at a time changes models. Code of modules is
-tried with `Copies` of their tensors.
+The checks of a call find most reasons for it to fail, and hold until the change is made, because only one thread at a
+time changes models. What no check can foresee, such as a lack of memory or an interrupt, is undone.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.diagonals import TAKEN_NAMES, Diagonal, Values
 from randlora.layers.in_place import has_attribute
-from randlora.model.save_guard import savers
 from randlora.modes import fake_obstacle
 from randlora.places import place_at, settle
 from randlora.ranks import agreeing, raise_on_every_rank
@@ -96,13 +93,13 @@ def opened_to_add(model: nn.Module, names: Iterable[str], doing: str) -> Iterato
     with CHANGING:
         settle(model)
         census = Census.of(model)
-        state = owned_state(census, doing)
+        state = _extensible_state(census, doing)
         for name in names:
-            require_new_name(state, name, doing)
+            _require_new_name(state, name, doing)
         yield View(model, state, census)
 
 
-def owned_state(census: Census, doing: str) -> ModelState:
+def _extensible_state(census: Census, doing: str) -> ModelState:
     """Return the model's state, or a new one, after checking that adapters can be added."""
     model = census.model
     if (attribute := held_at(model, WRAPPERS)) is not None:
@@ -119,14 +116,13 @@ def owned_state(census: Census, doing: str) -> ModelState:
     state.require_loaded(model)
     state.adopt_parameters(model)
     require_own(census, state, doing)
-    unfit = [held.fqn for held in census.parameters if not held.tensor.is_leaf]
-    if unfit:
+    if unfit := [held.fqn for held in census.parameters if not held.tensor.is_leaf]:
         raise AdapterError(f"cannot {doing}: {unfit[0]} is not a leaf tensor and cannot be frozen; detach it")
     require_unmerged(state, doing)
     return state
 
 
-def require_new_name(state: ModelState, name: str, doing: str) -> None:
+def _require_new_name(state: ModelState, name: str, doing: str) -> None:
     """Raise an `AdapterError` if a new adapter cannot have this name."""
     # torch.export writes the names of parameters as code
     is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
@@ -168,56 +164,50 @@ def all_or_nothing(
     Args:
         census: The model.
         state: Its state, attached or not.
-        sites: The weights that are to be adapted. Those that are adapted are always included.
-        replaced: The parameters that are to be replaced by trained copies. Those that are replaced are included too.
-        flags: Those of Λ and Γ of which ``requires_grad`` is to be changed. Nothing else of them changes.
+        sites: The weights that are to be adapted, beside those that are.
+        replaced: The parameters that are to be replaced by trained copies, beside those that are.
+        flags: Those of Λ and Γ of which ``requires_grad`` is to be changed.
     """
-    replaced = [*state.replaced.values(), *replaced]
-    copies = [copy for adapter in state.adapters.values() for copy in adapter.trained.values()]
-    sites = [*sites, *census.adapted]
-    owners = {id(site.owner): site.owner for site in sites}
-    parts = [part for owner in owners.values() for part in owner._modules.values()]
+    replaced, adapters = [*state.replaced.values(), *replaced], state.adapters.values()
+    owners = {id(site.owner): site.owner for site in (*sites, *census.adapted)}
+    diagonals = [part for owner in owners.values() for part in owner._modules.values()]
+    tensors = [held.tensor for held in census.parameters]
     objects: list[object] = [
-        *(held.tensor for held in census.parameters),
-        *census.around_adapted,
-        *savers(census),
-        *(state, state.activation, state.bank, *state.bank, *state.adapters.values()),
-        *replaced,
-        *(module for entry in replaced for module, _ in entry.slots.values()),
-        *owners.values(),
-        *parts,
-        *(part._parameters for part in parts if isinstance(part, Diagonal) and isinstance(part._parameters, Values)),
-        *(each for site in sites for each in site.layer_class.beside(site.owner)),
+        *(*census.modules, *diagonals, *tensors, *replaced),
+        *(
+            part._parameters
+            for part in diagonals
+            if isinstance(part, Diagonal) and isinstance(part._parameters, Values)
+        ),
+        *(state, state.activation, state.bank, *state.bank, *adapters),
+        *(each for site in (*sites, *census.adapted) for each in site.layer_class.beside(site.owner)),
         *(site.layer for site in census.adapted),
     ]
-    values: list[Tensor | None] = [*copies, *(each for entry in replaced for each in (entry.original, entry.installed))]
-    values += (tensor for owner in owners.values() for tensor in owner._parameters.values())
+    tensors += [copy for adapter in adapters for copy in adapter.trained.values()]
+    tensors += [each for entry in replaced for each in (entry.original, entry.installed)]
     places = [place_at(entry.installed) for entry in replaced]
     kept = [(place, place.keep()) for place in places if place.exchanges == "values"]
-    flags = [*flags, *(held.tensor for held in census.parameters)]
-    with unchanged_if_raised(objects, values, flags, [site.layer.number for site in census.adapted]):
-        try:
-            with raise_on_every_rank(agreeing()):
-                yield
-        except BaseException:
-            for place, before in kept:
-                place.restore(before.values)
-            raise
+    try:
+        with unchanged_if_raised(objects, tensors, flags):
+            try:
+                with raise_on_every_rank(agreeing()):
+                    yield
+            except BaseException:
+                for place, before in kept:
+                    place.restore(before.values)
+                raise
+    except BaseException:
+        for site in census.adapted:
+            site.layer.number()
+        raise
 
 
 @contextmanager
 def unchanged_if_raised(
-    objects: Iterable[object],
-    values: Iterable[Tensor | None],
-    flags: Iterable[Tensor] = (),
-    then: Iterable[Callable[[], object]] = (),
+    objects: Iterable[object], tensors: Iterable[Tensor], flags: Iterable[Tensor] = ()
 ) -> Iterator[None]:
-    """If the block raises, restore objects as `Attributes` does, the data of tensors (``values``), and their flags.
-
-    ``then`` are functions to call afterwards.
-    """
-    before = Attributes(objects)
-    tensors = [each for each in values if each is not None]
+    """If the block raises, restore objects as `Attributes` does, the data and flags of tensors, and further flags."""
+    before, tensors = Attributes(objects), [*tensors]
     required_grad = [(each, each.requires_grad) for each in (*tensors, *flags)]
     data = [(each, each.data) for each in tensors if not is_lazy(each) and type(each.data) is Tensor]
     try:
@@ -229,8 +219,6 @@ def unchanged_if_raised(
                 tensor.data = own
         for tensor, flag in required_grad:
             set_requires_grad(tensor, flag)
-        for each in then:
-            each()
         raise
 
 
@@ -268,55 +256,41 @@ class Attributes:
             each.__dict__.clear()
             each.__dict__.update(attributes)
         for container, entries in zip(self._containers, self._entries, strict=True):
-            if _is_changed(container, entries):  # a dict that cannot change, as diffusers has, is not
+            if [*map(id, _flat(container))] != [*map(id, _flat(entries))]:  # what cannot change has not
                 container.clear()
                 if entries:
                     container.update(entries) if isinstance(container, dict) else container.extend(entries)
 
 
-def _is_changed(container: Any, entries: Any) -> bool:
-    """Whether a dict or a list has different entries than before, or a different order."""
-    if not entries or len(container) != len(entries):
-        return len(container) != len(entries or ())
-    if isinstance(container, dict):
-        container, entries = ([part for pair in each.items() for part in pair] for each in (container, entries))
-    return any(own is not was for own, was in zip(container, entries, strict=True))
+def _flat(entries: Any) -> tuple[Any, ...]:
+    return (*entries, *entries.values()) if isinstance(entries, dict) else tuple(entries or ())
 
 
-class Copies:
-    """What some modules hold in place of their parameters and buffers while their code is tried, so that none change.
+@contextmanager
+def holding_copies(
+    modules: Iterable[nn.Module], others: Iterable[object] = (), copy: Callable[[Tensor], Tensor] = torch.clone
+) -> Iterator[None]:
+    """Run a block that tries code of modules, which hold copies of their tensors in it, so that none change.
 
-    After a trial the modules and some other objects have their classes and attributes again, with the entries of
-    attributes that are dicts or lists, and random number generators are in the same state. Changes inside other
-    objects, such as a cache that a module holds, stay. So do values of tensors that cannot be copied, because they are
-    on the meta device or of a subclass.
+    After the block the modules, all inside of them, and some other objects have their classes and attributes again,
+    with the entries of attributes that are dicts or lists, and random number generators are in the same state. Changes
+    inside other objects, such as a cache that a module holds, stay. So do values of tensors that cannot be copied,
+    because they are on the meta device or of a subclass.
     """
-
-    def __init__(
-        self,
-        modules: Iterable[nn.Module],
-        others: Iterable[object] = (),
-        copy: Callable[[Tensor], Tensor] = torch.clone,
-    ) -> None:
-        """Note what modules, including all inside of them, and other objects have, without copying any tensor yet."""
-        inside = list({id(each): each for module in modules for each in module.modules()}.values())
-        tables: list[Any] = [table for each in inside for table in (each._parameters, each._buffers) if table]
-        held = {id(each): each for table in tables for each in table.values() if each is not None and not is_lazy(each)}
-        self._plain = {key: each for key, each in held.items() if type(each.data) is Tensor and not each.is_meta}
-        self._tables, self._before, self._copy = tables, Attributes((*inside, *others)), copy
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Run a block in which the modules hold copies, new ones each time."""
-        with _same_random_states(each.device for each in self._plain.values()):
-            try:
-                copies = {key: _copied(each, self._copy) for key, each in self._plain.items()}
-                for table in self._tables:
-                    for name, tensor in list(table.items()):
-                        table[name] = copies.get(id(tensor), tensor)
-                yield
-            finally:
-                self._before.restore()
+    inside = [*{id(each): each for module in modules for each in module.modules()}.values()]
+    before = Attributes((*inside, *others))
+    tables: list[Any] = [table for each in inside for table in (each._parameters, each._buffers) if table]
+    held = {id(each): each for table in tables for each in table.values() if each is not None and not is_lazy(each)}
+    plain = {key: each for key, each in held.items() if type(each.data) is Tensor and not each.is_meta}
+    with _same_random_states(each.device for each in plain.values()):
+        try:
+            copies = {key: _copied(each, copy) for key, each in plain.items()}
+            for table in tables:
+                for name, tensor in [*table.items()]:
+                    table[name] = copies.get(id(tensor), tensor)
+            yield
+        finally:
+            before.restore()
 
 
 def _copied(tensor: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
