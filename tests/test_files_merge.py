@@ -23,8 +23,9 @@ from randlora import files
 from randlora.__main__ import main
 from randlora.disk.formats import write_tensor_file
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError
-from randlora.files.model_directory import INDEX_FILE, copy_config, find_companions, read_model_directory
+from randlora.files.model_directory import INDEX_FILE, read_model_directory
 from randlora.files.save_merged import NAMES_IN_MEMORY
+from randlora.files.write_model import copy_config, find_companions
 from randlora.readers.experts import Experts
 from tests import model_directories, quantized
 from tests.checkpoint_files import read_tensors
@@ -332,7 +333,7 @@ def test_a_disk_that_is_full_leaves_nothing(
 
 # `save_merged`: the same files of a model in memory, which stays as it is
 
-WRITER = "randlora.files.save_merged.write_tensor_file"
+WRITER = "randlora.files.write_model.write_tensor_file"
 
 
 def adapted(model: nn.Module, **options: Any) -> Any:
@@ -458,9 +459,9 @@ def test_what_is_refused_leaves_nothing_and_nothing_is_written_over(tmp_path: Pa
 def test_at_most_the_tensors_of_one_file_are_held_and_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     held: list[int] = []
 
-    def counting(path: Path, planned: Any, metadata: Any) -> None:
+    def counting(path: Path, planned: Any, *others: Any) -> None:
         held.append(sum(each.nbytes for each in planned))
-        write_tensor_file(path, planned, metadata)
+        write_tensor_file(path, planned, *others)
 
     model = adapted(LLAMA.build())
     with mock.patch(WRITER, counting):

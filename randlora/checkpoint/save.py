@@ -30,7 +30,7 @@ from randlora.disk.replace import Files, staged_files
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types, shortly
 from randlora.model.engines import collective
-from randlora.model.save_guard import SaveGuard
+from randlora.model.save_guard import register_writer
 from randlora.model.train_also import moved_note, untrained_note
 from randlora.ranks import agree, agreeing, on_first_rank, run_collectives
 from randlora.report import as_bytes
@@ -307,16 +307,15 @@ def _push(root: Path, directories: Sequence[Path], hub: str) -> tuple[str, list[
     return upload(root, hub, files, message="Upload a RandLoRA adapter", generated=generated)
 
 
-def save_given(model: nn.Module, directory: Path, values: Mapping[str, Tensor]) -> SaveReport:
-    """Save the only adapter of a sharded model from gathered values. Only the process that has them calls this."""
+@register_writer
+def _save_only(model: nn.Module, directory: Path, values: Mapping[str, Tensor] | None) -> SaveReport:
+    """Save the only adapter of a model, or of a sharded one from gathered values, in the process that has them."""
+    if values is None:
+        return save(model, directory)
     held, doing = given_values(model, values), f"save to {str(directory)!r}"
     raise_collected(CheckpointError, held.problems, doing=doing)
     (report,) = _write_each([held], [directory], directory, hub=None, results=None, doing=doing)
     return report
-
-
-SaveGuard.write_adapter = staticmethod(save)
-SaveGuard.write_given = staticmethod(save_given)
 
 
 def _training_notes(held: AdapterToSave) -> list[str]:

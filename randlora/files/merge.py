@@ -16,23 +16,15 @@ import torch
 
 from randlora.checkpoint.read import AdapterFile, locate, named_base, read_adapter
 from randlora.config import Factor, Source, Sources, Stream
-from randlora.disk.formats import Planned, Shard, is_there, write_tensor_file
+from randlora.disk.formats import Planned, Shard, is_there
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected, spelled
 from randlora.files.adapter import out_problems
 from randlora.files.base_fit import open_base, read_base
 from randlora.files.changes import Changes, find_changes, naming
-from randlora.files.model_directory import (
-    INDEX_FILE,
-    MODEL_CONFIG_FILE,
-    WHOLE,
-    ModelDirectory,
-    copy_companion,
-    copy_config,
-    find_companions,
-    write_json,
-)
+from randlora.files.model_directory import INDEX_FILE, MODEL_CONFIG_FILE, WHOLE, ModelDirectory
+from randlora.files.write_model import ModelWriter, copy_companion, copy_config, find_companions, nbytes_of
 from randlora.hints import require_types
 from randlora.report import Progress, as_bytes, as_lines, no_progress, with_factor
 from randlora.targets.match import shortened
@@ -207,7 +199,7 @@ def _write(
     if others := _others(out, {*companions.carried, Path(INDEX_FILE)}):
         lost = f"{out} holds other files, which would be lost: {shortened(others)}"
         raise MergeError(f"cannot merge: {lost}; choose a different name")
-    nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
+    nbytes = sum(nbytes_of(tensors) for _, tensors in shards)
     needed = nbytes + sum((directory.path / path).stat().st_size for path in companions.carried)
     done = 0
 
@@ -216,14 +208,21 @@ def _write(
         done += count
         progress(done, nbytes, name)
 
+    index = directory.index
+    if index is not None and isinstance(metadata := index.get("metadata"), dict) and nbytes != directory.nbytes:
+        index = {**index, "metadata": {**metadata, "total_size": nbytes}}
     with new_directory(out, overwrite=overwrite) as scratch:
         if (free := shutil.disk_usage(scratch).free) < needed:
             room = f"it needs {as_bytes(needed)}, and {as_bytes(free)} are free"
             raise MergeError(f"cannot merge to {str(out)!r}: {room}")
+        writer = ModelWriter(scratch, wrote=wrote)
         for shard, tensors in shards:
-            write_tensor_file(scratch / shard.path.name, tensors, shard.metadata, wrote)
-        places = {tensor.name: shard.path.name for shard, tensors in shards for tensor in tensors}
-        _write_index(directory, places, nbytes, scratch)
+            for tensor in tensors:
+                writer.add(tensor)
+            writer.end_file(shard.metadata)
+        written = writer.finish([shard.path.name for shard, _ in shards], index)
+        if written is not None and written == directory.index:  # whose bytes stay
+            copy_companion(directory.path / INDEX_FILE, scratch / INDEX_FILE)
         for path in companions.carried:
             if path == Path(MODEL_CONFIG_FILE):
                 copy_config(directory.path / path, scratch / path, dtype, changes.trained_on)
@@ -243,17 +242,3 @@ def _others(out: Path, written: Collection[Path]) -> list[str]:
         for path in sorted(found)
         if path not in written and not (path.parent == Path() and path.match("model*.safetensors"))
     ]
-
-
-def _write_index(directory: ModelDirectory, places: Mapping[str, str], nbytes: int, scratch: Path) -> None:
-    """Write the index of a sharded checkpoint, with the file of every tensor that was written, and the new size."""
-    if directory.index is None:
-        return
-    index = {**directory.index, "weight_map": dict(sorted(places.items()))}
-    metadata = index.get("metadata")
-    if isinstance(metadata, dict) and nbytes != directory.nbytes:
-        index["metadata"] = {**metadata, "total_size": nbytes}
-    if index == directory.index:
-        copy_companion(directory.path / INDEX_FILE, scratch / INDEX_FILE)
-    else:
-        write_json(scratch / INDEX_FILE, index)

@@ -1,24 +1,19 @@
-"""A model's directory: the headers of its checkpoint, and the files without weights, which a merge copies."""
+"""A model's directory: its config, and the headers of its checkpoint."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.peft_config import CONFIG_FILE
-from randlora.disk.formats import Entry, Shard, is_there, open_regular, read_json, read_shard, require_regular, shard_of
+from randlora.disk.formats import Entry, Shard, is_there, read_json, read_shard, shard_of
 from randlora.disk.hub import is_on_hub, local_path, read_header
 from randlora.errors import CheckpointError, raise_collected
 from randlora.targets.match import shortened
@@ -34,18 +29,6 @@ HEADS = (MODEL_CONFIG_FILE, INDEX_FILE)
 WHOLE = ("model*.safetensors", "*.json", "*.jinja", "*.md", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*")
 """The files to download to merge into a model: weights in this format only, and the files around them."""
 
-WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
-    *(".ot", ".tflite", ".npz", ".mlmodel", ".pkl", ".index.json"),
-)
-"""Ends of the names of files with weights, or of their indexes."""
-
-LARGEST_CARRIED = 2**30
-"""The size above which a file is treated as weights in an unknown format."""
-
-BLOBS = "blobs"
-"""The directory beside the one of all snapshots to which links in the Hub's cache lead."""
-
 CODES = re.compile(
     r"(?P<weight>.+)\.(?:quant_state\.bitsandbytes__(?P<kind>.+)|(?:nested_)?(?:absmax|quant_map))"
     r"|(?P<module>.+)\.(?:SCB|weight_format)",
@@ -59,9 +42,6 @@ OTHER_CODES = {
     ".weight_packed": "compressed-tensors",
 }
 """Parts of tensor names that show a different quantization, and its name."""
-
-ADAPTER_PREFIX = "adapter_"
-DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,13 +122,13 @@ def read_model_directory(path: Path, repo_id: str | None = None) -> ModelDirecto
     """
     index, weight_map = None, {}
     if is_there(path / INDEX_FILE) and not is_there(path / SINGLE_FILE):
-        index = _read_json(path / INDEX_FILE)
+        index = read_object(path / INDEX_FILE)
         weight_map = _weight_map(path, index)
     elif repo_id is None and not is_there(path / SINGLE_FILE):
         raise CheckpointError(_what_is_there_instead(path))
     files = sorted(set(weight_map.values())) or [SINGLE_FILE]
     has_config = os.path.lexists(path / MODEL_CONFIG_FILE)  # a link that leads nowhere is no model without a config
-    config = _read_json(path / MODEL_CONFIG_FILE) if has_config else {}
+    config = read_object(path / MODEL_CONFIG_FILE) if has_config else {}
     shards, places = _read_shards(path, files, repo_id), dict[str, list[str]]()
     for shard in shards:
         for entry in shard.entries:
@@ -163,7 +143,8 @@ def read_model_directory(path: Path, repo_id: str | None = None) -> ModelDirecto
     return ModelDirectory(path, config, shards, index)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model, which need not be strict JSON."""
     try:
         content = read_json(path, is_lenient=True)
     except CheckpointError:
@@ -226,87 +207,3 @@ def _what_is_there_instead(path: Path) -> str:
             f"transformers and write it with save_pretrained; {expected}"
         )
     return f"{path} holds no weights: {expected}"
-
-
-@dataclass(frozen=True)
-class Companions:
-    """The files of a model's directory other than its checkpoint, as paths inside the directory.
-
-    Those ``left_out`` are weights in other formats, which are not merged, or as large as weights.
-    """
-
-    carried: tuple[Path, ...]
-    left_out: tuple[Path, ...]
-
-
-def find_companions(directory: ModelDirectory) -> Companions:
-    """Return the files of a model's directory that are not part of its checkpoint.
-
-    Hidden files and adapters in the directory are ignored. A pipe, a device, a broken link or a link to a file
-    elsewhere raises a `CheckpointError`.
-    """
-    own = {shard.path for shard in directory.shards} | {directory.path / INDEX_FILE}
-    root = Path(os.path.realpath(directory.path))
-    blobs = [parent / BLOBS for parent in [*root.parents][:2]]  # where the Hub's cache has all files
-    carried: list[Path] = []
-    left_out: list[Path] = []
-    problems = []
-    for path in _files(directory.path):
-        if path in own or path.name.startswith(ADAPTER_PREFIX):
-            continue
-        try:
-            is_weights = path.name.endswith(WEIGHT_SUFFIXES) or require_regular(path).st_size > LARGEST_CARRIED
-            # a directory from a stranger could point at secrets, which whoever publishes the output would publish
-            found = Path(os.path.realpath(path))
-            if not is_weights and root not in found.parents and found.parent not in blobs:
-                raise CheckpointError(f"{path} is a link to {found}, outside of the directory")
-        except (CheckpointError, OSError) as error:
-            problems.append(f"{error}, which would be copied: put a file in its place, or remove it")
-            continue
-        (left_out if is_weights else carried).append(path.relative_to(directory.path))
-    raise_collected(CheckpointError, problems, doing=f"copy the files of {str(directory.path)!r}")
-    return Companions(tuple(carried), tuple(left_out))
-
-
-def copy_companion(source: Path, destination: Path) -> None:
-    """Copy one file."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with open_regular(source) as read, destination.open("wb") as written:
-        shutil.copyfileobj(read, written)
-
-
-def copy_config(
-    source: Path, destination: Path, dtype: torch.dtype | None, trained_on: ModelClass | None = None
-) -> None:
-    """Copy ``config.json``, with a different dtype or class if one is given."""
-    if dtype is None and trained_on is None:
-        copy_companion(source, destination)
-        return
-    config = _read_json(source)
-    if trained_on is not None:
-        config = dict(sorted({**config, "architectures": [trained_on.name], **trained_on.config_fields}.items()))
-    write_json(destination, config if dtype is None else _with_dtype(config, dtype))
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file as transformers does."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _with_dtype(config: Any, dtype: torch.dtype) -> Any:
-    """Return a config with a different dtype in its fields and in the configs inside it."""
-    if not isinstance(config, dict):
-        return config
-    name = str(dtype).removeprefix("torch.")
-    return {
-        key: name if key in DTYPE_FIELDS and value is not None else _with_dtype(value, dtype)
-        for key, value in config.items()
-    }
-
-
-def _files(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        is_adapter = folder != os.fspath(root) and CONFIG_FILE in names
-        folders[:] = [] if is_adapter else sorted(name for name in folders if not name.startswith("."))
-        if not is_adapter:
-            yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))

@@ -1,8 +1,5 @@
 """`randlora.files.save_merged`: the merged model of an adapted one, written as a checkpoint, tensor by tensor.
 
-The model is not changed, and memory holds the tensors of one file. Where processes hold the model together, all gather
-each tensor, and the first of them computes merged weights from all their values, with the bits of one process.
-
 What ``save_pretrained`` of transformers would write is asked of objects that the model carries, and of modules that
 made it. Nothing is imported, and a model of another library has its tensors under the names of its state dict.
 """
@@ -12,9 +9,8 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,24 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.checkpoint.tensors import METADATA
-from randlora.disk.formats import TORCH_DTYPES, Planned, write_tensor_file
+from randlora.disk.formats import TORCH_DTYPES, Planned
 from randlora.disk.replace import new_directory
 from randlora.errors import ConfigError, MergeError
 from randlora.files.merge import FileMergeReport
-from randlora.files.model_directory import (
-    INDEX_FILE,
-    MODEL_CONFIG_FILE,
-    QUANTIZATION,
-    SINGLE_FILE,
-    copy_config,
-    write_json,
-)
+from randlora.files.model_directory import MODEL_CONFIG_FILE, QUANTIZATION, SINGLE_FILE
+from randlora.files.write_model import ModelWriter, copy_config
 from randlora.hints import require_types, shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import in_own_dtypes
 from randlora.model.engines import collective, is_first_copy
-from randlora.model.merged_tensors import MergedTensors, Share, buffers_beside, parameter_names
+from randlora.model.merged_tensors import MergedTensors, Share, quantized_site
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.places import own_class
 from randlora.ranks import on_first_rank
@@ -111,16 +100,14 @@ def save_merged(
     if not is_first_copy(model):
         return FileMergeReport(out, dict(factors), merged, (), 0, 0, dtype, ())
     with ExitStack() as stack:
-        files = _Files(limit, _not_written(tensors.census))
-        notes = on_first_rank(partial(_begin, tensors, out, files, stack))
-        share = Share.WHOLE if ranks is None or ranks.is_first else Share.NONE
-        for _ in tensors.each(files.add, share):
+        writing = _Writing(tensors, limit, stack)
+        notes = on_first_rank(partial(writing.begin, out))
+        for _ in tensors.each(writing.add, Share.WHOLE if ranks is None or ranks.is_first else Share.NONE):
             pass
 
         def end() -> FileMergeReport:
-            files.finish(tensors.census.size)
-            stack.close()  # the directory appears
-            return FileMergeReport(out, dict(factors), merged, (), len(files.names), files.nbytes, dtype, notes)
+            shards, nbytes = writing.end()
+            return FileMergeReport(out, dict(factors), merged, (), shards, nbytes, dtype, notes)
 
         return on_first_rank(end)
 
@@ -136,36 +123,30 @@ def _bytes_of(size: int | str) -> int:
     return found
 
 
-def _begin(tensors: MergedTensors, out: Path, files: _Files, stack: ExitStack) -> tuple[str, ...]:
-    """Open the directory, write the config into it, and return notes."""
-    if os.path.lexists(out):
-        raise MergeError(f"cannot {DOING}: {out} exists: choose a different name, or remove it")
-    files.directory = stack.enter_context(new_directory(out))
-    files.saved, notes = _saved_as(tensors.census)
-    notes += _write_config(tensors.census.model, files.directory, tensors.dtype)
-    state, census = tensors.state, Census.of(tensors.root)
-    active = [adapter for adapter in state.adapters.values() if adapter.is_active]
-    notes += untrained_notes(census, state, active)
-    notes += moved_note(census, state, active, "the files have them as they are now, and no file of the adapter")
-    return tuple(notes)
+class _Writing:
+    """The writing of a merged model, in the process that writes."""
 
+    saved: Saved
+    writer: ModelWriter
 
-@dataclass
-class _Files:
-    """The files of a checkpoint in a directory, each written when it has as many bytes as the limit.
+    def __init__(self, tensors: MergedTensors, limit: int, stack: ExitStack) -> None:
+        """The directory appears when the stack is closed without an error."""
+        self.tensors, self.limit, self.stack = tensors, limit, stack
+        self.left_out = _not_written(tensors.census)
 
-    Entries in ``left_out`` are not written. ``held`` are the tensors of the next file, and ``names`` those of each file
-    written, which have ``nbytes``.
-    """
-
-    limit: int
-    left_out: Collection[str]
-    saved: Saved = field(init=False)
-    directory: Path = field(init=False)
-    held: dict[str, Tensor] = field(default_factory=dict)
-    names: list[list[str]] = field(default_factory=list)
-    nbytes: int = 0
-    waiting: int = 0
+    def begin(self, out: Path) -> tuple[str, ...]:
+        """Open the directory, write the config into it, and return notes."""
+        if os.path.lexists(out):
+            raise MergeError(f"cannot {DOING}: {out} exists: choose a different name, or remove it")
+        tensors = self.tensors
+        self.writer = ModelWriter(self.stack.enter_context(new_directory(out)), self.limit)
+        self.saved, notes = _saved_as(tensors)
+        notes += _write_config(tensors.census.model, self.writer.directory, tensors.dtype)
+        state, census = tensors.state, Census.of(tensors.root)
+        active = [adapter for adapter in state.adapters.values() if adapter.is_active]
+        notes += untrained_notes(census, state, active)
+        notes += moved_note(census, state, active, "the files have them as they are now, and no file of the adapter")
+        return tuple(notes)
 
     def add(self, fqn: str, tensor: Tensor) -> None:
         """Take an entry of the state dict."""
@@ -173,31 +154,21 @@ class _Files:
             return
         if tensor.dtype not in TORCH_DTYPES.values():
             raise MergeError(f"cannot {DOING}: {fqn} has {tensor.dtype}, which safetensors files do not hold")
-        for name, part in self.saved(fqn, tensor.detach().to("cpu")).items():
-            if self.held and self.waiting + part.nbytes > self.limit:
-                self._write()
-            self.held[name] = part
-            self.waiting += part.nbytes
+        for part in self.saved(fqn, tensor.detach().to("cpu")).items():
+            self.writer.add(Planned.whole(*part))
 
-    def finish(self, parameters: int) -> None:
-        """Write the last file, give all their names, and write an index if there are several."""
-        self._write()
-        count = len(self.names)
-        files = [f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
-        files = files if count > 1 else [SINGLE_FILE]
-        for index, file in enumerate(files):
-            (self.directory / f"{index}.unnamed").rename(self.directory / file)
-        if count > 1:
-            places = {name: file for file, names in zip(files, self.names, strict=True) for name in names}
-            metadata = {"total_parameters": parameters, "total_size": self.nbytes}
-            write_json(self.directory / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(places.items()))})
-
-    def _write(self) -> None:
-        path = self.directory / f"{len(self.names)}.unnamed"  # until it is known how many there are
-        write_tensor_file(path, [Planned.whole(*each) for each in self.held.items()], METADATA)
-        self.names.append([*self.held])
-        self.nbytes += self.waiting
-        self.held, self.waiting = {}, 0
+    def end(self) -> tuple[int, int]:
+        """Write what is left and the index, and return how many files there are and the size of their tensors."""
+        writer = self.writer
+        writer.end_file()
+        count, parameters = len(writer.files), self.tensors.census.size
+        if count == 1:
+            writer.finish([SINGLE_FILE], None)
+        else:
+            names = [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
+            writer.finish(names, {"metadata": {"total_parameters": parameters, "total_size": writer.nbytes}})
+        self.stack.close()
+        return count, writer.nbytes
 
 
 def _not_written(census: Census) -> set[str]:
@@ -229,20 +200,20 @@ def _write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) 
     return []
 
 
-def _saved_as(census: Census) -> tuple[Saved, list[str]]:
+def _saved_as(tensors: MergedTensors) -> tuple[Saved, list[str]]:
     """Return what writes an entry under transformers' names, and notes.
 
     What transformers makes of all entries together is watched on the meta device. If it makes the same of each alone,
     entries are converted one by one; else all keep the names in memory, which ``from_pretrained`` reads too.
     """
-    model, transposed = census.model, _transposed(census)
+    model, transposed = tensors.census.model, _transposed(tensors.census)
     itself: Saved = lambda fqn, tensor: {fqn: tensor.T if fqn in transposed else tensor}  # noqa: E731
     modeling, loading = (sys.modules.get(f"transformers.{name}") for name in ("modeling_utils", "core_model_loading"))
     undo: Any = getattr(loading, "revert_weight_conversion", None)
     kind = getattr(modeling, "PreTrainedModel", ())
     if undo is None or not isinstance(model, kind):
         return itself, []
-    entries = dict(_on_meta(census))
+    entries = _on_meta(tensors)
     try:
         together = _shapes(undo(model, dict(entries)))
         alone = {fqn: _shapes(undo(model, {fqn: entry})) for fqn, entry in entries.items()}
@@ -262,21 +233,20 @@ def _transposed(census: Census) -> set[str]:
     return {f"{prefix}weight" for prefix, source in sources.items() if source is not None and issubclass(source, kind)}
 
 
-def _on_meta(census: Census) -> Iterator[tuple[str, Tensor]]:
-    """Yield the entries of the state dict as tensors without values, whole and dequantized."""
-    without = _not_written(census)
-    for prefix, module in census.prefixed:
-        held = {name: module._parameters.get(name) for name in parameter_names(census, module)}
-        for attribute, tensor in (*held.items(), *buffers_beside(census, module)):
-            if f"{prefix}{attribute}" not in without:
-                site = census.sites_by_key.get((id(module), "weight"))
-                if site is not None and site.layer_class.is_quantized and attribute in ("weight", "bias"):
-                    shape = site.shape if attribute == "weight" else site.shape[:1]
-                else:
-                    assert tensor is not None, "it is named"
-                    shape = whole_shape(tensor)
-                dtype = torch.float32 if tensor is None else tensor.dtype
-                yield f"{prefix}{attribute}", torch.empty(shape, dtype=dtype, device="meta")
+def _on_meta(tensors: MergedTensors) -> dict[str, Tensor]:
+    """Return the entries of the state dict that are written as tensors without values, whole and dequantized."""
+    left_out, found = _not_written(tensors.census), {}
+    for fqn, module, attribute in tensors.entries:
+        tensor = module._parameters.get(attribute, module._buffers.get(attribute))
+        if (site := quantized_site(tensors.census, module)) is not None:
+            shape = site.shape if attribute == "weight" else site.shape[:1]
+        else:
+            assert tensor is not None, "it is an entry"
+            shape = whole_shape(tensor)
+        if fqn not in left_out:
+            dtype = torch.float32 if tensor is None else tensor.dtype
+            found[fqn] = torch.empty(shape, dtype=dtype, device="meta")
+    return found
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -81,25 +81,62 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
     return found.each(lambda fqn, tensor: (fqn, tensor), Share.PART)
 
 
+class Entry(NamedTuple):
+    """One entry of the state dict: a parameter or buffer of a module."""
+
+    fqn: str
+    module: nn.Module
+    attribute: str
+
+
+def _entries(census: Census) -> list[Entry]:
+    """Return the entries of a model in the order of its state dict, where a quantized layer counts as a plain one."""
+    entries = []
+    for prefix, module in census.prefixed:
+        if (site := quantized_site(census, module)) is not None:  # its codes may have other names
+            names = ["weight"] if site.layer_class.bias_of(module) is None else ["weight", "bias"]
+        else:
+            names = [name for name, parameter in module._parameters.items() if parameter is not None]
+            names += [name for name, _ in saved_buffers(module)]
+        entries += [Entry(f"{prefix}{name}", module, name) for name in names]
+    return entries
+
+
+def quantized_site(census: Census, module: nn.Module) -> Site | None:
+    """Return the site of a module whose weight is quantized, else ``None``."""
+    site = census.sites_by_key.get((id(module), "weight"))
+    return site if site is not None and site.layer_class.is_quantized else None
+
+
+class Share(Enum):
+    """What a process does for a merged weight that is sharded. All processes take part in gathering.
+
+    Attributes:
+        PART: Computes its own part; then all parts are gathered. Computing in parts may round differently.
+        WHOLE: Computes the whole weight from gathered values, with the same bits as on one process.
+        NONE: Computes nothing, and drops the gathered values.
+    """
+
+    PART = "part"
+    WHOLE = "whole"
+    NONE = "none"
+
+
 @dataclass(frozen=True, eq=False)
 class MergedTensors:
     """The tensors of a merged model, checked but not computed yet.
 
-    Attributes:
-        root: The module that has the adapters.
-        state: Its state.
-        census: The model given, without wrappers around it.
-        ranks: The processes that together hold it, all of which iterate; ``None`` if each holds all of it.
-        entries: The entries to yield.
-        dtype: The dtype of all floating tensors, or ``None``.
+    ``root`` is the module that has the adapters, and ``census`` is of the model given, without wrappers around it. All
+    of ``ranks`` iterate, the processes that together hold it. ``dtype`` is the dtype of all floating tensors.
     """
 
     root: nn.Module
     state: ModelState
     census: Census
     ranks: Ranks | None
-    entries: tuple[MergedEntry, ...]
+    entries: list[Entry]
     dtype: torch.dtype | None
+    into: Into
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None, *, doing: str) -> MergedTensors:
@@ -110,9 +147,9 @@ class MergedTensors:
             if (problem := why_incomplete(model)) is not None:
                 raise MergeError(f"cannot {doing}: {problem}")
             _require_mergeable(view.census, state, doing)
-            entries = tuple(entries_of(census, state, Into("dequantize", dtype or model_dtype(census))))
             raise_collected(MergeError, _value_problems(census, state), doing=doing)
-        return cls(root, state, census, agreeing(), entries, dtype)
+            into = Into("dequantize", dtype or model_dtype(census))
+            return cls(root, state, census, agreeing(), _entries(census), dtype, into)
 
     def each(self, take: Callable[[str, Tensor], Result], share: Share) -> Iterator[Result]:
         """Compute one value after the other, keep none, and yield the result of a function for each.
@@ -136,8 +173,8 @@ class MergedTensors:
             while taken:
                 yield taken.pop()
 
-    def _taken(self, entry: MergedEntry, take: Callable[[str, Tensor], Result], share: Share) -> list[Result]:
-        found = entry.read(share)
+    def _taken(self, entry: Entry, take: Callable[[str, Tensor], Result], share: Share) -> list[Result]:
+        found = self._value(entry, share)
         if found is None or share is Share.NONE:
             return []
         is_cast = self.dtype is not None and found.is_floating_point()
@@ -146,6 +183,67 @@ class MergedTensors:
     def _as_now(self) -> tuple[object, ...]:
         state = self.state
         return self.root.__dict__.get(ATTRIBUTE), state.active, dict(state.merged), state.is_disabled
+
+    def _value(self, entry: Entry, share: Share) -> Tensor | None:
+        """Return a value in the dtype that its module computes with, or ``None`` if a different process computes it."""
+        fqn, module, attribute = entry
+        site, quantized = self.census.sites_by_key.get((id(module), attribute)), quantized_site(self.census, module)
+        if site is not None and (site.adapter_layer is not None or site.layer_class.is_quantized):
+            value = self._weight(fqn, site, share)
+        elif quantized is not None and attribute == "bias":
+            value = self._bias(quantized)
+        else:
+            value = _held(module, attribute)
+        return None if value is None else cast(module, attribute, value)
+
+    def _weight(self, fqn: str, site: Site, share: Share) -> Tensor | None:
+        """Return a weight plus the updates of the active adapters, dequantized."""
+        layer, owner = self._layer(site), site.owner
+        if not self.state.is_merged and (factors := layer.factors(self.state.active)):
+            if share is Share.PART or (layer.is_quantized and share is Share.WHOLE):
+                return require_finite(fqn, self._from_parts(layer, owner, factors))
+            if layer.is_quantized:  # every process has all codes
+                layer.whole_updates(owner, factors)
+                return None
+            updates, own = run_collectives([
+                partial(layer.whole_updates, owner, factors),
+                partial(_held, owner, layer.attribute),
+            ])
+            return None if share is Share.NONE else require_finite(fqn, layer.with_updates(own, updates))
+        if layer.is_quantized and plain_class(owner) is not nn.Linear:  # which a merge may make it
+            return layer.written_out(owner).to(self._plain_dtype(layer, owner))
+        return _held(owner, layer.attribute)
+
+    def _from_parts(self, layer: AdapterLayer, owner: nn.Module, factors: dict[str, float]) -> Tensor:
+        """Return a merged weight; each process computes the part that it holds."""
+        place, merged = layer.place_in(owner), layer.merged(owner, factors, self.into).weight
+        if place.part is None:
+            return merged
+        stored = place.stored(merged)
+        assert stored is not None, "it is a part of the weight"
+        agree()  # or the others would wait for this process's part
+        return whole(stored)
+
+    def _bias(self, site: Site) -> Tensor:
+        """Return the bias of a quantized layer in the dtype of its dequantized weight."""
+        layer = self._layer(site)
+        bias = _held(site.owner, "bias") if "bias" in site.owner._parameters else layer.bias_of(site.owner)
+        assert bias is not None, "it is an entry"
+        return bias if plain_class(site.owner) is nn.Linear else bias.to(self._plain_dtype(layer, site.owner))
+
+    def _layer(self, site: Site) -> AdapterLayer:
+        return site.adapter_layer or site.layer_class(site.owner, self.state)
+
+    def _plain_dtype(self, layer: AdapterLayer, owner: nn.Module) -> torch.dtype:
+        return self.into.dtype or layer.compute_dtype(owner) or torch.float32
+
+
+def _held(module: nn.Module, attribute: str) -> Tensor:
+    """Return the value of a parameter or buffer, wherever it is."""
+    tensors: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
+    values = place_of(module, attribute).whole().detach()
+    # the memory of what is whole only inside a block is freed as the block ends
+    return values if whole_only_inside(tensors[attribute]) is None else values.clone()
 
 
 def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
@@ -205,131 +303,3 @@ def _unreadable(module: nn.Module) -> str:
 def _is_here(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
     """Whether a parameter or buffer has values, wherever they are."""
     return not is_lazy(tensor) and place_of(module, attribute).is_complete
-
-
-class Share(Enum):
-    """What a process does for a merged weight that is sharded. All processes take part in gathering.
-
-    Attributes:
-        PART: Computes its own part; then all parts are gathered. Computing in parts may round differently.
-        WHOLE: Computes the whole weight from gathered values, with the same bits as on one process.
-        NONE: Computes nothing, and drops the gathered values.
-    """
-
-    PART = "part"
-    WHOLE = "whole"
-    NONE = "none"
-
-
-class MergedEntry(NamedTuple):
-    """One entry of the state dict, and a function that returns its current value, or ``None`` if not computed."""
-
-    fqn: str
-    read: Callable[[Share], Tensor | None]
-
-
-def entries_of(census: Census, state: ModelState, into: Into) -> Iterator[MergedEntry]:
-    """Yield the entries of a model in the order of its state dict."""
-    for prefix, module in census.prefixed:
-        for attribute in (*parameter_names(census, module), *dict(buffers_beside(census, module))):
-            fqn = f"{prefix}{attribute}"
-            yield MergedEntry(fqn, partial(_value, census, module, attribute, fqn, state, into))
-
-
-def parameter_names(census: Census, module: nn.Module) -> list[str]:
-    """Return the names of a module's parameters, or of those of the plain layer that a quantized one stands for."""
-    if (kind := _quantized_as(census, module)) is not None:  # its codes may have other names
-        return ["weight"] if kind.bias_of(module) is None else ["weight", "bias"]
-    return [name for name, parameter in module._parameters.items() if parameter is not None]
-
-
-def buffers_beside(census: Census, module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Return the buffers that a state dict has, of a plain layer none: the buffers of a quantized one are its codes."""
-    return saved_buffers(module) if _quantized_as(census, module) is None else ()
-
-
-def _quantized_as(census: Census, module: nn.Module) -> type[AdapterLayer] | None:
-    site = census.sites_by_key.get((id(module), "weight"))
-    return site.layer_class if site is not None and site.layer_class.is_quantized else None
-
-
-def _value(
-    census: Census, module: nn.Module, attribute: str, fqn: str, state: ModelState, into: Into, share: Share
-) -> Tensor | None:
-    """Return the value of one parameter or buffer now, in the dtype that its module computes with."""
-    site = census.sites_by_key.get((id(module), attribute))
-    beside = census.sites_by_key.get((id(module), "weight")) if attribute == "bias" else None
-    if site is not None and (site.adapter_layer is not None or site.layer_class.is_quantized):
-        value = _weight(fqn, site, state, into, share)
-    elif beside is not None and beside.layer_class.is_quantized:
-        value = _bias(beside, state, into)
-    else:
-        value = _held(module, attribute)
-    return None if value is None else cast(module, attribute, value)
-
-
-def _weight(fqn: str, site: Site, state: ModelState, into: Into, share: Share) -> Tensor | None:
-    """Return a weight plus the updates of the active adapters, dequantized."""
-    layer = _layer(site, state)
-    if not state.is_merged and (factors := layer.factors(state.active)):
-        if share is Share.NONE:
-            run_collectives(partial(_dropped, each) for each in _gathered_for(layer, site.owner, factors))
-            return None
-        if share is Share.PART or layer.is_quantized:
-            return require_finite(fqn, _from_parts(layer, site.owner, factors, into))
-        updates, own = run_collectives([
-            partial(layer.whole_updates, site.owner, factors),
-            partial(_held, site.owner, layer.attribute),
-        ])
-        return require_finite(fqn, layer.with_updates(own, updates))
-    if layer.is_quantized and plain_class(site.owner) is not nn.Linear:  # which a merge may make it
-        return layer.written_out(site.owner).to(_plain_dtype(layer, site.owner, into))
-    return _held(site.owner, layer.attribute)
-
-
-def _from_parts(layer: AdapterLayer, owner: nn.Module, factors: dict[str, float], into: Into) -> Tensor:
-    """Return a merged weight; each process computes the part that it holds."""
-    place = layer.place_in(owner)
-    if place.part is None:
-        return layer.merged(owner, factors, into).weight
-    stored = place.stored(layer.merged(owner, factors, into).weight)
-    assert stored is not None, "it is a part of the weight"
-    agree()  # or the others would wait for this process's part
-    return whole(stored)
-
-
-def _gathered_for(layer: AdapterLayer, owner: nn.Module, factors: dict[str, float]) -> Iterator[Tensor]:
-    """Yield what `_weight` gathers to compute all of a weight, in its order."""
-    for update in layer.updates(owner, factors):
-        yield from (update.lam, update.gamma)
-    if not layer.is_quantized and (weight := layer.find_weight(owner)) is not None:
-        yield weight
-
-
-def _dropped(parameter: Tensor) -> None:
-    """Gather all values and return none, as what takes part in several gathers holds what each returns."""
-    whole(parameter)
-
-
-def _bias(site: Site, state: ModelState, into: Into) -> Tensor:
-    """Return the bias of a quantized layer in the dtype of its dequantized weight."""
-    layer = _layer(site, state)
-    bias = _held(site.owner, "bias") if "bias" in site.owner._parameters else layer.bias_of(site.owner)
-    assert bias is not None, "entries_of() asks for a bias"
-    return bias if plain_class(site.owner) is nn.Linear else bias.to(_plain_dtype(layer, site.owner, into))
-
-
-def _layer(site: Site, state: ModelState) -> AdapterLayer:
-    return site.adapter_layer or site.layer_class(site.owner, state)
-
-
-def _plain_dtype(layer: AdapterLayer, owner: nn.Module, into: Into) -> torch.dtype:
-    return into.dtype or layer.compute_dtype(owner) or torch.float32
-
-
-def _held(module: nn.Module, attribute: str) -> Tensor:
-    """Return the value of a parameter or buffer, wherever it is."""
-    tensors: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
-    values = place_of(module, attribute).whole().detach()
-    # the memory of what is whole only inside a block is freed as the block ends
-    return values if whole_only_inside(tensors[attribute]) is None else values.clone()

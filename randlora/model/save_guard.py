@@ -1,8 +1,7 @@
 """What ``save_pretrained`` of an adapted model does: it writes the adapter or refuses, and never the wrong model.
 
-A library's own ``save_pretrained`` would write the base weights, which load as the model without its adapters, and Λ
-and Γ under names that the library does not read. The method is found by its name, on the model and on every module in
-it that contains an adapted one. While the adapters are merged, it writes the merged model.
+A library's own method, found by its name, would write the base weights, which load as the model without its adapters.
+While the adapters are merged, it writes the merged model.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,17 +36,23 @@ DIAGONAL = "randlora_"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 """The name of a checkpoint's directory from transformers' `Trainer`."""
 
+Writer = Callable[[nn.Module, Path, Mapping[str, Any] | None], object]
+"""Saves the only adapter of a model to a directory, from a state dict if other processes hold parts of its values."""
+
+_writers: list[Writer] = []
+
+
+def register_writer(writer: Writer) -> Writer:
+    """Register what saves an adapter; a decorator. It is in a room above this one."""
+    _writers.append(writer)
+    return writer
+
+
 INSTEAD = "call randlora.save(model, directory), or for the merged model randlora.files.save_merged(model, directory)"
 
 
 class SaveGuard:
-    """Replaces a method of a module while it has adapters.
-
-    It does not keep the module alive. A copy of the model gets its own guard.
-    """
-
-    write_adapter: ClassVar[Callable[..., object]]  # set by `checkpoint.save`, which is above this room
-    write_given: ClassVar[Callable[..., object]]
+    """Replaces a method of a module, which it does not keep alive, while it has adapters."""
 
     def __init__(self, name: str, module: nn.Module, root: nn.Module | None, own: Callable[..., Any] | None) -> None:
         """Guard the method of a module in an adapted model, which may be unknown, or what it has in its place."""
@@ -75,8 +80,13 @@ class SaveGuard:
                     "not merged: merge it too, or unmerge all"
                 )
             raise_collected(MergeError, replaced_problems(state), doing=self.name)
-            self._require_merged(kwargs.get("state_dict"))
-            if kwargs.get("state_dict") is None and is_held_together(root) and not _gathers(module):
+            values = kwargs.get("state_dict")
+            if any(DIAGONAL in name for name in values or ()):  # it was taken of a merged model, without this guard
+                raise MergeError(
+                    f"{self.name} was given a state_dict with Λ and Γ beside the weights of the base: leave it out or "
+                    "give dict(randlora.merged_tensors(model))"
+                )
+            if values is None and is_held_together(root) and not _gathers(module):
                 raise MergeError(
                     f"{self.name} would write what this process holds of a sharded model: call "
                     "randlora.files.save_merged(model, directory) in all processes"
@@ -103,14 +113,6 @@ class SaveGuard:
         assert callable(found), "only methods are guarded"
         return found
 
-    def _require_merged(self, given: Mapping[str, Any] | None) -> None:
-        """Refuse a state dict that was taken of a merged model, which has what unmerging restores."""
-        if any(DIAGONAL in name for name in given or ()):
-            raise MergeError(
-                f"{self.name} was given a state_dict with Λ and Γ beside the weights of the base: leave it out or give "
-                "dict(randlora.merged_tensors(model))"
-            )
-
     def _save_adapter(
         self, module: nn.Module, root: nn.Module, state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -133,34 +135,31 @@ class SaveGuard:
         is_alone = values is not None or ("state_dict" in kwargs and not _gathers(module))
         if not kwargs.get("is_main_process", True) and (is_alone or not is_shared):
             return
+        is_checkpoint = CHECKPOINT.fullmatch(Path(given[0]).name) is not None
         if values is not None and not values and is_held_together(root, is_written=True):
             # a Trainer does this in one process, so neither values can be gathered nor an error raised
-            place = "a checkpoint" if CHECKPOINT.fullmatch(Path(given[0]).name) else repr(str(given[0]))
             warn(
-                f"{self.name} wrote no adapter to {place}, because its state_dict is empty, as transformers' Trainer "
-                "gives it with DeepSpeed's ZeRO-3: set stage3_gather_16bit_weights_on_model_save to true in "
-                "zero_optimization, use AdapterTrainer of randlora.integrations.transformers, or call "
-                "randlora.save(model, directory) in all processes"
+                f"{self.name} wrote no adapter to {'a checkpoint' if is_checkpoint else repr(str(given[0]))}, because "
+                "its state_dict is empty, as transformers' Trainer gives it with DeepSpeed's ZeRO-3: set "
+                "stage3_gather_16bit_weights_on_model_save to true in zero_optimization, use AdapterTrainer of "
+                "randlora.integrations.transformers, or call randlora.save(model, directory) in all processes"
             )
             return
-        if is_shared and values is not None:  # that one process gathered, which may call alone
-            type(self).write_given(root, Path(given[0]), values)
-        else:
+        if not is_shared:
             _require_own_values(module, values)
-            type(self).write_adapter(root, Path(given[0]))
-        is_stock = values is None and "is_main_process" in kwargs  # engines have checkpoints that resume
-        if is_stock and CHECKPOINT.fullmatch(Path(given[0]).name):
+        (write,) = _writers
+        write(root, Path(given[0]), values if is_shared else None)
+        if is_checkpoint and values is None and "is_main_process" in kwargs:  # engines have checkpoints that resume
             warn(  # the same words each time, so that Python shows them once
                 f"{self.name} wrote the adapter into a checkpoint of transformers' Trainer, which can neither resume "
                 "from it nor load the best checkpoint at the end: use AdapterTrainer of "
                 "randlora.integrations.transformers, or put AdapterCheckpoints first among the bases of the trainer"
             )
         elif state.save_pretrained is None:
-            (name,) = state.adapters
             warn(
-                f"{self.name} wrote adapter {name!r} to {str(given[0])!r}, not the model: for that, call "
-                "randlora.files.save_merged(model, directory). inject and load take save_pretrained='adapter', which "
-                "does not warn, or 'error'"
+                f"{self.name} wrote adapter {next(iter(state.adapters))!r} to {str(given[0])!r}, not the model: for "
+                "that, call randlora.files.save_merged(model, directory). inject and load take "
+                "save_pretrained='adapter', which does not warn, or 'error'"
             )
 
 
