@@ -44,7 +44,11 @@ def on_command_line() -> Iterator[None]:
 
 
 class RandLoRAError(Exception):
-    """Base class of the exceptions of this library."""
+    """Base class of the exceptions of this library. Of several problems, each is an argument after the first line."""
+
+    def __str__(self) -> str:
+        """Return the message, with each of several problems on its own line. Line breaks in names are escaped."""
+        return "\n  - ".join(str(text).replace("\n", r"\n") for text in self.args)
 
 
 class ConfigError(RandLoRAError, ValueError):
@@ -81,10 +85,8 @@ def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doin
     if len(problems) == 1:
         raise error(f"cannot {doing}: {problems[0]}")
     shown = OPTIONS_SHOWN if issubclass(error, ConfigError) else SHOWN
-    lines = [f"cannot {doing}, {len(problems)} problems:", *(f"  - {problem}" for problem in problems[:shown])]
-    if len(problems) > shown:
-        lines.append(f"  - and {len(problems) - shown} more")
-    raise error("\n".join(lines))
+    more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
+    raise error(f"cannot {doing}, {len(problems)} problems:", *problems[:shown], *more)
 
 
 def warn(message: str) -> None:

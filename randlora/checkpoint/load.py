@@ -68,7 +68,7 @@ def read_source(
             raise CheckpointError(f"it has no revision, subfolder or stream, got {given[0]!r}")
         return Found(file_of(source), where, f"the names in {rule}")
     except CheckpointError as error:
-        raise CheckpointError(f"cannot load {where}: {error}") from error
+        raise CheckpointError(f"cannot load {where}: {error.args[0]}", *error.args[1:]) from error
 
 
 IN_ROOT = "default"
@@ -189,7 +189,7 @@ def load_all(
     try:
         directories = adapters_in(local_path(source, revision, files, are_patterns=True))
     except CheckpointError as error:
-        raise CheckpointError(f"cannot load {str(source)!r}: {error}") from error
+        raise CheckpointError(f"cannot load {str(source)!r}: {error.args[0]}", *error.args[1:]) from error
     chosen = list(dict.fromkeys(directories if names is None else names))
     problems = [
         f"there is no adapter named {name!r}; the nearest are {nearest_names(name, directories)}"
@@ -242,7 +242,7 @@ def added(view: View, found: Found, options: Options) -> Report:
         with without_modes():
             file, bases = file_bases(file, by_rank(shapes, file.options), state.bank, census.shapes)
     except CheckpointError as error:
-        raise CheckpointError(f"cannot load {found.where}: {error}") from error
+        raise CheckpointError(f"cannot load {found.where}: {error.args[0]}", *error.args[1:]) from error
     doubts = warn_of_doubts(census.model, file)
     rule = f"{found.rule}, {file.renaming}" if file.renaming else found.rule
     layer_options = {fqn: file.options[fqn] for fqn in shapes}
@@ -388,7 +388,7 @@ def _planned(
         file = with_prefix(found.file, prefix, census.sites_by_fqn, parameter_names(census))
         file = without_repeats(census, file)
     except CheckpointError as error:
-        raise CheckpointError(f"cannot {doing}: {error}") from error
+        raise CheckpointError(f"cannot {doing}: {error.args[0]}", *error.args[1:]) from error
     if file.header is None:
         raise CheckpointError(f"cannot {doing}: randlora.save did not write these files: call randlora.load")
     others = _differences(adapter, file, file.header, shapes_of(sites, adapter.config))

@@ -212,7 +212,7 @@ def from_peft_fields(
     try:
         return RandLoRAConfig(**values)
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"the adapter's JSON has invalid options: {error}") from error
+        raise CheckpointError(f"the adapter's JSON has invalid options: {error.args[0]}", *error.args[1:]) from error
 
 
 def peft_kind(fields: Mapping[str, Any]) -> BasisKind:

@@ -262,7 +262,7 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"cannot merge {name!r}: {error}") from error
+        raise CheckpointError(f"cannot merge {name!r}: {error.args[0]}", *error.args[1:]) from error
 
 
 def _require_complete(base: Base, added: Collection[str]) -> None:
