@@ -175,6 +175,11 @@ def test_every_layout_of_pefts_bases_reads_the_same(
     assert basis_of(twin).spec == basis_of(model).spec or key
     assert all_bits(adapter_values(twin)) == all_bits(adapter_values(model))
     assert torch.equal(LINEAR.output(twin), LINEAR.output(model))
+    if copies:  # of which none may differ in a bit, or in dtype
+        last = f"{PREFIX}{copies[-1]}.{BASIS_B.rpartition('.')[2]}"
+        for other in (bases[BASIS_B].nextafter(bases[BASIS_B] + 1), bases[BASIS_B].double()):
+            edit_tensors(tmp_path, {BASIS_B: bases[BASIS_B], last: other})
+            refused(LINEAR.build(), tmp_path, f"copies of {BASIS_B} that differ")
     written = read_fields(tmp_path)["randlora_alpha"]
     assert (written, type(written)) == (alpha, int if alpha == int(alpha) else float)
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from io import FileIO
 from itertools import combinations, count, product
 from pathlib import Path
 from random import random
@@ -426,22 +425,6 @@ def test_every_tensor_is_read_and_written_as_safetensors_does(
     assert sum(wrote) == sum(tensor.nbytes for tensor in held.values())
 
 
-@given(tensors(), st.data())
-def test_a_copy_is_told_from_what_differs_in_one_bit_or_in_kind(tensor: Tensor, data: st.DataObject) -> None:
-    changed, six = tensor.clone(), torch.arange(6)
-    if tensor.nbytes:
-        bits = [1] if tensor.dtype == torch.bool else [1 << bit for bit in range(8)]
-        bytes_of(changed)[data.draw(st.integers(0, tensor.nbytes - 1))] ^= data.draw(st.sampled_from(bits))
-    pairs = [(tensor, tensor.clone(), True), (tensor, changed, not tensor.nbytes)]
-    others = six.view(torch.float64), six.reshape(2, 3), torch.arange(5), torch.arange(7)
-    for first, second, same in [*pairs, *((six, other.clone(), False) for other in others)]:
-        with tempfile.TemporaryDirectory() as directory:
-            save_file({"a": first, "b": second}, Path(directory, "file"))
-            with open_shard(Path(directory, "file")) as (shard, raw):
-                entries = {entry.name: entry for entry in shard.entries}
-                assert formats.is_equal(entries["b"], read_tensor(entries["a"], raw), raw) == same
-
-
 def test_tensors_are_read_in_pieces_into_new_memory_and_written_one_after_the_other(tmp_path: Path) -> None:
     """Aligned, also after the file is gone; a file that shrinks meanwhile is refused."""
     path, tensor, asked = tmp_path / "file", torch.randn(3, formats.PIECE_BYTES // 4 + 1), list[str]()
@@ -463,7 +446,7 @@ def test_tensors_are_read_in_pieces_into_new_memory_and_written_one_after_the_ot
     plans = [Planned(name, torch.float32, (2,), partial(ask, name)) for name in "bca"]
     write_tensor_file(path, plans, {}, lambda _, name: asked.append(f"wrote {name}"))
     assert asked == ["a", "wrote a", "b", "wrote b", "c", "wrote c"]
-    reads: list[Callable[[formats.Entry, FileIO], object]] = [read_tensor, lambda *read: [*read_pieces(*read)]]
+    reads: list[Callable[[formats.Entry, Any], object]] = [read_tensor, lambda *read: [*read_pieces(*read)]]
     for read in reads:
         save_file({"a": torch.zeros(20_000), "b": torch.zeros(20_000)}, path)
         with open_shard(path) as (shard, raw):
@@ -501,6 +484,6 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KeyError), open_shard(path):
         raise KeyError("a")
 
-    monkeypatch.setattr("os.open", Mock(side_effect=PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(CheckpointError, match=r"^cannot read .*file \(Permission denied\)$"):
         read_shard(path)

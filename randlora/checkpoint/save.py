@@ -272,8 +272,8 @@ class _Files:
         self.tensors = TensorFile(path, self.saving.tensors, self.saving.seal.metadata)
 
     def seal(self) -> None:
-        """Write the checksum of all that was written."""
-        self.tensors.write_metadata(self.saving.seal.metadata)
+        """Have the checksum of all that was written in the header."""
+        self.tensors.metadata = self.saving.seal.metadata
 
     def notes(self) -> list[str]:
         """Return the notes of the report, once all values have been written."""

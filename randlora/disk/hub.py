@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from randlora.disk.formats import is_there
 from randlora.errors import CheckpointError, how_to_install
@@ -94,19 +94,22 @@ def download(repo_id: str, revision: str | None, files: Sequence[str], *, are_pa
     return Path(found)
 
 
-def read_header(repo_id: str, revision: str, file: str) -> dict[str, Any]:
-    """Return the header of a safetensors file in a repository, as JSON. Only the header is requested."""
+def read_header(repo_id: str, revision: str, file: str) -> tuple[list[tuple[str, str, list[int]]], dict[str, str]]:
+    """Return name, dtype and shape of each tensor of a safetensors file in a repository, in order, and the metadata.
+
+    Only the header is requested.
+    """
     library = require_hub(repo_id)
     try:
-        found = library.HfApi(**LIBRARY).parse_safetensors_file_metadata(repo_id, file, revision=revision)
-        numbers = [number for facts in found.tensors.values() for number in (*facts.shape, *facts.data_offsets)]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError("its shapes and offsets are not all integers")
+        header = library.HfApi(**LIBRARY).parse_safetensors_file_metadata(repo_id, file, revision=revision)
+        in_order = sorted(header.tensors.items(), key=lambda item: item[1].data_offsets)
+        if not all(type(size) is int and size >= 0 for _, tensor in in_order for size in tensor.shape):
+            raise ValueError("its shapes are not all integers")
     except Exception as error:  # the library's own, and whatever its HTTP client raises
         raise CheckpointError(
             f"the header of {file} in the Hub's repository {repo_id!r} cannot be downloaded: {_cause(library, error)}"
         ) from error
-    return {"__metadata__": found.metadata, **{name: vars(facts) for name, facts in found.tensors.items()}}
+    return [(name, tensor.dtype, tensor.shape) for name, tensor in in_order], header.metadata
 
 
 def upload(
