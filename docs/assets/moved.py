@@ -12,6 +12,7 @@ MOVED = {
     "architecture_calls.md#what-happens-in-inject": "architecture.md#what-happens-in-inject",
     "architecture_calls.md#what-happens-in-randlorafilesmerge": "architecture.md#what-happens-in-randlorafilesmerge",
     "architecture_calls.md#what-happens-in-a-forward-pass": "architecture.md#what-happens-in-a-forward-pass",
+    "architecture.md#four-ideas": "architecture.md#words",
     "benchmarks.md#accuracy-against-drift": "results.md#how-it-was-measured",
     "benchmarks_memory.md": "benchmarks.md#memory",
     "benchmarks_memory.md#experts": "benchmarks_more.md#experts",
@@ -19,9 +20,8 @@ MOVED = {
     "benchmarks_memory.md#starting": "benchmarks_more.md#starting",
     "benchmarks_serving.md": "benchmarks.md",
     "benchmarks_serving.md#a-lora-of-an-adapter": "benchmarks_more.md#a-lora-of-an-adapter",
-    "benchmarks_serving.md#loading-removing-and-swapping-adapters": (
-        "benchmarks_more.md#loading-removing-and-swapping-adapters"
-    ),
+    "benchmarks_serving.md#loading-removing-and-swapping-adapters": "serving.md#more-adapters-than-fit",
+    "benchmarks_more.md#loading-removing-and-swapping-adapters": "serving.md#more-adapters-than-fit",
     "benchmarks_targets.md": "benchmarks_more.md",
     "measured_elsewhere.md#time-on-gpus": "benchmarks.md#on-gpus-by-others",
     "cli.md#the-other-commands": "cli.md",
@@ -69,6 +69,7 @@ MOVED = {
     "quantized.md#what-bitsandbytes-050-does-on-a-cpu": "quantized.md#bitsandbytes-on-a-cpu",
     "quantized.md#limits": "quantized.md#bitsandbytes-on-a-cpu",
     "quantized_others.md": "quantized.md",
+    "scale.md#launching": "distributed.md#distributeddataparallel",
     "saving.md#base-and-adapter-in-one-call": "saving.md#the-base-model",
     "saving_files.md": "saving.md#the-two-files",
     "saving_files.md#while-save-runs": "saving.md#the-two-files",
