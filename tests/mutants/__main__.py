@@ -158,22 +158,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with what the file has")
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout whose last commit is measured")
     parser.add_argument("--jobs", type=int, default=1, help="mutants that are tried at once")
-    parser.add_argument("--only", choices=("collect", "run", "table"), help="a single step")
     options = parser.parse_args(arguments)
     tree = options.tree.resolve()
     head = subprocess.run(
         ["git", "-C", tree, "rev-parse", "--short=7", "HEAD"], check=True, capture_output=True, text=True
     )
     output = Path(__file__).parent / f"{head.stdout.strip()}.csv"
-    if not options.resume and options.only in {None, "run"}:
+    if not options.resume:
         output.unlink(missing_ok=True)
-    if options.only != "table":
-        place = ROOT / "build/mutants" / head.stdout.strip()
-        copies = Copies(tree, place, options.jobs)
-        if options.only != "run":
-            collect_all(copies, tree, place / "contexts")
-        if options.only != "collect":
-            run(copies, Coverage(tree, (place / "contexts").glob("*.gz")), options.count, output)
+    place = ROOT / "build/mutants" / head.stdout.strip()
+    copies = Copies(tree, place, options.jobs)
+    collect_all(copies, tree, place / "contexts")
+    run(copies, Coverage(tree, (place / "contexts").glob("*.gz")), options.count, output)
     print(as_table(read(output)))
     return 0
 

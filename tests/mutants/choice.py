@@ -64,19 +64,12 @@ class Coverage:
             self.failed.append(name)
 
     def of(self, file: str, lines: Iterable[int]) -> list[Test]:
-        """Return the tests that run one of some lines, of those that do not run whenever the file is imported.
-
-        Processes that tests start import the package anew, and so would seem to test all that its import runs.
-        """
+        """Return the tests that run one of some lines, of those that run in calls and not in every new process."""
         mask = sum(1 << line for line in set(lines) & _lines_of_calls(self.tree / file))
         return [test for test, bits in self._bits[file] if bits & mask and test.name in self.tests]
 
     def of_mutant(self, mutant: Mutant) -> list[Test]:
-        """Return the tests that run the mutant's statement.
-
-        What runs when the file is imported no test runs. Of such a statement these are the tests of the function that
-        it begins, else of the lines with a name that it defines, else of all lines of the file.
-        """
+        """Return the tests of the mutant's statement; of one that runs on import, of its function, names or file."""
         module = _parsed(self.tree / mutant.file)
         path = _enclosing(module, mutant.line)
         statement = path[-1]
@@ -102,9 +95,7 @@ class Coverage:
 def chosen(mutant: Mutant, tests: Sequence[Test]) -> list[Test]:
     """Return a handful of tests, of many functions: some run little of the package, some are near, some fast, some any.
 
-    A test that runs few lines is about these. Near are the files with tests of the file's room. First one of each
-    function is taken, then further ones. Of distributed tests, which start processes, some are taken for sharded code,
-    and where there are no others.
+    Near are the tests of the file's room. Distributed ones are for sharded code, and where there are no others.
     """
     functions: dict[str, list[Test]] = defaultdict(list)
     alone = [test for test in tests if not test.file.startswith("tests/distributed/")]

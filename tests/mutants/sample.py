@@ -49,7 +49,6 @@ class Mutant:
 
     @property
     def place(self) -> tuple[str, str, int]:
-        """What no other mutant of the tree has."""
         return self.file, self.operator, self.occurrence
 
     def applied(self, source: str) -> str:
@@ -66,11 +65,7 @@ def feature_of(file: str) -> str | None:
 
 
 def sampled(tree: Path, part: str, count: int) -> list[Mutant]:
-    """Return the mutants of a part of the package in random order, so that the first few are a fair sample too.
-
-    Each place has a random number made of the seed and the text of its line. Code that only moves to another file keeps
-    its number, so most of the sample stays the same code.
-    """
+    """Return the mutants of a part of the package in an order by seed and text, which code that moves keeps."""
     same_text: Counter[tuple[str, int]] = Counter()
     places: list[tuple[str, str, int, list[tuple[str, int]]]] = []
     for path in sorted((tree / "randlora").rglob("*.py")):

@@ -1,8 +1,7 @@
 """The version in pyproject.toml, and what CHANGELOG.md says of it; this needs nothing but Python.
 
-``python -m tests.release.changelog [TAG]`` prints the text of the release. It fails unless the version has a section
-with a date below an [Unreleased] one, and, with a tag, unless that is the version's. With ``bump VERSION`` (`make
-bump`) it sets the next version in pyproject.toml and CITATION.cff, and gives it what is under [Unreleased].
+``python -m tests.release.changelog [TAG]`` prints the text of the release, and fails if it or the tag is not the
+version's; with ``bump VERSION`` (`make bump`) it sets the next version and gives it what is under [Unreleased].
 """
 
 import datetime as dt

@@ -1,11 +1,7 @@
 """Wheel and sdist in dist/: equal builds of the last commit, what they say of themselves, and what they install.
 
-``python -m tests.release.dist`` (`make dist`) builds them twice, in other places and under other circumstances, to
-equal bytes, of files that git tracks and with the time of the commit, and prints their SHA-256.
-
-``python -m tests.release.dist PYTHON...`` (`make dist-check`) checks their metadata with twine and against the
-checkout, and installs them in empty environments of each Python that this machine has: the wheel, with which the
-README's snippets run, and the sdist without its requirements, which must install the same bytes.
+``python -m tests.release.dist`` (`make dist`) builds them twice and compares; with ``PYTHON...`` (`make dist-check`) it
+checks what they say, and installs them in empty environments of each Python that this machine has.
 """
 
 import hashlib
@@ -75,11 +71,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def problems(wheel: Mapping[str, bytes], sdist: Mapping[str, bytes], version: str, root: Path = ROOT) -> list[str]:
-    """Return what is wrong in the files of a wheel and of an sdist, in sentences.
-
-    Raises:
-        ExceptionGroup: The metadata break a rule of their own, such as that a license has a name in SPDX.
-    """
+    """Return what is wrong in the files of a wheel and of an sdist, in sentences."""
     info = f"randlora-{version}.dist-info/"
     own = wheel.get(f"{info}METADATA", b"")
     if own != sdist.get("PKG-INFO"):

@@ -1,11 +1,7 @@
 """The file requirements.lock: the environment of the tests, with every version and every file's SHA-256.
 
-``python -m tests.release.lock UV`` (`make lock`) writes it: the versions of the environment that runs it, with which
-the tests passed, completed for other systems and newer Pythons, and the newest tools of the group ``release``. It
-names no index: pip takes the files from wherever it is configured to, and refuses any with another hash.
-
-``python -m tests.release.lock`` (`make audit`) asks pip-audit whether a version has a known vulnerability, and fails if
-one has or if there was no answer for one, for which pip-audit itself succeeds. ``AUDIT=optional`` accepts the latter.
+``python -m tests.release.lock UV`` (`make lock`) writes the versions of this environment, completed for other systems;
+without UV (`make audit`) it asks pip-audit for known vulnerabilities, and fails also where there was no answer.
 """
 
 import json

@@ -1,7 +1,6 @@
 """Campaigns of minutes against the library, with the figures in docs/trust.md; `make torture` runs them all.
 
-A campaign is a function of the scale of the run: 1.0 for the whole campaign, 0.01 for a hundredth of its attempts or
-seconds, but at least one attempt. It is called in a new process, and returns a `Row`.
+A campaign is called in a new process with a scale, 0.01 for a hundredth of its attempts, and returns a `Row`.
 """
 
 from typing import NamedTuple

@@ -38,10 +38,7 @@ GROWTH, TRACED_GROWTH = 4 * 2**20, 16 * 2**10  # bytes of the process, and of ob
 
 
 def state_machine(scale: float, seed: int | None = None) -> Row:
-    """Run programs of random calls. The notes say the seed, with which the same programs run again.
-
-    Of programs that fail, Hypothesis looks for the shortest, which is printed.
-    """
+    """Run programs of random calls, and print the shortest that fails. The notes say the seed."""
     seed = secrets.randbits(32) if seed is None else seed
     failures, count = list[str](), 0
 

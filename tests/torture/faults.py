@@ -35,11 +35,7 @@ class Call(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a process ended: killed, or what it raised, if anything; and its calls, unless it was killed.
-
-    ``raised`` is ``"OSError"`` for the error that was asked for, if it names a place of which the caller knows, else a
-    traceback.
-    """
+    """How a process ended, and its calls unless it was killed; ``raised`` is ``"OSError"`` for the error asked for."""
 
     was_killed: bool
     raised: str = ""
@@ -111,11 +107,7 @@ def _act(action: Callable[[], object], at: int | None, error: int | None, sendin
 
 
 def in_child(action: Callable[[], object], at: int | None = None, error: int | None = None) -> Outcome:
-    """Run an action in a forked process, with a fault at one of its calls, counted from 1.
-
-    Before that call the process is killed, of a write after half of it; or the call fails with ``error``, a number of
-    `errno`.
-    """
+    """Run an action in a forked process that is killed before a call, in the middle of a write, or whose call fails."""
     receiving, sending = FORK.Pipe(duplex=False)
     child = FORK.Process(target=_act, args=(action, at, error, sending))
     child.start()

@@ -94,10 +94,7 @@ def in_process(train: Train, out: Path, steps: int, life: float) -> bool:
 
 
 def killed_training(train: Train, kills: int, steps: int, life: float) -> tuple[int, int, list[str]]:
-    """Kill training again and again; return the kills, the steps that were taken again, and failures.
-
-    A process trains for at most ``life`` seconds before it is killed.
-    """
+    """Kill training within ``life`` seconds, again and again; return kills, steps taken again, and failures."""
     chance, failures = random.Random(0), list[str]()
     done = again = runs = 0
     with tempfile.TemporaryDirectory() as root:
