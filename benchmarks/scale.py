@@ -138,8 +138,6 @@ PARTS: dict[str, tuple[str, Setting]] = {
     "Llama-3 8B, one device": ("Llama-3 8B", Setting(1, "ddp")),
     "Llama-3 70B, 8 devices, fsdp2": ("Llama-3 70B", Setting(8, "fsdp2")),
     "Llama-3 405B, 64 devices, fsdp2": ("Llama-3 405B", Setting(64, "fsdp2")),
-    "Mixtral-8x22B, 8 devices, fsdp2": ("Mixtral-8x22B", Setting(8, "fsdp2")),
-    "Qwen3-235B-A22B, experts too, 64 devices, fsdp2": ("Qwen3-235B-A22B, experts too", Setting(64, "fsdp2")),
     "DeepSeek-V3, 64 devices, fsdp2": ("DeepSeek-V3", Setting(64, "fsdp2")),
 }
 
