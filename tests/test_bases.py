@@ -253,7 +253,7 @@ REFUSED: list[tuple[tuple[Any, ...], str]] = [
     (("block", "torch", 0, 2, 4, 4, (1, 1)), "block"),
     (
         ("very_sparse", "torch", 7, 1, 16, 16),
-        "standard deviation of 0: use basis='dense', a larger r or a different seed$",
+        "standard deviation of 0: use a larger r or a different seed, or basis='dense'$",
     ),
     *(((*one, 0, 1, 1, 1), "standard deviation of 0: use a larger r or stream='portable'$") for one in ONE_NUMBER),
 ]

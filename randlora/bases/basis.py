@@ -30,7 +30,6 @@ Use = tuple[int, int, torch.device, torch.dtype, Sides | None]
 TracedUse = tuple[int, int, torch.device, torch.dtype, Spans, Spans, bool]
 """The same, flat as the compiler wants its constants, and whether a program is exported."""
 
-META = torch.device("meta")
 _MAKING = threading.Lock()  # shared by all bases, because a lock cannot be copied or pickled
 
 
@@ -41,21 +40,12 @@ class Bases(NamedTuple):
     B: Tensor
 
 
-def _packed(tensor: Tensor) -> Tensor:
-    """Return a copy, contiguous as `torch.export.save` wants what it saves."""
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-"""Whether a program is being exported. torch 2.6 has no such function; it cannot export these models anyway."""
+"""Whether a program is being exported. torch 2.6 has no such function, and cannot export these models."""
 
 
 def constant_to_the_compiler(function: Function) -> Function:
-    """Mark a function as ``torch.compiler.assume_constant_result`` does.
-
-    That function imports the compiler, which takes longer than importing torch, and the mark must be there before the
-    compiler meets the function. A test compares the two marks, and fails if torch renames its own.
-    """
+    """Mark a function as ``torch.compiler.assume_constant_result`` does, without importing the compiler."""
     vars(function)["_dynamo_marked_constant"] = True
     return function
 
@@ -75,28 +65,18 @@ def _aside(make: Callable[[], Made]) -> Made:
 
 def _fake(pair: Pair, device: torch.device) -> Pair:
     """Return bases like those of a pair on the meta device, made under a mode whose tensors are fake."""
-    basis_A, basis_B = (
-        torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        for tensor in (pair.A, pair.B)
-    )
-    fake = pair_like(basis_A, basis_B, pair.rest)
-    if isinstance(fake, BlockPair) and isinstance(pair.written, DensePair):
-        written = _fake(pair.written, device)
-        assert isinstance(written, DensePair), "it was dense"
-        fake.written = written
+
+    def like(pair: Pair) -> tuple[Tensor, Tensor]:
+        basis_A, basis_B = (
+            torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            for tensor in (pair.A, pair.B)
+        )
+        return basis_A, basis_B
+
+    fake = pair_like(*like(pair), pair.rest)
+    if isinstance(fake, BlockPair) and pair.written is not None:
+        fake.written = DensePair(*like(pair.written))
     return fake
-
-
-class Squares(NamedTuple):
-    """The squares of a layer's bases.
-
-    Attributes:
-        A: The square of each entry, ``(r, min_dim)``.
-        B: The sum of the squares of each column, ``(r, num_bases)``; entry ``(k, j)`` for column ``k·num_bases + j``.
-    """
-
-    A: Tensor
-    B: Tensor
 
 
 @dataclass(eq=False)
@@ -104,8 +84,8 @@ class Basis:
     """One pair of frozen bases, shared by every layer with the same spec.
 
     The bases are drawn on first use, and only the rows and columns that layers need are kept. There is one working copy
-    per device and dtype, which does not store the zeros of ``block`` bases. Copying a `Basis` returns the same object.
-    Pickling drops the values, because the spec reproduces them; values from a file that no seed reproduces are kept.
+    per device and dtype, without the zeros of ``block`` bases. Copying a `Basis` returns the same object, and pickling
+    drops the values that the spec reproduces.
 
     Attributes:
         spec: The spec of the bases.
@@ -123,7 +103,7 @@ class Basis:
     )
     _pairs: dict[Use, Pair] = field(init=False, default_factory=dict, repr=False)
     _digests: dict[tuple[int, int], str] = field(init=False, default_factory=dict, repr=False)
-    _squares: dict[tuple[int, int, torch.device, torch.dtype], Squares] = field(
+    _squares: dict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
         init=False, default_factory=dict, repr=False
     )
     identity: str = field(init=False, repr=False)
@@ -139,16 +119,12 @@ class Basis:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without what can be drawn again."""
+        """Return the state without what can be made again."""
         lasting = {name: value for name, value in self.__dict__.items() if not name.startswith("_constant_")}
         return {**lasting, "_drawn": None, "_copies": {}, "_pairs": {}, "_digests": {}, "_squares": {}}
 
     def extend(self, max_dim: int, min_dim: int) -> None:
         """Extend the bases so that layers of these dims can use them. Entries returned before do not change.
-
-        Args:
-            max_dim: Rows of B that a layer needs.
-            min_dim: Columns of A that a layer needs.
 
         Raises:
             ConfigError: If the bases were drawn for smaller dims and cannot grow.
@@ -178,17 +154,7 @@ class Basis:
         return self._drawn
 
     def slices(self, max_dim: int, min_dim: int, *, device: torch.device | str, dtype: torch.dtype) -> Bases:
-        """Return the dense bases of a layer, to inspect or save. They are not cached.
-
-        Args:
-            max_dim: The layer's larger dim.
-            min_dim: The layer's smaller dim.
-            device: Device of the result.
-            dtype: A floating dtype; the result is exact in float32 and wider.
-
-        Returns:
-            ``A``, ``(r, 1, min_dim)``, and ``B``, ``(max_dim, num_bases, r)``.
-        """
+        """Return the dense bases of a layer, to inspect or save, exact in float32 and wider. They are not cached."""
         self.extend(max_dim, min_dim)
         r, columns_B = self.spec.r, count_bases(min_dim, self.spec.r) * self.spec.r
         with without_modes():
@@ -196,26 +162,12 @@ class Basis:
             return Bases(basis_A[:, :min_dim].unsqueeze(1), basis_B[:max_dim, :columns_B].unflatten(1, (-1, r)))
 
     def pair(
-        self,
-        max_dim: int,
-        min_dim: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        sides: Sides | None = None,
+        self, max_dim: int, min_dim: int, *, device: torch.device, dtype: torch.dtype, sides: Sides | None = None
     ) -> Pair:
-        """Return the bases of a layer within `extent` in the form that products use. Cached after the first call.
+        """Return the bases of a layer, or its part of them, in the form that products use. Cached after the first call.
 
-        Args:
-            max_dim: The layer's larger dim.
-            min_dim: The layer's smaller dim.
-            device: Device that the layer computes on.
-            dtype: Dtype that the layer computes in, and of B. A is small and always float32 or wider. It includes the
-                scale of a ternary B, so that the signs in B are exact in any dtype.
-            sides: The part of the bases that a part of the layer's update needs; ``None`` for all of it.
-
-        Returns:
-            Views of the copy for this device and dtype.
+        They are views of the working copy. ``dtype``, in which the layer computes, is that of B. A is small and always
+        float32 or wider, and includes the scale of a ternary B, so that the signs in B are exact in any dtype.
         """
         if torch.compiler.is_compiling():
             rows, columns = part = sides or Sides(all_of(max_dim), all_of(min_dim))
@@ -223,7 +175,7 @@ class Basis:
             basis_A, basis_B = (getattr(self, self._constant(at, use, self.identity))() for at in (0, 1))
             return self._form.paired(self.spec, basis_A, basis_B, count_bases(min_dim, self.spec.r), part)
         if count_modes() and are_bases_fake():
-            return _fake(self._made(max_dim, min_dim, META, dtype, sides), device)
+            return _fake(self._made(max_dim, min_dim, torch.device("meta"), dtype, sides), device)
         pair = self._pairs.get((max_dim, min_dim, device, dtype, sides))
         return self._made(max_dim, min_dim, device, dtype, sides) if pair is None else pair
 
@@ -233,60 +185,53 @@ class Basis:
         self._copies.clear()
         self._squares.clear()
 
-    def squares(self, max_dim: int, min_dim: int, *, device: torch.device, dtype: torch.dtype) -> Squares:
-        """Return the squares of a layer's bases within `extent`, made from the storage. Cached after the first call.
+    def squares(self, max_dim: int, min_dim: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the squares of a layer's A, ``(r, min_dim)``, and the sums of those of the columns of its UB.
 
-        Args:
-            max_dim: The layer's larger dim.
-            min_dim: The layer's smaller dim.
-            device: Device of the result.
-            dtype: A floating dtype.
+        Entry ``(k, j)`` of the sums, ``(r, num_bases)``, is for column ``k·num_bases + j``. Cached.
         """
-        use = max_dim, min_dim, device, dtype
-        if are_bases_fake():
-            return self._squared(max_dim, min_dim, device, dtype, has_values=False)
-        if use not in self._squares:
-            self._squares[use] = _aside(lambda: self._squared(*use))
-        return self._squares[use]
-
-    def _squared(
-        self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype, *, has_values: bool = True
-    ) -> Squares:
         r, num_bases = self.spec.r, count_bases(min_dim, self.spec.r)
-        if device.type == "meta" or not has_values:  # a model without values needs no draw
+        if device.type == "meta" or are_bases_fake():  # a model without values needs no draw
             empty = partial(torch.empty, dtype=dtype, device=device)
-            return Squares(empty((r, min_dim)), empty((r, num_bases)))
-        basis_A, basis_B = self.matrices()
-        of_A = basis_A.to_dense(device="cpu", dtype=torch.float64)[:, :min_dim].square()
-        of_B = basis_B.column_squares(max_dim)[: r * num_bases].view(r, num_bases)
-        return Squares(of_A.to(device, dtype), of_B.to(device, dtype))
+            return empty((r, min_dim)), empty((r, num_bases))
+
+        def squared() -> tuple[Tensor, Tensor]:
+            basis_A, basis_B = self.matrices()
+            of_A = basis_A.to_dense(device="cpu", dtype=torch.float64)[:, :min_dim].square()
+            of_B = basis_B.column_squares(max_dim)[: r * num_bases].view(r, num_bases)
+            return of_A.to(device, dtype), of_B.to(device, dtype)
+
+        use = max_dim, min_dim, device, dtype
+        if use not in self._squares:
+            self._squares[use] = _aside(squared)
+        return self._squares[use]
 
     @constant_to_the_compiler
     def _constant(self, index: int, use: TracedUse, identity: str) -> str:
         """Return the name of an attribute that holds a function returning A (index 0) or B (index 1) of a pair.
 
-        The compiler calls that function while tracing and stores the tensor as a constant under the function's name,
-        so each tensor has its own name. ``identity`` is an argument so that other bases cause a retrace. The tensor is
-        a parameter because its shape is then static, except in an exported program, which may have no other parameters
-        than the model's, and is saved with all of the memory that a constant is a view of.
+        The compiler calls that function while tracing and stores the tensor as a constant under the function's name.
+        ``identity`` is an argument so that other bases cause a retrace. The tensor is a parameter, whose shape is
+        static, except in an exported program, which may have no other parameters than the model's, and is saved with
+        all of the memory that a constant is a view of.
         """
         assert identity == self.identity, "the caller passes the identity of these bases"
         name = f"_constant_{hash((index, *use)):x}_{id(self):x}".replace("-", "_")
         if name not in self.__dict__:
             max_dim, min_dim, device, dtype, rows, columns, is_exporting = use
             pair = self._made(max_dim, min_dim, device, dtype, Sides(rows, columns))
-            tensor = pair.B if index else pair.A
-            constant = _aside(lambda: _packed(tensor)) if is_exporting else nn.Parameter(tensor, requires_grad=False)
+            constant = pair.B if index else pair.A
+            if is_exporting:
+                constant = _aside(partial(constant.clone, memory_format=torch.contiguous_format))
+            else:
+                constant = nn.Parameter(constant, requires_grad=False)
             scope: dict[str, Any] = {"constant": constant}
             exec(f"def {name}():\n    return constant", scope)  # noqa: S102  # a name that is known only now
             self.__dict__[name] = constant_to_the_compiler(scope[name])
         return name
 
     def _made(self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype, sides: Sides | None) -> Pair:
-        """Make a pair and cache it, from a working copy that is made once even if several threads ask for it.
-
-        Both are plain tensors that autograd accepts, whatever mode or transform is active.
-        """
+        """Make a pair and cache it, from a working copy that is made once even if several threads ask for it."""
         problem = f"a layer of {max_dim}x{min_dim} exceeds the extent {self.extent}: call extend() first"
         assert max_dim <= self.extent[0], problem
         assert min_dim <= self.extent[1], problem
@@ -299,10 +244,9 @@ class Basis:
         return self._pairs.setdefault((max_dim, min_dim, device, dtype, sides), pair)
 
     def digest(self, max_dim: int, min_dim: int) -> str:
-        """Return the SHA-256 of the values that layers of these dims use. Cached after the first call.
+        """Return the SHA-256 of the values that layers of these dims use, however they are stored. Cached.
 
-        The hashed bytes are a line with both shapes, then the dense A and B row by row as little-endian float32,
-        independent of how they are stored.
+        The hashed bytes are a line with both shapes, then the dense A and B row by row as little-endian float32.
         """
         self.extend(max_dim, min_dim)
         if (max_dim, min_dim) in self._digests:
@@ -329,9 +273,9 @@ class Basis:
         return KINDS["dense" if self.stored is not None else self.spec.kind]
 
     def _write_out(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A, ``(r, ceil(min_dim / c))``, multiplied by both scales, and B, ``(max_dim, r·num_bases/b)``.
+        """Return A, ``(r, ceil(min_dim / c))``, multiplied by both scales, and B, ``(max_dim, r·num_bases/b)``, padded.
 
-        The rows of B are padded to a multiple of b. It is the stored tensor if possible.
+        B is the stored tensor if possible.
         """
         c, b = (self.spec.blocks if self.stored is None else None) or (1, 1)
         (max_dim, min_dim), r = self.extent, self.spec.r
@@ -375,39 +319,35 @@ class BasisBank:
         return sum(basis.nbytes for basis in self._bases)
 
     def find(self, spec: BasisSpec, *, used: tuple[int, int] | None = None) -> Basis | None:
-        """Return bases in the bank that fit a spec, or ``None``.
+        """Return bases in the bank with the bits of a spec, or ``None``.
 
-        Args:
-            spec: The spec.
-            used: ``(max_dim, min_dim)`` of the slices that layers use. If given, bases of the same family drawn for at
-                least these dims are accepted too, as in PEFT. Otherwise the bits must be those of ``spec``.
+        If ``(max_dim, min_dim)`` of the slices that layers use are given, bases of the same family drawn for at least
+        these dims are accepted too, as in PEFT.
         """
         for basis in self._bases:
-            held = basis.spec
-            if basis.stored is not None or held.family != spec.family:
+            own = basis.spec
+            if basis.stored is not None or own.family != spec.family:
                 continue
-            covers = used is not None and held.max_dim >= used[0] and held.min_dim >= used[1]
-            if held == spec or held.is_prefix_stable or covers:
+            covers = used is not None and own.max_dim >= used[0] and own.min_dim >= used[1]
+            if own == spec or own.is_prefix_stable or covers:
                 return basis
         return None
 
     def acquire(self, spec: BasisSpec) -> Basis:
         """Return the bases of a spec, adding them to the bank if it has none."""
-        if (found := self.find(spec)) is not None:
-            return found
-        basis = Basis(spec)
-        self._bases.append(basis)
+        basis = self.find(spec) or Basis(spec)
+        self.add(basis)
         return basis
 
     def add(self, basis: Basis) -> None:
         """Add existing bases, unless the bank has them already."""
-        if not any(basis is held for held in self._bases):
+        if basis not in self._bases:
             self._bases.append(basis)
 
     def keep_only(self, used: Iterable[Basis]) -> None:
         """Remove every basis except those given."""
-        wanted = {id(basis) for basis in used}
-        self._bases = [basis for basis in self._bases if id(basis) in wanted]
+        wanted = set(used)
+        self._bases = [basis for basis in self._bases if basis in wanted]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BasisBank:
         """Return a bank with a copy of the list and the same bases."""

@@ -1,23 +1,7 @@
 """The kinds of bases, and the streams: how their numbers are drawn from a seed, in chunks of rows to bound memory.
 
-- ``dense``: every entry is a uniform random number, stored in bfloat16.
-- ``sparse`` and ``very_sparse``: every entry is 0, or plus or minus one number, stored as a sign in int8.
-- ``block``: A and B are zero outside of blocks with strided rows and columns; products skip the zeros.
-
-``stream="portable"``: the same bits on every machine, thread count, torch version and chunking. The numbers come from
-NumPy's ``Philox``, a counter-based generator whose raw stream NumPy guarantees. Every row of a basis has its own
-counter range, read from the start, so a longer row begins with the shorter one, and adding rows changes no other row.
-Each 32-bit lane gives one entry, by integer comparisons or exact IEEE 754 float32 operations.
-
-``stream="torch"`` and ``"torch-2.11"``: the draws of PEFT 0.21.2, bit for bit, from torch's CPU generator.
-PEFT draws A and then B for the largest dims of all targets, and divides each by its standard deviation. The draws here
-are the same, but made in chunks of which only the part that layers use is kept.
-
-PEFT draws ``dense`` in bfloat16. For this dtype torch 2.12.0 changed what a seed gives: almost every entry differs
-from 2.11 and older, and the bits now also depend on whether the CPU multiplies and adds in one rounding. The numbers
-that torch draws in float32, 24 random bits each, are the same in every version and on every CPU. Both streams are
-computed from them here, and depend on neither: ``torch`` is what 2.12 and newer draw on a CPU with fused multiply-add
-(all in use have it), ``torch-2.11`` what older versions drew. The ternary kinds are drawn in float32: one stream.
+Entries of ``dense`` are uniform random numbers in bfloat16; those of ``sparse`` and ``very_sparse`` are 0, or plus or
+minus one number, stored as a sign in int8; ``block`` bases are zero outside of blocks of strided rows and columns.
 """
 
 import math
@@ -38,7 +22,6 @@ from randlora.functional.region import Sides, Spans, entries_of, take_spans
 
 VERSION = 1  # of the portable stream
 PORTABLE_CHUNK = 2**20
-INDEX_A, INDEX_B = 0, 1
 TORCH_CHUNK = 2**17  # which a core's cache holds
 
 Lanes = NDArray[np.uint32]
@@ -50,10 +33,11 @@ Sizes = tuple[int, int, int]
 def portable_draw(
     spec: BasisSpec, max_dim: int, min_dim: int, *, to_values: Callable[[Lanes, int], Values], scale: float = 1.0
 ) -> Matrices:
-    """Draw the part of the bases that layers of the given dims use, in chunks of rows to bound memory.
+    """Draw bases with the same bits on every machine, thread count, torch version and chunking.
 
-    The dims of the spec do not matter. ``to_values`` computes the stored values from lanes and the number of blocks:
-    `portable_uniform` or `portable_signs`.
+    The numbers come from NumPy's ``Philox``, a counter-based generator whose raw stream NumPy guarantees. Every row has
+    its own counter range, read from the start, so a longer row begins with the shorter one, and adding rows changes no
+    other row. ``to_values`` makes one entry of each 32-bit lane, by comparisons or exact float32 operations.
     """
 
     def draw_matrix(index: int, rows: int, columns: int, stride: int) -> CompactMatrix:
@@ -67,7 +51,7 @@ def portable_draw(
         return CompactMatrix(values, columns, float(np.float32(scale)), stride)
 
     (c, b), columns_B = spec.blocks or (1, 1), count_bases(min_dim, spec.r) * spec.r
-    return draw_matrix(INDEX_A, spec.r, min_dim, c), draw_matrix(INDEX_B, max_dim, columns_B, b)
+    return draw_matrix(0, spec.r, min_dim, c), draw_matrix(1, max_dim, columns_B, b)
 
 
 def _row(seed: int, index: int, row: int, width: int) -> Lanes:
@@ -96,9 +80,15 @@ def portable_uniform(lanes: Lanes, stride: int) -> Values:
 
 
 def torch_draw(spec: BasisSpec, max_dim: int, min_dim: int, *, draw_matrix: Callable[..., CompactMatrix]) -> Matrices:
-    """Draw the bases of a spec, and keep the part that layers of the given dims use.
+    """Draw the bases of PEFT 0.21.2, bit for bit, from torch's CPU generator.
 
-    ``draw_matrix``, which is `torch_uniform` or `torch_signs`, raises an error if all entries are equal.
+    PEFT draws A and then B for the largest dims of all targets, and divides each by its standard deviation. Only the
+    part that layers use is kept here.
+
+    PEFT draws ``dense`` in bfloat16, for which torch 2.12.0 changed what a seed gives: almost every entry differs from
+    2.11, and the bits also depend on whether the CPU multiplies and adds in one rounding. The numbers that torch draws
+    in float32, 24 random bits each, are the same everywhere, and both streams are computed from them: ``torch`` is what
+    2.12 draws on a CPU with fused multiply-add (all in use have it), ``torch-2.11`` what older versions drew.
     """
     generator = torch.Generator("cpu").manual_seed(spec.seed)
     num_bases = count_bases(min_dim, spec.r)
@@ -108,22 +98,18 @@ def torch_draw(spec: BasisSpec, max_dim: int, min_dim: int, *, draw_matrix: Call
 
 
 def _deviation(spec: BasisSpec, count: int, total: float, squares: float) -> float:
-    """Return the standard deviation of numbers from their count, sum and sum of squares: from integers, exactly."""
+    """Return the standard deviation from count, sum and sum of squares, or raise an error if all numbers are equal."""
     variance = (count * squares - total * total) / (count * (count - 1)) if count > 1 else 0.0
     if variance <= 0:
-        is_for_any_seed = count == 1 or spec.kind == "dense"
-        advice = (
-            "a larger r or stream='portable'" if is_for_any_seed else "basis='dense', a larger r or a different seed"
-        )
-        raise ConfigError(f"{spec} have a standard deviation of 0: use {advice}")
+        other = "stream='portable'" if count == 1 or spec.kind == "dense" else "a different seed, or basis='dense'"
+        raise ConfigError(f"{spec} have a standard deviation of 0: use a larger r or {other}")
     return math.sqrt(variance)
 
 
 def since_2_12(numbers: Tensor, high: float) -> Tensor:
     """Return the bfloat16 numbers that torch 2.12 and newer draw in [-high, high), from float32 numbers in [0, 1).
 
-    torch computes ``u * (high - low) + low`` in float32. Because ``low`` is ``-high``, this is ``high * (2u - 1)``, and
-    only the product is rounded.
+    torch computes ``u * (high - low) + low``, which is ``high * (2u - 1)``, and only the product is rounded.
     """
     drawn = numbers.mul_(2).sub_(1).mul_(high).to(torch.bfloat16)
     highest = torch.tensor(high, dtype=torch.bfloat16, device="cpu")
@@ -149,8 +135,7 @@ def torch_uniform(
 ) -> CompactMatrix:
     """Draw Kaiming-uniform numbers (a = √5) as PEFT does: ``shape[1]`` draws of ``(rows, 1, width)``.
 
-    ``rounded`` is `since_2_12` or `until_2_11`. The deviation is summed in float64, so that the order of summation does
-    not show in the bfloat16 number that the entries are divided by.
+    ``rounded`` is `since_2_12` or `until_2_11`. Sums are in float64, so that their order does not show in bfloat16.
     """
     rows, draws, width = shape
     high = math.sqrt(3.0) * (math.sqrt(2 / 6) / math.sqrt(width))  # rounded as in `torch.nn.init.kaiming_uniform_`
@@ -238,7 +223,7 @@ def default_blocks(r: int, counts: Collection[int]) -> tuple[int, int]:
 
     A column of A keeps at least 8 entries, and B has at most 8 blocks. Among the choices that leave no entry of an
     update always zero, this is the one with the smallest ``1/c + 2/b`` (B counts twice because it is larger), and
-    among equals the one with more blocks in A. If every layer has 8 bases or more, both have as many as they can.
+    among equals the one with more blocks in A.
     """
     divisors = [size for size in range(1, r + 1) if r % size == 0]
     pairs = [
@@ -254,9 +239,7 @@ def default_blocks(r: int, counts: Collection[int]) -> tuple[int, int]:
 def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> list[tuple[int, int]]:
     """Return ``(rows, columns)`` of each submatrix in which an update of ``block`` bases may be nonzero.
 
-    Entry (i, j) may be nonzero if some p, the index that pairs the columns of UB with the rows of UA, has
-    ``p ≡ i (mod b)`` and ``p // num_bases ≡ j (mod c)``. With many bases there is one part, the whole matrix. A single
-    part may have zeros too; see `reach_all`.
+    With many bases there is one part, the whole matrix. A single part may have zeros too; see `reach_all`.
     """
     c, b = blocks
     num_bases = count_bases(min_dim, r)

@@ -16,8 +16,7 @@ from randlora.functional import Pair
 from randlora.functional.region import Sides
 
 Shape = tuple[int, ...]
-"""Shape of an update: ``(out_features, in_features)``, or ``(matrices, out_features, in_features)`` for a stack of
-matrices, each with its own Λ and Γ."""
+"""Shape of an update: ``(out_features, in_features)``, with the number of matrices before it for a stack of them."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,11 @@ class Kind:
     """A kind of bases, as the library needs to know it. Each is registered in `KINDS` under its name.
 
     Attributes:
-        draws: For each stream that the kind has, the default one first, the function that draws from it. It is called
-            with a spec and the max_dim and min_dim that layers use.
+        draws: For each stream, the default one first, the function that draws from it, given a spec and the max_dim and
+            min_dim that layers use.
         dtype: Dtype of the stored values.
         expected_rank: Estimates the rank of a layer's trained update from a spec and the layer's max_dim and min_dim.
-        sliced: Slices the working copies of A and B for a layer or a part of it: called with a spec, A, B, the number
-            of bases of the layer, and the rows of B and columns of A of that part.
+        sliced: Slices the working copies of A and B, given a spec, for a number of bases and a part of a layer.
         paired: Makes the same pair, for the compiler to trace, from A and B as ``sliced`` returns them.
         peft_flags: PEFT's ``(sparse, very_sparse)``; ``None`` if PEFT does not have the kind.
         default_blocks: Returns ``(c, b)`` for a rank and the numbers of bases of its layers, or ``None`` for a kind
@@ -103,10 +101,7 @@ class BasisSpec:
         return self.stream == "portable" and not KINDS[self.kind].depends_on_dims
 
     def is_of(self, config: RandLoRAConfig, r: int) -> bool:
-        """Whether bases of rank r may have this spec under a config. A config without blocks allows any blocks.
-
-        Default blocks depend on the layers and on the version that chose them, so files record the blocks.
-        """
+        """Whether bases of rank r may have this spec under a config. A config without blocks allows any blocks."""
         asked = config.basis, config.stream or default_stream(config.basis), config.seed, r
         return (self.kind, self.stream, self.seed, self.r) == asked and config.blocks in (None, self.blocks)
 
@@ -146,9 +141,9 @@ def count_bases(min_dim: int, r: int) -> int:
 def reach_all(blocks: tuple[int, int], num_bases: int) -> bool:
     """Whether blocks ``(c, b)`` leave no entry of an update with this number of bases always zero.
 
-    Entry (i, j) needs an index p, which pairs the columns of UB with the rows of UA, with ``p ≡ i (mod b)`` and
-    ``p // num_bases ≡ j (mod c)``. The indices of one class mod c are runs of num_bases consecutive numbers, one run
-    in every ``c·num_bases``. They reach all classes mod b if, mod b, the runs start at most num_bases apart.
+    Entry (i, j) needs a p, an index of columns of UB and rows of UA, with ``p ≡ i (mod b)`` and
+    ``p // num_bases ≡ j (mod c)``. The indices of one class mod c are runs of num_bases numbers, one run in every
+    ``c·num_bases``. They reach all classes mod b if, mod b, the runs start at most num_bases apart.
     """
     c, b = blocks
     return math.gcd(c * num_bases, b) <= num_bases
@@ -172,10 +167,7 @@ def peft_streams(kind: BasisKind) -> tuple[Stream, ...]:
 
 
 def drawn_dims(shapes: Iterable[Shape]) -> tuple[int, int]:
-    """Return the ``(max_dim, min_dim)`` that PEFT draws for layers of these shapes.
-
-    They are the larger and the smaller of the largest output width and the largest input width.
-    """
+    """Return the larger and the smaller of the largest output and input widths: what PEFT draws for these layers."""
     widest = [max(sides) for sides in zip(*(shape[-2:] for shape in shapes), strict=True)]
     return max(widest), min(widest)
 
@@ -202,9 +194,7 @@ class CompactMatrix:
     """A stored random matrix.
 
     Entry ``(i, j)`` is zero unless ``i ≡ j (mod stride)``; there it is ``scale · values[i, j // stride]``. ``values``
-    is ``(rows, ceil(columns / stride))``, in bfloat16 for a dense kind and in int8 for a ternary one, whose ``scale``
-    is a float32 number. With ``stride`` 1 every entry is stored. The first rows and columns are a matrix of the same
-    form.
+    is ``(rows, ceil(columns / stride))``, in bfloat16 for a dense kind and in int8 for a ternary one.
     """
 
     values: Tensor
@@ -215,7 +205,7 @@ class CompactMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored values."""
-        return self.values.numel() * self.values.element_size()
+        return self.values.nbytes
 
     def to_dense(self, *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """Return the dense matrix, ``(rows, columns)``, which is exact in float32 and wider."""

@@ -22,20 +22,15 @@ Every call returns a new tensor, which may be overwritten.
 """
 
 
-def _over_tokens(rows: Tensor) -> Tensor:
-    """Sum over the first dimension."""
-    return rows[0] if rows.size(0) == 1 else rows.sum(0)
-
-
 class Adapted(NamedTuple):
     """``weight + update`` of one layer, ``(out, in)``, as an operand of products.
 
     Attributes:
         weight: The base layer's weight, ``(out, in)``, in the dtype of B; ``None`` for the update alone.
         pair: The bases.
-        lam: Λ, ``(r, num_bases)``, in a dtype at least as wide as A; multiplied by the scaling if B has 16 bits.
-            Products with few tokens also take one Λ for each token, ``(tokens, r, num_bases)``.
-        gamma: Γ, ``(num_bases, min_dim)``, in a dtype at least as wide as A, or one Γ for each token.
+        lam: Λ, in a dtype at least as wide as A; multiplied by the scaling if B has 16 bits. Products with few tokens
+            also take one Λ and one Γ for each token.
+        gamma: Γ, in a dtype at least as wide as A.
         factor: The scaling if Λ is not multiplied by it, else 1.
         scaling: The scaling.
         is_wide: Whether the input has ``min_dim`` features, which includes square layers. For a part of a weight, the
@@ -71,8 +66,7 @@ class Adapted(NamedTuple):
         if way == "few_tokens":
             if self.is_wide:
                 return self._terms_to_large(pair.small_to_terms(rows, self.gamma), onto)
-            by_term = pair.terms_to_small(self._terms(rows) * self.lam)
-            return self._by_term_to_small(by_term, onto)
+            return self._by_term_to_small(pair.terms_to_small(self._terms(rows) * self.lam), onto)
         scaled_A = pair.scaled_A(self.lam, self.gamma)
         if self.is_wide:
             return pair.hidden_to_large(pair.small_to_hidden(rows, scaled_A), onto, self.factor)
@@ -93,13 +87,7 @@ class Adapted(NamedTuple):
         return pair.hidden_to_small(hidden, scaled_A, onto, self.factor), hidden
 
     def gradients_from_tokens(self, tokens: Tensor, grad: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of Λ and Γ through both factors.
-
-        Args:
-            tokens: The input, ``(tokens, in)``.
-            grad: Gradient of the output, ``(tokens, out)``.
-            hidden: The hidden vectors that `input_gradient` returned.
-        """
+        """Compute the gradients of Λ and Γ through both factors, with the hidden vectors of `input_gradient`."""
         large, small = (grad, tokens) if self.is_wide else (tokens, grad)
         if hidden is None:
             return self._of_diagonals(self.pair.grad_from_sides(large, small))
@@ -119,20 +107,11 @@ class Adapted(NamedTuple):
         return self._of_diagonals(self.pair.grad_from_tokens(self.pair.rows_of_B(ids), grad))
 
     def gradients_of_few_tokens(
-        self,
-        tokens: Tensor | None,
-        grad: Tensor,
-        *,
-        needs_input: bool,
-        over_tokens: Callable[[Tensor], Tensor] = _over_tokens,
+        self, tokens: Tensor | None, grad: Tensor, *, needs_input: bool, sums: bool = True
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Compute the gradients of the input, of Λ and of Γ without building UA; see `cost`.
 
-        Args:
-            tokens: The input, ``(tokens, in)``; ``None`` if Λ and Γ need no gradient.
-            grad: Gradient of the output, ``(tokens, out)``.
-            needs_input: Whether the input needs a gradient.
-            over_tokens: How to sum the gradients of Λ and Γ, one for each token.
+        Without ``tokens`` there are none of Λ and Γ; without ``sums`` they are of each token.
         """
         small, large = (tokens, grad) if self.is_wide else (grad, tokens)
         before = None if small is None else self.pair.small_to_terms(small, self.gamma)
@@ -142,13 +121,15 @@ class Adapted(NamedTuple):
         if needs_input:
             onto = None if self.weight is None else grad @ self.weight
             to_input = self._by_term_to_small if self.is_wide else self._terms_to_large
-            part = by_term if self.is_wide else before
-            assert part is not None, "computed from the gradient"
-            grad_x = to_input(part, onto)
+            of_gradient = by_term if self.is_wide else before
+            assert of_gradient is not None, "it is computed from the gradient"
+            grad_x = to_input(of_gradient, onto)
         if small is None or before is None or after is None or by_term is None:
             return grad_x, None, None
-        grad_lam = over_tokens(before * after)
-        grad_gamma = over_tokens(by_term * small.unsqueeze(1))
+        grad_lam, grad_gamma = before * after, by_term * small.unsqueeze(1)
+        if sums:
+            is_one = grad.size(0) == 1
+            grad_lam, grad_gamma = (grad_lam[0], grad_gamma[0]) if is_one else (grad_lam.sum(0), grad_gamma.sum(0))
         return grad_x, *self._times_scaling(grad_lam, grad_gamma)
 
     def _of_diagonals(self, grad_A: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,8 +151,7 @@ class Adapted(NamedTuple):
 
     def _by_term_to_small(self, by_term: Tensor, onto: Tensor | None) -> Tensor:
         """Multiply ``(tokens, num_bases, min_dim)`` by Γ and the factor, sum over the terms, and add ``onto``."""
-        small = (by_term * self.gamma).sum(1)
-        total = scratch.scaled(small, self.factor) if onto is None else scratch.plus(onto, small, self.factor)
+        total = scratch.plus(onto, (by_term * self.gamma).sum(1), self.factor)
         return scratch.in_dtype(total, self.pair.B.dtype)
 
 

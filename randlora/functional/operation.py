@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -39,10 +40,8 @@ def adapted_linear(
 ) -> Tensor:
     """Compute ``x @ (weight + update).T + bias``, or ``x @ update.T`` if no weight is given.
 
-    Only x, Λ, Γ, the weight and a reference to the bases are saved for backward, which computes the rest again.
-    Gradients that are not needed are not computed.
-
-    A quantized weight is dequantized for one product at a time and gets no gradient.
+    Only x, Λ, Γ, the weight and a reference to the bases are saved for backward, which computes the rest again, for the
+    gradients that are needed. A quantized weight is dequantized for one product at a time and gets no gradient.
 
     Args:
         x: ``(..., in_features)`` in the dtype of B.
@@ -67,18 +66,15 @@ def adapted_linear(
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])  # here, so that the output is no view
     lam, gamma, scaling = diagonals
     is_wide = shape[-1] == gamma.shape[-1] if is_wide is None else is_wide
-    output: Tensor
-    is_compiling = torch.compiler.is_compiling()
-    if is_forward_mode() or (is_compiling and is_in_transform()):
-        # plain operations, which torch differentiates in any nesting of transforms and compiles with them
-        output = _output(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute, is_wide)
-    elif is_compiling:  # every tensor must be an argument, as for a transform
-        lam = lam * scaling  # the scaling may be a symbolic float, so it must multiply a tensor here
-        output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, 1.0, pair.A, pair.B, pair.rest, compute, is_wide)  # type: ignore[no-untyped-call]
-    elif is_in_transform():
-        output = _Transformed.apply(
-            rows, weight, bias, lam, gamma, scaling, pair.A, pair.B, pair.rest, compute, is_wide
-        )  # type: ignore[no-untyped-call]
+    run: Callable[..., Tensor] = _output  # plain operations, which torch differentiates in any nesting of transforms
+    bases: tuple[Any, ...] = None, None, pair
+    is_compiling, is_transforming = torch.compiler.is_compiling(), is_in_transform()
+    if is_forward_mode() or (is_compiling and is_transforming):
+        pass
+    elif is_compiling or is_transforming:  # every tensor must be an argument
+        run, bases = _AdaptedLinear.apply if is_compiling else _Transformed.apply, (pair.A, pair.B, pair.rest)
+        if is_compiling:  # the scaling may be a symbolic float, so it must multiply a tensor here
+            lam, scaling = lam * scaling, 1.0
     elif (
         torch.is_grad_enabled()
         and (
@@ -90,10 +86,8 @@ def adapted_linear(
         )
         and not is_traced()  # a trace fails where two functions use a tensor that is no argument, as the bases are
     ):
-        # the bases are not passed as tensors, so that saved-tensor hooks such as save_on_cpu do not see them
-        output = _AdaptedLinear.apply(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute, is_wide)  # type: ignore[no-untyped-call]
-    else:
-        output = _output(rows, weight, bias, lam, gamma, scaling, None, None, pair, compute, is_wide)
+        run = _AdaptedLinear.apply  # without the bases, which saved-tensor hooks such as save_on_cpu then do not see
+    output = run(rows, weight, bias, lam, gamma, scaling, *bases, compute, is_wide)
     return output if len(shape) == 2 else output.view(*shape[:-1], output.shape[1])
 
 
@@ -113,19 +107,14 @@ def _output(
     """Compute the output, ``(tokens, out)``, from the arguments of the autograd functions."""
     tokens = rows.shape[0]
     pair = _pair(basis_A, basis_B, rest, tokens, compute)
-    layer = adapted(weight, pair, lam, gamma, scaling, is_wide=is_wide)
-    has_weight = weight is not None
-    way = chosen_forward(tokens, pair, is_wide=is_wide, has_weight=has_weight, compute=compute)
+    way = chosen_forward(tokens, pair, is_wide=is_wide, has_weight=weight is not None, compute=compute)
     if bias is not None and bias.dtype != pair.B.dtype:
         bias = bias.to(pair.B.dtype)
-    return layer.output(rows, bias, way)
+    return adapted(weight, pair, lam, gamma, scaling, is_wide=is_wide).output(rows, bias, way)
 
 
 def _pair(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, tokens: int, compute: Compute) -> Pair:
-    """Return the pair that was passed to an autograd function, or the dense copy of it if the product is small.
-
-    It was passed as tensors and ``rest``, or as ``rest`` alone.
-    """
+    """Return the pair that was passed to an autograd function, or its dense copy if the product is small."""
     pair: Pair = rest if basis_A is None or basis_B is None else pair_like(basis_A, basis_B, rest)
     if compute != "auto" or pair.written is None or not is_small(tokens, pair.max_dim * pair.min_dim):
         return pair
@@ -138,10 +127,7 @@ def pair_like(basis_A: Tensor, basis_B: Tensor, rest: Any, /) -> Pair:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """`adapted_linear` of a matrix. The output is always a new tensor, which may be changed in place.
-
-    Plain autograd would keep ``UA`` and its factors, ``2·min_dim²`` numbers per layer, until backward.
-    """
+    """`adapted_linear` of a matrix. Plain autograd would keep ``UA`` and its factors, ``2·min_dim²`` numbers."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -192,11 +178,11 @@ def _save(
     ctx.scaling, ctx.rest, ctx.compute, ctx.is_wide = scaling, rest, compute, is_wide
     ctx.bias_dtype = None if bias is None else bias.dtype
     needs_tokens = needs_weight or needs_lam or needs_gamma
-    held, ctx.write_out = (weight, None) if weight is None or isinstance(weight, Tensor) else (None, weight)
+    written, ctx.write_out = (weight, None) if weight is None or isinstance(weight, Tensor) else (None, weight)
     # a merge before backward changes the parameter's data; but a transform around this one may differentiate by it
-    if held is not None and not held.requires_grad and not is_in_transform():
-        held = held.detach()
-    ctx.save_for_backward(x if needs_tokens else None, held, lam, gamma, basis_A, basis_B)
+    if written is not None and not written.requires_grad and not is_in_transform():
+        written = written.detach()
+    ctx.save_for_backward(x if needs_tokens else None, written, lam, gamma, basis_A, basis_B)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -205,7 +191,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
     needs_diagonals = needs_lam or needs_gamma
     pair = _pair(basis_A, basis_B, ctx.rest, grad.shape[0], ctx.compute)
-    held = (ctx.write_out or weight) if needs_x else None
     has_weight, is_wide = ctx.write_out is not None or weight is not None, ctx.is_wide
     x_way, diagonals_way = chosen_backward(
         grad.shape[0],
@@ -215,7 +200,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs=(needs_x, needs_weight, needs_diagonals),
         compute=ctx.compute,
     )
-    layer = adapted(held, pair, lam, gamma, ctx.scaling, is_wide=is_wide)
+    layer = adapted((ctx.write_out or weight) if needs_x else None, pair, lam, gamma, ctx.scaling, is_wide=is_wide)
     grad_x = grad_weight = grad_lam = grad_gamma = hidden = None
     if x_way == "few_tokens":
         tokens = x if needs_diagonals else None
@@ -224,7 +209,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, hidden = layer.input_gradient(grad, x_way)
     if layer.owns_weight:  # free the dequantized weight before the next matrix of its size is made
         layer = layer.without_weight()
-    del held
     if needs_weight or (needs_diagonals and diagonals_way == "materialized"):
         grad_weight = grad.T @ x
     if grad_weight is not None and needs_diagonals and diagonals_way == "materialized":

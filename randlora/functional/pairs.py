@@ -1,25 +1,13 @@
 """Pairs of bases in the two forms that products use: without structure, and with blocks whose zeros are skipped.
 
 Of a `BlockPair`, A is zero except where ``k ≡ j (mod c)``, B except where ``i ≡ p (mod b)``. They are block diagonal up
-to a stride permutation, the factors of Monarch matrices (Dao et al., ICML 2022). A product of tokens with either one
-distributes the columns to blocks (`_deal`), multiplies block by block (bmm), and gathers the columns of the result
-(`_gather`). In the same way the update is a grid of b·c dense tiles. Dims that a stride does not divide are padded with
-zeros, which change no sum and are cut off again.
-
-bmm needs rows that are contiguous in memory, so these copies are made besides the products. Factored: the tokens once,
-dealt; the hidden vectors twice, from the order of one basis to that of the other through p; the result once, gathered,
-and one more read to add it. If b divides num_bases, one copy of the hidden vectors would do, but a permutation of five
-axes took 1.4 to 2.9 times as long on a CPU as two of three. Backward uses one copy of the hidden vectors for both
-gradients. Materialized: the weight once, cut into tiles that the products are added to, and the sum once, put together;
-tokens are not copied.
-
-Dealt columns are stored as ``(rows, blocks, width)`` and viewed as ``(blocks, rows, width)``: each row is then read and
-written while it is in the cache, and bmm accepts the row stride.
+to a stride permutation, the factors of Monarch matrices (Dao et al., ICML 2022).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -37,8 +25,7 @@ class DensePair:
 
     Every pair of bases has the same products, between *small* vectors (of ``min_dim`` entries), *large* ones
     (``max_dim``) and the *hidden* ones between the two factors (``r·num_bases``). Hidden vectors are *flat*, in the
-    order of p, or in the order of the rows of ``scaled_A``; for dense bases both are the same. A pair is made once per
-    layer shape, device and dtype, so the views that its products need are made beforehand.
+    order of p, or in the order of the rows of ``scaled_A``; for dense bases both are the same.
 
     Attributes:
         A: ``(1, r, min_dim)``.
@@ -60,7 +47,7 @@ class DensePair:
     @cached_property
     def shape(self) -> Shape:
         """The sizes that the cost depends on, with the shares of the dense work of products with UA, UB and both."""
-        entry = pass_over(self.B.device.type, self.B.dtype).multiply_adds
+        entry = pass_over(self.B.device.type, self.B.dtype)
         (_, r, min_dim), (max_dim, hidden) = self.A.shape, self.B.shape
         return Shape(max_dim, min_dim, hidden, hidden // r, (1.0, 1.0, 1.0), entry)
 
@@ -78,8 +65,6 @@ class DensePair:
 
     def hidden_to_small(self, hidden: Tensor, scaled_A: Tensor, onto: Tensor | None, factor: float) -> Tensor:
         """Multiply such vectors by ``factor·UA`` and add ``onto``, ``(tokens, min_dim)``, which is overwritten."""
-        if onto is None:
-            return scratch.scaled(hidden @ scaled_A, factor)
         return scratch.plus_product(onto, hidden, scaled_A, factor)
 
     def large_to_hidden(self, large: Tensor) -> Tensor:
@@ -92,8 +77,6 @@ class DensePair:
 
     def hidden_to_large(self, hidden: Tensor, onto: Tensor | None, factor: float) -> Tensor:
         """Multiply such vectors by ``factor·UB.T`` and add ``onto``, ``(tokens, max_dim)``, which is overwritten."""
-        if onto is None:
-            return scratch.scaled(hidden @ self._B_T, factor)
         return scratch.plus_product(onto, hidden, self._B_T, factor)
 
     large_to_flat = large_to_hidden
@@ -123,7 +106,7 @@ class DensePair:
 
     def grad_from_sides(self, large: Tensor, small: Tensor) -> Tensor:
         """Compute the same with ``hidden = large @ UB``."""
-        return self.grad_from_tokens(self.large_to_hidden(large), small)
+        return self.grad_from_tokens(large @ self.B, small)
 
     def grad_from_update(self, grad: Tensor, *, across: bool) -> Tensor:
         """Compute the gradient of ``UA``, ``UB.T @ grad``, from the update's gradient, or ``across`` its transpose."""
@@ -134,16 +117,14 @@ class DensePair:
 
         The result has the memory layout of ``onto``, which is overwritten only if ``uses_up``.
         """
-        if onto is None:
-            return scratch.scaled(self.B @ scaled_A, factor)
-        is_across = onto.stride(-1) != 1
-        left, right = (scaled_A.T, self._B_T) if is_across else (self.B, scaled_A)
-        onto = onto.T if is_across else onto
-        if uses_up:
+        across = onto is not None and onto.stride(-1) != 1
+        left, right = (scaled_A.T, self._B_T) if across else (self.B, scaled_A)
+        onto = onto.T if onto is not None and across else onto
+        if onto is None or uses_up:
             total = scratch.plus_product(onto, left, right, factor)
         else:
             total = torch.addmm(onto, left, right, alpha=factor)
-        return total.T if is_across else total
+        return total.T if across else total
 
 
 WORTH_A_SHUFFLE = 2**14
@@ -151,18 +132,21 @@ WORTH_A_SHUFFLE = 2**14
 
 
 class BlockPair:
-    """A pair of block bases, with the same products as `DensePair`.
+    """A pair of block bases, with the same products as `DensePair`, in new memory where a bmm needs contiguous rows.
 
-    Here ``scaled_A`` is ``(c, r/c·num_bases, ceil(min_dim / c))``: row ``u·num_bases + j`` of block t is row
+    A product distributes the columns of tokens to blocks (`_deal`), multiplies block by block, and gathers the columns
+    of the result (`_gather`); an update is a grid of b·c dense tiles. Dims that no stride divides are padded with
+    zeros. Here ``scaled_A`` is ``(c, r/c·num_bases, ceil(min_dim / c))``: row ``u·num_bases + j`` of block t is row
     ``p = (u·c + t)·num_bases + j`` of UA. Hidden vectors in the order of its rows are ``(c, tokens, r/c·num_bases)``.
+    On the way between the order of one basis and that of the other they are copied twice, through p: a permutation of
+    five axes took 1.4 to 2.9 times as long on a CPU as two of three.
 
     Attributes:
         A: ``(c, r/c, ceil(min_dim / c))``.
         B: ``(b, ceil(max_dim / b), r·num_bases/b)``, in the dtype to compute in.
         rest: The arguments besides A and B that rebuild the pair from other tensors.
         hidden: ``r·num_bases``.
-        written: The same bases as a dense pair, if one was made for products so small that dealing and gathering would
-            take longer; see `cost.is_small`.
+        written: The same bases as a dense pair, if one was made for small products; see `cost.is_small`.
     """
 
     written: DensePair | None = None
@@ -197,7 +181,7 @@ class BlockPair:
     @cached_property
     def shape(self) -> Shape:
         """The sizes that the cost depends on, with the shares of the dense work of products with UA, UB and both."""
-        entry = pass_over(self.B.device.type, self.B.dtype).multiply_adds
+        entry = pass_over(self.B.device.type, self.B.dtype)
         shares = 1 / self._c, 1 / self._b, 1 / (self._c * self._tile_rows)
         return Shape(self.max_dim, self.min_dim, self.hidden, self.num_bases, shares, entry)
 
@@ -211,39 +195,35 @@ class BlockPair:
 
     def scaled_A(self, lam: Tensor, gamma: Tensor) -> Tensor:
         """Compute UA block by block in the dtype of B, rounded once from the widest dtype of its factors."""
-        blocks = self._blocks_of_lam(lam), self._blocks_of_gamma(gamma)
+        blocks = self._in_blocks(lam, gamma)
         return scaled_basis(self._rows_of_A, *blocks, self.B.dtype).reshape(self._c, -1, self._width)
 
     def diagonal_gradients(self, grad_A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of Λ and Γ from the gradient of UA, which is overwritten."""
         grad_A = grad_A.reshape(self._c, self._rows, self.num_bases, self._width)
-        blocks = self._blocks_of_lam(lam), self._blocks_of_gamma(gamma)
-        grad_lam, grad_gamma = diagonal_gradients(grad_A, self._rows_of_A, *blocks)
+        grad_lam, grad_gamma = diagonal_gradients(grad_A, self._rows_of_A, *self._in_blocks(lam, gamma))
         return grad_lam.transpose(0, 1).reshape(self.r, self.num_bases), _gather(grad_gamma, self.min_dim)
 
-    def _blocks_of_lam(self, lam: Tensor) -> Tensor:
-        """Return Λ in the order of the blocks of A: ``(c, r/c, num_bases, 1)``."""
-        return lam.view(self._rows, self._c, self.num_bases, 1).transpose(0, 1)
-
-    def _blocks_of_gamma(self, gamma: Tensor) -> Tensor:
-        """Return Γ in the order of the blocks of A, contiguous so that products with it are too: ``(c, 1, n, w)``."""
+    def _in_blocks(self, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return Λ, ``(c, r/c, num_bases, 1)``, and Γ, ``(c, 1, num_bases, width)``, in the order of A's blocks."""
         by_row = _fill(gamma, self.num_bases, self._sides[1]).view(self.num_bases, self._width, self._c)
-        return by_row.permute(2, 0, 1).contiguous().unsqueeze(1)
+        blocks_of_gamma = by_row.permute(2, 0, 1).contiguous().unsqueeze(1)  # so that products with it are contiguous
+        return lam.view(self._rows, self._c, self.num_bases, 1).transpose(0, 1), blocks_of_gamma
 
     def small_to_hidden(self, small: Tensor, scaled_A: Tensor) -> Tensor:
-        """Multiply ``(tokens, min_dim)`` by ``UA.T``: hidden vectors in the order of the rows of ``scaled_A``."""
+        """Do as `DensePair.small_to_hidden`."""
         return torch.bmm(_deal(small, self._c), scaled_A.mT)
 
     def hidden_to_small(self, hidden: Tensor, scaled_A: Tensor, onto: Tensor | None, factor: float) -> Tensor:
-        """Multiply such vectors by ``factor·UA`` and add ``onto``, ``(tokens, min_dim)``, which is overwritten."""
+        """Do as `DensePair.hidden_to_small`."""
         return _gather_onto(onto, torch.bmm(hidden, scaled_A), self.min_dim, factor)
 
     def large_to_hidden(self, large: Tensor) -> Tensor:
-        """Multiply ``(tokens, max_dim)`` by ``UB``: hidden vectors in the order of the rows of ``scaled_A``."""
+        """Do as `DensePair.large_to_hidden`."""
         return self._in_order_of_A(self.large_to_flat(large))
 
     def rows_of_B(self, ids: Tensor) -> Tensor:
-        """Return rows of ``UB``: hidden vectors in the order of the rows of ``scaled_A``."""
+        """Do as `DensePair.rows_of_B`."""
         block, row = ids % self._b, ids // self._b
         stride = torch.arange(self._b, device=ids.device)
         is_own = (block.unsqueeze(1) == stride).unsqueeze(1)  # the columns p ≡ i (mod b) of row i
@@ -255,7 +235,7 @@ class BlockPair:
         return by_row.permute(2, 0, 1, 3).reshape(self._c, flat.size(0), self._rows * self.num_bases)
 
     def hidden_to_large(self, hidden: Tensor, onto: Tensor | None, factor: float) -> Tensor:
-        """Multiply such vectors by ``factor·UB.T`` and add ``onto``, ``(tokens, max_dim)``, which is overwritten."""
+        """Do as `DensePair.hidden_to_large`."""
         by_row = hidden.view(self._c, -1, self._rows, self.num_bases)
         return self.flat_to_large(by_row.permute(1, 2, 0, 3).reshape(-1, self.hidden), onto, factor)
 
@@ -264,28 +244,25 @@ class BlockPair:
         return _gather(torch.bmm(_deal(large, self._b), self.B), self.hidden)
 
     def flat_to_large(self, flat: Tensor, onto: Tensor | None, factor: float) -> Tensor:
-        """Multiply such vectors by ``factor·UB.T`` and add ``onto``, ``(tokens, max_dim)``, which is overwritten."""
+        """Multiply such vectors by ``factor·UB.T`` and add ``onto``, ``(tokens, max_dim)``."""
         return _gather_onto(onto, torch.bmm(_deal(flat, self._b), self._B_T), self.max_dim, factor)
 
     def small_to_terms(self, small: Tensor, gamma: Tensor) -> Tensor:
-        """Multiply tokens by Γ and ``A.T``, once per term: ``(tokens, r, num_bases)``, hidden vectors before Λ.
-
-        Γ may also be one for each token, ``(tokens, num_bases, min_dim)``.
-        """
+        """Do as `DensePair.small_to_terms`."""
         laid_out = (small.unsqueeze(1) * gamma).reshape(-1, self.min_dim)  # (tokens·num_bases, min_dim)
         terms = torch.bmm(_deal(laid_out, self._c), in_dtype(self._A_T, laid_out.dtype))
         by_row = terms.view(self._c, -1, self.num_bases, self._rows).permute(1, 3, 0, 2)
         return by_row.reshape(-1, self.r, self.num_bases)
 
     def terms_to_small(self, terms: Tensor) -> Tensor:
-        """Multiply ``(tokens, r, num_bases)`` by A, once per term: ``(tokens, num_bases, min_dim)``, before Γ."""
+        """Do as `DensePair.terms_to_small`."""
         by_block = terms.view(-1, self._rows, self._c, self.num_bases).permute(2, 0, 3, 1)
         rows = by_block.reshape(self._c, -1, self._rows)  # (c, tokens·num_bases, r/c)
         small = torch.bmm(rows, in_dtype(self.A, rows.dtype))
         return _gather(small, self.min_dim).view(-1, self.num_bases, self.min_dim)
 
     def grad_from_tokens(self, hidden: Tensor, small: Tensor) -> Tensor:
-        """Compute the blocks of ``hidden.T @ small``, the gradient of ``UA``, in the shape of ``scaled_A``."""
+        """Do as `DensePair.grad_from_tokens`."""
         return torch.bmm(hidden.mT, _deal(small, self._c))
 
     def grad_from_sides(self, large: Tensor, small: Tensor) -> Tensor:
@@ -294,15 +271,19 @@ class BlockPair:
         Every strip adds a gradient of UA to the sum, so a strip has four times its entries at least.
         """
         total: Tensor | None = None
-        entries = max(scratch.STRIP, 4 * self.hidden * self._width)
-        for some_large, some_small in scratch.strips(large, small, entries=entries):
+        strips: Iterable[tuple[Tensor, Tensor]] = [(large, small)]
+        if scratch.may_be_in_strips(large):
+            entries = max(scratch.CACHED_ENTRIES, 4 * self.hidden * self._width)
+            rows = max(1, entries // max(large.size(1), small.size(1)))
+            strips = zip(large.split(rows), small.split(rows), strict=True)
+        for some_large, some_small in strips:
             part = self.grad_from_tokens(self.large_to_hidden(some_large), some_small)
             total = in_dtype(part, self.A.dtype) if total is None else total.add_(part)
         assert total is not None, "there is at least one strip"
         return total
 
     def grad_from_update(self, grad: Tensor, *, across: bool) -> Tensor:
-        """Compute the gradient of UA, like ``scaled_A``, from that of the update, or of its transpose if ``across``."""
+        """Do as `DensePair.grad_from_update`."""
         tiles = self._tiles(grad, across=across)
         product = torch.bmm(self._parts_of_B(across=across).mT, tiles.mT if across else tiles)
         by_term = product.view(*self._grid(across=across), self._rows, -1, self._width)
@@ -310,38 +291,36 @@ class BlockPair:
         return by_row.reshape(self._c, -1, self._width)
 
     def update(self, scaled_A: Tensor, onto: Tensor | None, factor: float, *, uses_up: bool = False) -> Tensor:  # noqa: ARG002
-        """Compute ``onto + factor·UB @ UA``, ``(max_dim, min_dim)``, with the sum inside the products (baddbmm).
-
-        The result has the memory layout of ``onto``, which is never overwritten: its tiles are copied anyway.
-        """
+        """Do as `DensePair.update`. ``onto`` is never overwritten: its tiles are copied anyway."""
         across = onto is not None and onto.stride(-1) != 1
-        left, right = self._parts_of_B(across=across), self._parts_of_A(scaled_A, across=across)
-        if onto is None:
-            tiles = scratch.scaled(torch.bmm(left, right), factor)
-        elif across:  # onto is transposed in memory, and so are its tiles
-            tiles = scratch.plus_products(self._tiles(onto.T, across=True), right.mT, left.mT, factor)
-        else:
-            tiles = scratch.plus_products(self._tiles(onto, across=False), left, right, factor)
+        by_row = scaled_A.view(self._c, self._rows, -1, self._tile_rows, self._width)
+        right = by_row.permute(*((0, 3) if across else (3, 0)), 1, 2, 4)  # the part of UA for each tile
+        right = right.reshape(self._tile_rows * self._c, -1, self._width)
+        left = self._parts_of_B(across=across)
+        if across:  # onto is transposed in memory, and so are its tiles
+            left, right = right.mT, left.mT
+        tiles = None if onto is None else self._tiles(onto.T if across else onto, across=across)
+        tiles = scratch.plus_product(tiles, left, right, factor)
         whole = _put_together(tiles, *self._grid(across=across))
         whole = whole.T if across else whole
         return whole[: self.max_dim, : self.min_dim] if self._is_padded else whole
 
     def _tiles(self, matrix: Tensor, *, across: bool) -> Tensor:
-        """Split ``(max_dim, min_dim)``, or if ``across`` its transpose, into tiles; see `_cut`."""
-        return _cut(_fill(matrix, *(self._sides[::-1] if across else self._sides)), *self._grid(across=across))
+        """Split ``(max_dim, min_dim)``, or if ``across`` its transpose, into tiles by remainders of rows and columns.
+
+        The tiles, ``(rows·columns of the grid, height, width)``, of one class of rows are interleaved row by row.
+        """
+        filled = _fill(matrix, *(self._sides[::-1] if across else self._sides))
+        rows, columns = self._grid(across=across)
+        width = filled.size(1) // columns
+        return _transpose_rows(filled, width).reshape(-1, rows * columns, width).transpose(0, 1)
 
     def _grid(self, *, across: bool) -> tuple[int, int]:
         """Return the numbers of rows and columns of tiles in the update, swapped if ``across``."""
         return (self._c, self._tile_rows) if across else (self._tile_rows, self._c)
 
-    def _parts_of_A(self, scaled_A: Tensor, *, across: bool) -> Tensor:
-        """Return the part of UA for each tile, ``(b'·c, r/c·num_bases/b', width)``, by rows of tiles or ``across``."""
-        parts = scaled_A.view(self._c, self._rows, -1, self._tile_rows, self._width)
-        order = (0, 3) if across else (3, 0)
-        return parts.permute(*order, 1, 2, 4).reshape(self._tile_rows * self._c, -1, self._width)
-
     def _parts_of_B(self, *, across: bool) -> Tensor:
-        """Return the part of B for each tile, ``(b'·c, height, r/c·num_bases/b')``, in the same order."""
+        """Return the part of B for each tile, ``(b'·c, height, r/c·num_bases/b')``, by rows of tiles or ``across``."""
         merged, height = self.B, self._b * self._height // self._tile_rows
         if (more := self._b // self._tile_rows) > 1:
             parts = self.B.unflatten(0, (more, self._tile_rows)).permute(1, 2, 3, 0)  # (b', height, inner, b/b')
@@ -354,7 +333,7 @@ class BlockPair:
 def _deal(matrix: Tensor, blocks: int) -> Tensor:
     """Distribute columns to blocks in turn: ``(rows, n)`` to ``(blocks, rows, ceil(n / blocks))``, zero-padded.
 
-    The blocks of a row are adjacent in memory, so that a row is written while it is in the cache.
+    The blocks of a row are adjacent in memory: it is written while it is in the cache, and bmm takes the row stride.
     """
     if blocks == 1:
         return matrix.unsqueeze(0)
@@ -375,11 +354,9 @@ def _gather(parts: Tensor, columns: int) -> Tensor:
 
 def _gather_onto(onto: Tensor | None, parts: Tensor, columns: int, factor: float) -> Tensor:
     """Return ``onto + factor·_gather(parts)``, overwriting both."""
-    if onto is None:
-        return scratch.scaled(_gather(parts, columns), factor)
-    if parts.size(0) * parts.size(2) == columns:
-        return scratch.plus(onto, parts.permute(1, 2, 0).reshape(-1, columns), factor)
-    return scratch.plus(onto, _gather(parts, columns), factor)
+    is_whole = onto is not None and parts.size(0) * parts.size(2) == columns  # then it need not be new
+    whole = parts.permute(1, 2, 0).reshape(-1, columns) if is_whole else _gather(parts, columns)
+    return scratch.plus(onto, whole, factor)
 
 
 def _fill(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -390,17 +367,8 @@ def _fill(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return F.pad(matrix, (0, beside)) if beside else matrix
 
 
-def _cut(matrix: Tensor, row_classes: int, column_classes: int) -> Tensor:
-    """Split a matrix into tiles by the remainders of rows and columns: ``(row_classes·column_classes, rows, columns)``.
-
-    The tiles of one class of rows are consecutive, and interleaved row by row in new memory.
-    """
-    width = matrix.size(1) // column_classes
-    return _transpose_rows(matrix, width).reshape(-1, row_classes * column_classes, width).transpose(0, 1)
-
-
 def _put_together(tiles: Tensor, row_classes: int, column_classes: int) -> Tensor:
-    """Undo `_cut`, also for tiles that are contiguous."""
+    """Undo `BlockPair._tiles`, also for tiles that are contiguous."""
     rows, columns = row_classes * tiles.size(1), column_classes * tiles.size(2)
     if scratch.is_transformed() or tiles.is_contiguous():  # torch 2.6 cannot compile the second question in backward
         grid = tiles.view(row_classes, column_classes, tiles.size(1), tiles.size(2))
@@ -411,8 +379,7 @@ def _put_together(tiles: Tensor, row_classes: int, column_classes: int) -> Tenso
 def _transpose_rows(matrix: Tensor, groups: int) -> Tensor:
     """Transpose each row, viewed as a matrix of ``groups`` rows, into new memory.
 
-    This is a channel shuffle with rows as pixels and columns as channels. torch's CPU kernel for it takes a quarter to
-    a half of the time of a copy, unless the matrix is small.
+    torch's CPU kernel for a channel shuffle takes a quarter to half the time of a copy, unless the matrix is small.
     """
     rows, columns = matrix.shape
     shape = rows, groups, columns // groups

@@ -1,8 +1,7 @@
 """A part of a weight, and the part of the bases that its update is made of.
 
 A row of an update needs one row of B, or one column of A and of Γ if the layer is narrower than its input; a column the
-other way around. So a process that holds a part of a weight computes this part of the update from a part of the bases.
-The part may have several pieces, such as for a weight that stacks several matrices, each of them split.
+other way around. The part may have several pieces, such as of a weight that stacks several matrices.
 """
 
 from __future__ import annotations
@@ -48,12 +47,7 @@ def take_spans(tensor: Tensor, spans: Spans, dim: int) -> Tensor:
 
 
 class Sides(NamedTuple):
-    """The part of the bases that a part of an update is made of.
-
-    Attributes:
-        large: Rows of B.
-        small: Columns of A and of Γ.
-    """
+    """The part of the bases that a part of an update is made of: rows of B, and columns of A and of Γ."""
 
     large: Spans
     small: Spans

@@ -1,8 +1,7 @@
 """The scaled basis UA = Λ·A·Γ, and the gradients of Λ and Γ from its gradient: passes over memory, no products.
 
-UA has about ``min_dim²`` entries. Where products are fast, such as in bfloat16 on a processor with matrix units, these
-passes decide how long a layer takes. So they are made strip by strip: some rows of A at a time, whose results stay in
-the cache until the last pass over them. A row of A, ``(..., rows, 1, columns)``, makes ``num_bases`` rows of UA.
+UA has about ``min_dim²`` entries, and where products are fast these passes decide how long a layer takes. So they are
+made strip by strip: some rows of A at a time, whose results stay in the cache until the last pass over them.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ from torch import Tensor
 from randlora.functional import scratch
 from randlora.functional.scratch import in_dtype
 
-STRIP = 2**17
+ENTRIES_PER_THREAD = 2**17
 """Entries of a strip for each thread. Measured on a CPU: fewer cost more operators than they save memory."""
 
 
 def _rows_at_once(A: Tensor, lam: Tensor) -> int:
     """Return how many rows of A a strip has; all of them if strips would not pay, or cannot be written."""
     rows, entries = A.size(-3), A.numel() * lam.size(-2)
-    if entries <= STRIP or not scratch.may_be_in_strips(A):
+    if entries <= ENTRIES_PER_THREAD or not scratch.may_be_in_strips(A):
         return rows
-    return min(rows, max(1, STRIP * torch.get_num_threads() * rows // entries))  # which a compiler does not trace
+    strip = ENTRIES_PER_THREAD * torch.get_num_threads()  # which a compiler does not trace
+    return min(rows, max(1, strip * rows // entries))
 
 
 def scaled_basis(A: Tensor, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,25 +39,18 @@ def scaled_basis(A: Tensor, lam: Tensor, gamma: Tensor, dtype: torch.dtype) -> T
     if at_once == A.size(-3):
         return in_dtype(scratch.times(A * gamma, lam), dtype)
     scaled = torch.empty(torch.broadcast_shapes(A.shape, lam.shape), dtype=dtype, device=A.device)
-    for rows, own, strip in zip(*(each.split(at_once, dim=-3) for each in (A, lam, scaled)), strict=True):
-        strip.copy_(scratch.times(rows * gamma, own))
+    for rows, lambdas, strip in zip(*(tensor.split(at_once, dim=-3) for tensor in (A, lam, scaled)), strict=True):
+        strip.copy_(scratch.times(rows * gamma, lambdas))
     return scaled
 
 
 def diagonal_gradients(grad: Tensor, A: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of Λ, ``(..., rows, num_bases)``, and of Γ, ``(..., num_bases, columns)``.
-
-    Args:
-        grad: The gradient of `scaled_basis`, ``(..., rows, num_bases, columns)``, which is overwritten.
-        A: As there.
-        lam: As there.
-        gamma: As there.
-    """
+    """Compute the gradients of Λ and Γ from that of `scaled_basis` with the same A, Λ and Γ, which is overwritten."""
     if (at_once := _rows_at_once(A, lam)) == A.size(-3):
         return _diagonal_gradients(grad, A, lam, gamma)
     of_lam, of_gamma = [], None
-    for part, rows, own in zip(*(each.split(at_once, dim=-3) for each in (grad, A, lam)), strict=True):
-        one, more = _diagonal_gradients(part, rows, own, gamma)
+    for part, rows, lambdas in zip(*(tensor.split(at_once, dim=-3) for tensor in (grad, A, lam)), strict=True):
+        one, more = _diagonal_gradients(part, rows, lambdas, gamma)
         of_lam.append(one)
         of_gamma = more if of_gamma is None else of_gamma.add_(more)
     assert of_gamma is not None, "A has rows"

@@ -1,19 +1,16 @@
 """Arithmetic on temporary tensors, in place if this is allowed.
 
-New memory is expensive: the system clears every page first, which can take longer than the arithmetic. In-place
-operations are not used in compiled or traced code, while autograd records, which may need the old values, under
-`torch.func` transforms, where a batch cannot be written into an unbatched tensor, in forward mode, or under a dispatch
-mode, which may keep results of operators, as selective activation checkpointing does.
+New memory is expensive: the system clears every page first, which can take longer than the arithmetic.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from randlora.modes import may_be_kept
+from randlora.modes import count_modes, may_be_kept
 
 # Private, but the only way to ask, and what torch's own `Function.apply` asks. Without it everything runs as under a
 # transform, which is correct but slower; tests/test_functional.py fails if torch renames it.
@@ -39,66 +36,59 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
-def _may_overwrite() -> bool:
-    return not (torch.is_grad_enabled() or is_transformed() or may_be_kept())
+def may_overwrite() -> bool:
+    """Whether temporary tensors may be overwritten.
+
+    Not in compiled or traced code, not while autograd records, which may need the old values, not under `torch.func`
+    transforms, where a batch cannot be written into an unbatched tensor, nor under a dispatch mode that may keep the
+    results of operators, as selective activation checkpointing does.
+    """
+    return not (torch.is_grad_enabled() or is_transformed() or (count_modes() and may_be_kept()))
 
 
-STRIP = 2**20
+CACHED_ENTRIES = 2**20
 """Entries of a strip that fit into a CPU's cache together with the results computed from them."""
 
 
 def may_be_in_strips(tensor: Tensor) -> bool:
     """Whether results can be written piece by piece, and whether that is faster: not on a GPU."""
-    return tensor.device.type == "cpu" and _may_overwrite()
-
-
-def strips(*matrices: Tensor, entries: int) -> Iterable[tuple[Tensor, ...]]:
-    """Split matrices with equal numbers of rows into strips of rows, of ``entries`` entries in the widest.
-
-    Not on a GPU or if in-place arithmetic is not allowed.
-    """
-    if not may_be_in_strips(matrices[0]):
-        return [matrices]
-    rows = max(1, entries // max(matrix.size(1) for matrix in matrices))
-    return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
+    return tensor.device.type == "cpu" and may_overwrite()
 
 
 def times(scratch: Tensor, factor: Tensor) -> Tensor:
     """Return ``scratch * factor``; ``scratch`` may be overwritten."""
-    if not _may_overwrite():
-        return scratch * factor
     dtype = scratch.dtype
-    if factor.dtype != dtype and torch.promote_types(dtype, factor.dtype) != dtype:
-        return scratch * factor
-    return scratch.mul_(factor)
+    fits = factor.dtype == dtype or torch.promote_types(dtype, factor.dtype) == dtype
+    return scratch.mul_(factor) if fits and may_overwrite() else scratch * factor
 
 
-def plus(scratch: Tensor, term: Tensor, factor: float) -> Tensor:
-    """Return ``scratch + factor·term``; ``scratch`` may be overwritten."""
+def plus(scratch: Tensor | None, term: Tensor, factor: float) -> Tensor:
+    """Return ``scratch + factor·term``, or ``factor·term`` for ``None``; both may be overwritten."""
+    if scratch is None:
+        return scaled(term, factor)
     if is_forward_mode():  # where torch.func.linearize crashes in an add() with alpha
         return scratch + term * factor
-    return scratch.add_(term, alpha=factor) if _may_overwrite() else torch.add(scratch, term, alpha=factor)
+    return scratch.add_(term, alpha=factor) if may_overwrite() else torch.add(scratch, term, alpha=factor)
 
 
-def plus_product(scratch: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """Return ``scratch + factor·left @ right``, rounded once; ``scratch`` may be overwritten."""
-    if _may_overwrite():
-        return scratch.addmm_(left, right, alpha=factor)
-    return torch.addmm(scratch, left, right, alpha=factor)
+def plus_product(scratch: Tensor | None, left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """Return ``scratch + factor·left @ right`` of matrices or batches of them, rounded once.
 
-
-def plus_products(scratch: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """Return the same as `plus_product` for batches of matrices."""
-    if _may_overwrite():
-        return scratch.baddbmm_(left, right, alpha=factor)
-    return torch.baddbmm(scratch, left, right, alpha=factor)
+    ``scratch``, ``None`` for the product alone, may be overwritten.
+    """
+    is_batch = left.dim() == 3
+    if scratch is None:
+        return scaled(torch.bmm(left, right) if is_batch else left @ right, factor)
+    if may_overwrite():
+        return (scratch.baddbmm_ if is_batch else scratch.addmm_)(left, right, alpha=factor)
+    return (torch.baddbmm if is_batch else torch.addmm)(scratch, left, right, alpha=factor)
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:
     """Return ``factor·tensor``; ``tensor`` may be overwritten."""
     if factor == 1:
         return tensor
-    return tensor.mul_(factor) if _may_overwrite() else tensor * factor
+    return tensor.mul_(factor) if may_overwrite() else tensor * factor
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,14 +19,7 @@ ENTRIES = 2**22
 
 
 class Groups(NamedTuple):
-    """Tokens sorted by the matrix of a stack that each belongs to.
-
-    Attributes:
-        counts: The number of tokens of each matrix.
-        pair: The bases of the layer.
-        scaling: Factor of the updates.
-        is_wide: Whether tokens of the whole layer have ``min_dim`` features.
-    """
+    """Tokens sorted by the matrix of a stack that each belongs to, and what `grouped_update` is given of the layer."""
 
     counts: Sequence[int]
     pair: Pair
@@ -79,38 +72,25 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(grad.device.type):
-            return _gradients(ctx, grad)
+            return _grouped_gradients(ctx, grad)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Compute the gradients that are needed."""
+def _grouped_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, lam, gamma = ctx.saved_tensors
     needs_x, needs_lam, needs_gamma, _ = ctx.needs_input_grad
     grads_x, grad_lam, grad_gamma = [], *(torch.zeros_like(diagonal) for diagonal in (lam, gamma))
     for part, which, updates in ctx.groups.parts(lam, gamma):
         tokens = x[part] if needs_lam or needs_gamma else None
-        of_x, of_lam, of_gamma = updates.gradients_of_few_tokens(
-            tokens, grad[part], needs_input=needs_x, over_tokens=lambda rows: rows
-        )
+        of_x, *of_diagonals = updates.gradients_of_few_tokens(tokens, grad[part], needs_input=needs_x, sums=False)
         grads_x.append(of_x)
-        for total, each in ((grad_lam, of_lam), (grad_gamma, of_gamma)):
-            if each is not None:
-                total.index_add_(0, which, in_dtype(each, total.dtype))
+        for total, of_tokens in zip((grad_lam, grad_gamma), of_diagonals, strict=True):
+            if of_tokens is not None:
+                total.index_add_(0, which, in_dtype(of_tokens, total.dtype))
     return torch.cat(grads_x) if needs_x else None, grad_lam, grad_gamma, None
 
 
 def summed_linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``x @ (weight + delta).T + bias``. The sum is not kept for backward.
-
-    Args:
-        x: ``(..., in_features)``.
-        weight: ``(out_features, in_features)`` in the dtype of x, or in a dtype to be cast to it.
-        delta: ``(out_features, in_features)`` in the dtype of x.
-        bias: ``(out_features,)``.
-
-    Returns:
-        ``(..., out_features)`` in the dtype of x.
-    """
+    """Compute ``x @ (weight + delta).T + bias`` in the dtype of x. The sum is not kept for backward."""
     rows = x.reshape(-1, x.shape[-1])
     with without_autocast(x.device.type):
         output: Tensor = _SummedLinear.apply(rows, weight, delta)  # type: ignore[no-untyped-call]

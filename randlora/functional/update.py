@@ -68,21 +68,17 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        lam, gamma, ids = ctx.saved_tensors
         with without_autocast(grad.device.type):  # it may be on in backward alone
-            return _gradients(ctx, grad)
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of Λ and Γ."""
-    lam, gamma, ids = ctx.saved_tensors
-    if ids is not None:
-        parts = _of(lam, gamma, *ctx.rest).gradients_from_rows(ids, grad)
-    elif lam.dim() == 2:
-        parts = _of(lam, gamma, *ctx.rest).gradients_from_update(grad)
-    else:
-        each = [_of(*one, *ctx.rest).gradients_from_update(part) for *one, part in zip(lam, gamma, grad, strict=True)]
-        parts = torch.stack([pair[0] for pair in each]), torch.stack([pair[1] for pair in each])
-    return in_dtype(parts[0], lam.dtype), in_dtype(parts[1], gamma.dtype), None, None, None, None
+            if ids is not None:
+                grad_lam, grad_gamma = _of(lam, gamma, *ctx.rest).gradients_from_rows(ids, grad)
+            elif lam.dim() == 2:
+                grad_lam, grad_gamma = _of(lam, gamma, *ctx.rest).gradients_from_update(grad)
+            else:
+                stacks = zip(lam, gamma, grad, strict=True)
+                of_matrices = [_of(*own, *ctx.rest).gradients_from_update(upstream) for *own, upstream in stacks]
+                grad_lam, grad_gamma = (torch.stack(grads) for grads in zip(*of_matrices, strict=True))
+            return in_dtype(grad_lam, lam.dtype), in_dtype(grad_gamma, gamma.dtype), None, None, None, None
 
 
 def update_norm(squared_A: Tensor, squared_B: Tensor, diagonals: Diagonals) -> Tensor:
@@ -96,9 +92,6 @@ def update_norm(squared_A: Tensor, squared_B: Tensor, diagonals: Diagonals) -> T
         squared_A: The squares of A, ``(r, min_dim)``.
         squared_B: The sums of the squares of the columns of UB, ``(r, num_bases)``.
         diagonals: Λ and Γ, or stacks of them, whose matrices are taken together.
-
-    Returns:
-        A tensor of no dimensions in the dtype of the squares, or in a wider one of Λ and Γ.
     """
     lam, gamma, scaling = diagonals
     dtype = torch.promote_types(torch.promote_types(lam.dtype, gamma.dtype), squared_A.dtype)
@@ -109,10 +102,10 @@ def update_norm(squared_A: Tensor, squared_B: Tensor, diagonals: Diagonals) -> T
 
 
 def update_rows(ids: Tensor, pair: Pair, diagonals: Diagonals, *, num_rows: int, is_wide: bool) -> Tensor:
-    """Compute the rows of an update with some indices, in the dtype of B.
+    """Compute the rows of an update with some indices, ``(*ids.shape, columns)``, in the dtype of B.
 
-    Only Λ, Γ, the indices and a reference to the bases are saved for backward. For a table with fewer rows than
-    columns, a matrix with one row of the table's width for each index is saved too.
+    Only Λ, Γ, the indices and a reference to the bases are saved for backward, and for a table with fewer rows than
+    columns a matrix with one row of the table's width for each index.
 
     Args:
         ids: Indices of rows, integers of any shape, at least 0 and less than ``num_rows``.
@@ -120,9 +113,6 @@ def update_rows(ids: Tensor, pair: Pair, diagonals: Diagonals, *, num_rows: int,
         diagonals: Λ and Γ.
         num_rows: The number of rows of the table.
         is_wide: Whether a row of the whole table has ``min_dim`` entries, as for `delta_weight`.
-
-    Returns:
-        ``(*ids.shape, columns)``.
     """
     device = ids.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # the dtype of B is the one to compute in

@@ -56,7 +56,7 @@ class Update(NamedTuple):
         dtype = torch.promote_types(diagonals.lam.dtype, torch.float32)
         squares = self.basis.squares(max(matrix), min(matrix), device=device, dtype=dtype)
         with without_autocast(device.type):
-            return update_norm(squares.A, squares.B, diagonals)
+            return update_norm(*squares, diagonals)
 
     @property
     def is_wide(self) -> bool:
