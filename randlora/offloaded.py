@@ -136,8 +136,8 @@ class Offloading(Keeper):
         """Whether a module has a hook of accelerate."""
         return HOOK in module.__dict__
 
-    def loaded_on_call(self, modules: Iterable[nn.Module]) -> dict[int, str | None]:
-        """Return which modules have parameters that accelerate loads; see `loaded_modules`."""
+    def loaded_modules(self, modules: Iterable[nn.Module]) -> dict[int, str | None]:
+        """Return which modules have parameters that accelerate loads."""
         found: dict[int, str | None] = {}
         for module in modules:
             for hook in offloading_hooks(module) if HOOK in vars(module) else ():

@@ -1,13 +1,13 @@
-"""The place of a parameter: where its values are, how they are read and written, and how they are restored.
+"""The place of a parameter: where its values are, and how they are read, written and restored.
 
-The values of most parameters are in the parameter itself, a `Plain` place. A feature that keeps values elsewhere, such
-as in shards on several processes, registers a `Keeper` that finds their places.
+Most values are in the parameter itself, a `Plain` place. A feature that keeps values elsewhere, such as in shards on
+several processes, registers a `Keeper` that finds their places.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,7 +19,6 @@ from randlora.ranks import Ranks
 
 Part = tuple[Spans, ...]
 """The part of a parameter that a process holds: which entries of each dimension."""
-
 
 Exchanges = Literal["parameters", "values", "nothing"]
 """Whether a parameter can be replaced, or must stay and take the values of its replacement (because its keeper would
@@ -187,64 +186,40 @@ class Plain(Whole):
 
 
 class Keeper:
-    """Finds places of values that are kept outside of their parameters. Register subclasses by `register_keeper`."""
+    """Knows of values that are kept outside of their parameters. Register subclasses by `register_keeper`.
 
-    def place_at(self, tensor: Tensor) -> Place | None:  # noqa: ARG002  # for those that keep no such tensors
-        """Return the place of a tensor if it is kept here, whichever module it belongs to.
-
-        Tensors that are kept elsewhere have their own class, or attributes; others are not asked about.
-        """
-        return None
-
-    def place_of(self, owner: nn.Module, attribute: str) -> Place | None:  # noqa: ARG002
-        """Return the place of a module's parameter if it is kept here and the place depends on the module."""
-        return None
-
-    def whole_only_inside(self, tensor: Tensor) -> str | None:  # noqa: ARG002
-        """Return what to do to have all values of a tensor, if its data are these only for a while."""
-        return None
-
-    def why_incomplete(self, model: nn.Module) -> str | None:  # noqa: ARG002
-        """Return why a model, given with what wraps it, has not all values here, as an advice; else ``None``."""
-        return None
-
-    def own_class(self, kind: type[nn.Module]) -> type[nn.Module]:
-        """Return the class that a module had before a keeper of its parameters changed it."""
-        return kind
-
-    def is_hooked(self, module: nn.Module) -> bool:  # noqa: ARG002
-        """Whether a hook of a module may load or move its parameters."""
-        return False
-
-    def loaded_on_call(self, modules: Iterable[nn.Module]) -> dict[int, str | None]:  # noqa: ARG002
-        """Return which of some modules are loaded for each call; see `loaded_modules`."""
-        return {}
-
-    def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:  # noqa: ARG002
-        """Return the processes that together hold some of these parameters; see `ranks_of`."""
-        return None
-
-    def settle(self, model: nn.Module) -> None:
-        """Have a model hold its parameters as they are between its calls."""
+    Its public methods have the names and arguments of functions of this file, which ask it. ``None`` is no answer.
+    """
 
 
-_asked: dict[str, list[Keeper]] = {question: [] for question in vars(Keeper) if not question.startswith("_")}
-"""For each question, the keepers that do not leave the answer to the base class, in their order."""
+_asked: dict[str, list[Callable[..., Any]]] = {
+    "place_at": [],
+    "place_of": [],
+    "whole_only_inside": [],
+    "why_incomplete": [],
+    "own_class": [],
+    "is_hooked": [],
+    "loaded_modules": [],
+    "ranks_of": [],
+    "settle": [],
+}
+"""The methods of keepers by name, in the order of registration."""
 
 
 def register_keeper(kind: type[Keeper]) -> type[Keeper]:
     """Add a keeper; a decorator of its class."""
     keeper = kind()
-    for question, keepers in _asked.items():
-        if getattr(kind, question) is not getattr(Keeper, question):
-            keepers.append(keeper)
+    for question in vars(kind):
+        if not question.startswith("_"):
+            _asked[question].append(getattr(keeper, question))
     return kind
 
 
 def place_of(owner: nn.Module, attribute: str) -> Place:
     """Return the place of a module's parameter or buffer."""
-    for keeper in _asked["place_of"]:
-        if (found := keeper.place_of(owner, attribute)) is not None:
+    for ask in _asked["place_of"]:
+        found: Place | None = ask(owner, attribute)
+        if found is not None:
             return found
     if (buffer := owner._buffers.get(attribute)) is not None:
         return place_at(buffer)
@@ -254,10 +229,14 @@ def place_of(owner: nn.Module, attribute: str) -> Place:
 
 
 def place_at(tensor: Tensor) -> Place:
-    """Return the place of a tensor that is not a parameter of the model, such as Λ or a copy that an adapter trains."""
+    """Return the place of a tensor that is not a parameter of the model, such as Λ or a copy that an adapter trains.
+
+    Tensors that are kept elsewhere have their own class, or attributes; keepers are not asked about others.
+    """
     is_marked = type(tensor) not in (Tensor, nn.Parameter) or bool(vars(tensor))
-    for keeper in _asked["place_at"] if is_marked else ():
-        if (place := keeper.place_at(tensor)) is not None:
+    for ask in _asked["place_at"] if is_marked else ():
+        place: Place | None = ask(tensor)
+        if place is not None:
             return place
     return Whole(tensor)
 
@@ -283,45 +262,34 @@ def is_whole(tensor: Tensor) -> bool:
 
 def whole_only_inside(tensor: Tensor) -> str | None:
     """Return what to do to have all values of a tensor, if its data are these only for a while; else ``None``."""
-    for keeper in _asked["whole_only_inside"]:
-        if (remedy := keeper.whole_only_inside(tensor)) is not None:
-            return remedy
-    return None
+    return next((advice for ask in _asked["whole_only_inside"] if (advice := ask(tensor)) is not None), None)
 
 
 def why_incomplete(model: nn.Module) -> str | None:
     """Return why a model, given with what wraps it, has not all values here, and what to do; else ``None``."""
-    for keeper in _asked["why_incomplete"]:
-        if (problem := keeper.why_incomplete(model)) is not None:
-            return problem
-    return None
+    return next((problem for ask in _asked["why_incomplete"] if (problem := ask(model)) is not None), None)
 
 
 def own_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class that a module had before a keeper of its parameters changed it."""
-    for keeper in _asked["own_class"]:
-        kind = keeper.own_class(kind)
+    for ask in _asked["own_class"]:
+        kind = ask(kind)
     return kind
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook of a module may load or move its parameters."""
-    return any(keeper.is_hooked(module) for keeper in _asked["is_hooked"])
+    return any(ask(module) for ask in _asked["is_hooked"])
 
 
 def loaded_modules(modules: Iterable[nn.Module]) -> dict[int, str | None]:
     """Return the modules, by id, whose parameters are loaded for each call of them or of a module around them.
 
-    Args:
-        modules: Modules, and all modules around them.
-
-    Returns:
-        For each, the name of the class of the module that it is loaded with; ``None`` if it is loaded by itself.
+    The value is the name of the class of the module that it is loaded with, or ``None`` if it is loaded by itself. All
+    modules around the given ones must be given too.
     """
     modules = list(modules)
-    return {
-        key: around for keeper in _asked["loaded_on_call"] for key, around in keeper.loaded_on_call(modules).items()
-    }
+    return {key: around for ask in _asked["loaded_modules"] for key, around in ask(modules).items()}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -343,12 +311,12 @@ def ranks_of(parameters: Iterable[Tensor], *, is_written: bool = False) -> Ranks
     because every process writes its own piece. An `AdapterError` is raised if no mesh has all of these processes.
     """
     parameters = list(parameters)
-    found = (keeper.ranks_of(parameters, is_written=is_written) for keeper in _asked["ranks_of"])
+    found = (ask(parameters, is_written=is_written) for ask in _asked["ranks_of"])
     return next((ranks for ranks in found if ranks is not None), None)
 
 
 def settle(model: nn.Module) -> None:
     """Have a model hold its parameters as they are between its calls, whichever keepers they have."""
     if isinstance(model, nn.Module):  # the caller refuses others
-        for keeper in _asked["settle"]:
-            keeper.settle(model)
+        for ask in _asked["settle"]:
+            ask(model)

@@ -51,10 +51,10 @@ def path_to(root: nn.Module, fqn: str) -> list[nn.Module]:
 def unwrapped(module: nn.Module | None) -> nn.Module | None:
     """Return a module without the wrappers of `WRAPPED_AS` around it."""
     while module is not None:
-        within = [WRAPPED_AS[base.__qualname__] for base in type(module).__mro__ if base.__qualname__ in WRAPPED_AS]
-        if not within:
+        attributes = (WRAPPED_AS.get(base.__qualname__) for base in type(module).__mro__)
+        if (attribute := next(filter(None, attributes), None)) is None:
             break
-        module = module._modules[within[0]]
+        module = module._modules[attribute]
     return module
 
 
@@ -82,10 +82,7 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 def watched(lam: Tensor, replaced: Iterable[ReplacedParameter]) -> Tensor:
-    """Return Λ with a hook that raises in backward if accelerate has offloaded a trained copy, whose gradient is lost.
-
-    An optimizer made before would silently train everything but the copy.
-    """
+    """Return Λ with a hook that raises in backward if accelerate offloads a trained copy, whose gradient is lost."""
     away = next((entry for entry in replaced if entry.is_loaded_on_call), None)
     if away is None or not lam.requires_grad:
         return lam
@@ -136,17 +133,21 @@ class ReplacedParameter:
         return not isinstance(self.original, nn.Parameter)
 
     @property
+    def cast_dtype(self) -> torch.dtype | None:
+        """The dtype that the model computes with if it differs from trained copies, else ``None``."""
+        module, attribute = next(iter(self.slots.values()))
+        dtype: torch.dtype | None = vars(module).get(CASTS, {}).get(attribute)
+        return dtype
+
+    @property
     def is_cast(self) -> bool:
         """Whether the model computes with it in a dtype that differs from trained copies."""
-        module, attribute = next(iter(self.slots.values()))
-        return attribute in vars(module).get(CASTS, ())
+        return self.cast_dtype is not None
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes with."""
-        module, attribute = next(iter(self.slots.values()))
-        found: torch.dtype = vars(module).get(CASTS, {}).get(attribute, self.live.dtype)
-        return found
+        return self.cast_dtype or self.live.dtype
 
     @property
     def is_fixed(self) -> bool:

@@ -1,8 +1,7 @@
 """The state of an adapted model: its adapters, their bases, and the parameters trained with them.
 
-One `ModelState` is a plain attribute of the module that `inject` was called on. It is not a module, so it is not in
-``state_dict``, and it is copied and pickled with the model. Every adapted layer has a reference to it, so that
-disabling all adapters is one assignment instead of a walk over the model.
+One `ModelState` is a plain attribute of the module that `inject` was called on, so it is not in ``state_dict``, and it
+is copied and pickled with the model. Every adapted layer refers to it, so disabling all adapters is one assignment.
 """
 
 from __future__ import annotations
@@ -39,12 +38,9 @@ CHANGING = threading.RLock()
 
 @dataclass(eq=False)
 class Adapter:
-    """One adapter of a model, shared by all its layers.
+    """One adapter of a model, shared by all its layers: bases by r, and options by FQN.
 
     Attributes:
-        bases: Its bases, by r.
-        options: r and alpha of its layers, by FQN.
-        rule: How the targets were chosen, for reports.
         left_out: Lines about layers that were left out, for its model card.
         init: Which of Λ and Γ started at zero, for `reset_parameters`. Not in files, because no result depends on it.
         weight: The factor of its update while active, for each layer if they differ, else ``None``.
@@ -71,12 +67,12 @@ class Adapter:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters in ``trained``."""
-        return {fqn: each for fqn, each in self.trained.items() if isinstance(each, nn.Parameter)}
+        return {fqn: copy for fqn, copy in self.trained.items() if isinstance(copy, nn.Parameter)}
 
     @property
     def buffers(self) -> dict[str, Tensor]:
         """The buffers in ``trained``."""
-        return {fqn: each for fqn, each in self.trained.items() if not isinstance(each, nn.Parameter)}
+        return {fqn: copy for fqn, copy in self.trained.items() if not isinstance(copy, nn.Parameter)}
 
     @property
     def is_active(self) -> bool:
@@ -91,15 +87,10 @@ class Adapter:
 
 @dataclass(eq=False)
 class SiteAdapter:
-    """One adapter at one adapted weight.
+    """One adapter at one adapted weight, with its bases there and the shape of its update.
 
     Attributes:
-        adapter: The adapter.
-        fqn: The name of the weight among the adapter's targets.
-        basis: Its bases.
-        shape: Shape of its update of this weight.
-        options: r and alpha here.
-        scaling: Factor of the update, ``alpha / r``.
+        scaling: Factor of the update, ``alpha / r``, which each forward reads.
         position: Its position among the acting adapters of the weight, or ``None`` if it does not act.
     """
 
@@ -112,7 +103,6 @@ class SiteAdapter:
     position: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        """Set `scaling`, which each forward reads."""
         self.scaling = self.options.scaling
 
     @property
@@ -124,14 +114,9 @@ class SiteAdapter:
 
 @dataclass(eq=False)
 class Activation:
-    """One choice of the active adapters, which layers prepare for.
+    """One choice of the active adapters, which layers prepare for."""
 
-    Attributes:
-        is_current: Whether it is still the current choice. A layer that was outside of the model when a new choice was
-            made can tell by this.
-    """
-
-    is_current: bool = True
+    is_current: bool = True  # by which a layer that was outside of the model can tell that there is a newer choice
 
 
 @dataclass(eq=False)
@@ -139,15 +124,13 @@ class ModelState:
     """The state of one adapted model.
 
     Attributes:
-        adapters: The adapters by name, in the order they were added.
         required_grad: Which parameters required grad before the first adapter was added.
         replaced: The parameters and buffers that some adapter has a copy of, by FQN.
         buffers_before: Copies of the model's small buffers from when the first adapter was added, by FQN.
         disabled: The open blocks of `randlora.disabled`, and similar ones of features.
         run: The innermost of these, if it is a `Run`.
         ended: Closed blocks whose parameters are not restored yet.
-        merge_guards: While merged, the handles of the hooks that refuse to load a state dict, to run backward, and to
-            run without the merged weights.
+        merge_guards: While merged, the handles of the hooks that refuse what would lose or miss the merged weights.
         merged_weights: While merged, for each parameter that was exchanged for a merged one: the parameters of its
             owner, its adapter layer, and the merged one.
         merged: The names and factors of the adapters that are merged reversibly. They stay active.
@@ -156,7 +139,6 @@ class ModelState:
         merged_block: The adapters that the open block of `randlora.merged` merged, if one is open.
         save_pretrained: What ``save_pretrained`` of the model does; ``None`` if no caller has chosen.
         saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
-        activation: The last choice of active adapters.
         averaging: Averages gradients of adapters that an engine does not know; see `randlora.model.engines`.
     """
 
@@ -181,16 +163,7 @@ class ModelState:
     activation: Activation = field(default_factory=Activation)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle of the model has. No `Run` goes on in it, which its calls would not tell.
-
-        A process that is being spawned gets a pickle of what it runs.
-
-        Raises:
-            AdapterError: If a `Run` is open and this is for such a process.
-
-        Warns:
-            UserWarning: If a `Run` is open.
-        """
+        # No `Run` goes on in a copy or a pickle, of which its calls would not tell. A spawned process gets a pickle.
         if self.run is not None:
             left = f"in a block of {self.run.words} the adapters of a copy or a pickle of the model are inactive"
             if get_spawning_popen() is not None:
@@ -202,11 +175,7 @@ class ModelState:
         return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Hold the state of a copied or unpickled model, in which no block is open, as none would end there.
-
-        If it was made in a block of `randlora.disabled`, its adapters are inactive.
-        """
-        self.__dict__.update(state)
+        self.__dict__.update(state)  # no block is open in a copy, because none would end there
         if self.is_disabled:
             self.activate({})
         self.disabled, self.ended, self.merged_block, self.run = [], [], None, None
@@ -253,19 +222,16 @@ class ModelState:
 
     def adapter(self, name: str | None) -> Adapter:
         """Return the adapter with a name, or the only one for the name ``None``; otherwise raise an `AdapterError`."""
-        known = ", ".join(self.adapters)
-        if name is not None and not isinstance(name, str):
-            raise AdapterError(f"the name of an adapter must be a string, got {shortly(name)}: the model has {known}")
         if name is None and len(self.adapters) > 1:
-            raise AdapterError(f"the model has several adapters ({known}): give name= to choose one")
-        found = next(iter(self.adapters.values()), None) if name is None else self.adapters.get(name)
-        if found is None:
-            raise AdapterError(f"the model has no adapter named {name!r}: it has {known or 'none'}")
-        return found
+            raise AdapterError(f"the model has several adapters ({', '.join(self.adapters)}): give name= to choose one")
+        name = next(iter(self.adapters), None) if name is None else name
+        if problems := self.unknown([name]):
+            raise AdapterError(problems[0])
+        return self.adapters[name]  # type: ignore[index]  # it is a name
 
     def unknown(self, names: Iterable[object]) -> list[str]:
         """Return messages about names (of any type) that no adapter has."""
-        known = ", ".join(self.adapters)
+        known = ", ".join(self.adapters) or "none"
         return [
             f"the model has no adapter named {shortly(name)}: it has {known}"
             for name in names
@@ -319,22 +285,16 @@ class ModelState:
         )
 
     def convert_aside(self, convert: Any) -> None:
-        """Convert the parameters and buffers that the model does not use now as `nn.Module._apply` converts the others.
-
-        These are the copies of adapters that are not active, and its own in the places of copies.
-        """
+        """Convert what adapters or the model have of parameters and do not use now, as `nn.Module._apply` converts."""
         with CHANGING:
             for fqn, entry in self.replaced.items():
-                versions = [
-                    entry.original,
-                    *(each.trained[fqn] for each in self.adapters.values() if fqn in each.trained),
-                ]
-                aside = {id(each): each for each in versions if each is not entry.installed}
-                now = {key: converted(each, convert) for key, each in aside.items()}
-                entry.original = now.get(id(entry.original), entry.original)
-                for adapter in self.adapters.values():
-                    if fqn in adapter.trained:
-                        adapter.trained[fqn] = now.get(id(adapter.trained[fqn]), adapter.trained[fqn])
+                sharing = [adapter for adapter in self.adapters.values() if fqn in adapter.trained]
+                versions = [entry.original, *(adapter.trained[fqn] for adapter in sharing)]
+                now = {id(each): each for each in versions}
+                now |= {key: converted(each, convert) for key, each in now.items() if each is not entry.installed}
+                entry.original = now[id(entry.original)]
+                for adapter in sharing:
+                    adapter.trained[fqn] = now[id(adapter.trained[fqn])]
 
     def exchanged(self, active: Iterable[str]) -> list[str]:
         """Return the names of the parameters that would be exchanged if these adapters were active."""
@@ -412,7 +372,7 @@ def require_module(model: object) -> None:
 def is_adapted(model: nn.Module) -> bool:
     """Whether the model or one of its submodules has adapters."""
     require_module(model)
-    return attached_state(model) is not None or any(attached_state(module) is not None for module in model.modules())
+    return any(attached_state(module) is not None for module in model.modules())
 
 
 def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
@@ -422,17 +382,14 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
         AdapterError: If there is no such module, or more than one, or accelerate offloads a copy that adapters train.
     """
     require_module(model)
-    if (own := attached_state(model)) is not None:
-        own.require_loaded(model)
-        own.adopt_parameters(model)
-        return model, own
-    carriers = [(fqn, module, state) for fqn, module in model.named_modules() if (state := attached_state(module))]
+    modules = [("", model)] if attached_state(model) is not None else model.named_modules()
+    carriers = [(fqn, module, state) for fqn, module in modules if (state := attached_state(module)) is not None]
+    if not carriers and any("randlora" in vars(module) for module in model.modules()):
+        raise AdapterError(
+            "the adapters of this model's layers were added to a different module, which contains or contained this "
+            "one: call this on that module"
+        )
     if not carriers:
-        if any("randlora" in vars(module) for module in model.modules()):
-            raise AdapterError(
-                "the adapters of this model's layers were added to a different module, which contains or contained "
-                "this one: call this on that module"
-            )
         raise AdapterError(
             "the model has no adapter: call randlora.inject(model) or randlora.load(model, path) first; if it had one, "
             "a merge that is not reversible removed it"

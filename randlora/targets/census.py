@@ -60,7 +60,7 @@ class Site:
     @property
     def shape(self) -> Shape:
         """The shape of the update of an adapter with the default options."""
-        return self.shape_with(DEFAULT)
+        return self.layer_class.shape_of(self.owner, DEFAULT)
 
     def shape_with(self, config: RandLoRAConfig) -> Shape:
         """Return the shape of the update of an adapter with these options."""
