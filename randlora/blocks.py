@@ -17,17 +17,10 @@ BLOCKS: ContextVar[tuple[object, ...]] = ContextVar("BLOCKS", default=())
 
 
 class ForwardCall(NamedTuple):
-    """A call of the forward of an adapted module.
-
-    Attributes:
-        owner: The module.
-        call: Its forward without adapters, except that it reads weights, which may include them.
-        args: The arguments.
-        kwargs: The keyword arguments.
-    """
+    """A call of the forward of an adapted module, its owner."""
 
     owner: nn.Module
-    call: Callable[..., Any]
+    call: Callable[..., Any]  # the forward without adapters, except that weights that it reads may include them
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -36,13 +29,10 @@ class Rows(NamedTuple):
     """The arguments of a forward, some of which have the rows of the batch.
 
     Attributes:
-        args: The positional ones.
-        kwargs: The keyword ones.
         axes: The dimension that has the rows, by position or keyword, and how many entries there each row has.
         size: The number of rows.
-        device: The device of the input.
-        is_declared: Whether the module declares these arguments; else, every tensor as long as the first one is taken.
         output_axes: The dimension that has the rows of the first output, and of all others.
+        is_declared: Whether the module declares these arguments; else, every tensor as long as the first one is taken.
     """
 
     args: tuple[Any, ...]
@@ -76,23 +66,23 @@ class Rows(NamedTuple):
         def selected(key: int | str, value: Any) -> Any:
             if key not in self.axes:
                 return value
-            axis, each = self.axes[key]
-            within = torch.arange(each, device=self.device)
-            return value.index_select(axis, (positions.unsqueeze(1) * each + within).flatten())
+            axis, entries = self.axes[key]
+            within = torch.arange(entries, device=self.device)
+            return value.index_select(axis, (positions.unsqueeze(1) * entries + within).flatten())
 
         args = tuple(selected(position, value) for position, value in enumerate(self.args))
         return args, {name: selected(name, value) for name, value in self.kwargs.items()}
 
     def joined(self, outputs: list[Any], order: Tensor) -> Any:
         """Return the output for the whole batch, given the outputs for parts of it and where each row is in them."""
-        if not isinstance(outputs[0], tuple):
-            return self._joined(outputs, order, self.output_axes[0])
-        each = enumerate(zip(*outputs, strict=True))
-        return tuple(self._joined(list(parts), order, self.output_axes[min(index, 1)]) for index, parts in each)
 
-    @staticmethod
-    def _joined(parts: list[Any], order: Tensor, axis: int) -> Any:
-        return torch.cat(parts, axis).index_select(axis, order) if isinstance(parts[0], Tensor) else parts[0]
+        def joined(parts: Sequence[Any], axis: int) -> Any:
+            return torch.cat([*parts], axis).index_select(axis, order) if isinstance(parts[0], Tensor) else parts[0]
+
+        if not isinstance(outputs[0], tuple):
+            return joined(outputs, self.output_axes[0])
+        entries = enumerate(zip(*outputs, strict=True))
+        return tuple(joined(parts, self.output_axes[min(index, 1)]) for index, parts in entries)
 
 
 class Run(ABC):

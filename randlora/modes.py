@@ -1,7 +1,4 @@
-"""How torch runs code: its dispatch modes, which see every operator, fake tensors, and code that is not compiled.
-
-Selective activation checkpointing is such a mode, and so is torch's `FakeTensorMode`, whose tensors have no values.
-"""
+"""How torch runs code: its dispatch modes, which see every operator, fake tensors, and code that is not compiled."""
 
 from __future__ import annotations
 

@@ -20,15 +20,10 @@ Result = TypeVar("Result")
 
 
 class Ranks(NamedTuple):
-    """The processes that together hold a model.
-
-    Attributes:
-        groups: Process groups that connect them, one for each dimension of their mesh.
-        is_first: Whether this is the process that writes files.
-    """
+    """The processes that together hold a model, in a process group for each dimension of their mesh."""
 
     groups: tuple[Any, ...]
-    is_first: bool
+    is_first: bool  # whether this is the process that writes files
 
     def gathered(self, value: object) -> list[Any]:
         """Return the values given by all processes, in the same order everywhere; a collective."""
@@ -36,7 +31,7 @@ class Ranks(NamedTuple):
         for group in self.groups:
             lists: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(lists, found, group=group)
-            found = [each for part in lists for each in part]
+            found = [value for values in lists for value in values]
         return found
 
 
@@ -52,7 +47,7 @@ class _Block(NamedTuple):
         while error is not None and error not in seen:
             seen.append(error)
             error = error.__cause__ or error.__context__
-        return any(each in self.known for each in seen)
+        return any(one in self.known for one in seen)
 
 
 _BLOCK: ContextVar[_Block | None] = ContextVar("_BLOCK", default=None)
@@ -69,10 +64,10 @@ def agreeing() -> Ranks | None:
 def raise_on_every_rank(ranks: Ranks | None) -> Iterator[None]:
     """Raise an error in every process if the block raised one in any; a collective at the end of the block.
 
-    A process may raise an error anywhere in the block where the next thing that the others do together is to agree: by
-    `agree`, or at the end of this block or of one inside it, which is of the same processes. So what they compute
-    together comes right after `agree`, by `run_collectives`, which skips nothing if a part of it fails. An error that
-    all know must leave the outermost block; on its way, or if undoing something fails, nobody is told again.
+    A process may raise an error wherever the next thing that the others do together is to agree: by `agree`, or at the
+    end of this block or of one inside it, which is of the same processes. So what they compute together comes right
+    after `agree`, by `run_collectives`, which skips nothing if a part of it fails. An error that all know must leave
+    the outermost block; on its way, or if undoing something fails, nobody is told again.
     """
     block = _BLOCK.get() or (None if ranks is None else _Block(ranks, []))
     if block is None:
@@ -111,20 +106,20 @@ def agree(value: object = None) -> list[Any]:
     """
     if (block := _BLOCK.get()) is None:
         return [value]
-    found = block.ranks.gathered((None, value))
-    for error, _ in found:
+    answers = block.ranks.gathered((None, value))
+    for error, _ in answers:
         if error is not None:
             error.add_note("This was raised in another process, which holds a part of the same model.")
             block.known.append(error)
             raise error
-    return [each for _, each in found]
+    return [answer for _, answer in answers]
 
 
 def run_collectives(collectives: Iterable[Callable[[], Any]]) -> list[Any]:
     """Call functions that all processes call together, and return their results.
 
-    If one raises, such as for lack of memory, the remaining ones are called before its error is raised. The other
-    processes call them too, and would otherwise wait for this process or mix up its part in two collectives.
+    If one raises, such as for lack of memory, the others are still called before its error is raised, because the other
+    processes call them too, and would wait for this process or mix up its part in two collectives.
     """
     results: list[Any] = []
     failed: Exception | None = None
@@ -144,7 +139,9 @@ def on_first_rank(write: Callable[[], Result]) -> Result:
     """Call a function in one process while the others wait. All return its result or raise its error; a collective."""
     ranks = agreeing()
     agree()  # before anything is written
-    (result,) = [each for own in agree([write()] if ranks is None or ranks.is_first else []) for each in own]
+    (result,) = (
+        result for results in agree([write()] if ranks is None or ranks.is_first else []) for result in results
+    )
     return result  # type: ignore[no-any-return]
 
 

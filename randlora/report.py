@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from itertools import accumulate
 
 from torch.nn.parameter import is_lazy
 
-from randlora.bases.spec import KINDS, BasisSpec, count_bases, count_trainable, reach_all
+from randlora.bases.spec import BasisSpec, count_bases, count_trainable, reach_all
 from randlora.config import Factor, RandLoRAConfig
 from randlora.errors import spelled
 from randlora.hints import NotTheModel
@@ -216,9 +216,8 @@ def adapter_report(
     sites = {fqn: census.sites_by_fqn[fqn] for fqn in shapes}
     rows = shape_rows(shapes, {fqn: site.layer_class.kind for fqn, site in sites.items()}, adapter)
     adapter_size = sum(row.trainable for row in rows)
-    own = {id(held.tensor): held for held in reversed(census.parameters) if not is_lazy(held.tensor)}
-    beside = [held.tensor for held in own.values() if held.fqn in adapter.trained]
-    buffers = adapter.buffers
+    first = {id(held.tensor): held for held in reversed(census.parameters) if not is_lazy(held.tensor)}
+    beside = [held.tensor for held in first.values() if held.fqn in adapter.trained]
     scaling = max((abs(options.scaling) for options in adapter.options.values()), default=0.0)
     return Report(
         name=adapter.name,
@@ -231,21 +230,16 @@ def adapter_report(
         total_parameters=adapter_size + census.size,
         basis_bytes=sum(basis.nbytes for basis in adapter.bases.values()),
         checkpoint_bytes=FLOAT32_BYTES * adapter_size
-        + sum(math.prod(whole_shape(each)) * each.itemsize for each in adapter.trained.values()),
+        + sum(math.prod(whole_shape(copy)) * copy.itemsize for copy in adapter.trained.values()),
         is_active=is_active,
         is_trainable=is_trainable,
         train_also=tuple(adapter.parameters),
-        buffers=tuple(buffers),
+        buffers=tuple(adapter.buffers),
         skipped=dict(skipped or {}),
         left_out=left_out,
         learning_rate=first_learning_rate(scaling, typical_min_dim(rows)) if is_trainable else None,
         lora_rank=adapter_size / lora_parameters(sites.values()) if sites else 0.0,
-        notes=(
-            *notes,
-            *_narrow_notes(shapes, adapter),
-            *_block_notes(shapes, adapter),
-            *(_head_notes(census, adapter) if is_trainable else ()),
-        ),
+        notes=(*notes, *_notes(census, adapter, shapes, is_trainable=is_trainable)),
     )
 
 
@@ -266,47 +260,26 @@ def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
     return notes
 
 
-def _head_notes(census: Census, adapter: Adapter) -> list[str]:
-    """Return a note about heads that a task of one's own may need, and that this adapter leaves as they are."""
-    heads = dict.fromkeys(held.fqn.partition(".")[0] for held in census.parameters)
-    changed = {fqn.partition(".")[0] for fqn in (*adapter.trained, *adapter.targets)}
-    return [
-        f"frozen: {head}; if it is new, with random values, give {spelled('train_also', head)}"
-        for head in heads
-        if head in NEW_HEADS - changed
-    ]
-
-
-def _narrow_notes(shapes: Shapes, adapter: Adapter) -> list[str]:
-    """Return a note for each r above the smaller side of layers: one basis has all the rank that there is."""
-    narrow: dict[int, list[str]] = {}
-    for fqn, shape in shapes.items():
-        if (r := adapter.options[fqn].r) > min(shape[-2:]):
-            narrow.setdefault(r, []).append(fqn)
-    return [
-        f"r={r} is more than the smaller side of {shortened(fqns)}: down to that size, a smaller r trains fewer "
-        "parameters and reaches the same rank"
-        for r, fqns in narrow.items()
-    ]
-
-
-def _block_notes(shapes: Shapes, adapter: Adapter) -> list[str]:
-    """Return a note for each pair of bases whose blocks leave entries of updates always zero, or are fewer for that."""
-    notes = []
+def _notes(census: Census, adapter: Adapter, shapes: Shapes, *, is_trainable: bool) -> Iterator[str]:
+    """Yield notes on what may not be meant: a large r, updates that stay partly zero, and new heads that are frozen."""
     for r, basis in adapter.bases.items():
-        blocks, most = basis.spec.blocks, KINDS[basis.spec.kind].default_blocks(r, ())
-        if blocks is None or most is None:
-            continue
-        counts = {fqn: count_bases(min(shapes[fqn][-2:]), r) for fqn in shapes if adapter.options[fqn].r == r}
-        if split := [fqn for fqn, num_bases in counts.items() if not reach_all(blocks, num_bases)]:
-            notes.append(
+        sides = {fqn: min(shape[-2:]) for fqn, shape in shapes.items() if adapter.options[fqn].r == r}
+        if narrow := [fqn for fqn, side in sides.items() if r > side]:
+            yield (
+                f"r={r} is more than the smaller side of {shortened(narrow)}: down to that size, a smaller r trains "
+                "fewer parameters and reaches the same rank"
+            )
+        blocks = basis.spec.blocks
+        if blocks and (split := [fqn for fqn, side in sides.items() if not reach_all(blocks, count_bases(side, r))]):
+            yield (
                 f"blocks={blocks} leave entries of the update always zero in {shortened(split)}, which have few bases: "
                 "a new adapter leaves none by default"
             )
-        elif adapter.config.blocks is None and blocks != most:
-            few = [fqn for fqn, num_bases in counts.items() if not reach_all(most, num_bases)]
-            notes.append(f"blocks={blocks} instead of {most} for r={r}: few bases in {shortened(few, 1)}")
-    return notes
+    heads = dict.fromkeys(held.fqn.partition(".")[0] for held in census.parameters)
+    changed = {fqn.partition(".")[0] for fqn in (*adapter.trained, *adapter.targets)}
+    for head in heads if is_trainable else ():
+        if head in NEW_HEADS - changed:
+            yield f"frozen: {head}; if it is new, with random values, give {spelled('train_also', head)}"
 
 
 def shape_rows(shapes: Shapes, kinds: Mapping[str, str], adapter: Adapter) -> tuple[ShapeRow, ...]:
@@ -315,11 +288,18 @@ def shape_rows(shapes: Shapes, kinds: Mapping[str, str], adapter: Adapter) -> tu
     rows = []
     for (kind, shape, (r, alpha)), count in counts.items():
         out_features, in_features = shape[-2:]
-        num_bases = count_bases(min(shape[-2:]), r)
-        rank = adapter.bases[r].spec.expected_rank(out_features, in_features)
-        trainable = count * count_trainable(shape, r)
-        matrices = count * math.prod(shape[:-2])
-        rows.append(ShapeRow(kind, matrices, in_features, out_features, r, alpha, num_bases, rank, trainable))
+        row = ShapeRow(
+            kind,
+            count * math.prod(shape[:-2]),
+            in_features,
+            out_features,
+            r,
+            alpha,
+            num_bases=count_bases(min(shape[-2:]), r),
+            expected_rank=adapter.bases[r].spec.expected_rank(out_features, in_features),
+            trainable=count * count_trainable(shape, r),
+        )
+        rows.append(row)
     return tuple(rows)
 
 
