@@ -128,8 +128,8 @@ def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:
     """Yield messages about the parts of a value that do not match a type hint, with their names and the expected type.
 
     The hint may be a class, a union, a literal, ``Any``, a `TypedDict` (unknown keys are allowed), or a list, tuple,
-    mapping, sequence or path. Numbers must be finite, and a bool is not a number. A path must be acceptable to the
-    system. A list may stand for a tuple, as in JSON.
+    mapping, sequence or path. Numbers must be finite, and a bool is not a number. A list may stand for a tuple, as in
+    JSON.
     """
     choices = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
     found = [(choice, [*_differences(value, choice, name)]) for choice in choices if _has_form(value, choice)]
@@ -141,8 +141,8 @@ def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:
         yield f"{name} must be {', '.join(words)}{' or ' if words else ''}{last}, got {shortly(value)}{meant}"
     elif all(problems for _, problems in found):
         yield from found[0][1]
-    elif any(get_origin(choice) is os.PathLike for choice in choices) and _is_no_path(value):
-        yield f"{name} must be a path, got {shortly(value)}"
+    elif value == "" and any(get_origin(choice) is os.PathLike for choice in choices):
+        yield f"{name} must be a path, got ''"
 
 
 def _has_form(value: object, hint: Any) -> bool:
@@ -187,18 +187,6 @@ def _differences(value: Any, hint: Any, name: str) -> Iterator[str]:
             yield from mistyped(part, part_hint, where)
 
 
-def _is_no_path(value: object) -> bool:
-    """Whether a string or a path is one that no system has."""
-    if not isinstance(value, str | os.PathLike):
-        return False
-    try:
-        text = os.fspath(value)
-        os.fsencode(text)
-    except Exception:  # whatever an object's own code raises
-        return True
-    return not isinstance(text, str) or not text or "\0" in text
-
-
 def listed(names: object) -> list[Any]:
     """Return names as a list, whatever was given instead of names, so that they can be checked."""
     return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
@@ -221,8 +209,6 @@ def _words(hint: Any) -> str:
 
 def shortly(value: object) -> str:
     """Return a value of any kind and size in a few words."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
     if isinstance(value, NotTheModel):
         return f"a {type(value).__name__}: {IN_PLACE}"
     try:

@@ -31,12 +31,6 @@ KEEP_COPIES = (
 )
 """What to do about a trained copy that accelerate offloads."""
 
-MARK = "randlora_required_grad"
-"""The attribute of a parameter that says whether it required grad before a model that contains it was adapted."""
-
-Named = Iterable[tuple[str, Tensor]]
-"""Parameters with their FQNs."""
-
 
 def path_to(root: nn.Module, fqn: str) -> list[nn.Module]:
     """Return the modules from a model to the one that has a parameter, given its FQN; empty if there is none."""
@@ -240,28 +234,3 @@ def _slot(root: nn.Module, fqn: str) -> Slot | None:
     modules, attribute = path_to(root, fqn), fqn.rpartition(".")[2]
     found = modules and table_of(modules[-1], attribute).get(attribute) is not None
     return (modules[-1], attribute) if found else None
-
-
-class RequiredGrad:
-    """The flags of some parameters.
-
-    Each parameter carries its own flag, because pruning or a parametrization renames it. It is also looked up by name,
-    because ``load_state_dict(assign=True)``, sharding or a copy of the model replaces it. References to the parameters
-    would keep them in memory, and weak references would keep torch from swapping them.
-    """
-
-    def __init__(self, parameters: Named = ()) -> None:
-        """Take the flags from parameters. If another adapted model froze one, take the flag from before."""
-        self._flags = {fqn: bool(vars(parameter).get(MARK, parameter.requires_grad)) for fqn, parameter in parameters}
-
-    def mark(self, parameters: Named) -> None:
-        """Let the parameters carry their flags."""
-        for fqn, parameter in parameters:
-            vars(parameter)[MARK] = self._flags[fqn]
-
-    def take(self, parameters: Mapping[str, Tensor]) -> dict[str, bool]:
-        """Return the flags of the parameters of a model, by their current FQNs, and remove the marks."""
-        found = {fqn: vars(own).get(MARK, self._flags.get(fqn)) for fqn, own in parameters.items()}
-        for parameter in parameters.values():  # a tied one is there more than once
-            vars(parameter).pop(MARK, None)
-        return {fqn: flag for fqn, flag in found.items() if flag is not None}

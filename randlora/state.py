@@ -25,7 +25,7 @@ from randlora.functional import Compute
 from randlora.hints import IN_PLACE, NotTheModel, shortly
 from randlora.places import converted, loaded_modules, place_at, settle
 from randlora.ranks import run_collectives
-from randlora.replaced import KEEP_COPIES, ReplacedParameter, RequiredGrad, like, path_to
+from randlora.replaced import KEEP_COPIES, ReplacedParameter, like, path_to
 
 ATTRIBUTE = "randlora_state"
 
@@ -124,7 +124,7 @@ class ModelState:
     """The state of one adapted model.
 
     Attributes:
-        required_grad: Which parameters required grad before the first adapter was added.
+        required_grad: Which parameters required grad before the first adapter was added, by FQN.
         replaced: The parameters and buffers that some adapter has a copy of, by FQN.
         buffers_before: Copies of the model's small buffers from when the first adapter was added, by FQN.
         disabled: The open blocks of `randlora.disabled`, and similar ones of features.
@@ -144,7 +144,7 @@ class ModelState:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     bank: BasisBank = field(default_factory=BasisBank)
-    required_grad: RequiredGrad = field(default_factory=RequiredGrad)
+    required_grad: dict[str, bool] = field(default_factory=dict)
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
     buffers_before: dict[str, Tensor] = field(default_factory=dict)
     disabled: list[object] = field(default_factory=list)

@@ -29,14 +29,8 @@ from tests.kit import untouched
 from tests.model_directories import contents, save_model
 from tests.models import LLAMA
 
-
-def path(fspath: Callable[[object], object]) -> Any:
-    return type("Path", (), {"__fspath__": fspath})()
-
-
-NO_PATHS: tuple[Any, ...] = (None, 7, "a\0b", "half \ud800")
-STRANGE_PATHS = path(lambda _: b"x"), path(lambda _: 1 / 0)  # of bytes, and whose own code fails
-EVERY_NO_PATH: tuple[Any, ...] = (*NO_PATHS, b"bytes", ["a"], "", *STRANGE_PATHS, 10**5000, "a" * 300 + "/b")
+NO_PATHS: tuple[Any, ...] = (None, 7, "")
+EVERY_NO_PATH: tuple[Any, ...] = (*NO_PATHS, b"bytes", ["a"], 10**5000, "a" * 300 + "/b")
 NO_NUMBERS: tuple[Any, ...] = ("a", True, float("nan"), float("inf"), 10**400, None)
 
 FUNCTIONS: dict[str, Callable[..., object]] = {"load": randlora.load, "save": randlora.save}
@@ -115,7 +109,7 @@ GOOD: list[tuple[object, Any]] = [
 ]
 WRONG: list[tuple[object, Any, str]] = [
     (True, int, "x must be an integer, got True"),
-    (10**400, float, "x must be a finite number, got an integer of 1329 bits"),
+    (10**400, float, f"x must be a finite number, got 1{'0' * 59}… (int)"),
     (1, bool | None, "x must be True, False or None, got 1"),
     ([1], tuple[int, str], "x must have 2 entries, got 1"),
     ([1, 2], tuple[int, str], "x[1] must be a string, got 2"),

@@ -26,7 +26,7 @@ from randlora.model.train_also import lost_parameters, remembered
 from randlora.model.view import all_or_nothing, set_requires_grad
 from randlora.places import loaded_modules, place_at
 from randlora.ranks import agree
-from randlora.replaced import CASTS, ReplacedParameter, RequiredGrad, whole_shape
+from randlora.replaced import CASTS, ReplacedParameter, whole_shape
 from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteAdapter
 from randlora.targets.census import AdaptedSite, Census, Site, sizes
 from randlora.targets.match import prefixes, shortened
@@ -97,11 +97,9 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
     with all_or_nothing(census, state, [site for site, *_ in addition.layers], addition.replaced.values()):
         if not state.adapters:
             state.buffers_before = remembered(census)
-            named = [(held.fqn, held.tensor) for held in census.parameters]
-            state.required_grad = RequiredGrad(named)
-            state.required_grad.mark(named)
-            for _, parameter in named:
-                set_requires_grad(parameter, False)  # noqa: FBT003
+            state.required_grad = {held.fqn: held.tensor.requires_grad for held in census.parameters}
+            for held in census.parameters:
+                set_requires_grad(held.tensor, False)  # noqa: FBT003
         for site, layer, part, lam, gamma in addition.layers:
             add_adapter(site.owner, layer, part, lam, gamma, trainable=addition.trainable)
         state.adapters[adapter.name] = adapter
@@ -234,9 +232,9 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
             set_casts(module, _rounded(module))
     now = census.again()
     unwatch(now)
-    own = {held.fqn: held.tensor for held in now.parameters}
-    for fqn, flag in state.required_grad.take(own).items():  # not for parameters added later
-        set_requires_grad(own[fqn], flag)
+    for held in now.parameters:
+        if held.fqn in state.required_grad:  # else it was added later
+            set_requires_grad(held.tensor, state.required_grad[held.fqn])
     if state.averaging is not None:
         state.averaging.end()
     del census.model.__dict__[ATTRIBUTE]

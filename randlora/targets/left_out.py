@@ -200,7 +200,7 @@ def _advice(census: Census, argument: str, pattern: Pattern, entry: str) -> str:
         return f", only {shortened(only, LISTED)}"
     only = [f"{visit.fqn} ({plain_class(visit.module).__name__})" for visit in visits if matches_name(name, visit.fqn)]
     known = [visit.fqn for visit in visits] if argument == "exclude" else [*layers, *holders(visits)]
-    advice = suggestion(argument, entry, known, common=layers) or inventory(visits)
+    advice = suggestion(argument, entry, known) or inventory(visits)
     return f"{f', only {shortened(only, LISTED)}' if only else ''}; {advice}"
 
 

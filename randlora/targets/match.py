@@ -68,36 +68,30 @@ def unmatched(pattern: Pattern, fqns: Iterable[str]) -> list[str]:
     return [entry for entry in pattern if entry not in endings]
 
 
-def nearest_names(entry: str, fqns: Iterable[str], *, common: Iterable[str] | None = None) -> str:
-    """Return the known names most similar to ``entry``, for an error message; never ``entry`` itself.
+def nearest_names(entry: str, fqns: Iterable[str]) -> str:
+    """Return the known names most similar to ``entry``, or else the first ones; never ``entry`` itself.
 
-    If some names end with ``entry``, only these are returned. Otherwise last components are compared if ``entry`` has
-    no dot, else FQNs. If none is similar, the names in ``common`` are returned, by default all.
+    These are the names that end with ``entry``, if there are any. Otherwise last components are compared if ``entry``
+    has no dot, else FQNs.
     """
     known = set(fqns) - {entry}
     ending = {fqn for fqn in known if has_suffix(fqn, entry)}
-    others = known if common is None else set(common) - {entry}
     if not ending and "." not in entry:
-        known, others = ({fqn.rsplit(".", 1)[-1] for fqn in names} for names in (known, others))
-    listed = sorted(ending or others or known)
-    near = difflib.get_close_matches(entry, sorted(ending or known), n=NEAREST)
-    return ", ".join(near or difflib.get_close_matches(entry, listed, n=NEAREST, cutoff=0.4) or listed[:NEAREST])
+        known = {fqn.rsplit(".", 1)[-1] for fqn in known}
+    listed = sorted(ending or known)
+    return ", ".join(difflib.get_close_matches(entry, listed, n=NEAREST, cutoff=0.4) or listed[:NEAREST])
 
 
-def as_list(regex: str, fqns: Iterable[str]) -> str | None:
-    """Return the names that a regex such as ``"q_proj|v_proj"`` was meant to list, as source code, or ``None``."""
-    names = [name for name in re.split(r"[\s,|()]+", regex.replace("\\.", ".")) if name]
-    fqns = list(fqns)
-    if not names or not all(any(has_suffix(fqn, name) for fqn in fqns) for name in names):
-        return None
-    return json.dumps(names, ensure_ascii=False)
+def suggestion(argument: str, entry: str, fqns: Sequence[str]) -> str:
+    """Return a suggestion for a regex or name without a match; empty if there are no names.
 
-
-def suggestion(argument: str, entry: str, fqns: Sequence[str], *, common: Sequence[str] | None = None) -> str:
-    """Return a suggestion for a regex or name without a match, as `nearest_names` does; empty if there are no names."""
-    if (names := as_list(entry, fqns)) is not None:
-        return f"did you mean {argument}={names}? A string is a regex for full names, a list has names or suffixes"
-    near = nearest_names(entry, fqns, common=common)
+    A regex such as ``"q_proj|v_proj"`` was probably meant to list names.
+    """
+    names = [name for name in re.split(r"[\s,|()]+", entry.replace("\\.", ".")) if name]
+    if names and all(any(has_suffix(fqn, name) for fqn in fqns) for name in names):
+        listed = json.dumps(names, ensure_ascii=False)
+        return f"did you mean {argument}={listed}? A string is a regex for full names, a list has names or suffixes"
+    near = nearest_names(entry, fqns)
     return near and f"the nearest names are {near}"
 
 

@@ -154,7 +154,7 @@ def _matching(pattern: str, fqns: Sequence[str]) -> tuple[list[str], str]:
         return [], f"is neither the name of a target nor a regular expression: {error}"
     if matching:
         return matching, ""
-    near = nearest_names(pattern, [name for fqn in fqns for name in prefixes(fqn)], common=fqns)
+    near = nearest_names(pattern, [name for fqn in fqns for name in prefixes(fqn)])
     return [], f"matches no target; the nearest names are {near}"
 
 
