@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 # Private, but the only way to ask. Without it everything runs as under a mode, which is correct but slower;
@@ -33,39 +33,14 @@ def without_modes() -> AbstractContextManager[object]:
     return _disable_current_modes()
 
 
-def fake_mode() -> FakeTensorMode | None:
-    """Return the active mode whose tensors are fake, or ``None``."""
-    return _active("FAKE") if count_modes() else None
-
-
-def are_bases_fake() -> bool:
-    """Whether bases must be fake. Not for a mode that also accepts real tensors, or one that records a program."""
-    mode = fake_mode()
-    return mode is not None and not mode.allow_non_fake_inputs and _active("PROXY") is None
-
-
-def in_mode(tensor: Tensor) -> Tensor:
-    """Return a real tensor as the active modes expect it: a fake tensor under a mode with fake tensors."""
-    mode = fake_mode()
-    return tensor if mode is None else mode.from_tensor(tensor)
-
-
-def fake_obstacle(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Return why tensors made now would not work together with one of some named tensors, or ``None``."""
-    mode = fake_mode()
-    for name, tensor in tensors:
-        if isinstance(tensor, FakeTensor) and tensor.fake_mode is not mode:
-            return f"{name} is fake: call this, and the model, under the FakeTensorMode that it was made under"
-        if mode is not None and not isinstance(tensor, FakeTensor):
-            return (
-                f"{name} has values, but tensors made under FakeTensorMode have none: leave this mode, or build the "
-                "model under it"
-            )
+def fake_obstacle(tensors: Iterable[Tensor]) -> str | None:
+    """Return why a model with these tensors cannot be adapted if they, or new ones, are fake; else ``None``."""
+    is_active = count_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    if is_active or any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        return (
+            "FakeTensorMode makes tensors without values: build the model on torch.device('meta'), outside of the mode"
+        )
     return None
-
-
-def _active(key: str) -> Any:
-    return torch._C._get_dispatch_mode(getattr(torch._C._TorchDispatchModeKey, key))
 
 
 def has_values(tensor: Tensor) -> bool:

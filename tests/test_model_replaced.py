@@ -377,23 +377,6 @@ def assert_said(model: nn.Module, message: str, place: Path) -> None:
     assert not any("randlora" in name for name, _ in model.named_parameters())
 
 
-def test_what_several_adapters_have_lost_is_said_of_each_in_their_order() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.MultiheadAttention(4, 2))
-    weight = "2.in_proj_weight"
-    randlora.inject(model, r=2, name="a", targets=["1", weight])
-    randlora.inject(model, r=2, name="b", targets=["0", weight], in_proj="split")
-    model.get_parameter(weight).data = torch.zeros(24, 8)
-    model[1], model[0] = nn.Linear(6, 4), nn.Linear(4, 6)
-    with untouched(model), pytest.raises(AdapterError) as caught, randlora.serving.routed(model, ["b", "a"]):
-        pass
-    assert [line.removeprefix("  - ").partition(": ")[0] for line in str(caught.value).splitlines()[1:]] == [
-        "0 no longer has adapter 'b'",
-        f"the shape of {weight} was 3 x 4 x 4 when it was adapted and is 3 x 8 x 8 now",
-        "1 no longer has adapter 'a'",
-        f"the shape of {weight} was 12 x 4 when it was adapted and is 24 x 8 now",
-    ]
-
-
 class Tied(Mixed):
     def __init__(self) -> None:
         super().__init__()

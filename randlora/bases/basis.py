@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import KINDS, BasisSpec, Kind, Matrices, count_bases
 from randlora.errors import ConfigError
-from randlora.functional import BlockPair, DensePair, Pair
-from randlora.functional.operation import pair_like
+from randlora.functional import Pair
 from randlora.functional.region import Sides, Spans, all_of
-from randlora.modes import are_bases_fake, count_modes, without_modes
+from randlora.modes import without_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made")
@@ -61,22 +60,6 @@ def _aside(make: Callable[[], Made]) -> Made:
 
     with ThreadPoolExecutor(max_workers=1) as aside:
         return aside.submit(run).result()
-
-
-def _fake(pair: Pair, device: torch.device) -> Pair:
-    """Return bases like those of a pair on the meta device, made under a mode whose tensors are fake."""
-
-    def like(pair: Pair) -> tuple[Tensor, Tensor]:
-        basis_A, basis_B = (
-            torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            for tensor in (pair.A, pair.B)
-        )
-        return basis_A, basis_B
-
-    fake = pair_like(*like(pair), pair.rest)
-    if isinstance(fake, BlockPair) and pair.written is not None:
-        fake.written = DensePair(*like(pair.written))
-    return fake
 
 
 @dataclass(eq=False)
@@ -174,8 +157,6 @@ class Basis:
             use = max_dim, min_dim, device, dtype, rows, columns, is_exporting()
             basis_A, basis_B = (getattr(self, self._constant(at, use, self.identity))() for at in (0, 1))
             return self._form.paired(self.spec, basis_A, basis_B, count_bases(min_dim, self.spec.r), part)
-        if count_modes() and are_bases_fake():
-            return _fake(self._made(max_dim, min_dim, torch.device("meta"), dtype, sides), device)
         pair = self._pairs.get((max_dim, min_dim, device, dtype, sides))
         return self._made(max_dim, min_dim, device, dtype, sides) if pair is None else pair
 
@@ -191,7 +172,7 @@ class Basis:
         Entry ``(k, j)`` of the sums, ``(r, num_bases)``, is for column ``k·num_bases + j``. Cached.
         """
         r, num_bases = self.spec.r, count_bases(min_dim, self.spec.r)
-        if device.type == "meta" or are_bases_fake():  # a model without values needs no draw
+        if device.type == "meta":  # a model without values needs no draw
             empty = partial(torch.empty, dtype=dtype, device=device)
             return empty((r, min_dim)), empty((r, num_bases))
 

@@ -28,7 +28,7 @@ from randlora.model.install import commit, lost_parts, prepare
 from randlora.model.switch import remove
 from randlora.model.train_also import copy_dtype, half_notes, moving_note, replacements
 from randlora.model.view import View, opened, opened_to_add
-from randlora.modes import has_values, in_mode, without_modes
+from randlora.modes import has_values, without_modes
 from randlora.places import Kept, Place, place_at, values_within
 from randlora.ranks import agree, agreeing, raise_on_every_rank
 from randlora.replaced import like, whole_shape
@@ -251,7 +251,7 @@ def added(view: View, found: Found, options: Options) -> Report:
     foreign = [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []
     replaced = replacements(census, state, file.trained)
     for fqn, entry in replaced.items():
-        own = in_mode(file.trained[fqn]).to(device=entry.original.device, dtype=copy_dtype(entry))
+        own = file.trained[fqn].to(device=entry.original.device, dtype=copy_dtype(entry))
         adapter.trained[fqn] = like(entry.original, own, requires_grad=trainable)
     addition = prepare(
         state,
@@ -285,7 +285,7 @@ def _placed(file: AdapterFile, sites: tuple[Site, ...]) -> dict[str, tuple[Tenso
     placed = {}
     for site in sites:
         device = site.layer_class.device_beside(site.owner)
-        lam, gamma = (master(in_mode(part), device) for part in file.values[site.fqn])
+        lam, gamma = (master(part, device) for part in file.values[site.fqn])
         placed[site.fqn] = (lam, gamma)
     return placed
 

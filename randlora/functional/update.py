@@ -12,7 +12,6 @@ from randlora.functional.adapted import Adapted, adapted
 from randlora.functional.operation import Diagonals, adapted_linear
 from randlora.functional.pairs import Pair
 from randlora.functional.scratch import in_dtype, is_transformed, without_autocast
-from randlora.modes import are_bases_fake
 
 
 def delta_weight(pair: Pair, diagonals: Diagonals, *, is_wide: bool) -> Tensor:
@@ -126,7 +125,7 @@ def update_rows(ids: Tensor, pair: Pair, diagonals: Diagonals, *, num_rows: int,
         columns = torch.arange(num_rows, device=ids.device)
         chosen = (flat.unsqueeze(1) == columns).to(pair.B.dtype)
         rows = adapted_linear(chosen, pair, diagonals, is_wide=True)
-    elif device == "cpu" and not (is_transformed() or are_bases_fake()):
+    elif device == "cpu" and not is_transformed():
         different, places = flat.unique(return_inverse=True)
         rows = F.embedding(places, _computed(different, diagonals, pair, is_wide=True))
     else:  # elsewhere the program would wait for the number of different indices

@@ -110,7 +110,7 @@ def _extensible_state(census: Census, doing: str) -> ModelState:
     if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
         raise AdapterError(f"cannot {doing}: the model already has an attribute {ATTRIBUTE}; rename it")
     raise_collected(AdapterError, foreign_adapters(census), doing=doing)
-    if (reason := fake_obstacle((held.fqn, held.tensor) for held in census.parameters)) is not None:
+    if (reason := fake_obstacle(held.tensor for held in census.parameters)) is not None:
         raise AdapterError(f"cannot {doing}: {reason}")
     state = attached_state(model) or ModelState()
     state.require_loaded(model)
