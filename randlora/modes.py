@@ -37,9 +37,7 @@ def fake_obstacle(tensors: Iterable[Tensor]) -> str | None:
     """Return why a model with these tensors cannot be adapted if they, or new ones, are fake; else ``None``."""
     is_active = count_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     if is_active or any(isinstance(tensor, FakeTensor) for tensor in tensors):
-        return (
-            "FakeTensorMode makes tensors without values: build the model on torch.device('meta'), outside of the mode"
-        )
+        return "FakeTensorMode makes tensors without values: leave it, and build the model on torch.device('meta')"
     return None
 
 

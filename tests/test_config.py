@@ -17,7 +17,6 @@ from torch import nn
 import randlora
 from randlora.config import LARGEST_FACTOR, OPTIONS, RandLoRAConfig
 from randlora.errors import ConfigError, OptionError
-from randlora.targets.options import resolve
 from tests.strategies import KINDS_AND_STREAMS, seeds
 
 OPTION_NAMES = [field.name for field in fields(RandLoRAConfig)]
@@ -99,15 +98,6 @@ def test_signatures_have_every_option_of_the_table_with_its_type_its_default_and
             assert (parameters[name].annotation, parameters[name].default) == (option.type, option.default)
         for documented in (randlora.inject, RandLoRAConfig):
             assert re.search(rf"^ +{name}: [A-Z`]", documented.__doc__ or "", re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("options", "scaled"),
-    [({}, (640.0, 20.0)), ({"r": 6}, (120.0, 20.0)), ({"r": 6, "alpha": 3}, (3.0, 0.5)), ({"alpha": 0}, (0.0, 0.0))],
-)
-def test_the_update_is_scaled_by_alpha_over_r_with_20_r_as_the_default(options: Any, scaled: Any) -> None:
-    resolved, problems = resolve(RandLoRAConfig(**options), ["a"])
-    assert ((resolved["a"].alpha, resolved["a"].scaling), problems) == (scaled, [])
 
 
 def predicate(fqn: str, module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Under torch's modes: checkpointing that saves some results, other dispatch modes, and tensors without values."""
+"""Under torch's modes: checkpointing that saves some results, other dispatch modes, and fake tensors."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,10 +33,6 @@ Kind = LayerKind | ReadKind
 
 FAMILY: list[Kind] = [kind for kind in READ_KINDS if kind.name in FAMILIES]
 TRAINED: list[Kind] = [*(kind for kind in LAYER_KINDS if kind.backpropagates), *FAMILY]
-FAKED: list[Kind] = [kind for kind in LAYER_KINDS if not kind.is_quantized]
-FAKED += [
-    kind for kind in READ_KINDS if kind.name in FAMILIES and kind.is_one_graph
-]  # shapes in others are up to values
 
 
 def subjects(kind: Kind) -> Iterator[tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]]:

@@ -229,6 +229,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (None, ["q_proj", "k_proj"], "exclude='k_proj' matches no layer or weight"),
     (None, ["nrm"], "exclude='nrm' matches no layer or weight; the nearest names are norm"),
     (["q_prj"], ["v_prj"], "2 problems"),
+    ([f"q_{index}" for index in range(7)], None, "7 problems"),
     ("attention.q_proj", None, 'did you mean targets=["attention.q_proj"]?'),
     *[(joined, None, 'did you mean targets=["q_proj", "v_proj"]?') for joined in ("(q_proj|v_proj)", "q_proj, v_proj")],
     (("q_proj,v_proj",), None, 'did you mean targets=["q_proj", "v_proj"]?'),
