@@ -64,12 +64,11 @@ ADVICE = {
 }
 """Advice about options of PEFT and other libraries that have no entry in the table here."""
 
-_LOAD_MODEL = "randlora.files.load_model(directory)"
-
 CALLS = {
-    "AutoPeftModel": _LOAD_MODEL,
-    "AutoPeftModelForCausalLM": _LOAD_MODEL,
-    "AutoPeftModelForSequenceClassification": _LOAD_MODEL,
+    **dict.fromkeys(
+        ("AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForSequenceClassification"),
+        "randlora.files.load_model(directory)",
+    ),
     "LoraConfig": "randlora.inject(model, r=32, targets=…), or randlora.RandLoRAConfig",
     "PeftModel": "randlora.load(model, directory)",
     "RandLoraConfig": "randlora.inject(model, r=32, targets=…), or randlora.RandLoRAConfig",

@@ -53,10 +53,7 @@ def unwrapped(module: nn.Module | None) -> nn.Module | None:
 
 
 def held_at(module: nn.Module, wrappers: Mapping[str, str]) -> str | None:
-    """Return the attribute in which a wrapper holds its module, given the attributes by type; ``None`` for other types.
-
-    ``fully_shard`` makes a wrapper's type a subclass with a different name, such as ``FSDPCheckpointWrapper``.
-    """
+    """Return the attribute in which a wrapper, or a subclass, holds its module, given the attributes by type."""
     return next((wrappers[base.__qualname__] for base in type(module).__mro__ if base.__qualname__ in wrappers), None)
 
 
@@ -157,10 +154,9 @@ class ReplacedParameter:
 
     @torch.inference_mode(mode=False)  # parameters must not be inference tensors
     def install(self, parameter: Tensor) -> None:
-        """Set the model's parameter or buffer to ``parameter``, moved to the device and dtype of the current one.
+        """Set the model's parameter or buffer to ``parameter``, on the device and in the dtype of the current one.
 
-        A trained copy keeps its dtype if it `is_cast`. If `is_fixed`, the current parameter permanently gets the values
-        instead, which is how `eject` ends.
+        A trained copy keeps its dtype if it `is_cast`. If `is_fixed`, the current one gets the values, for `eject`.
         """
         leaving = self.live
         if leaving is not parameter and self.is_fixed:

@@ -273,10 +273,7 @@ class ModelState:
             adapter.trained = trained
 
     def install_parameters(self) -> None:
-        """Install the trained copies of the active adapters, and the model's own parameters elsewhere.
-
-        A collective where ZeRO-3 keeps them in pieces.
-        """
+        """Install the copies of the active adapters, and the model's own elsewhere; a collective under ZeRO-3."""
         run_collectives(
             partial(self._install_values, replaced, version)
             if place_at(replaced.live).exchanges == "values"

@@ -1,7 +1,4 @@
-"""The census of a model: its modules, its parameters, and its sites, the weights that are or can be adapted.
-
-It is taken once per call and shared by everything that inspects the model.
-"""
+"""The census of a model, taken once a call: its modules, its parameters, and its sites, the weights to adapt."""
 
 from __future__ import annotations
 
@@ -54,7 +51,7 @@ class Site:
 
     @cached_property
     def key(self) -> Key:
-        """The key of the weight."""
+        """What identifies the weight."""
         return id(self.owner), self.layer_class.attribute
 
     @property
@@ -157,21 +154,14 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Census:
-    """The modules and parameters of a model, without what adapters added and the wrappers of `WRAPPED_AS`.
-
-    ``visits`` are all submodules, parents first; a shared module is visited at each of its places.
-    """
+    """The modules and parameters of a model, without what adapters added and the wrappers of `WRAPPED_AS`."""
 
     model: nn.Module
-    visits: tuple[Visit, ...]
+    visits: tuple[Visit, ...]  # all submodules, parents first; a shared module at each of its places
 
     @classmethod
     def of(cls, model: nn.Module) -> Census:
-        """Walk a model.
-
-        Raises:
-            TargetError: If the model is not a module, or contains itself.
-        """
+        """Walk a model. Raise a `TargetError` if it is not a module, or contains itself."""
         require_module(model)
         return cls(model, tuple(_walk(model)))
 
@@ -300,10 +290,7 @@ class Census:
 
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
-        """All submodules and all other parameters that are adapted where they are read, at each of their places.
-
-        A name says whether one is, or lies within, what belongs to another adapter.
-        """
+        """All submodules and all other parameters that are adapted where they are read, at each of their places."""
         found = []
         for fqn, module in self.visits:
             called, readers = self.kinds[id(module)]

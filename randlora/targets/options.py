@@ -46,10 +46,7 @@ LARGEST_RATE = 1e-2
 
 
 def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, LayerOptions], list[str]]:
-    """Return r and alpha of each target, and a message for each target or pattern without a match or without effect.
-
-    If there is a message, there are no options.
-    """
+    """Return r and alpha of each target, or else messages about patterns and targets without a match or effect."""
     ranks, problems = by_target("r", config.r, fqns)
     alphas, more = by_target("alpha", config.alpha, fqns)
     problems += more
@@ -132,8 +129,7 @@ def by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, An
 def match_each(patterns: Iterable[str], fqns: Sequence[str]) -> dict[str, tuple[list[str], str]]:
     """Return, for each pattern, the targets that it means, or why there are none, as a phrase that follows it.
 
-    These are the targets that have the pattern as a name, are inside a module with this name, or else match it as a
-    regex.
+    It is the name of targets or of a module around them, or else a regex.
     """
     by_part: dict[str, list[str]] = {}
     for fqn in fqns:
@@ -263,10 +259,7 @@ def equivalent_alpha(
 
 
 def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
-    """Return the config among the arguments of `inject`, or one made of its options. ``like_lora`` is applied later.
-
-    Arguments that are not in the table of options are ignored.
-    """
+    """Return the config among the arguments of `inject`, or one made of its options. ``like_lora`` is applied later."""
     config, r, like_lora = (arguments.get(name) for name in ("config", "r", "like_lora"))
     if isinstance(r, RandLoRAConfig):
         raise ConfigError("r is a RandLoRAConfig: give it by name, randlora.inject(model, config=config)")

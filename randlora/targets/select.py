@@ -32,11 +32,9 @@ TRAINED = "trained by train_also"
 
 @dataclass(frozen=True)
 class Selection:
-    """The sites that a pattern selects.
+    """The sites that a pattern selects, in the model's order, and the rule that chose them.
 
     Attributes:
-        sites: The sites, in the model's order.
-        rule: A description of the rule that chose them.
         skipped: Why others were skipped, by FQN.
         left_out: All other matrices of the model; empty if the user named or described the targets.
         is_default: Whether the user gave no targets.
@@ -71,10 +69,7 @@ def find_targets(model: nn.Module, targets: Pattern | None = None, exclude: Patt
 
 
 def select(census: Census, given: Pattern | None, exclude: Pattern | None, trained: Collection[str] = ()) -> Selection:
-    """Return the weights selected by a pattern, with the rule applied; arguments and errors as in `find_targets`.
-
-    Parameters in ``trained``, by FQN, are not adapted unless the user gave the pattern.
-    """
+    """Return the weights selected by a pattern. A rule leaves out parameters in ``trained``, by FQN."""
     model, visits = census.model, census.candidates
     own = census.kinds[id(model)]
     if (not visits and own.called is not None) or own.read:
