@@ -34,14 +34,13 @@ from randlora.model.mergeable import (
     remerge_problems,
     require_finite,
     state_problems,
-    trained_problems,
     weight_problems,
 )
 from randlora.model.merged_weights import exchanged_weights, replaced_problems, require_merged_weights
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import View, all_or_nothing, opened, require_own
 from randlora.places import Kept
-from randlora.ranks import agree, agreeing, alone, run_collectives
+from randlora.ranks import agree, alone, run_collectives
 from randlora.report import MergeReport
 from randlora.state import CHANGING, ModelState
 from randlora.targets.census import AdaptedSite, Census
@@ -103,24 +102,14 @@ def merge(
 
 
 class MergePlan(NamedTuple):
-    """A merge that has been checked.
-
-    Attributes:
-        adapters: The names and factors of the adapters to merge.
-        sites: The weights that these act on.
-        first: Those of them that are not merged into yet.
-        into: The form that merged weights take.
-        reversible: Whether the adapters and the original weights are kept.
-        options: The options ``quantized`` and ``dtype`` as given.
-        notes: Notes for the user.
-    """
+    """A merge that has been checked."""
 
     adapters: dict[str, Factor]
-    sites: list[AdaptedSite]
-    first: list[AdaptedSite]
+    sites: list[AdaptedSite]  # the weights that these act on
+    first: list[AdaptedSite]  # those of them that are not merged into yet
     into: Into
     reversible: bool
-    options: tuple[Quantized, torch.dtype | None]
+    options: tuple[Quantized, torch.dtype | None]  # as given
     notes: tuple[str, ...]
 
 
@@ -141,10 +130,8 @@ def _planned(
     first = [site for site in sites if site.layer.unmerged is None]
     values = [*tie_problems(census, sites), *weight_problems(first, into), *remerge_problems(sites)]
     differences = {} if values else differences_from_product(first)  # of weights that have values
-    trained = trained_problems(state, sites, adapters)
-    problems = [*state_problems(state, adapters, reversible=reversible), *replaced_problems(state)]
-    problems += [*lost, *values, *trained]
-    problems += product_problems(differences)
+    problems = state_problems(state, sites, adapters, reversible=reversible)
+    problems += [*replaced_problems(state), *lost, *values, *product_problems(differences)]
     if state.is_merged and state.merge_options != (quantized, dtype):
         problems.append("others are merged with different options: give the same quantized and dtype, or unmerge them")
     raise_collected(MergeError, problems, doing="merge")
@@ -214,26 +201,16 @@ def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tu
     """
     with opened(model, None) as view:
         state, census = view.state, view.census
-        names = None if adapters is None else listed(adapters)
-        staying = {name: each for name, each in state.merged.items() if names is not None and name not in names}
+        names = [*state.merged] if adapters is None else listed(adapters)
+        staying = {name: factor for name, factor in state.merged.items() if name not in names}
         if not state.is_merged:
             raise MergeError("cannot unmerge: the adapters are not merged; first merge(model, reversible=True)")
-        unknown = [name for name in names or () if not isinstance(name, str) or name not in state.merged]
+        unknown = [name for name in names if not isinstance(name, str) or name not in state.merged]
         problems = [f"{shortly(name)} is not merged: {', '.join(state.merged)} is" for name in unknown]
         raise_collected(MergeError, problems, doing="unmerge")
         agree()
-
-        def restored() -> tuple[str, ...]:
-            with all_or_nothing(census, state):
-                return _merge_fewer(census, state, staying) if staying else unfold_all(census, state)
-
-        try:
-            return restored()
-        except BaseException as error:  # an `Exception` is raised in all processes, which wait for an interrupted one
-            if agreeing() is not None and not isinstance(error, Exception) and state.is_merged:
-                restored()
-                agree()  # as they do at the end of the call
-            raise
+        with all_or_nothing(census, state):
+            return _merge_fewer(census, state, staying) if staying else unfold_all(census, state)
 
 
 def _merge_fewer(census: Census, state: ModelState, staying: Mapping[str, Factor]) -> tuple[str, ...]:
@@ -344,8 +321,7 @@ def _fold_all(sites: Sequence[AdaptedSite], names: Collection[str], into: Into) 
 def _unfolded_if_raised(sites: Sequence[AdaptedSite]) -> Iterator[dict[AdapterLayer, Kept | None]]:
     """Restore the values that were written in place, such as of sharded weights, if the block raises.
 
-    Other weights are exchanged for merged ones, which `all_or_nothing` undoes. The block fills the dict that it gets
-    with what `AdapterLayer.unmerged` was before it drops that.
+    `all_or_nothing` undoes the rest. The block fills the dict with what `AdapterLayer.unmerged` was before it drops it.
     """
     kept: dict[AdapterLayer, Kept | None] = {}
     try:

@@ -1,14 +1,10 @@
-"""Whether a model can be merged: checks and notes, the refusal of a backward pass, and a trial of layers' forwards.
-
-An adapter of a layer with its own forward has the same effect once merged only if this forward is the product with the
-weight. That is tried on a small random input.
-"""
+"""Whether a model can be merged: checks and notes, the refusal of a backward pass, and a trial of layers' forwards."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import MethodType
 from typing import Any
@@ -57,8 +53,10 @@ def name_problems(state: ModelState, names: Sequence[str] | None) -> list[str]:
     ]
 
 
-def state_problems(state: ModelState, names: Iterable[str], *, reversible: bool) -> list[str]:
-    """Return messages about states of adapters that do not allow merging the named ones."""
+def state_problems(
+    state: ModelState, sites: Sequence[AdaptedSite], names: Collection[str], *, reversible: bool
+) -> list[str]:
+    """Return messages about states of adapters that do not allow merging the named ones into these weights."""
     if state.is_merged and (not reversible or not state.active_unmerged):
         return ["the adapters are merged already: call randlora.unmerge(model) first"]
     problems = []
@@ -72,36 +70,29 @@ def state_problems(state: ModelState, names: Iterable[str], *, reversible: bool)
         problems.append(
             f"{', '.join(left)} would be lost: save and remove {which} adapters, or merge with reversible=True"
         )
-    return problems
-
-
-def trained_problems(state: ModelState, sites: Sequence[AdaptedSite], names: Iterable[str]) -> list[str]:
-    """Return messages about weights of which an adapter that would not be merged, but stays active, trains a copy."""
-    copies = [
-        (name, fqn, copy)
-        for name in state.active_unmerged.keys() - set(names)
+    copies = {
+        id(copy): (name, fqn)
+        for name in state.active_unmerged.keys() - names
         for fqn, copy in state.adapters[name].trained.items()
-    ]
-    weights = {id(site.weight) for site in sites} if copies else set()
-    return [
+    }
+    trained = [copies[id(site.weight)] for site in sites if id(site.weight) in copies]
+    return problems + [
         f"{name!r} would not be merged, but trains a copy of {fqn}, which is merged into: merge it too"
-        for name, fqn, copy in copies
-        if id(copy) in weights
+        for name, fqn in trained
     ]
 
 
 def remerge_problems(sites: Sequence[AdaptedSite]) -> list[str]:
     """Return messages about weights that cannot be merged into again, because their values are not in one place."""
+
+    def is_here(site: AdaptedSite) -> bool:
+        return site.place.part is None if site.layer.is_quantized else isinstance(site.place, Plain)
+
     return [
         f"{site.fqn} is merged into already, and its weight is sharded: unmerge all, and merge together"
         for site in sites
-        if site.layer.unmerged is not None and (site.layer.unmerged.place is not None or not _is_here(site))
+        if (kept := site.layer.unmerged) is not None and (kept.place is not None or not is_here(site))
     ]
-
-
-def _is_here(site: AdaptedSite) -> bool:
-    """Whether all values of a weight, or all of its codes, are in this process."""
-    return site.place.part is None if site.layer.is_quantized else isinstance(site.place, Plain)
 
 
 def option_problems(quantized: Quantized, dtype: torch.dtype | None) -> list[str]:
@@ -150,12 +141,10 @@ def _is_incomplete(site: AdaptedSite, weight: Tensor) -> bool:
 
 def merge_notes(
     root: nn.Module, sites: Sequence[AdaptedSite], untried: Iterable[AdaptedSite], into: Into, *, reversible: bool
-) -> tuple[str, ...]:
-    """Return notes on layers with their own forward, and on a config that no longer describes the model."""
-    notes = []
-    own = [site.fqn for site in untried if site.layer.plain_forward() is not None]
-    if own:
-        notes.append(
+) -> Iterator[str]:
+    """Yield notes on layers with their own forward, and on a config that no longer describes the model."""
+    if own := [site.fqn for site in untried if site.layer.plain_forward() is not None]:
+        yield (
             f"layers with their own forward, which could not be tried: {shortened(own)}; once merged, their output is "
             "the same as with the adapter only if the forward is linear in the weight: compare outputs before and "
             "after"
@@ -163,12 +152,11 @@ def merge_notes(
     becomes_plain = into.quantized == "dequantize" and any(site.layer.is_quantized for site in sites)
     is_called_quantized = getattr(getattr(root, "config", None), "quantization_config", None) is not None
     if becomes_plain and is_called_quantized and not reversible:
-        notes.append(
+        yield (
             "the model's config still says that it is quantized, so files written by save_pretrained would not load: "
             "call randlora.files.save_merged(model, directory) before a merge, or merge the files with "
             "randlora.files.merge"
         )
-    return tuple(notes)
 
 
 def model_dtype(census: Census) -> torch.dtype | None:
@@ -181,23 +169,19 @@ def model_dtype(census: Census) -> torch.dtype | None:
 def refuse_backward(root: nn.Module, args: object, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
     """Return the output of a merged model such that ``backward()`` raises a `MergeError`. Used as a forward hook.
 
-    `torch.autograd.grad` still works, because gradients of chosen inputs are right.
+    `torch.autograd.grad` still works, because gradients of chosen inputs are right. Adapters that are active on top of
+    merged ones can be trained.
     """
     state = attached_state(root)
-    if state is None or not torch.is_grad_enabled() or is_transformed() or not _would_train_nothing(root, state):
+    if state is None or not torch.is_grad_enabled() or is_transformed():
         return None
-    return _guarded(output)
-
-
-def _would_train_nothing(root: nn.Module, state: ModelState) -> bool:
-    """Whether adapters require grad that are merged, and none that is active on top of them."""
     diagonals = [module._parameters for module in root.modules() if isinstance(module, Diagonal)]
 
     def are_trained(names: Iterable[str]) -> bool:
-        held = (parameters.get(name) for name in names for parameters in diagonals)
-        return any(parameter is not None and parameter.requires_grad for parameter in held)
+        parameters = (table.get(name) for name in names for table in diagonals)
+        return any(parameter is not None and parameter.requires_grad for parameter in parameters)
 
-    return are_trained(state.merged) and not are_trained(state.active_unmerged)
+    return _guarded(output) if are_trained(state.merged) and not are_trained(state.active_unmerged) else None
 
 
 def _guarded(output: Any) -> Any:
@@ -243,8 +227,8 @@ def differences_from_product(sites: Iterable[AdaptedSite]) -> dict[AdaptedSite, 
     is assumed to read the attribute.
     """
     own = [site for site in sites if site.layer.is_called and not site.layer.runs_plain_forward(site.owner)]
-    found = {site: difference_from_product(site) for site in own}
-    return {site: each for site, each in found.items() if each is not None or not site.layer.is_read}
+    shares = {site: difference_from_product(site) for site in own}
+    return {site: share for site, share in shares.items() if share is not None or not site.layer.is_read}
 
 
 def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[str]:
@@ -276,11 +260,8 @@ def difference_from_product(site: AdaptedSite) -> float | None:
     """Return how far the effect of a change of the weight differs from the product, as a share of the product.
 
     For a weight that the forward reads: the share of this effect that bypasses the attribute, where an adapter cannot
-    act.
-
-    Returns:
-        ``None`` if this cannot be tried: the weight is quantized, sharded, offloaded or has no values, the forward
-        needs more than one input, or its output is not finite or has a different shape.
+    act. ``None`` if this cannot be tried: the weight is quantized, sharded, offloaded or has no values, the forward
+    needs more than one input, or its output is not finite or has a different shape.
     """
     owner, layer = site.owner, site.layer
     weight = layer.find_weight(owner)
