@@ -104,7 +104,7 @@ def test_an_adapter_prints_as_its_options_and_state_and_what_the_model_has_no_mo
     assert_listed("active, trainable")
     randlora.activate(model, {"a": np.float32(-0.25)})
     assert_listed("active with the factor -0.25, trainable")
-    randlora.activate(model, "a", layers=["q"])
+    randlora.activate(model, {"a": {"q": 1, ".*": 0}})
     assert_listed("active with a factor for each layer, trainable")
     randlora.set_trainable(model, ["a"], False)
     randlora.activate(model, "b")
@@ -132,11 +132,11 @@ def test_a_way_to_compute_serves_adapters_that_come_later_and_ends_with_them() -
     assert adapted_root(model)[1].compute == "auto"
 
 
-@pytest.mark.parametrize("layers", ["q|up", ["q", "up"], ("up", "q.?")])
-def test_layers_are_named_by_patterns(layers: Any) -> None:
+def test_layers_are_named_by_patterns() -> None:
     model = mixed("a", "b")
     randlora.inject(model, r=3, name="wide", targets=["q", "head"], active=False)
-    randlora.activate(model, {"a": 0.5, "b": {"up": 2.0, ".*": 0.25}, "wide": 1}, layers=layers)
+    factors: Any = {"a": {"q|up": 0.5, ".*": 0}, "b": {"down": 0, "up": 2.0, ".*": 0.25}, "wide": {"q": 1, "head": 0}}
+    randlora.activate(model, factors)
     assert {info.name: info.weight for info in randlora.adapters(model)} == {
         "a": {"q": 0.5, "up": 0.5, "down": 0.0},
         "b": {"q": 0.25, "up": 2.0, "down": 0.0},
@@ -145,9 +145,8 @@ def test_layers_are_named_by_patterns(layers: Any) -> None:
     a, b = (randlora.delta_weight(model, "up", name=name) for name in "ab")
     assert not randlora.delta_weight(model, "down").any()
     assert_close(randlora.delta_weight(model, "up"), 0.5 * a + 2 * b, torch.float32)
-    for names, where, factor in (({"a": {"up": 0.5, ".*": 0.5}}, None, 0.5), ("a", ".*", 1.0)):
-        randlora.activate(model, names, layers=where)
-        assert randlora.adapters(model)[0].weight == factor
+    randlora.activate(model, {"a": {"up": 0.5, ".*": 0.5}})
+    assert randlora.adapters(model)[0].weight == 0.5
 
 
 def test_a_layer_that_is_left_out_is_neither_trained_nor_merged_into() -> None:
@@ -172,30 +171,25 @@ def test_a_layer_that_is_left_out_is_neither_trained_nor_merged_into() -> None:
 # What is refused
 
 
-ACTIVATIONS: list[tuple[Any, Any, str]] = [
-    ("c", None, "no adapter named 'c': it has a, elsewhere"),
-    (["a", "c"], None, "no adapter named 'c'"),
-    (["a", "a"], None, r"each adapter can be named once, got \['a', 'a'\]"),
-    ({"a": float("nan")}, None, "factor of 'a' must be a finite number, got nan"),
-    ({"a": True}, None, "must be a finite number, got True"),
-    ({"a": -1e16}, None, r"factor of 'a' must be at most 1e\+15 in size, got -1e\+16"),
-    ("a", "(", r"layers: '\(' is neither the name of a target nor a regular expression"),
-    ("a", [], "layers is empty"),
-    ("a", {"q": 0.5}, "layers takes only names: give numbers as factors"),
-    (["a", "elsewhere"], ["dwon"], "^cannot activate: layers: 'dwon' matches no .* down"),
-    ("a", ["q", None], "expected layers to be names or patterns of layers, got None"),
-    (["a", "elsewhere"], ["q"], "'elsewhere' adapts none of the layers that layers= names:"),
-    ({"a": {"q": 0.5}}, None, r"names\['a'\]= has no pattern for up, down: add '\.\*' as the last"),
-    ({"a": {"dwon": 0.5, ".*": 1.0}}, None, r"names\['a'\]={'dwon': …} matches no target"),
-    ({"a": {".*": 0.5, "q": 1.0}}, None, "matches only what '.*' took: put it before"),
-    ({"a": {".*": float("inf")}}, None, r"the factor of 'a' in '\.\*' must be a finite number"),
-    ({"a": {1: 1.0}}, None, "the factor of 'a' must have patterns of layers as keys, got 1"),
-    ({"a": {}}, None, r"names\['a'\]= has no pattern for q, up, down"),
+ACTIVATIONS: list[tuple[Any, str]] = [
+    ("c", "no adapter named 'c': it has a, elsewhere"),
+    (["a", "c"], "no adapter named 'c'"),
+    (["a", "a"], r"each adapter can be named once, got \['a', 'a'\]"),
+    ({"a": float("nan")}, "factor of 'a' must be a finite number, got nan"),
+    ({"a": True}, "must be a finite number, got True"),
+    ({"a": -1e16}, r"factor of 'a' must be at most 1e\+15 in size, got -1e\+16"),
+    ({"a": {"(": 0.5, ".*": 1.0}}, r"'\(': …} is neither the name of a target nor a regular expression"),
+    ({"a": {"q": 0.5}}, r"names\['a'\]= has no pattern for up, down: add '\.\*' as the last"),
+    ({"a": {"dwon": 0.5, ".*": 1.0}}, r"names\['a'\]={'dwon': …} matches no target"),
+    ({"a": {".*": 0.5, "q": 1.0}}, "matches only what '.*' took: put it before"),
+    ({"a": {".*": float("inf")}}, r"the factor of 'a' in '\.\*' must be a finite number"),
+    ({"a": {1: 1.0}}, "the factor of 'a' must have patterns of layers as keys, got 1"),
+    ({"a": {}}, r"names\['a'\]= has no pattern for q, up, down"),
 ]
 NOT_A_NAME = "expected a printable name without dots"
 wrong: Any = partial  # for arguments of types that are refused
 REFUSED: list[tuple[Callable[[nn.Module], object], type[RandLoRAError], str]] = [
-    *((wrong(randlora.activate, names=row[0], layers=row[1]), AdapterError, row[2]) for row in ACTIVATIONS),
+    *((wrong(randlora.activate, names=names), AdapterError, said) for names, said in ACTIVATIONS),
     (wrong(randlora.remove, name="x"), AdapterError, "no adapter named 'x': it has a, elsewhere"),
     (wrong(randlora.inject, r=3, name="a"), AdapterError, "the model has an adapter of that name"),
     *((wrong(randlora.inject, r=3, name=name), AdapterError, NOT_A_NAME) for name in ("a.b", "keys", 3)),

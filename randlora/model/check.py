@@ -108,15 +108,13 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
         return [f"no adapter is active: activate one of {', '.join(view.state.adapters)}"]
     if is_held_together(view.census.model):
         return ["the model is spread over processes: check it, or a smaller model of its class, before it is sharded"]
-    if computed := computed_weights(sites):
-        return computed
     placed = [
         f"{site.fqn} is offloaded or sharded: check the model before it is"
         for site in sites
-        if not isinstance(site.place, Plain) and not site.layer.is_quantized
+        if site.weight is not None and not isinstance(site.place, Plain) and not site.layer.is_quantized
     ]
     read = [site for site in sites if not site.layer.is_forward_only]
-    return [*placed, *offloaded_diagonals(view.census)] or weight_problems(read, None)
+    return [*computed_weights(sites), *placed, *offloaded_diagonals(view.census)] or weight_problems(read, None)
 
 
 def _checked(view: View, trial: Trial) -> CheckReport:

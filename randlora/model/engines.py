@@ -1,6 +1,6 @@
 """Engines that train a model in several processes, and verbs of the processes that together hold a model.
 
-A feature registers an `Engine`, which is told what an adapter trains. Without one, nothing is known of other processes.
+A feature registers an `Engine`, which is told what an adapter trains.
 """
 
 from __future__ import annotations
@@ -80,14 +80,7 @@ def ranks_holding(model: nn.Module, *, is_written: bool = False) -> Ranks | None
     """Return the processes that together hold a model, whose parameters are as they are at rest; else ``None``.
 
     These are all processes over which any of its parameters is sharded. Λ and Γ are sharded only if the adapter was
-    added before the model was sharded, and calls must not depend on that.
-
-    Args:
-        model: A model, or a wrapper around it.
-        is_written: See `ranks_of`.
-
-    Raises:
-        AdapterError: If no mesh has all processes over which parameters are sharded.
+    added before the model was sharded, and calls must not depend on that. ``is_written`` is as for `ranks_of`.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None

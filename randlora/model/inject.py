@@ -1,7 +1,6 @@
 """`inject`, `plan` and `eject`: adding an adapter to a model's layers, and removing all adapters.
 
-Planning and checking come first, do not change the model, and raise one error for all problems. Only then are layers
-changed.
+Planning and checking come first, do not change the model, and raise one error for all problems.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.bases.basis import Basis, BasisBank
+from randlora.bases.basis import Basis
 from randlora.bases.spec import sliced_dims, spec_for
 from randlora.config import (
     BasisKind,
     Experts,
     Init,
     InProj,
-    LayerOptions,
     Names,
     Pattern,
     RandLoRAConfig,
@@ -52,15 +50,14 @@ from randlora.ranks import agree, run_collectives
 from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, require_unused
-from randlora.targets.census import Census, Shapes, shapes_of
+from randlora.targets.census import Census, shapes_of
 from randlora.targets.left_out import doubt
-from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
 from randlora.targets.options import one_config, r_like_lora, resolve, useless_options
 from randlora.targets.select import Selection, select
 
 CHECKED = ("active", "init", "save_pretrained", "trainable")
-"""Arguments of `inject` that are not in the table of options. Their types are checked here."""
+"""Arguments of `inject` that are not in the table of options, and whose types are checked here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +191,6 @@ def inject(
 def _injected(planned: Plan, init: Init, save_pretrained: SavePretrained | None) -> Report:
     """Add a planned adapter to its model and return the report."""
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
-    report = replace(report, notes=(*report.notes, *_valueless_buffers(planned.census)))
     _warn(report)
     adapter.init, adapter.left_out = init, tuple(left_out_lines(report))
     adapter.bases |= planned.shared
@@ -204,31 +200,12 @@ def _injected(planned: Plan, init: Init, save_pretrained: SavePretrained | None)
     if callable(adapter.config.targets) or callable(adapter.config.exclude):  # which cannot be pickled or saved
         adapter.config = replace(adapter.config, targets=report.targets, exclude=None)
     adapter.trained |= _copies(planned)
+    trainable, replaced = planned.trainable, planned.replaced
     addition = prepare(
-        planned.state,
-        adapter,
-        sites,
-        replaced=planned.replaced,
-        trainable=planned.trainable,
-        save_pretrained=save_pretrained,
+        planned.state, adapter, sites, replaced=replaced, trainable=trainable, save_pretrained=save_pretrained
     )
     commit(planned.census, addition, active=planned.active)
     return report
-
-
-def _valueless_buffers(census: Census) -> list[str]:
-    """Return a note on buffers on the meta device that no state dict has, and so nothing gives values."""
-    modules = [("", census.model), *((visit.fqn, visit.module) for visit in census.first_visits)]
-    found = [
-        f"{fqn}.{name}".lstrip(".")
-        for fqn, module in modules
-        for name in sorted(module._non_persistent_buffers_set)  # private, but nothing else tells
-        if (buffer := module._buffers.get(name)) is not None and buffer.is_meta
-    ]
-    if not found:
-        return []
-    note = f"no values: {shortened(found)} on the meta device, and state dicts leave it out; set it after to_empty, or "
-    return [f"{note}build the model under accelerate's init_empty_weights"]
 
 
 def _copies(planned: Plan) -> dict[str, Tensor]:
@@ -236,12 +213,14 @@ def _copies(planned: Plan) -> dict[str, Tensor]:
 
     A sharded one has this process's part. Those that ZeRO-3 spreads are gathered, together by all processes.
     """
-    own: dict[str, Tensor] = {fqn: entry.original for fqn, entry in planned.replaced.items()}
-    others = {fqn: each for fqn, each in own.items() if place_at(each).exchanges != "values"}
+    values: dict[str, Tensor] = {fqn: entry.original for fqn, entry in planned.replaced.items()}
+    others = {fqn: each for fqn, each in values.items() if place_at(each).exchanges != "values"}
     agree()
-    own |= zip(others, run_collectives(partial(whole, each) for each in others.values()), strict=True)
+    values |= zip(others, run_collectives(partial(whole, each) for each in others.values()), strict=True)
     return {
-        fqn: like(entry.original, own[fqn].detach().to(copy_dtype(entry), copy=True), requires_grad=planned.trainable)
+        fqn: like(
+            entry.original, values[fqn].detach().to(copy_dtype(entry), copy=True), requires_grad=planned.trainable
+        )
         for fqn, entry in planned.replaced.items()
     }
 
@@ -322,7 +301,13 @@ def make_plan(view: View, asked: Mapping[str, Any]) -> Plan:
     raise_collected(TargetError, problems + unresolved, doing=doing)
     shapes = shapes_of(selection.sites, config)
     raise_collected(ConfigError, useless_options(shapes, options), doing=doing)
-    bases, shared = _bases(state.bank, config, shapes, options)
+    bases, shared = dict[int, Basis](), dict[int, Basis]()
+    for r, of_rank in by_rank(shapes, options).items():
+        spec, used = spec_for(config, r, of_rank), sliced_dims(of_rank)
+        if (known := state.bank.find(spec, used=used)) is not None:
+            shared[r] = known
+        bases[r] = Basis(spec) if known is None else Basis(known.spec, known.extent)  # not drawn
+        bases[r].extend(*used)
     replaced = replacements(census, state, also)
     return Plan(
         census,
@@ -333,17 +318,3 @@ def make_plan(view: View, asked: Mapping[str, Any]) -> Plan:
         replaced,
         **{name: not state.adapters if asked[name] is None else asked[name] for name in ("active", "trainable")},
     )
-
-
-def _bases(
-    bank: BasisBank, config: RandLoRAConfig, shapes: Shapes, options: Mapping[str, LayerOptions]
-) -> tuple[dict[int, Basis], dict[int, Basis]]:
-    """Return the bases that layers of these shapes need, not drawn, by r, and which of them the bank has."""
-    bases, shared = {}, {}
-    for r, own in by_rank(shapes, options).items():
-        spec, used = spec_for(config, r, own), sliced_dims(own)
-        if (held := bank.find(spec, used=used)) is not None:
-            shared[r] = held
-        bases[r] = Basis(spec) if held is None else Basis(held.spec, held.extent)
-        bases[r].extend(*used)
-    return bases, shared

@@ -1,13 +1,8 @@
-"""Adding one adapter to a model, removing all of them, and watching the calls. Only this changes a model's modules.
-
-Everything that can fail happens before `commit` changes the first module, and unforeseen failures are undone, so a call
-that raises does not change the model.
-"""
+"""Adding one adapter to a model, removing all of them, and watching the calls. Only this changes a model's modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +26,6 @@ from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteA
 from randlora.targets.census import AdaptedSite, Census, Site, sizes
 from randlora.targets.match import prefixes, shortened
 from randlora.targets.obstacles import computed_weights, offloaded_with
-
-NOWHERE: tuple[dict[str, SiteAdapter], Shape | None] = {}, None
-"""The adapters and the shape of a weight that does not exist in a model."""
 
 
 class Addition(NamedTuple):
@@ -156,28 +148,30 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
     layers: dict[int, list[AdapterLayer]] = {}
     for site in census.adapted:
         layers.setdefault(id(site.owner), []).append(site.layer)
-    found = {
+    here = {
         type(layer).site_fqn(fqn): (layer, module)
         for fqn, module in census.visits
         for layer in layers.get(id(module), ())
     }
     problems = []
-    for config, alike in groupby(adapters, key=lambda adapter: adapter.config):
-        here = {fqn: (layer.adapters, _shape_now(layer, owner, config)) for fqn, (layer, owner) in found.items()}
-        for name, targets in ((adapter.name, adapter.targets) for adapter in alike):
-            for fqn in targets:
-                parts, now = here.get(fqn, NOWHERE)
-                part = parts.get(name)
-                if part is None:
-                    problems.append(
-                        f"{fqn} no longer has adapter {name!r}: the module was replaced by a different one; change the "
-                        "model before adapting it"
-                    )
-                elif now is not None and part.shape != now:
-                    problems.append(
-                        f"the shape of {fqn} was {sizes(part.shape)} when it was adapted and is {sizes(now)} now: "
-                        "eject the adapter and load one with the new shape"
-                    )
+    shapes: dict[tuple[str, Shape], Shape | None] = {}  # adapters with one shape have one way to adapt a stack
+    for adapter in adapters:
+        for fqn in adapter.targets:
+            layer, owner = here.get(fqn, (None, None))
+            part = None if layer is None else layer.adapters.get(adapter.name)
+            if layer is None or owner is None or part is None:
+                problems.append(
+                    f"{fqn} no longer has adapter {adapter.name!r}: the module was replaced by a different one; change "
+                    "the model before adapting it"
+                )
+                continue
+            if (key := (fqn, part.shape)) not in shapes:
+                shapes[key] = _shape_now(layer, owner, adapter.config)
+            if (now := shapes[key]) is not None and part.shape != now:
+                problems.append(
+                    f"the shape of {fqn} was {sizes(part.shape)} when it was adapted and is {sizes(now)} now: "
+                    "eject the adapter and load one with the new shape"
+                )
     return problems
 
 
@@ -192,10 +186,8 @@ def _shape_now(layer: AdapterLayer, owner: nn.Module, config: RandLoRAConfig) ->
 def merged_sites(census: Census) -> list[AdaptedSite]:
     """Return the weights that are merged into reversibly, or raise a `MergeError` if one cannot be restored."""
     merged = [site for site in census.adapted if site.layer.unmerged is not None]
-    loaded = loaded_modules(census.modules)
-    offloaded = [site.fqn for site in merged if id(site.owner) in loaded]
-    problems = computed_weights(merged)
-    if offloaded:
+    problems, loaded = computed_weights(merged), loaded_modules(census.modules)
+    if offloaded := [site.fqn for site in merged if id(site.owner) in loaded]:
         problems.append(
             f"accelerate has offloaded the weights of {shortened(offloaded)} since the merge: call "
             "accelerate.hooks.remove_hook_from_submodules(model) first"
@@ -280,11 +272,7 @@ def register_check(where: Callable[[nn.Module], bool]) -> Callable[[Check], Chec
 
 
 def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001  # a hook's signature
-    """Check a call of a model with adapters, before its forward. Used as a hook.
-
-    Raises:
-        AdapterError: If the call names adapters, because models ignore this argument.
-    """
+    """Raise an `AdapterError` if a call names adapters, because models ignore this argument. Used as a hook."""
     if ARGUMENT in kwargs:
         raise AdapterError(
             f"{ARGUMENT} has no effect on this model: call the model inside `with randlora.serving.routed(model, "

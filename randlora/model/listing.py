@@ -18,7 +18,7 @@ from randlora.model.install import lost_parts
 from randlora.model.train_also import HALF_RISKS, copy_dtype
 from randlora.model.view import all_or_nothing, opened, set_requires_grad
 from randlora.report import FLOAT32_BYTES, as_lines, wrapped
-from randlora.state import Adapter, ModelState, adapted_root, is_adapted
+from randlora.state import Adapter, adapted_root, is_adapted
 from randlora.targets.census import Census
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import offloaded_with
@@ -68,9 +68,12 @@ class AdapterInfo:
         return "\n".join(wrapped(as_lines([line]) for line in self._lines()))
 
     def _lines(self) -> Iterator[str]:
-        options = described(self.options)
-        state = ["inactive" if self.weight is None else f"active{_with_factor(self.weight)}"]
-        state += ["trainable" if self.is_trainable else "frozen", *(["merged"] if self.is_merged else [])]
+        options, factor = described(self.options), "inactive"
+        if self.weight is not None:
+            is_one, is_each = self.weight == 1, isinstance(self.weight, Mapping)
+            factor = "active" + (" with a factor for each layer" if is_each else "")
+            factor += "" if is_one or is_each else f" with the factor {self.weight:g}"
+        state = [factor, "trainable" if self.is_trainable else "frozen", *(["merged"] if self.is_merged else [])]
         layers = f"{len(self.options)} layer{'s' * (len(self.options) != 1)}"
         yield f"{self.name!r}: r={options['r']}, alpha={options['alpha']}, {layers}, {', '.join(state)}"
         if self.train_also:
@@ -116,12 +119,6 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
     ]
 
 
-def _with_factor(factor: Factor) -> str:
-    if isinstance(factor, Mapping):
-        return " with a factor for each layer"
-    return "" if factor == 1 else f" with the factor {factor:g}"
-
-
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters to train: Λ and Γ of the trainable adapters, and those named by ``train_also``.
 
@@ -156,21 +153,20 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
                 f"no adapter is trainable, so an optimizer would have nothing to do ({', '.join(state.adapters)}): "
                 f"call randlora.set_trainable(model, {next(iter(state.adapters))!r})"
             )
-        copies = {id(copy) for adapter in adapters for copy in adapter.trained.values()}
+        copies = {id(copy): (fqn, copy) for adapter in adapters for fqn, copy in adapter.parameters.items()}
         dtypes = {each.dtype for each in trained if id(each) not in copies and each.dtype.itemsize < FLOAT32_BYTES}
+        narrow = [
+            fqn
+            for fqn, copy in copies.values()
+            if copy.requires_grad and copy.dtype in HALF_RISKS and copy.dtype != copy_dtype(state.replaced[fqn])
+        ]
         if dtypes:
             warn(
                 f"Λ and Γ are in {', '.join(map(str, dtypes))}, as after model.half(), where small steps are lost: "
                 "convert the model before inject, or convert back with `for each in "
                 "randlora.trainable_parameters(model): each.data = each.data.float()`"
             )
-        narrow = [
-            fqn
-            for adapter in adapters
-            for fqn, copy in adapter.parameters.items()
-            if copy.requires_grad and copy.dtype in HALF_RISKS and copy.dtype != copy_dtype(state.replaced[fqn])
-        ]
-        if narrow and not dtypes:
+        elif narrow:
             warn(
                 f"{shortened(narrow)}: the trained copies were float32 and have 16 bits now, such as after a module "
                 "was replaced: save the adapter, eject it, and load it again"
@@ -207,32 +203,28 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
         4
     """
     require_types(set_trainable, {"trainable": trainable})
-    named = listed(names)
-    doing = "set what is trainable"
+    named, doing = listed(names), "set what is trainable"
     with opened(model, doing) as view:
-        raise_collected(AdapterError, view.state.unknown(named), doing=doing)
-        chosen = [view.state.adapters[name] for name in named]
+        census, state = view.census, view.state
+        raise_collected(AdapterError, state.unknown(named), doing=doing)
+        chosen = [state.adapters[name] for name in named]
         if trainable:
-            require_trainable(view.census, view.state, chosen)
-        with all_or_nothing(view.census, view.state, flags=adapter_parameters(view.census, *chosen)):
-            for parameter in adapter_parameters(view.census, *chosen):
+            parts = [
+                (site.owner, site.layer, name)
+                for site in census.adapted
+                for name in named
+                if name in site.layer.adapters
+            ]
+            require_averaged(
+                census.model, parts, (state.replaced[fqn] for adapter in chosen for fqn in adapter.parameters)
+            )
+        parameters = [*adapter_parameters(census, *chosen)]
+        with all_or_nothing(census, state, flags=parameters):
+            for parameter in parameters:
                 set_requires_grad(parameter, trainable)
-            if view.state.averaging is not None:
-                view.state.averaging(view.census.model)
+            if state.averaging is not None:
+                state.averaging(census.model)
             tell_changed(view.root)
-
-
-def require_trainable(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> None:
-    """Raise an `AdapterError` if the model is sharded and the gradients of adapters would not be averaged."""
-    adapters = list(adapters)
-    parts = [
-        (site.owner, site.layer, adapter.name)
-        for site in census.adapted
-        for adapter in adapters
-        if adapter.name in site.layer.adapters
-    ]
-    copies = [state.replaced[fqn] for adapter in adapters for fqn in adapter.parameters]
-    require_averaged(census.model, parts, copies)
 
 
 def offloaded_diagonals(census: Census) -> list[str]:
@@ -252,8 +244,8 @@ def adapter_parameters(census: Census, *adapters: Adapter) -> Iterator[nn.Parame
     for site in census.adapted:
         names = [*filter(site.layer.adapters.__contains__, every)]
         for attribute in site.layer.parameter_names() if names else ():
-            held = site.owner._modules[attribute]
-            assert isinstance(held, Diagonal), "the weight is adapted"
-            yield from held.randlora_each(names)
+            diagonal = site.owner._modules[attribute]
+            assert isinstance(diagonal, Diagonal), "the weight is adapted"
+            yield from diagonal.randlora_each(names)
     for adapter in adapters:
         yield from adapter.parameters.values()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
 from typing import Any
@@ -24,16 +24,11 @@ from randlora.ranks import agree
 from randlora.replaced import whole_shape
 from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unused
 from randlora.targets.census import Census
-from randlora.targets.options import by_target, match_each, one_or_all
+from randlora.targets.options import by_target, one_or_all
 
 
 @collective(writes=True)
-def activate(
-    model: nn.Module,
-    names: str | Iterable[str] | Mapping[str, Factor],
-    *,
-    layers: str | Iterable[str] | None = None,
-) -> None:
+def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, Factor]) -> None:
     """Activate adapters, in place, and deactivate all others.
 
     `set_trainable` sets which adapters are trained. If an adapter has the factor 0 in a layer, the layer computes as
@@ -44,10 +39,9 @@ def activate(
         model: A model with adapters.
         names: One name; several names, whose updates are summed; or a mapping from names to factors of the updates. A
             factor may be a mapping itself, from patterns of layers to numbers, such as
-            ``{"decoder": 0.5, ".*": 1.0}``: the first that matches a layer applies, each layer must have one, and 0
-            leaves a layer out.
-        layers: The layers in which they act: one or several patterns. Each is an FQN or a suffix of FQNs, of layers or
-            of modules with layers inside, or else a regex matched with ``fullmatch``. ``None`` means all layers.
+            ``{"decoder": 0.5, ".*": 1.0}``. A pattern is an FQN or a suffix of FQNs, of layers or of modules with
+            layers inside, or else a regex matched with ``fullmatch``. The first that matches a layer applies, each
+            layer must have one, and 0 leaves a layer out.
 
     Raises:
         AdapterError: For an unknown name, a factor that is not finite, a pattern that matches no layer, adapters that
@@ -60,13 +54,14 @@ def activate(
     """
     with opened(model, "activate", writes=True) as view:
         state, census = view.state, view.census
-        weights = resolved_factors(state, names, layers)
+        weights = _resolved_factors(state, names)
         if any(weights.get(name) != weight for name, weight in state.merged.items()):
             require_unmerged(state, "activate others")
         raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
-        if state.is_merged and state.exchanged(name for name in state.adapters if name in weights):
+        named = [name for name in state.adapters if name in weights]
+        if state.is_merged and state.exchanged(named):
             require_unmerged(state, "activate adapters with train_also")  # which may be of a weight that is merged into
-        state.require_exchangeable([name for name in state.adapters if name in weights], "activate")
+        state.require_exchangeable(named, "activate")
         agree()  # before copies are exchanged
         state.activate(weights)
         for site in census.adapted:
@@ -172,24 +167,26 @@ def remove(model: nn.Module, name: str) -> None:
         watch_conversions(view.root, state)
 
 
-def _activation_problems(state: ModelState, weights: Mapping[str, Factor]) -> list[str]:
-    problems = [
-        f"{name!r} trained {fqn} of shape {was}, and the model has {now} now: load an adapter with the new shape"
-        for name in weights.keys() & state.adapters.keys()
-        for fqn, copy in state.adapters[name].trained.items()
-        if (was := whole_shape(copy)) != (now := whole_shape(state.replaced[fqn].original))
-    ]
+def _activation_problems(state: ModelState, names: Collection[str]) -> list[str]:
+    """Return messages about copies of parameters that these adapters trained and cannot use, or not together."""
+    adapters = [adapter for name, adapter in state.adapters.items() if name in names]
     trained: dict[str, list[str]] = {}
-    for name in weights.keys() & state.adapters.keys():
-        for fqn in state.adapters[name].trained:
-            trained.setdefault(fqn, []).append(name)
+    problems = []
+    for adapter in adapters:
+        for fqn, copy in adapter.trained.items():
+            trained.setdefault(fqn, []).append(adapter.name)
+            if (was := whole_shape(copy)) != (now := whole_shape(state.replaced[fqn].original)):
+                problems.append(
+                    f"{adapter.name!r} trained {fqn} of shape {was}, and the model has {now} now: load an adapter with "
+                    "the new shape"
+                )
     problems += shared_slots(state, [*state.adapters.values()], trained)
-    problems += [
-        f"{' and '.join(sorted(names))} each trained their own copy of {fqn}, and only one can be active: activate one"
-        for fqn, names in trained.items()
-        if len(names) > 1
+    return problems + [
+        f"{' and '.join(sorted(several))} each trained their own copy of {fqn}, and only one can be active: activate "
+        "one"
+        for fqn, several in trained.items()
+        if len(several) > 1
     ]
-    return problems
 
 
 def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
@@ -217,47 +214,22 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
     state.compute = compute
 
 
-def resolved_factors(state: ModelState, names: object, layers: object) -> dict[str, Factor]:
-    """Return the factor of each adapter, or of each of its layers by FQN, that arguments of `activate` ask for."""
+def _resolved_factors(state: ModelState, names: Any) -> dict[str, Factor]:
+    """Return the factor of each adapter, or of each of its layers by FQN, that an argument of `activate` asks for."""
     given = _by_name(names)
     raise_collected(AdapterError, factor_problems(state, given, by_layer=True), doing="activate")
-    targets = {name: state.adapters[name].targets for name in given}
-    inside = _inside(layers, [*dict.fromkeys(fqn for own in targets.values() for fqn in own)])
-    found: dict[str, Factor] = {}
+    factors: dict[str, Factor] = {}
     problems = []
     for name, factor in given.items():
-        numbers, unmet = _numbers(name, factor, targets[name])
+        fqns = state.adapters[name].targets
+        numbers, unmet = by_target(f"names[{name!r}]", factor, fqns)
+        if isinstance(factor, Mapping) and factor.keys() == {*fqns}:  # as `randlora.adapters` returns them
+            numbers, unmet = {**factor}, []
         problems += unmet
-        if inside.isdisjoint(targets[name]):
-            problems.append(f"{name!r} adapts none of the layers that layers= names: leave it out")
-        elif not unmet:
-            found[name] = one_or_all({fqn: float(numbers[fqn]) * (fqn in inside) for fqn in targets[name]})
+        if not unmet:
+            factors[name] = one_or_all({fqn: float(numbers[fqn]) for fqn in fqns})
     raise_collected(AdapterError, problems, doing="activate")
-    return found
-
-
-def _numbers(name: str, factor: Factor, fqns: Sequence[str]) -> tuple[Mapping[str, float], list[str]]:
-    """Return an adapter's factor of each layer, and messages about its patterns."""
-    if isinstance(factor, Mapping) and factor.keys() == {*fqns}:  # as `randlora.adapters` returns them
-        return factor, []
-    return by_target(f"names[{name!r}]", factor, fqns)
-
-
-def _inside(layers: Any, fqns: Sequence[str]) -> set[str]:
-    """Return the layers that patterns name, of whatever type was given; all layers for ``None``."""
-    if layers is None or not fqns:
-        return {*fqns}
-    patterns = listed(layers)
-    if isinstance(layers, Mapping):
-        raise AdapterError("layers takes only names: give numbers as factors, as in {'a': {'decoder': 0.5, '.*': 1}}")
-    if strange := [pattern for pattern in patterns if not isinstance(pattern, str)]:
-        raise AdapterError(f"expected layers to be names or patterns of layers, got {shortly(strange[0])}")
-    if not patterns:
-        raise AdapterError("layers is empty: name those in which the adapters act, or use randlora.disabled(model)")
-    meant = match_each(patterns, fqns)
-    problems = [f"layers: {pattern!r} {unmet}" for pattern, (_, unmet) in meant.items() if unmet]
-    raise_collected(AdapterError, problems, doing="activate")
-    return {fqn for own, _ in meant.values() for fqn in own}
+    return factors
 
 
 def factor_problems(state: ModelState, factors: Mapping[str, Any], *, by_layer: bool = False) -> list[str]:
@@ -265,26 +237,23 @@ def factor_problems(state: ModelState, factors: Mapping[str, Any], *, by_layer: 
 
     With ``by_layer``, a factor may be a mapping from patterns to numbers.
     """
-    problems = state.unknown(factors)
+    problems, numbers = state.unknown(factors), dict[str, Any]()
     for name, factor in factors.items():
         of = f"the factor of {name!r}"
         if not (by_layer and isinstance(factor, Mapping)):
-            problems += _number_problems(of, factor)
+            numbers[of] = factor
             continue
         for pattern, number in factor.items():
-            if not isinstance(pattern, str):
-                problems.append(f"{of} must have patterns of layers as keys, got {shortly(pattern)}")
+            if isinstance(pattern, str):
+                numbers[f"{of} in {pattern!r}"] = number
             else:
-                problems += _number_problems(f"{of} in {pattern!r}", number)
+                problems.append(f"{of} must have patterns of layers as keys, got {shortly(pattern)}")
+    for of, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, Real) or not is_finite(number):
+            problems.append(f"{of} must be a finite number, got {shortly(number)}")
+        elif abs(float(number)) > LARGEST_FACTOR:
+            problems.append(f"{of} must be at most {LARGEST_FACTOR:g} in size, got {shortly(number)}")
     return problems
-
-
-def _number_problems(what: str, number: float) -> list[str]:
-    if isinstance(number, bool) or not isinstance(number, Real) or not is_finite(number):
-        return [f"{what} must be a finite number, got {shortly(number)}"]
-    if abs(number) > LARGEST_FACTOR:
-        return [f"{what} must be at most {LARGEST_FACTOR:g} in size, got {shortly(number)}"]
-    return []
 
 
 def _by_name(names: Any) -> dict[str, Any]:

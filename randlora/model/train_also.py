@@ -63,8 +63,8 @@ def train_also_problems(
     census: Census, names: str | Sequence[str], selected: Iterable[str], sites: Iterable[Site]
 ) -> list[str]:
     """Return problems with ``train_also``: names without a match, and selected parameters that cannot be trained."""
-    held_by = {held.fqn: held for held in census.parameters}
-    known = sorted({prefix for fqn in (*held_by, *select_buffers(census, names)) for prefix in prefixes(fqn)})
+    held_by, buffers = {held.fqn: held for held in census.parameters}, select_buffers(census, names)
+    known = sorted({prefix for fqn in (*held_by, *buffers) for prefix in prefixes(fqn)})
     problems = [
         f"train_also={entry!r} matches no module or parameter; "
         f"{suggestion('train_also', entry, known) or 'the model has no parameters'}"
@@ -74,30 +74,29 @@ def train_also_problems(
     for fqn in selected:
         _, module, attribute, parameter = held_by[fqn]
         if id(parameter) in adapted:
-            problems.append(
-                f"train_also includes {fqn}, which the targets name too, but a weight is either adapted or trained "
-                "itself: leave it out of one of them, or name only its bias"
+            why = (
+                ", which the targets name too, but a weight is either adapted or trained itself: leave it out of one "
+                "of them, or name only its bias"
             )
         elif attribute == "weight" and is_quantized(module):
-            problems.append(
-                f"train_also includes {fqn}, which is quantized ({type(module).__name__}) and cannot be trained: name "
-                "only its bias, or load the model without quantizing this layer, such as with llm_int8_skip_modules "
-                "of a BitsAndBytesConfig"
+            why = (
+                f", which is quantized ({type(module).__name__}) and cannot be trained: name only its bias, or load "
+                "the model without quantizing this layer, such as with llm_int8_skip_modules of a BitsAndBytesConfig"
             )
         elif is_lazy(parameter):
-            problems.append(f"train_also includes {fqn}, which has no shape yet: run one forward pass first")
+            why = ", which has no shape yet: run one forward pass first"
         elif not parameter.is_floating_point():
-            problems.append(
-                f"train_also includes {fqn} of dtype {parameter.dtype}, expected a floating dtype: leave it out"
-            )
+            why = f" of dtype {parameter.dtype}, expected a floating dtype: leave it out"
+        else:
+            continue
+        problems.append(f"train_also includes {fqn}{why}")
     coded = {held.fqn: held.module for held in census.buffers if is_quantized(held.module)}
-    problems += [
+    return problems + [
         f"train_also includes {fqn}, a buffer of a quantized layer ({plain_class(coded[fqn]).__name__}), which cannot "
         "be trained: leave it out"
-        for fqn in select_buffers(census, names)
+        for fqn in buffers
         if fqn in coded
     ]
-    return problems
 
 
 def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict[str, ReplacedParameter]:
@@ -178,12 +177,9 @@ def moving_note(census: Census, owned: Collection[str]) -> list[str]:
     """Return a note on modules with buffers that training would change and no adapter has a copy of."""
     has = {held.fqn.rpartition(".")[0] for held in census.buffers if held.fqn in owned}
     moving = [visit.fqn for visit in census.visits if _moves(visit.module) and visit.fqn not in has]
-    found = list(dict.fromkeys(fqn.partition(".parametrizations.")[0] for fqn in moving))
-    if not found:
-        return []
-    have = "has" if len(found) == 1 else "have"
-    what = "running statistics, which move in train mode and are not part of the adapter"
-    return [f"{shortened(found)} {have} {what}: {REMEDY}"]
+    fqns = list(dict.fromkeys(fqn.partition(".parametrizations.")[0] for fqn in moving))
+    have, what = "has" if len(fqns) == 1 else "have", "running statistics, which move in train mode and are not part of"
+    return [f"{shortened(fqns)} {have} {what} the adapter: {REMEDY}"] if fqns else []
 
 
 def _moves(module: nn.Module) -> bool:
@@ -240,16 +236,14 @@ def untrained_notes(census: Census, state: ModelState, adapters: Iterable[Adapte
     for adapter in adapters:
         sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
         diagonals = [site.layer.diagonals_of(site.owner, adapter.name) for site in sites]
-        flat = [*(each for pair in diagonals for each in pair), *adapter.parameters.values()]
-        if not all(_is_whole(each) for each in flat) or any(lam.any() and gamma.any() for lam, gamma in diagonals):
+        tensors = [*(each for pair in diagonals for each in pair), *adapter.parameters.values()]
+        if not all(has_values(each) and is_whole(each) for each in tensors):
+            continue
+        if any(lam.any() and gamma.any() for lam, gamma in diagonals):
             continue
         if not any(is_changed(state, fqn, copy) for fqn, copy in adapter.parameters.items()):
             notes += untrained_note(adapter)
     return notes
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    return has_values(tensor) and is_whole(tensor)
 
 
 def is_changed(state: ModelState, fqn: str, copy: Tensor) -> bool:

@@ -130,12 +130,12 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
         require_unmerged(view.state, doing)
         limits = _limits(limit, [site.fqn for site in sites])
         lambdas = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name)[0] for site in sites}
-        problems = [
-            f"{fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back"
-            for fqn, lam in [*lambdas.items()][:1]
-            if not place_at(lam).is_lasting
-        ]
-        raise_collected(AdapterError, problems, doing=doing)
+        first = next(iter(lambdas))
+        if not place_at(lambdas[first]).is_lasting:
+            raise AdapterError(
+                f"cannot {doing}: {first} is partitioned by ZeRO-3, whose optimizer has copies of the values and would "
+                "write them back"
+            )
         norms = _norms(adapter, sites)
         held = {fqn: place_at(lam).read() for fqn, lam in lambdas.items()}
         factors = {
@@ -167,11 +167,8 @@ def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
     def norm_of(site: AdaptedSite) -> Tensor:
         (update,) = site.layer.whole_updates(site.owner, {adapter.name: 1.0})
         own = site.layer.diagonals_of(site.owner, adapter.name)
-        is_cut = any(
-            each.requires_grad > value.requires_grad
-            for each, value in zip(own, (update.lam, update.gamma), strict=True)
-        )
-        if is_cut and torch.is_grad_enabled():
+        pairs = zip(own, (update.lam, update.gamma), strict=True)
+        if torch.is_grad_enabled() and any(each.requires_grad > value.requires_grad for each, value in pairs):
             raise AdapterError(
                 f"the norm of the update of {site.fqn} would give no gradients to its Λ and Γ, which are gathered from "
                 "other processes: call update_norms under torch.no_grad(); it cannot be part of the loss"
@@ -185,17 +182,13 @@ def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
 
 def _limits(limit: Any, fqns: list[str]) -> dict[str, float]:
     """Return the limit of each layer."""
-    given = limit if isinstance(limit, Mapping) else {"": limit}
     problems = []
-    for pattern, number in given.items():
+    for pattern, number in (limit if isinstance(limit, Mapping) else {"": limit}).items():
         of = f" of {pattern!r}" if isinstance(limit, Mapping) else ""
+        is_number = isinstance(number, Real) and not isinstance(number, bool)
         if not isinstance(pattern, str):
             problems.append(f"the limit must have patterns of layers as keys, got {shortly(pattern)}")
-        elif (
-            isinstance(number, bool)
-            or not isinstance(number, Real)
-            or not (number == math.inf or (is_finite(number) and float(number) >= 0))
-        ):
+        elif not is_number or not (number == math.inf or (is_finite(number) and float(number) >= 0)):
             problems.append(f"the limit{of} must be a number of at least 0, got {shortly(number)}")
     if not problems:
         found, problems = by_target("limit", limit, fqns)

@@ -197,8 +197,8 @@ class AdapterRules(RuleBasedStateMachine):
         is_exchange = owners != {copy: id(adapter) for copy, (adapter, _) in truth.installed.items()}
         self.activated(self.share(given) or is_exchange, given, given)
 
-    def activated(self, is_refused: bool, factor_of: dict[str, Any], given: Any, **options: Any) -> None:
-        self.ask(AdapterError if is_refused else None, randlora.activate, given, **options)
+    def activated(self, is_refused: bool, factor_of: dict[str, Any], given: Any) -> None:
+        self.ask(AdapterError if is_refused else None, randlora.activate, given)
         if not is_refused:
             self.truth.activate(factor_of)
 
@@ -220,7 +220,8 @@ class AdapterRules(RuleBasedStateMachine):
                 by_layer[name] = dict(zip(fqns, itertools.cycle(scales), strict=False))
         alike = {name: next(iter(own.values())) for name, own in by_layer.items() if len({*own.values()}) == 1}
         if scales is None:
-            self.activated(is_refused, by_layer | alike, given, layers=named)
+            patterns: Any = {name: {named: factor, ".*": 0.0} for name, factor in given.items()}
+            self.activated(is_refused, by_layer | alike, patterns)
         else:
             self.activated(is_refused, by_layer | alike, by_layer)
 
