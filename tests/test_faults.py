@@ -21,6 +21,7 @@ from torch import nn
 
 import randlora
 from randlora.model import view
+from randlora.targets.census import Census
 from tests.kit import assert_unchanged, fill, snapshot
 
 GUARD = view.unchanged_if_raised.__wrapped__.__code__  # type: ignore[attr-defined]  # of the generator itself
@@ -104,6 +105,12 @@ def adapted(*, merged: bool = False) -> nn.Module:
     return model
 
 
+def positions(model: nn.Module) -> list[dict[str, int | None]]:
+    """Return the positions of the adapters among those that act on each weight."""
+    layers = (site.layer for site in Census.of(model).adapted)
+    return [{name: part.position for name, part in layer.adapters.items()} for layer in layers]
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("saved")
@@ -122,10 +129,11 @@ def test_a_change_that_fails_at_any_call_is_undone(saved: Path, name: str, share
     counted, twin, model = Faults(), adapted(merged=merged), adapted(merged=merged)
     assert under(counted, lambda: verb(twin, saved)) is None
     assert counted.calls > 20, "nothing would be undone"
-    before = snapshot(model)
+    before, places = snapshot(model), positions(model)
     error = under(Faults(1 + int(share * counted.calls)), lambda: verb(model, saved))
     if error is None:  # Python drops what is raised in a finalizer
         return
     assert isinstance(error, Fault), "it is raised, whatever else goes wrong"
     assert_unchanged(model, before)
+    assert positions(model) == places, "which compiled code would read"
     verb(model, saved)

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import FrameType
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,8 +20,6 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, ConfigError, MergeError, RandLoRAError, TargetError
-from randlora.layers.in_place import adapter_layers_of
-from randlora.model import switch
 from randlora.state import adapted_root, is_adapted
 from tests.kit import fill, on_one_line, same_bits, untouched
 from tests.laws import TOKENS, Mixed, assert_close
@@ -210,31 +207,6 @@ def test_what_cannot_be_named_activated_or_trained_is_refused() -> None:
         randlora.remove(model, "a")
 
 
-WRITING: dict[str, tuple[Callable[[nn.Module], object], str]] = {
-    "inject": (wrong(randlora.inject, r=3, targets=["q"], train_also=["norm"], name="new"), "model.install.watch"),
-    "activate": (wrong(randlora.activate, names={"a": 0.5, "c": 1.0}), "model.switch.tell_changed"),
-    "set_trainable": (wrong(randlora.set_trainable, names="b"), "model.listing.tell_changed"),
-    "remove": (wrong(randlora.remove, name="b"), "state.ModelState.forget_unused"),
-    "merge": (wrong(randlora.merge, reversible=True), "model.merge.MergeReport"),
-    "eject": (randlora.eject, "model.inject.detach_all"),
-}
-"""Verbs that change a model, and what each calls when most is changed."""
-
-
-@pytest.mark.parametrize("verb", WRITING)
-def test_a_verb_that_is_interrupted_leaves_the_model_as_it_was(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = mixed("a", "b")
-    randlora.inject(model, r=3, targets=["up"], train_also=["norm"], name="c")
-    randlora.activate(model, {"a": 1.0, "b": 0.5})
-    expected, (call, last) = model(TOKENS), WRITING[verb]
-    monkeypatch.setattr(f"randlora.{last}", Mock(side_effect=KeyboardInterrupt))
-    with untouched(model), pytest.raises(KeyboardInterrupt):
-        call(model)
-    monkeypatch.undo()
-    assert same_bits(model(TOKENS), expected)
-    call(model)
-
-
 def adapted() -> Mixed:
     return mixed("a", train_also=["norm"])
 
@@ -325,17 +297,3 @@ def test_a_copy_made_while_disabled_is_inactive_and_not_disabled_for_ever() -> N
         assert [info.is_active for info in randlora.adapters(twin)] == [False]
         randlora.activate(twin, "a")
         assert torch.equal(twin(TOKENS), active)
-
-
-def test_an_activation_that_fails_at_its_end_leaves_the_positions_that_compiled_code_reads(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = nn.Sequential(nn.Linear(8, 8))
-    for name in ("a", "b"):
-        randlora.inject(model, r=2, targets="all", name=name)
-    (layer,) = adapter_layers_of(model[0]).values()
-    before = {name: part.position for name, part in layer.adapters.items()}
-    monkeypatch.setattr(switch, "tell_changed", Mock(side_effect=MemoryError))
-    with pytest.raises(MemoryError):
-        randlora.activate(model, "b")
-    assert {name: part.position for name, part in layer.adapters.items()} == before == {"a": 0, "b": None}

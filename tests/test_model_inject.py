@@ -23,7 +23,6 @@ from randlora.functional import Compute
 from randlora.report import as_bytes, table
 from tests.kit import adapter_values, all_bits, fill, on_one_line, same_bits, set_alpha, untouched
 from tests.laws import TOKENS, Mixed
-from tests.models import llama
 from tests.quantized import INT8, MODELS, NF4, Codes, of_4_bits, quantized_model
 from tests.strategies import ranks
 
@@ -189,16 +188,12 @@ def test_uninitialized_layers_that_are_no_targets_do_not_matter(tmp_path: Path) 
         assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_buffers_without_values_that_no_state_dict_has_are_spoken_of_when_the_model_changes() -> None:
+def test_a_plan_of_a_model_without_values_leaves_it_as_it_was() -> None:
     with torch.device("meta"):
-        model, unused = llama(), Mixed()
-    before = dict(unused.named_modules())
-    assert randlora.plan(unused, r=4).targets == ADAPTED
-    assert (dict(unused.named_modules()), randlora.adapters(unused)) == (before, [])
-    (note,) = randlora.inject(model, r=2).notes
-    empty = "model.rotary_emb.inv_freq, model.rotary_emb.original_inv_freq"
-    assert note.startswith(f"no values: {empty} on the meta device")
-    assert randlora.plan(llama(), r=2).notes == randlora.inject(llama(), r=2).notes == ()
+        model = Mixed()
+    before = dict(model.named_modules())
+    assert randlora.plan(model, r=4).targets == ADAPTED
+    assert (dict(model.named_modules()), randlora.adapters(model)) == (before, [])
 
 
 def test_an_alpha_of_a_file_is_loaded_whatever_it_is(tmp_path: Path) -> None:
@@ -322,12 +317,9 @@ def test_the_table_of_a_small_model_reads_so_fits_80_columns_and_breaks_no_name(
 SMALL = [(12, 12), (12, 20), (20, 12)]
 RATES: list[tuple[list[tuple[int, int]], dict[str, Any], float | None, int]] = [
     (SMALL, {"r": 4}, 1e-2, 12),
-    (SMALL, {"r": 4, "alpha": 8000}, 0.5 / 12 / 10, 12),
-    (SMALL, {"r": 4, "alpha": {"0": 80, ".*": 8000}}, 0.5 / 12 / 10, 12),
-    (SMALL, {"r": 4, "alpha": 8000, "init": "gamma"}, 0.5 / 12 / 10, 12),
+    (SMALL, {"r": 4, "alpha": {"0": 80, ".*": 8000}, "init": "gamma"}, 0.5 / 12 / 10, 12),
     (SMALL, {"r": 4, "trainable": False}, None, 12),
     ([(64, 64)] * 3 + [(256, 256)], {"r": 32}, 0.5 / 256, 256),  # which has four fifths of the parameters
-    ([(256, 256), (64, 64), (64, 64)], {"r": 32}, 0.5 / 256, 256),
     ([(512, 64)], {"r": 32}, 0.5 / 64, 64),
 ]
 
