@@ -165,15 +165,8 @@ def training_memory(
         ConfigError: If numbers are negative, or ``load_in_4bit`` is given for a model that is quantized already.
         RandLoRAError: Any error that `randlora.plan` would raise.
     """
-    setup = Setup(
-        devices=devices,
-        strategy=strategy,
-        tokens=tokens,
-        dtype=dtype,
-        optimizer_states=optimizer_states,
-        checkpointing=checkpointing,
-        load_in_4bit=load_in_4bit,
-    )
+    asked = locals()
+    setup = Setup(**{name: value for name, value in asked.items() if name in Setup.__dataclass_fields__})
     return memory_of(model, r, setup, {}, like_lora=like_lora, config=config, **options)
 
 
