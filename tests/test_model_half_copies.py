@@ -121,7 +121,6 @@ def test_the_base_is_there_in_between_and_at_the_end(dtype: torch.dtype) -> None
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert same_bits(twin(TOKENS), outputs[name])
             randlora.activate(twin, "both")
-            assert twin.head.weight.dtype == torch.float32
             randlora.eject(twin)
             assert same_bits(twin(TOKENS), own)
     with randlora.disabled(model):
