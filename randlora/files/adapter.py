@@ -60,7 +60,16 @@ class OpenAdapter:
         """
         whole = self.update(fqn)
         for update in [whole] if len(whole.shape) == 2 else map(whole.at, range(whole.shape[0])):
-            yield _formed(fqn, update)
+            delta = sum_updates([update], update.shape, device=torch.device("cpu"), dtype=update.lam.dtype)
+            if not all(bound.isfinite() for bound in delta.aminmax()):
+                raise CheckpointError(f"the update of {fqn} is too large for {delta.dtype}: its Λ and Γ are damaged")
+            yield delta
+
+    def digests(self) -> Iterator[tuple[Basis, str]]:
+        """Yield the bases, each with the SHA-256 of the values that its layers use."""
+        used = None if self.shapes is None else by_rank(self.shapes, self.file.options)
+        for r, basis in self.bases.items():
+            yield basis, basis.digest(*(basis.extent if used is None else sliced_dims(used[r])))
 
     def require_shapes(self) -> Shapes:
         """Return the shapes, or raise a `CheckpointError` if they are not known."""
@@ -89,13 +98,6 @@ def out_problems(out: Path, inputs: Iterable[str | os.PathLike[str]], *, overwri
         given = spelled("overwrite", value=True)
         problems.append(f"{out} exists and is not empty: choose a different name, or give {given}")
     return problems
-
-
-def _formed(fqn: str, update: Update) -> Tensor:
-    delta = sum_updates([update], update.shape, device=torch.device("cpu"), dtype=update.lam.dtype)
-    if not all(bound.isfinite() for bound in delta.aminmax()):
-        raise CheckpointError(f"the update of {fqn} is too large for {delta.dtype}: its Λ and Γ are damaged")
-    return delta
 
 
 def open_adapter(
@@ -170,10 +172,3 @@ def adapter_bases(
     # as if one layer used all
     whole = {r: [(len(basis_B), basis_A.shape[-1])] for r, (basis_A, basis_B) in file.bases.items()}
     return file_bases(file, whole, BasisBank())
-
-
-def digests(file: AdapterFile, shapes: Shapes | None, bases: Mapping[int, Basis]) -> Iterator[tuple[Basis, str]]:
-    """Yield an adapter's bases, each with the SHA-256 of the values that its layers use."""
-    own = None if shapes is None else by_rank(shapes, file.options)
-    for r, basis in bases.items():
-        yield basis, basis.digest(*(basis.extent if own is None else sliced_dims(own[r])))

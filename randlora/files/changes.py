@@ -36,22 +36,10 @@ class Merging:
     slot: Slot
     updates: list[Update] = field(default_factory=list)
 
-    @property
-    def has_own_updates(self) -> bool:
-        """Whether it is a stack of experts, each with its own update, that can be merged one by one."""
-        is_stack = self.slot.layer_class.kind == "experts"
-        return is_stack and any(len(update.shape) == 3 for update in self.updates)
-
     @torch.no_grad()
-    def merged(self, weight: Tensor, at: int | None = None) -> Tensor:
-        """Return the merged weight, or one matrix of a stack, in the dtype and layout of ``weight``.
-
-        A value that is not finite raises an error.
-        """
-        updates = self.updates
-        if at is not None:
-            updates = [update.at(slice(at, at + 1)) if len(update.shape) == 3 else update for update in updates]
-        return require_finite(self.fqn, self.slot.layer_class.with_updates(weight, updates))
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return the merged weight in the dtype and layout of ``weight``. One that is not finite raises an error."""
+        return require_finite(self.fqn, self.slot.layer_class.with_updates(weight, self.updates))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,26 +53,15 @@ class ConvertedMerging:
     parts: dict[str, Merging] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
 
-    def merged(self, name: str, read: Read) -> dict[str, Tensor]:
-        """Return the new value of one of the tensors, and of the tensors that are computed with it, by name.
-
-        Of a stack that is made matrix by matrix, one matrix is computed, else all that the tensors become.
-        """
-        conversion = self.conversion
-        if conversion.joined is None:
-            return conversion.revert({fqn: self._changed(fqn, own) for fqn, own in conversion.convert(read).items()})
-        stack, dim = conversion.joined
-        at, names = next((at, names) for at, names in enumerate(stack) if name in names)
-        sources = [read(name) for name in names]
-        changed = self._changed(conversion.fqn, torch.cat(sources, dim).unsqueeze(0), at).squeeze(0)
-        parts = changed.split([source.shape[dim] for source in sources], dim)
-        return {name: part.clone() for name, part in zip(names, parts, strict=True)}  # one may be kept longer
-
-    def _changed(self, fqn: str, weight: Tensor, at: int | None = None) -> Tensor:
-        if (own := self.replaced.get(fqn)) is not None:  # one adapter's own, which another may adapt, and may be wider
-            weight = (own if at is None else own[at : at + 1]).to(torch.promote_types(own.dtype, weight.dtype))
-        merging = self.parts.get(fqn)
-        return weight if merging is None else merging.merged(weight, at)
+    def merged(self, read: Read) -> dict[str, Tensor]:
+        """Return the new values of all of the tensors, by name."""
+        weights = self.conversion.convert(read)
+        for fqn, weight in weights.items():
+            if (own := self.replaced.get(fqn)) is not None:  # an adapter's, which another may adapt, and may be wider
+                weights[fqn] = own.to(torch.promote_types(own.dtype, weight.dtype))
+            if (merging := self.parts.get(fqn)) is not None:
+                weights[fqn] = merging.merged(weights[fqn])
+        return self.conversion.revert(weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,11 +138,7 @@ class Changes:
         finite before and is not now raises an error.
         """
         own, merging, wide = self.values.get(entry.name), self.computed.get(entry.name), _wider(entry.dtype, dtype)
-        if isinstance(merging, Merging) and merging.has_own_updates and own is None:
-            for index, piece in enumerate(read_pieces(entry, nbytes=entry.nbytes // entry.shape[0])):
-                matrix = piece.reshape(1, *entry.shape[1:]).to(wide)
-                yield _cast(entry.name, merging.merged(matrix, index), dtype)
-        elif isinstance(merging, Merging):
+        if isinstance(merging, Merging):
             yield _cast(entry.name, merging.merged(self._read(entry.name, dtype)), dtype)
         elif merging is not None:
             yield _cast(entry.name, self._converted(merging, entry.name, dtype), dtype)
@@ -185,10 +158,10 @@ class Changes:
         """Return a tensor after a merge. Those computed with it are kept until they are needed, for two weights."""
         kept = self._unwritten.pop(merging, {})
         if name not in kept:
-            # one expert's tensors are written one after the other, and belong to two weights by turns
+            # experts' tensors are written one after the other, and belong to two weights by turns
             for other in [*self._unwritten][:-1]:
                 del self._unwritten[other]
-            kept |= merging.merged(name, partial(self._read, dtype=dtype))
+            kept |= merging.merged(partial(self._read, dtype=dtype))
         self._unwritten[merging] = kept
         return kept.pop(name)
 

@@ -22,7 +22,7 @@ from randlora.checkpoint.peft_config import BASE_FIELD, UNREAD_FIELDS, option_fi
 from randlora.checkpoint.save import adapter_files
 from randlora.checkpoint.tensors import adapter_tensors, basis_keys
 from randlora.config import Component, Format, Layout, RandLoRAConfig, Stream
-from randlora.disk.replace import NEW, scratch_for, write_files
+from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
 from randlora.files.layouts import (
@@ -30,7 +30,7 @@ from randlora.files.layouts import (
     LoraLayer,
     diffusers_files,
     layout_problems,
-    low_rank_factors,
+    low_rank,
     peft_files,
     recognized,
 )
@@ -155,16 +155,13 @@ def convert(
         (nbytes,) = write_files(adapter_files(target, fields, tensors, header))
         return ConversionReport(source, target, to, nbytes, (), (*assumed, *notes))
     raise_collected(ConfigError, layout_problems(adapter, layout), doing="convert to a LoRA")
-    with scratch_for(target) as scratch:
-        (room := scratch / NEW).mkdir()
-        factors = low_rank_factors(adapter, rank, tolerance, room, progress)
-        if layout == "diffusers":
-            files = diffusers_files(factors, component or recognized(adapter.require_shapes()))
-        else:
-            files = peft_files(adapter, factors, same_rank=same_rank)
-        nbytes = files.write(target)
-    layers = tuple(each.layer for each in factors)
-    return ConversionReport(source, target, to, nbytes, layers, (*assumed, *files.notes))
+    loras = low_rank(adapter, rank, tolerance, progress)
+    if layout == "diffusers":
+        lora_files, own_notes = diffusers_files(target, loras, component or recognized(adapter.require_shapes()))
+    else:
+        lora_files, own_notes = peft_files(target, adapter, loras, same_rank=same_rank)
+    (nbytes,) = write_files(lora_files)
+    return ConversionReport(source, target, to, nbytes, tuple(lora.layer for lora in loras), (*assumed, *own_notes))
 
 
 def _option_problems(

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
 from randlora.checkpoint.bases import Known, stream_notes
 from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIELDS, kept_fields
@@ -20,13 +19,12 @@ from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.config import LayerOptions, RandLoRAConfig, Stream, described
 from randlora.disk.formats import is_there
 from randlora.errors import CheckpointError, spelled
-from randlora.files.adapter import OpenAdapter, adapter_bases, digests, known_shapes, open_adapter, require_base_for
+from randlora.files.adapter import OpenAdapter, adapter_bases, known_shapes, open_adapter, require_base_for
 from randlora.files.base_fit import fit_base, read_base, shapes_in
 from randlora.files.layouts import frobenius_norm, spectral_norm
 from randlora.files.model_directory import find_model
 from randlora.hints import require_types
 from randlora.report import Progress, as_bytes, as_lines, no_progress, table
-from randlora.targets.census import Shapes
 
 DIGEST_SHOWN = 12
 
@@ -59,11 +57,11 @@ class LayerSummary:
         min_dim: Its smaller dim.
         num_bases: Number of bases.
         trainable: Number of entries of its Λ and Γ.
-        out_features: Output width; ``None`` if not known, because PEFT does not store it.
-        in_features: Input width, likewise.
-        frobenius: Frobenius norm of its update ΔW; ``None`` if it was not computed.
-        spectral: The largest singular value of ΔW, likewise; for a stack, the largest over its matrices. If both dims
-            are above 1024, a lower bound within a few percent.
+        out_features: Output width; like ``in_features``, ``None`` if not known, because PEFT does not store it.
+        in_features: Input width.
+        frobenius: Frobenius norm of its update ΔW; like ``spectral``, ``None`` if it was not computed.
+        spectral: The largest singular value of ΔW, or of the matrices of a stack. If both dims are above 1024, a lower
+            bound within a few percent.
         matrices: Number of matrices of a stack, each with these dims and ``num_bases``.
     """
 
@@ -208,34 +206,30 @@ def inspect(
         progress(done, len(fqns), fqn)
         layers.append(_layer(adapter, fqn, norms=norms))
     progress(len(layers), len(layers), "done")
-    header = file.header
-    if header is None:
-        writer = f"PEFT {file.fields.get('peft_version') or 'of an unknown version'}"
-    else:
-        writer = f"randlora {header.library_version}, format {header.format_version}"
-    give = f"give {spelled('base')}, the directory of its base model"
-    times = {0: "drawn from the seed", 1: "stored once in the file"}
+    header, times = file.header, {0: "drawn from the seed", 1: "stored once in the file"}
+    shapes_of = f"give {spelled('base')}, the directory of its base model"
+    notes = [] if adapter.shapes else [f"norms need the layers' shapes, which PEFT does not store: {shapes_of}"]
     return AdapterSummary(
         directory=Path(directory),
-        writer=writer,
+        writer=(
+            f"PEFT {file.fields.get('peft_version') or 'of an unknown version'}"
+            if header is None
+            else f"randlora {header.library_version}, format {header.format_version}"
+        ),
         storage=times.get(file.basis_copies, f"stored {file.basis_copies} times in the file"),
         base_model=file.fields.get(BASE_FIELD),
         config=file.config,
         bases=tuple(
             BasisSummary(basis.spec, "seed" if basis.stored is None else "file", digest, basis.nbytes)
-            for basis, digest in digests(file, adapter.shapes, adapter.bases)
+            for basis, digest in adapter.digests()
         ),
         layers=tuple(layers),
         trained={fqn: tuple(tensor.shape) for fqn, tensor in file.trained.items()},
         trainable_parameters=sum(layer.trainable for layer in layers)
-        + sum(each.numel() for fqn, each in file.trained.items() if fqn not in file.buffers),
+        + sum(tensor.numel() for fqn, tensor in file.trained.items() if fqn not in file.buffers),
         nbytes=sum(_size(adapter.directory / name) for name in (CONFIG_FILE, TENSORS_FILE)),
         unknown_fields=tuple(sorted(set(kept_fields(file.fields)) - set(NEUTRAL_FIELDS))),
-        notes=(
-            *file.doubts,
-            *stream_notes(file),
-            *(() if adapter.shapes else (f"norms need the layers' shapes, which PEFT does not store: {give}",)),
-        ),
+        notes=(*file.doubts, *stream_notes(file), *notes),
     )
 
 
@@ -247,9 +241,8 @@ def _size(path: Path) -> int:
 
 
 def _natural(fqn: str) -> list[tuple[int, str]]:
-    """Return a key that sorts layer 10 after layer 9, however long a number is."""
-    parts = ((part.lstrip("0"), part) for part in fqn.split("."))
-    return [(len(digits), digits) if part.isdecimal() else (-1, part) for digits, part in parts]
+    """Return a key that sorts layer 10 after layer 9."""
+    return [(int(part), part) if part.isdecimal() else (-1, part) for part in fqn.split(".")]
 
 
 def _layer(adapter: OpenAdapter, fqn: str, *, norms: bool) -> LayerSummary:
@@ -362,18 +355,27 @@ def verify(
         shapes = known_shapes(file)
     except CheckpointError as error:
         return Verification(directory, (Check("files", "failed", str(error)),))
-    checks = [_files(file)]
-    if file.header is None:
-        checks.append(Check("checksum", "not checked", "PEFT wrote the file, and does not store one"))
-    else:
-        checks.append(Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one"))
+    checks: list[Check] = [_files(file), _checksum(file)]
+    known: Known | None = None
     progress(1, 3, "checking the base model")
-    known = None
     if model is not None:
-        fit, shapes, known = _fit(file, model, shapes, prefix, str(base))
-        checks.append(fit)
+        try:
+            base_model = read_base(*model)
+            fit, known = fit_base(base_model, file, prefix), base_model.all_shapes
+        except CheckpointError as error:
+            checks.append(Check("base", "failed", str(error)))
+        else:
+            shapes = shapes_in(fit.slots_of(file))
+            lacking = f"; {', '.join(fit.absent)} of its class are not in its files" if fit.absent else ""
+            words = f"{base} has all {len(shapes)} layers, in the shapes of the adapter{lacking}"
+            checks.append(Check("base", "passed", words))
     progress(2, 3, "drawing the bases")
-    checks += _bases(file, shapes, known)
+    try:
+        file, bases = adapter_bases(file, shapes, known)
+    except CheckpointError as error:
+        checks.append(Check("bases", "failed", str(error)))
+    else:
+        checks += _bases(OpenAdapter(found, file, shapes, bases))
     progress(3, 3, "done")
     return Verification(directory, tuple(checks))
 
@@ -388,46 +390,32 @@ def _files(file: AdapterFile) -> Check:
     return Check("files", "passed", f"{values} r={described(file.options)['r']}, all values are finite")
 
 
-def _fit(
-    file: AdapterFile, found: tuple[Path, str | None], shapes: Shapes | None, prefix: str | None, base: str
-) -> tuple[Check, Shapes | None, Known | None]:
-    """Compare the adapter with a base model, which also determines the layers' shapes."""
-    try:
-        model = read_base(*found)
-        fit = fit_base(model, file, prefix)
-    except CheckpointError as error:
-        return Check("base", "failed", str(error)), shapes, None
-    shapes = shapes_in(fit.slots_of(file))
-    words = f"{base} has all {len(shapes)} layers, in the shapes of the adapter"
-    if fit.absent:
-        words += f"; {', '.join(fit.absent)} of its class are not in its files"
-    return Check("base", "passed", words), shapes, model.all_shapes
+def _checksum(file: AdapterFile) -> Check:
+    if file.header is None:
+        return Check("checksum", "not checked", "PEFT wrote the file, and does not store one")
+    return Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one")
 
 
-def _bases(file: AdapterFile, shapes: Shapes | None, known: Known | None) -> list[Check]:
-    """Draw the bases of each r again and compare them with the recorded digest, or with the bases in the file."""
-    try:
-        file, bases = adapter_bases(file, shapes, known)
-    except CheckpointError as error:
-        return [Check("bases", "failed", str(error))]
-    if not bases:
+def _bases(adapter: OpenAdapter) -> list[Check]:
+    """Compare the bases of each r, drawn again, with the recorded digest, or with the bases in the file."""
+    file = adapter.file
+    if not adapter.bases:
         base = spelled("base")
         reason = f"PEFT stored neither the bases nor the layers' shapes: give {base}, the directory of its base model"
         return [Check("bases", "not checked", reason)]
-    return [
-        Check("bases", *_how_found(file, f"{basis.spec}, SHA-256 {digest[:DIGEST_SHOWN]}…", basis))
-        for basis, digest in digests(file, shapes, bases)
-    ]
-
-
-def _how_found(file: AdapterFile, bases: str, basis: Basis) -> tuple[Outcome, str]:
-    is_drawn = basis.stored is None
-    if file.header is not None:
-        origin = "drawn again" if is_drawn else "in the file"
-        return "passed", f"{bases}: {origin}, as recorded"
-    if not file.bases:
-        doubts = "".join(f"; {note}" for note in stream_notes(file))
-        return "not checked", f"{bases}: drawn from the key; PEFT stored nothing to compare them with{doubts}"
-    if is_drawn:
-        return "passed", f"{bases}: drawn again, as stored in the file"
-    return "passed", f"{bases}: in the file; its key gives different ones here, so those in the file are used"
+    checks = []
+    for basis, digest in adapter.digests():
+        is_drawn = basis.stored is None
+        outcome: Outcome = "passed"
+        if file.header is not None:
+            words = "drawn again, as recorded" if is_drawn else "in the file, as recorded"
+        elif not file.bases:
+            doubts = "".join(f"; {note}" for note in stream_notes(file))
+            outcome = "not checked"
+            words = f"drawn from the key; PEFT stored nothing to compare them with{doubts}"
+        elif is_drawn:
+            words = "drawn again, as stored in the file"
+        else:
+            words = "in the file; its key gives different ones here, so those in the file are used"
+        checks.append(Check("bases", outcome, f"{basis.spec}, SHA-256 {digest[:DIGEST_SHOWN]}…: {words}"))
+    return checks

@@ -1,8 +1,7 @@
 """An adapter as a LoRA, the product of two thin matrices, named and arranged as other programs do it.
 
-It is for PEFT, whose files vLLM, SGLang and llama.cpp's converter read too, or for diffusers. Every scaling is 1, so
-that the product is the update. A given rank of a large matrix is found by a randomized singular value decomposition
-(Halko et al. 2011), everything else by an exact one, and the error is measured with the resulting factors.
+It is for PEFT, whose files vLLM, SGLang and llama.cpp's converter read too, or for diffusers. A given rank of a large
+matrix is found by a randomized singular value decomposition (Halko et al. 2011), everything else by an exact one.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +22,13 @@ from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION, pattern_fi
 from randlora.checkpoint.save import files_of
 from randlora.checkpoint.tensors import METADATA, MODEL_PREFIX, TENSORS_FILE, trained_key
 from randlora.config import Component, LayerOptions, Layout
-from randlora.disk.formats import Entry, Planned, read_shard, read_tensor, write_tensor_file
-from randlora.disk.replace import write_files
+from randlora.disk.formats import Planned, write_tensor_file
+from randlora.disk.replace import Files
 from randlora.errors import ConfigError, spelled
 from randlora.files.adapter import OpenAdapter
 from randlora.hints import shortly
 from randlora.report import Progress
-from randlora.targets.match import has_suffix
+from randlora.targets.match import has_suffix, shortened
 
 WEIGHTS: dict[Layout, str] = {"peft": TENSORS_FILE, "diffusers": "pytorch_lora_weights.safetensors"}
 """The files of the tensors, of which readers of a directory take the one with the name that they expect."""
@@ -52,165 +51,8 @@ BEGINNINGS: dict[Component, tuple[str, ...]] = {
 }
 """The first parts of names that only such a model of a pipeline has."""
 
-
-@dataclass(frozen=True, eq=False)
-class AdapterFiles:
-    """The files for a different program: a file of tensors, and a JSON if there are ``fields``."""
-
-    tensors_file: str
-    tensors: Sequence[Planned]
-    fields: Mapping[str, Any] | None = None
-    metadata: Mapping[str, str] = field(default_factory=lambda: METADATA)
-    notes: tuple[str, ...] = ()
-
-    def write(self, directory: Path) -> int:
-        """Write the files into a directory, all or none, and return their size in bytes."""
-        write = partial(write_tensor_file, tensors=self.tensors, metadata=self.metadata)
-        (nbytes,) = write_files(files_of(directory, {self.tensors_file: write}, self.fields))
-        return nbytes
-
-
-def layout_problems(adapter: OpenAdapter, layout: Layout) -> list[str]:
-    """Return the parts of an adapter that a layout cannot hold."""
-    trained, shapes = adapter.file.trained, adapter.require_shapes()
-    stacks = {fqn: f"a stack of {shape[0]} matrices" for fqn, shape in shapes.items() if len(shape) == 3}
-    others = stacks or {fqn: f"of kind {kind}" for fqn, kind in adapter.kinds.items()}
-    problems = [f"{fqn} is {what}, and only linear layers are converted" for fqn, what in others.items()]
-    if layout == "peft":
-        keys = {key for fqn in shapes for key in _peft_keys(fqn)}
-        alike = [fqn for fqn in trained if trained_key(fqn, shapes) in keys]
-        return problems + [f"{fqn} would have the name of a factor of an update: rename it" for fqn in alike]
-    if names := sorted(trained):
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        named = f"{', '.join(names[:LISTED])}{more}"
-        other, peft = spelled("format", layout), spelled("format", "peft")
-        problems.append(f"{other} holds only updates, but the adapter has trained {named} too: use {peft}")
-    return problems
-
-
-def recognized(fqns: Iterable[str]) -> Component:
-    """Return the model of a pipeline that layers with such names are in."""
-    first = {fqn.partition(".")[0] for fqn in fqns}
-    return next((part for part, beginnings in BEGINNINGS.items() if first & set(beginnings)), "transformer")
-
-
-def peft_files(adapter: OpenAdapter, factors: Sequence[StoredFactors], *, same_rank: bool) -> AdapterFiles:
-    """Return what PEFT's ``save_pretrained`` would write."""
-    shapes, ranks = adapter.require_shapes(), {each.layer.fqn: each.layer.rank for each in factors}
-    tensors = [Planned.whole(trained_key(fqn, shapes), tensor) for fqn, tensor in adapter.file.trained.items()]
-    notes: list[str] = []
-    if same_rank:
-        notes += _padding_notes(factors)
-        ranks = dict.fromkeys(ranks, max(ranks.values()))
-    elif len({*ranks.values()}) > 1:
-        notes.append(
-            "the ranks differ between layers, as rank_pattern and alpha_pattern say: PEFT and vLLM load that, SGLang "
-            f"does not, and llama.cpp would scale layers wrongly; {spelled('same_rank', value=True)} pads all to one "
-            f"rank, and {spelled('rank')} cuts all to one"
-        )
-    if tensors:
-        notes.append("parameters trained with the adapter are included: not every server reads them")
-    for each in factors:
-        tensors += _padded(_peft_keys(each.layer.fqn), each, ranks[each.layer.fqn])
-    fields = _fields(adapter, ranks)
-    if isinstance(fields["target_modules"], str):
-        notes.append(
-            "target_modules is a regex, because no list of names selects exactly these layers: SGLang reads only a list"
-        )
-    if adapter.transposed or fields["fan_in_fan_out"]:
-        notes.append(TRANSPOSED)
-    return AdapterFiles(WEIGHTS["peft"], tensors, fields, notes=tuple(notes))
-
-
-def diffusers_files(factors: Sequence[StoredFactors], component: Component) -> AdapterFiles:
-    """Return what ``save_lora_weights`` of a pipeline would write for one of its models.
-
-    Older versions of diffusers take one scaling for all layers of a file, so all have one rank. The metadata names the
-    layers by a regex, because PEFT would take a list of names for ends of names.
-    """
-    rank = _highest(factors)
-    paths = [(f"{component}.{each.layer.fqn}", each) for each in factors]
-    tensors = [
-        planned
-        for path, each in paths
-        for planned in _padded((f"{path}.lora_A.weight", f"{path}.lora_B.weight"), each, rank)
-    ]
-    config = {"lora_alpha": rank, "r": rank, "target_modules": _regex(each.layer.fqn for each in factors)}
-    packed = {f"{component}.{name}": value for name, value in config.items()}
-    metadata = {**METADATA, LORA_CONFIG_KEY: json.dumps(packed, sort_keys=True)}
-    note = f"for {component!r} of a pipeline: {spelled('component')} names a different one of its models"
-    return AdapterFiles(WEIGHTS["diffusers"], tensors, metadata=metadata, notes=(note, *_padding_notes(factors)))
-
-
-def _highest(factors: Sequence[StoredFactors]) -> int:
-    return max(each.layer.rank for each in factors)
-
-
-def _padding_notes(factors: Sequence[StoredFactors]) -> tuple[str, ...]:
-    rank = _highest(factors)
-    if all(each.layer.rank == rank for each in factors):
-        return ()
-    return (f"the factors of all layers are padded with zeros to rank {rank}, which changes no update",)
-
-
-def _peft_keys(fqn: str) -> tuple[str, str]:
-    """Return the names of the two factors of one layer's update."""
-    return f"{MODEL_PREFIX}{fqn}.lora_A.weight", f"{MODEL_PREFIX}{fqn}.lora_B.weight"
-
-
-def _padded(keys: tuple[str, str], factors: StoredFactors, rank: int) -> list[Planned]:
-    """Plan to write the factors of a layer with zeros up to a rank."""
-
-    def pieces(entry: Entry, padding: tuple[int, ...]) -> tuple[Tensor]:
-        return (F.pad(read_tensor(entry), padding),)
-
-    added, layer = rank - factors.layer.rank, factors.layer
-    of_A = (factors.lora_A, (rank, layer.in_features), (0, 0, 0, added))
-    of_B = (factors.lora_B, (layer.out_features, rank), (0, added))
-    return [
-        Planned(key, entry.dtype, shape, partial(pieces, entry, padding))
-        for key, (entry, shape, padding) in zip(keys, (of_A, of_B), strict=True)
-    ]
-
-
-def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Return the JSON. Every scaling is ``alpha / rank = 1``, so the product of the factors is the update."""
-    own, rank = adapter.file.fields, max(ranks.values())
-    bias = own.get("bias", "none")
-    fields = {
-        **{name: own.get(name) for name in CARRIED_FIELDS},
-        **_targets(own, tuple(ranks)),
-        "alpha_pattern": {},
-        "bias": "lora_only" if bias == "randlora_only" else bias,
-        "fan_in_fan_out": bool(own.get("fan_in_fan_out")),
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": rank,
-        "lora_dropout": adapter.file.config.dropout,
-        "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
-        "r": rank,
-        "rank_pattern": {},
-        "use_dora": False,
-        "use_rslora": False,
-        **pattern_fields({fqn: LayerOptions(each, float(each)) for fqn, each in ranks.items()}),
-    }
-    return dict(sorted(fields.items()))
-
-
-def _targets(fields: Mapping[str, Any], fqns: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that name the layers: the adapter's fields if they are a list that fits, else a regex."""
-    named = fields.get("target_modules")
-    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    if all(any(has_suffix(fqn, name) for name in names) for fqn in fqns):
-        kept = {name: fields.get(name) for name in ("layers_to_transform", "layers_pattern")}
-        return {"target_modules": names, **kept}
-    return {"target_modules": _regex(fqns), "layers_to_transform": None, "layers_pattern": None}
-
-
-def _regex(fqns: Iterable[str]) -> str:
-    return "|".join(map(re.escape, fqns))
-
+Planning = tuple[Files, list[str]]
+"""Files that are to be written, and notes for the user."""
 
 EXACT_UP_TO = 1024  # the smaller dim up to which the exact decomposition takes half a second
 WORTHWHILE = 4  # a randomized one is faster only for ranks below 1 / 4 of the smaller dim
@@ -219,8 +61,8 @@ POWER_ITERATIONS = 4
 SEED = 0
 
 DEFAULT_TOLERANCE = 0.05
-LISTED = 5
 LARGEST_SERVED = 512  # the largest rank that servers have; a higher one than a layer's sides adds zeros
+LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -244,75 +86,192 @@ class LoraLayer:
     norm: float
 
 
-@dataclass(frozen=True, eq=False)
-class StoredFactors:
-    """The factors of one layer's update in a file: ``lora_A``, ``(rank, in)``, and ``lora_B``, ``(out, rank)``."""
+class Lora(NamedTuple):
+    """The LoRA of one layer: ``lora_A``, ``(rank, in)``, and ``lora_B``, ``(out, rank)``, whose product is the update.
 
-    layer: LoraLayer
-    lora_A: Entry
-    lora_B: Entry
-
-
-class LowRank(NamedTuple):
-    """A matrix as the product of two thin matrices, ``(rows, rank)`` and ``(rank, columns)``.
-
-    Each singular value is distributed over both factors by its root. ``relative_error`` is
-    ``‖matrix - left @ right‖ / ‖matrix‖``, in Frobenius norms.
+    Each singular value is distributed over both factors by its root.
     """
 
-    left: Tensor
-    right: Tensor
-    relative_error: float
+    layer: LoraLayer
+    lora_A: Tensor
+    lora_B: Tensor
 
-    @property
-    def rank(self) -> int:
-        """Columns of ``left``, rows of ``right``."""
-        return self.left.shape[1]
+    def padded(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return both factors with zeros up to a rank."""
+        added = rank - self.layer.rank
+        return F.pad(self.lora_A, (0, 0, 0, added)), F.pad(self.lora_B, (0, added))
 
 
-def low_rank_factors(
-    adapter: OpenAdapter, rank: int | None, tolerance: float | None, scratch: Path, progress: Progress
-) -> tuple[StoredFactors, ...]:
+def layout_problems(adapter: OpenAdapter, layout: Layout) -> list[str]:
+    """Return the parts of an adapter that a layout cannot hold."""
+    trained, shapes = adapter.file.trained, adapter.require_shapes()
+    stacks = {fqn: f"a stack of {shape[0]} matrices" for fqn, shape in shapes.items() if len(shape) == 3}
+    others = stacks or {fqn: f"of kind {kind}" for fqn, kind in adapter.kinds.items()}
+    problems = [f"{fqn} is {what}, and only linear layers are converted" for fqn, what in others.items()]
+    if layout == "peft":
+        keys = {key for fqn in shapes for key in _peft_keys(fqn)}
+        taken = [fqn for fqn in trained if trained_key(fqn, shapes) in keys]
+        problems += [f"{fqn} would have the name of a factor of an update: rename it" for fqn in taken]
+    elif trained:
+        other, peft = spelled("format", layout), spelled("format", "peft")
+        named = shortened(sorted(trained), LISTED)
+        problems.append(f"{other} holds only updates, but the adapter has trained {named} too: use {peft}")
+    return problems
+
+
+def recognized(fqns: Iterable[str]) -> Component:
+    """Return the model of a pipeline that layers with such names are in."""
+    first = {fqn.partition(".")[0] for fqn in fqns}
+    return next((part for part, beginnings in BEGINNINGS.items() if first & set(beginnings)), "transformer")
+
+
+def peft_files(directory: Path, adapter: OpenAdapter, loras: Sequence[Lora], *, same_rank: bool) -> Planning:
+    """Return what PEFT's ``save_pretrained`` would write, and notes."""
+    shapes, ranks = adapter.require_shapes(), {lora.layer.fqn: lora.layer.rank for lora in loras}
+    tensors = {trained_key(fqn, shapes): tensor for fqn, tensor in adapter.file.trained.items()}
+    notes = ["parameters trained with the adapter are included: not every server reads them"] if tensors else []
+    if same_rank:
+        notes = _padding_notes(loras) + notes
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    elif len({*ranks.values()}) > 1:
+        mixed = (
+            "the ranks differ between layers, as rank_pattern and alpha_pattern say: PEFT and vLLM load that, SGLang "
+            f"does not, and llama.cpp would scale layers wrongly; {spelled('same_rank', value=True)} pads all to one "
+            f"rank, and {spelled('rank')} cuts all to one"
+        )
+        notes = [mixed, *notes]
+    for lora in loras:
+        fqn = lora.layer.fqn
+        tensors |= zip(_peft_keys(fqn), lora.padded(ranks[fqn]), strict=True)
+    fields = _fields(adapter, ranks)
+    if isinstance(fields["target_modules"], str):
+        notes.append(
+            "target_modules is a regex, because no list of names selects exactly these layers: SGLang reads only a list"
+        )
+    if adapter.transposed or fields["fan_in_fan_out"]:
+        notes.append(TRANSPOSED)
+    return _files("peft", directory, tensors, METADATA, fields), notes
+
+
+def diffusers_files(directory: Path, loras: Sequence[Lora], component: Component) -> Planning:
+    """Return what ``save_lora_weights`` of a pipeline would write for one of its models, and notes.
+
+    Older versions of diffusers take one scaling for all layers of a file, so all have one rank. The metadata names the
+    layers by a regex, because PEFT would take a list of names for ends of names.
+    """
+    rank = max(lora.layer.rank for lora in loras)
+    tensors: dict[str, Tensor] = {}
+    for lora in loras:
+        path = f"{component}.{lora.layer.fqn}"
+        tensors |= zip((f"{path}.lora_A.weight", f"{path}.lora_B.weight"), lora.padded(rank), strict=True)
+    config = {"lora_alpha": rank, "r": rank, "target_modules": _regex(lora.layer.fqn for lora in loras)}
+    packed = {f"{component}.{name}": value for name, value in config.items()}
+    metadata = {**METADATA, LORA_CONFIG_KEY: json.dumps(packed, sort_keys=True)}
+    note = f"for {component!r} of a pipeline: {spelled('component')} names a different one of its models"
+    return _files("diffusers", directory, tensors, metadata, None), [note, *_padding_notes(loras)]
+
+
+def _files(
+    layout: Layout,
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    fields: Mapping[str, Any] | None,
+) -> Files:
+    planned = [Planned.whole(*item) for item in tensors.items()]
+    write = partial(write_tensor_file, tensors=planned, metadata=metadata)
+    return files_of(directory, {WEIGHTS[layout]: write}, fields)
+
+
+def _padding_notes(loras: Sequence[Lora]) -> list[str]:
+    ranks = {lora.layer.rank for lora in loras}
+    note = f"the factors of all layers are padded with zeros to rank {max(ranks)}, which changes no update"
+    return [note] if len(ranks) > 1 else []
+
+
+def _peft_keys(fqn: str) -> tuple[str, str]:
+    """Return the names of the two factors of one layer's update."""
+    return f"{MODEL_PREFIX}{fqn}.lora_A.weight", f"{MODEL_PREFIX}{fqn}.lora_B.weight"
+
+
+def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return the JSON. Every scaling is ``alpha / rank = 1``, so the product of the factors is the update."""
+    own, rank = adapter.file.fields, max(ranks.values())
+    bias = own.get("bias", "none")
+    fields = {
+        **{name: own.get(name) for name in CARRIED_FIELDS},
+        **_targets(own, tuple(ranks)),
+        "alpha_pattern": {},
+        "bias": "lora_only" if bias == "randlora_only" else bias,
+        "fan_in_fan_out": bool(own.get("fan_in_fan_out")),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_dropout": adapter.file.config.dropout,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": rank,
+        "rank_pattern": {},
+        "use_dora": False,
+        "use_rslora": False,
+        **pattern_fields({fqn: LayerOptions(own_rank, float(own_rank)) for fqn, own_rank in ranks.items()}),
+    }
+    return dict(sorted(fields.items()))
+
+
+def _targets(fields: Mapping[str, Any], fqns: Sequence[str]) -> dict[str, Any]:
+    """Return the fields that name the layers: the adapter's fields if they are a list that fits, else a regex."""
+    named = fields.get("target_modules")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    if all(any(has_suffix(fqn, name) for name in names) for fqn in fqns):
+        kept = {name: fields.get(name) for name in ("layers_to_transform", "layers_pattern")}
+        return {"target_modules": names, **kept}
+    return {"target_modules": _regex(fqns), "layers_to_transform": None, "layers_pattern": None}
+
+
+def _regex(fqns: Iterable[str]) -> str:
+    return "|".join(map(re.escape, fqns))
+
+
+def low_rank(adapter: OpenAdapter, rank: int | None, tolerance: float | None, progress: Progress) -> list[Lora]:
     """Approximate every update of an adapter by one of low rank, layer by layer.
 
     Without a rank, each layer gets the smallest whose relative error is within the tolerance, 0.05 if ``None``. A
-    larger error of any layer is a `ConfigError`. ``scratch`` is a directory for the factors, which together may be as
-    large as the model.
+    larger error of any layer is a `ConfigError`.
     """
     shapes = adapter.require_shapes()
     highest = max(LARGEST_SERVED, *map(min, shapes.values()))
     if rank is not None and rank > highest:
         raise ConfigError(f"cannot convert to a LoRA: rank must be at most {highest}, got {shortly(rank)}")
     accepted = DEFAULT_TOLERANCE if tolerance is None else tolerance
-    factors: list[StoredFactors] = []
+    loras: list[Lora] = []
     for done, (fqn, (out_features, in_features)) in enumerate(shapes.items()):
         progress(done, len(shapes), fqn)
-        (update,) = adapter.delta_weights(fqn)
-        update = update.float()
-        found = within(update, accepted) if rank is None else of_rank(update, rank)
-        layer = LoraLayer(fqn, out_features, in_features, found.rank, found.relative_error, frobenius_norm(update))
-        named, path = {"lora_A": found.right, "lora_B": found.left}, scratch / f"{done}.safetensors"
-        write_tensor_file(path, [Planned.whole(*factor) for factor in named.items()], METADATA)
-        factors.append(StoredFactors(layer, **{entry.name: entry for entry in read_shard(path).entries}))
-        del update, found, named  # before the next ones are computed
+        update = next(adapter.delta_weights(fqn)).float()
+        lora_B, lora_A, error = within(update, accepted) if rank is None else of_rank(update, rank)
+        layer = LoraLayer(fqn, out_features, in_features, len(lora_A), error, frobenius_norm(update))
+        loras.append(Lora(layer, lora_A, lora_B))
+        del update  # before the next one is computed
     progress(len(shapes), len(shapes), "done")
-    _refuse_loss([each.layer for each in factors], rank, accepted)
-    return tuple(factors)
+    layers = sorted((lora.layer for lora in loras), key=lambda layer: -layer.relative_error)
+    if lossy := [layer for layer in layers if layer.relative_error > accepted]:
+        listed = shortened([f"{layer.fqn} {layer.relative_error:.3g}" for layer in lossy], LISTED)
+        choice = "the full rank" if rank is None else spelled("rank", rank)
+        remedy = "" if rank is None else "a larger rank, no rank for the smallest within the tolerance, or "
+        raise ConfigError(
+            f"cannot convert to LoRA: with {choice}, {len(lossy)} of {len(layers)} layers have a relative error above "
+            f"{spelled('tolerance', accepted)} ({listed}); the largest is {lossy[0].relative_error:.4g}: "
+            f"give {remedy}a larger tolerance"
+        )
+    return loras
 
 
-def _refuse_loss(layers: Sequence[LoraLayer], rank: int | None, tolerance: float) -> None:
-    lossy = sorted((each for each in layers if each.relative_error > tolerance), key=lambda each: -each.relative_error)
-    if not lossy:
-        return
-    listed = ", ".join(f"{layer.fqn} {layer.relative_error:.3g}" for layer in lossy[:LISTED])
-    more = f" and {len(lossy) - LISTED} more" if len(lossy) > LISTED else ""
-    choice = "the full rank" if rank is None else spelled("rank", rank)
-    remedy = "" if rank is None else "a larger rank, no rank for the smallest within the tolerance, or "
-    raise ConfigError(
-        f"cannot convert to LoRA: with {choice}, {len(lossy)} of {len(layers)} layers have a relative error above "
-        f"{spelled('tolerance', tolerance)} ({listed}{more}); the largest is {lossy[0].relative_error:.4g}: "
-        f"give {remedy}a larger tolerance"
-    )
+class LowRank(NamedTuple):
+    """A matrix as the product of two thin ones, and ``‖matrix - left @ right‖ / ‖matrix‖``, in Frobenius norms."""
+
+    left: Tensor
+    right: Tensor
+    relative_error: float
 
 
 def of_rank(matrix: Tensor, rank: int) -> LowRank:
@@ -323,10 +282,7 @@ def of_rank(matrix: Tensor, rank: int) -> LowRank:
 
 
 def within(matrix: Tensor, tolerance: float) -> LowRank:
-    """Return the matrix of the smallest rank whose relative error is within a tolerance.
-
-    If rounding keeps even the full rank from the tolerance, the full rank is returned.
-    """
+    """Return the matrix of the smallest rank whose relative error is within a tolerance, or else the full rank."""
     left, values, right = _exact(matrix)
     # the squared error of each rank from 1: the sum of the squares after it, which is not a difference of large numbers
     squares = values.double().square().flip(0).cumsum(0).flip(0)
@@ -365,11 +321,9 @@ def _randomized(matrix: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _truncated(matrix: Tensor, left: Tensor, values: Tensor, right: Tensor, rank: int) -> LowRank:
-    kept = min(rank, len(values))
-    roots = values[:kept].sqrt()
-    thin_left, thin_right = matrix.new_zeros(len(matrix), rank), matrix.new_zeros(rank, matrix.shape[1])
-    thin_left[:, :kept] = left[:, :kept] * roots
-    thin_right[:kept] = roots.unsqueeze(1) * right[:kept]
-    norm = frobenius_norm(matrix)
-    distance = frobenius_norm(torch.addmm(matrix, thin_left, thin_right, alpha=-1))
+    roots = values[:rank].sqrt()
+    added = rank - len(roots)
+    thin_left = F.pad(left[:, :rank] * roots, (0, added))
+    thin_right = F.pad(roots.unsqueeze(1) * right[:rank], (0, 0, 0, added))
+    norm, distance = frobenius_norm(matrix), frobenius_norm(torch.addmm(matrix, thin_left, thin_right, alpha=-1))
     return LowRank(thin_left, thin_right, distance / norm if norm else 0.0)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,6 @@ FOR_EACH_TENSOR = 2**4
 TIMM_NAMES = frozenset({"architecture", "backbone"})
 TIMM_READS = frozenset({"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
 """Arguments of ``timm.create_model`` by which it reads files and URLs."""
-
-PROBE = 2, 3
-"""The shape of the tensors that show how weights are joined."""
 
 Read = Callable[[str], Tensor]
 
@@ -129,35 +125,9 @@ class Conversion:
         for fqn, parameter in found.items():
             if parameter.shape != (expected := self.model.get_parameter(fqn).shape):
                 return f"they give {fqn} the shape {tuple(parameter.shape)}, expected {tuple(expected)}"
-        if self.joined is not None:
-            return None
         reverted = {name: tuple(tensor.shape) for name, tensor in self.revert(found).items()}
         if reverted != {name: shapes[name] for name in self.sources}:
             return "transformers would save it under other names or in other shapes"
-        return None
-
-    @cached_property
-    def joined(self) -> tuple[list[tuple[str, ...]], int] | None:
-        """The names of the tensors that each matrix of a stack is made of, and the dim along which they are joined.
-
-        ``None`` if they do not become a stack whose matrices have separate tensors.
-        """
-        by_pattern = [
-            [name for name, its in self.sources.items() if its == pattern] for pattern in self.converter.source_patterns
-        ]
-        if len({len(names) for names in by_pattern}) != 1:
-            return None
-        values = torch.arange(float(len(self.sources) * PROBE[0] * PROBE[1]), device="cpu").reshape(-1, *PROBE)
-        probes = dict(zip(self.sources, values, strict=True))
-        try:
-            found = self.convert(probes.__getitem__)
-        except Exception:  # an operation for weights of certain shapes
-            return None
-        names = list(zip(*by_pattern, strict=True))
-        for dim in (0, 1) if len(found) == 1 else ():
-            expected = torch.stack([torch.cat([probes[name] for name in own], dim) for own in names])
-            if torch.equal(found[self.fqn], expected):
-                return names, dim
         return None
 
 
