@@ -83,8 +83,6 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "no repository": (lambda: name_base("no/where"), "base model 'no/where"),
     "unheard class": (lambda: of_nothing(architectures=["Unheard"]), "has no class 'Unheard'"),
     "no class": (lambda: of_nothing(architectures=["pipeline"]), "has no class 'pipeline'"),
-    "diffusers": (lambda: of_nothing("model_index.json"), "a model of diffusers: create it with"),
-    "sentences": (lambda: of_nothing("modules.json"), "a model of sentence-transformers: create it with"),
     "sizes": (lambda: edit_json(CONFIG, hidden_size=16), "base model 'base'"),
     "damaged": (lambda: (ADAPTER / TENSORS_FILE).write_bytes(b"x" * 64), TENSORS_FILE),
     "missing": (lambda: edit_model(BASE, {UP: None}), rf"its files have no {UP}.*values would be random: give base="),

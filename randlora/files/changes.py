@@ -68,10 +68,8 @@ class ConvertedMerging:
 class Changes:
     """The changes to a checkpoint, by the names of its tensors, whose headers are ``entries``.
 
-    ``computed`` are the weights merged into, and tensors that become other weights when the model is loaded;
-    ``values`` are new values, and ``added`` those that the checkpoint has no tensors for, such as a new head's. Names
-    in ``renamed`` and ``unused`` have a different name or no place in ``trained_on``, the class that an adapter names.
-    ``notes`` are what was assumed of the adapters, and doubts about their files.
+    ``computed`` are merged into, ``values`` are new, and the checkpoint has no tensors for ``added``, such as a new
+    head. Tensors in ``renamed`` and ``unused`` have a different name or no place in the class ``trained_on``.
     """
 
     entries: Mapping[str, Entry]
@@ -190,7 +188,6 @@ def find_changes(
     """Fit adapters to a checkpoint, draw their bases, and return which tensors they change.
 
     ``adapters`` are their directories, files and the factors of their updates, by the names that messages give them.
-    Two that trained the same parameter raise an error.
     """
     bank = BasisBank()
     for _, file, _ in adapters.values():

@@ -21,7 +21,7 @@ from randlora.checkpoint.header import Header
 from randlora.checkpoint.peft_config import BASE_FIELD, UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
 from randlora.checkpoint.save import adapter_files
 from randlora.checkpoint.tensors import adapter_tensors, basis_keys
-from randlora.config import Component, Format, Layout, RandLoRAConfig, Stream
+from randlora.config import Component, Format, Layout, Stream
 from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
@@ -103,11 +103,10 @@ def convert(
     ``"peft"`` can be loaded by PEFT 0.21.2: the file contains the bases if PEFT would draw different ones. ``"native"``
     has this library's header with its checksums, and contains the bases only if no seed reproduces them. ``"lora"`` is
     for servers that support only LoRA: a low-rank approximation of every layer's update, in the files of PEFT or
-    diffusers. Nothing is written if the error of a layer exceeds the tolerance.
+    diffusers. The factors of all layers are in memory until they are written.
 
     Args:
-        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, which does not change, or a
-            repository on the Hub.
+        directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
         out: The directory to write to, different from ``directory``.
         to: The format.
         format: For ``"lora"``, whose files to write: ``"peft"``, the default, which vLLM, SGLang and llama.cpp's
@@ -123,8 +122,7 @@ def convert(
             not store the shapes, so its files need ``base`` for ``"native"`` and ``"lora"``.
         revision: Branch, tag or commit of the adapter's repository.
         base_revision: Branch, tag or commit of the base model's repository.
-        prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`. The
-            adapter keeps its names.
+        prefix: The prefix by which the names in the adapter, which keeps its names, and in the base model differ.
         stream: The stream of the bases, as in `randlora.load`. A ``"native"`` file records it.
         overwrite: Whether to replace an adapter in ``out``.
         progress: Called for every layer.
@@ -135,7 +133,7 @@ def convert(
     Raises:
         ConfigError: For invalid options, or if the error of a LoRA exceeds the tolerance.
         CheckpointError: If the adapter cannot be read or does not fit the base, or ``out`` is not empty.
-        OSError: If the disk refuses. Nothing is left half written.
+        OSError: If the disk refuses.
     """
     require_types(convert, locals())
     source, target = Path(directory), Path(out)
@@ -192,8 +190,8 @@ def contents_as(
 ) -> tuple[dict[str, Any], dict[str, Tensor], Header | None, tuple[str, ...]]:
     """Return the fields of the JSON, the tensors, our header, and notes.
 
-    Without known shapes, which only ``"peft"`` can do without, everything remains as PEFT wrote it. A stream from
-    the caller would then be lost, and raises an error. Fields that depend on a model always remain.
+    Without known shapes, which only ``"peft"`` can do without, everything remains as PEFT wrote it; a stream from the
+    caller would then be lost, and raises an error.
     """
     file = adapter.file
     tensors = adapter_tensors(file.values, file.trained)
@@ -271,7 +269,7 @@ class JoinReport:
     nbytes: int
 
     def __str__(self) -> str:
-        """Return the report on one line."""
+        """Return one line."""
         return f"wrote {self.out}, {self.layers} layers of {len(self.parts)} parts, {as_bytes(self.nbytes)}"
 
 
@@ -290,13 +288,10 @@ def join(
         out: The directory to write to, different from the parts.
         overwrite: Whether to replace an adapter in ``out``.
 
-    Returns:
-        A report with the number of layers.
-
     Raises:
         CheckpointError: If a part cannot be read or was written by PEFT, parts share a layer or differ in options or
-            bases, no seed reproduces their bases, or ``out`` is not empty. Nothing is written then.
-        OSError: If the disk refuses. Nothing is left half written.
+            bases, no seed reproduces their bases, or ``out`` is not empty.
+        OSError: If the disk refuses.
     """
     require_types(join, locals())
     target, opened = Path(out), [open_adapter(part) for part in parts]
@@ -313,46 +308,41 @@ def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
     """Return why the parts cannot be joined into one adapter."""
     if len(parts) < 2:
         return [f"expected two or more parts, got {len(parts)}"]
-    problems = []
-    for part in parts:
-        if part.file.header is None:
-            problems.append(f"{part.directory} was written by PEFT: convert it to 'native' first")
-        elif not part.file.header.is_reproducible:
-            problems.append(f"the bases of {part.directory} came from a file, and no seed reproduces them")
-    if problems:
+    if problems := [
+        f"{part.directory} was written by PEFT: convert it to 'native' first"
+        if part.file.header is None
+        else f"the bases of {part.directory} came from a file, and no seed reproduces them"
+        for part in parts
+        if part.file.header is None or not part.file.header.is_reproducible
+    ]:
         return problems
-    first, held = _common(parts[0]), dict.fromkeys(parts[0].file.values, parts[0])
-    for part in parts[1:]:
-        if both := [fqn for fqn in part.file.values if fqn in held]:
-            problems.append(f"{held[both[0]].directory} and {part.directory} both have {shortened(both)}")
-        held |= dict.fromkeys(part.file.values, part)
-        problems += [
-            f"{name} is {first[name]!r} in {parts[0].directory} and {own!r} in {part.directory}"
-            for name, own in _common(part).items()
-            if own != first[name]
-        ]
+    options: dict[str, tuple[OpenAdapter, object]] = {}
+    layers: dict[str, OpenAdapter] = {}
     specs: dict[int, tuple[OpenAdapter, BasisSpec]] = {}
     trained: dict[str, tuple[OpenAdapter, Tensor]] = {}
-    for part in parts:
+    for part in parts:  # of which the first with an option, a layer, bases or a tensor is compared with the others
+        own = {
+            f.name: getattr(part.file.config, f.name) for f in fields_of(part.file.config) if f.name not in OF_LAYERS
+        }
+        for name, value in {**own, "the base model": part.file.fields.get(BASE_FIELD)}.items():
+            first, expected = options.setdefault(name, (part, value))
+            if value != expected:
+                problems.append(f"{name} is {expected!r} in {first.directory} and {value!r} in {part.directory}")
+        if both := [fqn for fqn in part.file.values if fqn in layers]:
+            problems.append(f"{layers[both[0]].directory} and {part.directory} both have {shortened(both)}")
+        layers |= dict.fromkeys(part.file.values, part)
         for r, basis in part.bases.items():
-            other, spec = specs.setdefault(r, (part, basis.spec))
+            first, spec = specs.setdefault(r, (part, basis.spec))
             if spec != basis.spec and (spec.family != basis.spec.family or not spec.is_prefix_stable):
                 problems.append(
-                    f"{other.directory} has {spec} and {part.directory} {basis.spec}, and no model can use both at "
+                    f"{first.directory} has {spec} and {part.directory} {basis.spec}, and no model can use both at "
                     "once: train the parts with stream='portable', and block bases with the same blocks="
                 )
         for fqn, tensor in part.file.trained.items():  # as an embedding tied to a head in another stage
-            other, known = trained.setdefault(fqn, (part, tensor))
+            first, known = trained.setdefault(fqn, (part, tensor))
             if not torch.equal(tensor, known):
-                problems.append(f"{fqn} has different values in {other.directory} and in {part.directory}")
+                problems.append(f"{fqn} has different values in {first.directory} and in {part.directory}")
     return problems
-
-
-def _common(part: OpenAdapter) -> dict[str, object]:
-    """Return what all parts have in common: options, by name, and the base model."""
-    options = [field.name for field in fields_of(RandLoRAConfig) if field.name not in OF_LAYERS]
-    own = {name: getattr(part.file.config, name) for name in options}
-    return {**own, "the base model": part.file.fields.get(BASE_FIELD)}
 
 
 def _joined(parts: Sequence[OpenAdapter]) -> OpenAdapter:

@@ -31,12 +31,12 @@ DIGEST_SHOWN = 12
 
 @dataclass(frozen=True)
 class BasisSummary:
-    """The bases of an adapter, or of its layers of one r.
+    """The bases of the layers of one r.
 
     Attributes:
         spec: Kind, stream, seed, rank, dims and blocks.
         source: ``"seed"`` if the spec reproduces them, ``"file"`` if only the file contains them.
-        digest: SHA-256 of the values that the layers use; see `randlora.bases.basis.Basis.digest`.
+        digest: SHA-256 of the values that the layers use.
         nbytes: Their size in memory, in bytes.
     """
 
@@ -95,8 +95,7 @@ class AdapterSummary:
         storage: A description of where its bases are.
         base_model: The name of its base model, if stored.
         config: Its options, with r and alpha by FQN if they differ between layers.
-        bases: Its bases, one entry for each r; none if the file does not contain them and the layers' shapes are not
-            known.
+        bases: Its bases, one entry for each r; none if neither they nor the layers' shapes are known.
         layers: Its layers.
         trained: Shapes of the parameters trained with it, and of buffers, by FQN.
         trainable_parameters: Number of entries of Λ, Γ and those parameters.
@@ -194,14 +193,13 @@ def inspect(
 
     Raises:
         ConfigError: If ``prefix`` is not a name, or is given without ``base``, or ``stream`` is not a stream.
-        CheckpointError: If a file is damaged or has an unknown kind, the bases are not reproduced, or the adapter does
-            not fit the base.
+        CheckpointError: If a file is damaged, the bases are not reproduced, or the adapter does not fit the base.
     """
     require_types(inspect, locals())
     adapter = open_adapter(directory, base, prefix, stream, revision, base_revision)
     file = adapter.file
     fqns = [*adapter.shapes] if adapter.shapes else sorted(file.values, key=_natural)
-    layers = []
+    layers: list[LayerSummary] = []
     for done, fqn in enumerate(fqns):
         progress(done, len(fqns), fqn)
         layers.append(_layer(adapter, fqn, norms=norms))
@@ -240,9 +238,9 @@ def _size(path: Path) -> int:
     return 0
 
 
-def _natural(fqn: str) -> list[tuple[int, str]]:
+def _natural(fqn: str) -> list[str]:
     """Return a key that sorts layer 10 after layer 9."""
-    return [(int(part), part) if part.isdecimal() else (-1, part) for part in fqn.split(".")]
+    return [part.zfill(20) if part.isdecimal() else part for part in fqn.split(".")]
 
 
 def _layer(adapter: OpenAdapter, fqn: str, *, norms: bool) -> LayerSummary:
@@ -297,7 +295,7 @@ class Verification:
 
     Attributes:
         directory: The adapter.
-        checks: The checks, in order. If the files cannot be read, the following ones are missing.
+        checks: The checks, in order. If the files cannot be read, the others are missing.
     """
 
     directory: Path

@@ -1,7 +1,6 @@
 """`randlora.files.merge`: merging adapters into a checkpoint on disk, tensor by tensor, and writing a new one.
 
-Everything is checked with the headers before the first byte is written. Unchanged tensors are copied in pieces, and of
-the others one at a time is in memory.
+Everything is checked with the headers before the first byte is written.
 """
 
 from __future__ import annotations
@@ -39,15 +38,14 @@ class FileMergeReport:
 
     Attributes:
         out: The new checkpoint's directory.
-        adapters: The merged adapters, by directory or by name in a model, and the factors of their updates, by FQN if
-            they differ between layers.
+        adapters: The factors of the updates by adapter, its directory or its name in a model.
         merged: Names of the tensors merged into.
         replaced: Names of the tensors replaced by values that were trained with an adapter.
-        added: Names of the tensors with such values that the base does not have, such as a new head.
         shards: Number of files with weights; 0 if a different process, which trains a copy of the model, writes them.
         nbytes: Size of all weights in bytes.
         dtype: The dtype that floating tensors were cast to; ``None`` if each tensor kept its dtype.
         notes: Other notes for the user, such as which files were not copied.
+        added: Names of the tensors with trained values that the base does not have, such as a new head.
     """
 
     out: Path
@@ -90,19 +88,17 @@ def merge(
 ) -> FileMergeReport:
     """Merge adapters into a checkpoint and write the result to a new directory, without loading the model.
 
-    The tensors are bit for bit the same as if you load the model and the adapters, merge and save. The index, metadata,
-    config, tokenizer and other files are copied, and shards keep their names. Memory holds the bases, the adapters, and
-    the working memory for the largest weight. ``out`` appears when it is complete: a call that fails removes what it
-    wrote, and after a kill the same call starts over.
-
+    The tensors are bit for bit the same as if you load the model and the adapters, merge and save. The config,
+    tokenizer and other files are copied, and shards keep their names. Memory holds the bases, the adapters, and the
+    working memory for the largest weight. ``out`` appears when it is complete; after a kill, the same call starts over.
     A quantized checkpoint is refused: load its model, and merge in memory or write it with `save_merged`.
 
     Args:
         adapters: The directory of one adapter, or its repository on the Hub; several of them, whose updates are summed;
             or a mapping from them to the factors of their updates.
         out: The directory to create.
-        base: The model's directory, with one safetensors file or with shards and an index, which is only read; or a
-            repository on the Hub, which is downloaded. ``None`` means the model that the adapters' files name.
+        base: The model's directory, with safetensors files, which is only read; or a repository on the Hub, which is
+            downloaded. ``None`` means the model that the adapters' files name.
         dtype: Cast every floating tensor to this dtype. A merged weight is computed in float32 or wider and rounded
             once.
         revision: Branch, tag or commit of the repository of every adapter.
@@ -115,10 +111,10 @@ def merge(
 
     Raises:
         ConfigError: For an invalid factor, dtype or stream.
-        CheckpointError: If a file is missing, truncated or damaged, the checkpoint is quantized, an adapter does not
-            fit, or ``base`` is not given and the adapters name no base model or different ones.
+        CheckpointError: If a file is missing or damaged, the checkpoint is quantized, an adapter does not fit, or no
+            base model is given or named.
         MergeError: If ``out`` is not empty or is inside an input, the disk is too small, a value is not finite, or
-            weights are 8-bit floats that have scales, or no wider ``dtype`` is given for them.
+            8-bit floats have scales or are given no wider ``dtype``.
         OSError: If the disk refuses, or a different process creates ``out`` meanwhile.
     """
     require_types(merge, locals())

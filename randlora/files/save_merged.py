@@ -64,10 +64,9 @@ def save_merged(
     directory appears when it is complete: a call that fails removes what it wrote.
 
     If any parameter of the model is sharded, such as by `fully_shard` or ZeRO-3, this is a collective: every process
-    calls it, the first one writes, and all get its report or an error. The files are byte for byte the same as from one
-    process. The first process holds the tensors of one file in CPU memory, and the others hold one tensor at a time. If
-    each process trains a copy of the model, as with `DistributedDataParallel`, call it in all processes (the first one
-    writes, and the others do not wait for it) or only in the first one.
+    calls it, the first one writes the files that one process would write, and all get its report or an error. The first
+    process holds the tensors of one file in CPU memory, and the others hold one tensor at a time. If each process
+    trains a copy of the model, the first one writes, and the others need not call it.
 
     Args:
         model: A model with adapters, or a wrapper of torch or DeepSpeed around one.
@@ -82,8 +81,7 @@ def save_merged(
     Raises:
         AdapterError: If the model has no adapter.
         ConfigError: For a dtype that is not floating, or an invalid size.
-        MergeError: If the directory exists, no adapter is active, the adapters are disabled, an adapted module was
-            replaced, a value is missing, a merged weight is not finite, or the files cannot hold a tensor's dtype.
+        MergeError: If the directory exists, the files cannot hold a tensor's dtype, or as for `merged_tensors`.
         OSError: If the disk refuses, or a different process creates the directory meanwhile.
 
     Examples:

@@ -1,11 +1,8 @@
 """Models of transformers: the one that a checkpoint's ``config.json`` describes, on the meta device, and `load_model`.
 
-transformers builds a model and determines which parameter each tensor becomes, and which are made of several: this is
-never guessed, but watched on tensors with few values. Only code of transformers is run, and nothing is downloaded,
-except by `load_model` with ``from_pretrained``.
-
-A config names in a few bytes how many layers there are, and for some vision models what timm is to read: files, and
-repositories on the Hub. Therefore a class is restricted while it is built.
+transformers builds a model and determines which parameter each tensor becomes, and which are made of several. Only code
+of transformers is run. A config names in a few bytes how many layers there are, and for some vision models what timm is
+to read: files, and repositories on the Hub. Therefore a class is restricted while it is built.
 """
 
 from __future__ import annotations
@@ -57,10 +54,10 @@ Read = Callable[[str], Tensor]
 class TransformersModel:
     """A model on the meta device, and the parameters and buffers that the tensors of its checkpoint become.
 
-    ``names`` are those of the tensors that hold one unchanged, by its id; there are several if files hold a tied one
-    several times. ``conversions`` compute the other parameters, by FQN. ``unused`` are the names of tensors that the
-    class has no place for, and ``prefixed`` are FQNs by names that lack only the class's prefix. ``model_class`` is the
-    class if an adapter, and not ``config.json``, names it.
+    ``names`` are of the tensors that contain one unchanged, by its id; several if files contain a tied one several
+    times. ``conversions`` compute the other parameters, by FQN. ``unused`` are the names of tensors that the class has
+    no place for, and ``prefixed`` are FQNs by names that lack only the class's prefix. ``model_class`` is the class if
+    an adapter, and not ``config.json``, names it.
     """
 
     census: Census
@@ -256,12 +253,6 @@ FIXED = ("config", "output_loading_info", "state_dict")
 
 BY_HAND = "create such a model yourself, then call randlora.load"
 
-OTHER_LIBRARIES = {
-    "modules.json": ("sentence-transformers", "SentenceTransformer(base)"),
-    "model_index.json": ("diffusers", "DiffusionPipeline.from_pretrained(base)"),
-}
-"""Files by which other libraries describe a model, the library, and what makes the model."""
-
 LABELS = ("num_labels", "id2label", "label2id", "problem_type")
 """Arguments of ``from_pretrained`` that change the config, such as the number of labels of a head."""
 
@@ -282,16 +273,15 @@ def load_model(
     """Return the base model that an adapter names, with the adapter loaded into it.
 
     transformers creates the model by ``from_pretrained`` of the class that the adapter was trained on, with the same
-    labels. A head that was trained with the adapter need not be in the base's files. Unlike `load`, this follows the
-    name in the adapter's file: it reads that directory, or downloads that repository. Weights are read from safetensors
-    files only, and no code from a repository is run.
+    labels. A head that was trained with the adapter need not be in the base's files. Weights are read from safetensors
+    files only, and no code from a repository is run. For a model of a different library, create it, then call `load`.
 
     Args:
         source: The adapter: a directory, or a repository on the Hub, as for `load`.
         base: The base model, a directory or a repository, instead of the one that the adapter names.
         model_class: A class of transformers, such as ``AutoModelForSequenceClassification``. ``None`` means the class
-            in the adapter's file, if transformers exports it and it fits the base's ``config.json``; otherwise the
-            class in ``config.json``. Version 0.2 wrote no class.
+            in the adapter's file, which version 0.2 did not write, if it fits the base's ``config.json``; otherwise the
+            class there.
         name: The adapter's name in the model.
         trainable: Whether its parameters require grad.
         revision: Branch, tag or commit of the adapter's repository.
@@ -307,9 +297,8 @@ def load_model(
     Raises:
         ConfigError: For ``trust_remote_code``, ``use_safetensors=False``, ``config``, ``state_dict`` or
             ``output_loading_info``, or if ``model_class`` is not a class of transformers.
-        CheckpointError: If transformers is not installed; if the adapter's files are damaged or name no base model; if
-            the base model is missing, is not a transformers model, or its files lack values or have different shapes
-            than the model; or if the adapter does not fit it.
+        CheckpointError: If transformers is not installed, the adapter's files are damaged or name no base model, the
+            base model is missing or lacks values, or the adapter does not fit it.
     """
     require_types(load_model, {"source": source, "name": name, "trainable": trainable, "revision": revision})
     require_types(load_model, {"base": base, "base_revision": base_revision, "model_class": model_class})
@@ -317,7 +306,13 @@ def load_model(
         raise ConfigError(f"use_safetensors=False unpickles files: {BY_HAND}")
     if given := [*([CODE] if options.get(CODE) else []), *(option for option in FIXED if option in options)]:
         raise ConfigError(f"{given[0]} is not passed on: {BY_HAND}")
-    transformers = _transformers()
+    try:
+        import transformers  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise CheckpointError(
+            f"load_model needs transformers, which is not installed: {INSTALL}, or create the model "
+            "yourself and call randlora.load(model, path)"
+        ) from error
     auto = transformers.models.auto.auto_factory._BaseAutoModelClass
     if model_class is not None and not issubclass(model_class, (transformers.PreTrainedModel, auto)):
         raise ConfigError(
@@ -328,8 +323,8 @@ def load_model(
     file = read_adapter(directory, stream)  # before the base, which may be large
     chosen = named_base({str(source): file}) if base is None else os.fspath(base)
     known = None if file.header is None else file.header.model_class
-    is_known = model_class is not None or (known is not None and known.library == "transformers")
-    _require_transformers_model(chosen, is_known=is_known)
+    if not is_there(Path(chosen)) and "/" in chosen and not is_repo_id(chosen):  # else transformers says why not
+        raise CheckpointError(f"the base model {chosen!r} is not there: give base=, a directory or a repository")
     # a head may have other labels in the base's files; what else differs in shape is refused below
     options = {**options, CODE: False, "use_safetensors": True, "ignore_mismatched_sizes": True}
     if base_revision is not None:
@@ -338,31 +333,6 @@ def load_model(
     _require_complete(chosen, found, [*file.trained, *(f"{prefix}.{fqn}" for fqn in file.trained)])
     load(model, directory, name=name, trainable=trainable, prefix=prefix, stream=stream)
     return model
-
-
-def _transformers() -> Any:
-    try:
-        import transformers  # noqa: PLC0415 - optional
-    except ImportError as error:
-        raise CheckpointError(
-            f"load_model needs transformers, which is not installed: {INSTALL}, or create the model "
-            "yourself and call randlora.load(model, path)"
-        ) from error
-    return transformers
-
-
-def _require_transformers_model(base: str, *, is_known: bool) -> None:
-    """Refuse a missing directory, or one where a different library describes the model, if the class is not known."""
-    path = Path(base)
-    if not is_there(path):
-        if is_repo_id(base) or "/" not in base:
-            return  # a repository, which transformers finds or says why not
-        raise CheckpointError(f"the base model {base!r} is not there: give base=, a directory or a repository")
-    for file, (library, call) in OTHER_LIBRARIES.items():
-        if is_there(path / file) and not is_known:
-            raise CheckpointError(
-                f"the base model {base!r} is a model of {library}: create it with {call}, then call randlora.load"
-            )
 
 
 def _class_of(transformers: Any, config: Any, known: type | ModelClass | None) -> Any:

@@ -46,9 +46,8 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
 
     Pass it to an inference engine at every step of reinforcement learning: ``load_weights`` of vLLM and SGLang takes
     such an iterator, and ``load_state_dict`` a dict of it. The model, its adapters and the optimizer do not change.
-    Each merged weight has the same bits as from `merge`. It is computed when the iterator reaches it, and not kept. If
-    the adapters are merged reversibly when this is called, it is the model's own weight. Other tensors share memory
-    with the model, as in ``state_dict``, so do not write to them.
+    Each merged weight has the same bits as from `merge`. It is computed when the iterator reaches it, and not kept.
+    Other tensors share memory with the model, as in ``state_dict``, so do not write to them.
 
     If the model is sharded, such as by `fully_shard`, each tensor is gathered in turn: every process must iterate, and
     all get all values. Tensors that accelerate offloads to RAM or disk are loaded in turn.
@@ -59,10 +58,9 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
             the dtype that `merge` would choose.
 
     Returns:
-        Names and values, in the order of ``state_dict``: parameters, including those trained by ``train_also``, and
-        persistent buffers. A tied parameter is yielded under each of its names, as in ``state_dict``. Quantized layers,
-        adapted or not, are yielded as plain layers. Entries that a module adds to a state dict by its own code, such as
-        ``get_extra_state``, are not included.
+        Names and values of parameters and persistent buffers, in the order of ``state_dict``, where a tied parameter
+        has several names too. Quantized layers, adapted or not, are yielded as plain layers. Entries that a module adds
+        to a state dict by its own code, such as ``get_extra_state``, are not included.
 
     Raises:
         AdapterError: If the model has no adapter.
@@ -267,22 +265,23 @@ def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
 
 def _value_problems(census: Census, state: ModelState) -> list[str]:
     """Return messages about values that are not here, and codes that no adapter layer can dequantize."""
+
+    def is_checked(site: Site) -> bool:  # by `weight_problems`
+        return site.adapter_layer is not None and bool(site.adapter_layer.factors(state.active))
+
     problems = []
     for held in census.parameters:
         site = census.sites_by_key.get((id(held.module), held.attribute))
-        is_known = site is not None and site.layer_class.is_quantized
         is_codes = held.attribute == "weight" and is_quantized(held.module)
         if not _is_here(held.module, held.attribute, held.tensor) or (is_codes and held.tensor.is_meta):
-            layer = None if site is None or state.is_merged else site.adapter_layer
-            if layer is None or not layer.factors(state.active):  # else `weight_problems` has said so
+            if site is None or state.is_merged or not is_checked(site):
                 problems.append(f"{held.fqn} {NOT_HERE}")
-        elif is_codes and not is_known:
+        elif is_codes and (site is None or not site.layer_class.is_quantized):
             problems.append(f"{held.fqn} {_unreadable(held.module)}")
     problems += [
         f"{site.fqn} {_unreadable(site.owner)}"
         for site in census.sites
-        if site.layer_class.is_forward_only
-        and (site.adapter_layer is None or not site.adapter_layer.factors(state.active))  # as above
+        if site.layer_class.is_forward_only and not is_checked(site)
     ]
     for prefix, module in census.prefixed:
         problems += [
