@@ -27,11 +27,9 @@ from randlora.targets.census import Shapes, sizes
 
 @dataclass(frozen=True, eq=False)
 class OpenAdapter:
-    """An adapter's files, checked, with its bases.
+    """An adapter's files, checked, with its bases by r; none if only the shapes, which PEFT does not store, would tell.
 
-    ``shapes``, ``(out_features, in_features)`` by target, are ``None`` if not known, because PEFT does not store them.
-    ``bases`` are by r; there are none if only the shapes would tell which. ``transposed`` is as in the file's header.
-    ``known`` are the layers of its base model, if that is given.
+    ``transposed`` is as in the file's header, and ``known`` are the layers of its base model, if that is given.
     """
 
     directory: Path
@@ -163,10 +161,7 @@ def known_shapes(file: AdapterFile) -> Shapes | None:
 def adapter_bases(
     file: AdapterFile, shapes: Shapes | None, known: Known | None = None
 ) -> tuple[AdapterFile, dict[int, Basis]]:
-    """Draw the bases and check them, or take the bases in the file; return none if neither is possible.
-
-    The file is returned with their stream, as by `file_bases`.
-    """
+    """Draw and check, or take the bases in the file, and return it with their stream; none if neither is possible."""
     if shapes is not None:
         return file_bases(file, by_rank(shapes, file.options), BasisBank(), known)
     # as if one layer used all

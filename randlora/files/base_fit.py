@@ -72,11 +72,10 @@ class Base(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where a base model stores an adapted weight, and the ``shape`` of its update.
+    """The tensors that contain an adapted weight, several if it is shared, and the ``shape`` of its update.
 
-    There are several ``names`` if files hold a shared weight several times. ``layer_class`` converts an update of this
-    shape to the layout of the tensors. If the weight is computed when the model is loaded, ``converted`` is its FQN in
-    the model and how, and ``names`` are the names of the tensors that it is computed from.
+    ``layer_class`` converts an update of this shape to their layout. If the weight is computed from them when the model
+    is loaded, ``converted`` is its FQN in the model and how.
     """
 
     names: tuple[str, ...]
@@ -87,11 +86,10 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BaseFit:
-    """How an adapter fits a base model.
+    """How an adapter fits a base model: ``file`` is the adapter under the names that the model has for its layers.
 
-    ``file`` is the adapter under the names that the base model has for its layers. ``trained`` are the names of the
-    tensors that hold each parameter trained with it; none if the files lack a parameter of the model's class, such as a
-    new head. Those in ``conversions`` are computed from these tensors when the model is loaded.
+    ``trained`` are the tensors of each parameter trained with it; none if the files lack it, such as a new head. Those
+    in ``conversions`` are computed from these tensors when the model is loaded.
     """
 
     file: AdapterFile
@@ -118,10 +116,7 @@ def shapes_in(slots: Mapping[str, Slot]) -> Shapes:
 def open_base(
     source: str | os.PathLike[str], revision: str | None = None, model_class: ModelClass | None = None
 ) -> Base:
-    """Read the headers of a model's checkpoint, here or on the Hub, and build its class if transformers has it.
-
-    ``model_class`` is the class to build instead of the one that ``config.json`` names.
-    """
+    """Read the headers of a model's checkpoint, here or on the Hub, and build its class or ``model_class``."""
     return read_base(*find_model(source, revision), model_class)
 
 
@@ -137,10 +132,7 @@ def read_base(path: Path, repo_id: str | None = None, model_class: ModelClass | 
 
 
 def as_trained(base: Base, file: AdapterFile) -> Base:
-    """Return a base model as the class that an adapter was trained on, if that has a head that the base lacks.
-
-    An encoder becomes a classifier, for example, or a classifier gets different labels.
-    """
+    """Return a base model as the class that an adapter was trained on, if that has a head that the base lacks."""
     known = None if file.header is None else file.header.model_class
     if known is None or known.library != "transformers":
         return base
@@ -266,13 +258,10 @@ def _fit_names(
 
 
 def _stated(file: AdapterFile, fqn: str, entry: Entry) -> Slot | str:
-    """Return where a weight is stored in the layout that the adapter states, or why it cannot be said.
-
-    PEFT's ``fan_in_fan_out`` says that all layers are transposed; without it some of them may be.
-    """
+    """Return where a weight is stored in the layout that the adapter states, or why it cannot be said."""
     header, shape = file.header, entry.shape
     trained: Shape = () if header is None else header.shapes[fqn]
-    is_transposed: bool | None = True if file.fields.get("fan_in_fan_out") else None
+    is_transposed: bool | None = True if file.fields.get("fan_in_fan_out") else None  # without it, some may be
     if header is not None and header.transposed is not None:
         is_transposed = fqn in header.transposed
         if len(shape) == 3 and header.kinds.get(fqn) == "experts":

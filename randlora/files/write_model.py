@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,10 +42,9 @@ def nbytes_of(tensors: Iterable[Planned]) -> int:
 
 @dataclass
 class ModelWriter:
-    """Writes a model's weights into a directory, file by file, and then their index.
+    """Writes a model's weights into a directory, in files of at most ``limit`` bytes, and then their index.
 
-    A file is complete when it has ``limit`` bytes, if there is a limit, or when the caller says so. ``wrote`` is as for
-    `write_tensor_file`.
+    A larger tensor has a file alone. ``wrote`` is as for `write_tensor_file`.
     """
 
     directory: Path
@@ -80,22 +79,17 @@ class ModelWriter:
         return written
 
 
-@dataclass(frozen=True)
-class Companions:
-    """The files of a model's directory other than its checkpoint, as paths inside the directory.
-
-    Those ``left_out`` are weights in other formats, which are not merged, or as large as weights.
-    """
+class Companions(NamedTuple):
+    """The other files of a model's directory, by their paths in it; weights in other formats are ``left_out``."""
 
     carried: tuple[Path, ...]
     left_out: tuple[Path, ...]
 
 
 def find_companions(directory: ModelDirectory) -> Companions:
-    """Return the files of a model's directory that are not part of its checkpoint.
+    """Return the files of a model's directory that are not part of its checkpoint, hidden, or of an adapter.
 
-    Hidden files and adapters in the directory are ignored. A pipe, a device, a broken link or a link to a file
-    elsewhere raises a `CheckpointError`.
+    A pipe, a device, a broken link or a link to a file elsewhere raises a `CheckpointError`.
     """
     own = {shard.path for shard in directory.shards} | {directory.path / INDEX_FILE}
     root = Path(os.path.realpath(directory.path))
