@@ -207,19 +207,12 @@ def merge_by_command(out: Path) -> None:
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "load": lambda place: randlora.load(LLAMA.build(), place / "adapter"),
     "load_all": lambda place: randlora.load_all(LLAMA.build(), place / "adapter"),
     "load_model": lambda place: files.load_model(place / "adapter", base=place / "base"),
-    "the base of load_model": lambda place: files.load_model("adapter", base=place / "base"),
     "swap": lambda place: randlora.swap(carrying(LLAMA.build(), {ADAPTER: 1.0}), place / "adapter"),
     "a pool": lambda place: randlora.serving.AdapterPool(LLAMA.build(), place, max_loaded=1).names,
-    "plan": lambda place: files.plan(place / "base"),
-    "training_memory": lambda place: files.training_memory(place / "base"),
-    "inspect": lambda place: files.inspect(place / "adapter", place / "base"),
     "verify": lambda place: files.verify(place / "adapter", place / "base"),
-    "the adapter of merge": lambda place: files.merge(place / "adapter", "out", base="base"),
     "the base of merge": lambda place: files.merge("adapter", "out", base=place / "base"),
-    "convert": lambda place: files.convert(place / "adapter", "out"),
     "the parts of join": lambda place: files.join([place / "parts/a", place / "parts/b"], "out"),
 }
 

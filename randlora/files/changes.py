@@ -98,20 +98,13 @@ class Changes:
         parts = {name for name, merging in found if isinstance(merging, ConvertedMerging) and merging.replaced}
         return tuple(name for name in self.entries if name in self.values or name in parts)
 
-    def float8_problems(self, dtype: torch.dtype | None) -> list[str]:
-        """Return why 8-bit floats cannot be changed: they have scales, or would lose most of an update."""
-        for name in (*self.computed, *self.values):
-            kind, module = self.entries[name].dtype, name.rpartition(".")[0]
-            if not kind.is_floating_point or kind.itemsize > 1:
-                continue
-            beside = (other.rpartition(".") for other in self.entries)
-            if scale := next((f"{own}.{last}" for own, _, last in beside if own == module and "scale" in last), None):
-                return [f"{name} is {kind} and has a scale, {scale}: dequantize the model first"]
-            if dtype is None:
-                return [
-                    f"{name} is {kind}, which would lose most of an update: give a dtype, such as dtype=torch.bfloat16"
-                ]
-        return []
+    def float8_problems(self) -> list[str]:
+        """Return which changed tensors are 8-bit floats, which may have scales and would lose most of an update."""
+        kinds = {name: self.entries[name].dtype for name in (*self.computed, *self.values)}
+        narrow = [name for name, kind in kinds.items() if kind.is_floating_point and kind.itemsize == 1]
+        return (
+            [f"{shortened(narrow)} has {kinds[narrow[0]]}: convert the model to a wider dtype first"] if narrow else []
+        )
 
     def tensors_of(self, shard: Shard, dtype: torch.dtype | None) -> list[Planned]:
         """Return how the tensors of a file of the checkpoint are written, under the names and in the shapes of now."""
@@ -135,19 +128,19 @@ class Changes:
         They are computed in the wider of ``dtype`` and the tensor's, and rounded once to ``dtype``. A value that was
         finite before and is not now raises an error.
         """
-        own, merging, wide = self.values.get(entry.name), self.computed.get(entry.name), _wider(entry.dtype, dtype)
+        own, merging = self.values.get(entry.name), self.computed.get(entry.name)
         if isinstance(merging, Merging):
             yield _cast(entry.name, merging.merged(self._read(entry.name, dtype)), dtype)
         elif merging is not None:
             yield _cast(entry.name, self._converted(merging, entry.name, dtype), dtype)
         elif own is not None:
-            yield _cast(entry.name, own.to(wide), dtype)
+            yield _cast(entry.name, own.to(torch.promote_types(entry.dtype, dtype)), dtype)
         else:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a tensor before a merge, in the dtype in which it is merged into."""
-        wide = _wider(self.entries[name].dtype, dtype)
+        wide = torch.promote_types(self.entries[name].dtype, dtype)
         if (own := self.values.get(name)) is not None:  # an adapter's own, which another adapts, and may be wider
             return own.to(torch.promote_types(own.dtype, wide))
         return read_tensor(self.entries[name]).to(wide)
@@ -244,11 +237,6 @@ def _require_complete(base: Base, added: Collection[str]) -> None:
             f"cannot merge: a {base.trained_on.name} has {shortened(missing)}, which neither the model's files nor an "
             "adapter has: they were random when the adapter was trained, and name them in train_also= for another one"
         )
-
-
-def _wider(stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """Return the wider of two dtypes; torch promotes no floats of 8 bits, which every other holds."""
-    return dtype if stored.itemsize == 1 else torch.promote_types(stored, dtype)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -114,7 +114,7 @@ def merge(
         CheckpointError: If a file is missing or damaged, the checkpoint is quantized, an adapter does not fit, or no
             base model is given or named.
         MergeError: If ``out`` is not empty or is inside an input, the disk is too small, a value is not finite, or
-            8-bit floats have scales or are given no wider ``dtype``.
+            weights are 8-bit floats.
         OSError: If the disk refuses, or a different process creates ``out`` meanwhile.
     """
     require_types(merge, locals())
@@ -141,7 +141,7 @@ def merge(
     if is_on_hub(base):  # of which only headers are here yet
         model = read_base(local_path(base, model.directory.path.name, WHOLE, are_patterns=True))
     changes = find_changes(model, opened, prefix)
-    raise_collected(MergeError, changes.float8_problems(dtype), doing="merge")
+    raise_collected(MergeError, changes.float8_problems(), doing="merge")
     shards = [(shard, changes.tensors_of(shard, dtype)) for shard in model.directory.shards]
     shards[-1][1].extend(changes.added_tensors(dtype))
     nbytes, notes = _write(destination, model.directory, shards, changes, dtype, progress, overwrite=overwrite)
