@@ -102,9 +102,7 @@ class Changes:
         """Return which changed tensors are 8-bit floats, which may have scales and would lose most of an update."""
         kinds = {name: self.entries[name].dtype for name in (*self.computed, *self.values)}
         narrow = [name for name, kind in kinds.items() if kind.is_floating_point and kind.itemsize == 1]
-        return (
-            [f"{shortened(narrow)} has {kinds[narrow[0]]}: convert the model to a wider dtype first"] if narrow else []
-        )
+        return [f"8-bit floats: {shortened(narrow)}; convert the model to a wider dtype first"] if narrow else []
 
     def tensors_of(self, shard: Shard, dtype: torch.dtype | None) -> list[Planned]:
         """Return how the tensors of a file of the checkpoint are written, under the names and in the shapes of now."""
