@@ -79,7 +79,7 @@ def name_base(name: str) -> None:
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "gone": (lambda: BASE.rename("gone"), "cannot load the base model 'base', which the adapter names"),
     "unnamed": (lambda: name_base(""), "names no base model"),
-    "no directory": (lambda: name_base("/no/where"), "is not there: give base="),
+    "no directory": (lambda: name_base("/no/where"), "cannot load the base model '/no/where', which the adapter names"),
     "no repository": (lambda: name_base("no/where"), "base model 'no/where"),
     "unheard class": (lambda: of_nothing(architectures=["Unheard"]), "has no class 'Unheard'"),
     "no class": (lambda: of_nothing(architectures=["pipeline"]), "has no class 'pipeline'"),

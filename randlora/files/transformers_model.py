@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.load import load
 from randlora.checkpoint.read import locate, named_base, read_adapter
 from randlora.config import Stream
-from randlora.disk.formats import is_there, open_regular, path_of
-from randlora.disk.hub import is_repo_id, offline
+from randlora.disk.formats import open_regular, path_of
+from randlora.disk.hub import offline
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.model_directory import MODEL_CONFIG_FILE, ModelDirectory
 from randlora.hints import require_types, shortly
@@ -241,9 +240,9 @@ def _bounded(tensors: int) -> Iterator[None]:
                 f"it makes more than {most:,} modules and parameters for {tensors} tensors in the files"
             )
 
-    with offline(), ExitStack() as held:
-        held.callback(registration.register_module_module_registration_hook(count).remove)
-        held.callback(registration.register_module_parameter_registration_hook(count).remove)
+    with offline(), ExitStack() as hooks:
+        hooks.callback(registration.register_module_module_registration_hook(count).remove)
+        hooks.callback(registration.register_module_parameter_registration_hook(count).remove)
         yield
 
 
@@ -323,8 +322,6 @@ def load_model(
     file = read_adapter(directory, stream)  # before the base, which may be large
     chosen = named_base({str(source): file}) if base is None else os.fspath(base)
     known = None if file.header is None else file.header.model_class
-    if not is_there(Path(chosen)) and "/" in chosen and not is_repo_id(chosen):  # else transformers says why not
-        raise CheckpointError(f"the base model {chosen!r} is not there: give base=, a directory or a repository")
     # a head may have other labels in the base's files; what else differs in shape is refused below
     options = {**options, CODE: False, "use_safetensors": True, "ignore_mismatched_sizes": True}
     if base_revision is not None:
