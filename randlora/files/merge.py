@@ -215,9 +215,8 @@ def _write(
         for shard, tensors in shards:
             for tensor in tensors:
                 writer.add(tensor)
-            writer.end_file(shard.metadata)
-        written = writer.finish([shard.path.name for shard, _ in shards], index)
-        if written is not None and written == directory.index:  # whose bytes stay
+            writer.end_file(shard.path.name, shard.metadata)
+        if index is not None and writer.write_index(index) == directory.index:  # whose bytes stay
             copy_companion(directory.path / INDEX_FILE, scratch / INDEX_FILE)
         for path in companions.carried:
             if path == Path(MODEL_CONFIG_FILE):

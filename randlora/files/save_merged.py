@@ -159,12 +159,12 @@ class _Writing:
         """Write what is left and the index, and return how many files there are and the size of their tensors."""
         writer = self.writer
         writer.end_file()
-        count, parameters = len(writer.files), self.tensors.census.size
-        if count == 1:
-            writer.finish([SINGLE_FILE], None)
+        if (count := len(writer.files)) == 1:
+            writer.rename_files([SINGLE_FILE])
         else:
-            names = [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
-            writer.finish(names, {"metadata": {"total_parameters": parameters, "total_size": writer.nbytes}})
+            writer.rename_files([f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)])
+            sizes = {"total_parameters": self.tensors.census.size, "total_size": writer.nbytes}
+            writer.write_index({"metadata": sizes})
         self.stack.close()
         return count, writer.nbytes
 

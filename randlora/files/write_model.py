@@ -51,7 +51,7 @@ class ModelWriter:
     limit: int | None = None
     wrote: Callable[[int, str], object] | None = None
     waiting: dict[str, Planned] = field(default_factory=dict)
-    files: list[list[str]] = field(default_factory=list)
+    files: dict[str, list[str]] = field(default_factory=dict)
     nbytes: int = 0
 
     def add(self, tensor: Planned) -> None:
@@ -60,23 +60,25 @@ class ModelWriter:
             self.end_file()
         self.waiting[tensor.name] = tensor
 
-    def end_file(self, metadata: Mapping[str, str] = METADATA) -> None:
-        """Write a file of all tensors since the last one. It is named when it is known how many there are."""
-        tensors, self.waiting = [*self.waiting.values()], {}
-        write_tensor_file(self.directory / f"{len(self.files)}.unnamed", tensors, metadata, self.wrote)
-        self.files.append([tensor.name for tensor in tensors])
+    def end_file(self, name: str | None = None, metadata: Mapping[str, str] = METADATA) -> None:
+        """Write a file of all tensors since the last one, under a name or, if that is not known yet, a number."""
+        name, tensors, self.waiting = name or str(len(self.files)), [*self.waiting.values()], {}
+        write_tensor_file(self.directory / name, tensors, metadata, self.wrote)
+        self.files[name] = [tensor.name for tensor in tensors]
         self.nbytes += nbytes_of(tensors)
 
-    def finish(self, names: Sequence[str], index: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        """Name the files, write their index with what ``index`` contains, if there is to be one, and return it."""
-        for number, name in enumerate(names):
-            (self.directory / f"{number}.unnamed").rename(self.directory / name)
-        if index is None:
-            return None
-        places = {tensor: name for name, tensors in zip(names, self.files, strict=True) for tensor in tensors}
-        written = {**index, "weight_map": dict(sorted(places.items()))}
-        write_json(self.directory / INDEX_FILE, written)
-        return written
+    def rename_files(self, names: Sequence[str]) -> None:
+        """Give the files, in their order, other names."""
+        for number, name in zip(self.files, names, strict=True):
+            (self.directory / number).rename(self.directory / name)
+        self.files = dict(zip(names, self.files.values(), strict=True))
+
+    def write_index(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the index of the files, with other fields, and return its contents."""
+        places = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
+        index = {**fields, "weight_map": dict(sorted(places.items()))}
+        write_json(self.directory / INDEX_FILE, index)
+        return index
 
 
 class Companions(NamedTuple):
