@@ -65,7 +65,7 @@ def save_merged(
 
     If any parameter of the model is sharded, such as by `fully_shard` or ZeRO-3, this is a collective: every process
     calls it, the first one writes the files that one process would write, and all get its report or an error. The first
-    process holds the tensors of one file in CPU memory, and the others hold one tensor at a time. If each process
+    process holds the tensors of one file in CPU memory, and the others hold one weight at a time. If each process
     trains a copy of the model, the first one writes, and the others need not call it.
 
     Args:

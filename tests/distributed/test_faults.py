@@ -40,7 +40,7 @@ from tests.pages import snippet
 pytestmark = in_two
 
 DRAWN, NARROW = Drawn(train_also=("norm",)), Drawn(train_also=("blocks.0.norm",))
-SAVING = "randlora.files.save_merged"
+SAVING, WRITER = "randlora.files.save_merged", "randlora.files.write_model.write_tensor_file"
 GATHER: dict[str, tuple[str, Any]] = {"FSDP2": ("full_tensor", DTensor), "ZeRO-3": ("gathered", places)}
 
 
@@ -107,8 +107,8 @@ def test_what_fails_in_one_process_is_raised_in_all_and_leaves_nothing(engine: s
                 with failing_in_last(*GATHER[engine], call):
                     verb()
         full = OSError(28, "No space left on device")
-        for step in ("new_directory", "_write_config", "write_tensor_file"):
-            with mock.patch(f"{SAVING}.{step}", side_effect=full), pytest.raises(OSError, match="No space"):
+        for step in (f"{SAVING}.new_directory", f"{SAVING}._write_config", WRITER):
+            with mock.patch(step, side_effect=full), pytest.raises(OSError, match="No space"):
                 randlora.files.save_merged(model, out, max_shard_size=1000)
         (tmp_path / "taken").mkdir(exist_ok=True)
         dist.barrier()
@@ -442,12 +442,12 @@ def test_one_tensor_at_a_time_is_gathered(engine: str, tmp_path: Path) -> None:
         assert alive == [1] * count
         assert on_all(copies) == expected
     written = mock.Mock(side_effect=write_tensor_file)
-    with watched(*GATHER[engine]) as alive, mock.patch(f"{SAVING}.write_tensor_file", written):
+    with watched(*GATHER[engine]) as alive, mock.patch(WRITER, written):
         randlora.files.save_merged(model, tmp_path / "out", max_shard_size=1000)
     files, others = on_all(written.call_count)
     assert (files > 2, others) == (True, 0)
     assert len(alive) > 10
-    assert dist.get_rank() == 0 or set(alive) == {1}, "the process that writes nothing holds one"
+    assert dist.get_rank() == 0 or max(alive) <= 3, "the process that writes nothing holds a weight, its Λ and its Γ"
 
 
 class Saver(Net):
