@@ -23,7 +23,7 @@ class Shared:
     """Updates that all matrices of a stack have in common. Their sum is formed at most once."""
 
     def __init__(self, updates: Iterable[Update]) -> None:
-        """Hold the updates."""
+        """Take the updates."""
         self.updates = tuple(updates)
         self._formed: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -35,12 +35,10 @@ class Shared:
 
     def is_worth_forming(self, tokens: int, device: torch.device, dtype: torch.dtype, compute: Compute) -> bool:
         """Whether the product of one matrix with this many tokens is faster if the sum is formed."""
-        if (device, dtype) in self._formed:
-            return True
         first = self.updates[0]
         pair, _ = first.parts(device, dtype)
         way = chosen_forward(tokens, pair, is_wide=first.is_wide, has_weight=True, compute=compute)
-        return way == "materialized"
+        return (device, dtype) in self._formed or way == "materialized"
 
 
 class Own:
@@ -101,10 +99,8 @@ class Parts(NamedTuple):
     @property
     def operands(self) -> list[Tensor]:
         """The tensors to which the sum may pass gradients on."""
-        return [
-            self.weight,
-            *(each for one in (*self.own.updates, *self.shared.updates) for each in (one.lam, one.gamma)),
-        ]
+        updates = (*self.own.updates, *self.shared.updates)
+        return [self.weight, *(diagonal for update in updates for diagonal in (update.lam, update.gamma))]
 
     def turned(self) -> Parts:
         """Return the transposes of the matrices."""
@@ -156,8 +152,7 @@ class AdaptedStack(Tensor):
     """A stack of weights with their updates, or one matrix of it, as a tensor without values.
 
     Products with one matrix and grouped products compute base and updates without forming their sum. For any other
-    operation of torch the sum is formed. Computing a gradient of the stack itself raises an error: a function that took
-    it without `__torch_function__`, such as a `torch.autograd.Function`, cannot pass gradients to Λ and Γ.
+    operation of torch the sum is formed. Computing a gradient of the stack itself raises an error.
     """
 
     parts: Parts
@@ -310,27 +305,17 @@ def _grouped(
         return func(x, parts.weight, offs=offs, **others) + F.pad(change, (0, 0, 0, len(rest)))
 
 
-TURN = _turn, ("input", "dim0", "dim1")
-MATMUL = _matmul, ("input", "other")
-MM = _matmul, ("input", "mat2")
-BATCHED = _batched, ("input", "mat2")
 PRODUCTS: Mapping[Any, tuple[Callable[..., Any], tuple[str, ...]]] = {
     Tensor.__getitem__: (_select, ()),
-    Tensor.transpose: TURN,
-    torch.transpose: TURN,
+    **dict.fromkeys((Tensor.transpose, torch.transpose), (_turn, ("input", "dim0", "dim1"))),
     Tensor.mT.__get__: (_turn, ()),  # type: ignore[attr-defined]
     Tensor.T.__get__: (_turn_matrix, ()),  # type: ignore[attr-defined]
-    Tensor.t: (_turn_matrix, ()),
-    torch.t: (_turn_matrix, ("input",)),
+    **dict.fromkeys((Tensor.t, torch.t), (_turn_matrix, ("input",))),
     F.linear: (_linear, ("input", "weight", "bias")),
-    torch.matmul: MATMUL,
-    torch.mm: MM,
-    Tensor.matmul: MATMUL,
-    Tensor.mm: MM,
-    Tensor.__matmul__: MATMUL,
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), (_matmul, ("input", "other"))),
+    **dict.fromkeys((torch.mm, Tensor.mm), (_matmul, ("input", "mat2"))),
     Tensor.__rmatmul__: (lambda matrix, x: _matmul(x, matrix), ()),
-    torch.bmm: BATCHED,
-    Tensor.bmm: BATCHED,
+    **dict.fromkeys((torch.bmm, Tensor.bmm), (_batched, ("input", "mat2"))),
 }
 """Functions of torch that are computed without forming the sum, with the names of their parameters."""
 

@@ -1,8 +1,6 @@
 """Stacks of experts' weights, ``(experts, out, in)`` or ``(experts, in, out)``, as in transformers.
 
-Code that multiplies by them may take one expert after the other, gather all experts that tokens visit, or call a
-grouped product. Reading an adapted stack returns an `AdaptedStack`, which supports all three and forms no update of an
-expert that no token visits.
+Reading an adapted stack returns an `AdaptedStack`, which forms no update of an expert that no token visits.
 """
 
 from __future__ import annotations
@@ -130,63 +128,47 @@ def _is_stack(owner: nn.Module, weight: Tensor, *, is_transposed: bool = False) 
 _is_transposed_stack = partial(_is_stack, is_transposed=True)
 
 
-@register_parameter(_is_stack)
-class GateUpProj(Experts):
-    """Adapts ``gate_up_proj``."""
+LLAMA_4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"  # does not say that it is transposed
 
+
+@register_parameter(_is_stack)
+class _GateUpProj(Experts):
     attribute = "gate_up_proj"
 
 
 @register_parameter(_is_stack)
-class GateProj(Experts):
-    """Adapts ``gate_proj``."""
-
+class _GateProj(Experts):
     attribute = "gate_proj"
 
 
 @register_parameter(_is_stack)
-class UpProj(Experts):
-    """Adapts ``up_proj``."""
-
+class _UpProj(Experts):
     attribute = "up_proj"
 
 
 @register_parameter(_is_stack)
-class DownProj(Experts):
-    """Adapts ``down_proj``."""
-
+class _DownProj(Experts):
     attribute = "down_proj"
-
-
-LLAMA_4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"  # does not say that it is transposed
 
 
 @register_layer(LLAMA_4)
 @register_parameter(_is_transposed_stack)
-class TransposedGateUpProj(TransposedExperts):
-    """Adapts ``gate_up_proj`` (gpt_oss, Aria, Llama 4)."""
-
+class _TransposedGateUpProj(TransposedExperts):
     attribute = "gate_up_proj"
 
 
 @register_parameter(_is_transposed_stack)
-class TransposedUpProj(TransposedExperts):
-    """Adapts ``up_proj``."""
-
+class _TransposedUpProj(TransposedExperts):
     attribute = "up_proj"
 
 
 @register_layer(LLAMA_4)
 @register_parameter(_is_transposed_stack)
-class TransposedDownProj(TransposedExperts):
-    """Adapts ``down_proj``."""
-
+class _TransposedDownProj(TransposedExperts):
     attribute = "down_proj"
 
 
-@register_layer("transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts")
-class ParallelExperts(Experts):
-    """Adapts ``weight`` of a stack of experts."""
+register_layer("transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts")(Experts)
 
 
 def _shape(weight: Tensor) -> tuple[int, ...]:

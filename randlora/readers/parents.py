@@ -1,9 +1,7 @@
 """Modules that read or change the weight of a linear layer inside them, by qualified name of their class.
 
-An adapter that acts when its layer is called would silently do nothing if the weight is read instead. Such a layer is
-adapted so that the parent's forward reads weight + update (`AdapterLayer.as_read`, `randlora.layers.scopes`) or, if no
-adapter would be right, refused with the reason. Projections that an attention of diffusers replaces are refused too:
-``fuse_qkv_projections()`` joins several layers into one.
+An adapter that acts when its layer is called would silently do nothing there. The layer is adapted so that the parent's
+forward reads weight + update (`AdapterLayer.as_read`) or, if no adapter would be right, refused with the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from randlora.layers.in_place import adapter_layers_of, plain_class
 from randlora.layers.registry import Reading, qualified_names, register_readings
 from randlora.model.install import register_check
 
-TRANSFORMERS = "transformers.models"
 NO_EFFECT = "so an adapter would have no effect"
 KERNELS = "when the kernels of mamba-ssm are used"
 WITHOUT_GRADIENTS = "has no gradient, because {} reads its weight under torch.no_grad, so an adapter could not train"
@@ -52,134 +49,100 @@ def _joins_biases(owner: Any) -> bool:
     return owner.q_bias is not None and not owner.qkv_bias_separate
 
 
+def _sums_slowly(owner: Any) -> bool:
+    return bool(owner.pretraining_tp > 1 and owner.slow_but_exact)
+
+
 def _divides(block: Any) -> bool:
     every = block.config.rescale_every
     return bool(every > 0 and block.layer_id >= every)  # else it divides by one
 
 
-PARENTS: dict[str, tuple[Parent, ...]] = {
-    # of a subclass too: whether a forward of its own calls it cannot be told
-    "torch.nn.modules.activation.MultiheadAttention": (Parent(("out_proj",)),),
-    **dict.fromkeys(
-        (
-            "torchvision.models.swin_transformer.ShiftedWindowAttention",
-            "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d",
-        ),
-        (Parent(("qkv", "proj")),),
+def _qualified(name: str) -> str:
+    """Return the qualified name of a class: ``wavlm:TDNNLayer`` is one of transformers."""
+    file, separator, kind = name.partition(":")
+    folder, _, other = file.partition(".")
+    return f"transformers.models.{folder}.modeling_{other or folder}.{kind}" if separator else name
+
+
+# Without a library: of transformers, by the file's name and the class. Subclasses are meant too: whether a forward that
+# they have themselves calls the layer cannot be told.
+_BY_NAMES: dict[tuple[str, ...], tuple[Parent, ...]] = {
+    ("torch.nn.modules.activation.MultiheadAttention",): (Parent(("out_proj",)),),
+    (
+        "torchvision.models.swin_transformer.ShiftedWindowAttention",
+        "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d",
+    ): (Parent(("qkv", "proj")),),
+    ("open_clip.modified_resnet.AttentionPool2d", "diffusers.models.embeddings.HunyuanDiTAttentionPool"): (
+        Parent(("q_proj", "k_proj", "v_proj", "c_proj")),
     ),
-    **dict.fromkeys(
-        ("open_clip.modified_resnet.AttentionPool2d", "diffusers.models.embeddings.HunyuanDiTAttentionPool"),
-        (Parent(("q_proj", "k_proj", "v_proj", "c_proj")),),
+    (
+        "timm.models.beit.Attention",
+        "timm.models.eva.EvaAttention",
+        "timm.models.swin_transformer_v2.WindowAttention",
+    ): (Parent(("qkv",), where=_joins_biases),),
+    ("timm.models.naflexvit.NaFlexEmbeds",): (Parent(("proj",), "for patches of several sizes"),),
+    ("diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioCausalAttention",): (
+        Parent(("qkv",)),
     ),
-    **dict.fromkeys(
-        (
-            "timm.models.beit.Attention",
-            "timm.models.eva.EvaAttention",
-            "timm.models.swin_transformer_v2.WindowAttention",
-        ),
-        (Parent(("qkv",), where=_joins_biases),),
+    ("diffusers.pipelines.ace_step.modeling_ace_step._AceStepResidualFSQ",): (
+        Parent(("project_in",)),
+        Parent(("project_out",), problem=BY_METHOD),
     ),
-    "timm.models.naflexvit.NaFlexEmbeds": (Parent(("proj",), "for patches of several sizes"),),
-    f"{TRANSFORMERS}.wavlm.modeling_wavlm.WavLMAttention": (Parent(("q_proj", "k_proj", "v_proj", "out_proj")),),
-    **dict.fromkeys(
-        (
-            f"{TRANSFORMERS}.{model}.modeling_{file}.TDNNLayer"
-            for model, file in (
-                ("data2vec", "data2vec_audio"),
-                *((name, name) for name in ("unispeech_sat", "wav2vec2", "wav2vec2_bert")),
-                *((name, name) for name in ("wav2vec2_conformer", "wavlm")),
-            )
-        ),
-        (Parent(("kernel",)),),
+    ("diffusers.pipelines.shap_e.renderer.ChannelsProj",): (Parent(("proj",)),),
+    ("sentence_transformers.sparse_encoder.modules.sparse_auto_encoder.SparseAutoEncoder",): (Parent(("encoder",)),),
+    ("wavlm:WavLMAttention",): (Parent(("q_proj", "k_proj", "v_proj", "out_proj")),),
+    (
+        *("data2vec.data2vec_audio:TDNNLayer", "unispeech_sat:TDNNLayer", "wav2vec2:TDNNLayer"),
+        *("wav2vec2_bert:TDNNLayer", "wav2vec2_conformer:TDNNLayer", "wavlm:TDNNLayer"),
+    ): (Parent(("kernel",)),),
+    (
+        "conditional_detr:ConditionalDetrMHAttentionMap",
+        "detr:DetrMHAttentionMap",
+        "maskformer:MaskFormerDetrMHAttentionMap",
+    ): (Parent(("k_proj",)),),
+    ("dab_detr:DabDetrMHAttentionMap",): (Parent(("k_linear",)),),
+    ("layoutlmv2:LayoutLMv2Encoder", "layoutlmv3:LayoutLMv3Encoder"): (
+        Parent(("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), problem=WITHOUT_GRADIENTS),
     ),
-    **dict.fromkeys(
-        (
-            f"{TRANSFORMERS}.conditional_detr.modeling_conditional_detr.ConditionalDetrMHAttentionMap",
-            f"{TRANSFORMERS}.detr.modeling_detr.DetrMHAttentionMap",
-            f"{TRANSFORMERS}.maskformer.modeling_maskformer.MaskFormerDetrMHAttentionMap",
-        ),
-        (Parent(("k_proj",)),),
-    ),
-    f"{TRANSFORMERS}.dab_detr.modeling_dab_detr.DabDetrMHAttentionMap": (Parent(("k_linear",)),),
-    **dict.fromkeys(
-        (
-            f"{TRANSFORMERS}.layoutlmv2.modeling_layoutlmv2.LayoutLMv2Encoder",
-            f"{TRANSFORMERS}.layoutlmv3.modeling_layoutlmv3.LayoutLMv3Encoder",
-        ),
-        (Parent(("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), problem=WITHOUT_GRADIENTS),),
-    ),
-    f"{TRANSFORMERS}.pp_doclayout_v2.modeling_pp_doclayout_v2.PPDocLayoutV2ReadingOrderEncoder": (
+    ("pp_doclayout_v2:PPDocLayoutV2ReadingOrderEncoder",): (
         Parent(("rel_pos_bias",), problem=WITHOUT_GRADIENTS),
         Parent(("rel_pos_x_bias", "rel_pos_y_bias"), problem=UNUSED),
     ),
-    f"{TRANSFORMERS}.gemma3n.modeling_gemma3n.Gemma3nTextAltUp": (
+    ("gemma3n:Gemma3nTextAltUp",): (
         Parent(
             ("correction_coefs", "prediction_coefs"),  # it clamps the second in place, which a frozen weight is spared
             "in training",
             lambda owner: owner.config.altup_coef_clip is not None,
         ),
     ),
-    f"{TRANSFORMERS}.rwkv.modeling_rwkv.RwkvBlock": (
-        Parent(("attention.output", "feed_forward.value"), where=_divides, problem=DIVIDED),
+    ("rwkv:RwkvBlock",): (Parent(("attention.output", "feed_forward.value"), where=_divides, problem=DIVIDED),),
+    ("gemma4_assistant:Gemma4AssistantForCausalLM", "gemma4_unified_assistant:Gemma4UnifiedAssistantForCausalLM"): (
+        Parent(("lm_head",), where=lambda owner: owner.masked_embedding is not None),
     ),
-    **{
-        f"{TRANSFORMERS}.{name}.modeling_{name}.{kind}ForCausalLM": (
-            Parent(("lm_head",), where=lambda owner: owner.masked_embedding is not None),
-        )
-        for name, kind in (
-            ("gemma4_assistant", "Gemma4Assistant"),
-            ("gemma4_unified_assistant", "Gemma4UnifiedAssistant"),
-        )
-    },
-    "diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioCausalAttention": (Parent(("qkv",)),),
-    "diffusers.pipelines.ace_step.modeling_ace_step._AceStepResidualFSQ": (
-        Parent(("project_in",)),
-        Parent(("project_out",), problem=BY_METHOD),
+    ("longcat_flash:LongcatFlashTopkRouter",): (Parent(("classifier",)),),
+    ("mobilebert:MobileBertLMPredictionHead",): (Parent(("decoder", "dense")),),
+    ("neomme:NeoMMEForMaskedLM",): (Parent(("unembedding_projection",)),),
+    ("falcon_mamba:FalconMambaMixer", "mamba:MambaMixer"): (
+        Parent(("dt_proj",)),
+        Parent(("x_proj", "out_proj"), KERNELS),
     ),
-    "diffusers.pipelines.shap_e.renderer.ChannelsProj": (Parent(("proj",)),),
-    "sentence_transformers.sparse_encoder.modules.sparse_auto_encoder.SparseAutoEncoder": (Parent(("encoder",)),),
-    f"{TRANSFORMERS}.longcat_flash.modeling_longcat_flash.LongcatFlashTopkRouter": (Parent(("classifier",)),),
-    f"{TRANSFORMERS}.mobilebert.modeling_mobilebert.MobileBertLMPredictionHead": (Parent(("decoder", "dense")),),
-    f"{TRANSFORMERS}.neomme.modeling_neomme.NeoMMEForMaskedLM": (Parent(("unembedding_projection",)),),
-    **dict.fromkeys(
-        (
-            f"{TRANSFORMERS}.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer",
-            f"{TRANSFORMERS}.mamba.modeling_mamba.MambaMixer",
-        ),
-        (Parent(("dt_proj",)), Parent(("x_proj", "out_proj"), KERNELS)),
-    ),
-    f"{TRANSFORMERS}.jamba.modeling_jamba.JambaMambaMixer": (Parent(("dt_proj",)),),
-    **dict.fromkeys(
-        (
-            f"{TRANSFORMERS}.bamba.modeling_bamba.BambaMixer",
-            f"{TRANSFORMERS}.falcon_h1.modeling_falcon_h1.FalconH1Mixer",
-            f"{TRANSFORMERS}.granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridMambaLayer",
-            f"{TRANSFORMERS}.mamba2.modeling_mamba2.Mamba2Mixer",
-            f"{TRANSFORMERS}.nemotron_h.modeling_nemotron_h.NemotronHMamba2Mixer",
-            f"{TRANSFORMERS}.zamba2.modeling_zamba2.Zamba2MambaMixer",
-        ),
-        (Parent(("out_proj",), KERNELS),),
-    ),
-    f"{TRANSFORMERS}.reformer.modeling_reformer.LSHSelfAttention": (
-        Parent(("query_key", "value"), "when it generates with a cache"),
-    ),
-    **{
-        f"{TRANSFORMERS}.bloom.modeling_bloom.{owner}": (
-            Parent((child,), where=lambda owner: owner.pretraining_tp > 1 and owner.slow_but_exact),
-        )
-        for owner, child in (("BloomAttention", "dense"), ("BloomMLP", "dense_4h_to_h"))
-    },
+    ("jamba:JambaMambaMixer",): (Parent(("dt_proj",)),),
+    (
+        *("bamba:BambaMixer", "falcon_h1:FalconH1Mixer", "granitemoehybrid:GraniteMoeHybridMambaLayer"),
+        *("mamba2:Mamba2Mixer", "nemotron_h:NemotronHMamba2Mixer", "zamba2:Zamba2MambaMixer"),
+    ): (Parent(("out_proj",), KERNELS),),
+    ("reformer:LSHSelfAttention",): (Parent(("query_key", "value"), "when it generates with a cache"),),
+    ("bloom:BloomAttention",): (Parent(("dense",), where=_sums_slowly),),
+    ("bloom:BloomMLP",): (Parent(("dense_4h_to_h",), where=_sums_slowly),),
 }
+PARENTS = {_qualified(name): parents for names, parents in _BY_NAMES.items() for name in names}
 
-
-WITHOUT_GRADIENT = frozenset(
-    f"{TRANSFORMERS}.{name}.modeling_{name}.{kind}Indexer"
-    for name, kind in (
-        *(("axk2", "AXK2"), ("deepseek_v32", "DeepseekV32"), ("dots3_note", "Dots3NoteText")),
-        *(("glm5_next", "Glm5NextText"), ("glm_moe_dsa", "GlmMoeDsa"), ("hy_v4", "HYV4"), ("hy_v4_vl", "HYV4VL")),
-        ("mistral_large4", "MistralLarge4Text"),
-    )
-)
+WITHOUT_GRADIENT = {
+    *(_qualified(f"{name}Indexer") for name in ("axk2:AXK2", "deepseek_v32:DeepseekV32", "dots3_note:Dots3NoteText")),
+    *(_qualified(f"{name}Indexer") for name in ("glm5_next:Glm5NextText", "glm_moe_dsa:GlmMoeDsa", "hy_v4:HYV4")),
+    *(_qualified(f"{name}Indexer") for name in ("hy_v4_vl:HYV4VL", "mistral_large4:MistralLarge4Text")),
+}
 """Modules whose forward runs without gradients. Rules leave out the layers inside them; naming a layer adapts it."""
 
 
@@ -228,19 +191,15 @@ JOINED = {
 
 def _can_join(module: nn.Module) -> bool:
     """Whether a module is an attention of diffusers."""
-    return ATTENTION in qualified_names(type(module)) or OLDER_ATTENTION in qualified_names(type(module))
+    return not {ATTENTION, OLDER_ATTENTION}.isdisjoint(qualified_names(type(module)))
 
 
 def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
-    """Go through the projections that an attention does not call, each with the reason, a phrase after its name.
-
-    After ``fuse_qkv_projections()`` these are the single ones. An older kind of attention keeps the joined ones after
-    ``unfuse_qkv_projections()``, and its processor decides. No other module has any.
-    """
+    """Yield the projections that an attention does not call since they were joined or separated, with the reason."""
     held = attention._modules
     if not _can_join(attention):
         return
-    is_older = OLDER_ATTENTION in qualified_names(type(attention))
+    is_older = OLDER_ATTENTION in qualified_names(type(attention))  # which keeps joined ones after they are separated
     is_fused = type(attention.processor).__name__.startswith("Fused") if is_older else attention.fused_projections
     for joined, parts in JOINED.items():
         if all(held.get(name) is not None for name in (joined, *parts)):
@@ -251,11 +210,7 @@ def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
 
 @register_check(_can_join)
 def require_called(attention: nn.Module, args: Any) -> None:  # noqa: ARG001  # a hook's signature
-    """Check that an attention calls its adapted projections. Used as a hook of the attention.
-
-    Raises:
-        AdapterError: If it has joined or separated them since they were adapted.
-    """
+    """Raise an error if an attention does not call its adapted projections any more; a forward pre-hook."""
     for child, reason in _left_by_joining(attention):
         if adapter_layers_of(child):
             name = next(name for name, held in attention._modules.items() if held is child)

@@ -1,11 +1,4 @@
-"""`ReadWeight`: weights that code reads, and torch's modules with such weights: attention, convolutions and embeddings.
-
-`ReadLinear` adapts linear layers that are read. The ``in_proj_weight`` of `nn.MultiheadAttention` stacks the query, key
-and value projections. If keys or values have a different width, there are ``q_proj_weight``, ``k_proj_weight`` and
-``v_proj_weight`` instead. The attention reads the weight of ``out_proj`` too. The kernel of a convolution is adapted as
-a matrix with one row per output channel. For an embedding's table, only the rows of the update that a batch looks up
-are computed.
-"""
+"""`ReadWeight`: weights that code reads, and torch's modules that have some: attention, convolutions, embeddings."""
 
 from __future__ import annotations
 
@@ -34,20 +27,17 @@ from randlora.layers.update import Update
 from randlora.layers.weight import split_of
 
 LOOKUP = nn.Embedding.forward  # read on import, in case it is replaced later
-
-PROJECTIONS = 3
-"""Query, key and value."""
+PROJECTIONS = 3  # query, key and value
 
 
 class ReadWeight(AdapterLayer):
     """Adapts a parameter that code reads by name, in the forward of its owner or of a module around it.
 
-    In these forwards the attribute is weight + update while adapters are active. Everywhere else it is the parameter,
-    as in ``state_dict()`` and ``parameters()``. See `randlora.layers.scopes`. The update is computed on each read.
+    In these forwards the attribute is weight + update while adapters are active (see `randlora.layers.scopes`).
+    Everywhere else it is the parameter. The update is computed on each read.
 
     Attributes:
-        is_read_once: Whether to compute the update only once in a forward of an owner, however often it reads the
-            weight. The result is kept until the forward ends.
+        is_read_once: Whether to compute it only once in a forward of an owner, and keep it until the forward ends.
     """
 
     is_called: ClassVar[bool] = False
@@ -78,9 +68,8 @@ class ReadWeight(AdapterLayer):
 
     def read(self, owner: nn.Module) -> Tensor:
         """Return the value of the attribute, in the shape and dtype of the weight."""
-        if not self.is_read_once or torch.compiler.is_compiling():
-            return self.value(owner)
-        if (values := read_so_far()) is None:
+        values = read_so_far() if self.is_read_once and not torch.compiler.is_compiling() else None
+        if values is None:
             return self.value(owner)
         key = id(owner), self.attribute, torch.is_grad_enabled(), id(self.activation), self.state.is_disabled
         if key not in values:
@@ -105,8 +94,7 @@ class ReadWeight(AdapterLayer):
 class ReadLinear(ReadWeight, LinearAdapter):
     """Adapts an `nn.Linear` whose weight code reads: the module around it, a trainer, or the forward of a subclass.
 
-    All code that computes with the weight gets weight + update, as after merging. The plain forward, if it is called,
-    computes layer and adapter as one operation and does not form the update.
+    The plain forward, if it is called, computes layer and adapter as one operation and does not form the update.
     """
 
     is_called: ClassVar[bool] = True
@@ -230,49 +218,30 @@ class InProjAdapter(ProjectionAdapter):
 
 
 @register_layer(nn.MultiheadAttention)
-class QueryAdapter(ProjectionAdapter):
-    """Adapts a ``q_proj_weight``, ``(embed_dim, embed_dim)``."""
-
+class _QueryAdapter(ProjectionAdapter):  # these three where keys or values have a different width
     attribute = "q_proj_weight"
 
 
 @register_layer(nn.MultiheadAttention)
-class KeyAdapter(ProjectionAdapter):
-    """Adapts a ``k_proj_weight``, ``(embed_dim, kdim)``."""
-
+class _KeyAdapter(ProjectionAdapter):
     attribute = "k_proj_weight"
 
 
 @register_layer(nn.MultiheadAttention)
-class ValueAdapter(ProjectionAdapter):
-    """Adapts a ``v_proj_weight``, ``(embed_dim, vdim)``."""
-
+class _ValueAdapter(ProjectionAdapter):
     attribute = "v_proj_weight"
 
 
-@register_layer(nn.modules.linear.NonDynamicallyQuantizableLinear)
-class OutProjAdapter(ProjectionAdapter):
-    """Adapts the weight of ``out_proj``, ``(embed_dim, embed_dim)``, a layer that attention does not call.
-
-    Its own forward, if it is called, reads the weight too.
-    """
+register_layer(nn.modules.linear.NonDynamicallyQuantizableLinear)(ProjectionAdapter)  # its ``out_proj``, not called
 
 
 @register_form("kernel")
-@register_layer(nn.Conv1d)
-@register_layer(nn.Conv2d)
-@register_layer(nn.Conv3d)
-@register_layer(nn.ConvTranspose1d)
-@register_layer(nn.ConvTranspose2d)
-@register_layer(nn.ConvTranspose3d)
 class ConvolutionAdapter(ReadWeight):
     """Adapts the kernel of a convolution, viewed as a matrix.
 
     The update is ``(out_channels, in_channels/groups·prod(kernel_size))``. For a transposed convolution, which stores
-    its kernel with the input channels first, it is ``(in_channels, out_channels/groups·prod(kernel_size))``.
-
-    The owner's forward reads kernel + update and convolves with it once, so torch handles stride, padding, dilation,
-    groups and memory format. Autograd keeps this sum, which is as large as the kernel, for backward.
+    its kernel with the input channels first, it is ``(in_channels, out_channels/groups·prod(kernel_size))``. The
+    owner's forward convolves once, with kernel + update, which autograd keeps for backward.
     """
 
     kind: ClassVar[str] = "convolution"
@@ -310,6 +279,10 @@ class ConvolutionAdapter(ReadWeight):
             raise AdapterError(f"a kernel of shape {tuple(shape)} is split inside, into {spans}: split its channels")
         entries = math.prod(shape[2:])
         return Region(rows, tuple((start * entries, stop * entries) for start, stop in channels))
+
+
+for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    register_layer(convolution)(ConvolutionAdapter)
 
 
 @register_layer(nn.Embedding)
@@ -352,17 +325,7 @@ class EmbeddingAdapter(ReadWeight):
         )
 
     def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the embeddings of some indices.
-
-        Args:
-            owner: The adapted embedding.
-            base_forward: Its forward without adapters, except that it reads the weight, which includes them.
-            *args: Arguments of the forward; the first is the indices.
-            **kwargs: Keyword arguments of the forward; the indices may be the first of them.
-
-        Returns:
-            ``(*indices.shape, embedding_dim)`` in the dtype of the weight, or the result of an overridden forward.
-        """
+        """Return the embeddings of indices, ``(*indices.shape, embedding_dim)``, or an overridden forward's result."""
         assert isinstance(owner, nn.Embedding)
         is_plain = self.runs_plain_forward(owner)
         if is_plain and (run := self.state.run) is not None and run.takes_over:
