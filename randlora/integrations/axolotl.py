@@ -7,8 +7,7 @@
       r: 32
       basis: block
 
-axolotl builds the model, the data and the trainer. The plugin adds the adapter to the model and makes checkpoints
-contain only the adapter. Written for the interface of axolotl 0.19.
+axolotl builds the model, the data and the trainer. Written for the interface of axolotl 0.19.
 """
 
 from __future__ import annotations
@@ -70,11 +69,7 @@ class RandLoRAPlugin(BasePlugin):  # type: ignore[misc]
         return [AdapterCapabilities(name=NAME)]
 
     def register(self, cfg: Any) -> None:
-        """Check the rest of the config, before anything is loaded.
-
-        Raises:
-            AdapterError: If axolotl would ignore an option, or do something different.
-        """
+        """Raise an error for options that axolotl would ignore or take differently, before anything is loaded."""
         if cfg.get("adapter") == NAME:
             raise_collected(AdapterError, _problems(cfg), doing=f"train with adapter: {NAME}")
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import random
 import shutil
 import sys
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,16 @@ from randlora.errors import AdapterError, CheckpointError, raise_collected
 from randlora.model.engines import is_held_together
 from randlora.places import is_whole
 
-PACKAGES = ("pytorch_lightning", "lightning")
+PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 ENTRY = "randlora"
 """The entry of a checkpoint with the facts that a resumed run must match, and the states of generators."""
 
 
-def _callbacks() -> tuple[type, ...]:
-    """Return the callback class of each installed package. A trainer knows only the class of its own package."""
-    found = [name for name in PACKAGES if name in sys.modules or find_spec(name) is not None]
-    if not found:
-        raise ImportError("Lightning is not installed: pip install lightning, or pytorch-lightning")
-    names = ("lightning.pytorch" if name == "lightning" else name for name in found)
-    return tuple(importlib.import_module(name).Callback for name in names)
-
-
-_Callback: Any = type("_Callback", _callbacks(), {})
+_INSTALLED = [name for name in PACKAGES if name.partition(".")[0] in sys.modules or find_spec(name.partition(".")[0])]
+if not _INSTALLED:
+    raise ImportError("Lightning is not installed: pip install lightning, or pytorch-lightning")
+# of each of them, because a trainer knows only the class of its package
+_Callback: Any = type("_Callback", tuple(import_module(name).Callback for name in _INSTALLED), {})
 
 
 class AdapterCallback(_Callback):  # type: ignore[misc]
@@ -149,8 +144,7 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
             return
         path = Path(filepath)
         directory = path.with_suffix(".adapter")
-        is_sharded = is_held_together(trainer.lightning_module)
-        if is_sharded or trainer.is_global_zero:
+        if is_held_together(trainer.lightning_module) or trainer.is_global_zero:
             randlora.save(trainer.lightning_module, directory, name=self.name)
         self._directories[path] = directory
         self._remove_left(path)
@@ -182,18 +176,14 @@ def _check(module: Any, checkpoint: dict[str, Any]) -> None:
         own = here.get(entry["name"])
         differing = ["name"] if own is None else [field for field in entry if entry[field] != own[field]]
         if differing:
+            bases = " and ".join(str(BasisSpec.from_dict(spec)) for spec in entry["bases"])  # no option names a stream
             problems.append(
                 f"its adapter {entry['name']!r} differs from the model's in {' and '.join(differing)}: inject with the "
-                f"options that it was trained with{_bases_of(entry) if 'bases' in differing else ''}"
+                f"options that it was trained with{f', on {bases}' if 'bases' in differing else ''}"
             )
     if not problems and (other := _trained(module) ^ set(written["trained"])):
         problems.append(f"{sorted(other)[0]} is trained in only one of the two: make the same parameters require grad")
     raise_collected(CheckpointError, problems, doing="load the checkpoint")
-
-
-def _bases_of(entry: dict[str, Any]) -> str:
-    """Return the bases of an adapter of a checkpoint, as words for an error: default options do not name them."""
-    return ", on " + " and ".join(str(BasisSpec.from_dict(spec)) for spec in entry["bases"])
 
 
 def _described(module: nn.Module) -> list[dict[str, Any]]:
@@ -215,7 +205,6 @@ def _trained(module: nn.Module) -> set[str]:
 
 
 def _digest(buffer: Tensor) -> str:
-    """Return a digest of a buffer's values."""
     if buffer.is_meta:
         return ""
     raw = buffer.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -51,7 +51,7 @@ def register(**options: Any) -> type[Tuner]:
 
         @staticmethod
         def prepare_model(args: Any, model: nn.Module) -> nn.Module:
-            """Add a new adapter, and freeze the model, which ms-swift leaves to the tuner."""
+            """Add a new adapter, and freeze the model."""
             _require_trainer(args)
             _bring_trainers()
             LOG.info("%s", randlora.inject(model, **{"save_pretrained": "adapter", **options}))
@@ -75,11 +75,7 @@ def register(**options: Any) -> type[Tuner]:
 
 
 def _require_trainer(args: Any) -> None:
-    """Check that a run has a trainer of `TRAINERS`, which knows checkpoints of an adapter.
-
-    Raises:
-        AdapterError: If it has a different one.
-    """
+    """Raise an error for a run whose trainer is none of `TRAINERS`, which know checkpoints of an adapter."""
     task = getattr(args, "rlhf_type", None) or args.task_type
     if task not in TRAINERS:
         raise AdapterError(

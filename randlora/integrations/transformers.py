@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,12 @@ class LoadsAdapters:
 class AdapterCheckpoints(LoadsAdapters):
     """A mixin for trainers of transformers and TRL: checkpoints contain the adapter and not the model.
 
-    Put it first: ``class SFT(AdapterCheckpoints, trl.SFTTrainer)``. A checkpoint contains the files of `randlora.save`,
-    and the trainer's own files for the optimizer, the scheduler and the generators. Call `randlora.inject` before you
-    make the trainer. To resume, make model and adapter in the same way again: values are loaded into the parameters in
-    place.
+    Put it first: ``class SFT(AdapterCheckpoints, trl.SFTTrainer)``. Call `randlora.inject` before you make the trainer.
+    A checkpoint contains the files of `randlora.save`, and the trainer's own files for the optimizer, the scheduler and
+    the generators, with FSDP and DeepSpeed too. To resume, make model and adapter in the same way again.
 
     If several adapters are trained, each is saved in a subdirectory with its name. Adapters that are not trained are
     not saved.
-
-    With FSDP and DeepSpeed, a checkpoint contains the trained parameters and the optimizer's state, and not the base.
 
     For TRL's trainers that compare with a reference model, the reference is the same model without the trained
     adapters, unless a ``ref_model`` is given, so no second model is loaded. Trainers that sample with vLLM through
@@ -98,11 +96,7 @@ class AdapterCheckpoints(LoadsAdapters):
     optimizer: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Check the order of the bases of a new class.
-
-        Raises:
-            AdapterError: If a trainer comes before the mixin, whose checkpoints would be used in its place.
-        """
+        """Raise an error for a new class in which a trainer, with its checkpoints, comes before the mixin."""
         super().__init_subclass__(**kwargs)
         before = cls.__mro__[: cls.__mro__.index(AdapterCheckpoints)]
         if any(issubclass(base, Trainer) and not issubclass(base, AdapterCheckpoints) for base in before):
@@ -151,10 +145,7 @@ class AdapterCheckpoints(LoadsAdapters):
             hook.remove()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
-        """Save the trained adapters, and whatever else the trainer saves beside a model.
-
-        All processes of a run call this; one of them writes.
-        """
+        """Save the trained adapters, and what else a trainer saves. All processes of a run call this; one writes."""
         directory = Path(output_dir or self.args.output_dir)
         trained = _require_trained(self.model)
         is_sharded = is_held_together(self.model)
@@ -162,17 +153,13 @@ class AdapterCheckpoints(LoadsAdapters):
             own = directory if len(trained) == 1 else directory / info.name
             randlora.save(self.model, own, name=info.name)
         if self.args.should_save:
-            self._save_beside(directory)
+            processing = getattr(self, "processing_class", None)
+            processing = processing or getattr(getattr(self, "data_collator", None), "tokenizer", None)
+            if processing is not None:
+                processing.save_pretrained(directory)
+            torch.save(self.args, directory / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
-
-    def _save_beside(self, directory: Path) -> None:
-        """Save the processing class and the arguments, as `Trainer` does."""
-        processing = getattr(self, "processing_class", None)
-        processing = processing or getattr(getattr(self, "data_collator", None), "tokenizer", None)
-        if processing is not None:
-            processing.save_pretrained(directory)
-        torch.save(self.args, directory / "training_args.bin")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the states of the optimizer and the scheduler without the base, which an engine would save beside it."""
@@ -196,11 +183,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]  # tran
 
 
 def _require_trained(model: nn.Module) -> list[AdapterInfo]:
-    """Return the adapters that are trained, after checking that a checkpoint has all that is.
-
-    Raises:
-        AdapterError: If there is none, or a parameter is trained that no adapter has.
-    """
+    """Return the adapters that are trained. Raises an error if there is none, or if anything else is trained."""
     trained = [info for info in randlora.adapters(model) if info.is_trainable]
     if not trained:
         raise AdapterError(
@@ -218,11 +201,7 @@ def _require_trained(model: nn.Module) -> list[AdapterInfo]:
 
 
 def _require_added(model: nn.Module) -> None:
-    """Check that an adapter that is trained is part of what the model computes, and not merged: else it would not be.
-
-    Raises:
-        AdapterError: If it is not.
-    """
+    """Raise an error if the model computes without the adapters that require grad: training would not change them."""
     trained = _require_trained(model)
     _, state = adapted_root(model)
     if state.is_merged or state.is_disabled:
@@ -276,28 +255,19 @@ def _accepted(model: nn.Module) -> Iterator[None]:
 
 
 def _newest_complete(directory: Path) -> str:
-    """Return the newest checkpoint of a run that was written to its end."""
-    found = {int(path.name.split("-")[1]): path for path in directory.glob("checkpoint-*") if _is_complete(path)}
+    """Return the newest checkpoint of a run that has an adapter and the file that the trainer writes last."""
+    found: dict[int, Path] = {}
+    for path in directory.glob("checkpoint-*"):
+        with suppress(OSError, ValueError):  # no number, or no such file, or the beginning of one
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            found |= {int(path.name.split("-")[1]): path for _ in islice(path.rglob(TENSORS_FILE), 1)}
     if not found:
         raise ValueError(f"there is no complete checkpoint in {str(directory)!r}")
     return str(found[max(found)])
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has the file that the trainer writes last, and an adapter."""
-    if not checkpoint.name.split("-")[1].isdecimal():
-        return False
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return any(checkpoint.rglob(TENSORS_FILE))
-
-
 class Reference(nn.Module):
-    """A model without some of its adapters, for a loss that compares with it.
-
-    It has no parameters and calls the model, so every change of the model is a change of the reference too.
+    """A model without some of its adapters, for a loss that compares with it. It calls the model and has no parameters.
 
     Attributes:
         trained: The adapters that are left out. Other active adapters remain active.
@@ -306,7 +276,7 @@ class Reference(nn.Module):
     trained: tuple[str, ...]
 
     def __init__(self, policy: Callable[[], nn.Module], trained: Sequence[str]) -> None:
-        """Take what returns the model, which a trainer may wrap later, and the names of the adapters to leave out."""
+        """Take what returns the model, which a trainer may wrap later, and the names of adapters."""
         super().__init__()
         vars(self).update(_policy=policy, trained=tuple(trained))  # not as a submodule
         for name in ("config", "base_model_prefix"):  # which a trainer reads of a model that it prepares

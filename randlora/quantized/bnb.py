@@ -1,12 +1,8 @@
 """Adapter layers of bitsandbytes' linear layers, 4 and 8 bits, and quantizing and dequantizing with its codes.
 
-The weights stay quantized while adapters train. bitsandbytes is imported only if the model has one of its layers.
-
 On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the codes of a layer in its first forward pass in evaluation mode.
-Such a layer gives no gradient of its input, and saving it can leave its scales transposed. The state of repacked codes
-is described only by private names of bitsandbytes, which are all in this file; a test fails if one is renamed. What
-restores the order can be deleted when the oldest supported bitsandbytes gives gradients of repacked layers, dequantizes
-their codes, and restores their scales when it saves them.
+Such a layer gives no gradient of its input, and saving it can leave its scales transposed. What restores the order can
+be deleted when the oldest supported bitsandbytes does all three; its private names are all in this file.
 """
 
 from __future__ import annotations
@@ -34,8 +30,7 @@ OWN_KERNELS_UP_TO = 1536
 NOT_YET = "is not quantized yet: move the model to its device first, as in model.to('cuda'), which quantizes it"
 MAY_REPACK = "support_avx512bf16_for_cpu"
 """The attribute of a 4-bit layer that enables repacking of the codes in its forward."""
-OLDEST = (0, 50)
-"""The first version that supports every size and type on a CPU, and the oldest that is tested."""
+OLDEST = 0, 50  # the first version that supports every size and type on a CPU
 QUANT_TYPES = ("nf4", "fp4")
 WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that bitsandbytes can dequantize to; for others it returns uninitialized memory."""
@@ -43,11 +38,7 @@ WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 @register_layer(f"{MODULE}.Linear4bit")
 class Linear4bitAdapter(QuantizedLayer):
-    """Adapts a ``Linear4bit``, NF4 or FP4.
-
-    If gradients may be needed, the weight is dequantized for one product at a time, and layer and adapter are one
-    operation. Otherwise the layer's own forward runs, with the kernels of bitsandbytes.
-    """
+    """Adapts a ``Linear4bit``, NF4 or FP4: one operation if gradients may be needed, else the layer's own forward."""
 
     kept = ("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", MAY_REPACK)
 
@@ -93,8 +84,7 @@ class Linear4bitAdapter(QuantizedLayer):
     def product(self, owner: Any, x: object) -> Product | None:
         """Return the product if the layer would dequantize its weight to multiply, so that the update can be added.
 
-        In evaluation the layer may use other kernels. ``None`` under a compiler too: the layer saves no dequantized
-        weight for backward, but a trace of our operation would.
+        ``None`` under a compiler: the layer saves no dequantized weight for backward, but a trace of ours would.
         """
         if not is_plain_tensor(x) or x.device != owner.weight.device or x.dim() == 0 or x.shape[-1] != self.shape[1]:
             return None
@@ -109,10 +99,7 @@ class Linear4bitAdapter(QuantizedLayer):
         return Product(partial(write_out_4bit, owner.weight.data, state), dtype, x.dtype)
 
     def stand_in(self, owner: Any, x: Tensor) -> Any:
-        """Return a copy of the layer on which its forward runs, with ordered codes if it would misread the owner's.
-
-        Codes may have been repacked, or scales transposed, after the adapter was added. The owner keeps them.
-        """
+        """Return a copy of the layer with ordered codes, if its forward would misread those that the owner keeps."""
         if not owner.compute_type_is_set:  # as the layer's forward does with the first input
             owner.set_compute_type(x)
             owner.compute_type_is_set = True
@@ -214,13 +201,13 @@ class Linear8bitAdapter(QuantizedLayer):
 def put_in_order(layer: Any) -> bool:
     """Restore codes of a 4-bit layer that were repacked for a CPU, and return whether they were."""
     state = quant_state(layer, layer.weight)
-    if not is_out_of_order(state):
-        return False
-    restore_order(layer.weight, state)
-    return True
+    if is_repacked := is_out_of_order(state):
+        restore_order(layer.weight, state)
+    return is_repacked
 
 
 def _forward_of(kind: str) -> Callable[..., Tensor] | None:
+    """Return the forward of a class of bitsandbytes, or ``None`` if it was replaced."""
     forward: Callable[..., Tensor] = getattr(sys.modules[MODULE], kind).forward
     return forward if forward.__module__ == MODULE else None
 
@@ -255,11 +242,7 @@ def quant_state(layer: nn.Module, weight: Tensor) -> Any:
 
 
 def write_out_4bit(codes: Tensor, state: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Dequantize 4-bit codes, in any storage dtype or repacked for a CPU. Their ``QuantState`` is not changed.
-
-    Returns:
-        ``(out_features, in_features)``, each entry a level times its block's scale, rounded once to ``dtype``.
-    """
+    """Dequantize 4-bit codes, in any storage dtype or repacked for a CPU, to ``(out_features, in_features)``."""
     codes, scales = _in_order(codes, state)
     written = torch.ops.bitsandbytes.dequantize_4bit.default(
         codes, scales, state.blocksize, state.quant_type, state.shape, dtype if dtype in WRITABLE else torch.float32
@@ -305,10 +288,7 @@ def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
 
 
 def is_misread(codes: Tensor, state: Any) -> bool:
-    """Whether bitsandbytes dequantizes 4-bit codes incorrectly, as 0.50 does on CPUs if blocks do not divide rows.
-
-    Its own layer then computes with different weights than were quantized.
-    """
+    """Whether bitsandbytes dequantizes 4-bit codes incorrectly, as 0.50 does on CPUs if blocks do not divide rows."""
     if codes.device.type != "cpu" or state.shape[1] % state.blocksize == 0:
         return False
     count = state.shape.numel()
@@ -320,11 +300,7 @@ def is_misread(codes: Tensor, state: Any) -> bool:
 
 
 def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tensor, Any]:
-    """Quantize a float32 weight, ``(out_features, in_features)``, to 4-bit codes as described by a ``QuantState``.
-
-    Returns:
-        The codes in the dtype ``storage``, and their ``QuantState``.
-    """
+    """Return 4-bit codes of a float32 weight as a ``QuantState`` describes them, in a dtype, and their state."""
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
     nested, dtype, storage = quantization(like, storage)
@@ -351,25 +327,16 @@ def write_out_8bit(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def round_to_8bit(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize a weight to 8-bit codes: each row with its own scale, to the nearest of 255 levels.
-
-    Unlike bitsandbytes this does not round to float16 first.
-
-    Returns:
-        int8 codes, ``(out_features, in_features)``, and the scales of the rows, ``(out_features,)`` float32.
-    """
+    """Return int8 codes of a weight, and the scale of each row. Unlike bitsandbytes this does not round to float16."""
     scales = weight.abs().amax(dim=1)
     per_level = torch.where(scales > 0, 127 / scales, 0)
     return (weight * per_level.unsqueeze(1)).round().to(torch.int8), scales
 
 
 def is_out_of_order(state: Any, *, repacked: bool = True) -> bool:
-    """Whether 4-bit codes or their scales are in a different order than when they were quantized.
+    """Whether 4-bit codes, or scales, are in a different order than when they were quantized.
 
-    Args:
-        state: Their ``QuantState``, or ``None`` for codes without one.
-        repacked: Whether to include repacked codes, which bitsandbytes reads correctly but without gradients. Scales
-            that it left transposed are always included, because it misreads them.
+    Scales that were left transposed are misread by bitsandbytes. Codes that are ``repacked`` only give no gradients.
     """
     if getattr(state, "packing_format_for_cpu", False):
         return repacked
@@ -379,8 +346,7 @@ def is_out_of_order(state: Any, *, repacked: bool = True) -> bool:
 def restore_order(weight: Any, state: Any) -> None:
     """Restore the order of a weight's codes in place. Their scales stay rounded to bfloat16.
 
-    This runs in a different thread, where no inference mode or `torch.func` transform of the caller is active, because
-    the restored codes must belong to neither.
+    In a different thread, because the codes must not belong to an inference mode or a transform of the caller.
     """
 
     def restore() -> None:

@@ -22,25 +22,11 @@ MODULE = "hqq.core.quantize"
 
 @register_layer(f"{MODULE}.HQQLinear")
 class HQQAdapter(QuantizedLayer):
-    """Adapts an ``HQQLinear``. Its own forward runs, with any of its backends, and the adapter's output is added.
-
-    Merging rounds weight + update to codes of as many bits and in groups of the same size.
-    """
+    """Adapts an ``HQQLinear``. Its own forward runs, with any of its backends, and the adapter's output is added."""
 
     kept: ClassVar[tuple[str, ...]] = (
-        "ready",
-        "in_gpu",
-        "bias",
-        "axis",
-        "channel_wise",
-        "device",
-        "compute_dtype",
-        "quant_config",
-        "del_orig",
-        "offload_meta",
-        "linear_layer",
-        "meta",
-        "encoded_state_dict",
+        *("ready", "in_gpu", "bias", "axis", "channel_wise", "device", "compute_dtype", "quant_config", "del_orig"),
+        *("offload_meta", "linear_layer", "meta", "encoded_state_dict"),
     )
 
     @classmethod

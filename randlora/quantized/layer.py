@@ -1,8 +1,4 @@
-"""Adapter layers of quantized layers: those with codes that can be merged into, and those with only a forward.
-
-Of the second kind are the layers of GPTQ, AWQ, AQLM and EETQ. They are known by name, so none of these libraries is
-imported.
-"""
+"""Adapter layers of quantized layers: with codes to merge into, or with only a forward (GPTQ, AWQ, AQLM, EETQ)."""
 
 from __future__ import annotations
 
@@ -38,9 +34,8 @@ class ForwardOnly(LinearAdapter):
     """Adapts a linear layer of which only the forward is known, by adding the adapter's output to the layer's output.
 
     This is the base class for layers with codes that a kernel multiplies by. Register a subclass with
-    `randlora.layers.register_layer`. It needs nothing more if the layer has ``in_features`` and ``out_features``;
-    otherwise define `features`. Merging, and everything else that needs the weight, is refused. For layers whose codes
-    can be dequantized and quantized again, use `QuantizedLayer`.
+    `randlora.layers.register_layer`, and define `features` if the layer has no ``in_features`` and ``out_features``.
+    What needs the weight, such as merging, is refused. For codes that can be dequantized, use `QuantizedLayer`.
     """
 
     is_quantized: ClassVar[bool] = True
@@ -58,10 +53,7 @@ class ForwardOnly(LinearAdapter):
 
     @classmethod
     def find_weight(cls, owner: nn.Module) -> Tensor | None:
-        """Return the codes, which determine the device of Λ and Γ.
-
-        They are the ``weight``, else the owner's first matrix, else its first parameter or buffer except the bias.
-        """
+        """Return the codes: the ``weight``, else the first matrix, else the first tensor except the bias."""
         if (own := super().find_weight(owner)) is not None:
             return own
         named = {**owner._parameters, **owner._buffers}
@@ -154,16 +146,12 @@ class QuantizedLayer(ForwardOnly):
         return detach_obstacle(owner)  # because its class will be replaced
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output of the owner without adapters, computed by `stand_in` if there is one.
-
-        `stand_in` is not used if a forward was set on the owner itself, or if the owner is merged into a plain layer.
-        """
+        """Return the output of the owner without adapters, computed by `stand_in` if its class's forward runs."""
         kind, x = plain_class(owner), input_of(owner, args, kwargs)
-        if kind is not nn.Linear and self.own_forward is None and isinstance(x, Tensor):
-            twin = self.stand_in(owner, x)
-            if twin is not None:
-                output: Tensor = kind.forward(twin, *args, **kwargs)
-                return output
+        runs_own = kind is not nn.Linear and self.own_forward is None and isinstance(x, Tensor)
+        if runs_own and (twin := self.stand_in(owner, x)) is not None:
+            output: Tensor = kind.forward(twin, *args, **kwargs)
+            return output
         return super().base_output(owner, base_forward, *args, **kwargs)
 
     def stand_in(self, owner: nn.Module, x: Tensor) -> Any:

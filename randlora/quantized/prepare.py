@@ -1,7 +1,4 @@
-"""Preparing a quantized model for training, before `randlora.inject`.
-
-Neither bitsandbytes nor transformers is imported: their objects are recognized by type names and methods.
-"""
+"""Preparing a quantized model for training, before `randlora.inject`."""
 
 from __future__ import annotations
 

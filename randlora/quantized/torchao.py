@@ -1,7 +1,6 @@
 """The adapter layers of linear layers whose weight torchao quantized: to 1 to 8 bits, to float8, and in other formats.
 
-Such a layer remains an `nn.Linear`. Its weight is a subclass of `torch.Tensor` with codes and scales. torchao is
-imported only if the model has one. Written for the classes of torchao 0.18.
+Such a layer remains an `nn.Linear`, with a weight of a subclass of `torch.Tensor`. Written for torchao 0.18.
 """
 
 from __future__ import annotations
@@ -37,10 +36,7 @@ class TorchaoPackedAdapter(ForwardOnly):
 @register_weight(FLOAT8)
 @register_weight(INT8)
 class TorchaoAdapter(QuantizedLayer):
-    """Adapts an `nn.Linear` with int8, float8 or 1 to 8 bits. Its own forward runs, and the adapter's output is added.
-
-    The weight stays quantized while adapters train. Merging rounds weight + update to codes of the same kind.
-    """
+    """Adapts an `nn.Linear` with int8, float8 or 1 to 8 bits. Its own forward runs, and an adapter adds to it."""
 
     kept: ClassVar[tuple[str, ...]] = ("extra_repr",)
 
@@ -70,10 +66,7 @@ class TorchaoAdapter(QuantizedLayer):
         return owner.get_parameter("weight").dtype
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output of the owner without adapters, through which gradients flow to the input.
-
-        torchao does not compute gradients of the input if it also quantizes the input.
-        """
+        """Return the owner's output, with gradients of the input, which torchao lacks if it quantizes the input."""
         x, weight, bias = input_of(owner, args, kwargs), owner._parameters["weight"], owner._parameters["bias"]
         options = (getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
         quantizes_input = any(option is not None for option in options) and isinstance(x, Tensor)

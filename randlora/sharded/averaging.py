@@ -24,15 +24,10 @@ BUCKET = 2**24
 
 @torch.no_grad()
 def average(parameters: Sequence[nn.Parameter], mesh: Any) -> None:
-    """Average the gradients of parameters over the processes of a mesh, in place. One collective for each bucket.
+    """Average the gradients of parameters, whole in every process of a mesh, in place: one collective for each bucket.
 
-    A process without a gradient of a parameter counts as zero, and gets the average if another process has one, such as
-    if each uses different experts. Averaging a gradient that was accumulated from averages does not change it, so steps
-    can be accumulated. The host waits for the device only if a gradient is missing.
-
-    Args:
-        parameters: Parameters that are whole in every process, the same ones in the same order.
-        mesh: The mesh.
+    A process without a gradient of a parameter counts as zero, and gets the average if a different one has it, as with
+    experts. Steps can be accumulated: averages stay as they are. The host waits only if a gradient is missing.
     """
     for bucket in _buckets(parameters):
         # of a weight that is offloaded to the CPU, where NCCL does not communicate
@@ -67,11 +62,8 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 class Averaging:
     """Averages the gradients of a model's adapters, each over its mesh, once at the end of every backward.
 
-    A hook on each parameter notices a backward. Before each forward of the model, or of a separately sharded part,
-    parameters that are new (such as from ``to_empty`` or ``load_state_dict(assign=True)``) get the hook too.
-
-    Reentrant checkpointing runs a backward for each of its blocks, inside of the one that was called. Only the end of
-    the outermost counts.
+    A hook on each parameter notices a backward; before a forward, new parameters get it too. Reentrant checkpointing
+    runs a backward for each of its blocks, inside of the one that was called: only the end of the outermost counts.
 
     Attributes:
         meshes: The mesh of each adapter of each weight.
@@ -106,10 +98,9 @@ class Averaging:
             engine.queue_callback(self._end)
 
     def _end(self) -> None:
-        """Average, or notice the backward around the one that has ended, of which an operation still runs.
+        """Average, or have the next operations of the backward around the one that has ended notice it.
 
-        It is noticed by the operations that come next. Where there are none, the average is taken now: one more changes
-        no result.
+        Where there are none, the average is taken now: one more changes no result.
         """
         operation: Any = torch._C._current_autograd_node()
         following = [] if operation is None else [each for each, _ in operation.next_functions if each is not None]

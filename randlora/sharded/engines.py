@@ -1,12 +1,7 @@
 """Engines that average gradients over processes: `fully_shard`, `DistributedDataParallel` and DeepSpeed's.
 
-`fully_shard` averages the gradients of the parameters that a module had when it was called. Parameters that are added
-later stay whole in every process. Without averaging, each process would silently train a different copy, so their
-gradients are averaged here.
-
-`DistributedDataParallel` averages the gradients of parameters that required grad when it was made, and an engine of
-DeepSpeed trains only these. Both tell which these are, but only by undocumented names, all of which are in this file.
-A parameter that they do not know would silently differ from process to process.
+They average those of the parameters that a model had when they were made. Without more, processes would silently train
+different copies of others: after `fully_shard`, their gradients are averaged here; other engines are made anew.
 """
 
 from __future__ import annotations
@@ -15,7 +10,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -29,47 +24,6 @@ from randlora.sharded.averaging import Averaging
 from randlora.sharded.places import all_fsdp_modules, flattening, is_dtensor, is_spread
 from randlora.state import ModelState
 from randlora.targets.match import shortened
-
-
-class DataMeshes(NamedTuple):
-    """The meshes over which `fully_shard` averages the gradients of a model. Their processes have different data.
-
-    Attributes:
-        by_weight: The mesh of each sharded parameter, by the parameter's identity.
-        others: All meshes in the model.
-    """
-
-    by_weight: dict[int, Any]
-    others: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> DataMeshes:
-        """Find the meshes of a model that holds its shards, including those sharded by a module around it."""
-        within = {id(module) for module in model.modules()}
-        by_weight: dict[int, Any] = {}
-        others: dict[Any, None] = {}
-        for module in all_fsdp_modules(model):
-            for group in _groups(module):
-                mesh = group.mesh_info.mesh
-                by_weight |= {id(each.sharded_param): mesh for each in group.fsdp_params}
-                if id(module) in within:
-                    others[mesh] = None
-        return cls(by_weight, tuple(others))
-
-    def mesh_for(self, weight: Tensor | None) -> Any:
-        """Return the mesh for parameters trained beside a weight; ``None`` if no part of the model is sharded.
-
-        Raises:
-            AdapterError: If the weight is not sharded, and the rest of the model is sharded over several meshes.
-        """
-        if (mesh := self.by_weight.get(id(weight))) is not None or not self.others:
-            return mesh
-        if len(self.others) > 1:
-            raise AdapterError(
-                "cannot train an adapter of a weight that is not sharded in a model that fully_shard has sharded over "
-                "several meshes, because it is unknown over which to average gradients: inject before fully_shard"
-            )
-        return self.others[0]
 
 
 def _groups(module: Any) -> list[Any]:
@@ -101,12 +55,28 @@ class FullyShard(Engine):
 
 
 def _meshes_of(root: nn.Module, parts: Parts) -> dict[tuple[AdapterLayer, str], Any]:
-    """Return the mesh of each adapter of each weight, if `fully_shard` has sharded a part of the model."""
-    if not all_fsdp_modules(root):
-        return {}
-    found = DataMeshes.of(root)
-    meshes = {(layer, name): found.mesh_for(layer.find_weight(owner)) for owner, layer, name in parts}
-    return {key: mesh for key, mesh in meshes.items() if mesh is not None}
+    """Return the mesh over which `fully_shard` averages gradients for each adapter of each weight, if it does.
+
+    It is the mesh of the weight, which a module around the model may have sharded, else the only mesh in the model.
+    """
+    within = {id(module) for module in root.modules()}
+    by_weight: dict[int, Any] = {}
+    others: dict[Any, None] = {}
+    for module in all_fsdp_modules(root):
+        for group in _groups(module):
+            mesh = group.mesh_info.mesh
+            by_weight |= {id(each.sharded_param): mesh for each in group.fsdp_params}
+            others |= {mesh: None} if id(module) in within else {}
+    meshes: dict[tuple[AdapterLayer, str], Any] = {}
+    for owner, layer, name in parts:
+        if (mesh := by_weight.get(id(layer.find_weight(owner)))) is None and len(others) > 1:
+            raise AdapterError(
+                "cannot train an adapter of a weight that is not sharded in a model that fully_shard has sharded over "
+                "several meshes, because it is unknown over which to average gradients: inject before fully_shard"
+            )
+        if mesh is not None or others:
+            meshes[layer, name] = next(iter(others)) if mesh is None else mesh
+    return meshes
 
 
 _SEEN: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -119,14 +89,14 @@ class Reducers(Engine):
 
     def changed(self, root: nn.Module) -> None:
         """Warn of parameters that require grad and that the engine around the model does not know."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not _are_several():
             return  # then there is no engine, or nothing to average
         wanting = ((name, each) for name, each in root.named_parameters() if each.requires_grad)
         trained = {name: each for name, each in wanting if type(each.data) is Tensor}  # a DTensor needs no wrapper
         own = {id(parameter) for parameter in root.parameters()}
         if not trained or _unknown(trained, own) == []:
             return
-        _look_for([DistributedDataParallel, *_deepspeed_engines()])
+        _look_for_engines()
         if _unknown(trained, own):
             gc.collect()  # an engine that was given up may still be here, as part of a cycle
         if unknown := _unknown(trained, own):
@@ -137,18 +107,19 @@ class Reducers(Engine):
             )
 
     def is_first_copy(self, model: nn.Module) -> bool:
-        """Whether this is the first of the processes that train copies of a model, according to the engines around it.
-
-        Without an engine, each process is assumed to have the only copy.
-        """
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        """Whether this is the first of the processes that train copies of a model, as the engines around it say."""
+        if not _are_several():
             return True
-        _look_for([DistributedDataParallel, *_deepspeed_engines()])
+        _look_for_engines()
         own = {id(parameter): parameter for parameter in model.parameters()}
         is_one = any(map(is_spread, own.values()))  # which the processes of ZeRO-3 hold together
         engines = [each for each in _of({*own}) if isinstance(each, DistributedDataParallel) or not is_one]
         engines += flattening(model)
         return all(dist.get_rank(_group(engine)) == 0 for engine in engines)
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _group(engine: Any) -> Any:
@@ -157,15 +128,12 @@ def _group(engine: Any) -> Any:
     return next((group for name in names if (group := getattr(engine, name, None)) is not None), None)
 
 
-def _look_for(kinds: Iterable[type]) -> None:
-    """Find all engines of some types that there are."""
+def _look_for_engines() -> None:
+    """Find all engines that there are."""
+    library: Any = sys.modules.get("deepspeed")
+    kinds = [DistributedDataParallel] if library is None else [DistributedDataParallel, library.DeepSpeedEngine]
     every = tuple(_with_subclasses(kinds))
     _SEEN.update(each for each in gc.get_referrers(*every) if type(each) in every)
-
-
-def _deepspeed_engines() -> list[type]:
-    library: Any = sys.modules.get("deepspeed")
-    return [] if library is None else [library.DeepSpeedEngine]
 
 
 def _with_subclasses(kinds: Iterable[type]) -> Iterator[type]:
@@ -180,12 +148,7 @@ def _of(own: set[int]) -> list[Any]:
 
 
 def _unknown(trained: Mapping[str, nn.Parameter], own: set[int]) -> list[str] | None:
-    """Return the names of the parameters that no engine knows, or was told to ignore; ``None`` if there is no engine.
-
-    Args:
-        trained: The parameters, by name.
-        own: The identities of all parameters of their model.
-    """
+    """Return which parameters no engine knows or was told to ignore; ``None`` if the model is in no engine."""
     if not (engines := _of(own)):
         return None
     known: set[int] = set()

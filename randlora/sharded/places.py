@@ -1,16 +1,5 @@
 """Where the values of parameters are that `fully_shard`, tensor parallelism, ZeRO-3 or the first FSDP spread.
 
-The first two make a parameter a `DTensor`, which holds a part of the values, its shard. `fully_shard` keeps references
-to its parameters and would ignore a replacement, so values are written into the shard.
-
-A parameter of DeepSpeed's ZeRO-3 is an ordinary one whose data are empty except while a forward or backward needs them.
-Small parameters (``stage3_param_persistence_threshold``) stay whole. Each process has an equal piece of the flattened
-values in ``ds_tensor``.
-
-`FullyShardedDataParallel` flattens parameters together. They are whole only in a block of its ``summon_full_params``.
-Outside, a small parameter may have all of its values on one process and none on another, so that the wrapper's state
-has to tell, not a shape.
-
 Nothing here imports DeepSpeed or `torch.distributed.tensor`, because a program with such parameters already has.
 """
 
@@ -65,7 +54,7 @@ def all_fsdp_modules(model: nn.Module) -> list[Any]:
 
 
 class Shard(Place):
-    """The place of a sharded parameter: this process's shard, read and written without communication."""
+    """The place of a `DTensor`: this process's shard, written in place, as `fully_shard` would ignore a new one."""
 
     exchanges = "values"
 
@@ -119,10 +108,9 @@ def is_split(placement: Any) -> bool:
 
 
 def part_at(shape: Iterable[int], placements: Iterable[Any], mesh: Iterable[int], coordinate: Iterable[int]) -> Part:
-    """Return the part of a parameter at a coordinate of a mesh.
+    """Return the part of a parameter at a coordinate of a mesh, by integers, which the compiler can branch on.
 
-    torch's own functions use tensors of indices, which are data that the compiler cannot branch on. `_StridedShard`
-    first splits a dimension into several parts, and then each part over the processes.
+    `_StridedShard` first splits a dimension into several parts, and then each part over the processes.
     """
     part = [all_of(size) for size in shape]
     for placement, processes, index in zip(placements, mesh, coordinate, strict=True):
@@ -197,10 +185,9 @@ class Mesh(Keeper):
         return kind.__bases__[1] if sharded is not None and kind.__bases__[:1] == (sharded,) else kind
 
     def settle(self, model: nn.Module) -> None:
-        """Have a model hold its shards, including those made by `fully_shard` on a module around it.
+        """Have a model hold its shards, not the whole copies that are there after a forward without a backward.
 
-        After a forward without a backward, the outermost module still has whole copies of its parameters, which the
-        next forward discards: values read from them may be stale, and values written to them are lost.
+        The next forward discards them: values read from them may be stale, and values written to them are lost.
         """
         if not isinstance(model, nn.Module) or not (sharded := all_fsdp_modules(model)):  # the caller refuses others
             return
@@ -230,17 +217,15 @@ def gathered(parameter: Any) -> Tensor:
     return values
 
 
-class _Pieces(NamedTuple):
-    """The values of a parameter: this process's piece, and all of them if they were here."""
-
+class _Pieces(NamedTuple):  # of a parameter: this process's, and all values if they were here
     own: Tensor
     all: Tensor | None
 
 
 class Spread(Place):
-    """The place of a parameter of ZeRO-3: all values, gathered when they are read.
+    """The place of a parameter of ZeRO-3, whose data are empty except while it is used: values are gathered when read.
 
-    It has no `part`, because the pieces belong to its flattened values, not to a range in each dimension.
+    Each process has an equal piece of the flattened values in ``ds_tensor``, so there is no `part`.
     """
 
     is_lasting = False  # the engine's optimizer has copies
@@ -252,10 +237,7 @@ class Spread(Place):
 
     @property
     def is_complete(self) -> bool:
-        """Whether all values are in ``ds_tensor``.
-
-        They are not if they are offloaded to NVMe, quantized, or have a second copy (``zero_hpz_partition_size``).
-        """
+        """Whether all values are in ``ds_tensor``: not offloaded to NVMe, quantized, or with a second copy (hpZ)."""
         parameter = self._parameter
         own, count = parameter.ds_tensor, dist.get_world_size(parameter.ds_process_group)
         has_all = own.dtype == parameter.dtype and own.numel() * count >= parameter.ds_numel
@@ -296,10 +278,7 @@ class Spread(Place):
             self._parameter.data.copy_(values.all)
 
     def follow(self, parameter: nn.Parameter) -> None:
-        """Have ZeRO-3 manage a parameter that it does not manage yet, so that the engine's hooks find it.
-
-        A collective. Afterwards every process has its piece of the values.
-        """
+        """Have ZeRO-3 manage a new parameter, so that the engine's hooks find it; a collective."""
         if not is_managed(parameter):  # without a dtype, of which it would refuse float64 on a GPU
             sys.modules["deepspeed"].zero.Init(
                 module=nn.ParameterList([parameter]),
@@ -321,7 +300,7 @@ class Zero3(Keeper):
         return Spread(tensor) if is_managed(tensor) else None
 
     def place_of(self, owner: nn.Module, attribute: str) -> Spread | None:
-        """Return the place of a parameter of a module that an engine runs, which expects the parameter to stay."""
+        """Return the place of a parameter of a module that an engine runs, whose parameters must stay."""
         parameter = owner._parameters.get(attribute) if hasattr(owner, "ds_id") else None  # as ZeRO-3 marks modules
         return Spread(parameter, "nothing") if is_managed(parameter) else None
 
@@ -334,9 +313,7 @@ class Zero3(Keeper):
         return Ranks((group,), dist.get_rank(group) == 0)
 
 
-FLATTENED = "_fsdp_flattened"
-"""An attribute that FSDP sets on parameters that it flattens."""
-
+FLATTENED = "_fsdp_flattened"  # an attribute that FSDP sets on parameters
 WHOLE = "FullyShardedDataParallel.summon_full_params"
 
 
@@ -354,7 +331,7 @@ def _is_whole(wrapper: Any) -> bool:
 
 @register_keeper
 class Flattening(Keeper):
-    """Keeps parameters in flat shards, and lends whole parameters to a block."""
+    """Keeps parameters in flat shards. A small one may be whole on one process and empty on others, so none counts."""
 
     def whole_only_inside(self, tensor: Tensor) -> str | None:
         """Return the block in which a flattened parameter is whole."""

@@ -1,14 +1,8 @@
 """Products with weights that tensor parallelism splits, by device meshes or by a plan of transformers.
 
-A process slices its part of the bases and computes only with this part. The output is placed like the base's output:
-split if the weight's outputs are split, a sum over processes if its inputs are. The only additional communication is
-the sum of the gradients of Λ and Γ, which are whole on every process.
-
-For a plan (``tp_plan``, ``ep_plan``), transformers sets a forward on the layer. It places the input, calls the layer's
-own forward, and places the output. Adapters belong inside this forward, where input and output belong to the process's
-part of the weight. The parameters are `DTensor` objects, but during this forward transformers replaces them with their
-local tensors: for layers without gradients, and always for stacks of experts and packed layers. The local tensor of a
-packed weight has several pieces of it.
+A process computes only with its part of the bases; all that is sent besides are the gradients of Λ and Γ, whole on all.
+For a plan (``tp_plan``, ``ep_plan``), transformers sets a forward on the layer, in which a process has the input and
+output of its part of the weight, and local tensors in place of parameters: adapters belong inside of it.
 """
 
 from __future__ import annotations
@@ -37,7 +31,7 @@ class LocalPiece(NamedTuple):
 
     Attributes:
         mesh: The mesh that the weight is split over.
-        grads: The gradients of Λ and Γ that a process computes, dimension by dimension of the mesh.
+        grads: The placements of the gradients of Λ and Γ that a process computes.
         region: The part of the update for this process's part of the weight.
     """
 
@@ -125,10 +119,7 @@ def on_mesh(update: Update, mesh: Any, grads: list[Any]) -> Update:
 
 
 def local_product(update: Update, x: Tensor, region: Region, compute: Compute) -> Tensor:
-    """Return the product of an input, for a part of a weight, with that part of an update, ``(..., rows)``.
-
-    If the part does not have all inputs, this is a summand of the output.
-    """
+    """Return the product of an input with the part of an update for a part of a weight, or a summand of it."""
     if not (entries_of(region.rows) and entries_of(region.columns)):  # it takes part in the sums nevertheless
         nothing = x.sum() + update.lam.sum() + update.gamma.sum()
         return x.new_zeros((*x.shape[:-1], entries_of(region.rows))) + 0 * nothing.to(x.dtype)
@@ -225,24 +216,15 @@ STYLES = {
 
 
 class SplitPlan(NamedTuple):
-    """How transformers splits a layer.
-
-    Attributes:
-        style: The object that set the layer's forward.
-        mesh: The mesh that it splits weights over.
-        shares_batch: Whether the processes have the same batch.
-    """
+    """How transformers splits a layer: by which object, which has set its forward, over which mesh."""
 
     style: Any
     mesh: Any
-    shares_batch: bool
+    shares_batch: bool  # whether the processes have the same batch
 
 
 def plan_of(forward: object) -> SplitPlan | None:
-    """Return how transformers splits the layer that it set a forward on, or ``None`` if it did not set it.
-
-    The layer has no public name for this; it is in variables of the forward, a closure.
-    """
+    """Return how transformers splits the layer that it set a forward on: only variables of a closure tell."""
     if not inspect.isfunction(forward) or forward.__module__ not in STYLES:
         return None
     kind = getattr(sys.modules[forward.__module__], STYLES[forward.__module__])
@@ -315,10 +297,9 @@ def _within(owner: Any, layer: AdapterLayer, plan: SplitPlan, held_as: str) -> C
 
 
 def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that tells adapter layers what the local tensors are part of that a plan's forward has used.
+    """Return a forward that tells adapter layers what the local tensors of a plan's forward are part of.
 
-    It computes each weight that is read a single time, and has this process take part in the sums of gradients of
-    those that its tokens do not need.
+    This process takes part in the sums of gradients of the weights that its tokens do not need, too.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:

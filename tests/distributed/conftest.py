@@ -10,9 +10,17 @@ import pytest
 from hypothesis import is_hypothesis_test
 
 from tests.distributed.engines import LACKING, has_deepspeed
-from tests.distributed.processes import FOUR, PAIR, ZERO_PAIR, run_test
+from tests.distributed.processes import FOUR, PAIR, ZERO_PAIR, import_once, run_test
 
 HERE = Path(__file__).parent
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Import while tests are collected. This is only called if it is for these tests that pytest was started."""
+    capture: Any = session.config.pluginmanager.getplugin("capturemanager")
+    capture.resume_global_capture()  # what the processes print belongs to the tests
+    import_once()
+    capture.suspend_global_capture()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

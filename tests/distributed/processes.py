@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing
+import multiprocessing.forkserver
 import pickle
 import sys
 import tempfile
@@ -22,6 +23,9 @@ from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
 
 Result = TypeVar("Result")
 
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Processes are forked from one that has imported what they need, which takes each longer than most of its tests."""
+
 SECONDS = 120
 """How long a call may take; processes that wait for each other for ever are stopped then."""
 
@@ -36,6 +40,13 @@ LAW = settings(
 
 class ProcessError(AssertionError):
     """What a function raised in one of the processes, or that they did not come to an end."""
+
+
+def import_once() -> None:
+    """Begin to import what the groups need, all but the trainers of other libraries."""
+    modules = (path.stem for path in Path(__file__).parent.glob("test_*.py"))
+    CONTEXT.set_forkserver_preload([f"tests.distributed.{name}" for name in modules if name != "test_trainers"])
+    multiprocessing.forkserver.ensure_running()
 
 
 class Processes:
@@ -75,8 +86,10 @@ class Processes:
         return results
 
     def stop(self) -> None:
-        for process, connection in self._running:
+        for _, connection in self._running:
             connection.close()
+        for process, _ in self._running:
+            process.join(3)  # which returns its semaphores to the system
             process.kill()
             process.join()
         self._running = []
@@ -85,11 +98,10 @@ class Processes:
         if self._running and all(process.is_alive() for process, _ in self._running):
             return
         self.stop()
-        context = multiprocessing.get_context("spawn")
         meeting = Path(tempfile.mkdtemp()) / "meeting"
         for rank in range(self.count):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.count, meeting), daemon=True)
+            here, there = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(there, rank, self.count, meeting), daemon=True)
             process.start()
             there.close()
             self._running.append((process, here))
