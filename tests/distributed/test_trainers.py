@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import randlora
-from tests.distributed.engines import LACKING, STAGES, deepspeed, has_deepspeed, trained, zero
-from tests.distributed.processes import FOUR, ZERO_PAIR, Processes, in_two, on_all
+from tests.distributed.engines import STAGES, deepspeed
+from tests.distributed.processes import FOUR, in_two, on_all
 from tests.distributed.trained import Drawn, distance, optimizer_of, trained_alone, values
 from tests.further import further
 from tests.kit import all_bits
@@ -175,41 +175,6 @@ def test_a_stock_trainer_resumes_and_says_if_it_writes_no_adapter(
             loaded = plain_model()
             randlora.load(loaded, tmp_path / "end", trainable=True)
             assert all_bits(randlora.adapter_state(loaded).tensors) == found[0]
-
-
-def save_with_deepspeed(stage: str, directory: Path) -> list[float]:
-    """Train, save both ways, train on; return the losses."""
-    case, rank = Drawn(train_also=("norm",)), dist.get_rank()
-    engine = zero(case.adapted(), stage)
-    trained(engine, case, rank, 1)
-    engine.save_checkpoint(str(directory), exclude_frozen_parameters=True)
-    randlora.save(engine.module, directory / "adapter")
-    return trained(engine, case, rank, 1)
-
-
-def resume_alone(stage: str, directory: Path) -> list[float]:
-    """Be refused by DeepSpeed, whose checkpoint is of two processes, and train on with the adapter's files."""
-    case = Drawn(train_also=("norm",))
-    with pytest.raises(Exception, match=r"used a DP world size of 2 but the current world size is 1"):
-        zero(case.adapted(), stage).load_checkpoint(str(directory), load_module_strict=False)
-    model = case.build()
-    randlora.load(model, directory / "adapter", trainable=True)
-    return trained(zero(model, stage), case, 0, 1)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not has_deepspeed, reason=LACKING)
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_a_checkpoint_of_deepspeed_keeps_its_number_of_processes_and_the_adapters_files_do_not(
-    stage: str, tmp_path: Path
-) -> None:
-    alone = Processes(1)
-    try:
-        expected = ZERO_PAIR.run(save_with_deepspeed, stage, tmp_path)
-        (found,) = alone.run(resume_alone, stage, tmp_path)
-    finally:
-        alone.stop()
-    assert found == pytest.approx(expected[0], abs=1e-6)
 
 
 def make(kind: str, directory: Path, train_also: list[str], given: dict[str, Any]) -> Any:
