@@ -168,10 +168,10 @@ def _differences(value: Any, hint: Any, name: str) -> Iterator[str]:
         hints = _hints(hint)
         yield from (f"{name or 'it'} has no {field}" for field in sorted(hint.__required_keys__ - value.keys()))
         parts = [(field, value[field], hints[field]) for field in sorted(hints.keys() & value.keys())]
-    elif form is tuple and len(value) != len(args):
+    elif form is tuple and ... not in args and len(value) != len(args):
         yield f"{name} must have {len(args)} entries, got {len(value)}"
     elif form in (tuple, list, Sequence):
-        inner = args if form is tuple else args * len(value)
+        inner = args if form is tuple and ... not in args else args[:1] * len(value)
         parts = [(index, *part) for index, part in enumerate(zip(value, inner, strict=True))]
     elif form in (dict, Mapping):
         for key in value:

@@ -169,7 +169,7 @@ OURS: Rows = (
     ("at least one name", facts(targets={}, config__targets=[])),
     ("config.targets must be a list or None", facts(config__targets="(a+)+$|" + "a" * 40)),
     ("config.exclude must be a list or None", facts(config__exclude="(a+)+$")),
-    ("config.dropout must be", facts(config__dropout="%2000000000d")),
+    ("dropout must be", facts(config__dropout="%2000000000d")),
     (f"{ASKED} {LARGE} x 5", facts(basis__max_dim=LARGE)),
     (f"{ASKED} {2**14} x {2**14}", facts(basis__max_dim=2**14, basis__min_dim=2**14)),
     (f"{ASKED} {10**308}", facts(basis__max_dim=10**308, basis__min_dim=10**308)),

@@ -1,18 +1,17 @@
 """The header of an adapter's file: the facts for which PEFT has no field.
 
-It is JSON in the metadata of the safetensors file: the spec of the bases with their digest, the layers' shapes,
-versions, and a checksum of everything. Types are checked first, field by field. `RandLoRAConfig` and `BasisSpec` check
-what types cannot express, such as which numbers are valid ranks.
+It is JSON in the metadata of the safetensors file: options, the specs of the bases with their digests, the layers'
+shapes, versions, and a checksum of everything. The dataclasses here are its schema, in the newest format.
 """
 
 import hashlib
 import json
 import operator
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, Self, TypedDict, Union, get_args, get_origin
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from randlora.checkpoint.tensors import METADATA
 from randlora.config import OPTIONS, LayerOptions, RandLoRAConfig, by_rank
 from randlora.disk.formats import Planned, bytes_of, parse_json
 from randlora.errors import SHOWN, CheckpointError
-from randlora.hints import UNIONS, mistyped
+from randlora.hints import UNIONS, mistyped, shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS
 from randlora.targets.census import Shapes
@@ -33,100 +32,15 @@ from randlora.targets.options import options_by_target, options_listed
 HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
 
+NEWEST = 3
+"""The newest version of the format. A version is written only if the version before has no place for all fields.
+
+Version 1 has one pair of bases, version 2 has bases by r, stacks of matrices and options of single layers, and
+version 3 has buffers of modules in ``train_also``.
+"""
+
 LIBRARIES = ("transformers", "sentence_transformers")
 """Libraries whose classes are recorded if they are exported, so that other programs find them by name."""
-
-
-class BasisFacts(TypedDict):
-    """A `BasisSpec` in our header."""
-
-    kind: str
-    stream: str
-    seed: int
-    r: int
-    max_dim: int
-    min_dim: int
-    blocks: tuple[int, int] | None
-
-
-class RecordFacts(TypedDict):
-    """A `BasisRecord` in our header."""
-
-    basis: BasisFacts
-    basis_sha256: str
-    is_reproducible: bool
-
-
-def _in_file(hint: Any) -> Any:
-    """Return the type that values of an option have in a file: names for patterns, and lists of pairs for mappings.
-
-    Which words are choices, `RandLoRAConfig` checks.
-    """
-    kinds = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
-    if Sequence[str] in kinds:
-        return list[str] | None
-    return Union[tuple(_kind_in_file(kind) for kind in kinds)]  # noqa: UP007 (of any number)
-
-
-def _kind_in_file(kind: Any) -> Any:
-    if get_origin(kind) is Mapping:
-        return list[tuple[str, get_args(kind)[1]]]  # type: ignore[misc]
-    return str if get_origin(kind) is Literal else kind
-
-
-if TYPE_CHECKING:
-    ConfigFacts = dict[str, Any]
-else:
-    _OWN = {name: _in_file(option.type) for name, option in OPTIONS.items()}
-    ConfigFacts = TypedDict(
-        "ConfigFacts", {name: NotRequired[own] if OPTIONS[name].since > 1 else own for name, own in _OWN.items()}
-    )
-    """A `RandLoRAConfig` in our header, which lists names: nothing in a file is a pattern."""
-
-
-class ModelClassFacts(TypedDict):
-    """A `ModelClass` in our header."""
-
-    library: str
-    name: str
-    labels: NotRequired[list[str]]
-    problem_type: NotRequired[str]
-
-
-class HeaderFacts(TypedDict):
-    """The fields of our header in every version of the format. The first files lack some of them."""
-
-    config: ConfigFacts
-    targets: dict[str, list[int]]
-    library_version: str
-    sha256: str
-    torch_version: NotRequired[str | None]
-    transposed: NotRequired[list[str] | None]
-    kinds: NotRequired[dict[str, str]]
-    model_class: NotRequired[ModelClassFacts]
-
-
-class HeaderFacts1(HeaderFacts, RecordFacts):
-    """Our header in version 1, with one pair of bases."""
-
-
-class HeaderFacts2(HeaderFacts):
-    """Our header in version 2, with bases by r."""
-
-    bases: dict[str, RecordFacts]
-
-
-class HeaderFacts3(HeaderFacts2):
-    """Our header in version 3, with the names of the trained buffers."""
-
-    buffers: list[str]
-
-
-FORMAT_VERSIONS = {1: HeaderFacts1, 2: HeaderFacts2, 3: HeaderFacts3}
-"""A version is written only if the version before has no place for all fields.
-
-Version 2 has stacks of matrices and options of single layers, version 3 has buffers of modules in ``train_also``.
-"""
 
 
 @dataclass(frozen=True)
@@ -157,18 +71,6 @@ class ModelClass:
         problem_type = getattr(config, "problem_type", None)
         return cls(library, kind.__name__, _labels(config), problem_type if isinstance(problem_type, str) else None)
 
-    @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> Self:
-        """Build one from the result of `to_dict`."""
-        labels = facts.get("labels")
-        return cls(
-            facts["library"], facts["name"], None if labels is None else tuple(labels), facts.get("problem_type")
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields that are known as JSON-serializable values."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
     @property
     def config_fields(self) -> dict[str, Any]:
         """The fields that a config of transformers has for a model with these labels."""
@@ -195,8 +97,8 @@ class BasisRecord:
     does not reproduce the bases, and the file must hold them.
     """
 
-    spec: BasisSpec
-    digest: str
+    spec: BasisSpec = field(metadata={"json": "basis"})
+    digest: str = field(metadata={"json": SEAL_WORD})
     is_reproducible: bool
 
     @classmethod
@@ -207,19 +109,6 @@ class BasisRecord:
             max_dim, min_dim = drawn_dims(shapes)
             spec = replace(spec, max_dim=max_dim, min_dim=min_dim)
         return cls(spec, basis.digest(*sliced_dims(shapes)), basis.stored is None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON-serializable values."""
-        return {
-            "basis": self.spec.to_dict(),
-            SEAL_WORD: self.digest,
-            "is_reproducible": self.is_reproducible,
-        }
-
-    @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> Self:
-        """Build a record from the result of `to_dict`."""
-        return cls(BasisSpec.from_dict(facts["basis"]), facts[SEAL_WORD], bool(facts["is_reproducible"]))
 
 
 @dataclass(frozen=True)
@@ -235,7 +124,7 @@ class Header:
 
     config: RandLoRAConfig
     bases: dict[int, BasisRecord]
-    shapes: Shapes
+    shapes: Shapes = field(metadata={"json": "targets"})
     library_version: str
     torch_version: str | None
     transposed: tuple[str, ...] | None
@@ -334,98 +223,126 @@ def metadata_of(header: Header | None, tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def facts_of(header: Header) -> dict[str, Any]:
-    """Return the fields of a header as JSON-serializable values, without the SHA-256."""
-    facts: dict[str, Any] = {
-        "config": header.config.to_dict(),
-        "format_version": header.format_version,
-        "library_version": header.library_version,
-        "targets": {fqn: list(shape) for fqn, shape in header.shapes.items()},
-        "torch_version": header.torch_version,
-        "transposed": header.transposed,
-        **({"kinds": dict(header.kinds)} if header.kinds else {}),  # the first files have none
-        **({"model_class": header.model_class.to_dict()} if header.model_class else {}),  # nor this
-    }
+    """Return the fields of a header as JSON-serializable values, in its format, without the SHA-256."""
+    facts = {**_to_json(header), "format_version": header.format_version}
     if header.format_version == 1:
-        (record,) = header.bases.values()
-        facts |= record.to_dict()
-    else:
-        facts["bases"] = {str(r): record.to_dict() for r, record in header.bases.items()}
-    if header.buffers:
-        facts["buffers"] = list(header.buffers)
+        ((_, record),) = facts.pop("bases").items()
+        facts |= record
     return dict(sorted(facts.items()))
+
+
+def _to_json(value: Any) -> Any:
+    """Return a dataclass as JSON, by the names that its fields have there, without those that have their default."""
+    if isinstance(value, RandLoRAConfig | BasisSpec):
+        return value.to_dict()
+    if is_dataclass(value):
+        given = {part: getattr(value, part.name) for part in fields(value)}
+        return {_name(part): _to_json(entry) for part, entry in given.items() if entry != _default(part)}
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(entry) for key, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _from_json(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
+    """Return what JSON stands for by a type hint, such as a dataclass; add what does not match, with its place."""
+    kinds = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
+    kind = next((kind for kind in kinds if is_dataclass(kind) or get_origin(kind) is dict), None)
+    if kind is None or (value is None and type(None) in kinds):
+        problems += mistyped(value, hint, place)
+        return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, dict):
+        problems += mistyped(value, dict, place or "it")
+        return None
+    if get_origin(kind) is dict:
+        make, of = get_args(kind)
+        return {make(key): _from_json(of, entry, f"{place}[{shortly(key)}]", problems) for key, entry in value.items()}
+    if kind is RandLoRAConfig:
+        return _config(value, problems)
+    hints, found = get_type_hints(kind), {}
+    for part in fields(kind):
+        if (name := _name(part)) in value:
+            inside = f"{place}.{name}".removeprefix(".")
+            found[part.name] = _from_json(hints[part.name], value[name], inside, problems)
+        elif _default(part) is MISSING:
+            problems.append(f"{place or 'it'} has no {name}")
+    return None if problems else kind(**found)
+
+
+def _config(facts: dict[str, Any], problems: list[str]) -> RandLoRAConfig | None:
+    """Return options as a header has them, which lists names: nothing in a file is a pattern."""
+    problems += [f"config has no {name}" for name, option in OPTIONS.items() if option.since == 1 and name not in facts]
+    patterns = {name: facts.get(name) for name in ("targets", "exclude", "train_also")}
+    problems += [f"config.{name} must be a list or None" for name, value in patterns.items() if isinstance(value, str)]
+    return None if problems else RandLoRAConfig.from_dict(facts)
+
+
+def _name(part: Field[Any]) -> str:
+    return str(part.metadata.get("json", part.name))
+
+
+def _default(part: Field[Any]) -> Any:
+    return part.default if part.default_factory is MISSING else part.default_factory()
+
+
+def upgrade(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a header of any version as a header of the newest has them, after checking the version."""
+    found = facts["format_version"]
+    if type(found) is not int or not 1 <= found <= NEWEST:
+        raise CheckpointError(
+            f"the file has format version {found!r:.80}, this library reads versions 1 to {NEWEST}: install one that "
+            "reads it"
+        )
+    newest = {"torch_version": None, "transposed": None, **facts}  # which the first files lack
+    if found == 1:
+        newest["bases"] = {str(facts["config"]["r"]): {_name(part): facts[_name(part)] for part in fields(BasisRecord)}}
+    return newest
 
 
 def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
     """Return the header that was written as a `Seal.text` with these tensors, after checking version and checksum."""
+    problems: list[str] = []
     try:
         facts = parse_json(text)
         if not isinstance(facts, dict):
             raise TypeError("it is not an object")
-        found = facts["format_version"]
-        if type(found) is not int or found not in FORMAT_VERSIONS:
-            known = f"versions 1 to {max(FORMAT_VERSIONS)}"
-            raise CheckpointError(
-                f"the file has format version {found!r:.80}, this library reads {known}: install one that reads it"
-            )
-        if problems := [*mistyped(facts, FORMAT_VERSIONS[found], "")]:
+        header: Header | None = _from_json(Header, upgrade(facts), "", problems)
+        if header is None:
             raise ValueError("; ".join(problems[:SHOWN]))
         seal = facts.pop("sha256")
-        records = {facts["config"]["r"]: facts} if found == 1 else facts["bases"]
-        if problems := [*_problems(facts, records)]:
-            raise ValueError(problems[0])
-        header = Header(
-            config=RandLoRAConfig.from_dict(facts["config"]),
-            bases={int(r): BasisRecord.from_dict(record) for r, record in records.items()},
-            shapes={fqn: tuple(sizes) for fqn, sizes in facts["targets"].items()},
-            library_version=facts["library_version"],
-            torch_version=facts.get("torch_version"),  # the first files have neither this
-            transposed=None if (found := facts.get("transposed")) is None else tuple(found),  # nor this
-            kinds=facts.get("kinds", {}),
-            model_class=ModelClass.from_dict(facts["model_class"]) if "model_class" in facts else None,
-            buffers=tuple(facts.get("buffers", [])),
-        )
     except CheckpointError:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"the file's header is damaged ({error}): get an undamaged copy") from error
     if seal != seal_of(facts, tensors).digest:
         raise CheckpointError("the file's contents do not match its checksum, it was damaged: get an undamaged copy")
-    if not _is_consistent(header):
-        specs = " and ".join(str(record.spec) for record in header.bases.values())
-        raise CheckpointError(
-            f"the file's options, its targets and {specs} contradict each other: randlora.save wrote no such file"
-        )
+    if (problem := next(_problems(header), None)) is not None:
+        raise CheckpointError(f"the file's header is damaged ({problem}): randlora.save wrote no such file")
     return header
 
 
-def _problems(facts: Mapping[str, Any], records: Iterable[int | str]) -> Iterator[str]:
-    """Yield what is wrong with the values of a header whose types are right; an r is a name if there are several."""
-    yield from (f"{r!r} is not an r" for r in records if str(int(r)) != str(r))
-    for fqn, sizes in facts["targets"].items():
-        if not (len(sizes) in (2, 3) and all(size > 0 for size in sizes)):
-            yield f"{fqn} has shape {sizes!r:.80}, expected two or three positive integers"
-    for fqn, kind in facts.get("kinds", {}).items():
-        if fqn not in facts["targets"] or kind not in KINDS:
+def _problems(header: Header) -> Iterator[str]:
+    """Yield what contradicts itself in a header whose types are right."""
+    for fqn, shape in header.shapes.items():
+        if not (len(shape) in (2, 3) and all(size > 0 for size in shape)):
+            yield f"{fqn} has shape {shape!r:.80}, expected two or three positive integers"
+    for fqn, kind in header.kinds.items():
+        if fqn not in header.shapes or kind not in KINDS:
             yield f"{fqn} has kind {kind!r}, expected a target and one of {', '.join(KINDS)}"
-    if others := {*facts.get("buffers", [])} - {*(facts["config"].get("train_also") or ())}:
+    if others := {*header.buffers} - {*(header.config.train_also or ())}:
         yield f"{', '.join(sorted(others))} is not among the trained parameters"
-
-
-def _is_consistent(header: Header) -> bool:
-    """Whether each target has its options, and the bases of its r fit those and are large enough."""
     named = [option.keys() for option in (header.config.r, header.config.alpha) if isinstance(option, Mapping)]
     targets = header.config.targets
     if not is_names(targets) or any(fqns != header.shapes.keys() for fqns in [*named, {*targets}]):
-        return False
+        yield "the options are not of these targets and contradict each other"
+        return
     shapes = by_rank(header.shapes, header.options)
     if shapes.keys() != header.bases.keys():
-        return False
-    for r, own in shapes.items():
-        spec, used = header.bases[r].spec, sliced_dims(own)
+        yield "its options and its bases contradict each other"
+    for r in shapes.keys() & header.bases.keys():
+        spec, used = header.bases[r].spec, sliced_dims(shapes[r])
         is_large_enough = spec.is_prefix_stable or all(map(operator.ge, (spec.max_dim, spec.min_dim), used))
         if not (spec.is_of(header.config, r) and is_large_enough):
-            return False
-    return True
+            yield f"its options, its targets and {spec} contradict each other"
 
 
 def seal_of(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Seal:
