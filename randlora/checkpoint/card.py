@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from randlora.checkpoint.contents import AdapterToSave, Contents
+from randlora.checkpoint.contents import AdapterToSave
 from randlora.checkpoint.header import Header
 from randlora.checkpoint.peft_config import BASE_FIELD, repo_of
 from randlora.config import described
@@ -22,18 +22,16 @@ Results: TypeAlias = Mapping[str, float | str] | None
 """Results that a user measured, by the name of the metric."""
 
 
-def write_card(
-    held: AdapterToSave, contents: Contents, results: Results, repo_id: str | None, subfolder: str | None
-) -> str:
+def write_card(own: AdapterToSave, results: Results, repo_id: str | None, subfolder: str | None) -> str:
     """Return the text of a model card. ``subfolder`` is the place of the files in the repository."""
-    header, base = contents.header, repo_of(contents.fields[BASE_FIELD])
-    report = adapter_report(held.census, contents.adapter, header.shapes)
+    header, base, notes = own.header, repo_of(own.fields[BASE_FIELD]), own.notes
+    report = adapter_report(own.census, own.adapter, header.shapes)
     place = f'"{repo_id or "path/to/this/directory"}"'
     place += f', subfolder="{subfolder}"' if repo_id and subfolder else ""
     # what the Hub reads, in YAML, of which JSON strings are a part
     of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
     front_matter = ["---", *of_base, "library_name: randlora", "tags:", "- randlora", "---"]
-    figures = _figures(report, header, contents.adapter.left_out)
+    figures = _figures(report, header, own.adapter.left_out)
     here = f"import randlora\n\nrandlora.load(model, {place})  # model: the base model as it was before training"
     there = f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, {place})"
     sections = [
@@ -45,8 +43,8 @@ def write_card(
         *([RESULTS, _table("| metric | value |", results)] if results else ()),
         "## Loading it",
         f"```python\n{here}\n```",
-        "PEFT 0.21.2 does not load these files:" if contents.notes else "With PEFT:",
-        "\n".join(f"- {note}" for note in contents.notes) or f"```python\n{there}\n```",
+        "PEFT 0.21.2 does not load these files:" if notes else "With PEFT:",
+        "\n".join(f"- {note}" for note in notes) or f"```python\n{there}\n```",
     ]
     return "\n\n".join(sections) + "\n"
 

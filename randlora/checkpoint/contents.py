@@ -1,17 +1,13 @@
-"""An adapter to be saved: what its files have beside the values, and the values one at a time; `AdapterState`.
-
-`Saving` is an adapter on its way into a file of `save` or into memory, for `adapter_state`. The steps of `passing_on`,
-collectives if the model is sharded, give it one value after the other, so that `save` holds no more than one.
-"""
+"""An adapter to be saved: its values one at a time, and what its files have beside them; `AdapterState`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from operator import attrgetter, itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +24,7 @@ from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.engines import collective
 from randlora.model.install import lost_parts
 from randlora.model.train_also import is_changed
-from randlora.model.view import opened, require_own
+from randlora.model.view import View, opened, require_own
 from randlora.places import whole
 from randlora.ranks import agree, agreeing, run_collectives
 from randlora.replaced import whole_shape
@@ -40,100 +36,123 @@ StoredAs = Literal["seed", "stored"]
 """Whether the bases of an adapter are left out, because the seed reproduces them, or stored as they are."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AdapterToSave:
-    """An adapter, with Λ and Γ by FQN (``diagonals``), and why it cannot be saved."""
+    """An adapter to be saved, under the names that its layers have now.
+
+    What its files have beside the values is found when it is asked for, of an adapter without problems.
+
+    Attributes:
+        census: The model.
+        state: The model's state.
+        adapter: The adapter.
+        sites: Its layers.
+        bases: Whether its bases are stored.
+        values: All values that are written, except bases, by their names in a file.
+        problems: Why it cannot be saved, as far as is known.
+        has_effect: Whether the values gathered so far change what the model computes.
+    """
 
     census: Census
     state: ModelState
     adapter: Adapter
     sites: Sequence[AdaptedSite]
-    diagonals: Mapping[str, tuple[Tensor, Tensor]]
-    trained: Mapping[str, Tensor]
     bases: str
+    values: dict[str, Value]
     problems: list[str]
+    has_effect: bool = False
+    _nonzero: set[str] = field(default_factory=set)  # the layers of which one of Λ and Γ has an entry that is not 0
 
-    def values(self) -> dict[str, Value]:
-        """Return all values that are written, except bases, by their names in a file."""
-        values = {}
-        for site in self.sites:
-            part = site.layer.adapters[self.adapter.name]
-            shapes, keys = diagonal_shapes(part.shape, part.options.r), value_keys(site.fqn, self.diagonals)
-            for key, letter, own, shape in zip(keys, "ΛΓ", self.diagonals[site.fqn], shapes, strict=True):
-                values[key] = Value(f"{letter} of {site.fqn}", own, shape, is_diagonal=True)
-        for fqn, parameter in self.trained.items():
-            entry = self.state.replaced[fqn]
-            shape = whole_shape(entry.original)
-            values[trained_key(fqn, self.diagonals)] = Value(fqn, parameter, shape, is_buffer=entry.is_buffer)
-        return values
+    @classmethod
+    def of(cls, view: View, name: str | None, bases: str) -> Self:
+        """Return one adapter of a model; ``None`` means the only one."""
+        adapter = view.state.adapter(name)
+        sites = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
+        # a module used in several places may have another name now, if one of them is gone or new
+        renamed = replace(adapter, options={site.fqn: site.layer.adapters[adapter.name].options for site in sites})
+        values, problems = _values(view.state, renamed, sites), _problems(view, adapter, bases)
+        return cls(view.census, view.state, renamed, sites, bases, values, problems)
+
+    @cached_property
+    def header(self) -> Header:
+        """Its header."""
+        adapter, sites = self.adapter, self.sites
+        return Header.of(
+            adapter.config,
+            adapter.options,
+            adapter.bases,
+            shapes_of(sites, adapter.config),
+            adapter.trained,
+            tuple(site.fqn for site in sites if site.layer_class.is_transposed),
+            other_kinds(sites),
+            ModelClass.of(self.census.model, has_trained=bool(adapter.trained)),
+            adapter.buffers,
+        )
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """The fields of its JSON."""
+        return to_peft_fields(self.census, self.adapter, stored=self.bases == "stored")
+
+    @cached_property
+    def stored(self) -> list[Planned]:
+        """The bases that are written."""
+        return stored_bases(self.adapter.bases, self.header) if self.bases == "stored" else []
+
+    @cached_property
+    def tensors(self) -> list[Planned]:
+        """The tensors of its file, in the order of the model; those of `values` without values."""
+        return [*(Planned(key, own.dtype, tuple(own.shape), tuple) for key, own in self.values.items()), *self.stored]
+
+    @cached_property
+    def seal(self) -> Seal:
+        """The checksum of what was gathered so far."""
+        return Seal(facts_of(self.header))
+
+    @property
+    def notes(self) -> list[str]:
+        """What PEFT 0.21.2 would not load, or would load wrongly."""
+        return _peft_notes(self.adapter, self.header, self.bases)
 
     def value_problems(self) -> list[str]:
         """Return why it cannot be saved if all values are here."""
-        return [*self.problems, *filter(None, (value.problem(value.parameter) for value in self.values().values()))]
+        return [*self.problems, *filter(None, (value.problem(value.parameter) for value in self.values.values()))]
 
+    def gather(self, write: Callable[[Planned], object] | None) -> Iterator[Callable[[], None]]:
+        """Yield the steps that gather, check, hash and write one value after the other, in the order of their names.
 
-class Contents(NamedTuple):
-    """What an adapter's files have beside the values, under the names that its layers have now.
+        They are collectives if the model is sharded. A process without ``write`` takes part and drops the values.
+        """
+        found = dict[str, str]()
+        for item in sorted(self.values.items(), key=itemgetter(0)):
+            yield partial(self._gather, *item, write, found)
+        if write is not None:
+            yield partial(self._end, write, found)
 
-    ``bases`` are the bases to write, and ``notes`` say why PEFT could not load the files.
-    """
+    def _gather(self, key: str, value: Value, write: Callable[[Planned], object] | None, found: dict[str, str]) -> None:
+        with torch.no_grad():
+            values = whole(value.parameter)
+            if write is None:
+                return
+            if (problem := value.problem(values)) is not None:
+                found[key] = problem
+                return
+            self.has_effect = self.has_effect or self._changes(key, value, values)
+            write(self.seal.added(Planned.whole(key, value.stored(values))))
 
-    adapter: Adapter
-    fields: dict[str, Any]
-    header: Header
-    bases: list[Planned]
-    notes: list[str]
-
-
-class Saving:
-    """An adapter whose values are given one at a time, in the order of their names: checked, hashed and written.
-
-    Attributes:
-        held: The adapter.
-        contents: What its files have beside the values.
-        tensors: The tensors of its file, without values.
-        seal: The checksum of what was written so far.
-        has_effect: Whether the values so far change what the model computes.
-    """
-
-    def __init__(self, held: AdapterToSave) -> None:
-        """Prepare an adapter that has no problems but, perhaps, in its values."""
-        self.held, self.contents = held, contents_of(held)
-        values = held.values()
-        own = [Planned(key, value.dtype, tuple(value.shape), tuple) for key, value in values.items()]
-        self.tensors = [*own, *self.contents.bases]
-        self.seal = Seal(facts_of(self.contents.header))
-        self.has_effect = False
-        self._own = {tensor.name: tensor for tensor in own}
-        self._problems: dict[str, str | None] = dict.fromkeys(values)
-        self._nonzero = set[str]()  # the layers of which one of Λ and Γ has an entry that is not 0
-
-    @property
-    def problems(self) -> list[str]:
-        """Why the adapter cannot be saved, by the values so far, in the order of the model."""
-        return [problem for problem in self._problems.values() if problem is not None]
-
-    def take(self, key: str, value: Value, values: Tensor, write: Callable[[Planned], object]) -> None:
-        """Take all values of a parameter, and write a copy if there is no problem with them."""
-        self._problems[key] = value.problem(values)
-        if self._problems[key] is not None:
-            return
-        self.has_effect = self.has_effect or self._changes(key, value, values)
-        copy = value.stored(values)
-        write(self.seal.added(replace(self._own[key], pieces=lambda: (copy,))))
+    def _end(self, write: Callable[[Planned], object], found: Mapping[str, str]) -> None:
+        """Write the bases, whose names come after those of all values, and list the problems as the model does."""
+        self.problems += [found[key] for key in self.values if key in found]
+        for basis in sorted(self.stored, key=attrgetter("name")):
+            write(self.seal.added(basis))
 
     def _changes(self, key: str, value: Value, values: Tensor) -> bool:
         if not value.is_diagonal:
-            return not value.is_buffer and is_changed(self.held.state, value.name, values)
+            return not value.is_buffer and is_changed(self.state, value.name, values)
         layer, is_nonzero = key.rpartition(".")[0], bool(values.any())
         is_second = layer in self._nonzero
         self._nonzero.update([layer] * is_nonzero)
         return is_nonzero and is_second
-
-    def end(self, write: Callable[[Planned], object]) -> None:
-        """Write the bases, if they are to be written: their names come after those of all values."""
-        for basis in sorted(self.contents.bases, key=attrgetter("name")):
-            write(self.seal.added(basis))
 
 
 def to_save(model: nn.Module, names: Sequence[str | None], bases: str, *, doing: str) -> list[AdapterToSave]:
@@ -142,90 +161,51 @@ def to_save(model: nn.Module, names: Sequence[str | None], bases: str, *, doing:
     If the model is sharded, problems that are known before anything is gathered raise an error at once.
     """
     with opened(model, None) as view:
-        state, census = view.state, view.census
-        held = [_held(census, state, state.adapter(name), bases) for name in names]
-        require_own(census, state, "save")
-        for each in held:
-            each.problems.extend(_problems(each))
-        if agreeing() is not None:
-            values = [value for each in held for value in each.values().values()]
-            problems = [*(problem for each in held for problem in each.problems), *meta_problems(values)]
-            raise_collected(CheckpointError, problems, doing=doing)
-        return held
-
-
-def passing_on(
-    held: AdapterToSave, take: Callable[[str, Value, Tensor], object] | None
-) -> Iterator[Callable[[], None]]:
-    """Yield the steps that give the values of an adapter to a function, one at a time; collectives if it is sharded.
-
-    A process without such a function takes part in gathering, and drops the values.
-    """
-
-    def step(key: str, value: Value) -> None:
-        with torch.no_grad():
-            values = whole(value.parameter)
-            if take is not None:
-                take(key, value, values)
-
-    for item in sorted(held.values().items(), key=itemgetter(0)):
-        yield partial(step, *item)
+        adapters = [AdapterToSave.of(view, name, bases) for name in names]
+        require_own(view.census, view.state, "save")
+    if agreeing() is not None:
+        values = [value for adapter in adapters for value in adapter.values.values()]
+        problems = [*(problem for adapter in adapters for problem in adapter.problems), *meta_problems(values)]
+        raise_collected(CheckpointError, problems, doing=doing)
+    return adapters
 
 
 def given_values(model: nn.Module, values: Mapping[str, Tensor]) -> AdapterToSave:
     """Return the only adapter of a model with values that another library gathered, by FQN; never a collective."""
     with opened(model, "save") as view:
-        state, census = view.state, view.census
-        held = _held(census, state, state.adapter(None), "seed")
-        held.problems.extend(_problems(held))
-        owners = {id(visit.module): visit.fqn for visit in reversed(census.visits)}
-        names = [
-            f"{owners[id(site.owner)]}.{part}.{held.adapter.name}".removeprefix(".")
-            for site in held.sites
-            for part in site.layer.parameter_names()
-        ]
-        names += held.trained
-        if lacking := [name for name in names if name not in values]:
-            held.problems.append(f"the state_dict has no {shortened(lacking)}")
-            return held
-        found = iter([values[name].detach() for name in names])
-        pairs = {fqn: (next(found), next(found)) for fqn in held.diagonals}
-        return replace(held, diagonals=pairs, trained=dict(zip(held.trained, found, strict=True)))
+        adapter = AdapterToSave.of(view, None, "seed")
+        owners = {id(visit.module): visit.fqn for visit in reversed(view.census.visits)}
+    names = [
+        f"{owners[id(site.owner)]}.{part}.{adapter.adapter.name}".removeprefix(".")
+        for site in adapter.sites
+        for part in site.layer.parameter_names()
+    ]
+    names += adapter.adapter.trained
+    if lacking := [name for name in names if name not in values]:
+        adapter.problems.append(f"the state_dict has no {shortened(lacking)}")
+        return adapter
+    for (key, value), name in zip(adapter.values.items(), names, strict=True):
+        adapter.values[key] = value._replace(parameter=values[name].detach())
+    return adapter
 
 
-def contents_of(held: AdapterToSave) -> Contents:
-    """Return what the files of an adapter that has no problems have beside the values."""
-    adapter, sites = held.adapter, held.sites
-    shapes = shapes_of(sites, adapter.config)
-    # a module used in several places may have another name now, if one of them is gone or new
-    adapter = replace(adapter, options={site.fqn: site.layer.adapters[adapter.name].options for site in sites})
-    transposed = tuple(site.fqn for site in sites if site.layer_class.is_transposed)
-    model_class = ModelClass.of(held.census.model, has_trained=bool(adapter.trained))
-    header = Header.of(
-        adapter.config,
-        adapter.options,
-        adapter.bases,
-        shapes,
-        adapter.trained,
-        transposed,
-        other_kinds(sites),
-        model_class,
-        adapter.buffers,
-    )
-    fields = to_peft_fields(held.census, adapter, stored=held.bases == "stored")
-    written = stored_bases(adapter.bases, header) if held.bases == "stored" else []
-    return Contents(adapter, fields, header, written, _peft_notes(adapter, header, held.bases))
+def _values(state: ModelState, adapter: Adapter, sites: Sequence[AdaptedSite]) -> dict[str, Value]:
+    values = {}
+    for site in sites:
+        part = site.layer.adapters[adapter.name]
+        shapes, keys = diagonal_shapes(part.shape, part.options.r), value_keys(site.fqn, adapter.options)
+        diagonals = site.layer.diagonals_of(site.owner, adapter.name)
+        for key, letter, diagonal, shape in zip(keys, "ΛΓ", diagonals, shapes, strict=True):
+            values[key] = Value(f"{letter} of {site.fqn}", diagonal, shape, is_diagonal=True)
+    for fqn, parameter in adapter.trained.items():
+        entry = state.replaced[fqn]
+        shape = whole_shape(entry.original)
+        values[trained_key(fqn, adapter.options)] = Value(fqn, parameter, shape, is_buffer=entry.is_buffer)
+    return values
 
 
-def _held(census: Census, state: ModelState, adapter: Adapter, bases: str) -> AdapterToSave:
-    sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
-    diagonals = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
-    return AdapterToSave(census, state, adapter, sites, diagonals, adapter.trained, bases, [])
-
-
-def _problems(held: AdapterToSave) -> list[str]:
-    adapter, bases = held.adapter, held.bases
-    problems = lost_parts(held.census, held.state, [adapter])
+def _problems(view: View, adapter: Adapter, bases: str) -> list[str]:
+    problems = lost_parts(view.census, view.state, [adapter])
     if bases not in ("seed", "stored"):
         problems.append(f"bases must be 'seed' or 'stored', got {shortly(bases)}")
     if bases == "seed" and any(basis.stored is not None for basis in adapter.bases.values()):
@@ -243,7 +223,6 @@ def _problems(held: AdapterToSave) -> list[str]:
 
 
 def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
-    """Return what PEFT 0.21.2 would not load, or would load wrongly."""
     if (reason := unknown_to_peft(header.kinds)) is not None:
         return [f"PEFT cannot load this adapter: {reason}"]
     if (reason := peft_obstacle(header.options)) is not None:
@@ -342,21 +321,20 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
         >>> randlora.swap(model, state.with_tensors(half))
     """
     doing = "return the state of an adapter"
-    (held,) = to_save(model, [name], bases, doing=doing)
-    raise_collected(CheckpointError, held.value_problems() if agreeing() is None else [], doing=doing)
-    saving, tensors = Saving(held), dict[str, Tensor]()
+    (adapter,) = to_save(model, [name], bases, doing=doing)
+    raise_collected(CheckpointError, adapter.value_problems() if agreeing() is None else [], doing=doing)
+    tensors = dict[str, Tensor]()
 
     def keep(tensor: Planned) -> None:
         tensors[tensor.name] = tensor.read()
 
-    steps = [*passing_on(held, partial(saving.take, write=keep))]
+    steps = [*adapter.gather(keep)]
     agree()  # before anything is gathered
     run_collectives(steps)
-    saving.end(keep)
-    raise_collected(CheckpointError, saving.problems, doing=doing)
-    tensors = {tensor.name: tensors[tensor.name] for tensor in saving.tensors}  # in the order of the model
-    config = json.loads(json.dumps(saving.contents.fields))  # as it is read from a file
-    return AdapterState(tensors, saving.seal.metadata, config)
+    raise_collected(CheckpointError, adapter.problems, doing=doing)
+    tensors = {tensor.name: tensors[tensor.name] for tensor in adapter.tensors}  # in the order of the model
+    config = json.loads(json.dumps(adapter.fields))  # as it is read from a file
+    return AdapterState(tensors, adapter.seal.metadata, config)
 
 
 def file_of(state: AdapterState) -> AdapterFile:

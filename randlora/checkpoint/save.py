@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from randlora.checkpoint.card import CARD_FILE, Results, is_ours, results_note, write_card
-from randlora.checkpoint.contents import AdapterToSave, Saving, StoredAs, given_values, passing_on, to_save
+from randlora.checkpoint.contents import AdapterToSave, StoredAs, given_values, to_save
 from randlora.checkpoint.fit import untied_by_peft
 from randlora.checkpoint.header import Header, metadata_of
 from randlora.checkpoint.load import IN_ROOT
@@ -103,7 +103,8 @@ def save(
     """
     require_types(save, {"model": model, "directory": directory, "name": name, "results": results})
     root = Path(directory)
-    (report,) = write_each(model, {name: root}, root, bases=bases, push_to_hub=push_to_hub, results=results)
+    adapters = to_save(model, [name], bases, doing=_saving_to(root))
+    (report,) = _write_each(adapters, [root], root, hub=push_to_hub, results=results)
     return report
 
 
@@ -150,38 +151,26 @@ def save_all(
     ]
     if not chosen:
         problems.append("no adapter is named")
-    raise_collected(CheckpointError, problems, doing=f"save to {str(root)!r}")
-    directories = {name: root if name == IN_ROOT else root / name for name in chosen}
-    return write_each(model, directories, root, bases=bases, push_to_hub=push_to_hub)
+    raise_collected(CheckpointError, problems, doing=_saving_to(root))
+    directories = [root if name == IN_ROOT else root / name for name in chosen]
+    return _write_each(to_save(model, chosen, bases, doing=_saving_to(root)), directories, root, hub=push_to_hub)
 
 
-def write_each(
-    model: nn.Module,
-    directories: Mapping[str, Path] | Mapping[str | None, Path],
-    root: Path,
-    *,
-    bases: StoredAs,
-    push_to_hub: str | None,
-    results: Results = None,
-) -> list[SaveReport]:
-    """Save adapters by name, each to its directory, which is ``root`` or inside it, after checking all of them."""
-    doing = f"save to {str(root)!r}"
-    held = to_save(model, [*directories], bases, doing=doing)
-    return _write_each(held, [*directories.values()], root, hub=push_to_hub, results=results, doing=doing)
+def _saving_to(root: Path) -> str:
+    return f"save to {str(root)!r}"
 
 
 def _write_each(
-    held: Sequence[AdapterToSave],
+    adapters: Sequence[AdapterToSave],
     directories: Sequence[Path],
     root: Path,
     *,
-    hub: str | None,
-    results: Results,
-    doing: str,
+    hub: str | None = None,
+    results: Results = None,
 ) -> list[SaveReport]:
     """Write the files of some adapters, one value after the other; a collective if there are several processes."""
     with ExitStack() as hidden, ExitStack() as being_written:
-        writing = _Writing(held, directories, root, hub, results, doing, are_here=agreeing() is None)
+        writing = _Writing(adapters, directories, root, hub, results, are_here=agreeing() is None)
         on_first_rank(partial(writing.begin, hidden))
         steps = [*writing.steps(being_written)]
         agree()  # before anything is gathered
@@ -193,19 +182,18 @@ def _write_each(
 class _Writing:
     """The writing of some adapters, of which one process has the ``files``. All values ``are_here`` at once, or not."""
 
-    held: Sequence[AdapterToSave]
+    adapters: Sequence[AdapterToSave]
     directories: Sequence[Path]
     root: Path
     hub: str | None
     results: Results
-    doing: str
     are_here: bool
     files: list[_Files] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
     def begin(self, hidden: ExitStack) -> None:
         """Check what can be checked before a value is gathered, and begin all files, in hidden directories."""
-        problems = [problem for each in self.held for problem in each.value_problems()] if self.are_here else []
+        problems = [problem for own in self.adapters for problem in own.value_problems()] if self.are_here else []
         if self.hub is not None and not (isinstance(self.hub, str) and is_repo_id(self.hub)):
             problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {shortly(self.hub)}")
         elif self.hub is not None:
@@ -216,38 +204,36 @@ class _Writing:
             for directory in dict.fromkeys((self.root, *self.directories))
             if os.path.lexists(directory) and not directory.is_dir()
         ]
-        raise_collected(CheckpointError, problems, doing=self.doing)
-        for each, directory in zip(self.held, self.directories, strict=True):
+        raise_collected(CheckpointError, problems, doing=_saving_to(self.root))
+        for own, directory in zip(self.adapters, self.directories, strict=True):
             subfolder = None if directory == self.root else directory.name
-            self.files.append(_Files(each, directory, subfolder, self.hub, self.results))
-        self.sizes = hidden.enter_context(staged_files(*(each.files for each in self.files)))
+            self.files.append(_Files(own, directory, subfolder, self.hub, self.results))
+        self.sizes = hidden.enter_context(staged_files(*(files.files for files in self.files)))
 
     def steps(self, being_written: ExitStack) -> Iterator[Callable[[], object]]:
         """Yield what gathers and writes each value in turn. A process without files takes part in gathering."""
-        for held, own in zip_longest(self.held, self.files):
-            if own is None:
-                yield from passing_on(held, None)
+        for own, files in zip_longest(self.adapters, self.files):
+            if files is None:
+                yield from own.gather(None)
                 continue
-            yield partial(being_written.enter_context, own.tensors)
-            yield from passing_on(held, partial(own.saving.take, write=own.tensors.write))
-            yield partial(own.saving.end, own.tensors.write)
-            yield own.seal
+            yield partial(being_written.enter_context, files.tensors)
+            yield from own.gather(files.tensors.write)
             yield being_written.close
 
     def end(self, hidden: ExitStack) -> list[SaveReport]:
         """Move the files to their places if all values could be saved, push them, and return the reports."""
-        problems = [problem for each in self.files for problem in each.saving.problems]
-        raise_collected(CheckpointError, problems, doing=self.doing)
+        problems = [problem for own in self.adapters for problem in own.problems]
+        raise_collected(CheckpointError, problems, doing=_saving_to(self.root))
         hidden.close()
         url, kept = _push(self.root, self.directories, self.hub) if self.hub else (None, [])
         reports = []
-        for each, size in zip(self.files, self.sizes, strict=True):
-            notes = each.notes() + [
+        for files, size in zip(self.files, self.sizes, strict=True):
+            notes = files.notes() + [
                 f"{card} of {self.hub} is not a generated card, so it stays"
                 for card in kept
-                if (self.root / card).parent == each.directory
+                if (self.root / card).parent == files.directory
             ]
-            reports.append(SaveReport(each.directory, each.saving.held.adapter.name, size, tuple(notes), url))
+            reports.append(SaveReport(files.directory, files.own.adapter.name, size, tuple(notes), url))
         return reports
 
 
@@ -257,28 +243,23 @@ class _Files:
     tensors: TensorFile
 
     def __init__(
-        self, held: AdapterToSave, directory: Path, subfolder: str | None, hub: str | None, results: Results
+        self, own: AdapterToSave, directory: Path, subfolder: str | None, hub: str | None, results: Results
     ) -> None:
         """Plan them."""
-        beside, card = _beside_the_base(held.census, directory), directory / CARD_FILE
-        self.saving, self.directory = Saving(held), directory
-        contents = self.saving.contents
+        beside, card = _beside_the_base(own.census, directory), directory / CARD_FILE
+        self.own, self.directory = own, directory
         is_kept = os.path.lexists(card) and not is_ours(card)  # the user's own
-        text = None if is_kept else write_card(held, contents, results, hub, subfolder)
-        self.files = files_of(directory, {TENSORS_FILE: self._begin}, contents.fields, text, has_header=True)
-        self._notes = [*_training_notes(held), *beside, *results_note(card, results)]
+        text = None if is_kept else write_card(own, results, hub, subfolder)
+        self.files = files_of(directory, {TENSORS_FILE: self._begin}, own.fields, text, has_header=True)
+        self._notes = [*_training_notes(own), *beside, *results_note(card, results)]
 
     def _begin(self, path: Path) -> None:
-        self.tensors = TensorFile(path, self.saving.tensors, self.saving.seal.metadata)
-
-    def seal(self) -> None:
-        """Have the checksum of all that was written in the header."""
-        self.tensors.metadata = self.saving.seal.metadata
+        self.tensors = TensorFile(path, self.own.tensors, lambda: self.own.seal.metadata)
 
     def notes(self) -> list[str]:
         """Return the notes of the report, once all values have been written."""
-        untrained = [] if self.saving.has_effect else untrained_note(self.saving.held.adapter)
-        return [*self.saving.contents.notes, *untrained, *self._notes]
+        untrained = [] if self.own.has_effect else untrained_note(self.own.adapter)
+        return [*self.own.notes, *untrained, *self._notes]
 
 
 def _beside_the_base(census: Census, directory: Path) -> list[str]:
@@ -312,15 +293,15 @@ def _save_only(model: nn.Module, directory: Path, values: Mapping[str, Tensor] |
     """Save the only adapter of a model, or of a sharded one from gathered values, in the process that has them."""
     if values is None:
         return save(model, directory)
-    held, doing = given_values(model, values), f"save to {str(directory)!r}"
-    raise_collected(CheckpointError, held.problems, doing=doing)
-    (report,) = _write_each([held], [directory], directory, hub=None, results=None, doing=doing)
+    own = given_values(model, values)
+    raise_collected(CheckpointError, own.problems, doing=_saving_to(directory))
+    (report,) = _write_each([own], [directory], directory)
     return report
 
 
-def _training_notes(held: AdapterToSave) -> list[str]:
+def _training_notes(own: AdapterToSave) -> list[str]:
     """Return notes on what of the training the files do not have."""
-    census, state, adapter = held.census, held.state, held.adapter
+    census, state, adapter = own.census, own.state, own.adapter
     elsewhere = "they are not in the files, so a model that loads the adapter computes something different"
     return [
         *untied_by_peft(census, adapter.trained),

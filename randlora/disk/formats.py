@@ -291,17 +291,14 @@ class TensorFile:
     """A safetensors file whose tensors are written one by one, in any order, each to its place.
 
     It is open within a ``with`` block, at whose end the header is written, and complete if all tensors were written.
-
-    Attributes:
-        tensors: The tensors in the order of their bytes.
-        metadata: The metadata, which may be replaced by others that are as long, such as with a checksum, in the block.
+    ``metadata`` is called now and then: what it returns, such as a checksum, may change, but not in length.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[Planned], metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, tensors: Iterable[Planned], metadata: Callable[[], Mapping[str, str]]) -> None:
         """Plan a file with these tensors."""
         self.tensors = sorted(tensors, key=lambda tensor: (-_ORDER[tensor.dtype], tensor.name))
-        self.metadata = metadata
-        self._path, self._length = path, len(header_bytes(self.tensors, metadata))
+        self._path, self._metadata = path, metadata
+        self._length = len(header_bytes(self.tensors, metadata()))
         ends = accumulate((tensor.nbytes for tensor in self.tensors), initial=self._length)
         self._starts = {tensor.name: start for tensor, start in zip(self.tensors, ends, strict=False)}
 
@@ -314,7 +311,7 @@ class TensorFile:
         """Write the header, unless the block raised, and close the file."""
         with self._file:
             if kind is None:
-                header = header_bytes(self.tensors, self.metadata)
+                header = header_bytes(self.tensors, self._metadata())
                 assert len(header) == self._length, "the tensors have their places"
                 self._write_at(0, header)
 
@@ -343,7 +340,7 @@ def write_tensor_file(
     wrote: Callable[[int, str], object] | None = None,
 ) -> None:
     """Write a safetensors file from tensors in any order, one by one; ``wrote`` is as for `TensorFile.write`."""
-    with TensorFile(path, tensors, metadata) as file:
+    with TensorFile(path, tensors, lambda: metadata) as file:
         for tensor in file.tensors:
             file.write(tensor, wrote)
 
