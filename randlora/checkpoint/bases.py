@@ -1,8 +1,7 @@
 """The bases of an adapter on disk: drawn again and checked, or read from the file.
 
-A file names the dims of its bases in a few bytes, but drawing them may take all memory. Bases drawn for several
-adapters are as large as the widest layer of any of them, which one file need not name. So what may be drawn is limited
-by the layers of the model, not by the layers that the file names.
+A file names dims in a few bytes, and drawing such bases may take all memory. They may be as large as layers of other
+adapters, which the file need not name: so the layers of the model limit what is drawn, not those of the file.
 """
 
 from __future__ import annotations
@@ -50,10 +49,9 @@ def stream_notes(file: AdapterFile) -> tuple[str, ...]:
     if file.header is not None or file.bases or file.stream is not None or len(peft_streams(kind)) == 1:
         return ()
     note = (
-        "PEFT stored neither the bases nor the torch that drew them: assumed "
-        f"{spelled('stream', 'torch')}, of torch 2.12 and newer. "
-        "An adapter trained under torch 2.11 or older had others and computes something else with these: give "
-        f"{spelled('stream', 'torch-2.11')} for it"
+        f"PEFT stored neither the bases nor the torch that drew them: assumed {spelled('stream', 'torch')}, of torch "
+        "2.12 and newer. An adapter trained under torch 2.11 or older had others and computes something else with "
+        f"these: give {spelled('stream', 'torch-2.11')} for it"
     )
     return (note,)
 
@@ -73,13 +71,11 @@ def file_bases(
         raise CheckpointError(
             f"its bases are from several streams, {' and '.join(streams)}: randlora.save did not write this file"
         )
-    if file.stream is not None and any(basis.stored is not None for basis in bases.values()):
+    is_stored = any(basis.stored is not None for basis in bases.values())
+    if file.stream is not None and (is_stored or streams not in ([], [file.stream])):
+        origin = "no seed" if is_stored else repr(streams[0])
         raise CheckpointError(
-            f"{spelled('stream', file.stream)} is given, but the file's bases are from no seed: omit it"
-        )
-    if file.stream is not None and streams not in ([], [file.stream]):
-        raise CheckpointError(
-            f"{spelled('stream', file.stream)} is given, but the file's bases are from {streams[0]!r}: omit it"
+            f"{spelled('stream', file.stream)} is given, but the file's bases are from {origin}: omit it"
         )
     if streams not in ([], [file.config.stream or default_stream(file.config.basis)]):
         file = replace(file, config=replace(file.config, stream=streams[0]))
@@ -88,9 +84,11 @@ def file_bases(
 
 def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: BasisBank, known: Known | None) -> Basis:
     """Return the bases of one r, as `file_bases` does, for the shapes of the layers that use them."""
-    used = sliced_dims(shapes)
-    spec, stored = _spec(file, r, shapes), file.bases.get(r)
+    used, stored = sliced_dims(shapes), file.bases.get(r)
     record = None if file.header is None else file.header.bases[r]
+    spec = spec_for(file.config, r, shapes) if record is None else record.spec
+    if record is None and stored is not None:  # by which PEFT draws bases of these shapes
+        spec = replace(spec, max_dim=len(stored[1]), min_dim=stored[0].shape[-1])
     require_drawable(spec, used, file, known)
     if record is not None and not record.is_reproducible:
         return _as_stored(file, spec, used, bank)
@@ -108,7 +106,7 @@ def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: Bas
             return held or basis
     if stored is not None:
         return _as_stored(file, spec, used, bank)
-    assert file.header is not None, "bases without a record are found or stored"
+    assert file.header is not None, "bases without a header are found or stored"
     assert record is not None, "a file with a header has a record for each r"
     here, drawn_by = torch.__version__.split("+")[0], file.header.torch_version
     then = f"torch {drawn_by}" if drawn_by else "an unknown torch"
@@ -136,15 +134,6 @@ def _drawn(spec: BasisSpec, used: tuple[int, int]) -> Basis:
     except ConfigError as error:
         raise CheckpointError(f"the bases that the file names cannot be drawn: {error}") from error
     return basis
-
-
-def _spec(file: AdapterFile, r: int, shapes: Sequence[Shape]) -> BasisSpec:
-    """Return the spec in our header, or the one by which PEFT draws bases of the stored shapes or for the layers."""
-    if file.header is not None:
-        return file.header.bases[r].spec
-    if (stored := file.bases.get(r)) is not None:
-        return replace(spec_for(file.config, r, shapes), max_dim=len(stored[1]), min_dim=stored[0].shape[-1])
-    return spec_for(file.config, r, shapes)
 
 
 def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: BasisBank) -> Basis:
@@ -189,10 +178,9 @@ def count_entries(r: int, max_dim: int, min_dim: int) -> int:
 
 
 def require_drawable(spec: BasisSpec, used: tuple[int, int], file: AdapterFile, known: Known | None) -> None:
-    """Raise a `CheckpointError` if bases are larger than any that layers of the model need.
+    """Raise a `CheckpointError` if bases are larger than layers of the model, or what the file has, may need.
 
-    ``used`` is the ``(max_dim, min_dim)`` that the file's layers use. The sizes of Λ, Γ and stored bases in the file
-    count too.
+    ``used`` is the ``(max_dim, min_dim)`` that the file's layers use.
     """
     max_dim, min_dim = max(spec.max_dim, used[0]), max(spec.min_dim, used[1])
     count = count_entries(spec.r, max_dim, min_dim)

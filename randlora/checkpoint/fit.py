@@ -48,17 +48,16 @@ def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
     found: dict[tuple[int, str], Site] = {}
     for fqn in file.values:
         if (site := sites.get(fqn)) is not None:
-            twin = found.setdefault(site.key, site)
-            if twin is not site:
+            if (twin := found.setdefault(site.key, site)) is not site:
                 problems.append(
                     f"{fqn} and {twin.fqn} are the same layer in this model, which cannot hold both adapters"
                 )
         elif fqn not in modules:
             problems.append(f"the model has no layer {fqn}")
-        elif isinstance(reason := find_layer(modules[fqn]), str):
-            problems.append(f"{fqn} ({type(modules[fqn]).__name__}) cannot be adapted: {reason}")
         else:
-            problems.append(f"{fqn} ({type(modules[fqn]).__name__}) has no weight that can be adapted")
+            reason = find_layer(modules[fqn])
+            why = f"cannot be adapted: {reason}" if isinstance(reason, str) else "has no weight that can be adapted"
+            problems.append(f"{fqn} ({type(modules[fqn]).__name__}) {why}")
     problems = prefix_problems(file, sites, parameter_names(census)) or problems
     raise_collected(CheckpointError, problems, doing=_fitting(census, file))
     return tuple(site for site in sites.values() if found.get(site.key) is site)
@@ -102,25 +101,19 @@ def with_prefix(
         case ["added"]:
             return file.renamed(lambda fqn: dotted + fqn, f"with {dotted!r} added")
         case ["removed"]:
-            others = [fqn for fqn in file.trained if not fqn.startswith(dotted)]
-            problems = [_no_parameter(fqn, file) for fqn in others]
+            problems = [_no_parameter(fqn, file) for fqn in file.trained if not fqn.startswith(dotted)]
             raise_collected(CheckpointError, problems, doing=f"remove the prefix {prefix!r}")
             return file.renamed(lambda fqn: fqn.removeprefix(dotted), f"with {dotted!r} removed")
         case []:
             fit = "as they are: leave it out" if all(name in known for name in names) else "neither with it nor without"
-            problems = prefix_problems(file, known, parameters) or [f"the names of the adapter's layers fit {fit}"]
-            raise CheckpointError(f"cannot use {spelled('prefix', prefix)}: {problems[0]}")
+            reason, *_ = prefix_problems(file, known, parameters) or [f"the names of the adapter's layers fit {fit}"]
         case _:
-            raise CheckpointError(
-                f"cannot use {spelled('prefix', prefix)}: the model has such layers both with and without it"
-            )
+            reason = "the model has such layers both with and without it"
+    raise CheckpointError(f"cannot use {spelled('prefix', prefix)}: {reason}")
 
 
 def prefix_problems(file: AdapterFile, known: Collection[str], parameters: Collection[str]) -> list[str]:
-    """Return what to do if exactly one prefix, added to all names or removed from them, gives known layers.
-
-    The prefix is not advised if the model lacks a parameter that was trained with the adapter, such as a head's.
-    """
+    """Return what to do if exactly one prefix, added to all names or removed from them, gives known layers."""
     names = [*file.values]
     if all(name in known for name in names):
         return []
@@ -193,9 +186,7 @@ def _may_hold(own: Tensor | Entry, dtype: torch.dtype) -> bool:
 def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
     """Return an adapter with each tied parameter once, under the first of its names in the file.
 
-    Here a parameter trained with an adapter remains tied. PEFT gives each module of ``modules_to_save`` an untied copy.
-    So an error is raised if the file has several values for one parameter, or if PEFT wrote a value for only one of the
-    parameter's places.
+    PEFT gives each module of ``modules_to_save`` an untied copy, which may have values that the others do not have.
     """
     problems, repeated = [], set()
     for names in _names_of_tied(census):

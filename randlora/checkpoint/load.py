@@ -34,7 +34,7 @@ from randlora.ranks import agree, agreeing, raise_on_every_rank
 from randlora.replaced import like, whole_shape
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, SavePretrained, require_unmerged, require_unused
-from randlora.targets.census import AdaptedSite, Shapes, Site, shapes_of, sizes
+from randlora.targets.census import Shapes, shapes_of, sizes
 from randlora.targets.match import nearest_names, shortened
 
 Source = str | os.PathLike[str] | AdapterState
@@ -42,31 +42,27 @@ Source = str | os.PathLike[str] | AdapterState
 
 
 class Found(NamedTuple):
-    """An adapter that was read, what it was taken from, for messages, and how its targets are chosen, for reports."""
+    """An adapter that was read."""
 
     file: AdapterFile
-    where: str
-    rule: str
+    where: str  # it was taken from, for messages
+    rule: str  # by which its targets are chosen, for reports
 
 
 def read_source(
     source: Source, *, revision: str | None = None, subfolder: str | None = None, stream: Stream | None = None
 ) -> Found:
     """Read an adapter, without a model. Errors name what it was taken from."""
-    if isinstance(source, AdapterState):
-        where = rule = "the state of an adapter"
-    else:
-        where = repr(str(source))
-        rule = f"the names in {f'{subfolder} of ' if subfolder else ''}{source}" + (
-            f" at {revision}" if revision else ""
-        )
+    where = "the state of an adapter" if isinstance(source, AdapterState) else repr(str(source))
     try:
         if not isinstance(source, AdapterState):
+            place = f"{subfolder} of {source}" if subfolder else f"{source}"
+            rule = f"the names in {place} at {revision}" if revision else f"the names in {place}"
             with without_modes():
                 return Found(read_adapter(locate(source, revision, subfolder), stream), where, rule)
-        if given := [each for each in (revision, subfolder, stream) if each is not None]:
+        if given := [option for option in (revision, subfolder, stream) if option is not None]:
             raise CheckpointError(f"it has no revision, subfolder or stream, got {given[0]!r}")
-        return Found(file_of(source), where, f"the names in {rule}")
+        return Found(file_of(source), where, f"the names in {where}")
     except CheckpointError as error:
         raise CheckpointError(f"cannot load {where}: {error.args[0]}", *error.args[1:]) from error
 
@@ -76,10 +72,7 @@ IN_ROOT = "default"
 
 
 def adapters_in(directory: Path) -> dict[str, Path]:
-    """Return the directories of the adapters in a directory, by name, in PEFT's layout.
-
-    Each is in a directory of its name, and one may be in the directory itself, which is that named ``default``.
-    """
+    """Return the directories of the adapters in a directory, by name; ``default`` may be in the directory itself."""
     paths = sorted(directory.glob(f"*/{TENSORS_FILE}"))
     found = {path.parent.name: path.parent for path in paths if not path.parent.name.startswith(".")}
     if is_there(directory / TENSORS_FILE):
@@ -248,46 +241,31 @@ def added(view: View, found: Found, options: Options) -> Report:
     layer_options = {fqn: file.options[fqn] for fqn in shapes}
     adapter = Adapter(name, file.config, bases, layer_options, rule, peft_fields=kept_fields(file.fields))
     unknown = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
-    foreign = [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []
+    notes = [*doubts, *stream_notes(file), *next_steps(name, is_active=active, is_trainable=True)]
+    notes += [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []
     replaced = replacements(census, state, file.trained)
     for fqn, entry in replaced.items():
         own = file.trained[fqn].to(device=entry.original.device, dtype=copy_dtype(entry))
         adapter.trained[fqn] = like(entry.original, own, requires_grad=trainable)
+    values = {}
+    for site in sites:
+        device = site.layer_class.device_beside(site.owner)
+        lam, gamma = (master(part, device) for part in file.values[site.fqn])
+        values[site.fqn] = (lam, gamma)
     addition = prepare(
         state,
         adapter,
         sites,
-        values=_placed(file, sites),
+        values=values,
         replaced=replaced,
         trainable=trainable,
         save_pretrained=save_pretrained,
     )
-    report = adapter_report(
-        census,
-        adapter,
-        shapes,
-        is_active=active,
-        is_trainable=trainable,
-        notes=[
-            *doubts,
-            *stream_notes(file),
-            *next_steps(name, is_active=active, is_trainable=True),
-            *foreign,
-            *([*moving_note(census, adapter.buffers), *half_notes(adapter)] if trainable else ()),
-        ],
-    )
+    if trainable:
+        notes += [*moving_note(census, adapter.buffers), *half_notes(adapter)]
+    report = adapter_report(census, adapter, shapes, is_active=active, is_trainable=trainable, notes=notes)
     commit(census, addition, active=active)
     return report
-
-
-def _placed(file: AdapterFile, sites: tuple[Site, ...]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return Λ and Γ by FQN, on the devices of their weights."""
-    placed = {}
-    for site in sites:
-        device = site.layer_class.device_beside(site.owner)
-        lam, gamma = (master(part, device) for part in file.values[site.fqn])
-        placed[site.fqn] = (lam, gamma)
-    return placed
 
 
 def warn_of_doubts(model: nn.Module, file: AdapterFile) -> list[str]:
@@ -301,9 +279,7 @@ def warn_of_doubts(model: nn.Module, file: AdapterFile) -> list[str]:
 
 SWAPPING = "swap the values of an adapter"
 
-ADVICE = (
-    "make the adapter with the options that it was saved with, or load it as a separate adapter, with a different name="
-)
+ADVICE = "make it with the options that it was saved with, or load it as a separate adapter, with a different name="
 
 
 @collective(writes=True)
@@ -347,19 +323,16 @@ def swap(
     """
     given = {"model": model, "name": name, "source": source, "revision": revision}
     require_types(swap, {**given, "subfolder": subfolder, "prefix": prefix})
-    with opened(model, SWAPPING) as view:
-        adapter, fields, values = _planned(view, name, source, revision=revision, subfolder=subfolder, prefix=prefix)
-        _write_all(values.items())
-        adapter.peft_fields = fields
+    swap_each(model, {name: source}, revision=revision, subfolder=subfolder, prefix=prefix)
 
 
 @collective(writes=True)
 @torch.inference_mode(mode=False)
-def swap_each(model: nn.Module, sources: Mapping[str, Source]) -> None:
+def swap_each(model: nn.Module, sources: Mapping[str, Source] | Mapping[str | None, Source], **options: Any) -> None:
     """Swap the values of several adapters, by name, as `swap` does: all of them, or none."""
     with opened(model, SWAPPING) as view:
-        planned = [_planned(view, name, source) for name, source in sources.items()]
-        _write_all(chain.from_iterable(values.items() for _, _, values in planned))
+        planned = [_planned(view, name, source, **options) for name, source in sources.items()]
+        _write_all(chain.from_iterable(values for _, _, values in planned))
         for adapter, fields, _ in planned:
             adapter.peft_fields = fields
 
@@ -372,7 +345,7 @@ def _planned(
     revision: str | None = None,
     subfolder: str | None = None,
     prefix: str | None = None,
-) -> tuple[Adapter, dict[str, Any], dict[Tensor, Tensor]]:
+) -> tuple[Adapter, dict[str, Any], list[tuple[Tensor, Tensor]]]:
     """Return an adapter, its new fields of PEFT, and its parameters with their new values, after all checks."""
     state, census = view.state, view.census
     adapter = state.adapter(name)
@@ -404,7 +377,9 @@ def _planned(
         problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
     raise_collected(CheckpointError, problems, doing=doing)
     warn_of_doubts(view.root, file)
-    return adapter, kept_fields(file.fields), dict(_values(adapter, file, sites))
+    values = [value for site in sites for value in file.values[site.fqn]]
+    values += [file.trained[fqn] for fqn in adapter.trained]
+    return adapter, kept_fields(file.fields), [*zip([*own, *adapter.trained.values()], values, strict=True)]
 
 
 def _write_all(values: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -421,14 +396,6 @@ def _write_all(values: Iterable[tuple[Tensor, Tensor]]) -> None:
             for place, before in reversed(kept):
                 place.restore(before.values)
             raise
-
-
-def _values(adapter: Adapter, file: AdapterFile, sites: list[AdaptedSite]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each parameter of the adapter with its value in the file."""
-    for site in sites:
-        yield from zip(site.layer.diagonals_of(site.owner, adapter.name), file.values[site.fqn], strict=True)
-    for fqn, parameter in adapter.trained.items():
-        yield parameter, file.trained[fqn]
 
 
 def _differences(adapter: Adapter, file: AdapterFile, header: Header, shapes: Shapes) -> Iterator[str]:

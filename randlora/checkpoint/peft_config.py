@@ -133,9 +133,8 @@ def option_fields(
     config: RandLoRAConfig, options: Mapping[str, LayerOptions], stream: Stream, *, stored: bool
 ) -> dict[str, Any]:
     """Return the fields that do not depend on a model; ``stored`` means that the file holds the bases."""
-    r, alpha = most_common(options)
-    sparse, very_sparse = KINDS[config.basis].peft_flags or (False, False)
-    values = {**vars(config), "r": r, "alpha": _plain(alpha)}
+    common, (sparse, very_sparse) = most_common(options), KINDS[config.basis].peft_flags or (False, False)
+    values = {**vars(config), "r": common.r, "alpha": _plain(common.alpha)}
     fields: dict[str, Any] = {
         **{field: values[name] for name, field in OPTION_FIELDS.items() if name not in BY_MODEL},
         "peft_type": PEFT_TYPE,
@@ -192,10 +191,9 @@ def _plain(alpha: float) -> float:
 def from_peft_fields(
     fields: Mapping[str, Any], targets: Iterable[str], trained: Iterable[str], stream: Stream | None
 ) -> RandLoRAConfig:
-    """Return the options of an adapter that PEFT wrote. ``target_modules`` is never matched against a model.
+    """Return the options of an adapter that PEFT wrote, with FQNs from the keys of its tensors.
 
-    The FQNs, ``targets`` and ``trained``, come from the keys of the tensors. ``stream`` is the stream of the bases,
-    which PEFT does not write; ``None`` means the one that PEFT draws from today.
+    ``stream`` is the stream of the bases, which PEFT does not write; ``None`` means the one that PEFT draws from today.
     """
     needed = [OPTION_FIELDS[name] for name in ("r", "alpha", "seed")]
     if missing := [name for name in needed if name not in fields]:
@@ -250,20 +248,14 @@ def whole_modules(census: Census, trained: Iterable[str]) -> list[str]:
 
 
 def base_model_name(model: nn.Module, written: object = None) -> str | None:
-    """Return the name of the model that an adapter belongs to.
-
-    The name in the file that the adapter was loaded from, ``written``, is kept if it means the same model.
-    """
+    """Return the name of a model, or as its adapter's file has it, ``written``, if that means the same model."""
     known = written if isinstance(written, str) and written else None
     own = name_of(model)
     return known if own is None or (known and is_same_model(known, own)) else own
 
 
 def is_same_model(one: str, other: str) -> bool:
-    """Return whether two names may mean the same model.
-
-    The names of two repositories are compared completely; for a path, only the last component counts.
-    """
+    """Whether two names may mean the same model. Of a path, only the last component counts."""
     first, second = ((repo_of(name) or name).rstrip("/\\").casefold() for name in (one, other))
     if is_repo_id(first) and is_repo_id(second):
         return first == second

@@ -63,30 +63,26 @@ PAUSE = 0.02
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """The contents of an adapter's files, checked as far as is possible without a model.
-
-    ``config`` gives r and alpha of each target by FQN where they differ. ``header`` is ``None`` for a file that PEFT
-    wrote. ``values`` are Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, by target, and ``trained`` other
-    parameters by FQN. ``bases`` are A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, by r, which the file
-    holds ``basis_copies`` times. ``doubts`` are warnings about the files. ``renaming`` tells how names differ from the
-    names in the file. ``stream`` is the stream of the bases, if the caller gave it.
-    """
+    """The contents of an adapter's files, checked as far as is possible without a model."""
 
     fields: dict[str, Any]
-    config: RandLoRAConfig
-    header: Header | None
-    values: dict[str, tuple[Tensor, Tensor]]
-    trained: dict[str, Tensor] = field(default_factory=dict)
+    config: RandLoRAConfig  # with r and alpha of each target by FQN where they differ
+    header: Header | None  # none in a file that PEFT wrote
+    values: dict[str, tuple[Tensor, Tensor]]  # Λ, (r, num_bases), and Γ, (num_bases, min_dim), by target
+    trained: dict[str, Tensor] = field(default_factory=dict)  # other parameters, by FQN
     bases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    basis_copies: int = 0
-    doubts: tuple[str, ...] = ()
-    renaming: str = ""
-    stream: Stream | None = None
+    """A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, by r."""
+    basis_copies: int = 0  # how many times the file has them
+    doubts: tuple[str, ...] = ()  # warnings about the files
+    renaming: str = ""  # how names differ from the names in the file
+    stream: Stream | None = None  # of the bases, if the caller gave it
 
     @property
     def buffers(self) -> tuple[str, ...]:
         """The names in ``trained`` that are buffers, if the file tells. In PEFT's files: tensors not floating."""
-        return _not_floating(self.trained) if self.header is None else self.header.buffers
+        if self.header is not None:
+            return self.header.buffers
+        return tuple(fqn for fqn, tensor in self.trained.items() if not tensor.is_floating_point())
 
     @cached_property
     def options(self) -> dict[str, LayerOptions]:
@@ -115,11 +111,7 @@ class AdapterFile:
 
 
 def locate(source: str | os.PathLike[str], revision: str | None, subfolder: str | None = None) -> Path:
-    """Return the directory of an adapter's files, given it, the safetensors file in it, or a repository on the Hub.
-
-    A path that exists has priority over a repository of that name. Only a repository has revisions. The files may be in
-    a subfolder of either.
-    """
+    """Return the directory of an adapter's files, given it, the safetensors file in it, or a repository on the Hub."""
     within = PurePosixPath(subfolder or ".")
     path = local_path(source, revision, [(within / name).as_posix() for name in (CONFIG_FILE, TENSORS_FILE)])
     if not (is_there(path) and path.is_file()):
@@ -134,8 +126,6 @@ def locate(source: str | os.PathLike[str], revision: str | None, subfolder: str 
 def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
     """Read an adapter's directory, after checking each of its files, and one against the other.
 
-    ``stream`` is the stream of its bases, if the caller says it. `file_bases` compares it with what the file says.
-
     If the JSON contradicts our header or is missing, the header decides, and a doubt is added. Another process may be
     replacing the files, in the order of `files_of`. So the JSON must be the same before and after the tensors are read,
     and a doubt must persist for a moment after the tensors got their name.
@@ -143,19 +133,15 @@ def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
     end = time.monotonic() + PATIENCE
     while True:
         fields = _read_fields(directory)
-        found: AdapterFile | CheckpointError
         try:
-            found = _read_beside(fields, directory, stream)
-        except CheckpointError as error:
-            found = error
-        is_settled = fields is not None and fields == _read_fields(directory)
-        is_settled &= isinstance(found, CheckpointError) or not (found.doubts and _is_new(directory / TENSORS_FILE))
-        if is_settled or time.monotonic() >= end:
-            break
+            file = _read_beside(fields, directory, stream)
+            is_settled = not (file.doubts and _is_new(directory / TENSORS_FILE)) and fields == _read_fields(directory)
+            if (is_settled and fields is not None) or time.monotonic() >= end:
+                return file
+        except CheckpointError:
+            if (fields is not None and fields == _read_fields(directory)) or time.monotonic() >= end:
+                raise
         time.sleep(PAUSE)
-    if isinstance(found, CheckpointError):
-        raise found
-    return found
 
 
 def _is_new(path: Path) -> bool:
@@ -193,20 +179,16 @@ def sort_contents(
     if header is None and (lost := [name for name in UNREAD_FIELDS if fields.get(name) not in (None, {})]):
         raise CheckpointError(f"the tensors have lost the header that goes with {lost[0]}: get an undamaged copy")
     keys = [basis_keys(r, header.bases.keys()) for r in header.bases] if header else [(TOP_BASIS_A, TOP_BASIS_B)]
-    pairs = [_take_bases(tensors, *names) for names in keys]
+    pairs = [_take_bases(tensors, names) for names in keys]
     values = _take_named(tensors, header.shapes) if header else _take_values(tensors)
     trained = _trained(tensors, values, header)
     config = header.config if header else from_peft_fields(fields, values, trained, stream)
     ranks = header.bases if header else [fields["r"]]
     bases = {r: pair for r, pair in zip(ranks, pairs, strict=True) if pair is not None}
-    buffers = header.buffers if header else _not_floating(trained)
-    problems = file_problems(values, trained, bases, options_listed(config, values), buffers)
+    file = AdapterFile(fields, config, header, values, trained, bases, stream=stream)
+    problems = file_problems(values, trained, bases, file.options, file.buffers)
     raise_collected(CheckpointError, problems, doing=doing)
-    return AdapterFile(fields, config, header, values, trained, bases, stream=stream)
-
-
-def _not_floating(trained: Mapping[str, Tensor]) -> tuple[str, ...]:
-    return tuple(fqn for fqn, tensor in trained.items() if not tensor.is_floating_point())
+    return file
 
 
 def _read_fields(directory: Path) -> dict[str, Any] | None:
@@ -271,13 +253,12 @@ def _read_tensors(shard: Shard, file: BufferedReader, *, copies: bool) -> dict[s
     return tensors
 
 
-def _take_bases(tensors: dict[str, Tensor], key_A: str, key_B: str) -> tuple[Tensor, Tensor] | None:
-    basis_A, basis_B = tensors.pop(key_A, None), tensors.pop(key_B, None)
-    if basis_A is None and basis_B is None:
+def _take_bases(tensors: dict[str, Tensor], names: tuple[str, str]) -> tuple[Tensor, Tensor] | None:
+    if not any(name in tensors for name in names):
         return None
-    if basis_A is None or basis_B is None:
+    if not all(name in tensors for name in names):
         raise CheckpointError("the file holds one of the two bases: expected both or none")
-    return basis_A, basis_B
+    return tensors.pop(names[0]), tensors.pop(names[1])
 
 
 def _take_named(tensors: dict[str, Tensor], targets: Mapping[str, object]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,11 +1,8 @@
 """The tensors of an adapter's file: their names, their dtypes, and the requirements on their values.
 
-The names are PEFT's. PEFT puts a module around each adapted layer and keeps the layer in it as ``base_layer``, so the
-parameters of the layer itself, such as its bias, are one level down. A child that is itself called ``base_layer`` is
-written one level down too, so that no two names collide.
-
-Values are whole, floating and finite, in a file and in a model that is saved. Buffers of trained modules, such as
-counts and masks, need not be floating or finite.
+The names are PEFT's, which puts a module around each adapted layer and keeps the layer in it as ``base_layer``: so the
+layer's own parameters, such as its bias, are one level down. A child that is itself called ``base_layer`` is written
+one level down too, so that no two names collide.
 """
 
 from __future__ import annotations
@@ -101,21 +98,13 @@ def adapter_tensors(values: Mapping[str, tuple[Tensor, Tensor]], trained: Mappin
 
 
 class Value(NamedTuple):
-    """A parameter or buffer to save.
+    """A parameter or buffer to save."""
 
-    Attributes:
-        name: How messages call it.
-        parameter: The parameter, which may be sharded.
-        shape: The shape that it must have.
-        is_buffer: Whether it is a buffer.
-        is_diagonal: Whether it is Λ or Γ, which a file has in float32 or wider.
-    """
-
-    name: str
-    parameter: Tensor
-    shape: Sequence[int]
+    name: str  # in messages
+    parameter: Tensor  # which may be sharded
+    shape: Sequence[int]  # which it must have
     is_buffer: bool = False
-    is_diagonal: bool = False
+    is_diagonal: bool = False  # of Λ and Γ, which a file has in float32 or wider
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,8 +114,18 @@ class Value(NamedTuple):
 
     def problem(self, values: Tensor) -> str | None:
         """Return why values of it cannot be saved: not here, not whole, or not readable by `load`; else ``None``."""
-        reason = _save_problem(values, self.shape, self.is_buffer)
-        return None if reason is None else f"{self.name} {reason}"
+        if not has_values(values):
+            return f"{self.name} {_META}"
+        if type(values.data) is not Tensor:
+            return f"{self.name} is sharded, a {type(values.data).__name__}: gather it first"
+        is_freed = values.untyped_storage().nbytes() < values.nbytes
+        if is_freed or tuple(values.shape) != tuple(self.shape):
+            found = "no memory" if is_freed else f"shape {tuple(values.shape)}"
+            remedy = whole_only_inside(values) or "gather it if it is sharded, else adapt the model again"
+            return f"{self.name} has {found} here, expected all of {tuple(self.shape)}: {remedy}"
+        if (flaw := _flaw(values, is_buffer=self.is_buffer)) is not None:
+            return f"{self.name} {flaw}, which cannot be loaded: go back to earlier values"
+        return None
 
     def stored(self, values: Tensor) -> Tensor:
         """Return a copy of values of it as a file has them, on the CPU."""
@@ -135,13 +134,11 @@ class Value(NamedTuple):
 
 def _flaw(tensor: Tensor, *, is_buffer: bool = False) -> str | None:
     """Return why no file may hold these values, as a phrase that follows the name, or ``None``."""
-    if is_buffer:
-        known = ", ".join(map(str, TORCH_DTYPES.values()))
-        if tensor.dtype not in TORCH_DTYPES.values():
-            return f"holds {tensor.dtype}: expected one of {known}"
+    dtypes = TORCH_DTYPES.values() if is_buffer else FLOATING
+    if tensor.dtype not in dtypes:
+        return f"holds {tensor.dtype}: expected one of {', '.join(map(str, dtypes))}"
+    if is_buffer:  # such as a mask, which may be infinite
         return "holds NaN" if tensor.isnan().any() else None
-    if tensor.dtype not in FLOATING:
-        return f"holds {tensor.dtype}: expected one of {', '.join(map(str, FLOATING))}"
     if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # in no further memory
         return "holds NaN or infinite values"
     return None
@@ -164,20 +161,6 @@ def meta_problems(values: Iterable[Value]) -> list[str]:
 _META = "holds no values to save (meta or fake): materialize the model first"
 
 
-def _save_problem(tensor: Tensor, shape: Sequence[int], is_buffer: bool) -> str | None:  # noqa: FBT001
-    if not has_values(tensor):
-        return _META
-    if type(tensor.data) is not Tensor:
-        return f"is sharded, a {type(tensor.data).__name__}: gather it first"
-    is_freed = tensor.untyped_storage().nbytes() < tensor.nbytes
-    if is_freed or tuple(tensor.shape) != tuple(shape):
-        found = "no memory" if is_freed else f"shape {tuple(tensor.shape)}"
-        remedy = whole_only_inside(tensor) or "gather it if it is sharded, else adapt the model again"
-        return f"has {found} here, expected all of {tuple(shape)}: {remedy}"
-    reason = _flaw(tensor, is_buffer=is_buffer)
-    return reason and f"{reason}, which cannot be loaded: go back to earlier values"
-
-
 def file_problems(
     values: Mapping[str, tuple[Tensor, Tensor]],
     trained: Mapping[str, Tensor],
@@ -185,10 +168,7 @@ def file_problems(
     options: Mapping[str, LayerOptions],
     buffers: Container[str],
 ) -> list[str]:
-    """Return what is wrong with the tensors in a file: Λ and Γ by target, trained parameters, and bases by r.
-
-    ``buffers`` are the names in ``trained`` that are buffers.
-    """
+    """Return what is wrong with the tensors in a file; ``buffers`` are the names in ``trained`` that are buffers."""
     named = {
         f"{fqn}{suffix}": part
         for fqn, pair in values.items()

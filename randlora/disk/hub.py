@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -70,10 +70,9 @@ def local_path(
 
 
 def download(repo_id: str, revision: str | None, files: Sequence[str], *, are_patterns: bool = False) -> Path:
-    """Download files of a repository, or find them in the local cache, and return the directory that holds them.
+    """Download files of a repository, or find them in the local cache, and return their directory.
 
-    ``revision`` is a branch, a tag or a commit; ``None`` means the main branch. If ``files`` are patterns, with ``*``,
-    none need match.
+    If ``files`` are patterns, with ``*``, none need match.
     """
     library = require_hub(repo_id)
     try:
@@ -122,14 +121,18 @@ def upload(
 ) -> tuple[str, list[str]]:
     """Upload files of a directory to a repository, which is created if it does not exist, and return its URL.
 
-    Each of the ``generated`` files is uploaded too, unless the repository has a file of this name that the function
-    refuses to replace. The names of the files that were kept are returned with the URL.
+    Each of the ``generated`` files is uploaded too, unless the repository has one that its function refuses to replace.
+    The names of these are returned with the URL.
     """
     library = require_hub(repo_id)
     api = library.HfApi(**LIBRARY)
     try:
         url = api.create_repo(repo_id, exist_ok=True)
-        kept = [name for name, may_replace in generated.items() if not _may_upload(library, repo_id, name, may_replace)]
+        kept = []
+        for name, may_replace in generated.items():
+            with suppress(library.errors.EntryNotFoundError):
+                if not may_replace(Path(library.hf_hub_download(repo_id, name, **LIBRARY))):
+                    kept.append(name)
         replaced = generated.keys() - kept
         api.upload_folder(
             repo_id=repo_id, folder_path=directory, allow_patterns=[*files, *replaced], commit_message=message
@@ -139,13 +142,6 @@ def upload(
             f"saved to {str(directory)!r} completely, but cannot push to {repo_id!r}: {_cause(library, error)}"
         ) from error
     return str(url), kept
-
-
-def _may_upload(library: ModuleType, repo_id: str, name: str, may_replace: Callable[[Path], bool]) -> bool:
-    try:
-        return may_replace(Path(library.hf_hub_download(repo_id, name, **LIBRARY)))
-    except library.errors.EntryNotFoundError:
-        return True
 
 
 def _cause(library: ModuleType, error: Exception) -> str:

@@ -2,19 +2,13 @@
 
 They are written into a hidden directory on the same disk, flushed, and renamed to their names one by one. The first is
 the one that *decides*: it tells a reader everything, and the others are copies of parts of it, for other programs. So
-one rename, which is atomic in POSIX and in what a journal replays, is the step from the old contents to the new ones.
-If the first file does not tell everything, a second file that readers need is removed before and appears after it, so
-that nobody finds it beside files of a different call. A directory that must not exist before appears by one rename too.
+one rename is the step from the old contents to the new ones. If the first file does not tell everything, a second file
+that readers need is removed before and appears after it. A new directory appears by one rename too.
 
 A killed process leaves its hidden directory and the first few of the renames. The next call for the same name does all
-of them again and removes the hidden directory: a lock, which the system releases when a process ends, tells that it is
-abandoned.
-
-**After a power failure** a file system may have forgotten whatever was not flushed, in any combination: the bytes of a
-file, its name, a rename but not the one before it. So each file is flushed before its rename, and the directory after
-each and before the next: the steps that survive are the first few, as after a kill, and before a call returns all of
-them are on disk. Each directory that had to be created is flushed into its parent before anything is put into it. On a
-disk that reports writes as flushed which are not, nothing of this holds.
+of them again and removes the hidden directory: a lock, which the system releases, tells that it is abandoned. After a
+power failure a file system may have forgotten whatever was not flushed, in any combination. So each file is flushed
+before its rename, the directory after each and before the next, and each new directory into its parent.
 """
 
 from __future__ import annotations
@@ -46,15 +40,13 @@ UNFLUSHABLE = (errno.EINVAL, errno.ENOTSUP)  # file systems on a network that fl
 
 
 class Files(NamedTuple):
-    """Files to write into a directory, which is created if it does not exist and keeps its other files.
-
-    ``writers`` each write to the path they are given, or begin to, by name; the first of the files decides. If the
-    first does not tell everything, ``withdrawn`` is the file without which readers ignore the others.
-    """
+    """Files to write into a directory, which is created if it does not exist and keeps its other files."""
 
     directory: Path
     writers: Mapping[str, Callable[[Path], object]]
+    """By name, what writes to a path, or begins to. The first of the files decides."""
     withdrawn: str | None = None
+    """The file without which readers ignore the others, if the first does not tell everything."""
 
 
 def write_files(*each: Files) -> list[int]:
@@ -128,10 +120,7 @@ def _reveal(files: Files, scratch: Path) -> None:
 
 @contextmanager
 def new_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a directory to write into, which is renamed to ``out`` at the end of the block, or removed if it raises.
-
-    ``out`` must not exist, unless a directory of that name is to be replaced; its parents are created.
-    """
+    """Yield a directory to write into, which is renamed to ``out`` at the end of the block, or removed if it raises."""
     with scratch_for(out, is_inside=False) as scratch:
         out, new = Path(os.path.realpath(out)), scratch / NEW
         new.mkdir()  # with the permissions of any new directory
@@ -155,12 +144,10 @@ def scratch_for(directory: Path, *, is_inside: bool = True) -> Iterator[Path]:
     The directory that contains it is created, with its parents, and these are removed if the block raises. Whatever a
     killed process left there is removed, which is why a hidden directory may contain only `NEW` and `OLD`. An error of
     the disk in the block names ``directory``, of which the caller knows, where it would name what is hidden or nothing.
-
-    A path means what the system makes of it: ``..`` leads out of a directory that exists, as for those who read there.
     """
-    for each in (directory, *directory.parents):
-        if each.name == "..":
-            each.stat()
+    for path in (directory, *directory.parents):
+        if path.name == "..":  # which leads out of a directory that exists, as for those who read there
+            path.stat()
     real = Path(os.path.realpath(directory))  # unlike Path.resolve, of links in a circle too
     place, name = real if is_inside else real.parent, real.name
     with _naming(directory, _prefix(name)), ExitStack() as undo:
