@@ -25,7 +25,7 @@ from randlora.disk import replace as replacing
 from randlora.errors import AdapterError, CheckpointError, RandLoRAError
 from tests import checkpoint_files as stored
 from tests.checkpoint_files import HEADED, LINEAR, PREFIX, TENSORS_FILE, Case, Stored, basis_of, read_tensors, trained
-from tests.kit import Bits, adapter_values, all_bits, bits, fill, snapshot, untouched
+from tests.kit import Bits, adapter_values, all_bits, fill, snapshot, untouched
 from tests.laws import Mixed, assert_close
 from tests.model_directories import contents
 from tests.peer import THEIR_WARNINGS
@@ -81,15 +81,6 @@ def test_save_then_load_is_the_identity_for_any_options_and_leaves_no_trace(
     assert torch.equal(case.output(twin), case.output(model))
     randlora.eject(twin)
     assert snapshot(twin) == fresh
-
-
-def test_save_never_narrows_a_value(tmp_path: Path) -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        model = trained(HEADED).to(dtype)
-        randlora.save(model, tmp_path)
-        assert {key.removeprefix(PREFIX): bits(each) for key, each in read_tensors(tmp_path)[0].items()} == widened(
-            model
-        )
 
 
 def test_what_is_saved_does_not_depend_on_what_the_model_computes_with(tmp_path: Path) -> None:

@@ -59,8 +59,14 @@ def test_a_state_is_what_the_files_hold(case: Case, bases: Literal["seed", "stor
     assert (all_bits(again.tensors), again.metadata, again.config) == (all_bits(tensors), metadata, state.config)
 
 
-def test_a_state_belongs_to_no_model_and_is_sent_as_bytes() -> None:
-    model, twin = trained(HEADED), HEADED.build()
+def test_a_state_belongs_to_no_model_and_is_sent_as_bytes(tmp_path: Path) -> None:
+    """It has copies, also of bases that no seed reproduces."""
+    model, twin, odd = trained(HEADED), HEADED.build(), LINEAR.build()
+    randlora.load(odd, files.foreign(tmp_path))
+    own = LINEAR.output(odd)
+    for tensor in randlora.adapter_state(odd, bases="stored").tensors.values():
+        tensor.zero_()
+    assert torch.equal(LINEAR.output(odd), own)
     state, expected = randlora.adapter_state(model, bases="stored"), HEADED.output(model)
     before, sent = all_bits(state.tensors), pickle.loads(pickle.dumps(state))
     raw = safetensors.torch.save(state.tensors, state.metadata)
@@ -75,15 +81,6 @@ def test_a_state_belongs_to_no_model_and_is_sent_as_bytes() -> None:
         tensor.zero_()
     assert torch.equal(HEADED.output(model), expected)
     assert torch.equal(HEADED.output(twin), expected)
-
-
-def test_a_state_has_copies_also_of_bases_that_no_seed_reproduces(tmp_path: Path) -> None:
-    model = LINEAR.build()
-    randlora.load(model, files.foreign(tmp_path))
-    expected = LINEAR.output(model)
-    for tensor in randlora.adapter_state(model, bases="stored").tensors.values():
-        tensor.zero_()
-    assert torch.equal(LINEAR.output(model), expected)
 
 
 def test_trained_parameters_are_swapped_too_and_files_are_as_good_as_states(tmp_path: Path) -> None:
