@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
@@ -120,9 +120,3 @@ class Run(ABC):
     @abstractmethod
     def reading(self, layer: Any, forward: ForwardCall) -> Any:
         """Return the output of a forward that reads the weight of a layer, with the adapters of the block."""
-
-
-def open_elsewhere(blocks: Sequence[object]) -> bool:
-    """Whether these blocks include a `Run` that another thread, or another task of asyncio, is in."""
-    here = BLOCKS.get()
-    return any(isinstance(block, Run) and not any(block is own for own in here) for block in blocks)

@@ -13,12 +13,13 @@ from functools import partial
 from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from randlora.bases.basis import Basis, BasisBank
 from randlora.bases.spec import Shape
-from randlora.blocks import Run
+from randlora.blocks import BLOCKS, Run
 from randlora.config import Factor, Init, LayerOptions, RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected, warn
 from randlora.functional import Compute
@@ -128,7 +129,7 @@ class ModelState:
         replaced: The parameters and buffers that some adapter has a copy of, by FQN.
         buffers_before: Copies of the model's small buffers from when the first adapter was added, by FQN.
         disabled: The open blocks of `randlora.disabled`, and similar ones of features.
-        run: The innermost of these, if it is a `Run`.
+        runs: Those of these that are a `Run`, each of one thread or task.
         ended: Closed blocks whose parameters are not restored yet.
         merge_guards: While merged, the handles of the hooks that refuse what would lose or miss the merged weights.
         merged_weights: While merged, for each parameter that was exchanged for a merged one: the parameters of its
@@ -148,7 +149,7 @@ class ModelState:
     replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
     buffers_before: dict[str, Tensor] = field(default_factory=dict)
     disabled: list[object] = field(default_factory=list)
-    run: Run | None = None
+    runs: list[Run] = field(default_factory=list)
     ended: list[object] = field(default_factory=list)
     merge_guards: list[RemovableHandle] = field(default_factory=list)
     merged_weights: list[tuple[dict[str, Any], Any, Any]] = field(default_factory=list)
@@ -164,21 +165,21 @@ class ModelState:
 
     def __getstate__(self) -> dict[str, Any]:
         # No `Run` goes on in a copy or a pickle, of which its calls would not tell. A spawned process gets a pickle.
-        if self.run is not None:
-            left = f"in a block of {self.run.words} the adapters of a copy or a pickle of the model are inactive"
+        if self.runs and isinstance(self._innermost, Run | None):
+            left = f"in a block of {self.runs[-1].words} the adapters of a copy or a pickle of the model are inactive"
             if get_spawning_popen() is not None:
                 raise AdapterError(
                     f"{left}, so that a process spawned here would run the model without them: start it before the "
                     "block, and open a block in it"
                 )
             warn(f"{left}: make it outside of the block, or activate or route them in the copy")
-        return self.__dict__
+        return {**self.__dict__, "disabled": [None] * len(self.disabled), "runs": [], "ended": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # no block is open in a copy, because none would end there
         if self.is_disabled:
             self.activate({})
-        self.disabled, self.ended, self.merged_block, self.run = [], [], None, None
+        self.disabled, self.merged_block = [], None
 
     @property
     def is_merged(self) -> bool:
@@ -198,15 +199,37 @@ class ModelState:
     @property
     def disabled_by(self) -> str:
         """The function that opened the innermost block in which adapters are disabled, for messages."""
-        return f"{'randlora.disabled' if self.run is None else self.run.words}(model)"
+        return f"{self.runs[-1].words if self.runs else 'randlora.disabled'}(model)"
 
     def open_block(self, block: object) -> None:
         """Begin a block in which the active adapters do not act: one of `disabled`, or a `Run`."""
         self._set_blocks([*self.disabled, block])
 
     def _set_blocks(self, blocks: list[object]) -> None:
-        innermost = blocks[-1] if blocks else None
-        self.disabled, self.run = blocks, innermost if isinstance(innermost, Run) else None
+        self.disabled, self.runs = blocks, [block for block in blocks if isinstance(block, Run)]
+
+    @property
+    def _innermost(self) -> object | None:
+        """The innermost open block of this thread or task."""
+        return next((block for block in reversed(BLOCKS.get()) if block in self.disabled), None)
+
+    @property
+    def run(self) -> Run | None:
+        """What the innermost block of this thread or task runs instead of the active adapters, if anything.
+
+        Raises:
+            AdapterError: If only other threads or tasks are in a `Run`, whose rows a call here could be of.
+        """
+        if not self.runs:
+            return None
+        if (block := self._innermost) is not None:
+            return block if isinstance(block, Run) else None
+        if len(self.runs) == 1 and torch._C._current_graph_task_id() != -1:
+            return self.runs[0]  # autograd has threads that compute checkpointed parts again
+        raise AdapterError(
+            f"a block of {self.runs[0].words} is open in another thread or task, and none here: open a block here too, "
+            "or call the model with contextvars.copy_context().run, as asyncio.to_thread does"
+        )
 
     @property
     def active(self) -> dict[str, Factor]:
@@ -402,10 +425,10 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
 
 def require_unused(state: ModelState, name: str | None, doing: str) -> None:
     """Raise an `AdapterError` if an adapter acts in an open `Run`, or for the name ``None`` if any `Run` is open."""
-    for block in state.disabled:
-        if isinstance(block, Run) and (name is None or name in block.adapters):
+    for run in state.runs:
+        if name is None or name in run.adapters:
             which = "" if name is None else ", which uses it"
-            raise AdapterError(f"cannot {doing} in an open block of {block.words}{which}: call it after the block")
+            raise AdapterError(f"cannot {doing} in an open block of {run.words}{which}: call it after the block")
 
 
 def require_unmerged(state: ModelState, doing: str) -> None:

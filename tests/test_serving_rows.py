@@ -5,6 +5,8 @@ import contextvars
 import copy
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -306,57 +308,69 @@ def test_an_adapter_of_an_open_block_is_not_changed() -> None:
         assert torch.equal(model(x), before)
 
 
-def test_overlapping_blocks_of_two_tasks_are_an_error() -> None:
+def test_each_task_has_its_own_blocks_and_code_in_none_of_them_is_refused() -> None:
     model, x = simple(), torch.randn(2, 6)
-    alone = each_alone(model, "ab", lambda: model(x))
+    alone = each_alone(model, ["a", "b", None], lambda: model(x))
+    randlora.activate(model, "b")
+    hooks, done = [{**module._forward_pre_hooks} for module in model.modules()], list[str | None]()
 
-    async def first(begun: asyncio.Event, go_on: asyncio.Event) -> None:
-        with routed(model, ["a", "a"]):
-            begun.set()
-            await go_on.wait()
-            assert torch.allclose(model(x), alone["a"], atol=1e-5)
-            assert torch.allclose(await asyncio.to_thread(model, x), alone["a"], atol=1e-5)
-            with pytest.raises(AdapterError, match="open in another thread or task"):
-                await asyncio.get_running_loop().run_in_executor(None, model, x)
+    async def task(name: str | None, block: AbstractContextManager[Any]) -> None:
+        with block:
+            for _ in range(3):
+                await asyncio.sleep(0.001)  # the other tasks go on
+                torch.testing.assert_close(model(x), alone[name])
+                torch.testing.assert_close(await asyncio.to_thread(model, x), alone[name])
+            for call in (model, model.get_submodule("0")):
+                with pytest.raises(AdapterError, match="open in another thread or task, and none here"):
+                    await asyncio.get_running_loop().run_in_executor(None, call, x)
+            done.append(name)
+            while len(done) < len(alone):  # all blocks are open until then
+                await asyncio.sleep(0.001)
 
-    async def second(begun: asyncio.Event, go_on: asyncio.Event) -> None:
-        await begun.wait()
-        for block in (lambda: routed(model, ["b", "b"]), lambda: randlora.disabled(model)):
-            with pytest.raises(AdapterError, match="another thread or task routes through this model"), block():
-                pass
-        calls: list[Any] = [model, model.get_submodule("0")]
-        for call in calls:
-            with pytest.raises(AdapterError, match="open in another thread or task"):
-                call(x)
-        go_on.set()
+    async def together() -> None:
+        blocks = {"a": routed(model, ["a", "a"]), "b": routed(model, ["b", "b"]), None: randlora.disabled(model)}
+        await asyncio.gather(*(task(name, block) for name, block in blocks.items()))
 
-    async def both() -> None:
-        events = asyncio.Event(), asyncio.Event()
-        await asyncio.gather(first(*events), second(*events))
-        with routed(model, ["b", "b"]):
-            assert torch.allclose(model(x), alone["b"], atol=1e-5)
-
-    asyncio.run(both())
+    asyncio.run(together())
+    torch.testing.assert_close(model(x), alone["b"])
+    assert hooks == [{**module._forward_pre_hooks} for module in model.modules()]
 
 
-def test_two_threads_in_one_block_take_turns_or_raise() -> None:
-    model, begun, go_on = simple(), threading.Event(), threading.Event()
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_threads_route_at_the_same_time_in_one_block_or_in_several(is_shared: bool) -> None:
+    """Each of several kinds of calls is followed in the thread that is the first to make one."""
+    model, x = with_adapters(Arranging(*ARRANGED["tokens first"])), torch.randn(ROWS, ROWS, 6)
+    names = [NAMES] * 4 if is_shared else [NAMES[row:] + NAMES[:row] for row in range(ROWS)]
+    expected = [row_by_row(model, own, lambda: model(x)) for own in names]
+    begun = threading.Barrier(4)
 
     def wait(*_: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            begun.set()
-            assert go_on.wait(60)
+        begun.wait(60)  # until all are in a call
 
-    model[1].register_forward_pre_hook(wait)  # type: ignore[index]
-    with routed(model, ["a", "b"]):
-        thread = threading.Thread(target=contextvars.copy_context().run, args=[model, torch.randn(2, 6)])
-        thread.start()
-        assert begun.wait(60)
-        with pytest.raises(AdapterError, match="another thread is in a call"):
-            model(torch.randn(2, 6))
-        go_on.set()
-        thread.join()
-        model(torch.randn(2, 6))
+    model.layer.register_forward_pre_hook(wait)
+
+    def run(own: Names) -> list[Tensor]:
+        with nullcontext() if is_shared else routed(model, own):
+            return [model(x) for _ in range(3)]
+
+    with routed(model, NAMES) if is_shared else nullcontext(), ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(contextvars.copy_context().run, run, own) for own in names]
+        for each, wanted in zip(found, expected, strict=True):
+            for output in each.result():
+                torch.testing.assert_close(output, wanted)
+
+
+def test_generate_in_several_blocks_at_once_leaves_the_method_as_it_was() -> None:
+    model, ids = with_adapters(models.llama()), torch.randint(3, 60, (2, 5))
+    options: Any = {"max_new_tokens": 2, "do_sample": False, "num_beams": 2}
+    alone = each_alone(model, "ab", lambda: model.generate(ids, **options).tolist())
+    opened = [(name, contextvars.copy_context(), routed(model, [name] * 2)) for name in "ab"]
+    for _, context, block in opened:
+        context.run(block.__enter__)
+    for name, context, block in opened:  # the first ends before the second
+        assert context.run(model.generate, ids, **options).tolist() == alone[name]
+        context.run(block.__exit__, None, None, None)
+    assert "generate" not in vars(model)
 
 
 # What operations do to rows

@@ -194,7 +194,7 @@ class AdapterLayer(StoredWeight):
         state = self.state
         if self.own_forward is not None:
             base_forward = self.own_forward
-        if (run := state.run) is not None and run.takes_over:
+        if state.runs and (run := state.run) is not None and run.takes_over:
             return run.product(self, ForwardCall(owner, base_forward, args, kwargs))
         active = self.acting if self.activation.is_current and not state.disabled else self.active()
         if not active:
@@ -217,7 +217,7 @@ class AdapterLayer(StoredWeight):
     def active(self) -> list[tuple[SiteAdapter, float]]:
         """Return the adapters that act and are not merged, with their factors; none while disabled."""
         if self.state.is_disabled:
-            return [] if self.state.run is None else self.state.run.acting(self)
+            return [] if (run := self.state.run) is None else run.acting(self)
         return self.acting if self.activation.is_current else self._acting(self.adapters)
 
     def _acting(self, names: Iterable[str]) -> list[tuple[SiteAdapter, float]]:

@@ -272,7 +272,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
                 entry.install(entry.original)
             restored = detach_all(census, state)
             state.replaced.clear()
-            state.disabled, state.run = [], None
+            state.disabled, state.runs = [], []
         return restored
 
 

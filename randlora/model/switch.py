@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from randlora.blocks import BLOCKS, open_elsewhere
+from randlora.blocks import BLOCKS
 from randlora.config import LARGEST_FACTOR, Factor
 from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
@@ -89,8 +89,6 @@ def disabled(model: nn.Module) -> AbstractContextManager[Any]:
     def checked(census: Census, state: ModelState) -> object:
         require_unmerged(state, "disable")
         require_own(census, state, "disable the adapters")
-        if open_elsewhere(state.disabled):
-            raise AdapterError("cannot disable the adapters while another thread or task routes through this model")
         state.require_exchangeable([], "disable the adapters")
         return object()
 

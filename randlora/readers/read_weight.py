@@ -60,7 +60,7 @@ class ReadWeight(AdapterLayer):
             assert isinstance(layer, ReadWeight), "others are called"
             layer.weight_of(owner)
         own = self.own_forward or base_forward
-        if (run := self.state.run) is not None and run.takes_over:
+        if self.state.runs and (run := self.state.run) is not None and run.takes_over:
             inside = (each for module in owner.modules() for each in adapter_layers_of(module).values())
             if any(map(run.concerns, inside)):
                 return run.reading(self, ForwardCall(owner, partial(run_forward, owner, own), args, kwargs))
@@ -328,7 +328,7 @@ class EmbeddingAdapter(ReadWeight):
         """Return the embeddings of indices, ``(*indices.shape, embedding_dim)``, or an overridden forward's result."""
         assert isinstance(owner, nn.Embedding)
         is_plain = self.runs_plain_forward(owner)
-        if is_plain and (run := self.state.run) is not None and run.takes_over:
+        if is_plain and self.state.runs and (run := self.state.run) is not None and run.takes_over:
             return run.rows(self, ForwardCall(owner, base_forward, args, kwargs))
         if not is_plain or not (active := self.active()):
             return super().forward(owner, base_forward, *args, **kwargs)

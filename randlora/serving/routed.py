@@ -6,9 +6,9 @@ are nested, the outermost counts.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
-from randlora.blocks import open_elsewhere
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.in_place import adapter_layers_of
@@ -28,13 +27,11 @@ from randlora.modes import uncompiled
 from randlora.places import is_whole, place_at
 from randlora.ranks import agree, agreeing
 from randlora.serving.labels import first_dimension
-from randlora.serving.routing import Routing, RunningCall, require_here
+from randlora.serving.routing import CALL, Routing, RunningCall
 from randlora.serving.run import Hook, RowByRow, RowsOfAttention
 from randlora.serving.tracking import RowTracking
-from randlora.state import ModelState, adapted_root, require_unmerged
+from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged
 from randlora.targets.census import Census
-
-ELSEWHERE = "another thread or task routes through this model: wait for it, or gather the rows into one batch"
 
 BATCHES = "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids"
 """Names of inputs that have a batch, in models of transformers."""
@@ -53,6 +50,10 @@ REPEATING = "num_beams", "num_return_sequences"
 
 SORTING = "encode", "predict"
 """Methods of sentence-transformers' models that sort texts by length and form batches."""
+
+
+TIMES: ContextVar[int] = ContextVar("TIMES", default=0)
+"""How many sequences the ``generate`` that this thread or task is in makes of each row; 0 outside of it."""
 
 
 @runtime_checkable
@@ -74,8 +75,9 @@ def routed(
     parts of a sharded model enter the block together.
 
     Inside transformers' ``generate``, a row may become several, such as for beams. Blocks can be nested, including with
-    `randlora.disabled`; the innermost counts. In a copy or a pickle of the model that is made inside, no adapter is
-    active, and a warning says so; starting a process that would get one raises an `AdapterError`.
+    `randlora.disabled`; the innermost counts. Each thread and each task of asyncio has its own blocks. In a copy or a
+    pickle of the model that is made inside, no adapter is active, and a warning says so; starting a process that would
+    get one raises an `AdapterError`.
 
     Args:
         model: A model with adapters.
@@ -84,9 +86,8 @@ def routed(
 
     Raises:
         AdapterError: If a name is unknown, an adapter trained further parameters with ``train_also``, the adapters are
-            merged, another thread routes through this model, or processes that hold it together have rows of adapters
-            that they would mix up. Inside the block: if a call of the model has a different number of rows, or a
-            layer's rows are unknown.
+            merged, or processes that hold the model together have rows of adapters that they would mix up. Inside the
+            block: if a call of the model has a different number of rows, or a layer's rows are unknown.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -95,11 +96,15 @@ def routed(
         >>> with randlora.serving.routed(model, ["a", "b", None]):
         ...     y = model(torch.randn(3, 8))
     """
+    return block_of(model, routing_of(names))
+
+
+def block_of(model: nn.Module, routing: RowByRow) -> AbstractContextManager[None]:
+    """Return the block of `routed` for some rows."""
 
     def checked(census: Census, state: ModelState) -> RowByRow:
         require_unmerged(state, "route")
         require_own(census, state, "route")
-        routing = _routing(names)
         raise_collected(AdapterError, _problems(state, routing), doing="route")
         used = [state.adapters[name] for name in routing.adapters]
         raise_collected(AdapterError, [*lost_sites(census, used), *offloaded_diagonals(census)], doing="route")
@@ -125,7 +130,7 @@ def _watching(model: nn.Module, block: AbstractContextManager[object]) -> Iterat
             entries.close()
 
 
-def _routing(names: object) -> RowByRow:
+def routing_of(names: object) -> RowByRow:
     """Return the routing for some names, of whatever type was given."""
     expected = "expected for each row the name of an adapter or None, or a sequence of these"
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
@@ -146,15 +151,12 @@ def _routing(names: object) -> RowByRow:
 
 def _problems(state: ModelState, routing: RowByRow) -> list[str]:
     problems = state.unknown(routing.adapters)
-    problems += [
+    return problems + [
         f"{name!r} trained {', '.join(state.adapters[name].trained)} with train_also, and the model can use only one "
         "copy for all rows: activate it alone"
         for name in routing.adapters
         if name in state.adapters and state.adapters[name].trained
     ]
-    if open_elsewhere(state.disabled):
-        problems.append(ELSEWHERE)
-    return problems
 
 
 def _require_alike(census: Census, state: ModelState, routing: RowByRow) -> None:
@@ -196,18 +198,16 @@ class Entries:
     def __init__(self, root: nn.Module, state: ModelState, routing: RowByRow) -> None:
         """Watch the calls of each module with adapted layers inside."""
         self.state, self.routing = state, routing
-        self.followed: set[tuple[Any, ...]] = set()
         self.inside: set[nn.Module] = set()
         self.handles: dict[nn.Module, list[RemovableHandle]] = {}
         self.methods: list[Method] = []
-        self.times = 0
         for module in _around_adapted(root):
             if isinstance(module, Generates):
-                self.methods.append(Method(module, "generate", self.generate))
+                self.methods.append(Method.put(module, "generate", _generate))
             if any(parent.__module__.startswith("sentence_transformers.") for parent in type(module).__mro__):
                 sorting = [name for name in SORTING if hasattr(type(module), name)]
-                self.methods += [Method(module, name, _refuse_to_sort) for name in sorting]
-            if attention := RowsOfAttention.watch(module):
+                self.methods += [Method.put(module, name, _refuse_to_sort) for name in sorting]
+            if attention := RowsOfAttention.watch(module, routing):
                 self.handles[module] = attention
                 continue
             begin = module.register_forward_pre_hook(Hook(self.begin), with_kwargs=True)
@@ -223,37 +223,21 @@ class Entries:
         for method in self.methods:
             method.remove()
 
-    def generate(self, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a model's ``generate``, taking into account how many sequences it makes of each row."""
-        before = self.times
-        self.times = max(before, *(_option(method.module, name, args, kwargs) for name in REPEATING))
-        try:
-            return method.own(*args, **kwargs)
-        finally:
-            self.times = before
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a call, unless it is inside another one."""
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        """Begin a call, unless it is inside another one. Without ``kwargs``, another thread has removed this hook."""
         routing = self.routing
-        call = routing.call
-        if self.state.run is not routing:  # a block inside of this one counts
-            require_here(self.state)
+        if self.state.run is not routing or kwargs is None:  # the innermost block of this thread counts
             return
+        call = routing.call
         if torch.compiler.is_compiling():
             raise AdapterError(
                 "a program cannot be exported or compiled in a block of routed: export one adapter, or merge it; "
                 "compile before the block, in which compiled models run uncompiled"
             )
-        if call is not None and call.thread != threading.get_ident():
-            raise AdapterError(
-                f"another thread is in a call of {type(call.module).__name__} in this block of routed: call the model "
-                "in one thread at a time, or gather the rows into one batch"
-            )
         if call is not None and call.module is not module:
             if call.tracking is not None:
                 self.inside.add(module)
             return
-        require_here(self.state)
         self.leave()
         self._enter(module, {**dict(enumerate(args)), **kwargs})
 
@@ -263,14 +247,14 @@ class Entries:
         if not tensors:
             raise AdapterError(f"routed expects a tensor with a batch, but {name} was called without one")
         shape = tensors[0][1].shape
-        routing.chosen = None
-        routing.use(_times(routing, shape, name, self.times))
-        own = [(key, x) for key, x in tensors if x.shape[0] == routing.batch and key not in WITHOUT_ROWS]
+        index = routing.index.repeat_interleave(_times(routing, shape, name), dim=0)
+        own = [(key, x) for key, x in tensors if x.shape[0] == len(index) and key not in WITHOUT_ROWS]
         lengths = tuple((key, x.shape) for key, x in own if not any(part in str(key) for part in GROWING))
         flags = tuple((key, each) for key, each in inputs.items() if each is None or isinstance(each, bool | str))
-        kind = module, module.training, routing.batch, lengths, flags
-        call = routing.call = RunningCall(module, threading.get_ident(), kind)
-        if routing.is_uniform or kind in self.followed or module in self.inside:
+        kind = module, module.training, len(index), lengths, flags
+        call = RunningCall(routing, module, kind, index, outer=CALL.get())
+        CALL.set(call)
+        if routing.is_uniform or kind in routing.followed or module in self.inside:
             return
         call.tracking = RowTracking()
         for _, x in own:
@@ -280,49 +264,59 @@ class Entries:
     def end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG002
         """End a call, even if it raised."""
         call = self.routing.call
-        if call is None or call.module is not module or call.thread != threading.get_ident():
+        if call is None or call.module is not module:
             return
         was_followed = call.tracking is not None
         self.leave()
         if was_followed and output is not None:
-            self.followed.add(call.kind)
+            self.routing.followed.add(call.kind)
             for inner in self.inside:  # their layers are known from now on
                 for handle in self.handles[inner]:
                     handle.remove()
 
     def leave(self) -> None:
         """Stop following the running call, if there is one."""
-        call = self.routing.call
-        if call is None:
-            return
-        if call.tracking is not None:
-            if _get_current_dispatch_mode() is call.tracking:
-                call.tracking.__exit__(None, None, None)
-            call.tracking.stop()
-        self.routing.call = None
-        self.routing.use(1)
+        while (call := self.routing.call) is not None:
+            if call.tracking is not None:
+                if _get_current_dispatch_mode() is call.tracking:
+                    call.tracking.__exit__(None, None, None)
+                call.tracking.stop()
+            CALL.set(call.outer)
 
 
 class Method:
-    """A replacement for a module's method while a block is open. A copy of the module has the method itself."""
+    """A replacement for a module's method while blocks are open. A copy of the module has the method itself."""
 
     def __init__(self, module: nn.Module, name: str, call: Callable[..., Any]) -> None:
         """Put it there; ``call`` is given this object, and the arguments."""
-        self.module, self.name, self.call = module, name, call
+        self.module, self.name, self.call, self.blocks = module, name, call, 0
         self.own: Callable[..., Any] = getattr(module, name)
         self.before = vars(module).get(name)
         vars(module)[name] = self
+
+    @classmethod
+    def put(cls, module: nn.Module, name: str, call: Callable[..., Any]) -> Method:
+        """Return the replacement for one more block, which is there already if another block is open."""
+        with CHANGING:
+            found = vars(module).get(name)
+            method = found if isinstance(found, Method) else cls(module, name, call)
+            method.blocks += 1
+            return method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the replacement."""
         return self.call(self, args, kwargs)
 
     def remove(self) -> None:
-        """Put the method back."""
-        if self.before is None:
-            del vars(self.module)[self.name]
-        else:
-            vars(self.module)[self.name] = self.before
+        """Put the method back, unless another block is open."""
+        with CHANGING:
+            self.blocks -= 1
+            if self.blocks:
+                return
+            if self.before is None:
+                del vars(self.module)[self.name]
+            else:
+                vars(self.module)[self.name] = self.before
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return how the method of a copy is found, which has no attributes then."""
@@ -334,6 +328,16 @@ def _option(model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     values = (kwargs.get(name), getattr(given, name, None), getattr(model.generation_config, name, None))
     return next((value for value in values if value is not None), 1)
+
+
+def _generate(method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a model's ``generate``, taking into account how many sequences it makes of each row."""
+    before = TIMES.get()
+    TIMES.set(max(before, *(_option(method.module, name, args, kwargs) for name in REPEATING)))
+    try:
+        return method.own(*args, **kwargs)
+    finally:
+        TIMES.set(before)
 
 
 def _refuse_to_sort(method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:  # noqa: ARG001
@@ -374,16 +378,9 @@ def _tensors(inputs: Mapping[Any, Any], depth: int = DEPTH) -> Iterator[tuple[An
             yield from ((name, x) for _, x in _tensors(dict(enumerate(value)), depth - 1))
 
 
-def _times(routing: Routing, shape: torch.Size, name: str, times: int) -> int:
-    """Return how many times the batch of a call has each row, one after the other.
-
-    Args:
-        routing: The names of the rows.
-        shape: The shape of the batch.
-        name: The name of the type of what is called.
-        times: How many sequences ``generate`` makes of each row; 0 outside of it.
-    """
-    rows, size = len(routing.index), shape[0]
+def _times(routing: Routing, shape: torch.Size, name: str) -> int:
+    """Return how many times the batch of a call of a module has each row, one after the other."""
+    rows, size, times = len(routing.index), shape[0], TIMES.get()
     if size == rows:
         return 1
     if size % rows == 0:

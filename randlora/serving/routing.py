@@ -6,19 +6,19 @@ of the same kind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from randlora.blocks import BLOCKS, Rows
+from randlora.blocks import Rows
 from randlora.errors import AdapterError
 from randlora.serving.labels import MIXED, NONE, Label, filled, first_dimension, merged, merged_along, nothing, unknown
 from randlora.serving.tracking import RowTracking
-from randlora.state import ModelState
 
 BASE = -1
 """The adapter of rows that go through the base model alone."""
@@ -46,7 +46,7 @@ class Layout(NamedTuple):
     Attributes:
         shape: The shape of its input without the features.
         rows: The row of each entry, of size 1 in dimensions along which it does not change.
-        arranged: The tokens sorted by adapter, by how many times the batch has each row, and device.
+        arranged: The tokens sorted by adapter, by the size of the batch and device.
     """
 
     shape: torch.Size
@@ -61,15 +61,13 @@ class Routing:
         adapters: The names of the adapters, each once.
         index: The position in ``adapters`` for each row, ``(rows,)``, or for each token, ``(rows, tokens)``.
         is_uniform: Whether all go through one adapter, or all through the base, so that their places do not matter.
-        times: How many times each row is in the batch of the running call, one after the other, such as for beams.
-        rows_now: The index with as many entries as that batch.
-        chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
         keeps: Whether Λ and Γ may be kept. Not if they are sharded, because gathering hides changes of their values.
-        call: The running call of the model, or of a part of it; see `randlora.serving.routing`.
         layouts: Where the rows are in the input of each layer, by layer, size of the batch and shape.
         refused: Why the rows of a layer are unknown, by layer.
         by_bases: The tokens of each layer by bases, as `randlora.serving.run` prepared them.
         kept: Λ and Γ of the adapters of each layer; see `randlora.serving.stacked`.
+        followed: The kinds of calls that were followed.
+        watch: Called with the output of each layer, for `randlora.serving.check_rows`.
     """
 
     def __init__(self, names: Sequence[Any]) -> None:
@@ -81,52 +79,60 @@ class Routing:
         has_tokens = any(row is not None and not isinstance(row, str) for row in names)
         self.index = index if has_tokens else index.squeeze(1)
         self.is_uniform = bool((index == index.flatten()[0]).all())
-        self.chosen: tuple[str | None] | None = None
         self.keeps = True
-        self._forget()
-
-    def _forget(self) -> None:
-        self.call: RunningCall | None = None
         self.layouts: dict[tuple[Any, int, torch.Size], Any] = {}
         self.refused: dict[Any, str] = {}
         self.by_bases: dict[tuple[int, int], Any] = {}
         self.kept: dict[tuple[int, int], Any] = {}
+        self.followed: set[tuple[Any, ...]] = set()
+        self.watch: Callable[..., object] | None = None
         self._layouts: dict[Any, Layout] = {}
-        self.use(1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state without what belongs to one model, for copies and pickles of it."""
-        return {name: getattr(self, name) for name in ("adapters", "index", "is_uniform", "chosen", "keeps")}
+    def expect(self, other: Routing) -> None:
+        """Expect rows where they were in the calls of a block for as many, as in later calls of that block."""
+        self.followed = other.followed
+        self.layouts = {
+            key: layout._replace(arranged={}) if isinstance(layout, Layout) else layout
+            for key, layout in other.layouts.items()
+        }
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Hold the state of a copy."""
-        self.__dict__.update(state)
-        self._forget()
+    @property
+    def call(self) -> RunningCall | None:
+        """The call of the model, or of a part of it, that this thread or task is in."""
+        call = CALL.get()
+        while call is not None and call.routing is not self:
+            call = call.outer
+        return call
 
-    def use(self, times: int) -> None:
-        """Set how many times each row is in the batch of the running call."""
-        self.times, self.rows_now = times, self.index.repeat_interleave(times, dim=0)
+    @property
+    def rows_now(self) -> Tensor:
+        """The index with as many entries as the batch of the running call."""
+        return self.index if (call := self.call) is None else call.index
 
     @property
     def batch(self) -> int:
         """The size of the batch of the running call."""
         return len(self.rows_now)
 
+    def choose(self, adapter: str | None, module: object = None) -> None:
+        """From now on, run a module with one adapter, or with the base, until `CALL` is again what it was."""
+        call = self.call or RunningCall(self, None, (), self.index)
+        CALL.set(replace(call, module=module or call.module, chosen=(adapter,), outer=CALL.get()))
+
     @contextmanager
     def choosing(self, adapter: str | None) -> Iterator[None]:
         """Within the block, run modules with one adapter, or with the base: they are given only its rows."""
-        before, self.chosen = self.chosen, (adapter,)
+        before = CALL.get()
+        self.choose(adapter)
         try:
             yield
         finally:
-            self.chosen = before
+            CALL.set(before)
 
     def layout(self, shape: torch.Size, rows: Tensor) -> Layout:
         """Return the layout of some rows; the same object for the same rows."""
         key = shape, rows.shape, tuple(rows.flatten().tolist())
-        if key not in self._layouts:
-            self._layouts[key] = Layout(shape, rows, {})
-        return self._layouts[key]
+        return self._layouts.setdefault(key, Layout(shape, rows, {}))
 
     def sorted(self, layout: Layout, device: torch.device, module: str) -> Sorted:
         """Return the tokens of an input, sorted by adapter, with the order on a device.
@@ -134,7 +140,7 @@ class Routing:
         Raises:
             AdapterError: If adapters are named for tokens, and the input has different tokens.
         """
-        key = self.times, device
+        key = self.batch, device
         if (known := layout.arranged.get(key)) is not None:
             return known
         with torch.inference_mode(mode=False):  # a later call may need gradients
@@ -145,22 +151,22 @@ class Routing:
             adapters = tuple(None if number == BASE else self.adapters[number] for number in numbers[by_count].tolist())
             is_in_order = bool((order == torch.arange(len(order), device="cpu")).all())
             found = Sorted(order.to(device), adapters, tuple(counts[by_count].tolist()), is_in_order)
-        layout.arranged[key] = found
-        return found
+        return layout.arranged.setdefault(key, found)
 
     def _of_tokens(self, layout: Layout, module: str) -> Tensor:
         """Return the position of the adapter of each token, flattened."""
         shape, rows = layout.shape, layout.rows
         if self.is_uniform:
             return self.index.flatten()[:1].repeat(shape.numel())
-        if self.rows_now.dim() == 1:
-            return self.rows_now[rows].expand(shape).flatten()
-        tokens = self.rows_now.shape[1]
-        where = torch.arange(self.batch, device="cpu")
+        index = self.rows_now
+        if index.dim() == 1:
+            return index[rows].expand(shape).flatten()
+        tokens = index.shape[1]
+        where = torch.arange(len(index), device="cpu")
         if shape[1:2] == (tokens,) and rows.flatten().tolist() == where.tolist() and rows.shape[0] == shape[0]:
-            return self.rows_now.view(*shape[:2], *[1] * (len(shape) - 2)).expand(shape).flatten()
-        if shape == (self.rows_now.numel(),) and (rows == where.repeat_interleave(tokens)).all():
-            return self.rows_now.flatten()
+            return index.view(*shape[:2], *[1] * (len(shape) - 2)).expand(shape).flatten()
+        if shape == (index.numel(),) and (rows == where.repeat_interleave(tokens)).all():
+            return index.flatten()
         raise AdapterError(
             f"an adapted {module} was given an input of shape {(*shape, '...')}, and routed was given names for "
             f"{len(self.index)} rows of {tokens} tokens: give one name for each row, or call the model with such "
@@ -178,37 +184,34 @@ class RunningCall:
     """A call of the model, or of a part of it, in a block of `randlora.serving.routed`.
 
     Attributes:
+        routing: The rows of the block.
         module: What was called.
-        thread: The thread.
         kind: A key that is equal for calls in which the rows are in the same places.
+        index: The adapters of the rows, or of their tokens, as often as the batch has each row.
         tracking: The mode that follows its rows, unless a call of the same kind was followed before.
+        chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
         assumed_by: The module whose input was last asked for, if its rows are assumed.
+        outer: The call that this one is in.
     """
 
+    routing: Routing
     module: Any
-    thread: int
     kind: tuple[Any, ...]
+    index: Tensor
     tracking: RowTracking | None = None
+    chosen: tuple[str | None] | None = None
     assumed_by: str = ""
+    outer: RunningCall | None = None
 
 
-def require_here(state: ModelState) -> None:
-    """Raise an `AdapterError` unless the innermost block was begun in this thread or task."""
-    if torch._C._current_graph_task_id() != -1:  # backward, which computes checkpointed parts again in its own threads
-        return
-    blocks, here = state.disabled, BLOCKS.get()
-    if any(isinstance(block, Routing) for block in blocks) and not any(blocks[-1] is block for block in here):
-        raise AdapterError(
-            "a block of randlora.serving.routed is open in another thread or task, and a model routes for one at a "
-            "time: call it inside the block (in other threads with contextvars.copy_context().run, as "
-            "asyncio.to_thread does), or gather the rows of all into one batch"
-        )
+CALL: ContextVar[RunningCall | None] = ContextVar("CALL", default=None)
+"""The innermost running call of this thread, or of this task of asyncio."""
 
 
 def layout_of(routing: Routing, layer: Any, value: Tensor, module: str, *, features: int = 1) -> Layout:
     """Return where the rows are in the input of a layer, whose last ``features`` dimensions belong to one token."""
     shape = value.shape[: value.dim() - features]
-    tracking = _tracking(routing, layer)
+    tracking = _tracking(routing)
     if tracking is None:
         known: Layout | None = routing.layouts.get((layer, routing.batch, shape))
         return known if known is not None else _found(routing, layer, shape, module)
@@ -222,7 +225,7 @@ def layout_of(routing: Routing, layer: Any, value: Tensor, module: str, *, featu
 
 def layout_of_rows(routing: Routing, layer: Any, rows: Rows, module: str) -> tuple[Layout, Rows]:
     """Return where the rows of a batch are in the arguments of a module, and which of its arguments have them."""
-    shape, tracking = torch.Size([rows.size]), _tracking(routing, layer)
+    shape, tracking = torch.Size([rows.size]), _tracking(routing)
     key = (layer, "arguments"), routing.batch, next(iter(rows.given.values())).shape
     if tracking is None:
         layout = routing.layouts.get((layer, routing.batch, shape)) or _found(routing, layer, shape, module)
@@ -245,13 +248,10 @@ def layout_of_rows(routing: Routing, layer: Any, rows: Rows, module: str) -> tup
     return layout, rows._replace(axes={name: axis for name, axis in rows.axes.items() if name in names})
 
 
-def _tracking(routing: Routing, layer: Any) -> RowTracking | None:
-    """Return what follows the running call, if anything does; without such a call, check that the block is here."""
+def _tracking(routing: Routing) -> RowTracking | None:
+    """Return what follows the running call, if anything does."""
     call = routing.call
-    if call is None:
-        require_here(layer.state)
-        return None
-    return None if routing.is_uniform else call.tracking
+    return None if call is None or routing.is_uniform else call.tracking
 
 
 def _found(routing: Routing, layer: Any, shape: torch.Size, module: str) -> Layout:
@@ -342,8 +342,10 @@ def _assumed(routing: Routing, tracking: RowTracking, shape: Sequence[int], modu
     return nothing(len(shape))
 
 
-def follow(routing: Routing, value: Any, layout: Layout, axis: int = 0) -> None:
+def follow(routing: Routing, layer: Any, value: Any, layout: Layout, axis: int = 0) -> None:
     """Label the output of a layer, whose rows are where the input has them, beginning at a dimension."""
+    if routing.watch is not None and isinstance(value, Tensor):
+        routing.watch(layer, value, layout, axis)
     call = routing.call
     if call is None or call.tracking is None or not isinstance(value, Tensor):
         return

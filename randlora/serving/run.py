@@ -23,7 +23,7 @@ from randlora.layers.base import AdapterLayer, input_of, require_product
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import in_call
 from randlora.layers.weight import split_of
-from randlora.serving.routing import Layout, Routing, Sorted, follow, layout_of, layout_of_rows, unfollowed
+from randlora.serving.routing import CALL, Layout, Routing, Sorted, follow, layout_of, layout_of_rows, unfollowed
 from randlora.serving.stacked import (
     Find,
     Stack,
@@ -110,7 +110,7 @@ class RowByRow(Routing, Run):
     @property
     def takes_over(self) -> bool:
         """Whether no adapter is chosen. A module that runs for the rows of one adapter runs as if it were active."""
-        return self.chosen is None
+        return (call := self.call) is None or call.chosen is None
 
     def concerns(self, layer: AdapterLayer) -> bool:
         """Whether any adapter that rows go through adapts this weight."""
@@ -118,14 +118,14 @@ class RowByRow(Routing, Run):
 
     def acting(self, layer: AdapterLayer) -> list[tuple[SiteAdapter, float]]:
         """Return the adapter that a module runs with now, for its rows."""
-        if self.chosen is None:
+        if (call := self.call) is None or call.chosen is None:
             if not self.concerns(layer):
                 return []
             raise AdapterError(
                 f"code reads an adapted {layer.attribute} outside of the forward of its module, where routed cannot "
                 "tell the rows of the batch: exclude it when the adapter is made, or activate one adapter at a time"
             )
-        part = layer.adapters.get(self.chosen[0] or "")
+        part = layer.adapters.get(call.chosen[0] or "")
         return [] if part is None else [(part, 1.0)]
 
     def product(self, layer: AdapterLayer, forward: ForwardCall) -> Tensor:
@@ -151,7 +151,7 @@ class RowByRow(Routing, Run):
                     own = torch.cat([F.dropout(each, part.adapter.config.dropout) for each, part in split])
                 total = group.onto(total, self._product(routes, group, own))
             result = total.view(output.shape)
-        follow(self, result, layout)
+        follow(self, layer, result, layout)
         return result
 
     def rows(self, layer: AdapterLayer, forward: ForwardCall) -> Tensor:
@@ -177,7 +177,7 @@ class RowByRow(Routing, Run):
                     rows = torch.where((own == padding_idx).unsqueeze(-1), rows.detach(), rows)
                 total = group.onto(total, rows)
             result = total.view(output.shape)
-        follow(self, result, layout)
+        follow(self, layer, result, layout)
         return result
 
     def reading(self, layer: Any, forward: ForwardCall) -> Any:
@@ -195,7 +195,7 @@ class RowByRow(Routing, Run):
                 start += count
             output = rows.joined(outputs, ordered.order.argsort())
         for index, each in enumerate(output if isinstance(output, tuple) else [output]):
-            follow(self, each, layout, rows.output_axes[min(index, 1)])
+            follow(self, layer, each, layout, rows.output_axes[min(index, 1)])
         return output
 
     def _by_bases(self, routes: Routes, layout: Layout, device: torch.device) -> list[Routed]:
@@ -267,34 +267,35 @@ class RowsOfAttention:
     Nothing on the module itself is adapted, so this is done by hooks. The module's own forward runs with the base.
     """
 
-    def __init__(self, layer: AdapterLayer) -> None:
+    def __init__(self, layer: AdapterLayer, routing: RowByRow) -> None:
         """Run attention by the adapters of its ``out_proj``."""
-        self.layer = layer
+        self.layer, self.routing = layer, routing
 
     @classmethod
-    def watch(cls, module: nn.Module) -> list[RemovableHandle]:
+    def watch(cls, module: nn.Module, routing: RowByRow) -> list[RemovableHandle]:
         """Register the hooks of a module, if it is such an attention."""
         if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
             return []
         layer = module.out_proj.__dict__["randlora"]["weight"]
-        own = cls(layer)
+        own = cls(layer, routing)
         return [
             module.register_forward_pre_hook(Hook(own.begin)),
             module.register_forward_hook(Hook(own.end), with_kwargs=True, always_call=True, prepend=True),
         ]
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002  # a hook's signature
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
         """Have the forward run with the base."""
-        run = self.layer.state.run
-        if isinstance(run, RowByRow) and run.takes_over and run.concerns(self.layer):
-            run.chosen = (None,)
+        run = self.routing
+        if self.layer.state.run is run and run.takes_over and run.concerns(self.layer):
+            run.choose(None, module)
 
-    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the output of the forward, run once for each adapter."""
-        run = self.layer.state.run
-        if not isinstance(run, RowByRow) or not run.concerns(self.layer):
+    def end(self, module: nn.Module, args: tuple[Any, ...], *given: Any) -> Any:
+        """Return the output of the forward, run once for each adapter. Given keyword arguments and the output."""
+        run = self.routing
+        if self.layer.state.run is not run or (call := run.call) is None or call.module is not module:
             return None
-        run.chosen = None
+        CALL.set(call.outer)
+        kwargs, output = given
         if output is None:
             return None
         with in_call():
