@@ -1,4 +1,4 @@
-"""The site in a real browser: every page in every look, links, search, and the buttons that copy."""
+"""The site in a real browser: every page in every look, links, old addresses and search."""
 
 import re
 import runpy
@@ -114,7 +114,6 @@ def page(look: Look, browser: Browser, address: str) -> Iterator[Page]:
         color_scheme="dark" if look.is_dark else "light",
         is_mobile=look.is_phone,
         has_touch=look.is_phone,
-        permissions=["clipboard-read", "clipboard-write"],
     )
     yield context.new_page()
     context.close()
@@ -190,32 +189,6 @@ def test_an_old_address_leads_to_where_its_text_is_now(old: str, new: str, page:
     page.goto(MOVED["address"](old, "index.md"))
     expect(page).to_have_url(address + MOVED["address"](new, "index.md").removeprefix("./"))
     assert "#" not in new or page.locator(f"[id='{new.split('#')[1]}']").count() == 1
-
-
-@pytest.mark.parametrize("look", LOOKS[:2], ids=str)
-def test_the_search_finds_inject(look: Look, page: Page) -> None:
-    page.goto("")
-    if look.is_phone:
-        page.locator(".md-header__button[for=__search]").click()
-    page.get_by_role("textbox", name="Search").fill("inject")
-    found = page.locator(".md-search-result__link[href*='api/'][href*='.inject']").first
-    expect(found).to_contain_text("inject")
-    found.click()
-    expect(page.locator("h3[id$='.inject']")).to_be_in_viewport()
-
-
-@pytest.mark.parametrize("address_of_page", ["", "quickstart/"])
-def test_the_buttons_copy_the_code_beside_them(address_of_page: str, page: Page) -> None:
-    page.goto(address_of_page)
-    blocks = page.locator(".highlight:has(pre):not(.language-text)").all()
-    assert blocks
-    for block in blocks:
-        block.hover()
-        block.locator("button[data-md-type=copy]").click()
-        page.wait_for_function(
-            "text => navigator.clipboard.readText().then(copied => copied.trim() == text)",
-            arg=block.locator("code").text_content().strip(),
-        )
 
 
 FOUND = {

@@ -1,18 +1,14 @@
-"""Run all campaigns, two at a time, print their rows as one table and write them to build/torture.json."""
+"""Run all campaigns, some at a time, and print their rows as one table."""
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from tests.pages import ROOT
 from tests.torture import Row
 from tests.torture.campaigns import CAMPAIGNS, run
-
-RESULTS = ROOT / "build" / "torture.json"
 
 
 def as_table(rows: Sequence[tuple[str, Row, float]]) -> str:
@@ -40,9 +36,6 @@ def main() -> int:
             print(f"{name}: {row.attempts:,} in {seconds:.0f} s, {len(row.failures)} failed", file=sys.stderr)
     rows = [done.result() for done in running]
     print(as_table(rows))
-    RESULTS.parent.mkdir(exist_ok=True)
-    as_json = [{"campaign": name, **row._asdict(), "seconds": seconds} for name, row, seconds in rows]
-    RESULTS.write_text(json.dumps(as_json, indent=2) + "\n", encoding="utf-8")
     return int(any(row.failures for _, row, _ in rows))
 
 
