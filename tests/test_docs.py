@@ -162,7 +162,7 @@ def entry_counts(entries: list[dict[str, Any]]) -> Iterator[int]:
         yield from entry_counts(target) if isinstance(target, list) else ()
 
 
-def test_the_navigation_lists_every_page_at_most_eight_on_a_level_and_the_architecture_every_file() -> None:
+def test_the_navigation_lists_every_page_eight_on_a_level_and_the_architecture_every_file_and_true_names() -> None:
     written = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = re.findall(r"([\w/-]+\.md)$", written, re.MULTILINE)
     assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS_PAGES)
@@ -173,6 +173,12 @@ def test_the_navigation_lists_every_page_at_most_eight_on_a_level_and_the_archit
     listed = [line.split("`")[1] for line in hook["table"](page) if "`" in line]
     own = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")]
     assert sorted(listed) == sorted(name for name in own if name != "__init__.py")
+    words = page[page.index("## Words") : page.index("## Sites")]
+    code = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    files = re.findall(r"`([\w/]+\.py)`", words)
+    names = re.findall(r"`(?:[\w/]+\.)?(\w+)`", words.replace(".py", ""))
+    assert [file for file in files if file not in own] == [] != files
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == [] != names
 
 
 @pytest.mark.parametrize(("in_features", "out_features", "r"), [(48, 32, 8), (20, 36, 6), (30, 30, 30)])
