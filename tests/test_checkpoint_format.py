@@ -90,6 +90,7 @@ def test_any_changed_fact_or_tensor_breaks_the_seal() -> None:
 DAMAGED, CONTRADICTORY = "header is damaged", "contradict each other"
 WRONG: list[tuple[str, str, object, Header]] = [
     *((DAMAGED, path, REMOVED, HEADER) for path in ("format_version", "sha256", "config", "basis", "basis/seed")),
+    ("config has no alpha", "config/alpha", REMOVED, HEADER),
     *((DAMAGED, "targets/a", shape, HEADER) for shape in ([4], [0, 6])),
     (DAMAGED, "model_class", {"library": "transformers"}, HEADER),
     (DAMAGED, "model_class/labels", {"0": "a"}, HEADER),

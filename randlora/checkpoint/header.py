@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -248,7 +248,8 @@ def _from_json(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
     kinds = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
     kind = next((kind for kind in kinds if is_dataclass(kind) or get_origin(kind) is dict), None)
     if kind is None or (value is None and type(None) in kinds):
-        problems += mistyped(value, hint, place)
+        # which words are choices, `BasisSpec` checks: kinds of bases may have been registered
+        problems += mistyped(value, str if get_origin(hint) is Literal else hint, place)
         return tuple(value) if isinstance(value, list) else value
     if not isinstance(value, dict):
         problems += mistyped(value, dict, place or "it")
