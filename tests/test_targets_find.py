@@ -16,6 +16,7 @@ import randlora
 from randlora import RandLoRAConfig
 from randlora.config import LayerOptions
 from randlora.errors import ConfigError, TargetError
+from randlora.layers.registry import Reading
 from randlora.targets.census import Census
 from randlora.targets.match import nearest_names
 from randlora.targets.obstacles import obstacles
@@ -406,3 +407,12 @@ def test_a_size_that_no_r_has_or_that_is_given_twice_is_refused() -> None:
         for verb in (randlora.inject, randlora.plan, randlora.training_memory):
             with untouched(model), pytest.raises(kind, match=message):
                 verb(model, **{"targets": ["a"], **options})
+
+
+@pytest.mark.parametrize("effects", [("read", "none"), ("none", "read")])
+def test_a_layer_that_one_module_reads_and_a_second_one_misuses_is_refused(effects: Any, monkeypatch: Any) -> None:
+    model: Any = nn.ModuleDict({"x": nn.Linear(2, 2)})
+    readings = [Reading(model["x"], f"is {effect}", effect) for effect in effects]
+    monkeypatch.setattr("randlora.layers.registry._finders", [lambda owner: readings if owner is model else []])
+    with untouched(model), pytest.raises(TargetError, match="is none: exclude it"):
+        randlora.inject(model, r=1, targets=["x"])
