@@ -74,11 +74,11 @@ def nearest_names(entry: str, fqns: Iterable[str]) -> str:
     These are the names that end with ``entry``, if there are any. Otherwise last components are compared if ``entry``
     has no dot, else FQNs.
     """
-    known = set(fqns) - {entry}
-    ending = {fqn for fqn in known if has_suffix(fqn, entry)}
+    known = [fqn for fqn in fqns if fqn != entry]
+    ending = [fqn for fqn in known if has_suffix(fqn, entry)]
     if not ending and "." not in entry:
-        known = {fqn.rsplit(".", 1)[-1] for fqn in known}
-    listed = sorted(ending or known)
+        known = [fqn.rsplit(".", 1)[-1] for fqn in known]
+    listed = [*dict.fromkeys(ending or known)]
     return ", ".join(difflib.get_close_matches(entry, listed, n=NEAREST, cutoff=0.4) or listed[:NEAREST])
 
 
