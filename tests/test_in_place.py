@@ -3,7 +3,6 @@
 import copy
 import gc
 import pickle
-import re
 import subprocess
 import sys
 import weakref
@@ -20,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.torch_version import TorchVersion
 
 import randlora
-from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
+from randlora.errors import AdapterError, MergeError, TargetError
 from randlora.layers import registry
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.scopes import begin_call, end_call
@@ -300,23 +299,6 @@ def test_a_class_changed_on_top_stops_eject_and_remove(change: str) -> None:
     expected = model(x)
     with randlora.merged(model):
         assert_close(model(x), expected, torch.float64)
-
-
-def test_what_version_0_1_wrote_is_refused_in_words_that_say_how_to_mend_it() -> None:
-    """Its adapted layers had a hook, which the pickle of a whole model names."""
-    with pytest.raises(CheckpointError, match=r"a whole model, pickled by randlora 0\.1, .* save the adapter with"):
-        pickle.loads(b"crandlora.layers.base\n_decline_fast_paths\n.")
-    with pytest.raises(AttributeError, match="nothing"):
-        pickle.loads(b"crandlora.layers.base\nnothing\n.")
-    model, other = (nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2))
-    for each in (model, other):
-        randlora.inject(each, r=4, targets=["0"])
-    own = fill(model).state_dict()
-    theirs = {re.sub(r"^0\.(weight|bias)", r"0.base_layer.\1", name): value for name, value in own.items()}
-    with untouched(other), pytest.raises(CheckpointError, match=r"has 0\.base_layer\.weight.*replace '\.base_"):
-        other.load_state_dict(theirs)
-    other.load_state_dict({name.replace(".base_layer.", "."): value for name, value in theirs.items()})
-    assert all_bits(other.state_dict()) == all_bits(own)
 
 
 @pytest.mark.parametrize(("base", "is_ejected"), [(nn.Linear, False), (nn.Embedding, True)], ids=["called", "read"])

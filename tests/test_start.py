@@ -125,7 +125,7 @@ def reset(model: nn.Module) -> None:
     """Give Λ and Γ of all adapters their initial values, as FSDP does."""
     for module in model.modules():
         if isinstance(module, Diagonal):
-            module.reset_parameters()  # type: ignore[operator]  # of both kinds of `Diagonal`
+            module.reset_parameters()  # of both kinds of `Diagonal`
 
 
 @every_family

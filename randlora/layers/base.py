@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from randlora.bases.spec import Shape, count_bases
 from randlora.blocks import ForwardCall
 from randlora.config import Init
-from randlora.errors import CheckpointError
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import diagonal_shapes, initial_values
 from randlora.layers.update import Update, sum_updates
@@ -102,9 +101,8 @@ class AdapterLayer(StoredWeight):
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         names: The names under which the owner holds Λ and Γ.
         adapters: The adapters of this weight, by name.
-        acting: The adapters that act on this weight and are not merged, in the same order, with their factors. Valid
-            if ``activation`` is current; see `seat`.
-        activation: The choice of active adapters that ``acting`` was made for.
+        acting: The adapters that act here and are not merged, with their factors, if ``activation`` is current.
+        activation: The choice of active adapters that ``acting`` was made for; see `seat`.
         own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
         adopted: A ``forward`` that was set on the owner to split its weight, and its replacement, if any.
         piece: The part of the weight that this process has while such a forward runs.
@@ -131,27 +129,18 @@ class AdapterLayer(StoredWeight):
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
-        """Return the ``forward`` of the base layer's class, or ``None`` if it cannot be replaced.
-
-        If the owner's class has this forward and `product` finds one, layer and adapter are computed as one
-        operation.
-        """
+        """Return the ``forward`` of the base layer's class that one operation with an adapter can replace, if any."""
         return None
 
     def diagonals_of(self, owner: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """Return Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, of one adapter, or stacks of them."""
-        held: dict[str, Any] = owner._modules
+        modules: dict[str, Any] = owner._modules
         lambdas, gammas = self.names
-        return held[lambdas].randlora_named(name), held[gammas].randlora_named(name)
+        return modules[lambdas].randlora_named(name), modules[gammas].randlora_named(name)
 
     @classmethod
     def fresh_diagonals(cls, owner: nn.Module, shape: Shape, r: int, init: Init) -> tuple[Tensor, Tensor]:
-        """Return the initial Λ and Γ, with which the update is zero, on the weight's device.
-
-        Returns:
-            Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, both float32; for the shape of a stack, stacks of
-            them. See `initial_values`.
-        """
+        """Return the initial Λ and Γ in float32 on the weight's device, or stacks of them; see `initial_values`."""
         device, values = cls.device_beside(owner), initial_values(init, shape)
         lam, gamma = (
             torch.full(size, value, dtype=torch.float32, device=device)
@@ -180,17 +169,7 @@ class AdapterLayer(StoredWeight):
         """Undo `settle`."""
 
     def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the owner's forward plus the outputs of the active adapters.
-
-        Args:
-            owner: The adapted module.
-            base_forward: Its forward without adapters.
-            *args: Arguments of the forward; the first is the input, ``(..., in_features)``.
-            **kwargs: Keyword arguments of the forward; the input may be the first of them.
-
-        Returns:
-            ``(..., out_features)`` in the dtype of the owner's output.
-        """
+        """Return the output of the owner's forward, ``base_forward``, plus the outputs of the active adapters."""
         state = self.state
         if self.own_forward is not None:
             base_forward = self.own_forward
@@ -200,9 +179,9 @@ class AdapterLayer(StoredWeight):
         if not active:
             return self.base_output(owner, base_forward, *args, **kwargs)
         x: Any = args[0] if args else input_of(owner, args, kwargs)
-        if len(args) + len(kwargs) == 1 and (product := self._whole_product(owner, active[0][0], x)) is not None:
-            (part, factor), *active = active
-            output = self._adapted_output(owner, part, factor, x, product)
+        output = self._one_operation(owner, *active[0], x) if len(args) + len(kwargs) == 1 else None
+        if output is not None:
+            active = active[1:]
         else:
             output = self.base_output(owner, base_forward, *args, **kwargs)
         if not active:
@@ -243,14 +222,21 @@ class AdapterLayer(StoredWeight):
         base: Any = type(owner)
         return self.own_forward is None and base.randlora_base.forward is self.plain_forward()
 
-    def _whole_product(self, owner: nn.Module, part: SiteAdapter, x: object) -> Product | None:
-        """Return the product that the owner's forward is, if an adapter can be added inside of it, else ``None``.
+    def _one_operation(self, owner: nn.Module, part: SiteAdapter, factor: float, x: Any) -> Tensor | None:
+        """Return the output of layer and adapter, computed as one operation.
 
-        Not if the forward does more than that, or dropout makes the adapter's input differ from the layer's.
+        ``None`` if the forward does more than a product, or dropout makes the adapter's input differ from the layer's.
         """
-        if part.adapter.config.dropout and owner.training:
+        if (part.adapter.config.dropout and owner.training) or not self.runs_plain_forward(owner):
             return None
-        return self.product(owner, x) if self.runs_plain_forward(owner) else None
+        if (product := self.product(owner, x)) is None:
+            return None
+        weight, dtype, output_dtype = product
+        pair, diagonals = self.update(owner, part, factor).parts(x.device, dtype)
+        bias: Any = owner.bias
+        x = x if x.dtype == dtype else x.to(dtype)
+        output = adapted_linear(x, pair, diagonals, weight=weight, bias=bias, compute=self.state.compute)
+        return output if output.dtype == output_dtype else output.to(output_dtype)
 
     def product(self, owner: nn.Module, x: object) -> Product | None:
         """Return what the forward multiplies its input by, or ``None`` if it does more than multiply and add a bias.
@@ -265,11 +251,13 @@ class AdapterLayer(StoredWeight):
 
     def update(self, owner: nn.Module, part: SiteAdapter, factor: float) -> Update:
         """Return one adapter's update of this weight as factors."""
-        if torch.compiler.is_dynamo_compiling() and (seated := self._seated(owner, part)) is not None:
-            return Update(part.basis, *seated, part.scaling * factor, part.shape)
+        if torch.compiler.is_dynamo_compiling() and part.position is not None:  # without reading a name
+            modules: dict[str, Any] = owner._modules
+            seated = [modules[name].randlora_at(part.position) for name in self.names]
+            if seated[0] is not None and seated[1] is not None:  # else they are found by name alone
+                return Update(part.basis, seated[0], seated[1], part.scaling * factor, part.shape)
         lam, gamma = self.diagonals_of(owner, part.adapter.name)
-        is_watched = self.state.replaced and is_hooked(owner)
-        own = watched(lam, self.state.replaced.values()) if is_watched else lam
+        own = watched(lam, self.state.replaced.values()) if self.state.replaced and is_hooked(owner) else lam
         return Update(part.basis, own, gamma, part.scaling * factor, part.shape)
 
     def seat(self, owner: nn.Module) -> None:
@@ -280,9 +268,9 @@ class AdapterLayer(StoredWeight):
         self.activation = self.state.activation
         self.acting = self._acting(self.state.active_unmerged)
         self.number()
-        held: dict[str, Any] = owner._modules
+        modules: dict[str, Any] = owner._modules
         for name in self.names:
-            held[name].randlora_seat(part.adapter.name for part, _ in self.acting)
+            modules[name].randlora_seat(part.adapter.name for part, _ in self.acting)
 
     def number(self) -> None:
         """Let the adapters that act here know their positions, and the others that they have none."""
@@ -290,25 +278,6 @@ class AdapterLayer(StoredWeight):
             part.position = None
         for position, (part, _) in enumerate(self.acting):
             part.position = position
-
-    def _seated(self, owner: nn.Module, part: SiteAdapter) -> tuple[nn.Parameter, nn.Parameter] | None:
-        """Return what `diagonals_of` does, without reading a name, or ``None`` where only that finds them."""
-        if part.position is None:
-            return None
-        held: dict[str, Any] = owner._modules
-        lam, gamma = (held[name].randlora_at(part.position) for name in self.names)
-        return None if lam is None or gamma is None else (lam, gamma)
-
-    def _adapted_output(
-        self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor, product: Product
-    ) -> Tensor:
-        """Return the output of layer and adapter, computed as one operation."""
-        dtype = product.dtype
-        pair, diagonals = self.update(owner, part, factor).parts(x.device, dtype)
-        bias: Any = owner.bias
-        x = x if x.dtype == dtype else x.to(dtype)
-        output = adapted_linear(x, pair, diagonals, weight=product.weight, bias=bias, compute=self.state.compute)
-        return output if output.dtype == product.output_dtype else output.to(product.output_dtype)
 
     def _adapter_output(
         self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor, dtype: torch.dtype
@@ -328,16 +297,7 @@ class AdapterLayer(StoredWeight):
         return adapted_linear(x, pair, diagonals, compute=self.state.compute)
 
     def delta_weight(self, owner: nn.Module, weights: dict[str, float]) -> Tensor:
-        """Return the sum of the updates of some adapters.
-
-        Args:
-            owner: The adapted module.
-            weights: Adapter names and factors; adapters without an update of this weight are ignored.
-
-        Returns:
-            ``(out_features, in_features)``, or a stack of such matrices, on the weight's device, in float32, or float64
-            if the weight is.
-        """
+        """Return the sum of the updates of some adapters, given with factors, in float32 or wider, as the weight."""
         updates = self.whole_updates(owner, weights)
         dtype = torch.promote_types(self.weight_of(owner).dtype, torch.float32)
         return sum_updates(
@@ -353,27 +313,14 @@ class AdapterLayer(StoredWeight):
     def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
         """Return the updates of some adapters with all values of Λ and Γ; a collective if these are sharded."""
         updates = self.updates(owner, weights)
-        values = iter(
-            run_collectives(partial(whole, each) for update in updates for each in (update.lam, update.gamma))
-        )
+        reads = [partial(whole, diagonal) for update in updates for diagonal in (update.lam, update.gamma)]
+        values = iter(run_collectives(reads))
         return [update._replace(lam=next(values), gamma=next(values)) for update in updates]
 
     def description(self) -> str:
         """Return a description of the adapters for ``print(model)``."""
         return ", ".join(
-            f"{name}: r={r}, num_bases={count_bases(min(part.shape[-2:]), r)}, {part.basis.spec.kind}"
+            f"{name}: r={(r := part.options.r)}, num_bases={count_bases(min(part.shape[-2:]), r)}, "
+            f"{part.basis.spec.kind}"
             for name, part in self.adapters.items()
-            for r in [part.options.r]
         )
-
-
-if not TYPE_CHECKING:  # else every name would pass as one of this module
-
-    def __getattr__(name: str) -> Any:
-        """Refuse whole models that were pickled by version 0.1, whose layers had a hook of this name."""
-        if name == "_decline_fast_paths":
-            raise CheckpointError(
-                "this is a whole model, pickled by randlora 0.1, which wrapped adapted layers in its own modules: "
-                "load it there, save the adapter with randlora.save, and load that with randlora.load"
-            )
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

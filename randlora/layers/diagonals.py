@@ -1,14 +1,14 @@
 """Λ and Γ of one weight: a parameter per adapter, found by name, and by position for compiled code.
 
-A compiler makes one program for each adapter name that it sees. Compiled code therefore reads the parameters of the
-active adapters from a list, where a different adapter is only a different value. The list follows the parameters
-however they are replaced: `nn.Module.to`, FSDP, `torch.func.functional_call` and accelerate assign to ``_parameters``.
+A compiler makes one program for each adapter name that it sees, so compiled code reads the active parameters from a
+list. The list follows them however they are replaced: `nn.Module.to`, FSDP, `torch.func.functional_call` and accelerate
+assign to ``_parameters``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from randlora.bases.spec import Shape, count_bases
 from randlora.config import Init
 from randlora.errors import AdapterError
 from randlora.layers.scopes import is_in_call
-from randlora.state import SiteAdapter
 
 Named = dict[str, nn.Parameter | None]
 
@@ -77,29 +76,25 @@ for _method in ("__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault
     setattr(Values, _method, _filling(_method))
 
 
-class Adapted(Protocol):
-    """What Λ and Γ know of the adapter layer of their weight."""
-
-    adapters: dict[str, SiteAdapter]
-
-
 class Diagonal(nn.ParameterDict):
     """Λ or Γ of one weight.
 
     An adapter may have any name that is not an attribute, so our attributes begin with ``randlora``.
 
     Attributes:
+        randlora_index: 0 for Λ, 1 for Γ.
         randlora_acting: The names of the active adapters.
         randlora_slots: Their parameters. ``None`` if the parameters are not held by `Values`, such as in replicas of
             `nn.DataParallel` and under DeepSpeed's ZeRO-3; they are found by name then.
         randlora_layer: The adapter layer of the weight.
     """
 
+    randlora_index: ClassVar[int]
     randlora_acting: tuple[str, ...] = ()
     randlora_slots: Slots | None
-    randlora_layer: Adapted
+    randlora_layer: Any
 
-    def __init__(self, layer: Adapted) -> None:
+    def __init__(self, layer: Any) -> None:
         """Create it without parameters."""
         super().__init__()
         self._parameters = Values()
@@ -113,11 +108,11 @@ class Diagonal(nn.ParameterDict):
 
     def randlora_seat(self, names: Iterable[str]) -> None:
         """Set the names of the active adapters."""
-        held = self._parameters
+        values = self._parameters
         self.__dict__["randlora_acting"] = tuple(names)
-        self.__dict__["randlora_slots"] = held.slots if type(held) is Values else None
-        if isinstance(held, Values):
-            held.seat(self.randlora_acting)
+        self.__dict__["randlora_slots"] = values.slots if type(values) is Values else None
+        if isinstance(values, Values):
+            values.seat(self.randlora_acting)
 
     def randlora_at(self, position: int) -> nn.Parameter | None:
         """Return the parameter of an active adapter, or ``None`` if it must be found by name."""
@@ -136,9 +131,9 @@ class Diagonal(nn.ParameterDict):
 
     def randlora_each(self, names: Iterable[str]) -> Iterator[nn.Parameter]:
         """Return the parameters of some adapters."""
-        held: Any = self._parameters
-        is_plain = type(held) is Values and "_hf_hook" not in self.__dict__
-        return map(held.__getitem__ if is_plain else self.randlora_named, names)
+        values: Any = self._parameters
+        is_plain = type(values) is Values and "_hf_hook" not in self.__dict__
+        return map(values.__getitem__ if is_plain else self.randlora_named, names)
 
     def forward(self, name: str) -> nn.Parameter:
         """Return the parameter of one adapter. accelerate's offloading loads the values only during this call."""
@@ -146,27 +141,23 @@ class Diagonal(nn.ParameterDict):
         return parameter
 
     @torch.no_grad()
-    def randlora_reset(self, position: int) -> None:
-        """Set every parameter to its initial value, which `initial_values` returns at this position."""
+    def reset_parameters(self) -> None:
+        """Set every parameter to its initial value, for use after ``model.to_empty(...)``."""
         for name, parameter in self.named_parameters():
             part = self.randlora_layer.adapters[name]
-            parameter.fill_(initial_values(part.adapter.init, part.shape)[position])
+            parameter.fill_(initial_values(part.adapter.init, part.shape)[self.randlora_index])
 
 
 class Lambda(Diagonal):
     """Λ of one weight, ``(r, num_bases)``, or a stack, float32 per adapter."""
 
-    def reset_parameters(self) -> None:
-        """Set every Λ to its initial value, for use after ``model.to_empty(...)``."""
-        self.randlora_reset(0)
+    randlora_index = 0
 
 
 class Gamma(Diagonal):
     """Γ of one weight, ``(num_bases, min_dim)``, or a stack, float32 per adapter."""
 
-    def reset_parameters(self) -> None:
-        """Set every Γ to its initial value, for use after ``model.to_empty(...)``."""
-        self.randlora_reset(1)
+    randlora_index = 1
 
 
 TAKEN_NAMES = frozenset({*dir(nn.ParameterDict()), *dir(Gamma), *Diagonal.__annotations__})
@@ -193,8 +184,7 @@ def diagonal_shapes(shape: Shape, r: int) -> tuple[Shape, Shape]:
 def initial_values(init: Init, shape: Shape) -> tuple[float, float]:
     """Return the initial values of all entries of Λ and of Γ, for an update of this shape or a stack of them.
 
-    One of them starts at zero, so that the update is zero, and the other at a constant, whose gradient is then zero. So
-    the first step of an optimizer moves only the one at zero. Adam moves each entry by the learning rate.
+    One starts at zero, so that the update is zero, and the other at a constant, whose first gradient is then zero.
     """
     constant = 1 / min(shape[-2:])
     return (0.0, constant) if init == "lambda" else (constant, 0.0)

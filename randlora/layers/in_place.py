@@ -1,8 +1,4 @@
-"""Adapting modules in place, by changing their class to a subclass, and undoing this.
-
-As in `torch.nn.utils.parametrize` and FSDP's ``fully_shard``, the subclass is created once per class, and the module
-remains the same object. Λ and Γ are registered on it.
-"""
+"""Adapting modules in place, by changing their class to a subclass as ``fully_shard`` does, and undoing this."""
 
 from __future__ import annotations
 
@@ -16,20 +12,17 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from randlora.errors import CheckpointError, MergeError
+from randlora.errors import MergeError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal, Gamma, Lambda
 from randlora.layers.scopes import ReadAttribute
-from randlora.layers.weight import adopted, split_of
+from randlora.layers.weight import SPLITTERS, split_of
 from randlora.places import loaded_modules
 from randlora.replaced import CASTS
 from randlora.state import SiteAdapter
 
 FORWARDS = "_old_forward", "forward"
 """Instance attributes that may hold a ``forward``. accelerate sets both, and calls the first from the second."""
-
-WRAPPED = "base_layer"
-"""The name under which randlora 0.1 wrapped an adapted layer in a separate module."""
 
 
 class InPlace(nn.Module):
@@ -81,8 +74,8 @@ class InPlace(nn.Module):
                 yield name, module
 
     def _is_split(self) -> bool:
-        held = ((type(layer), layer.find_weight(self)) for layer in self.randlora.values())
-        return any(weight is not None and split_of(kind, weight) is not None for kind, weight in held)
+        weights = ((type(layer), layer.find_weight(self)) for layer in self.randlora.values())
+        return any(weight is not None and split_of(kind, weight) is not None for kind, weight in weights)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the children, without Λ and Γ while accelerate offloads the modules below this one."""
@@ -124,11 +117,6 @@ class InPlace(nn.Module):
             raise MergeError(
                 f"cannot load a state dict into {prefix.removesuffix('.')} while the adapters are merged: "
                 "call randlora.unmerge(model) first"
-            )
-        if f"{prefix}{WRAPPED}.weight" in state_dict and WRAPPED not in self._modules:
-            raise CheckpointError(
-                f"the state dict has {prefix}{WRAPPED}.weight, as from randlora 0.1, which wrapped adapted layers in "
-                f"its own modules: replace '.{WRAPPED}.' by '.' in its keys"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -219,18 +207,25 @@ def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | N
         return f"is a {own.__name__}, a TorchScript module, whose class cannot change: adapt it before scripting"
     if taken := [name for name in ("randlora", *layer_class.parameter_names()) if has_attribute(owner, name)]:
         return f"already has an attribute {taken[0]}, where an adapter would be held: rename it, or exclude the layer"
-    reads = (layer_class.attribute,) if layer_class.is_read else ()
+    error = _subclass_error(own, (layer_class.attribute,) if layer_class.is_read else (), Adapted)
+    if error is None:
+        return None
+    return f"is a {own.__name__}, whose class cannot be replaced by a subclass ({error}): use a different class"
+
+
+def _subclass_error(own: type[nn.Module], reads: tuple[str, ...], kind: type[InPlace]) -> Exception | None:
+    """Return what a class raises, which may be anything, when it is subclassed, or an instance gets the subclass."""
     try:
-        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, reads, Adapted))
-    except Exception as error:  # a class may raise anything when it is subclassed
-        return f"is a {own.__name__}, whose class cannot be replaced by a subclass ({error}): use a different class"
+        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, reads, kind))
+    except Exception as error:
+        return error
     return None
 
 
 def has_attribute(module: nn.Module, name: str) -> bool:
     """Whether a module has an attribute. Properties are not computed."""
-    own = module._modules, module._parameters, module._buffers, vars(module)
-    return any(name in held for held in own) or any(name in vars(base) for base in type(module).__mro__)
+    own: tuple[Any, ...] = module._modules, module._parameters, module._buffers, vars(module)
+    return any(name in table for table in (*own, *map(vars, type(module).__mro__)))
 
 
 def detach_obstacle(owner: nn.Module) -> str | None:
@@ -248,13 +243,8 @@ def can_cast(owner: nn.Module, attribute: str) -> bool:
     own = plain_class(owner)
     if isinstance(owner, torch.jit.ScriptModule | nn.RNNBase) or detach_obstacle(owner) is not None:
         return False  # recurrent layers read a list of their parameters
-    if any(attribute in vars(base) for base in own.__mro__):  # the class has an attribute for it already
-        return False
-    try:
-        object.__setattr__(object.__new__(own), "__class__", adapted_class(own, (attribute,), InPlace))
-    except Exception:  # a class may raise anything when it is subclassed
-        return False
-    return True
+    is_taken = any(attribute in vars(base) for base in own.__mro__)
+    return not is_taken and _subclass_error(own, (attribute,), InPlace) is None
 
 
 def set_casts(owner: nn.Module, casts: dict[str, torch.dtype]) -> None:
@@ -271,16 +261,16 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
     """Attach an adapter layer, which has no adapters yet, to a module."""
     layers = {**adapter_layers_of(owner), layer.attribute: layer}
     owner.__dict__["randlora"] = layers
-    for held, name in zip((Lambda(layer), Gamma(layer)), layer.parameter_names(), strict=True):
-        held.training = owner.training
+    for kind, name in zip((Lambda, Gamma), layer.names, strict=True):
+        owner._modules[name] = diagonal = kind(layer)
+        diagonal.training = owner.training
         # torch's fused transformer layers read weights without calling their modules, unless a module has a hook
-        held.register_forward_pre_hook(_decline_fast_paths)
-        owner._modules[name] = held
+        diagonal.register_forward_pre_hook(_decline_fast_paths)
     base = plain_class(owner)
     change_class(owner, base)
     layer.settle(owner)
     held_as = next((name for name in FORWARDS if name in owner.__dict__), None)
-    if held_as is None or adopted(owner, layer, held_as):
+    if held_as is None or any(splitter.adopt(owner, layer, held_as) for splitter in SPLITTERS):
         return
     inner = owner.__dict__[held_as]
     is_base = isinstance(inner, MethodType) and inner.__func__ is base.forward
@@ -296,7 +286,7 @@ def detach(owner: nn.Module, layer: AdapterLayer) -> None:
     """Remove an adapter layer with Λ and Γ from a module; removing the last one restores the original class."""
     base = plain_class(owner)
     layers = {attribute: other for attribute, other in adapter_layers_of(owner).items() if other is not layer}
-    for name in layer.parameter_names():
+    for name in layer.names:
         del owner._modules[name]
     layer.unsettle(owner)
     owner.__dict__["randlora"] = layers
@@ -322,24 +312,22 @@ def add_adapter(
     name = part.adapter.name
     if adapter_layers_of(owner).get(layer.attribute) is not layer:
         attach(owner, layer)
-    for held, value in zip(_held(owner, layer), (lam, gamma), strict=True):
-        held[name] = nn.Parameter(value, requires_grad=trainable)
+    modules: dict[str, Any] = owner._modules
+    for held_as, value in zip(layer.names, (lam, gamma), strict=True):
+        modules[held_as][name] = nn.Parameter(value, requires_grad=trainable)
     layer.adapters[name] = part
     layer.seat(owner)
 
 
 def drop_adapter(owner: nn.Module, layer: AdapterLayer, name: str) -> None:
     """Remove one adapter from a weight, and the adapter layer with the last adapter."""
-    for held in _held(owner, layer):
-        del held[name]
+    modules: dict[str, Any] = owner._modules
+    for held_as in layer.names:
+        del modules[held_as][name]
     del layer.adapters[name]
     layer.seat(owner)
     if not layer.adapters:
         detach(owner, layer)
-
-
-def _held(owner: nn.Module, layer: AdapterLayer) -> list[nn.ParameterDict]:
-    return [held for name in layer.parameter_names() if isinstance(held := owner._modules[name], nn.ParameterDict)]
 
 
 def _decline_fast_paths(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -1,9 +1,8 @@
 """The registry of adapter layers by type of module, or by name of parameter.
 
-A module gets the adapter layer of its type, or of the nearest base class. Types are registered as classes or by
-qualified name, so that their library need not be imported. A type that looks like a linear layer but cannot be adapted
-is registered with the reason, so that the entry of a base class does not apply. Weights that other code reads are found
-by the module's type or, if the type is not registered, by the parameter's name.
+A module gets the adapter layer of its type, or of the nearest base class, registered as a class or by qualified name so
+that no library need be imported. A type that cannot be adapted is registered with the reason. Weights that other code
+reads are found by the module's type or, if it is not registered, by the parameter's name.
 """
 
 import inspect
@@ -75,14 +74,10 @@ def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
 
 
 def register_weight(weight_type: str) -> Callable[[Layer], Layer]:
-    """Register the adapter layer for modules whose weight has a given type, as a class decorator.
+    """Register the adapter layer for modules whose weight has a given type, by its qualified name; a class decorator.
 
-    Args:
-        weight_type: The qualified name of a subclass of `torch.Tensor`. The entry applies to modules that the base
-            class of the decorated class would adapt, and to weights of subclasses without an entry.
-
-    Returns:
-        A decorator that returns the class unchanged.
+    The entry applies to modules that the base class of the decorated class would adapt, and to weights of subclasses
+    without an entry.
     """
 
     def register(layer: Layer) -> Layer:
@@ -95,12 +90,8 @@ def register_weight(weight_type: str) -> Callable[[Layer], Layer]:
 def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[Layer], Layer]:
     """Register the adapter layer for parameters named as its ``attribute``, as a class decorator.
 
-    Args:
-        where: Whether the entry applies, given a module and its parameter of this name (or, if the module computes the
-            parameter, a tensor of as many dimensions that it is computed from). The first registered wins.
-
-    Returns:
-        A decorator that returns the class unchanged.
+    ``where`` says whether the entry applies, given a module and its parameter of this name (or, if the module computes
+    the parameter, a tensor of as many dimensions that it is computed from). The first registered wins.
     """
 
     def register(layer: Layer) -> Layer:
@@ -157,13 +148,7 @@ def register_form(name: str) -> Callable[[Layer], Layer]:
 
 
 class Kinds(NamedTuple):
-    """The adapter layers of one module.
-
-    Attributes:
-        called: Of the weight with which the module's forward multiplies, or the reason why it cannot be adapted, or
-            ``None`` if the type of the module is unknown.
-        read: Of the parameters that other code reads, except for ``weight``.
-    """
+    """The adapter layers of one module: as `find_layer` returns it, and of other parameters that code reads."""
 
     called: type[AdapterLayer] | str | None
     read: tuple[type[AdapterLayer], ...]
@@ -190,7 +175,7 @@ def _called(module: nn.Module, names: tuple[str, ...]) -> type[AdapterLayer] | s
         return entry
     weight = type(_weight_or_source(module, "weight"))
     if weight is not nn.Parameter:
-        by_weight = next((_weights[name] for name in qualified_names(weight) if name in _weights), None)
+        by_weight = next((_weights[base] for base in qualified_names(weight) if base in _weights), None)
         if by_weight is not None and issubclass(by_weight, entry):
             return by_weight
     own, parent = plain_class(module), type(module).__mro__[names.index(name)]
@@ -206,18 +191,14 @@ def _read(module: nn.Module, names: tuple[str, ...]) -> tuple[type[AdapterLayer]
             return ()
     own = module._parameters.keys()  # TorchScript's parameters are no dict, and have keys() alone
     found = [name for name in own if name in _by_parameter]
-    # parameters that the module computes from others
-    found += [
+    found += [  # parameters that the module computes from others
         name for name in _by_parameter if name not in own and (name in vars(module) or is_parametrized(module, name))
     ]
-    kinds = []
-    for name in found:
-        weight = _weight_or_source(module, name)
-        for where, kind in _by_parameter[name]:
-            if weight is not None and where(module, weight):
-                kinds.append(kind)
-                break
-    return tuple(kinds)
+    weights = [(name, weight) for name in found if (weight := _weight_or_source(module, name)) is not None]
+    kinds = (
+        next((kind for where, kind in _by_parameter[name] if where(module, weight)), None) for name, weight in weights
+    )
+    return tuple(kind for kind in kinds if kind is not None)
 
 
 def _forward_of(kind: type) -> object:

@@ -1,9 +1,8 @@
 """Where code that reads a parameter gets it with updates: in a call of its module, or of a module around it.
 
-In such a call the attribute includes the updates of a `ReadWeight`, and has the dtype that the module computes with if
-it is held in a different one (such as copies that are trained with an adapter). Everywhere else the attribute is the
-parameter itself, for code that saves, moves, shards, resizes or initializes a model. In compiled code every read counts
-as in a call.
+There the attribute includes the updates of a `ReadWeight`, and has the dtype that the module computes with. Everywhere
+else it is the parameter itself, for code that saves, moves, shards, resizes or initializes a model. In compiled code
+every read counts as in a call.
 """
 
 from __future__ import annotations
@@ -110,10 +109,9 @@ def read_so_far() -> Weights | None:
 
 
 class ReadAttribute:
-    """A descriptor through which code reads a parameter: in a forward with updates, else as it is.
+    """A descriptor through which code reads a parameter: in a call with updates and cast, else as it is.
 
-    In a forward, updates that are added where the weight is read are included, and the value is cast. A plain tensor
-    set in its place (by pruning or `nn.DataParallel`) lacks the updates, so it can be read outside of calls only.
+    A plain tensor set in its place (by pruning or `nn.DataParallel`) lacks the updates, so calls cannot read it.
     """
 
     def __init__(self, attribute: str) -> None:
@@ -124,14 +122,21 @@ class ReadAttribute:
         """Return the parameter, or what is computed with."""
         if owner is None:
             return self
-        name, held = self.attribute, owner._parameters
+        name, parameters = self.attribute, owner._parameters
+        layer = owner.randlora.get(name)
         if name in owner.__dict__:
-            return self._replaced(owner)
-        if (parameter := held[name] if name in held else None) is None:  # noqa: SIM401  # ZeRO-3 does not see a get()
+            if layer is not None and layer.active() and has_updates(owner):
+                raise AdapterError(
+                    f"the {name} of an adapted {owner.randlora_base.__name__} is now a plain tensor without the "
+                    "updates of its adapters, such as in a replica of nn.DataParallel, or after pruning or "
+                    "weight_norm: use DistributedDataParallel, or merge or eject the adapters first"
+                )
+            return owner.__dict__[name]
+        parameter = parameters[name] if name in parameters else None  # noqa: SIM401  # ZeRO-3 does not see a get()
+        if parameter is None:
             return nn.Module.__getattr__(owner, name)
         if not has_updates(owner):
             return parameter
-        layer = owner.randlora.get(name)
         try:
             return cast(owner, name, parameter if layer is None else layer.read(owner))
         except AttributeError as error:  # else Python would call nn.Module.__getattr__, which returns the parameter
@@ -148,21 +153,6 @@ class ReadAttribute:
         except KeyError:
             raise AttributeError(self.attribute) from None
 
-    def _replaced(self, owner: Any) -> Any:
-        """Return what was set in the place of the parameter, unless updates are lost with that.
-
-        Raises:
-            AdapterError: In a call, if any adapter acts on the weight.
-        """
-        layer = owner.randlora.get(self.attribute)
-        if layer is not None and layer.active() and has_updates(owner):
-            raise AdapterError(
-                f"the {self.attribute} of an adapted {owner.randlora_base.__name__} is now a plain tensor without the "
-                "updates of its adapters, such as in a replica of nn.DataParallel, or after pruning or weight_norm: "
-                "use DistributedDataParallel, or merge or eject the adapters first"
-            )
-        return owner.__dict__[self.attribute]
-
 
 def cast(owner: nn.Module, attribute: str, value: Tensor) -> Tensor:
     """Return the value of a module's attribute in the dtype that the module computes with."""
@@ -174,15 +164,15 @@ def cast(owner: nn.Module, attribute: str, value: Tensor) -> Tensor:
 def in_own_dtypes(model: nn.Module) -> Iterator[None]:
     """Within the block, have a model hold all parameters in the dtypes that it computes with."""
     casts = [(module, name) for module in model.modules() for name in vars(module).get(CASTS, ())]
-    held = [(module, name, found) for module, name in casts if (found := module._parameters.get(name)) is not None]
+    wide = [(module, name, own) for module, name in casts if (own := module._parameters.get(name)) is not None]
     rounded: dict[int, nn.Parameter] = {}  # a tied one stays tied
     try:
-        for module, name, parameter in held:
+        for module, name, parameter in wide:
             if id(parameter) not in rounded:
                 value = cast(module, name, parameter.detach())
                 rounded[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
             module._parameters[name] = rounded[id(parameter)]
         yield
     finally:
-        for module, name, parameter in held:
+        for module, name, parameter in wide:
             module._parameters[name] = parameter

@@ -18,14 +18,10 @@ Quantized = Literal["requantize", "dequantize"]
 
 
 class Update(NamedTuple):
-    """One adapter's update of one weight, or of a part of it, as factors.
+    """One adapter's update of one weight as factors: whole Λ and Γ, or stacks of them, and the shape of all of it.
 
     Attributes:
-        basis: The bases.
-        lam: Λ, whole, or a stack of them.
-        gamma: Γ, whole, or a stack of them.
         scaling: The adapter's scaling, times its weight.
-        shape: The shape of the whole update.
         region: The part that is computed; ``None`` for all of it.
     """
 
@@ -84,16 +80,9 @@ def sum_updates(
     dtype: torch.dtype,
     as_one_matrix: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return the sum of some updates of one weight.
+    """Return the sum of some updates of one weight, computed in ``dtype`` and added in their order.
 
-    The updates are added in the order given, which affects rounding, and computed in ``dtype``.
-
-    Args:
-        updates: The updates.
-        shape: Shape of the sum, or one that is broadcast to it.
-        device: Device of the sum.
-        dtype: Dtype of the sum.
-        as_one_matrix: Gives updates of different shapes one shape; see `AdapterLayer.as_one_matrix`.
+    ``shape`` is that of the sum, or one that is broadcast to it; for ``as_one_matrix`` see `StoredWeight`.
     """
     total = torch.zeros(shape, dtype=dtype, device=device)
     with without_autocast(device.type):
@@ -104,10 +93,9 @@ def sum_updates(
 
 
 def folded(weight: Tensor, delta: Tensor) -> Tensor:
-    """Return ``weight + delta``, added in the wider dtype of the two and rounded once to the weight's.
+    """Return ``weight + delta``, added in the wider dtype and rounded once, in the weight's dtype and memory format.
 
     ``delta`` has the shape of the weight, a shape that broadcasts to it, or the shape of the weight viewed as a matrix.
-    The memory format of the weight is kept, such as ``channels_last`` of a convolution.
     """
     if delta.numel() == weight.numel():
         delta = delta.reshape(weight.shape)

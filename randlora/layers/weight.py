@@ -43,18 +43,14 @@ class StoredWeight(ABC):
     @staticmethod
     @abstractmethod
     def features(owner: nn.Module) -> tuple[int, int]:
-        """Return ``(in_features, out_features)`` of a module's weight, even if it has no values.
-
-        For a stack of matrices these are the features of one of them.
-        """
+        """Return ``(in_features, out_features)`` of a module's weight, or of each of a stack, even without values."""
 
     @staticmethod
     @abstractmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
         """Return an update, as `as_one_matrix` returns it, in the layout of the owner's weight.
 
-        The result has the shape of the weight, a shape that broadcasts to it, or the shape of the weight viewed as a
-        matrix.
+        Its shape is the weight's, one that broadcasts to it, or that of the weight viewed as a matrix.
         """
 
     @staticmethod
@@ -72,10 +68,7 @@ class StoredWeight(ABC):
 
     @classmethod
     def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:  # noqa: ARG003  # for stacks of matrices
-        """Return the shape of the update of an adapter with these options: ``(out_features, in_features)``.
-
-        For a stack of matrices, each with its own Λ and Γ, the number of matrices comes first.
-        """
+        """Return the shape of an update by an adapter with these options; for a stack, the number of matrices first."""
         in_features, out_features = cls.features(owner)
         return out_features, in_features
 
@@ -85,8 +78,8 @@ class StoredWeight(ABC):
 
         This is the method to override for a weight that is elsewhere, such as codes under a different name.
         """
-        held = owner._parameters
-        return held[cls.attribute] if cls.attribute in held else None  # noqa: SIM401  # ZeRO-3 does not see a get()
+        own = owner._parameters
+        return own[cls.attribute] if cls.attribute in own else None  # noqa: SIM401  # ZeRO-3 does not see a get()
 
     @classmethod
     @final
@@ -135,14 +128,9 @@ class StoredWeight(ABC):
 
     @classmethod
     def with_updates(cls, weight: Tensor, updates: Sequence[Update], region: Region | None = None) -> Tensor:
-        """Return a weight of this kind plus some updates of it, added in float32 or wider and rounded once.
+        """Return a weight, or its part in a region, plus some updates, added in float32 or wider and rounded once.
 
         This is the arithmetic of merging, in memory and on disk.
-
-        Args:
-            weight: The weight, or the part of it within the region.
-            updates: The updates of the whole weight.
-            region: The part of the weight that is given, from `region_of`; ``None`` for all of it.
         """
         dtype = torch.promote_types(weight.dtype, torch.float32)
         delta = cls.summed(updates, region, device=weight.device, dtype=dtype)
@@ -150,17 +138,8 @@ class StoredWeight(ABC):
 
     @classmethod
     def part_with_updates(cls, own: Tensor, part: Part, shape: Shape, updates: Sequence[Update]) -> Tensor:
-        """Return a part of the weight plus that part of some updates, added as `with_updates` does.
-
-        Args:
-            own: The part, in the layout of the weight.
-            part: Which entries of each dimension of the weight it has.
-            shape: The shape of the whole weight, as stored.
-            updates: The updates, with all of Λ and Γ.
-        """
-        if not own.numel():
-            return own
-        return cls.with_updates(own, updates, cls.region_of(shape, part))
+        """Return a part of a weight of this shape, as stored, plus that part of some whole updates."""
+        return cls.with_updates(own, updates, cls.region_of(shape, part)) if own.numel() else own
 
     @classmethod
     def summed(
@@ -179,12 +158,7 @@ class StoredWeight(ABC):
 
     @classmethod
     def region_of(cls, shape: Shape, spans: Sequence[Spans]) -> Region:  # noqa: ARG003  # for convolutions
-        """Return the part of the update, `as_one_matrix`, for a part of the parameter.
-
-        Args:
-            shape: The shape of the whole parameter.
-            spans: The part, in each dimension.
-        """
+        """Return the part of the update, `as_one_matrix`, for a part of a parameter of this shape in each dimension."""
         *stack, rows, columns = spans
         if cls.is_transposed:
             rows, columns = columns, rows
@@ -195,10 +169,7 @@ class StoredWeight(ABC):
         """Return the updates of some adapters with all values of Λ and Γ; a collective if these are sharded."""
 
     def merge_obstacle(self, owner: nn.Module, into: Into | None) -> str | None:  # noqa: ARG002  # for quantized layers
-        """Return why this weight cannot be merged into, as a phrase that follows its name, or ``None``.
-
-        If ``into`` is ``None``, the merged weight is only computed, and the owner does not change.
-        """
+        """Return why this weight cannot be merged into, or only be computed merged for ``None``, as a phrase."""
         return None
 
     def written_out(self, owner: nn.Module) -> Tensor:
@@ -216,22 +187,17 @@ class StoredWeight(ABC):
 
     @torch.no_grad()
     def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantized layers
-        """Return the weight plus the updates of some adapters, added in float32 or wider and rounded once.
+        """Return the original weight, or its part on this process, plus the updates of some adapters.
 
-        If it is merged already, the updates are added to the original weight. For a sharded weight the result is the
-        part that this process holds. A collective if Λ and Γ are sharded.
-
-        Args:
-            owner: The adapted module, which is not changed.
-            weights: Adapter names and factors.
-            into: What a quantized layer becomes.
+        The owner is not changed. A collective if Λ and Γ are sharded.
         """
         weight, place = self.weight_of(owner), place_of(owner, self.attribute)
         updates, own = run_collectives([partial(self.whole_updates, owner, weights), place.read])
         if self.unmerged is not None:  # then it is plain
             own = self.unmerged.values.to(device=weight.device, dtype=weight.dtype)
-        part, shape = place.part, tuple(weight.shape)
-        return Merged(self.part_with_updates(own, part, shape, updates) if part else self.with_updates(own, updates))
+        if (part := place.part) is None:
+            return Merged(self.with_updates(own, updates))
+        return Merged(self.part_with_updates(own, part, tuple(weight.shape), updates))
 
     def fold(self, owner: nn.Module, merged: Merged) -> None:
         """Replace the owner's weight by a merged one and keep the original in `unmerged`."""
@@ -319,18 +285,13 @@ def register_splitter(kind: type[Splitter]) -> type[Splitter]:
 
 def split_of(layer: type[StoredWeight], weight: Tensor) -> Split | None:
     """Return how to compute with a weight that is split over processes, or ``None`` if it is not split."""
-    for each in SPLITTERS:  # torch 2.6 does not compile next() with a default
-        if (found := each.split(layer, weight)) is not None:
-            return found
+    for splitter in SPLITTERS:  # torch 2.6 does not compile next() with a default
+        if (split := splitter.split(layer, weight)) is not None:
+            return split
     return None
 
 
 def split_obstacle(owner: nn.Module, weight: Tensor, *, is_quantized: bool) -> str | None:
     """Return why a weight that is split over processes cannot be adapted, as a phrase after its name, or ``None``."""
-    reasons = (each.obstacle(owner, weight, is_quantized=is_quantized) for each in SPLITTERS)
+    reasons = (splitter.obstacle(owner, weight, is_quantized=is_quantized) for splitter in SPLITTERS)
     return next((reason for reason in reasons if reason is not None), None)
-
-
-def adopted(owner: nn.Module, layer: Any, held_as: str) -> bool:
-    """Whether an adapter layer is now computed within a forward that a splitter of its weight set on its owner."""
-    return any(each.adopt(owner, layer, held_as) for each in SPLITTERS)

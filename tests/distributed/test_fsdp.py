@@ -241,7 +241,7 @@ def test_a_model_built_on_meta_trains_as_one_that_was_not(is_first: bool, alpha:
     assert all("randlora" in key for key in found.missing_keys)
     for module in model.modules():
         if isinstance(module, Diagonal):
-            module.reset_parameters()  # type: ignore[operator]  # of both kinds of `Diagonal`
+            module.reset_parameters()  # of both kinds of `Diagonal`
     require_alike(one, model, within=0)
     train_alike(one, model)
 
