@@ -57,9 +57,6 @@ class BasisSpec:
     """The spec of a pair of bases. Equal specs give equal bits.
 
     Attributes:
-        kind: Name of the kind.
-        stream: ``torch``, ``torch-2.11`` or ``portable``.
-        seed: Seed of the stream.
         r: Rank of one basis.
         max_dim: Rows of B that are drawn, the largest dim of any target.
         min_dim: Columns of A that are drawn, ``min(largest out_features, largest in_features)``.
@@ -129,8 +126,8 @@ class BasisSpec:
     def __str__(self) -> str:
         """Return the spec on one line."""
         blocks = f", blocks={self.blocks}" if self.blocks else ""
-        dims = f"{self.max_dim}x{self.min_dim}"
-        return f"{self.kind} bases (stream={self.stream}, seed={self.seed}, r={self.r}, dims={dims}{blocks})"
+        sizes = f"r={self.r}, dims={self.max_dim}x{self.min_dim}{blocks}"
+        return f"{self.kind} bases (stream={self.stream}, seed={self.seed}, {sizes})"
 
 
 def count_bases(min_dim: int, r: int) -> int:

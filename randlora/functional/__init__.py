@@ -16,10 +16,6 @@ With ``max_dim = max(out, in)``, ``min_dim = min(out, in)``, ``num_bases = ceil(
 and the update is ``scaling · UB @ UA``, transposed if ``in > out``, where row ``p = k·num_bases + j`` of ``UA`` is
 ``lam[k, j] · basis_A[k] · gamma[j]`` and ``UB`` is ``basis_B``. The pairing by the flat index p is the same as in PEFT
 0.15 to 0.21 and in the authors' code; an adapter is only valid with the pairing it was trained with.
-
-Files: `pairs` implements the same products for each form of bases; `adapted` combines a layer's weight and update;
-`cost` chooses how to compute. The others are autograd functions: `operation` for a layer, `update` for the update alone
-or some of its rows, `stacks` for the weights of a stack.
 """
 
 from randlora.functional.adapted import WriteOut

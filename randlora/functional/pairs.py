@@ -23,9 +23,9 @@ from randlora.functional.scratch import in_dtype
 class DensePair:
     """A pair of bases without structure.
 
-    Every pair of bases has the same products, between *small* vectors (of ``min_dim`` entries), *large* ones
-    (``max_dim``) and the *hidden* ones between the two factors (``r·num_bases``). Hidden vectors are *flat*, in the
-    order of p, or in the order of the rows of ``scaled_A``; for dense bases both are the same.
+    Products are between *small* vectors (of ``min_dim`` entries), *large* ones (``max_dim``) and the *hidden* ones
+    between the two factors (``r·num_bases``). Hidden vectors are *flat*, in the order of p, or in the order of the rows
+    of ``scaled_A``; for dense bases both are the same.
 
     Attributes:
         A: ``(1, r, min_dim)``.

@@ -39,20 +39,10 @@ class Groups(NamedTuple):
 
 
 def grouped_update(x: Tensor, pair: Pair, diagonals: Diagonals, counts: Sequence[int], *, is_wide: bool) -> Tensor:
-    """Compute the products of tokens with the updates of the matrices that they belong to.
+    """Compute the products of tokens, sorted by matrix, with the updates of the matrices that they belong to.
 
-    The number of operators does not depend on the number of matrices. Only x, Λ, Γ and a reference to the bases are
-    saved for backward.
-
-    Args:
-        x: ``(tokens, in_features)`` in the dtype of B, sorted by matrix.
-        pair: The bases of the layer.
-        diagonals: Stacks of Λ and Γ.
-        counts: The number of tokens of each matrix.
-        is_wide: Whether tokens of the whole layer have ``min_dim`` features.
-
-    Returns:
-        ``(tokens, out_features)`` in the dtype of B.
+    The number of operators does not depend on the number of matrices. Only x, stacks of Λ and Γ and a reference to the
+    bases are saved for backward. ``counts`` has the number of tokens of each matrix.
     """
     lam, gamma, scaling = diagonals
     with without_autocast(x.device.type):

@@ -21,11 +21,8 @@ def delta_weight(pair: Pair, diagonals: Diagonals, *, is_wide: bool) -> Tensor:
 
     Args:
         pair: The bases of the layer.
-        diagonals: Λ and Γ, or stacks of them.
+        diagonals: Λ and Γ, or stacks of them, which give a stack.
         is_wide: Whether the whole weight's input has ``min_dim`` features, which determines the orientation.
-
-    Returns:
-        ``(out_features, in_features)``, or ``(matrices, out_features, in_features)`` of a stack.
     """
     return _computed(None, diagonals, pair, is_wide=is_wide)
 
@@ -83,14 +80,8 @@ class _Update(torch.autograd.Function):
 def update_norm(squared_A: Tensor, squared_B: Tensor, diagonals: Diagonals) -> Tensor:
     """Compute the norm that an update would have if its terms were orthogonal, without forming the update.
 
-    An update is a sum of ``r·num_bases`` matrices of rank one, a column of UB times a row of UA. The columns of UB are
-    random, so these matrices are nearly orthogonal, and the square of the norm of their sum is nearly the sum of the
-    squares of theirs. Where it is 0 its gradient is 0, as for `torch.linalg.vector_norm`.
-
-    Args:
-        squared_A: The squares of A, ``(r, min_dim)``.
-        squared_B: The sums of the squares of the columns of UB, ``(r, num_bases)``.
-        diagonals: Λ and Γ, or stacks of them, whose matrices are taken together.
+    They nearly are, because the columns of UB are random. The squares are those of A, ``(r, min_dim)``, and the sums of
+    those of the columns of UB, ``(r, num_bases)``. A norm of 0 has the gradient 0, as in `torch.linalg.vector_norm`.
     """
     lam, gamma, scaling = diagonals
     dtype = torch.promote_types(torch.promote_types(lam.dtype, gamma.dtype), squared_A.dtype)

@@ -26,12 +26,7 @@ class Slots(list[nn.Parameter | None]):
 
 
 class Values(Named):
-    """The ``_parameters`` of Λ or Γ, which keep a list of the active ones up to date.
-
-    Attributes:
-        acting: The names of the active adapters, in the order in which their updates are added.
-        slots: Their parameters; always the same list.
-    """
+    """The ``_parameters`` of Λ or Γ, which keep a list, always the same, of those of the active adapters up to date."""
 
     acting: tuple[str, ...] = ()
 

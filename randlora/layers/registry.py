@@ -34,9 +34,6 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
         base_type: The type, or its qualified name such as ``"transformers.pytorch_utils.Conv1D"``. The entry applies to
             subclasses too, unless they have their own.
 
-    Returns:
-        A decorator that returns the class unchanged.
-
     Raises:
         TypeError: If the class lacks an abstract method of `AdapterLayer`, or its ``kind`` is not one that
             `AdapterLayer` lists.
@@ -105,11 +102,8 @@ def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[
 class Reading(NamedTuple):
     """A module whose weight is read or changed, or is not used, by a module around it.
 
-    Attributes:
-        child: The module.
-        why: Why an adapter that acts when the module is called would be wrong, as a phrase after its name.
-        effect: ``"read"`` if an adapter must act on the weight as it is read, ``"untrained"`` if it could not be
-            trained, ``"none"`` if no adapter is right.
+    ``why`` an adapter that acts in calls of the child would be wrong is a phrase after its name. An adapter must act on
+    the weight as it is ``"read"``, or would be ``"untrained"``, or there is ``"none"`` that is right.
     """
 
     child: nn.Module

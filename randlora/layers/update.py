@@ -104,12 +104,7 @@ def folded(weight: Tensor, delta: Tensor) -> Tensor:
 
 
 class Into(NamedTuple):
-    """What a merge turns quantized layers into.
-
-    Attributes:
-        quantized: ``"requantize"`` for the same kind of layer, ``"dequantize"`` for a plain `nn.Linear`.
-        dtype: The dtype of plain layers; ``None`` means the dtype that the quantized layer computes in.
-    """
+    """What a merge turns quantized layers into: layers of their kind, or plain ones in a dtype or the layer's own."""
 
     quantized: Quantized = "requantize"
     dtype: torch.dtype | None = None
@@ -130,10 +125,9 @@ class RoundingLoss(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """A merged weight.
+    """A merged weight, or this process's part of it, before any quantization.
 
     Attributes:
-        weight: The weight before any quantization, or the part of it that this process holds.
         held: What replaces the codes of a quantized layer, for its `fold`.
         rounding: The error of quantizing it.
     """
