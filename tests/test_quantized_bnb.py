@@ -1,9 +1,8 @@
-"""bitsandbytes' layers: what their codes mean, also repacked; what is refused; what a forward keeps and changes."""
+"""bitsandbytes' layers: what their codes mean; what is refused; what a forward keeps and changes."""
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from typing import Any
 from unittest.mock import Mock
@@ -18,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import randlora
-from randlora.errors import TargetError
+from randlora.errors import AdapterError, RandLoRAError, TargetError
 from randlora.quantized import bnb
 from randlora.quantized.bnb import MAY_REPACK
 from tests.codes import assert_rounded_to_nearest, step, written_out
-from tests.kit import bits, fill, same_bits
+from tests.kit import fill, same_bits
 from tests.laws import adapter_layer, assert_close, plain, update_of
 from tests.layer_kinds import BITSANDBYTES, LayerKind, every_quantized_kind
 from tests.quantized import needs_repacking, of_4_bits
@@ -212,52 +211,27 @@ def test_a_weight_that_lost_its_state_to_the_layer_merges_and_comes_back(way: An
     assert same_bits(model(x), expected)
 
 
-# What an evaluation on a CPU repacked: gradients pass such layers, and they merge
+# What an evaluation on a CPU repacks is refused, and adapted layers are kept from it
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 @every_nesting
-def test_what_bitsandbytes_repacks_has_the_private_names_that_are_read_here(storage: torch.dtype, nested: bool) -> None:
+def test_what_bitsandbytes_repacks_is_known_by_its_private_names_and_refused(
+    storage: torch.dtype, nested: bool
+) -> None:
     """On every CPU, because packing itself is plain torch. See randlora/quantized/bnb.py."""
     layer = of_4_bits(64, 32, bias=False, compress_statistics=nested, quant_storage=storage)
     assert hasattr(layer, MAY_REPACK)
     weight: Any = layer.weight
-    codes, state, wanted = weight.data.clone(), weight.quant_state, written_out(layer)
-    assert bnb.quantization(state, storage) == (nested, torch.float32, storage)
-    weight.data, layer.quant_state = functional._convert_weight_packed_for_cpu(weight.data, state)
-    assert state.packing_format_for_cpu
-    assert [bnb.is_out_of_order(state), bnb.is_out_of_order(state, repacked=False)] == [True, False]
-    assert bnb.quantization(state, torch.uint8) == (nested, torch.float32, storage)
-    found = bnb.write_out_4bit(weight.data, state)
-    torch.testing.assert_close(found.double(), wanted, rtol=0.01, atol=0)  # the scales are rounded
-    bnb.restore_order(layer.weight, state)
-    assert torch.equal(weight.data.view(torch.uint8), codes.view(torch.uint8))
-    assert not bnb.is_out_of_order(state)
-    torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
-
-
-def repack(layer: Any) -> None:
-    """Let bitsandbytes repack a layer's codes, as a forward pass of it alone or a state dict may bring them."""
-    twin: Any = plain(layer).eval()
-    twin.__dict__[MAY_REPACK] = True
-    with torch.no_grad():
-        twin(torch.randn(5, layer.in_features))
-    layer.weight, layer.quant_state = twin.weight, twin.weight.quant_state
-    assert layer.weight.quant_state.packing_format_for_cpu
-
-
-@contextmanager
-def held(layer: Any) -> Iterator[None]:
-    """Assert that the codes of a layer stay as they are, with their state."""
-    weight, state = layer.weight, layer.weight.quant_state
-    before = state.packing_format_for_cpu, bits(weight.data), bits(state.absmax)
-    yield
-    assert (layer.weight is weight, weight.quant_state is state) == (True, True)
-    assert (state.packing_format_for_cpu, bits(weight.data), bits(state.absmax)) == before
-
-
-def input_gradient(layer: nn.Module, x: Tensor) -> Tensor:
-    return torch.autograd.grad(layer(x).square().sum(), x)[0]
+    assert not bnb.is_repacked(weight.quant_state)
+    weight.data, layer.quant_state = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    assert bnb.is_repacked(weight.quant_state)
+    model = nn.Sequential(layer)
+    for refused in (lambda: randlora.inject(model, r=4, targets=["0"]), lambda: randlora.prepare_quantized(model)):
+        with pytest.raises(RandLoRAError, match=r"0 was repacked by bitsandbytes .* load the model's weights again"):
+            refused()
+    with pytest.raises(RandLoRAError, match="was repacked"):
+        bnb.write_out_4bit(weight.data, layer.quant_state)
 
 
 @needs_repacking
@@ -266,26 +240,23 @@ def input_gradient(layer: nn.Module, x: Tensor) -> Tensor:
     ("is_allowed", "is_prepared", "ending"),
     [(True, False, randlora.eject), (True, True, randlora.eject), (False, False, randlora.merge)],
 )
-def test_codes_are_put_in_order_when_the_adapter_comes_and_kept_so_until_it_is_gone(
+def test_codes_stay_in_order_while_there_is_an_adapter(
     is_allowed: bool, is_prepared: bool, ending: Callable[[Any], Any], nested: bool
 ) -> None:
     layer = four_bits(compress_statistics=nested)
-    wanted = written_out(layer)
-    layer.eval()(torch.randn(5, 64))
-    assert layer.weight.quant_state.packing_format_for_cpu
     layer.__dict__[MAY_REPACK] = is_allowed
+    wanted = written_out(layer)
     with torch.inference_mode():
         model, layer = adapted(layer)
     if is_prepared:
         randlora.prepare_quantized(model)
-    assert not layer.weight.quant_state.packing_format_for_cpu
-    assert layer.weight.quant_state.nested == nested
-    torch.testing.assert_close(written_out(layer), wanted, rtol=0.01, atol=0)
-    with held(layer):
-        for is_training in (False, True, False):
-            model.train(is_training)(torch.randn(5, 64))
-    for each in (model.train(), plain(layer)):  # though put in order in inference mode
-        input_gradient(each, torch.randn(5, 64, requires_grad=True))
+    for is_training in (False, True, False):
+        x = torch.randn(5, 64, requires_grad=True)
+        assert torch.autograd.grad(model.train(is_training)(x).sum(), x)[0].any()
+        with torch.no_grad():
+            model(x)
+        assert not bnb.is_repacked(layer.weight.quant_state)
+    assert torch.equal(written_out(layer), wanted)
     with randlora.merged(model, quantized="dequantize"):
         assert MAY_REPACK not in vars(layer)
     assert not vars(layer)[MAY_REPACK]
@@ -293,62 +264,26 @@ def test_codes_are_put_in_order_when_the_adapter_comes_and_kept_so_until_it_is_g
     assert vars(layer)[MAY_REPACK] == (is_allowed and not is_prepared)
 
 
-class Doubling(Linear4bit):  # type: ignore[misc]
-    """A layer with a forward of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(2 * x)  # type: ignore[no-any-return]
-
-
 @needs_repacking
 @every_nesting
-@pytest.mark.parametrize("way", ["at once", "dropout", "own forward"])
-def test_gradients_and_transforms_pass_a_layer_that_is_repacked_and_it_merges(way: str, nested: bool) -> None:
-    """A layer of bitsandbytes alone leads none, and torch warns of it."""
-    base = four_bits(bias=False, compress_statistics=nested)
-    base.__class__ = Doubling if way == "own forward" else Linear4bit
-    model, layer = adapted(base, dropout=1e-9 if way == "dropout" else 0.0)
-    x = torch.randn(5, 64, requires_grad=True)
-    wanted, output = input_gradient(model, x), model(x)
-    repack(layer)
-    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
-        plain(layer)(x).sum().backward()
-    assert x.grad is None
-    with held(layer):
-        for is_training in (True, False):
-            assert_close(input_gradient(model.train(is_training), x), wanted, torch.bfloat16)  # scales are rounded
-        if way != "at once":
-            return
-        found = torch.func.grad(lambda x: model(x).square().sum())(x.detach())
-        assert_close(found, wanted, torch.bfloat16)
-        assert_close(torch.func.vmap(model)(x.detach()), model(x), torch.float32)
-        with randlora.merged(model) as report:
-            assert (model(x.detach()) - output).abs().max() <= 64 * x.abs().max() * report.rounding["0"].step
-        with randlora.merged(model, quantized="dequantize"):
-            assert (model(x.detach()) - output).abs().max() <= 0.02
-    randlora.merge(model)
-    assert model[0].weight.quant_state.nested == nested
-
-
-@needs_repacking
-def test_codes_repacked_before_backward_and_scales_that_a_state_dict_left_turned_change_nothing() -> None:
-    """A layer of bitsandbytes alone gets both wrong."""
-    model, layer = adapted(four_bits(256, bias=False, compress_statistics=False))
+def test_codes_that_are_repacked_under_an_adapter_give_an_error_and_never_other_numbers(nested: bool) -> None:
+    """A layer of bitsandbytes alone leads no gradients, and misreads scales that its state dict has turned."""
+    model, layer = adapted(four_bits(256, bias=False, compress_statistics=nested))
     x = torch.randn(5, 256, requires_grad=True)
-    wanted, expected, base, weight = input_gradient(model, x), model(x), plain(layer)(x), written_out(layer)
-    loss = model(x).square().sum()
+    output = model(x)
+    loss, wanted = output.square().sum(), torch.autograd.grad(model(x).square().sum(), x)[0]
     layer.__dict__[MAY_REPACK] = True
     with torch.no_grad():
         model.eval()(torch.randn(3, 256))
-    assert layer.weight.quant_state.packing_format_for_cpu
     assert same_bits(torch.autograd.grad(loss, x)[0], wanted)
-    layer.state_dict()  # after which bitsandbytes leaves the scales so
-    if layer.weight.quant_state.absmax.ndim == 1:
-        pytest.skip("this bitsandbytes turns them back")
-    with held(layer):
-        for is_training in (True, False):
-            assert_close(model.train(is_training)(x), expected, torch.bfloat16)
-            with randlora.disabled(model):
-                assert_close(model(x), base, torch.bfloat16)
-    found = bnb.write_out_4bit(layer.weight.data, layer.weight.quant_state)
-    torch.testing.assert_close(found.double(), weight, rtol=2**-8, atol=0)  # the scales were rounded to bfloat16
+    for is_training in (True, False):
+        for refused in (lambda: model(x), lambda: model(x.detach()), lambda: randlora.merge(model)):
+            model.train(is_training)
+            with pytest.raises(AdapterError, match="the weight of an adapted Linear4bit was repacked"):
+                refused()
+    layer.state_dict()  # which puts codes in order, and leaves scales that are not quantized turned
+    if layer.weight.quant_state.absmax.ndim == 2:
+        with pytest.raises(AdapterError, match="was repacked"):
+            model(x)
+    else:
+        assert_close(model(x), output, torch.bfloat16)  # the scales were rounded

@@ -23,7 +23,7 @@ from tests import peer, quantized
 from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
 from tests.models import RealModel, logits, outputs
-from tests.quantized import Codes, half_precision_model, of_4_bits, quantized_layers, quantized_model
+from tests.quantized import Codes, half_precision_model, needs_repacking, of_4_bits, quantized_layers, quantized_model
 
 pytestmark = peer.THEIR_WARNINGS
 
@@ -305,42 +305,20 @@ def test_each_input_and_what_cannot_be_done_is_reported() -> None:
         assert (report.input_gradients, report.checkpointing) == ((), False)
 
 
-def gradient_after_evaluation(layer: nn.Module) -> Tensor | None:
-    """Evaluate a layer, then train what lies before it; ``None`` where nothing comes back."""
-    x = torch.randn(4, 64, dtype=torch.bfloat16)
-    with torch.no_grad():
-        layer.eval()(x)
-    leaf = x.clone().requires_grad_()
-    output = layer.train()(leaf)
-    if output.requires_grad:
-        output.sum().backward()
-    return leaf.grad
-
-
-@pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit. an autograd kernel was not registered:UserWarning")
-@pytest.mark.parametrize("nested", [True, False])
-def test_an_evaluation_costs_a_prepared_layer_nothing_and_another_is_put_in_order(nested: bool) -> None:
-    options: dict[str, Any] = {"bias": False, "compute_dtype": torch.bfloat16, "compress_statistics": nested}
-    layer, x = of_4_bits(64, 7, repacks=True, **options), torch.randn(3, 64, dtype=torch.bfloat16)
-    before = copy.deepcopy(layer.state_dict())
-    report = prepare_quantized(nn.Sequential(layer), **only("unpacked"))
-    assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ())
-    found = gradient_after_evaluation(layer)
-    assert found is not None
-    assert found.abs().max() > 0
-    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
-    for keeps_state in (True, False) if quantized.REPACKS else ():
-        layer = of_4_bits(64, 32, repacks=True, **options)
-        model, expected = nn.Sequential(layer), layer(x)  # with a bias, a forward in training would raise from here on
-        assert gradient_after_evaluation(model) is None, "bitsandbytes leads no gradient through repacked layers"
-        if not keeps_state:
-            layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
-        report = prepare_quantized(model)
-        assert (report.quantized, report.unpacked, report.put_in_order) == (("0",), ("0",), ("0",))
-        assert "restored after repacking: 0 (scales rounded to bfloat16)" in str(report)
-        if keeps_state:
-            assert gradient_after_evaluation(model) is not None
-            for is_training in (True, False):
-                found = model.train(is_training)(x)
-                torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * expected.abs().max().item())
-        assert prepare_quantized(model).put_in_order == ()
+@needs_repacking
+def test_a_prepared_layer_is_not_repacked_by_an_evaluation_and_a_repacked_one_is_refused() -> None:
+    for is_prepared in (True, False):
+        layer, x = of_4_bits(64, 32, repacks=True, bias=False), torch.randn(3, 64, requires_grad=True)
+        before, model = copy.deepcopy(layer.state_dict()), nn.Sequential(layer)
+        if is_prepared:
+            report = prepare_quantized(model, **only("unpacked"))
+            assert (report.quantized, report.unpacked) == (("0",), ("0",))
+        with torch.no_grad():
+            model.eval()(x)
+        if is_prepared:
+            assert torch.autograd.grad(model.train()(x).sum(), x)[0].any()
+            torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+        else:
+            with pytest.raises(AdapterError, match="0 was repacked"):
+                prepare_quantized(model)
+            assert prepare_quantized(model, unpacked=False).unpacked == ()

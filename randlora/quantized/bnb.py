@@ -1,8 +1,8 @@
 """Adapter layers of bitsandbytes' linear layers, 4 and 8 bits, and quantizing and dequantizing with its codes.
 
 On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the codes of a layer in its first forward pass in evaluation mode.
-Such a layer gives no gradient of its input, and saving it can leave its scales transposed. What restores the order can
-be deleted when the oldest supported bitsandbytes does all three; its private names are all in this file.
+Such a layer gives no gradient of its input, and saving it can leave its scales transposed: it is refused, and adapted
+layers are not repacked.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.errors import how_to_install
+from randlora.errors import AdapterError, how_to_install
 from randlora.functional.scratch import is_in_transform
 from randlora.layers.base import Product, autocast_dtype, is_plain_tensor
 from randlora.layers.registry import register_layer
-from randlora.quantized.layer import NOT_HERE, QuantizedLayer, twin_of
+from randlora.quantized.layer import NOT_HERE, QuantizedLayer
 
 MODULE = "bitsandbytes.nn.modules"
 OWN_KERNELS_UP_TO = 1536
@@ -30,6 +29,10 @@ OWN_KERNELS_UP_TO = 1536
 NOT_YET = "is not quantized yet: move the model to its device first, as in model.to('cuda'), which quantizes it"
 MAY_REPACK = "support_avx512bf16_for_cpu"
 """The attribute of a 4-bit layer that enables repacking of the codes in its forward."""
+REPACKED = (
+    "was repacked by bitsandbytes in an evaluation on this CPU, after which it gives no gradients: load the model's "
+    "weights again, and call randlora.prepare_quantized(model) before it runs"
+)
 OLDEST = 0, 50  # the first version that supports every size and type on a CPU
 QUANT_TYPES = ("nf4", "fp4")
 WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +54,8 @@ class Linear4bitAdapter(QuantizedLayer):
             return reason
         if weight.is_meta:
             return NOT_HERE
+        if is_repacked(state):
+            return REPACKED
         return NOT_YET if state is None else unreadable(weight.data, state, cls.features(owner)[::-1])
 
     @classmethod
@@ -65,8 +70,7 @@ class Linear4bitAdapter(QuantizedLayer):
         return _forward_of("Linear4bit")
 
     def settle(self, owner: nn.Module) -> None:
-        """Restore codes that were repacked for a CPU and disable repacking, because it stops gradients."""
-        put_in_order(owner)
+        """Disable repacking, because it stops gradients."""
         self.may_repack: object = owner.__dict__.get(MAY_REPACK)
         if MAY_REPACK in owner.__dict__:
             owner.__dict__[MAY_REPACK] = False
@@ -99,19 +103,12 @@ class Linear4bitAdapter(QuantizedLayer):
         return Product(partial(write_out_4bit, owner.weight.data, state), dtype, x.dtype)
 
     def stand_in(self, owner: Any, x: Tensor) -> Any:
-        """Return a copy of the layer with ordered codes, if its forward would misread those that the owner keeps."""
+        """Return a copy of the layer with a cast bias. Raises an error if its codes were repacked nevertheless."""
         if not owner.compute_type_is_set:  # as the layer's forward does with the first input
             owner.set_compute_type(x)
             owner.compute_type_is_set = True
-        twin = super().stand_in(owner, x)
-        state = quant_state(owner, owner.weight)
-        if is_out_of_order(state, repacked=_may_lead_gradients(owner, x)):
-            weight, state = copy.copy(owner.weight), copy.copy(state)
-            restore_order(weight, state)
-            twin = twin_of(owner) if twin is None else twin
-            twin._parameters["weight"], weight.quant_state, twin.quant_state = weight, state, state
-            twin.__dict__[MAY_REPACK] = False
-        return twin
+        _require_order(quant_state(owner, owner.weight))
+        return super().stand_in(owner, x)
 
     def written_out(self, owner: Any, held: tuple[Any, Any] | None = None) -> Tensor:
         """Return the dequantized weight in float32."""
@@ -198,14 +195,6 @@ class Linear8bitAdapter(QuantizedLayer):
         owner._parameters["weight"], owner.state.CB, owner.state.SCB = held
 
 
-def put_in_order(layer: Any) -> bool:
-    """Restore codes of a 4-bit layer that were repacked for a CPU, and return whether they were."""
-    state = quant_state(layer, layer.weight)
-    if is_repacked := is_out_of_order(state):
-        restore_order(layer.weight, state)
-    return is_repacked
-
-
 def _forward_of(kind: str) -> Callable[..., Tensor] | None:
     """Return the forward of a class of bitsandbytes, or ``None`` if it was replaced."""
     forward: Callable[..., Tensor] = getattr(sys.modules[MODULE], kind).forward
@@ -242,20 +231,23 @@ def quant_state(layer: nn.Module, weight: Tensor) -> Any:
 
 
 def write_out_4bit(codes: Tensor, state: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Dequantize 4-bit codes, in any storage dtype or repacked for a CPU, to ``(out_features, in_features)``."""
-    codes, scales = _in_order(codes, state)
+    """Dequantize 4-bit codes, in any storage dtype, to ``(out_features, in_features)``."""
+    _require_order(state)
     written = torch.ops.bitsandbytes.dequantize_4bit.default(
-        codes, scales, state.blocksize, state.quant_type, state.shape, dtype if dtype in WRITABLE else torch.float32
+        codes,
+        _absmax(state),
+        state.blocksize,
+        state.quant_type,
+        state.shape,
+        dtype if dtype in WRITABLE else torch.float32,
     )
     result: Tensor = written.to(dtype)
     return result
 
 
-def _in_order(codes: Tensor, state: Any) -> tuple[Tensor, Tensor]:
-    """Return codes in the order they were quantized in, and their scales in float32, without changing the state."""
-    if not is_out_of_order(state):
-        return codes, _absmax(state)
-    return _original(codes, copy.copy(state)), state.absmax.float().T.reshape(-1)  # transposed, no longer quantized
+def _require_order(state: Any) -> None:
+    if is_repacked(state):
+        raise AdapterError(f"the weight of an adapted Linear4bit {REPACKED}")
 
 
 def _absmax(state: Any) -> Tensor:
@@ -292,10 +284,9 @@ def is_misread(codes: Tensor, state: Any) -> bool:
     if codes.device.type != "cpu" or state.shape[1] % state.blocksize == 0:
         return False
     count = state.shape.numel()
-    in_order, scales = _in_order(codes, state)
-    pairs = in_order.contiguous().view(torch.uint8).flatten()
+    pairs = codes.contiguous().view(torch.uint8).flatten()
     levels = state.code[torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[:count].int()]
-    meant = levels * scales.repeat_interleave(state.blocksize)[:count]
+    meant = levels * _absmax(state).repeat_interleave(state.blocksize)[:count]
     return not torch.allclose(meant.view(state.shape), write_out_4bit(codes, state))
 
 
@@ -303,22 +294,20 @@ def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tens
     """Return 4-bit codes of a float32 weight as a ``QuantState`` describes them, in a dtype, and their state."""
     import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
 
-    nested, dtype, storage = quantization(like, storage)
     codes, state = bnb.quantize_4bit(
         weight.contiguous(),
         blocksize=like.blocksize,
-        compress_statistics=nested,
+        compress_statistics=like.nested,
         quant_type=like.quant_type,
         quant_storage=storage,
     )
-    state.dtype = dtype
+    state.dtype = like.dtype
     return codes, state
 
 
 def step_4bit(state: Any) -> float:
     """Return the widest gap between two neighboring levels, at the largest scale."""
-    scales = _in_order(torch.empty(0, device="cpu"), state)[1]
-    return float(state.code.sort().values.diff().max() * scales.max())
+    return float(state.code.sort().values.diff().max() * _absmax(state).max())
 
 
 def write_out_8bit(codes: Tensor, scales: Tensor) -> Tensor:
@@ -333,43 +322,7 @@ def round_to_8bit(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight * per_level.unsqueeze(1)).round().to(torch.int8), scales
 
 
-def is_out_of_order(state: Any, *, repacked: bool = True) -> bool:
-    """Whether 4-bit codes, or scales, are in a different order than when they were quantized.
-
-    Scales that were left transposed are misread by bitsandbytes. Codes that are ``repacked`` only give no gradients.
-    """
-    if getattr(state, "packing_format_for_cpu", False):
-        return repacked
-    return state is not None and not state.nested and state.absmax.ndim == 2
-
-
-def restore_order(weight: Any, state: Any) -> None:
-    """Restore the order of a weight's codes in place. Their scales stay rounded to bfloat16.
-
-    In a different thread, because the codes must not belong to an inference mode or a transform of the caller.
-    """
-
-    def restore() -> None:
-        weight.data = _original(weight.data, state)
-        if not state.nested:  # bitsandbytes leaves unquantized scales transposed
-            state.absmax = state.absmax.float().T.reshape(-1)
-
-    with ThreadPoolExecutor(max_workers=1) as aside:
-        aside.submit(restore).result()
-
-
-def _original(codes: Tensor, state: Any) -> Tensor:
-    """Return codes in their original order, and change the state to one that describes them."""
-    import bitsandbytes.functional as bnb  # noqa: PLC0415  # an optional extra
-
-    if not getattr(state, "packing_format_for_cpu", False):
-        return codes
-    restored: Tensor = bnb._convert_weight_packed_for_cpu_inverse(codes, state)[0]
-    return restored
-
-
-def quantization(state: Any, storage: torch.dtype) -> tuple[bool, torch.dtype, torch.dtype]:
-    """Return whether scales were quantized too, and the dtypes of weight and storage, before any repacking."""
-    if not getattr(state, "packing_format_for_cpu", False):
-        return state.nested, state.dtype, storage
-    return state.original_nested, state.original_dtype, getattr(state, "original_storage_type", storage)
+def is_repacked(state: Any) -> bool:
+    """Whether 4-bit codes or their scales are in a different order than when they were quantized."""
+    is_packed = getattr(state, "packing_format_for_cpu", False)
+    return is_packed or (state is not None and not state.nested and state.absmax.ndim == 2)  # as saving leaves scales

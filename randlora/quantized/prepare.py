@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from randlora.errors import AdapterError, raise_collected
 from randlora.hints import NotTheModel, require_types
 from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.registry import find_layer
 from randlora.model.view import unchanged_if_raised
-from randlora.quantized.bnb import MAY_REPACK, Linear4bitAdapter, put_in_order
+from randlora.quantized.bnb import MAY_REPACK, REPACKED, Linear4bitAdapter, is_repacked, quant_state
 from randlora.state import attached_state, require_unmerged
 from randlora.targets.census import Census, Visit, is_norm, is_quantized
 from randlora.targets.match import shortened
@@ -35,8 +36,6 @@ class PreparationReport(NotTheModel):
         input_gradients: FQNs of the modules whose output now requires grad.
         checkpointing: Whether activation checkpointing is enabled.
         unpacked: FQNs of the 4-bit layers that bitsandbytes will not repack.
-        put_in_order: FQNs of the layers that were restored, because they were repacked before the call or had
-            transposed scales.
         notes: Requested steps that were not possible.
     """
 
@@ -45,20 +44,17 @@ class PreparationReport(NotTheModel):
     input_gradients: tuple[str, ...] = ()
     checkpointing: bool = False
     unpacked: tuple[str, ...] = ()
-    put_in_order: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return a line for each step, followed by the notes."""
-        lines = [
+        lines = (
             f"quantized layers: {len(self.quantized) or 'none'}",
             f"converted to float32: {shortened(self.cast) or 'none'}",
             f"outputs that now require grad: {shortened(self.input_gradients) or 'none'}",
             f"checkpointing: {'on, in training mode' if self.checkpointing else 'off'}",
             f"layers with repacking disabled: {len(self.unpacked) or 'none'}",
-        ]
-        if self.put_in_order:
-            lines.append(f"restored after repacking: {shortened(self.put_in_order)} (scales rounded to bfloat16)")
+        )
         return "\n".join([*lines, *self.notes])
 
 
@@ -96,15 +92,13 @@ def prepare_quantized(
         checkpointing: Whether to enable non-reentrant activation checkpointing if the model supports it. If it is
             enabled already, it is not changed. transformers may also make inputs require grad.
         unpacked: Whether to keep bitsandbytes from repacking 4-bit weights in their first forward pass in evaluation
-            mode, which it does on CPUs with AVX512-BF16: a repacked layer gives no gradient of its input. A layer that
-            was repacked before the call, or has scales left transposed by saving a repacked layer, is restored, with
-            scales rounded to bfloat16, and is listed in the report.
+            mode, which it does on CPUs with AVX512-BF16: a repacked layer gives no gradient of its input.
 
     Returns:
         A report of the changes, and of steps that were not possible.
 
     Raises:
-        AdapterError: If adapters are merged.
+        AdapterError: If adapters are merged, or 4-bit weights were repacked before.
         ConfigError: If a flag is neither ``True`` nor ``False``.
 
     Examples:
@@ -126,6 +120,10 @@ def prepare_quantized(
         if (state := attached_state(module)) is not None:
             require_unmerged(state, "prepare the model")
     four_bits = [visit for visit in visits if unpacked and find_layer(visit.module) is Linear4bitAdapter]
+    repacked = [
+        visit.fqn for visit in four_bits if is_repacked(quant_state(visit.module, visit.module.get_parameter("weight")))
+    ]
+    raise_collected(AdapterError, [f"{fqn} {REPACKED}" for fqn in repacked], doing="prepare the model")
     with unchanged_if_raised(*_changeable(model)):
         embeddings = _input_embeddings(model)
         notes = []
@@ -137,14 +135,13 @@ def prepare_quantized(
             inputs = _let_outputs_require_grad(model, embeddings)
             if not inputs:
                 notes.append("no embedding was found: for reentrant checkpointing, make the inputs require grad")
-        out_of_order = _unpack(four_bits)
+        _keep_from_repacking(four_bits)
     return PreparationReport(
         quantized=_fqns(visit for visit in visits if is_quantized(visit.module)),
         cast=_fqns(cast),
         input_gradients=inputs,
         checkpointing=_is_checkpointing(model),
         unpacked=_fqns(four_bits),
-        put_in_order=_fqns(out_of_order),
         notes=tuple(notes),
     )
 
@@ -169,14 +166,12 @@ def _let_outputs_require_grad(model: nn.Module, embeddings: Sequence[nn.Module])
     return tuple(fqn for fqn, module in model.named_modules() if module in embeddings)
 
 
-def _unpack(four_bits: Sequence[Visit]) -> list[Visit]:
-    """Keep bitsandbytes from repacking 4-bit layers, and return those that had to be put in order."""
+def _keep_from_repacking(four_bits: Sequence[Visit]) -> None:
     for visit in four_bits:
         vars(visit.module)[MAY_REPACK] = False
         layer = adapter_layers_of(visit.module).get("weight")
         if isinstance(layer, Linear4bitAdapter):
             layer.may_repack = False  # the value that ejecting restores
-    return [visit for visit in four_bits if put_in_order(visit.module)]
 
 
 def cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
