@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,6 +262,25 @@ def test_an_output_is_replaced_as_a_whole_on_demand_and_nothing_else_is(root: Pa
     out.symlink_to(root / "nowhere")
     for overwrite in (False, True):
         refused(root, "out is a file or a broken link", overwrite=overwrite)
+
+
+def test_inputs_are_never_opened_for_writing() -> None:
+    with tempfile.TemporaryDirectory() as made:  # pytest's own directories let nobody else in
+        root, out = Path(made), Path(made) / "open"
+        save_model(LLAMA, root / "base")
+        save_adapter(LLAMA, root / "adapter")
+        out.mkdir()
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        out.chmod(0o777)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # permissions do not apply to root
+        try:
+            merge(root, out=out / "merged")
+        finally:
+            os.seteuid(user)
+        for path in (root, *root.rglob("*")):
+            path.chmod(path.stat().st_mode | stat.S_IWUSR)
 
 
 def test_a_disk_that_is_full_leaves_nothing(
