@@ -25,20 +25,12 @@ LARGE = torch.iinfo(torch.int64).max
 
 
 class Label(NamedTuple):
-    """The rows of a tensor.
+    """The rows of a tensor."""
 
-    Attributes:
-        rows: The number of the row, or `NONE`, or `MIXED`, on the CPU; see above.
-        by_values: Whether values of the batch decide where the rows are (such as if tokens are sorted by expert), so
-            that they are elsewhere in a different batch.
-        assumed_by: The module, if any, that was given a tensor that depends on no row and assumed one entry per row.
-        why: The operation that made the rows unknown, for messages.
-    """
-
-    rows: Tensor
-    by_values: bool = False
-    assumed_by: str = ""
-    why: str = ""
+    rows: Tensor  # numbers of rows, `NONE` or `MIXED`, on the CPU
+    by_values: bool = False  # whether values of the batch decide where the rows are, as of tokens sorted by expert
+    assumed_by: str = ""  # the module that was given a tensor that depends on no row and assumed one entry per row
+    why: str = ""  # the operation that made the rows unknown, for messages
 
     @property
     def is_mixed(self) -> bool:
@@ -107,11 +99,7 @@ def merged_along(label: Label, dims: Iterable[int]) -> Label:
 
 
 def merged(labels: Sequence[Label]) -> Label:
-    """Return the label of entries that are each computed from one entry of several tensors, after broadcasting.
-
-    Raises:
-        AdapterError: If assumed rows differ from the rows of a tensor that they are combined with.
-    """
+    """Return the label of entries that are each computed from one entry of several tensors, after broadcasting."""
     if len(labels) == 1:
         return labels[0]
     doubtful = [label for label in labels if label.by_values or label.assumed_by]
@@ -177,10 +165,9 @@ def reshaped(rows: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
 
 
 def filled(label: Label) -> Label:
-    """Return the label of a tensor, with rows filled in for entries that depend on none.
+    """Return a label in which entries that depend on no row get the one row that all others at an index have.
 
-    If all other entries with the same index in some dimension have one row, such an entry gets this row. For example, a
-    token that a model puts before the tokens of each row belongs to that row.
+    For example, a token that a model puts before the tokens of each row belongs to that row.
     """
     if not bool((label.rows == NONE).any()) or label.is_none:
         return label

@@ -28,7 +28,7 @@ from randlora.places import is_whole, place_at
 from randlora.ranks import agree, agreeing
 from randlora.serving.labels import first_dimension
 from randlora.serving.routing import CALL, Routing, RunningCall
-from randlora.serving.run import Hook, RowByRow, RowsOfAttention
+from randlora.serving.run import Hook, RowByRow, watch_attention
 from randlora.serving.tracking import RowTracking
 from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged
 from randlora.targets.census import Census
@@ -132,20 +132,22 @@ def _watching(model: nn.Module, block: AbstractContextManager[object]) -> Iterat
 
 def routing_of(names: object) -> RowByRow:
     """Return the routing for some names, of whatever type was given."""
-    expected = "expected for each row the name of an adapter or None, or a sequence of these"
+    expected = "expected for each row the name of an adapter or None, or a sequence of these, got"
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise AdapterError(f"{expected}, got {shortly(names)}")
+        raise AdapterError(f"{expected} {shortly(names)}")
     rows = [row for row in names if row is not None and not isinstance(row, str)]
-    if strange := [row for row in rows if not isinstance(row, Sequence) or not row]:
-        raise AdapterError(f"{expected}, got {shortly(strange[0])}")
-    if rows and len(rows) < len(names):
-        raise AdapterError(f"{expected}, got both in {shortly(names)}")
-    if len(set(map(len, rows))) > 1:
-        raise AdapterError(
-            f"the rows have different numbers of names, {sorted(set(map(len, rows)))}: pad them with None"
+    for row in rows:
+        strange = (
+            [name for name in row if name is not None and not isinstance(name, str)]
+            if row and isinstance(row, Sequence)
+            else [row]
         )
-    if strange := [name for row in rows for name in row if name is not None and not isinstance(name, str)]:
-        raise AdapterError(f"{expected}, got {shortly(strange[0])}")
+        if strange:
+            raise AdapterError(f"{expected} {shortly(strange[0])}")
+    if rows and len(rows) < len(names):
+        raise AdapterError(f"{expected} both in {shortly(names)}")
+    if len(counts := {*map(len, rows)}) > 1:
+        raise AdapterError(f"the rows have different numbers of names, {sorted(counts)}: pad them with None")
     return RowByRow(names)
 
 
@@ -207,7 +209,7 @@ class Entries:
             if any(parent.__module__.startswith("sentence_transformers.") for parent in type(module).__mro__):
                 sorting = [name for name in SORTING if hasattr(type(module), name)]
                 self.methods += [Method.put(module, name, _refuse_to_sort) for name in sorting]
-            if attention := RowsOfAttention.watch(module, routing):
+            if attention := watch_attention(module, routing):
                 self.handles[module] = attention
                 continue
             begin = module.register_forward_pre_hook(Hook(self.begin), with_kwargs=True)

@@ -1,7 +1,6 @@
 """Which adapter each row of a batch, or each token, goes through, and where the rows are in a layer's input.
 
-The first call with inputs of some shapes is followed (`randlora.serving.tracking`), and its result is reused for calls
-of the same kind.
+The first call of a kind is followed (`randlora.serving.tracking`), and where its rows were is reused for later ones.
 """
 
 from __future__ import annotations
@@ -25,49 +24,30 @@ BASE = -1
 
 
 class Sorted(NamedTuple):
-    """The tokens of a batch, sorted by adapter, the adapters with the fewest tokens first.
+    """The tokens of a batch, sorted by adapter, the adapters with the fewest tokens first."""
 
-    Attributes:
-        order: The position in the batch of each, ``(tokens,)``.
-        adapters: The names of the adapters in that order; ``None`` is the base.
-        counts: The number of tokens of each.
-        is_in_order: Whether this is the order of the batch.
-    """
-
-    order: Tensor
-    adapters: tuple[str | None, ...]
-    counts: tuple[int, ...]
-    is_in_order: bool
+    order: Tensor  # the position of each token in the batch
+    adapters: tuple[str | None, ...]  # None is the base
+    counts: tuple[int, ...]  # the number of tokens of each adapter
+    is_in_order: bool  # whether this is the order of the batch
 
 
 class Layout(NamedTuple):
-    """Where the rows of a batch are in a layer's input.
+    """Where the rows of a batch are in a layer's input."""
 
-    Attributes:
-        shape: The shape of its input without the features.
-        rows: The row of each entry, of size 1 in dimensions along which it does not change.
-        arranged: The tokens sorted by adapter, by the size of the batch and device.
-    """
-
-    shape: torch.Size
-    rows: Tensor
-    arranged: dict[tuple[int, torch.device], Sorted]
+    shape: torch.Size  # without the features
+    rows: Tensor  # the row of each entry, of size 1 in dimensions along which it does not change
+    arranged: dict[tuple[int, torch.device], Sorted]  # by the size of the batch, and the device
 
 
 class Routing:
-    """Which adapter each row, or each token, goes through.
+    """Which adapter each row, or each token, goes through, and what is known of its calls in one block.
 
     Attributes:
         adapters: The names of the adapters, each once.
         index: The position in ``adapters`` for each row, ``(rows,)``, or for each token, ``(rows, tokens)``.
         is_uniform: Whether all go through one adapter, or all through the base, so that their places do not matter.
         keeps: Whether Λ and Γ may be kept. Not if they are sharded, because gathering hides changes of their values.
-        layouts: Where the rows are in the input of each layer, by layer, size of the batch and shape.
-        refused: Why the rows of a layer are unknown, by layer.
-        by_bases: The tokens of each layer by bases, as `randlora.serving.run` prepared them.
-        kept: Λ and Γ of the adapters of each layer; see `randlora.serving.stacked`.
-        followed: The kinds of calls that were followed.
-        watch: Called with the output of each layer, for `randlora.serving.check_rows`.
     """
 
     def __init__(self, names: Sequence[Any]) -> None:
@@ -80,12 +60,12 @@ class Routing:
         self.index = index if has_tokens else index.squeeze(1)
         self.is_uniform = bool((index == index.flatten()[0]).all())
         self.keeps = True
-        self.layouts: dict[tuple[Any, int, torch.Size], Any] = {}
-        self.refused: dict[Any, str] = {}
-        self.by_bases: dict[tuple[int, int], Any] = {}
-        self.kept: dict[tuple[int, int], Any] = {}
-        self.followed: set[tuple[Any, ...]] = set()
-        self.watch: Callable[..., object] | None = None
+        self.layouts: dict[tuple[Any, int, torch.Size], Any] = {}  # by layer, size of the batch and shape of the input
+        self.refused: dict[Any, str] = {}  # why the rows of a layer are unknown
+        self.by_bases: dict[tuple[int, int], Any] = {}  # the tokens of each layer, for `randlora.serving.run`
+        self.kept: dict[tuple[int, int], Any] = {}  # Λ and Γ of each layer, for `randlora.serving.stacked`
+        self.followed: set[tuple[Any, ...]] = set()  # the kinds of calls that were followed
+        self.watch: Callable[..., object] | None = None  # is given the output of each layer, for `check_rows`
         self._layouts: dict[Any, Layout] = {}
 
     def expect(self, other: Routing) -> None:
@@ -135,11 +115,7 @@ class Routing:
         return self._layouts.setdefault(key, Layout(shape, rows, {}))
 
     def sorted(self, layout: Layout, device: torch.device, module: str) -> Sorted:
-        """Return the tokens of an input, sorted by adapter, with the order on a device.
-
-        Raises:
-            AdapterError: If adapters are named for tokens, and the input has different tokens.
-        """
+        """Return the tokens of an input, sorted by adapter, with the order on a device."""
         key = self.batch, device
         if (known := layout.arranged.get(key)) is not None:
             return known
@@ -181,26 +157,15 @@ ADVICE = "exclude the layer when the adapter is made, or activate one adapter at
 
 @dataclass(eq=False)
 class RunningCall:
-    """A call of the model, or of a part of it, in a block of `randlora.serving.routed`.
-
-    Attributes:
-        routing: The rows of the block.
-        module: What was called.
-        kind: A key that is equal for calls in which the rows are in the same places.
-        index: The adapters of the rows, or of their tokens, as often as the batch has each row.
-        tracking: The mode that follows its rows, unless a call of the same kind was followed before.
-        chosen: While a module runs for the rows of one adapter, a tuple of its name, or of ``None`` for the base.
-        assumed_by: The module whose input was last asked for, if its rows are assumed.
-        outer: The call that this one is in.
-    """
+    """A call of the model, or of a part of it, in a block of `randlora.serving.routed`."""
 
     routing: Routing
     module: Any
-    kind: tuple[Any, ...]
-    index: Tensor
-    tracking: RowTracking | None = None
-    chosen: tuple[str | None] | None = None
-    assumed_by: str = ""
+    kind: tuple[Any, ...]  # equal for calls in which the rows are in the same places
+    index: Tensor  # the adapters of the rows, or of their tokens, as often as the batch has each row
+    tracking: RowTracking | None = None  # follows its rows, unless a call of the same kind was followed before
+    chosen: tuple[str | None] | None = None  # the adapter, or the base, whose rows a module now runs for
+    assumed_by: str = ""  # the module whose input was last asked for, if its rows are assumed
     outer: RunningCall | None = None
 
 
@@ -211,7 +176,7 @@ CALL: ContextVar[RunningCall | None] = ContextVar("CALL", default=None)
 def layout_of(routing: Routing, layer: Any, value: Tensor, module: str, *, features: int = 1) -> Layout:
     """Return where the rows are in the input of a layer, whose last ``features`` dimensions belong to one token."""
     shape = value.shape[: value.dim() - features]
-    tracking = _tracking(routing)
+    tracking = _tracking(routing, layer)
     if tracking is None:
         known: Layout | None = routing.layouts.get((layer, routing.batch, shape))
         return known if known is not None else _found(routing, layer, shape, module)
@@ -225,7 +190,7 @@ def layout_of(routing: Routing, layer: Any, value: Tensor, module: str, *, featu
 
 def layout_of_rows(routing: Routing, layer: Any, rows: Rows, module: str) -> tuple[Layout, Rows]:
     """Return where the rows of a batch are in the arguments of a module, and which of its arguments have them."""
-    shape, tracking = torch.Size([rows.size]), _tracking(routing)
+    shape, tracking = torch.Size([rows.size]), _tracking(routing, layer)
     key = (layer, "arguments"), routing.batch, next(iter(rows.given.values())).shape
     if tracking is None:
         layout = routing.layouts.get((layer, routing.batch, shape)) or _found(routing, layer, shape, module)
@@ -248,9 +213,11 @@ def layout_of_rows(routing: Routing, layer: Any, rows: Rows, module: str) -> tup
     return layout, rows._replace(axes={name: axis for name, axis in rows.axes.items() if name in names})
 
 
-def _tracking(routing: Routing) -> RowTracking | None:
-    """Return what follows the running call, if anything does."""
+def _tracking(routing: Routing, layer: Any) -> RowTracking | None:
+    """Return what follows the running call, if anything does. Refuse a layer whose rows were unknown before."""
     call = routing.call
+    if (message := routing.refused.get(layer)) is not None and not routing.is_uniform:
+        raise AdapterError(message)
     return None if call is None or routing.is_uniform else call.tracking
 
 
@@ -259,7 +226,6 @@ def _found(routing: Routing, layer: Any, shape: torch.Size, module: str) -> Layo
     if routing.is_uniform:
         layout = routing.layout(shape, torch.zeros((1,) * len(shape), dtype=torch.long, device="cpu"))
     else:
-        _require_told(routing, layer)
         before = [
             each for (known, batch, _), each in routing.layouts.items() if known is layer and batch == routing.batch
         ]
@@ -299,7 +265,6 @@ def _called_itself(routing: Routing, shape: torch.Size, module: str) -> Layout:
 
 def _followed(routing: Routing, layer: Any, label: Label, shape: torch.Size, module: str) -> Layout:
     """Return the layout of an input whose rows were followed, and remember it."""
-    _require_told(routing, layer)
     rows = label.rows.reshape(label.rows.shape[: len(shape)])
     key = layer, routing.batch, shape
     layout = routing.layout(shape, rows)
@@ -324,16 +289,10 @@ def _followed(routing: Routing, layer: Any, label: Label, shape: torch.Size, mod
     raise AdapterError(message)
 
 
-def _require_told(routing: Routing, layer: Any) -> None:
-    if (message := routing.refused.get(layer)) is not None:
-        raise AdapterError(message)
-
-
 def _assumed(routing: Routing, tracking: RowTracking, shape: Sequence[int], module: str) -> Label:
     """Return the label of a tensor that depends on no row. One that is as long as the batch may be an input for each.
 
-    As learned queries, that a model repeats for each row. What it meets later shows whether it is. Or it was computed
-    outside of torch from what was taken from there.
+    Such as learned queries that a model repeats for each row, or what was computed outside of torch.
     """
     if shape[0] == routing.batch and tracking.taken_by:
         return unknown(len(shape), tracking.taken_by)

@@ -5,6 +5,7 @@ An operation without a rule here makes the rows of its output unknown. If a laye
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,23 +34,14 @@ MOST = 1 << 22
 
 @dataclass
 class Call:
-    """One call of an operation.
+    """One call of an operation."""
 
-    Attributes:
-        name: The operation, ``"aten::sum"``.
-        func: The overload that was called.
-        given: Its arguments by name, with the defaults.
-        output: Its return value.
-        label: Returns the label of a tensor, or ``None`` if the tensor depends on no row.
-        has_read: Whether Python has read values of the batch before.
-    """
-
-    name: str
-    func: Any
-    given: dict[str, Any]
+    name: str  # such as "aten::sum"
+    func: Any  # the overload
+    given: dict[str, Any]  # the arguments by name, with the defaults
     output: Any
-    label: Callable[[Any], Label | None]
-    has_read: bool
+    label: Callable[[Any], Label | None]  # of a tensor; None if it depends on no row
+    has_read: bool  # whether Python has read values of the batch before
 
     @property
     def values(self) -> list[Any]:
@@ -78,24 +70,23 @@ Rule = Callable[[Call], Labels]
 
 def labels_of(call: Call) -> Labels:
     """Return the label of the output of a call, or a label for each output."""
-    if (rule := RULES.get(call.name)) is not None:
-        return rule(call)
-    if "_scaled_dot_product" in call.name or call.name == "flex_attention":
-        return _attention(call)
+    rule = RULES.get(call.name, RULES.get(call.name.rstrip("_")))  # in place or not
+    return (rule or _general_rule(call))(call)
+
+
+def _general_rule(call: Call) -> Rule:
+    for names, rule in PATTERNS.items():
+        if re.search(names, call.name):
+            return rule
     if torch.Tag.pointwise in getattr(call.func, "tags", ()):
-        return _pointwise(call)
-    if call.name.startswith("bitsandbytes::"):
-        return _by_last_dimension(call)
+        return _pointwise
     first = call.values[0] if call.values else None
-    if isinstance(first, Tensor) and _is_view(call.func):
-        return _view(call)
-    return _unknown(call)
+    return _view if isinstance(first, Tensor) and _is_view(call.func) else _unknown
 
 
 def _padded(label: Label, dims: int) -> Label:
     """Return a label with as many dimensions as its tensor has after broadcasting."""
-    rows = label.rows
-    return label.changed(rows.view(*[1] * (dims - rows.dim()), *rows.shape)) if rows.dim() < dims else label
+    return label.changed(label.rows[(None,) * (dims - label.rows.dim())])
 
 
 def _is_view(func: Any) -> bool:
@@ -115,10 +106,14 @@ def _same(call: Call) -> Label | None:
     return call.label(call.first)
 
 
-def _pointwise(call: Call) -> Label | None:
-    given = [call.label(each) for each in tensors_of(call.values)]
-    labels = [label for label in given if label is not None]
-    return _padded(merged(labels), tensors_of(call.output)[0].dim()) if labels else None
+def _together(labels: Sequence[Label], dims: int) -> Label:
+    """Return the label of an output of some dimensions, each entry of which is computed from one of each tensor."""
+    known = [label for label in labels if not label.is_none]
+    return _padded(merged(known), dims) if known else nothing(dims)
+
+
+def _pointwise(call: Call) -> Label:
+    return _together([*map(call.of, tensors_of(call.values))], tensors_of(call.output)[0].dim())
 
 
 def _copied(call: Call) -> Label | None:
@@ -237,18 +232,13 @@ def _product(call: Call) -> Label:
     right = merged_along(call.of(second), [max(second.dim() - 2, 0)])
     if second.dim() == 1:
         left = left.changed(left.rows.squeeze(-1))
-    if call.name == "aten::_cdist_forward":
-        right = merged_along(call.of(second), [second.dim() - 1])
-        right = right.changed(right.rows.transpose(-1, -2))
-    labels = [label for label in (left, right, *map(call.of, more)) if not label.is_none]
-    return _padded(merged(labels), tensors_of(call.output)[0].dim()) if labels else nothing(call.output.dim())
+    return _together([left, right, *map(call.of, more)], call.output.dim())
 
 
 def _solved(call: Call) -> Label:
     """Return the rows of solutions X of A X = B, or X A = B, for batches of matrices."""
     matrices = [merged_along(call.of(each), [each.dim() - 2, each.dim() - 1]) for each in tensors_of(call.values)[:2]]
-    known = [label for label in matrices if not label.is_none]
-    return _padded(merged(known), tensors_of(call.output)[0].dim())
+    return _together(matrices, tensors_of(call.output)[0].dim())
 
 
 def _attention(call: Call) -> Label:
@@ -264,7 +254,7 @@ def _attention(call: Call) -> Label:
     fitting = [label for label in known if label.rows.dim() < 3 or fits(label.rows, query.shape)]
     if len(fitting) < len(known):  # fewer heads of keys than of queries, whose rows differ
         return _unknown(call)
-    return _padded(merged(known), query.dim()) if known else nothing(query.dim())
+    return _together(known, query.dim())
 
 
 def _repeated(call: Call) -> Label:
@@ -274,10 +264,8 @@ def _repeated(call: Call) -> Label:
 
 
 def _moved(call: Call) -> Label:
-    """Return the rows of what is turned around along some dimensions."""
-    label, dims = call.of(call.first), _dims(call, "dims")
-    if all(label.rows.shape[dim] == 1 for dim in dims):
-        return label
+    """Return the rows of what is turned around along some dimensions, which moves nothing where the size is 1."""
+    label = call.of(call.first)
     return label.changed(call.again(label.rows))
 
 
@@ -455,8 +443,6 @@ def _written_along(call: Call) -> Label:
     """Return the rows of a tensor into which others are written along one dimension, where no row changes along it."""
     x, dim = call.first, call.given["dim"] % max(call.first.dim(), 1)
     parts = [call.of(each) for name in ("index", "src") if isinstance(each := call.given.get(name), Tensor)]
-    if call.name == "aten::select_scatter":
-        parts = [label.changed(label.rows.unsqueeze(dim)) for label in parts]
     labels = [label for label in (call.of(x), *parts) if not label.is_none]
     if not labels:
         return nothing(x.dim())
@@ -467,8 +453,8 @@ def _written_along(call: Call) -> Label:
 
 
 def _halved(call: Call) -> Label:
-    label, dim = call.of(call.first), _dims(call)[0]
-    return label if label.rows.shape[dim] == 1 else _unknown(call)
+    label = call.of(call.first)
+    return label if label.rows.shape[_dims(call)[0]] == 1 else _unknown(call)
 
 
 RESHAPES = frozenset(f"aten::{name}" for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"))
@@ -477,49 +463,27 @@ CHOICES = frozenset(f"aten::{name}" for name in ("slice", "select", "split", "sp
 
 NAMES: dict[Rule, str] = {
     _same: (
-        "clone _to_copy contiguous native_dropout dropout bernoulli bernoulli_ tril triu bucketize lift_fresh "
-        "lift_fresh_copy _pin_memory zero_ fill_ multinomial rrelu_with_noise _conj_physical "
-        "_fused_moving_avg_obs_fq_helper _native_batch_norm_legit_no_training exponential_ normal_ uniform_"
+        "clone _to_copy native_dropout bernoulli tril triu bucketize lift_fresh lift_fresh_copy zero fill exponential "
+        "normal_ uniform _native_batch_norm_legit_no_training"
     ),
-    _pointwise: (
-        "where masked_fill masked_fill_ log_sigmoid_forward _prelu_kernel rsub complex polar clamp isin lerp "
-        "isclose hardswish hardswish_ _fake_quantize_learnable_per_tensor_affine"
-    ),
+    _pointwise: "where masked_fill log_sigmoid_forward _prelu_kernel rsub complex polar clamp isin hardswish",
     _nothing: (
         "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty "
-        "new_full new_empty_strided _local_scalar_dense item is_same_size equal _assert_async "
-        "_assert_tensor_metadata _assert_scalar"
+        "new_full new_empty_strided _local_scalar_dense equal _assert_async _assert_tensor_metadata _assert_scalar"
     ),
-    _copied: "copy copy_",
-    _view: "_unsafe_view unsafe_split unsafe_chunk unsafe_split_with_sizes",
+    _copied: "copy",
+    _view: "_unsafe_view unsafe_split unsafe_split_with_sizes",
     _reduced: (
         "sum mean amax amin max min argmax argmin var std var_mean std_mean norm linalg_vector_norm prod any all "
-        "logsumexp nansum median nanmedian mode kthvalue count_nonzero aminmax"
+        "logsumexp count_nonzero aminmax"
     ),
-    _along: (
-        "_softmax _log_softmax _safe_softmax softmax log_softmax cumsum cumprod cummax cummin logcumsumexp "
-        "_fft_c2c _fft_r2c _fft_c2r linalg_cross cumsum_ renorm"
-    ),
+    _along: "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp _fft_c2c _fft_r2c _fft_c2r",
     _ordered: "sort topk",
-    _normalized: "native_layer_norm layer_norm _fused_rms_norm rms_norm",
-    _batch_normalized: (
-        "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit _batch_norm_with_update "
-        "batch_norm _native_batch_norm_legit_functional"
-    ),
-    _by_example: (
-        "convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution "
-        "cudnn_convolution_transpose miopen_convolution native_group_norm max_pool2d_with_indices "
-        "max_pool3d_with_indices avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
-        "adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d avg_pool1d "
-        "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d _upsample_bicubic2d_aa "
-        "upsample_trilinear3d _upsample_bilinear2d_aa grid_sampler_2d grid_sampler_3d reflection_pad1d "
-        "reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d pixel_shuffle "
-        "pixel_unshuffle channel_shuffle _upsample_nearest_exact1d _upsample_nearest_exact2d adaptive_avg_pool1d "
-        "max_pool1d max_unpool2d mkldnn_max_pool2d adaptive_avg_pool2d max_pool2d quantized_max_pool2d"
-    ),
+    _normalized: "native_layer_norm _fused_rms_norm",
+    _batch_normalized: "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit",
     _unfolded: "im2col col2im",
-    _product: "mm bmm mv dot addmm baddbmm addmv _cdist_forward _addmm_activation _int_mm",
-    _solved: "linalg_solve_triangular triangular_solve linalg_inv_ex linalg_solve _linalg_solve_ex",
+    _product: "mm bmm mv dot addmm baddbmm addmv _addmm_activation _int_mm",
+    _solved: "linalg_solve_triangular linalg_inv_ex _linalg_solve_ex",
     _repeated: "repeat",
     _moved: "flip roll",
     _put_around: "constant_pad_nd",
@@ -527,13 +491,19 @@ NAMES: dict[Rule, str] = {
     _taken: "index _unsafe_index index_select masked_select",
     _looked_up: "embedding",
     _gathered: "gather",
-    _put: "index_put index_put_ _index_put_impl_ _unsafe_index_put index_add index_add_ index_copy index_copy_",
-    _written_along: (
-        "scatter scatter_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ slice_scatter select_scatter"
-    ),
+    _put: "index_put _index_put_impl _unsafe_index_put index_add index_copy",
+    _written_along: "scatter scatter_add scatter_reduce",
     _halved: "glu",
     _by_last_dimension: "_grouped_mm",
 }
-"""The operations that each rule is for."""
+"""The operations that each rule is for. A name without ``_`` at the end is for the operation in place too."""
+
+PATTERNS: dict[str, Rule] = {
+    "_scaled_dot_product|^flex_attention$": _attention,
+    "^bitsandbytes::": _by_last_dimension,
+    "convolution(?!_backward)|(max|avg)_pool[123]d(?!.*backward)|_pad[123]d$|native_group_norm$": _by_example,
+    "upsample_(?!.*backward)|max_unpool[23]d|grid_sampler_[23]d$|(pixel|channel)_(un)?shuffle$": _by_example,
+}
+"""The rules of operations that have many names."""
 
 RULES = {f"aten::{name}": rule for rule, names in NAMES.items() for name in names.split()}

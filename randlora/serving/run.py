@@ -1,8 +1,7 @@
 """Running adapted modules in a block of `routed`: their rows, or tokens, go through different adapters.
 
-A layer whose input is known computes the base once for the whole batch and adds the update of its adapter to each
-token. Everything but the products is prepared in the first forward of a block. The forward of a module that reads its
-weight, such as a convolution or attention, runs once for each adapter, with the rows of this adapter.
+A product with a weight computes the base once for the whole batch and adds to each token the update of its adapter. The
+forward of a module that reads its weight, such as a convolution, runs once for each adapter, with its rows.
 """
 
 from __future__ import annotations
@@ -37,61 +36,13 @@ from randlora.serving.stacked import (
 from randlora.state import SiteAdapter
 
 
-class Routes(NamedTuple):
-    """A weight with adapters that tokens go through.
-
-    Attributes:
-        module: The name of the class of its module, for messages.
-        layer: Its adapter layer.
-        owner: The module.
-    """
-
-    module: str
-    layer: AdapterLayer
-    owner: nn.Module
-
-    @classmethod
-    def of(cls, layer: AdapterLayer, owner: Any) -> Routes:
-        """Return the routes of a weight, unless it is split."""
-        module = owner.randlora_base.__name__
-        if (weight := layer.find_weight(owner)) is not None and split_of(type(layer), weight) is not None:
-            raise AdapterError(
-                f"an adapted {module} is split by tensor parallelism, which routed does not support: activate one "
-                "adapter at a time"
-            )
-        return cls(module, layer, owner)
-
-    @property
-    def parts(self) -> Mapping[str, SiteAdapter]:
-        """The adapters of the weight, by name."""
-        return self.layer.adapters
-
-    def parameters(self, find: Find) -> list[nn.Parameter] | None:
-        """Return every Λ of some adapters, then every Γ, or ``None`` if their values are elsewhere."""
-        held: list[Any] = [self.owner._modules[name] for name in self.layer.parameter_names()]
-        return cacheable_parameters(self.owner, held, find)
-
-    def factors(self, parts: list[SiteAdapter], like: Tensor) -> tuple[Pair, list[Diagonals], bool]:
-        """Return the bases that some adapters share, Λ, Γ and the scaling of each, and whether the layer is wide."""
-        updates = [self.layer.update(self.owner, part, 1.0) for part in parts]
-        pair, _ = updates[0].parts(like.device, like.dtype)
-        return pair, [update.diagonals(like.device) for update in updates], updates[0].is_wide
-
-
 class Routed(NamedTuple):
-    """The tokens of adapters that share bases.
+    """The tokens of adapters that share bases, sorted by adapter."""
 
-    Attributes:
-        positions: Their positions in the batch, sorted by adapter; ``None`` means the whole batch in its order.
-        find: Looks the adapters up in a mapping by name; ``None`` if there is only one adapter.
-        parts: The adapters.
-        counts: The number of tokens of each.
-    """
-
-    positions: Tensor | None
-    find: Find | None
+    positions: Tensor | None  # in the batch; the whole batch in its order for None
+    find: Find | None  # looks the adapters up; None if there is only one
     parts: list[SiteAdapter]
-    counts: tuple[int, ...]
+    counts: tuple[int, ...]  # the number of tokens of each adapter
 
     def of(self, rows: Tensor) -> Tensor:
         """Return these tokens' rows from the rows of the batch."""
@@ -135,21 +86,21 @@ class RowByRow(Routing, Run):
         require_product(owner, output, layer.shape[0])
         if not self.concerns(layer):
             return output
-        routes = Routes.of(layer, owner)
+        module = _module_name(layer, owner)
         if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
             raise AdapterError(
-                f"routed needs a tensor with a batch, neither nested nor sparse, but an adapted {routes.module} was "
-                "given a different input: give it x.to_dense()"
+                f"routed needs a tensor with a batch, neither nested nor sparse, but an adapted {module} was given a "
+                "different input: give it x.to_dense()"
             )
-        layout = layout_of(self, layer, x, routes.module)
+        layout = layout_of(self, layer, x, module)
         with unfollowed(self):
             rows, total = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
-            for group in self._by_bases(routes, layout, x.device):
+            for group in self._by_bases(layer, layout, x.device, module):
                 own = group.of(rows).to(output.dtype)
                 if owner.training and any(part.adapter.config.dropout for part in group.parts):
                     split = zip(own.split(group.counts), group.parts, strict=True)
                     own = torch.cat([F.dropout(each, part.adapter.config.dropout) for each, part in split])
-                total = group.onto(total, self._product(routes, group, own))
+                total = group.onto(total, self._product(layer, owner, group, own))
             result = total.view(output.shape)
         follow(self, layer, result, layout)
         return result
@@ -162,12 +113,12 @@ class RowByRow(Routing, Run):
         if not self.concerns(layer):
             return output
         ids = input_of(owner, forward.args, forward.kwargs)
-        routes, padding_idx = Routes.of(layer, owner), owner.padding_idx
-        layout = layout_of(self, layer, ids, routes.module, features=0)
+        module, padding_idx = _module_name(layer, owner), owner.padding_idx
+        layout = layout_of(self, layer, ids, module, features=0)
         with unfollowed(self):
             flat, total = ids.reshape(-1), output.reshape(-1, output.shape[-1])
-            for group in self._by_bases(routes, layout, ids.device):
-                pair, diagonals, is_wide = routes.factors(group.parts, output)
+            for group in self._by_bases(layer, layout, ids.device, module):
+                pair, diagonals, is_wide = _factors(layer, owner, group.parts, output)
                 own = group.of(flat)
                 rows = torch.cat([
                     update_rows(part, pair, one, num_rows=layer.shape[0], is_wide=is_wide)
@@ -198,31 +149,52 @@ class RowByRow(Routing, Run):
             follow(self, layer, each, layout, rows.output_axes[min(index, 1)])
         return output
 
-    def _by_bases(self, routes: Routes, layout: Layout, device: torch.device) -> list[Routed]:
+    def _by_bases(self, layer: AdapterLayer, layout: Layout, device: torch.device, module: str) -> list[Routed]:
         """Return the tokens that have an update here, grouped by adapters on the same bases."""
-        ordered = self.sorted(layout, device, routes.module)
-        key = id(routes.parts), id(ordered)  # both live as long as the block
+        ordered = self.sorted(layout, device, module)
+        key = id(layer.adapters), id(ordered)  # both live as long as the block
         if (known := self.by_bases.get(key)) is None:
-            known = self.by_bases[key] = routes.parts, _found_by_bases(routes.parts, ordered)
+            known = self.by_bases[key] = layer.adapters, _found_by_bases(layer.adapters, ordered)
         groups: list[Routed] = known[1]
         return groups
 
-    def _product(self, routes: Routes, group: Routed, own: Tensor) -> Tensor:
+    def _product(self, layer: AdapterLayer, owner: nn.Module, group: Routed, own: Tensor) -> Tensor:
         """Return the product of tokens, ``(tokens, in_features)``, with the updates of their adapters."""
-        parameters = routes.parameters(group.find) if self.keeps and group.find is not None else None
-        pair, first, is_wide = routes.factors(group.parts if parameters is None else group.parts[:1], own)
+        held: list[Any] = [owner._modules[name] for name in layer.parameter_names()]
+        find = group.find if self.keeps else None
+        parameters = None if find is None else cacheable_parameters(owner, held, find)
+        pair, first, is_wide = _factors(layer, owner, group.parts if parameters is None else group.parts[:1], own)
         needed = [part for one in first for part in one[:2]] if parameters is None else parameters
-        compute = routes.layer.state.compute
+        compute = layer.state.compute
         options: dict[str, Any] = {"is_wide": is_wide, "compute": compute}
         if not goes_together(own, needed, pair, group.counts, **options):
-            return one_by_one(own, pair, routes.factors(group.parts, own)[1], group.counts, **options)
-        stack = (
-            Stack.of(pair, first)
-            if parameters is None
-            else kept_stack(self.kept, routes.parts, group.parts, parameters, pair)
-        )
+            return one_by_one(own, pair, _factors(layer, owner, group.parts, own)[1], group.counts, **options)
+        if parameters is None:
+            stack = Stack.of(pair, first)
+        else:
+            stack = kept_stack(self.kept, layer.adapters, group.parts, parameters, pair)
         way: Way | None = None if compute == "auto" else "whole"
         return stacked_update(own, pair, stack, group.counts, is_wide=is_wide, way=way)
+
+
+def _module_name(layer: AdapterLayer, owner: Any) -> str:
+    """Return the class of an adapted module, for messages, unless its weight is split."""
+    module: str = owner.randlora_base.__name__
+    if (weight := layer.find_weight(owner)) is not None and split_of(type(layer), weight) is not None:
+        raise AdapterError(
+            f"an adapted {module} is split by tensor parallelism, which routed does not support: activate one adapter "
+            "at a time"
+        )
+    return module
+
+
+def _factors(
+    layer: AdapterLayer, owner: nn.Module, parts: list[SiteAdapter], like: Tensor
+) -> tuple[Pair, list[Diagonals], bool]:
+    """Return the bases that some adapters share, Λ, Γ and the scaling of each, and whether the layer is wide."""
+    updates = [layer.update(owner, part, 1.0) for part in parts]
+    pair, _ = updates[0].parts(like.device, like.dtype)
+    return pair, [update.diagonals(like.device) for update in updates], updates[0].is_wide
 
 
 @torch.inference_mode(mode=False)  # a later call may need gradients
@@ -261,42 +233,28 @@ class Hook:
         return Hook, (None,)
 
 
-class RowsOfAttention:
-    """Runs attention with only ``out_proj`` adapted, once for each adapter of `routed`.
+def watch_attention(module: nn.Module, run: RowByRow) -> list[RemovableHandle]:
+    """Have an attention with only ``out_proj`` adapted, if a module is one, run once for each adapter by its hooks."""
+    if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
+        return []
+    layer = module.out_proj.__dict__["randlora"]["weight"]
 
-    Nothing on the module itself is adapted, so this is done by hooks. The module's own forward runs with the base.
-    """
-
-    def __init__(self, layer: AdapterLayer, routing: RowByRow) -> None:
-        """Run attention by the adapters of its ``out_proj``."""
-        self.layer, self.routing = layer, routing
-
-    @classmethod
-    def watch(cls, module: nn.Module, routing: RowByRow) -> list[RemovableHandle]:
-        """Register the hooks of a module, if it is such an attention."""
-        if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
-            return []
-        layer = module.out_proj.__dict__["randlora"]["weight"]
-        own = cls(layer, routing)
-        return [
-            module.register_forward_pre_hook(Hook(own.begin)),
-            module.register_forward_hook(Hook(own.end), with_kwargs=True, always_call=True, prepend=True),
-        ]
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002
-        """Have the forward run with the base."""
-        run = self.routing
-        if self.layer.state.run is run and run.takes_over and run.concerns(self.layer):
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG001
+        """Have the module's own forward run with the base."""
+        if layer.state.run is run and run.takes_over and run.concerns(layer):
             run.choose(None, module)
 
-    def end(self, module: nn.Module, args: tuple[Any, ...], *given: Any) -> Any:
-        """Return the output of the forward, run once for each adapter. Given keyword arguments and the output."""
-        run = self.routing
-        if self.layer.state.run is not run or (call := run.call) is None or call.module is not module:
+    def end(module: nn.Module, args: tuple[Any, ...], *given: Any) -> Any:
+        if layer.state.run is not run or (call := run.call) is None or call.module is not module:
             return None
         CALL.set(call.outer)
         kwargs, output = given
         if output is None:
             return None
         with in_call():
-            return run.reading(self.layer, ForwardCall(module, module.forward, args, kwargs))
+            return run.reading(layer, ForwardCall(module, module.forward, args, kwargs))
+
+    return [
+        module.register_forward_pre_hook(Hook(begin)),
+        module.register_forward_hook(Hook(end), with_kwargs=True, always_call=True, prepend=True),
+    ]

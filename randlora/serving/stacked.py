@@ -1,22 +1,8 @@
 """The updates of several adapters on the same bases, each multiplied by its own tokens: together, or in turn.
 
-Λ and Γ of all adapters are in one tensor each, so the number of operators and the work in Python do not grow with the
-number of adapters. The products with B are computed for all tokens at once. Products with A and Γ are computed in the
-cheapest of three ways, by the entries that are written for an adapter with T tokens:
-
-- *whole*: UA without Λ, ``r·num_bases·min_dim``;
-- *by row*: the tokens repeated for each row of A, ``T·r·min_dim``;
-- *by term*: the tokens repeated for each term, ``T·num_bases·min_dim``. Not for `block` bases, which have fewer rows.
-
-Adapters are computed one after the other, like single adapters, if a gradient is needed, if each has so many tokens
-that forming its update pays off, in transformed code, and under dispatch modes.
-
-The tensors of a block of `routed` are kept until it ends. Before they are read, each forward compares them with the
-parameters: their identity, the address of their values, and the version that torch increases when values are changed in
-place. Like autograd, which checks saved tensors in this way, this does not notice writes through ``parameter.data``.
-
-With `block` bases only 1/c of the first two is written. In all shapes here, c is the number of blocks of A, R = r/c the
-rows of a block, n = num_bases, and w the columns of a block. Dense bases are one block.
+Λ and Γ of all adapters are in one tensor each, so that work in Python does not grow with their number. In all shapes
+here, c is the number of blocks of A, R = r/c the rows of a block, n = num_bases, and w the columns of a block. Dense
+bases are one block.
 """
 
 from __future__ import annotations
@@ -41,21 +27,22 @@ from randlora.places import is_hooked
 from randlora.state import SiteAdapter
 
 Way = Literal["whole", "by row", "by term"]
+"""How to multiply T tokens of an adapter by A and Γ. What is written for it decides which is the cheapest:
+
+- *whole*: UA without Λ, ``r·num_bases·min_dim`` entries;
+- *by row*: the tokens repeated for each row of A, ``T·r·min_dim``;
+- *by term*: the tokens repeated for each term, ``T·num_bases·min_dim``; not for `block` bases, which have fewer rows.
+"""
 
 AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 """Entries that are written at once on a device: as many as fit in a CPU's cache, but at least one adapter's."""
 
 
 class Stack(NamedTuple):
-    """Λ and Γ of several updates on the same bases.
+    """Λ times the scaling, and Γ, of several updates on the same bases."""
 
-    Attributes:
-        lam: Λ times the scaling, ``(updates, c, R, n)``, in a dtype at least as wide as A.
-        gamma: Γ, ``(updates, c, n, w)``, in the dtype of B.
-    """
-
-    lam: Tensor
-    gamma: Tensor
+    lam: Tensor  # (updates, c, R, n), in a dtype at least as wide as A
+    gamma: Tensor  # (updates, c, n, w), in the dtype of B
 
     @classmethod
     def of(cls, pair: Pair, diagonals: Sequence[Diagonals]) -> Stack:
@@ -63,48 +50,28 @@ class Stack(NamedTuple):
         blocks, rows, width = pair.A.shape
         lam = torch.stack([one.lam for one in diagonals])
         lam = lam.to(torch.promote_types(lam.dtype, pair.A.dtype))
-        lam *= (
-            torch
-            .tensor([one.scaling for one in diagonals], dtype=lam.dtype, device="cpu")
-            .to(lam.device)
-            .view(-1, 1, 1)
-        )
+        scalings = torch.tensor([one.scaling for one in diagonals], dtype=lam.dtype, device="cpu")
+        lam *= scalings.to(lam.device).view(-1, 1, 1)
         gamma = torch.stack([in_dtype(one.gamma, pair.B.dtype) for one in diagonals])
         lam = lam.view(len(lam), rows, blocks, -1).transpose(1, 2)
         return cls(lam.contiguous(), _dealt(gamma, blocks, width).contiguous())
 
 
 class Part(NamedTuple):
-    """Some of the updates, all with the same number of tokens.
-
-    Attributes:
-        updates: Which they are.
-        tokens: Where their tokens are.
-        each: The number of tokens of each.
-        way: How to multiply by A and Γ.
-    """
+    """Some of the updates, all with the same number of tokens."""
 
     updates: slice
     tokens: slice
-    each: int
+    each: int  # the number of tokens of each update
     way: Way
 
 
 def stacked_update(
     x: Tensor, pair: Pair, stack: Stack, counts: Sequence[int], *, is_wide: bool, way: Way | None = None
 ) -> Tensor:
-    """Return the product of each token with the update that it belongs to.
+    """Return the product of each token, ``(tokens, in_features)`` sorted by update, with the update that it belongs to.
 
-    Args:
-        x: ``(tokens, in_features)`` in the dtype of B, sorted by update.
-        pair: The bases that the updates share.
-        stack: The updates.
-        counts: The number of tokens of each. Fastest if equal numbers are neighbors.
-        is_wide: Whether the input has ``min_dim`` features.
-        way: How to multiply by A and Γ; ``None`` chooses by size.
-
-    Returns:
-        ``(tokens, out_features)`` in the dtype of B.
+    ``counts`` are the numbers of tokens of the updates: fastest if equal numbers are neighbors.
     """
     if torch.is_autocast_enabled(x.device.type):  # the dtype of B already follows autocast
         with torch.autocast(x.device.type, enabled=False):
@@ -233,19 +200,14 @@ VERSION: Callable[[Tensor], int] = operator.attrgetter("_version")
 
 
 class KeptStack(NamedTuple):
-    """A copy of Λ and Γ of some adapters of one weight.
+    """A copy of Λ and Γ of some adapters of one weight, and what keeps the ids and addresses that it is known by.
 
-    Attributes:
-        here: All adapters of the weight.
-        parameters: Every Λ, then every Γ, of the adapters that were copied.
-        versions: Their versions and addresses.
-        values: Their tensors, held so that nothing else can get the same address.
-        pair: The bases that the copy is for.
-        stack: The copy.
+    Like autograd, which checks saved tensors by the version that torch increases when values are changed in place, this
+    does not notice writes through ``parameter.data``.
     """
 
-    here: Mapping[str, SiteAdapter]
-    parameters: list[nn.Parameter]
+    here: Mapping[str, SiteAdapter]  # all adapters of the weight
+    parameters: list[nn.Parameter]  # every Λ, then every Γ, of those that were copied
     versions: list[int]
     values: list[Tensor]
     pair: Pair
@@ -277,7 +239,7 @@ def kept_stack(
     parameters: list[nn.Parameter],
     pair: Pair,
 ) -> Stack:
-    """Return Λ and Γ of some adapters of a weight in one tensor each. They are kept until the parameters change."""
+    """Return Λ and Γ of some adapters of a weight, in one tensor each until the parameters change."""
     key = id(here), id(pair)
     known = kept.get(key)
     if known is not None and known.is_of(parameters):

@@ -24,12 +24,7 @@ READS = {*TAKES, Tensor.item, Tensor.__int__, Tensor.__index__, Tensor.__float__
 
 
 class RowTracking(TorchDispatchMode):
-    """Follows rows through operations, starting at tensors whose rows are known. Results do not change.
-
-    Attributes:
-        has_read: Whether Python has read values of the batch.
-        taken_by: The operation that has taken such values out of torch, if any.
-    """
+    """Follows rows through operations, starting at tensors whose rows are known. Results do not change."""
 
     supports_higher_order_operators = True
 
@@ -38,25 +33,22 @@ class RowTracking(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._labels: Any = WeakIdKeyDictionary()
         self._aliases: dict[int, list[weakref.ref[Tensor]]] = {}
-        self._is_paused = self.has_read = False
-        self.taken_by = ""
+        self._is_paused = self.has_read = False  # whether Python has read values of the batch
+        self.taken_by = ""  # the operation that has taken such values out of torch
         self._reads = _Reads(self)
 
     def __enter__(self) -> Self:
-        """Begin to follow."""
         self._reads.__enter__()  # type: ignore[no-untyped-call]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Follow no more."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._reads.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def label(self, value: Any) -> Label | None:
         """Return the label of a tensor, or ``None`` if it depends on no row."""
-        label: Label | None = self._labels.get(value) if isinstance(value, Tensor) else None
-        return label
+        return self._labels.get(value) if isinstance(value, Tensor) else None
 
     def set(self, value: Tensor, label: Label) -> None:
         """Set the label of a tensor."""
@@ -153,17 +145,14 @@ class RowTracking(TorchDispatchMode):
 
     def _remember(self, value: Tensor) -> None:
         """Remember what memory a tensor has."""
-        if type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and not value.is_meta:
-            known = self._aliases.setdefault(value.untyped_storage()._cdata, [])
-            known[:] = [each for each in known if each() is not None]
-            if not any(each() is value for each in known):
-                known.append(weakref.ref(value))
+        alive = self._alive(value)
+        if _has_memory(value) and all(each is not value for each in alive):
+            self._aliases[value.untyped_storage()._cdata] = [*map(weakref.ref, [*alive, value])]
 
     def _alive(self, value: Tensor) -> list[Tensor]:
-        if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_meta:
-            return []
-        found = [each() for each in self._aliases.get(value.untyped_storage()._cdata, ())]
-        return [each for each in found if each is not None]
+        """Return the tensors known to share the memory of one."""
+        known = self._aliases.get(value.untyped_storage()._cdata, ()) if _has_memory(value) else ()
+        return [tensor for each in known if (tensor := each()) is not None]
 
 
 class _Reads(TorchFunctionMode):
@@ -177,6 +166,10 @@ class _Reads(TorchFunctionMode):
         if func in READS:
             self._tracking.read(args[0], TAKES.get(func, ""))
         return func(*args, **(kwargs or {}))
+
+
+def _has_memory(value: Tensor) -> bool:
+    return type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and not value.is_meta
 
 
 def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:

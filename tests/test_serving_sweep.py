@@ -1,0 +1,89 @@
+"""Rows of small models of other libraries than transformers, in batches that divide their tokens and windows."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from randlora.errors import AdapterError
+from randlora.serving import routed
+from tests.rows_zoo import FAMILIES
+from tests.serving import Names, row_by_row, with_adapters
+
+RIGHT = {
+    "torch": 21, "diffusers": 28, "timm": 30, "torchvision": 11, "open_clip": 5, "sentence_transformers": 14,
+}  # fmt: skip
+"""Of how many models of a family rows are at least known; the table in docs/serving.md has the same numbers."""
+
+
+def with_rows(output: Any, rows: int) -> Tensor | None:
+    """Return the first tensor of an output that has the rows of the batch."""
+    if isinstance(output, Tensor):
+        return output if output.dim() and output.shape[0] == rows else None
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+    return next((found for part in parts if (found := with_rows(part, rows)) is not None), None)
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict | list | tuple):
+        parts = [in_dtype(each, dtype) for each in (value.values() if isinstance(value, dict) else value)]
+        return dict(zip(value, parts, strict=True)) if isinstance(value, dict) else type(value)(parts)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def outcome(model: nn.Module, given: dict[Any, Any], names: Names) -> str:
+    """Say whether the rows of a batch are right, wrong or refused."""
+    args = [value for key, value in given.items() if isinstance(key, int)]
+    kwargs = {key: value for key, value in given.items() if isinstance(key, str)}
+
+    def run() -> Tensor:
+        torch.manual_seed(1)
+        found = with_rows(model(*args, **kwargs), len(names))
+        assert found is not None
+        return found
+
+    expected, other = (row_by_row(model, own, run) for own in (names, [*names[1:], names[0]]))
+    largest = float(expected.abs().max())
+    assert not torch.allclose(expected, other, rtol=0, atol=1e-3 * largest), "or nothing could be wrong"
+    try:
+        with routed(model, names):
+            found = [run(), run()]  # the first is followed
+    except AdapterError:
+        return "refused"
+    is_right = all(torch.allclose(each, expected, rtol=1e-3, atol=1e-3 * largest) for each in found)
+    return "right" if is_right else "wrong"
+
+
+def outcome_of(family: str, name: str, targets: str, dtype: torch.dtype) -> str:
+    """Say whether the rows of a model are right, wrong or refused, or that it cannot be run."""
+    torch.manual_seed(0)
+    try:
+        model, inputs = FAMILIES[family][0](name)
+        for parameter in model.to(dtype).parameters():
+            if parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+                nn.init.normal_(parameter, 0.3, 0.1)  # a gate that would hide what is behind it
+        with_adapters(model, targets)
+        outcomes = {outcome(model, in_dtype(inputs(rows), dtype), (["a", "b", None] * 2)[:rows]) for rows in (6, 4)}
+    except Exception:  # another release has other options, or some sizes do not go together
+        return "not run"
+    return next(each for each in ("wrong", "refused", "right") if each in outcomes)
+
+
+WAYS = [("all", torch.float64), ("all-linear", torch.float64), ("all", torch.float32)]
+"""Embeddings of positions are refused with all targets, and some models compute in float32 alone."""
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_models_of_other_libraries_are_right_or_refused(family: str) -> None:
+    pytest.importorskip(family)
+    found: dict[str, str] = {}
+    for way, name in product(WAYS, FAMILIES[family][1]):
+        if found.get(name) not in ("right", "wrong") and (now := outcome_of(family, name, *way)) != "not run":
+            found[name] = now
+    by_outcome = {each: [name for name, own in found.items() if own == each] for each in ("wrong", "refused", "right")}
+    assert not by_outcome["wrong"]
+    assert len(by_outcome["right"]) >= RIGHT[family], by_outcome
