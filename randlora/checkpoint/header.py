@@ -22,7 +22,7 @@ from randlora.checkpoint.tensors import METADATA
 from randlora.config import OPTIONS, LayerOptions, RandLoRAConfig, by_rank
 from randlora.disk.formats import Planned, bytes_of, parse_json
 from randlora.errors import SHOWN, CheckpointError
-from randlora.hints import UNIONS, mistyped, shortly
+from randlora.hints import RIGHT, UNIONS, mistyped, shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS
 from randlora.targets.census import Shapes
@@ -245,6 +245,8 @@ def _to_json(value: Any) -> Any:
 
 def _from_json(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
     """Return what JSON stands for by a type hint, such as a dataclass; add what does not match, with its place."""
+    if (type(value), hint) in RIGHT:
+        return value
     kinds = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
     kind = next((kind for kind in kinds if is_dataclass(kind) or get_origin(kind) is dict), None)
     if kind is None or (value is None and type(None) in kinds):

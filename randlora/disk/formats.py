@@ -158,11 +158,7 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -228,8 +224,9 @@ def shard_of(
             raise CheckpointError(
                 f"{name} in {path} has a shape that no tensor has, {shape!r:.200}: get an undamaged copy"
             )
-        entries.append(Entry(name, path, TORCH_DTYPES[dtype], shape, start))
-        start += entries[-1].nbytes
+        nbytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+        entries.append(Entry(name, path, TORCH_DTYPES[dtype], shape, start, nbytes))
+        start += nbytes
     return Shard(path, tuple(entries), dict(metadata or {}))
 
 
