@@ -118,7 +118,8 @@ class StoredWeight(ABC):
     @classmethod
     def device_beside(cls, owner: nn.Module) -> torch.device:
         """Return the device of Λ and Γ: the weight's device, or the CPU if accelerate offloads the weight."""
-        return torch.device("cpu") if cls.is_offloaded(owner) else cls.weight_of(owner).device
+        weight = cls.weight_of(owner)
+        return torch.device("cpu") if weight.is_meta and is_hooked(owner) else weight.device
 
     @classmethod
     def is_offloaded(cls, owner: nn.Module) -> bool:
