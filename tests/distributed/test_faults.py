@@ -171,9 +171,9 @@ def test_an_error_before_anything_is_computed_together_is_raised_in_all(tmp_path
         lambda: randlora.remove(model, "second"): ("keep", places.Shard),
         lambda: randlora.inject(model, r=2, targets=["up"], name="third"): ("keep", places.Shard),
         lambda: randlora.disabled(model).__enter__(): ("keep", places.Shard),
-        lambda: randlora.save(model, tmp_path / "out", name="default"): ("settle", places.Mesh),
-        lambda: dict(randlora.merged_tensors(model)): ("settle", places.Mesh),
-        lambda: randlora.delta_weight(model, "blocks.0.up"): ("settle", places.Mesh),
+        lambda: randlora.save(model, tmp_path / "out", name="default"): ("all_fsdp_modules", places),
+        lambda: dict(randlora.merged_tensors(model)): ("all_fsdp_modules", places),
+        lambda: randlora.delta_weight(model, "blocks.0.up"): ("all_fsdp_modules", places),
     }
     for verb, failing in verbs.items():
         with restored(model), failing_in_last(*failing, 0):
