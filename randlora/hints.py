@@ -140,8 +140,8 @@ def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:
         yield f"{name} must be {', '.join(words)}{' or ' if words else ''}{last}, got {shortly(value)}{meant}"
     elif all(problems for _, problems in found):
         yield from found[0][1]
-    elif value == "" and any(get_origin(choice) is os.PathLike for choice in choices):
-        yield f"{name} must be a path, got ''"
+    elif any(get_origin(choice) is os.PathLike for choice in choices) and _is_no_path(value):
+        yield f"{name} must be a path, got {shortly(value)}"
 
 
 def _has_form(value: object, hint: Any) -> bool:
@@ -184,6 +184,17 @@ def _differences(value: Any, hint: Any, name: str) -> Iterator[str]:
         if (type(part), part_hint) not in RIGHT:
             where = f"{name}.{place}".removeprefix(".") if is_typeddict(hint) else f"{name}[{shortly(place)}]"
             yield from mistyped(part, part_hint, where)
+
+
+def _is_no_path(value: object) -> bool:
+    """Whether a string or a path is one that no system has."""
+    if not isinstance(value, str | os.PathLike):
+        return False
+    try:
+        text = os.fsencode(value)
+    except Exception:  # half of a character, or whatever an object's own code raises
+        return True
+    return not text or b"\0" in text
 
 
 def listed(names: object) -> list[Any]:

@@ -29,7 +29,7 @@ from tests.kit import untouched
 from tests.model_directories import contents, save_model
 from tests.models import LLAMA
 
-NO_PATHS: tuple[Any, ...] = (None, 7, "")
+NO_PATHS: tuple[Any, ...] = (None, 7, "", "a\0b", "\ud800")
 EVERY_NO_PATH: tuple[Any, ...] = (*NO_PATHS, b"bytes", ["a"], 10**5000, "a" * 300 + "/b")
 NO_NUMBERS: tuple[Any, ...] = ("a", True, float("nan"), float("inf"), 10**400, None)
 
@@ -38,7 +38,7 @@ FUNCTIONS |= {name: getattr(randlora.files, name) for name in ("plan", "inspect"
 VALUES: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
     (EVERY_NO_PATH, ("load source", "plan directory")),
     (NO_PATHS, ("save directory", "inspect directory", "convert out", "merge out")),
-    (NO_PATHS[1:], ("verify base",)),
+    (NO_PATHS[1:], ("verify base", "merge base")),
     ((7, b"bytes", []), ("save name",)),
     ((7, b"bytes", [], None, "", "a.b", "keys"), ("load name",)),
     ((1, "yes", None), ("load trainable", "inspect norms")),
