@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from multiprocessing.context import get_spawning_popen
 from typing import Any, Literal
 
@@ -176,6 +177,7 @@ class ModelState:
         return {**self.__dict__, "disabled": [None] * len(self.disabled), "runs": [], "ended": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        import_module("randlora.api")  # registers all features, also in a process that only unpickles a model
         self.__dict__.update(state)  # no block is open in a copy, because none would end there
         if self.is_disabled:
             self.activate({})

@@ -205,6 +205,20 @@ def test_copies_and_pickles_in_a_fresh_process_compute_the_same_bits(tmp_path: P
     assert done.stdout.split() == ["same", *models]
 
 
+@pytest.mark.medium
+def test_a_process_that_only_unpickles_a_model_saves_its_adapter_as_any_other(tmp_path: Path) -> None:
+    model = LLAMA.build()
+    randlora.inject(model, r=4, targets=LLAMA.targets, save_pretrained="adapter")
+    torch.save(fill(model), tmp_path / "model.pt")
+    script = "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); m.save_pretrained(sys.argv[2])"
+    command = [sys.executable, "-c", script, str(tmp_path / "model.pt"), str(tmp_path / "adapter")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    loaded = LLAMA.build()
+    randlora.load(loaded, tmp_path / "adapter")
+    assert torch.equal(outputs(loaded, LLAMA.inputs()), outputs(model, LLAMA.inputs()))
+
+
 def test_what_save_pretrained_writes_reloads_as_the_base(tmp_path: Path) -> None:
     base, model = (LLAMA.build() for _ in range(2))
     randlora.inject(model, r=4, targets=LLAMA.targets, save_pretrained="model")

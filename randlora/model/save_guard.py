@@ -147,8 +147,7 @@ class SaveGuard:
             return
         if not is_shared:
             _require_own_values(module, values)
-        (write,) = _writers
-        write(root, Path(given[0]), values if is_shared else None)
+        _writers[-1](root, Path(given[0]), values if is_shared else None)
         if is_checkpoint and values is None and "is_main_process" in kwargs:  # engines have checkpoints that resume
             warn(  # the same words each time, so that Python shows them once
                 f"{self.name} wrote the adapter into a checkpoint of transformers' Trainer, which can neither resume "
