@@ -165,6 +165,7 @@ NOT_FINITE_ROWS: Rows = tuple(
 
 OURS: Rows = (
     ("basis_sha256 must be a string, got 7", facts(basis_sha256=7)),
+    ("has no basis_sha256", facts('"basis_sha256"', '"digest"')),
     ("has no library_version", facts('"library_version"', '"version"')),
     ("at least one name", facts(targets={}, config__targets=[])),
     ("config.targets must be a list or None", facts(config__targets="(a+)+$|" + "a" * 40)),

@@ -297,7 +297,8 @@ def upgrade(facts: Mapping[str, Any]) -> dict[str, Any]:
         )
     newest = {"torch_version": None, "transposed": None, **facts}  # which the first files lack
     if found == 1:
-        newest["bases"] = {str(facts["config"]["r"]): {_name(part): facts[_name(part)] for part in fields(BasisRecord)}}
+        names = [_name(part) for part in fields(BasisRecord)]
+        newest["bases"] = {str(facts["config"]["r"]): {name: facts[name] for name in names if name in facts}}
     return newest
 
 
