@@ -21,11 +21,11 @@ from torch import Tensor, nn
 import randlora
 from randlora import files
 from randlora.__main__ import main
-from randlora.disk.formats import write_tensor_file
+from randlora.disk.formats import Planned, write_tensor_file
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from randlora.files.model_directory import INDEX_FILE, read_model_directory
 from randlora.files.save_merged import NAMES_IN_MEMORY
-from randlora.files.write_model import copy_config, find_companions
+from randlora.files.write_model import ModelWriter, copy_config, find_companions
 from tests import model_directories, quantized
 from tests.checkpoint_files import read_tensors
 from tests.hostile_files import sparse
@@ -449,3 +449,15 @@ def test_at_most_the_tensors_of_one_file_are_held_and_a_full_disk_leaves_nothing
     with mock.patch(WRITER, written), pytest.raises(OSError, match="No space"):
         files.save_merged(model, tmp_path / "full", max_shard_size=model_directories.SHARD)
     assert [*tmp_path.iterdir()] == [report.out]
+
+
+def test_tensors_for_a_file_are_not_counted_again_for_each_that_follows(tmp_path: Path) -> None:
+    sized = mock.PropertyMock(return_value=4)
+    with mock.patch.object(Planned, "nbytes", sized), mock.patch(WRITER):
+        for count in (200, 400):
+            sized.reset_mock()
+            writer = ModelWriter(tmp_path, limit=4 * count)
+            for number in range(count + 1):  # one too many for a file
+                writer.add(Planned.whole(str(number), torch.zeros(1)))
+            assert [len(names) for names in writer.files.values()] == [count]
+            assert sized.call_count <= 3 * count

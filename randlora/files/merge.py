@@ -23,7 +23,7 @@ from randlora.files.adapter import out_problems
 from randlora.files.base_fit import open_base, read_base
 from randlora.files.changes import Changes, find_changes, naming
 from randlora.files.model_directory import INDEX_FILE, MODEL_CONFIG_FILE, WHOLE, ModelDirectory
-from randlora.files.write_model import ModelWriter, copy_companion, copy_config, find_companions, nbytes_of
+from randlora.files.write_model import ModelWriter, copy_companion, copy_config, find_companions
 from randlora.hints import require_types
 from randlora.report import Progress, as_bytes, as_lines, no_progress, with_factor
 from randlora.targets.match import shortened
@@ -195,7 +195,7 @@ def _write(
     if others := _others(out, {*companions.carried, Path(INDEX_FILE)}):
         lost = f"{out} holds other files, which would be lost: {shortened(others)}"
         raise MergeError(f"cannot merge: {lost}; choose a different name")
-    nbytes = sum(nbytes_of(tensors) for _, tensors in shards)
+    nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
     needed = nbytes + sum((directory.path / path).stat().st_size for path in companions.carried)
     done = 0
 

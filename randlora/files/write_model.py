@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +35,6 @@ ADAPTER_PREFIX = "adapter_"
 DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
 
 
-def nbytes_of(tensors: Iterable[Planned]) -> int:
-    """Return the size of tensors in bytes."""
-    return sum(tensor.nbytes for tensor in tensors)
-
-
 @dataclass
 class ModelWriter:
     """Writes a model's weights into a directory, in files of at most ``limit`` bytes, and then their index.
@@ -52,20 +47,22 @@ class ModelWriter:
     wrote: Callable[[int, str], object] | None = None
     waiting: dict[str, Planned] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
-    nbytes: int = 0
+    nbytes: int = 0  # of all tensors
+    written: int = 0  # of those in files
 
     def add(self, tensor: Planned) -> None:
         """Take a tensor for the next file."""
-        if self.limit is not None and self.waiting and nbytes_of(self.waiting.values()) + tensor.nbytes > self.limit:
+        if self.limit is not None and self.waiting and self.nbytes + tensor.nbytes > self.written + self.limit:
             self.end_file()
         self.waiting[tensor.name] = tensor
+        self.nbytes += tensor.nbytes
 
     def end_file(self, name: str | None = None, metadata: Mapping[str, str] = METADATA) -> None:
         """Write a file of all tensors since the last one, under a name or, if that is not known yet, a number."""
         name, tensors, self.waiting = name or str(len(self.files)), [*self.waiting.values()], {}
         write_tensor_file(self.directory / name, tensors, metadata, self.wrote)
         self.files[name] = [tensor.name for tensor in tensors]
-        self.nbytes += nbytes_of(tensors)
+        self.written = self.nbytes
 
     def rename_files(self, names: Sequence[str]) -> None:
         """Give the files, in their order, other names."""
