@@ -171,6 +171,7 @@ OURS: Rows = (
     ("config.targets must be a list or None", facts(config__targets="(a+)+$|" + "a" * 40)),
     ("config.exclude must be a list or None", facts(config__exclude="(a+)+$")),
     ("dropout must be", facts(config__dropout="%2000000000d")),
+    ("2 problems:\n  - r must be", facts(config__r=-1, config__dropout=7)),
     (f"{ASKED} {LARGE} x 5", facts(basis__max_dim=LARGE)),
     (f"{ASKED} {2**14} x {2**14}", facts(basis__max_dim=2**14, basis__min_dim=2**14)),
     (f"{ASKED} {10**308}", facts(basis__max_dim=10**308, basis__min_dim=10**308)),

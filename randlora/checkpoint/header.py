@@ -21,7 +21,7 @@ from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims
 from randlora.checkpoint.tensors import METADATA
 from randlora.config import OPTIONS, LayerOptions, RandLoRAConfig, by_rank
 from randlora.disk.formats import Planned, bytes_of, parse_json
-from randlora.errors import SHOWN, CheckpointError
+from randlora.errors import SHOWN, CheckpointError, ConfigError
 from randlora.hints import RIGHT, UNIONS, mistyped, shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS
@@ -315,6 +315,9 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
         seal = facts.pop("sha256")
     except CheckpointError:
         raise
+    except ConfigError as error:  # of options, perhaps with several problems
+        why, *problems = error.args
+        raise CheckpointError(f"the file's header is damaged, get an undamaged copy: {why}", *problems) from error
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"the file's header is damaged ({error}): get an undamaged copy") from error
     if seal != seal_of(facts, tensors).digest:
