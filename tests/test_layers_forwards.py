@@ -274,6 +274,12 @@ def test_an_entry_of_its_own_comes_before_its_parents(entry: Any) -> None:
     assert torch.equal(model(x), expected)
 
 
+def test_a_class_with_a_method_that_would_not_be_called_any_more_is_told_its_new_name() -> None:
+    own = classmethod(lambda cls, owner: owner.codes)
+    with pytest.raises(TypeError, match="Coded overrides weight_of, which would not be called: name it find_weight"):
+        type("Coded", (LinearAdapter,), {"weight_of": own})
+
+
 def test_a_refused_kind_is_refused_by_name_and_skipped_by_all_linear() -> None:
     registry.refuse_layer(Renamed, "it is of no use: exclude it")
     layers = {"refused": Renamed(8, 8), "linear": nn.Linear(8, 8), "own": DeepseekV4GroupedLinear(8, 16, 4)}

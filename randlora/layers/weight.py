@@ -40,6 +40,12 @@ class StoredWeight(ABC):
     is_forward_only: ClassVar[bool] = False
     unmerged: Kept | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raise a `TypeError` for a class that overrides `weight_of`, the name of `find_weight` in version 0.2."""
+        super().__init_subclass__(**kwargs)
+        if "weight_of" in vars(cls):
+            raise TypeError(f"{cls.__name__} overrides weight_of, which would not be called: name it find_weight")
+
     @staticmethod
     @abstractmethod
     def features(owner: nn.Module) -> tuple[int, int]:
