@@ -119,11 +119,12 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
     ]
 
 
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+def trainable_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """Return the parameters to train: Λ and Γ of the trainable adapters, and those named by ``train_also``.
 
     Args:
         model: A model with adapters.
+        name: The name of one adapter, for an optimizer of its own; ``None`` means all.
 
     Returns:
         The parameters to pass to an optimizer.
@@ -134,8 +135,8 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> optimizer = torch.optim.AdamW(randlora.trainable_parameters(model), lr=1e-3)
 
     Raises:
-        AdapterError: If the model has no adapter, none is trainable, accelerate offloads Λ and Γ, or something that an
-            adapter trains is missing because a module was replaced, removed or resized.
+        AdapterError: If the model has no adapter, or none of this name, none is trainable, accelerate offloads Λ and Γ,
+            or something that an adapter trains is missing because a module was replaced, removed or resized.
 
     Warns:
         UserWarning: If Λ and Γ are no longer in float32 (such as after ``model.half()``), so that small steps are lost,
@@ -143,15 +144,16 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """
     with opened(model, "train the adapters") as view:
         state, census = view.state, view.census
-        adapters = state.adapters.values()
+        adapters = [*state.adapters.values()] if name is None else [state.adapter(name)]
         lost = lost_parts(census, state, adapters)
         raise_collected(AdapterError, [*lost, *offloaded_diagonals(census)], doing="train the adapters")
         every = (parameter for adapter in adapters for parameter in adapter_parameters(census, adapter))
         trained = [parameter for parameter in every if parameter.requires_grad]
         if not trained:
             raise AdapterError(
-                f"no adapter is trainable, so an optimizer would have nothing to do ({', '.join(state.adapters)}): "
-                f"call randlora.set_trainable(model, {next(iter(state.adapters))!r})"
+                f"no adapter is trainable, so an optimizer would have nothing to do "
+                f"({', '.join(adapter.name for adapter in adapters)}): "
+                f"call randlora.set_trainable(model, {adapters[0].name!r})"
             )
         copies = {id(copy): (fqn, copy) for adapter in adapters for fqn, copy in adapter.parameters.items()}
         dtypes = {each.dtype for each in trained if id(each) not in copies and each.dtype.itemsize < FLOAT32_BYTES}
