@@ -275,7 +275,7 @@ def test_an_entry_of_its_own_comes_before_its_parents(entry: Any) -> None:
 
 
 def test_a_class_with_a_method_that_would_not_be_called_any_more_is_told_its_new_name() -> None:
-    own = classmethod(lambda cls, owner: owner.codes)
+    own = classmethod(lambda _, owner: owner.codes)
     with pytest.raises(TypeError, match="Coded overrides weight_of, which would not be called: name it find_weight"):
         type("Coded", (LinearAdapter,), {"weight_of": own})
 

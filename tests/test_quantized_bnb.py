@@ -228,7 +228,7 @@ def test_what_bitsandbytes_repacks_is_known_by_its_private_names_and_refused(
     assert bnb.is_repacked(weight.quant_state)
     model = nn.Sequential(layer)
     for refused in (lambda: randlora.inject(model, r=4, targets=["0"]), lambda: randlora.prepare_quantized(model)):
-        with pytest.raises(RandLoRAError, match="0 was repacked by bitsandbytes .* again, from files .* saved before"):
+        with pytest.raises(RandLoRAError, match=r"0 was repacked by bitsandbytes .* again, from files .* saved before"):
             refused()
     with pytest.raises(RandLoRAError, match="was repacked"):
         bnb.write_out_4bit(weight.data, layer.quant_state)

@@ -30,8 +30,8 @@ NOT_YET = "is not quantized yet: move the model to its device first, as in model
 MAY_REPACK = "support_avx512bf16_for_cpu"
 """The attribute of a 4-bit layer that enables repacking of the codes in its forward."""
 REPACKED = (
-    "was repacked by bitsandbytes in an evaluation on this CPU, or saved after one: it gives no gradients, and its scales "
-    "may be misread: load the model's weights again, from files that were saved before, and call "
+    "was repacked by bitsandbytes in an evaluation on this CPU, or saved after one: it gives no gradients, and its "
+    "scales may be misread: load the model's weights again, from files that were saved before, and call "
     "randlora.prepare_quantized(model) before it runs"
 )
 OLDEST = 0, 50  # the first version that supports every size and type on a CPU
