@@ -90,23 +90,23 @@ def _as_before(model: nn.Module) -> Iterator[None]:
 
 def _copied(args: Any, kwargs: Any, rows: int, shift: int) -> Any:
     """Return copies of arguments, in which each tensor with the rows of the batch is rolled, inside of caches too."""
-    copies: dict[int, Any] = {}
+    copies: dict[int, tuple[Any, Any]] = {}  # each with the original, whose id no other object gets meanwhile
     excluded = {id(kwargs.get(name)) for name in WITHOUT_ROWS}
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value: Any) -> int | None:
             if isinstance(value, Tensor):
                 has_rows = value.dim() and value.shape[0] == rows and id(value) not in excluded
-                copies[id(value)] = value.roll(shift, 0) if has_rows else value.clone()
+                copies[id(value)] = value, value.roll(shift, 0) if has_rows else value.clone()
             elif isinstance(value, torch.Generator):
-                copies[id(value)] = value.clone_state()
+                copies[id(value)] = value, value.clone_state()
             elif isinstance(value, UNCOPIED):
-                copies[id(value)] = value
+                copies[id(value)] = value, value
             return id(value) if id(value) in copies else None
 
     class Unpickler(pickle.Unpickler):  # noqa: S301  # of what was pickled just before
         def persistent_load(self, key: int) -> Any:
-            return copies[key]
+            return copies[key][1]
 
     Pickler(file := io.BytesIO()).dump((args, kwargs))
     file.seek(0)
