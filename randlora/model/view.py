@@ -171,9 +171,9 @@ def all_or_nothing(
     replaced, adapters = [*state.replaced.values(), *replaced], state.adapters.values()
     owners = {id(site.owner): site.owner for site in (*sites, *census.adapted)}
     diagonals = [part for owner in owners.values() for part in owner._modules.values()]
-    tensors = [held.tensor for held in census.parameters]
+    parameters = [held.tensor for held in census.parameters]
     objects: list[object] = [
-        *(*census.modules, *diagonals, *tensors, *replaced),
+        *(*census.modules, *diagonals, *parameters, *replaced),
         *(
             part._parameters
             for part in diagonals
@@ -183,12 +183,13 @@ def all_or_nothing(
         *(each for site in (*sites, *census.adapted) for each in site.layer_class.beside(site.owner)),
         *(site.layer for site in census.adapted),
     ]
+    tensors: list[Tensor] = [own for owner in owners.values() for own in owner._parameters.values() if own is not None]
     tensors += [copy for adapter in adapters for copy in adapter.trained.values()]
     tensors += [each for entry in replaced for each in (entry.original, entry.installed)]
     places = [place_at(entry.installed) for entry in replaced]
     kept = [(place, place.keep()) for place in places if place.exchanges == "values"]
     try:
-        with unchanged_if_raised(objects, tensors, flags):
+        with unchanged_if_raised(objects, tensors, [*parameters, *flags]):
             try:
                 with raise_on_every_rank(agreeing()):
                     yield
@@ -209,7 +210,7 @@ def unchanged_if_raised(
     """If the block raises, restore objects as `Attributes` does, the data and flags of tensors, and further flags."""
     before, tensors = Attributes(objects), [*tensors]
     required_grad = [(each, each.requires_grad) for each in (*tensors, *flags)]
-    data = [(each, each.data) for each in tensors if not is_lazy(each) and type(each.data) is Tensor]
+    data = [(each, own) for each in tensors if not is_lazy(each) and type(own := each.data) is Tensor]
     try:
         yield
     except BaseException:
