@@ -131,6 +131,7 @@ class ModelState:
         buffers_before: Copies of the model's small buffers from when the first adapter was added, by FQN.
         disabled: The open blocks of `randlora.disabled`, and similar ones of features.
         runs: Those of these that are a `Run`, each of one thread or task.
+        around: The blocks of the same thread or task around each of them.
         ended: Closed blocks whose parameters are not restored yet.
         merge_guards: While merged, the handles of the hooks that refuse what would lose or miss the merged weights.
         merged_weights: While merged, for each parameter that was exchanged for a merged one: the parameters of its
@@ -151,6 +152,7 @@ class ModelState:
     buffers_before: dict[str, Tensor] = field(default_factory=dict)
     disabled: list[object] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    around: dict[object, tuple[object, ...]] = field(default_factory=dict)
     ended: list[object] = field(default_factory=list)
     merge_guards: list[RemovableHandle] = field(default_factory=list)
     merged_weights: list[tuple[dict[str, Any], Any, Any]] = field(default_factory=list)
@@ -174,7 +176,7 @@ class ModelState:
                     "block, and open a block in it"
                 )
             warn(f"{left}: make it outside of the block, or activate or route them in the copy")
-        return {**self.__dict__, "disabled": [None] * len(self.disabled), "runs": [], "ended": []}
+        return {**self.__dict__, "disabled": [None] * len(self.disabled), "runs": [], "around": {}, "ended": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         import_module("randlora.api")  # registers all features, also in a process that only unpickles a model
@@ -205,10 +207,12 @@ class ModelState:
 
     def open_block(self, block: object) -> None:
         """Begin a block in which the active adapters do not act: one of `disabled`, or a `Run`."""
+        self.around[block] = BLOCKS.get()
         self._set_blocks([*self.disabled, block])
 
     def _set_blocks(self, blocks: list[object]) -> None:
         self.disabled, self.runs = blocks, [block for block in blocks if isinstance(block, Run)]
+        self.around = {block: self.around[block] for block in blocks}
 
     @property
     def _innermost(self) -> object | None:
@@ -224,10 +228,11 @@ class ModelState:
         """
         if not self.runs:
             return None
-        if (block := self._innermost) is not None:
+        block, last = self._innermost, self.disabled[-1]
+        if block is None and torch._C._current_graph_task_id() != -1 and {*self.disabled} <= {last, *self.around[last]}:
+            block = last  # autograd has threads that compute checkpointed parts again
+        if block is not None:
             return block if isinstance(block, Run) else None
-        if len(self.runs) == 1 and torch._C._current_graph_task_id() != -1:
-            return self.runs[0]  # autograd has threads that compute checkpointed parts again
         raise AdapterError(
             f"a block of {self.runs[0].words} is open in another thread or task, and none here: open a block here too, "
             "or call the model with contextvars.copy_context().run, as asyncio.to_thread does"

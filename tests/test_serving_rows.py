@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import randlora
 from randlora.errors import AdapterError, RandLoRAError
@@ -360,6 +361,86 @@ def test_threads_route_at_the_same_time_in_one_block_or_in_several(is_shared: bo
                 torch.testing.assert_close(output, wanted)
 
 
+class Checkpointed(nn.Sequential):
+    """Computes its layers again in backward."""
+
+    is_on = True
+
+    def forward(self, x: Tensor) -> Any:
+        run: Any = super().forward
+        return checkpoint(run, x, use_reentrant=True) if self.is_on else run(x)
+
+
+BLOCKS: dict[str, tuple[Names | None, ...]] = {
+    "one block": (["a", "b", None],),
+    "a block in a block": (["a", "b", None], ["b", None, "b"]),
+    "disabled in a block": (["a", "b", None], None),
+    "a block in disabled": (None, ["a", "b", None]),
+}
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_what_backward_computes_again_in_a_thread_of_autograd_is_in_the_innermost_block(blocks: str) -> None:
+    """Autograd has a thread for each GPU."""
+    model = with_adapters(Checkpointed(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)))
+    randlora.set_trainable(model, ["a", "b"])
+    parameters, x = randlora.trainable_parameters(model), torch.randn(3, 6, requires_grad=True)
+
+    def gradients(*, is_on: bool) -> list[Tensor]:
+        model.is_on = is_on
+        with ExitStack() as opened:
+            for names in BLOCKS[blocks]:
+                opened.enter_context(randlora.disabled(model) if names is None else routed(model, names))
+            loss = model(x).square().sum()
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(loss.backward).result()
+        found = [torch.zeros_like(each) if each.grad is None else each.grad for each in (x, *parameters)]
+        x.grad = None
+        model.zero_grad()
+        return found
+
+    for again, kept in zip(gradients(is_on=True), gradients(is_on=False), strict=True):
+        torch.testing.assert_close(again, kept)
+
+
+def test_what_backward_computes_again_is_refused_while_threads_are_in_different_blocks() -> None:
+    model, x = with_adapters(Checkpointed(nn.Linear(6, 8), nn.Linear(8, 4))), torch.randn(3, 6, requires_grad=True)
+    other = contextvars.copy_context()
+    with routed(model, ["a", "b", None]), ThreadPoolExecutor(1) as pool:
+        block, loss = randlora.disabled(model), model(x).square().sum()
+        other.run(block.__enter__)
+        with pytest.raises(AdapterError, match="open in another thread or task"):
+            pool.submit(loss.backward).result()
+        other.run(block.__exit__, None, None, None)
+
+
+class Attending(nn.Module):
+    """Attention of torch, of which the output projection is adapted, after a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attention = nn.Linear(6, 6), nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x)
+        return self.attention(x, x, x)[0]
+
+
+def test_after_an_interrupt_inside_of_attention_the_block_goes_on() -> None:
+    model, x = with_adapters(Attending(), ["first", "attention.out_proj"]), torch.randn(ROWS, 3, 6)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), routed(model, NAMES):
+        expected = model(x)
+        handle = model.attention.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        handle.remove()
+        assert torch.equal(model(x), expected)
+
+
 def test_generate_in_several_blocks_at_once_leaves_the_method_as_it_was() -> None:
     model, ids = with_adapters(models.llama()), torch.randint(3, 60, (2, 5))
     options: Any = {"max_new_tokens": 2, "do_sample": False, "num_beams": 2}
@@ -385,7 +466,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "views": lambda x: [x.transpose(0, 2), x.flatten(0, 1), x.flatten(), x.unsqueeze(1), x[:, 1], x[1:], x.mT, x[None]],
     "splits": lambda x: [*x.split(1, 0), *x.chunk(2, 1), *x.unbind(2)],
     "parts": lambda x: [x.diagonal(), x.unfold(1, 2, 1), x.expand(2, -1, -1, -1), F.pad(x, (1, 1, 1, 0, 2, 0))],
-    "moved": lambda x: [x.flip(0), x.roll(1, 1), x.repeat(2, 1, 1), x.repeat_interleave(2, 1)],
+    "moved": lambda x: [x.flip(0), x.roll(1, 1), x.roll(5), x.roll(16), x.repeat(2, 1, 1), x.repeat_interleave(2, 1)],
     "joined": lambda x: [
         torch.cat([x, x.flip(0)]),
         torch.cat([x, FRACTIONS.expand(4, 4, 4)], 1),

@@ -286,7 +286,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
                 entry.install(entry.original)
             restored = detach_all(census, state)
             state.replaced.clear()
-            state.disabled, state.runs = [], []
+            state.disabled, state.runs, state.around = [], [], {}
         return restored
 
 

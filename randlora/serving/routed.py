@@ -236,7 +236,8 @@ class Entries:
                 "a program cannot be exported or compiled in a block of routed: export one adapter, or merge it; "
                 "compile before the block, in which compiled models run uncompiled"
             )
-        if call is not None and call.module is not module:
+        # an interrupt may have left a call of this module running, and one inside of it
+        if call is not None and all(each.module is not module for each in routing.calls()):
             if call.tracking is not None:
                 self.inside.add(module)
             return

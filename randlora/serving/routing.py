@@ -79,10 +79,15 @@ class Routing:
     @property
     def call(self) -> RunningCall | None:
         """The call of the model, or of a part of it, that this thread or task is in."""
+        return next(self.calls(), None)
+
+    def calls(self) -> Iterator[RunningCall]:
+        """Yield the calls in this block that this thread or task is in, the innermost first."""
         call = CALL.get()
-        while call is not None and call.routing is not self:
+        while call is not None:
+            if call.routing is self:
+                yield call
             call = call.outer
-        return call
 
     @property
     def rows_now(self) -> Tensor:

@@ -266,7 +266,8 @@ def _repeated(call: Call) -> Label:
 def _moved(call: Call) -> Label:
     """Return the rows of what is turned around along some dimensions, which moves nothing where the size is 1."""
     label = call.of(call.first)
-    return label.changed(call.again(label.rows))
+    rows = label.rows if call.given["dims"] else label.rows.expand(call.first.shape)  # entries move from row to row
+    return label.changed(call.again(rows))
 
 
 def _put_around(call: Call) -> Label:
