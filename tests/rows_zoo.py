@@ -94,7 +94,6 @@ DIFFUSERS: dict[str, tuple[dict[str, Any], Inputs]] = {
         },
         lambda n: {"sample": T(n, 3, 16, 16)},
     ),
-    "AutoencoderTiny": ({}, lambda n: {"sample": T(n, 3, 16, 16)}),
     "VQModel": ({"block_out_channels": (8,), "norm_num_groups": 4}, lambda n: {"sample": T(n, 3, 16, 16)}),
     "AutoencoderKLWan": (
         {
@@ -167,14 +166,6 @@ DIFFUSERS: dict[str, tuple[dict[str, Any], Inputs]] = {
             "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1,
         },
         lambda n: {"hidden_states": T(n, 16, 4), TEXT: T(n, TOKENS, 32), "timestep": times(n) / 9, **AXES},
-    ),
-    "AuraFlowTransformer2DModel": (
-        {
-            "sample_size": 8, "num_mmdit_layers": 1, "num_single_dit_layers": 1, "attention_head_dim": 8,
-            "num_attention_heads": 4, "caption_projection_dim": 32, "joint_attention_dim": 32,
-            "pos_embed_max_size": 256,
-        },
-        lambda n: {"hidden_states": T(n, 4, 8, 8), TEXT: T(n, TOKENS, 32), "timestep": times(n)},
     ),
     "CogVideoXTransformer3DModel": (
         HEADS | {
@@ -302,7 +293,7 @@ TIMM: dict[str, dict[str, Any]] = {
     **{name: {} for name in (
         "test_vit", "test_mambaout", "test_convnext", "test_resnet", "test_nfnet", "test_efficientnet", "test_byobnet",
         "test_coatnet", "test_maxvit", "ghostnet_050", "regnetx_002", "mobilevit_xxs", "mobilevitv2_050",
-        "efficientvit_b0", "pvt_v2_b0", "edgenext_xx_small", "starnet_s050", "swiftformer_xs", "repvit_m1",
+        "pvt_v2_b0", "edgenext_xx_small", "starnet_s050", "swiftformer_xs", "repvit_m1",
         "fastvit_t8",
     )},
     "efficientvit_m0": {"img_size": 64},
@@ -313,7 +304,6 @@ TIMM: dict[str, dict[str, Any]] = {
     "convit_tiny": VIT,
     "deit_tiny_distilled_patch16_224": VIT,
     "vit_relpos_small_patch16_224": VIT,
-    "beit_base_patch16_224": VIT,
     "eva02_tiny_patch14_224": VIT | {"img_size": 56},
     "xcit_nano_12_p16_224": VIT,
     "mixer_s32_224": {"img_size": 64},
@@ -323,19 +313,13 @@ TIMM: dict[str, dict[str, Any]] = {
     "levit_128s": {"img_size": 224},
     "pit_ti_224": {"img_size": 64},
     "hiera_tiny_224": {"img_size": 64, "embed_dim": 24, "stages": (1, 1, 1, 1)},
-    "davit_tiny": {"embed_dims": (24, 48, 48, 48), "num_heads": (2,) * 4, "num_groups": (2,) * 4, "depths": (1,) * 4},
-    "gcvit_xxtiny": {"img_size": 64, "window_ratio": (8, 4, 2, 1), "depths": (1,) * 4},
-    "volo_d1_224": {"img_size": 64, "layers": (1,) * 4, "embed_dims": (24,) * 4, "num_heads": (2,) * 4},
+    "davit_tiny": {"embed_dims": (24, 48, 48, 48), "depths": (1,) * 4},
     "tiny_vit_5m_224": {"depths": (1,) * 4},
     "tnt_s_patch16_224": {"img_size": 64, "embed_dim": 48, "inner_dim": 24, "depth": 2, "num_heads_outer": 2},
     "twins_svt_small": {"img_size": 64, "depths": (2,) * 4, "embed_dims": (16,) * 4, "num_heads": (2,) * 4},
-    "mvitv2_tiny": {"img_size": 64, "depths": (1,) * 4, "embed_dim": (16, 16, 32, 32)},
-    "jx_nest_tiny": {"img_size": 64, "depths": (1,) * 3, "embed_dims": (16,) * 3, "num_heads": (2,) * 3},
-    "halonet26t": {"img_size": 64},
+    "mvitv2_tiny": {"img_size": 64},
     "botnet26t_256": {"img_size": 64},
-    "lambda_resnet26t": {"img_size": 64},
     "sequencer2d_s": {"img_size": 64, "layers": (1,) * 4, "embed_dims": (24,) * 4, "hidden_sizes": (6,) * 4},
-    "focalnet_tiny_srf": {"embed_dim": 16, "depths": (1,) * 4},
 }
 """A class of each family that forms windows, blocks or several scales, and some convolutional ones."""
 TORCHVISION: dict[str, dict[str, Any]] = {
@@ -351,7 +335,7 @@ TORCHVISION: dict[str, dict[str, Any]] = {
     },
     **{name: {} for name in (
         "raft_small", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1", "densenet121",
-        "googlenet", "lraspp_mobilenet_v3_large", "swin3d_t", "fasterrcnn_mobilenet_v3_large_320_fpn",
+        "googlenet", "lraspp_mobilenet_v3_large",
     )},
 }
 
@@ -380,10 +364,6 @@ def of_torchvision(name: str) -> tuple[nn.Module, Inputs]:
     def inputs(n: int) -> dict[Any, Any]:
         if name == "raft_small":
             return {0: T(n, 3, 128, 128), 1: T(n, 3, 128, 128), "num_flow_updates": 2}
-        if name == "swin3d_t":
-            return {0: T(n, 3, 4, 32, 32)}
-        if "rcnn" in name:
-            return {0: [T(3, 64, 64) for _ in range(n)]}
         side = 32 if name == "VisionTransformer" else 64
         return {0: T(n, 3, side, side)}
 

@@ -1,7 +1,6 @@
 """`routed`: each row of a batch through its own adapter, and the calls of a model or its parts in such a block.
 
-The call may be of any module that contains adapted layers: transformers' ``generate`` calls an encoder itself. If calls
-are nested, the outermost counts.
+A call may be of any module with adapted layers inside: transformers' ``generate`` calls an encoder itself.
 """
 
 from __future__ import annotations
@@ -164,9 +163,8 @@ def _problems(state: ModelState, routing: RowByRow) -> list[str]:
 def _require_alike(census: Census, state: ModelState, routing: RowByRow) -> None:
     """Raise an `AdapterError` in all processes if they would mix up values or gradients of the adapters of their rows.
 
-    Values that a forward gathers where it uses them are mixed up if the processes use them in different orders, and
-    gradients of shards if a process has none. A backward without any adapter averages no gradients of whole Λ and Γ,
-    for which the other processes would wait.
+    Values that a forward gathers must be used in the same order, and gradients of shards are mixed up if a process has
+    none. A backward without any adapter averages no gradients of whole Λ and Γ, for which other processes would wait.
     """
     if agreeing() is None:
         return
@@ -195,10 +193,10 @@ def _require_alike(census: Census, state: ModelState, routing: RowByRow) -> None
 
 
 class Entries:
-    """The hooks of the modules of a model that watch their calls in one block."""
+    """The hooks that watch, in one block, the calls of each module with adapted layers inside."""
 
     def __init__(self, root: nn.Module, state: ModelState, routing: RowByRow) -> None:
-        """Watch the calls of each module with adapted layers inside."""
+        """Begin to watch."""
         self.state, self.routing = state, routing
         self.inside: set[nn.Module] = set()
         self.handles: dict[nn.Module, list[RemovableHandle]] = {}
