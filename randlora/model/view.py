@@ -169,7 +169,8 @@ def all_or_nothing(
         flags: Those of Λ and Γ of which ``requires_grad`` is to be changed.
     """
     replaced, adapters = [*state.replaced.values(), *replaced], state.adapters.values()
-    owners = {id(site.owner): site.owner for site in (*sites, *census.adapted)}
+    sites = [*sites, *census.adapted]
+    owners = {id(site.owner): site.owner for site in sites}
     diagonals = [part for owner in owners.values() for part in owner._modules.values()]
     parameters = [held.tensor for held in census.parameters]
     objects: list[object] = [
@@ -180,7 +181,7 @@ def all_or_nothing(
             if isinstance(part, Diagonal) and isinstance(part._parameters, Values)
         ),
         *(state, state.activation, state.bank, *state.bank, *adapters),
-        *(each for site in (*sites, *census.adapted) for each in site.layer_class.beside(site.owner)),
+        *(each for site in sites for each in site.layer_class.beside(site.owner)),
         *(site.layer for site in census.adapted),
     ]
     tensors: list[Tensor] = [own for owner in owners.values() for own in owner._parameters.values() if own is not None]
