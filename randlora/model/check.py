@@ -1,26 +1,33 @@
-"""`check`: whether every adapted weight has an effect, gradients, and the same effect once merged."""
+"""`check`: whether every adapted weight has an effect, gradients, and the same effect once merged.
+
+The model runs on copies of its tensors with random values of Λ and Γ, adapted and merged, and outputs are compared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+import copy
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from randlora.errors import AdapterError, raise_collected
+from randlora.functional import Compute
 from randlora.layers.update import Into
 from randlora.model.engines import is_held_together
 from randlora.model.listing import offloaded_diagonals
 from randlora.model.mergeable import TOLERANCE, differences_from_product, model_dtype, weight_problems
-from randlora.model.trial import WIDENED, Trial, acting_sites, distances, half_precision, roles, roundings
-from randlora.model.view import View, opened, unwrapped_model
+from randlora.model.view import View, holding_copies, opened, unwrapped_model
+from randlora.modes import uncompiled
 from randlora.places import Plain
 from randlora.report import wrapped
-from randlora.state import require_unmerged
+from randlora.state import SiteAdapter, require_unmerged
 from randlora.targets.census import AdaptedSite
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import computed_weights, tie_problems
@@ -29,6 +36,26 @@ Sites = Collection[AdaptedSite]
 
 EXACT, ROUNDED = 0.01, 0.1
 """How far merged and adapted may differ, as a share of the effect: float32 weights; narrower or quantized weights."""
+
+SHARE = 0.5
+"""The norm of a random update, as a share of the norm of the weight."""
+
+WIDENED = 2**32
+"""Up to how many bytes, weights in half precision are checked in float32, where small effects can be compared."""
+
+SPREAD = 0.02
+"""The standard deviation of the values that replace zero parameters, which would hide effects before them."""
+
+DEPTH = 8
+"""How deep an output is searched for tensors."""
+
+ROUNDING, LEAST_DIGITS = 64, 0.04
+"""An output counts as exact within this many roundings of its norm; in half precision, within this share."""
+
+HALVES = torch.float16, torch.bfloat16
+
+Output = dict[str, Tensor]
+"""The floating tensors in a forward's output, by their places in it."""
 
 Fault = Literal["unused", "read past", "no gradient", "merged differs"]
 
@@ -83,18 +110,25 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
         0 of 2 adapted weights are not as they should be; 2 are
     """
     with opened(model, "check") as view:
-        state, census = view.state, view.census
+        state = view.state
         require_unmerged(state, "check")
-        sites = acting_sites(census, state)
-        raise_collected(AdapterError, _obstacles(view, sites), doing="check")
+        parts = {
+            site: [part for name, part in site.layer.adapters.items() if name in state.active]
+            for site in view.census.adapted
+        }
+        parts = {site: acting for site, acting in parts.items() if acting}
+        raise_collected(AdapterError, _obstacles(view, [*parts]), doing="check")
         inner = unwrapped_model(model)
+        halves = [
+            each for each in (*inner.parameters(), *inner.buffers()) if each.dtype in HALVES and _has_digits(each)
+        ]
         try:
-            if 0 < sum(tensor.nbytes for tensor in half_precision(inner)) <= WIDENED:
+            if 0 < sum(tensor.nbytes for tensor in halves) <= WIDENED:
                 with suppress(RuntimeError, TypeError):  # of a forward that casts to half precision itself
                     into = Into("dequantize", torch.float32)
-                    return _checked(view, Trial(inner, view, into, args, kwargs, widens=True))
-            into = Into("dequantize", model_dtype(census))
-            return _checked(view, Trial(inner, view, into, args, kwargs, widens=False))
+                    return _checked(view, _Trial(inner, view, parts, into, (args, kwargs), widens=True))
+            into = Into("dequantize", model_dtype(view.census))
+            return _checked(view, _Trial(inner, view, parts, into, (args, kwargs), widens=False))
         finally:
             for basis in state.bank:
                 basis.release()  # its working copies in dtypes that the model may not use
@@ -117,7 +151,7 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
     return [*computed_weights(sites), *placed, *offloaded_diagonals(view.census)] or weight_problems(read, None)
 
 
-def _checked(view: View, trial: Trial) -> CheckReport:
+def _checked(view: View, trial: _Trial) -> CheckReport:
     """Return what is found in the mode that the model is in and, if its forward runs there, in the other one."""
     differences = differences_from_product(trial.sites)
     refused = {site: share for site, share in differences.items() if share is not None and share > TOLERANCE}
@@ -132,99 +166,86 @@ def _checked(view: View, trial: Trial) -> CheckReport:
         seen.append(_Mode(trial, merging, training=not is_training))
     except Exception as error:
         notes.append(f"not checked in {MODES[not is_training]}: {type(error).__name__}: {error}")
-    failed = [mode for mode in seen if mode.backward_error]
-    notes += [f"gradients were not checked in {mode.name}: {mode.backward_error}" for mode in failed]
-    return _report(view, trial, seen, refused, notes)
+    notes += [f"gradients were not checked in {mode.name}: {mode.error}" for mode in seen if mode.error]
+    problems_found = [problem for site in trial.sites for problem in _faults(site, seen, refused.get(site))]
+    faulty = {problem.fqn for problem in problems_found}
+    unchecked = {
+        site.fqn: "only inactive adapters act on it: activate them, and check again"
+        for site in view.census.adapted
+        if site not in trial.parts
+    }
+    for site in trial.sites:
+        if site.fqn in faulty:
+            continue
+        if not any(site in mode.trained or site in mode.moved for mode in seen):
+            unchecked[site.fqn] = "this input does not reach it"
+        elif any(site in mode.unclear for mode in seen):
+            unchecked[site.fqn] = "its effect is not larger than rounding, so merged and adapted cannot be compared"
+    checked = tuple(site.fqn for site in trial.sites if site.fqn not in faulty | unchecked.keys())
+    return CheckReport(tuple(problems_found), unchecked, checked, tuple(notes))
 
 
 class _Mode:
-    """What was found in training or in evaluation mode.
+    """What was found in training or in evaluation mode."""
 
-    Attributes:
-        ran: The weights whose update was computed.
-        trained: Those that gradients reach.
-        moved: The others that have an effect.
-        moved_merged: The others that have an effect once merged.
-        differing: Those with a different effect once merged, with the difference as a share of the effect.
-        unclear: Those whose effects are too small to tell.
-    """
-
-    def __init__(self, trial: Trial, merging: Sequence[AdaptedSite], *, training: bool) -> None:
-        """Run the model."""
+    def __init__(self, trial: _Trial, merging: Sequence[AdaptedSite], *, training: bool) -> None:
         self.name, self._trial, self._run = MODES[training], trial, partial(trial.run, training=training)
         self._base = self._run(())
         if not self._base:
             raise AdapterError("cannot check: the forward returns no floating tensor, such as logits, to compare")
-        jitter, floors = distances(self._base, self._run(())), roundings(self._base)
-        self._jitter = {path: 4 * jitter.get(path, 0.0) for path in self._base}
-        self._floors = {path: max(floors[path], self._jitter[path]) for path in self._base}
-        self._shares: dict[AdaptedSite, float] = {}
-        self.unclear: set[AdaptedSite] = set()
-        self.backward_error, self.trained = "", set[AdaptedSite]()
+        self._jitter = {path: 4 * far for path, far in _distances(self._base, self._run(())).items()}
+        self.trained, self.error = set[AdaptedSite](), ""
         try:
             self.trained = trial.gradients(training=training)
-        except Exception as error:  # the forward has not raised before
-            self.backward_error = f"{type(error).__name__}: {error}"
-        self.ran = set(trial.ran)
+        except Exception as error:  # in backward: the forward has not raised before
+            self.error = f"{type(error).__name__}: {error}"
+        self.ran = trial.ran
         rest = [site for site in trial.sites if site not in self.trained]
-        self.moved = set(blame(rest, self._moves))
-        self.moved_merged = set(blame([site for site in rest if site in merging], partial(self._moves, merged=True)))
-        self.differing: dict[AdaptedSite, float] = {}
-        for group in [*roles(merging), merging]:
+        self.moved = set(_blame(rest, self._moves))
+        self.moved_merged = set(_blame([site for site in rest if site in merging], partial(self._moves, merged=True)))
+        self.unclear = set[AdaptedSite]()  # their effects are too small to tell
+        self.differing: dict[AdaptedSite, float] = {}  # by which share of the effect
+        self._shares: dict[AdaptedSite, float] = {}
+        roles: dict[str, list[AdaptedSite]] = {}
+        for site in merging:  # the same code runs those whose names differ only by numbers
+            roles.setdefault(re.sub(r"\d+", "", site.fqn), []).append(site)
+        for group in [*roles.values(), merging]:
             rest = [site for site in group if site not in self.differing]
-            self.differing |= {site: self._shares[site] for site in blame(rest, self._differs)}
+            self.differing |= {site: self._shares[site] for site in _blame(rest, self._differs)}
 
     def _moves(self, on: Sites, *, merged: bool = False) -> bool:
         """Whether updates of some weights change the output."""
-        far = distances(self._run(on, is_merged=merged), self._base)
-        return any(each > self._jitter.get(path, 0.0) for path, each in far.items())
+        far = _distances(self._run(on, is_merged=merged), self._base)
+        return any(distance > self._jitter.get(path, 0.0) for path, distance in far.items())
 
     def _differs(self, on: Sites) -> bool:
         """Whether updates of some weights have a different effect once merged than as adapters."""
         adapted, as_merged = self._run(on), self._run(on, is_merged=True)
-        effects = distances(adapted, self._base), distances(as_merged, self._base)
-        effect = {path: max(each.get(path, 0.0) for each in effects) for path in self._base}
+        effects = _distances(adapted, self._base), _distances(as_merged, self._base)
+        effect = {path: max(far.get(path, 0.0) for far in effects) for path in self._base}
         tolerance = EXACT if self._trial.is_wide(on) else ROUNDED
-        far = {path: each for path, each in distances(adapted, as_merged).items() if each > tolerance * effect[path]}
+        far = {path: each for path, each in _distances(adapted, as_merged).items() if each > tolerance * effect[path]}
         if not far:
             return False
-        rounding = distances(self._run(on, compute="factored"), self._run(on, compute="materialized"))
-        sure = [path for path in far if far[path] > max(10 * rounding.get(path, 0.0), self._floors[path])]
+        rounding = _distances(self._run(on, compute="factored"), self._run(on, compute="materialized"))
+        sure = [
+            path
+            for path, distance in far.items()
+            if distance > max(10 * rounding.get(path, 0.0), self._jitter.get(path, 0.0), _rounding(self._base[path]))
+        ]
         self._shares |= dict.fromkeys(on, max((far[path] / effect[path] for path in sure), default=0.0))
         self.unclear |= set(() if sure else on)
         return bool(sure)
 
 
-def blame(sites: Sequence[AdaptedSite], has: Callable[[Sites], bool]) -> list[AdaptedSite]:
+def _blame(sites: Sequence[AdaptedSite], has: Callable[[Sites], bool]) -> list[AdaptedSite]:
     """Return the weights that have a property, found by halving sets that have it."""
     if not sites or not has(sites):
         return []
     if len(sites) == 1:
         return list(sites)
     middle = len(sites) // 2
-    return [*blame(sites[:middle], has), *blame(sites[middle:], has)] or list(sites)
-
-
-def _report(
-    view: View, trial: Trial, seen: Sequence[_Mode], refused: Mapping[AdaptedSite, float], notes: Sequence[str]
-) -> CheckReport:
-    """Return what both modes have found together."""
-    keys, problems = {site.key for site in trial.sites}, list[Problem]()
-    unchecked = {
-        site.fqn: "only inactive adapters act on it: activate them, and check again"
-        for site in view.census.adapted
-        if site.key not in keys
-    }
-    for site in trial.sites:
-        if faults := list(_faults(site, seen, refused.get(site))):
-            problems += faults
-        elif not any(site in mode.trained or site in mode.moved for mode in seen):
-            unchecked[site.fqn] = "this input does not reach it"
-        elif any(site in mode.unclear for mode in seen):
-            unchecked[site.fqn] = "its effect is not larger than rounding, so merged and adapted cannot be compared"
-    left = {problem.fqn for problem in problems} | unchecked.keys()
-    checked = tuple(site.fqn for site in trial.sites if site.fqn not in left)
-    return CheckReport(tuple(problems), unchecked, checked, tuple(notes))
+    return [*_blame(sites[:middle], has), *_blame(sites[middle:], has)] or list(sites)
 
 
 def _faults(site: AdaptedSite, seen: Sequence[_Mode], refused: float | None) -> Iterator[Problem]:
@@ -242,7 +263,7 @@ def _faults(site: AdaptedSite, seen: Sequence[_Mode], refused: float | None) -> 
     elif not any(site in mode.trained for mode in seen):
         if not moved and ran:
             yield problem("unused", ran)
-        elif moved and not any(mode.backward_error for mode in moved):
+        elif moved and not any(mode.error for mode in moved):
             yield problem("no gradient", moved)
     differing = [mode for mode in seen if site in mode.differing]
     if refused is not None and not is_bypassed:
@@ -315,3 +336,189 @@ def _line(problems: Sequence[Problem]) -> str:
     size = f", by up to {max(shares):.0%} of the effect" if shares else ""
     modes = " and ".join(first.modes)
     return f"{shortened([each.fqn for each in problems])}: {WORDS[first.fault]} (in {modes}{size})"
+
+
+class _Trial:
+    """A model that runs on copies of its tensors, with random values of Λ and Γ of the active adapters."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        view: View,
+        parts: dict[AdaptedSite, list[SiteAdapter]],
+        into: Into,
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        *,
+        widens: bool,
+    ) -> None:
+        """Draw the values. If ``widens``, half precision is copied to float32."""
+        self.model, self.sites, self.parts, self.ran = model, [*parts], parts, set[AdaptedSite]()
+        self._state, self._into, self._arguments, self._widens = view.state, into, arguments, widens
+        beside = (each for site in parts for each in (site.layer, *site.layer_class.beside(site.owner)))
+        self._others = [view.state, *view.state.adapters.values(), *beside]
+        self._generator = torch.Generator("cpu").manual_seed(0)
+        # zeros, such as of gates that are not trained yet, would hide effects
+        zero = [each for each in model.parameters() if _has_digits(each) and each.numel() and not each.any()]
+        self._filled = {id(each): self._like(each) * SPREAD for each in zero}
+        self._values: dict[int, nn.Parameter] = {}
+        self._drawn = {
+            site: [diagonal for part in acting for diagonal in self._draw(site, part)] for site, acting in parts.items()
+        }
+
+    def run(self, on: Sites, *, training: bool, is_merged: bool = False, compute: Compute = "auto") -> Output:
+        """Return the output with updates of some weights, in training mode with gradients, else without."""
+        with self._trying(on, training=training), torch.set_grad_enabled(training):
+            self._state.compute = compute
+            for site in on if is_merged else ():
+                names = [part.adapter.name for part, _ in site.layer.acting]
+                site.layer.fold(site.owner, site.layer.merged(site.owner, dict.fromkeys(names, 1.0), self._into))
+                site.layer.acting = []
+            return {path: value.detach().clone() for path, value in self._call().items()}
+
+    def gradients(self, *, training: bool) -> set[AdaptedSite]:
+        """Return the weights for which nonzero gradients reach all of Λ and Γ; ``ran`` are those whose update ran."""
+        self.ran = set()
+        for each in self._values.values():
+            each.grad = None
+        with self._trying(self.sites, training=training), torch.enable_grad():
+            for site in self.sites:
+                self._watch(site)
+            values = [value for value in self._call().values() if value.requires_grad]
+            weighted = [(value * self._like(value)).where(value.isfinite(), 0) for value in values]
+            if weighted:  # torch.autograd.grad would not go through checkpoints with use_reentrant=True
+                torch.stack([each.float().sum().to(weighted[0].device) for each in weighted]).sum().backward()
+        reached = {id(each) for each in self._values.values() if each.grad is not None and each.grad.count_nonzero()}
+        return {site for site, drawn in self._drawn.items() if reached.issuperset(map(id, drawn))}
+
+    def is_wide(self, on: Sites) -> bool:
+        """Whether the weights are neither quantized nor run in half precision."""
+        return not any(
+            site.layer.is_quantized or site.weight is None or (site.weight.dtype.itemsize < 4 and not self._widens)
+            for site in on
+        )
+
+    @contextmanager
+    def _trying(self, on: Iterable[AdaptedSite], *, training: bool) -> Iterator[None]:
+        """Run a block in a mode, with updates of only these weights, without dropout in their inputs."""
+        # compiled code would run without what watches the layers
+        with holding_copies([self.model], self._others, self._copy), uncompiled():
+            for adapter in self._state.adapters.values():
+                adapter.config = replace(adapter.config, dropout=0.0)  # which a merged weight has none of
+            for site in self.sites:
+                site.layer.activation, site.layer.acting = self._state.activation, []
+            for site in on:
+                site.layer.acting = [(part, 1.0) for part in self.parts[site]]
+            self.model.train(training)
+            yield
+
+    def _call(self) -> Output:
+        args, kwargs = _copied(self._arguments, is_widened=self._widens)
+        dense = {path: _dense(value) for path, value in _tensors(self.model(*args, **kwargs), "", 0, set())}
+        return {path: value for path, value in dense.items() if value is not None and value.numel()}
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """Return what the model holds instead of one of its tensors."""
+        if (drawn := self._values.get(id(tensor))) is not None:
+            return drawn
+        values = self._filled.get(id(tensor), tensor)
+        return values.float() if self._widens and values.dtype in HALVES else values.detach().clone()
+
+    def _draw(self, site: AdaptedSite, part: SiteAdapter) -> Iterable[nn.Parameter]:
+        """Return values for Λ and Γ of an adapter, with which its update is about as large as the weight."""
+        diagonals = site.layer.diagonals_of(site.owner, part.adapter.name)
+        lam, gamma = drawn = [nn.Parameter(self._like(each)) for each in diagonals]
+        size: Tensor | float = SPREAD * math.prod(site.shape) ** 0.5
+        if not site.layer.is_forward_only:
+            weight = site.layer.written_out(site.owner)
+            norm = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            size = norm if norm > 0 and norm.isfinite() else size
+        update = site.layer.update(site.owner, part, 1.0)._replace(lam=lam.detach(), gamma=gamma.detach())
+        lam.data *= size * SHARE / update.norm(lam.device)
+        self._values |= {id(each): values for each, values in zip(diagonals, drawn, strict=True)}
+        return drawn
+
+    def _like(self, tensor: Tensor) -> Tensor:
+        return torch.randn(tensor.shape, generator=self._generator, device="cpu").to(tensor.device, tensor.dtype)
+
+    def _watch(self, site: AdaptedSite) -> None:
+        """Note when a layer is called with an input that is not empty, or a weight is read."""
+        name = "forward" if site.layer.is_called else "update"
+        method: Callable[..., Any] = getattr(site.layer, name)
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+            if not tensors or tensors[0].numel():
+                self.ran.add(site)
+            return method(*args, **kwargs)
+
+        site.layer.__dict__[name] = noting
+
+
+def _has_digits(tensor: Tensor) -> bool:
+    """Whether a tensor has values of a floating dtype of 16 bits or more, in itself."""
+    is_plain = type(tensor.data) is Tensor and not tensor.is_meta
+    return is_plain and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
+def _distances(first: Output, second: Output) -> dict[str, float]:
+    """Return the norm of the difference of the tensors that both outputs have, in the same shape."""
+    return {
+        path: _distance(value, second[path])
+        for path, value in first.items()
+        if path in second and second[path].shape == value.shape
+    }
+
+
+def _distance(first: Tensor, second: Tensor) -> float:
+    """Return the norm of a difference: infinite if only one of two entries is finite, without those where none is."""
+    if not torch.equal(is_finite := first.isfinite(), second.isfinite()):
+        return float("inf")
+    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    return float(torch.linalg.vector_norm((first.to(wide) - second.to(wide)).where(is_finite, 0)))
+
+
+def _rounding(output: Tensor) -> float:
+    """Return the norm below which a difference may be only rounding."""
+    share = min(ROUNDING * torch.finfo(output.dtype).eps, LEAST_DIGITS)
+    return share * _distance(output, torch.zeros_like(output))
+
+
+def _tensors(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in an output, which may be a tensor, a container, a dataclass or an object."""
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    if depth > DEPTH or id(value) in seen or isinstance(value, str | bytes | nn.Module | type):
+        return
+    seen.add(id(value))
+    if not isinstance(value, Mapping):  # a list, or a dataclass, a cache or a distribution
+        value = dict(enumerate(value)) if isinstance(value, list | tuple) else getattr(value, "__dict__", {})
+    for key, inner in value.items():
+        yield from _tensors(inner, f"{path}.{key}" if path else str(key), depth + 1, seen)
+
+
+def _dense(value: Tensor) -> Tensor | None:
+    """Return a tensor in one piece of real numbers, or ``None`` if it has no floating values."""
+    if value.is_nested:
+        value = torch.cat([part.flatten() for part in value.unbind()])
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    if not value.is_floating_point() or value.is_meta:
+        return None
+    if value.layout != torch.strided:
+        value = value.to_dense()
+    return value if value.dtype.itemsize > 1 else value.float()
+
+
+def _copied(value: Any, *, is_widened: bool) -> Any:
+    """Return an argument for one call, which may change it: tensors as new leaves, other objects as copies."""
+    if isinstance(value, Tensor):
+        leaf = value.detach().float() if is_widened and value.dtype in HALVES else value.detach().clone()
+        return leaf.requires_grad_(value.requires_grad)
+    if type(value) in (list, tuple):
+        return type(value)(_copied(inner, is_widened=is_widened) for inner in value)
+    if type(value) is dict:
+        return {key: _copied(inner, is_widened=is_widened) for key, inner in value.items()}
+    with suppress(Exception):  # what cannot be copied is given as it is
+        return value if isinstance(value, nn.Module) else copy.deepcopy(value)
+    return value
