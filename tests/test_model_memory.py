@@ -119,8 +119,6 @@ def test_a_step_in_4_bits_takes_what_was_planned_before_and_after_it_was_loaded(
     write(dense, tmp_path / "dense")
     planned = randlora.files.training_memory(tmp_path / "dense", load_in_4bit=True, **options)
     assert planned == memory(dense, load_in_4bit=True, **options)
-    whole = randlora.files.training_memory(tmp_path / "dense", **options)
-    assert planned.backward - whole.backward == 704 * 256 * 2  # the widest weight, dequantized for one product
     bits = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"
     )

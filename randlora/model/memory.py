@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from itertools import dropwhile
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import Shape, count_bases
@@ -23,7 +24,6 @@ from randlora.hints import mistyped
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.layers.in_place import plain_class
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
-from randlora.model.activations import kept_by_block, logits_and_backward, products_of
 from randlora.model.inject import Plan, make_plan
 from randlora.model.view import opened_to_add
 from randlora.report import FLOAT32_BYTES, as_bytes, table
@@ -33,6 +33,13 @@ from randlora.targets.obstacles import tied_names
 GATHERED_BLOCKS = 2
 """Blocks that FSDP2 has gathered at once: the one that computes, and the next one, which is on its way."""
 HELD = ("weights", "parameters", "gradients", "optimizer", "bases", "communication", "activations")
+IN_FLIGHT = 2
+"""How many gradients as wide as the widest layer backward has at once."""
+BESIDE_A_LOGIT = 3 * FLOAT32_BYTES
+"""Bytes that a loss in float32 adds per logit at its peak: the logarithm of a probability, and two gradients."""
+BLOCK, LEVELS = 64, 16
+"""In bitsandbytes, 64 weights share a scale and a layer has 16 levels, both in float32. This is its default; scales may
+also be quantized."""
 UNKNOWN = "not counted: attention that keeps its weights, convolutions' inputs, fragmentation, the context of a GPU"
 
 
@@ -178,9 +185,13 @@ def memory_of(
     with opened_to_add(model, ["default"], "inject") as view:
         plan = make_plan(view, asked)
     census = plan.census
-    stored = {**held_codes(census), **stored}
+    fqns = {id(held.tensor): held.fqn for held in reversed(census.parameters)}
+    coded = [site for site in census.sites if site.layer_class.is_quantized]
+    stored = {
+        fqns[id(site.weight)]: site.layer_class.nbytes_of(site.owner) for site in coded if id(site.weight) in fqns
+    } | {**stored}
     if setup.load_in_4bit:
-        if stored or any(site.layer_class.is_quantized for site in census.sites):  # codes may be buffers
+        if stored or coded:  # codes may be buffers
             option = spelled("load_in_4bit", value=True)
             raise ConfigError(f"{option} is for a model that is not quantized, but this one is: leave it out")
         stored = planned_codes(census)
@@ -188,10 +199,8 @@ def memory_of(
     dtype = setup.dtype or next((each for each in dtypes if each.is_floating_point), torch.bfloat16)
     block = _block_of(census)
     own, trained = _own_parts(plan, setup, stored, block), _trained_parts(plan, setup, block)
-    trained_size = sum(_held(part, setup) for part in trained)
-    products = products_of(plan, setup.tokens)
-    activations = kept_by_block(plan, products, setup.tokens, dtype, block)
-    logits, backward = logits_and_backward(plan, products, setup.tokens, dtype, stored.keys())
+    trained_size = sum(part.held(setup) for part in trained)
+    activations, logits, backward = _passing(plan, setup.tokens, dtype, block)
     kept = activations.total()
     if setup.checkpointing:
         widths = {part.block: part.shape[-1] for part in reversed(own) if part.block and part.shape}
@@ -199,7 +208,7 @@ def memory_of(
         kept = activations[""] + setup.tokens * sum(widths.values()) * dtype.itemsize
     return TrainingMemory(
         **{**vars(setup), "dtype": dtype},
-        weights=sum(_held(part, setup) for part in own) + sum(buffer.nbytes for buffer in model.buffers()),
+        weights=sum(part.held(setup) for part in own) + sum(buffer.nbytes for buffer in model.buffers()),
         parameters=trained_size,
         gradients=trained_size,
         optimizer=setup.optimizer_states * trained_size,
@@ -223,8 +232,15 @@ class _Part(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.itemsize
 
+    def held(self, setup: Setup) -> int:
+        """Return the bytes of it that a device holds."""
+        if setup.strategy == "ddp" or not self.is_registered or not self.nbytes:
+            return self.nbytes
+        rows = self.shape[0] if self.shape else 1  # equally many on all devices
+        return math.ceil(rows / setup.devices) * (self.nbytes // rows)
 
-def _itemsize(tensor: torch.Tensor, setup: Setup) -> int:
+
+def _itemsize(tensor: Tensor, setup: Setup) -> int:
     return (setup.dtype if setup.dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
 
 
@@ -253,14 +269,6 @@ def _trained_parts(plan: Plan, setup: Setup, block: Callable[[str], str]) -> lis
     ]
 
 
-def _held(part: _Part, setup: Setup) -> int:
-    """Return the bytes of a parameter that a device holds."""
-    if setup.strategy == "ddp" or not part.is_registered or not part.nbytes:
-        return part.nbytes
-    rows = part.shape[0] if part.shape else 1  # equally many on all devices
-    return math.ceil(rows / setup.devices) * (part.nbytes // rows)
-
-
 def _communication(own: list[_Part], trained: list[_Part], setup: Setup) -> int:
     """Return what the engine holds beside what is the device's own."""
     if setup.devices == 1:
@@ -286,24 +294,66 @@ def _bases(plan: Plan, dtype: torch.dtype) -> int:
     return total
 
 
+def _passing(plan: Plan, tokens: int, dtype: torch.dtype, block: Callable[[str], str]) -> tuple[Counter[str], int, int]:
+    """Return the bytes kept from forward to backward, by block, those of the logits, and the most in backward.
+
+    What a model keeps depends on its code. This assumes the usual: each layer's output is kept by the next operation,
+    the last layer of a module keeps its input, a gated MLP its gate, and norms written in Python their input in
+    float32. Layers before the first that is trained keep nothing.
+    """
+    kept, widest, beside = Counter[str](), 0, 0
+    if not tokens:
+        return kept, 0, 0
+    head, adapted = plan.census.head, plan.adapter.options
+    trained = {*adapted, *(fqn.removesuffix(".weight") for fqn in plan.adapter.trained)}
+    routes = getattr(getattr(plan.census.model, "config", None), "num_experts_per_tok", None)
+    modules = defaultdict[str, list[_Product]](list)
+    for site in dropwhile(lambda site: site.fqn not in trained, plan.census.sites):
+        is_lost = site.owner is head or (site.weight is not None and is_lazy(site.weight))
+        if is_lost or site.layer_class.kind in ("embedding", "convolution"):
+            continue  # an embedding keeps ids; how large a convolution's input is, is not known
+        *matrices, out_features, in_features = site.shape
+        rows = tokens * (routes if matrices and isinstance(routes, int) else math.prod(matrices))
+        small, large = sorted((out_features, in_features))
+        widest = max(widest, rows * large)
+        if site.fqn in adapted:  # the factor UA with two gradients in float32, and the update or what is between both
+            factor = small * small * (2 * FLOAT32_BYTES + dtype.itemsize)
+            beside = max(beside, factor + dtype.itemsize * small * min(large, rows))
+        product = _Product(block(site.fqn), rows, out_features, in_features, site.fqn in trained)
+        modules[site.fqn.rpartition(".")[0]].append(product)
+    for *first, last in modules.values():
+        between = sum(product.out_features for product in first)
+        width = between + last.out_features
+        width += sum({product.in_features for product in first if product.keeps_input})  # q, k and v have one input
+        # what attention computes and a gate are kept for any last layer, which if trained keeps its own input too
+        computes, is_gated = between not in (0, last.in_features), between == 2 * last.in_features and len(first) < 3
+        width += last.in_features * (computes + (last.keeps_input and (is_gated or not computes)))
+        kept[last.block] += dtype.itemsize * last.rows * width
+    for visit in plan.census.first_visits:
+        weight = visit.module._parameters.get("weight")
+        if weight is not None and "RMSNorm" in type(visit.module).__name__:
+            kept[block(visit.fqn)] += tokens * weight.numel() * max(0, FLOAT32_BYTES - dtype.itemsize)
+    weight = getattr(head, "weight", None)
+    words = weight.shape[0] if isinstance(weight, Tensor) else 0
+    return kept, tokens * words * (dtype.itemsize + BESIDE_A_LOGIT), dtype.itemsize * IN_FLIGHT * widest + beside
+
+
+class _Product(NamedTuple):
+    """The product of tokens, ``rows`` for all matrices of a stack together, with the weight of a layer."""
+
+    block: str
+    rows: int
+    out_features: int
+    in_features: int
+    keeps_input: bool  # because the weight has an update, or is trained itself
+
+
 def _block_of(census: Census) -> Callable[[str], str]:
     """Return a function that gives the block of a layer or a parameter: an entry of an outermost module list, or ""."""
     lists = [visit.fqn for visit in census.visits if isinstance(visit.module, nn.ModuleList)]
     outer = [re.escape(fqn) for fqn in lists if not any(fqn.startswith(f"{other}.") for other in lists)]
     entry = re.compile(rf"(?:{'|'.join(outer)})\.\d+(?=\.|$)")
     return lambda fqn: "" if (found := entry.match(fqn)) is None else found[0]
-
-
-BLOCK, LEVELS = 64, 16
-"""In bitsandbytes, 64 weights share a scale and a layer has 16 levels, both in float32. This is its default; scales may
-also be quantized."""
-
-
-def held_codes(census: Census) -> dict[str, int]:
-    """Return the bytes of the quantized weights of a model, with their scales, by the FQN of a parameter."""
-    fqns = {id(held.tensor): held.fqn for held in reversed(census.parameters)}
-    sites = (site for site in census.sites if site.layer_class.is_quantized and id(site.weight) in fqns)
-    return {fqns[id(site.weight)]: site.layer_class.nbytes_of(site.owner) for site in sites}
 
 
 def planned_codes(census: Census) -> dict[str, int]:
@@ -322,8 +372,9 @@ def planned_codes(census: Census) -> dict[str, int]:
         if site.key not in tied
         and not any(site.fqn.endswith(name) or f"{site.fqn}.".startswith(f"{name}.") for name in names)
     }
-    scales = {fqn: math.ceil(count / BLOCK) + LEVELS for fqn, count in counts.items()}
-    return {fqn: math.ceil(count / 2) + FLOAT32_BYTES * scales[fqn] for fqn, count in counts.items()}
+    return {
+        fqn: math.ceil(count / 2) + FLOAT32_BYTES * (math.ceil(count / BLOCK) + LEVELS) for fqn, count in counts.items()
+    }
 
 
 def _is_linear(site: Site) -> bool:
