@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from randlora.errors import AdapterError
 from randlora.places import place_at, place_of, values_within, whole, whole_only_inside
 
 Slot = tuple[nn.Module, str]
@@ -36,25 +35,25 @@ def path_to(root: nn.Module, fqn: str) -> list[nn.Module]:
     """Return the modules from a model to the one that has a parameter, given its FQN; empty if there is none."""
     modules = [root]
     for name in fqn.split(".")[:-1]:
-        if (module := unwrapped(modules[-1]._modules.get(name))) is None:
+        if (module := modules[-1]._modules.get(name)) is None:
             return []
-        modules.append(module)
+        modules.append(unwrapped(module))
     return modules
-
-
-def unwrapped(module: nn.Module | None) -> nn.Module | None:
-    """Return a module without the wrappers of `WRAPPED_AS` around it."""
-    while module is not None:
-        attributes = (WRAPPED_AS.get(base.__qualname__) for base in type(module).__mro__)
-        if (attribute := next(filter(None, attributes), None)) is None:
-            break
-        module = module._modules[attribute]
-    return module
 
 
 def held_at(module: nn.Module, wrappers: Mapping[str, str]) -> str | None:
     """Return the attribute in which a wrapper, or a subclass, holds its module, given the attributes by type."""
-    return next((wrappers[base.__qualname__] for base in type(module).__mro__ if base.__qualname__ in wrappers), None)
+    for base in type(module).__mro__:
+        if base.__qualname__ in wrappers:
+            return wrappers[base.__qualname__]
+    return None
+
+
+def unwrapped(module: nn.Module, wrappers: Mapping[str, str] = WRAPPED_AS) -> nn.Module:
+    """Return a module without wrappers of these types around it."""
+    while (attribute := held_at(module, wrappers)) is not None:
+        module = getattr(module, attribute)
+    return module
 
 
 def table_of(module: nn.Module, attribute: str) -> dict[str, Any]:
@@ -72,38 +71,14 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def watched(lam: Tensor, replaced: Iterable[ReplacedParameter]) -> Tensor:
-    """Return Λ with a hook that raises in backward if accelerate offloads a trained copy, whose gradient is lost."""
-    away = next((entry for entry in replaced if entry.is_loaded_on_call), None)
-    if away is None or not lam.requires_grad:
-        return lam
-
-    def refuse(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
-        raise AdapterError(
-            f"cannot train {away.name}: accelerate has offloaded the copy of it that an adapter trains, and would drop "
-            f"its gradient: {KEEP_COPIES}"
-        )
-
-    lam = lam.view_as(lam)
-    lam.register_hook(refuse)
-    return lam
-
-
 @dataclass(eq=False)
 class ReplacedParameter:
-    """A parameter of the model that adapters train copies of, or a buffer that they have copies of.
+    """A parameter of the model that adapters train copies of, or a buffer that they have copies of."""
 
-    Attributes:
-        slots: Where the model has it, by FQN. Several if it is tied.
-        original: The model's own tensor.
-        installed: The tensor that was installed last.
-        is_lost: Whether the model no longer has any of the slots.
-    """
-
-    slots: dict[str, Slot]
-    original: Tensor
-    installed: Tensor
-    is_lost: bool = False
+    slots: dict[str, Slot]  # where the model has it, by FQN; several if it is tied
+    original: Tensor  # the model's own
+    installed: Tensor  # last
+    is_lost: bool = False  # whether the model no longer has any of the slots
 
     @property
     def name(self) -> str:
@@ -131,11 +106,6 @@ class ReplacedParameter:
         return dtype
 
     @property
-    def is_cast(self) -> bool:
-        """Whether the model computes with it in a dtype that differs from trained copies."""
-        return self.cast_dtype is not None
-
-    @property
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes with."""
         return self.cast_dtype or self.live.dtype
@@ -146,24 +116,19 @@ class ReplacedParameter:
         held = [(module, attribute) for module, attribute in self.slots.values() if attribute in module._parameters]
         return any(place_of(module, attribute).exchanges == "nothing" for module, attribute in held)
 
-    @property
-    def is_loaded_on_call(self) -> bool:
-        """Whether a trained copy was replaced by a parameter without values, because accelerate offloaded it."""
-        is_trained = self.installed.requires_grad and not self.installed.is_meta
-        return is_trained and not self.is_lost and self.live.is_meta
-
     @torch.inference_mode(mode=False)  # parameters must not be inference tensors
     def install(self, parameter: Tensor) -> None:
         """Set the model's parameter or buffer to ``parameter``, on the device and in the dtype of the current one.
 
-        A trained copy keeps its dtype if it `is_cast`. If `is_fixed`, the current one gets the values, for `eject`.
+        A trained copy keeps its dtype if the model casts it. If `is_fixed`, the current one gets the values.
         """
         leaving = self.live
         if leaving is not parameter and self.is_fixed:
             place_at(leaving).write(whole(parameter).detach())
             return
         if leaving is not parameter and not leaving.is_meta:
-            dtype = parameter.dtype if self.is_cast and parameter is not self.original else self.dtype
+            is_cast = self.cast_dtype is not None and parameter is not self.original
+            dtype = parameter.dtype if is_cast else self.dtype
             parameter.data = parameter.data.to(device=leaving.device, dtype=dtype)
             if isinstance(parameter, nn.Parameter):
                 place_at(leaving).follow(parameter)

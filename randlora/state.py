@@ -40,26 +40,18 @@ CHANGING = threading.RLock()
 
 @dataclass(eq=False)
 class Adapter:
-    """One adapter of a model, shared by all its layers: bases by r, and options by FQN.
-
-    Attributes:
-        left_out: Lines about layers that were left out, for its model card.
-        init: Which of Λ and Γ started at zero, for `reset_parameters`. Not in files, because no result depends on it.
-        weight: The factor of its update while active, for each layer if they differ, else ``None``.
-        trained: The parameters trained with it, and the buffers of modules that are trained with it, by FQN.
-        peft_fields: Fields of its ``adapter_config.json`` that are not used here, kept for saving.
-    """
+    """One adapter of a model, shared by all its layers: bases by r, and options by FQN."""
 
     name: str
     config: RandLoRAConfig
     bases: dict[int, Basis]
     options: dict[str, LayerOptions]
     rule: str
-    left_out: tuple[str, ...] = ()
-    init: Init = "lambda"
-    weight: Factor | None = None
-    trained: dict[str, Tensor] = field(default_factory=dict)
-    peft_fields: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()  # lines about layers that were left out, for its model card
+    init: Init = "lambda"  # which of Λ and Γ started at zero; not in files, because no result depends on it
+    weight: Factor | None = None  # the factor of its update while active, for each layer if they differ
+    trained: dict[str, Tensor] = field(default_factory=dict)  # copies of parameters and of their modules' buffers
+    peft_fields: dict[str, Any] = field(default_factory=dict)  # of its adapter_config.json, not used here, for saving
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -89,20 +81,15 @@ class Adapter:
 
 @dataclass(eq=False)
 class SiteAdapter:
-    """One adapter at one adapted weight, with its bases there and the shape of its update.
-
-    Attributes:
-        scaling: Factor of the update, ``alpha / r``, which each forward reads.
-        position: Its position among the acting adapters of the weight, or ``None`` if it does not act.
-    """
+    """One adapter at one adapted weight, with its bases there and the shape of its update."""
 
     adapter: Adapter
     fqn: str
     basis: Basis
     shape: Shape
     options: LayerOptions
-    scaling: float = field(init=False)
-    position: int | None = field(init=False, default=None)
+    scaling: float = field(init=False)  # alpha / r, which each forward reads
+    position: int | None = field(init=False, default=None)  # among the acting adapters of the weight
 
     def __post_init__(self) -> None:
         self.scaling = self.options.scaling
@@ -123,51 +110,34 @@ class Activation:
 
 @dataclass(eq=False)
 class ModelState:
-    """The state of one adapted model.
-
-    Attributes:
-        required_grad: Which parameters required grad before the first adapter was added, by FQN.
-        replaced: The parameters and buffers that some adapter has a copy of, by FQN.
-        buffers_before: Copies of the model's small buffers from when the first adapter was added, by FQN.
-        disabled: The open blocks of `randlora.disabled`, and similar ones of features.
-        runs: Those of these that are a `Run`, each of one thread or task.
-        around: The blocks of the same thread or task around each of them.
-        ended: Closed blocks whose parameters are not restored yet.
-        merge_guards: While merged, the handles of the hooks that refuse what would lose or miss the merged weights.
-        merged_weights: While merged, for each parameter that was exchanged for a merged one: the parameters of its
-            owner, its adapter layer, and the merged one.
-        merged: The names and factors of the adapters that are merged reversibly. They stay active.
-        merge_options: While any are merged, the options ``quantized`` and ``dtype`` that they are merged with.
-        merge_report: The `randlora.report.MergeReport` of the last reversible merge.
-        merged_block: The adapters that the open block of `randlora.merged` merged, if one is open.
-        save_pretrained: What ``save_pretrained`` of the model does; ``None`` if no caller has chosen.
-        saves_merged: Whether state dicts hold merged weights, while ``save_pretrained`` writes them.
-        averaging: Averages gradients of adapters that an engine does not know; see `randlora.model.engines`.
-    """
+    """The state of one adapted model."""
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     bank: BasisBank = field(default_factory=BasisBank)
-    required_grad: dict[str, bool] = field(default_factory=dict)
-    replaced: dict[str, ReplacedParameter] = field(default_factory=dict)
-    buffers_before: dict[str, Tensor] = field(default_factory=dict)
-    disabled: list[object] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    around: dict[object, tuple[object, ...]] = field(default_factory=dict)
-    ended: list[object] = field(default_factory=list)
+    required_grad: dict[str, bool] = field(default_factory=dict)  # of parameters before the first adapter, by FQN
+    replaced: dict[str, ReplacedParameter] = field(default_factory=dict)  # what adapters have copies of, by FQN
+    buffers_before: dict[str, Tensor] = field(default_factory=dict)  # small ones, before the first adapter, by FQN
+    disabled: list[object] = field(default_factory=list)  # open blocks of `randlora.disabled`, and of features
+    runs: list[Run] = field(default_factory=list)  # those of these that are a `Run`, each of one thread or task
+    around: dict[object, tuple[object, ...]] = field(default_factory=dict)  # of each, the blocks of its thread or task
+    ended: list[object] = field(default_factory=list)  # closed blocks whose parameters are not restored yet
+    # While merged: the hooks that refuse what would lose or miss merged weights; for each parameter that was exchanged
+    # for a merged one, the parameters of its owner, its adapter layer, and the merged one; the names and factors of the
+    # merged adapters, which stay active; the options of the merge, and its report.
     merge_guards: list[RemovableHandle] = field(default_factory=list)
     merged_weights: list[tuple[dict[str, Any], Any, Any]] = field(default_factory=list)
     merged: dict[str, Factor] = field(default_factory=dict)
     merge_options: Any = None
     merge_report: Any = None
-    merged_block: list[str] | None = None
-    averaging: Any = None
+    merged_block: list[str] | None = None  # the adapters that the open block of `randlora.merged` merged
+    averaging: Any = None  # averages gradients of adapters that an engine does not know: see `randlora.sharded`
     compute: Compute = "auto"
-    save_pretrained: SavePretrained | None = None
-    saves_merged: bool = False
+    save_pretrained: SavePretrained | None = None  # what `save_pretrained` of the model does, if a caller has chosen
+    saves_merged: bool = False  # whether state dicts have merged weights, while `save_pretrained` writes them
     activation: Activation = field(default_factory=Activation)
 
     def __getstate__(self) -> dict[str, Any]:
-        # No `Run` goes on in a copy or a pickle, of which its calls would not tell. A spawned process gets a pickle.
+        # No `Run` goes on in a copy or a pickle. A spawned process gets a pickle.
         if self.runs and isinstance(self._innermost, Run | None):
             left = f"in a block of {self.runs[-1].words} the adapters of a copy or a pickle of the model are inactive"
             if get_spawning_popen() is not None:
@@ -323,10 +293,10 @@ class ModelState:
                 for adapter in sharing:
                     adapter.trained[fqn] = now[id(adapter.trained[fqn])]
 
-    def exchanged(self, active: Iterable[str]) -> list[str]:
-        """Return the names of the parameters that would be exchanged if these adapters were active."""
+    def would_exchange(self, active: Iterable[str]) -> bool:
+        """Whether parameters would be exchanged if these adapters were active."""
         now = {id(replaced): version for replaced, version in self._versions(self.active)}
-        return [replaced.name for replaced, version in self._versions(active) if version is not now[id(replaced)]]
+        return any(version is not now[id(replaced)] for replaced, version in self._versions(active))
 
     def require_exchangeable(self, active: Iterable[str], doing: str) -> None:
         """Raise an `AdapterError` unless `install_parameters` could install the copies of these adapters."""

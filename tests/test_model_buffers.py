@@ -274,7 +274,7 @@ def test_buffers_that_do_not_fit_or_are_no_numbers_are_refused(tmp_path: Path, m
     with pytest.raises(CheckpointError, match=r"norm\.running_var holds NaN"):
         randlora.save(model, tmp_path / "new")
     assert not (tmp_path / "new" / TENSORS_FILE).exists()
-    monkeypatch.setattr("randlora.model.install.tell_changed", lambda _: 1 / 0)
+    monkeypatch.setattr("randlora.model.install.Engine.changed", lambda *_: 1 / 0)
     for each in (model, plain):
         with untouched(each), pytest.raises(ZeroDivisionError):
             randlora.inject(each, r=2, name="b", targets=["first"], train_also=["norm"], active=True)

@@ -21,10 +21,9 @@ from randlora.disk.formats import LONGEST_NAME, Planned
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, require_types, shortly
 from randlora.layers.diagonals import diagonal_shapes
-from randlora.model.engines import collective
 from randlora.model.install import lost_parts
 from randlora.model.train_also import is_changed
-from randlora.model.view import View, opened, require_own
+from randlora.model.view import View, collective, opened, require_own
 from randlora.places import whole
 from randlora.ranks import agree, agreeing, run_collectives
 from randlora.replaced import whole_shape

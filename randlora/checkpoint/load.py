@@ -23,11 +23,10 @@ from randlora.disk.formats import is_there
 from randlora.disk.hub import local_path
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types
-from randlora.model.engines import collective
 from randlora.model.install import commit, lost_parts, prepare
 from randlora.model.switch import remove
 from randlora.model.train_also import copy_dtype, half_notes, moving_note, replacements
-from randlora.model.view import View, opened, opened_to_add
+from randlora.model.view import View, collective, opened, opened_to_add
 from randlora.modes import has_values, without_modes
 from randlora.places import Kept, Place, place_at, values_within
 from randlora.ranks import agree, agreeing, raise_on_every_rank

@@ -29,9 +29,9 @@ from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import Files, staged_files
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types, shortly
-from randlora.model.engines import collective
 from randlora.model.save_guard import register_writer
 from randlora.model.train_also import moved_note, untrained_note
+from randlora.model.view import collective
 from randlora.ranks import agree, agreeing, on_first_rank, run_collectives
 from randlora.report import as_bytes
 from randlora.state import ModelState, adapted_root

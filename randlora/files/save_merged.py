@@ -27,9 +27,10 @@ from randlora.files.write_model import ModelWriter, copy_config
 from randlora.hints import require_types, shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import in_own_dtypes
-from randlora.model.engines import collective, is_first_copy
+from randlora.model.install import ENGINES
 from randlora.model.merged_tensors import MergedTensors, Share, quantized_site
 from randlora.model.train_also import moved_note, untrained_notes
+from randlora.model.view import collective
 from randlora.places import own_class
 from randlora.ranks import on_first_rank
 from randlora.replaced import whole_shape
@@ -95,7 +96,7 @@ def save_merged(
     factors = tensors.state.active
     merged = tuple(site.fqn for site in tensors.census.adapted if site.layer.factors(factors))
     out, ranks = Path(directory), tensors.ranks
-    if not is_first_copy(model):
+    if not all(engine.is_first_copy(model) for engine in ENGINES):
         return FileMergeReport(out, dict(factors), merged, (), 0, 0, dtype, ())
     with ExitStack() as stack:
         writing = _Writing(tensors, limit, stack)

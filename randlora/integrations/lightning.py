@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.bases.spec import BasisSpec
 from randlora.errors import AdapterError, CheckpointError, raise_collected
-from randlora.model.engines import is_held_together
+from randlora.model.view import is_held_together
 from randlora.places import is_whole
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")

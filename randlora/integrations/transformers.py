@@ -26,8 +26,8 @@ import randlora
 from randlora.checkpoint.load import swap_each
 from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.errors import AdapterError, CheckpointError, warn
-from randlora.model.engines import is_held_together
 from randlora.model.listing import AdapterInfo
+from randlora.model.view import is_held_together
 from randlora.state import adapted_root
 from randlora.targets.census import Census
 from randlora.targets.match import shortened

@@ -17,9 +17,8 @@ from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import diagonal_shapes, initial_values
 from randlora.layers.update import Update, sum_updates
 from randlora.layers.weight import Piece, StoredWeight, split_of
-from randlora.places import is_hooked, whole
+from randlora.places import whole
 from randlora.ranks import run_collectives
-from randlora.replaced import watched
 from randlora.state import ModelState, SiteAdapter
 
 
@@ -257,8 +256,7 @@ class AdapterLayer(StoredWeight):
             if seated[0] is not None and seated[1] is not None:  # else they are found by name alone
                 return Update(part.basis, seated[0], seated[1], part.scaling * factor, part.shape)
         lam, gamma = self.diagonals_of(owner, part.adapter.name)
-        own = watched(lam, self.state.replaced.values()) if self.state.replaced and is_hooked(owner) else lam
-        return Update(part.basis, own, gamma, part.scaling * factor, part.shape)
+        return Update(part.basis, lam, gamma, part.scaling * factor, part.shape)
 
     def seat(self, owner: nn.Module) -> None:
         """Rebuild the list of adapters that act here. Call after any change of what is active or merged.

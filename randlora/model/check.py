@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
 from randlora.layers.update import Into
-from randlora.model.engines import is_held_together
 from randlora.model.listing import offloaded_diagonals
 from randlora.model.mergeable import TOLERANCE, differences_from_product, model_dtype, weight_problems
-from randlora.model.view import View, holding_copies, opened, unwrapped_model
+from randlora.model.view import WRAPPERS, View, holding_copies, is_held_together, opened
 from randlora.modes import uncompiled
 from randlora.places import Plain
+from randlora.replaced import unwrapped
 from randlora.report import wrapped
 from randlora.state import SiteAdapter, require_unmerged
 from randlora.targets.census import AdaptedSite
@@ -118,7 +118,7 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
         }
         parts = {site: acting for site, acting in parts.items() if acting}
         raise_collected(AdapterError, _obstacles(view, [*parts]), doing="check")
-        inner = unwrapped_model(model)
+        inner = unwrapped(model, WRAPPERS)
         halves = [
             each for each in (*inner.parameters(), *inner.buffers()) if each.dtype in HALVES and _has_digits(each)
         ]

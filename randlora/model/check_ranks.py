@@ -13,10 +13,10 @@ from torch.nn.parameter import is_lazy
 
 from randlora.config import described
 from randlora.errors import AdapterError, RandLoRAError, raise_collected
-from randlora.model.view import View, opened, unwrapped_model
+from randlora.model.view import WRAPPERS, View, opened
 from randlora.modes import has_values
 from randlora.places import is_whole, whole_only_inside
-from randlora.replaced import whole_shape
+from randlora.replaced import unwrapped, whole_shape
 from randlora.state import adapted_root
 from randlora.targets.census import Census, is_quantized, sizes
 from randlora.targets.match import shortened
@@ -60,7 +60,7 @@ def check_ranks(model: nn.Module, *, values: bool = False, group: Any = None) ->
     problem, facts = "", dict[str, Facts]()
     try:
         with opened(model, None) as view:
-            base = Census.of(unwrapped_model(model))
+            base = Census.of(unwrapped(model, WRAPPERS))
             facts["adapters"] = dict(_adapter_facts(view, with_values=values))
             facts["models"] = dict(_base_facts(view, base, with_values=values))
     except Exception as error:  # raised after the exchange: the other processes wait for this one

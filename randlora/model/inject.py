@@ -30,7 +30,6 @@ from randlora.config import (
 )
 from randlora.errors import ConfigError, TargetError, raise_collected, warn
 from randlora.hints import require_types
-from randlora.model.engines import collective
 from randlora.model.install import commit, detach_all, prepare, require_detachable, unfold_all
 from randlora.model.train_also import (
     copy_dtype,
@@ -43,7 +42,7 @@ from randlora.model.train_also import (
     select_parameters,
     train_also_problems,
 )
-from randlora.model.view import View, all_or_nothing, opened, opened_to_add
+from randlora.model.view import View, all_or_nothing, collective, opened, opened_to_add
 from randlora.modes import has_values
 from randlora.places import place_at, whole
 from randlora.ranks import agree, run_collectives

@@ -1,8 +1,11 @@
-"""Adding one adapter to a model, removing all of them, and watching the calls. Only this changes a model's modules."""
+"""Adding one adapter to a model, removing all of them, and watching the calls. Only this changes a model's modules.
+
+A feature registers an `Engine`, which is told what an adapter trains, and checks of calls.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +18,6 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import add_adapter, detach, detach_obstacle, set_casts
 from randlora.layers.scopes import begin_call, end_call
 from randlora.model.converting import watch_conversions
-from randlora.model.engines import require_averaged, tell_added, tell_changed
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.model.train_also import lost_parameters, remembered
 from randlora.model.view import all_or_nothing, set_requires_grad
@@ -26,6 +28,35 @@ from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteA
 from randlora.targets.census import AdaptedSite, Census, Site, sizes
 from randlora.targets.match import prefixes, shortened
 from randlora.targets.obstacles import computed_weights, offloaded_with
+
+Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]
+"""Adapters of weights: for each, the module, its adapter layer, and the adapter's name."""
+
+
+class Engine:
+    """An engine that trains models in several processes. Register subclasses, which override what they need."""
+
+    def require_averaged(self, root: nn.Module, parts: Parts, replaced: Sequence[ReplacedParameter]) -> None:
+        """Raise an `AdapterError` unless the gradients of everything that adapters train would be averaged."""
+
+    def added(self, root: nn.Module, state: ModelState, parts: Parts) -> None:
+        """Have the gradients of a new adapter averaged."""
+
+    def changed(self, root: nn.Module) -> None:
+        """React to a change of which parameters of a model require grad, such as by a warning."""
+
+    def is_first_copy(self, model: nn.Module) -> bool:  # noqa: ARG002  # for those that cannot tell
+        """Whether this is the first of the processes that train copies of a model, according to this engine."""
+        return True
+
+
+ENGINES: list[Engine] = []
+
+
+def register_engine(kind: type[Engine]) -> type[Engine]:
+    """Add an engine; a decorator of its class."""
+    ENGINES.append(kind())
+    return kind
 
 
 class Addition(NamedTuple):
@@ -97,8 +128,10 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         state.adapters[adapter.name] = adapter
         added_to = [(site.owner, layer, adapter.name) for site, layer, *_ in addition.layers]
         copies = [entry for entry in addition.replaced.values() if addition.trainable and not entry.is_buffer]
-        require_averaged(census.model, added_to, copies)
-        tell_added(census.model, state, added_to)
+        for engine in ENGINES:
+            engine.require_averaged(census.model, added_to, copies)
+        for engine in ENGINES:
+            engine.added(census.model, state, added_to)
         if active:
             state.activate({adapter.name: 1.0})
             added = ((site.owner, layer) for site, layer, *_ in addition.layers)
@@ -118,7 +151,8 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         state.install_parameters()
         census.model.__dict__[ATTRIBUTE] = state
         watch_conversions(census.model, state)
-        tell_changed(census.model)
+        for engine in ENGINES:
+            engine.changed(census.model)
         now = census.again()
         guard_saving(now, state, addition.save_pretrained)
         watch(now)

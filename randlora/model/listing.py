@@ -13,10 +13,9 @@ from randlora.config import Factor, LayerOptions, RandLoRAConfig, described
 from randlora.errors import AdapterError, raise_collected, warn
 from randlora.hints import listed, require_types
 from randlora.layers.diagonals import Diagonal
-from randlora.model.engines import collective, require_averaged, tell_changed
-from randlora.model.install import lost_parts
+from randlora.model.install import ENGINES, lost_parts
 from randlora.model.train_also import HALF_RISKS, copy_dtype
-from randlora.model.view import all_or_nothing, opened, set_requires_grad
+from randlora.model.view import all_or_nothing, collective, opened, set_requires_grad
 from randlora.report import FLOAT32_BYTES, as_lines, wrapped
 from randlora.state import Adapter, adapted_root, is_adapted
 from randlora.targets.census import Census
@@ -217,16 +216,17 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
                 for name in named
                 if name in site.layer.adapters
             ]
-            require_averaged(
-                census.model, parts, (state.replaced[fqn] for adapter in chosen for fqn in adapter.parameters)
-            )
+            copies = [state.replaced[fqn] for adapter in chosen for fqn in adapter.parameters]
+            for engine in ENGINES:
+                engine.require_averaged(census.model, parts, copies)
         parameters = [*adapter_parameters(census, *chosen)]
         with all_or_nothing(census, state, flags=parameters):
             for parameter in parameters:
                 set_requires_grad(parameter, trainable)
             if state.averaging is not None:
                 state.averaging(census.model)
-            tell_changed(view.root)
+            for engine in ENGINES:
+                engine.changed(view.root)
 
 
 def offloaded_diagonals(census: Census) -> list[str]:

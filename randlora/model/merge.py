@@ -21,7 +21,6 @@ from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.hints import listed, require_types, shortly
 from randlora.layers.base import AdapterLayer
 from randlora.layers.update import Into, Quantized, RoundingLoss
-from randlora.model.engines import collective, together
 from randlora.model.install import detach_all, lost_parts, merged_sites, require_detachable, unfold_all
 from randlora.model.mergeable import (
     differences_from_product,
@@ -38,7 +37,7 @@ from randlora.model.mergeable import (
 )
 from randlora.model.merged_weights import exchanged_weights, replaced_problems, require_merged_weights
 from randlora.model.train_also import moved_note, untrained_notes
-from randlora.model.view import View, all_or_nothing, opened, require_own
+from randlora.model.view import View, all_or_nothing, collective, opened, require_own, together
 from randlora.places import Kept
 from randlora.ranks import agree, alone, run_collectives
 from randlora.report import MergeReport

@@ -17,7 +17,6 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import cast
 from randlora.layers.update import Into
-from randlora.model.engines import collective
 from randlora.model.install import lost_parts
 from randlora.model.mergeable import (
     differences_from_product,
@@ -28,9 +27,10 @@ from randlora.model.mergeable import (
     weight_problems,
 )
 from randlora.model.merged_weights import replaced_problems
-from randlora.model.view import opened, require_own, unwrapped_model
+from randlora.model.view import WRAPPERS, collective, opened, require_own
 from randlora.places import place_of, settle, whole, whole_only_inside, why_incomplete
 from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank, run_collectives
+from randlora.replaced import unwrapped
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.census import Census, Site, is_quantized, saved_buffers
 from randlora.targets.obstacles import tie_problems
@@ -141,7 +141,7 @@ class MergedTensors:
         """Check that a model can be merged and has all values."""
         raise_collected(ConfigError, option_problems("dequantize", dtype), doing=doing)
         with opened(model, None) as view:
-            root, state, census = view.root, view.state, Census.of(unwrapped_model(model))
+            root, state, census = view.root, view.state, Census.of(unwrapped(model, WRAPPERS))
             if (problem := why_incomplete(model)) is not None:
                 raise MergeError(f"cannot {doing}: {problem}")
             _require_mergeable(view.census, state, doing)

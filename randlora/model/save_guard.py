@@ -19,8 +19,8 @@ from torch import nn
 from randlora.errors import AdapterError, MergeError, raise_collected, warn
 from randlora.layers.in_place import InPlace, adapter_layers_of
 from randlora.layers.scopes import in_own_dtypes
-from randlora.model.engines import is_held_together
 from randlora.model.merged_weights import replaced_problems
+from randlora.model.view import is_held_together
 from randlora.state import ModelState, SavePretrained, attached_state
 from randlora.targets.census import Census
 

@@ -16,10 +16,9 @@ from randlora.functional import Compute
 from randlora.hints import is_finite, listed, require_types, shortly
 from randlora.layers.in_place import drop_adapter
 from randlora.model.converting import watch_conversions
-from randlora.model.engines import collective, tell_changed, together
 from randlora.model.inject import eject
-from randlora.model.install import require_detachable, shared_slots
-from randlora.model.view import all_or_nothing, opened, require_own
+from randlora.model.install import ENGINES, require_detachable, shared_slots
+from randlora.model.view import all_or_nothing, collective, opened, require_own, together
 from randlora.ranks import agree
 from randlora.replaced import whole_shape
 from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged, require_unused
@@ -59,7 +58,7 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, Factor]
             require_unmerged(state, "activate others")
         raise_collected(AdapterError, _activation_problems(state, weights), doing="activate")
         named = [name for name in state.adapters if name in weights]
-        if state.is_merged and state.exchanged(named):
+        if state.is_merged and state.would_exchange(named):
             require_unmerged(state, "activate adapters with train_also")  # which may be of a weight that is merged into
         state.require_exchangeable(named, "activate")
         agree()  # before copies are exchanged
@@ -68,7 +67,8 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, Factor]
             site.layer.seat(site.owner)
         if not state.is_merged:
             state.install_parameters()
-        tell_changed(view.root)
+        for engine in ENGINES:
+            engine.changed(view.root)
 
 
 def disabled(model: nn.Module) -> AbstractContextManager[Any]:

@@ -118,7 +118,7 @@ def copy_dtype(entry: ReplacedParameter) -> torch.dtype:
         return dtype
     is_plain = type(own.data) is Tensor and is_whole(own)
     is_wide = is_plain and all(can_cast(module, attribute) for module, attribute in entry.slots.values())
-    return torch.float32 if is_wide or entry.is_cast else dtype
+    return torch.float32 if is_wide or entry.cast_dtype else dtype
 
 
 def planned_copies(replaced: Mapping[str, ReplacedParameter]) -> dict[str, Tensor]:

@@ -11,10 +11,12 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -23,12 +25,15 @@ from randlora.hints import shortly
 from randlora.layers.diagonals import TAKEN_NAMES, Diagonal, Values
 from randlora.layers.in_place import has_attribute
 from randlora.modes import fake_obstacle
-from randlora.places import place_at, settle
-from randlora.ranks import agreeing, raise_on_every_rank
+from randlora.places import place_at, ranks_of, settle
+from randlora.ranks import Ranks, agreeing, raise_on_every_rank
 from randlora.replaced import ReplacedParameter, held_at
 from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root, attached_state, require_unmerged
 from randlora.targets.census import Census, Site
 from randlora.targets.obstacles import foreign_adapters
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",
@@ -36,14 +41,62 @@ WRAPPERS = {
         ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"), "module"
     ),
 }
-"""Types that wrap a whole model, and the attribute with the model."""
+"""Types that wrap a whole model, to compile it or to send gradients, and the attribute with the model."""
 
 
-def unwrapped_model(model: nn.Module) -> nn.Module:
-    """Return a model without torch's wrappers around it (for compiling it, or for sending gradients)."""
-    while (attribute := held_at(model, WRAPPERS)) is not None:
-        model = getattr(model, attribute)
-    return model
+def _ranks_holding(model: nn.Module, *, is_written: bool = False) -> Ranks | None:
+    """Return the processes that together hold a model whose parameters are as they are at rest; else ``None``.
+
+    These are all processes over which any of its parameters is sharded. Λ and Γ are sharded only if the adapter was
+    added before the model was sharded, and calls must not depend on that. ``is_written`` is as for `ranks_of`.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return ranks_of(model.parameters(), is_written=is_written)
+
+
+def is_held_together(model: nn.Module, *, is_written: bool = False) -> bool:
+    """Whether several processes together hold an adapted model, so that all must call functions on it.
+
+    ``is_written`` is as for `ranks_of`: then a model of ZeRO-3 counts that is whole on this process now.
+    """
+    settle(model)  # after a forward, whole copies may be in the places of shards
+    return _ranks_holding(model, is_written=is_written) is not None
+
+
+@contextmanager
+def together(model: Any, *, writes: bool) -> Iterator[None]:
+    """Raise an error in all processes that together hold a model if the block raised one in any of them.
+
+    A verb that changes a model (``writes``), or that reads values of other processes, runs in such a block as a whole,
+    so that an error at its very beginning does not leave others waiting.
+    """
+    ranks, unsettled = None, None
+    if isinstance(model, nn.Module):  # the caller refuses others
+        try:
+            with CHANGING:
+                settle(model)
+        except Exception as error:  # raised when it is known by whom
+            unsettled = error
+        ranks = _ranks_holding(model, is_written=writes)
+    with raise_on_every_rank(ranks):
+        if unsettled is not None:
+            raise unsettled
+        yield
+
+
+def collective(*, writes: bool) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
+    """Return a decorator that has a function of a model, its first argument, run in a block of `together`."""
+
+    def decorate(verb: Callable[Given, Result]) -> Callable[Given, Result]:
+        @wraps(verb)
+        def run_together(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+            with together(args[0] if args else kwargs.get("model"), writes=writes):
+                return verb(*args, **kwargs)
+
+        return run_together
+
+    return decorate
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ from randlora.config import ALPHA_PER_RANK
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.update import Update
-from randlora.model.engines import collective
 from randlora.model.install import commit, lost_parts, prepare
 from randlora.model.listing import offloaded_diagonals
 from randlora.model.switch import factor_problems
 from randlora.model.train_also import copy_dtype, replacements
-from randlora.model.view import opened, opened_to_add
+from randlora.model.view import collective, opened, opened_to_add
 from randlora.modes import has_values
 from randlora.places import whole
 from randlora.ranks import agree, run_collectives

@@ -13,8 +13,8 @@ from torch import nn
 from randlora.checkpoint.load import Options, Source, adapters_in, add_all, read_source
 from randlora.errors import AdapterError, ConfigError, raise_collected
 from randlora.hints import require_types, shortly
-from randlora.model.engines import together
 from randlora.model.switch import remove
+from randlora.model.view import together
 from randlora.ranks import agree, alone
 from randlora.report import Report
 from randlora.serving.routed import routed

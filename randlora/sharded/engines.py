@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from randlora.errors import AdapterError, warn
 from randlora.layers.base import AdapterLayer
-from randlora.model.engines import Engine, Parts, register_engine
+from randlora.model.install import Engine, Parts, register_engine
 from randlora.replaced import ReplacedParameter
 from randlora.sharded.averaging import Averaging
 from randlora.sharded.places import all_fsdp_modules, flattening, is_dtensor, is_spread
@@ -37,7 +37,7 @@ def _groups(module: Any) -> list[Any]:
 class FullyShard(Engine):
     """`fully_shard`, which averages only the gradients of parameters that it has sharded."""
 
-    def require_averaged(self, root: nn.Module, parts: Parts, replaced: Iterable[ReplacedParameter]) -> None:
+    def require_averaged(self, root: nn.Module, parts: Parts, replaced: Sequence[ReplacedParameter]) -> None:
         """Check that the copies that adapters train are sharded, if any other part of the model is."""
         copies = [entry.name for entry in replaced if not entry.is_lost and not is_dtensor(entry.live)]
         if copies and _meshes_of(root, parts):

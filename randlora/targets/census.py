@@ -418,9 +418,9 @@ def _walk(model: nn.Module) -> Iterator[Visit]:
             yield Visit(fqn, module)
         inside = []
         for attribute, held in module._modules.items():
-            child = None if isinstance(held, Diagonal) else unwrapped(held)
-            if child is None:
+            if held is None or isinstance(held, Diagonal):
                 continue
+            child = unwrapped(held)
             name = f"{fqn}.{attribute}" if fqn else attribute
             if (outer := around.get(id(child))) is not None:
                 raise TargetError(

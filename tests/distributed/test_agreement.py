@@ -26,8 +26,7 @@ import randlora
 from randlora import ranks
 from randlora.layers.base import AdapterLayer
 from randlora.model import merge, merged_tensors
-from randlora.model.engines import together
-from randlora.model.view import all_or_nothing, opened, opened_to_add, unchanged_if_raised
+from randlora.model.view import all_or_nothing, opened, opened_to_add, together, unchanged_if_raised
 from randlora.state import ATTRIBUTE
 from tests.distributed.engines import ENGINES
 from tests.distributed.processes import in_two, on_all
