@@ -59,8 +59,6 @@ Output = dict[str, Tensor]
 
 Fault = Literal["unused", "read past", "no gradient", "merged differs"]
 
-MODES = "evaluation mode", "training mode"
-
 WORDS: dict[Fault, str] = {
     "unused": "computed, but the output does not depend on it: train with inputs on which it acts, or exclude it",
     "read past": "no effect as an adapter, but an effect once merged: other code reads the weight instead of calling "
@@ -78,8 +76,8 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
 
     If other code reads a layer's weight instead of calling the layer, an adapter of this layer has no effect. The
     library knows many such layers by the names of their classes and refuses them; this check needs no names. It runs
-    the model with random values of every Λ and Γ of the active adapters, as adapters and merged, in training mode and
-    in evaluation mode, and compares the outputs.
+    the model with random values of every Λ and Γ of the active adapters, as adapters and merged, and compares the
+    outputs, in evaluation mode. Gradients are computed in training mode too.
 
     The model holds copies of its tensors meanwhile, so Λ and Γ, all weights, buffers such as running statistics,
     ``requires_grad`` and ``grad`` do not change. Attributes of its modules, such as training flags and hooks, and the
@@ -95,13 +93,13 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
 
     Returns:
         The report, which is true if something was found. Weights that this input did not reach, such as in a decoder
-        that was not called, are listed in ``unchecked``. A note says so if the forward raises in the mode that the
-        model is not in, or if backward raises in either mode.
+        that was not called, are listed in ``unchecked``. A note says so if backward raises, or the forward in training
+        mode.
 
     Raises:
         AdapterError: If the model has no adapter or none is active, adapters are merged or disabled, weights are
             sharded, offloaded or have no values, or the forward returns no floating tensor.
-        Exception: Whatever the model's forward raises in the mode that the model is in.
+        Exception: Whatever the model's forward raises in evaluation mode.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
@@ -152,7 +150,7 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
 
 
 def _checked(view: View, trial: _Trial) -> CheckReport:
-    """Return what is found in the mode that the model is in and, if its forward runs there, in the other one."""
+    """Return what is found by running the model."""
     differences = differences_from_product(trial.sites)
     refused = {site: share for site, share in differences.items() if share is not None and share > TOLERANCE}
     merging = [site for site in trial.sites if not site.layer.is_forward_only and site not in refused]
@@ -160,50 +158,58 @@ def _checked(view: View, trial: _Trial) -> CheckReport:
     notes = [f"only checked unmerged, as nothing can be merged into them: {shortened(unknown)}"] * bool(unknown)
     if problems := [*tie_problems(view.census, merging), *weight_problems(merging, Into("dequantize"))]:
         merging, notes = [], [*notes, f"merged weights were not compared: {'; '.join(problems)}"]
-    is_training = trial.model.training
-    seen = [_Mode(trial, merging, training=is_training)]
-    try:
-        seen.append(_Mode(trial, merging, training=not is_training))
-    except Exception as error:
-        notes.append(f"not checked in {MODES[not is_training]}: {type(error).__name__}: {error}")
-    notes += [f"gradients were not checked in {mode.name}: {mode.error}" for mode in seen if mode.error]
-    problems_found = [problem for site in trial.sites for problem in _faults(site, seen, refused.get(site))]
-    faulty = {problem.fqn for problem in problems_found}
+    seen = _Findings(trial, merging)
+    faults = {site: [*_faults(site, seen, refused.get(site))] for site in trial.sites}
     unchecked = {
         site.fqn: "only inactive adapters act on it: activate them, and check again"
         for site in view.census.adapted
-        if site not in trial.parts
+        if site not in faults
     }
-    for site in trial.sites:
-        if site.fqn in faulty:
-            continue
-        if not any(site in mode.trained or site in mode.moved for mode in seen):
+    for site in (site for site, problems in faults.items() if not problems):
+        if site not in seen.trained and site not in seen.moved:
             unchecked[site.fqn] = "this input does not reach it"
-        elif any(site in mode.unclear for mode in seen):
+        elif site in seen.unclear:
             unchecked[site.fqn] = "its effect is not larger than rounding, so merged and adapted cannot be compared"
-    checked = tuple(site.fqn for site in trial.sites if site.fqn not in faulty | unchecked.keys())
-    return CheckReport(tuple(problems_found), unchecked, checked, tuple(notes))
+    checked = tuple(site.fqn for site, problems in faults.items() if not problems and site.fqn not in unchecked)
+    found = tuple(problem for problems in faults.values() for problem in problems)
+    return CheckReport(found, unchecked, checked, (*notes, *seen.notes))
 
 
-class _Mode:
-    """What was found in training or in evaluation mode."""
+def _faults(site: AdaptedSite, seen: _Findings, refused: float | None) -> Iterator[Problem]:
+    """Yield what is wrong with one weight; ``refused`` is how much more than the product its forward computes."""
+    is_bypassed = refused is not None and site.layer.is_read
+    if is_bypassed or (site in seen.moved_merged and site not in seen.moved):
+        yield Problem(site.fqn, "read past")
+        return
+    if site not in seen.trained:
+        if site in seen.moved and not seen.notes:
+            yield Problem(site.fqn, "no gradient")
+        elif site in seen.ran and site not in seen.moved:
+            yield Problem(site.fqn, "unused")
+    if (difference := refused if refused is not None else seen.differing.get(site)) is not None:
+        yield Problem(site.fqn, "merged differs", difference)
 
-    def __init__(self, trial: _Trial, merging: Sequence[AdaptedSite], *, training: bool) -> None:
-        self.name, self._trial, self._run = MODES[training], trial, partial(trial.run, training=training)
-        self._base = self._run(())
+
+class _Findings:
+    """What runs of a model have shown: gradients in both modes, effects on the output in evaluation mode."""
+
+    def __init__(self, trial: _Trial, merging: Sequence[AdaptedSite]) -> None:
+        self._trial, self._base = trial, trial.run(())
         if not self._base:
             raise AdapterError("cannot check: the forward returns no floating tensor, such as logits, to compare")
-        self._jitter = {path: 4 * far for path, far in _distances(self._base, self._run(())).items()}
-        self.trained, self.error = set[AdaptedSite](), ""
-        try:
-            self.trained = trial.gradients(training=training)
-        except Exception as error:  # in backward: the forward has not raised before
-            self.error = f"{type(error).__name__}: {error}"
-        self.ran = trial.ran
+        self._jitter = {path: 4 * far for path, far in _distances(self._base, trial.run(())).items()}
+        self.trained, self.ran, self.notes = set[AdaptedSite](), set[AdaptedSite](), list[str]()
+        for mode in ("evaluation", "training"):
+            try:
+                self.trained |= trial.gradients(training=mode == "training")
+            except Exception as error:  # in training mode, of the forward too
+                self.notes.append(f"gradients were not checked in {mode} mode: {type(error).__name__}: {error}")
+            self.ran |= trial.ran
         rest = [site for site in trial.sites if site not in self.trained]
-        self.moved = set(_blame(rest, self._moves))
-        self.moved_merged = set(_blame([site for site in rest if site in merging], partial(self._moves, merged=True)))
-        self.unclear = set[AdaptedSite]()  # their effects are too small to tell
+        self.moved = set(_blame(rest, self._move))
+        rest = [site for site in rest if site in merging]
+        self.moved_merged = set(_blame(rest, partial(self._move, is_merged=True)))
+        self.unclear = set[AdaptedSite]()  # whose effects are too small to tell
         self.differing: dict[AdaptedSite, float] = {}  # by which share of the effect
         self._shares: dict[AdaptedSite, float] = {}
         roles: dict[str, list[AdaptedSite]] = {}
@@ -211,27 +217,28 @@ class _Mode:
             roles.setdefault(re.sub(r"\d+", "", site.fqn), []).append(site)
         for group in [*roles.values(), merging]:
             rest = [site for site in group if site not in self.differing]
-            self.differing |= {site: self._shares[site] for site in _blame(rest, self._differs)}
+            self.differing |= {site: self._shares[site] for site in _blame(rest, self._differ)}
 
-    def _moves(self, on: Sites, *, merged: bool = False) -> bool:
+    def _move(self, on: Sites, *, is_merged: bool = False) -> bool:
         """Whether updates of some weights change the output."""
-        far = _distances(self._run(on, is_merged=merged), self._base)
+        far = _distances(self._trial.run(on, is_merged=is_merged), self._base)
         return any(distance > self._jitter.get(path, 0.0) for path, distance in far.items())
 
-    def _differs(self, on: Sites) -> bool:
+    def _differ(self, on: Sites) -> bool:
         """Whether updates of some weights have a different effect once merged than as adapters."""
-        adapted, as_merged = self._run(on), self._run(on, is_merged=True)
-        effects = _distances(adapted, self._base), _distances(as_merged, self._base)
-        effect = {path: max(far.get(path, 0.0) for far in effects) for path in self._base}
+        run, base = self._trial.run, self._base
+        adapted, as_merged = run(on), run(on, is_merged=True)
+        effects = _distances(adapted, base), _distances(as_merged, base)
+        effect = {path: max(far.get(path, 0.0) for far in effects) for path in base}
         tolerance = EXACT if self._trial.is_wide(on) else ROUNDED
         far = {path: each for path, each in _distances(adapted, as_merged).items() if each > tolerance * effect[path]}
         if not far:
             return False
-        rounding = _distances(self._run(on, compute="factored"), self._run(on, compute="materialized"))
+        rounding = _distances(run(on, compute="factored"), run(on, compute="materialized"))
         sure = [
             path
             for path, distance in far.items()
-            if distance > max(10 * rounding.get(path, 0.0), self._jitter.get(path, 0.0), _rounding(self._base[path]))
+            if distance > max(10 * rounding.get(path, 0.0), self._jitter.get(path, 0.0), _rounding(base[path]))
         ]
         self._shares |= dict.fromkeys(on, max((far[path] / effect[path] for path in sure), default=0.0))
         self.unclear |= set(() if sure else on)
@@ -248,30 +255,6 @@ def _blame(sites: Sequence[AdaptedSite], has: Callable[[Sites], bool]) -> list[A
     return [*_blame(sites[:middle], has), *_blame(sites[middle:], has)] or list(sites)
 
 
-def _faults(site: AdaptedSite, seen: Sequence[_Mode], refused: float | None) -> Iterator[Problem]:
-    """Yield what is wrong with one weight; ``refused`` is how much more than the product its forward computes."""
-
-    def problem(fault: Fault, modes: Sequence[_Mode], difference: float | None = None) -> Problem:
-        return Problem(site.fqn, fault, tuple(mode.name for mode in modes), difference)
-
-    is_bypassed = refused is not None and site.layer.is_read
-    past = [mode for mode in seen if is_bypassed or site in mode.moved_merged - mode.moved]
-    moved = [mode for mode in seen if site in mode.moved]
-    ran = [mode for mode in seen if site in mode.ran]
-    if past:
-        yield problem("read past", past)
-    elif not any(site in mode.trained for mode in seen):
-        if not moved and ran:
-            yield problem("unused", ran)
-        elif moved and not any(mode.error for mode in moved):
-            yield problem("no gradient", moved)
-    differing = [mode for mode in seen if site in mode.differing]
-    if refused is not None and not is_bypassed:
-        yield problem("merged differs", seen, refused)
-    elif differing and not past:
-        yield problem("merged differs", differing, max(mode.differing[site] for mode in differing))
-
-
 @dataclass(frozen=True)
 class Problem:
     """An adapted weight with a fault.
@@ -281,13 +264,11 @@ class Problem:
         fault: ``"unused"`` if the output does not depend on it, ``"read past"`` if it has an effect only once merged,
             ``"no gradient"`` if it has an effect but would not be trained, ``"merged differs"`` if it has a different
             effect once merged.
-        modes: Where the fault was seen: ``"training mode"``, ``"evaluation mode"``, or both.
         difference: For ``"merged differs"``, how large the difference is as a share of the effect.
     """
 
     fqn: str
     fault: Fault
-    modes: tuple[str, ...]
     difference: float | None = None
 
     def __str__(self) -> str:
@@ -320,22 +301,21 @@ class CheckReport:
         found = len({problem.fqn for problem in self.problems})
         total = found + len(self.unchecked) + len(self.checked)
         lines = [f"{found} of {total} adapted weights are not as they should be; {len(self.checked)} are"]
-        alike: dict[tuple[object, ...], list[Problem]] = {}
+        by_fault: dict[str, list[Problem]] = {}
         for problem in self.problems:
-            alike.setdefault((problem.fault, problem.modes), []).append(problem)
+            by_fault.setdefault(problem.fault, []).append(problem)
         reasons: dict[str, list[str]] = {}
         for fqn, reason in self.unchecked.items():
             reasons.setdefault(reason, []).append(fqn)
         not_checked = [f"not checked: {shortened(fqns)} ({reason})" for reason, fqns in reasons.items()]
-        return "\n".join(wrapped([*lines, *map(_line, alike.values()), *not_checked, *self.notes]))
+        return "\n".join(wrapped([*lines, *map(_line, by_fault.values()), *not_checked, *self.notes]))
 
 
 def _line(problems: Sequence[Problem]) -> str:
-    """Return a line about problems of one kind, seen in the same modes."""
-    first, shares = problems[0], [each.difference for each in problems if each.difference is not None]
-    size = f", by up to {max(shares):.0%} of the effect" if shares else ""
-    modes = " and ".join(first.modes)
-    return f"{shortened([each.fqn for each in problems])}: {WORDS[first.fault]} (in {modes}{size})"
+    """Return a line about problems of one kind."""
+    shares = [problem.difference for problem in problems if problem.difference is not None]
+    size = f" (by up to {max(shares):.0%} of the effect)" if shares else ""
+    return f"{shortened([problem.fqn for problem in problems])}: {WORDS[problems[0].fault]}{size}"
 
 
 class _Trial:
@@ -365,9 +345,9 @@ class _Trial:
             site: [diagonal for part in acting for diagonal in self._draw(site, part)] for site, acting in parts.items()
         }
 
-    def run(self, on: Sites, *, training: bool, is_merged: bool = False, compute: Compute = "auto") -> Output:
-        """Return the output with updates of some weights, in training mode with gradients, else without."""
-        with self._trying(on, training=training), torch.set_grad_enabled(training):
+    def run(self, on: Sites, *, is_merged: bool = False, compute: Compute = "auto") -> Output:
+        """Return the output with updates of some weights, in evaluation mode."""
+        with self._trying(on, training=False), torch.no_grad():
             self._state.compute = compute
             for site in on if is_merged else ():
                 names = [part.adapter.name for part, _ in site.layer.acting]
