@@ -26,22 +26,15 @@ class ForwardCall(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The arguments of a forward, some of which have the rows of the batch.
-
-    Attributes:
-        axes: The dimension that has the rows, by position or keyword, and how many entries there each row has.
-        size: The number of rows.
-        output_axes: The dimension that has the rows of the first output, and of all others.
-        is_declared: Whether the module declares these arguments; else, every tensor as long as the first one is taken.
-    """
+    """The arguments of a forward, some of which have the rows of the batch."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    axes: dict[int | str, tuple[int, int]]
-    size: int
+    axes: dict[int | str, tuple[int, int]]  # by position or keyword, the dimension of the rows, and entries for each
+    size: int  # the number of rows
     device: torch.device
-    output_axes: tuple[int, int] = (0, 0)
-    is_declared: bool = False
+    output_axes: tuple[int, int] = (0, 0)  # the dimension that has the rows of the first output, and of all others
+    is_declared: bool = False  # by the module; else, every tensor as long as the first one is taken
 
     @property
     def given(self) -> dict[int | str, Tensor]:
@@ -86,15 +79,10 @@ class Rows(NamedTuple):
 
 
 class Run(ABC):
-    """Something that adapted layers do in a block instead of adding the updates of the active adapters.
+    """Something that adapted layers do in a block instead of adding the updates of the active adapters."""
 
-    Attributes:
-        words: The function that opens such a block, for messages.
-        adapters: The names of the adapters that act in it.
-    """
-
-    words: ClassVar[str]
-    adapters: tuple[str, ...]
+    words: ClassVar[str]  # the function that opens such a block, for messages
+    adapters: tuple[str, ...]  # the names of those that act in it
 
     @property
     @abstractmethod

@@ -65,9 +65,8 @@ def raise_on_every_rank(ranks: Ranks | None) -> Iterator[None]:
     """Raise an error in every process if the block raised one in any; a collective at the end of the block.
 
     A process may raise an error wherever the next thing that the others do together is to agree: by `agree`, or at the
-    end of this block or of one inside it, which is of the same processes. So what they compute together comes right
-    after `agree`, by `run_collectives`, which skips nothing if a part of it fails. An error that all know must leave
-    the outermost block; on its way, or if undoing something fails, nobody is told again.
+    end of this block or of one inside it. So what they compute together comes right after `agree`, by
+    `run_collectives`. An error that all know must leave the outermost block; on its way nobody is told again.
     """
     block = _BLOCK.get() or (None if ranks is None else _Block(ranks, []))
     if block is None:
@@ -139,9 +138,8 @@ def on_first_rank(write: Callable[[], Result]) -> Result:
     """Call a function in one process while the others wait. All return its result or raise its error; a collective."""
     ranks = agreeing()
     agree()  # before anything is written
-    (result,) = (
-        result for results in agree([write()] if ranks is None or ranks.is_first else []) for result in results
-    )
+    results = agree([write()] if ranks is None or ranks.is_first else [])
+    (result,) = (result for written in results for result in written)
     return result  # type: ignore[no-any-return]
 
 

@@ -261,14 +261,9 @@ def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
 
 
 def _notes(census: Census, adapter: Adapter, shapes: Shapes, *, is_trainable: bool) -> Iterator[str]:
-    """Yield notes on what may not be meant: a large r, updates that stay partly zero, and new heads that are frozen."""
+    """Yield notes on what may not be meant: updates that stay partly zero, and new heads that are frozen."""
     for r, basis in adapter.bases.items():
         sides = {fqn: min(shape[-2:]) for fqn, shape in shapes.items() if adapter.options[fqn].r == r}
-        if narrow := [fqn for fqn, side in sides.items() if r > side]:
-            yield (
-                f"r={r} is more than the smaller side of {shortened(narrow)}: down to that size, a smaller r trains "
-                "fewer parameters and reaches the same rank"
-            )
         blocks = basis.spec.blocks
         if blocks and (split := [fqn for fqn, side in sides.items() if not reach_all(blocks, count_bases(side, r))]):
             yield (
@@ -285,22 +280,20 @@ def _notes(census: Census, adapter: Adapter, shapes: Shapes, *, is_trainable: bo
 def shape_rows(shapes: Shapes, kinds: Mapping[str, str], adapter: Adapter) -> tuple[ShapeRow, ...]:
     """Return a row for each kind and shape with its r and alpha, in order of appearance."""
     counts = Counter((kinds[fqn], shape, adapter.options[fqn]) for fqn, shape in shapes.items())
-    rows = []
-    for (kind, shape, (r, alpha)), count in counts.items():
-        out_features, in_features = shape[-2:]
-        row = ShapeRow(
+    return tuple(
+        ShapeRow(
             kind,
-            count * math.prod(shape[:-2]),
+            count * math.prod(stack),
             in_features,
             out_features,
             r,
             alpha,
-            num_bases=count_bases(min(shape[-2:]), r),
+            num_bases=count_bases(min(out_features, in_features), r),
             expected_rank=adapter.bases[r].spec.expected_rank(out_features, in_features),
-            trainable=count * count_trainable(shape, r),
+            trainable=count * count_trainable((*stack, out_features, in_features), r),
         )
-        rows.append(row)
-    return tuple(rows)
+        for (kind, (*stack, out_features, in_features), (r, alpha)), count in counts.items()
+    )
 
 
 def _row_table(rows: Sequence[ShapeRow]) -> list[str]:

@@ -178,12 +178,13 @@ def test_they_follow_a_model_that_is_copied_cast_or_filled(kind: str, tmp_path: 
 def test_statistics_that_no_adapter_has_are_spoken_of(kind: str, tmp_path: Path) -> None:
     model = build(kind)
     report = randlora.inject(model, r=2, targets=["first", "last"])
-    assert said(report, "norm, other.1 have running statistics, which move in train mode")
+    is_torchs = "spectral" not in kind  # the statistics of other modules are only seen to have moved
+    assert said(report, "norm, other.1 have running statistics, which move in train mode") is is_torchs
     for each in (model, copy.deepcopy(model).double()):
         assert not said(randlora.save(each, tmp_path), "moved since")
-    assert said(randlora.load(build(kind), tmp_path, trainable=True))
+    assert said(randlora.load(build(kind), tmp_path, trainable=True)) is is_torchs
     assert said(randlora.save(train(model), tmp_path), "moved since the model was adapted: they are not in the files")
-    for put in (pickle.loads(pickle.dumps(model)) if "spectral" not in kind else copy.deepcopy(model), model):
+    for put in (pickle.loads(pickle.dumps(model)) if is_torchs else copy.deepcopy(model), model):
         assert said(randlora.merge(put, reversible=True), "moved since the model was adapted: the merged model")
 
 

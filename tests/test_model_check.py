@@ -210,9 +210,7 @@ OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
     "tuple": lambda y: (None, [y], "name"),
     "dataclass": Held,
     "object": lambda y: SimpleNamespace(layers=[{"keys": y}]),
-    "nested": lambda y: torch.nested.as_nested_tensor([y[:1], y[1:]], layout=torch.jagged),
     "masked": lambda y: torch.where(torch.arange(5) < 2, float("-inf"), y),
-    "complex": lambda y: torch.complex(torch.zeros_like(y), y),
     "half": lambda y: y.half(),
 }
 
@@ -257,7 +255,7 @@ def test_what_cannot_be_run_as_adapted_is_refused() -> None:
     with torch.device("meta"):
         empty = adapted(Around(calls))
     refused = {
-        chosen: "the forward returns no floating tensor, such as logits, to compare",
+        chosen: "the forward returns no dense floating tensor, such as logits, to compare",
         merged: "cannot check while the adapters are merged",
         disabled: "the adapters are disabled",
         inactive: "no adapter is active: activate one of default",

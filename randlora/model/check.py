@@ -55,7 +55,7 @@ ROUNDING, LEAST_DIGITS = 64, 0.04
 HALVES = torch.float16, torch.bfloat16
 
 Output = dict[str, Tensor]
-"""The floating tensors in a forward's output, by their places in it."""
+"""The dense floating tensors in a forward's output, by their places in it."""
 
 Fault = Literal["unused", "read past", "no gradient", "merged differs"]
 
@@ -98,7 +98,7 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
 
     Raises:
         AdapterError: If the model has no adapter or none is active, adapters are merged or disabled, weights are
-            sharded, offloaded or have no values, or the forward returns no floating tensor.
+            sharded, offloaded or have no values, or the forward returns no dense floating tensor.
         Exception: Whatever the model's forward raises in evaluation mode.
 
     Examples:
@@ -196,7 +196,7 @@ class _Findings:
     def __init__(self, trial: _Trial, merging: Sequence[AdaptedSite]) -> None:
         self._trial, self._base = trial, trial.run(())
         if not self._base:
-            raise AdapterError("cannot check: the forward returns no floating tensor, such as logits, to compare")
+            raise AdapterError("cannot check: the forward returns no dense floating tensor, such as logits, to compare")
         self._jitter = {path: 4 * far for path, far in _distances(self._base, trial.run(())).items()}
         self.trained, self.ran, self.notes = set[AdaptedSite](), set[AdaptedSite](), list[str]()
         for mode in ("evaluation", "training"):
@@ -393,8 +393,12 @@ class _Trial:
 
     def _call(self) -> Output:
         args, kwargs = _copied(self._arguments, is_widened=self._widens)
-        dense = {path: _dense(value) for path, value in _tensors(self.model(*args, **kwargs), "", 0, set())}
-        return {path: value for path, value in dense.items() if value is not None and value.numel()}
+        return {
+            path: value if value.dtype.itemsize > 1 else value.float()
+            for path, value in _tensors(self.model(*args, **kwargs), "", 0, set())
+            if value.is_floating_point() and value.layout == torch.strided and not (value.is_meta or value.is_nested)
+            if value.numel()
+        }
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """Return what the model holds instead of one of its tensors."""
@@ -475,19 +479,6 @@ def _tensors(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tupl
         value = dict(enumerate(value)) if isinstance(value, list | tuple) else getattr(value, "__dict__", {})
     for key, inner in value.items():
         yield from _tensors(inner, f"{path}.{key}" if path else str(key), depth + 1, seen)
-
-
-def _dense(value: Tensor) -> Tensor | None:
-    """Return a tensor in one piece of real numbers, or ``None`` if it has no floating values."""
-    if value.is_nested:
-        value = torch.cat([part.flatten() for part in value.unbind()])
-    if value.is_complex():
-        value = torch.view_as_real(value)
-    if not value.is_floating_point() or value.is_meta:
-        return None
-    if value.layout != torch.strided:
-        value = value.to_dense()
-    return value if value.dtype.itemsize > 1 else value.float()
 
 
 def _copied(value: Any, *, is_widened: bool) -> Any:

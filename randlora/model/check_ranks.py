@@ -65,20 +65,18 @@ def check_ranks(model: nn.Module, *, values: bool = False, group: Any = None) ->
             facts["models"] = dict(_base_facts(view, base, with_values=values))
     except Exception as error:  # raised after the exchange: the other processes wait for this one
         problem = str(error) if isinstance(error, RandLoRAError) else repr(error)
-    digest, version = hashlib.sha256(repr(facts).encode()).hexdigest(), f"torch {torch.__version__}"
-    by_rank = _gathered((problem, digest, version), group)
-    failed = [f"rank {rank}: {problem}" for rank, (problem, *_) in by_rank.items() if problem]
+    by_rank = _gathered((problem, hashlib.sha256(repr(facts).encode()).hexdigest()), group)
+    failed = [f"rank {rank}: {problem}" for rank, (problem, _) in by_rank.items() if problem]
     raise_collected(AdapterError, failed, doing="compare the adapters of all ranks")
-    if len({digest for _, digest, _ in by_rank.values()}) == 1:
-        return
-    facts_by_rank = _gathered(facts, group)
-    found = {what: difference({rank: every[what] for rank, every in facts_by_rank.items()}) for what in facts}
-    problems = [problem for problem in found.values() if problem]
-    versions = {rank: version for rank, (*_, version) in by_rank.items()}
-    if problems and len(set(versions.values())) > 1:
-        problems.append(f"the versions of torch differ: {_by_value(versions)}")
-    what = "models" if found["models"] else "adapters"
-    raise_collected(AdapterError, problems, doing=f"go on: the ranks have different {what}")
+    if len({digest for _, digest in by_rank.values()}) > 1:
+        facts_by_rank = _gathered(facts, group)
+        found = {what: difference({rank: every[what] for rank, every in facts_by_rank.items()}) for what in facts}
+        what = "models" if found["models"] else "adapters"
+        raise_collected(
+            AdapterError,
+            [problem for problem in found.values() if problem],
+            doing=f"go on: the ranks have different {what}",
+        )
 
 
 def _gathered(own: object, group: Any) -> dict[int, Any]:
@@ -105,7 +103,7 @@ def difference(by_rank: Mapping[int, Facts]) -> str:
 
 
 def _by_value(texts: Mapping[int, str]) -> str:
-    """Return what which ranks have: ``"torch 2.9 on rank 0; torch 2.13 on ranks 1, 2"``."""
+    """Return what which ranks have: ``"r=4 on rank 0; r=8 on ranks 1, 2"``."""
     ranks: dict[str, list[str]] = {}
     for rank, text in texts.items():
         ranks.setdefault(text, []).append(str(rank))
@@ -137,15 +135,13 @@ def _adapter_facts(view: View, *, with_values: bool) -> Iterator[tuple[str, str]
 
 
 def _base_facts(view: View, base: Census, *, with_values: bool) -> Iterator[tuple[str, str]]:
-    """Yield the facts of the model's own parameters and buffers, of which adapters may have copies.
-
-    Buffers have the values from when the model was adapted, because processes that train have different statistics.
-    """
+    """Yield the facts of the model's own parameters and buffers, of which adapters may have copies."""
     originals = {id(entry.live): entry.original for entry in view.state.replaced.values() if not entry.is_lost}
     for held in base.parameters:
         yield from _tensor_facts(held.fqn, [originals.get(id(held.tensor), held.tensor)], with_values=with_values)
     for held in base.buffers:
         yield from _tensor_facts(held.fqn, [held.tensor], with_values=with_values and is_quantized(held.module))
+    # buffers as they were when the model was adapted: processes that train have different statistics
     for fqn, before in view.state.buffers_before.items() if with_values else ():
         yield f"{VALUES}{fqn} when the model was adapted", _digest([before])
 

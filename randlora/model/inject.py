@@ -51,7 +51,6 @@ from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, require_unused
 from randlora.targets.census import Census, shapes_of
 from randlora.targets.left_out import doubt
-from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
 from randlora.targets.options import one_config, r_like_lora, resolve, useless_options
 from randlora.targets.select import Selection, select
@@ -62,21 +61,14 @@ CHECKED = ("active", "init", "save_pretrained", "trainable")
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything needed to add one adapter.
-
-    Attributes:
-        state: The model's state, possibly not attached yet.
-        adapter: The adapter, without drawn bases or values.
-        shared: Existing bases of the model that it can use, by r.
-        replaced: The model's own parameters that the adapter trains copies of, by FQN.
-    """
+    """Everything needed to add one adapter."""
 
     census: Census
-    state: ModelState
-    adapter: Adapter
+    state: ModelState  # possibly not attached yet
+    adapter: Adapter  # without drawn bases or values
     selection: Selection
-    shared: dict[int, Basis]
-    replaced: dict[str, ReplacedParameter]
+    shared: dict[int, Basis]  # existing bases of the model that it can use, by r
+    replaced: dict[str, ReplacedParameter]  # of which it trains copies, by FQN
     active: bool
     trainable: bool
 
@@ -191,7 +183,6 @@ def inject(
 def _injected(planned: Plan, init: Init, save_pretrained: SavePretrained | None) -> Report:
     """Add a planned adapter to its model and return the report."""
     report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
-    report = replace(report, notes=(*report.notes, *_valueless_buffers(planned.census)))
     _warn(report)
     adapter.init, adapter.left_out = init, tuple(left_out_lines(report))
     adapter.bases |= planned.shared
@@ -207,18 +198,6 @@ def _injected(planned: Plan, init: Init, save_pretrained: SavePretrained | None)
     )
     commit(planned.census, addition, active=planned.active)
     return report
-
-
-def _valueless_buffers(census: Census) -> list[str]:
-    """Return a note on buffers on the meta device that no state dict has, and so nothing gives values."""
-    names = [
-        f"{prefix}{name}"
-        for prefix, module in census.prefixed
-        for name in sorted(module._non_persistent_buffers_set)  # private, but nothing else tells
-        if (buffer := module._buffers.get(name)) is not None and buffer.is_meta
-    ]
-    note = f"no values: {shortened(names)} on the meta device, and state dicts leave it out; set it after to_empty, or "
-    return [f"{note}build the model under accelerate's init_empty_weights"] if names else []
 
 
 def _copies(planned: Plan) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape, sliced_dims
-from randlora.config import RandLoRAConfig, by_rank
+from randlora.config import by_rank
 from randlora.errors import AdapterError, MergeError, raise_collected
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import add_adapter, detach, detach_obstacle, set_casts
@@ -80,11 +80,7 @@ def prepare(
     save_pretrained: SavePretrained | None = None,
     values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Addition:
-    """Create everything that an adapter needs, without changing the model.
-
-    Λ and Γ have the adapter's initial values, or the given ``values``, by FQN. ``replaced`` are the model's own
-    parameters that the adapter trains copies of, by FQN.
-    """
+    """Create everything that an adapter needs; Λ and Γ with initial values, or the given ``values``, by FQN."""
     raise_collected(AdapterError, shared_slots(state, [*state.adapters.values(), adapter], replaced), doing="add it")
     layers = []
     for site in sites:
@@ -98,11 +94,8 @@ def prepare(
 
 
 def shared_slots(state: ModelState, adapters: Iterable[Adapter], fqns: Iterable[str]) -> list[str]:
-    """Return messages about sharded parameters that several adapters train copies of.
-
-    A sharded parameter takes the values of one copy after the other, so an optimizer would train the wrong copy.
-    """
-    problems = []
+    """Return messages about sharded parameters that several adapters train copies of."""
+    problems = []  # the parameter takes the values of one copy after the other: an optimizer would train the wrong one
     for fqn in fqns:
         names = [repr(adapter.name) for adapter in adapters if fqn in adapter.trained]
         entry = state.replaced.get(fqn)
@@ -173,7 +166,7 @@ def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None 
 
 def lost_parts(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> list[str]:
     """Return messages about weights and parameters of adapters that are missing or changed in the model."""
-    adapters = list(adapters)
+    adapters = [*adapters]
     return [*lost_sites(census, adapters), *lost_parameters(state, adapters)]
 
 
@@ -200,21 +193,15 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
                 )
                 continue
             if (key := (fqn, part.shape)) not in shapes:
-                shapes[key] = _shape_now(layer, owner, adapter.config)
+                weight = layer.find_weight(owner)  # without one it is computed from others, or a flat shard of FSDP's
+                is_flat = weight is None or len(whole_shape(weight)) < 2
+                shapes[key] = None if is_flat else layer.shape_of(owner, adapter.config)
             if (now := shapes[key]) is not None and part.shape != now:
                 problems.append(
                     f"the shape of {fqn} was {sizes(part.shape)} when it was adapted and is {sizes(now)} now: "
                     "eject the adapter and load one with the new shape"
                 )
     return problems
-
-
-def _shape_now(layer: AdapterLayer, owner: nn.Module, config: RandLoRAConfig) -> Shape | None:
-    """Return the shape of an update of a weight, or ``None`` if the weight does not tell."""
-    weight = layer.find_weight(owner)
-    if weight is None or len(whole_shape(weight)) < 2:  # computed from others, or a flat shard of FSDP's
-        return None
-    return layer.shape_of(owner, config)
 
 
 def merged_sites(census: Census) -> list[AdaptedSite]:
@@ -245,10 +232,7 @@ def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
 
 
 def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
-    """Remove all adapters, restore ``requires_grad`` of the rest, and return the FQNs of the weights that were adapted.
-
-    The model keeps its current values.
-    """
+    """Remove all adapters, restore ``requires_grad`` of the rest, and return the FQNs of what was adapted."""
     restored = tuple(site.fqn for site in census.adapted)
     unguard_saving(census)
     for site in census.adapted:

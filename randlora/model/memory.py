@@ -23,11 +23,11 @@ from randlora.errors import ConfigError, raise_collected, spelled
 from randlora.hints import mistyped
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.layers.in_place import plain_class
-from randlora.layers.linear import Conv1DAdapter, LinearAdapter
+from randlora.layers.linear import Conv1DAdapter
 from randlora.model.inject import Plan, make_plan
 from randlora.model.view import opened_to_add
 from randlora.report import FLOAT32_BYTES, as_bytes, table
-from randlora.targets.census import Census, Site
+from randlora.targets.census import Census
 from randlora.targets.obstacles import tied_names
 
 GATHERED_BLOCKS = 2
@@ -364,7 +364,12 @@ def planned_codes(census: Census) -> dict[str, int]:
     last = census.parameters[-1].fqn.removesuffix(".weight") if census.parameters else ""
     kept: Any = getattr(census.model, "_keep_in_fp32_modules", None)
     names = [last, *(kept or ())]
-    sites = [site for site in census.sites if _is_linear(site) and site.owner is not census.head]
+    linear = [
+        site
+        for site in census.sites
+        if plain_class(site.owner) is nn.Linear or issubclass(site.layer_class, Conv1DAdapter)
+    ]
+    sites = [site for site in linear if site.owner is not census.head]
     tied = tied_names(census, sites)
     counts = {
         f"{site.fqn}.weight": math.prod(site.shape)
@@ -375,10 +380,3 @@ def planned_codes(census: Census) -> dict[str, int]:
     return {
         fqn: math.ceil(count / 2) + FLOAT32_BYTES * (math.ceil(count / BLOCK) + LEVELS) for fqn, count in counts.items()
     }
-
-
-def _is_linear(site: Site) -> bool:
-    kind, is_linear = site.layer_class, plain_class(site.owner) is nn.Linear
-    return issubclass(kind, Conv1DAdapter) or (
-        is_linear and (issubclass(kind, LinearAdapter) or kind is LinearAdapter.as_read)
-    )

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
 from randlora.layers.in_place import can_cast, plain_class
 from randlora.modes import has_values
@@ -174,21 +172,12 @@ def misplaced_copies(census: Census, state: ModelState) -> list[ReplacedParamete
 
 
 def moving_note(census: Census, owned: Collection[str]) -> list[str]:
-    """Return a note on modules with buffers that training would change and no adapter has a copy of."""
+    """Return a note on torch's norms with buffers that training would change and no adapter has a copy of."""
     has = {held.fqn.rpartition(".")[0] for held in census.buffers if held.fqn in owned}
-    moving = [visit.fqn for visit in census.visits if _moves(visit.module) and visit.fqn not in has]
-    fqns = list(dict.fromkeys(fqn.partition(".parametrizations.")[0] for fqn in moving))
+    norms = [(fqn, module) for fqn, module in census.visits if isinstance(module, _NormBase) and fqn not in has]
+    fqns = [fqn for fqn, norm in norms if norm.track_running_stats and norm.running_mean is not None]
     have, what = "has" if len(fqns) == 1 else "have", "running statistics, which move in train mode and are not part of"
     return [f"{shortened(fqns)} {have} {what} the adapter: {REMEDY}"] if fqns else []
-
-
-def _moves(module: nn.Module) -> bool:
-    """Whether a module of torch changes its buffers in train mode."""
-    if isinstance(module, _NormBase):
-        return module.track_running_stats and module.running_mean is not None
-    return isinstance(module, _SpectralNorm) or any(
-        isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()
-    )
 
 
 @torch.inference_mode(mode=False)
@@ -223,7 +212,7 @@ def _differs(now: Tensor, before: Tensor | None) -> bool:
 
 
 def untrained_note(adapter: Adapter) -> list[str]:
-    """Return a note on an adapter whose update is zero in all layers and whose parameters equal those of the base."""
+    """Return a note on an adapter without an effect."""
     also = ", and what train_also names is unchanged" if adapter.parameters else ""
     cause = "an optimizer made before inject does not know its parameters"
     zero = f"the update of {adapter.name!r} is exactly zero in all layers{also}"

@@ -101,15 +101,9 @@ def collective(*, writes: bool) -> Callable[[Callable[Given, Result]], Callable[
 
 @dataclass(frozen=True)
 class View:
-    """An adapted model while a verb looks at it or changes it.
+    """An adapted model while a verb looks at it or changes it."""
 
-    Attributes:
-        root: The module with the adapters: the model itself, or a module inside it, such as in a wrapper.
-        state: Its adapters.
-        census: Its modules and parameters.
-    """
-
-    root: nn.Module
+    root: nn.Module  # with the adapters: the model itself, or a module inside it, such as in a wrapper
     state: ModelState
     census: Census
 
@@ -118,14 +112,8 @@ class View:
 def opened(model: nn.Module, doing: str | None, *, writes: bool = False) -> Iterator[View]:
     """Open an adapted model for one verb, while other threads that want to change a model wait.
 
-    Args:
-        model: A model with adapters, or a wrapper around it.
-        doing: What the caller is about to do with all layers, for messages, such as ``"merge"``. ``None`` if the layers
-            may belong to any module.
-        writes: Whether the block changes the model. If it raises, every change is undone.
-
-    Raises:
-        AdapterError: If the model has no adapter, or a layer has adapters that were added to another module.
+    ``doing`` is what it does with all layers, such as ``"merge"``, or ``None`` if these may belong to any module. If
+    the block ``writes`` and raises, every change is undone.
     """
     with CHANGING:
         settle(model)  # after a forward, whole copies may be in the places of shards
@@ -148,7 +136,18 @@ def opened_to_add(model: nn.Module, names: Iterable[str], doing: str) -> Iterato
         census = Census.of(model)
         state = _extensible_state(census, doing)
         for name in names:
-            _require_new_name(state, name, doing)
+            # torch.export writes the names of parameters as code
+            is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
+            if not is_name or keyword.iskeyword(name) or name in TAKEN_NAMES:
+                raise AdapterError(
+                    f"cannot {doing} an adapter named {shortly(name)}: expected a printable name without dots, "
+                    "not an attribute of ParameterDict or a keyword of Python"
+                )
+            if name in state.adapters:
+                raise AdapterError(
+                    f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose a different "
+                    "name"
+                )
         yield View(model, state, census)
 
 
@@ -175,21 +174,6 @@ def _extensible_state(census: Census, doing: str) -> ModelState:
     return state
 
 
-def _require_new_name(state: ModelState, name: str, doing: str) -> None:
-    """Raise an `AdapterError` if a new adapter cannot have this name."""
-    # torch.export writes the names of parameters as code
-    is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
-    if not is_name or keyword.iskeyword(name) or name in TAKEN_NAMES:
-        raise AdapterError(
-            f"cannot {doing} an adapter named {shortly(name)}: expected a printable name without dots, "
-            "not an attribute of ParameterDict or a keyword of Python"
-        )
-    if name in state.adapters:
-        raise AdapterError(
-            f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose a different name"
-        )
-
-
 def require_own(census: Census, state: ModelState, doing: str) -> None:
     """Raise an `AdapterError` if a layer belongs to adapters of a different module, such as a copied layer."""
     for site in census.adapted:
@@ -210,16 +194,10 @@ def all_or_nothing(
 ) -> Iterator[None]:
     """Undo everything that the block has changed if it raises: modules, parameters, and the state with its adapters.
 
-    In a block of `raise_on_every_rank` this is also done in the processes in which it did not raise, all of which agree
-    at its end. Values written in place are restored only for sharded parameters that adapters train copies of. Nothing
-    else here writes in place.
-
-    Args:
-        census: The model.
-        state: Its state, attached or not.
-        sites: The weights that are to be adapted, beside those that are.
-        replaced: The parameters that are to be replaced by trained copies, beside those that are.
-        flags: Those of Λ and Γ of which ``requires_grad`` is to be changed.
+    ``sites`` and ``replaced`` are to be adapted and to be replaced by copies, beside those that are; ``flags`` are
+    those of Λ and Γ of which ``requires_grad`` is to be changed. In a block of `raise_on_every_rank` this is
+    also done in the processes in which it did not raise, all of which agree at its end. Values written in place are
+    restored only for sharded parameters that adapters train copies of. Nothing else here writes in place.
     """
     replaced, adapters = [*state.replaced.values(), *replaced], state.adapters.values()
     sites = [*sites, *census.adapted]
@@ -261,8 +239,8 @@ def all_or_nothing(
 def unchanged_if_raised(
     objects: Iterable[object], tensors: Iterable[Tensor], flags: Iterable[Tensor] = ()
 ) -> Iterator[None]:
-    """If the block raises, restore objects as `Attributes` does, the data and flags of tensors, and further flags."""
-    before, tensors = Attributes(objects), [*tensors]
+    """If the block raises, restore objects as `_Attributes` does, the data and flags of tensors, and further flags."""
+    before, tensors = _Attributes(objects), [*tensors]
     required_grad = [(each, each.requires_grad) for each in (*tensors, *flags)]
     data = [(each, own) for each in tensors if not is_lazy(each) and type(own := each.data) is Tensor]
     try:
@@ -286,14 +264,11 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:  # noqa: FBT001
         tensor.requires_grad = flag  # the method does not work on uninitialized parameters
 
 
-class Attributes:
-    """The classes and the attributes of some objects, and the entries of attributes that are dicts or lists.
-
-    They are in a few long lists, because Python's garbage collector goes through each container again and again.
-    """
+class _Attributes:
+    """The classes and the attributes of some objects, and the entries of attributes that are dicts or lists."""
 
     def __init__(self, objects: Iterable[object]) -> None:
-        """Note them."""
+        # in a few long lists, because Python's garbage collector goes through each container again and again
         self._objects = [*{id(each): each for each in objects if each is not None}.values()]
         self._classes = [type(each) for each in self._objects]
         self._attributes = [dict(vars(each)) for each in self._objects]
@@ -304,7 +279,6 @@ class Attributes:
         ]
 
     def restore(self) -> None:
-        """Set the classes and the attributes again, and delete new ones."""
         for each, kind, attributes in zip(self._objects, self._classes, self._attributes, strict=True):
             if type(each) is not kind:
                 object.__setattr__(each, "__class__", kind)
@@ -327,17 +301,19 @@ def holding_copies(
 ) -> Iterator[None]:
     """Run a block that tries code of modules, which hold copies of their tensors in it, so that none change.
 
-    After the block the modules, all inside of them, and some other objects have their classes and attributes again,
-    with the entries of attributes that are dicts or lists, and random number generators are in the same state. Changes
-    inside other objects, such as a cache that a module holds, stay. So do values of tensors that cannot be copied,
-    because they are on the meta device or of a subclass.
+    After the block, the modules and some other objects are restored as `_Attributes` does, and random number generators
+    are in the same state. Changes inside other objects, such as a cache that a module holds, stay. So do values of
+    tensors that cannot be copied, because they are on the meta device or of a subclass.
     """
     inside = [*{id(each): each for module in modules for each in module.modules()}.values()]
-    before = Attributes((*inside, *others))
+    before = _Attributes((*inside, *others))
     tables: list[Any] = [table for each in inside for table in (each._parameters, each._buffers) if table]
     held = {id(each): each for table in tables for each in table.values() if each is not None and not is_lazy(each)}
     plain = {key: each for key, each in held.items() if type(each.data) is Tensor and not each.is_meta}
-    with _same_random_states(each.device for each in plain.values()):
+    devices = {each.device for each in plain.values() if each.device.type != "cpu"}
+    kind = next((device.type for device in devices), "cuda")
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # models draw from it
+    with torch.random.fork_rng([device.index for device in devices], device_type=kind):
         try:
             copies = {key: _copied(each, copy) for key, each in plain.items()}
             for table in tables:
@@ -346,6 +322,8 @@ def holding_copies(
             yield
         finally:
             before.restore()
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _copied(tensor: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
@@ -357,17 +335,3 @@ def _copied(tensor: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
     copied.__class__ = type(tensor)
     copied.__dict__.update(vars(tensor))
     return copied
-
-
-@contextmanager
-def _same_random_states(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Restore, after the block, the states of all generators that a forward may draw from."""
-    others = {device for device in devices if device.type != "cpu"}
-    kind = next((device.type for device in others), "cuda")
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # models draw from it
-    try:
-        with torch.random.fork_rng([device.index for device in others], device_type=kind):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002

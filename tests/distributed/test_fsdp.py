@@ -13,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -263,12 +262,7 @@ def layers() -> nn.Module:
 
 
 @in_two
-def test_what_the_docs_do_on_meta_is_enough_and_values_that_no_state_dict_has_are_missed_without() -> None:
-    for device, is_missed in ((torch.device("meta"), True), (init_empty_weights(), False)):
-        with device:
-            model = layers()
-        notes = [note for note in randlora.inject(model).notes if "to_empty" in note]
-        assert ["1.inv_freq" in note for note in notes] == [True] * is_missed
+def test_what_the_docs_do_on_meta_is_enough() -> None:
     (block,) = re.findall(r"```python[^\n]*\n([^`]*to_empty[^`]*)```", (DOCS / "distributed.md").read_text("utf-8"))
     base = layers()
     names: dict[str, Any] = {"torch": torch, "randlora": randlora, "fully_shard": fully_shard, "build": layers}

@@ -81,17 +81,13 @@ def test_every_rank_gets_the_same_error(options: dict[str, Any], said: str) -> N
 
 
 @in_two
-def test_bases_of_other_bits_are_found_and_versions_of_torch_are_named() -> None:
+def test_bases_of_other_bits_are_found() -> None:
     model = DRAWN.build()
     randlora.inject(model, **OPTIONS)
     if dist.get_rank():  # as after a fault of the memory or of the machine
         (basis,) = randlora.state.adapted_root(model)[1].bank
         basis.matrices()[1].values[0, 0] += 1
-    assert "versions" not in refused(model, "the bases of r=4 of 'default': sparse bases")
-    with pytest.MonkeyPatch.context() as patch:
-        if dist.get_rank():
-            patch.setattr(torch, "__version__", "2.0")
-        assert "torch 2.0 on rank 1" in refused(model, "the versions of torch differ: torch 2")
+    refused(model, "the bases of r=4 of 'default': sparse bases")
 
 
 @in_two
