@@ -224,10 +224,10 @@ class ModelState:
         """Return the adapter with a name, or the only one for the name ``None``; otherwise raise an `AdapterError`."""
         if name is None and len(self.adapters) > 1:
             raise AdapterError(f"the model has several adapters ({', '.join(self.adapters)}): give name= to choose one")
-        name = next(iter(self.adapters), None) if name is None else name
+        name = next(iter(self.adapters), "") if name is None else name
         if problems := self.unknown([name]):
             raise AdapterError(problems[0])
-        return self.adapters[name]  # type: ignore[index]  # it is a name
+        return self.adapters[name]
 
     def unknown(self, names: Iterable[object]) -> list[str]:
         """Return messages about names (of any type) that no adapter has."""
@@ -241,8 +241,7 @@ class ModelState:
     def adopt_parameters(self, root: nn.Module) -> None:
         """Follow the parameters that adapters train copies of, if code has replaced them or their modules.
 
-        ``load_state_dict(assign=True)`` and transformers' ``resize_token_embeddings`` do so. Not while merged, because
-        the model then temporarily has different parameters.
+        Such as ``load_state_dict(assign=True)``. Not while merged: the model then has different parameters for a time.
         """
         with CHANGING:  # another thread may be between the model's parameter and what is known of it
             if not self.is_merged:
@@ -309,10 +308,7 @@ class ModelState:
         raise_collected(AdapterError, problems, doing=doing)
 
     def require_loaded(self, root: nn.Module) -> None:
-        """Raise an `AdapterError` if accelerate offloads a parameter that adapters train a copy of.
-
-        accelerate replaces such parameters by new ones without gradients, and loads the offloaded values into these.
-        """
+        """Raise an `AdapterError` if accelerate offloads a copy, which it replaces by parameters without gradients."""
         around = [module for entry in self.replaced.values() for fqn in entry.slots for module in path_to(root, fqn)]
         loaded = loaded_modules(around)
         problems = [

@@ -48,7 +48,7 @@ def test_bases_that_do_not_fit_come_beside_the_first_and_the_report_says_so() ->
         assert str(randlora.inject(model, **options)) == str(planned)
         assert len(bank) == 2
         said = f"cannot be shared: {first.spec}, {first.nbytes:,} bytes"
-        assert f"its bases are additional, because those of the other adapters {said}" in on_one_line(planned)
+        assert f"its bases are additional: those of the other adapters {said}" in on_one_line(planned)
         randlora.remove(model, "b")
         assert [*bank] == [first]
 

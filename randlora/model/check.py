@@ -60,13 +60,12 @@ Output = dict[str, Tensor]
 Fault = Literal["unused", "read past", "no gradient", "merged differs"]
 
 WORDS: dict[Fault, str] = {
-    "unused": "computed, but the output does not depend on it: train with inputs on which it acts, or exclude it",
+    "unused": "the output does not depend on it: train with inputs on which it acts, or exclude it",
     "read past": "no effect as an adapter, but an effect once merged: other code reads the weight instead of calling "
     "the layer. Exclude it",
-    "no gradient": "an effect, but no gradient reaches the adapter, so it would not be trained: exclude it, or "
-    "find what stops the gradient, such as a forward under no_grad, or checkpointing with use_reentrant=True",
-    "merged differs": "a different effect once merged than as an adapter, because the forward changes the weight or "
-    "does more than multiply by it: do not merge it, or exclude it",
+    "no gradient": "an effect, but no gradient reaches the adapter: exclude it, or find what stops the gradient, such "
+    "as no_grad, or checkpointing with use_reentrant=True",
+    "merged differs": "a different effect once merged than as an adapter: do not merge it, or exclude it",
 }
 
 
@@ -74,17 +73,16 @@ WORDS: dict[Fault, str] = {
 def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
     """Check that every adapted weight has an effect, gradients, and the same effect once merged, by running the model.
 
-    If other code reads a layer's weight instead of calling the layer, an adapter of this layer has no effect. The
-    library knows many such layers by the names of their classes and refuses them; this check needs no names. It runs
+    If other code reads a layer's weight instead of calling the layer, an adapter of this layer may have no effect. This
+    runs
     the model with random values of every Λ and Γ of the active adapters, as adapters and merged, and compares the
     outputs, in evaluation mode. Gradients are computed in training mode too.
 
-    The model holds copies of its tensors meanwhile, so Λ and Γ, all weights, buffers such as running statistics,
-    ``requires_grad`` and ``grad`` do not change. Attributes of its modules, such as training flags and hooks, and the
-    states of random number generators are the same afterwards, even if the forward raises. No other thread may run the
-    model meanwhile. The check takes some dozen forward passes, so give it a small input, and as much memory as a copy
-    of the model's weights. A model in half precision of up to 4 GB is copied to float32, so that small effects can be
-    compared, if its forward allows it.
+    The model holds copies of its tensors meanwhile. All tensors, attributes of its modules, and the states of random
+    number generators are the same afterwards, even if the forward raises. No other thread may run the model meanwhile.
+    The check takes some dozen forward passes, so give it a small input, and as much memory as a copy of the model's
+    weights. A model in half precision of up to 4 GB is copied to float32, so that small effects can be compared, if its
+    forward allows it.
 
     Args:
         model: A model with adapters. Its active adapters are checked, trainable or not.
@@ -198,6 +196,14 @@ class _Findings:
         if not self._base:
             raise AdapterError("cannot check: the forward returns no dense floating tensor, such as logits, to compare")
         self._jitter = {path: 4 * far for path, far in _distances(self._base, trial.run(())).items()}
+        self._floors = {
+            path: max(
+                self._jitter.get(path, 0.0),
+                min(ROUNDING * torch.finfo(output.dtype).eps, LEAST_DIGITS)
+                * _distance(output, torch.zeros_like(output)),
+            )
+            for path, output in self._base.items()
+        }
         self.trained, self.ran, self.notes = set[AdaptedSite](), set[AdaptedSite](), list[str]()
         for mode in ("evaluation", "training"):
             try:
@@ -235,11 +241,7 @@ class _Findings:
         if not far:
             return False
         rounding = _distances(run(on, compute="factored"), run(on, compute="materialized"))
-        sure = [
-            path
-            for path, distance in far.items()
-            if distance > max(10 * rounding.get(path, 0.0), self._jitter.get(path, 0.0), _rounding(base[path]))
-        ]
+        sure = [path for path in far if far[path] > max(10 * rounding.get(path, 0.0), self._floors[path])]
         self._shares |= dict.fromkeys(on, max((far[path] / effect[path] for path in sure), default=0.0))
         self.unclear |= set(() if sure else on)
         return bool(sure)
@@ -459,12 +461,6 @@ def _distance(first: Tensor, second: Tensor) -> float:
         return float("inf")
     wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
     return float(torch.linalg.vector_norm((first.to(wide) - second.to(wide)).where(is_finite, 0)))
-
-
-def _rounding(output: Tensor) -> float:
-    """Return the norm below which a difference may be only rounding."""
-    share = min(ROUNDING * torch.finfo(output.dtype).eps, LEAST_DIGITS)
-    return share * _distance(output, torch.zeros_like(output))
 
 
 def _tensors(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

@@ -75,13 +75,11 @@ class Plan:
     def report(self) -> Report:
         """Return the report of the adapter, before it is added."""
         notes = next_steps(self.adapter.name, is_active=self.active, is_trainable=self.trainable)
-        new = [r for r in self.adapter.bases if r not in self.shared]
-        if new and (held := [*self.state.bank]):
-            others = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in held)
-            which = f" of r={', '.join(map(str, new))}" if self.shared else ""
-            notes.append(
-                f"its bases{which} are additional, because those of the other adapters cannot be shared: {others}"
-            )
+        new = [str(r) for r in self.adapter.bases if r not in self.shared]
+        if new and len(self.state.bank):
+            others = "; ".join(f"{basis.spec}, {basis.nbytes:,} bytes" for basis in self.state.bank)
+            which = f" of r={', '.join(new)}" if self.shared else ""
+            notes.append(f"its bases{which} are additional: those of the other adapters cannot be shared: {others}")
         if self.trainable:
             notes += [*moving_note(self.census, self.adapter.buffers), *half_notes(self.adapter)]
         report = adapter_report(

@@ -175,11 +175,8 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
     layers: dict[int, list[AdapterLayer]] = {}
     for site in census.adapted:
         layers.setdefault(id(site.owner), []).append(site.layer)
-    here = {
-        type(layer).site_fqn(fqn): (layer, module)
-        for fqn, module in census.visits
-        for layer in layers.get(id(module), ())
-    }
+    visits = [(fqn, module, layer) for fqn, module in census.visits for layer in layers.get(id(module), ())]
+    here = {type(layer).site_fqn(fqn): (layer, module) for fqn, module, layer in visits}
     problems = []
     shapes: dict[tuple[str, Shape], Shape | None] = {}  # adapters with one shape have one way to adapt a stack
     for adapter in adapters:
@@ -328,11 +325,8 @@ def _count(census: Census) -> None:
     around = {name for fqn, module in census.visits if id(module) in read for name in prefixes(fqn)[:-1]}
     inside = {id(module) for fqn, module in census.visits if fqn in around}
     # their own calls too where the forward is not ours: beside a copy that is cast, or set on the module
-    inside |= {
-        id(module)
-        for module in census.modules
-        if id(module) in read and not {CASTS, "forward"}.isdisjoint(vars(module))
-    }
+    readers = [module for module in census.modules if id(module) in read]
+    inside |= {id(module) for module in readers if not {CASTS, "forward"}.isdisjoint(vars(module))}
     if around or census.adapted:
         inside.add(id(census.model))
     for module in census.modules:

@@ -67,11 +67,11 @@ class AdapterInfo:
         return "\n".join(wrapped(as_lines([line]) for line in self._lines()))
 
     def _lines(self) -> Iterator[str]:
-        options, factor = described(self.options), "inactive"
-        if self.weight is not None:
-            is_one, is_each = self.weight == 1, isinstance(self.weight, Mapping)
-            factor = "active" + (" with a factor for each layer" if is_each else "")
-            factor += "" if is_one or is_each else f" with the factor {self.weight:g}"
+        options, factor = described(self.options), "inactive" if self.weight is None else "active"
+        if isinstance(self.weight, Mapping):
+            factor += " with a factor for each layer"
+        elif self.weight is not None and self.weight != 1:
+            factor += f" with the factor {self.weight:g}"
         state = [factor, "trainable" if self.is_trainable else "frozen", *(["merged"] if self.is_merged else [])]
         layers = f"{len(self.options)} layer{'s' * (len(self.options) != 1)}"
         yield f"{self.name!r}: r={options['r']}, alpha={options['alpha']}, {layers}, {', '.join(state)}"
@@ -149,11 +149,9 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[nn.P
         every = (parameter for adapter in adapters for parameter in adapter_parameters(census, adapter))
         trained = [parameter for parameter in every if parameter.requires_grad]
         if not trained:
-            raise AdapterError(
-                f"no adapter is trainable, so an optimizer would have nothing to do "
-                f"({', '.join(adapter.name for adapter in adapters)}): "
-                f"call randlora.set_trainable(model, {adapters[0].name!r})"
-            )
+            names = ", ".join(adapter.name for adapter in adapters)
+            advice = f"call randlora.set_trainable(model, {adapters[0].name!r})"
+            raise AdapterError(f"no adapter is trainable, so an optimizer would have nothing to do ({names}): {advice}")
         copies = {id(copy): (fqn, copy) for adapter in adapters for fqn, copy in adapter.parameters.items()}
         dtypes = {each.dtype for each in trained if id(each) not in copies and each.dtype.itemsize < FLOAT32_BYTES}
         narrow = [
@@ -210,12 +208,8 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
         raise_collected(AdapterError, state.unknown(named), doing=doing)
         chosen = [state.adapters[name] for name in named]
         if trainable:
-            parts = [
-                (site.owner, site.layer, name)
-                for site in census.adapted
-                for name in named
-                if name in site.layer.adapters
-            ]
+            sites = [(site, name) for site in census.adapted for name in named if name in site.layer.adapters]
+            parts = [(site.owner, site.layer, name) for site, name in sites]
             copies = [state.replaced[fqn] for adapter in chosen for fqn in adapter.parameters]
             for engine in ENGINES:
                 engine.require_averaged(census.model, parts, copies)
@@ -242,9 +236,8 @@ def offloaded_diagonals(census: Census) -> list[str]:
 
 def adapter_parameters(census: Census, *adapters: Adapter) -> Iterator[nn.Parameter]:
     """Yield the parameters of some adapters: Λ and Γ of each weight, then the parameters trained with them."""
-    every = [adapter.name for adapter in adapters]
     for site in census.adapted:
-        names = [*filter(site.layer.adapters.__contains__, every)]
+        names = [adapter.name for adapter in adapters if adapter.name in site.layer.adapters]
         for attribute in site.layer.parameter_names() if names else ():
             diagonal = site.owner._modules[attribute]
             assert isinstance(diagonal, Diagonal), "the weight is adapted"

@@ -198,7 +198,7 @@ def memory_of(
     dtypes = [site.weight.dtype for site in plan.selection.sites if site.weight is not None]
     dtype = setup.dtype or next((each for each in dtypes if each.is_floating_point), torch.bfloat16)
     block = _block_of(census)
-    own, trained = _own_parts(plan, setup, stored, block), _trained_parts(plan, setup, block)
+    own, trained = _parts_of(plan, setup, stored, block)
     trained_size = sum(part.held(setup) for part in trained)
     activations, logits, backward = _passing(plan, setup.tokens, dtype, block)
     kept = activations.total()
@@ -240,33 +240,32 @@ class _Part(NamedTuple):
         return math.ceil(rows / setup.devices) * (self.nbytes // rows)
 
 
-def _itemsize(tensor: Tensor, setup: Setup) -> int:
-    return (setup.dtype if setup.dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
+def _parts_of(
+    plan: Plan, setup: Setup, stored: Mapping[str, int], block: Callable[[str], str]
+) -> tuple[list[_Part], list[_Part]]:
+    """Return the model's own parameters, each once, and Λ and Γ with the copies of the model's parameters."""
 
+    def itemsize(tensor: Tensor) -> int:
+        return (setup.dtype if setup.dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
 
-def _own_parts(plan: Plan, setup: Setup, stored: Mapping[str, int], block: Callable[[str], str]) -> list[_Part]:
-    """Return the model's own parameters, each once."""
-    return [
+    adapter = plan.adapter
+    own = [
         _Part(block(fqn), (stored[fqn],), 1)
         if fqn in stored
-        else _Part(block(fqn), tuple(each.shape), _itemsize(each, setup), fqn not in plan.adapter.trained)
+        else _Part(block(fqn), tuple(each.shape), itemsize(each), fqn not in adapter.trained)
         for fqn, _, _, each in {id(held.tensor): held for held in reversed(plan.census.parameters)}.values()
         if not is_lazy(each)
     ]
-
-
-def _trained_parts(plan: Plan, setup: Setup, block: Callable[[str], str]) -> list[_Part]:
-    """Return Λ and Γ, and the copies of the model's parameters."""
-    adapter = plan.adapter
     diagonals = [
         _Part(block(site.fqn), shape, FLOAT32_BYTES)
         for site in plan.selection.sites
         for shape in diagonal_shapes(site.shape_with(adapter.config), adapter.options[site.fqn].r)
     ]
-    return diagonals + [
-        _Part(block(fqn), tuple(each.shape), max(_itemsize(each, setup), FLOAT32_BYTES))
+    copies = [
+        _Part(block(fqn), tuple(each.shape), max(itemsize(each), FLOAT32_BYTES))
         for fqn, each in adapter.parameters.items()
     ]
+    return own, diagonals + copies
 
 
 def _communication(own: list[_Part], trained: list[_Part], setup: Setup) -> int:
@@ -297,9 +296,9 @@ def _bases(plan: Plan, dtype: torch.dtype) -> int:
 def _passing(plan: Plan, tokens: int, dtype: torch.dtype, block: Callable[[str], str]) -> tuple[Counter[str], int, int]:
     """Return the bytes kept from forward to backward, by block, those of the logits, and the most in backward.
 
-    What a model keeps depends on its code. This assumes the usual: each layer's output is kept by the next operation,
-    the last layer of a module keeps its input, a gated MLP its gate, and norms written in Python their input in
-    float32. Layers before the first that is trained keep nothing.
+    This assumes the usual: each layer's output is kept by the next operation, the last layer of a module keeps its
+    input, a gated MLP its gate, and norms written in Python their input in float32. Layers before the first that is
+    trained keep nothing.
     """
     kept, widest, beside = Counter[str](), 0, 0
     if not tokens:

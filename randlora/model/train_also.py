@@ -1,7 +1,6 @@
 """Parameters that adapters train in addition to Λ and Γ, such as a new head, biases or norms, and their buffers.
 
-Each adapter has a copy, which the model uses while the adapter is active. The model's own values do not change. Notes
-say which buffers change in training and are not in any copy, and which adapters have not been trained.
+Each adapter has a copy, which the model uses while the adapter is active. The model's own values do not change.
 """
 
 from __future__ import annotations
@@ -39,14 +38,10 @@ def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
 
 
 def select_buffers(census: Census, names: str | Sequence[str]) -> list[str]:
-    """Return the FQNs of the buffers in modules that a regex or a list of names matches, such as running statistics.
-
-    A buffer is matched directly only by its FQN in a list.
-    """
+    """Return the FQNs of the buffers in modules that a regex or a list of names matches, or with an FQN in a list."""
     listed = () if isinstance(names, str) else names
     return _first_names(
-        census.buffers,
-        lambda fqn: fqn in listed or any(matches_name(names, prefix) for prefix in prefixes(fqn)[:-1]),
+        census.buffers, lambda fqn: fqn in listed or any(matches_name(names, prefix) for prefix in prefixes(fqn)[:-1])
     )
 
 
@@ -103,9 +98,8 @@ def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict
     found = {}
     for fqn in fqns:
         own = by_fqn[fqn]
-        tied = [held for held in census.tensors if held.tensor is own]
-        places = {held.fqn: (held.module, held.attribute) for held in tied}
-        found[fqn] = state.replaced.get(fqn) or ReplacedParameter(places, own, own)
+        slots = {held.fqn: (held.module, held.attribute) for held in census.tensors if held.tensor is own}
+        found[fqn] = state.replaced.get(fqn) or ReplacedParameter(slots, own, own)
     return found
 
 
@@ -163,11 +157,10 @@ def lost_parameters(state: ModelState, adapters: Iterable[Adapter]) -> list[str]
 def misplaced_copies(census: Census, state: ModelState) -> list[ReplacedParameter]:
     """Return the copies that are no longer where the parameter was, such as in a module that was moved."""
     found = []
-    for entry in state.replaced.values():
-        if entry.is_lost:
-            held = [each for each in census.tensors if each.tensor is entry.installed]
-            places = {each.fqn: (each.module, each.attribute) for each in held}
-            found += [ReplacedParameter(places, entry.original, entry.installed)] if places else []
+    for entry in (entry for entry in state.replaced.values() if entry.is_lost):
+        tied = [held for held in census.tensors if held.tensor is entry.installed]
+        slots = {held.fqn: (held.module, held.attribute) for held in tied}
+        found += [ReplacedParameter(slots, entry.original, entry.installed)] if slots else []
     return found
 
 
@@ -187,10 +180,7 @@ def remembered(census: Census) -> dict[str, Tensor]:
 
 
 def moved_note(census: Census, state: ModelState, adapters: Iterable[Adapter], where: str) -> list[str]:
-    """Return a note on buffers that changed since the model was adapted, and what happens to them (``where``).
-
-    Buffers that one of the adapters has a copy of are left out.
-    """
+    """Return a note on buffers without copies that changed since the model was adapted, and where they are now."""
     owned = {fqn for adapter in adapters for fqn in adapter.buffers}
     own = {held.fqn: held.tensor for held in census.buffers if held.fqn not in owned}
     own |= {fqn: entry.original for fqn, entry in state.replaced.items() if fqn in own}
@@ -226,11 +216,11 @@ def untrained_notes(census: Census, state: ModelState, adapters: Iterable[Adapte
         sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
         diagonals = [site.layer.diagonals_of(site.owner, adapter.name) for site in sites]
         tensors = [*(each for pair in diagonals for each in pair), *adapter.parameters.values()]
-        if not all(has_values(each) and is_whole(each) for each in tensors):
-            continue
-        if any(lam.any() and gamma.any() for lam, gamma in diagonals):
-            continue
-        if not any(is_changed(state, fqn, copy) for fqn, copy in adapter.parameters.items()):
+        if (
+            all(has_values(each) and is_whole(each) for each in tensors)
+            and not any(lam.any() and gamma.any() for lam, gamma in diagonals)
+            and not any(is_changed(state, fqn, copy) for fqn, copy in adapter.parameters.items())
+        ):
             notes += untrained_note(adapter)
     return notes
 
