@@ -23,7 +23,7 @@ from randlora.disk.formats import is_there
 from randlora.disk.hub import local_path
 from randlora.errors import CheckpointError, raise_collected, warn
 from randlora.hints import require_types
-from randlora.model.install import commit, lost_parts, prepare
+from randlora.model.install import add, lost_parts
 from randlora.model.switch import remove
 from randlora.model.train_also import copy_dtype, half_notes, moving_note, replacements
 from randlora.model.view import View, collective, opened, opened_to_add
@@ -251,19 +251,20 @@ def added(view: View, found: Found, options: Options) -> Report:
         device = site.layer_class.device_beside(site.owner)
         lam, gamma = (master(part, device) for part in file.values[site.fqn])
         values[site.fqn] = (lam, gamma)
-    addition = prepare(
-        state,
-        adapter,
-        sites,
-        values=values,
-        replaced=replaced,
-        trainable=trainable,
-        save_pretrained=save_pretrained,
-    )
     if trainable:
         notes += [*moving_note(census, adapter.buffers), *half_notes(adapter)]
     report = adapter_report(census, adapter, shapes, is_active=active, is_trainable=trainable, notes=notes)
-    commit(census, addition, active=active)
+    add(
+        census,
+        state,
+        adapter,
+        sites,
+        replaced=replaced,
+        active=active,
+        trainable=trainable,
+        save_pretrained=save_pretrained,
+        values=values,
+    )
     return report
 
 

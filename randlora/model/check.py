@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
 from randlora.layers.update import Into
-from randlora.model.listing import offloaded_diagonals
+from randlora.model.install import offloaded_diagonals
 from randlora.model.mergeable import TOLERANCE, differences_from_product, model_dtype, weight_problems
 from randlora.model.view import WRAPPERS, View, holding_copies, is_held_together, opened
 from randlora.modes import uncompiled
@@ -153,7 +153,7 @@ def _checked(view: View, trial: _Trial) -> CheckReport:
     refused = {site: share for site, share in differences.items() if share is not None and share > TOLERANCE}
     merging = [site for site in trial.sites if not site.layer.is_forward_only and site not in refused]
     unknown = [site.fqn for site in trial.sites if site.layer.is_forward_only]
-    notes = [f"only checked unmerged, as nothing can be merged into them: {shortened(unknown)}"] * bool(unknown)
+    notes = [f"only checked unmerged, as nothing can be merged into them: {shortened(unknown)}"] if unknown else []
     if problems := [*tie_problems(view.census, merging), *weight_problems(merging, Into("dequantize"))]:
         merging, notes = [], [*notes, f"merged weights were not compared: {'; '.join(problems)}"]
     seen = _Findings(trial, merging)

@@ -30,7 +30,7 @@ from randlora.config import (
 )
 from randlora.errors import ConfigError, TargetError, raise_collected, warn
 from randlora.hints import require_types
-from randlora.model.install import commit, detach_all, prepare, require_detachable, unfold_all
+from randlora.model.install import add, detach_all, require_detachable, unfold_all
 from randlora.model.train_also import (
     copy_dtype,
     half_notes,
@@ -190,11 +190,16 @@ def _injected(planned: Plan, init: Init, save_pretrained: SavePretrained | None)
     if callable(adapter.config.targets) or callable(adapter.config.exclude):  # which cannot be pickled or saved
         adapter.config = replace(adapter.config, targets=report.targets, exclude=None)
     adapter.trained |= _copies(planned)
-    trainable, replaced = planned.trainable, planned.replaced
-    addition = prepare(
-        planned.state, adapter, sites, replaced=replaced, trainable=trainable, save_pretrained=save_pretrained
+    add(
+        planned.census,
+        planned.state,
+        adapter,
+        sites,
+        replaced=planned.replaced,
+        active=planned.active,
+        trainable=planned.trainable,
+        save_pretrained=save_pretrained,
     )
-    commit(planned.census, addition, active=planned.active)
     return report
 
 

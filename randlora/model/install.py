@@ -6,7 +6,7 @@ A feature registers an `Engine`, which is told what an adapter trains, and check
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,40 +59,6 @@ def register_engine(kind: type[Engine]) -> type[Engine]:
     return kind
 
 
-class Addition(NamedTuple):
-    """One adapter with all its tensors, ready to be added: each site with its adapter layer, its part, Λ and Γ."""
-
-    state: ModelState
-    adapter: Adapter
-    layers: list[tuple[Site, AdapterLayer, SiteAdapter, Tensor, Tensor]]
-    replaced: Mapping[str, ReplacedParameter]
-    trainable: bool
-    save_pretrained: SavePretrained | None
-
-
-def prepare(
-    state: ModelState,
-    adapter: Adapter,
-    sites: Iterable[Site],
-    *,
-    replaced: Mapping[str, ReplacedParameter],
-    trainable: bool,
-    save_pretrained: SavePretrained | None = None,
-    values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-) -> Addition:
-    """Create everything that an adapter needs; Λ and Γ with initial values, or the given ``values``, by FQN."""
-    raise_collected(AdapterError, shared_slots(state, [*state.adapters.values(), adapter], replaced), doing="add it")
-    layers = []
-    for site in sites:
-        layer = site.adapter_layer or site.layer_class(site.owner, state)
-        part = adapter.at(site.fqn, site.shape_with(adapter.config))
-        lam, gamma = (
-            values[site.fqn] if values else layer.fresh_diagonals(site.owner, part.shape, part.options.r, adapter.init)
-        )
-        layers.append((site, layer, part, lam, gamma))
-    return Addition(state, adapter, layers, replaced, trainable, save_pretrained)
-
-
 def shared_slots(state: ModelState, adapters: Iterable[Adapter], fqns: Iterable[str]) -> list[str]:
     """Return messages about sharded parameters that several adapters train copies of."""
     problems = []  # the parameter takes the values of one copy after the other: an optimizer would train the wrong one
@@ -107,35 +73,56 @@ def shared_slots(state: ModelState, adapters: Iterable[Adapter], fqns: Iterable[
     return problems
 
 
-def commit(census: Census, addition: Addition, *, active: bool) -> None:
-    """Add a prepared adapter to the model, as the only active one if ``active``, and freeze the rest."""
-    state, adapter = addition.state, addition.adapter
-    with all_or_nothing(census, state, [site for site, *_ in addition.layers], addition.replaced.values()):
+def add(
+    census: Census,
+    state: ModelState,
+    adapter: Adapter,
+    sites: Iterable[Site],
+    *,
+    replaced: Mapping[str, ReplacedParameter],
+    active: bool,
+    trainable: bool,
+    save_pretrained: SavePretrained | None = None,
+    values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> None:
+    """Add an adapter to the model, as the only active one if ``active``, and freeze the rest.
+
+    Everything is created before the model changes: Λ and Γ with initial values, or the given ``values``, by FQN.
+    ``replaced`` are the model's own parameters that the adapter trains copies of, by FQN.
+    """
+    raise_collected(AdapterError, shared_slots(state, [*state.adapters.values(), adapter], replaced), doing="add it")
+    added: list[tuple[Site, AdapterLayer, SiteAdapter, tuple[Tensor, Tensor]]] = []
+    for site in sites:
+        layer = site.adapter_layer or site.layer_class(site.owner, state)
+        part = adapter.at(site.fqn, site.shape_with(adapter.config))
+        diagonals = (
+            values[site.fqn] if values else layer.fresh_diagonals(site.owner, part.shape, part.options.r, adapter.init)
+        )
+        added.append((site, layer, part, diagonals))
+    with all_or_nothing(census, state, [site for site, *_ in added], replaced.values()):
         if not state.adapters:
             state.buffers_before = remembered(census)
             state.required_grad = {held.fqn: held.tensor.requires_grad for held in census.parameters}
             for held in census.parameters:
                 set_requires_grad(held.tensor, False)  # noqa: FBT003
-        for site, layer, part, lam, gamma in addition.layers:
-            add_adapter(site.owner, layer, part, lam, gamma, trainable=addition.trainable)
+        for site, layer, part, (lam, gamma) in added:
+            add_adapter(site.owner, layer, part, lam, gamma, trainable=trainable)
         state.adapters[adapter.name] = adapter
-        added_to = [(site.owner, layer, adapter.name) for site, layer, *_ in addition.layers]
-        copies = [entry for entry in addition.replaced.values() if addition.trainable and not entry.is_buffer]
+        parts = [(site.owner, layer, adapter.name) for site, layer, *_ in added]
+        copies = [entry for entry in replaced.values() if trainable and not entry.is_buffer]
         for engine in ENGINES:
-            engine.require_averaged(census.model, added_to, copies)
-        for engine in ENGINES:
-            engine.added(census.model, state, added_to)
+            engine.require_averaged(census.model, parts, copies)
+            engine.added(census.model, state, parts)
         if active:
             state.activate({adapter.name: 1.0})
-            added = ((site.owner, layer) for site, layer, *_ in addition.layers)
-            for owner, layer in (*((site.owner, site.layer) for site in census.adapted), *added):
+            for owner, layer in (*((site.owner, site.layer) for site in census.adapted), *(each[:2] for each in parts)):
                 layer.seat(owner)
-        shapes = {site.fqn: part.shape for site, _, part, *_ in addition.layers}
+        shapes = {site.fqn: part.shape for site, _, part, _ in added}
         for r, used in by_rank(shapes, adapter.options).items():
             adapter.bases[r].extend(*sliced_dims(used))
             state.bank.add(adapter.bases[r])
-        state.replaced.update(addition.replaced)
-        for fqn, entry in addition.replaced.items():
+        state.replaced.update(replaced)
+        for fqn, entry in replaced.items():
             if adapter.trained[fqn].dtype != (dtype := entry.dtype):
                 for module, attribute in entry.slots.values():
                     set_casts(module, {**vars(module).get(CASTS, {}), attribute: dtype})
@@ -147,21 +134,26 @@ def commit(census: Census, addition: Addition, *, active: bool) -> None:
         for engine in ENGINES:
             engine.changed(census.model)
         now = census.again()
-        guard_saving(now, state, addition.save_pretrained)
+        guard_saving(now, state, save_pretrained)
         watch(now)
 
 
 def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None = None) -> None:
     """Raise an `AdapterError` unless adapters can be removed and the original classes restored."""
-    sites, offloaded = list(census.adapted if sites is None else sites), offloaded_with(census)
+    sites = [*(census.adapted if sites is None else sites)]
     problems = [f"{site.fqn} {reason}" for site in sites if (reason := detach_obstacle(site.owner)) is not None]
-    problems += [
-        f"{site.fqn} is offloaded by accelerate together with everything in {offloaded[id(site.owner)]}, which would "
-        "then miss the adapter: remove accelerate's hooks first"
-        for site in sites
+    raise_collected(AdapterError, problems + offloaded_diagonals(census, sites), doing=doing)
+
+
+def offloaded_diagonals(census: Census, sites: Iterable[Site] | None = None) -> list[str]:
+    """Return messages about weights whose Λ and Γ accelerate offloads together with a whole module around them."""
+    offloaded = offloaded_with(census)
+    return [
+        f"Λ and Γ of {site.fqn} are offloaded by accelerate together with everything in {offloaded[id(site.owner)]}: "
+        "remove accelerate's hooks first, or offload without preload_module_classes"
+        for site in (census.adapted if sites is None else sites)
         if id(site.owner) in offloaded
     ]
-    raise_collected(AdapterError, problems, doing=doing)
 
 
 def lost_parts(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> list[str]:

@@ -13,14 +13,13 @@ from randlora.config import Factor, LayerOptions, RandLoRAConfig, described
 from randlora.errors import AdapterError, raise_collected, warn
 from randlora.hints import listed, require_types
 from randlora.layers.diagonals import Diagonal
-from randlora.model.install import ENGINES, lost_parts
+from randlora.model.install import ENGINES, lost_parts, offloaded_diagonals
 from randlora.model.train_also import HALF_RISKS, copy_dtype
 from randlora.model.view import all_or_nothing, collective, opened, set_requires_grad
 from randlora.report import FLOAT32_BYTES, as_lines, wrapped
 from randlora.state import Adapter, adapted_root, is_adapted
 from randlora.targets.census import Census
 from randlora.targets.match import shortened
-from randlora.targets.obstacles import offloaded_with
 
 
 @dataclass(frozen=True)
@@ -221,17 +220,6 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
                 state.averaging(census.model)
             for engine in ENGINES:
                 engine.changed(view.root)
-
-
-def offloaded_diagonals(census: Census) -> list[str]:
-    """Return messages about weights whose Λ and Γ accelerate offloads together with a whole module around them."""
-    offloaded = offloaded_with(census)
-    return [
-        f"Λ and Γ of {site.fqn} are offloaded by accelerate together with everything in {offloaded[id(site.owner)]}: "
-        "remove accelerate's hooks, or offload without preload_module_classes"
-        for site in census.adapted
-        if id(site.owner) in offloaded
-    ]
 
 
 def adapter_parameters(census: Census, *adapters: Adapter) -> Iterator[nn.Parameter]:

@@ -57,12 +57,11 @@ class Setup:
 
     def __post_init__(self) -> None:
         """Check the options."""
-        hints, least = get_type_hints(Setup), {"devices": 1, "tokens": 0, "optimizer_states": 0}
         given = {field.name: getattr(self, field.name) for field in fields(Setup)}
+        hints, least = get_type_hints(Setup), {"devices": 1, "tokens": 0, "optimizer_states": 0}
         problems = [problem for name, value in given.items() for problem in mistyped(value, hints[name], name)]
-        problems = problems or [
-            f"{name} must be at least {low}, got {given[name]}" for name, low in least.items() if given[name] < low
-        ]
+        few = {name: low for name, low in least.items() if not problems and given[name] < low}
+        problems += [f"{name} must be at least {low}, got {given[name]}" for name, low in few.items()]
         if isinstance(self.dtype, torch.dtype) and not self.dtype.is_floating_point:
             problems.append(f"dtype must be a floating one, got {self.dtype}")
         raise_collected(ConfigError, problems, doing="plan the memory of training")

@@ -48,8 +48,8 @@ def select_buffers(census: Census, names: str | Sequence[str]) -> list[str]:
 def _first_names(tensors: Iterable[Held], is_meant: Callable[[str], bool]) -> list[str]:
     """Return the names of the tensors of which any name is meant, the first of each that is tied."""
     first_names: dict[int, str] = {}
-    found = [(first_names.setdefault(id(held.tensor), held.fqn), is_meant(held.fqn)) for held in tensors]
-    return list(dict.fromkeys(first for first, meant in found if meant))
+    names = [(held.fqn, first_names.setdefault(id(held.tensor), held.fqn)) for held in tensors]
+    return list(dict.fromkeys(first for fqn, first in names if is_meant(fqn)))
 
 
 def train_also_problems(
@@ -67,14 +67,11 @@ def train_also_problems(
     for fqn in selected:
         _, module, attribute, parameter = held_by[fqn]
         if id(parameter) in adapted:
-            why = (
-                ", which the targets name too, but a weight is either adapted or trained itself: leave it out of one "
-                "of them, or name only its bias"
-            )
+            why = ", which the targets name too: leave it out of one of them, or name only its bias"
         elif attribute == "weight" and is_quantized(module):
             why = (
                 f", which is quantized ({type(module).__name__}) and cannot be trained: name only its bias, or load "
-                "the model without quantizing this layer, such as with llm_int8_skip_modules of a BitsAndBytesConfig"
+                "the model without quantizing this layer (llm_int8_skip_modules of a BitsAndBytesConfig)"
             )
         elif is_lazy(parameter):
             why = ", which has no shape yet: run one forward pass first"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from randlora.config import Factor
 from randlora.errors import AdapterError, ConfigError, TargetError, raise_collected
 from randlora.hints import is_finite, require_types, shortly
-from randlora.model.listing import offloaded_diagonals
+from randlora.model.install import offloaded_diagonals
 from randlora.model.view import View, collective, opened
 from randlora.places import place_at
 from randlora.ranks import agree, run_collectives

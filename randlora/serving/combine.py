@@ -15,8 +15,7 @@ from randlora.config import ALPHA_PER_RANK
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.update import Update
-from randlora.model.install import commit, lost_parts, prepare
-from randlora.model.listing import offloaded_diagonals
+from randlora.model.install import add, lost_parts, offloaded_diagonals
 from randlora.model.switch import factor_problems
 from randlora.model.train_also import copy_dtype, replacements
 from randlora.model.view import collective, opened, opened_to_add
@@ -89,11 +88,10 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
         values = _values(adapter, sites, updates)
         adapter.trained |= {fqn: nn.Parameter(copy, requires_grad=False) for fqn, copy in copies.items()}
         replaced = replacements(census, state, copies)
-        addition = prepare(state, adapter, sites, values=values, replaced=replaced, trainable=False)
         notes = next_steps(name, is_active=False, is_trainable=True)
         shapes = shapes_of(sites, adapter.config)
         report = adapter_report(census, adapter, shapes, is_active=False, is_trainable=False, notes=notes)
-        commit(census, addition, active=False)
+        add(census, state, adapter, sites, replaced=replaced, active=False, trainable=False, values=values)
         return report
 
 

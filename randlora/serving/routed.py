@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.in_place import adapter_layers_of
-from randlora.model.install import lost_sites
-from randlora.model.listing import adapter_parameters, offloaded_diagonals
+from randlora.model.install import lost_sites, offloaded_diagonals
+from randlora.model.listing import adapter_parameters
 from randlora.model.switch import without_active
 from randlora.model.view import require_own
 from randlora.modes import uncompiled
