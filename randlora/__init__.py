@@ -20,22 +20,24 @@ __version__ = _version("randlora")
 
 if TYPE_CHECKING:
     from randlora.api import *  # noqa: F403
-    from randlora.api import __all__ as __all__
 else:
 
     def __getattr__(name: str) -> object:
         """Import everything when a name is first used: torch takes seconds, and `randlora --help` needs nothing."""
-        found = vars(_import_module("randlora.api"))
-        names = found.get("__all__", ())  # none yet where a file that is being imported asks
-        globals().update(
-            {each: found[each] for each in names if each in found}, **({"__all__": names} if names else {})
-        )
-        if name not in globals():
+        public = _public()
+        globals().update(public)
+        if name == "__all__":
+            return [*public]
+        if name not in public:
             meant = _import_module("randlora.hints").CALLS.get(name)
             advice = f": call {meant}" if meant else ""
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}")
-        return globals()[name]
+        return public[name]
 
     def __dir__() -> list[str]:
         """List what can be used, as completion in a shell asks, rather than what has been."""
-        return sorted({*globals(), *vars(_import_module("randlora.api")).get("__all__", ())})
+        return sorted({*globals(), *_public(), "__all__"})
+
+    def _public() -> dict[str, object]:
+        names = vars(_import_module("randlora.api"))
+        return {name: names[name] for name in sorted(names) if not name.startswith("_")}

@@ -1,8 +1,7 @@
-"""The public names of the package. `randlora/__init__.py` imports them from here when one is first used."""
+"""The public names of the package: all that this file imports, which `randlora` does when one is first used."""
 
 from importlib.util import find_spec as _find_spec
 
-import randlora.features as _features  # noqa: F401  (importing it registers what features have)
 import randlora.layers as _layers  # noqa: F401  (importing it registers every kind of layer)
 from randlora import errors as errors
 from randlora import files as files
@@ -40,39 +39,3 @@ if _find_spec("randlora.quantized") is not None:  # a feature, which could be de
     from randlora.quantized.prepare import prepare_quantized as prepare_quantized
 if _find_spec("randlora.serving") is not None:
     from randlora import serving as serving
-
-__all__ = [
-    "RandLoRAConfig",
-    "activate",
-    "adapter_state",
-    "adapters",
-    "check",
-    "check_ranks",
-    "delta_weight",
-    "disabled",
-    "eject",
-    "equivalent_alpha",
-    "errors",
-    "files",
-    "find_targets",
-    "inject",
-    "limit_norms",
-    "load",
-    "load_all",
-    "merge",
-    "merged",
-    "merged_tensors",
-    "plan",
-    "prepare_quantized",
-    "remove",
-    "save",
-    "save_all",
-    "serving",
-    "set_compute",
-    "set_trainable",
-    "swap",
-    "trainable_parameters",
-    "training_memory",
-    "unmerge",
-    "update_norms",
-]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import randlora
-from randlora.features import FEATURES
+from randlora.files import FEATURES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "randlora"

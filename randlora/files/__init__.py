@@ -6,9 +6,14 @@
 `model_directory` reads the headers of a checkpoint, `transformers_model` builds the model that its ``config.json``
 describes on the meta device, and `base_fit` finds an adapter's layers in the files. `adapter` opens an adapter layer by
 layer, and `changes` are what adapters do to a checkpoint.
+
+Importing this package imports the features: folders or files that register themselves when they are imported, and that
+no other file names. If one is deleted, the rest still works.
 """
 
-import randlora.features as _features  # noqa: F401  (importing it registers what features have)
+from importlib import import_module
+from importlib.util import find_spec
+
 from randlora.files.convert import convert, join
 from randlora.files.inspect import inspect, verify
 from randlora.files.merge import merge
@@ -16,6 +21,12 @@ from randlora.files.plan import plan, training_memory
 from randlora.files.save_merged import save_merged
 from randlora.files.transformers_model import load_model
 from randlora.report import Progress
+
+FEATURES = ("readers", "quantized", "offloaded", "sharded", "serving")
+
+for _name in FEATURES:
+    if find_spec(f"randlora.{_name}") is not None:
+        import_module(f"randlora.{_name}")
 
 __all__ = [
     "Progress",
