@@ -21,13 +21,12 @@ from randlora.functional import (
     adapted_linear,
     cost,
     delta_weight,
-    scaled,
     scratch,
     summed_linear,
     update_rows,
 )
-from randlora.functional.adapted import adapted
 from randlora.functional.cost import ON_CPU, ON_GPU, SMALL_WEIGHT, Sizes, Way, backward_ways, forward_way
+from randlora.functional.operation import adapted
 from randlora.functional.scratch import is_in_transform
 from randlora.modes import Observer
 from tests import reference
@@ -148,9 +147,9 @@ def test_few_tokens_go_through_without_the_basis(form: str, shape: Shape, monkey
     """In backward by layers of 256 and more: the further operators cost smaller ones more than they spare."""
     monkeypatch.setattr(cost, "MORE_OPERATORS", 0)
     made, x, weight = case(form, *shape, 8), random(1, shape[1]), random(*shape)
-    chosen: dict[str, Any] = {"is_wide": shape[1] == min(shape), "has_weight": True, "compute": "auto"}
-    assert cost.chosen_forward(1, made.pair, **chosen) == "few_tokens"
-    assert cost.chosen_backward(1, made.pair, needs=(True, False, True), **chosen) == ("few_tokens", "few_tokens")
+    chosen = Sizes(1, made.pair.shape, shape[1] == min(shape), has_weight=True)
+    assert forward_way(chosen) == "few_tokens"
+    assert backward_ways(chosen, **BOTH) == ("few_tokens", "few_tokens")
 
     def run(x: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
         return adapted_linear(x, made.pair, Diagonals(lam, gamma, 0.7), weight=weight)
@@ -478,12 +477,12 @@ def test_strips_make_the_same_bits_and_nothing_larger(
     found, largest = [], []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for entries in (2**20, 2 * row, 1):
-        monkeypatch.setattr(scaled, "ENTRIES_PER_THREAD", entries)
+        monkeypatch.setattr(scratch, "ENTRIES_PER_THREAD", entries)
         used = upstream.clone()
         with torch.no_grad(), Watch() as build:
-            basis = scaled.scaled_basis(A, lam, gamma, dtype)
+            basis = scratch.scaled_basis(A, lam, gamma, dtype)
         with torch.no_grad(), Watch() as sums:
-            found.append((basis, *scaled.diagonal_gradients(used, A, lam, gamma)))
+            found.append((basis, *scratch.diagonal_gradients(used, A, lam, gamma)))
         largest.append((build.entries, sums.entries))
     whole = rows * row
     assert largest[0] == (whole, whole)
@@ -547,7 +546,7 @@ def test_layers_take_the_ways_that_were_measured_fastest() -> None:
     assert all(cost.pass_over(device, dtype) == entry for device, dtype, entry in passes)
     assert cost.pass_over("cuda", torch.bfloat16) > cost.pass_over("cuda", torch.float32)
     expert = case("dense", 256, 256, 32).pair
-    together = [cost.chosen_all_at_once([each] * 2, expert, is_wide=True, compute="auto") for each in (12, 13)]
+    together = [cost.chosen_all_at_once([each] * 2, expert.shape, is_wide=True, compute="auto") for each in (12, 13)]
     assert together == [True, False], "of a few tokens each"
     small = [cost.is_small(*work) for work in ((16, 256 * 256), (17, 256 * 256), (4, SMALL_WEIGHT), (1.0, 1))]
     assert small == [True, False, True, False]

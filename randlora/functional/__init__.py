@@ -18,12 +18,10 @@ and the update is ``scaling · UB @ UA``, transposed if ``in > out``, where row 
 0.15 to 0.21 and in the authors' code; an adapter is only valid with the pairing it was trained with.
 """
 
-from randlora.functional.adapted import WriteOut
 from randlora.functional.cost import Compute
-from randlora.functional.operation import Diagonals, adapted_linear
+from randlora.functional.operation import Diagonals, WriteOut, adapted_linear
 from randlora.functional.pairs import BlockPair, DensePair, Pair
-from randlora.functional.stacks import grouped_update, summed_linear
-from randlora.functional.update import delta_weight, update_norm, update_rows
+from randlora.functional.update import delta_weight, grouped_update, summed_linear, update_norm, update_rows
 
 __all__ = [
     "BlockPair",

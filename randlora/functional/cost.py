@@ -7,7 +7,7 @@ exported programs are factored: the number of tokens may be a symbol, and a choi
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -45,14 +45,14 @@ def pass_over(device_type: str, dtype: torch.dtype) -> float:
     return ON_CPU if device_type in ("cpu", "meta") else ON_GPU.get(dtype, ON_GPU[torch.float32])
 
 
-def _is_known(tokens: int) -> bool:
+def is_known(tokens: int) -> bool:
     """Whether a number of tokens is an integer rather than a tracer's symbol."""
     return type(tokens) is int and not torch.compiler.is_compiling()
 
 
 def is_small(tokens: int, entries: int) -> bool:
     """Whether a product takes at most `SMALL_WORK` multiply-adds; never if ``tokens`` is the symbol of a tracer."""
-    return _is_known(tokens) and tokens * entries <= SMALL_WORK
+    return is_known(tokens) and tokens * entries <= SMALL_WORK
 
 
 class Shape(NamedTuple):
@@ -71,14 +71,6 @@ class Shape(NamedTuple):
     num_bases: int
     shares: tuple[float, float, float]
     entry: float = ON_CPU
-
-
-class Shaped(Protocol):
-    """An object with a `Shape`: a pair of bases."""
-
-    @property
-    def shape(self) -> Shape:
-        """The sizes that the cost of its products depends on."""
 
 
 class Sizes(NamedTuple):
@@ -184,26 +176,7 @@ def _all_at_once(sizes: Sizes) -> bool:
     return sizes.through_terms + GATHERING_PASSES * entry * sizes.laid_out + sizes.through_B <= one_by_one
 
 
-def chosen_forward(tokens: int, pair: Shaped, *, is_wide: bool, has_weight: bool, compute: Compute) -> Way:
-    """Return the cached result of `forward_way`, or ``"factored"`` without reading ``tokens`` if that is a symbol."""
-    if compute != "auto":
-        return compute
-    return forward_way(Sizes(tokens, pair.shape, is_wide, has_weight)) if _is_known(tokens) else "factored"
-
-
-def chosen_backward(
-    tokens: int, pair: Shaped, *, is_wide: bool, has_weight: bool, needs: tuple[bool, bool, bool], compute: Compute
-) -> tuple[Way, Way]:
-    """Return the cached result of `backward_ways`. ``needs`` is for the input, for the weight, and for Λ and Γ."""
-    if compute != "auto":
-        return compute, compute
-    if not _is_known(tokens):
-        return "factored", "factored"
-    sizes = Sizes(tokens, pair.shape, is_wide, has_weight)
-    return backward_ways(sizes, needs_input=needs[0], needs_weight=needs[1], needs_diagonals=needs[2])
-
-
-def chosen_all_at_once(counts: Sequence[int], pair: Shaped, *, is_wide: bool, compute: Compute) -> bool:
+def chosen_all_at_once(counts: Sequence[int], shape: Shape, *, is_wide: bool, compute: Compute) -> bool:
     """Whether matrices of a stack, with these numbers of tokens, are computed together, without building ``UA``.
 
     Otherwise they are computed one after the other, with that many times the operators.
@@ -211,4 +184,4 @@ def chosen_all_at_once(counts: Sequence[int], pair: Shaped, *, is_wide: bool, co
     visited = len(counts) - counts.count(0)
     if compute != "auto" or not visited:
         return False
-    return _all_at_once(Sizes(-(-sum(counts) // visited), pair.shape, is_wide, has_weight=True))
+    return _all_at_once(Sizes(-(-sum(counts) // visited), shape, is_wide, has_weight=True))

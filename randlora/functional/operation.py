@@ -1,4 +1,4 @@
-"""The autograd function of a frozen linear layer with one adapter."""
+"""A frozen linear layer with one adapter: the products of a training step, and their autograd function."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.functional.adapted import WriteOut, adapted
-from randlora.functional.cost import Compute, chosen_backward, chosen_forward, is_small
+from randlora.functional import scratch
+from randlora.functional.cost import Compute, Sizes, Way, backward_ways, forward_way, is_known, is_small
 from randlora.functional.pairs import BlockPair, DensePair, Pair
 from randlora.functional.scratch import in_dtype, is_forward_mode, is_in_transform, is_traced
+
+WIDE = (torch.float32, torch.float64)
+
+WriteOut = Callable[[torch.dtype], Tensor]
+"""A function that dequantizes a weight, ``(out_features, in_features)``, to a dtype, into a new tensor each time."""
 
 
 class Diagonals(NamedTuple):
@@ -38,25 +44,21 @@ def adapted_linear(
     compute: Compute = "auto",
     is_wide: bool | None = None,
 ) -> Tensor:
-    """Compute ``x @ (weight + update).T + bias``, or ``x @ update.T`` if no weight is given.
+    """Compute ``x @ (weight + update).T + bias``, or ``x @ update.T`` if no weight is given, in the dtype of B.
 
     Only x, Λ, Γ, the weight and a reference to the bases are saved for backward, which computes the rest again, for the
     gradients that are needed. A quantized weight is dequantized for one product at a time and gets no gradient.
 
     Args:
         x: ``(..., in_features)`` in the dtype of B.
-        pair: The bases of the layer; the dtype of B is the one computed in.
+        pair: The bases of the layer.
         diagonals: Λ and Γ.
         weight: The base layer's weight, ``(out_features, in_features)`` in any layout and dtype, or a function that
             dequantizes it.
         bias: The base layer's bias, ``(out_features,)``.
-        compute: How to compute; ``"auto"`` chooses by size, see `randlora.functional.cost`. A compiled or exported
-            program is factored, because it may be run with any number of tokens.
+        compute: How to compute; ``"auto"`` chooses by size, see `randlora.functional.cost`.
         is_wide: Whether the whole layer's input has ``min_dim`` features. By default, whether x has as many features as
             Γ has columns, which may be wrong if bases and Γ are slices for a part of a weight.
-
-    Returns:
-        ``(..., out_features)`` in the dtype of B.
     """
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # the dtype of B already follows autocast
@@ -67,44 +69,20 @@ def adapted_linear(
     lam, gamma, scaling = diagonals
     is_wide = shape[-1] == gamma.shape[-1] if is_wide is None else is_wide
     run: Callable[..., Tensor] = _output  # plain operations, which torch differentiates in any nesting of transforms
-    bases: tuple[Any, ...] = None, None, pair
-    is_compiling, is_transforming = torch.compiler.is_compiling(), is_in_transform()
-    if is_forward_mode() or (is_compiling and is_transforming):
+    bases: tuple[Any, ...] = None, None, pair  # no arguments, so that saved-tensor hooks such as save_on_cpu see none
+    if is_in_transform() or is_forward_mode():
         pass
-    elif is_compiling or is_transforming:  # every tensor must be an argument
-        run, bases = _AdaptedLinear.apply if is_compiling else _Transformed.apply, (pair.A, pair.B, pair.rest)
-        if is_compiling:  # the scaling may be a symbolic float, so it must multiply a tensor here
-            lam, scaling = lam * scaling, 1.0
-    elif (
-        torch.is_grad_enabled()
-        and (
-            x.requires_grad
-            or lam.requires_grad
-            or gamma.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (isinstance(weight, Tensor) and weight.requires_grad)
-        )
-        and not is_traced()  # a trace fails where two functions use a tensor that is no argument, as the bases are
-    ):
-        run = _AdaptedLinear.apply  # without the bases, which saved-tensor hooks such as save_on_cpu then do not see
+    elif torch.compiler.is_compiling():  # every tensor must be an argument, and a symbolic scaling multiply one here
+        run, bases, lam, scaling = _AdaptedLinear.apply, (pair.A, pair.B, pair.rest), lam * scaling, 1.0
+    elif torch.is_grad_enabled() and not is_traced():  # where no function may use tensors that are no arguments
+        run = _AdaptedLinear.apply
     output = run(rows, weight, bias, lam, gamma, scaling, *bases, compute, is_wide)
     return output if len(shape) == 2 else output.view(*shape[:-1], output.shape[1])
 
 
-def _output(
-    rows: Tensor,
-    weight: Tensor | WriteOut | None,
-    bias: Tensor | None,
-    lam: Tensor,
-    gamma: Tensor,
-    scaling: float,
-    basis_A: Tensor | None,
-    basis_B: Tensor | None,
-    rest: Pair | tuple[int, ...],
-    compute: Compute,
-    is_wide: bool,  # noqa: FBT001
-) -> Tensor:
-    """Compute the output, ``(tokens, out)``, from the arguments of the autograd functions."""
+def _output(*inputs: Any) -> Tensor:
+    """Compute the output, ``(tokens, out)``, from the arguments of the autograd function."""
+    rows, weight, bias, lam, gamma, scaling, basis_A, basis_B, rest, compute, is_wide = inputs
     tokens = rows.shape[0]
     pair = _pair(basis_A, basis_B, rest, tokens, compute)
     way = chosen_forward(tokens, pair, is_wide=is_wide, has_weight=weight is not None, compute=compute)
@@ -113,17 +91,21 @@ def _output(
     return adapted(weight, pair, lam, gamma, scaling, is_wide=is_wide).output(rows, bias, way)
 
 
+def chosen_forward(tokens: int, pair: Pair, *, is_wide: bool, has_weight: bool, compute: Compute) -> Way:
+    """Return how to compute the output: the cheapest way, but ``"factored"`` if ``tokens`` is a tracer's symbol."""
+    if compute != "auto":
+        return compute
+    return forward_way(Sizes(tokens, pair.shape, is_wide, has_weight)) if is_known(tokens) else "factored"
+
+
 def _pair(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, tokens: int, compute: Compute) -> Pair:
-    """Return the pair that was passed to an autograd function, or its dense copy if the product is small."""
-    pair: Pair = rest if basis_A is None or basis_B is None else pair_like(basis_A, basis_B, rest)
+    """Return the pair that was passed to the autograd function, or its dense copy if the product is small."""
+    pair: Pair = rest
+    if basis_A is not None and basis_B is not None:
+        pair = BlockPair(basis_A, basis_B, *rest) if rest else DensePair(basis_A, basis_B)
     if compute != "auto" or pair.written is None or not is_small(tokens, pair.max_dim * pair.min_dim):
         return pair
     return pair.written
-
-
-def pair_like(basis_A: Tensor, basis_B: Tensor, rest: Any, /) -> Pair:
-    """Rebuild a pair from its tensors."""
-    return BlockPair(basis_A, basis_B, *rest) if rest else DensePair(basis_A, basis_B)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -131,7 +113,14 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _save(ctx, *inputs)
+        x, weight, bias, lam, gamma, ctx.scaling, basis_A, basis_B, ctx.rest, ctx.compute, ctx.is_wide = inputs
+        _, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        written, ctx.write_out = (weight, None) if weight is None or isinstance(weight, Tensor) else (None, weight)
+        if written is not None and not needs_weight:  # a merge before backward changes the parameter's data
+            written = written.detach()
+        tokens = x if needs_weight or needs_lam or needs_gamma else None
+        ctx.save_for_backward(tokens, written, lam, gamma, basis_A, basis_B)
         return _output(*inputs)
 
     @staticmethod
@@ -143,72 +132,28 @@ class _AdaptedLinear(torch.autograd.Function):
         return _gradients(ctx, grad)
 
 
-class _Transformed(torch.autograd.Function):
-    """The same for `torch.func` transforms: with ``setup_context`` every call runs ``inspect.signature``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return _output(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        _save(ctx, *inputs)
-
-    backward = _AdaptedLinear.backward
-
-
-def _save(
-    ctx: Any,
-    x: Tensor,
-    weight: Tensor | WriteOut | None,
-    bias: Tensor | None,
-    lam: Tensor,
-    gamma: Tensor,
-    scaling: float,
-    basis_A: Tensor | None,
-    basis_B: Tensor | None,
-    rest: Pair | tuple[int, ...],
-    compute: Compute,
-    is_wide: bool,  # noqa: FBT001
-) -> None:
-    """Save what backward needs."""
-    _, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
-    ctx.scaling, ctx.rest, ctx.compute, ctx.is_wide = scaling, rest, compute, is_wide
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    needs_tokens = needs_weight or needs_lam or needs_gamma
-    written, ctx.write_out = (weight, None) if weight is None or isinstance(weight, Tensor) else (None, weight)
-    # a merge before backward changes the parameter's data; but a transform around this one may differentiate by it
-    if written is not None and not written.requires_grad and not is_in_transform():
-        written = written.detach()
-    ctx.save_for_backward(x if needs_tokens else None, written, lam, gamma, basis_A, basis_B)
-
-
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients that are needed."""
     x, weight, lam, gamma, basis_A, basis_B = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
-    needs_diagonals = needs_lam or needs_gamma
-    pair = _pair(basis_A, basis_B, ctx.rest, grad.shape[0], ctx.compute)
-    has_weight, is_wide = ctx.write_out is not None or weight is not None, ctx.is_wide
-    x_way, diagonals_way = chosen_backward(
-        grad.shape[0],
-        pair,
-        is_wide=is_wide,
-        has_weight=has_weight,
-        needs=(needs_x, needs_weight, needs_diagonals),
-        compute=ctx.compute,
-    )
-    layer = adapted((ctx.write_out or weight) if needs_x else None, pair, lam, gamma, ctx.scaling, is_wide=is_wide)
+    needs_diagonals, tokens = needs_lam or needs_gamma, grad.shape[0]
+    pair = _pair(basis_A, basis_B, ctx.rest, tokens, ctx.compute)
+    x_way: Way = "factored" if ctx.compute == "auto" else ctx.compute
+    diagonals_way = x_way
+    if ctx.compute == "auto" and is_known(tokens):
+        sizes = Sizes(tokens, pair.shape, ctx.is_wide, ctx.write_out is not None or weight is not None)
+        x_way, diagonals_way = backward_ways(
+            sizes, needs_input=needs_x, needs_diagonals=needs_diagonals, needs_weight=needs_weight
+        )
+    layer = adapted((ctx.write_out or weight) if needs_x else None, pair, lam, gamma, ctx.scaling, is_wide=ctx.is_wide)
     grad_x = grad_weight = grad_lam = grad_gamma = hidden = None
     if x_way == "few_tokens":
-        tokens = x if needs_diagonals else None
-        grad_x, grad_lam, grad_gamma = layer.gradients_of_few_tokens(tokens, grad, needs_input=needs_x)
+        x_or_none = x if needs_diagonals else None
+        grad_x, grad_lam, grad_gamma = layer.gradients_of_few_tokens(x_or_none, grad, needs_input=needs_x)
     elif needs_x:
         grad_x, hidden = layer.input_gradient(grad, x_way)
     if layer.owns_weight:  # free the dequantized weight before the next matrix of its size is made
-        layer = layer.without_weight()
+        layer = adapted(None, pair, lam, gamma, ctx.scaling, is_wide=ctx.is_wide)
     if needs_weight or (needs_diagonals and diagonals_way == "materialized"):
         grad_weight = grad.T @ x
     if grad_weight is not None and needs_diagonals and diagonals_way == "materialized":
@@ -223,3 +168,144 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         None if grad_gamma is None else in_dtype(grad_gamma, gamma.dtype),
         *[None] * len(others),
     )
+
+
+def adapted(
+    weight: Tensor | WriteOut | None, pair: Pair, lam: Tensor, gamma: Tensor, scaling: float, *, is_wide: bool
+) -> Adapted:
+    """Return weight and update of one layer, with Λ and Γ in at least the dtype of A, and the weight in that of B."""
+    wide, dtype, factor = pair.A.dtype, pair.B.dtype, scaling
+    if lam.dtype != wide:
+        lam = lam.to(torch.promote_types(lam.dtype, wide))
+    if gamma.dtype != wide:
+        gamma = gamma.to(torch.promote_types(gamma.dtype, wide))
+    if dtype not in WIDE and scaling != 1:
+        lam, factor = lam * scaling, 1.0
+    if weight is None or (isinstance(weight, Tensor) and weight.dtype == dtype):
+        return Adapted(weight, pair, lam, gamma, factor, scaling, is_wide)
+    own = weight.to(dtype) if isinstance(weight, Tensor) else weight(dtype)
+    return Adapted(own, pair, lam, gamma, factor, scaling, is_wide, owns_weight=True)
+
+
+class Adapted(NamedTuple):
+    """``weight + update`` of one layer, ``(out, in)``, as an operand of products.
+
+    Attributes:
+        weight: The base layer's weight, ``(out, in)``; ``None`` for the update alone.
+        lam: Λ, multiplied by the scaling if B has 16 bits. With few tokens, Λ and Γ may be one for each token.
+        factor: The scaling if Λ is not multiplied by it, else 1.
+        is_wide: Whether the input of the whole layer has ``min_dim`` features, which includes square layers.
+        owns_weight: Whether the weight is referenced nowhere else and may be overwritten.
+    """
+
+    weight: Tensor | None
+    pair: Pair
+    lam: Tensor
+    gamma: Tensor
+    factor: float
+    scaling: float
+    is_wide: bool
+    owns_weight: bool = False
+
+    def total(self) -> Tensor:
+        """Return weight + update, ``(out, in)``, in the memory layout of the weight, which is overwritten if owned."""
+        onto = self.weight if self.weight is None or self.is_wide else self.weight.T
+        total = self.pair.update(self.pair.scaled_A(self.lam, self.gamma), onto, self.factor, uses_up=self.owns_weight)
+        return total if self.is_wide else total.T
+
+    def output(self, rows: Tensor, bias: Tensor | None, way: Way) -> Tensor:
+        """Compute the output, ``(tokens, out)``, for ``rows``, ``(tokens, in)``."""
+        if way == "materialized":
+            return F.linear(rows, self.total(), bias)
+        onto = None if self.weight is None else F.linear(rows, self.weight, bias)
+        pair = self.pair
+        if way == "few_tokens":
+            if self.is_wide:
+                return self._terms_to_large(pair.small_to_terms(rows, self.gamma), onto)
+            return self._by_term_to_small(pair.terms_to_small(self._terms(rows) * self.lam), onto)
+        scaled_A = pair.scaled_A(self.lam, self.gamma)
+        if self.is_wide:
+            return pair.hidden_to_large(pair.small_to_hidden(rows, scaled_A), onto, self.factor)
+        return pair.hidden_to_small(pair.large_to_hidden(rows), scaled_A, onto, self.factor)
+
+    def input_gradient(self, grad: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
+        """Compute the gradient of the input, ``(tokens, in)``, from the gradient of the output, ``(tokens, out)``.
+
+        Also return the hidden vectors that `gradients_from_tokens` can reuse, if there are any.
+        """
+        if way == "materialized":
+            return grad @ self.total(), None
+        onto, pair = None if self.weight is None else grad @ self.weight, self.pair
+        scaled_A = pair.scaled_A(self.lam, self.gamma)
+        if not self.is_wide:
+            return pair.hidden_to_large(pair.small_to_hidden(grad, scaled_A), onto, self.factor), None
+        hidden = pair.large_to_hidden(grad)
+        return pair.hidden_to_small(hidden, scaled_A, onto, self.factor), hidden
+
+    def gradients_from_tokens(self, tokens: Tensor, grad: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of Λ and Γ through both factors, with the hidden vectors of `input_gradient`."""
+        large, small = (grad, tokens) if self.is_wide else (tokens, grad)
+        if hidden is None:
+            return self._of_diagonals(self.pair.grad_from_sides(large, small))
+        return self._of_diagonals(self.pair.grad_from_tokens(hidden, small))
+
+    def gradients_from_update(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of Λ and Γ from the gradient of the update, ``(out, in)``."""
+        return self._of_diagonals(self.pair.grad_from_update(grad, across=not self.is_wide))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Compute rows of the update, ``(ids, in)``; ``is_wide`` must hold."""
+        scaled_A = self.pair.scaled_A(self.lam, self.gamma)
+        return self.pair.hidden_to_small(self.pair.rows_of_B(ids), scaled_A, None, self.factor)
+
+    def gradients_from_rows(self, ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of Λ and Γ from the gradient of `rows`."""
+        return self._of_diagonals(self.pair.grad_from_tokens(self.pair.rows_of_B(ids), grad))
+
+    def gradients_of_few_tokens(
+        self, tokens: Tensor | None, grad: Tensor, *, needs_input: bool, sums: bool = True
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Compute the gradients of the input, of Λ and of Γ without building UA; see `cost`.
+
+        Without ``tokens`` there are none of Λ and Γ; without ``sums`` they are of each token.
+        """
+        small, large = (tokens, grad) if self.is_wide else (grad, tokens)
+        before = None if small is None else self.pair.small_to_terms(small, self.gamma)
+        after = None if large is None else self._terms(large)
+        by_term = None if after is None else self.pair.terms_to_small(after * self.lam)
+        grad_x = None
+        if needs_input:
+            onto = None if self.weight is None else grad @ self.weight
+            to_input = self._by_term_to_small if self.is_wide else self._terms_to_large
+            of_gradient = by_term if self.is_wide else before
+            assert of_gradient is not None, "it is computed from the gradient"
+            grad_x = to_input(of_gradient, onto)
+        if small is None or before is None or after is None or by_term is None:
+            return grad_x, None, None
+        grad_lam, grad_gamma = before * after, by_term * small.unsqueeze(1)
+        if sums:
+            is_one = grad.size(0) == 1
+            grad_lam, grad_gamma = (grad_lam[0], grad_gamma[0]) if is_one else (grad_lam.sum(0), grad_gamma.sum(0))
+        return grad_x, *self._times_scaling(grad_lam, grad_gamma)
+
+    def _of_diagonals(self, grad_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of Λ and Γ from the gradient of UA without the scaling."""
+        return self._times_scaling(*self.pair.diagonal_gradients(grad_A, self.lam, self.gamma))
+
+    def _times_scaling(self, grad_lam: Tensor, grad_gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiply gradients by the scaling. The gradient of Γ already contains it if Λ does."""
+        return scratch.scaled(grad_lam, self.scaling), scratch.scaled(grad_gamma, self.factor)
+
+    def _terms(self, large: Tensor) -> Tensor:
+        """Multiply ``(tokens, max_dim)`` by UB and view the result as ``(tokens, r, num_bases)``."""
+        return self.pair.large_to_flat(large).view(-1, *self.lam.shape[-2:])
+
+    def _terms_to_large(self, terms: Tensor, onto: Tensor | None) -> Tensor:
+        """Multiply ``(tokens, r, num_bases)`` by Λ, the factor and ``UB.T``, and add ``onto``."""
+        flat = (self.lam * terms).flatten(1)
+        return self.pair.flat_to_large(scratch.in_dtype(flat, self.pair.B.dtype), onto, self.factor)
+
+    def _by_term_to_small(self, by_term: Tensor, onto: Tensor | None) -> Tensor:
+        """Multiply ``(tokens, num_bases, min_dim)`` by Γ and the factor, sum over the terms, and add ``onto``."""
+        total = scratch.plus(onto, (by_term * self.gamma).sum(1), self.factor)
+        return scratch.in_dtype(total, self.pair.B.dtype)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from randlora.functional import scratch
 from randlora.functional.cost import Shape, pass_over
-from randlora.functional.scaled import diagonal_gradients, scaled_basis
-from randlora.functional.scratch import in_dtype
+from randlora.functional.scratch import diagonal_gradients, in_dtype, scaled_basis
 
 
 class DensePair:

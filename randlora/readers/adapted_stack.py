@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.functional import Compute, adapted_linear, grouped_update, summed_linear
-from randlora.functional.cost import chosen_all_at_once, chosen_forward
+from randlora.functional.cost import chosen_all_at_once
+from randlora.functional.operation import chosen_forward
 from randlora.functional.scratch import without_autocast
 from randlora.layers.base import autocast_dtype, is_plain_tensor, product_dtype
 from randlora.layers.update import Update, folded, sum_updates
@@ -69,7 +70,7 @@ class Own:
         """Whether `products` is faster than one matrix after the other, given the number of tokens of each matrix."""
         pairs = [update.parts(x.device, x.dtype)[0] for update in self.updates]
         is_wide = self.updates[0].is_wide
-        return all(chosen_all_at_once(counts, pair, is_wide=is_wide, compute=compute) for pair in pairs)
+        return all(chosen_all_at_once(counts, pair.shape, is_wide=is_wide, compute=compute) for pair in pairs)
 
     def products(self, x: Tensor, counts: Sequence[int]) -> Iterable[Tensor]:
         """Return the products of tokens, sorted by their matrix, with each update."""

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.functional import Diagonals, Pair, scratch
-from randlora.functional.cost import Compute, chosen_forward
-from randlora.functional.operation import adapted_linear
+from randlora.functional.cost import Compute
+from randlora.functional.operation import adapted_linear, chosen_forward
 from randlora.functional.scratch import in_dtype
 from randlora.layers.diagonals import Diagonal, Values
 from randlora.modes import may_be_kept
