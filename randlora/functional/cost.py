@@ -1,8 +1,7 @@
 """The choice of how each stage of a layer computes: a pure function of sizes.
 
 A stage can multiply the tokens by both factors (*factored*), form the update first (*materialized*) or, for few tokens,
-repeat the tokens for each term instead of building ``UA`` (*few_tokens*); docs/method.md has the table. Compiled and
-exported programs are factored: the number of tokens may be a symbol, and a choice that depends on it a guard on it.
+repeat the tokens for each term instead of building ``UA`` (*few_tokens*); docs/method.md has the table.
 """
 
 from collections.abc import Sequence
@@ -45,47 +44,24 @@ def pass_over(device_type: str, dtype: torch.dtype) -> float:
     return ON_CPU if device_type in ("cpu", "meta") else ON_GPU.get(dtype, ON_GPU[torch.float32])
 
 
-def is_known(tokens: int) -> bool:
-    """Whether a number of tokens is an integer rather than a tracer's symbol."""
-    return type(tokens) is int and not torch.compiler.is_compiling()
-
-
-def is_small(tokens: int, entries: int) -> bool:
-    """Whether a product takes at most `SMALL_WORK` multiply-adds; never if ``tokens`` is the symbol of a tracer."""
-    return is_known(tokens) and tokens * entries <= SMALL_WORK
-
-
 class Shape(NamedTuple):
-    """What the cost of a layer's stages depends on that its bases determine.
-
-    Attributes:
-        hidden: ``r·num_bases``.
-        shares: Shares of the dense work of products with UA, with UB, and of UB @ UA: for block bases about 1/c, 1/b
-            and 1/(b·c).
-        entry: Multiply-adds in the time of a pass over one entry; see `pass_over`.
-    """
+    """What the cost of a layer's stages depends on that its bases determine."""
 
     max_dim: int
     min_dim: int
-    hidden: int
+    hidden: int  # r·num_bases
     num_bases: int
-    shares: tuple[float, float, float]
-    entry: float = ON_CPU
+    shares: tuple[float, float, float]  # of the dense work of UA, UB and UB @ UA: in blocks about 1/c, 1/b and 1/(b·c)
+    entry: float = ON_CPU  # multiply-adds in the time of a pass over one entry
 
 
 class Sizes(NamedTuple):
-    """The sizes that the cost of a layer's stages depends on.
+    """The sizes that the cost of a layer's stages depends on."""
 
-    Attributes:
-        tokens: Rows of the input.
-        is_wide: Whether the input has ``min_dim`` features.
-        has_weight: Whether the base layer's weight is given, so that the update can be added to it.
-    """
-
-    tokens: int
+    tokens: int  # rows of the input
     shape: Shape
-    is_wide: bool
-    has_weight: bool
+    is_wide: bool  # whether the input has min_dim features
+    has_weight: bool  # whether the update can be added to a weight
 
     @property
     def through_A(self) -> float:
@@ -143,10 +119,7 @@ def forward_way(sizes: Sizes) -> Way:
 def backward_ways(
     sizes: Sizes, *, needs_input: bool, needs_diagonals: bool, needs_weight: bool = False
 ) -> tuple[Way, Way]:
-    """Return how to compute the gradients of the input and of Λ and Γ, chosen together because they share a product.
-
-    The gradients of Λ and Γ can also be computed from the weight's gradient, if this is needed.
-    """
+    """Return how to compute the gradients of the input and of Λ and Γ, chosen together because they share products."""
     shape, entry = sizes.shape, sizes.shape.entry
 
     def of_diagonals(way: Way, *, has_hidden: bool) -> float:
@@ -177,10 +150,7 @@ def _all_at_once(sizes: Sizes) -> bool:
 
 
 def chosen_all_at_once(counts: Sequence[int], shape: Shape, *, is_wide: bool, compute: Compute) -> bool:
-    """Whether matrices of a stack, with these numbers of tokens, are computed together, without building ``UA``.
-
-    Otherwise they are computed one after the other, with that many times the operators.
-    """
+    """Whether matrices of a stack, with these numbers of tokens, are computed together, without building ``UA``."""
     visited = len(counts) - counts.count(0)
     if compute != "auto" or not visited:
         return False

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from randlora.functional import scratch
-from randlora.functional.cost import Compute, Sizes, Way, backward_ways, forward_way, is_known, is_small
+from randlora.functional.cost import SMALL_WORK, Compute, Sizes, Way, backward_ways, forward_way
 from randlora.functional.pairs import BlockPair, DensePair, Pair
 from randlora.functional.scratch import in_dtype, is_forward_mode, is_in_transform, is_traced
 
@@ -91,6 +91,11 @@ def _output(*inputs: Any) -> Tensor:
     return adapted(weight, pair, lam, gamma, scaling, is_wide=is_wide).output(rows, bias, way)
 
 
+def is_known(tokens: int) -> bool:
+    """Whether a number of tokens is an integer, not a tracer's symbol, on whose value a choice would be a guard."""
+    return type(tokens) is int and not torch.compiler.is_compiling()
+
+
 def chosen_forward(tokens: int, pair: Pair, *, is_wide: bool, has_weight: bool, compute: Compute) -> Way:
     """Return how to compute the output: the cheapest way, but ``"factored"`` if ``tokens`` is a tracer's symbol."""
     if compute != "auto":
@@ -103,9 +108,9 @@ def _pair(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, tokens: int
     pair: Pair = rest
     if basis_A is not None and basis_B is not None:
         pair = BlockPair(basis_A, basis_B, *rest) if rest else DensePair(basis_A, basis_B)
-    if compute != "auto" or pair.written is None or not is_small(tokens, pair.max_dim * pair.min_dim):
+    if pair.written is None or compute != "auto" or not is_known(tokens):
         return pair
-    return pair.written
+    return pair.written if tokens * pair.max_dim * pair.min_dim <= SMALL_WORK else pair
 
 
 class _AdaptedLinear(torch.autograd.Function):

@@ -24,16 +24,11 @@ class DensePair:
 
     Products are between *small* vectors (of ``min_dim`` entries), *large* ones (``max_dim``) and the *hidden* ones
     between the two factors (``r·num_bases``). Hidden vectors are *flat*, in the order of p, or in the order of the rows
-    of ``scaled_A``; for dense bases both are the same.
-
-    Attributes:
-        A: ``(1, r, min_dim)``.
-        B: ``(max_dim, r·num_bases)``, in the dtype to compute in.
-        rest: The arguments besides A and B that rebuild the pair from other tensors.
-        written: ``None``: these bases are dense already.
+    of ``scaled_A``; for dense bases both are the same. A is ``(1, r, min_dim)``, and B ``(max_dim, r·num_bases)`` in
+    the dtype to compute in. With ``rest`` as further arguments, a pair is rebuilt from other tensors.
     """
 
-    written: None = None
+    written: None = None  # the bases are dense already
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
         """Hold the bases of one layer."""
@@ -140,15 +135,10 @@ class BlockPair:
     On the way between the order of one basis and that of the other they are copied twice, through p: a permutation of
     five axes took 1.4 to 2.9 times as long on a CPU as two of three.
 
-    Attributes:
-        A: ``(c, r/c, ceil(min_dim / c))``.
-        B: ``(b, ceil(max_dim / b), r·num_bases/b)``, in the dtype to compute in.
-        rest: The arguments besides A and B that rebuild the pair from other tensors.
-        hidden: ``r·num_bases``.
-        written: The same bases as a dense pair, if one was made for small products; see `cost.is_small`.
+    A is ``(c, r/c, ceil(min_dim / c))``, and B ``(b, ceil(max_dim / b), r·num_bases/b)``.
     """
 
-    written: DensePair | None = None
+    written: DensePair | None = None  # the same bases, for products of at most SMALL_WORK
 
     def __init__(
         self,

@@ -54,17 +54,11 @@ class Sides(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A part of a weight, ``(out_features, in_features)``, or of each of some matrices in a stack.
-
-    Attributes:
-        rows: The outputs.
-        columns: The inputs.
-        matrices: The matrices of a stack; ``None`` for all, or for a weight that is not a stack.
-    """
+    """A part of a weight, ``(out_features, in_features)``, or of each of some matrices in a stack."""
 
     rows: Spans
     columns: Spans
-    matrices: Spans | None = None
+    matrices: Spans | None = None  # all, or not a stack
 
     def sides(self, *, is_wide: bool) -> Sides:
         """Return the part of the bases; ``is_wide`` says whether the whole layer's input has ``min_dim`` features."""
