@@ -62,7 +62,6 @@ def _codes_of(layer: Any) -> Codes:
 
 
 def _of_each(scales: Tensor, weight: Any) -> Tensor:
-    """Repeat scales, one for a block of columns of each row, for each entry."""
     return scales.double().expand(len(weight), -1).repeat_interleave(weight.shape[1] // scales.shape[1], 1)
 
 

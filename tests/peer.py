@@ -67,7 +67,6 @@ TRAINERS_WARNINGS = [
 
 
 def peft_config(kind: RealModel, basis: BasisKind = "dense", **options: Any) -> RandLoraConfig:
-    """Make the options that an adapter of rank `R` would have in PEFT."""
     options = {"r": R, "randlora_alpha": ALPHA, "target_modules": list(kind.targets), **options}
     return RandLoraConfig(fan_in_fan_out=kind.name == "gpt2", **PEFT_FLAGS[basis], **options)
 
@@ -93,7 +92,6 @@ def peft_draw(basis: BasisKind) -> Stream | None:
 
 
 def our_model(kind: RealModel, basis: BasisKind = "dense", **options: Any) -> nn.Module:
-    """Build the same with ours, with the bases that PEFT draws here."""
     model = kind.build()
     ours = {"r": R, "alpha": ALPHA, "targets": kind.targets, "basis": basis, "stream": peft_draw(basis)}
     randlora.inject(model, **{**ours, **options})
@@ -125,7 +123,6 @@ def assert_same_effect(ours: nn.Module, theirs: nn.Module, kind: RealModel, tole
 
 
 def in_peft(kind: RealModel, directory: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
-    """Let PEFT load a directory into a fresh model."""
     return PeftModel.from_pretrained(kind.build().to(dtype), directory, **options).eval()
 
 
@@ -140,7 +137,6 @@ def told_stream(directory: Path) -> Stream | None:
 
 
 def in_ours(kind: RealModel, directory: Path, **options: Any) -> nn.Module:
-    """Load a directory into a fresh model ourselves."""
     model = kind.build()
     randlora.load(model, directory, **{"stream": told_stream(directory), **options})
     return model
@@ -154,21 +150,18 @@ def untied() -> Any:
 
 
 def base_directory(kind: RealModel, parent: Path) -> Path:
-    """Save a model as transformers does."""
     return save_model(kind, parent / "base")
 
 
 def our_directory(
     kind: RealModel, parent: Path, basis: BasisKind = "dense", *, bases: Any = "seed", **options: Any
 ) -> tuple[Path, nn.Module]:
-    """Save an adapter of ours; return the adapted model too."""
     model = our_model(kind, basis, **options)
     randlora.save(model, parent / "ours", bases=bases)
     return parent / "ours", model
 
 
 def their_directory(kind: RealModel, parent: Path, basis: BasisKind = "dense", **options: Any) -> tuple[Path, Any]:
-    """Save an adapter of PEFT's; return PEFT's model too."""
     model = peft_model(kind, basis, **options)
     model.save_pretrained(parent / "theirs")
     return parent / "theirs", model

@@ -69,7 +69,6 @@ class ReadKind:
         return {"r": 3, "alpha": 6, "targets": [self.target], "stream": "portable", **self.options}
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-        """Make a model of one such module, always with the same weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return nn.Sequential(self.build()).to(dtype)
@@ -103,7 +102,6 @@ class ReadKind:
         return self.layer(model).diagonals_of(self.owner(model), name)
 
     def weight(self, model: nn.Module) -> nn.Parameter:
-        """Return the parameter without any update."""
         return dict(model.named_parameters())[self.parameter_fqn]
 
     def oracle_update(self, model: nn.Module, name: str = "default") -> Tensor:
@@ -246,7 +244,6 @@ def _id(value: object) -> str:
 
 
 def of(*names: str) -> pytest.MarkDecorator:
-    """Parametrize over the rows of these names."""
     rows = {kind.name: kind for kind in READ_KINDS}
     return pytest.mark.parametrize("kind", [rows[name] for name in names], ids=_id)
 

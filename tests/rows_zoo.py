@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -30,262 +31,163 @@ def mask(rows: int) -> Tensor:
     return torch.ones(rows, TOKENS)
 
 
-TEXT = "encoder_hidden_states"
+TEXT, MASK = "encoder_hidden_states", "encoder_attention_mask"
 UNET: dict[str, Any] = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
-CONDITIONED = UNET | {"cross_attention_dim": 16, "attention_head_dim": 4}
-AXES = {"img_ids": torch.rand(16, 3), "txt_ids": torch.rand(TOKENS, 3)}
+IN_AND_OUT: dict[str, Any] = HEADS | {"in_channels": 4, "out_channels": 4}
+SINGLE: dict[str, Any] = HEADS | {"in_channels": 4, "num_single_layers": 1, "joint_attention_dim": 32}
+AXES = {"img_ids": lambda _: torch.rand(16, 3), "txt_ids": lambda _: torch.rand(TOKENS, 3)}
+
+
+def blocks(dims: str) -> dict[str, Any]:
+    """Return the kinds of blocks of a UNet that attends to text."""
+    down, up = f"DownBlock{dims}", f"UpBlock{dims}"
+    return {"down_block_types": (f"CrossAttn{down}", down), "up_block_types": (up, f"CrossAttn{up}")}
+
+
+def share(rows: int) -> Tensor:
+    return times(rows) / 9
+
+
 # fmt: off
-DIFFUSERS: dict[str, tuple[dict[str, Any], Inputs]] = {
-    "UNet2DModel": (
-        UNET | {
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-            "attention_head_dim": 4,
-        },
-        lambda n: {"sample": T(n, 3, 16, 16), "timestep": times(n)},
-    ),
-    "UNet2DConditionModel": (
-        CONDITIONED | {
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        },
-        lambda n: {"sample": T(n, 4, 8, 8), "timestep": times(n), TEXT: T(n, TOKENS, 16)},
-    ),
-    "UNet3DConditionModel": (
-        CONDITIONED | {
-            "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-            "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-        },
-        lambda n: {"sample": T(n, 4, 4, 8, 8), "timestep": times(n), TEXT: T(n, TOKENS, 16)},
-    ),
-    "UNetSpatioTemporalConditionModel": (
-        {
-            "block_out_channels": (32, 64), "layers_per_block": 1, "num_attention_heads": 2, "cross_attention_dim": 32,
-            "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-            "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-            "projection_class_embeddings_input_dim": 24, "addition_time_embed_dim": 8,
-        },
-        lambda n: {
-            "sample": T(n, 4, 8, 8, 8), "timestep": times(n), TEXT: T(n, 1, 32), "added_time_ids": torch.rand(n, 3),
-        },
-    ),
-    "Kandinsky3UNet": (
-        {
-            "time_embedding_dim": 4, "groups": 2, "attention_head_dim": 4, "layers_per_block": 3,
-            "block_out_channels": (32, 64), "cross_attention_dim": 4, "encoder_hid_dim": 32,
-        },
-        lambda n: {
-            "sample": T(n, 4, 8, 8), "timestep": times(n), TEXT: T(n, TOKENS, 32), "encoder_attention_mask": mask(n),
-        },
-    ),
-    "ControlNetModel": (
-        CONDITIONED | {
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "in_channels": 4,
-            "conditioning_embedding_out_channels": (8, 8),
-        },
-        lambda n: {
-            "sample": T(n, 4, 8, 8), "timestep": times(n), TEXT: T(n, TOKENS, 16), "controlnet_cond": T(n, 3, 16, 16),
-        },
-    ),
-    "AutoencoderKL": (
-        {
-            "block_out_channels": (8, 16), "norm_num_groups": 4, "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-        },
-        lambda n: {"sample": T(n, 3, 16, 16)},
-    ),
-    "VQModel": ({"block_out_channels": (8,), "norm_num_groups": 4}, lambda n: {"sample": T(n, 3, 16, 16)}),
-    "AutoencoderKLWan": (
-        {
-            "base_dim": 3, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1,
-            "temperal_downsample": [False, True, True],
-        },
-        lambda n: {"sample": T(n, 3, 9, 16, 16)},
-    ),
-    "AutoencoderDC": (
-        {
-            "latent_channels": 4, "attention_head_dim": 2, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-            "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (8, 8),
-            "decoder_block_out_channels": (8, 8), "encoder_qkv_multiscales": ((), (5,)),
-            "decoder_qkv_multiscales": ((), (5,)), "encoder_layers_per_block": (1, 1),
-            "decoder_layers_per_block": [1, 1], "downsample_block_type": "conv", "upsample_block_type": "interpolate",
-            "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu",
-        },
-        lambda n: {"sample": T(n, 3, 16, 16)},
-    ),
-    "Transformer2DModel": (
-        HEADS | {"in_channels": 32, "norm_num_groups": 4, "cross_attention_dim": 16},
-        lambda n: {"hidden_states": T(n, 32, 6, 6), TEXT: T(n, TOKENS, 16)},
-    ),
-    "DiTTransformer2DModel": (
-        HEADS | {"sample_size": 8},
-        lambda n: {"hidden_states": T(n, 4, 8, 8), "timestep": times(n), "class_labels": times(n)},
-    ),
-    "PixArtTransformer2DModel": (
-        HEADS | {
-            "sample_size": 8, "cross_attention_dim": 32, "caption_channels": 24, "use_additional_conditions": False,
-        },
-        lambda n: {
-            "hidden_states": T(n, 4, 8, 8), "timestep": times(n), TEXT: T(n, TOKENS, 24),
-            "added_cond_kwargs": {"aspect_ratio": None, "resolution": None}, "encoder_attention_mask": mask(n),
-        },
-    ),
-    "SD3Transformer2DModel": (
-        HEADS | {
-            "sample_size": 8, "in_channels": 4, "joint_attention_dim": 32, "caption_projection_dim": 32,
-            "pooled_projection_dim": 16, "out_channels": 4, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
-        },
-        lambda n: {
-            "hidden_states": T(n, 4, 8, 8), TEXT: T(n, TOKENS, 32), "pooled_projections": T(n, 16),
-            "timestep": times(n),
-        },
-    ),
-    "FluxTransformer2DModel": (
-        HEADS | {
-            "in_channels": 4, "num_single_layers": 1, "joint_attention_dim": 32, "pooled_projection_dim": 16,
-            "axes_dims_rope": (4, 4, 8),
-        },
-        lambda n: {
-            "hidden_states": T(n, 16, 4), TEXT: T(n, TOKENS, 32), "pooled_projections": T(n, 16),
-            "timestep": times(n) / 9, **AXES,
-        },
-    ),
-    "Flux2Transformer2DModel": (
-        HEADS | {
-            "in_channels": 4, "num_single_layers": 1, "joint_attention_dim": 32, "timestep_guidance_channels": 16,
-            "axes_dims_rope": (4, 4, 4, 4),
-        },
-        lambda n: {
-            "hidden_states": T(n, 16, 4), TEXT: T(n, TOKENS, 32), "timestep": times(n) / 9, "guidance": times(n) / 9,
-            "img_ids": torch.rand(n, 16, 4), "txt_ids": torch.rand(n, TOKENS, 4),
-        },
-    ),
-    "ChromaTransformer2DModel": (
-        HEADS | {
-            "in_channels": 4, "num_single_layers": 1, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8),
-            "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1,
-        },
-        lambda n: {"hidden_states": T(n, 16, 4), TEXT: T(n, TOKENS, 32), "timestep": times(n) / 9, **AXES},
-    ),
-    "CogVideoXTransformer3DModel": (
-        HEADS | {
-            "in_channels": 4, "out_channels": 4, "time_embed_dim": 4, "text_embed_dim": 8, "sample_width": 8,
-            "sample_height": 8, "sample_frames": 9, "max_text_seq_length": TOKENS,
-        },
-        lambda n: {"hidden_states": T(n, 3, 4, 8, 8), TEXT: T(n, TOKENS, 8), "timestep": times(n)},
-    ),
-    "CogView4Transformer2DModel": (
-        HEADS | {
-            "in_channels": 4, "out_channels": 4, "text_embed_dim": 32, "time_embed_dim": 8, "condition_dim": 4,
-            "rope_axes_dim": (8, 8),
-        },
-        lambda n: {
-            "hidden_states": T(n, 4, 8, 8), TEXT: T(n, TOKENS, 32), "timestep": times(n),
-            **dict.fromkeys(("original_size", "target_size", "crop_coords"), torch.ones(n, 2)),
-        },
-    ),
-    "ErnieImageTransformer2DModel": (
-        {
-            "hidden_size": 32, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 48, "in_channels": 4,
-            "out_channels": 4, "text_in_dim": 24, "rope_axes_dim": (4, 6, 6),
-        },
-        lambda n: {
-            "hidden_states": T(n, 4, 6, 6), "timestep": times(n), "text_bth": T(n, TOKENS, 24),
-            "text_lens": torch.full((n,), TOKENS),
-        },
-    ),
-    "HunyuanVideoTransformer3DModel": (
-        HEADS | {
-            "in_channels": 4, "out_channels": 4, "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 16,
-            "pooled_projection_dim": 8, "rope_axes_dim": (4, 4, 8),
-        },
-        lambda n: {
-            "hidden_states": T(n, 4, 4, 8, 8), "timestep": times(n), TEXT: T(n, TOKENS, 16),
-            "encoder_attention_mask": mask(n), "pooled_projections": T(n, 8), "guidance": times(n),
-        },
-    ),
-    "LTXVideoTransformer3DModel": (
-        HEADS | {"in_channels": 8, "out_channels": 8, "cross_attention_dim": 32, "caption_channels": 16},
-        lambda n: {
-            "hidden_states": T(n, 24, 8), TEXT: T(n, TOKENS, 16), "timestep": times(n),
-            "encoder_attention_mask": mask(n), "num_frames": 2, "height": 3, "width": 4,
-        },
-    ),
-    "Lumina2Transformer2DModel": (
-        {
-            "sample_size": 8, "in_channels": 4, "hidden_size": 24, "num_layers": 1, "num_refiner_layers": 1,
-            "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 2, "axes_dim_rope": (4, 2, 2),
-            "axes_lens": (128, 128, 128), "cap_feat_dim": 8,
-        },
-        lambda n: {
-            "hidden_states": T(n, 4, 8, 8), "timestep": times(n), TEXT: T(n, TOKENS, 8),
-            "encoder_attention_mask": mask(n).bool(),
-        },
-    ),
-    "MochiTransformer3DModel": (
-        HEADS | {
-            "attention_head_dim": 8, "pooled_projection_dim": 16, "in_channels": 4, "text_embed_dim": 16,
-            "time_embed_dim": 4, "max_sequence_length": TOKENS,
-        },
-        lambda n: {
-            "hidden_states": T(n, 4, 2, 8, 8), TEXT: T(n, TOKENS, 16), "timestep": times(n),
-            "encoder_attention_mask": mask(n).bool(),
-        },
-    ),
-    "QwenImageTransformer2DModel": (
-        HEADS | {"in_channels": 16, "out_channels": 4, "joint_attention_dim": 16, "axes_dims_rope": (4, 4, 8)},
-        lambda n: {
-            "hidden_states": T(n, 16, 16), TEXT: T(n, TOKENS, 16), "encoder_hidden_states_mask": mask(n).long(),
-            "timestep": times(n) / 9, "img_shapes": [(1, 4, 4)] * n,
-        },
-    ),
-    "SanaTransformer2DModel": (
-        HEADS | {
-            "in_channels": 4, "out_channels": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 16,
-            "cross_attention_dim": 32, "caption_channels": 8, "sample_size": 8,
-        },
-        lambda n: {"hidden_states": T(n, 4, 8, 8), TEXT: T(n, TOKENS, 8), "timestep": times(n)},
-    ),
-    "WanTransformer3DModel": (
-        HEADS | {
-            "in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 256, "ffn_dim": 32, "rope_max_seq_len": 32,
-        },
-        lambda n: {"hidden_states": T(n, 4, 2, 8, 8), "timestep": times(n), TEXT: T(n, TOKENS, 16)},
-    ),
-    "PriorTransformer": (
-        HEADS | {"embedding_dim": 8, "num_embeddings": 7, "additional_embeddings": 4},
-        lambda n: {"hidden_states": T(n, 8), "timestep": times(n), "proj_embedding": T(n, 8), TEXT: T(n, 7, 8)},
-    ),
-    "StableAudioDiTModel": (
-        HEADS | {
-            "sample_size": 4, "in_channels": 4, "out_channels": 4, "num_key_value_attention_heads": 2,
-            "cross_attention_dim": 4, "time_proj_dim": 8, "global_states_input_dim": 8, "cross_attention_input_dim": 4,
-        },
-        lambda n: {
-            "hidden_states": T(n, 4, 8), "timestep": times(n).float(), TEXT: T(n, TOKENS, 4),
-            "global_hidden_states": T(n, 1, 8), "rotary_embedding": (T(9, 8), T(9, 8)),
-        },
-    ),
-    "AllegroTransformer3DModel": (
-        HEADS | {
-            "attention_head_dim": 12, "cross_attention_dim": 24, "sample_width": 8, "sample_height": 8,
-            "sample_frames": 8, "caption_channels": 24,
-        },
-        lambda n: {
-            "hidden_states": T(n, 4, 2, 8, 8), TEXT: T(n, TOKENS, 24), "timestep": times(n),
-            "encoder_attention_mask": mask(n), "attention_mask": torch.ones(n, 2, 8, 8),
-        },
-    ),
-    "LatteTransformer3DModel": (
-        HEADS | {
-            "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 16,
-            "attention_bias": True, "sample_size": 8, "patch_size": 2, "activation_fn": "gelu-approximate",
-            "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
-            "norm_eps": 1e-6, "caption_channels": 8, "video_length": 4,
-        },
-        lambda n: {"hidden_states": T(n, 4, 4, 8, 8), "timestep": times(n), TEXT: T(n, TOKENS, 8)},
-    ),
+CONDITIONED = UNET | {"cross_attention_dim": 16, "attention_head_dim": 4}
+IMAGES_IN_AND_OUT = {"block_out_channels": (8, 16), "norm_num_groups": 4,
+                     "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+EFFICIENT = {
+    f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in {
+        "block_types": ("ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8), "layers_per_block": (1, 1),
+        "qkv_multiscales": ((), (5,)),
+    }.items()
 }
+DIFFUSERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "UNet2DModel": (UNET | {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 4,
+    }, {"sample": (3, 16, 16)}),
+    "UNet2DConditionModel": (CONDITIONED | blocks("2D"), {"sample": (4, 8, 8), TEXT: (TOKENS, 16)}),
+    "UNet3DConditionModel": (CONDITIONED | blocks("3D"), {"sample": (4, 4, 8, 8), TEXT: (TOKENS, 16)}),
+    "UNetSpatioTemporalConditionModel": (blocks("SpatioTemporal") | {
+        "block_out_channels": (32, 64), "layers_per_block": 1, "num_attention_heads": 2, "cross_attention_dim": 32,
+        "projection_class_embeddings_input_dim": 24, "addition_time_embed_dim": 8,
+    }, {"sample": (4, 8, 8, 8), TEXT: (1, 32), "added_time_ids": lambda n: torch.rand(n, 3)}),
+    "Kandinsky3UNet": ({
+        "time_embedding_dim": 4, "groups": 2, "attention_head_dim": 4, "layers_per_block": 3,
+        "block_out_channels": (32, 64), "cross_attention_dim": 4, "encoder_hid_dim": 32,
+    }, {"sample": (4, 8, 8), TEXT: (TOKENS, 32), MASK: mask}),
+    "ControlNetModel": (CONDITIONED | {
+        "down_block_types": blocks("2D")["down_block_types"], "in_channels": 4,
+        "conditioning_embedding_out_channels": (8, 8),
+    }, {"sample": (4, 8, 8), TEXT: (TOKENS, 16), "controlnet_cond": (3, 16, 16)}),
+    "AutoencoderKL": (IMAGES_IN_AND_OUT, {"sample": (3, 16, 16)}),
+    "VQModel": ({"block_out_channels": (8,), "norm_num_groups": 4}, {"sample": (3, 16, 16)}),
+    "AutoencoderKLWan": ({
+        "base_dim": 3, "z_dim": 16, "dim_mult": [1] * 4, "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+    }, {"sample": (3, 9, 16, 16)}),
+    "AutoencoderDC": (EFFICIENT | {
+        "latent_channels": 4, "attention_head_dim": 2, "downsample_block_type": "conv",
+        "upsample_block_type": "interpolate", "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu",
+    }, {"sample": (3, 16, 16)}),
+    "Transformer2DModel": (HEADS | {"in_channels": 32, "norm_num_groups": 4, "cross_attention_dim": 16}, {
+        "hidden_states": (32, 6, 6), TEXT: (TOKENS, 16), "timestep": None,
+    }),
+    "DiTTransformer2DModel": (HEADS | {"sample_size": 8}, {"hidden_states": (4, 8, 8), "class_labels": times}),
+    "PixArtTransformer2DModel": (HEADS | {
+        "sample_size": 8, "cross_attention_dim": 32, "caption_channels": 24, "use_additional_conditions": False,
+    }, {
+        "hidden_states": (4, 8, 8), TEXT: (TOKENS, 24), MASK: mask,
+        "added_cond_kwargs": lambda _: {"aspect_ratio": None, "resolution": None},
+    }),
+    "SD3Transformer2DModel": (IN_AND_OUT | {
+        "sample_size": 8, "joint_attention_dim": 32, "caption_projection_dim": 32,
+        "pooled_projection_dim": 16, "dual_attention_layers": (0,), "qk_norm": "rms_norm",
+    }, {"hidden_states": (4, 8, 8), TEXT: (TOKENS, 32), "pooled_projections": (16,)}),
+    "FluxTransformer2DModel": (SINGLE | {"pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8)}, {
+        "hidden_states": (16, 4), TEXT: (TOKENS, 32), "pooled_projections": (16,), "timestep": share, **AXES,
+    }),
+    "Flux2Transformer2DModel": (SINGLE | {"timestep_guidance_channels": 16, "axes_dims_rope": (4, 4, 4, 4)}, {
+        "hidden_states": (16, 4), TEXT: (TOKENS, 32), "timestep": share, "guidance": share,
+        "img_ids": lambda n: torch.rand(n, 16, 4), "txt_ids": lambda n: torch.rand(n, TOKENS, 4),
+    }),
+    "ChromaTransformer2DModel": (SINGLE | {
+        "axes_dims_rope": (4, 4, 8), "approximator_num_channels": 8, "approximator_hidden_dim": 16,
+        "approximator_layers": 1,
+    }, {"hidden_states": (16, 4), TEXT: (TOKENS, 32), "timestep": share, **AXES}),
+    "CogVideoXTransformer3DModel": (IN_AND_OUT | {
+        "time_embed_dim": 4, "text_embed_dim": 8, "sample_width": 8, "sample_height": 8, "sample_frames": 9,
+        "max_text_seq_length": TOKENS,
+    }, {"hidden_states": (3, 4, 8, 8), TEXT: (TOKENS, 8)}),
+    "CogView4Transformer2DModel": (IN_AND_OUT | {
+        "text_embed_dim": 32, "time_embed_dim": 8, "condition_dim": 4, "rope_axes_dim": (8, 8),
+    }, {
+        "hidden_states": (4, 8, 8), TEXT: (TOKENS, 32),
+        **dict.fromkeys(("original_size", "target_size", "crop_coords"), lambda n: torch.ones(n, 2)),
+    }),
+    "ErnieImageTransformer2DModel": ({
+        "hidden_size": 32, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 48, "in_channels": 4,
+        "out_channels": 4, "text_in_dim": 24, "rope_axes_dim": (4, 6, 6),
+    }, {
+        "hidden_states": (4, 6, 6), "text_bth": (TOKENS, 24), "text_lens": lambda n: torch.full((n,), TOKENS),
+    }),
+    "HunyuanVideoTransformer3DModel": (IN_AND_OUT | {
+        "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 16, "pooled_projection_dim": 8,
+        "rope_axes_dim": (4, 4, 8),
+    }, {
+        "hidden_states": (4, 4, 8, 8), TEXT: (TOKENS, 16), MASK: mask, "pooled_projections": (8,), "guidance": times,
+    }),
+    "LTXVideoTransformer3DModel": (HEADS | {
+        "in_channels": 8, "out_channels": 8, "cross_attention_dim": 32, "caption_channels": 16,
+    }, {
+        "hidden_states": (24, 8), TEXT: (TOKENS, 16), MASK: mask,
+        **{name: lambda _, size=size: size for name, size in {"num_frames": 2, "height": 3, "width": 4}.items()},
+    }),
+    "Lumina2Transformer2DModel": ({
+        "sample_size": 8, "in_channels": 4, "hidden_size": 24, "num_layers": 1, "num_refiner_layers": 1,
+        "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 2, "axes_dim_rope": (4, 2, 2),
+        "axes_lens": (128, 128, 128), "cap_feat_dim": 8,
+    }, {"hidden_states": (4, 8, 8), TEXT: (TOKENS, 8), MASK: lambda n: mask(n).bool()}),
+    "MochiTransformer3DModel": (HEADS | {
+        "attention_head_dim": 8, "pooled_projection_dim": 16, "in_channels": 4, "text_embed_dim": 16,
+        "time_embed_dim": 4, "max_sequence_length": TOKENS,
+    }, {"hidden_states": (4, 2, 8, 8), TEXT: (TOKENS, 16), MASK: lambda n: mask(n).bool()}),
+    "QwenImageTransformer2DModel": (IN_AND_OUT | {
+        "in_channels": 16, "joint_attention_dim": 16, "axes_dims_rope": (4, 4, 8),
+    }, {
+        "hidden_states": (16, 16), TEXT: (TOKENS, 16), "encoder_hidden_states_mask": lambda n: mask(n).long(),
+        "timestep": share, "img_shapes": lambda n: [(1, 4, 4)] * n,
+    }),
+    "SanaTransformer2DModel": (IN_AND_OUT | {
+        "num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": 32,
+        "caption_channels": 8, "sample_size": 8,
+    }, {"hidden_states": (4, 8, 8), TEXT: (TOKENS, 8)}),
+    "WanTransformer3DModel": (IN_AND_OUT | {
+        "text_dim": 16, "freq_dim": 256, "ffn_dim": 32, "rope_max_seq_len": 32,
+    }, {"hidden_states": (4, 2, 8, 8), TEXT: (TOKENS, 16)}),
+    "PriorTransformer": (HEADS | {"embedding_dim": 8, "num_embeddings": 7, "additional_embeddings": 4}, {
+        "hidden_states": (8,), "proj_embedding": (8,), TEXT: (7, 8),
+    }),
+    "StableAudioDiTModel": (IN_AND_OUT | {
+        "sample_size": 4, "num_key_value_attention_heads": 2, "cross_attention_dim": 4, "time_proj_dim": 8,
+        "global_states_input_dim": 8, "cross_attention_input_dim": 4,
+    }, {
+        "hidden_states": (4, 8), "timestep": lambda n: times(n).float(), TEXT: (TOKENS, 4),
+        "global_hidden_states": (1, 8), "rotary_embedding": lambda _: (T(9, 8), T(9, 8)),
+    }),
+    "AllegroTransformer3DModel": (HEADS | {
+        "attention_head_dim": 12, "cross_attention_dim": 24, "sample_width": 8, "sample_height": 8,
+        "sample_frames": 8, "caption_channels": 24,
+    }, {
+        "hidden_states": (4, 2, 8, 8), TEXT: (TOKENS, 24), MASK: mask,
+        "attention_mask": lambda n: torch.ones(n, 2, 8, 8),
+    }),
+    "LatteTransformer3DModel": (HEADS | {
+        "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 16,
+        "attention_bias": True, "sample_size": 8, "patch_size": 2, "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
+        "norm_eps": 1e-6, "caption_channels": 8, "video_length": 4,
+    }, {"hidden_states": (4, 4, 8, 8), TEXT: (TOKENS, 8)}),
+}
+"""Options of a class, and its inputs: shapes after that of the batch, or functions of the number of rows."""
 
 SWIN = {"img_size": 64, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 2)}
 VIT = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 2}
@@ -375,8 +277,16 @@ def of_torchvision(name: str) -> tuple[nn.Module, Inputs]:
 
 
 def of_diffusers(name: str) -> tuple[nn.Module, Inputs]:
-    config, inputs = DIFFUSERS[name]
-    return getattr(import_module("diffusers"), name)(**config), inputs
+    config, shapes = DIFFUSERS[name]
+    model: nn.Module = getattr(import_module("diffusers"), name)(**config)
+    if "timestep" in signature(model.forward).parameters:
+        shapes = {"timestep": times, **shapes}
+
+    def inputs(n: int) -> dict[Any, Any]:
+        given = {key: each for key, each in shapes.items() if each is not None}
+        return {key: T(n, *each) if isinstance(each, tuple) else each(n) for key, each in given.items()}
+
+    return model, inputs
 
 
 # fmt: off
@@ -454,8 +364,6 @@ SENTENCE_TRANSFORMERS = [*TYPES, "bert+max", "bert+CNN", "bert+LSTM", "mpnet+max
 
 
 class Around(nn.Module):
-    """A layer of torch between two linear ones, whose batch may be in the second dimension."""
-
     def __init__(self, inner: nn.Module, *, axis: int = 0, into: int = 12, out: int = 12, times: int = 1) -> None:
         super().__init__()
         self.first, self.inner, self.last = nn.Linear(12, into), inner, nn.Linear(out, 12)

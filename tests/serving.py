@@ -30,6 +30,5 @@ def each_alone(model: nn.Module, names: Iterable[str | None], run: Callable[[], 
 
 
 def row_by_row(model: nn.Module, names: Sequence[str | None], run: Callable[[], Tensor], axis: int = 0) -> Tensor:
-    """Take from each adapter's output the rows that are its own."""
     outputs = each_alone(model, names, run)
     return torch.stack([outputs[name].select(axis, row) for row, name in enumerate(names)], axis)

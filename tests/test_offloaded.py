@@ -61,7 +61,6 @@ def save(model: nn.Module, folder: Path) -> bytes:
 
 
 def put(model: nn.Module, where: str, folder: Path) -> Any:
-    """Let accelerate hold the weights of a model in one of its ways."""
     names, into = [name for name, _ in model.named_children()], {"offload_dir": folder / "offloaded"}
     match where:
         case "ram":

@@ -243,7 +243,6 @@ def test_what_went_from_us_to_peft_and_back_is_what_it_was(name: str, tmp_path: 
 @pytest.mark.filterwarnings("error:Unexpected keyword arguments")
 @pytest.mark.parametrize("kind", [LLAMA, GPT2, BERT], ids=lambda kind: kind.name)
 def test_fields_we_write_are_those_peft_writes_and_knows(kind: RealModel, tmp_path: Path) -> None:
-    """And PEFT reads the same however it makes its layers."""
     peft_model(kind, save_projection=False).save_pretrained(tmp_path / "theirs")
     saves: dict[Any, Stream | None] = {"stored": peer.peft_draw("dense"), "seed": None}
     for bases, stream in saves.items():
@@ -296,7 +295,6 @@ LARGER: list[tuple[BasisKind, Stream, str]] = [
 def test_bases_that_peft_would_draw_otherwise_are_noted_and_loaded_when_they_are_stored(
     basis: BasisKind, stream: Stream, note: str, tmp_path: Path
 ) -> None:
-    """Of a stream that it does not know, or drawn for larger layers."""
     ours, small = our_model(LLAMA, basis, stream=stream), "default"
     if note is WIDER:
         options: dict[str, Any] = {"targets": ["v_proj"], "active": True, "trainable": True, "stream": stream}

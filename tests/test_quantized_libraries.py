@@ -76,7 +76,6 @@ class RoundedAdapter(QuantizedLayer):
 
 
 def _filled(layer: Any) -> Any:
-    """Give a layer random codes, scales and a bias."""
     for name, held in (*layer.named_parameters(), *layer.named_buffers()):
         if name in ("weight", "codes", "qweight", "qzeros"):
             held.data.random_(0, 16)
@@ -132,7 +131,6 @@ def _by_hqq(linear: nn.Linear, *, bits: int, dtype: torch.dtype = torch.float32,
 
 
 def _weight_of_hqq(layer: Any) -> Any:
-    """Return a scale for each group, times code minus zero."""
     codes = layer.unpack(dtype=torch.float64)[: layer.meta["scale"].numel()]  # three bits are padded
     return ((codes - layer.meta["zero"].double()) * layer.meta["scale"].double()).view(layer.meta["shape"])
 

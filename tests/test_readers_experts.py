@@ -149,8 +149,6 @@ COUNT, OUT, IN = 4, 6, 8
 
 
 class Flat(nn.Module):
-    """Holds parameters under a name of transformers, and under another."""
-
     def __init__(self) -> None:
         super().__init__()
         self.up_proj = nn.Parameter(torch.randn(COUNT, OUT, IN, generator=torch.Generator().manual_seed(0)))

@@ -74,7 +74,6 @@ class Read(NamedTuple):
 
 
 def files_of(library: str) -> Iterator[tuple[Path, str]]:
-    """Go through the files of a library with their code, without what runs before a model is made."""
     found = importlib.util.find_spec(library)
     assert found is not None
     assert found.origin is not None
@@ -85,7 +84,6 @@ def files_of(library: str) -> Iterator[tuple[Path, str]]:
 
 
 def _read(node: ast.AST) -> ast.expr | None:
-    """Return the module whose weight an expression reads, if it does."""
     match node:
         case ast.Attribute(value=owner, attr=name) if name in WEIGHTS:
             return owner
@@ -150,30 +148,3 @@ def test_every_weight_that_is_read_is_known() -> None:
         if (name, child) not in found and (name, "bias") not in found
     ]
     assert not missing
-
-
-# Subclasses of layers whose forward would not read the weight
-
-SUBCLASS = re.compile(
-    r"^class \w+\([^)]*\b(Linear|Conv1D|Embedding|Conv[123]d|ConvTranspose[123]d|MultiheadAttention)\b[^)]*\):",
-    re.MULTILINE,
-)
-READS = re.compile(r"self\.weight\b|super\(\)\.forward\(|self\._conv_forward\(")
-LOSES = re.compile(r"self\.weight\.(data|detach|\w+_\()|no_grad|self\.weight = ")
-INTEGERS = {"transformers.integrations.gemma_quant.QuantizedLinear"}
-"""A class that reads its weight as codes in another method; their dtype is refused."""
-
-
-def test_the_forward_of_every_subclass_reads_the_weight_with_its_gradient() -> None:
-    codes = {
-        ".".join((*path.with_suffix("").parts, node.name)): ast.unparse(part)
-        for library in LIBRARIES
-        for path, text in files_of(library)
-        for node in (ast.parse(text).body if SUBCLASS.search(text) else ())
-        if isinstance(node, ast.ClassDef)
-        if SUBCLASS.search(f"class {node.name}({', '.join(map(ast.unparse, node.bases))}):")
-        for part in node.body
-        if isinstance(part, ast.FunctionDef) and part.name == "forward"
-    }
-    assert len(codes) > 30
-    assert {name for name, code in codes.items() if not READS.search(code) or LOSES.search(code)} <= INTEGERS

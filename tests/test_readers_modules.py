@@ -212,15 +212,11 @@ def test_compiled_code_and_what_it_leaves_uncompiled_read_the_updates() -> None:
 
 
 class Subclass(nn.MultiheadAttention):
-    """An attention of one's own, as many models have."""
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
 
 class Attending(nn.Module):
-    """Attention with random weights, always the same."""
-
     def __init__(self, kind: type[nn.MultiheadAttention] = nn.MultiheadAttention, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(0)

@@ -36,8 +36,6 @@ Build = Callable[[Any], tuple[nn.Module, Callable[[], Any]]]
 
 
 def one(given: Any, *args: Any, **options: Any) -> Build:
-    """Build a module from some arguments, and what runs it on one input, or some."""
-
     def build(kind: Any) -> tuple[nn.Module, Callable[[], Any]]:
         owner = kind(*args, **options)
         return owner, lambda: owner(*given) if isinstance(given, tuple) else owner(copy.copy(given))

@@ -53,7 +53,6 @@ def formed(update: Update, dtype: torch.dtype = torch.float64) -> Tensor:
 def test_the_update_of_a_region_is_that_part_of_the_whole_update(
     dtype: torch.dtype, most: float, spec: BasisSpec, data: st.DataObject, matrices: tuple[int, ...]
 ) -> None:
-    """Of a stack too, of which a region may be some matrices."""
     update, rows, columns = drawn(spec, data, *matrices)
     whole = formed(update, dtype)
     assert all(part.is_meta for part in update.parts(torch.device("meta"), dtype)[1][:2]), "as where it is asked for"

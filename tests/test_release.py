@@ -1,11 +1,9 @@
 """What is wrong in a release is found, and what the repository tells its host holds."""
 
 import re
-import shutil
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +18,6 @@ from tests.floors import PYPROJECT, floors
 from tests.pages import ROOT
 from tests.release import changelog
 from tests.release.changelog import pyproject, text_of
-from tests.release.dist import differing, problems
 from tests.release.lock import GROUPS, LOCK, build_requirements, verdict
 
 ENTRY = re.compile(r"(?P<requirement>[^#\s][^\\\n]*?)(?P<hashes>( \\\n    --hash=sha256:[0-9a-f]{64})+)\n")
@@ -64,28 +61,6 @@ def test_an_audit_passes_only_where_every_package_was_asked_about(
     assert words in text
 
 
-CHANGES = (
-    "# Changelog\n\n## [Unreleased]\n\n## [1.0] - 2026-01-31\n\n### Added\n- All.\n\n## [0.1] - 2025-01-31\n- Some.\n"
-)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("[Unreleased]", "[Next]", "does not begin with"),
-        (" - 2026-01-31", "", "no section"),
-        ("2026-01-31", "soon", "no section"),
-        ("[1.0]", "[1.1]", "no section"),
-        ("### Added\n- All.\n", "", "says nothing"),
-    ],
-)
-def test_a_changelog_without_the_version_is_an_error(old: str, new: str, message: str) -> None:
-    assert old in CHANGES
-    assert changelog.notes(CHANGES, "1.0") == "### Added\n- All."
-    with pytest.raises(ValueError, match=message):
-        changelog.notes(CHANGES.replace(old, new), "1.0")
-
-
 def test_a_bump_is_all_that_a_release_needs_and_a_tag_of_another_version_is_an_error() -> None:
     files = {name: text_of(name) for name in changelog.FILES}
     change = "## [Unreleased]\n\n### Fixed\n- A fault.\n\n"  # just after a release there is none
@@ -99,47 +74,6 @@ def test_a_bump_is_all_that_a_release_needs_and_a_tag_of_another_version_is_an_e
         changelog.bumped({**files, "CITATION.cff": ""}, "987.6", "2026-01-31")
     with pytest.raises(SystemExit, match=r"got v0\.0\.1"):
         changelog.main("v0.0.1")
-
-
-INFO = "randlora-1.0.dist-info/"
-METADATA = b"""\
-Metadata-Version: 2.4
-Name: randlora
-Version: 1.0
-License-Expression: Apache-2.0
-License-File: LICENSE
-Description-Content-Type: text/markdown
-
-# randlora
-"""
-WHEEL = {"randlora/py.typed": b"", f"{INFO}METADATA": METADATA, f"{INFO}licenses/LICENSE": b"Do as you like."}
-SDIST = {"PKG-INFO": METADATA, "LICENSE": b"Do as you like.", "tests/test_release.py": b""}
-
-
-def test_all_that_metadata_and_files_say_otherwise_is_found(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("# randlora\n", encoding="utf-8")
-    (tmp_path / "LICENSE").write_text("Do as you like.", encoding="utf-8")
-    assert problems(WHEEL, SDIST, "1.0", tmp_path) == []
-    changes = {b"Apache-2.0": b"MIT", b"License-File: LICENSE\n": b"", b"text/markdown": b"text/plain"}
-    other = METADATA.replace(b"randlora", b"lora")
-    for old, new in changes.items():
-        other = other.replace(old, new)
-    wheel, sdist = {f"{INFO}METADATA": other, "tests/__init__.py": b""}, {"PKG-INFO": other}
-    found = problems(wheel, sdist, "1.0", tmp_path)
-    assert (len(found), found[-1]) == (10, "the wheel has tests/__init__.py"), found
-    (problem,) = problems(wheel, SDIST, "1.0", tmp_path)
-    assert "differ" in problem
-
-
-def test_what_is_not_installed_as_it_was_built_is_named(tmp_path: Path) -> None:
-    for name, data in WHEEL.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / INFO / "METADATA").write_bytes(b"Metadata-Version: 2.5\n")
-    assert differing(tmp_path, WHEEL) == []
-    (tmp_path / "randlora/py.typed").write_bytes(b"partial")
-    shutil.rmtree(tmp_path / INFO)
-    assert differing(tmp_path, WHEEL) == ["randlora/py.typed", f"{INFO}licenses/LICENSE"]
 
 
 def test_the_citation_is_of_this_version_and_of_the_paper_that_the_readme_cites() -> None:

@@ -19,8 +19,6 @@ X = torch.randn(4, 4, 6)  # as many tokens as rows, so that sizes tell nothing
 
 
 class Layers(nn.Module):
-    """Two layers, between which a function arranges the rows."""
-
     def __init__(self, arrange: Callable[[Tensor], Tensor], *others: nn.Module) -> None:
         super().__init__()
         self.first, self.last, self.others, self.arrange = (
@@ -39,8 +37,6 @@ class Layers(nn.Module):
 
 
 class Alternating:
-    """Puts tokens first in every other call."""
-
     calls = 0
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -64,8 +60,6 @@ def test_the_first_layer_whose_rows_moved_differently_is_named(what: str) -> Non
 
 
 class Skipping(nn.Sequential):
-    """Calls its middle layer in the first call alone."""
-
     calls = 0
 
     def forward(self, x: Tensor) -> Any:

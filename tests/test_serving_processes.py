@@ -1,17 +1,14 @@
 """Blocks of `routed` and what leaves them: copies and pickles, and threads and processes that are started inside."""
 
 import copy
-import io
 import multiprocessing
 import pickle
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import randlora
@@ -27,16 +24,9 @@ def model() -> nn.Module:
     return with_adapters(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)))  # type: ignore[no-any-return]
 
 
-def saved(model: nn.Module) -> nn.Module:
-    torch.save(model, file := io.BytesIO())
-    file.seek(0)
-    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
-
-
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": saved,
 }
 
 
@@ -109,37 +99,3 @@ def test_a_process_that_is_started_in_a_block_routes_or_is_refused(method: Any, 
             with pytest.raises(AdapterError, match=refused):
                 iter(loader())
     assert_both(model(x))
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, inner: nn.Module, *, use_reentrant: bool) -> None:
-        super().__init__()
-        self.inner, self.use_reentrant = inner, use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=self.use_reentrant)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_thread_outside_of_the_block_may_run_backward_and_no_forward(use_reentrant: bool, model: nn.Module) -> None:
-    """As the threads of autograd do for a GPU, which compute what is checkpointed again."""
-    x = torch.randn(3, 6, requires_grad=True)
-
-    def gradients(model: nn.Module) -> list[Tensor]:
-        parameters = randlora.trainable_parameters(model)
-        found = [torch.zeros(()) if each.grad is None else each.grad.clone() for each in parameters]
-        model.zero_grad(set_to_none=True)
-        return found
-
-    with routed(model, NAMES), ThreadPoolExecutor(1) as elsewhere:
-        model(x).square().sum().backward()
-        expected = gradients(model)
-        part = Checkpointed(model, use_reentrant=use_reentrant)
-        loss = part(x).square().sum()
-        elsewhere.submit(loss.backward).result()
-        found = gradients(model)
-        with pytest.raises(AdapterError, match="is open in another thread or task"):
-            elsewhere.submit(model, x).result()
-    assert any(each.any() for each in expected)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)

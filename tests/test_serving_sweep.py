@@ -34,7 +34,6 @@ def in_dtype(value: Any, dtype: torch.dtype) -> Any:
 
 
 def outcome(model: nn.Module, given: dict[Any, Any], names: Names) -> str:
-    """Say whether the rows of a batch are right, wrong or refused."""
     args = [value for key, value in given.items() if isinstance(key, int)]
     kwargs = {key: value for key, value in given.items() if isinstance(key, str)}
 
@@ -57,7 +56,6 @@ def outcome(model: nn.Module, given: dict[Any, Any], names: Names) -> str:
 
 
 def outcome_of(family: str, name: str, targets: str, dtype: torch.dtype) -> str:
-    """Say whether the rows of a model are right, wrong or refused, or that it cannot be run."""
     torch.manual_seed(0)
     try:
         model, inputs = FAMILIES[family][0](name)

@@ -53,7 +53,6 @@ class Training:
         self.values: dict[str, list[nn.Parameter]] = {}
 
     def run(self, names: Iterable[str]) -> None:
-        """Train tenants, those of a step in one batch."""
         for step in range(STEPS):
             for name in names:
                 self.arrange(name, step)
@@ -63,7 +62,6 @@ class Training:
             self.values[name] = randlora.trainable_parameters(self.model, name)
 
     def arrange(self, name: str, step: int) -> None:
-        """Let a tenant join, leave, or be saved and go on, before a step."""
         tenant = TENANTS[name]
         if step == tenant.steps.start:
             randlora.inject(self.model, name=name, r=tenant.r, seed=tenant.seed, trainable=True)
@@ -85,7 +83,6 @@ class Training:
             self.optimizers[name].load_state_dict(state)
 
     def step(self, names: list[str], step: int) -> None:
-        """Take a step of some tenants, of two rows each, with the mean of its own rows as the loss of each."""
         for part in range(self.accumulated):
             ids = torch.cat([batch(name, step, part) for name in names])
             with randlora.serving.routed(self.model, [name for name in names for _ in range(2)]):
@@ -99,13 +96,11 @@ class Training:
 
 
 def batch(name: str, step: int, part: int) -> Tensor:
-    """Return two rows of tokens of a tenant, the same whoever else is there."""
     generator = torch.Generator().manual_seed(hash((sorted(TENANTS).index(name), step, part)))
     return torch.randint(0, models.VOCABULARY, (2, 9), generator=generator)
 
 
 def row_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the mean loss of the next tokens of each row."""
     logits = model(input_ids=ids).logits[:, :-1]
     return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
@@ -116,7 +111,6 @@ def row_losses(model: nn.Module, ids: Tensor) -> Tensor:
 def test_each_tenant_of_a_batch_is_trained_as_if_it_were_alone(
     checkpoints: bool, accumulated: int, tmp_path: Path
 ) -> None:
-    """With its own rate, also if others join or leave between two steps, or it is saved and goes on."""
     together = Training(checkpoints, accumulated, tmp_path / "together")
     together.run(TENANTS)
     for name, tenant in TENANTS.items():

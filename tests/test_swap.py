@@ -60,7 +60,6 @@ def test_a_state_is_what_the_files_hold(case: Case, bases: Literal["seed", "stor
 
 
 def test_a_state_belongs_to_no_model_and_is_sent_as_bytes(tmp_path: Path) -> None:
-    """It has copies, also of bases that no seed reproduces."""
     model, twin, odd = trained(HEADED), HEADED.build(), LINEAR.build()
     randlora.load(odd, files.foreign(tmp_path))
     own = LINEAR.output(odd)

@@ -37,8 +37,6 @@ class Held(nn.Module):
 
 
 class Odd(Held):
-    """Parameters that no kind serves."""
-
     def __init__(self) -> None:
         super().__init__(table=(3, 5), stack=(2, 3, 4), scale=(7,))
 

@@ -28,7 +28,6 @@ QUIET = [
 
 
 def plain_model(**options: Any) -> LlamaForCausalLM:
-    """Make a model, always with the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -42,7 +41,6 @@ def adapted_model(**options: Any) -> LlamaForCausalLM:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of characters."""
     made = Tokenizer(models.WordLevel(LETTERS | {"<pad>": 128, "<eos>": 129}, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")

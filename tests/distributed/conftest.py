@@ -31,7 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test that is marked for it in all processes of a group at once; each of its examples if it draws some."""
     if (mark := pyfuncitem.get_closest_marker("in_group")) is None:
         return None
     (group,) = mark.args

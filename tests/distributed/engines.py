@@ -64,7 +64,6 @@ def deepspeed() -> Any:
 
 
 def answering(*, knows_fp16: bool) -> AbstractContextManager[object]:
-    """Have DeepSpeed take this processor for one that computes in fp16, or for one that does not."""
     return mock.patch.object(deepspeed().get_accelerator(), "is_fp16_supported", return_value=knows_fp16)
 
 
@@ -81,7 +80,6 @@ def config(stage: str, **options: Any) -> dict[str, Any]:
 
 
 def built_spread(case: Any, stage: str) -> nn.Module:
-    """Return a model without adapters that is built under `zero.Init`."""
     with deepspeed().zero.Init(config_dict_or_path=config(stage)):
         model: nn.Module = case.build()
     plain = case.build()
@@ -146,8 +144,6 @@ def within(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 @dataclass(frozen=True)
 class Engine:
-    """How an adapted model is made of a case, and trained."""
-
     make: Callable[[Any], Any]
     fixed: dict[str, Any] = field(default_factory=dict)  # what of a drawn model it does not do otherwise
     sharing: int = 1  # how many processes have the same batch

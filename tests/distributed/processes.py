@@ -43,7 +43,6 @@ class ProcessError(AssertionError):
 
 
 def import_once() -> None:
-    """Begin to import what the groups need, all but the trainers of other libraries."""
     modules = (path.stem for path in Path(__file__).parent.glob("test_*.py"))
     CONTEXT.set_forkserver_preload([f"tests.distributed.{name}" for name in modules if name != "test_trainers"])
     multiprocessing.forkserver.ensure_running()
@@ -118,7 +117,6 @@ A test in two processes that has an ``engine`` whose name begins with ZeRO is ru
 
 
 def run_test(module: str, name: str, arguments: dict[str, Any]) -> None:
-    """Run a test in one process of a group, which imports it; the other process draws its examples."""
     function = getattr(importlib.import_module(module), name)
     own = function.hypothesis.inner_test if is_hypothesis_test(function) else function
     own(**arguments)
@@ -132,7 +130,6 @@ def on_all(value: Result) -> list[Result]:
 
 
 def _serve(calls: Connection, rank: int, count: int, meeting: Path) -> None:
-    """Run what arrives until the other end is closed."""
     # a process that waits for one that failed must raise before it is given up
     patience = timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=patience)

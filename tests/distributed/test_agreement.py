@@ -50,8 +50,6 @@ class Case:
 
 
 def within(block: Callable[[Any, Path], Any]) -> Verb:
-    """Return what opens a block and closes it at once."""
-
     def run(model: Any, place: Path) -> None:
         with block(model, place):
             pass
@@ -172,7 +170,6 @@ def planted(step: int | None) -> Iterator[Steps]:
 
 
 def facts(model: Any) -> object:
-    """Return all that a verb which raises must leave alone."""
     kinds = {name: type(module) for name, module in model.named_modules()}
     flags = {name: each.requires_grad for name, each in model.named_parameters()}
     values = {name: (each.dtype, each.numpy().tobytes()) for name, each in held(model).items()}  # NaN in padding, too
@@ -180,7 +177,6 @@ def facts(model: Any) -> object:
 
 
 def attempted(verb: Verb, model: Any, place: Path, step: int | None) -> tuple[bool, str]:
-    """Return whether a step was reached at which an error was planted, and what the verb raised, if anything."""
     with planted(step) as steps:
         try:
             verb(model, place)
@@ -202,7 +198,6 @@ def made(case: Case, engine: str) -> Any:
 
 
 def require_agreement(engine: str, name: str, rank: int, place: Path, steps: Iterator[int]) -> int:
-    """Plant errors at some steps of a verb in one process, and return how many of them were raised."""
     case, model, raised = VERBS[name], None, 0
     for step in steps:
         if model is None:
@@ -229,7 +224,6 @@ def require_agreement(engine: str, name: str, rank: int, place: Path, steps: Ite
 
 @pytest.fixture
 def saved(name: str, tmp_path: Path) -> Path:
-    """Return a directory with adapters to load, if the verb of a name loads any: one, and several."""
     if name not in ("load", "load_all", "swap", "using"):
         return tmp_path
     model = DRAWN.build()

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import randlora
@@ -27,7 +26,6 @@ from tests.distributed.trained import (
     distance,
     drawn_models,
     optimizer_of,
-    require_equal_on_ranks,
     values,
 )
 
@@ -38,7 +36,6 @@ DRAWN = Drawn(basis="block")
 
 @contextmanager
 def counted_broadcasts() -> Iterator[list[int]]:
-    """Count the bytes of the tensors that wrappers of torch make equal in all processes: parameters and buffers."""
     sent, broadcast = list[int](), vars(dist)["_broadcast_coalesced"]
 
     def counting(group: Any, tensors: list[Tensor], *args: Any) -> None:
@@ -78,30 +75,6 @@ def test_no_byte_of_bases_is_sent(drawn: Drawn) -> None:
     assert sum(reduced) == sum(p.nbytes for p in randlora.trainable_parameters(model))
 
 
-@pytest.mark.slow
-def test_peft_sends_its_bases_in_every_forward() -> None:
-    """What is compared with: once this fails, docs/distributed.md is to be corrected."""
-    peft = pytest.importorskip("peft")
-    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
-    config = peft.RandLoraConfig(r=4, target_modules=r"[02]", randlora_alpha=1)
-    ddp = DistributedDataParallel(peft.get_peft_model(model, config))
-    ddp(torch.ones(3, 12))  # the first forward follows the constructor, which made all equal
-    with counted_broadcasts() as sent:
-        ddp(torch.ones(3, 12))
-    assert sum(sent) >= 12 * 12 * 4
-
-
-def test_processes_with_uneven_inputs_stay_equal() -> None:
-    model = DRAWN.adapted()
-    ddp, optimizer = DistributedDataParallel(model), optimizer_of(model)
-    before = values(model)
-    with Join([ddp]):
-        for step in range(3 + dist.get_rank()):
-            train_step(ddp, optimizer, step)
-    assert distance(values(model), before) > 0
-    require_equal_on_ranks(values(model))
-
-
 def warned(call: Callable[[], object]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -132,7 +105,6 @@ HOW: dict[str, Callable[[Any, Path], object]] = {
 
 @pytest.mark.parametrize("how", HOW)
 def test_training_another_adapter_in_a_wrapped_model_warns(tmp_path: Path, how: str) -> None:
-    """Where the warning is raised as an error, nothing has changed."""
     model = DRAWN.adapted()
     if dist.get_rank() == 0:  # which is enough
         randlora.save(model, tmp_path / "adapter")

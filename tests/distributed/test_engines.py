@@ -86,7 +86,6 @@ def give(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def same_files(engine: Engine, case: Case, one: Any, run: Any, place: Path) -> None:
-    """Compare what is saved with what one process with the same values saves."""
     if engine.is_trained:
         mine, state = randlora.adapter_state(run), randlora.adapter_state(one)
         assert (mine.metadata, all_bits(mine.tensors)) == (state.metadata, all_bits(state.tensors))
@@ -116,7 +115,6 @@ def same_files(engine: Engine, case: Case, one: Any, run: Any, place: Path) -> N
 
 
 def merge_and_back(engine: Engine, case: Case, one: Any, run: Any) -> None:
-    """Compare updates and merged models, and find that every bit of this process is restored."""
     model, inputs = getattr(run, "module", run), case.batch(dist.get_rank() // engine.sharing, 9)
     output, kept = run(*inputs).detach(), held(model)
     alike(engine, output, one(*inputs))
@@ -147,7 +145,6 @@ def alike(engine: Engine, found: Tensor, expected: Tensor) -> None:
 
 
 def switch_and_end(engine: Engine, case: Case, one: Any, run: Any) -> None:
-    """Swap values, disable, train on, add an adapter, remove the first where that is allowed, and eject the other."""
     model, plain = getattr(run, "module", run), case.build()
     inputs = case.batch(dist.get_rank() // engine.sharing, 9)
     output = run(*inputs).detach()
@@ -212,8 +209,6 @@ KINDS = {kind.name: kind for kind in (*READ_KINDS, CONV1D)}
 
 
 class Run(nn.Module):
-    """Runs the module of a kind, whose names it keeps, through a forward that an engine sees."""
-
     def __init__(self, kind: ReadKind) -> None:
         super().__init__()
         self.add_module("0", kind.model()[0])
@@ -232,7 +227,6 @@ EACH_KIND = {
 
 @pytest.mark.parametrize(("engine", "name"), [(engine, name) for engine, names in EACH_KIND.items() for name in names])
 def test_each_kind_trains_is_saved_and_merged(engine: str, name: str, tmp_path: Path) -> None:
-    """Each process weights its output otherwise."""
     kind = KINDS[name]
     case = Made(
         lambda: Run(kind),
@@ -261,7 +255,6 @@ def split_tokens(model: Any) -> Any:
 
 @pytest.mark.parametrize(("order", "first"), [(around, ()), (within, ("0",))])
 def test_a_model_whose_tokens_are_split_between_its_layers(order: Any, first: tuple[str, ...], tmp_path: Path) -> None:
-    """The first layer is whole in each process."""
     case = Made(
         lambda: nn.Sequential(nn.Linear(6, 8), Block(8, 12), nn.Linear(8, 10, bias=False)),
         {"r": 4, "targets": [*first, "1.up", "1.down", "2"]},
@@ -327,7 +320,6 @@ class Planned(Case):
         return replace(self, place=place)
 
     def build(self, **options: Any) -> Any:
-        """Load it; it returns logits."""
         from transformers import AutoModelForCausalLM
 
         options = {"dtype": self.dtype, "experts_implementation": self.experts} | options

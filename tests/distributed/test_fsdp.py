@@ -97,7 +97,6 @@ def test_what_is_trained_beside_is_exchanged_by_values_and_a_second_adapter_trai
 
 @in_two
 def test_other_parameter_objects_are_averaged_also_if_a_part_is_called() -> None:
-    """Such as ``to_empty`` makes."""
     one, model = DRAWN.adapted(), ENGINES["FSDP2 first"].make(DRAWN)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -126,8 +125,6 @@ BLOCKWISE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
 
 
 class Deep(nn.Module):
-    """Blocks between layers that are not computed again."""
-
     def __init__(self, way: str) -> None:
         super().__init__()
         self.first, self.last, self.way = nn.Linear(8, 8), nn.Linear(8, 8), way
@@ -246,8 +243,6 @@ def test_a_model_built_on_meta_trains_as_one_that_was_not(is_first: bool, alpha:
 
 
 class Rotary(nn.Module):
-    """Has values that no state dict has, as rotary embeddings do."""
-
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("inv_freq", torch.arange(8.0), persistent=False)
@@ -292,7 +287,6 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, case: Drawn, ranks
 
 
 def train_and_save(engine: str, case: Drawn, directory: Path) -> dict[str, Tensor]:
-    """Train, save, train on; return the values of the adapter."""
     model = ENGINES[engine].make(case)
     optimizer = optimizer_of(model)
     own = [dist.get_rank() * 2, dist.get_rank() * 2 + 1]

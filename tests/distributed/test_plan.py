@@ -33,8 +33,6 @@ adapters = st.fixed_dictionaries({
 
 
 class Held(NamedTuple):
-    """Bytes of a process, with what the engine says that it holds beside."""
-
     weights: int
     parameters: int
     gradients: int
@@ -44,14 +42,12 @@ class Held(NamedTuple):
 
 
 def planned(sizes: dict[str, int], options: dict[str, Any], strategy: Any) -> tuple[Any, Held]:
-    """Build a model, and plan on the meta device for two processes."""
     with torch.device("meta"):
         plan = randlora.training_memory(llama(**sizes), devices=2, strategy=strategy, **options)
     return llama(**sizes), Held(*(getattr(plan, name) for name in Held._fields))
 
 
 def storage(*tensors: Tensor) -> int:
-    """Count the bytes of the memory behind some tensors, which includes the padding of a shard."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in local}.values())
 

@@ -20,21 +20,11 @@ from randlora.model.check_ranks import difference
 from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank
 from randlora.state import adapted_root, is_adapted
 from tests.distributed.engines import ENGINES, sharded
-from tests.distributed.processes import LAW, PAIR, ProcessError, in_two, on_all
+from tests.distributed.processes import LAW, in_two, on_all
 from tests.distributed.trained import Drawn, drawn_models
 
 DRAWN = Drawn(r=4, basis="block", train_also=("norm",))
 OPTIONS: dict[str, Any] = {"r": 4, "targets": ["up", "down"], "stream": "portable", "basis": "sparse"}
-
-
-def fail_on_last() -> None:
-    assert 1 / (1 - dist.get_rank())
-
-
-def test_what_fails_in_one_of_them_is_raised_and_the_next_call_works() -> None:
-    with pytest.raises(ProcessError, match=r"rank 1: (.|\n)*ZeroDivisionError"):
-        PAIR.run(fail_on_last)
-    assert PAIR.run(on_all, 2) == [[2, 2], [2, 2]]
 
 
 @LAW
@@ -108,7 +98,6 @@ def test_other_values_are_found_where_asked_for(fqn: str, said: str) -> None:
 
 
 def changed(model: Any, fqn: str, change: Callable[[Tensor], Tensor]) -> bool:
-    """Replace a parameter or a buffer of a model; return that it was."""
     owner, _, name = fqn.rpartition(".")
     held = model.get_submodule(owner)
     if name in held._buffers:
@@ -147,7 +136,6 @@ ELSEWHERE: dict[str, tuple[Callable[[Any], object], str]] = {
 @in_two
 @pytest.mark.parametrize(("what", "way"), [*((what, "whole") for what in ELSEWHERE), ("dtype of one", "sharded")])
 def test_a_different_base_is_found(what: str, way: str) -> None:
-    """Also after it was sharded, when no process has its values."""
     model = DRAWN.build()
     model.register_buffer("counts", torch.arange(3))
     change, said = ELSEWHERE[what]
@@ -265,7 +253,6 @@ def test_an_error_is_raised_in_all_wherever_in_nested_blocks_a_process_raises_it
 
 @in_two
 def test_meshes_without_one_that_has_all_processes_are_refused() -> None:
-    """Each process has a layer of its own mesh."""
     model = DRAWN.build()
     meshes = [DeviceMesh("cpu", [rank]) for rank in range(2)]
     for index, mesh in enumerate(meshes):

@@ -26,8 +26,6 @@ DRAWN = Drawn()
 
 
 class Two(Drawn):
-    """With a second adapter that is trained too, whose updates are others."""
-
     def adapt(self, model: Model, name: str = "default") -> Model:
         super().adapt(model, name)
         randlora.inject(model, name="second", **self.options() | {"alpha": 6.0}, trainable=True)
@@ -75,7 +73,6 @@ def test_rows_that_are_routed_run_with_the_bits_of_one_process_and_train_alike(e
 
 
 def partly(case: Drawn) -> Any:
-    """Return a model of which the first layers are whole in each process, and some others sharded."""
     model = case.adapted()
     fully_shard(model.blocks[1])
     return model
@@ -125,7 +122,6 @@ def test_a_pool_loads_other_adapters_in_each_process_with_the_bits_of_one(tmp_pa
 
 
 def test_what_a_process_lacks_in_a_block_of_a_pool_stops_all_and_changes_nothing(tmp_path: Path) -> None:
-    """It may have rows of the base alone, and an adapter that cannot be loaded."""
     rank, model = dist.get_rank(), sharded(DRAWN.build())
     randlora.save(Two().adapted(), place := tmp_path / str(rank), name="second")
     sources = {"a": place, "lacking": tmp_path / "lacking"}

@@ -70,7 +70,6 @@ def test_the_part_is_that_which_torch_finds(
 def test_parts_of_any_size_on_any_number_of_processes_compute_and_merge_as_the_whole(
     out: int, into: int, basis: Any, split: tuple[list[Any], list[int]]
 ) -> None:
-    """Also where a side does not divide evenly, so that some processes may have nothing."""
     model = nn.Sequential(nn.Linear(into, out, bias=False)).double()
     randlora.inject(model, r=2, targets=["0"], basis=basis)
     trained = [*randlora.trainable_parameters(fill(model.double()))]
@@ -156,7 +155,6 @@ def test_a_loss_of_split_logits() -> None:
 @in_two
 @pytest.mark.slow
 def test_a_compiled_model_is_one_graph(tmp_path: Path) -> None:
-    """Also a block with a packed weight that a plan splits, if no other forward came before."""
     models = [within(split)(DRAWN) for _ in range(2)]
     compiled: Any = torch.compile(models[1], backend="aot_eager", fullgraph=True)
     outputs = [models[0](IDS), compiled(IDS)]

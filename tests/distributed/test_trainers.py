@@ -141,7 +141,6 @@ NOT_WRITTEN = (
 def test_a_stock_trainer_resumes_and_says_if_it_writes_no_adapter(
     tmp_path: Path, engine: str, *, has_adapter: bool
 ) -> None:
-    """From the engine's own checkpoints, which have the base too."""
     with launched(engine):
         from transformers import Trainer, TrainingArguments
 
@@ -293,7 +292,6 @@ def test_all_processes_save_what_accelerate_gathers_in_the_first(tmp_path: Path,
 
 
 def fitted(is_sharded: bool, out: Path, epochs: int, resume: Path | None = None) -> Any:
-    """Train with Lightning, sharded over the processes by FSDP2 or not, and return the module."""
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 
@@ -349,7 +347,6 @@ def run(name: str, *args: Any) -> str:
 
 
 def require_learned(name: str, printed: str, directory: Path, data: Any) -> None:
-    """Assert that the adapter was saved once, loads, and halves the loss of none."""
     assert printed.count("saved 'default'") == 1
     example = imported(name)
     model = example.pretrained()

@@ -156,7 +156,6 @@ def test_a_checkpoint_of_deepspeed_resumes_a_run(tmp_path: Path, stage: str, *, 
 
 @pytest.mark.parametrize("engine", ["FSDP2 first", "tensor parallel first"])
 def test_gradients_that_are_sharded_and_whole_are_clipped_by_the_norm_of_one_process(engine: str) -> None:
-    """By the function of docs/distributed.md."""
     (snippet,) = (each for each in snippets(DOCS / "distributed.md") if "def clip_grad_norm" in each.code)
     exec(snippet.code, documented := dict[str, Any]())
     one, model, own = ALSO.adapted(), ENGINES[engine].make(ALSO), ENGINES[engine]
@@ -175,7 +174,6 @@ def test_gradients_that_are_sharded_and_whole_are_clipped_by_the_norm_of_one_pro
 
 
 def with_penalty(run: nn.Module, ranks: Any, factor: float = 0.03) -> dict[str, Tensor]:
-    """Train with a penalty and a limit, and return the values."""
     model = getattr(run, "module", run)
     optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.02)
     for step in range(3):
@@ -199,7 +197,6 @@ def test_a_penalty_and_a_limit_of_norms_are_those_of_one_process(engine: str) ->
 
 
 def test_joined_stages_are_what_one_process_saves(tmp_path: Path) -> None:
-    """Each keeps the layers of its stage under their own names, and trains them with the others."""
     options: dict[str, Any] = {"r": 2, "targets": "all-linear", "basis": "block", "blocks": (2, 2), "alpha": 2.0}
     rank = dist.get_rank()
 
@@ -253,8 +250,6 @@ class _Join(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """Attention whose queries may be of a part of the sequence, with the keys and values of all parts."""
-
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))

@@ -48,8 +48,6 @@ class Net(nn.Module):
 
 
 class Case:
-    """A model and its adapter, and what it is trained with: the same in every process that builds it."""
-
     backwards: int = 1  # in a step
     train_also: tuple[str, ...] = ()
     build: Any  # returns the model without adapters
@@ -155,7 +153,6 @@ def filled(model: Model, name: str = "default") -> Model:
 
 @contextmanager
 def gathered(parameters: Iterable[Any]) -> Iterator[None]:
-    """Have DeepSpeed gather parameters that it keeps in pieces, and take changes of the first process."""
     if spread := [each for each in parameters if is_managed(each)]:
         import deepspeed  # only where it is in use
 
@@ -191,7 +188,6 @@ def _own_values(parameter: Any) -> Tensor:
 
 
 def values(model: nn.Module, *, only_trained: bool = False) -> dict[str, Tensor]:
-    """Return whole values of a model's parameters, also of one that several processes share."""
     reshard(model)
     found = {name: each for name, each in model.named_parameters() if each.requires_grad or not only_trained}
     with gathered(found.values()):
@@ -205,7 +201,6 @@ def optimizer_of(model: nn.Module, lr: float = 0.05) -> torch.optim.Optimizer:
 
 
 def trained_alone(model: nn.Module, case: Any, ranks: Iterable[int], steps: int = 3) -> list[float]:
-    """Train in this process with what several are given, and return the means of their losses."""
     optimizer, losses = optimizer_of(model), []
     for step in range(steps):
         optimizer.zero_grad()

@@ -33,7 +33,6 @@ def _place(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Fuzz until the time is over."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("name", choices=TARGETS)
     parser.add_argument("--seconds", type=float, default=60)

@@ -43,7 +43,6 @@ def unpack(data: bytes) -> Files | None:
 
 
 def packed(directory: Path) -> bytes:
-    """Return the files below a directory as one archive."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return pack({path.relative_to(directory).as_posix(): path.read_bytes() for path in files})
 

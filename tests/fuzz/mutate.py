@@ -115,7 +115,6 @@ def reseal(file: dict[str, Any]) -> None:
 
 
 def mutate_json(value: Any, random: Random) -> Any:
-    """Change, remove, move, rename or wrap one part of a JSON value; return the value."""
     if not (place := _place(value, random)):
         return random.choice(HOSTILE)
     holder, key = place
@@ -151,7 +150,6 @@ def _place(value: Any, random: Random) -> tuple[Any, Any] | None:
 
 
 def _tweaked(value: Any, random: Random, *, is_data: bool) -> Any:
-    """Return something close to a value."""
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int | float):
@@ -252,7 +250,6 @@ def _renamed_everywhere(files: dict[str, bytes], random: Random) -> dict[str, by
 
 
 def mutate_line(data: bytes, random: Random, mutate_bytes: MutateBytes) -> bytes:
-    """Return the lines of a command with some added, removed, exchanged or changed."""
     words = data.split(b"\n")
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         place, choice = random.randrange(len(words) + 1), random.randrange(5)

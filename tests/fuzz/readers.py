@@ -74,7 +74,6 @@ def _drawn(file: AdapterFile) -> int:
 
 
 def _check_values(file: AdapterFile) -> None:
-    """Check that all values are finite, and that Λ and Γ have shapes that belong together."""
     tensors = [*file.trained.values(), *(tensor for pair in file.bases.values() for tensor in pair)]
     for fqn, (lam, gamma) in file.values.items():
         r = file.options[fqn].r
@@ -168,7 +167,6 @@ def peft_config(data: bytes) -> None:
 
 
 def _check_options(fields: dict[str, Any], file: AdapterFile) -> None:
-    """Hold the options against a reading of the JSON of this test's own."""
     assert fields["peft_type"] == "RANDLORA"
     assert type(fields["r"]) is int
     alpha = 20 * fields["r"] if fields["randlora_alpha"] is None else fields["randlora_alpha"]

@@ -31,7 +31,6 @@ OF_PATTERNS = (5.0, 400)
 
 
 def build() -> nn.Module:
-    """Build a small model with layers of several kinds under short names."""
     first = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 6, bias=False)})
     second = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6))
     others = {"e": nn.Embedding(5, 4), "m": nn.MultiheadAttention(4, 2), "n": nn.LayerNorm(4), "c": nn.Conv1d(4, 4, 3)}

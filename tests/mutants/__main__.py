@@ -111,7 +111,6 @@ NAMES = [field.name for field in fields(Result)]
 
 
 def read(path: Path) -> list[Result]:
-    """Return the results in a file."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -120,7 +119,6 @@ def read(path: Path) -> list[Result]:
 
 
 def write(results: Sequence[Result], path: Path) -> None:
-    """Write a file of results anew."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, NAMES, lineterminator="\n")
         writer.writeheader()
@@ -128,7 +126,6 @@ def write(results: Sequence[Result], path: Path) -> None:
 
 
 def as_table(results: Sequence[Result]) -> str:
-    """Return the shares caught, of both parts and of each feature, as a table in Markdown."""
     groups: dict[str, Counter[str]] = {part: Counter() for part in COUNTS}
     for result in results:
         groups[result.part][result.outcome] += 1
@@ -147,12 +144,10 @@ def as_table(results: Sequence[Result]) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line of progress."""
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Sample, collect, run, check, and print the shares."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--count", type=int, help="so many mutants of each part, instead of 300 and 200")
     parser.add_argument("--resume", action="store_true", help="go on with what the file has")

@@ -34,7 +34,6 @@ class Test:
 
     @property
     def file(self) -> str:
-        """The file that it is in."""
         return self.name.split("::")[0]
 
 
@@ -58,7 +57,6 @@ class Coverage:
                         self._bits[file].append((test, each))
 
     def leave_out(self, names: Iterable[str]) -> None:
-        """Choose some tests no longer."""
         for name in names:
             self.tests.pop(name, None)
             self.failed.append(name)
@@ -157,7 +155,6 @@ def _first(statement: ast.stmt) -> int:
 
 
 def _own_lines(statement: ast.stmt) -> range:
-    """Return the lines of a statement without those of its body."""
     body = getattr(statement, "body", None)
     last = _first(body[0]) - 1 if body else statement.end_lineno or 0
     return range(_first(statement), max(last, statement.lineno) + 1)

@@ -121,8 +121,6 @@ class Copies:
             self._free.put(Copy(tree, place / f"copy-{number}"))
 
     def each(self, work: Callable[[Copy, Item], None], items: Iterable[Item]) -> None:
-        """Do something with each item, as many at a time as there are copies."""
-
         def one(item: Item) -> None:
             free = self._free.get()
             try:

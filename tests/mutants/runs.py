@@ -25,7 +25,6 @@ PATIENCE = 600
 
 
 def run(copy: Copy, plugin: object, *arguments: str) -> int:
-    """Run pytest and return its exit code."""
     given = [*ARGUMENTS, f"--basetemp={copy.place / 'temporary'}", *arguments]
     return int(pytest.main(given, plugins=[plugin]))
 

@@ -21,7 +21,6 @@ QUIET |= {"AXOLOTL_DO_NOT_TRACK": "1"}
 
 
 def command(directory: Path, name: str, *arguments: str) -> str:
-    """Run a program of this environment, and return its exit code and what it prints."""
     line = [str(Path(sys.executable).parent / name), *arguments]
     done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=directory, env=os.environ | QUIET)
     return f"{done.returncode}\n{done.stdout}{done.stderr}"

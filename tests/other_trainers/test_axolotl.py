@@ -23,7 +23,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def axolotl(verb: str, base: Path, output: str, **options: Any) -> str:
-    """Run a command of axolotl with a config, and return what it prints."""
     config = {
         "base_model": str(base / "base"),
         "plugins": ["randlora.integrations.axolotl.RandLoRAPlugin"],

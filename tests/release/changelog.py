@@ -55,7 +55,6 @@ def bumped(files: dict[str, str], version: str, date: str) -> dict[str, str]:
 
 
 def bump(version: str) -> None:
-    """Write the files, none of them if one is not as expected."""
     from packaging.version import Version
 
     old = pyproject()["project"]["version"]
@@ -67,7 +66,6 @@ def bump(version: str) -> None:
 
 
 def main(tag: str | None = None, version: str | None = None) -> None:
-    """Print the text, or set a version; exit with what is wrong."""
     now = pyproject()["project"]["version"]
     try:
         if tag == "bump" and version:

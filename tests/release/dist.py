@@ -47,7 +47,6 @@ def built(source: Path, umask: int, environment: dict[str, str]) -> dict[str, by
 
 
 def build() -> None:
-    """Build twice, compare, and leave one of each in dist/."""
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory(suffix="-elsewhere") as second:
         one, other = (built(Path(at, "x"), *how) for at, how in zip((first, second), CIRCUMSTANCES, strict=True))
     different = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
@@ -101,7 +100,6 @@ def differing(site: Path, wheel: Mapping[str, bytes]) -> list[str]:
 
 
 def install(python: str, place: Path, *requirements: object) -> Path:
-    """Make an empty environment, install requirements, and return its folder of packages."""
     subprocess.run([python, "-m", "venv", place], check=True)
     subprocess.run([place / "bin/python", "-m", "pip", "install", "--quiet", *map(str, requirements)], check=True)
     return next(place.glob("lib/python3*/site-packages"))

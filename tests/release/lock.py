@@ -33,7 +33,6 @@ def build_requirements() -> list[str]:
 
 
 def write(uv: str) -> None:
-    """Write the versions, markers and hashes that uv finds for this environment."""
     found = {canonicalize_name(each.name): each.version.split("+")[0] for each in distributions()}  # no +cpu
     tested = [f"{name}=={version}" for name, version in sorted(found.items()) if name not in ("pip", "randlora")]
     constraints = ROOT / "build" / "tested.txt"
@@ -69,7 +68,6 @@ def verdict(report: Mapping[str, Any], *, is_optional: bool) -> tuple[str, bool]
 
 
 def audit() -> None:
-    """Print the verdict on the lock file, and exit with 1 if it did not pass."""
     command = [sys.executable, "-m", "pip_audit", "--require-hashes", "--disable-pip", "--requirement", str(LOCK)]
     command += ["--format", "json", "--progress-spinner", "off"]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)

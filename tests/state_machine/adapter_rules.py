@@ -69,8 +69,6 @@ def assert_weights_near(found: Mapping[str, Tensor], expected: Mapping[str, Tens
 
 
 class AdapterRules(RuleBasedStateMachine):
-    """A model, the truth about it, what the rules have put aside, and one rule for each verb on adapters."""
-
     model: nn.Module
     truth: Truth
     is_half: bool
@@ -267,7 +265,6 @@ class AdapterRules(RuleBasedStateMachine):
     @is_adapted
     @rule(reversible=st.sampled_from([True, True, False]), of=st.none() | which)
     def merge(self, reversible: bool, of: int | None) -> None:
-        """Merge all active adapters or one of them."""
         truth, names = self.truth, _one_or_all(self.truth.on_top, of)
         refused = self.unless_mergeable(names, reversible=reversible)
         given = {} if of is None else {"adapters": [*names]}
@@ -308,7 +305,6 @@ class AdapterRules(RuleBasedStateMachine):
     @precondition(lambda self: self.blocks or self.truth.adapters)
     @rule(does=st.sampled_from(["merge", "disable", "end"]), error=st.sampled_from([None, ZeroDivisionError()]))
     def block(self, does: str, error: ZeroDivisionError | None) -> None:
-        """Begin a block of `merged` or of `disabled`, or end the innermost."""
         if self.blocks and (does == "end" or not self.truth.adapters or len(self.blocks) > 1):
             self.leave(error)
         elif does == "merge":

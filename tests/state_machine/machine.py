@@ -29,8 +29,6 @@ EXACT = 1e-5
 
 
 class RandLoRAMachine(AdapterRules):
-    """A model under all that can be done to it."""
-
     @initialize(
         kind=st.sampled_from([*KINDS]), dtype=st.sampled_from(DTYPES), first=recipes, second=recipes, chosen=factors
     )
@@ -90,7 +88,6 @@ class RandLoRAMachine(AdapterRules):
         dtype=st.sampled_from([None, *DTYPES]),
     )  # fmt: skip
     def set_up(self, which: int, trains: bool, mode: bool | None, compute: Any, dtype: torch.dtype | None) -> None:
-        """Set what is trained and how the model computes, and give it another mode and dtype or not."""
         randlora.set_compute(self.model, compute)
         randlora.set_trainable(self.model, name := self.name(which), trains)
         self.truth.adapters[name].trains = trains

@@ -34,7 +34,6 @@ class Weight(NamedTuple):
         return 0, (self.stack * self.shape[0] if option == "in_proj" else self.shape[0], self.shape[1])
 
     def placed(self, update: Tensor, like: Tensor) -> Tensor:
-        """Return an update in the layout of the parameter."""
         update = update.mT if self.is_transposed else update
         return update.reshape(like.shape) if update.numel() == like.numel() else update.expand(like.shape)
 
@@ -91,15 +90,12 @@ class Text(nn.Module):
 
 
 def image() -> nn.Module:
-    """Make convolutions in groups, one of them transposed."""
     patches, wider = nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2)
     head = nn.Sequential(nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
     return nn.Sequential(OrderedDict(patches=patches, tanh=nn.Tanh(), wider=wider, head=head))
 
 
 class Attention(nn.Module):
-    """torch's own layer of a transformer, which has a fast path, and attention with separate projections."""
-
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
@@ -112,8 +108,6 @@ class Attention(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stacks of experts in both layouts."""
-
     def __init__(self) -> None:
         super().__init__()
         sides = {"hidden_size": 8, "num_local_experts": 3, "experts_implementation": "eager"}

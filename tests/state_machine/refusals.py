@@ -20,7 +20,6 @@ def _on(verb: Callable[..., object], *args: Any, **options: Any) -> Call:
 
 
 def _of_first(verb: Callable[..., object], make: Callable[[str], Any] = str) -> Call:
-    """Call a verb with something made of the name of the first adapter."""
     return lambda machine: verb(machine.model, make(next(iter(machine.truth.adapters))))
 
 

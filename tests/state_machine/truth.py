@@ -23,13 +23,11 @@ Pair = tuple[Tensor, Tensor]
 
 @cache
 def drawn(spec: BasisSpec, max_dim: int, min_dim: int) -> Pair:
-    """Draw A, ``(r, m)``, and B, ``(M, n, r)``, in float64, apart from those of any model."""
     A, B = Basis(spec).slices(max_dim, min_dim, device="cpu", dtype=torch.float64)
     return A[:, 0].clone(), B.clone()
 
 
 def update(bases: Pair, lam: Tensor, gamma: Tensor, scaling: float, shape: tuple[int, int]) -> Tensor:
-    """Compute ``s · UB @ UA``, ``(out, in)``, of one matrix; a test holds it against the loops of the oracle."""
     A, B = bases
     num_bases, (min_dim, max_dim) = len(gamma), sorted(shape)
     factors = torch.einsum("kj,kc,jc->kjc", lam, A[:, :min_dim], gamma).flatten(end_dim=1)
@@ -56,7 +54,6 @@ class Adapter:
         return self.factor[weight.fqn] if isinstance(self.factor, dict) else self.factor or 0.0
 
     def update(self, weight: Weight, values: Pair | None = None) -> Tensor:
-        """Compute its update of one weight: a matrix, or a stack of them."""
         lam, gamma = (part.double() for part in values or self.values[weight.fqn])
         count, shape = weight.matrices(self.options)
         r, alpha = self.scales[weight.fqn]

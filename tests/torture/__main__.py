@@ -22,7 +22,6 @@ def as_table(rows: Sequence[tuple[str, Row, float]]) -> str:
 
 
 def main() -> int:
-    """Run the campaigns that were asked for, and return 1 if one of them has failures."""
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="0.01 makes a hundredth of all attempts")
     parser.add_argument("--only", nargs="+", choices=CAMPAIGNS, default=list(CAMPAIGNS), metavar="NAME")

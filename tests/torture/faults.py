@@ -28,8 +28,6 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Call(NamedTuple):
-    """One call that changes files, with the paths it was given or those that its descriptors stand for."""
-
     name: str
     paths: tuple[str, ...]
 

@@ -63,7 +63,6 @@ def saving(directory: Path, *adapters: dict[str, Any]) -> Iterator[BaseProcess]:
 
 
 def both(directory: Path) -> list[Identity]:
-    """Save both adapters, one after the other, and return what each loads as."""
     found = []
     for options in (OLD, NEW):
         save(directory, options)
@@ -73,7 +72,6 @@ def both(directory: Path) -> list[Identity]:
 
 
 def at_random_times(scale: float) -> Row:
-    """Kill processes that save at random times, and load meanwhile and afterwards."""
     kills, reads, failures, chance = share(KILLS, scale), 0, list[str](), random.Random(0)
     with fast_disk() as root:
         directory = root / "there"
@@ -95,7 +93,6 @@ def at_random_times(scale: float) -> Row:
 
 
 def two_writers(scale: float) -> Row:
-    """Let two processes save into one directory while this one loads, for some time."""
     failures, found = list[str](), Counter[int]()
     with fast_disk() as root:
         directory = root / "there"

@@ -42,7 +42,6 @@ def save_plain(directory: Path, options: dict[str, Any]) -> None:
 
 
 def save_shifted(directory: Path) -> None:
-    """Save an adapter whose options are equal and whose values are others."""
     shifted = trained(LINEAR, **NEW)
     for values in adapter_values(shifted).values():
         values.data += 1
@@ -98,8 +97,6 @@ def loaded(directory: Path) -> Identity:
 
 
 class State(NamedTuple):
-    """What is in a directory: all of its files, the adapter that loads, and the pair of files that PEFT reads."""
-
     files: dict[str, bytes | None]
     adapter: Identity
     pair: tuple[bytes | None, bytes | None]

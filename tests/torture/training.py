@@ -62,7 +62,6 @@ def trainer() -> Train:
 
 
 def note(out: Path, step: int, loss: float) -> None:
-    """Add the loss of a step to those of a directory."""
     with (out / "losses").open("a", encoding="ascii") as file:
         file.write(f"{json.dumps([step, loss])}\n")
 
@@ -120,7 +119,6 @@ def killed_training(train: Train, kills: int, steps: int, life: float) -> tuple[
 
 
 def killed(train: Callable[[], Train], steps: int, life: float, tried: str, scale: float) -> Row:
-    """Kill training at random times, and let it resume."""
     done, again, failures = killed_training(train(), share(KILLS, scale), steps, life)
     return Row(f"{tried} killed and resumed", done, failures, f"{again:,} steps taken again, with the same losses")
 
