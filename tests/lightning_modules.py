@@ -36,7 +36,6 @@ class Module(pl.LightningModule):
 
 
 def trained(module: pl.LightningModule) -> dict[str, Any]:
-    """Return the bits of what is trained, and of buffers."""
     state = module.state_dict()
     names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     return {name: bits(state[name]) for name in {*names, *dict(module.named_buffers())}}
@@ -45,7 +44,6 @@ def trained(module: pl.LightningModule) -> dict[str, Any]:
 def fit(
     module: pl.LightningModule, out: Path, *, epochs: int, resume: Path | None = None, batch: int = 8, **options: Any
 ) -> pl.Trainer:
-    """Train a module for some epochs, with a checkpoint after each."""
     callback = options.pop("callback", None) or AdapterCallback()
     checkpoints = ModelCheckpoint(out, filename="{epoch}", **{"save_top_k": -1, **options.pop("checkpoints", {})})
     quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)

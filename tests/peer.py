@@ -28,7 +28,6 @@ PEFT_FLAGS: dict[BasisKind, dict[str, bool]] = {
     "sparse": {"sparse": True},
     "very_sparse": {"very_sparse": True},
 }
-"""For the kinds of bases that PEFT knows."""
 
 PEFT_STREAM: Stream = "torch" if TorchVersion(torch.__version__) >= "2.12" else "torch-2.11"
 """The stream that PEFT draws dense bases from under the torch installed."""
@@ -80,14 +79,12 @@ def peft_model(
     adapter: str = "default",
     **options: Any,
 ) -> PeftModel:
-    """Build PEFT's model with a trained-looking adapter; without ``autocast`` the adapter has the model's dtype."""
     base, config = kind.build().to(dtype), peft_config(kind, basis, **options)
     model = get_peft_model(base, config, adapter_name=adapter, autocast_adapter_dtype=autocast).eval()
     return fill(model, spread=0.2)
 
 
 def peft_draw(basis: BasisKind) -> Stream | None:
-    """Return the stream that PEFT draws bases of a kind from under the torch installed; ``None`` is our default."""
     return PEFT_STREAM if basis == "dense" else None
 
 
@@ -99,7 +96,6 @@ def our_model(kind: RealModel, basis: BasisKind = "dense", **options: Any) -> nn
 
 
 def their_values(model: nn.Module, name: str = "default") -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Go through the adapted layers of PEFT's model: FQN, Λ, Γ."""
     for key, gamma in model.named_parameters():
         if key.endswith(f".randlora_gamma.{name}"):
             fqn = key.removesuffix(f".randlora_gamma.{name}")
@@ -127,12 +123,10 @@ def in_peft(kind: RealModel, directory: Path, *, dtype: torch.dtype = torch.floa
 
 
 def in_peft_bit_for_bit(model: nn.Module) -> dict[str, Bits]:
-    """Return every parameter and buffer of PEFT's model, its bases among them whether they would be saved or not."""
     return all_bits({**dict(model.named_parameters()), **dict(model.named_buffers())})
 
 
 def told_stream(directory: Path) -> Stream | None:
-    """Return the stream that readers must be told of a file of PEFT's, written under the torch installed, if any."""
     return PEFT_STREAM if PEFT_STREAM != "torch" and stream_notes(read_adapter(directory)) else None
 
 
@@ -143,7 +137,6 @@ def in_ours(kind: RealModel, directory: Path, **options: Any) -> nn.Module:
 
 
 def untied() -> Any:
-    """Build a GPT-2 whose head is not tied to its embedding."""
     model: Any = GPT2.build()
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model

@@ -34,8 +34,6 @@ MODELS = (
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """A way to quantize, with options of a ``BitsAndBytesConfig``, and how far two ways to compute may then differ."""
-
     name: str
     options: dict[str, Any]
     kind: str = "Linear4bit"
@@ -76,7 +74,6 @@ def quantized_model(kind: RealModel, codes: Codes) -> Any:
 
 
 def half_precision_model(kind: RealModel, *, bits: int = 4) -> transformers.PreTrainedModel:
-    """Load a model in bfloat16 with its linear layers quantized, as users who train do."""
     model: Any = copy.deepcopy(_loaded(kind, INT8 if bits == 8 else HALF, torch.bfloat16))
     return model.requires_grad_(requires_grad=False)
 
@@ -104,10 +101,8 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
     "fp4": _fp4,
     "8 bits": _8_bits,
 }
-"""What transformers is told, by a name."""
 
 KINDS = {name: name.split()[0] if name != "8 bits" else name for name in QUANTIZATIONS}
-"""What a report calls it."""
 
 every_quantization = pytest.mark.parametrize(
     ("kind", "quantization"),

@@ -61,7 +61,6 @@ class ReadKind:
 
     @property
     def target(self) -> str:
-        """The FQN of the weight in files."""
         return self.owner_fqn if self.attribute == "weight" else self.parameter_fqn
 
     @property
@@ -80,7 +79,6 @@ class ReadKind:
         return fill(model) if filled else model
 
     def arguments(self, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-        """Make the arguments of the forward, those that are floating in a dtype."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             return tuple(part.to(dtype) if part.is_floating_point() else part for part in self.inputs())
@@ -89,7 +87,6 @@ class ReadKind:
         return output_of(model.get_submodule("0")(*self.arguments(dtype)))
 
     def gradients(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        """Compute the gradients of Λ and Γ of what is trained, of `weighted` of the output."""
         return torch.autograd.grad(weighted(self.run(model, dtype)), tuple(randlora.trainable_parameters(model)))
 
     def owner(self, model: nn.Module) -> nn.Module:
@@ -110,7 +107,6 @@ class ReadKind:
         return update.flatten(end_dim=-2) if self.kind == "attention" else update
 
     def changed(self, base: nn.Module, *updates: Tensor) -> nn.Module:
-        """Make a float64 copy of a plain model with updates added to the weight: an oracle by torch's own forward."""
         twin = copy.deepcopy(base).double()
         with torch.no_grad():
             for update in updates:
@@ -119,7 +115,6 @@ class ReadKind:
 
 
 def output_of(result: object) -> Tensor:
-    """Return the output of a forward that may return more, as that of attention does."""
     output = result[0] if isinstance(result, tuple) else result
     assert isinstance(output, Tensor)
     return output
@@ -131,8 +126,6 @@ def weighted(output: Tensor) -> Tensor:
 
 
 class Absolute(nn.Linear):
-    """A linear layer whose output is not linear in its weight."""
-
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         return F.linear(input, (self.weight - 0.1).abs(), self.bias)
 

@@ -64,7 +64,6 @@ def smollm2(target: Path) -> None:
 
 
 def letters(*special: str, pad: str | None = None, template: str | None = None) -> Any:
-    """Make a tokenizer of single letters that knows these special tokens, the last of which ends a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -228,7 +227,6 @@ WRITERS: dict[str, Writer] = {
 
 
 def named(code: str) -> list[str]:
-    """Return the names in a page's code that there is a directory for."""
     return [name for name in WRITERS if f'"{name}"' in code]
 
 

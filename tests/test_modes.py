@@ -36,7 +36,6 @@ TRAINED: list[Kind] = [*(kind for kind in LAYER_KINDS if kind.backpropagates), *
 
 
 def subjects(kind: Kind) -> Iterator[tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]]:
-    """Return how to make models of a kind, each of one module, what to give it, and how to adapt it."""
     if isinstance(kind, ReadKind):
         yield lambda: nn.Sequential(kind.build()), kind.arguments(), kind.adapter_options
         return
@@ -73,7 +72,6 @@ def selectively(run: Run, name: str) -> Tensor:
 
 
 def can_be_run_without_adapters(run: Run, policy: str) -> bool:
-    """Whether the frozen module itself overwrites nothing that is saved, as some of torch and transformers do."""
     with set_checkpoint_early_stop(enable=False):
         try:
             selectively(run, policy).backward()

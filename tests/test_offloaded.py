@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +24,6 @@ from randlora.places import Plain, place_of
 from tests.kit import adapter_values, all_bits, bits, fill, same_bits
 from tests.model_directories import contents
 from tests.models import llama, outputs, tokens
-from tests.quantized import of_4_bits
 
 CPU = torch.device("cpu")
 NORM = ["norm.weight", "norm.bias"]
@@ -33,8 +31,6 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 
 
 class Small(nn.Module):
-    """Two linear layers, perhaps one of them in two places, around a norm whose buffers are in the state dict."""
-
     def __init__(self, dtype: torch.dtype = torch.float32, *, shared: bool = False) -> None:
         super().__init__()
         self.up, self.norm, self.down = nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 8)
@@ -75,13 +71,10 @@ def put(model: nn.Module, where: str, folder: Path) -> Any:
             return accelerate.dispatch_model(model, dict.fromkeys(names, "cpu") | {"down": "disk"}, **into)
         case "checkpoint":
             return in_a_checkpoint(model, folder)
-        case "here":
-            return accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
-    return accelerate.hooks.remove_hook_from_submodules(model)
+    return accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)  # "here"
 
 
 def in_a_checkpoint(model: nn.Module, folder: Path, of: nn.Module | None = None, index: Any = None) -> Any:
-    """Dispatch a model whose weights stay in a file of safetensors, as ``from_pretrained`` does."""
     plain = {name: value.clone() for name, value in (of or model).state_dict().items() if "randlora" not in name}
     save_file(plain, path := folder / "model.safetensors")
     index = {} if index is None else index
@@ -147,7 +140,6 @@ AWAY = {
     "a part": lambda model: accelerate.cpu_offload(model[0].up, CPU),
     "hooks removed": lambda model: accelerate.hooks.remove_hook_from_submodules(accelerate.cpu_offload(model, CPU)),
 }
-"""Ways of having accelerate take the original weights of a model that is merged reversibly."""
 
 
 @pytest.mark.parametrize("way", AWAY)
@@ -387,23 +379,6 @@ def test_a_model_of_transformers_that_is_offloaded_as_it_is_loaded(device_map: d
     with pytest.raises(MergeError, match="cannot save_pretrained: accelerate offloaded the model while"):
         plain.save_pretrained(tmp_path / "never")
     assert not (tmp_path / "never").exists()
-
-
-@pytest.mark.medium
-def test_layers_of_bitsandbytes_are_merged_where_they_are_and_refused_where_they_are_offloaded(tmp_path: Path) -> None:
-    built = nn.Sequential(OrderedDict({name: of_4_bits(64, 64) for name in ("up", "down")}))
-    x, plain = torch.randn(3, 64), adapted(copy.deepcopy(built))
-    model = adapted(put(copy.deepcopy(built), "here", tmp_path))
-    assert same_bits(model(x), plain(x))
-    with randlora.merged(model), randlora.merged(plain):
-        assert same_bits(model(x), plain(x))
-    late = put(adapted(copy.deepcopy(built)), "partly disk", tmp_path)
-    codes = bits(late.up.weight)
-    with pytest.raises(MergeError, match="accelerate offloads the weights of down"):
-        randlora.merge(late)
-    assert bits(late.up.weight) == codes
-    with pytest.raises(TargetError, match="down has no values"):
-        adapted(put(built, "partly disk", tmp_path))
 
 
 def test_accelerate_reads_the_configs_of_the_docs(tmp_path: Path) -> None:

@@ -39,8 +39,6 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Rounded(nn.Module):
-    """A linear layer of a user's in int8 with a scale for each row; its bias is a buffer, too."""
-
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -136,8 +134,6 @@ def _weight_of_hqq(layer: Any) -> Any:
 
 
 class Kind(NamedTuple):
-    """How to make layers with random codes, or by quantizing others, into which updates are merged."""
-
     build: Any = None  # from (in_features, out_features, bias)
     quantize: Any = None  # from an `nn.Linear`
     weight: Any = None  # reads what the codes of the latter mean
@@ -147,7 +143,6 @@ class Kind(NamedTuple):
     has_backward: bool = True  # on a CPU
 
     def made(self, *widths: int) -> nn.Sequential:
-        """Return layers, the same ones each time, of which every other one has a bias."""
         build = self.build or (lambda before, after, bias: self.quantize(nn.Linear(before, after, bias)))
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -220,7 +215,6 @@ KINDS = {
 
 
 def of(*names: str) -> pytest.MarkDecorator:
-    """Parametrize over the kinds of these names, of which those are skipped whose library is missing."""
     rows = []
     for name in names:
         library = KINDS[name].library

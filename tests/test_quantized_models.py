@@ -23,7 +23,7 @@ from tests import peer, quantized
 from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
 from tests.models import RealModel, logits, outputs
-from tests.quantized import Codes, half_precision_model, needs_repacking, of_4_bits, quantized_layers, quantized_model
+from tests.quantized import Codes, half_precision_model, quantized_layers, quantized_model
 
 pytestmark = peer.THEIR_WARNINGS
 
@@ -303,22 +303,3 @@ def test_each_input_and_what_cannot_be_done_is_reported() -> None:
             report = prepare_quantized(model, **only(step))
         assert report.notes[0].startswith(note)
         assert (report.input_gradients, report.checkpointing) == ((), False)
-
-
-@needs_repacking
-def test_a_prepared_layer_is_not_repacked_by_an_evaluation_and_a_repacked_one_is_refused() -> None:
-    for is_prepared in (True, False):
-        layer, x = of_4_bits(64, 32, repacks=True, bias=False), torch.randn(3, 64, requires_grad=True)
-        before, model = copy.deepcopy(layer.state_dict()), nn.Sequential(layer)
-        if is_prepared:
-            report = prepare_quantized(model, **only("unpacked"))
-            assert (report.quantized, report.unpacked) == (("0",), ("0",))
-        with torch.no_grad():
-            model.eval()(x.detach())  # which is repacked only where no input requires grad
-        if is_prepared:
-            assert torch.autograd.grad(model.train()(x).sum(), x)[0].any()
-            torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
-        else:
-            with pytest.raises(AdapterError, match="0 was repacked"):
-                prepare_quantized(model)
-            assert prepare_quantized(model, unpacked=False).unpacked == ()

@@ -65,8 +65,6 @@ HARMLESS = {
 
 
 class Read(NamedTuple):
-    """A place in the code, ``file:line``, its function, the expression that it reads, and the module's name there."""
-
     place: str
     where: str
     what: str
@@ -123,7 +121,6 @@ def reads_of(text: str, path: Path) -> Iterator[Read]:
 
 
 def is_in_table(read: Read) -> bool:
-    """Whether the table has the class whose code reads a weight, and the name of the module, if its code has that."""
     other = next((name for function, name in BY_OTHERS.items() if re.search(function, read.where)), None)
     if other is not None:
         return any(name.endswith(f".{other}") for name in PARENTS)

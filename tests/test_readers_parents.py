@@ -44,8 +44,6 @@ def one(given: Any, *args: Any, **options: Any) -> Build:
 
 
 def inside(make: Callable[[], Any], name: str) -> Build:
-    """Return the module of a whole model, and what runs the model."""
-
     def build(kind: Any) -> tuple[nn.Module, Callable[[], Any]]:
         model = make().eval()
         owner = model.get_submodule(name)
@@ -136,7 +134,6 @@ BUILT = [name for name in (*PARENTS, SUBCLASS) if class_name(name) in BUILDS]
 
 
 def seeded(run: Callable[[], Any]) -> list[Tensor]:
-    """Return the floating tensors of what a call returns."""
     torch.manual_seed(0)  # for dropout
     return [value for value in tree_leaves(run()) if isinstance(value, Tensor) and value.is_floating_point()]
 
@@ -311,7 +308,6 @@ def quantize(model: nn.Module, *names: str) -> nn.Module:
 
 
 def positions(encoder: str) -> nn.Module:
-    """Build an encoder of documents, whose biases of positions are read without gradients or not at all."""
     (name,) = (name for name in PARENTS if name.endswith(encoder))
     options = {"has_relative_attention_bias": True, "has_spatial_attention_bias": True}
     config = resolve_name(name.replace("modeling", "configuration").replace("Encoder", "Config"))
@@ -332,7 +328,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str, str]] = [
     (
         partial(rwkv, rescale_every=2),
         "blocks.2.attention.output (Linear)",
-        "is in a RwkvBlock, whose weights the model divides in place",
+        "is in a RwkvBlock, whose weights the model",
     ),
 ]
 

@@ -32,7 +32,6 @@ def partition(data: st.DataObject, size: int) -> list[Spans]:
 
 
 def drawn(spec: BasisSpec, data: st.DataObject, *matrices: int) -> tuple[Update, list[Spans], list[Spans]]:
-    """Draw an update of a layer of any orientation that uses the bases, and where to cut both sides of its weight."""
     max_dim = data.draw(st.integers(1, spec.max_dim))
     min_dim = data.draw(st.integers(1, min(max_dim, spec.min_dim)))
     out, into = (max_dim, min_dim) if data.draw(st.booleans()) else (min_dim, max_dim)
@@ -71,7 +70,6 @@ def test_the_update_of_a_region_is_that_part_of_the_whole_update(
 def test_gradients_of_parts_add_up_to_those_of_the_whole(
     compute: Compute, spec: BasisSpec, data: st.DataObject
 ) -> None:
-    """And so do the outputs of parts that have a part of the input each, as in a layer split by its columns."""
     update, rows, columns = drawn(spec, data)
     out, into = update.shape
     trained = [update.lam.requires_grad_(), update.gamma.requires_grad_()]

@@ -21,12 +21,8 @@ X = torch.randn(4, 4, 6)  # as many tokens as rows, so that sizes tell nothing
 class Layers(nn.Module):
     def __init__(self, arrange: Callable[[Tensor], Tensor], *others: nn.Module) -> None:
         super().__init__()
-        self.first, self.last, self.others, self.arrange = (
-            nn.Linear(6, 6),
-            nn.Linear(6, 6),
-            nn.Sequential(*others),
-            arrange,
-        )
+        self.first, self.last, self.others = nn.Linear(6, 6), nn.Linear(6, 6), nn.Sequential(*others)
+        self.arrange = arrange
 
     def forward(self, x: Tensor, more: Any = None, *, generator: Any = None) -> Any:
         if generator is not None:
@@ -108,8 +104,6 @@ def test_a_cache_is_rolled_with_the_batch_and_stays_as_it_was() -> None:
 
 
 class Given(list[Tensor]):
-    """A list that makes its tensors when it is copied."""
-
     def __reduce__(self) -> Any:
         return Given, (), None, (each.clone() for each in self)
 

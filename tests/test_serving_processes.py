@@ -57,8 +57,6 @@ def computed(model: nn.Module, x: Tensor, outputs: Any) -> None:
 
 
 class Computed(Dataset[Tensor]):
-    """What the workers of a loader compute with a model."""
-
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.model, self.x = model, x
 

@@ -44,7 +44,6 @@ names_of_rows = st.lists(st.sampled_from([*OPTIONS, None]), min_size=1, max_size
 
 
 def with_some(model: nn.Module, names: Names | None = None, **options: Any) -> nn.Module:
-    """Add the adapters of `OPTIONS`, or those of some names and "a", with values as after some training."""
     chosen = {name: own for name, own in OPTIONS.items() if names is None or name in ("a", *names)}
     for seed, (name, own) in enumerate(chosen.items()):
         randlora.inject(model, name=name, stream="portable", **{"targets": ["0", "1"], **options, **own})
@@ -378,7 +377,6 @@ every_count = st.lists(st.integers(1, 4), min_size=1, max_size=5)
 
 
 def updates(form: str, out: int, into: int, r: int, counts: list[int], x: Tensor) -> tuple[Case, Any, Tensor]:
-    """Make bases, an update for each count of tokens, and what the oracle says that the tokens get."""
     made = case(form, out, into, r)
     lam, gamma, _ = made.diagonals
     diagonals = [

@@ -44,8 +44,6 @@ def rows_are_right(model: nn.Module, run: Callable[[], Tensor], axis: int = 0) -
 
 
 class Arranging(nn.Module):
-    """A layer whose input a function arranges and whose output another arranges back, in between two others."""
-
     def __init__(self, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.first, self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)

@@ -19,7 +19,6 @@ RIGHT = {
 
 
 def with_rows(output: Any, rows: int) -> Tensor | None:
-    """Return the first tensor of an output that has the rows of the batch."""
     if isinstance(output, Tensor):
         return output if output.dim() and output.shape[0] == rows else None
     parts = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()

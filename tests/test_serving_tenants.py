@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,6 @@ STEPS = 8
 
 
 class Tenant(NamedTuple):
-    """One adapter, its rate, its steps, and the step before which it is saved, removed and loaded again."""
-
     seed: int
     lr: float
     steps: range = range(STEPS)
@@ -43,44 +42,37 @@ class Training:
         torch.manual_seed(0)
         self.model: Any = models.llama().train()
         if checkpoints:
-            enable: Any = getattr(
-                self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable
-            )
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         self.accumulated, self.place = accumulated, place
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.losses: dict[str, list[float]] = {}
+        self.losses: dict[str, list[float]] = defaultdict(list)
         self.values: dict[str, list[nn.Parameter]] = {}
 
     def run(self, names: Iterable[str]) -> None:
         for step in range(STEPS):
             for name in names:
-                self.arrange(name, step)
+                self.arrange(name, TENANTS[name], step)
             if present := [name for name in names if step in TENANTS[name].steps]:
                 self.step(present, step)
-        for name in self.optimizers:
-            self.values[name] = randlora.trainable_parameters(self.model, name)
 
-    def arrange(self, name: str, step: int) -> None:
-        tenant = TENANTS[name]
+    def arrange(self, name: str, tenant: Tenant, step: int) -> None:
+        """Let a tenant join, leave, or be saved and go on, before a step."""
+        if step not in (tenant.steps.start, tenant.resumed, tenant.steps.stop):
+            return
+        state = {}
         if step == tenant.steps.start:
             randlora.inject(self.model, name=name, r=tenant.r, seed=tenant.seed, trainable=True)
-        elif step == tenant.steps.stop:
-            self.values[name] = randlora.trainable_parameters(self.model, name)
-            randlora.remove(self.model, name)
-            del self.optimizers[name]
-            return
-        elif step != tenant.resumed:
-            return
         else:
-            state = self.optimizers[name].state_dict()
+            state = self.optimizers.pop(name).state_dict()
             randlora.save(self.model, self.place / name, name=name)
             randlora.remove(self.model, name)
-            randlora.load(self.model, self.place / name, name=name, trainable=True)
-        trained = randlora.trainable_parameters(self.model, name)
-        self.optimizers[name] = torch.optim.AdamW(trained, lr=tenant.lr, eps=1e-4)
         if step == tenant.resumed:
-            self.optimizers[name].load_state_dict(state)
+            randlora.load(self.model, self.place / name, name=name, trainable=True)
+        if step != tenant.steps.stop:
+            self.values[name] = randlora.trainable_parameters(self.model, name)
+            self.optimizers[name] = torch.optim.AdamW(self.values[name], lr=tenant.lr, eps=1e-4)
+            self.optimizers[name].load_state_dict(state or self.optimizers[name].state_dict())
 
     def step(self, names: list[str], step: int) -> None:
         for part in range(self.accumulated):
@@ -89,7 +81,7 @@ class Training:
                 losses = row_losses(self.model, ids).view(len(names), 2).mean(1) / self.accumulated
                 losses.sum().backward()
             for name, loss in zip(names, losses.tolist(), strict=True):
-                self.losses.setdefault(name, []).append(loss)
+                self.losses[name].append(loss)
         for name in names:
             self.optimizers[name].step()
             self.optimizers[name].zero_grad()
@@ -130,9 +122,7 @@ def test_the_parameters_of_one_adapter_are_its_own() -> None:
     of_a, of_b = (randlora.trainable_parameters(model, name) for name in "ab")
     assert [len(of_a), len(of_b)] == [4, 2]
     assert {*map(id, of_a + of_b)} == {*map(id, randlora.trainable_parameters(model))}
-    with pytest.raises(
-        AdapterError, match=r"would have nothing to do \(frozen\): call .*set_trainable\(model, 'frozen'"
-    ):
-        randlora.trainable_parameters(model, "frozen")
-    with pytest.raises(AdapterError, match="missing"):
-        randlora.trainable_parameters(model, "missing")
+    said = r"would have nothing to do \(frozen\): call .*set_trainable\(model, 'frozen'"
+    for name, message in {"frozen": said, "missing": "missing"}.items():
+        with pytest.raises(AdapterError, match=message):
+            randlora.trainable_parameters(model, name)

@@ -30,7 +30,6 @@ TALL, SQUARE, WIDE = (256, 192), (192, 192), (96, 256)
 
 
 def step(shape: tuple[int, int], adapt: Any) -> tuple[nn.Module, Tensor]:
-    """Adapt a linear layer, always the same, and take a step of Adam; return it, and the gradient before the step."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
     x, y = torch.randn(512, shape[1]), torch.randn(512, shape[0])
@@ -43,7 +42,6 @@ def step(shape: tuple[int, int], adapt: Any) -> tuple[nn.Module, Tensor]:
 
 
 def first_update(shape: tuple[int, int], **options: Any) -> tuple[Tensor, float]:
-    """Return the update of a layer after one step, and its cosine with the negative gradient."""
     model, gradient = step(shape, lambda plain: (randlora.inject(plain, **options), plain)[1])
     update = randlora.delta_weight(model.double(), "0").detach()
     return update, -float((update * gradient).sum() / update.norm() / gradient.norm())

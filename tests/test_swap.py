@@ -31,7 +31,6 @@ X = torch.linspace(-1, 1, 18).view(3, 6)
 
 
 def model_with(values: int = 0, *, name: str = "a", **options: Any) -> nn.Sequential:
-    """Make the same model always, with an adapter of other values for each seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 9), nn.Identity(), nn.Linear(9, 4), nn.Linear(4, 9))
@@ -242,8 +241,6 @@ class Saver(nn.Module):
 
 
 class Both(Saver):
-    """A module whose method calls another, as a SentenceTransformer's does."""
-
     def save(self, path: str | Path, **options: Any) -> str:
         return Saver.save_pretrained(self, path, **options)
 

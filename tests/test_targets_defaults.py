@@ -57,7 +57,6 @@ def chosen(model: nn.Module) -> Selection:
 
 
 def is_attention(model: nn.Module, fqn: str) -> bool:
-    """Whether a module lies in one that its name or class calls attention."""
     said, module = list[str](), model
     for part in fqn.split(".")[:-1]:
         module = module.get_submodule(part)
@@ -66,7 +65,6 @@ def is_attention(model: nn.Module, fqn: str) -> bool:
 
 
 def default_of(model_type: str, names: list[str]) -> tuple[Any, Selection | None]:
-    """Return the first model of a type in which attention is found, else the last, if any can be built."""
     model = None
     for model in on_meta(model_type, names):
         with suppress(TargetError):  # no linear layer at all
@@ -148,7 +146,6 @@ DIFFUSERS = {
 
 
 def diffusers_model(name: str) -> Any:
-    """Build a class on the meta device with its defaults, of two layers where it is asked for a number."""
     model_class = getattr(diffusers, name)
     known = inspect.signature(model_class).parameters
     with torch.device("meta"):

@@ -18,7 +18,6 @@ from randlora.config import LayerOptions
 from randlora.errors import ConfigError, TargetError
 from randlora.layers.registry import Reading
 from randlora.targets.census import Census
-from randlora.targets.match import nearest_names
 from randlora.targets.obstacles import obstacles
 from randlora.targets.options import options_by_target, options_listed, r_like_lora, resolve
 from randlora.targets.select import Selection, find_targets, select
@@ -254,14 +253,6 @@ def test_a_pattern_that_means_nothing_is_refused_with_what_was_meant(targets: An
     model, exclude = (exclude, None) if isinstance(exclude, nn.Module) else (Model(), exclude)
     with untouched(model), pytest.raises(TargetError, match=re.escape(message)):
         find_targets(model, targets, exclude)
-
-
-def test_nearest_names_are_at_most_five_and_similar_if_any_is() -> None:
-    names = ["a.q_proj", "a.v_proj", "b.q_proj"]
-    assert nearest_names("xyzzy", names) == "q_proj, v_proj"
-    assert nearest_names("a.k_poj", names) == "a.v_proj, a.q_proj, b.q_proj"
-    assert nearest_names("gate", ["zzzz", "gxxe"]) == "gxxe"
-    assert len(nearest_names("layer.1", [f"layer.{index}" for index in range(20)]).split(", ")) == 5
 
 
 # r and alpha by pattern, and the r that has as many parameters as a LoRA

@@ -42,8 +42,6 @@ class Odd(Held):
 
 
 class Experts(Held):
-    """Two stacks of the kind "experts", and a matrix that no kind serves."""
-
     def __init__(self) -> None:
         super().__init__(up_proj=(2, 8, 6), down_proj=(2, 6, 8), router=(4, 6))
 
@@ -74,7 +72,6 @@ def of_type(model_type: str | None, **layers: nn.Module) -> nn.ModuleDict:
 
 
 def names_of(fqn: str) -> set[str]:
-    """Return the names under which a parameter may be listed."""
     owner, _, attribute = fqn.rpartition(".")
     computed_from = attribute.removesuffix("_g").removesuffix("_v") == "weight" or ".parametrizations." in fqn
     return {fqn, owner.split(".parametrizations.")[0]} if computed_from else {fqn}
@@ -292,7 +289,6 @@ SOUND: dict[str, Callable[[], nn.Module]] = {
 
 @st.composite
 def models(draw: st.DrawFn, leaves: dict[str, Any]) -> nn.ModuleDict:
-    """Models of some of these modules, of which some are in two places, tied to another, or the head."""
     model = of_type(draw(st.sampled_from([None, "bloom"])), first=nn.Linear(4, 4))
     for place, name in enumerate(draw(st.lists(st.sampled_from(sorted(leaves)), max_size=6))):
         model[f"{name}_{place}"] = leaves[name]()

@@ -47,7 +47,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
-    """Return examples for `Trainer`, each its own label."""
     ids = torch.randint(0, 130, (16, 8), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row, "labels": row} for row in ids]
 
@@ -66,7 +65,6 @@ def arguments(make: Callable[..., Any], directory: Path | str, **options: Any) -
 
 
 def trained_bits(model: nn.Module) -> list[Bits]:
-    """Return all that an adapter's training changes, to be compared with ``==``."""
     return [bits(parameter) for parameter in randlora.trainable_parameters(model)]
 
 

@@ -19,7 +19,6 @@ TASKS = {
     "vision": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "encoder and decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
-"""By task, the class for each ``model_type``."""
 
 
 def _each(names: str, size: int) -> dict[str, int]:
@@ -49,7 +48,6 @@ CUTS = (LAYERS | WIDE | SIDES, LAYERS | WIDE | HEADS, LAYERS | WIDE, LAYERS)
 
 
 def classes() -> Iterator[tuple[str, str, str]]:
-    """Go through tasks, types of models, and names of classes; each class once."""
     seen = set()
     for task, names in TASKS.items():
         for model_type, found in names.items():
@@ -60,7 +58,6 @@ def classes() -> Iterator[tuple[str, str, str]]:
 
 
 def _of_type(model_type: str, names: Iterable[str], cuts: Iterable[Any]) -> Iterator[tuple[Any, Any, nn.Module]]:
-    """Go through the classes that can be built, each with each cut: the class, the config, and a model on meta."""
     for name, sizes in product(names, cuts):
         try:
             model_class, config = getattr(transformers, name), cut(CONFIG_MAPPING[model_type], sizes)
@@ -100,7 +97,6 @@ def every_type() -> dict[str, list[str]]:
 
 
 def cut(config_class: Any, sizes: dict[str, int]) -> Any:
-    """Make a config of a class with the sizes given that it has, and those inside it."""
     default = config_class()
     inner = {
         key: cut(type(found), sizes).to_dict()

@@ -97,7 +97,6 @@ def zero(model: nn.Module, stage: str, **options: Any) -> Any:
 
 
 def sharded(model: Any, parts: Sequence[str] = (), **options: Any) -> Any:
-    """Shard parts of a model by themselves, such as the first block of a `Net`, and all else with the model."""
     for part in parts or (("blocks.0",) if isinstance(model, Net) else ()):
         fully_shard(model.get_submodule(part), **options)
     fully_shard(model, **options)
@@ -113,7 +112,6 @@ def replicated(model: Any) -> Any:
 
 
 def split(model: Any, mesh: Any = None, *, table: str = "rows") -> Any:
-    """Split a model's table by rows, by columns or not at all, its blocks, and its head."""
     plan: dict[str, Any] = {"head": ColwiseParallel(output_layouts=Replicate()), "blocks.*.down": RowwiseParallel()}
     plan["blocks.*.up"] = ColwiseParallel(use_local_output=False)  # torch takes a local output of an odd half for even
     if table == "rows":
@@ -133,12 +131,10 @@ def on_two_dimensions(model: Any, *, adapt: Callable[[Any], Any] = lambda model:
 
 
 def around(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return what adapts a model first and wraps it then."""
     return lambda case: wrap(case.adapted())
 
 
 def within(wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return what wraps a model first and adapts it then."""
     return lambda case: case.adapt(wrap(case.build()))
 
 
@@ -162,7 +158,6 @@ class Engine:
 
 
 ONE_DTYPE = {"dtype": torch.float32}
-"""What FSDP2 trains has one dtype."""
 
 BY_ENGINE = ONE_DTYPE | {"checkpointed": False, "backwards": 1}
 """An engine of DeepSpeed counts backwards for itself."""

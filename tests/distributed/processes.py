@@ -123,7 +123,6 @@ def run_test(module: str, name: str, arguments: dict[str, Any]) -> None:
 
 
 def on_all(value: Result) -> list[Result]:
-    """Return what each process gives, by rank."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found

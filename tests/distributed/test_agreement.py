@@ -41,8 +41,6 @@ Verb = Callable[[Any, Path], object]
 
 @dataclass(frozen=True)
 class Case:
-    """A verb, what undoes it if anything does, what is done before, and whether the model has a second adapter."""
-
     verb: Verb
     undo: Verb | None = None
     before: Verb = lambda model, place: None  # noqa: ARG005
@@ -74,7 +72,6 @@ def pooled(model: Any, place: Path) -> Any:
 
 
 REFUSED = {("ZeRO-3", "limit_norms")}
-"""What an engine refuses."""
 
 VERBS: dict[str, Case] = {
     "activate": Case(lambda model, _: randlora.activate(model, "second"), lambda m, _: randlora.activate(m, "default")),
@@ -117,7 +114,6 @@ VERBS: dict[str, Case] = {
 TOGETHER = {
     each.__code__ for each in (ranks.run_collectives, merged_tensors.MergedTensors._taken, AdapterLayer.delta_weight)
 }
-"""What finds and gathers parts of tensors."""
 
 END = "merged.<locals>.end"
 """What ends a block, for which no process waits."""
@@ -160,7 +156,6 @@ class Steps:
 
 @contextmanager
 def planted(step: int | None) -> Iterator[Steps]:
-    """Raise an error at a step of the block in this process; at none for ``None``."""
     steps = Steps(step)
     sys.setprofile(steps)
     try:
@@ -188,7 +183,6 @@ def attempted(verb: Verb, model: Any, place: Path, step: int | None) -> tuple[bo
 
 
 def made(case: Case, engine: str) -> Any:
-    """Return an adapted model; its second adapter has been added to the model that is sharded already."""
     own = Drawn() if case.has_second and engine == "ZeRO-3" else DRAWN  # a ZeRO-3 engine exchanges no copies
     run = ENGINES[engine].make(own)
     model = getattr(run, "module", run)

@@ -21,13 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import randlora
 from tests.distributed.engines import trained, zero
 from tests.distributed.processes import LAW, in_two, on_all
-from tests.distributed.trained import (
-    Drawn,
-    distance,
-    drawn_models,
-    optimizer_of,
-    values,
-)
+from tests.distributed.trained import Drawn, distance, drawn_models, optimizer_of, values
 
 pytestmark = in_two
 
@@ -84,7 +78,6 @@ def warned(call: Callable[[], object]) -> list[str]:
 
 
 def differs_after_training(ddp: nn.Module, model: nn.Module) -> bool:
-    """Train one step on other rows in each process; return whether the processes then have different values."""
     train_step(ddp, optimizer_of(model))
     first, second = on_all(values(model))
     return distance(first, second) > 0
@@ -100,7 +93,6 @@ HOW: dict[str, Callable[[Any, Path], object]] = {
     "inject": lambda model, _: add(model, "second", active=True, trainable=True),
     "load": lambda model, place: randlora.load(model, place, name="second", active=True, trainable=True),
 }
-"""Calls that have a model train another adapter than before."""
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import example, given, settings
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -20,7 +20,6 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-from torch.distributed.tensor.placement_types import _StridedShard
 from transformers.pytorch_utils import Conv1D
 
 import randlora
@@ -52,7 +51,6 @@ from tests.read_kinds import READ_KINDS, ReadKind, output_of, weighted
 pytestmark = in_two
 
 SIZE = 1000
-"""Bytes of a file of a merged model, which are a few of the tensors."""
 
 
 def require_as_one_process(engine: Engine, case: Case, place: Path) -> None:
@@ -140,7 +138,6 @@ def merge_and_back(engine: Engine, case: Case, one: Any, run: Any) -> None:
 
 
 def alike(engine: Engine, found: Tensor, expected: Tensor) -> None:
-    """Assert equality but for sums in another order."""
     close(found, expected, engine.within if torch.float32 in (found.dtype, expected.dtype) else engine.in_double)
 
 
@@ -261,38 +258,6 @@ def test_a_model_whose_tokens_are_split_between_its_layers(order: Any, first: tu
         lambda rank, step: (drawn(2, 4, 6, seed=step + rank),),
     )
     require_as_one_process(Engine(order(split_tokens), **SPLIT), case, tmp_path)
-
-
-class Whole(nn.Sequential):
-    """Layers that take ids, and return outputs, that are whole in each process."""
-
-    def forward(self, ids: Any) -> Any:
-        run: Any = super().forward
-        if not isinstance(weight := self[0]._parameters["weight"], DTensor):
-            return run(ids)
-        return run(DTensor.from_local(ids, weight.device_mesh, [Replicate()])).full_tensor()
-
-
-def split_in_pieces(model: Any) -> Any:
-    """Split a table, a layer's outputs, and a layer's inputs, of each of which a process gets two pieces."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer, dim in zip(model, (0, 0, 1), strict=True):
-        for attribute, own in [*layer.named_parameters()]:
-            placement = _StridedShard(dim, split_factor=2) if attribute == "weight" else Replicate()
-            placed = distribute_tensor(own.detach(), mesh, [placement])
-            layer.register_parameter(attribute, nn.Parameter(placed, requires_grad=False))
-    return model
-
-
-@pytest.mark.parametrize(("hidden", "basis"), [(12, "dense"), (2, "block")])
-def test_a_process_that_has_several_pieces_of_a_weight(hidden: int, basis: str, tmp_path: Path) -> None:
-    case = Made(
-        lambda: Whole(nn.Embedding(12, 8), nn.Linear(8, 2 * hidden, bias=False), nn.Linear(2 * hidden, 8)).double(),
-        {"r": 4, "targets": ["0", "1", "2"], "basis": basis},
-        lambda rank, step: ((torch.arange(12).view(2, 6) + step + rank) % 12,),
-        measure=lambda output, _: output.square().mean() / 200,  # or it diverges
-    )
-    require_as_one_process(Engine(within(split_in_pieces), **SPLIT), case, tmp_path)
 
 
 @dataclass(frozen=True)

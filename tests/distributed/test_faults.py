@@ -61,7 +61,6 @@ def failing_in_last(method: str, on: Any, call: int, error: BaseException | None
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Assert that this process has the same values after a block as before it."""
     before = held(model)
     yield
     found = held(model)
@@ -369,7 +368,6 @@ def test_norms_under_zero_3_are_neither_trained_nor_limited(engine: str) -> None
 
 @contextmanager
 def watched(name: str, on: Any) -> Iterator[list[int]]:
-    """Yield how many of the tensors that a function has returned are there whenever it returns another."""
     own, held, alive = getattr(on, name), list[StorageWeakRef](), list[int]()
 
     def watching(*args: Any, **options: Any) -> Tensor:

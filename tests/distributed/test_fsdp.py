@@ -121,7 +121,6 @@ BLOCKWISE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
     "reentrant": _again,
     "one inside another": lambda run, x: _again(partial(_again, run), x),
 }
-"""How a block is computed again in a backward, if it is."""
 
 
 class Deep(nn.Module):
@@ -297,7 +296,6 @@ def train_and_save(engine: str, case: Drawn, directory: Path) -> dict[str, Tenso
 
 
 def resume(engine: str, case: Drawn, directory: Path, expected: dict[str, Tensor]) -> None:
-    """Train on, by an engine in all processes, or without any in one."""
     model = ENGINES[engine].make(case) if engine else case.adapted()
     optimizer = optimizer_of(model)
     found = states(model, optimizer)

@@ -53,7 +53,6 @@ def storage(*tensors: Tensor) -> int:
 
 
 def held(model: nn.Module, whole: Any, communication: Callable[[], int] = lambda: 0) -> Held:
-    """Train a step and count what this process holds of everything."""
     frozen, trained = ([each for each in model.parameters() if each.requires_grad is own] for own in (False, True))
     optimizer = torch.optim.AdamW(trained)
     for _ in range(2):  # DDP makes its buckets anew after the first

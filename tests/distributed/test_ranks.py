@@ -39,7 +39,6 @@ def test_equal_adapters_pass(drawn: Drawn) -> None:
 def refused(
     model: nn.Module, said: str, what: str = "cannot go on: the ranks have different adapters", **options: Any
 ) -> str:
-    """Return the error of `check_ranks`, which all processes get."""
     with pytest.raises(AdapterError, match=what) as caught:
         randlora.check_ranks(model, **options)
     first, second = on_all(str(caught.value))
@@ -108,27 +107,16 @@ def changed(model: Any, fqn: str, change: Callable[[Tensor], Tensor]) -> bool:
     return True
 
 
+BIAS = "head.bias: torch.float32, 11, requires_grad=False on rank 0; "
 ELSEWHERE: dict[str, tuple[Callable[[Any], object], str]] = {
     "dtype": (
-        lambda model: model.bfloat16(),
+        nn.Module.bfloat16,
         "embed.weight: torch.float32, 11 x 12, requires_grad=False on rank 0; torch.bfloat16",
     ),
-    "dtype of one": (
-        partial(changed, fqn="head.bias", change=Tensor.double),
-        "head.bias: torch.float32, 11, requires_grad=False on rank 0; torch.float64",
-    ),
-    "shape": (
-        partial(changed, fqn="head.bias", change=lambda own: own[:7]),
-        "head.bias: torch.float32, 11, requires_grad=False on rank 0; torch.float32, 7",
-    ),
-    "lacking": (
-        lambda model: setattr(model.head, "bias", None),
-        "head.bias: torch.float32, 11, requires_grad=False on rank 0; nothing on rank 1",
-    ),
-    "dtype of a buffer": (
-        partial(changed, fqn="counts", change=Tensor.float),
-        "counts: torch.int64, 3, requires_grad=False on rank 0; torch.float32",
-    ),
+    "dtype of one": (partial(changed, fqn="head.bias", change=Tensor.double), f"{BIAS}torch.float64"),
+    "shape": (partial(changed, fqn="head.bias", change=lambda own: own[:7]), f"{BIAS}torch.float32, 7"),
+    "lacking": (lambda model: setattr(model.head, "bias", None), f"{BIAS}nothing on rank 1"),
+    "dtype of a buffer": (partial(changed, fqn="counts", change=Tensor.float), "counts: torch.int64, 3, requires_grad"),
 }
 """How the model of one process may differ, and what is said of it at no cost."""
 
@@ -160,27 +148,24 @@ def test_an_adapter_that_only_some_processes_train_is_found(engine: str) -> None
     assert "problems" not in said, "only what adapters have differs"
 
 
+def changed_everywhere(model: nn.Module) -> None:
+    for name, _ in [*model.named_parameters()]:
+        changed(model, name, lambda own: own + 1)
+
+
+def changed_in_part(own: Tensor) -> Tensor:
+    return TwoTensor(vars(own)["a"], vars(own)["b"] + 1)
+
+
 BASES: dict[str, tuple[Callable[[Any], object], str]] = {
     "another model": (
-        lambda model: all(changed(model, name, lambda own: own + 1) for name, _ in [*model.named_parameters()]),
-        "also different: the values of blocks.0.up.weight, the values of blocks.0.up.bias, ",
+        changed_everywhere,
+        "different: the values of blocks.0.up.weight, the values of blocks.0.up.bias, ",
     ),
-    "a weight": (
-        partial(changed, fqn="blocks.1.up.weight", change=Tensor.neg),
-        "the values of blocks.1.up.weight: SHA-256 ",
-    ),
-    "what is trained": (
-        partial(changed, fqn="blocks.0.norm.weight", change=Tensor.neg),
-        "the values of blocks.0.norm.weight: SHA-256 ",
-    ),
-    "a part of a tensor": (
-        partial(changed, fqn="head.bias", change=lambda own: TwoTensor(vars(own)["a"], vars(own)["b"] + 1)),
-        "the values of head.bias: SHA-256 ",
-    ),
-    "a buffer": (
-        partial(changed, fqn="counts", change=lambda own: own + 1),
-        "the values of counts when the model was adapted: SHA-256 ",
-    ),
+    "blocks.1.up.weight": (partial(changed, fqn="blocks.1.up.weight", change=Tensor.neg), ": SHA-256 "),
+    "blocks.0.norm.weight": (partial(changed, fqn="blocks.0.norm.weight", change=Tensor.neg), ": SHA-256 "),
+    "head.bias": (partial(changed, fqn="head.bias", change=changed_in_part), ": SHA-256 "),
+    "counts": (partial(changed, fqn="counts", change=lambda own: own + 1), " when the model was adapted: SHA-256 "),
 }
 
 
@@ -191,6 +176,7 @@ def test_other_values_of_the_base_are_found_where_asked_for(what: str) -> None:
     model.register_buffer("counts", torch.arange(3))
     changed(model, "head.bias", lambda own: TwoTensor(own, own.clone()))
     change, said = BASES[what]
+    said = said if what == "another model" else f"the values of {what}{said}"
     if dist.get_rank():
         change(model)
     DRAWN.adapt(model)
@@ -203,7 +189,6 @@ def test_other_values_of_the_base_are_found_where_asked_for(what: str) -> None:
 
 @in_two
 def test_what_only_one_process_has_is_not_compared_nor_are_statistics() -> None:
-    """As where one process loads a model and sends it to others, and after some training."""
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).to("meta" if dist.get_rank() else "cpu")
     randlora.inject(model, 2, targets=["0"], train_also=["1"])
     randlora.check_ranks(model, values=True)

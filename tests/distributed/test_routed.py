@@ -38,7 +38,6 @@ NAMES: dict[str, Callable[[int], list[str | None]]] = {
     "others": lambda rank: ["second" if rank else "default"] * 2 + [None],
     "none": lambda rank: [None if rank else "default"] * 3,
 }
-"""For each row of a batch, by process."""
 
 EACH_ROUTED = (("FSDP2", "rotated"), ("FSDP2 first", "others"), ("DDP, unused", "others"), ("ZeRO-3", "equal"))
 

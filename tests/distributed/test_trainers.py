@@ -177,7 +177,6 @@ def test_a_stock_trainer_resumes_and_says_if_it_writes_no_adapter(
 
 
 def make(kind: str, directory: Path, train_also: list[str], given: dict[str, Any]) -> Any:
-    """Make a trainer of TRL, which must not load a model."""
     import trl
 
     from randlora.integrations.transformers import AdapterCheckpoints
@@ -338,7 +337,6 @@ def test_a_resumed_run_of_lightning_has_the_bits_of_a_whole_one(tmp_path: Path, 
 
 
 def run(name: str, *args: Any) -> str:
-    """Run an example in a process that is in a group already; return what it prints."""
     printed = StringIO()
     in_a_group = mock.patch.multiple(dist, init_process_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT)
     with in_a_group, redirect_stdout(printed):

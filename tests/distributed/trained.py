@@ -55,7 +55,6 @@ class Case:
     batch: Any  # returns what the process of a rank gives to the model in one backward
 
     def adapt(self, model: Model, name: str = "default") -> Model:
-        """Add the adapter, with values as after some training, which are those of one process."""
         randlora.inject(model, name=name, train_also=list(self.train_also) or None, **self.options())
         return filled(model, name)
 
@@ -68,8 +67,6 @@ class Case:
 
 @dataclass(frozen=True)
 class Made(Case):
-    """What some functions make, always the same; a batch by rank and step."""
-
     make: Callable[[], Any]
     adapter: dict[str, Any]
     batch: Callable[[int, int], tuple[Any, ...]]
@@ -138,7 +135,6 @@ drawn_models = st.builds(
 
 @torch.no_grad()
 def filled(model: Model, name: str = "default") -> Model:
-    """Give Λ and Γ of an adapter the same values, whole or sharded."""
     generator = torch.Generator().manual_seed(3)
     for fqn, parameter in model.named_parameters():
         if "randlora" in fqn and fqn.endswith(f".{name}"):
@@ -174,7 +170,6 @@ def reshard(model: nn.Module) -> None:
 
 
 def held(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of what this process has of each parameter."""
     reshard(model)
     own = {name: _own_values(each) for name, each in model.named_parameters()}
     return {name: each.detach().clone() for name, each in own.items()}

@@ -25,7 +25,6 @@ with atheris.instrument_imports(include=["randlora"], enable_loader_override=Fal
 
 
 def _place(error: BaseException) -> str:
-    """Return the kind of an error and the innermost lines that raised it, in this repository and below."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "/randlora/" in frame.filename or "/tests/" in frame.filename] or frames
     lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(own[-2:])]

@@ -18,14 +18,12 @@ Files = dict[str, bytes]
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
-"""A folder of inputs for each target."""
 
 LINK, PIPE, FOLDER = "@link/", "@pipe/", "@folder/"
 LINKED = (b"/dev/zero", b"/dev/null", b"/dev/full")  # and names without a slash, so that nothing else can be reached
 
 
 def pack(files: Mapping[str, bytes]) -> bytes:
-    """Return files as one archive; equal files give equal bytes."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in sorted(files.items()):
@@ -34,7 +32,6 @@ def pack(files: Mapping[str, bytes]) -> bytes:
 
 
 def unpack(data: bytes) -> Files | None:
-    """Return the files of an archive, or ``None`` for bytes that are none."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return {info.filename: archive.read(info) for info in archive.infolist() if info.file_size < 2**20}
@@ -49,7 +46,6 @@ def packed(directory: Path) -> bytes:
 
 @contextmanager
 def laid_out(files: Mapping[str, bytes]) -> Iterator[Path]:
-    """Yield a new directory with these files. Names that would lead out of it are left out."""
     with fast_disk() as root:
         for entry, content in files.items():
             kind = next((kind for kind in (LINK, PIPE, FOLDER) if entry.startswith(kind)), "")

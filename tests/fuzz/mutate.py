@@ -38,7 +38,6 @@ inspect verify convert merge plan --help --json --base --prefix --to --rank --to
 1e400 1048576 1048577 wide=2 .*=2 lora native float64 split é
 """
 WORDS = (*ARGUMENTS.split(), "9" * 5000, *NAMES)
-"""Arguments of the command line."""
 
 SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4}
 SIZES |= {"I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8}
@@ -61,7 +60,6 @@ def parse(data: bytes) -> dict[str, Any]:
 
 
 def unparse(file: Any) -> bytes:
-    """Return the bytes of a file, as far as its parts are tensors still."""
     header, values = dict(file), b""
     whole = {
         name: each for name, each in header.items() if isinstance(each, dict) and isinstance(each.get("data"), str)
@@ -81,7 +79,6 @@ def unparse(file: Any) -> bytes:
 
 
 def resize(file: dict[str, Any]) -> None:
-    """Give each tensor the bytes that its dtype and its shape take, if that is a size to write at all."""
     for entry in file.values():
         try:
             size, source = math.prod(entry["shape"]) * SIZES[entry["dtype"]], entry["data"] or "\0\0\x80\x3f"
@@ -179,7 +176,6 @@ def _renamed(text: str, random: Random) -> str:
 
 
 def mutate_file(data: bytes, random: Random, mutate_bytes: MutateBytes, *, has_tensors: bool = False) -> bytes:
-    """Return a JSON or safetensors file with changed parts, mostly sealed again, or now and then changed as bytes."""
     try:
         value: Any = parse(data) if has_tensors else json.loads(data)
     except NO_JSON:
@@ -226,7 +222,6 @@ def mutate_archive(data: bytes, random: Random, mutate_bytes: MutateBytes, *, sp
 
 
 def _renamed_everywhere(files: dict[str, bytes], random: Random) -> dict[str, bytes]:
-    """Replace a word or a number in all JSON and all names of tensors, and seal what is sealed."""
     parsed: dict[str, Any] = {}
     for name, data in files.items():
         parsed[name] = data.decode("latin-1")

@@ -36,7 +36,6 @@ PREPARED = unpack((HERE / "prepared.zip").read_bytes()) or {}
 
 
 def adapter(data: bytes) -> None:
-    """Read, verify, inspect, rewrite, convert and load the adapter in the folder ``adapter`` of an archive."""
     if (files := unpack(data)) is None:
         return
     with laid_out(files) as root:
@@ -106,7 +105,6 @@ def _check_same(file: AdapterFile, again: AdapterFile) -> None:
 
 
 def _check_loaded(file: AdapterFile, source: Path, root: Path) -> None:
-    """Check that loading into a model of these layers works or leaves it as it was, and that saving it reads equal."""
     own = {fqn: (gamma.shape[-1],) * 2 for fqn, (_, gamma) in file.values.items()}
     model = _model_of(file.header.shapes if file.header else own, file.trained)
     with untouched(model):
@@ -125,7 +123,6 @@ def _check_loaded(file: AdapterFile, source: Path, root: Path) -> None:
 
 
 def _model_of(shapes: Mapping[str, Shape], parameters: Mapping[str, Tensor]) -> nn.Module:
-    """Build a model with linear layers and further parameters of these names, as far as torch allows them."""
     parts: dict[str, nn.Module | nn.Parameter] = {
         fqn: nn.Linear(shape[-1], shape[-2]) if len(shape) == 2 else nn.Parameter(torch.ones(shape))
         for fqn, shape in shapes.items()
@@ -145,7 +142,6 @@ def _model_of(shapes: Mapping[str, Shape], parameters: Mapping[str, Tensor]) -> 
 
 
 def peft_config(data: bytes) -> None:
-    """Read a JSON file beside tensors of PEFT with the bases in the file, and with bases that its seed draws."""
     for folder in ("peft", "drawn"):
         files = {f"adapter/{CONFIG_FILE}": data, f"adapter/{TENSORS_FILE}": PREPARED[f"{folder}/{TENSORS_FILE}"]}
         with laid_out(files) as root:
@@ -178,7 +174,6 @@ def _check_options(fields: dict[str, Any], file: AdapterFile) -> None:
 
 
 def checkpoint(data: bytes) -> None:
-    """Verify, convert and merge the adapter in the folder ``adapter`` of an archive with the base in ``base``."""
     if (files := unpack(data)) is None:
         return
     with laid_out(files) as root:

@@ -38,7 +38,6 @@ def build() -> nn.Module:
 
 
 def patterns(data: bytes) -> None:
-    """Plan and inject an adapter with the options of a JSON object, and eject it."""
     try:
         options = json.loads(data)
     except (ValueError, RecursionError):
@@ -72,7 +71,6 @@ def patterns(data: bytes) -> None:
 
 
 def _is_long(value: Any, depth: int) -> bool:
-    """Whether a string is too long for a regex, or a list for this model."""
     if isinstance(value, str):
         return len(value) > LONGEST
     if not isinstance(value, dict | list):
@@ -82,7 +80,6 @@ def _is_long(value: Any, depth: int) -> bool:
 
 
 def _names(pattern: Any, fqn: str) -> bool:
-    """Match a layer, by code of this test's own."""
     with warnings.catch_warnings(action="ignore"):
         if isinstance(pattern, str):
             return re.fullmatch(pattern, fqn) is not None
@@ -118,7 +115,6 @@ def command_line(data: bytes) -> None:
 
 
 def _run(arguments: list[str]) -> tuple[int, str, str]:
-    """Run the command line with streams as strict as those of a process, and return its exit code and what it wrote."""
     out, err = io.BytesIO(), io.BytesIO()
     streams = io.TextIOWrapper(out, "utf-8", "strict"), io.TextIOWrapper(err, "utf-8", "backslashreplace")
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]), warnings.catch_warnings(action="ignore"):

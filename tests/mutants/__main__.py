@@ -25,8 +25,6 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Result(Mutant):
-    """A mutant, and what became of it."""
-
     outcome: str
     """``caught``, ``timeout`` (which is caught too), ``survived``, or ``no test`` if none runs its statement."""
     tests: int
@@ -34,7 +32,6 @@ class Result(Mutant):
 
 
 def collect_all(copies: Copies, tree: Path, directory: Path) -> None:
-    """Run the quick and the medium tests file by file, and then the distributed ones, unless they were run before."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [path for path in sorted((tree / "tests").rglob("test_*.py")) if path.parent.name != "site"]
     files = [path.relative_to(tree).as_posix() for path in paths]
@@ -54,7 +51,6 @@ def collect_all(copies: Copies, tree: Path, directory: Path) -> None:
 
 
 def measure(copies: Copies, coverage: Coverage, mutants: Sequence[Mutant], output: Path) -> None:
-    """Run the chosen tests with each mutant that has no result yet, and append what became of it to the file."""
     known = {result.place for result in read(output)}
 
     def one(copy: Copy, mutant: Mutant) -> None:
@@ -69,7 +65,6 @@ def measure(copies: Copies, coverage: Coverage, mutants: Sequence[Mutant], outpu
 
 
 def tried(copy: Copy, coverage: Coverage, mutant: Mutant) -> Result:
-    """Return what becomes of a mutant."""
     tests = [test.name for test in chosen(mutant, coverage.of_mutant(mutant))]
     if not tests:
         return Result(**asdict(mutant), outcome="no test", tests=0, by="")
@@ -82,7 +77,6 @@ def tried(copy: Copy, coverage: Coverage, mutant: Mutant) -> Result:
 
 
 def ran(copy: Copy, coverage: Coverage, tests: Sequence[str]) -> tuple[bool, list[str], bool]:
-    """Run tests until one fails; return whether all passed, which failed, and whether their time was over."""
     cpu = 60 + 5 * int(sum(coverage.tests[name].seconds for name in tests))
     answer = copy.call(run_chosen, tests, cpu=cpu, wall=15 * cpu)
     passed, failed = answer.result or (False, [])
@@ -90,7 +84,6 @@ def ran(copy: Copy, coverage: Coverage, tests: Sequence[str]) -> tuple[bool, lis
 
 
 def check(copies: Copies, coverage: Coverage, results: Sequence[Result]) -> list[str]:
-    """Return which of the tests that caught a mutant fail on the tree as it is, each file of them in one run."""
     files: dict[str, set[str]] = {}
     for result in results:
         if result.by in coverage.tests:
@@ -170,7 +163,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(copies: Copies, coverage: Coverage, count: int | None, output: Path) -> None:
-    """Measure the mutants of both parts in turn, and again without the tests that fail without them."""
     say(f"{len(coverage.tests):,} tests run lines of the package; {len(coverage.failed)} do not pass and are left out")
     samples = [sampled(coverage.tree, part, count or usual) for part, usual in COUNTS.items()]
     numbered = [(number / len(sample), mutant) for sample in samples for number, mutant in enumerate(sample)]

@@ -21,15 +21,12 @@ MOST, SECONDS, FILES, LEAST = 60, 20.0, 12, 3
 
 @dataclass(frozen=True)
 class Test:
-    """A test that passes, how long it takes, and how many lines of the package it runs."""
-
     name: str
     seconds: float
     breadth: int
 
     @property
     def function(self) -> str:
-        """Its name without values of parameters."""
         return self.name.split("[")[0]
 
     @property
@@ -38,8 +35,6 @@ class Test:
 
 
 class Coverage:
-    """Which tests run which lines of a tree, as the files say that collecting has written."""
-
     def __init__(self, tree: Path, collected: Iterable[Path]) -> None:
         self.tree = tree
         self.tests: dict[str, Test] = {}
@@ -128,7 +123,6 @@ def _parsed(path: Path) -> ast.Module:
 
 @cache
 def _lines_of_calls(path: Path) -> set[int]:
-    """Return the lines of a file that run in calls of its functions."""
     functions = [node for node in ast.walk(_parsed(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     return {line for node in functions for line in range(_first(node.body[0]), (node.end_lineno or 0) + 1)}
 

@@ -33,8 +33,6 @@ _fork, _forking = multiprocessing.get_context("fork"), threading.Lock()
 
 
 class Answer(NamedTuple):
-    """What a child returned, if anything, and whether its time was over before."""
-
     result: Any
     is_late: bool
 
@@ -107,8 +105,6 @@ def _as_child(copy: Copy, sender: Connection, cpu: int, function: Callable[..., 
 
 
 class Copies:
-    """Some copies of a tree, each of which does one thing at a time."""
-
     def __init__(self, tree: Path, place: Path, count: int) -> None:
         os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
         for name in IMPORTED:

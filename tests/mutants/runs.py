@@ -84,7 +84,6 @@ def traced(directory: str, context: str, call: bytes) -> tuple[Any, float]:
 
 
 def collect(copy: Copy, file: str) -> dict[str, Any]:
-    """Run a file of tests and return its tests, each with its seconds and a bit for every line, by file."""
     with TemporaryDirectory() as directory:
         coverage = Coverage(data_file=f"{directory}/whole", **OPTIONS)
         plugin = Contexts(coverage, directory)
@@ -137,7 +136,6 @@ class Chosen:
 
 
 def run_chosen(copy: Copy, tests: Sequence[str]) -> tuple[bool, list[str]]:
-    """Run tests in the order given until one fails; return whether all passed, and which failed."""
     plugin = Chosen(tests)
     code = run(copy, plugin, "-x", "--timeout=400", *dict.fromkeys(test.split("::")[0] for test in tests))
     return code in {0, 5}, plugin.failed

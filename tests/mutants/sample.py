@@ -15,7 +15,6 @@ from cosmic_ray.plugins import get_operator
 
 SEED = 31
 COUNTS = {"core": 300, "features": 200}
-"""How many mutants are sampled of each part."""
 FEATURES = ("readers", "quantized", "sharded", "offloaded", "serving", "integrations", "cli")
 """Folders, or files, of the package. All other files are the core."""
 
@@ -52,14 +51,12 @@ class Mutant:
         return self.file, self.operator, self.occurrence
 
     def applied(self, source: str) -> str:
-        """Return the source with the fault."""
         mutated = mutate_code(source, get_operator(self.operator)(), self.occurrence)
         assert isinstance(mutated, str)
         return mutated
 
 
 def feature_of(file: str) -> str | None:
-    """Return the feature that a file, such as ``randlora/serving/pool.py``, belongs to, or None for the core."""
     name = file.split("/")[1].removesuffix(".py")
     return name if name in FEATURES else None
 

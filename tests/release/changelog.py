@@ -44,7 +44,6 @@ def notes(changelog: str, version: str) -> str:
 
 
 def bumped(files: dict[str, str], version: str, date: str) -> dict[str, str]:
-    """Return the texts of `FILES` with another version; raise a `ValueError` if one has no such line or several."""
     changed = {}
     for name, (pattern, line) in FILES.items():
         by = line.format(version=version, date=date)

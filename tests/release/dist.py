@@ -27,12 +27,9 @@ CIRCUMSTANCES = (
 )
 """What must not matter: the umask and the environment."""
 OF_TOOLS = "METADATA", "RECORD", "WHEEL"
-"""Files that name the tools that wrote them."""
 
 
 def built(source: Path, umask: int, environment: dict[str, str]) -> dict[str, bytes]:
-    """Export the last commit to a new folder, build wheel and sdist there, and return their bytes by name."""
-
     def git(*arguments: str) -> bytes:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
 
@@ -60,7 +57,6 @@ def build() -> None:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Return the files in a wheel, or in an sdist without the name of its one folder."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             return {name: wheel.read(name) for name in wheel.namelist()}
@@ -70,7 +66,6 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def problems(wheel: Mapping[str, bytes], sdist: Mapping[str, bytes], version: str, root: Path = ROOT) -> list[str]:
-    """Return what is wrong in the files of a wheel and of an sdist, in sentences."""
     info = f"randlora-{version}.dist-info/"
     own = wheel.get(f"{info}METADATA", b"")
     if own != sdist.get("PKG-INFO"):
@@ -93,7 +88,6 @@ def problems(wheel: Mapping[str, bytes], sdist: Mapping[str, bytes], version: st
 
 
 def differing(site: Path, wheel: Mapping[str, bytes]) -> list[str]:
-    """Return the files of a wheel that are not, or otherwise, among the installed ones."""
     compared = {site / name: data for name, data in wheel.items() if Path(name).name not in OF_TOOLS}
     wrong = [path for path, data in compared.items() if not path.is_file() or path.read_bytes() != data]
     return [path.relative_to(site).as_posix() for path in wrong]
@@ -106,7 +100,6 @@ def install(python: str, place: Path, *requirements: object) -> Path:
 
 
 def check_installed(python: str, place: Path, wheel: Path, sdist: Path) -> None:
-    """Install and run everything with one Python, in a folder that the caller removes."""
     wanted = {"sdist": ("--no-deps", sdist), "wheel": (wheel, "transformers")}  # which the README's snippets import
     for site in (install(python, place / name, *requirements) for name, requirements in wanted.items()):
         if wrong := differing(site, contents(wheel)):

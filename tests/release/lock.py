@@ -49,7 +49,6 @@ def write(uv: str) -> None:
 
 
 def verdict(report: Mapping[str, Any], *, is_optional: bool) -> tuple[str, bool]:
-    """Return what a report of pip-audit comes to, in lines, and whether the check passed."""
     dependencies = report["dependencies"]
     asked = [each for each in dependencies if "skip_reason" not in each]
     lines = [

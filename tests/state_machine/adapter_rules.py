@@ -24,7 +24,6 @@ from tests.state_machine.truth import Adapter, Truth, diagonal_names
 from tests.torture.faults import fast_disk
 
 Refused = type[RandLoRAError] | None
-"""The error that a verb must raise, or ``None`` if it must not."""
 
 OUTPUT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.15}
 """Of outputs, relative to the largest: what some layers one after the other make of the roundings of a dtype."""
@@ -33,7 +32,6 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
 def assert_classes_are(model: nn.Module, truth: Truth) -> None:
-    """Check that the owners of adapted weights, and no other modules, are of another class than without adapters."""
     adapted = {weight.name.rpartition(".")[0] for each in truth.adapters.values() for weight in truth.weights_of(each)}
     for fqn, plain in truth.twin.named_modules():
         module = model.get_submodule(fqn)
@@ -60,7 +58,6 @@ def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype, *, least: f
 
 
 def assert_weights_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Compare merged weights, each value within a rounding."""
     for name, value in expected.items():
         error = (found[name].double() - value).abs()
         allowed = ROUNDING[dtype] * value.abs() + min(ROUNDING[dtype], 1e-5) * max(1.0, value.abs().max().item())
@@ -98,7 +95,6 @@ class AdapterRules(RuleBasedStateMachine):
         return list(self.truth.adapters)[which % len(self.truth.adapters)]
 
     def new_name(self, drawn: str | None) -> str:
-        """Return the name that was drawn, which may be taken, or the first that is not."""
         return drawn or next((name for name in NAMES if name not in self.truth.adapters), NAMES[0])
 
     def chosen(self, factors: Iterable[float | None]) -> dict[str, float]:
@@ -166,7 +162,6 @@ class AdapterRules(RuleBasedStateMachine):
             self.stir(name)
 
     def stir(self, name: str) -> None:
-        """Move what the model has of an adapter, as some training would."""
         self.holds()
         moved = self.truth.adapters[name]
         own = [copy for copy, (adapter, _) in self.truth.installed.items() if adapter is moved]
@@ -316,7 +311,6 @@ class AdapterRules(RuleBasedStateMachine):
 
     @property
     def is_inside(self) -> bool:
-        """Whether a block is open that has merged adapters of the model as it is."""
         return any(merges and life == self.truth.life for _, merges, life in self.blocks)
 
     def merge_for_a_while(self) -> None:
@@ -338,6 +332,5 @@ class AdapterRules(RuleBasedStateMachine):
 
 
 def _one_or_all(names: Iterable[str], of: int | None) -> set[str]:
-    """Return all of some names, or one of them by its place, counted round and round."""
     held = sorted(names)
     return {held[of % len(held)]} if held and of is not None else {*held}

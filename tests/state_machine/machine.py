@@ -51,7 +51,6 @@ class RandLoRAMachine(AdapterRules):
                 self.step()
 
     def step(self) -> None:
-        """Compare gradients and follow them; only what got one may move."""
         parameters = {name: held for name, held in self.model.named_parameters() if held.requires_grad}
         if parameters:
             with warnings.catch_warnings(action="ignore"):  # where they are in half precision
@@ -245,7 +244,6 @@ class RandLoRAMachine(AdapterRules):
     @is_adapted
     @rule(slot=slots, to=slots, factor=st.sampled_from([1.0, -0.5]))
     def merge_files(self, slot: int, to: int, factor: float) -> None:
-        """Merge a saved adapter, or what it is converted to, into the model's own values on disk."""
         slot = slot if slot in self.saved else min(self.saved)
         if slot != to:
             randlora.files.convert(self.path(slot), self.path(to), to="native", overwrite=True)

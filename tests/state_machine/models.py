@@ -27,7 +27,6 @@ class Weight(NamedTuple):
     is_called: bool
 
     def matrices(self, options: Mapping[str, Any]) -> tuple[int, tuple[int, int]]:
-        """Return how many matrices have a Λ and a Γ each with these options, 0 for one alone, and their shape."""
         option, apart = self.option
         if option and options[option] == apart:
             return self.stack, self.shape
@@ -51,8 +50,6 @@ def weight_of(model: nn.Module, fqn: str) -> Weight:
 
 
 class Kind(NamedTuple):
-    """A model: how to make it, what to give it, what can be adapted, and some of what can be trained beside."""
-
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
     weights: tuple[Weight, ...]

@@ -65,7 +65,6 @@ class Recipe:
         return {weight.fqn: (self.r[place > 0], alpha[place > 0]) for place, weight in enumerate(self.weights(kind))}
 
     def misfit(self, kind: Kind) -> type[TargetError] | None:
-        """Return what must be raised: for training what is adapted too, or for dropout where no input is known."""
         weights = self.weights(kind)
         is_twice = not {weight.name for weight in weights}.isdisjoint(self.copies(kind))
         is_unknown = self.dropout > 0 and not all(weight.is_called for weight in weights)

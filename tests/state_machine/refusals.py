@@ -43,8 +43,6 @@ def _save(**options: Any) -> Call:
 
 
 def _load(damage: Callable[[bytes], bytes] = bytes) -> Call:
-    """Load a saved adapter whose tensors were damaged on the way."""
-
     def call(machine: "AdapterRules") -> object:
         damaged = machine.root / "damaged"
         damaged.mkdir(exist_ok=True)
@@ -111,4 +109,3 @@ REFUSALS: list[tuple[str, type[Exception], Call]] = [
     ("adapted", TargetError, _on(randlora.delta_weight, "nowhere")),
     *(("adapted", ConfigError, _on(randlora.merge, **{option: 7})) for option in ("quantized", "dtype")),
 ]
-"""Words of `WHEN`, the error, and the call."""

@@ -116,7 +116,6 @@ class Truth:
         return [weight for weight in self.kind.weights if weight.fqn in adapter.values]
 
     def acted_on(self, adapter: Adapter) -> list[Weight]:
-        """Return the weights that it acts on: it is active, and not left out there by a factor of 0."""
         return [weight for weight in self.weights_of(adapter) if adapter.factor_of(weight)]
 
     def unmerged(self) -> dict[str, Tensor]:
@@ -138,12 +137,10 @@ class Truth:
         return total
 
     def merging(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return what the weights are when the adapters of these names are merged, and no others, in float64."""
         sums = self.sums({name: self.active[name] for name in self.active if name in {*names}})
         return {name: self.unmerged()[name].double() + delta for name, delta in sums.items()}
 
     def output(self, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """Run the twin, by default with what the model has and its updates."""
         if parameters is None:
             parameters = {name: value.double() for name, value in self.live().items()}
             parameters |= {name: parameters[name] + delta for name, delta in self.sums(self.on_top).items()}
@@ -216,14 +213,12 @@ class Truth:
         )
 
     def become_plain(self, *, keep: bool) -> None:
-        """Remove all adapters, and keep the values of now or go back to the model's own."""
         if keep:
             self.own |= self.live()
         self.adapters, self.disabled, self.life = {}, 0, self.life + 1
         self.merge([], {})
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Give all that the model has another dtype: what it computes with, what is held aside, and every Λ and Γ."""
         self.dtype = dtype
         self.own = {name: value.to(dtype) for name, value in self.own.items()}
         if self.merged is not None:
@@ -255,7 +250,6 @@ def first_values(adapter_options: Mapping[str, Any], weight: Weight, r: int) -> 
 
 
 def diagonal_names(parameter: str, adapter: str) -> tuple[str, str]:
-    """Return the names of an adapter's Λ and Γ of a weight, given the name of its parameter."""
     owner, _, attribute = parameter.rpartition(".")
     before = f"{owner}." if attribute == "weight" else f"{owner}.{attribute}_"
     return f"{before}randlora_lambda.{adapter}", f"{before}randlora_gamma.{adapter}"

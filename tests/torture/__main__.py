@@ -12,7 +12,6 @@ from tests.torture.campaigns import CAMPAIGNS, run
 
 
 def as_table(rows: Sequence[tuple[str, Row, float]]) -> str:
-    """Return the rows as a table in Markdown, with the failures after it."""
     lines = ["| campaign | what was tried | how many | failures | seconds | notes |", "|---|---|--:|--:|--:|---|"]
     lines += [
         f"| {name} | {row.tried} | {row.attempts:,} | {len(row.failures)} | {seconds:.0f} | {row.notes} |"

@@ -38,7 +38,6 @@ GROWTH, TRACED_GROWTH = 4 * 2**20, 16 * 2**10  # bytes of the process, and of ob
 
 
 def state_machine(scale: float, seed: int | None = None) -> Row:
-    """Run programs of random calls, and print the shortest that fails. The notes say the seed."""
     seed = secrets.randbits(32) if seed is None else seed
     failures, count = list[str](), 0
 
@@ -63,7 +62,6 @@ def state_machine(scale: float, seed: int | None = None) -> Row:
 
 
 def fuzz(name: str, scale: float) -> Row:
-    """Fuzz one target, and return what was found. Inputs that break a promise are left in build/fuzz."""
     seconds, findings = max(FEWEST, FUZZING * scale), ROOT / "build" / "fuzz" / name
     shutil.rmtree(findings, ignore_errors=True)
     command = [sys.executable, "-m", "tests.fuzz", name, "--seconds", str(seconds), "--out", str(findings)]
@@ -89,7 +87,6 @@ def resident() -> int:
 
 
 def cycles(scale: float) -> Row:
-    """Inject, train, merge and eject again and again in one model: it is what it was, and memory does not grow."""
     number, traced_number = share(CYCLES, scale), share(TRACED, scale)
     model = HEADED.build()
     before = snapshot(model)

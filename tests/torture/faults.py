@@ -33,8 +33,6 @@ class Call(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a process ended, and its calls unless it was killed; ``raised`` is ``"OSError"`` for the error asked for."""
-
     was_killed: bool
     raised: str = ""
     calls: tuple[Call, ...] = ()
@@ -105,7 +103,6 @@ def _act(action: Callable[[], object], at: int | None, error: int | None, sendin
 
 
 def in_child(action: Callable[[], object], at: int | None = None, error: int | None = None) -> Outcome:
-    """Run an action in a forked process that is killed before a call, in the middle of a write, or whose call fails."""
     receiving, sending = FORK.Pipe(duplex=False)
     child = FORK.Process(target=_act, args=(action, at, error, sending))
     child.start()
@@ -128,7 +125,6 @@ def fast_disk() -> Iterator[Path]:
 
 
 def places(directory: Path) -> dict[str, bytes | None]:
-    """Return all that is in a directory at any depth: the bytes of files, ``None`` for directories."""
     return {
         os.fspath(path.relative_to(directory)): None if path.is_dir() else path.read_bytes()
         for path in sorted(directory.rglob("*"))

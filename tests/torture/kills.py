@@ -28,7 +28,6 @@ PAGE, LIMIT = 4096, 64  # bytes by which the space of a disk and the largest fil
 
 
 def at_every_call(scale: float) -> Row:
-    """Kill a write before each of its calls, and let each fail, for every scenario."""
     tried, failures = 0, list[str]()
     read.PATIENCE = 0.0  # no process replaces files while this one reads them
     for scenario in SCENARIOS:
@@ -52,7 +51,6 @@ def _save_by_turns(directory: Path, adapters: tuple[dict[str, Any], ...]) -> Non
 
 @contextmanager
 def saving(directory: Path, *adapters: dict[str, Any]) -> Iterator[BaseProcess]:
-    """Save adapters by turns in another process, until the block ends; it ends before only if a save raises."""
     child = FORK.Process(target=_save_by_turns, args=(directory, adapters))
     child.start()
     try:
@@ -131,7 +129,6 @@ def _save_with_limit(directory: Path, nbytes: int) -> None:
 
 
 def on_a_full_disk(scale: float) -> Row:
-    """Save over an adapter with every number of free pages, or every largest size of a file, from none to enough."""
     tried, refused, failures = 0, 0, list[str]()
     with small_disk() as (root, is_mounted):
         directory, filler = root / "there", root / "filler"

@@ -35,7 +35,6 @@ def save(directory: Path, options: dict[str, Any]) -> None:
 
 
 def save_plain(directory: Path, options: dict[str, Any]) -> None:
-    """Save an adapter as PEFT does: without our header and without a card."""
     save(directory, options)
     edit_tensors(directory, {})
     (directory / "README.md").unlink()
@@ -49,7 +48,6 @@ def save_shifted(directory: Path) -> None:
 
 
 def convert(directory: Path, to: Any, options: dict[str, Any]) -> None:
-    """Convert an adapter over what is in the directory: ours to a LoRA, or one of PEFT's."""
     origin = directory.parents[1] / f"source-{to}-{options['seed']}"
     if not origin.exists():
         (save if to == "lora" else save_plain)(origin, options)
@@ -86,7 +84,6 @@ Identity = tuple[Any, ...] | None
 
 
 def loaded(directory: Path) -> Identity:
-    """Return all that a fresh `randlora.load` makes of a directory, or ``None`` if it raises."""
     twin = LINEAR.build()
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -108,8 +105,6 @@ def state_of(directory: Path) -> State:
 
 
 class Stage:
-    """A directory to write into, two levels down in a new one, with the old and the new state to compare with."""
-
     def __init__(self, scenario: Scenario, root: Path) -> None:
         self.scenario, self.kept = scenario, root / "kept"
         self.there = root / "there"  # which nothing but the scenario writes into
@@ -131,12 +126,10 @@ class Stage:
             shutil.copytree(self.kept, self.target)
 
     def run(self, at: int | None = None, error: int | None = None) -> Outcome:
-        """Write over the old state in another process, with a fault."""
         self.reset()
         return in_child(lambda: self.scenario.write(self.target), at, error)
 
     def broken(self) -> Iterator[str]:
-        """Yield the laws of every instant that the present state breaks."""
         now = state_of(self.target)
         whole = self.old.adapter, self.new.adapter
         if now.adapter not in (whole if self.scenario.has_header else (*whole, None)):

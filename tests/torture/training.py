@@ -67,7 +67,6 @@ def note(out: Path, step: int, loss: float) -> None:
 
 
 def noted(out: Path) -> tuple[dict[int, set[float]], int]:
-    """Return the losses of each step, of all runs that took it, and how often steps were taken."""
     found: dict[int, set[float]] = {}
     # the last line of a killed process may be cut
     lines = [line for line in (out / "losses").read_text(encoding="ascii").split("\n") if line.endswith("]")]
@@ -82,7 +81,6 @@ def _silently(train: Train, out: Path, steps: int) -> None:
 
 
 def in_process(train: Train, out: Path, steps: int, life: float) -> bool:
-    """Train in another process until it has finished or its life ends; return whether it was killed."""
     child = FORK.Process(target=_silently, args=(train, out, steps))
     child.start()
     child.join(life)
@@ -93,7 +91,6 @@ def in_process(train: Train, out: Path, steps: int, life: float) -> bool:
 
 
 def killed_training(train: Train, kills: int, steps: int, life: float) -> tuple[int, int, list[str]]:
-    """Kill training within ``life`` seconds, again and again; return kills, steps taken again, and failures."""
     chance, failures = random.Random(0), list[str]()
     done = again = runs = 0
     with tempfile.TemporaryDirectory() as root:
