@@ -33,6 +33,12 @@ def fill(model: Model, name: str = "default", *, seed: int = 0, spread: float = 
     return model
 
 
+def adapt(model: Model, *, values: int = 0, spread: float = 0.05, **options: Any) -> Model:
+    """Inject an adapter, and give it values as after some training, which are drawn from a seed; return the model."""
+    randlora.inject(model, **{"r": 4, **options})
+    return fill(model, options.get("name", "default"), seed=values, spread=spread)
+
+
 def set_alpha(model: nn.Module, alpha: float, name: str = "default") -> None:
     """Give an adapter an alpha that one from a file may have, and that `inject` refuses."""
     adapter = randlora.state.adapted_root(model)[1].adapter(name)

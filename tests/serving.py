@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import randlora
-from tests.kit import fill
+from tests.kit import adapt
 
 Names = list[str | None]
 
@@ -15,8 +15,7 @@ Names = list[str | None]
 def with_adapters(model: nn.Module, targets: Any = "all-linear", **options: Any) -> Any:
     """Add the adapters "a" and "b" on different bases, whose outputs are well apart."""
     for seed, name in enumerate("ab"):
-        randlora.inject(model, **{"r": 2, **options}, name=name, seed=seed, targets=targets)
-        fill(model, name, seed=seed, spread=0.3)
+        adapt(model, values=seed, spread=0.3, **{"r": 2, **options}, name=name, seed=seed, targets=targets)
     return model.eval()
 
 

@@ -20,7 +20,7 @@ import randlora
 from randlora.errors import AdapterError
 from randlora.functional import Compute
 from randlora.modes import Observer, may_be_kept
-from tests.kit import fill
+from tests.kit import adapt, fill
 from tests.laws import Mixed
 from tests.layer_kinds import LAYER_KINDS, LayerKind
 from tests.read_kinds import FAMILIES, READ_KINDS, ReadKind, output_of, weighted
@@ -108,8 +108,7 @@ def test_it_changes_no_gradient_under_autocast_and_beside_rows_of_several_adapte
     """The first layer needs no gradient, and without modes the updates of its rows are computed together."""
     model, x = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)), torch.randn(6, 24, requires_grad=True)
     for name in ("a", "b"):
-        randlora.inject(model, r=4, name=name, targets=["0"], basis="block")
-        fill(model, name)
+        adapt(model, name=name, targets=["0"], basis="block")
 
     def autocast() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 import randlora
 from randlora.errors import AdapterError, CheckpointError, MergeError, TargetError
 from randlora.places import Plain, place_of
-from tests.kit import adapter_values, all_bits, bits, fill, same_bits
+from tests.kit import adapt, adapter_values, all_bits, bits, same_bits
 from tests.model_directories import contents
 from tests.models import llama, outputs, tokens
 
@@ -47,8 +47,7 @@ class Small(nn.Module):
 
 
 def adapted(model: nn.Module, **options: Any) -> Any:
-    randlora.inject(model, **{"r": 3, "targets": "all-linear", "stream": "portable", **options})
-    return fill(model, spread=0.3)
+    return adapt(model, spread=0.3, **{"r": 3, "targets": "all-linear", "stream": "portable", **options})
 
 
 def save(model: nn.Module, folder: Path) -> bytes:

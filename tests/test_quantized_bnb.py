@@ -21,7 +21,7 @@ from randlora.errors import RandLoRAError, TargetError
 from randlora.quantized import bnb
 from randlora.quantized.bnb import MAY_REPACK
 from tests.codes import assert_rounded_to_nearest, step, written_out
-from tests.kit import fill, same_bits
+from tests.kit import adapt, same_bits
 from tests.laws import adapter_layer, assert_close, plain, update_of
 from tests.layer_kinds import BITSANDBYTES, LayerKind, every_quantized_kind
 from tests.quantized import needs_repacking, of_4_bits
@@ -39,8 +39,7 @@ def eight_bits(**options: Any) -> Any:
 
 def adapted(base: nn.Module, r: int = 8, **options: Any) -> tuple[Any, Any]:
     model = nn.Sequential(base)
-    randlora.inject(model, **{"r": r, "alpha": 4, "targets": "all-linear", **options})
-    return fill(model), model[0]
+    return adapt(model, **{"r": r, "alpha": 4, "targets": "all-linear", **options}), model[0]
 
 
 @given(

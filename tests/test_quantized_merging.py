@@ -15,7 +15,7 @@ import randlora
 from randlora.errors import ConfigError, MergeError
 from randlora.layers.update import Quantized
 from tests.codes import assert_rounded_to_nearest
-from tests.kit import all_bits, fill, same_bits, untouched
+from tests.kit import adapt, all_bits, fill, same_bits, untouched
 from tests.laws import assert_close, plain, update_of
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_quantized_kind
 
@@ -29,8 +29,7 @@ one_of_each_library = pytest.mark.parametrize(
 
 def one_layer(kind: LayerKind, shape: tuple[int, int], dtype: torch.dtype, *, alpha: float = 1.0) -> Any:
     model = nn.Sequential(kind.build(*shape, True, dtype))
-    randlora.inject(model, r=3, alpha=alpha, stream="portable")
-    return fill(model)
+    return adapt(model, r=3, alpha=alpha, stream="portable")
 
 
 @every_quantized_kind

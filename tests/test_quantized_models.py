@@ -20,7 +20,7 @@ from randlora import prepare_quantized
 from randlora.errors import AdapterError
 from randlora.quantized.prepare import PreparationReport
 from tests import peer, quantized
-from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
+from tests.kit import adapt, assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
 from tests.models import RealModel, logits, outputs
 from tests.quantized import Codes, half_precision_model, quantized_layers, quantized_model
@@ -92,8 +92,7 @@ def test_a_model_that_never_ran_computes_after_it_is_dequantized(bits: int, is_p
     model: Any = half_precision_model(LLAMA, bits=bits)
     if is_prepared:
         randlora.prepare_quantized(model)
-    randlora.inject(model, r=8, targets="all-linear")
-    fill(model)
+    adapt(model, r=8, targets="all-linear")
     with randlora.merged(model, quantized="dequantize") as report:
         assert report.notes == ()  # for a while only
         assert [each for each in model.parameters() if each.requires_grad] == randlora.trainable_parameters(model)

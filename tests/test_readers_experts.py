@@ -18,7 +18,7 @@ from randlora.layers import registry
 from randlora.readers import adapted_stack
 from randlora.readers.adapted_stack import AdaptedStack, Own, Parts
 from randlora.readers.experts import Experts
-from tests.kit import fill, read, untouched
+from tests.kit import adapt, fill, read, untouched
 from tests.laws import TOLERANCES
 from tests.test_functional import kept_by, storages
 
@@ -109,8 +109,7 @@ def test_a_grouped_product_all_at_once_equals_one_matrix_after_the_other(
 ) -> None:
     model = made(mixtral, "grouped_mm", torch.float32)
     for experts in ("each", "shared"):
-        randlora.inject(model, r=8, alpha=8, targets=EXPERTS, basis=basis, experts=experts, name=experts)
-        fill(model, experts, spread=0.3)
+        adapt(model, spread=0.3, r=8, alpha=8, targets=EXPERTS, basis=basis, experts=experts, name=experts)
     randlora.activate(model, ["each", "shared"])
     module = model.model.layers[0].mlp.experts
     x, tokens = torch.randn(8, getattr(module, stack).shape[2]), sum(counts)  # the last rows have no matrix
@@ -160,8 +159,7 @@ PRODUCT: Callable[[Tensor, Tensor], Tensor] = Product.apply
 
 def adapted(experts: Any = "each") -> nn.Module:
     model = nn.Sequential(Flat())
-    randlora.inject(model, r=3, targets=["up_proj"], experts=experts)
-    return fill(model)
+    return adapt(model, r=3, targets=["up_proj"], experts=experts)
 
 
 def up(model: nn.Module) -> Tensor:

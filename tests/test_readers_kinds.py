@@ -22,7 +22,7 @@ from randlora.layers import registry
 from randlora.layers.base import AdapterLayer
 from randlora.layers.scopes import in_call
 from randlora.targets.census import Census
-from tests.kit import assert_unchanged, fill, read, same_bits, snapshot, untouched
+from tests.kit import adapt, assert_unchanged, read, same_bits, snapshot, untouched
 from tests.laws import TOLERANCES, assert_close, needs_compiler
 from tests.read_kinds import (
     ATTENTION,
@@ -156,8 +156,7 @@ def test_gradients_are_those_of_plain_autograd_in_every_way_to_compute(kind: Rea
 def test_merging_gives_the_exact_sum_rounded_once_and_undoing_every_bit(kind: ReadKind, dtype: torch.dtype) -> None:
     model, base = kind.model(dtype), kind.model(dtype)
     plain, weight = snapshot(model), kind.weight(base)
-    randlora.inject(model, **kind.adapter_options)
-    before, adapted = snapshot(fill(model)), kind.run(model, dtype)
+    before, adapted = snapshot(adapt(model, **kind.adapter_options)), kind.run(model, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     delta = randlora.delta_weight(model, kind.target)
     expected = (weight.to(wide) + kind.in_layout(delta, weight)).to(dtype)
@@ -187,8 +186,8 @@ def test_two_forms_are_adapters_of_one_weight_and_what_cannot_be_done_is_refused
 ) -> None:
     model, adapted, other = kind.model(), kind.adapted(), nn.Sequential(nn.Linear(3, 5))
     randlora.save(adapted, tmp_path)
-    randlora.inject(adapted, **{**kind.adapter_options, "r": 2, "basis": "block", **kind.other}, name="other")
-    fill(adapted, "other", seed=1, spread=0.2)
+    second = {"r": 2, "basis": "block", **kind.other, "name": "other"}
+    adapt(adapted, values=1, spread=0.2, **{**kind.adapter_options, **second})
     randlora.activate(adapted, {"default": 0.5, "other": -1.0})
     changed = kind.changed(model, 0.5 * kind.oracle_update(adapted), -kind.oracle_update(adapted, "other"))
     assert_close(kind.run(adapted), kind.run(changed, torch.float64), torch.float32)
@@ -223,8 +222,7 @@ def test_offloading_gives_the_same_at_each_point(kind: ReadKind, is_before: bool
         with untouched(model), pytest.raises(TargetError, match=problem):
             randlora.inject(model, **kind.adapter_options)
         return
-    randlora.inject(model, **kind.adapter_options)
-    fill(model)
+    adapt(model, **kind.adapter_options)
     if not is_before:
         offload()
     assert kind.weight(model).is_meta

@@ -24,7 +24,7 @@ from randlora.disk.formats import read_shard
 from randlora.errors import AdapterError, TargetError
 from randlora.layers.scopes import forward_of, in_call, is_in_call
 from randlora.readers.read_weight import EmbeddingAdapter, ReadWeight
-from tests.kit import all_bits, fill, read, untouched
+from tests.kit import adapt, all_bits, fill, read, untouched
 from tests.laws import assert_close, needs_compiler
 from tests.models import GPT2
 from tests.test_in_place import Reading, TableReader, register
@@ -39,8 +39,7 @@ def test_several_weights_of_one_owner_have_updates_and_no_class_that_changed_sin
     register(monkeypatch)
     model = Reading()
     base = copy.deepcopy(model)
-    randlora.inject(model, r=3, alpha=6, targets=[*WEIGHTS, "linear"], stream="portable")
-    with randlora.merged(fill(model)):
+    with randlora.merged(adapt(model, r=3, alpha=6, targets=[*WEIGHTS, "linear"], stream="portable")):
         expected = model(ROWS)
     assert_close(model(ROWS), expected, torch.float32)
     for fqn in WEIGHTS:
@@ -92,8 +91,7 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 def head(model: nn.Module | None = None) -> Any:
     torch.manual_seed(0)
     model = Head() if model is None else model
-    randlora.inject(model, r=2, targets="all")
-    return fill(model, spread=0.3)
+    return adapt(model, spread=0.3, r=2, targets="all")
 
 
 def is_parameter(model: Any) -> bool:
@@ -172,8 +170,7 @@ def test_a_forward_that_is_set_on_a_module_or_called_directly_reads_the_updates(
         model, found = nn.Sequential(layer), []
         if when == "before":
             layer.forward = partial(kind.forward, layer)
-        randlora.inject(model, r=2, targets="all")
-        fill(model, spread=0.3)
+        adapt(model, spread=0.3, r=2, targets="all")
         if when == "after":
             found.append(layer.forward(*given))
             layer.forward = partial(kind.forward, layer)
@@ -246,8 +243,7 @@ def test_a_linear_layer_in_the_place_of_out_proj_is_adapted_as_it_is_read_and_it
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     for model, name in models:
         base = model(x)
-        randlora.inject(model, r=3, targets=[name])
-        found = fill(model)(x)
+        found = adapt(model, r=3, targets=[name])(x)
         assert (found - base).abs().max() > 0.01
         found.sum().backward()
         assert all(each.grad is not None and each.grad.any() for each in randlora.trainable_parameters(model))
@@ -284,8 +280,7 @@ def test_files_are_merged_as_in_memory_and_split_projections_have_the_second_for
 
 def embedding(module: nn.Module) -> nn.Sequential:
     model = nn.Sequential(module)
-    randlora.inject(model, r=3, alpha=6, targets=["0"], stream="portable")
-    return fill(model)
+    return adapt(model, r=3, alpha=6, targets=["0"], stream="portable")
 
 
 def test_the_update_of_the_table_is_not_formed_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import randlora
 from randlora.errors import AdapterError, TargetError
 from randlora.layers.scopes import in_call
 from randlora.readers.parents import PARENTS, WITHOUT_GRADIENT
-from tests.kit import all_bits, fill, same_bits, untouched
+from tests.kit import adapt, all_bits, fill, same_bits, untouched
 from tests.laws import assert_close
 from tests.models import clip, flux, library, noise, patches, reproducible, torchvision_vit, unet
 from tests.quantized import of_4_bits
@@ -159,8 +159,7 @@ def test_a_layer_that_is_read_acts_and_is_trained_as_if_it_were_merged(name: str
     found = [part for each in names for part in PARENTS.get(each, ()) if part.where(owner) and not part.problem]
     for training in (True, False):
         root.train(training)
-        randlora.inject(root, r=2, targets=[f"owner.{child}" for part in found for child in part.children])
-        fill(root, spread=0.3)
+        adapt(root, spread=0.3, r=2, targets=[f"owner.{child}" for part in found for child in part.children])
         outputs = seeded(run)
         torch.stack([value.sum() for value in outputs if value.requires_grad]).sum().backward()
         assert not [fqn for fqn, value in root.named_parameters() if "randlora_lambda" in fqn and value.grad is None]
@@ -178,8 +177,7 @@ def test_gemma_clamps_what_it_reads_with_the_update_and_changes_no_frozen_weight
     (name,) = (name for name in PARENTS if name.endswith("AltUp"))
     owner, run = altup(resolve_name(name), altup_coef_clip=0.02)
     model = nn.ModuleDict({"up": owner})
-    randlora.inject(model, r=2, targets="all-linear")
-    with untouched(fill(model, spread=0.3)):
+    with untouched(adapt(model, spread=0.3, r=2, targets="all-linear")):
         _, corrected = run()
     with torch.no_grad(), randlora.merged(model):
         torch.testing.assert_close(run()[1], corrected)
@@ -263,8 +261,7 @@ def test_a_model_computes_as_one_whose_weights_were_changed_and_is_trained_and_e
 @pytest.mark.parametrize("targets", [["linear1"], ["layers.1.self_attn"], None], ids=str)
 def test_an_encoder_in_evaluation_gives_gradients_or_torch_says_that_nested_tensors_have_none(targets: Any) -> None:
     model = encoder().double()
-    randlora.inject(model, r=4, targets=targets)
-    fill(model)
+    adapt(model, targets=targets)
     if targets is not None:
         with pytest.raises(AssertionError, match="does not support NestedTensor outside of its fast path"):
             encoded(model)
@@ -378,8 +375,7 @@ def test_what_chooses_tokens_runs_without_gradients_and_rules_leave_it_out() -> 
 def test_joined_projections_are_adapted_and_joining_adapted_ones_fails_in_the_forward(build: Any, draw: Any) -> None:
     model, given = build().eval(), draw()
     hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
-    randlora.inject(model, r=2)
-    expected = fill(model)(**given).sample
+    expected = adapt(model, r=2)(**given).sample
     model.fuse_qkv_projections()
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.raises(AdapterError, match=r"to_q is adapted and is not called, .* undo fuse_qkv_projections"):

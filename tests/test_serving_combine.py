@@ -13,7 +13,7 @@ import randlora
 from randlora.errors import AdapterError
 from randlora.serving import combine
 from randlora.state import adapted_root
-from tests.kit import adapter_values, all_bits, bits, fill, set_alpha, untouched
+from tests.kit import adapt, adapter_values, all_bits, bits, fill, set_alpha, untouched
 from tests.laws import TOKENS, Mixed, assert_close, diagonals
 from tests.read_kinds import READ_KINDS, ReadKind
 
@@ -23,8 +23,7 @@ FORMS = "Embedding", "Conv2d-groups", "attention-in_proj-split", "experts-down-s
 
 def two(model: nn.Module, *, equal: str | None = "gamma", **options: Any) -> nn.Module:
     for seed, (name, alpha) in enumerate({"a": 6, "b": 9}.items()):
-        randlora.inject(model, name=name, **{"r": 3, "alpha": alpha, "stream": "portable", **options})
-        fill(model, name, seed=seed)
+        adapt(model, values=seed, name=name, **{"r": 3, "alpha": alpha, "stream": "portable", **options})
     for name, value in dict(model.named_parameters()).items():
         if equal and f"randlora_{equal}.b" in name:
             value.data = model.get_parameter(name.removesuffix("b") + "a").data * -2
@@ -114,8 +113,7 @@ def test_bases_grow_with_the_layers_of_the_sum_where_they_can() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(20, 20))
     for stream in ("torch", "portable"):
         for fqn, name in (("0", f"small-{stream}"), ("1", f"large-{stream}")):
-            randlora.inject(model, r=2, targets=[fqn], name=name, stream=stream)
-            fill(model, name)
+            adapt(model, r=2, targets=[fqn], name=name, stream=stream)
     with untouched(model), pytest.raises(AdapterError, match=r"is on .*20x20.*, and 'small-torch' on .*6x6"):
         combine(model, {"small-torch": 1, "large-torch": 0.5}, name="c")
     combine(model, {"small-portable": 1, "large-portable": 0.5}, name="c")
@@ -138,8 +136,7 @@ def crowded() -> nn.Module:
         "elsewhere": {"r": 2, "targets": ["up"], "seed": 1},
     }
     for seed, (name, own) in enumerate(options.items()):
-        randlora.inject(model, name=name, stream="portable", **own)
-        fill(model, name, seed=seed + 2)
+        adapt(model, values=seed + 2, name=name, stream="portable", **own)
     for name, value in adapter_values(model, "a").items():
         model.get_parameter(f"{name}.near").data = value.data * (1 + 1e-4 * torch.rand_like(value))
     set_alpha(model, 0, "off")

@@ -13,7 +13,7 @@ from torch import nn
 import randlora
 from randlora.errors import AdapterError, CheckpointError, ConfigError
 from randlora.serving import AdapterPool, routed
-from tests.kit import WAIT, fill, untouched
+from tests.kit import WAIT, adapt, untouched
 from tests.laws import assert_close
 
 NAMES = tuple("abcdef")
@@ -33,8 +33,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     files, found = tmp_path_factory.mktemp("adapters"), {}
     for seed, name in enumerate(NAMES):
         model = plain()
-        randlora.inject(model, r=3, targets="all-linear", stream="portable")
-        found[name] = fill(model, seed=seed, spread=0.5)(X).detach()
+        found[name] = adapt(model, values=seed, spread=0.5, r=3, targets="all-linear", stream="portable")(X).detach()
         randlora.save(model, files / name)
     return {**found, "files": files}
 
@@ -177,8 +176,7 @@ def test_threads_take_turns_and_each_row_is_its_own(outputs: dict[str, Any]) -> 
 
 def test_adapters_of_the_model_itself_are_left_alone(outputs: dict[str, Any]) -> None:
     model = plain()
-    randlora.inject(model, r=3, targets=["0"], name="own", stream="portable")
-    own = fill(model, "own", spread=0.5)(X)
+    own = adapt(model, spread=0.5, r=3, targets=["0"], name="own", stream="portable")(X)
     pool = AdapterPool(model, {name: outputs["files"] / name for name in "abc"}, max_loaded=1)
     for name in "abca":
         assert_rows(pool, model, outputs, name, name, None)
@@ -196,8 +194,8 @@ def test_what_routed_cannot_take_is_used_by_other_means(tmp_path: Path) -> None:
     expected = {}
     for seed, name in enumerate("ab"):
         model = plain()
-        randlora.inject(model, r=3, targets=["0"], train_also=["2"], stream="portable")
-        expected[name] = fill(model, seed=seed, spread=0.5)(X).detach()
+        adapt(model, values=seed, spread=0.5, r=3, targets=["0"], train_also=["2"], stream="portable")
+        expected[name] = model(X).detach()
         randlora.save(model, tmp_path / name)
     model = plain()
     pool = AdapterPool(model, tmp_path, max_loaded=1)

@@ -24,7 +24,7 @@ from randlora.layers.scopes import in_call
 from randlora.serving import routed, stacked
 from randlora.serving.stacked import Stack, Way, one_by_one, stacked_update
 from tests import models, reference
-from tests.kit import fill, untouched
+from tests.kit import adapt, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LayerKind, every_kind
 from tests.pairs import Case, case, every_form
@@ -46,8 +46,7 @@ names_of_rows = st.lists(st.sampled_from([*OPTIONS, None]), min_size=1, max_size
 def with_some(model: nn.Module, names: Names | None = None, **options: Any) -> nn.Module:
     chosen = {name: own for name, own in OPTIONS.items() if names is None or name in ("a", *names)}
     for seed, (name, own) in enumerate(chosen.items()):
-        randlora.inject(model, name=name, stream="portable", **{"targets": ["0", "1"], **options, **own})
-        fill(model, name, seed=seed)
+        adapt(model, values=seed, name=name, stream="portable", **{"targets": ["0", "1"], **options, **own})
     return model
 
 
@@ -106,8 +105,7 @@ def test_gradients_are_those_of_each_adapter_alone(names: Names, tokens: int) ->
 )
 def test_rows_of_modules_that_read_their_weight(kind: ReadKind) -> None:
     model = kind.adapted(torch.float64)
-    randlora.inject(model, **{**kind.adapter_options, **kind.other, "name": "b", "seed": 7})
-    fill(model, "b", seed=7)
+    adapt(model, values=7, **{**kind.adapter_options, **kind.other, "name": "b", "seed": 7})
     args = kind.arguments(torch.float64)
     names: Names = [("default", None, "b")[row % 3] for row in range(args[0].shape[0])]
     randlora.set_trainable(model, ["default", "b"])

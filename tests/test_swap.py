@@ -24,7 +24,7 @@ from randlora.places import Whole
 from randlora.state import attached_state
 from tests import checkpoint_files as files
 from tests.checkpoint_files import HEADED, LINEAR, Case, every_case, read_fields, read_tensors, trained
-from tests.kit import Same, adapter_values, all_bits, fill, untouched
+from tests.kit import Same, adapt, adapter_values, all_bits, fill, untouched
 from tests.laws import assert_close
 
 X = torch.linspace(-1, 1, 18).view(3, 6)
@@ -34,8 +34,8 @@ def model_with(values: int = 0, *, name: str = "a", **options: Any) -> nn.Sequen
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 9), nn.Identity(), nn.Linear(9, 4), nn.Linear(4, 9))
-    randlora.inject(model, **{"r": 3, "targets": "all-linear", "stream": "portable", **options}, name=name)
-    return fill(model, name, seed=values, spread=0.5)
+    options = {"r": 3, "targets": "all-linear", "stream": "portable", **options, "name": name}
+    return adapt(model, values=values, spread=0.5, **options)
 
 
 @pytest.mark.parametrize("bases", ["seed", "stored"])
@@ -254,8 +254,7 @@ def outer_model() -> Any:
 
 def adapted(model: nn.Module | None = None, **options: Any) -> Any:
     model = Saver() if model is None else model
-    randlora.inject(model, **{"r": 4, "targets": "all-linear", **options})
-    return fill(model)
+    return adapt(model, **{"r": 4, "targets": "all-linear", **options})
 
 
 def same_adapter(directory: Path, expected: nn.Module, plain: nn.Module) -> bool:

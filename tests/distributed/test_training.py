@@ -22,7 +22,7 @@ from tests.distributed.engines import ENGINES, answering, around, config, deepsp
 from tests.distributed.processes import in_two, in_two_of_zero, on_all
 from tests.distributed.test_engines import require_as_one_process
 from tests.distributed.trained import Drawn, Made, distance, drawn, require_equal_on_ranks, trained_alone, values
-from tests.kit import all_bits, fill, on_one_line
+from tests.kit import adapt, all_bits, on_one_line
 from tests.laws import Mixed
 from tests.pages import DOCS, snippets
 
@@ -247,8 +247,7 @@ class Attention(nn.Module):
 
 def test_gradients_of_parts_of_sequences_average_to_the_whole() -> None:
     model = Attention()
-    randlora.inject(model, r=2, targets="all")
-    fill(model)
+    adapt(model, r=2, targets="all")
     x = torch.randn(2, 8, 8)
     model(x, is_part=False).pow(2).mean().backward()
     expected = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
