@@ -1,4 +1,4 @@
-"""Models of other libraries than transformers, small and with random weights, and batches of any number of rows."""
+"""Models of transformers and other libraries, small and with random weights, and batches of any number of rows."""
 
 from collections.abc import Callable
 from functools import partial
@@ -413,7 +413,32 @@ def of_torch(name: str) -> tuple[nn.Module, Inputs]:
     return TORCH[name](), lambda n: {0: T(n, TOKENS, 12)}
 
 
+def of_transformers(name: str) -> tuple[nn.Module, Inputs]:
+    """Build a class; to six rows it is given as many tokens, so that sizes tell nothing."""
+    task, model_type = CLASSES[name]
+    model: Any = transformers_zoo.tiny(model_type, name)
+    config = model.config
+    for part in (config, config.get_text_config()):
+        part.pad_token_id, part._experts_implementation = 1, "eager"  # several experts at once take no float64
+
+    def inputs(n: int) -> dict[Any, Any]:
+        if task == "vision":
+            images = getattr(config, "vision_config", config)
+            size = getattr(images, "image_size", 32)
+            sides = [min(side, 224) for side in ((size, size) if isinstance(size, int) else size[:2])]
+            return {"pixel_values": T(n, getattr(images, "num_channels", 3), *sides)}
+        given = torch.randint(3, 100, (n, n if n == 6 else n + 1))
+        return {"input_ids": given} | ({"decoder_input_ids": given[:, 1:]} if task == "encoder and decoder" else {})
+
+    return model, inputs
+
+
+CLASSES = {name: (task, model_type) for task, model_type, name in transformers_zoo.classes()}
 FAMILIES: dict[str, tuple[Callable[[str], tuple[nn.Module, Inputs]], list[str]]] = {
+    **{
+        task: (of_transformers, [name for name in CLASSES if CLASSES[name][0] == task])
+        for task in transformers_zoo.TASKS
+    },
     "torch": (of_torch, [*TORCH]),
     "diffusers": (of_diffusers, [*DIFFUSERS]),
     "timm": (of_timm, [*TIMM]),

@@ -1,8 +1,4 @@
-"""Directories under names of the Hub, so that a page's block runs word for word where there is no network.
-
-`from_pretrained` and `load_dataset` take a directory before they ask the Hub: here a model of a few thousand random
-weights, its tokenizer, and rows of data in the same columns. Two are the pretrained models, from packages.
-"""
+"""Directories under names of the Hub, with tiny models and data, so that a page's block runs without a network."""
 
 import importlib.util
 import io

@@ -192,24 +192,6 @@ def test_a_trained_bias_keeps_its_dtype_whatever_runs_and_new_codes_are_held_as_
     assert same_bits(own.detach(), plain_bias)
 
 
-@pytest.mark.parametrize(("way", "storage"), [("requantize", torch.bfloat16), ("dequantize", torch.uint8)])
-def test_a_weight_that_lost_its_state_to_the_layer_merges_and_comes_back(way: Any, storage: torch.dtype) -> None:
-    """As ``load_state_dict(assign=True)`` and sharding leave it, which wants codes in another dtype."""
-    model, layer = adapted(four_bits(quant_storage=storage))
-    x = torch.randn(5, 64, requires_grad=True)
-    expected = model(x)
-    assert_close(expected, plain(layer)(x) + x @ update_of(layer).T, torch.float32)
-    model.load_state_dict(model.state_dict(), assign=True, strict=False)
-    held = layer.weight, layer.quant_state
-    assert not hasattr(held[0], "quant_state")
-    with randlora.merged(model, quantized=way):
-        merged = model(x)
-        assert layer.weight.dtype == (storage if way == "requantize" else torch.float32)
-    assert (merged - expected).abs().max() < 0.3 * expected.abs().max()
-    assert (layer.weight is held[0], layer.quant_state is held[1]) == (True, True)
-    assert same_bits(model(x), expected)
-
-
 # What an evaluation on a CPU repacks is refused, and adapted layers are kept from it
 
 

@@ -1,7 +1,4 @@
-"""Layers that HQQ, torchao, GPTQ, AWQ, AQLM or EETQ quantized, or a user's: one table of kinds, one set of laws.
-
-`make test-quantizers` runs this file where hqq, gptqmodel, autoawq and aqlm are installed: to import them takes long.
-"""
+"""Layers that other libraries or a user quantized: one table of kinds, one set of laws (`make test-quantizers`)."""
 
 import copy
 import importlib

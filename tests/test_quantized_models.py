@@ -20,7 +20,7 @@ from randlora import prepare_quantized
 from randlora.errors import AdapterError
 from randlora.quantized.prepare import PreparationReport
 from tests import peer, quantized
-from tests.kit import adapt, assert_unchanged, fill, same_bits, snapshot, untouched
+from tests.kit import assert_unchanged, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed
 from tests.models import RealModel, logits, outputs
 from tests.quantized import Codes, half_precision_model, quantized_layers, quantized_model
@@ -84,21 +84,6 @@ def test_an_adapter_is_planned_as_for_the_dense_model_trained_merged_and_ejected
     assert {fqn: type(module) for fqn, module in model.named_modules()} == classes
     assert_unchanged(model, state)
     assert same_bits(outputs(model, x), plain)
-
-
-@pytest.mark.parametrize(("bits", "is_prepared"), [(8, True), (4, False)])
-def test_a_model_that_never_ran_computes_after_it_is_dequantized(bits: int, is_prepared: bool) -> None:
-    """Loaded in bfloat16; a plain layer does not cast what it is given."""
-    model: Any = half_precision_model(LLAMA, bits=bits)
-    if is_prepared:
-        randlora.prepare_quantized(model)
-    adapt(model, r=8, targets="all-linear")
-    with randlora.merged(model, quantized="dequantize") as report:
-        assert report.notes == ()  # for a while only
-        assert [each for each in model.parameters() if each.requires_grad] == randlora.trainable_parameters(model)
-    assert "config still says that it is quantized" in str(randlora.merge(model, quantized="dequantize"))
-    assert outputs(model, LLAMA.inputs()).isfinite().all()
-    assert quantized_layers(model) == {}
 
 
 @pytest.mark.medium
@@ -245,24 +230,6 @@ def test_a_model_without_quantized_layers_is_prepared_all_the_same_and_again_and
         assert output.dtype == each.get_parameter("q.weight").dtype == torch.float32
         output.square().mean().backward()
         assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(each))
-
-
-class Stored(Tensor):
-    """Values in a form of a library's own."""
-
-
-def test_what_is_tied_stays_tied_and_what_has_no_values_or_another_form_stays_as_it_is() -> None:
-    model: Any = Mixed(torch.bfloat16)
-    model.head = nn.Linear(12, 11, bias=False, dtype=torch.bfloat16)
-    model.head.weight, model.again, model.lazy = model.embed.weight, model.q, nn.LazyLinear(4, bias=False)
-    model.stored = nn.Linear(4, 4, dtype=torch.bfloat16)
-    model.stored.weight = nn.Parameter(model.stored.weight.detach().as_subclass(Stored), requires_grad=False)
-    report = prepare_quantized(model, **only("full_precision"))
-    assert model.head.weight is model.embed.weight
-    assert report.cast == ("embed", "q", "up", "down", "norm", "head")
-    assert hooks(model)["q"] == (0, 1), "a layer that is used twice is hooked once"
-    assert isinstance(model.lazy.weight, nn.UninitializedParameter)
-    assert model.stored(torch.randn(2, 4)).dtype == torch.bfloat16
 
 
 HALVES: dict[str, Callable[[], nn.Module]] = {

@@ -234,23 +234,6 @@ def test_the_fast_path_is_taken_and_each_update_computed_once_with_its_gradients
             assert model.attn.in_proj_weight.requires_grad
 
 
-def test_a_linear_layer_in_the_place_of_out_proj_is_adapted_as_it_is_read_and_its_type_as_it_is_called() -> None:
-    layer = nn.modules.linear.NonDynamicallyQuantizableLinear(12, 8, dtype=torch.float64)
-    models: list[tuple[nn.Module, str]] = [(nn.Sequential(layer), "0")]
-    for kind in (nn.MultiheadAttention, Subclass):
-        models.append((attending := Attending(kind), "out_proj"))
-        attending.attn.out_proj = nn.Linear(12, 12, dtype=torch.float64)  # type: ignore[assignment]
-    x = torch.randn(2, 5, 12, dtype=torch.float64)
-    for model, name in models:
-        base = model(x)
-        found = adapt(model, r=3, targets=[name])(x)
-        assert (found - base).abs().max() > 0.01
-        found.sum().backward()
-        assert all(each.grad is not None and each.grad.any() for each in randlora.trainable_parameters(model))
-        randlora.merge(model)
-        torch.testing.assert_close(model(x), found)
-
-
 def test_files_are_merged_as_in_memory_and_split_projections_have_the_second_format(tmp_path: Path) -> None:
     """By the model's class, here SigLIP's, whose pooling is an `nn.MultiheadAttention`; by names: test_files_merge."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

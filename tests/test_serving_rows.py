@@ -26,7 +26,6 @@ from randlora.serving import routed
 from randlora.serving.labels import NONE, Label
 from randlora.serving.tracking import RowTracking
 from tests import models
-from tests import transformers_zoo as zoo
 from tests.serving import Names, each_alone, row_by_row, with_adapters
 
 NAMES: Names = ["a", "b", None, "a"]
@@ -165,59 +164,6 @@ def test_experts_that_are_layers_are_refused_and_layers_beside_them_are_not() ->
         experts(input_ids=ids, decoder_input_ids=ids)
     vision, pixels = with_adapters(models.vit(), None), torch.randn(ROWS, 3, 16, 16)
     assert rows_are_right(vision, lambda: vision(pixels).logits)
-
-
-RIGHT = {"causal LM": 124, "masked LM": 38, "sequence classification": 80, "vision": 15, "encoder and decoder": 28}
-"""Of how many classes of a task rows are at least known; others cannot be built, adapted or run as small as here."""
-REFUSED = {"FalconMambaForCausalLM", "LEDForConditionalGeneration", "LongformerForMaskedLM", "MambaForCausalLM"}
-"""Classes that write into windows which overlap, or read a weight where its rows are unknown."""
-
-
-def outcome(task: str, model_type: str, name: str) -> str:
-    torch.manual_seed(0)
-    if (model := zoo.tiny(model_type, name)) is None:
-        return "not built"
-    model = model.double()  # some enlarge rounding in float32
-    config: Any = model.config
-    for part in (config, config.get_text_config()):
-        part.pad_token_id, part._experts_implementation = 1, "eager"  # several experts at once take no float64
-
-    def inputs_of(tokens: int) -> dict[str, Tensor]:
-        if task == "vision":
-            images = getattr(config, "vision_config", config)
-            size = getattr(images, "image_size", 32)
-            sides = [min(side, 224) for side in ((size, size) if isinstance(size, int) else size[:2])]
-            return {"pixel_values": torch.randn(ROWS, getattr(images, "num_channels", 3), *sides).double()}
-        ids = torch.randint(3, 100, (ROWS, tokens))
-        return {"input_ids": ids} | ({"decoder_input_ids": ids[:, 1:]} if task == "encoder and decoder" else {})
-
-    def run(inputs: dict[str, Tensor]) -> Tensor:
-        output = model(**inputs)
-        first = getattr(output, "logits", output[0])
-        return first if isinstance(first, Tensor) else output[0]
-
-    try:
-        with_adapters(model, None)
-        given = [inputs_of(tokens) for tokens in (ROWS, ROWS + 1)]
-        [*map(run, given)]
-    except Exception:  # it has nothing to adapt, or some sizes do not go together
-        return "not run"
-    try:
-        return "right" if all(rows_are_right(model, partial(run, each)) for each in given) else "wrong"
-    except AdapterError:
-        return "refused"
-    except AssertionError:  # in so small a model the adapters make no difference
-        return "not told"
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the default adapts only:UserWarning")
-@pytest.mark.parametrize("task", RIGHT)
-def test_rows_of_nearly_every_class_are_known(task: str) -> None:
-    found = {name: outcome(task, model_type, name) for of, model_type, name in zoo.classes() if of == task}
-    assert [name for name, each in found.items() if each == "wrong"] == []
-    assert {name for name, each in found.items() if each == "refused"} <= REFUSED
-    assert list(found.values()).count("right") >= RIGHT[task]
 
 
 @pytest.mark.medium

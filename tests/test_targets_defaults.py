@@ -6,7 +6,6 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 import transformers
@@ -21,6 +20,7 @@ from randlora.errors import TargetError
 from randlora.targets.census import Census
 from randlora.targets.select import HEAD_NAMES, TARGET_PRESETS, Selection, select
 from tests.further import further
+from tests.models import library
 from tests.transformers_zoo import every_type, on_meta
 
 TYPES = {
@@ -146,7 +146,7 @@ DIFFUSERS = {
 
 
 def diffusers_model(name: str) -> Any:
-    model_class = getattr(diffusers, name)
+    model_class = getattr(library("diffusers"), name)
     known = inspect.signature(model_class).parameters
     with torch.device("meta"):
         return model_class(**{key: 2 for key in ("num_layers", "num_single_layers", "depth") if key in known})
@@ -167,7 +167,9 @@ def test_the_attention_of_a_diffusion_model_is_adapted(name: str, names: str) ->
 def test_attention_alone_is_adapted_in_every_model_of_diffusers() -> None:
     """No output head and nothing that embeds the time."""
     without, models = set[str](), dict[str, Any]()
-    for name in filter(re.compile(r".*(Transformer(\dD)?(Model)?$|UNet|DiT|ControlNet)").match, dir(diffusers)):
+    for name in filter(
+        re.compile(r".*(Transformer(\dD)?(Model)?$|UNet|DiT|ControlNet)").match, dir(library("diffusers"))
+    ):
         with suppress(Exception):  # what is no model, and some have no defaults
             models[name] = diffusers_model(name)
     for name, model in models.items():

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from randlora.layers.linear import LinearAdapter
 from randlora.report import Report
 from randlora.targets.left_out import LeftOut
 from tests.kit import fill, on_one_line, untouched
+from tests.models import library
 
 pytestmark = pytest.mark.filterwarnings("ignore:the default adapts only:UserWarning")
 plan = partial(randlora.plan, r=2)
@@ -250,7 +250,7 @@ def test_a_parameter_that_no_kind_serves_is_refused_by_name_and_type(targets: An
 
 def test_a_default_that_adapts_only_a_head_warns_at_the_line_that_asked_and_nothing_else_does() -> None:
     with torch.device("meta"):
-        resnet = torchvision.models.resnet18()
+        resnet = library("torchvision").models.resnet18()
         beside_a_table = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(1000, 1000))
     for verb in (randlora.plan, randlora.inject):
         with pytest.warns(UserWarning, match="the default adapts only fc, 4.38% of the weights") as caught:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -51,8 +50,10 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def preferences() -> Dataset:
+def preferences() -> Any:
     """Return examples for TRL's `DPOTrainer`."""
+    from datasets import Dataset
+
     chosen, rejected = ([f" {i * i}" for i in range(16)], [f" {i}" for i in range(16)])
     return Dataset.from_dict({"prompt": [f"{i} squared is" for i in range(16)], "chosen": chosen, "rejected": rejected})
 

@@ -1,10 +1,4 @@
-"""An error in one process, at whatever step of a verb, is raised in all, none of which waits, and changes nothing.
-
-An error is planted in each function of the package that a verb calls in one process, as it begins or goes on. Left out
-is what the processes agree by, the end of a block, and what finds and gathers the parts of tensors after they have
-agreed: a process that left out a part would mix up the rest. tests/distributed/test_faults.py plants errors between two
-gathers.
-"""
+"""An error in one process, at whatever step of a verb, is raised in all, none of which waits, and changes nothing."""
 
 from __future__ import annotations
 
@@ -111,6 +105,8 @@ VERBS: dict[str, Case] = {
 }
 
 
+# Errors are planted in each function of the package, but not in those that find and gather parts of tensors once the
+# processes have agreed: one that left out a part would mix up the rest. test_faults.py plants them between two gathers.
 TOGETHER = {
     each.__code__ for each in (ranks.run_collectives, merged_tensors.MergedTensors._taken, AdapterLayer.delta_weight)
 }

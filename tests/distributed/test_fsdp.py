@@ -61,21 +61,6 @@ def outputs_alike(one: nn.Module, model: nn.Module) -> None:
 
 @in_two
 @each_order
-def test_gradients_are_bit_by_bit_those_of_one_process_that_accumulates(engine: str) -> None:
-    """With all of a batch in one backward, what differs in the last bits grows in training: in two steps to 1e-5."""
-    one, model = DRAWN.adapted(), ENGINES[engine].make(DRAWN)
-    for each, ranks in ((one, range(2)), (model, [dist.get_rank()])):
-        optimizer = torch.optim.SGD(randlora.trainable_parameters(each), lr=0.5)
-        for step in range(3):
-            optimizer.zero_grad()
-            for rank in ranks:
-                (DRAWN.loss(each(*DRAWN.batch(rank, step)), rank) / len(ranks)).backward()
-            optimizer.step()
-    require_alike(one, model, within=0)
-
-
-@in_two
-@each_order
 def test_what_is_trained_beside_is_exchanged_by_values_and_a_second_adapter_trains(engine: str) -> None:
     one, model = ALSO.adapted(), ENGINES[engine].make(ALSO)
     train_alike(one, model)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import randlora
@@ -134,22 +133,6 @@ def test_dropout_leaves_processes_with_the_same_adapter(order: Any) -> None:
     found[0].square().mean().backward()
     found += map(gradient_of, randlora.trainable_parameters(model))
     require_equal_on_ranks({str(index): each.detach() for index, each in enumerate(found)})
-
-
-@in_two
-def test_a_loss_of_split_logits() -> None:
-    one, model = DRAWN.adapted(), DRAWN.build()
-    parallelize_module(model, init_device_mesh("cpu", (2,)), {"head": ColwiseParallel(use_local_output=False)})
-    DRAWN.adapt(model)
-    expected = nn.functional.cross_entropy(one(IDS).flatten(0, 1), IDS.flatten())
-    expected.backward()
-    with loss_parallel():
-        logits: Any = model(IDS)
-        assert logits.placements == (Shard(2),)
-        loss: Any = nn.functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
-        loss.backward()
-    close(loss.full_tensor(), expected)
-    gradients_alike(one, model)
 
 
 @in_two

@@ -1,7 +1,4 @@
-"""Fuzz one target with atheris: ``python -m tests.fuzz NAME [--seconds N] [--corpus DIRECTORY] [--out DIRECTORY]``.
-
-It goes on after a finding. Each input that breaks a promise in a new place is written to the directory of findings.
-"""
+"""Fuzz one target with atheris, on after findings: ``python -m tests.fuzz NAME [--seconds N] [--corpus DIRECTORY]``."""
 
 import argparse
 import faulthandler

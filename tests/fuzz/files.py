@@ -1,8 +1,4 @@
-"""An input of several files as one string of bytes: a zip archive of a directory.
-
-Beside files it may hold what a hostile directory does: ``@link/NAME`` is a symbolic link to its contents,
-``@pipe/NAME`` a named pipe, and ``@folder/NAME`` a directory.
-"""
+"""An input of several files as a zip archive; ``@link/``, ``@pipe/`` and ``@folder/`` begin names of other things."""
 
 import io
 import os

@@ -1,8 +1,4 @@
-"""Changes of JSON, of safetensors files and of directories that leave them whole enough to be read far.
-
-A safetensors file is taken apart into JSON by code of this file, so that any contradiction can be written. Every change
-is drawn from a `random.Random`, so that a seed repeats it.
-"""
+"""Changes of JSON, of safetensors files taken apart into JSON, and of directories, drawn from a seed."""
 
 import hashlib
 import json

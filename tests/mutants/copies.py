@@ -1,7 +1,4 @@
-"""Copies of a tree that may be changed, and children forked from this process that run tests in them.
-
-A child has what takes seconds to import, but imports `randlora` and the tests from its copy.
-"""
+"""Copies of a tree that may be changed, and children forked from this process that run tests in them."""
 
 from __future__ import annotations
 

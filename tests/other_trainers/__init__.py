@@ -1,7 +1,4 @@
-"""Other libraries' command lines, from a config to a merged model; `make test-trainers` runs them, each by itself.
-
-Also a model, its tokenizer and texts, small enough that a run takes seconds.
-"""
+"""Command lines of other libraries, from a config to a merged model, which `make test-trainers` runs."""
 
 import json
 import os

@@ -1,8 +1,4 @@
-"""The version in pyproject.toml, and what CHANGELOG.md says of it; this needs nothing but Python.
-
-``python -m tests.release.changelog [TAG]`` prints the text of the release, and fails if it or the tag is not the
-version's; with ``bump VERSION`` (`make bump`) it sets the next version and gives it what is under [Unreleased].
-"""
+"""The version, and what CHANGELOG.md says of it: ``python -m tests.release.changelog [TAG | bump VERSION]``."""
 
 import datetime as dt
 import re

@@ -1,8 +1,4 @@
-"""Wheel and sdist in dist/: equal builds of the last commit, what they say of themselves, and what they install.
-
-``python -m tests.release.dist`` (`make dist`) builds them twice and compares; with ``PYTHON...`` (`make dist-check`) it
-checks what they say, and installs them in empty environments of each Python that this machine has.
-"""
+"""Wheel and sdist: built twice (`make dist`), checked and installed in empty environments (`make dist-check`)."""
 
 import hashlib
 import os

@@ -1,8 +1,4 @@
-"""The file requirements.lock: the environment of the tests, with every version and every file's SHA-256.
-
-``python -m tests.release.lock UV`` (`make lock`) writes the versions of this environment, completed for other systems;
-without UV (`make audit`) it asks pip-audit for known vulnerabilities, and fails also where there was no answer.
-"""
+"""The environment of the tests in requirements.lock, written by `make lock`, and audited by `make audit`."""
 
 import json
 import os

@@ -8,8 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests import reference
-from tests.state_machine.machine import RandLoRAMachine
-from tests.state_machine.programs import run_program
+from tests.state_machine.machine import RandLoRAMachine, run_program
 from tests.state_machine.recipes import Recipe
 from tests.state_machine.refusals import REFUSALS, WHEN
 from tests.state_machine.truth import update

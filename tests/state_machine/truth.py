@@ -1,8 +1,4 @@
-"""What a model must be: plain values, and the outputs and gradients that follow from them by torch's own layers.
-
-The truth holds every number apart, with its bits: the model's own values, each adapter's Λ, Γ and copies. What a verb
-does is a line or two here. Updates are computed in float64 by the formula, outputs by a plain twin of the model.
-"""
+"""What a model must be: plain values, and by the formula and a plain twin in float64 its outputs and gradients."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,4 @@
-"""Campaigns of minutes against the library, with the figures in docs/trust.md; `make torture` runs them all.
-
-A campaign is called in a new process with a scale, 0.01 for a hundredth of its attempts, and returns a `Row`.
-"""
+"""Campaigns of minutes, each in a new process at a scale, with figures in docs/trust.md; `make torture` runs them."""
 
 from typing import NamedTuple
 

@@ -24,7 +24,7 @@ from tests.checkpoint_files import HEADED
 from tests.fuzz.targets import TARGETS
 from tests.kit import snapshot
 from tests.pages import ROOT
-from tests.state_machine.programs import run_program
+from tests.state_machine.machine import run_program
 from tests.torture import Row, kills, share, training
 
 PROGRAMS, STEPS = 1000, 60

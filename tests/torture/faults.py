@@ -1,9 +1,4 @@
-"""Stopping a process, or failing, at each of the system calls by which files change.
-
-Every such call is intercepted where Python makes it. Those on names raise an audit event (`sys.addaudithook`) in C,
-just before the call, whoever makes it. Writing and flushing raise none: `open` is replaced by one whose files count
-their writes, and `os.fsync` by a function that counts.
-"""
+"""Stopping a process, or failing, at each of the system calls by which files change, seen where Python makes them."""
 
 import builtins
 import errno
