@@ -549,11 +549,12 @@ def test_layers_take_the_ways_that_were_measured_fastest() -> None:
     expert = case("dense", 256, 256, 32).pair
     together = [cost.chosen_all_at_once([each] * 2, expert.shape, is_wide=True, compute="auto") for each in (12, 13)]
     assert together == [True, False], "of a few tokens each"
-    square, small = case("block(2,4)", 256, 256, 32).pair, case("block(2,4)", 512, 512, 32).pair
+    square: Any = case("block(2,4)", 256, 256, 32).pair
+    small: Any = case("block(2,4)", 512, 512, 32).pair
     for pair in (square, small):
         pair.written = pair.write_out()
     assert small.max_dim * small.min_dim == SMALL_WEIGHT
-    used = [(square, 16), (square, 17), (small, 4), (square, 1.0)]
+    used: list[tuple[Any, Any]] = [(square, 16), (square, 17), (small, 4), (square, 1.0)]
     is_dense = [isinstance(operation._pair(None, None, pair, tokens, "auto"), DensePair) for pair, tokens in used]
     assert is_dense == [True, False, True, False]
 

@@ -16,6 +16,7 @@ from randlora.disk.formats import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import find_layer
+from randlora.places import is_hooked
 from randlora.targets.census import Census, Shapes, Site, shapes_of, sizes
 from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles, offloaded_copies
@@ -30,7 +31,7 @@ def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
         *(
             f"{site.fqn} holds no values yet (meta), so the adapter's would be lost: materialize it first"
             for site in sites
-            if site.weight is not None and site.weight.is_meta and not site.layer_class.is_offloaded(site.owner)
+            if site.weight is not None and site.weight.is_meta and not is_hooked(site.owner)
         ),
         *misfits(file, shapes_of(sites, file.config)),
         *trained_misfits(own, file),

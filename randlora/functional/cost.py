@@ -66,16 +66,17 @@ class Sizes(NamedTuple):
     @property
     def through_A(self) -> float:
         """Cost of multiplying the tokens by UA."""
-        _, min_dim, hidden, _, (share, *_), entry = self.shape
-        copies = 0 if share == 1 else entry * self.tokens * (min_dim + hidden)
-        return self.tokens * hidden * min_dim * share + copies
+        return self._through(self.shape.min_dim, self.shape.shares[0])
 
     @property
     def through_B(self) -> float:
         """Cost of multiplying the tokens by UB."""
-        max_dim, _, hidden, _, (_, share, _), entry = self.shape
-        copies = 0 if share == 1 else entry * self.tokens * (max_dim + hidden)
-        return self.tokens * hidden * max_dim * share + copies
+        return self._through(self.shape.max_dim, self.shape.shares[1])
+
+    def _through(self, dim: int, share: float) -> float:
+        hidden = self.shape.hidden
+        copies = 0 if share == 1 else self.shape.entry * self.tokens * (dim + hidden)
+        return self.tokens * hidden * dim * share + copies
 
     @property
     def build_A(self) -> float:

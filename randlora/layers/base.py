@@ -68,16 +68,10 @@ def require_product(owner: Any, output: object, out_features: int) -> None:
 
 
 class Product(NamedTuple):
-    """The product that a layer's forward computes, before a bias is added.
+    """The product that a layer's forward computes, before a bias is added."""
 
-    Attributes:
-        weight: The weight, ``(out_features, in_features)``, or a function that dequantizes it.
-        dtype: The dtype to compute in.
-        output_dtype: The dtype that the layer returns.
-    """
-
-    weight: Tensor | WriteOut
-    dtype: torch.dtype
+    weight: Tensor | WriteOut  # (out_features, in_features)
+    dtype: torch.dtype  # to compute in
     output_dtype: torch.dtype
 
 
@@ -100,11 +94,6 @@ class AdapterLayer(StoredWeight):
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         names: The names under which the owner holds Λ and Γ.
         adapters: The adapters of this weight, by name.
-        acting: The adapters that act here and are not merged, with their factors, if ``activation`` is current.
-        activation: The choice of active adapters that ``acting`` was made for; see `seat`.
-        own_forward: The ``forward`` that was set on the owner itself rather than on its class, if any.
-        adopted: A ``forward`` that was set on the owner to split its weight, and its replacement, if any.
-        piece: The part of the weight that this process has while such a forward runs.
     """
 
     kind: ClassVar[str] = "linear"
@@ -119,9 +108,10 @@ class AdapterLayer(StoredWeight):
         self.shape = out_features, in_features
         self.names = self.parameter_names()
         self.adapters: dict[str, SiteAdapter] = {}
-        self.acting: list[tuple[SiteAdapter, float]] = []
-        self.activation = state.activation
-        self.own_forward: Callable[..., Any] | None = None
+        self.acting: list[tuple[SiteAdapter, float]] = []  # adapters that are not merged, and their factors, while
+        self.activation = state.activation  # this choice of active adapters is current
+        self.own_forward: Callable[..., Any] | None = None  # a forward that was set on the owner, not on its class
+        # a forward that was set on the owner to split its weight, its replacement, and the part of this process in it
         self.adopted: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.piece: Piece | None = None
         self.unmerged = None
@@ -250,12 +240,13 @@ class AdapterLayer(StoredWeight):
 
     def update(self, owner: nn.Module, part: SiteAdapter, factor: float) -> Update:
         """Return one adapter's update of this weight as factors."""
+        modules: dict[str, Any] = owner._modules
+        held = [modules[name] for name in self.names]
         if torch.compiler.is_dynamo_compiling() and part.position is not None:  # without reading a name
-            modules: dict[str, Any] = owner._modules
-            seated = [modules[name].randlora_at(part.position) for name in self.names]
-            if seated[0] is not None and seated[1] is not None:  # else they are found by name alone
-                return Update(part.basis, seated[0], seated[1], part.scaling * factor, part.shape)
-        lam, gamma = self.diagonals_of(owner, part.adapter.name)
+            lam, gamma = [diagonal.randlora_at(part.position) for diagonal in held]
+            if lam is not None and gamma is not None:  # else they are found by name alone
+                return Update(part.basis, lam, gamma, part.scaling * factor, part.shape)
+        lam, gamma = [diagonal.randlora_named(part.adapter.name) for diagonal in held]
         return Update(part.basis, lam, gamma, part.scaling * factor, part.shape)
 
     def seat(self, owner: nn.Module) -> None:
@@ -302,15 +293,10 @@ class AdapterLayer(StoredWeight):
             updates, self.shape, device=self.device_beside(owner), dtype=dtype, as_one_matrix=self.as_one_matrix
         )
 
-    def updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
-        """Return the updates of some adapters."""
-        return [
-            self.update(owner, self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters
-        ]
-
     def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
         """Return the updates of some adapters with all values of Λ and Γ; a collective if these are sharded."""
-        updates = self.updates(owner, weights)
+        held = [(self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters]
+        updates = [self.update(owner, part, factor) for part, factor in held]
         reads = [partial(whole, diagonal) for update in updates for diagonal in (update.lam, update.gamma)]
         values = iter(run_collectives(reads))
         return [update._replace(lam=next(values), gamma=next(values)) for update in updates]

@@ -35,9 +35,9 @@ class Values(Named):
         super().__init__()
         self.slots = Slots()
 
-    def seat(self, names: Iterable[str]) -> None:
+    def seat(self, names: tuple[str, ...]) -> None:
         """Set the names of the active adapters."""
-        self.acting = tuple(names)
+        self.acting = names
         self.slots.clear()
         self.fill()
 
@@ -75,19 +75,13 @@ class Diagonal(nn.ParameterDict):
     """Λ or Γ of one weight.
 
     An adapter may have any name that is not an attribute, so our attributes begin with ``randlora``.
-
-    Attributes:
-        randlora_index: 0 for Λ, 1 for Γ.
-        randlora_acting: The names of the active adapters.
-        randlora_slots: Their parameters. ``None`` if the parameters are not held by `Values`, such as in replicas of
-            `nn.DataParallel` and under DeepSpeed's ZeRO-3; they are found by name then.
-        randlora_layer: The adapter layer of the weight.
     """
 
-    randlora_index: ClassVar[int]
-    randlora_acting: tuple[str, ...] = ()
+    randlora_index: ClassVar[int]  # 0 for Λ, 1 for Γ
+    randlora_acting: tuple[str, ...] = ()  # the names of the active adapters
+    # their parameters; if not held by `Values`, as in nn.DataParallel and DeepSpeed's ZeRO-3, they are found by name
     randlora_slots: Slots | None
-    randlora_layer: Any
+    randlora_layer: Any  # the adapter layer of the weight
 
     def __init__(self, layer: Any) -> None:
         """Create it without parameters."""

@@ -26,19 +26,14 @@ FORWARDS = "_old_forward", "forward"
 
 
 class InPlace(nn.Module):
-    """Base class of the classes of adapted modules, and of modules whose parameters are cast.
+    """Base class of the classes of adapted modules, and of modules whose parameters are cast."""
 
-    Attributes:
-        randlora: The adapter layers, by the name of the parameter that each adapts.
-        randlora_casts: The dtypes that the module computes with, by the names of parameters held in a different one.
-        randlora_base: The module's original class.
-        randlora_input: The name of the first argument of its forward.
-    """
-
-    randlora: dict[str, AdapterLayer] = {}  # noqa: RUF012  # never changed: `attach` makes another
-    randlora_casts: dict[str, torch.dtype] = {}  # noqa: RUF012  # nor is this
-    randlora_base: ClassVar[type[nn.Module]]
-    randlora_input: ClassVar[str]
+    # the adapter layers by parameter; never changed: `attach` makes a new dict
+    randlora: dict[str, AdapterLayer] = {}  # noqa: RUF012
+    # the dtypes that the module computes with, by the names of parameters held in a different one
+    randlora_casts: dict[str, torch.dtype] = {}  # noqa: RUF012
+    randlora_base: ClassVar[type[nn.Module]]  # the original class
+    randlora_input: ClassVar[str]  # the first argument of its forward
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle with the original class, because the adapted class cannot be imported."""

@@ -71,10 +71,9 @@ def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
 
 
 def register_weight(weight_type: str) -> Callable[[Layer], Layer]:
-    """Register the adapter layer for modules whose weight has a given type, by its qualified name; a class decorator.
+    """Register the adapter layer of modules whose weight has a type, given by its qualified name, as a class decorator.
 
-    The entry applies to modules that the base class of the decorated class would adapt, and to weights of subclasses
-    without an entry.
+    The entry applies to modules that the base class of the decorated class would adapt.
     """
 
     def register(layer: Layer) -> Layer:
@@ -85,10 +84,9 @@ def register_weight(weight_type: str) -> Callable[[Layer], Layer]:
 
 
 def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[Layer], Layer]:
-    """Register the adapter layer for parameters named as its ``attribute``, as a class decorator.
+    """Register the adapter layer for parameters named as its ``attribute``, as a class decorator; the first wins.
 
-    ``where`` says whether the entry applies, given a module and its parameter of this name (or, if the module computes
-    the parameter, a tensor of as many dimensions that it is computed from). The first registered wins.
+    ``where`` is given a module and its parameter, or a tensor of as many dimensions that it is computed from.
     """
 
     def register(layer: Layer) -> Layer:
@@ -113,39 +111,24 @@ class Reading(NamedTuple):
 
 Finder = Callable[[nn.Module], Iterable[Reading]]
 
-_finders: list[Finder] = []
-
-
-def register_readings(find: Finder) -> Finder:
-    """Register a function that finds, inside a module, the modules whose weight it reads; a decorator."""
-    _finders.append(find)
-    return find
+FINDERS: list[Finder] = []
+"""Functions that find, inside a module, the modules whose weight it reads."""
 
 
 def readings_in(owner: nn.Module) -> list[Reading]:
     """Return the modules inside an owner whose weight it reads or changes, or that it does not use."""
-    return [reading for find in _finders for reading in find(owner)]
+    return [reading for find in FINDERS for reading in find(owner)]
 
 
 FORMS: dict[str, type[AdapterLayer]] = {}
 """The kinds of weights that can be told apart by the shapes in an adapter's file alone, without a module."""
 
 
-def register_form(name: str) -> Callable[[Layer], Layer]:
-    """Register a kind of weight under its name in `FORMS`, as a class decorator."""
-
-    def register(layer: Layer) -> Layer:
-        FORMS[name] = layer
-        return layer
-
-    return register
-
-
 class Kinds(NamedTuple):
-    """The adapter layers of one module: as `find_layer` returns it, and of other parameters that code reads."""
+    """The adapter layers of one module."""
 
-    called: type[AdapterLayer] | str | None
-    read: tuple[type[AdapterLayer], ...]
+    called: type[AdapterLayer] | str | None  # as `find_layer` returns it
+    read: tuple[type[AdapterLayer], ...]  # of other parameters that code reads
 
 
 def find_kinds(module: nn.Module) -> Kinds:
@@ -155,10 +138,7 @@ def find_kinds(module: nn.Module) -> Kinds:
 
 
 def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
-    """Return the adapter layer of a module's type, the reason why it cannot be adapted, or ``None`` if unknown.
-
-    If the module overrides the forward of the registered base class, this is its `as_read`, if there is one.
-    """
+    """Return the adapter layer of a module's type, the reason why it cannot be adapted, or ``None`` if unknown."""
     return _called(module, qualified_names(type(module)))
 
 
@@ -173,7 +153,8 @@ def _called(module: nn.Module, names: tuple[str, ...]) -> type[AdapterLayer] | s
         if by_weight is not None and issubclass(by_weight, entry):
             return by_weight
     own, parent = plain_class(module), type(module).__mro__[names.index(name)]
-    is_inherited = own is parent or _forward_of(own) is _forward_of(parent)
+    forwards = [inspect.getattr_static(kind, "forward", None) for kind in (own, parent)]  # TorchScript's computes
+    is_inherited = forwards[0] is forwards[1]
     return entry if entry.as_read is None or is_inherited else entry.as_read
 
 
@@ -184,19 +165,15 @@ def _read(module: nn.Module, names: tuple[str, ...]) -> tuple[type[AdapterLayer]
         if isinstance(_layers.get(name), str):
             return ()
     own = module._parameters.keys()  # TorchScript's parameters are no dict, and have keys() alone
-    found = [name for name in own if name in _by_parameter]
-    found += [  # parameters that the module computes from others
+    names_read = [name for name in own if name in _by_parameter]
+    names_read += [  # parameters that the module computes from others
         name for name in _by_parameter if name not in own and (name in vars(module) or is_parametrized(module, name))
     ]
-    weights = [(name, weight) for name in found if (weight := _weight_or_source(module, name)) is not None]
-    kinds = (
-        next((kind for where, kind in _by_parameter[name] if where(module, weight)), None) for name, weight in weights
-    )
-    return tuple(kind for kind in kinds if kind is not None)
-
-
-def _forward_of(kind: type) -> object:
-    return inspect.getattr_static(kind, "forward", None)  # TorchScript's computes
+    kinds: list[type[AdapterLayer]] = []
+    for name in names_read:
+        if (weight := _weight_or_source(module, name)) is not None:
+            kinds += [kind for where, kind in _by_parameter[name] if where(module, weight)][:1]
+    return tuple(kinds)
 
 
 def _weight_or_source(module: nn.Module, name: str) -> Tensor | None:

@@ -18,19 +18,14 @@ Quantized = Literal["requantize", "dequantize"]
 
 
 class Update(NamedTuple):
-    """One adapter's update of one weight as factors: whole Λ and Γ, or stacks of them, and the shape of all of it.
-
-    Attributes:
-        scaling: The adapter's scaling, times its weight.
-        region: The part that is computed; ``None`` for all of it.
-    """
+    """One adapter's update of one weight as factors: whole Λ and Γ, or stacks of them, and the shape of all of it."""
 
     basis: Basis
     lam: Tensor
     gamma: Tensor
-    scaling: float
+    scaling: float  # times the adapter's weight
     shape: Shape
-    region: Region | None = None
+    region: Region | None = None  # the part that is computed
 
     def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[Pair, Diagonals]:
         """Return the arguments of `randlora.functional`: for a part of the weight, slices of the bases and of Γ."""
@@ -125,13 +120,8 @@ class RoundingLoss(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """A merged weight, or this process's part of it, before any quantization.
-
-    Attributes:
-        held: What replaces the codes of a quantized layer, for its `fold`.
-        rounding: The error of quantizing it.
-    """
+    """A merged weight, or this process's part of it, before any quantization."""
 
     weight: Tensor
-    held: Any = None
+    held: Any = None  # what replaces the codes of a quantized layer, for its `fold`
     rounding: RoundingLoss | None = None

@@ -24,21 +24,13 @@ COMPUTED = "computes its weight from other parameters: remove the parametrizatio
 
 
 class StoredWeight(ABC):
-    """How one kind of layer stores its weight, a named parameter of the module, and how updates are merged into it.
+    """How one kind of layer stores its weight, a named parameter of the module, and how updates are merged into it."""
 
-    Attributes:
-        attribute: The name of the parameter.
-        is_transposed: Whether the weight is stored as ``(in_features, out_features)``, or as a stack of such matrices.
-        is_quantized: Whether the module holds codes instead of the values of the weight.
-        is_forward_only: Whether only the module's forward reads the codes, so that there is no weight to merge into.
-        unmerged: The original weight while it is merged into.
-    """
-
-    attribute: ClassVar[str] = "weight"
-    is_transposed: ClassVar[bool] = False
-    is_quantized: ClassVar[bool] = False
-    is_forward_only: ClassVar[bool] = False
-    unmerged: Kept | None = None
+    attribute: ClassVar[str] = "weight"  # the name of the parameter
+    is_transposed: ClassVar[bool] = False  # whether stored as (in_features, out_features), or a stack of such matrices
+    is_quantized: ClassVar[bool] = False  # whether the module holds codes instead of values
+    is_forward_only: ClassVar[bool] = False  # whether only its forward reads the codes, so that nothing can be merged
+    unmerged: Kept | None = None  # the original weight while it is merged into
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raise a `TypeError` for a class that overrides `weight_of`, the name of `find_weight` in version 0.2."""
@@ -126,12 +118,6 @@ class StoredWeight(ABC):
         """Return the device of Λ and Γ: the weight's device, or the CPU if accelerate offloads the weight."""
         weight = cls.weight_of(owner)
         return torch.device("cpu") if weight.is_meta and is_hooked(owner) else weight.device
-
-    @classmethod
-    def is_offloaded(cls, owner: nn.Module) -> bool:
-        """Whether accelerate offloads the weight and loads it for each forward."""
-        weight = cls.find_weight(owner)
-        return weight is not None and weight.is_meta and is_hooked(owner)
 
     @classmethod
     def with_updates(cls, weight: Tensor, updates: Sequence[Update], region: Region | None = None) -> Tensor:
@@ -266,7 +252,7 @@ class Piece(Protocol):
 
 
 class Splitter:
-    """A way of splitting weights over processes. Register a subclass with `register_splitter`."""
+    """A way of splitting weights over processes, for `SPLITTERS`."""
 
     def split(self, layer: type[StoredWeight], weight: Tensor) -> Split | None:  # noqa: ARG002
         """Return how to compute with a split weight of a kind of layer, or ``None``; see `split_of`."""
@@ -282,12 +268,6 @@ class Splitter:
 
 
 SPLITTERS: list[Splitter] = []
-
-
-def register_splitter(kind: type[Splitter]) -> type[Splitter]:
-    """Add a splitter; a decorator of its class."""
-    SPLITTERS.append(kind())
-    return kind
 
 
 def split_of(layer: type[StoredWeight], weight: Tensor) -> Split | None:

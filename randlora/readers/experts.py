@@ -20,14 +20,13 @@ from randlora.errors import AdapterError
 from randlora.functional import Compute
 from randlora.functional.region import Region
 from randlora.functional.scratch import is_transformed
-from randlora.layers.registry import register_form, register_layer, register_parameter
+from randlora.layers.registry import FORMS, register_layer, register_parameter
 from randlora.layers.update import Update
 from randlora.layers.weight import split_of
 from randlora.readers.adapted_stack import AdaptedStack, Own, Parts, Shared
 from randlora.readers.read_weight import ReadWeight
 
 
-@register_form("stack")
 class Experts(ReadWeight):
     """Adapts a stack of weights ``(experts, out_features, in_features)``.
 
@@ -104,7 +103,6 @@ class Experts(ReadWeight):
         return Parts(weight, not cls.is_transposed, own, shared, compute)
 
 
-@register_form("transposed stack")
 class TransposedExperts(Experts):
     """Adapts a stack of weights ``(experts, in_features, out_features)``."""
 
@@ -114,6 +112,9 @@ class TransposedExperts(Experts):
     def in_storage_layout(delta: Tensor) -> Tensor:
         """Return the transposes."""
         return delta.mT
+
+
+FORMS.update({"stack": Experts, "transposed stack": TransposedExperts})
 
 
 def _is_stack(owner: nn.Module, weight: Tensor, *, is_transposed: bool = False) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 from randlora.errors import AdapterError
 from randlora.layers.in_place import adapter_layers_of, plain_class
-from randlora.layers.registry import Reading, qualified_names, register_readings
+from randlora.layers.registry import FINDERS, Reading, qualified_names
 from randlora.model.install import register_check
 
 NO_EFFECT = "so an adapter would have no effect"
@@ -146,7 +146,6 @@ WITHOUT_GRADIENT = {
 """Modules whose forward runs without gradients. Rules leave out the layers inside them; naming a layer adapts it."""
 
 
-@register_readings
 def _readings_in(owner: nn.Module) -> list[Reading]:
     """Return the modules inside an owner whose weight it reads or changes, or that it leaves out."""
     found, kinds = [], qualified_names(type(owner))
@@ -158,6 +157,9 @@ def _readings_in(owner: nn.Module) -> list[Reading]:
     if any(name in owner._modules for name in JOINED):
         found += [Reading(child, f"{reason}, {NO_EFFECT}", "none") for child, reason in _left_by_joining(owner)]
     return found
+
+
+FINDERS.append(_readings_in)
 
 
 def _readings_by(owner: nn.Module, readings: Iterable[Parent]) -> Iterator[Reading]:

@@ -21,7 +21,7 @@ from randlora.functional.region import Region, Spans, all_of
 from randlora.layers.base import AdapterLayer, input_of
 from randlora.layers.in_place import adapter_layers_of, plain_class
 from randlora.layers.linear import FORWARD, LinearAdapter
-from randlora.layers.registry import refuse_layer, register_form, register_layer
+from randlora.layers.registry import FORMS, refuse_layer, register_layer
 from randlora.layers.scopes import cast, read_so_far, run_forward
 from randlora.layers.update import Update
 from randlora.layers.weight import split_of
@@ -176,7 +176,6 @@ class ProjectionAdapter(ReadWeight):
         return Rows((), dict(given), axes, x.shape[axis], x.device, (axis, 0), is_declared=True)
 
 
-@register_form("in_proj_weight")
 @register_layer("open_clip.transformer.Attention")
 @register_layer(nn.MultiheadAttention)
 class InProjAdapter(ProjectionAdapter):
@@ -235,7 +234,6 @@ class _ValueAdapter(ProjectionAdapter):
 register_layer(nn.modules.linear.NonDynamicallyQuantizableLinear)(ProjectionAdapter)  # its ``out_proj``, not called
 
 
-@register_form("kernel")
 class ConvolutionAdapter(ReadWeight):
     """Adapts the kernel of a convolution, viewed as a matrix.
 
@@ -279,6 +277,9 @@ class ConvolutionAdapter(ReadWeight):
             raise AdapterError(f"a kernel of shape {tuple(shape)} is split inside, into {spans}: split its channels")
         entries = math.prod(shape[2:])
         return Region(rows, tuple((start * entries, stop * entries) for start, stop in channels))
+
+
+FORMS.update({"in_proj_weight": InProjAdapter, "kernel": ConvolutionAdapter})
 
 
 for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):

@@ -22,7 +22,7 @@ from randlora.functional.region import Region, entries_of
 from randlora.layers.base import AdapterLayer
 from randlora.layers.scopes import forward_of
 from randlora.layers.update import Update
-from randlora.layers.weight import Split, Splitter, StoredWeight, register_splitter
+from randlora.layers.weight import SPLITTERS, Split, Splitter, StoredWeight
 from randlora.sharded.places import Shard, is_dtensor, is_split
 
 
@@ -191,7 +191,6 @@ class SplitOnMesh(Split):
         return DTensor.from_local(local, mesh, weight.placements, run_check=False, shape=shape, stride=weight.stride())
 
 
-@register_splitter
 class Meshes(Splitter):
     """Device meshes, over which tensor parallelism and `fully_shard` split weights."""
 
@@ -235,7 +234,6 @@ def plan_of(forward: object) -> SplitPlan | None:
     return SplitPlan(style, mesh, getattr(held.get("implementation"), "shares_batch", True))
 
 
-@register_splitter
 class Plans(Splitter):
     """Plans of transformers."""
 
@@ -273,6 +271,9 @@ class Plans(Splitter):
         layer.adopted = inner, around
         owner.__dict__[held_as] = around
         return True
+
+
+SPLITTERS.extend([Meshes(), Plans()])
 
 
 def _within(owner: Any, layer: AdapterLayer, plan: SplitPlan, held_as: str) -> Callable[..., Any]:
