@@ -25,11 +25,6 @@ WRAPPED_AS = {
 }
 """Types of torch that wrap a submodule, and the attribute that holds it, which is left out of names."""
 
-KEEP_COPIES = (
-    "call accelerate.hooks.remove_hook_from_submodules(model), and keep its module on a device with the device map"
-)
-"""What to do about a trained copy that accelerate offloads."""
-
 
 def path_to(root: nn.Module, fqn: str) -> list[nn.Module]:
     """Return the modules from a model to the one that has a parameter, given its FQN; empty if there is none."""

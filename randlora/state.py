@@ -27,7 +27,7 @@ from randlora.functional import Compute
 from randlora.hints import IN_PLACE, NotTheModel, shortly
 from randlora.places import converted, loaded_modules, place_at, settle
 from randlora.ranks import run_collectives
-from randlora.replaced import KEEP_COPIES, ReplacedParameter, like, path_to
+from randlora.replaced import ReplacedParameter, like, path_to
 
 ATTRIBUTE = "randlora_state"
 
@@ -294,8 +294,8 @@ class ModelState:
 
     def would_exchange(self, active: Iterable[str]) -> bool:
         """Whether parameters would be exchanged if these adapters were active."""
-        now = {id(replaced): version for replaced, version in self._versions(self.active)}
-        return any(version is not now[id(replaced)] for replaced, version in self._versions(active))
+        pairs = zip(self._versions(self.active), self._versions(active), strict=True)
+        return any(version is not wanted for (_, version), (_, wanted) in pairs)
 
     def require_exchangeable(self, active: Iterable[str], doing: str) -> None:
         """Raise an `AdapterError` unless `install_parameters` could install the copies of these adapters."""
@@ -312,8 +312,8 @@ class ModelState:
         around = [module for entry in self.replaced.values() for fqn in entry.slots for module in path_to(root, fqn)]
         loaded = loaded_modules(around)
         problems = [
-            f"{part.name}, which adapters train copies of, was offloaded by accelerate, which can neither train nor "
-            f"switch them: {KEEP_COPIES}"
+            f"{part.name}, which adapters train copies of, was offloaded by accelerate: call "
+            "accelerate.hooks.remove_hook_from_submodules(model), and keep its module on a device with the device map"
             for entry in (self.replaced.values() if loaded else ())
             for part in entry.followed(root)
             if not part.is_lost and any(id(module) in loaded for module, _ in part.slots.values())

@@ -153,10 +153,9 @@ def inject(
         config: The options from ``r`` to ``experts`` as one object, instead of single options.
         active: Whether to make it the only active adapter. ``None`` means only if it is the model's first.
         trainable: Whether its parameters require grad. ``None`` means only if it is the model's first.
-        save_pretrained: What ``model.save_pretrained()`` does while adapters are attached. The original method would
-            write files that load as the base model, without the adapter. ``"adapter"`` writes the adapter, as
-            `randlora.save` does; ``"error"`` raises an error that says what to call; ``"model"`` leaves the method
-            unchanged. ``None`` uses the choice of the model's other adapters, or else ``"adapter"`` with a warning at
+        save_pretrained: What ``model.save_pretrained()`` does while adapters are attached: ``"adapter"`` writes the
+            adapter, as `randlora.save` does; ``"error"`` raises an error that says what to call; ``"model"`` writes the
+            base model. ``None`` uses the choice of the model's other adapters, or else ``"adapter"`` with a warning at
             each call. While the adapters are merged, the merged model is written.
 
     Returns:
@@ -169,9 +168,9 @@ def inject(
         AdapterError: If the name is taken, or the model's adapters are merged.
 
     Warns:
-        UserWarning: If ``targets`` is not given and the default adapts almost nothing, or only one layer that looks
-            like a head, as in a ResNet. The message says what is left out, and which ``targets`` to pass. Also if the
-            model is already in a `DistributedDataParallel`, which would not average the adapter's gradients.
+        UserWarning: If the default ``targets`` adapt almost nothing, or only one layer that looks like a head, as in a
+            ResNet. Also if the model is already in a `DistributedDataParallel`, which would not average the adapter's
+            gradients.
     """
     asked = locals()
     with opened_to_add(model, [name], "inject") as view:
@@ -204,20 +203,16 @@ def _injected(planned: Plan, init: Init, save_pretrained: SavePretrained | None)
 
 
 def _copies(planned: Plan) -> dict[str, Tensor]:
-    """Return what an adapter will have in addition to Λ and Γ, with the model's values.
-
-    A sharded one has this process's part. Those that ZeRO-3 spreads are gathered, together by all processes.
-    """
+    """Return copies of what an adapter trains beside Λ and Γ; of a sharded parameter, of this process's part."""
     values: dict[str, Tensor] = {fqn: entry.original for fqn, entry in planned.replaced.items()}
     others = {fqn: each for fqn, each in values.items() if place_at(each).exchanges != "values"}
     agree()
     values |= zip(others, run_collectives(partial(whole, each) for each in others.values()), strict=True)
-    return {
-        fqn: like(
-            entry.original, values[fqn].detach().to(copy_dtype(entry), copy=True), requires_grad=planned.trainable
-        )
-        for fqn, entry in planned.replaced.items()
-    }
+    copies = {}
+    for fqn, entry in planned.replaced.items():
+        copy = values[fqn].detach().to(copy_dtype(entry), copy=True)
+        copies[fqn] = like(entry.original, copy, requires_grad=planned.trainable)
+    return copies
 
 
 @same_options(inject)

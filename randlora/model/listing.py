@@ -14,7 +14,7 @@ from randlora.errors import AdapterError, raise_collected, warn
 from randlora.hints import listed, require_types
 from randlora.layers.diagonals import Diagonal
 from randlora.model.install import ENGINES, lost_parts, offloaded_diagonals
-from randlora.model.train_also import HALF_RISKS, copy_dtype
+from randlora.model.train_also import copy_dtype
 from randlora.model.view import all_or_nothing, collective, opened, set_requires_grad
 from randlora.report import FLOAT32_BYTES, as_lines, wrapped
 from randlora.state import Adapter, adapted_root, is_adapted
@@ -151,13 +151,11 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[nn.P
             names = ", ".join(adapter.name for adapter in adapters)
             advice = f"call randlora.set_trainable(model, {adapters[0].name!r})"
             raise AdapterError(f"no adapter is trainable, so an optimizer would have nothing to do ({names}): {advice}")
-        copies = {id(copy): (fqn, copy) for adapter in adapters for fqn, copy in adapter.parameters.items()}
-        dtypes = {each.dtype for each in trained if id(each) not in copies and each.dtype.itemsize < FLOAT32_BYTES}
-        narrow = [
-            fqn
-            for fqn, copy in copies.values()
-            if copy.requires_grad and copy.dtype in HALF_RISKS and copy.dtype != copy_dtype(state.replaced[fqn])
-        ]
+        copies = {id(copy): fqn for adapter in adapters for fqn, copy in adapter.parameters.items()}
+        halves = [each for each in trained if each.dtype.itemsize < FLOAT32_BYTES]
+        dtypes = {each.dtype for each in halves if id(each) not in copies}
+        names = [(copies[id(each)], each.dtype) for each in halves if id(each) in copies]
+        narrow = [fqn for fqn, dtype in names if dtype != copy_dtype(state.replaced[fqn])]
         if dtypes:
             warn(
                 f"Λ and Γ are in {', '.join(map(str, dtypes))}, as after model.half(), where small steps are lost: "
