@@ -154,8 +154,8 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[nn.P
         copies = {id(copy): fqn for adapter in adapters for fqn, copy in adapter.parameters.items()}
         halves = [each for each in trained if each.dtype.itemsize < FLOAT32_BYTES]
         dtypes = {each.dtype for each in halves if id(each) not in copies}
-        names = [(copies[id(each)], each.dtype) for each in halves if id(each) in copies]
-        narrow = [fqn for fqn, dtype in names if dtype != copy_dtype(state.replaced[fqn])]
+        narrowed = [(copies[id(each)], each.dtype) for each in halves if id(each) in copies]
+        narrow = [fqn for fqn, dtype in narrowed if dtype != copy_dtype(state.replaced[fqn])]
         if dtypes:
             warn(
                 f"Λ and Γ are in {', '.join(map(str, dtypes))}, as after model.half(), where small steps are lost: "
