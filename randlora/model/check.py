@@ -363,7 +363,7 @@ class _Trial:
     def _trying(self, on: Iterable[AdaptedSite], *, training: bool) -> Iterator[None]:
         """Run a block in a mode, with updates of only these weights, without dropout in their inputs."""
         # compiled code would run without what watches the layers
-        with holding_copies([self.model], self._others, self._copy), uncompiled():
+        with holding_copies(self.model, self._others, self._copy), uncompiled():
             for adapter in self._state.adapters.values():
                 adapter.config = replace(adapter.config, dropout=0.0)  # which a merged weight has none of
             for site in self.sites:

@@ -174,32 +174,28 @@ def inject(
     """
     asked = locals()
     with opened_to_add(model, [name], "inject") as view:
-        return _injected(make_plan(view, asked), init, save_pretrained)
-
-
-def _injected(planned: Plan, init: Init, save_pretrained: SavePretrained | None) -> Report:
-    """Add a planned adapter to its model and return the report."""
-    report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
-    _warn(report)
-    adapter.init, adapter.left_out = init, tuple(left_out_lines(report))
-    adapter.bases |= planned.shared
-    if any(has_values(parameter) for site in sites for parameter in site.owner.parameters()):
-        for rank in adapter.bases.keys() - planned.shared.keys():
-            adapter.bases[rank].matrices()  # drawn now, so that errors are raised before the model changes
-    if callable(adapter.config.targets) or callable(adapter.config.exclude):  # which cannot be pickled or saved
-        adapter.config = replace(adapter.config, targets=report.targets, exclude=None)
-    adapter.trained |= _copies(planned)
-    add(
-        planned.census,
-        planned.state,
-        adapter,
-        sites,
-        replaced=planned.replaced,
-        active=planned.active,
-        trainable=planned.trainable,
-        save_pretrained=save_pretrained,
-    )
-    return report
+        planned = make_plan(view, asked)
+        report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
+        _warn(report)
+        adapter.init, adapter.left_out = init, tuple(left_out_lines(report))
+        adapter.bases |= planned.shared
+        if any(has_values(parameter) for site in sites for parameter in site.owner.parameters()):
+            for rank in adapter.bases.keys() - planned.shared.keys():
+                adapter.bases[rank].matrices()  # drawn now, so that errors are raised before the model changes
+        if callable(adapter.config.targets) or callable(adapter.config.exclude):  # which cannot be pickled or saved
+            adapter.config = replace(adapter.config, targets=report.targets, exclude=None)
+        adapter.trained |= _copies(planned)
+        add(
+            view.census,
+            view.state,
+            adapter,
+            sites,
+            replaced=planned.replaced,
+            active=planned.active,
+            trainable=planned.trainable,
+            save_pretrained=save_pretrained,
+        )
+        return report
 
 
 def _copies(planned: Plan) -> dict[str, Tensor]:

@@ -304,7 +304,7 @@ def _outputs(site: AdaptedSite, x: Tensor, held: Any, read: Tensor | None = None
     """
     owner, layer = site.owner, site.layer
     forward: Callable[..., Any] = layer.own_forward or MethodType(plain_class(owner).forward, owner)
-    with holding_copies([owner], [layer]):
+    with holding_copies(owner, [layer]):
         owner.eval()
         owner._parameters[layer.attribute] = nn.Parameter(held.detach().clone(), requires_grad=False)
         if read is not None:

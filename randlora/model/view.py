@@ -297,15 +297,15 @@ def _flat(entries: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def holding_copies(
-    modules: Iterable[nn.Module], others: Iterable[object] = (), copy: Callable[[Tensor], Tensor] = torch.clone
+    model: nn.Module, others: Iterable[object] = (), copy: Callable[[Tensor], Tensor] = torch.clone
 ) -> Iterator[None]:
-    """Run a block that tries code of modules, which hold copies of their tensors in it, so that none change.
+    """Run a block that tries code of a model, which holds copies of its tensors in it, so that none change.
 
     After the block, the modules and some other objects are restored as `_Attributes` does, and random number generators
     are in the same state. Changes inside other objects, such as a cache that a module holds, stay. So do values of
     tensors that cannot be copied, because they are on the meta device or of a subclass.
     """
-    inside = [*{id(each): each for module in modules for each in module.modules()}.values()]
+    inside = [*model.modules()]
     before = _Attributes((*inside, *others))
     tables: list[Any] = [table for each in inside for table in (each._parameters, each._buffers) if table]
     held = {id(each): each for table in tables for each in table.values() if each is not None and not is_lazy(each)}
