@@ -23,9 +23,8 @@ from randlora import files
 from randlora.__main__ import main
 from randlora.disk.formats import Planned, write_tensor_file
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError
-from randlora.files.model_directory import INDEX_FILE, read_model_directory
-from randlora.files.save_merged import NAMES_IN_MEMORY
-from randlora.files.write_model import ModelWriter, copy_config, find_companions
+from randlora.files.model_directory import INDEX_FILE, copy_config, find_companions, read_model_directory
+from randlora.files.save_merged import NAMES_IN_MEMORY, ModelWriter
 from tests import model_directories, quantized
 from tests.checkpoint_files import read_tensors
 from tests.hostile_files import sparse
@@ -70,7 +69,6 @@ MERGED: dict[str, tuple[Callable[[], nn.Module], torch.dtype, str, Weighted]] = 
     "vit": (VIT.build, torch.float16, model_directories.SHARD, of_every_kind(VIT)),
     "whole-first": (LLAMA.build, torch.bfloat16, "", WHOLE),
     "whole-last": (LLAMA.build, torch.bfloat16, "", WHOLE[::-1]),
-    "mixtral": (lambda: made(mixtral), torch.bfloat16, "2KB", STACKS),
     "gpt_oss": (lambda: made(gpt_oss), torch.float32, "", STACKS),
 }
 
@@ -309,7 +307,7 @@ def test_a_disk_that_is_full_leaves_nothing(
 
 # `save_merged`: the same files of a model in memory, which stays as it is
 
-WRITER = "randlora.files.write_model.write_tensor_file"
+WRITER = "randlora.files.save_merged.write_tensor_file"
 
 
 def adapted(model: nn.Module, **options: Any) -> Any:
@@ -321,6 +319,7 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "to bfloat16": (lambda: tiny("llava", "LlavaForConditionalGeneration"), {"dtype": torch.bfloat16}),
     "tied": (lambda: llama(tie_word_embeddings=True), {}),
     "masked, tied with a bias": (lambda: tiny("bert", "BertForMaskedLM"), {}),
+    "experts one by one": (lambda: made(mixtral, dtype=torch.float32), {}),
 }
 
 
@@ -328,7 +327,9 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 def test_the_files_are_those_of_merging_and_saving(name: str, tmp_path: Path) -> None:
     build, options = MODELS[name]
     plain, dtype = build(), options.get("dtype")
-    model = adapted(type(plain).from_pretrained(write(plain, tmp_path / "plain")))  # whose inner configs name a dtype
+    targets = EXPERTS if "experts" in name else "all-linear"
+    made_again = type(plain).from_pretrained(write(plain, tmp_path / "plain"))  # whose inner configs name a dtype
+    model = adapted(made_again, targets=targets)
     with untouched(model):
         report = files.save_merged(model, tmp_path / "out", **options)
     with randlora.merged(model):
@@ -459,5 +460,5 @@ def test_tensors_for_a_file_are_not_counted_again_for_each_that_follows(tmp_path
             writer = ModelWriter(tmp_path, limit=4 * count)
             for number in range(count + 1):  # one too many for a file
                 writer.add(Planned.whole(str(number), torch.zeros(1)))
-            assert [len(names) for names in writer.files.values()] == [count]
+            assert [len(names) for names in writer.files] == [count]
             assert sized.call_count <= 3 * count

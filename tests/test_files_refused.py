@@ -41,7 +41,6 @@ from tests.model_directories import (
 )
 from tests.models import BERT, GPT2, LLAMA, llama
 from tests.peer import THEIR_WARNINGS, their_directory, untied
-from tests.test_readers_experts import EXPERTS, made, mixtral
 
 pytestmark = THEIR_WARNINGS
 
@@ -336,15 +335,6 @@ def of_peft() -> None:
     edit_model(BASE, {f"{Q}.weight": torch.ones(34, 30)})
 
 
-def expert(change: Callable[[Tensor], Tensor | None], part: str = "w1") -> Call:
-    place = f"1.block_sparse_moe.experts.2.{part}"
-    return of(
-        lambda: made(mixtral, dtype=torch.float32),
-        changes=lambda held: {name: change(each) for name, each in held.items() if place in name},
-        targets=EXPERTS,
-    )
-
-
 @later
 def link(name: str) -> None:
     """Put a link to a file elsewhere in place of one of the base's."""
@@ -371,7 +361,6 @@ def dangling() -> None:
 
 
 HEADER = json.dumps({"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
-MADE_OF = r"gate_up_proj is made of .*experts\.0\.w1\.weight, .* and \d more when it is loaded, and .*merge in memory"
 OF_ADAPTER: dict[str, Call] = {
     "there is no adapter_config.json": (ADAPTER / CONFIG_FILE).unlink,
     "the files come from different saves": lambda: edit_fields(ADAPTER, {"r": 7}),
@@ -429,9 +418,6 @@ OF_BOTH: dict[str, Call] = {
         lambda: nn.Sequential(nn.Conv2d(3, 8, 5)), lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), targets=["0"]
     ),
     r"0 and 0\.weight are both 0\.weight, which cannot hold both adapters": name_one_tensor_twice,
-    MADE_OF: expert(lambda _: None),
-    f"{MADE_OF}.*": expert(lambda _: None, part=""),
-    f".*{MADE_OF}": expert(lambda each: each[1:].clone()),
 }
 NO_FILES: dict[str, tuple[str, str]] = {
     f"{name} is a {kind.split('-')[0]}: expected a file": (name, kind)

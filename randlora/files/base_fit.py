@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from randlora.bases.spec import Shape
@@ -32,12 +31,11 @@ from randlora.config import RandLoRAConfig
 from randlora.disk.formats import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.model_directory import ModelDirectory, StoredCodes, find_codes, find_model, read_model_directory
-from randlora.files.transformers_model import Conversion, TransformersModel, build_model
+from randlora.files.transformers_model import TransformersModel, build_model
 from randlora.layers.base import AdapterLayer
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
 from randlora.layers.registry import FORMS
 from randlora.targets.census import Shapes, Site
-from randlora.targets.match import shortened
 from randlora.targets.obstacles import obstacles
 
 
@@ -65,42 +63,35 @@ class Base(NamedTuple):
         shapes = [entry.shape for entry in self.directory.entries.values() if len(entry.shape) > 1]
         return [*(shape[-2:] for shape in shapes), *((shape[0], math.prod(shape[1:])) for shape in shapes)]
 
-    def dtype_of(self, fqn: str) -> torch.dtype:
-        """Return the dtype that a parameter has in the model's class."""
-        assert not isinstance(self.model, str), "only a class has parameters that the files lack"
-        return next(held.tensor.dtype for held in self.model.census.parameters if held.fqn == fqn)
-
 
 class Slot(NamedTuple):
     """The tensors that contain an adapted weight, several if it is shared, and the ``shape`` of its update.
 
-    ``layer_class`` converts an update of this shape to their layout. If the weight is computed from them when the model
-    is loaded, ``converted`` is its FQN in the model and how.
+    ``layer_class`` converts an update of this shape to their layout.
     """
 
     names: tuple[str, ...]
     shape: Shape
     layer_class: type[AdapterLayer]
-    converted: tuple[str, Conversion] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class BaseFit:
     """How an adapter fits a base model: ``file`` is the adapter under the names that the model has for its layers.
 
-    ``trained`` are the tensors of each parameter trained with it; none if the files lack it, such as a new head. Those
-    in ``conversions`` are computed from these tensors when the model is loaded.
+    ``trained`` are the tensors of each parameter trained with it; none if the files lack it, such as a new head.
+    ``made_of`` are weights and parameters of the adapter that are computed from these tensors when the model is loaded.
     """
 
     file: AdapterFile
     slots: Mapping[str, Slot]
     trained: Mapping[str, tuple[str, ...]]
-    conversions: Mapping[str, Conversion] = field(default_factory=dict)
+    made_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def slots_of(self, file: AdapterFile) -> dict[str, Slot]:
         """Return where the weights are by the names that the adapter has in its file."""
-        own = dict(zip(self.file.values, file.values, strict=True))
-        return {own[fqn]: slot for fqn, slot in self.slots.items()}
+        names = dict(zip(self.file.values, file.values, strict=True))
+        return {names[fqn]: slot for fqn, slot in self.slots.items()}
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -168,7 +159,7 @@ def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFi
         fit, problems = _fit_model(base, base.model, file, prefix)
         own |= {held.fqn: held.tensor for held in base.model.census.tensors}  # the files may lack a new head
     codes = {fqn for fqn, names in fit.trained.items() if base.codes.keys() & set(names)}
-    stored = {fqn: names for fqn, names in fit.trained.items() if names and fqn not in {*fit.conversions, *codes}}
+    stored = {fqn: names for fqn, names in fit.trained.items() if names and fqn not in {*fit.made_of, *codes}}
     if base.trained_on is None:  # else a head may have other labels in the files
         own |= {fqn: entries[names[0]] for fqn, names in stored.items()}
     problems += [*misfits(fit.file, shapes_in(fit.slots)), *trained_misfits(own, fit.file)]
@@ -186,42 +177,23 @@ def _fit_model(
     sites = named_sites(model.census, file)
     file = without_repeats(model.census, file)
     problems = obstacles(model.census, sites, file.config.dropout)
-    slots = {}
+    slots, made_of = dict[str, Slot](), dict[str, Sequence[str]]()
     fqns = {id(held.tensor): held.fqn for held in reversed(model.census.parameters)}  # the first of a tied one
     for site in sites:
-        kind = site.layer_class
-        fqn = fqns[id(site.weight)]
-        conversion = model.conversions.get(fqn)
         if names := model.names_of(site.weight):
             entry = None if names[0] in base.codes else entries[names[0]]
             if entry is not None and len(entry.shape) < 2:
                 problems.append(f"{site.fqn} has shape {entry.shape}, expected a matrix")
-            slots[site.fqn] = Slot(names, _shape(site, file.config, entry), kind)
-        elif conversion is None:
-            problems.append(f"the model has no layer {site.fqn} in its files")
+            slots[site.fqn] = Slot(names, _shape(site, file.config, entry), site.layer_class)
+        elif sources := model.made_of.get(fqns[id(site.weight)]):
+            slots[site.fqn] = Slot((), site.shape_with(file.config), site.layer_class)
+            made_of[site.fqn] = sources
         else:
-            slots[site.fqn] = Slot((*conversion.sources,), site.shape_with(file.config), kind, (fqn, conversion))
+            problems.append(f"the model has no layer {site.fqn} in its files")
     by_fqn = model.names_by_fqn
-    trained = {fqn: by_fqn.get(fqn, ()) for fqn in file.trained}
-    lacking = [fqn for fqn, names in trained.items() if not names and fqn in model.conversions]
-    conversions = {fqn: model.conversions[fqn] for fqn in lacking}
-    trained |= {fqn: (*conversion.sources,) for fqn, conversion in conversions.items()}
-    computed = [slot.converted for slot in slots.values() if slot.converted is not None]
-    problems += _conversion_problems([*computed, *conversions.items()], entries)
-    return BaseFit(file, slots, trained, conversions), problems
-
-
-def _conversion_problems(computed: list[tuple[str, Conversion]], entries: Mapping[str, Entry]) -> list[str]:
-    """Return which weights the files have tensors for that cannot be converted to them and back."""
-    problems = []
-    shapes = {name: entry.shape for name, entry in entries.items()}
-    for fqn, conversion in {id(conversion): (fqn, conversion) for fqn, conversion in reversed(computed)}.values():
-        if (reason := conversion.misfit(shapes)) is not None:
-            problems.append(
-                f"{fqn} is made of {shortened([*conversion.sources])} when it is loaded, and {reason}: load the model "
-                "and merge in memory"
-            )
-    return problems
+    trained = {fqn: by_fqn.get(fqn) or tuple(model.made_of.get(fqn, ())) for fqn in file.trained}
+    made_of |= {fqn: names for fqn, names in trained.items() if names and not by_fqn.get(fqn)}
+    return BaseFit(file, slots, trained, made_of), problems
 
 
 def _shape(site: Site, config: RandLoRAConfig, entry: Entry | None) -> Shape:

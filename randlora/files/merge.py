@@ -7,29 +7,50 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from randlora.bases.basis import BasisBank
+from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.read import AdapterFile, locate, named_base, read_adapter
 from randlora.config import Factor, Source, Sources, Stream
-from randlora.disk.formats import Planned, Shard, is_there
+from randlora.disk.formats import Entry, Planned, is_there, read_pieces, read_tensor, write_tensor_file
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected, spelled
-from randlora.files.adapter import out_problems
-from randlora.files.base_fit import open_base, read_base
-from randlora.files.changes import Changes, find_changes, naming
-from randlora.files.model_directory import INDEX_FILE, MODEL_CONFIG_FILE, WHOLE, ModelDirectory
-from randlora.files.write_model import ModelWriter, copy_companion, copy_config, find_companions
+from randlora.files.adapter import open_fitted, out_problems
+from randlora.files.base_fit import Base, as_trained, open_base, read_base
+from randlora.files.model_directory import (
+    INDEX_FILE,
+    MODEL_CONFIG_FILE,
+    WHOLE,
+    ModelDirectory,
+    copy_companion,
+    copy_config,
+    find_companions,
+    write_json,
+)
 from randlora.hints import require_types
+from randlora.layers.base import AdapterLayer
+from randlora.layers.update import Update
+from randlora.model.mergeable import require_finite
 from randlora.report import Progress, as_bytes, as_lines, no_progress, with_factor
 from randlora.targets.match import shortened
 
 CASTABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that tensors are cast from and to."""
+
+IN_MEMORY = (
+    "load the model with randlora.files.load_model(adapter), and write it with randlora.files.save_merged(model, "
+    "directory)"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,6 @@ class FileMergeReport:
         nbytes: Size of all weights in bytes.
         dtype: The dtype that floating tensors were cast to; ``None`` if each tensor kept its dtype.
         notes: Other notes for the user, such as which files were not copied.
-        added: Names of the tensors with trained values that the base does not have, such as a new head.
     """
 
     out: Path
@@ -56,7 +76,6 @@ class FileMergeReport:
     nbytes: int
     dtype: torch.dtype | None
     notes: tuple[str, ...]
-    added: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return a summary of a few lines."""
@@ -66,10 +85,9 @@ class FileMergeReport:
         dtype = f", as {str(self.dtype).removeprefix('torch.')}" if self.dtype else ""
         files = "1 file" if self.shards == 1 else f"{self.shards} files"
         lines = [f"merged {names} into {len(self.merged)} weights"]
-        for done, changed in {"replaced": self.replaced, "added": self.added}.items():
-            if changed:
-                tensors = "1 tensor" if len(changed) == 1 else f"{len(changed)} tensors"
-                lines.append(f"{done} {tensors} trained with the adapters")
+        if self.replaced:
+            tensors = "1 tensor" if len(self.replaced) == 1 else f"{len(self.replaced)} tensors"
+            lines.append(f"replaced {tensors} trained with the adapters")
         return as_lines([*lines, f"wrote {self.out}, {as_bytes(self.nbytes)} in {files}{dtype}", *self.notes])
 
 
@@ -126,7 +144,7 @@ def merge(
     opened = dict[str, tuple[Path, AdapterFile, float]]()
     for adapter, factor in factors.items():  # before a download of the base, which may be large
         directory = locate(adapter, revision)
-        with naming(str(adapter)):
+        with _naming(str(adapter)):
             opened[str(adapter)] = directory, read_adapter(directory, stream), factor
     if base is None:
         base = _base_of({adapter: file for adapter, (_, file, _) in opened.items()})
@@ -141,20 +159,16 @@ def merge(
     if is_on_hub(base):  # of which only headers are here yet
         model = read_base(local_path(base, model.directory.path.name, WHOLE, are_patterns=True))
     changes = find_changes(model, opened, prefix)
-    raise_collected(MergeError, changes.float8_problems(), doing="merge")
-    shards = [(shard, changes.tensors_of(shard, dtype)) for shard in model.directory.shards]
-    shards[-1][1].extend(changes.added_tensors(dtype))
-    nbytes, notes = _write(destination, model.directory, shards, changes, dtype, progress, overwrite=overwrite)
+    nbytes, left_out = _write(destination, model.directory, changes, dtype, progress, overwrite=overwrite)
     return FileMergeReport(
         out=destination,
         adapters={str(path): factor for path, factor in factors.items()},
-        merged=changes.merged,
-        replaced=changes.replaced,
-        shards=len(shards),
+        merged=tuple(name for name in changes.entries if name in changes.merged),
+        replaced=tuple(name for name in changes.entries if name in changes.replaced),
+        shards=len(model.directory.shards),
         nbytes=nbytes,
         dtype=dtype,
-        notes=(*changes.notes, *notes),
-        added=tuple(changes.added),
+        notes=(*changes.notes, *(f"not copied: {path}, which may hold the base model's weights" for path in left_out)),
     )
 
 
@@ -180,21 +194,119 @@ def _base_of(adapters: Mapping[str, AdapterFile]) -> str:
     return base
 
 
+@dataclass(frozen=True, eq=False)
+class Merging:
+    """A weight that adapters are merged into, with their updates in the order of addition."""
+
+    fqn: str
+    layer_class: type[AdapterLayer]
+    updates: list[Update] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """The changes that adapters make to the tensors of a checkpoint, whose headers are ``entries``.
+
+    Tensors in ``merged`` are merged into, and tensors in ``replaced`` get new values, which may be merged into too.
+    """
+
+    entries: Mapping[str, Entry]
+    merged: dict[str, Merging] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def planned(self, entry: Entry, dtype: torch.dtype | None) -> Planned:
+        """Return how a tensor is written, with its new values and in its new shape, such as of a head."""
+        new = self.replaced.get(entry.name)
+        dtype = dtype if dtype and entry.dtype.is_floating_point else entry.dtype
+        shape = entry.shape if new is None else tuple(new.shape)
+        return Planned(entry.name, dtype, shape, partial(self._pieces, entry, dtype))
+
+    @torch.no_grad()
+    def _pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield the values of a tensor in pieces, read as they are needed, and rounded once to ``dtype``."""
+        merging, new = self.merged.get(entry.name), self.replaced.get(entry.name)
+        if merging is None and new is None:
+            yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
+            return
+        wide = torch.promote_types(entry.dtype, dtype)
+        if new is None:
+            value = read_tensor(entry).to(wide)
+        else:  # they may be wider, and a different adapter may adapt them
+            value = new.to(wide if merging is None else torch.promote_types(new.dtype, wide))
+        if merging is not None:
+            value = require_finite(merging.fqn, merging.layer_class.with_updates(value, merging.updates))
+        yield _cast(entry.name, value, dtype)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values in a dtype. Raises a `MergeError` if one that was finite is not finite in it."""
+    if tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    if tensor.dtype.itemsize > 1 and not torch.equal(torch.isfinite(converted), torch.isfinite(tensor)):
+        raise MergeError(f"{name} has values that are too large for {dtype}: choose a wider dtype")
+    return converted
+
+
+def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, float]], prefix: str | None) -> Changes:
+    """Fit adapters to a checkpoint, draw their bases, and return which tensors they change.
+
+    ``adapters`` are their directories, files and the factors of their updates, by the names that messages give them.
+    """
+    bank, changes = BasisBank(), Changes(base.directory.entries)
+    for name, (directory, file, factor) in adapters.items():
+        with _naming(name):
+            if (trained_on := as_trained(base, file).trained_on) is not None:
+                raise CheckpointError(
+                    f"it was trained on a {trained_on.name}, whose head or labels the files lack: {IN_MEMORY}"
+                )
+            adapter, fit = open_fitted(directory, file, base, prefix, bank)
+            if unlike := [*fit.absent, *fit.made_of]:
+                raise CheckpointError(f"the files do not have {shortened(unlike)} in one tensor each: {IN_MEMORY}")
+            if repeated := [fqn for fqn, names in fit.trained.items() if changes.replaced.keys() & set(names)]:
+                raise CheckpointError(
+                    f"an adapter before it trained {', '.join(repeated)} too, and the model can hold only one of them"
+                )
+        changes.notes.extend(f"{name}: {note}" for note in (*adapter.file.doubts, *stream_notes(adapter.file)))
+        for fqn, slot in fit.slots.items():
+            update = adapter.update(fqn, factor)
+            for tensor in slot.names:
+                changes.merged.setdefault(tensor, Merging(fqn, slot.layer_class)).updates.append(update)
+        for fqn, names in fit.trained.items():
+            changes.replaced.update(dict.fromkeys(names, fit.file.trained[fqn]))
+    changed = {*changes.merged, *changes.replaced}
+    dtypes = {name: entry.dtype for name, entry in changes.entries.items() if name in changed}
+    if narrow := [name for name, dtype in dtypes.items() if dtype.is_floating_point and dtype.itemsize == 1]:
+        # which may have scales, and would lose most of an update
+        raise MergeError(f"cannot merge: 8-bit floats: {shortened(narrow)}; convert the model to a wider dtype first")
+    return changes
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Raise an error of the block anew, with the name of the adapter that cannot be merged."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot merge {name!r}: {error.args[0]}", *error.args[1:]) from error
+
+
 def _write(
     out: Path,
     directory: ModelDirectory,
-    shards: Sequence[tuple[Shard, Sequence[Planned]]],
     changes: Changes,
     dtype: torch.dtype | None,
     progress: Progress,
     *,
     overwrite: bool,
-) -> tuple[int, list[str]]:
-    """Write the new checkpoint with the files that go with it, and return the size of its weights, and notes."""
+) -> tuple[int, tuple[Path, ...]]:
+    """Write the new checkpoint, and return the size of its weights, and which files were not copied."""
     companions = find_companions(directory)
     if others := _others(out, {*companions.carried, Path(INDEX_FILE)}):
         lost = f"{out} holds other files, which would be lost: {shortened(others)}"
         raise MergeError(f"cannot merge: {lost}; choose a different name")
+    shards = [(shard, [changes.planned(entry, dtype) for entry in shard.entries]) for shard in directory.shards]
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
     needed = nbytes + sum((directory.path / path).stat().st_size for path in companions.carried)
     done = 0
@@ -204,29 +316,32 @@ def _write(
         done += count
         progress(done, nbytes, name)
 
-    index = directory.index
-    if index is not None and isinstance(metadata := index.get("metadata"), dict) and nbytes != directory.nbytes:
-        index = {**index, "metadata": {**metadata, "total_size": nbytes}}
     with new_directory(out, overwrite=overwrite) as scratch:
         if (free := shutil.disk_usage(scratch).free) < needed:
             room = f"it needs {as_bytes(needed)}, and {as_bytes(free)} are free"
             raise MergeError(f"cannot merge to {str(out)!r}: {room}")
-        writer = ModelWriter(scratch, wrote=wrote)
         for shard, tensors in shards:
-            for tensor in tensors:
-                writer.add(tensor)
-            writer.end_file(shard.path.name, shard.metadata)
-        if index is not None and writer.write_index(index) == directory.index:  # whose bytes stay
-            copy_companion(directory.path / INDEX_FILE, scratch / INDEX_FILE)
+            write_tensor_file(scratch / shard.path.name, tensors, shard.metadata, wrote)
+        if directory.index is not None:
+            _write_index(scratch, directory, directory.index, nbytes)
         for path in companions.carried:
-            if path == Path(MODEL_CONFIG_FILE):
-                copy_config(directory.path / path, scratch / path, dtype, changes.trained_on)
+            if path == Path(MODEL_CONFIG_FILE) and dtype is not None:
+                copy_config(directory.path / path, scratch / path, dtype)
             else:
                 copy_companion(directory.path / path, scratch / path)
-    notes = [f"not copied: {path}, which may hold the base model's weights" for path in companions.left_out]
-    if changes.trained_on is not None and changes.unused:
-        notes.append(f"not copied: {shortened(changes.unused)}, which a {changes.trained_on.name} does not have")
-    return nbytes, notes
+    return nbytes, companions.left_out
+
+
+def _write_index(out: Path, directory: ModelDirectory, index: Mapping[str, Any], nbytes: int) -> None:
+    """Write the index of a checkpoint with a new size, or copy it if that is the same."""
+    places = {entry.name: shard.path.name for shard in directory.shards for entry in shard.entries}
+    written = {**index, "weight_map": dict(sorted(places.items()))}
+    if isinstance(metadata := index.get("metadata"), dict) and nbytes != directory.nbytes:
+        written["metadata"] = {**metadata, "total_size": nbytes}
+    if written == index:
+        copy_companion(directory.path / INDEX_FILE, out / INDEX_FILE)
+    else:
+        write_json(out / INDEX_FILE, written)
 
 
 def _others(out: Path, written: Collection[Path]) -> list[str]:

@@ -1,18 +1,31 @@
-"""A model's directory: its config, and the headers of its checkpoint."""
+"""A model's directory: its config, the headers of its checkpoint, and the other files that go with a model."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from randlora.checkpoint.peft_config import CONFIG_FILE
-from randlora.disk.formats import Entry, Shard, is_there, read_json, read_shard, shard_of
+from randlora.disk.formats import (
+    Entry,
+    Shard,
+    is_there,
+    open_regular,
+    read_json,
+    read_shard,
+    require_regular,
+    shard_of,
+)
 from randlora.disk.hub import is_on_hub, local_path, read_header
 from randlora.errors import CheckpointError, raise_collected
 from randlora.targets.match import shortened
@@ -41,6 +54,21 @@ OTHER_CODES = {
     ".weight_packed": "compressed-tensors",
 }
 """Parts of tensor names that show a different quantization, and its name."""
+
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
+    *(".ot", ".tflite", ".npz", ".mlmodel", ".pkl", ".index.json"),
+)
+"""Ends of the names of files with weights, or of their indexes."""
+
+LARGEST_CARRIED = 2**30
+"""The size above which a file is treated as weights in an unknown format."""
+
+BLOBS = "blobs"
+"""The directory beside the one of all snapshots to which links in the Hub's cache lead."""
+
+ADAPTER_PREFIX = "adapter_"
+DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,3 +229,74 @@ def _what_is_there_instead(path: Path) -> str:
             f"transformers and write it with save_pretrained; {expected}"
         )
     return f"{path} holds no weights: {expected}"
+
+
+class Companions(NamedTuple):
+    """The other files of a model's directory, by their paths in it; weights in other formats are ``left_out``."""
+
+    carried: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+
+
+def find_companions(directory: ModelDirectory) -> Companions:
+    """Return the files of a model's directory that are not part of its checkpoint, hidden, or of an adapter.
+
+    A pipe, a device, a broken link or a link to a file elsewhere raises a `CheckpointError`.
+    """
+    own = {shard.path for shard in directory.shards} | {directory.path / INDEX_FILE}
+    root = Path(os.path.realpath(directory.path))
+    blobs = [parent / BLOBS for parent in [*root.parents][:2]]  # where the Hub's cache has all files
+    carried: list[Path] = []
+    left_out: list[Path] = []
+    problems = []
+    for path in _files(directory.path):
+        if path in own or path.name.startswith(ADAPTER_PREFIX):
+            continue
+        try:
+            is_weights = path.name.endswith(WEIGHT_SUFFIXES) or require_regular(path).st_size > LARGEST_CARRIED
+            # a directory from a stranger could point at secrets, which whoever publishes the output would publish
+            found = Path(os.path.realpath(path))
+            if not is_weights and root not in found.parents and found.parent not in blobs:
+                raise CheckpointError(f"{path} is a link to {found}, outside of the directory")
+        except (CheckpointError, OSError) as error:
+            problems.append(f"{error}, which would be copied: put a file in its place, or remove it")
+            continue
+        (left_out if is_weights else carried).append(path.relative_to(directory.path))
+    raise_collected(CheckpointError, problems, doing=f"copy the files of {str(directory.path)!r}")
+    return Companions(tuple(carried), tuple(left_out))
+
+
+def copy_companion(source: Path, destination: Path) -> None:
+    """Copy one file."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with open_regular(source) as read, destination.open("wb") as written:
+        shutil.copyfileobj(read, written)
+
+
+def copy_config(source: Path, destination: Path, dtype: torch.dtype) -> None:
+    """Copy ``config.json`` with a different dtype."""
+    write_json(destination, _with_dtype(read_object(source), dtype))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file as transformers does."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: Any, dtype: torch.dtype) -> Any:
+    """Return a config with a different dtype in its fields and in the configs inside it."""
+    if not isinstance(config, dict):
+        return config
+    name = str(dtype).removeprefix("torch.")
+    return {
+        key: name if key in DTYPE_FIELDS and value is not None else _with_dtype(value, dtype)
+        for key, value in config.items()
+    }
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        is_adapter = folder != os.fspath(root) and CONFIG_FILE in names
+        folders[:] = [] if is_adapter else sorted(name for name in folders if not name.startswith("."))
+        if not is_adapter:
+            yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.disk.formats import TORCH_DTYPES, Planned
+from randlora.checkpoint.tensors import METADATA
+from randlora.disk.formats import TORCH_DTYPES, Planned, write_tensor_file
 from randlora.disk.replace import new_directory
 from randlora.errors import ConfigError, MergeError
 from randlora.files.merge import FileMergeReport
-from randlora.files.model_directory import MODEL_CONFIG_FILE, QUANTIZATION, SINGLE_FILE
-from randlora.files.write_model import ModelWriter, copy_config
+from randlora.files.model_directory import (
+    INDEX_FILE,
+    MODEL_CONFIG_FILE,
+    QUANTIZATION,
+    SINGLE_FILE,
+    copy_config,
+    write_json,
+)
 from randlora.hints import require_types, shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import in_own_dtypes
@@ -103,12 +111,8 @@ def save_merged(
         notes = on_first_rank(partial(writing.begin, out))
         for _ in tensors.each(writing.add, Share.WHOLE if ranks is None or ranks.is_first else Share.NONE):
             pass
-
-        def end() -> FileMergeReport:
-            shards, nbytes = writing.end()
-            return FileMergeReport(out, dict(factors), merged, (), shards, nbytes, dtype, notes)
-
-        return on_first_rank(end)
+        shards, nbytes = on_first_rank(writing.end)
+    return FileMergeReport(out, dict(factors), merged, (), shards, nbytes, dtype, notes)
 
 
 def _bytes_of(size: int | str) -> int:
@@ -158,16 +162,50 @@ class _Writing:
 
     def end(self) -> tuple[int, int]:
         """Write what is left and the index, and return how many files there are and the size of their tensors."""
-        writer = self.writer
-        writer.end_file()
-        if (count := len(writer.files)) == 1:
-            writer.rename_files([SINGLE_FILE])
-        else:
-            writer.rename_files([f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)])
-            sizes = {"total_parameters": self.tensors.census.size, "total_size": writer.nbytes}
-            writer.write_index({"metadata": sizes})
+        self.writer.end(self.tensors.census.size)
         self.stack.close()
-        return count, writer.nbytes
+        return len(self.writer.files), self.writer.nbytes
+
+
+@dataclass
+class ModelWriter:
+    """Writes a model's weights into a directory, in files of at most ``limit`` bytes, and then their index.
+
+    A larger tensor has a file alone.
+    """
+
+    directory: Path
+    limit: int
+    waiting: dict[str, Planned] = field(default_factory=dict)
+    files: list[list[str]] = field(default_factory=list)  # the names of the tensors of each, which has its number
+    nbytes: int = 0  # of all tensors
+    written: int = 0  # of those in files
+
+    def add(self, tensor: Planned) -> None:
+        """Take a tensor for the next file."""
+        if self.waiting and self.nbytes + tensor.nbytes > self.written + self.limit:
+            self._write_file()
+        self.waiting[tensor.name] = tensor
+        self.nbytes += tensor.nbytes
+
+    def end(self, total_parameters: int) -> None:
+        """Write the last file, give all files their names, and write the index if there are several."""
+        self._write_file()
+        count, places = len(self.files), dict[str, str]()
+        for number, tensors in enumerate(self.files):
+            name = SINGLE_FILE if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+            (self.directory / str(number)).rename(self.directory / name)
+            places |= dict.fromkeys(tensors, name)
+        if count > 1:
+            metadata = {"total_parameters": total_parameters, "total_size": self.nbytes}
+            index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
+            write_json(self.directory / INDEX_FILE, index)
+
+    def _write_file(self) -> None:
+        tensors, self.waiting = [*self.waiting.values()], {}
+        write_tensor_file(self.directory / str(len(self.files)), tensors, METADATA)
+        self.files.append([tensor.name for tensor in tensors])
+        self.written = self.nbytes
 
 
 def _not_written(census: Census) -> set[str]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,32 +45,20 @@ TIMM_NAMES = frozenset({"architecture", "backbone"})
 TIMM_READS = frozenset({"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})
 """Arguments of ``timm.create_model`` by which it reads files and URLs."""
 
-Read = Callable[[str], Tensor]
-
 
 @dataclass(frozen=True, eq=False)
 class TransformersModel:
-    """A model on the meta device, and the parameters and buffers that the tensors of its checkpoint become.
+    """A model on the meta device, and the tensors of its checkpoint that contain its parameters and buffers.
 
     ``names`` are of the tensors that contain one unchanged, by its id; several if files contain a tied one several
-    times. ``conversions`` compute the other parameters, by FQN. ``unused`` are the names of tensors that the class has
-    no place for, and ``prefixed`` are FQNs by names that lack only the class's prefix. ``model_class`` is the class if
-    an adapter, and not ``config.json``, names it.
+    times. ``made_of`` are the tensors from which others are computed, by FQN, such as a stack from each expert's.
+    ``model_class`` is the class if an adapter, and not ``config.json``, names it.
     """
 
     census: Census
-    names: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    conversions: dict[str, Conversion] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-    prefixed: dict[str, str] = field(default_factory=dict)
     model_class: ModelClass | None = None
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """FQNs of the parameters for which the checkpoint has no tensor, tied ones once."""
-        found = {held.fqn for held in self.census.parameters if self.names_of(held.tensor)}
-        named = {id(held.tensor): held.fqn for held in reversed(self.census.parameters)}
-        return tuple(fqn for fqn in reversed(named.values()) if fqn not in found and fqn not in self.conversions)
+    names: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    made_of: dict[str, list[str]] = field(default_factory=dict)
 
     def names_of(self, parameter: Tensor | None) -> tuple[str, ...]:
         """Return the names of the tensors that hold a parameter or buffer unchanged."""
@@ -81,50 +68,6 @@ class TransformersModel:
     def names_by_fqn(self) -> dict[str, tuple[str, ...]]:
         """Names of the tensors that hold a parameter or buffer unchanged, by its FQN."""
         return {held.fqn: self.names_of(held.tensor) for held in self.census.tensors}
-
-
-@dataclass(frozen=True, eq=False)
-class Conversion:
-    """How transformers computes parameters from tensors when it loads a checkpoint, such as a stack from all experts'.
-
-    ``model`` and ``converter`` are objects of transformers, ``undo`` its function that reverts conversions, and ``fqn``
-    is the first of the parameters. ``sources`` are the names of the tensors, with the patterns that they match.
-    """
-
-    model: Any
-    converter: Any
-    undo: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
-    fqn: str
-    sources: dict[str, str] = field(default_factory=dict)
-
-    def convert(self, read: Read) -> dict[str, Tensor]:
-        """Return the parameters, by FQN, that tensors become. Each is read when it is needed."""
-        converter = deepcopy(self.converter)
-        for name, pattern in self.sources.items():
-            converter.add_tensor(self.fqn, name, pattern, lambda name=name: read(name))
-        found = converter.convert(self.fqn, model=self.model, config=self.model.config)
-        return {fqn: part[0] if isinstance(part, list) else part for fqn, part in found.items()}
-
-    def revert(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors, by name, that all of the parameters become when they are saved."""
-        found = self.undo(self.model, dict(parameters))
-        if len(self.sources) == 1 == len(found):  # whatever name it would get now
-            return dict(zip(self.sources, found.values(), strict=True))
-        return found
-
-    def misfit(self, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-        """Return why tensors of some shapes, by name, are not what the parameters are made of, or ``None``."""
-        try:
-            found = self.convert(lambda name: torch.empty(shapes[name], device="meta"))
-        except Exception as error:  # whatever an operation raises for unsuitable shapes
-            return f"transformers cannot convert them ({' '.join(str(error).split())})"
-        for fqn, parameter in found.items():
-            if parameter.shape != (expected := self.model.get_parameter(fqn).shape):
-                return f"they give {fqn} the shape {tuple(parameter.shape)}, expected {tuple(expected)}"
-        reverted = {name: tuple(tensor.shape) for name, tensor in self.revert(found).items()}
-        if reverted != {name: shapes[name] for name in self.sources}:
-            return "transformers would save it under other names or in other shapes"
-        return None
 
 
 def model_class_named(transformers: Any, name: str, model_type: str | None = "") -> Any:
@@ -186,26 +129,21 @@ def _with_names(model: nn.Module, directory: ModelDirectory, model_class: ModelC
     renamings = [entry for entry in entries if isinstance(entry, core_model_loading.WeightRenaming)]
     converters = [entry for entry in entries if isinstance(entry, core_model_loading.WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    state, prefix = model.state_dict(), model.base_model_prefix
-    rename, undo = core_model_loading.rename_source_key, core_model_loading.revert_weight_conversion
-    built = TransformersModel(Census.of(model), model_class=model_class)
-    held_by = {held.fqn: held.tensor for held in built.census.tensors}
+    state, prefix, rename = model.state_dict(), model.base_model_prefix, core_model_loading.rename_source_key
+    built = TransformersModel(Census.of(model), model_class)
+    tensors = {held.fqn: held.tensor for held in built.census.tensors}
     for name in sorted(directory.entries, key=core_model_loading.dot_natural_key):  # some renamings rely on this order
         fqn, pattern = rename(name, renamings, converters, prefix, state)
         if fqn not in state and name in state:
             fqn, pattern = rename(name, [], [], prefix, state)
-        if fqn == f"{prefix}.{name}":
-            built.prefixed[name] = fqn
         if pattern is not None:
-            converter = by_pattern[pattern]
-            conversion = built.conversions.setdefault(fqn, Conversion(model, converter, undo, fqn))
-            conversion.sources[name] = pattern
-            for target in converter.target_patterns[1:]:
-                built.conversions[fqn.replace(converter.target_patterns[0], target)] = conversion
-        elif (own := held_by.get(fqn)) is not None:
-            built.names[id(own)] = (*built.names_of(own), name)
-        elif fqn not in state:
-            built.unused.append(name)
+            first, *others = by_pattern[pattern].target_patterns
+            sources = built.made_of.setdefault(fqn, [])
+            sources.append(name)
+            for target in others:
+                built.made_of[fqn.replace(first, target)] = sources
+        elif (tensor := tensors.get(fqn)) is not None:
+            built.names[id(tensor)] = (*built.names_of(tensor), name)
     return built
 
 

@@ -39,7 +39,7 @@ from tests.pages import snippet
 pytestmark = in_two
 
 DRAWN, NARROW = Drawn(train_also=("norm",)), Drawn(train_also=("blocks.0.norm",))
-SAVING, WRITER = "randlora.files.save_merged", "randlora.files.write_model.write_tensor_file"
+SAVING, WRITER = "randlora.files.save_merged", "randlora.files.save_merged.write_tensor_file"
 GATHER: dict[str, tuple[str, Any]] = {"FSDP2": ("full_tensor", DTensor), "ZeRO-3": ("gathered", places)}
 
 
