@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -119,49 +116,50 @@ class AdapterSummary:
 
     def __str__(self) -> str:
         """Return facts, a table of layers, and totals."""
-        return as_lines([*self._facts(), *self._layers(), *self._totals(), *self.notes])
-
-    def _facts(self) -> Iterator[str]:
-        yield f"RandLoRA adapter in {self.directory}, {as_bytes(self.nbytes)}, written by {self.writer}"
-        yield f"base model: {self.base_model or 'not stored'}"
         options = described({layer.fqn: LayerOptions(layer.r, layer.alpha) for layer in self.layers})
-        yield f"r={options['r']}, alpha={options['alpha']}, dropout={self.config.dropout:g}"
+        lines = [
+            f"RandLoRA adapter in {self.directory}, {as_bytes(self.nbytes)}, written by {self.writer}",
+            f"base model: {self.base_model or 'not stored'}",
+            f"r={options['r']}, alpha={options['alpha']}, dropout={self.config.dropout:g}",
+        ]
         if not self.bases:
-            yield f"bases: {self.config.basis}, seed={self.config.seed}; {self.storage}"
+            lines.append(f"bases: {self.config.basis}, seed={self.config.seed}; {self.storage}")
         for bases in self.bases:
-            yield f"{bases.spec}; {self.storage}"
-            yield f"SHA-256 of the bases {bases.digest[:DIGEST_SHOWN]}…, {as_bytes(bases.nbytes)} in memory"
+            lines.append(f"{bases.spec}; {self.storage}")
+            lines.append(f"SHA-256 of the bases {bases.digest[:DIGEST_SHOWN]}…, {as_bytes(bases.nbytes)} in memory")
+        lines += self._layers()
+        lines.append(f"{len(self.layers)} layers, {self.trainable_parameters:,} trained parameters")
+        for fqn, shape in self.trained.items():
+            lines.append(f"trained with it: {fqn} {'x'.join(map(str, shape)) or 'scalar'}")
+        if self.unknown_fields:
+            lines.append(f"fields of the JSON that are not understood: {', '.join(self.unknown_fields)}")
+        return as_lines([*lines, *self.notes])
 
     def _layers(self) -> list[str]:
-        options = {name: [f"{getattr(layer, name):g}" for layer in self.layers] for name in LayerOptions._fields}
-        mixed = {name: values for name, values in options.items() if len({*values}) > 1}
-        has_stacks = any(layer.matrices > 1 for layer in self.layers)
-        sizes = ("matrices", "in", "out") if has_stacks else ("in", "out")
-        headings = ("layer", *sizes, *mixed, "num_bases", "trainable", "‖ΔW‖F", "‖ΔW‖2", "stable rank")
-        rows = [
-            (
-                layer.fqn,
-                *([layer.matrices] if has_stacks else []),
-                "?" if layer.in_features is None else layer.in_features,
-                "?" if layer.out_features is None else layer.out_features,
-                *(values[index] for values in mixed.values()),
-                layer.num_bases,
-                layer.trainable,
-                *(
-                    "-" if norm is None else f"{norm:.3g}"
-                    for norm in (layer.frobenius, layer.spectral, layer.stable_rank)
-                ),
-            )
-            for index, layer in enumerate(self.layers)
-        ]
-        return table(headings, rows)
+        layers = self.layers
+        sizes = {
+            "matrices": [layer.matrices for layer in layers],
+            "in": ["?" if layer.in_features is None else layer.in_features for layer in layers],
+            "out": ["?" if layer.out_features is None else layer.out_features for layer in layers],
+        }
+        if not any(layer.matrices > 1 for layer in layers):
+            del sizes["matrices"]
+        options = {name: [f"{getattr(layer, name):g}" for layer in layers] for name in LayerOptions._fields}
+        columns = {
+            "layer": [layer.fqn for layer in layers],
+            **sizes,
+            **{name: values for name, values in options.items() if len({*values}) > 1},
+            "num_bases": [layer.num_bases for layer in layers],
+            "trainable": [layer.trainable for layer in layers],
+            "‖ΔW‖F": [_short(layer.frobenius) for layer in layers],
+            "‖ΔW‖2": [_short(layer.spectral) for layer in layers],
+            "stable rank": [_short(layer.stable_rank) for layer in layers],
+        }
+        return table(tuple(columns), [*zip(*columns.values(), strict=True)])
 
-    def _totals(self) -> Iterator[str]:
-        yield f"{len(self.layers)} layers, {self.trainable_parameters:,} trained parameters"
-        for fqn, shape in self.trained.items():
-            yield f"trained with it: {fqn} {'x'.join(map(str, shape)) or 'scalar'}"
-        if self.unknown_fields:
-            yield f"fields of the JSON that are not understood: {', '.join(self.unknown_fields)}"
+
+def _short(norm: float | None) -> str:
+    return "-" if norm is None else f"{norm:.3g}"
 
 
 def inspect(
@@ -204,16 +202,21 @@ def inspect(
         progress(done, len(fqns), fqn)
         layers.append(_layer(adapter, fqn, norms=norms))
     progress(len(layers), len(layers), "done")
-    header, times = file.header, {0: "drawn from the seed", 1: "stored once in the file"}
-    shapes_of = f"give {spelled('base')}, the directory of its base model"
-    notes = [] if adapter.shapes else [f"norms need the layers' shapes, which PEFT does not store: {shapes_of}"]
+    if file.header is None:
+        writer = f"PEFT {file.fields.get('peft_version') or 'of an unknown version'}"
+    else:
+        writer = f"randlora {file.header.library_version}, format {file.header.format_version}"
+    times = {0: "drawn from the seed", 1: "stored once in the file"}
+    notes = [*file.doubts, *stream_notes(file)]
+    if adapter.shapes is None:
+        base = spelled("base")
+        notes.append(
+            f"norms need shapes, which PEFT does not store: give {base}, the directory of its model"
+        )
+    paths = [adapter.directory / name for name in (CONFIG_FILE, TENSORS_FILE)]
     return AdapterSummary(
         directory=Path(directory),
-        writer=(
-            f"PEFT {file.fields.get('peft_version') or 'of an unknown version'}"
-            if header is None
-            else f"randlora {header.library_version}, format {header.format_version}"
-        ),
+        writer=writer,
         storage=times.get(file.basis_copies, f"stored {file.basis_copies} times in the file"),
         base_model=file.fields.get(BASE_FIELD),
         config=file.config,
@@ -225,17 +228,10 @@ def inspect(
         trained={fqn: tuple(tensor.shape) for fqn, tensor in file.trained.items()},
         trainable_parameters=sum(layer.trainable for layer in layers)
         + sum(tensor.numel() for fqn, tensor in file.trained.items() if fqn not in file.buffers),
-        nbytes=sum(_size(adapter.directory / name) for name in (CONFIG_FILE, TENSORS_FILE)),
+        nbytes=sum(path.stat().st_size for path in paths if is_there(path)),  # the JSON may be missing
         unknown_fields=tuple(sorted(set(kept_fields(file.fields)) - set(NEUTRAL_FIELDS))),
-        notes=(*file.doubts, *stream_notes(file), *notes),
+        notes=tuple(notes),
     )
-
-
-def _size(path: Path) -> int:
-    """Return the size of a file in bytes; the JSON may be missing, or removed by a different process."""
-    with suppress(FileNotFoundError):
-        return path.stat().st_size
-    return 0
 
 
 def _natural(fqn: str) -> list[str]:
@@ -244,25 +240,26 @@ def _natural(fqn: str) -> list[str]:
 
 
 def _layer(adapter: OpenAdapter, fqn: str, *, norms: bool) -> LayerSummary:
-    lam, gamma = adapter.file.values[fqn]
+    (lam, gamma), options = adapter.file.values[fqn], adapter.file.options[fqn]
     *stack, num_bases, min_dim = gamma.shape
-    layer = partial(
-        LayerSummary,
-        fqn,
-        *adapter.file.options[fqn],
-        min_dim,
-        num_bases,
-        lam.numel() + gamma.numel(),
+    out_features, in_features = (None, None) if adapter.shapes is None else adapter.shapes[fqn][-2:]
+    frobenius, spectral = None, None
+    if norms and adapter.shapes is not None:
+        found = [(frobenius_norm(update), spectral_norm(update)) for update in adapter.delta_weights(fqn)]
+        frobenius, spectral = math.hypot(*(norm for norm, _ in found)), max(norm for _, norm in found)
+    return LayerSummary(
+        fqn=fqn,
+        r=options.r,
+        alpha=options.alpha,
+        min_dim=min_dim,
+        num_bases=num_bases,
+        trainable=lam.numel() + gamma.numel(),
+        out_features=out_features,
+        in_features=in_features,
+        frobenius=frobenius,
+        spectral=spectral,
         matrices=stack[0] if stack else 1,
     )
-    if adapter.shapes is None:
-        return layer()
-    *_, out_features, in_features = adapter.shapes[fqn]
-    if not norms:
-        return layer(out_features, in_features)
-    found = [(frobenius_norm(update), spectral_norm(update)) for update in adapter.delta_weights(fqn)]
-    frobenius, spectral = zip(*found, strict=True)
-    return layer(out_features, in_features, math.hypot(*frobenius), max(spectral))
 
 
 Outcome = Literal["passed", "failed", "not checked"]
@@ -353,7 +350,11 @@ def verify(
         shapes = known_shapes(file)
     except CheckpointError as error:
         return Verification(directory, (Check("files", "failed", str(error)),))
-    checks: list[Check] = [_files(file), _checksum(file)]
+    checks = [_files(file)]
+    if file.header is None:
+        checks.append(Check("checksum", "not checked", "PEFT wrote the file, and does not store one"))
+    else:
+        checks.append(Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one"))
     known: Known | None = None
     progress(1, 3, "checking the base model")
     if model is not None:
@@ -379,19 +380,12 @@ def verify(
 
 
 def _files(file: AdapterFile) -> Check:
-    """Return the check of files that could be read."""
     if file.doubts:
         return Check("files", "failed", "; ".join(file.doubts))
     count = len(file.trained)
     others = f" and {count} tensor{'s' * (count > 1)} trained with them" if count else ""
     values = f"Λ and Γ of {len(file.values)} layers{others}: names, dtypes and shapes fit"
     return Check("files", "passed", f"{values} r={described(file.options)['r']}, all values are finite")
-
-
-def _checksum(file: AdapterFile) -> Check:
-    if file.header is None:
-        return Check("checksum", "not checked", "PEFT wrote the file, and does not store one")
-    return Check("checksum", "passed", "the SHA-256 over header and tensors is the recorded one")
 
 
 def _bases(adapter: OpenAdapter) -> list[Check]:
