@@ -133,7 +133,6 @@ class ModelState:
     averaging: Any = None  # averages gradients of adapters that an engine does not know: see `randlora.sharded`
     compute: Compute = "auto"
     save_pretrained: SavePretrained | None = None  # what `save_pretrained` of the model does, if a caller has chosen
-    saves_merged: bool = False  # whether state dicts have merged weights, while `save_pretrained` writes them
     activation: Activation = field(default_factory=Activation)
 
     def __getstate__(self) -> dict[str, Any]:

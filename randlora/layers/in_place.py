@@ -91,7 +91,7 @@ class InPlace(nn.Module):
 
     def _save_unmerged(self, destination: dict[str, Any], prefix: str) -> None:
         for layer in self.randlora.values():
-            if layer.unmerged is not None and not layer.state.saves_merged:
+            if layer.unmerged is not None:
                 layer.save_unmerged(self, destination, prefix)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,9 +17,8 @@ from randlora.errors import AdapterError, MergeError, raise_collected
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import add_adapter, detach, detach_obstacle, set_casts
 from randlora.layers.scopes import begin_call, end_call
-from randlora.model.converting import watch_conversions
 from randlora.model.save_guard import guard_saving, unguard_saving
-from randlora.model.train_also import lost_parameters, remembered
+from randlora.model.train_also import lost_parameters, remembered, watch_conversions
 from randlora.model.view import all_or_nothing, set_requires_grad
 from randlora.places import loaded_modules, place_at
 from randlora.ranks import agree

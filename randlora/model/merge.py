@@ -24,6 +24,7 @@ from randlora.layers.update import Into, Quantized, RoundingLoss
 from randlora.model.install import detach_all, lost_parts, merged_sites, require_detachable, unfold_all
 from randlora.model.mergeable import (
     differences_from_product,
+    exchanged_weights,
     merge_notes,
     model_dtype,
     name_problems,
@@ -31,11 +32,12 @@ from randlora.model.mergeable import (
     product_problems,
     refuse_backward,
     remerge_problems,
+    replaced_problems,
     require_finite,
+    require_merged_weights,
     state_problems,
     weight_problems,
 )
-from randlora.model.merged_weights import exchanged_weights, replaced_problems, require_merged_weights
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import View, all_or_nothing, collective, opened, require_own, together
 from randlora.places import Kept

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.errors import MergeError
+from randlora.errors import MergeError, raise_collected
 from randlora.functional.scratch import is_transformed
 from randlora.hints import shortly
-from randlora.layers.base import is_plain_tensor
+from randlora.layers.base import AdapterLayer, is_plain_tensor
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import run_forward
@@ -211,6 +211,44 @@ def _refuse(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
         "randlora.unmerge(model) first, or end the `with randlora.merged(model)` block; to train only other "
         "parameters, call randlora.set_trainable(model, name, False)"
     )
+
+
+def exchanged_weights(census: Census) -> list[tuple[dict[str, Any], AdapterLayer, Any]]:
+    """Return the parameters that a reversible merge exchanged; see `ModelState.merged_weights`."""
+    merged = [site for site in census.adapted if site.layer.unmerged is not None and site.layer.unmerged.place is None]
+    return [(site.owner._parameters, site.layer, site.owner._parameters.get(site.layer.attribute)) for site in merged]
+
+
+def replaced_problems(state: ModelState) -> list[str]:
+    """Return a message if a model has the original values in place of weights that adapters are merged into.
+
+    accelerate offloads what `state_dict` returns: while adapters are merged reversibly, the original weights.
+    """
+    lost = [
+        next(iter(layer.adapters.values())).fqn
+        for parameters, layer, merged in state.merged_weights
+        if (weight := parameters.get(layer.attribute)) is not merged and _is_original(layer, weight)
+    ]
+    problem = (
+        "accelerate offloaded the model while its adapters were merged reversibly, and took the original weights of "
+        f"{shortened(lost)}, without the updates: call accelerate.hooks.remove_hook_from_submodules(model), then "
+        "randlora.unmerge(model)"
+    )
+    return [problem] if lost else []
+
+
+def _is_original(layer: AdapterLayer, weight: Tensor | None) -> bool:
+    """Whether a parameter that is in the place of a merged one has the original values, or none."""
+    if weight is None or weight.is_meta or layer.unmerged is None or layer.is_quantized:
+        return weight is not None and weight.is_meta
+    own: Tensor = layer.unmerged.values
+    return type(weight.data) is Tensor and weight.shape == own.shape and torch.equal(weight, own.to(weight))
+
+
+def require_merged_weights(root: nn.Module, args: object) -> None:  # noqa: ARG001  # a hook's signature
+    """Raise a `MergeError` if a model has lost weights that adapters are merged into. Used as a forward pre-hook."""
+    state = None if torch.compiler.is_compiling() else attached_state(root)
+    raise_collected(MergeError, [] if state is None else replaced_problems(state), doing="run the model")
 
 
 TOLERANCE = 0.02

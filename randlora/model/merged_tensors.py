@@ -23,10 +23,10 @@ from randlora.model.mergeable import (
     model_dtype,
     option_problems,
     product_problems,
+    replaced_problems,
     require_finite,
     weight_problems,
 )
-from randlora.model.merged_weights import replaced_problems
 from randlora.model.view import WRAPPERS, collective, opened, require_own
 from randlora.places import place_of, settle, whole, whole_only_inside, why_incomplete
 from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank, run_collectives

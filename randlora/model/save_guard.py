@@ -1,25 +1,21 @@
 """What ``save_pretrained`` of an adapted model does: it writes the adapter or refuses, and never the wrong model.
 
 A library's own method, found by its name, would write the base weights, which load as the model without its adapters.
-While the adapters are merged, it writes the merged model.
 """
 
 from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from randlora.errors import AdapterError, MergeError, raise_collected, warn
-from randlora.layers.in_place import InPlace, adapter_layers_of
-from randlora.layers.scopes import in_own_dtypes
-from randlora.model.merged_weights import replaced_problems
+from randlora.errors import AdapterError, MergeError, warn
+from randlora.layers.in_place import adapter_layers_of
 from randlora.model.view import is_held_together
 from randlora.state import ModelState, SavePretrained, attached_state
 from randlora.targets.census import Census
@@ -61,7 +57,7 @@ class SaveGuard:
         self.root: Callable[[], nn.Module | None] = weakref.ref(root) if root is not None else lambda: None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Write the adapter or the merged model, or raise an error, as chosen when the adapter was added."""
+        """Write the adapter, or raise an error, as chosen when the adapter was added."""
         module, root = self.module(), self.root()
         if module is None:
             raise AdapterError(
@@ -74,25 +70,7 @@ class SaveGuard:
         if root is None or state is None:
             raise AdapterError(f"cannot {self.name} a part of an adapted model that was copied or pickled: {INSTEAD}")
         if state.is_merged:
-            if state.active_unmerged:
-                raise MergeError(
-                    f"{self.name} would write a model without {', '.join(state.active_unmerged)}, which is active and "
-                    "not merged: merge it too, or unmerge all"
-                )
-            raise_collected(MergeError, replaced_problems(state), doing=self.name)
-            values = kwargs.get("state_dict")
-            if any(DIAGONAL in name for name in values or ()):  # it was taken of a merged model, without this guard
-                raise MergeError(
-                    f"{self.name} was given a state_dict with Λ and Γ beside the weights of the base: leave it out or "
-                    "give dict(randlora.merged_tensors(model))"
-                )
-            if values is None and is_held_together(root) and not _gathers(module):
-                raise MergeError(
-                    f"{self.name} would write what this process holds of a sharded model: call "
-                    "randlora.files.save_merged(model, directory) in all processes"
-                )
-            with _merged_values(root, state):
-                return self._unguarded(module)(*args, **kwargs)
+            raise MergeError(f"cannot {self.name} a model whose adapters are merged: {INSTEAD}")
         if state.save_pretrained == "error":
             raise AdapterError(f"{self.name} would write a model without its adapters: {INSTEAD}")
         return self._save_adapter(module, root, state, args, kwargs)
@@ -179,11 +157,6 @@ def _require_own_values(module: nn.Module, given: Mapping[str, Any] | None) -> N
             )
 
 
-def savers(census: Census) -> list[nn.Module]:
-    """Return the modules of a model that have a ``save_pretrained`` method, the model first."""
-    return _having(METHODS[0], census.modules)
-
-
 def _having(method: str, modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [each for each in modules if callable(vars(each).get(method)) or callable(getattr(type(each), method, None))]
 
@@ -194,52 +167,21 @@ def guard_saving(census: Census, state: ModelState, choice: SavePretrained | Non
     if state.save_pretrained == "model":
         unguard_saving(census)
         return
-    around = {id(module) for module in census.around_adapted}
-    inside = [module for module in savers(census) if id(module) in around]
+    savers = _having(METHODS[0], census.around_adapted)
     for name in METHODS:
-        for module in _having(name, inside):
+        for module in _having(name, savers):
             if not isinstance(own := vars(module).get(name), SaveGuard):
                 vars(module)[name] = SaveGuard(name, module, census.model, own)
 
 
 def unguard_saving(census: Census) -> None:
     """Restore the original methods of every module."""
-    for module in savers(census):
+    for module in census.modules:
         for name in METHODS:
-            held = vars(module).get(name)
-            if not isinstance(held, SaveGuard):
+            guard = vars(module).get(name)
+            if not isinstance(guard, SaveGuard):
                 continue
-            if held.own is None:
+            if guard.own is None:
                 del vars(module)[name]
             else:
-                vars(module)[name] = held.own
-
-
-@contextmanager
-def _merged_values(root: nn.Module, state: ModelState) -> Iterator[None]:
-    """Have state dicts hold merged weights, and no Λ or Γ, instead of what unmerging restores."""
-    adapted = Census.of(root).adapted
-    if any(site.layer.is_quantized for site in adapted):
-        raise MergeError(
-            "cannot save_pretrained a quantized model with merged weights, whose config describes others: call "
-            "randlora.files.save_merged(model, directory), which dequantizes it, or merge the files with "
-            "randlora.files.merge"
-        )
-    hooks = [owner.register_state_dict_post_hook(_drop_diagonals) for owner in {site.owner for site in adapted}]
-    before, state.saves_merged = state.saves_merged, True
-    try:
-        with in_own_dtypes(root):
-            yield
-    finally:
-        state.saves_merged = before
-        for hook in hooks:
-            hook.remove()
-
-
-def _drop_diagonals(owner: nn.Module, destination: dict[str, Any], prefix: str, *_: object) -> None:
-    """Take Λ and Γ out of a state dict."""
-    assert isinstance(owner, InPlace), "the hook is on adapted modules"
-    names = [name for layer in owner.randlora.values() for name in layer.parameter_names()]
-    within = tuple(f"{prefix}{name}." for name in names)
-    for key in [key for key in destination if key.startswith(within)]:
-        del destination[key]
+                vars(module)[name] = guard.own

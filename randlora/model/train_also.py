@@ -5,18 +5,21 @@ Each adapter has a copy, which the model uses while the adapter is active. The m
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
+from randlora.errors import AdapterError
 from randlora.layers.in_place import can_cast, plain_class
 from randlora.modes import has_values
 from randlora.places import is_whole, place_at, values_within
 from randlora.replaced import ReplacedParameter
-from randlora.state import Adapter, ModelState
+from randlora.state import Adapter, ModelState, attached_state
 from randlora.targets.census import Census, Held, Site, is_quantized, sizes
 from randlora.targets.match import matches_name, prefixes, shortened, suggestion, unmatched
 
@@ -231,3 +234,48 @@ def is_changed(state: ModelState, fqn: str, copy: Tensor) -> bool:
     if place.part is not None:
         own, copy = place.read(), values_within(copy, place.part)
     return not torch.equal(own.detach().to(device=copy.device, dtype=copy.dtype), copy.detach())
+
+
+METHOD = "_apply"
+"""The method of torch through which all conversions go, and those of every module around the model."""
+
+
+class Converter:
+    """Replaces the method of a model while its adapters train copies, to convert what is held aside as the model.
+
+    Its dtype then depends on no switch of adapters in between, nor does a value that was rounded. It does not keep the
+    model alive. A copy of the model gets its own, except for a shallow one, which shares this one.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        """Replace the method of a model, ``None`` for one that is not known."""
+        self.model: Callable[[], nn.Module | None] = weakref.ref(model) if model is not None else lambda: None
+
+    def __call__(self, convert: Any, *args: Any, **kwargs: Any) -> Any:
+        """Convert the model, then what is held aside."""
+        model = self.model()
+        if model is None:
+            raise AdapterError(
+                "cannot convert a shallow copy of an adapted model that is gone, or what was copied or pickled from a "
+                "shallow copy: convert the model, or make its copy with copy.deepcopy"
+            )
+        result = getattr(type(model), METHOD)(model, convert, *args, **kwargs)
+        if (state := attached_state(model)) is not None:
+            state.convert_aside(convert)
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the model."""
+        return Converter, (self.model(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Converter:
+        """Return one for the model's copy, which is not known if a shallow copy of the model is copied."""
+        return Converter(memo.get(id(self.model())))
+
+
+def watch_conversions(model: nn.Module, state: ModelState | None) -> None:
+    """Have a model convert what is held aside if its adapters train copies of parameters, and else nothing more."""
+    if state is not None and state.replaced:
+        vars(model).setdefault(METHOD, Converter(model))
+    elif isinstance(vars(model).get(METHOD), Converter):
+        del vars(model)[METHOD]

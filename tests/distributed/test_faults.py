@@ -436,19 +436,15 @@ def test_one_process_writes_and_all_learn_of_errors(order: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("engine", GATHER)
 def test_what_would_write_a_part_of_a_model_is_refused(engine: str, tmp_path: Path) -> None:
-    """A model's own method in a block of `merged` would write the merged model, if that were whole."""
     own = mock.Mock(return_value="its own result")
     with mock.patch.object(Net, "save_pretrained", lambda _, *args, **options: own(*args, **options), create=True):
         model: Any = ENGINES[engine].make(NARROW)
         inner = getattr(model, "module", model)
         with pytest.warns(UserWarning, match=r"for that, call randlora.files.save_merged\(model, directory\)"):
             inner.save_pretrained(tmp_path / "adapter")
-        whole = dict(randlora.merged_tensors(model))
-        with randlora.merged(model):
-            with pytest.raises(MergeError, match=r"of a sharded model: call .*save_merged.* in all processes"):
-                inner.save_pretrained(tmp_path / "merged")
-            assert inner.save_pretrained(tmp_path / "merged", state_dict=whole) == "its own result"
-    own.assert_called_once_with(tmp_path / "merged", state_dict=whole)
+        with randlora.merged(model), pytest.raises(MergeError, match=r"are merged: call .*save_merged"):
+            inner.save_pretrained(tmp_path / "merged")
+    own.assert_not_called()
 
 
 @pytest.mark.parametrize(("name", "engine"), [("llama", "ZeRO-3"), ("mixtral", "ZeRO-3, experts"), ("llama", "FSDP2")])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, MergeError, RandLoRAError, TargetError
-from randlora.model.converting import METHOD
+from randlora.model.train_also import METHOD
 from randlora.state import ATTRIBUTE
 from tests.kit import all_bits, bits, untouched
 from tests.state_machine.recipes import NAMES, Factors, Recipe, factors, maybe, names, recipes, which
