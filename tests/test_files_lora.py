@@ -212,7 +212,7 @@ def test_files_for_diffusers_are_the_same_each_time_and_stand_beside_no_other(ki
     assert first.nbytes == sum(map(len, contents(first.out).values()))
     randlora.files.convert(source, tmp_path / "out", "peft")
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match="holds files of a different format, such as adapter_model"):
+    with pytest.raises(CheckpointError, match=r"holds adapter_model\S+, of a different format"):
         randlora.files.convert(source, tmp_path / "out", overwrite=True, **options)
     assert contents(tmp_path) == before
 

@@ -380,13 +380,9 @@ OF_BASE: dict[str, Call] = {
     "cannot read .*config.json": lambda: (BASE / "config.json").write_text("{"),
     "3,221,225,472 bytes, expected at most": lambda: sparse(3 * 2**30)(BASE / "config.json"),
     "model.safetensors is truncated": lambda: os.truncate(BASE / SINGLE_FILE, 1000),
-    r"pickled weights \(pytorch_model.bin\).*with save_pretrained": instead(pytorch_model__bin=b"", config__json=b""),
-    "in the GGUF format": instead(model_q4__gguf=b""),
+    "holds no weights in safetensors files.*with save_pretrained": instead(pytorch_model__bin=b"", config__json=b""),
     "holds no weights.*expected a directory with model.safetensors": instead(config__json=b""),
     "x in .* has dtype F4": instead(model__safetensors=len(HEADER).to_bytes(8, "little") + HEADER + bytes(2)),
-    r"q_proj\.qweight is of GPTQ or AWQ": quantized(f"{Q}.qweight"),
-    r"weight_scale_inv is of blocks of 8-bit floats": quantized(f"{Q}.weight_scale_inv"),
-    r"weight_packed is of compressed-tensors": quantized(f"{Q}.weight_packed"),
     r"has no model\.lost\.weight, only": quantized("model.lost.weight.quant_state.bitsandbytes__nf4"),
     "config.json says with fp8": quantized(quant_method="fp8"),
     "config.json says with gptq": quantized(quant_method="gptq", load_in_4bit=True),
@@ -404,9 +400,11 @@ OF_BOTH: dict[str, Call] = {
     r"model\.layers\.0\.mlp\.up_proj is 48 x 32 here, the adapter was trained on out x in = 40 x 32": of(
         LLAMA.build, lambda: llama(intermediate_size=40), targets=["up_proj"]
     ),
-    f"{Q} is 34 x 30 here": of_peft,
-    rf"{Q} has shape \(32,\), expected a matrix": lambda: edit_model(BASE, {f"{Q}.weight": torch.ones(32)}),
-    r"h\.0\.attn\.c_attn is 96 x 34 here": of(
+    rf"{Q} has shape \(34, 30\) in the files, \(32, 32\) by its config": of_peft,
+    rf"{Q} has shape \(32,\) in the files, \(32, 32\) by its config": lambda: edit_model(
+        BASE, {f"{Q}.weight": torch.ones(32)}
+    ),
+    r"h\.0\.attn\.c_attn has shape \(34, 96\) in the files, \(32, 96\) by its config": of(
         GPT2.build, changes=lambda _: {"transformer.h.0.attn.c_attn.weight": torch.ones(34, 96)}, targets=["c_attn"]
     ),
     r"weight of lm_head is tied to transformer\.wte\.weight": of(GPT2.build, untied, targets=["lm_head"]),

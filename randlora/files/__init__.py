@@ -1,11 +1,6 @@
 """Verbs on files of models and adapters.
 
-`plan`, `merge`, `inspect`, `verify` and `convert` are the commands of these names, and need no model in memory, as
-`join` does not. `load_model` makes one of files, and `save_merged` writes the files of one.
-
-`model_directory` reads the headers of a checkpoint, `transformers_model` builds the model that its ``config.json``
-describes on the meta device, and `base_fit` finds an adapter's layers in the files. `adapter` opens an adapter layer by
-layer, and `changes` are what adapters do to a checkpoint.
+`load_model` makes a model of files, and `save_merged` writes the files of one. The others need no model in memory.
 
 Importing this package imports the features: folders or files that register themselves when they are imported, and that
 no other file names. If one is deleted, the rest still works.

@@ -27,7 +27,6 @@ from randlora.checkpoint.fit import (
 )
 from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.read import AdapterFile
-from randlora.config import RandLoRAConfig
 from randlora.disk.formats import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.model_directory import ModelDirectory, StoredCodes, find_codes, find_model, read_model_directory
@@ -35,7 +34,7 @@ from randlora.files.transformers_model import TransformersModel, build_model
 from randlora.layers.base import AdapterLayer
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
 from randlora.layers.registry import FORMS
-from randlora.targets.census import Shapes, Site
+from randlora.targets.census import Shapes
 from randlora.targets.obstacles import obstacles
 
 
@@ -180,11 +179,12 @@ def _fit_model(
     slots, made_of = dict[str, Slot](), dict[str, Sequence[str]]()
     fqns = {id(held.tensor): held.fqn for held in reversed(model.census.parameters)}  # the first of a tied one
     for site in sites:
+        assert site.weight is not None, "a computed weight is an obstacle"
+        shape = tuple(site.weight.shape)
         if names := model.names_of(site.weight):
-            entry = None if names[0] in base.codes else entries[names[0]]
-            if entry is not None and len(entry.shape) < 2:
-                problems.append(f"{site.fqn} has shape {entry.shape}, expected a matrix")
-            slots[site.fqn] = Slot(names, _shape(site, file.config, entry), site.layer_class)
+            if names[0] not in base.codes and (stored := entries[names[0]].shape) != shape:
+                problems.append(f"{site.fqn} has shape {stored} in the files, {shape} by its config.json")
+            slots[site.fqn] = Slot(names, site.shape_with(file.config), site.layer_class)
         elif sources := model.made_of.get(fqns[id(site.weight)]):
             slots[site.fqn] = Slot((), site.shape_with(file.config), site.layer_class)
             made_of[site.fqn] = sources
@@ -194,17 +194,6 @@ def _fit_model(
     trained = {fqn: by_fqn.get(fqn) or tuple(model.made_of.get(fqn, ())) for fqn in file.trained}
     made_of |= {fqn: names for fqn, names in trained.items() if names and not by_fqn.get(fqn)}
     return BaseFit(file, slots, trained, made_of), problems
-
-
-def _shape(site: Site, config: RandLoRAConfig, entry: Entry | None) -> Shape:
-    """Return the shape of the update of a weight as it is stored, whatever its class says unless it is quantized."""
-    shape = site.shape_with(config)
-    if entry is None or len(entry.shape) < 2 or site.weight is None or entry.shape == tuple(site.weight.shape):
-        return shape
-    if len(entry.shape) > 2:
-        return shape if len(shape) > 2 else (entry.shape[0], math.prod(entry.shape[1:]))
-    is_transposed = shape != tuple(site.weight.shape)
-    return entry.shape[::-1] if is_transposed else entry.shape
 
 
 def _fit_names(

@@ -69,13 +69,12 @@ class ConversionReport:
 
     def __str__(self) -> str:
         """Return a table of layers for a LoRA, and what was written."""
-        lines = []
-        if self.layers:
-            rows = [
-                (layer.fqn, layer.in_features, layer.out_features, layer.rank, f"{layer.relative_error:.3g}")
-                for layer in self.layers
-            ]
-            lines += [*table(("layer", "in", "out", "rank", "relative error"), rows)]
+        rows = [
+            (layer.fqn, layer.in_features, layer.out_features, layer.rank, f"{layer.relative_error:.3g}")
+            for layer in self.layers
+        ]
+        lines = table(("layer", "in", "out", "rank", "relative error"), rows) if rows else []
+        if rows:
             lines.append(f"relative error of all layers together {self.relative_error:.3g}")
         return as_lines([*lines, f"wrote {self.out} ({self.to}), {as_bytes(self.nbytes)}", *self.notes])
 
@@ -102,8 +101,7 @@ def convert(
 
     ``"peft"`` can be loaded by PEFT 0.21.2: the file contains the bases if PEFT would draw different ones. ``"native"``
     has this library's header with its checksums, and contains the bases only if no seed reproduces them. ``"lora"`` is
-    for servers that support only LoRA: a low-rank approximation of every layer's update, in the files of PEFT or
-    diffusers. The factors of all layers are in memory until they are written.
+    for servers that support only LoRA: a low-rank approximation of every layer's update.
 
     Args:
         directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
@@ -114,12 +112,12 @@ def convert(
         rank: For ``"lora"``, the rank of every layer; ``None`` means each layer's smallest rank within the tolerance.
         tolerance: For ``"lora"``, the largest accepted relative error of a layer's update, in the Frobenius norm;
             ``None`` means 0.05. 1 accepts anything.
-        same_rank: For ``"lora"``, whether to pad all factors with zeros to the highest rank. Factors for diffusers are
-            always padded; SGLang and llama.cpp also need it, unless ``rank`` gives all layers one rank.
-        component: For diffusers, which of a pipeline's models the adapter is for: ``"unet"``, ``"transformer"``,
-            ``"text_encoder"`` or ``"text_encoder_2"``. ``None`` recognizes the model by the names of layers.
-        base: The base model, a directory or a repository on the Hub, whose headers give the layers' shapes. PEFT does
-            not store the shapes, so its files need ``base`` for ``"native"`` and ``"lora"``.
+        same_rank: For ``"lora"``, whether to pad all factors with zeros to the highest rank, as diffusers, SGLang and
+            llama.cpp need it.
+        component: For diffusers, which of a pipeline's models the adapter is for. ``None`` recognizes the model by the
+            names of layers.
+        base: The base model, a directory or a repository on the Hub, whose headers give the layers' shapes. Files of
+            PEFT, which does not store them, need it for ``"native"`` and ``"lora"``.
         revision: Branch, tag or commit of the adapter's repository.
         base_revision: Branch, tag or commit of the base model's repository.
         prefix: The prefix by which the names in the adapter, which keeps its names, and in the base model differ.
@@ -141,11 +139,8 @@ def convert(
     raise_collected(ConfigError, problems, doing="convert")
     raise_collected(CheckpointError, out_problems(target, [source], overwrite=overwrite), doing="convert")
     layout = format or "peft"
-    others = set(WEIGHTS.values()) - {WEIGHTS[layout]}
-    if beside := sorted(name for name in others if (target / name).exists()):
-        raise CheckpointError(
-            f"{target} holds files of a different format, such as {beside[0]}: choose a different directory"
-        )
+    if beside := [name for other, name in WEIGHTS.items() if other != layout and (target / name).exists()]:
+        raise CheckpointError(f"{target} holds {beside[0]}, of a different format: choose a different directory")
     adapter = open_adapter(directory, base, prefix, stream, revision, base_revision)
     assumed = (*adapter.file.doubts, *stream_notes(adapter.file))
     if to in ("peft", "native"):
@@ -155,11 +150,11 @@ def convert(
     raise_collected(ConfigError, layout_problems(adapter, layout), doing="convert to a LoRA")
     loras = low_rank(adapter, rank, tolerance, progress)
     if layout == "diffusers":
-        lora_files, own_notes = diffusers_files(target, loras, component or recognized(adapter.require_shapes()))
+        planned, more = diffusers_files(target, loras, component or recognized(adapter.require_shapes()))
     else:
-        lora_files, own_notes = peft_files(target, adapter, loras, same_rank=same_rank)
-    (nbytes,) = write_files(lora_files)
-    return ConversionReport(source, target, to, nbytes, tuple(lora.layer for lora in loras), (*assumed, *own_notes))
+        planned, more = peft_files(target, adapter, loras, same_rank=same_rank)
+    (nbytes,) = write_files(planned)
+    return ConversionReport(source, target, to, nbytes, tuple(lora.layer for lora in loras), (*assumed, *more))
 
 
 def _option_problems(
@@ -188,13 +183,10 @@ def _option_problems(
 def contents_as(
     to: Format, adapter: OpenAdapter
 ) -> tuple[dict[str, Any], dict[str, Tensor], Header | None, tuple[str, ...]]:
-    """Return the fields of the JSON, the tensors, our header, and notes.
-
-    Without known shapes, which only ``"peft"`` can do without, everything remains as PEFT wrote it; a stream from the
-    caller would then be lost, and raises an error.
-    """
+    """Return the fields of the JSON, the tensors, our header, and notes."""
     file = adapter.file
     tensors = adapter_tensors(file.values, file.trained)
+    # without shapes, which only "peft" can do without, all stays as PEFT wrote it, and a stream given would be lost
     if to == "peft" and adapter.shapes is None and (file.stream is None or file.bases):
         for r, pair in file.bases.items():
             tensors |= zip(basis_keys(r, file.bases.keys()), pair, strict=True)
@@ -279,9 +271,8 @@ def join(
     """Join the adapters of a pipeline's stages into one adapter, and write it to a new directory.
 
     The parts have the same options and different layers, with their names from the whole model. The bases of each part
-    must be a part of the bases that one process would have drawn for all layers. ``stream="portable"`` guarantees this;
-    ``"torch"`` does only if the largest layers of each part have the same dims. The files are the same as
-    `randlora.save` writes for the whole model, without a model card.
+    must be a part of the bases that one process would have drawn for all layers, as with ``stream="portable"``. The
+    files are the same as `randlora.save` writes for the whole model, without a model card.
 
     Args:
         parts: Directories that `randlora.save` wrote, in the order of the layers, or repositories on the Hub.
@@ -305,7 +296,6 @@ def join(
 
 
 def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
-    """Return why the parts cannot be joined into one adapter."""
     if len(parts) < 2:
         return [f"expected two or more parts, got {len(parts)}"]
     if problems := [

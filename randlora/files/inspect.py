@@ -57,8 +57,7 @@ class LayerSummary:
         out_features: Output width; like ``in_features``, ``None`` if not known, because PEFT does not store it.
         in_features: Input width.
         frobenius: Frobenius norm of its update ΔW; like ``spectral``, ``None`` if it was not computed.
-        spectral: The largest singular value of ΔW, or of the matrices of a stack. If both dims are above 1024, a lower
-            bound within a few percent.
+        spectral: Its largest singular value; a lower bound within a few percent if both dims are above 1024.
         matrices: Number of matrices of a stack, each with these dims and ``num_bases``.
     """
 

@@ -108,8 +108,7 @@ def merge(
 
     The tensors are bit for bit the same as if you load the model and the adapters, merge and save. The config,
     tokenizer and other files are copied, and shards keep their names. Memory holds the bases, the adapters, and the
-    working memory for the largest weight. ``out`` appears when it is complete; after a kill, the same call starts over.
-    A quantized checkpoint is refused: load its model, and merge in memory or write it with `save_merged`.
+    working memory for the largest weight. ``out`` appears when it is complete.
 
     Args:
         adapters: The directory of one adapter, or its repository on the Hub; several of them, whose updates are summed;
@@ -129,11 +128,11 @@ def merge(
 
     Raises:
         ConfigError: For an invalid factor, dtype or stream.
-        CheckpointError: If a file is missing or damaged, the checkpoint is quantized, an adapter does not fit, or no
-            base model is given or named.
+        CheckpointError: If a file is missing or damaged, the checkpoint is quantized, an adapter does not fit or has a
+            new head, transformers converts an adapted weight as it loads it, or no base model is given or named.
         MergeError: If ``out`` is not empty or is inside an input, the disk is too small, a value is not finite, or
             weights are 8-bit floats.
-        OSError: If the disk refuses, or a different process creates ``out`` meanwhile.
+        OSError: If the disk refuses.
     """
     require_types(merge, locals())
     factors, destination = _factors(adapters), Path(out)

@@ -48,13 +48,6 @@ CODES = re.compile(
 )
 """Names of the tensors that bitsandbytes adds for codes of 4 bits, beside the weight, and of 8 bits."""
 
-OTHER_CODES = {
-    ".qweight": "GPTQ or AWQ",
-    ".weight_scale_inv": "blocks of 8-bit floats",
-    ".weight_packed": "compressed-tensors",
-}
-"""Parts of tensor names that show a different quantization, and its name."""
-
 WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data"),
     *(".ot", ".tflite", ".npz", ".mlmodel", ".pkl", ".index.json"),
@@ -118,8 +111,6 @@ def find_codes(directory: ModelDirectory) -> dict[str, StoredCodes]:
     advice = "only codes of bitsandbytes are known: take the checkpoint in a floating dtype"
     entries, kinds, sizes = directory.entries, {}, Counter[str]()
     for name in entries:
-        if found := next((origin for mark, origin in OTHER_CODES.items() if mark in f"{name}."), None):
-            raise CheckpointError(f"{directory.path} is quantized ({name} is of {found}): {advice}")
         if (part := CODES.fullmatch(name)) is not None:
             weight = part["weight"] or f"{part['module']}.weight"
             sizes[weight] += entries[name].nbytes
@@ -211,24 +202,17 @@ def _read_shards(path: Path, files: Iterable[str], repo_id: str | None) -> tuple
 
 
 def _what_is_there_instead(path: Path) -> str:
-    """Return what a directory without a safetensors checkpoint holds, and what to do."""
     expected = f"expected a directory with {SINGLE_FILE} or {INDEX_FILE}"
     if not is_there(path):
         return f"no such directory: {path}"
     if not path.is_dir():
         return f"{path} is not a directory: {expected}"
-    names = sorted(file.name for file in path.iterdir())
-    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if any(name.endswith(".gguf") for name in names):
-        return f"{path} holds weights in the GGUF format: {expected}"
-    if CONFIG_FILE in names:
+    if is_there(path / CONFIG_FILE):
         return f"{path} holds an adapter, not a model: {expected}"
-    if pickled:
-        return (
-            f"{path} holds pickled weights ({pickled[0]}), and nothing is unpickled here: load the model with "
-            f"transformers and write it with save_pretrained; {expected}"
-        )
-    return f"{path} holds no weights: {expected}"
+    return (
+        f"{path} holds no weights in safetensors files: {expected}; other formats, such as pickles, are not read: load "
+        "the model with transformers and write it with save_pretrained"
+    )
 
 
 class Companions(NamedTuple):

@@ -35,8 +35,8 @@ def plan(
     from the checkpoint is run.
 
     Args:
-        directory: A checkpoint as transformers writes it, one safetensors file or shards with an index; or a repository
-            on the Hub, ``"org/name"``, of which only headers are requested.
+        directory: A checkpoint as transformers writes it, or a repository on the Hub, ``"org/name"``, of which only
+            headers are requested.
         r: Rank of one random basis, or ranks by pattern.
         revision: Branch, tag or commit of the repository.
         model_class: The name of a class of transformers, such as ``"AutoModelForSequenceClassification"``, instead of
@@ -48,10 +48,8 @@ def plan(
         The report of `randlora.plan` for the model. Parameters of a quantized model are counted as if it were not.
 
     Raises:
-        CheckpointError: If the directory has no readable checkpoint, or one that is quantized but not by bitsandbytes;
-            if transformers is not installed or does not have the class; or if the shapes in the files and in the class
-            differ.
-        ConfigError: If transformers has no such class for the model.
+        CheckpointError: If the checkpoint cannot be read, is quantized but not by bitsandbytes, or differs from the
+            class, or if transformers does not have the class.
         RandLoRAError: As `randlora.plan`.
     """
     return plan_checkpoint(open_to_plan(directory, revision, model_class, num_labels), r, **options)
@@ -76,10 +74,11 @@ def open_to_plan(
 def plan_checkpoint(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> Report:
     """Return the report of `plan` for a checkpoint whose headers have been read."""
     directory, model, codes = base
+    doing = f"plan for {str(directory.path)!r}"
     if isinstance(model, str):
         advice = "or build the model on torch.device('meta') and give it to randlora.plan"
-        raise CheckpointError(f"cannot plan for {str(directory.path)!r}: {model}; {advice}")
-    raise_collected(CheckpointError, _take_dtypes(model, base), doing=f"plan for {str(directory.path)!r}")
+        raise CheckpointError(f"cannot {doing}: {model}; {advice}")
+    raise_collected(CheckpointError, _take_dtypes(model, base), doing=doing)
     report = plan_model(model.census.model, r, **options)
     if not codes:
         return report

@@ -68,14 +68,12 @@ def save_merged(
 ) -> FileMergeReport:
     """Write the merged model to a new directory, as ``save_pretrained`` would, without merging the model.
 
-    The files contain the tensors of `randlora.merged_tensors`, under the names in the plain model's ``state_dict``, in
-    one safetensors file or in several with an index, and the model's config if it is a transformers config. The
-    directory appears when it is complete: a call that fails removes what it wrote.
+    The files contain the tensors of `randlora.merged_tensors`, in one safetensors file or in several with an index, and
+    the model's config if it is a transformers config. The directory appears when it is complete.
 
-    If any parameter of the model is sharded, such as by `fully_shard` or ZeRO-3, this is a collective: every process
-    calls it, the first one writes the files that one process would write, and all get its report or an error. The first
-    process holds the tensors of one file in CPU memory, and the others hold one weight at a time. If each process
-    trains a copy of the model, the first one writes, and the others need not call it.
+    If the model is sharded, such as by `fully_shard` or ZeRO-3, this is a collective: every process calls it, the first
+    one writes the files that one process would write, and all get its report or an error. The first process holds the
+    tensors of one file in CPU memory. If each process trains a copy of the model, the first one writes.
 
     Args:
         model: A model with adapters, or a wrapper of torch or DeepSpeed around one.
@@ -91,7 +89,7 @@ def save_merged(
         AdapterError: If the model has no adapter.
         ConfigError: For a dtype that is not floating, or an invalid size.
         MergeError: If the directory exists, the files cannot hold a tensor's dtype, or as for `merged_tensors`.
-        OSError: If the disk refuses, or a different process creates the directory meanwhile.
+        OSError: If the disk refuses.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))

@@ -27,7 +27,7 @@ from randlora.disk.formats import open_regular, path_of
 from randlora.disk.hub import offline
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.files.model_directory import MODEL_CONFIG_FILE, ModelDirectory
-from randlora.hints import require_types, shortly
+from randlora.hints import require_types
 from randlora.targets.census import Census
 from randlora.targets.match import shortened
 
@@ -85,8 +85,7 @@ def model_class_named(transformers: Any, name: str, model_type: str | None = "")
 def build_model(directory: ModelDirectory, trained_on: ModelClass | None = None) -> TransformersModel | str:
     """Return the model that ``config.json`` describes, on the meta device, or the reason why it cannot be built.
 
-    With ``trained_on`` it is a model of this class, or of the same if that has no name, with these labels, if it is a
-    class for such a config.
+    With ``trained_on`` it is a model of this class, or of the same if that has no name, with these labels.
     """
     try:
         import transformers  # noqa: PLC0415 - optional
@@ -211,14 +210,13 @@ def load_model(
 
     transformers creates the model by ``from_pretrained`` of the class that the adapter was trained on, with the same
     labels. A head that was trained with the adapter need not be in the base's files. Weights are read from safetensors
-    files only, and no code from a repository is run. For a model of a different library, create it, then call `load`.
+    files only, and no code from a repository is run.
 
     Args:
         source: The adapter: a directory, or a repository on the Hub, as for `load`.
         base: The base model, a directory or a repository, instead of the one that the adapter names.
         model_class: A class of transformers, such as ``AutoModelForSequenceClassification``. ``None`` means the class
-            in the adapter's file, which version 0.2 did not write, if it fits the base's ``config.json``; otherwise the
-            class there.
+            in the adapter's file if it fits the base's ``config.json``; otherwise the class there.
         name: The adapter's name in the model.
         trainable: Whether its parameters require grad.
         revision: Branch, tag or commit of the adapter's repository.
@@ -233,9 +231,9 @@ def load_model(
 
     Raises:
         ConfigError: For ``trust_remote_code``, ``use_safetensors=False``, ``config``, ``state_dict`` or
-            ``output_loading_info``, or if ``model_class`` is not a class of transformers.
-        CheckpointError: If transformers is not installed, the adapter's files are damaged or name no base model, the
-            base model is missing or lacks values, or the adapter does not fit it.
+            ``output_loading_info``.
+        CheckpointError: If transformers is not installed, the adapter's files are damaged or name no base model, or
+            the base model cannot be loaded, lacks values, or does not fit the adapter.
     """
     require_types(load_model, {"source": source, "name": name, "trainable": trainable, "revision": revision})
     require_types(load_model, {"base": base, "base_revision": base_revision, "model_class": model_class})
@@ -247,15 +245,8 @@ def load_model(
         import transformers  # noqa: PLC0415 - optional
     except ImportError as error:
         raise CheckpointError(
-            f"load_model needs transformers, which is not installed: {INSTALL}, or create the model "
-            "yourself and call randlora.load(model, path)"
+            f"load_model needs transformers, which is not installed: {INSTALL}, or {BY_HAND}"
         ) from error
-    auto = transformers.models.auto.auto_factory._BaseAutoModelClass
-    if model_class is not None and not issubclass(model_class, (transformers.PreTrainedModel, auto)):
-        raise ConfigError(
-            "model_class must be a class of transformers, such as AutoModelForSequenceClassification, got "
-            f"{shortly(model_class)}"
-        )
     directory = locate(source, revision)
     file = read_adapter(directory, stream)  # before the base, which may be large
     chosen = named_base({str(source): file}) if base is None else os.fspath(base)

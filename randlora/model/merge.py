@@ -1,8 +1,7 @@
 """`merge`, `merged` and `unmerge`: merging the active adapters into the weights, permanently or reversibly.
 
-A merged weight is computed in float32 or wider and rounded once. A reversible merge keeps the original weight, so that
-unmerging restores every bit in every dtype. A quantized weight is dequantized, added to, and either quantized again or
-left as it is.
+A merged weight is computed from the original one in float32 or wider and rounded once, all updates in the order in
+which the adapters were added. A reversible merge keeps the original weight, so that unmerging restores every bit.
 """
 
 from __future__ import annotations
@@ -61,9 +60,8 @@ def merge(
     """Merge the active adapters, or some of them, into the weights, in place.
 
     The old and the new weights are both in memory until the last layer is merged. Reversibly merged adapters remain
-    active; others can be active on top of them, and be merged later. A merged weight is always computed from the
-    original weight and all merged adapters, in the order in which they were added. It does not depend on the order of
-    merging. If the model is sharded, all processes call this together.
+    active; others can be active on top of them, and be merged later. The weights do not depend on the order of merging.
+    If the model is sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
@@ -73,25 +71,20 @@ def merge(
             plain again, the adapters are removed, and ``requires_grad`` flags are restored.
         quantized: What to do with bitsandbytes layers. ``"requantize"`` keeps the kind of layer and quantizes the
             merged weight: the layer stays small, but part of the update is lost to rounding; the report says how much.
-            ``"dequantize"`` turns each layer into an `nn.Linear`, the same module object with its hooks. Nothing is
-            lost, and it takes 2 to 8 times the memory.
-        dtype: The dtype of dequantized layers, which do not cast their inputs as quantized layers do. ``None`` means
-            the dtype of the model's norms, or else of its first parameter outside of quantized layers, or else each
-            layer's compute dtype.
+            ``"dequantize"`` turns each layer into an `nn.Linear`, the same module object. Nothing is lost, and it takes
+            2 to 8 times the memory.
+        dtype: The dtype of dequantized layers. ``None`` means the dtype of the model's norms, or else of its first
+            parameter outside of quantized layers, or else each layer's compute dtype.
 
     Returns:
         The report, with the merged layers and the rounding error of each requantized layer.
 
     Raises:
         AdapterError: If the model has no adapter.
-        ConfigError: For an unknown value of ``quantized``, a dtype that is not floating, or a dtype with
-            ``"requantize"``.
-        MergeError: If no adapter is active, the adapters are disabled or already merged, an inactive adapter would be
-            lost, others are merged with different options, a sharded weight is already merged into, accelerate offloads
-            a weight, a weight has no values (meta or sharded), an adapted module was replaced, a merged weight would
-            not be finite, or a quantized layer has a custom forward that an `nn.Linear` would not run. Also if a test
-            on a small random input shows that a custom forward does not use the layer's weight as a plain product, or
-            does not read it from the attribute. The model is then unchanged.
+        ConfigError: For an unknown value of ``quantized``, or a dtype that is not floating or not for its layers.
+        MergeError: If no adapter can be merged now, one would be lost, a weight has no values here or cannot be merged
+            into, a merged weight would not be finite, or a test on a small random input shows that a layer's custom
+            forward does not use the weight as a plain product. The model is then unchanged.
     """
     with opened(model, None, writes=True) as view:
         names = None if adapters is None else listed(adapters)
@@ -177,7 +170,6 @@ def _merge(view: View, planned: MergePlan, kept: dict[AdapterLayer, Kept | None]
 
 
 def _in_order(state: ModelState, weights: Mapping[str, Factor]) -> dict[str, Factor]:
-    """Return adapters with their weights in the order in which their updates are added, whichever was merged first."""
     return {name: weights[name] for name in state.adapters if name in weights}
 
 
@@ -197,8 +189,7 @@ def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tu
 
     Raises:
         AdapterError: If the model has no adapter.
-        MergeError: If its adapters are not merged, a sharded weight would have to be merged again, or since the merge a
-            weight is computed from other parameters, as by pruning, or accelerate has offloaded it.
+        MergeError: If its adapters are not merged, or a weight cannot be restored or merged again.
     """
     with opened(model, None) as view:
         state, census = view.state, view.census
@@ -237,10 +228,8 @@ def merged(
 ) -> Iterator[MergeReport]:
     """Merge the active adapters inside a ``with`` block, for inference at the base model's speed.
 
-    One block of a model can be open at a time. The block merges the adapters that are active and not merged yet, with
-    the options of those that are, and unmerges only these at its end; if all are merged by ``merge(model,
-    reversible=True)``, it does nothing. Other threads may run the model in the block. If the model is sharded, all
-    processes enter the block together.
+    One block of a model can be open at a time. It merges the adapters that are active and not merged yet, and unmerges
+    these at its end. Other threads may run the model in it. If the model is sharded, all processes enter it together.
 
     Args:
         model: A model with adapters.
@@ -299,7 +288,6 @@ def _refuse_loading(module: nn.Module, *args: object) -> None:  # noqa: ARG001  
 
 
 def _fold_all(sites: Sequence[AdaptedSite], names: Collection[str], into: Into) -> dict[str, RoundingLoss]:
-    """Merge some active adapters into all weights and return the rounding errors."""
     rounding: dict[str, RoundingLoss] = {}
 
     def fold(site: AdaptedSite) -> None:

@@ -259,47 +259,35 @@ TOKENS = 2, 3
 
 
 def differences_from_product(sites: Iterable[AdaptedSite]) -> dict[AdaptedSite, float | None]:
-    """Return `difference_from_product` of each layer whose forward is not the plain one of its kind.
+    """Return `difference_from_product` of each layer that an adapter adds to and whose forward is not its kind's.
 
-    A forward that reads the weight from its attribute treats it the same after a merge. A forward that cannot be tried
-    is assumed to read the attribute.
+    A forward that reads the weight from its attribute treats it the same after a merge.
     """
     own = [site for site in sites if site.layer.is_called and not site.layer.runs_plain_forward(site.owner)]
-    shares = {site: difference_from_product(site) for site in own}
-    return {site: share for site, share in shares.items() if share is not None or not site.layer.is_read}
+    return {site: difference_from_product(site) for site in own if not site.layer.is_read}
 
 
 def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[str]:
     """Return messages about weights whose update has a different effect once merged.
 
     An adapter adds ``x @ delta_weight.T`` to what the forward returns. Merged, it has the same effect only where
-    ``f(W + D)(x) - f(W)(x) == x @ D.T``. An adapter of a weight that the forward reads adds to what is read there.
+    ``f(W + D)(x) - f(W)(x) == x @ D.T``.
     """
-    problems = []
-    for site, difference in differences.items():
-        if difference is None or difference <= TOLERANCE:
-            continue
-        own = f"{site.fqn} has its own forward ({plain_class(site.owner).__name__}), which"
-        if site.layer.is_read:
-            problems.append(
-                f"{own} does not read the weight from the attribute {site.layer.attribute}, so the adapter has no "
-                "effect, but would have one once merged. Read the attribute there, or exclude the layer"
-            )
-        else:
-            problems.append(
-                f"{own} responds to a change of its weight with an output that differs from what the adapter adds, by "
-                f"{difference:.0%} of it. Leave the adapter unmerged, or exclude the layer"
-            )
-    return problems
+    return [
+        f"{site.fqn} has its own forward ({plain_class(site.owner).__name__}), which responds to a change of its "
+        f"weight with an output that differs from what the adapter adds, by {difference:.0%} of it. Leave the adapter "
+        "unmerged, or exclude the layer"
+        for site, difference in differences.items()
+        if difference is not None and difference > TOLERANCE
+    ]
 
 
 @torch.no_grad()
 def difference_from_product(site: AdaptedSite) -> float | None:
     """Return how far the effect of a change of the weight differs from the product, as a share of the product.
 
-    For a weight that the forward reads: the share of this effect that bypasses the attribute, where an adapter cannot
-    act. ``None`` if this cannot be tried: the weight is quantized, sharded, offloaded or has no values, the forward
-    needs more than one input, or its output is not finite or has a different shape.
+    ``None`` if this cannot be tried: the weight is quantized, sharded, offloaded or has no values, the forward needs
+    more than one input, or its output is not finite or has a different shape.
     """
     owner, layer = site.owner, site.layer
     weight = layer.find_weight(owner)
@@ -319,36 +307,25 @@ def difference_from_product(site: AdaptedSite) -> float | None:
     norm = torch.linalg.vector_norm(weight, dtype=wide)
     size = torch.where((norm > 0) & norm.isfinite(), norm, out_features**0.5)
     change *= size / torch.linalg.vector_norm(change)
-    changed = nn.Parameter(folded(weight, layer.in_storage_layout(change)), requires_grad=False)
-    if layer.is_read:
-        tried = [_outputs(site, x, *both) for both in ((weight, weight), (weight, changed), (changed, changed))]
-        before, as_read, after = (torch.cat([*map(torch.flatten, outputs), x.new_empty(0)]) for outputs in tried)
-        difference, whole = (after - as_read).to(wide), (after - before).to(wide)
-    else:
-        whole = x.to(wide) @ change.T
-        tried = [_outputs(site, x, held) for held in (weight, changed)]
-        if any([output.shape for output in outputs] != [whole.shape] for outputs in tried):
-            return None
-        ((before,), (after,)) = tried
-        difference = after.to(wide) - before.to(wide) - whole
-    share = float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(whole))
+    product = x.to(wide) @ change.T
+    before = _output(site, x, weight)
+    after = _output(site, x, folded(weight, layer.in_storage_layout(change)))
+    if before is None or after is None or not before.shape == after.shape == product.shape:
+        return None
+    difference = after.to(wide) - before.to(wide) - product
+    share = float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(product))
     return share if math.isfinite(share) else None
 
 
-def _outputs(site: AdaptedSite, x: Tensor, held: Any, read: Tensor | None = None) -> list[Tensor]:
-    """Return the tensors that a forward returns if its module holds a weight (and code reads ``read``, if given).
-
-    There is none if the forward needs other arguments, or a different kind of input.
-    """
+def _output(site: AdaptedSite, x: Tensor, weight: Tensor) -> Tensor | None:
+    """Return what a forward returns if its module has a weight; ``None`` if it needs a different input or fails."""
     owner, layer = site.owner, site.layer
     forward: Callable[..., Any] = layer.own_forward or MethodType(plain_class(owner).forward, owner)
     with holding_copies(owner, [layer]):
         owner.eval()
-        owner._parameters[layer.attribute] = nn.Parameter(held.detach().clone(), requires_grad=False)
-        if read is not None:
-            layer.__dict__["value"] = lambda _: read
+        owner._parameters[layer.attribute] = nn.Parameter(weight.detach().clone(), requires_grad=False)
         try:
             output = run_forward(owner, forward, x)
         except Exception:
-            return []
-    return [each for each in (output if isinstance(output, tuple) else [output]) if isinstance(each, Tensor)]
+            return None
+    return output if isinstance(output, Tensor) else None

@@ -44,10 +44,9 @@ NOT_HERE = "has no values here (meta, offloaded or sharded): load or gather it f
 def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Return an iterator over the names and values of the merged model's state dict, without merging the model.
 
-    Pass it to an inference engine at every step of reinforcement learning: ``load_weights`` of vLLM and SGLang takes
-    such an iterator, and ``load_state_dict`` a dict of it. The model, its adapters and the optimizer do not change.
-    Each merged weight has the same bits as from `merge`. It is computed when the iterator reaches it, and not kept.
-    Other tensors share memory with the model, as in ``state_dict``, so do not write to them.
+    ``load_weights`` of vLLM and SGLang takes such an iterator, and ``load_state_dict`` a dict of it. Each merged weight
+    has the same bits as from `merge`. It is computed when the iterator reaches it, and not kept. Other tensors share
+    memory with the model, as in ``state_dict``, so do not write to them.
 
     If the model is sharded, such as by `fully_shard`, each tensor is gathered in turn: every process must iterate, and
     all get all values. Tensors that accelerate offloads to RAM or disk are loaded in turn.
@@ -58,16 +57,14 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
             the dtype that `merge` would choose.
 
     Returns:
-        Names and values of parameters and persistent buffers, in the order of ``state_dict``, where a tied parameter
-        has several names too. Quantized layers, adapted or not, are yielded as plain layers. Entries that a module adds
-        to a state dict by its own code, such as ``get_extra_state``, are not included.
+        Names and values of parameters and persistent buffers, in the order of ``state_dict``. Quantized layers, adapted
+        or not, are yielded as plain layers. What modules add by code, such as ``get_extra_state``, is not included.
 
     Raises:
         AdapterError: If the model has no adapter.
         ConfigError: For a dtype that is not floating.
-        MergeError: At the call, if no adapter is active, the adapters are disabled, an adapted module was replaced, or
-            a value is not here. During iteration, if a merged weight is not finite, or the adapters were merged,
-            disabled, switched or removed between two tensors.
+        MergeError: At the call, as for `merge`, or if a value is not here. During iteration, if a merged weight is not
+            finite, or the adapters changed between two tensors.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -145,7 +142,7 @@ class MergedTensors:
             if (problem := why_incomplete(model)) is not None:
                 raise MergeError(f"cannot {doing}: {problem}")
             _require_mergeable(view.census, state, doing)
-            raise_collected(MergeError, _value_problems(census, state), doing=doing)
+            raise_collected(MergeError, _value_problems(census), doing=doing)
             into = Into("dequantize", dtype or model_dtype(census))
             return cls(root, state, census, agreeing(), _entries(census), dtype, into)
 
@@ -195,7 +192,6 @@ class MergedTensors:
         return None if value is None else cast(module, attribute, value)
 
     def _weight(self, fqn: str, site: Site, share: Share) -> Tensor | None:
-        """Return a weight plus the updates of the active adapters, dequantized."""
         layer, owner = self._layer(site), site.owner
         if not self.state.is_merged and (factors := layer.factors(self.state.active)):
             if share is Share.PART or (layer.is_quantized and share is Share.WHOLE):
@@ -223,7 +219,6 @@ class MergedTensors:
         return whole(stored)
 
     def _bias(self, site: Site) -> Tensor:
-        """Return the bias of a quantized layer in the dtype of its dequantized weight."""
         layer = self._layer(site)
         bias = _held(site.owner, "bias") if "bias" in site.owner._parameters else layer.bias_of(site.owner)
         assert bias is not None, "it is an entry"
@@ -263,26 +258,17 @@ def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
     raise_collected(MergeError, problems, doing=doing)
 
 
-def _value_problems(census: Census, state: ModelState) -> list[str]:
+def _value_problems(census: Census) -> list[str]:
     """Return messages about values that are not here, and codes that no adapter layer can dequantize."""
-
-    def is_checked(site: Site) -> bool:  # by `weight_problems`
-        return site.adapter_layer is not None and bool(site.adapter_layer.factors(state.active))
-
     problems = []
     for held in census.parameters:
         site = census.sites_by_key.get((id(held.module), held.attribute))
         is_codes = held.attribute == "weight" and is_quantized(held.module)
         if not _is_here(held.module, held.attribute, held.tensor) or (is_codes and held.tensor.is_meta):
-            if site is None or state.is_merged or not is_checked(site):
-                problems.append(f"{held.fqn} {NOT_HERE}")
+            problems.append(f"{held.fqn} {NOT_HERE}")
         elif is_codes and (site is None or not site.layer_class.is_quantized):
             problems.append(f"{held.fqn} {_unreadable(held.module)}")
-    problems += [
-        f"{site.fqn} {_unreadable(site.owner)}"
-        for site in census.sites
-        if site.layer_class.is_forward_only and not is_checked(site)
-    ]
+    problems += [f"{site.fqn} {_unreadable(site.owner)}" for site in census.sites if site.layer_class.is_forward_only]
     for prefix, module in census.prefixed:
         problems += [
             f"{prefix}{attribute} {NOT_HERE}"
@@ -300,5 +286,4 @@ def _unreadable(module: nn.Module) -> str:
 
 
 def _is_here(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
-    """Whether a parameter or buffer has values, wherever they are."""
     return not is_lazy(tensor) and place_of(module, attribute).is_complete

@@ -37,15 +37,13 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, Factor]
     Args:
         model: A model with adapters.
         names: One name; several names, whose updates are summed; or a mapping from names to factors of the updates. A
-            factor may be a mapping itself, from patterns of layers to numbers, such as
-            ``{"decoder": 0.5, ".*": 1.0}``. A pattern is an FQN or a suffix of FQNs, of layers or of modules with
-            layers inside, or else a regex matched with ``fullmatch``. The first that matches a layer applies, each
-            layer must have one, and 0 leaves a layer out.
+            factor may be a mapping from patterns of layers to numbers, such as ``{"decoder": 0.5, ".*": 1.0}``. A
+            pattern is an FQN or a suffix of FQNs, of layers or of modules around them, or else a regex matched with
+            ``fullmatch``. The first that matches a layer applies, and each layer must have one.
 
     Raises:
-        AdapterError: For an unknown name, a factor that is not finite, a pattern that matches no layer, adapters that
-            train the same parameter with ``train_also``, or if ``names`` does not include the merged adapters with the
-            factors that they were merged with.
+        AdapterError: For an unknown name or factor, adapters that train the same parameter with ``train_also``, or if
+            ``names`` does not include the merged adapters with the factors that they were merged with.
 
     Warns:
         UserWarning: If parameters require grad now but did not when the `DistributedDataParallel` around the model was
@@ -81,9 +79,8 @@ def disabled(model: nn.Module) -> AbstractContextManager[Any]:
         model: A model with adapters.
 
     Raises:
-        AdapterError: If the model has no adapter, or its adapters are merged. On exit, if an adapter trains copies of
-            parameters that accelerate has offloaded inside the block: the adapters then stay disabled until the hooks
-            of accelerate are removed and another function is called.
+        AdapterError: If the model has no adapter, or its adapters are merged. On exit, if accelerate has offloaded
+            copies of parameters inside the block: the adapters stay disabled until its hooks are removed.
     """
 
     def checked(census: Census, state: ModelState) -> object:
@@ -193,19 +190,12 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
     Args:
         model: A model with adapters.
         compute: ``"factored"`` multiplies the tokens by both factors of the update, ``"materialized"`` computes the
-            update first, and ``"auto"`` chooses the cheaper way for the sizes of each call; see
-            `randlora.functional.cost`. With ``"auto"``, compiled and exported programs, which may run with any sizes,
-            are factored.
+            update first, and ``"auto"`` chooses the cheaper way for the sizes of each call, except that compiled and
+            exported programs, which may run with any sizes, are factored.
 
     Raises:
         AdapterError: If the model has no adapter.
         ConfigError: For any other value.
-
-    Examples:
-        >>> import torch, randlora
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-        >>> report = randlora.inject(model, r=8, targets="all-linear")
-        >>> randlora.set_compute(model, "materialized")
     """
     require_types(set_compute, {"compute": compute})
     _, state = adapted_root(model)

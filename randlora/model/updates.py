@@ -39,8 +39,7 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         If the model is sharded, this is a collective: every process calls it and gets the whole update.
 
     Raises:
-        AdapterError: If the model has no adapter, or none of that name, if accelerate offloads Λ and Γ, or if the
-            weight is computed from other parameters since, as by pruning.
+        AdapterError: If the model has no adapter of that name, or its values cannot be read.
         TargetError: If the layer is not adapted.
     """
     require_types(delta_weight, {"fqn": fqn, "name": name})
@@ -61,10 +60,9 @@ def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tens
     """Return the approximate Frobenius norm of each layer's update, without forming the update.
 
     This is the norm that the update would have if its ``r·num_bases`` terms of rank one were orthogonal, which columns
-    of random bases nearly are: ``‖ΔW‖² ≈ s² · Σ_kj Λ_kj² · ‖B_kj‖² · Σ_c A_kc² Γ_jc²``. With random Λ and Γ, it is
-    within about 1 % in layers of some hundred features. Training aligns the terms, more strongly for small r; see the
-    page on training. Gradients reach Λ and Γ, so the norms can be part of a loss. For the exact norm, which forms the
-    update, use ``randlora.delta_weight(model, fqn, name=name).norm()``.
+    of random bases nearly are: ``‖ΔW‖² ≈ s² · Σ_kj Λ_kj² · ‖B_kj‖² · Σ_c A_kc² Γ_jc²``. Training aligns the terms; see
+    the page on training. Gradients reach Λ and Γ, so the norms can be part of a loss. The exact norm, which forms the
+    update, is ``randlora.delta_weight(model, fqn, name=name).norm()``.
 
     Args:
         model: A model with adapters.
@@ -72,14 +70,12 @@ def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tens
             active, merged or not. For the norm of a sum of updates, use `delta_weight`.
 
     Returns:
-        Tensors without dimensions by FQN, each on its layer's device, in float32, or in float64 if Λ is in float64. A
-        stack of matrices has one norm. If the model is sharded, this is a collective: every process calls it and gets
-        the same norms.
+        Tensors without dimensions by FQN, each on its layer's device, in float32, or in float64 if Λ is in float64. If
+        the model is sharded, this is a collective.
 
     Raises:
-        AdapterError: If the model has no adapter, or none with this name, if accelerate offloads Λ and Γ, or if a
-            weight is computed from other parameters since, as by pruning. Under DeepSpeed's ZeRO-3, where gradients
-            cannot reach Λ and Γ, also unless it is called under `torch.no_grad`.
+        AdapterError: If the model has no adapter with this name, or its values cannot be read. Under DeepSpeed's
+            ZeRO-3, where gradients cannot reach Λ and Γ, also unless it is called under `torch.no_grad`.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -99,9 +95,8 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
     """Scale down Λ, in place, in each layer whose update has a norm above a limit, to the limit.
 
     The norms are those of `update_norms`. Other layers, and layers with a norm that is not finite, keep every bit. Call
-    this after each step of the optimizer; the optimizer's state does not change. It does not wait for a GPU, unless the
-    model is sharded. Optimizers with their own copies of the parameters, such as DeepSpeed's in half precision, would
-    overwrite the new values.
+    this after each step of the optimizer. Optimizers with their own copies of the parameters, such as DeepSpeed's in
+    half precision, would overwrite the new values.
 
     Args:
         model: A model with adapters.
@@ -113,8 +108,8 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
         The norms before the call, by FQN, as from `update_norms`. If the model is sharded, this is a collective.
 
     Raises:
-        AdapterError: If the model has no adapter, or none with this name, if adapters are merged, or if new values
-            would be lost because accelerate offloads Λ or DeepSpeed's ZeRO-3 partitions it.
+        AdapterError: If the model has no adapter with this name, adapters are merged, or new values would be lost
+            because accelerate offloads Λ or DeepSpeed's ZeRO-3 partitions it.
         ConfigError: If a limit is not a number of at least 0, a pattern matches no layer, or a layer has no limit.
 
     Examples:
@@ -148,7 +143,6 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
 
 
 def _sites_of(view: View, name: str | None, doing: str) -> tuple[Adapter, list[AdaptedSite]]:
-    """Return an adapter and its layers, whose Λ and Γ can be read."""
     adapter = view.state.adapter(name)
     sites = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
     _require_readable(view, sites, doing)
@@ -180,7 +174,6 @@ def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
 
 
 def _limits(limit: Any, fqns: list[str]) -> dict[str, float]:
-    """Return the limit of each layer."""
     problems = []
     for pattern, number in (limit if isinstance(limit, Mapping) else {"": limit}).items():
         of = f" of {pattern!r}" if isinstance(limit, Mapping) else ""
