@@ -88,9 +88,6 @@ LIBRARY: dict[str, Callable[[], Any]] = {
     r"plan model --targets .*\.0\..*_proj --r 8 --basis block --blocks 4 8": partial(
         files.plan, "model", 8, targets=r".*\.0\..*_proj", basis="block", blocks=(4, 8)
     ),
-    "plan model --class AutoModelForSequenceClassification --num-labels 3 --train-also score": partial(
-        files.plan, "model", 32, model_class="AutoModelForSequenceClassification", num_labels=3, train_also=["score"]
-    ),
     "plan model --r q_proj=16 --r .*=8 --alpha (?=model).*=2.5 --basis sparse --stream portable": partial(
         files.plan, "model", {"q_proj": 16, ".*": 8}, alpha={"(?=model).*": 2.5}, basis="sparse", stream="portable"
     ),
@@ -171,7 +168,7 @@ def test_an_error_is_one_message_and_a_bug_is_not_dressed_up_as_one(run: Run, mo
     code, out, _ = run("verify adapter --json")
     assert (code, json.loads(out)["passed"]) == (1, False)
     assert "the files come from different saves" in json.loads(out)["checks"][0]["words"]
-    monkeypatch.setattr("randlora.files.base_fit.find_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("randlora.files.adapter.find_model", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["plan", "model"])
 

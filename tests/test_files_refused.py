@@ -152,11 +152,7 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
     (CheckpointError, "no such directory: .*nothing", plan("nothing")),
     (CheckpointError, "is not a directory", plan("bert/config.json")),
     (CheckpointError, "holds an adapter, not a model", plan("adapter")),
-    (ConfigError, "has no AutoModelForX for model_type 'bert'", plan(model_class="AutoModelForX")),
-    (ConfigError, "its config.json describes no LlamaForCausalLM", plan(model_class="LlamaForCausalLM")),
-    (ConfigError, "has no BertTokenizer for model_type 'bert'", plan(model_class="BertTokenizer")),
-    (ConfigError, "model_class must be a string or None, got", plan(model_class=BERT)),
-    (ConfigError, "num_labels must be a positive integer of at most 1048576, got 0", plan(num_labels=0)),
+    (ConfigError, "revision must be a string or None, got", plan(revision=BERT)),
 ]
 
 

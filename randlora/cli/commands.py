@@ -23,7 +23,8 @@ import randlora
 from randlora import files
 from randlora.cli.printed import FILES_ERROR, plain, show, show_json, visible
 from randlora.errors import ConfigError, spelled
-from randlora.files.plan import checkpoint_memory, open_to_plan, plan_checkpoint
+from randlora.files.adapter import open_base
+from randlora.files.plan import checkpoint_memory, plan_checkpoint
 from randlora.hints import UNIONS, mistyped
 from randlora.model.memory import Setup
 from randlora.report import no_progress
@@ -33,9 +34,6 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 ABSENT = frozenset({"active", "config", "model", "name", "progress", "save_pretrained", "trainable"})
 """Parameters that need Python, or say nothing about files."""
-
-FLAGS = {"model_class": "--class"}
-"""Options whose names differ from their parameters."""
 
 AS_JSON = Parameter(
     "as_json",
@@ -86,7 +84,7 @@ def _parameters(function: Callable[..., Any]) -> Iterator[tuple[Parameter, Calla
         if parameter.default is Parameter.empty:
             as_typer = typer.Argument(**info | {"metavar": name.upper()})
         else:
-            flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
+            flag = f"--{name.replace('_', '-')}"
             as_typer = typer.Option(*([] if parameter.default is True else [flag]), **info)  # it has --no-… for it too
         optional: Any = kind if parameter.default is not None else kind | None
         yield parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=Annotated[optional, as_typer]), value
@@ -179,7 +177,7 @@ def _merge(adapters: Sequence[str], *, scale: Sequence[float] | None = None, **g
 def _plan(**given: Any) -> Printed:
     """Return the report and the memory, for which the headers are read once."""
     setup = {name: given.pop(name) for name in SETUP}
-    base = open_to_plan(*(given.pop(name) for name in ("directory", "revision", "model_class", "num_labels")))
+    base = open_base(given.pop("directory"), given.pop("revision"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", DOUBT, UserWarning)  # the report says it
         report, memory = plan_checkpoint(base, **given), checkpoint_memory(base, **given, **setup)

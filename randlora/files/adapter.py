@@ -1,28 +1,48 @@
-"""An adapter on disk with its bases, ready to compute updates layer by layer."""
+"""An adapter on disk with its bases, and how it fits a base model on disk: which tensors hold its layers.
+
+If transformers has the model's class, the adapter must fit that class, as in `randlora.load`, and names are mapped to
+tensors as ``from_pretrained`` maps them. Otherwise the tensors must have the names of the adapter's layers.
+"""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from randlora.bases.basis import Basis, BasisBank
-from randlora.bases.spec import sliced_dims
+from randlora.bases.spec import Shape, sliced_dims
 from randlora.checkpoint.bases import Known, file_bases
-from randlora.checkpoint.fit import misfits
-from randlora.checkpoint.peft_config import BASE_FIELD
+from randlora.checkpoint.fit import (
+    misfits,
+    named_sites,
+    parameter_names,
+    prefix_problems,
+    trained_misfits,
+    with_prefix,
+    without_repeats,
+)
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.checkpoint.tensors import master
 from randlora.config import Stream, by_rank
+from randlora.disk.formats import Entry
 from randlora.disk.replace import is_free
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
-from randlora.files.base_fit import Base, BaseFit, fit_base, open_base, shapes_in
+from randlora.files.model_directory import ModelDirectory, StoredCodes, find_codes, find_model, read_model_directory
+from randlora.files.transformers_model import TransformersModel, build_model
+from randlora.layers.base import AdapterLayer
+from randlora.layers.linear import Conv1DAdapter, LinearAdapter
+from randlora.layers.registry import FORMS
 from randlora.layers.update import Update, sum_updates
 from randlora.targets.census import Shapes, sizes
+from randlora.targets.match import shortened
+from randlora.targets.obstacles import obstacles
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +92,9 @@ class OpenAdapter:
     def require_shapes(self) -> Shapes:
         """Return the shapes, or raise a `CheckpointError` if they are not known."""
         if self.shapes is None:
-            named = self.file.fields.get(BASE_FIELD)
             raise CheckpointError(
                 f"{str(self.directory)!r} was written by PEFT, which stores only the smaller dim of each layer: "
-                f"give {spelled('base')}, the directory of its base model{f', {named!r}' if named else ''}"
+                f"give {spelled('base')}, the directory of its base model"
             )
         return self.shapes
 
@@ -111,9 +130,8 @@ def open_adapter(
     directory = locate(source, revision)
     file = read_adapter(directory, stream)
     if base is None:
-        shapes = known_shapes(file)
+        shapes, known = known_shapes(file), None
         transposed = None if file.header is None else file.header.transposed
-        known = None
     else:
         model = open_base(base, base_revision)
         slots, known = fit_base(model, file, prefix).slots_of(file), model.all_shapes
@@ -167,3 +185,171 @@ def adapter_bases(
     # as if one layer used all
     whole = {r: [(len(basis_B), basis_A.shape[-1])] for r, (basis_A, basis_B) in file.bases.items()}
     return file_bases(file, whole, BasisBank())
+
+
+class Base(NamedTuple):
+    """A base model on disk: its checkpoint, its class or why there is none, and its quantized tensors by name."""
+
+    directory: ModelDirectory
+    model: TransformersModel | str
+    codes: Mapping[str, StoredCodes]
+
+    @property
+    def kinds(self) -> str:
+        """The kinds of its codes."""
+        return ", ".join(sorted({codes.kind for codes in self.codes.values()}))
+
+    def all_shapes(self) -> list[Shape]:
+        """Return the shapes of all weights that can be adapted; of all matrices if there is no class."""
+        if not isinstance(self.model, str):
+            return self.model.census.shapes()
+        shapes = [entry.shape for entry in self.directory.entries.values() if len(entry.shape) > 1]
+        return [*(shape[-2:] for shape in shapes), *((shape[0], math.prod(shape[1:])) for shape in shapes)]
+
+
+class Slot(NamedTuple):
+    """The tensors that contain an adapted weight, several if it is shared, and the ``shape`` of its update.
+
+    ``layer_class`` converts an update of this shape to their layout.
+    """
+
+    names: tuple[str, ...]
+    shape: Shape
+    layer_class: type[AdapterLayer]
+
+
+@dataclass(frozen=True, eq=False)
+class BaseFit:
+    """How an adapter fits a base model: ``file`` is the adapter under the names that the model has for its layers.
+
+    ``trained`` are the tensors of each parameter trained with it.
+    ``made_of`` are weights and parameters of the adapter that are computed from these tensors when the model is loaded.
+    """
+
+    file: AdapterFile
+    slots: Mapping[str, Slot]
+    trained: Mapping[str, tuple[str, ...]]
+    made_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def slots_of(self, file: AdapterFile) -> dict[str, Slot]:
+        """Return where the weights are by the names that the adapter has in its file."""
+        names = dict(zip(self.file.values, file.values, strict=True))
+        return {names[fqn]: slot for fqn, slot in self.slots.items()}
+
+
+def shapes_in(slots: Mapping[str, Slot]) -> Shapes:
+    """Return the shapes of the updates by FQN."""
+    return {fqn: slot.shape for fqn, slot in slots.items()}
+
+
+def open_base(source: str | os.PathLike[str], revision: str | None = None) -> Base:
+    """Read the headers of a model's checkpoint, here or on the Hub, and build its class."""
+    return read_base(*find_model(source, revision))
+
+
+def read_base(path: Path, repo_id: str | None = None) -> Base:
+    """Return what `open_base` does, of what `find_model` found."""
+    checkpoint = read_model_directory(path, repo_id)
+    codes, model = find_codes(checkpoint), build_model(checkpoint)
+    if codes and isinstance(model, str):  # whose class alone says the shapes of what was quantized
+        raise CheckpointError(f"{path} is quantized, and cannot be read without its model: {model}")
+    return Base(checkpoint, model, codes)
+
+
+def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFit:
+    """Return how an adapter fits a base model. Only headers of the model are read. One error names all misfits."""
+    entries = base.directory.entries
+    own: dict[str, Tensor | Entry] = {}
+    if isinstance(base.model, str):
+        fit, problems = _fit_names(base.model, file, prefix, entries)
+    else:
+        fit, problems = _fit_model(base, base.model, file, prefix)
+        own |= {held.fqn: held.tensor for held in base.model.census.tensors}
+    codes = {fqn for fqn, names in fit.trained.items() if base.codes.keys() & set(names)}
+    stored = {fqn: names for fqn, names in fit.trained.items() if names and fqn not in {*fit.made_of, *codes}}
+    own |= {fqn: entries[names[0]] for fqn, names in stored.items()}
+    problems += [*misfits(fit.file, shapes_in(fit.slots)), *trained_misfits(own, fit.file)]
+    problems += [f"{fqn} is quantized here, and was trained as {fit.file.trained[fqn].dtype}" for fqn in codes]
+    raise_collected(CheckpointError, problems, doing=f"fit the adapter to {str(base.directory.path)!r}")
+    return fit
+
+
+def _fit_model(
+    base: Base, model: TransformersModel, file: AdapterFile, prefix: str | None
+) -> tuple[BaseFit, list[str]]:
+    """Find the tensors of the weights that an adapter names in a model."""
+    entries = base.directory.entries
+    file = with_prefix(file, prefix, model.census.sites_by_fqn, parameter_names(model.census))
+    sites = named_sites(model.census, file)
+    file = without_repeats(model.census, file)
+    problems = obstacles(model.census, sites, file.config.dropout)
+    slots, made_of = dict[str, Slot](), dict[str, Sequence[str]]()
+    fqns = {id(held.tensor): held.fqn for held in reversed(model.census.parameters)}  # the first of a tied one
+    for site in sites:
+        assert site.weight is not None, "a computed weight is an obstacle"
+        shape = tuple(site.weight.shape)
+        if names := model.names_of(site.weight):
+            if names[0] not in base.codes and (stored := entries[names[0]].shape) != shape:
+                problems.append(f"{site.fqn} has shape {stored} in the files, {shape} by its config.json")
+            slots[site.fqn] = Slot(names, site.shape_with(file.config), site.layer_class)
+        elif sources := model.made_of.get(fqns[id(site.weight)]):
+            slots[site.fqn] = Slot((), site.shape_with(file.config), site.layer_class)
+            made_of[site.fqn] = sources
+        else:
+            problems.append(f"the model has no layer {site.fqn} in its files")
+    by_fqn = model.names_by_fqn
+    trained = {fqn: by_fqn.get(fqn) or tuple(model.made_of.get(fqn, ())) for fqn in file.trained}
+    made_of |= {fqn: names for fqn, names in trained.items() if names and not by_fqn.get(fqn)}
+    if absent := [fqn for fqn, names in trained.items() if not names and fqn in by_fqn]:
+        problems.append(f"the model's files have no {shortened(absent)}, which the adapter trained")
+    return BaseFit(file, slots, trained, made_of), problems
+
+
+def _fit_names(
+    reason: str, file: AdapterFile, prefix: str | None, entries: Mapping[str, Entry]
+) -> tuple[BaseFit, list[str]]:
+    """Find an adapter's weights by the names of tensors; their layout is the one that the adapter states."""
+    known = {*entries, *(name.removesuffix(".weight") for name in entries)}
+    file = with_prefix(file, prefix, known, entries)
+    slots: dict[str, Slot] = {}
+    places: dict[str, str] = {}
+    problems = prefix_problems(file, known, entries)
+    for fqn in [] if problems else file.values:
+        name = next((name for name in (f"{fqn}.weight", fqn) if name in entries), None)
+        if name is None:
+            problems.append(f"the model has no layer {fqn} under this name ({reason})")
+        elif isinstance(found := _stated(file, fqn, entries[name]), str):
+            problems.append(f"{fqn} {found} ({reason})")
+        elif (other := places.setdefault(name, fqn)) != fqn:
+            problems.append(f"{other} and {fqn} are both {name}, which cannot hold both adapters")
+        else:
+            slots[fqn] = found
+    return BaseFit(file, slots, {fqn: (fqn,) if fqn in entries else () for fqn in file.trained}), problems
+
+
+def _stated(file: AdapterFile, fqn: str, entry: Entry) -> Slot | str:
+    """Return where a weight is stored in the layout that the adapter states, or why it cannot be said."""
+    header, shape = file.header, entry.shape
+    trained: Shape = () if header is None else header.shapes[fqn]
+    is_transposed: bool | None = True if file.fields.get("fan_in_fan_out") else None  # without it, some may be
+    if header is not None and header.transposed is not None:
+        is_transposed = fqn in header.transposed
+        if len(shape) == 3 and header.kinds.get(fqn) == "experts":
+            stack: Shape = (shape[0], shape[2], shape[1]) if is_transposed else shape
+            kind = FORMS["transposed stack" if is_transposed else "stack"]
+            return Slot((entry.name,), stack[-len(trained) :], kind)
+    elif header is not None and len(shape) == 2 and shape[0] != shape[1]:
+        is_transposed = trained == shape[::-1]
+    if len(shape) > 2 and len(trained) == 2:
+        return Slot((entry.name,), (shape[0], math.prod(shape[1:])), FORMS["kernel"])
+    if len(shape) != 2:
+        return f"has shape {shape}, expected a matrix"
+    if is_transposed is None:
+        return "may be stored transposed or not, and the adapter does not tell"
+    matrix: Shape = shape[::-1] if is_transposed else shape
+    if len(trained) == 3 and (trained[0] * trained[1], trained[2]) == matrix:
+        matrix = trained  # matrices that lie one above the other
+    if is_transposed:
+        return Slot((entry.name,), matrix, Conv1DAdapter)
+    # a parameter, such as an `in_proj_weight`, may be split
+    return Slot((entry.name,), matrix, FORMS["in_proj_weight"] if entry.name == fqn else LinearAdapter)

@@ -16,8 +16,16 @@ from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.config import LayerOptions, RandLoRAConfig, Stream, described
 from randlora.disk.formats import is_there
 from randlora.errors import CheckpointError, spelled
-from randlora.files.adapter import OpenAdapter, adapter_bases, known_shapes, open_adapter, require_base_for
-from randlora.files.base_fit import fit_base, read_base, shapes_in
+from randlora.files.adapter import (
+    OpenAdapter,
+    adapter_bases,
+    fit_base,
+    known_shapes,
+    open_adapter,
+    read_base,
+    require_base_for,
+    shapes_in,
+)
 from randlora.files.layouts import frobenius_norm, spectral_norm
 from randlora.files.model_directory import find_model
 from randlora.hints import require_types
@@ -54,7 +62,7 @@ class LayerSummary:
         min_dim: Its smaller dim.
         num_bases: Number of bases.
         trainable: Number of entries of its Λ and Γ.
-        out_features: Output width; like ``in_features``, ``None`` if not known, because PEFT does not store it.
+        out_features: Output width; like ``in_features``, ``None`` in a file of PEFT without its base.
         in_features: Input width.
         frobenius: Frobenius norm of its update ΔW; like ``spectral``, ``None`` if it was not computed.
         spectral: Its largest singular value; a lower bound within a few percent if both dims are above 1024.
@@ -176,8 +184,7 @@ def inspect(
 
     Args:
         directory: A directory that `randlora.save` or PEFT's ``save_pretrained`` wrote, or a repository on the Hub.
-        base: Its base model, a directory or a repository on the Hub. It provides the layers' shapes, which PEFT does
-            not store. Only headers are read.
+        base: Its base model, a directory or a repository on the Hub, which has the shapes that PEFT does not store.
         revision: Branch, tag or commit of the adapter's repository.
         base_revision: Branch, tag or commit of the base model's repository.
         prefix: The prefix by which the names in the adapter and in the base model differ, as in `randlora.load`.
@@ -189,7 +196,6 @@ def inspect(
         The summary, which prints as a table.
 
     Raises:
-        ConfigError: If ``prefix`` is not a name, or is given without ``base``, or ``stream`` is not a stream.
         CheckpointError: If a file is damaged, the bases are not reproduced, or the adapter does not fit the base.
     """
     require_types(inspect, locals())
@@ -331,7 +337,6 @@ def verify(
         All checks. A damaged file is a failed check, not an exception.
 
     Raises:
-        ConfigError: If ``prefix`` is not a name, or is given without ``base``, or ``stream`` is not a stream.
         CheckpointError: If there is no such adapter, or no such base model.
     """
     require_types(verify, locals())
@@ -362,8 +367,7 @@ def verify(
             checks.append(Check("base", "failed", str(error)))
         else:
             shapes = shapes_in(fit.slots_of(file))
-            lacking = f"; {', '.join(fit.absent)} of its class are not in its files" if fit.absent else ""
-            words = f"{base} has all {len(shapes)} layers, in the shapes of the adapter{lacking}"
+            words = f"{base} has all {len(shapes)} layers, in the shapes of the adapter"
             checks.append(Check("base", "passed", words))
     progress(2, 3, "drawing the bases")
     try:

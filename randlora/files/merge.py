@@ -6,7 +6,6 @@ Everything is checked with the headers before the first byte is written.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,14 +18,14 @@ from torch import Tensor
 
 from randlora.bases.basis import BasisBank
 from randlora.checkpoint.bases import stream_notes
+from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.read import AdapterFile, locate, named_base, read_adapter
 from randlora.config import Factor, Source, Sources, Stream
 from randlora.disk.formats import Entry, Planned, is_there, read_pieces, read_tensor, write_tensor_file
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
 from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected, spelled
-from randlora.files.adapter import open_fitted, out_problems
-from randlora.files.base_fit import Base, as_trained, open_base, read_base
+from randlora.files.adapter import Base, open_base, open_fitted, out_problems, read_base
 from randlora.files.model_directory import (
     INDEX_FILE,
     MODEL_CONFIG_FILE,
@@ -130,8 +129,7 @@ def merge(
         ConfigError: For an invalid factor, dtype or stream.
         CheckpointError: If a file is missing or damaged, the checkpoint is quantized, an adapter does not fit or has a
             new head, transformers converts an adapted weight as it loads it, or no base model is given or named.
-        MergeError: If ``out`` is not empty or is inside an input, the disk is too small, a value is not finite, or
-            weights are 8-bit floats.
+        MergeError: If ``out`` is not empty or is inside an input, a value is not finite, or weights are 8-bit floats.
         OSError: If the disk refuses.
     """
     require_types(merge, locals())
@@ -172,7 +170,6 @@ def merge(
 
 
 def _factors(adapters: Sources) -> dict[Source, float]:
-    """Return the factors of the updates by directory or repository, in the caller's order."""
     if isinstance(adapters, str | os.PathLike):
         adapters = [adapters]
     given = adapters if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
@@ -185,7 +182,6 @@ def _factors(adapters: Sources) -> dict[Source, float]:
 
 
 def _base_of(adapters: Mapping[str, AdapterFile]) -> str:
-    """Return the base model that adapters name."""
     base = named_base(adapters)
     if not (is_there(Path(base)) or is_on_hub(base)):
         give = f"give {spelled('base')}, a directory or a repository"
@@ -239,7 +235,6 @@ class Changes:
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values in a dtype. Raises a `MergeError` if one that was finite is not finite in it."""
     if tensor.dtype == dtype:
         return tensor
     converted = tensor.to(dtype)
@@ -256,13 +251,13 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
     bank, changes = BasisBank(), Changes(base.directory.entries)
     for name, (directory, file, factor) in adapters.items():
         with _naming(name):
-            if (trained_on := as_trained(base, file).trained_on) is not None:
-                raise CheckpointError(
-                    f"it was trained on a {trained_on.name}, whose head or labels the files lack: {IN_MEMORY}"
-                )
+            if _has_other_labels(base, file):
+                raise CheckpointError(f"it was trained with other labels than the model has: {IN_MEMORY}")
             adapter, fit = open_fitted(directory, file, base, prefix, bank)
-            if unlike := [*fit.absent, *fit.made_of]:
-                raise CheckpointError(f"the files do not have {shortened(unlike)} in one tensor each: {IN_MEMORY}")
+            if fit.made_of:
+                raise CheckpointError(
+                    f"the files do not have {shortened([*fit.made_of])} in one tensor each: {IN_MEMORY}"
+                )
             if repeated := [fqn for fqn, names in fit.trained.items() if changes.replaced.keys() & set(names)]:
                 raise CheckpointError(
                     f"an adapter before it trained {', '.join(repeated)} too, and the model can hold only one of them"
@@ -280,6 +275,14 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
         # which may have scales, and would lose most of an update
         raise MergeError(f"cannot merge: 8-bit floats: {shortened(narrow)}; convert the model to a wider dtype first")
     return changes
+
+
+def _has_other_labels(base: Base, file: AdapterFile) -> bool:
+    trained_on = None if file.header is None else file.header.model_class
+    if isinstance(base.model, str) or trained_on is None or trained_on.labels is None:
+        return False
+    own = ModelClass.of(base.model.census.model, has_trained=True)
+    return own is not None and own.name == trained_on.name and own != trained_on
 
 
 @contextmanager
@@ -300,14 +303,13 @@ def _write(
     *,
     overwrite: bool,
 ) -> tuple[int, tuple[Path, ...]]:
-    """Write the new checkpoint, and return the size of its weights, and which files were not copied."""
+    """Write the new checkpoint. Returns the size of its weights, and which files were not copied."""
     companions = find_companions(directory)
     if others := _others(out, {*companions.carried, Path(INDEX_FILE)}):
         lost = f"{out} holds other files, which would be lost: {shortened(others)}"
         raise MergeError(f"cannot merge: {lost}; choose a different name")
     shards = [(shard, [changes.planned(entry, dtype) for entry in shard.entries]) for shard in directory.shards]
     nbytes = sum(tensor.nbytes for _, tensors in shards for tensor in tensors)
-    needed = nbytes + sum((directory.path / path).stat().st_size for path in companions.carried)
     done = 0
 
     def wrote(count: int, name: str) -> None:
@@ -316,9 +318,6 @@ def _write(
         progress(done, nbytes, name)
 
     with new_directory(out, overwrite=overwrite) as scratch:
-        if (free := shutil.disk_usage(scratch).free) < needed:
-            room = f"it needs {as_bytes(needed)}, and {as_bytes(free)} are free"
-            raise MergeError(f"cannot merge to {str(out)!r}: {room}")
         for shard, tensors in shards:
             write_tensor_file(scratch / shard.path.name, tensors, shard.metadata, wrote)
         if directory.index is not None:
@@ -332,7 +331,6 @@ def _write(
 
 
 def _write_index(out: Path, directory: ModelDirectory, index: Mapping[str, Any], nbytes: int) -> None:
-    """Write the index of a checkpoint with a new size, or copy it if that is the same."""
     places = {entry.name: shard.path.name for shard in directory.shards for entry in shard.entries}
     written = {**index, "weight_map": dict(sorted(places.items()))}
     if isinstance(metadata := index.get("metadata"), dict) and nbytes != directory.nbytes:
@@ -344,7 +342,6 @@ def _write_index(out: Path, directory: ModelDirectory, index: Mapping[str, Any],
 
 
 def _others(out: Path, written: Collection[Path]) -> list[str]:
-    """Return the files in a directory that are neither written again nor weights of a model."""
     found = [path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
     return [
         str(path)

@@ -87,12 +87,6 @@ class ModelDirectory:
         return sum(entry.nbytes for entry in self.entries.values())
 
     @property
-    def model_type(self) -> str | None:
-        """The model's type in ``config.json``."""
-        found = self.config.get("model_type")
-        return found if isinstance(found, str) else None
-
-    @property
     def architecture(self) -> str:
         """The first class that ``config.json`` names, or an empty string."""
         found = self.config.get("architectures")

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from randlora.checkpoint.header import ModelClass
-from randlora.config import LARGEST_RANK, further_options
-from randlora.errors import CheckpointError, ConfigError, TargetError, raise_collected
-from randlora.files.base_fit import Base, open_base
+from randlora.config import further_options
+from randlora.errors import CheckpointError, TargetError, raise_collected
+from randlora.files.adapter import Base, open_base
 from randlora.files.transformers_model import TransformersModel
-from randlora.hints import require_types, shortly
+from randlora.hints import require_types
 from randlora.model.inject import plan as plan_model
 from randlora.model.memory import Setup, TrainingMemory, memory_of
 from randlora.model.memory import training_memory as training_memory_of_model
@@ -25,23 +24,17 @@ def plan(
     r: int | Mapping[str, int] | None = None,
     *,
     revision: str | None = None,
-    model_class: str | None = None,
-    num_labels: int | None = None,
     **options: Any,
 ) -> Report:
     """Return the report that `randlora.inject` would return for the model in a directory, without its weights.
 
-    transformers builds the class that ``config.json`` names on the meta device. No weights are downloaded, and no code
-    from the checkpoint is run.
+    transformers builds the class that ``config.json`` names on the meta device. No code from the checkpoint is run.
 
     Args:
         directory: A checkpoint as transformers writes it, or a repository on the Hub, ``"org/name"``, of which only
             headers are requested.
         r: Rank of one random basis, or ranks by pattern.
         revision: Branch, tag or commit of the repository.
-        model_class: The name of a class of transformers, such as ``"AutoModelForSequenceClassification"``, instead of
-            the class that ``config.json`` names.
-        num_labels: The number of outputs of a head, instead of the number in ``config.json``.
         **options: As for `randlora.plan`.
 
     Returns:
@@ -52,23 +45,8 @@ def plan(
             class, or if transformers does not have the class.
         RandLoRAError: As `randlora.plan`.
     """
-    return plan_checkpoint(open_to_plan(directory, revision, model_class, num_labels), r, **options)
-
-
-def open_to_plan(
-    directory: str | os.PathLike[str],
-    revision: str | None = None,
-    model_class: str | None = None,
-    num_labels: int | None = None,
-) -> Base:
-    """Read the headers of a checkpoint for the arguments of `plan` and `training_memory`."""
-    require_types(plan, locals())
-    if num_labels is not None and not 0 < num_labels <= LARGEST_RANK:
-        raise ConfigError(f"num_labels must be a positive integer of at most {LARGEST_RANK}, got {shortly(num_labels)}")
-    if model_class is None and num_labels is None:
-        return open_base(directory, revision)
-    labels = None if num_labels is None else tuple(f"LABEL_{index}" for index in range(num_labels))
-    return open_base(directory, revision, ModelClass("transformers", model_class or "", labels))
+    require_types(plan, {"directory": directory, "revision": revision})
+    return plan_checkpoint(open_base(directory, revision), r, **options)
 
 
 def plan_checkpoint(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> Report:
@@ -95,7 +73,7 @@ def _take_dtypes(model: TransformersModel, base: Base) -> list[str]:
     for held in model.census.parameters:
         names = (name for name in model.names_of(held.tensor) if name not in base.codes)
         for entry in (base.directory.entries[name] for name in names):
-            if entry.shape != tuple(held.tensor.shape) and base.trained_on is None:  # else a head may differ
+            if entry.shape != tuple(held.tensor.shape):
                 by_class = tuple(held.tensor.shape)
                 problems.append(f"{entry.name} has shape {entry.shape} in the files, {by_class} by its config.json")
             held.tensor.data = held.tensor.data.to(entry.dtype)
@@ -108,8 +86,6 @@ def training_memory(
     r: int | Mapping[str, int] | None = None,
     *,
     revision: str | None = None,
-    model_class: str | None = None,
-    num_labels: int | None = None,
     **options: Any,
 ) -> TrainingMemory:
     """Return the memory, in bytes, that training an adapter of the model in a directory takes on each device.
@@ -118,8 +94,6 @@ def training_memory(
         directory: As for `plan`.
         r: Rank of one random basis, or ranks by pattern.
         revision: As for `plan`.
-        model_class: As for `plan`.
-        num_labels: As for `plan`.
         **options: As for `randlora.training_memory`.
 
     Returns:
@@ -129,7 +103,8 @@ def training_memory(
         CheckpointError: As `plan`.
         RandLoRAError: As `randlora.training_memory`.
     """
-    return checkpoint_memory(open_to_plan(directory, revision, model_class, num_labels), r, **options)
+    require_types(plan, {"directory": directory, "revision": revision})
+    return checkpoint_memory(open_base(directory, revision), r, **options)
 
 
 def checkpoint_memory(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> TrainingMemory:

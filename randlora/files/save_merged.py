@@ -1,7 +1,7 @@
 """`randlora.files.save_merged`: the merged model of an adapted one, written as a checkpoint, tensor by tensor.
 
 What ``save_pretrained`` of transformers would write is asked of objects that the model carries, and of modules that
-made it. Nothing is imported, and a model of another library has its tensors under the names of its state dict.
+made it. Nothing is imported.
 """
 
 from __future__ import annotations
@@ -49,10 +49,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 """The units of sizes, as in ``save_pretrained``."""
 
 DOING = "save the merged model"
-NAMES_IN_MEMORY = (
-    "tensors are named as in memory, which transformers reads; other programs may expect the names that "
-    "save_pretrained of transformers writes"
-)
+NAMES_IN_MEMORY = "tensors are named as in memory, which transformers reads; other programs may expect other names"
 
 Saved = Callable[[str, Tensor], Mapping[str, Tensor]]
 """Returns the tensors in files for an entry of a state dict, by name: itself, or several, such as for experts."""
@@ -90,11 +87,6 @@ def save_merged(
         ConfigError: For a dtype that is not floating, or an invalid size.
         MergeError: If the directory exists, the files cannot hold a tensor's dtype, or as for `merged_tensors`.
         OSError: If the disk refuses.
-
-    Examples:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> _ = randlora.inject(model, r=4)
-        >>> report = randlora.files.save_merged(model, "merged")
     """
     require_types(save_merged, {"model": model, "directory": directory, "max_shard_size": max_shard_size})
     limit = _bytes_of(max_shard_size)
@@ -125,13 +117,12 @@ def _bytes_of(size: int | str) -> int:
 
 
 class _Writing:
-    """The writing of a merged model, in the process that writes."""
+    """The writing of a merged model, whose directory appears when the stack is closed without an error."""
 
     saved: Saved
     writer: ModelWriter
 
     def __init__(self, tensors: MergedTensors, limit: int, stack: ExitStack) -> None:
-        """The directory appears when the stack is closed without an error."""
         self.tensors, self.limit, self.stack = tensors, limit, stack
         self.left_out = _not_written(tensors.census)
 
@@ -236,11 +227,7 @@ def _write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) 
 
 
 def _saved_as(tensors: MergedTensors) -> tuple[Saved, list[str]]:
-    """Return what writes an entry under transformers' names, and notes.
-
-    What transformers makes of all entries together is watched on the meta device. If it makes the same of each alone,
-    entries are converted one by one; else all keep the names in memory, which ``from_pretrained`` reads too.
-    """
+    """Return what writes an entry under transformers' names, and notes."""
     model, transposed = tensors.census.model, _transposed(tensors.census)
     itself: Saved = lambda fqn, tensor: {fqn: tensor.T if fqn in transposed else tensor}  # noqa: E731
     modeling, loading = (sys.modules.get(f"transformers.{name}") for name in ("modeling_utils", "core_model_loading"))
@@ -249,7 +236,7 @@ def _saved_as(tensors: MergedTensors) -> tuple[Saved, list[str]]:
     if undo is None or not isinstance(model, kind):
         return itself, []
     entries = _on_meta(tensors)
-    try:
+    try:  # if transformers makes of each entry alone what it makes of all together, they are converted one by one
         together = _shapes(undo(model, dict(entries)))
         alone = {fqn: _shapes(undo(model, {fqn: entry})) for fqn, entry in entries.items()}
         is_same = together == {name: shape for parts in alone.values() for name, shape in parts.items()}

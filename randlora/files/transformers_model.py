@@ -52,11 +52,9 @@ class TransformersModel:
 
     ``names`` are of the tensors that contain one unchanged, by its id; several if files contain a tied one several
     times. ``made_of`` are the tensors from which others are computed, by FQN, such as a stack from each expert's.
-    ``model_class`` is the class if an adapter, and not ``config.json``, names it.
     """
 
     census: Census
-    model_class: ModelClass | None = None
     names: dict[int, tuple[str, ...]] = field(default_factory=dict)
     made_of: dict[str, list[str]] = field(default_factory=dict)
 
@@ -70,57 +68,41 @@ class TransformersModel:
         return {held.fqn: self.names_of(held.tensor) for held in self.census.tensors}
 
 
-def model_class_named(transformers: Any, name: str, model_type: str | None = "") -> Any:
-    """Return the class of models that transformers exports under a name, or ``None``.
-
-    With a type of model, the name may be one such as ``AutoModelForCausalLM``, which stands for a class for each type.
-    """
+def model_class_named(transformers: Any, name: str) -> Any:
+    """Return the class of models that transformers exports under a name, or ``None``."""
     found = getattr(transformers, name, None) if name else None
-    by_config = getattr(found, "_model_mapping", None)  # private, but nothing else tells without loading a model
-    if by_config is not None and model_type in transformers.CONFIG_MAPPING:
-        found = by_config.get(transformers.CONFIG_MAPPING[model_type], None)
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
-def build_model(directory: ModelDirectory, trained_on: ModelClass | None = None) -> TransformersModel | str:
-    """Return the model that ``config.json`` describes, on the meta device, or the reason why it cannot be built.
-
-    With ``trained_on`` it is a model of this class, or of the same if that has no name, with these labels.
-    """
+def build_model(directory: ModelDirectory) -> TransformersModel | str:
+    """Return the model that ``config.json`` describes, on the meta device, or the reason why it cannot be built."""
     try:
         import transformers  # noqa: PLC0415 - optional
     except ImportError:
         return f"transformers, which has its class, is not installed: {INSTALL}"
-    asked = "" if trained_on is None else trained_on.name
-    name = asked or directory.architecture
-    if (model_class := model_class_named(transformers, name, directory.model_type if asked else "")) is None:
-        if asked:
-            return f"transformers {transformers.__version__} has no {asked} for model_type {directory.model_type!r}"
+    name = directory.architecture
+    if (model_class := model_class_named(transformers, name)) is None:
         named = f"names {name}, which transformers {transformers.__version__} lacks" if name else "names no class"
         return f"its config.json {named}"
-    if trained_on is not None and model_class.config_class.model_type != directory.model_type:
-        return f"its config.json describes no {name}"
     path = directory.path / MODEL_CONFIG_FILE
     try:
         raise_collected(CheckpointError, [*_config_problems(directory.config)], doing="build it")
         with _bounded(len(directory.entries)):
             with open_regular(path) as file:
                 config = model_class.config_class.from_json_file(path_of(file, path))
-            if trained_on is not None:
-                config.update(trained_on.config_fields)
             # either may name a kernel on the Hub, which is code; these also set those of the configs inside
             config._attn_implementation = config._experts_implementation = None
             with torch.device("meta"):
                 model = model_class(config)
         if isinstance(config.dtype, torch.dtype):
             model.to(config.dtype)
-        return _with_names(model, directory, trained_on)
+        return _with_names(model, directory)
     except Exception as error:  # whatever a model's code raises for an unsuitable config, or names of tensors
         said = " ".join(str(error).split())
         return f"transformers {transformers.__version__} cannot build {name} from its config.json ({said})"
 
 
-def _with_names(model: nn.Module, directory: ModelDirectory, model_class: ModelClass | None) -> TransformersModel:
+def _with_names(model: nn.Module, directory: ModelDirectory) -> TransformersModel:
     """Find the parameter or buffer that each tensor of a checkpoint becomes, as ``from_pretrained`` does."""
     from transformers import conversion_mapping, core_model_loading  # noqa: PLC0415 - optional
 
@@ -129,7 +111,7 @@ def _with_names(model: nn.Module, directory: ModelDirectory, model_class: ModelC
     converters = [entry for entry in entries if isinstance(entry, core_model_loading.WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     state, prefix, rename = model.state_dict(), model.base_model_prefix, core_model_loading.rename_source_key
-    built = TransformersModel(Census.of(model), model_class)
+    built = TransformersModel(Census.of(model))
     tensors = {held.fqn: held.tensor for held in built.census.tensors}
     for name in sorted(directory.entries, key=core_model_loading.dot_natural_key):  # some renamings rely on this order
         fqn, pattern = rename(name, renamings, converters, prefix, state)
@@ -183,7 +165,9 @@ def _bounded(tensors: int) -> Iterator[None]:
         yield
 
 
-CODE = "trust_remote_code"
+SAFE = {"trust_remote_code": False, "use_safetensors": True}
+"""Arguments of ``from_pretrained`` that callers may not change: code would be run, or files be unpickled."""
+
 FIXED = ("config", "output_loading_info", "state_dict")
 """Arguments of ``from_pretrained`` that callers may not pass: they would change the model or the return value."""
 
@@ -237,10 +221,9 @@ def load_model(
     """
     require_types(load_model, {"source": source, "name": name, "trainable": trainable, "revision": revision})
     require_types(load_model, {"base": base, "base_revision": base_revision, "model_class": model_class})
-    if options.get("use_safetensors", True) is not True:
-        raise ConfigError(f"use_safetensors=False unpickles files: {BY_HAND}")
-    if given := [*([CODE] if options.get(CODE) else []), *(option for option in FIXED if option in options)]:
-        raise ConfigError(f"{given[0]} is not passed on: {BY_HAND}")
+    refused = [name for name, value in SAFE.items() if options.get(name, value) is not value]
+    if refused := [*refused, *(name for name in FIXED if name in options)]:
+        raise ConfigError(f"{refused[0]} is not passed on: {BY_HAND}")
     try:
         import transformers  # noqa: PLC0415 - optional
     except ImportError as error:
@@ -252,7 +235,7 @@ def load_model(
     chosen = named_base({str(source): file}) if base is None else os.fspath(base)
     known = None if file.header is None else file.header.model_class
     # a head may have other labels in the base's files; what else differs in shape is refused below
-    options = {**options, CODE: False, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    options = {**options, **SAFE, "ignore_mismatched_sizes": True}
     if base_revision is not None:
         options["revision"] = base_revision
     model, found = _base_model(transformers, chosen, options, model_class or known, given=base is not None)
@@ -286,7 +269,7 @@ def _base_model(
     if not labels and isinstance(known, ModelClass):
         labels = known.config_fields
     try:
-        config = transformers.AutoConfig.from_pretrained(base, **revision, **labels, **{CODE: False})
+        config = transformers.AutoConfig.from_pretrained(base, **revision, **labels, trust_remote_code=False)
         model_class = _class_of(transformers, config, known)
         # either may name a kernel on the Hub, which is code; an argument of the caller is used nevertheless
         config._attn_implementation = config._experts_implementation = None

@@ -65,12 +65,6 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
         ConfigError: For a dtype that is not floating.
         MergeError: At the call, as for `merge`, or if a value is not here. During iteration, if a merged weight is not
             finite, or the adapters changed between two tensors.
-
-    Examples:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-        >>> report = randlora.inject(model, r=4)
-        >>> [name for name, tensor in randlora.merged_tensors(model)]
-        ['0.weight', '0.bias']
     """
     found = MergedTensors.of(model, dtype, doing="yield the merged tensors")
     return found.each(lambda fqn, tensor: (fqn, tensor), Share.PART)
@@ -209,7 +203,6 @@ class MergedTensors:
         return _held(owner, layer.attribute)
 
     def _from_parts(self, layer: AdapterLayer, owner: nn.Module, factors: dict[str, float]) -> Tensor:
-        """Return a merged weight; each process computes the part that it holds."""
         place, merged = layer.place_in(owner), layer.merged(owner, factors, self.into).weight
         if place.part is None:
             return merged
@@ -240,7 +233,6 @@ def _held(module: nn.Module, attribute: str) -> Tensor:
 
 
 def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
-    """Check that the active adapters can be merged, or are; else raise the errors of `merge`."""
     require_own(census, state, doing)
     active = [state.adapters[name] for name in state.active]
     problems = []

@@ -245,10 +245,7 @@ def factor_problems(state: ModelState, factors: Mapping[str, Any], *, by_layer: 
 
 
 def _by_name(names: Any) -> dict[str, Any]:
-    """Return the given factor of each name, which is 1 if only names were given."""
     named = listed(names)
-    if strange := [name for name in named if not isinstance(name, str)]:
-        raise AdapterError(f"expected names of adapters, or a mapping from names to factors, got {shortly(strange[0])}")
     if isinstance(names, Mapping):
         return dict(names)
     if len(set(named)) < len(named):

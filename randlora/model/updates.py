@@ -155,7 +155,6 @@ def _require_readable(view: View, sites: Iterable[AdaptedSite], doing: str) -> N
 
 
 def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
-    """Return the norm of an adapter's update of each layer, by FQN; a collective if Λ and Γ are sharded."""
 
     def norm_of(site: AdaptedSite) -> Tensor:
         (update,) = site.layer.whole_updates(site.owner, {adapter.name: 1.0})
