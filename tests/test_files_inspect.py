@@ -74,8 +74,8 @@ def test_what_was_trained_beside_it_its_base_and_strange_fields_are_named(tmp_pa
     assert summary.trained == {"classifier.weight": (3, 32), "classifier.bias": (3,)}
     assert (summary.base_model, summary.unknown_fields) == ("some/model", ("use_quantum",))
     found = files.verify(source, base)
-    assert found.passed
-    lacking = "classifier.weight, classifier.bias of its class are not in its files"
+    assert not found.passed
+    lacking = "the model's files have no classifier.weight, classifier.bias, which the adapter trained"
     said = "some/model", "trained with it: classifier.weight 3x32", "not understood: use_quantum", lacking
     assert [each in text for each, text in zip(said, [str(summary)] * 3 + [str(found)], strict=True)] == [True] * 4
 

@@ -73,7 +73,7 @@ def assert_files_agree(name: str, model: nn.Module, directory: Path) -> None:
     chosen = [fqn for fqn in (*planned.targets, *experts) if re.search("attn|attention|expert", fqn, re.IGNORECASE)]
     chosen, built = chosen or list(planned.targets), build_model(read_model_directory(base))
     assert not isinstance(built, str)
-    converted = [fqn for fqn in chosen if built.made_of.keys() & {fqn, f"{fqn}.weight"}]
+    converted = [fqn for fqn in chosen if built.converted & {fqn, f"{fqn}.weight"}]
     if converted:  # which is merged in memory alone
         adapter = adapter_of(model, directory / "converted", targets=converted)
         assert files.verify(adapter, base).passed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -223,13 +223,13 @@ class BaseFit:
     """How an adapter fits a base model: ``file`` is the adapter under the names that the model has for its layers.
 
     ``trained`` are the tensors of each parameter trained with it.
-    ``made_of`` are weights and parameters of the adapter that are computed from these tensors when the model is loaded.
+    ``converted`` are the weights and parameters among them that transformers computes from other tensors.
     """
 
     file: AdapterFile
     slots: Mapping[str, Slot]
     trained: Mapping[str, tuple[str, ...]]
-    made_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    converted: Sequence[str] = ()
 
     def slots_of(self, file: AdapterFile) -> dict[str, Slot]:
         """Return where the weights are by the names that the adapter has in its file."""
@@ -266,7 +266,7 @@ def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFi
         fit, problems = _fit_model(base, base.model, file, prefix)
         own |= {held.fqn: held.tensor for held in base.model.census.tensors}
     codes = {fqn for fqn, names in fit.trained.items() if base.codes.keys() & set(names)}
-    stored = {fqn: names for fqn, names in fit.trained.items() if names and fqn not in {*fit.made_of, *codes}}
+    stored = {fqn: names for fqn, names in fit.trained.items() if names and fqn not in codes}
     own |= {fqn: entries[names[0]] for fqn, names in stored.items()}
     problems += [*misfits(fit.file, shapes_in(fit.slots)), *trained_misfits(own, fit.file)]
     problems += [f"{fqn} is quantized here, and was trained as {fit.file.trained[fqn].dtype}" for fqn in codes]
@@ -283,7 +283,7 @@ def _fit_model(
     sites = named_sites(model.census, file)
     file = without_repeats(model.census, file)
     problems = obstacles(model.census, sites, file.config.dropout)
-    slots, made_of = dict[str, Slot](), dict[str, Sequence[str]]()
+    slots, converted = dict[str, Slot](), [fqn for fqn in file.trained if fqn in model.converted]
     fqns = {id(held.tensor): held.fqn for held in reversed(model.census.parameters)}  # the first of a tied one
     for site in sites:
         assert site.weight is not None, "a computed weight is an obstacle"
@@ -292,17 +292,16 @@ def _fit_model(
             if names[0] not in base.codes and (stored := entries[names[0]].shape) != shape:
                 problems.append(f"{site.fqn} has shape {stored} in the files, {shape} by its config.json")
             slots[site.fqn] = Slot(names, site.shape_with(file.config), site.layer_class)
-        elif sources := model.made_of.get(fqns[id(site.weight)]):
+        elif fqns[id(site.weight)] in model.converted:
             slots[site.fqn] = Slot((), site.shape_with(file.config), site.layer_class)
-            made_of[site.fqn] = sources
+            converted.append(site.fqn)
         else:
             problems.append(f"the model has no layer {site.fqn} in its files")
     by_fqn = model.names_by_fqn
-    trained = {fqn: by_fqn.get(fqn) or tuple(model.made_of.get(fqn, ())) for fqn in file.trained}
-    made_of |= {fqn: names for fqn, names in trained.items() if names and not by_fqn.get(fqn)}
-    if absent := [fqn for fqn, names in trained.items() if not names and fqn in by_fqn]:
+    trained = {fqn: by_fqn.get(fqn, ()) for fqn in file.trained}
+    if absent := [fqn for fqn, names in trained.items() if fqn in by_fqn and not names and fqn not in converted]:
         problems.append(f"the model's files have no {shortened(absent)}, which the adapter trained")
-    return BaseFit(file, slots, trained, made_of), problems
+    return BaseFit(file, slots, trained, converted), problems
 
 
 def _fit_names(

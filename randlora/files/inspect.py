@@ -215,7 +215,7 @@ def inspect(
     notes = [*file.doubts, *stream_notes(file)]
     if adapter.shapes is None:
         base = spelled("base")
-        notes.append(f"norms need shapes, which PEFT does not store: give {base}, the directory of its model")
+        notes.append(f"norms need shapes, which PEFT does not store: give {base}, the directory of its base model")
     paths = [adapter.directory / name for name in (CONFIG_FILE, TENSORS_FILE)]
     return AdapterSummary(
         directory=Path(directory),

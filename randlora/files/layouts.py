@@ -134,9 +134,12 @@ def peft_files(directory: Path, adapter: OpenAdapter, loras: Sequence[Lora], *, 
         notes = _padding_notes(loras) + notes
         ranks = dict.fromkeys(ranks, max(ranks.values()))
     elif len({*ranks.values()}) > 1:
-        one_rank = f"{spelled('same_rank', value=True)} pads all to one rank, and {spelled('rank')} cuts all to one"
-        mixed = "the ranks differ between layers: PEFT and vLLM load that, SGLang and llama.cpp do not"
-        notes = [f"{mixed}; {one_rank}", *notes]
+        mixed = (
+            "the ranks differ between layers, as rank_pattern and alpha_pattern say: PEFT and vLLM load that, SGLang "
+            f"does not, and llama.cpp would scale layers wrongly; {spelled('same_rank', value=True)} pads all to one "
+            f"rank, and {spelled('rank')} cuts all to one"
+        )
+        notes = [mixed, *notes]
     for lora in loras:
         fqn = lora.layer.fqn
         tensors |= zip(_peft_keys(fqn), lora.padded(ranks[fqn]), strict=True)

@@ -254,9 +254,9 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
             if _has_other_labels(base, file):
                 raise CheckpointError(f"it was trained with other labels than the model has: {IN_MEMORY}")
             adapter, fit = open_fitted(directory, file, base, prefix, bank)
-            if fit.made_of:
+            if fit.converted:
                 raise CheckpointError(
-                    f"the files do not have {shortened([*fit.made_of])} in one tensor each: {IN_MEMORY}"
+                    f"the files do not have {shortened(fit.converted)} in one tensor each: {IN_MEMORY}"
                 )
             if repeated := [fqn for fqn, names in fit.trained.items() if changes.replaced.keys() & set(names)]:
                 raise CheckpointError(

@@ -51,12 +51,12 @@ class TransformersModel:
     """A model on the meta device, and the tensors of its checkpoint that contain its parameters and buffers.
 
     ``names`` are of the tensors that contain one unchanged, by its id; several if files contain a tied one several
-    times. ``made_of`` are the tensors from which others are computed, by FQN, such as a stack from each expert's.
+    times. ``converted`` are FQNs of parameters that transformers computes, such as a stack from each expert's tensors.
     """
 
     census: Census
     names: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    made_of: dict[str, list[str]] = field(default_factory=dict)
+    converted: set[str] = field(default_factory=set)
 
     def names_of(self, parameter: Tensor | None) -> tuple[str, ...]:
         """Return the names of the tensors that hold a parameter or buffer unchanged."""
@@ -118,11 +118,8 @@ def _with_names(model: nn.Module, directory: ModelDirectory) -> TransformersMode
         if fqn not in state and name in state:
             fqn, pattern = rename(name, [], [], prefix, state)
         if pattern is not None:
-            first, *others = by_pattern[pattern].target_patterns
-            sources = built.made_of.setdefault(fqn, [])
-            sources.append(name)
-            for target in others:
-                built.made_of[fqn.replace(first, target)] = sources
+            first, *_ = targets = by_pattern[pattern].target_patterns
+            built.converted |= {fqn.replace(first, target) for target in targets}
         elif (tensor := tensors.get(fqn)) is not None:
             built.names[id(tensor)] = (*built.names_of(tensor), name)
     return built
