@@ -110,7 +110,6 @@ class MergePlan(NamedTuple):
 def _planned(
     view: View, names: list[str] | None, quantized: Quantized, dtype: torch.dtype | None, *, reversible: bool
 ) -> MergePlan:
-    """Return a merge of adapters of these names, ``None`` for all, after checking it."""
     census, state = view.census, view.state
     adapters = {name: each for name, each in state.active_unmerged.items() if names is None or name in names}
     sites = [site for site in census.adapted if site.layer.factors(adapters)]
@@ -141,7 +140,6 @@ def _planned(
 
 
 def _merge(view: View, planned: MergePlan, kept: dict[AdapterLayer, Kept | None]) -> MergeReport:
-    """Merge as planned; ``kept`` gets what `AdapterLayer.unmerged` was before it is dropped."""
     census, state, sites = view.census, view.state, planned.sites
     active = _in_order(state, state.merged | planned.adapters)
     rounding = _fold_all(sites, active, planned.into)
@@ -240,8 +238,8 @@ def merged(
         The report of the merge, or of the last one if everything is already merged.
 
     Raises:
-        MergeError: If a block of this model is open, and any error of `merge`.
-        RandLoRAError: Any other error of `merge`.
+        MergeError: If a block of this model is open.
+        RandLoRAError: Any error of `merge`.
     """
     state: ModelState | None = None
     own: list[str] = []  # the names of the adapters that this block merges, and the block in the state
@@ -308,10 +306,8 @@ def _fold_all(sites: Sequence[AdaptedSite], names: Collection[str], into: Into) 
 
 @contextmanager
 def _unfolded_if_raised(sites: Sequence[AdaptedSite]) -> Iterator[dict[AdapterLayer, Kept | None]]:
-    """Restore the values that were written in place, such as of sharded weights, if the block raises.
-
-    `all_or_nothing` undoes the rest. The block fills the dict with what `AdapterLayer.unmerged` was before it drops it.
-    """
+    """Restore the values that were written in place, such as of sharded weights, if the block raises."""
+    # what `AdapterLayer.unmerged` was before the block drops it; `all_or_nothing` undoes the rest
     kept: dict[AdapterLayer, Kept | None] = {}
     try:
         yield kept

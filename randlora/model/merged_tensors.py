@@ -98,17 +98,11 @@ def quantized_site(census: Census, module: nn.Module) -> Site | None:
 
 
 class Share(Enum):
-    """What a process does for a merged weight that is sharded. All processes take part in gathering.
+    """What a process does for a merged weight that is sharded. All processes take part in gathering."""
 
-    Attributes:
-        PART: Computes its own part; then all parts are gathered. Computing in parts may round differently.
-        WHOLE: Computes the whole weight from gathered values, with the same bits as on one process.
-        NONE: Computes nothing, and drops the gathered values.
-    """
-
-    PART = "part"
-    WHOLE = "whole"
-    NONE = "none"
+    PART = "part"  # computes its own part, which may round differently; then all parts are gathered
+    WHOLE = "whole"  # computes the whole weight from gathered values, with the same bits as on one process
+    NONE = "none"  # computes nothing, and drops the gathered values
 
 
 @dataclass(frozen=True, eq=False)

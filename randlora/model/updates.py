@@ -76,13 +76,6 @@ def update_norms(model: nn.Module, *, name: str | None = None) -> dict[str, Tens
     Raises:
         AdapterError: If the model has no adapter with this name, or its values cannot be read. Under DeepSpeed's
             ZeRO-3, where gradients cannot reach Λ and Γ, also unless it is called under `torch.no_grad`.
-
-    Examples:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-        >>> _ = randlora.inject(model, r=8)
-        >>> penalty = sum(norm**2 for norm in randlora.update_norms(model).values())
-        >>> penalty.item()
-        0.0
     """
     doing = "compute the norms of the updates"
     with opened(model, doing) as view:
@@ -111,12 +104,6 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
         AdapterError: If the model has no adapter with this name, adapters are merged, or new values would be lost
             because accelerate offloads Λ or DeepSpeed's ZeRO-3 partitions it.
         ConfigError: If a limit is not a number of at least 0, a pattern matches no layer, or a layer has no limit.
-
-    Examples:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-        >>> _ = randlora.inject(model, r=8)
-        >>> limits = {"0": 0.1 * model[0].weight.norm().item()}
-        >>> before = randlora.limit_norms(model, limits)
     """
     doing = "limit the norms of the updates"
     with opened(model, doing) as view:
