@@ -104,6 +104,30 @@ def test_selective_checkpointing_changes_no_gradient(kind: Kind, compute: Comput
         assert_same_gradients(partial(output, model, given), partial(output, plain, given), leaves)
 
 
+def test_it_changes_no_gradient_under_autocast_and_beside_rows_of_several_adapters() -> None:
+    """The first layer needs no gradient, and without modes the updates of its rows are computed together."""
+    model, x = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)), torch.randn(6, 24, requires_grad=True)
+    for name in ("a", "b"):
+        randlora.inject(model, r=4, name=name, targets=["0"], basis="block")
+        fill(model, name)
+
+    def autocast() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output: Tensor = model(x)
+        return output.float()
+
+    assert_same_gradients(autocast, x.cos, [x, *randlora.trainable_parameters(model)])
+    randlora.set_trainable(model, ["a", "b"], trainable=False)
+    head = model[2].requires_grad_()
+
+    def routed() -> Tensor:
+        with randlora.serving.routed(model, ["a", "b"] * 3):
+            output: Tensor = model(x.detach())
+        return output
+
+    assert_same_gradients(routed, head.get_parameter("weight").cos, [*head.parameters()])
+
+
 class Keeping(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

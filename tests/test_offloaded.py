@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +25,7 @@ from randlora.places import Plain, place_of
 from tests.kit import adapt, adapter_values, all_bits, bits, same_bits
 from tests.model_directories import contents
 from tests.models import llama, outputs, tokens
+from tests.quantized import of_4_bits
 
 CPU = torch.device("cpu")
 NORM = ["norm.weight", "norm.bias"]
@@ -378,6 +380,23 @@ def test_a_model_of_transformers_that_is_offloaded_as_it_is_loaded(device_map: d
     with pytest.raises(MergeError, match="cannot save_pretrained a model whose adapters are merged"):
         plain.save_pretrained(tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.medium
+def test_layers_of_bitsandbytes_are_merged_where_they_are_and_refused_where_they_are_offloaded(tmp_path: Path) -> None:
+    built = nn.Sequential(OrderedDict({name: of_4_bits(64, 64) for name in ("up", "down")}))
+    x, plain = torch.randn(3, 64), adapted(copy.deepcopy(built))
+    model = adapted(put(copy.deepcopy(built), "here", tmp_path))
+    assert same_bits(model(x), plain(x))
+    with randlora.merged(model), randlora.merged(plain):
+        assert same_bits(model(x), plain(x))
+    late = put(adapted(copy.deepcopy(built)), "partly disk", tmp_path)
+    codes = bits(late.up.weight)
+    with pytest.raises(MergeError, match="accelerate offloads the weights of down"):
+        randlora.merge(late)
+    assert bits(late.up.weight) == codes
+    with pytest.raises(TargetError, match="down has no values"):
+        adapted(put(built, "partly disk", tmp_path))
 
 
 def test_accelerate_reads_the_configs_of_the_docs(tmp_path: Path) -> None:

@@ -183,10 +183,10 @@ def test_what_went_from_peft_to_us_and_back_is_what_it_was(name: str, tmp_path: 
     theirs = peft_model(kind, basis, **options)
     theirs.save_pretrained(tmp_path / "theirs")
     if name in ONE_COPY:
-        bases = [key for key in read_tensors(tmp_path / "theirs")[0] if key.endswith(("_A", "_B"))]
-        dropped = [key for key in bases if (key.count(".") > 1) == ONE_COPY[name]]
+        copies = [key for key in read_tensors(tmp_path / "theirs")[0] if key.endswith(("_A", "_B"))]
+        dropped = [key for key in copies if (key.count(".") > 1) == ONE_COPY[name]]
         edit_tensors(tmp_path / "theirs", {}, drop=dropped)
-        assert 0 < len(dropped) < len(bases)
+        assert 0 < len(dropped) < len(copies)
     ours = in_ours(kind, tmp_path / "theirs")
     assert_same_effect(ours, theirs, kind)
     (info,) = randlora.adapters(ours)

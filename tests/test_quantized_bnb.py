@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import randlora
-from randlora.errors import RandLoRAError, TargetError
+from randlora.errors import AdapterError, RandLoRAError, TargetError
 from randlora.quantized import bnb
 from randlora.quantized.bnb import MAY_REPACK
 from tests.codes import assert_rounded_to_nearest, step, written_out
@@ -195,6 +195,24 @@ def test_a_trained_bias_keeps_its_dtype_whatever_runs_and_new_codes_are_held_as_
 # What an evaluation on a CPU repacks is refused, and adapted layers are kept from it
 
 
+@pytest.mark.parametrize(("way", "storage"), [("requantize", torch.bfloat16), ("dequantize", torch.uint8)])
+def test_a_weight_that_lost_its_state_to_the_layer_merges_and_comes_back(way: Any, storage: torch.dtype) -> None:
+    """As ``load_state_dict(assign=True)`` and sharding leave it, which wants codes in another dtype."""
+    model, layer = adapted(four_bits(quant_storage=storage))
+    x = torch.randn(5, 64, requires_grad=True)
+    expected = model(x)
+    assert_close(expected, plain(layer)(x) + x @ update_of(layer).T, torch.float32)
+    model.load_state_dict(model.state_dict(), assign=True, strict=False)
+    held = layer.weight, layer.quant_state
+    assert not hasattr(held[0], "quant_state")
+    with randlora.merged(model, quantized=way):
+        merged = model(x)
+        assert layer.weight.dtype == (storage if way == "requantize" else torch.float32)
+    assert (merged - expected).abs().max() < 0.3 * expected.abs().max()
+    assert (layer.weight is held[0], layer.quant_state is held[1]) == (True, True)
+    assert same_bits(model(x), expected)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 @every_nesting
 def test_what_bitsandbytes_repacks_is_known_by_its_private_names_and_refused(
@@ -245,3 +263,28 @@ def test_codes_stay_in_order_while_there_is_an_adapter(
     assert not vars(layer)[MAY_REPACK]
     ending(model)
     assert vars(layer)[MAY_REPACK] == (is_allowed and not is_prepared)
+
+
+@needs_repacking
+@every_nesting
+def test_codes_that_are_repacked_under_an_adapter_give_an_error_and_never_other_numbers(nested: bool) -> None:
+    """A layer of bitsandbytes alone leads no gradients, and misreads scales that its state dict has turned."""
+    model, layer = adapted(four_bits(256, bias=False, compress_statistics=nested))
+    x = torch.randn(5, 256, requires_grad=True)
+    output = model(x)
+    loss, wanted = output.square().sum(), torch.autograd.grad(model(x).square().sum(), x)[0]
+    layer.__dict__[MAY_REPACK] = True
+    with torch.no_grad():
+        model.eval()(torch.randn(3, 256))
+    assert same_bits(torch.autograd.grad(loss, x)[0], wanted)
+    for is_training in (True, False):
+        for refused in (lambda: model(x), lambda: model(x.detach()), lambda: randlora.merge(model)):
+            model.train(is_training)
+            with pytest.raises(AdapterError, match="the weight of an adapted Linear4bit was repacked"):
+                refused()
+    layer.state_dict()  # which puts codes in order, and leaves scales that are not quantized turned
+    if layer.weight.quant_state.absmax.ndim == 2:
+        with pytest.raises(AdapterError, match="was repacked"):
+            model(x)
+    else:
+        assert_close(model(x), output, torch.bfloat16)  # the scales were rounded

@@ -86,6 +86,22 @@ def test_an_adapter_is_planned_as_for_the_dense_model_trained_merged_and_ejected
     assert same_bits(outputs(model, x), plain)
 
 
+@pytest.mark.parametrize(("bits", "is_prepared"), [(8, True), (4, False)])
+def test_a_model_that_never_ran_computes_after_it_is_dequantized(bits: int, is_prepared: bool) -> None:
+    """Loaded in bfloat16; a plain layer does not cast what it is given."""
+    model: Any = half_precision_model(LLAMA, bits=bits)
+    if is_prepared:
+        randlora.prepare_quantized(model)
+    randlora.inject(model, r=8, targets="all-linear")
+    fill(model)
+    with randlora.merged(model, quantized="dequantize") as report:
+        assert report.notes == ()  # for a while only
+        assert [each for each in model.parameters() if each.requires_grad] == randlora.trainable_parameters(model)
+    assert "config still says that it is quantized" in str(randlora.merge(model, quantized="dequantize"))
+    assert outputs(model, LLAMA.inputs()).isfinite().all()
+    assert quantized_layers(model) == {}
+
+
 @pytest.mark.medium
 @every_case
 def test_files_fit_models_as_codes_dense_in_peft_and_dequantized(kind: RealModel, codes: Codes, tmp_path: Path) -> None:
@@ -237,6 +253,24 @@ HALVES: dict[str, Callable[[], nn.Module]] = {
     "attention": lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
     "parametrized linear": lambda: weight_norm(nn.Linear(8, 8)),
 }
+
+
+class Stored(Tensor):
+    """Values in a form of a library's own."""
+
+
+def test_what_is_tied_stays_tied_and_what_has_no_values_or_another_form_stays_as_it_is() -> None:
+    model: Any = Mixed(torch.bfloat16)
+    model.head = nn.Linear(12, 11, bias=False, dtype=torch.bfloat16)
+    model.head.weight, model.again, model.lazy = model.embed.weight, model.q, nn.LazyLinear(4, bias=False)
+    model.stored = nn.Linear(4, 4, dtype=torch.bfloat16)
+    model.stored.weight = nn.Parameter(model.stored.weight.detach().as_subclass(Stored), requires_grad=False)
+    report = prepare_quantized(model, **only("full_precision"))
+    assert model.head.weight is model.embed.weight
+    assert report.cast == ("embed", "q", "up", "down", "norm", "head")
+    assert hooks(model)["q"] == (0, 1), "a layer that is used twice is hooked once"
+    assert isinstance(model.lazy.weight, nn.UninitializedParameter)
+    assert model.stored(torch.randn(2, 4)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", HALVES)

@@ -198,6 +198,20 @@ def test_a_gradient_that_would_not_reach_the_adapters_is_an_error_unless_of_a_cl
     torch.testing.assert_close([parameter.grad for parameter in trained], [*expected])
 
 
+def test_a_stack_requires_a_gradient_where_its_sum_does_and_works_where_none_is_needed() -> None:
+    model = adapted()
+    stack, trained = up(model), [*randlora.trainable_parameters(model)]
+    assert (stack.requires_grad, stack[0].requires_grad, stack.mT.requires_grad) == (True, True, True)
+    outputs = of_first(X, stack), checkpoint(of_first, X, stack, use_reentrant=False)
+    torch.testing.assert_close(*(torch.autograd.grad(output.square().sum(), trained) for output in outputs))
+    with torch.no_grad():
+        assert not up(model).requires_grad
+        torch.testing.assert_close(PRODUCT(X, up(model)), X @ summed(model).flatten(0, 1).mT)
+        assert torch.equal(copy.deepcopy(up(model)), summed(model))
+    randlora.set_trainable(model, "default", trainable=False)
+    assert not up(model).requires_grad
+
+
 def written_to(stack: Tensor) -> Tensor:
     out = torch.zeros(3, OUT)
     torch.matmul(X, stack[1].mT, out=out)

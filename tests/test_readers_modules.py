@@ -203,10 +203,10 @@ class Subclass(nn.MultiheadAttention):
 
 
 class Attending(nn.Module):
-    def __init__(self, kind: type[nn.MultiheadAttention] = nn.MultiheadAttention, **options: Any) -> None:
+    def __init__(self, kind: type[nn.MultiheadAttention] = nn.MultiheadAttention) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.attn = kind(12, **{"num_heads": 2, "batch_first": True, "dtype": torch.float64, **options})
+        self.attn = kind(12, 2, batch_first=True, dtype=torch.float64)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.3)
 
@@ -232,6 +232,24 @@ def test_the_fast_path_is_taken_and_each_update_computed_once_with_its_gradients
             with torch.no_grad():
                 assert not model.attn.in_proj_weight.requires_grad
             assert model.attn.in_proj_weight.requires_grad
+
+
+def test_a_linear_layer_in_the_place_of_out_proj_is_adapted_as_it_is_read_and_its_type_as_it_is_called() -> None:
+    layer = nn.modules.linear.NonDynamicallyQuantizableLinear(12, 8, dtype=torch.float64)
+    models: list[tuple[nn.Module, str]] = [(nn.Sequential(layer), "0")]
+    for kind in (nn.MultiheadAttention, Subclass):
+        models.append((attending := Attending(kind), "out_proj"))
+        attending.attn.out_proj = nn.Linear(12, 12, dtype=torch.float64)  # type: ignore[assignment]
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    for model, name in models:
+        base = model(x)
+        randlora.inject(model, r=3, targets=[name])
+        found = fill(model)(x)
+        assert (found - base).abs().max() > 0.01
+        found.sum().backward()
+        assert all(each.grad is not None and each.grad.any() for each in randlora.trainable_parameters(model))
+        randlora.merge(model)
+        torch.testing.assert_close(model(x), found)
 
 
 def test_files_are_merged_as_in_memory_and_split_projections_have_the_second_format(tmp_path: Path) -> None:

@@ -257,6 +257,20 @@ def test_a_model_computes_as_one_whose_weights_were_changed_and_is_trained_and_e
     assert all_bits(model.state_dict()) == all_bits(base.state_dict())
 
 
+@in_prototype
+@pytest.mark.parametrize("targets", [["linear1"], ["layers.1.self_attn"], None], ids=str)
+def test_an_encoder_in_evaluation_gives_gradients_or_torch_says_that_nested_tensors_have_none(targets: Any) -> None:
+    model = encoder().double()
+    randlora.inject(model, r=4, targets=targets)
+    fill(model)
+    if targets is not None:
+        with pytest.raises(AssertionError, match="does not support NestedTensor outside of its fast path"):
+            encoded(model)
+        model.use_nested_tensor = False
+    encoded(model)[1].square().sum().backward()
+    assert_only_adapters_are_trained(model)
+
+
 def test_layers_of_rwkv_that_it_divides_in_place_are_left_out_and_the_rest_is_merged_as_it_acts() -> None:
     model = rwkv(rescale_every=2)
     report = randlora.inject(model, r=2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
-from randlora.functional import BlockPair, delta_weight
+from randlora.functional import BlockPair, Compute, adapted_linear, delta_weight
 from randlora.functional.region import Region, Sides, Spans, all_of, fewest_spans, take_spans
 from randlora.layers.update import Update
 from tests.read_kinds import READ_KINDS, ReadKind
@@ -63,6 +63,33 @@ def test_the_update_of_a_region_is_that_part_of_the_whole_update(
             expected = torch.stack([region.of(matrix) for matrix in taken])
             error = (formed(update.within(region), dtype) - (expected if matrices else expected[0])).abs().max() / scale
             assert error <= most
+
+
+@pytest.mark.parametrize("compute", ["auto", "factored", "materialized"])
+@given(specs(), st.data())
+def test_gradients_of_parts_add_up_to_those_of_the_whole(
+    compute: Compute, spec: BasisSpec, data: st.DataObject
+) -> None:
+    update, rows, columns = drawn(spec, data)
+    out, into = update.shape
+    trained = [update.lam.requires_grad_(), update.gamma.requires_grad_()]
+    weight = torch.randn(out, into, dtype=torch.float64)
+    x, upstream = (torch.randn(3, size, dtype=torch.float64) for size in (into, out))
+    x.requires_grad_()
+    output = adapted_linear(x, *update.parts(CPU, torch.float64), weight=weight, compute=compute)
+    expected = torch.autograd.grad(output, [x, *trained], upstream)
+    total = torch.zeros_like(output)
+    for region in (Region(one, other) for one in rows for other in columns):
+        part = adapted_linear(
+            take_spans(x, region.columns, 1),
+            *update.within(region).parts(CPU, torch.float64),
+            weight=region.of(weight),
+            compute=compute,
+            is_wide=update.is_wide,
+        )
+        total = total.index_add(1, torch.tensor([row for span in region.rows for row in range(*span)]), part)
+    torch.testing.assert_close(total, output)
+    torch.testing.assert_close(torch.autograd.grad(total, [x, *trained], upstream), expected)
 
 
 def test_a_part_of_the_bases_is_made_once_and_keeps_the_form_of_blocks_that_it_begins_with() -> None:

@@ -103,6 +103,20 @@ def test_a_cache_is_rolled_with_the_batch_and_stays_as_it_was() -> None:
     assert torch.equal(cache.layers[0].keys, keys)
 
 
+class Given(list[Tensor]):
+    def __reduce__(self) -> Any:
+        return Given, (), None, (each.clone() for each in self)
+
+
+def test_tensors_that_an_argument_makes_when_it_is_copied_are_not_taken_for_one_another() -> None:
+    model = with_adapters(Layers(lambda x: x))
+    given = Given(torch.full((4, 1, 6), float(number)) for number in range(4))
+    seen = []
+    model.register_forward_pre_hook(lambda _, args: seen.append([float(each.mean()) for each in args[1]["in"]]))
+    check_rows(model, NAMES, X, {"in": given})
+    assert seen == [[0.0, 1.0, 2.0, 3.0]] * 2
+
+
 def test_what_routed_refuses_and_rows_of_one_adapter_alone_are_refused() -> None:
     model = with_adapters(Layers(lambda x: x))
     for names, given, message in (

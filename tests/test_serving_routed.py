@@ -336,6 +336,18 @@ def test_what_has_no_rows_is_an_error(build: Any, call: Any, message: str) -> No
         call(model[0])
 
 
+def test_names_in_a_call_are_refused() -> None:
+    model, ids = models.llama(), torch.tensor([[1, 2], [3, 4]])
+    randlora.inject(model, r=2, name="a")
+    for each in (model, copy.deepcopy(model)):
+        with pytest.raises(AdapterError, match=r"randlora.serving.routed\(model, names\)"):
+            each(ids, adapter_names=["a", "b"])
+        randlora.eject(each)
+        each(ids, adapter_names=["a", "b"])  # which models of transformers ignore
+        assert not each._forward_pre_hooks
+        assert not each._forward_pre_hooks_with_kwargs
+
+
 def test_blocks_nest_the_innermost_counts_and_an_error_ends_them(model: nn.Module) -> None:
     x = torch.randn(2, 6)
     a, b, base = each_alone(model, ("a", "b", None), lambda: model(x)).values()

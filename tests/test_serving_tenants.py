@@ -42,7 +42,9 @@ class Training:
         torch.manual_seed(0)
         self.model: Any = models.llama().train()
         if checkpoints:
-            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable: Any = getattr(
+                self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable
+            )
             enable({"use_reentrant": False})
         self.accumulated, self.place = accumulated, place
         self.optimizers: dict[str, torch.optim.Optimizer] = {}

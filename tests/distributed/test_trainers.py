@@ -126,21 +126,14 @@ NOT_WRITTEN = (
 )
 
 
+WITHOUT = "zero 3", "zero 3-persistent", "fsdp SHARDED_STATE_DICT"  # of the last, transformers asks for no files
+WITH = "zero 3-gathered", "zero 2", "fsdp FULL_STATE_DICT"
+
+
 @in_two
-@pytest.mark.parametrize(
-    ("engine", "has_adapter"),
-    [
-        ("zero 3", False),
-        ("zero 3-persistent", False),  # all parameters are whole between two steps
-        ("zero 3-gathered", True),
-        ("zero 2", True),
-        ("fsdp FULL_STATE_DICT", True),
-        ("fsdp SHARDED_STATE_DICT", False),  # of which transformers asks for no files
-    ],
-)
-def test_a_stock_trainer_resumes_and_says_if_it_writes_no_adapter(
-    tmp_path: Path, engine: str, *, has_adapter: bool
-) -> None:
+@pytest.mark.parametrize("engine", [*WITHOUT, *WITH])
+def test_a_stock_trainer_resumes_and_says_if_it_writes_no_adapter(tmp_path: Path, engine: str) -> None:
+    has_adapter = engine in WITH
     with launched(engine):
         from transformers import Trainer, TrainingArguments
 
@@ -195,19 +188,13 @@ def make(kind: str, directory: Path, train_also: list[str], given: dict[str, Any
         return trainer(model, *rewards, args=args, train_dataset=preferences(), **own)
 
 
+SHARDED, NORM = "fsdp SHARDED_STATE_DICT", ["norm"]
+OTHERS = ("DPO", SHARDED, []), ("GRPO", SHARDED, []), ("DPO", "zero 2", NORM), ("GRPO", "zero 2", NORM)
+REFERENCES = [("DPO", SHARDED, NORM), ("DPO", "zero 3", []), *(further(*each) for each in OTHERS)]
+
+
 @in_two
-@pytest.mark.parametrize(
-    ("kind", "engine", "train_also"),
-    [
-        ("DPO", "fsdp SHARDED_STATE_DICT", ["norm"]),
-        further("DPO", "fsdp SHARDED_STATE_DICT", []),
-        further("GRPO", "fsdp SHARDED_STATE_DICT", []),
-        ("DPO", "zero 3", []),
-        further("DPO", "zero 2", ["norm"]),
-        further("GRPO", "zero 2", ["norm"]),
-        further("GRPO", "zero 3", []),
-    ],
-)
+@pytest.mark.parametrize(("kind", "engine", "train_also"), [*REFERENCES, further("GRPO", "zero 3", [])])
 def test_the_reference_is_the_same_model_without_its_adapter(
     tmp_path: Path, kind: str, engine: str, train_also: list[str]
 ) -> None:

@@ -287,7 +287,7 @@ def _in_file(value: Tensor) -> Tensor:
 
 
 methods = [method for _, method in inspect.getmembers(RandLoRAMachine, inspect.isfunction)]
-RULES = {method.__name__: rule for method in methods if (rule := getattr(method, RULE_MARKER, None))}
+RULES = {method.__name__: marked for method in methods if (marked := getattr(method, RULE_MARKER, None))}
 
 
 def run_program(data: st.DataObject, steps: int) -> None:
