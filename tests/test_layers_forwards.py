@@ -24,9 +24,7 @@ from randlora.errors import MergeError, TargetError
 from randlora.functional import Compute
 from randlora.layers import AdapterLayer, register_layer, registry
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
-from randlora.quantized.hqq import HQQAdapter
-from randlora.quantized.layer import CodesAdapter, EetqAdapter
-from randlora.quantized.torchao import TorchaoPackedAdapter
+from randlora.quantized.libraries import CodesAdapter, EetqAdapter, HQQAdapter, TorchaoPackedAdapter
 from randlora.readers.read_weight import ReadLinear, ReadWeight
 from tests.kit import fill, same_bits, untouched
 from tests.laws import adapter_layer, assert_close, plain, update_of

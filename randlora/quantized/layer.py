@@ -1,4 +1,4 @@
-"""Adapter layers of quantized layers: with codes to merge into, or with only a forward (GPTQ, AWQ, AQLM, EETQ)."""
+"""Base classes of adapter layers of quantized layers: with codes to merge into, or with only a forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer, input_of
 from randlora.layers.in_place import change_class, detach_obstacle, plain_class
 from randlora.layers.linear import LinearAdapter
-from randlora.layers.registry import refuse_layer, register_layer
 from randlora.layers.update import Into, Merged, RoundingLoss
 from randlora.places import Kept, Place, place_at
 
@@ -248,27 +247,3 @@ def twin_of(owner: nn.Module, **parameters: Tensor) -> Any:
     twin: Any = object.__new__(plain_class(owner))
     twin.__dict__.update(owner.__dict__, _parameters={**owner._parameters, **parameters})
     return twin
-
-
-@register_layer("gptqmodel.nn_modules.qlinear.BaseQuantLinear")
-@register_layer("awq.modules.linear.gemm.WQLinear_GEMM")
-@register_layer("aqlm.inference.QuantizedLinear")
-class CodesAdapter(ForwardOnly):
-    """Adapts layers of gptqmodel (GPTQ, AWQ and its other formats), autoawq and aqlm."""
-
-
-@register_layer("transformers.integrations.eetq.EetqLinear")
-class EetqAdapter(ForwardOnly):
-    """Adapts a layer of EETQ as in transformers: int8 with a scale for each output."""
-
-    @staticmethod
-    def features(owner: Any) -> tuple[int, int]:
-        """Return ``(in_features, out_features)``, as the codes are stored."""
-        in_features, out_features = owner.weight.shape
-        return in_features, out_features
-
-
-refuse_layer(
-    "gptqmodel.nn_modules.qlinear.torch.TorchQuantEmbeddings",
-    "it is a quantized embedding: exclude it",
-)

@@ -1,10 +1,12 @@
-"""The adapter layers of linear layers whose weight torchao quantized: to 1 to 8 bits, to float8, and in other formats.
+"""Adapter layers of what other libraries than bitsandbytes quantized: HQQ, torchao, GPTQ, AWQ, AQLM and EETQ.
 
-Such a layer remains an `nn.Linear`, with a weight of a subclass of `torch.Tensor`. Written for torchao 0.18.
+A library is imported only if the model has layers of it. Written for hqq 0.2.8 and torchao 0.18; a layer of torchao
+remains an `nn.Linear`, with a weight of a subclass of `torch.Tensor`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable
@@ -17,14 +19,108 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError
 from randlora.layers.base import input_of
 from randlora.layers.linear import LinearAdapter
-from randlora.layers.registry import qualified_names, register_weight
+from randlora.layers.registry import qualified_names, refuse_layer, register_layer, register_weight
+from randlora.layers.update import Into
 from randlora.places import Keeper, Place, register_keeper
-from randlora.quantized.layer import NOT_HERE, ForwardOnly, QuantizedLayer
+from randlora.quantized.layer import NOT_HERE, ForwardOnly, QuantizedLayer, twin_of
 
-MODULE = "torchao.quantization"
-INT8, FLOAT8, INTX = f"{MODULE}.Int8Tensor", f"{MODULE}.Float8Tensor", f"{MODULE}.IntxUnpackedToInt8Tensor"
+HQQ = "hqq.core.quantize"
+TORCHAO = "torchao.quantization"
+INT8, FLOAT8, INTX = f"{TORCHAO}.Int8Tensor", f"{TORCHAO}.Float8Tensor", f"{TORCHAO}.IntxUnpackedToInt8Tensor"
 ANY = "torchao.utils.TorchAOBaseTensor"
 """The base class of weights, also of those whose codes are packed for kernels."""
+
+
+@register_layer("gptqmodel.nn_modules.qlinear.BaseQuantLinear")
+@register_layer("awq.modules.linear.gemm.WQLinear_GEMM")
+@register_layer("aqlm.inference.QuantizedLinear")
+class CodesAdapter(ForwardOnly):
+    """Adapts layers of gptqmodel (GPTQ, AWQ and its other formats), autoawq and aqlm."""
+
+
+@register_layer("transformers.integrations.eetq.EetqLinear")
+class EetqAdapter(ForwardOnly):
+    """Adapts a layer of EETQ as in transformers: int8 with a scale for each output."""
+
+    @staticmethod
+    def features(owner: Any) -> tuple[int, int]:
+        """Return ``(in_features, out_features)``, as the codes are stored."""
+        in_features, out_features = owner.weight.shape
+        return in_features, out_features
+
+
+refuse_layer(
+    "gptqmodel.nn_modules.qlinear.torch.TorchQuantEmbeddings",
+    "it is a quantized embedding: exclude it",
+)
+
+
+@register_layer(f"{HQQ}.HQQLinear")
+class HQQAdapter(QuantizedLayer):
+    """Adapts an ``HQQLinear``. Its own forward runs, with any of its backends, and the adapter's output is added."""
+
+    kept: ClassVar[tuple[str, ...]] = (
+        *("ready", "in_gpu", "bias", "axis", "channel_wise", "device", "compute_dtype", "quant_config", "del_orig"),
+        *("offload_meta", "linear_layer", "meta", "encoded_state_dict"),
+    )
+
+    @classmethod
+    def plain_forward(cls) -> Callable[..., Tensor] | None:
+        """Return ``HQQLinear.forward``, which belongs to the chosen backend."""
+        forward: Callable[..., Tensor] = sys.modules[HQQ].HQQLinear.forward
+        return forward
+
+    @classmethod
+    def nbytes_of(cls, owner: Any) -> int:
+        """Return the bytes of codes, scales and zeros."""
+        return super().nbytes_of(owner) + sum(held.nbytes for held in owner.meta.values() if isinstance(held, Tensor))
+
+    def product(self, owner: nn.Module, x: object) -> None:
+        """Return ``None``: the layer's own forward dequantizes and multiplies."""
+
+    def compute_dtype(self, owner: Any) -> torch.dtype | None:
+        """Return the dtype that the layer computes in."""
+        dtype: torch.dtype | None = owner.compute_dtype
+        return dtype
+
+    def merge_obstacle(self, owner: Any, into: Into | None) -> str | None:
+        """Return why the owner cannot be quantized again, or become a plain layer, or ``None``."""
+        if into is not None and into.quantized == "requantize" and "scale" not in owner.meta:
+            return "has scales that are quantized or offloaded: merge with quantized='dequantize'"
+        return super().merge_obstacle(owner, into)
+
+    def written_out(self, owner: Any, held: tuple[nn.Parameter, dict[str, Any]] | None = None) -> Tensor:
+        """Return the dequantized weight in float32."""
+        twin = twin_of(owner)
+        codes, meta = held or self.codes(owner)
+        twin._parameters["W_q"], twin.meta = codes, dict(meta)  # dequantizing adds to it, and removes
+        weight: Tensor = twin.dequantize().float()
+        return weight
+
+    def requantized(self, owner: Any, weight: Tensor) -> tuple[tuple[nn.Parameter, dict[str, Any]], float]:
+        """Quantize a weight to codes of as many bits, with a scale for as many entries."""
+        options = copy.deepcopy(owner.quant_config)
+        layer = type(owner).randlora_base(
+            None, {**options, "offload_meta": False}, compute_dtype=owner.compute_dtype, device=str(weight.device)
+        )
+        layer.quantize(weight, **options)
+        return (layer.W_q, layer.meta), float(layer.meta["scale"].abs().max())
+
+    def codes(self, owner: Any) -> tuple[nn.Parameter, dict[str, Any]]:
+        """Return the codes with their scales and the way in which they are packed."""
+        return owner.W_q, owner.meta
+
+    def put_in(self, owner: Any, held: tuple[nn.Parameter, dict[str, Any]]) -> None:
+        """Replace the codes of the layer and their scales."""
+        owner._parameters["W_q"], owner.meta = held
+
+    def write_state(self, layer: nn.Module, destination: dict[str, Any], prefix: str) -> None:
+        """Write the entries that the layer itself writes, which torch's own saving leaves out."""
+        layer.state_dict(destination=destination, prefix=prefix)
+
+    def move(self, owner: Any, device: torch.device) -> None:
+        """Move the owner. Its ``to`` does nothing."""
+        owner.cuda(str(device))
 
 
 @register_weight(ANY)
