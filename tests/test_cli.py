@@ -28,9 +28,9 @@ import randlora
 from randlora import files
 from randlora.__main__ import main
 from randlora.bases.spec import BasisSpec
+from randlora.cli import complain, plain, show, show_json, visible
 from randlora.cli.app import COMMANDS
 from randlora.cli.commands import callback, progress_bar
-from randlora.cli.printed import complain, plain, show, show_json, visible
 from randlora.config import OPTIONS
 from randlora.errors import how_to_install, on_command_line
 from randlora.files.inspect import Check, Verification

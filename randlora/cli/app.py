@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import randlora
-from randlora.cli.printed import FILES_ERROR, USAGE_ERROR, complain
+from randlora.cli import FILES_ERROR, USAGE_ERROR, complain
 from randlora.errors import ConfigError, RandLoRAError, TargetError, on_command_line
 
 COMMANDS = {

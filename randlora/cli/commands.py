@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 import randlora
 from randlora import files
-from randlora.cli.printed import FILES_ERROR, plain, show, show_json, visible
+from randlora.cli import FILES_ERROR, plain, show, show_json, visible
 from randlora.errors import ConfigError, spelled
 from randlora.files.adapter import open_base
 from randlora.files.plan import checkpoint_memory, plan_checkpoint
