@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError
-from randlora.integrations.lightning import AdapterCallback
 from tests.kit import all_bits, untouched
 from tests.lightning_modules import Module, fit, trained
 from tests.peer import TRAINERS_WARNINGS
@@ -17,7 +15,7 @@ from tests.peer import TRAINERS_WARNINGS
 pytestmark = [*TRAINERS_WARNINGS, pytest.mark.medium]
 
 
-def test_a_checkpoint_has_what_is_trained_and_statistics_and_an_adapter_is_beside_it(tmp_path: Path) -> None:
+def test_a_checkpoint_has_what_is_trained_and_statistics(tmp_path: Path) -> None:
     module = Module()
     trainer = fit(module, tmp_path, epochs=1)
     values = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
@@ -26,13 +24,6 @@ def test_a_checkpoint_has_what_is_trained_and_statistics_and_an_adapter_is_besid
     assert not {"model.0.weight", "model.1.bias"} & values.keys()
     trainer.save_checkpoint(tmp_path / "after.ckpt")
     assert torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"].keys() == values.keys()
-    out, callback = tmp_path / "beside", AdapterCallback(adapter_directories=True)
-    fit(module, out, epochs=3, callback=callback, checkpoints={"save_top_k": 1})  # the others are removed
-    assert sorted(path.name for path in out.iterdir()) == ["epoch=2.adapter", "epoch=2.ckpt"]
-    fresh = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Dropout(0.1), nn.Linear(32, 8))
-    randlora.load(fresh, out / "epoch=2.adapter", trainable=True)
-    own, loaded = randlora.trainable_parameters(module.model), randlora.trainable_parameters(fresh)
-    assert all(torch.equal(one, other) for one, other in zip(own, loaded, strict=True))
 
 
 class Own(Module):
@@ -79,7 +70,3 @@ def test_checkpoints_of_another_adapter_and_of_weights_only_are_refused_and_noth
     with pytest.raises(CheckpointError, match="writes the whole model"):
         fit(module, tmp_path, epochs=1, checkpoints={"save_weights_only": True})
     assert module.losses == []
-    trainer = fit(module, tmp_path, epochs=1)
-    with pytest.raises(CheckpointError, match="writes the whole model"):
-        trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
-    assert not (tmp_path / "weights.ckpt").exists()

@@ -8,12 +8,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-import shutil
 import sys
 import warnings
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +22,6 @@ from torch import Tensor, nn
 import randlora
 from randlora.bases.spec import BasisSpec
 from randlora.errors import AdapterError, CheckpointError, raise_collected
-from randlora.model.view import is_held_together
 from randlora.places import is_whole
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
@@ -48,42 +45,35 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
     adapters of the model must be the same as in the checkpoint: the same layers, r, alpha and bases.
 
     A checkpoint does not contain the base model. Create it as when training began, and inject the adapters with the
-    same options, in the module's constructor or in ``configure_model``.
-
-    Args:
-        adapter_directories: Whether to also call `randlora.save` for each checkpoint, into a directory beside it with
-            ``.adapter`` instead of ``.ckpt``. It is removed when Lightning removes the checkpoint.
-        name: The adapter to save there; ``None`` means the only one.
+    same options, in the module's constructor or in ``configure_model``. For files of the adapter alone, call
+    `randlora.save`.
 
     Examples:
         >>> from randlora.integrations.lightning import AdapterCallback
-        >>> callback = AdapterCallback(adapter_directories=True)
-        >>> options = {"callbacks": [callback]}  # of a Trainer
+        >>> options = {"callbacks": [AdapterCallback()]}  # of a Trainer
     """
 
-    def __init__(self, *, adapter_directories: bool = False, name: str | None = None) -> None:
+    def __init__(self) -> None:
         """Create the callback for one trainer."""
         super().__init__()
-        self.adapter_directories, self.name = adapter_directories, name
         self._buffers: dict[str, str] = {}
-        self._directories: dict[Path, Path] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002  # Lightning's hook
         """Prepare a run before a checkpoint is loaded."""
         if any(getattr(each, "save_weights_only", False) for each in trainer.checkpoint_callbacks):
-            raise CheckpointError(_WEIGHTS_ONLY)
+            raise CheckpointError(
+                "save_weights_only=True writes the whole model, because Lightning then skips callbacks: leave it out, "
+                "and call randlora.save for files of the adapter alone"
+            )
         self._buffers = {name: _digest(buffer) for name, buffer in pl_module.named_buffers()}
         pl_module.strict_loading = False  # the base is not in the checkpoint
         # as Lightning's hook of a callback comes after the module was changed
         own = type(pl_module).on_load_checkpoint.__get__(pl_module)
         pl_module.on_load_checkpoint = functools.partial(_check_and_load, own, pl_module)
-        if not isinstance(trainer.save_checkpoint, functools.partial):
-            trainer.save_checkpoint = functools.partial(self._save_checkpoint, trainer, trainer.save_checkpoint)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002  # Lightning's hook
-        """Restore the module's hook, and remove directories whose checkpoints were removed."""
+        """Restore the module's hook."""
         pl_module.__dict__.pop("on_load_checkpoint", None)
-        self._remove_left()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002  # Lightning's hook
         """Check that there is an adapter."""
@@ -127,38 +117,6 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
             UserWarning,
             stacklevel=2,
         )
-
-    def _save_checkpoint(
-        self,
-        trainer: Any,
-        write: Any,
-        filepath: Any,
-        weights_only: bool | None = None,  # noqa: FBT001  # Lightning's signature
-        **options: Any,
-    ) -> None:
-        """Write a checkpoint, and the adapter beside it."""
-        if weights_only:
-            raise CheckpointError(_WEIGHTS_ONLY)
-        write(filepath, weights_only, **options)
-        if not self.adapter_directories:
-            return
-        path = Path(filepath)
-        directory = path.with_suffix(".adapter")
-        if is_held_together(trainer.lightning_module) or trainer.is_global_zero:
-            randlora.save(trainer.lightning_module, directory, name=self.name)
-        self._directories[path] = directory
-        self._remove_left(path)
-
-    def _remove_left(self, newest: Path | None = None) -> None:
-        """Remove the directories whose checkpoints Lightning has removed."""
-        for path in [each for each in self._directories if each != newest and not each.exists()]:
-            shutil.rmtree(self._directories.pop(path), ignore_errors=True)
-
-
-_WEIGHTS_ONLY = (
-    "save_weights_only=True writes the whole model, because Lightning then skips callbacks: omit it, and use "
-    "adapter_directories=True or randlora.save for files with the adapter alone"
-)
 
 
 def _check_and_load(load: Any, module: Any, checkpoint: dict[str, Any]) -> None:
