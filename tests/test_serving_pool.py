@@ -207,9 +207,7 @@ def test_what_routed_cannot_take_is_used_by_other_means(tmp_path: Path) -> None:
             refused(pool, "routed", [name] * 3, AdapterError, rf"{name!r} trained 2.weight, 2.bias with train_also")
 
 
-def test_sources_are_directories_read_again_for_a_new_name_states_and_the_packed_names_of_tokens(
-    outputs: dict[str, Any], tmp_path: Path
-) -> None:
+def test_sources_are_directories_read_again_for_a_new_name_and_states(outputs: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(outputs["files"] / "a", tmp_path / "a")
     (tmp_path / ".b.unfinished-12345678").mkdir()
     (tmp_path / ".b.unfinished-12345678" / FILE).touch()
@@ -223,6 +221,6 @@ def test_sources_are_directories_read_again_for_a_new_name_states_and_the_packed
     randlora.load(loaded, outputs["files"] / "b")
     states = {"one": outputs["files"] / "a", "two": randlora.adapter_state(loaded)}
     refused(AdapterPool(other, states, max_loaded=2), "using", ["a"], AdapterError, "no adapter named 'a'")
-    with AdapterPool(other, states, max_loaded=2).routed([["one", "two", None]]):
-        found = other(X.unsqueeze(0))
-    assert_close(found[0, :2], torch.stack([outputs["a"][0], outputs["b"][1]]), torch.float32)
+    with AdapterPool(other, states, max_loaded=2).routed(["one", "two", None]):
+        found = other(X)
+    assert_close(found[:2], torch.stack([outputs["a"][0], outputs["b"][1]]), torch.float32)

@@ -121,13 +121,6 @@ def test_rows_that_cannot_be_known_are_an_error_at_every_length(what: str) -> No
                 model(torch.randn(ROWS, length, 6))
 
 
-@pytest.mark.parametrize("arrange", [lambda x: x.flip(0), lambda x: x.transpose(0, 1).flatten(0, 1)])
-def test_tokens_of_packed_rows_that_are_elsewhere_are_an_error(arrange: Any) -> None:
-    model, names = with_adapters(Arranging(arrange, lambda x: x)), list[Names]([["a", "b", "a"], ["b", None, "a"]])
-    with routed(model, names), pytest.raises(AdapterError, match="routed was given names for 2 rows of 3 tokens"):
-        model(torch.randn(2, 3, 6))
-
-
 class Table(nn.ModuleList):
     def forward(self, x: Tensor, *, is_queries: bool) -> Tensor:
         table = torch.ones(ROWS, 6)
@@ -196,7 +189,6 @@ def test_only_the_first_call_of_a_kind_is_followed() -> None:
         for _ in range(2):
             model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         assert len({id(call.args[0]) for call in begun.call_args_list}) == 2, "the prompts, and a token after them"
-        assert not any(layer._forward_pre_hooks for layer in model.model.layers)
     assert hooks == [{**module._forward_hooks} for module in model.modules()]
 
 
@@ -359,7 +351,7 @@ class Attending(nn.Module):
 
 
 def test_after_an_interrupt_inside_of_attention_the_block_goes_on() -> None:
-    model, x = with_adapters(Attending(), ["first", "attention.out_proj"]), torch.randn(ROWS, 3, 6)
+    model, x = with_adapters(Attending(), "all"), torch.randn(ROWS, 3, 6)
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
@@ -14,19 +13,14 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
+from randlora.model.view import holding_copies
 from randlora.serving.routed import WITHOUT_ROWS, block_of, routing_of
 from randlora.serving.routing import Layout
 from randlora.serving.run import RowByRow
-from randlora.state import adapted_root
-
-UNCOPIED = nn.Module, type, FunctionType
-"""What both forwards are given as it is, inside of their arguments."""
 
 
 @torch.no_grad()
-def check_rows(
-    model: nn.Module, names: Sequence[str | None] | Sequence[Sequence[str | None]], *args: Any, **kwargs: Any
-) -> None:
+def check_rows(model: nn.Module, names: Sequence[str | None], *args: Any, **kwargs: Any) -> None:
     """Check that each layer finds the rows of a batch where `routed` expects them. For a model of your own.
 
     `routed` follows rows in the first call with inputs of some shapes, and expects them in the same places in later
@@ -34,12 +28,12 @@ def check_rows(
     by one row. In each layer the outputs of the rows must have moved with them. Rows must differ from one another.
 
     Both forwards draw the same random numbers and are given copies of the arguments, including caches. Afterwards modes
-    and random states are as before; what the forward changes in the model itself stays. It takes memory for the outputs
-    of all adapted layers. If the model is sharded, all processes call this together.
+    and random states are as before; what the forward writes into the model's tensors stays. It takes memory for the
+    outputs of all adapted layers. If the model is sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
-        names: The adapter of each row, or of its tokens, as for `routed`; at least two different ones.
+        names: The adapter of each row, as for `routed`; at least two different ones.
         *args: What you would pass to the model.
         **kwargs: What you would pass to the model by keyword.
 
@@ -57,35 +51,22 @@ def check_rows(
         raise AdapterError("cannot check rows that all have the same adapter: name at least two, or None for the base")
     outputs: list[tuple[str, Tensor]] = []
     first.watch = lambda *given: outputs.append(_by_row(first, 0, *given))
-    _forward(model, first, args, kwargs, 0)
-    second.expect(first)
-    expected = iter(outputs)
-    second.watch = lambda *given: _compare(_by_row(second, 1, *given), next(expected, None))
-    _forward(model, second, args, kwargs, 1)
+    with holding_copies([model], copy=lambda tensor: tensor):  # which restores the modes
+        model.eval()
+        _forward(model, first, args, kwargs, 0)
+        second.expect(first)
+        expected = iter(outputs)
+        second.watch = lambda *given: _compare(_by_row(second, 1, *given), next(expected, None))
+        _forward(model, second, args, kwargs, 1)
 
 
 def _forward(model: nn.Module, routing: RowByRow, args: Any, kwargs: Any, shift: int) -> None:
     """Run a model with copies of its arguments in which the rows are rolled."""
     args, kwargs = _copied(args, kwargs, len(routing.index), shift)
-    with _as_before(model), block_of(model, routing):
+    device = next((each.device for each in model.parameters() if each.device.type not in ("cpu", "meta")), None)
+    fork = {"devices": []} if device is None else {"devices": [device.index], "device_type": device.type}
+    with torch.random.fork_rng(**fork), block_of(model, routing):
         model(*args, **kwargs)
-
-
-@contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Run a block in evaluation mode; afterwards, restore the modes of the modules and the states of generators."""
-    root, _ = adapted_root(model)
-    modes = [(module, module.training) for module in root.modules()]
-    device = next((each.device for each in root.parameters() if each.device.type not in ("cpu", "meta")), None)
-    try:
-        for module, _ in modes:
-            module.training = False
-        fork = {"devices": []} if device is None else {"devices": [device.index], "device_type": device.type}
-        with torch.random.fork_rng(**fork):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _copied(args: Any, kwargs: Any, rows: int, shift: int) -> Any:
@@ -100,8 +81,8 @@ def _copied(args: Any, kwargs: Any, rows: int, shift: int) -> Any:
                 copies[id(value)] = value, value.roll(shift, 0) if has_rows else value.clone()
             elif isinstance(value, torch.Generator):
                 copies[id(value)] = value, value.clone_state()
-            elif isinstance(value, UNCOPIED):
-                copies[id(value)] = value, value
+            elif isinstance(value, nn.Module | type | FunctionType):
+                copies[id(value)] = value, value  # both forwards are given it as it is
             return id(value) if id(value) in copies else None
 
     class Unpickler(pickle.Unpickler):  # noqa: S301  # of what was pickled just before
@@ -128,9 +109,10 @@ def _by_row(
 def _compare(found: tuple[str, Tensor], expected: tuple[str, Tensor] | None) -> None:
     """Raise an `AdapterError` unless a layer's output is the same in both forwards, row for row."""
     fqn, output = found
-    if expected is None or expected[0] != fqn or expected[1].shape != output.shape:
-        what = "was not called there" if expected is None or expected[0] != fqn else "had a different shape there"
-        problem = f"{what} in the forward before"
+    if expected is None or expected[0] != fqn:
+        problem = "was not called there in the forward before"
+    elif expected[1].shape != output.shape:
+        problem = "had a different shape in the forward before"
     else:
         largest = expected[1].abs().amax() if output.numel() else output.new_zeros(())
         tolerance = torch.finfo(output.dtype).eps ** 0.5 * largest
@@ -139,6 +121,5 @@ def _compare(found: tuple[str, Tensor], expected: tuple[str, Tensor] | None) -> 
         problem = "has rows in different places than routed expects"
     raise AdapterError(
         f"{fqn} {problem}, after the batch and the names were rolled by one row: exclude the layer when the adapter is "
-        "made, open a block of routed for each call, or activate one adapter at a time. This is no fault if the model "
-        "itself computes a row differently in another place of the batch, such as with noise that it draws for each"
+        "made, or open a block of routed for each call, unless the model draws different noise for each row"
     )

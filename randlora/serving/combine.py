@@ -17,10 +17,8 @@ from randlora.hints import shortly
 from randlora.layers.update import Update
 from randlora.model.install import add, lost_parts, offloaded_diagonals
 from randlora.model.switch import factor_problems
-from randlora.model.train_also import copy_dtype, replacements
 from randlora.model.view import collective, opened, opened_to_add
 from randlora.modes import has_values
-from randlora.places import whole
 from randlora.ranks import agree, run_collectives
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState
@@ -47,8 +45,7 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
     without a new one, use `activate` with factors.
 
     The new adapter takes the options of the first adapter named, and r and alpha of each layer from the first adapter
-    that adapts it. Parameters of ``train_also`` become the model's own plus the weighted sum of the adapters' changes.
-    The new adapter is neither active nor trainable. If the model is sharded, all processes call this together.
+    that adapts it. It is neither active nor trainable. If the model is sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
@@ -59,8 +56,9 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
         A report as from `randlora.inject`.
 
     Raises:
-        AdapterError: If an adapter is unknown, the name is taken, the adapters are merged, a sum is not exact, or the
-            adapters differ in their bases, ``in_proj`` or ``experts``. The model is then unchanged.
+        AdapterError: If an adapter is unknown or has parameters of ``train_also``, the name is taken, the adapters are
+            merged, a sum is not exact, or the adapters differ in their bases, ``in_proj`` or ``experts``. The model is
+            then unchanged.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -77,21 +75,16 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
         sites = [site for site in census.adapted if any(source.name in site.layer.adapters for source in sources)]
         problems = [*lost_parts(census, state, sources), *offloaded_diagonals(census)]
         problems += obstacles(census, sites, sources[0].config.dropout)
-        problems += [*_form_problems(sites, sources), *_copy_problems(state, sites, sources)]
+        problems += _form_problems(sites, sources)
         raise_collected(AdapterError, problems, doing="combine")
         adapter = _planned(name, sites, sources, adapters)
         agree()
-        *updates, copies = run_collectives([
-            *(partial(site.layer.whole_updates, site.owner, dict(adapters)) for site in sites),
-            partial(_copies, state, adapters, sources),
-        ])
+        updates = run_collectives(partial(site.layer.whole_updates, site.owner, dict(adapters)) for site in sites)
         values = _values(adapter, sites, updates)
-        adapter.trained |= {fqn: nn.Parameter(copy, requires_grad=False) for fqn, copy in copies.items()}
-        replaced = replacements(census, state, copies)
         notes = next_steps(name, is_active=False, is_trainable=True)
         shapes = shapes_of(sites, adapter.config)
         report = adapter_report(census, adapter, shapes, is_active=False, is_trainable=False, notes=notes)
-        add(census, state, adapter, sites, replaced=replaced, active=False, trainable=False, values=values)
+        add(census, state, adapter, sites, replaced={}, active=False, trainable=False, values=values)
         return report
 
 
@@ -104,8 +97,14 @@ def _sources(state: ModelState, adapters: object) -> list[Adapter]:
 
 
 def _form_problems(sites: Iterable[AdaptedSite], sources: Sequence[Adapter]) -> list[str]:
-    """Return messages about layers that the adapters adapt in different ways, or on different bases."""
-    first, problems = sources[0], []
+    """Return messages about adapters of which not all can be summed, or that adapt layers in different ways."""
+    first = sources[0]
+    problems = [
+        f"{source.name!r} trained {shortened([*source.trained, *source.buffers])} with train_also, which combine "
+        "does not sum: activate the adapters with factors, or train without train_also"
+        for source in sources
+        if source.trained or source.buffers
+    ]
     bases: dict[int, tuple[Adapter, Basis]] = {r: (first, basis) for r, basis in first.bases.items()}
     for source in sources[1:]:
         for r, basis in source.bases.items():
@@ -132,28 +131,6 @@ def _form_problems(sites: Iterable[AdaptedSite], sources: Sequence[Adapter]) -> 
     return problems
 
 
-def _copy_problems(state: ModelState, sites: Iterable[AdaptedSite], sources: Iterable[Adapter]) -> list[str]:
-    """Return messages about what was trained besides Λ and Γ and cannot be summed."""
-    weights = {id(site.weight) for site in sites}
-    problems = []
-    for source in sources:
-        if source.buffers:
-            problems.append(
-                f"{source.name!r} has buffers ({shortened([*source.buffers])}), which have no sum: activate the "
-                "adapters with factors, or train without them in train_also"
-            )
-        for fqn, copy in source.trained.items():
-            entry = state.replaced[fqn]
-            if id(entry.installed) in weights:
-                problems.append(
-                    f"{source.name!r} trained a copy of {fqn}, a weight that the new adapter would adapt: leave one of "
-                    "the two out"
-                )
-            if not entry.fits(copy):
-                problems.append(f"{source.name!r} trained {fqn}, whose shape has changed: leave it out")
-    return problems
-
-
 def _planned(
     name: str, sites: Sequence[AdaptedSite], sources: Sequence[Adapter], adapters: Mapping[str, float]
 ) -> Adapter:
@@ -167,34 +144,12 @@ def _planned(
     config = replace(
         first.config, alpha=None if has_default_alpha else {fqn: alpha for fqn, (_, alpha) in options.items()}
     )
-    trained = dict.fromkeys(fqn for source in sources for fqn in source.trained)
-    if trained.keys() != first.trained.keys():
-        config = replace(config, train_also=list(trained))
     if options.keys() != first.options.keys():
         config = replace(config, targets=list(options), exclude=None)
     used = {r for r, _ in options.values()}
     bases = {r: basis for source in reversed(sources) for r, basis in source.bases.items() if r in used}
     rule = "the sum " + " + ".join(f"{factor:g}·{name}" for name, factor in adapters.items())
     return Adapter(name, options_by_target(config, options), bases, options, rule, peft_fields=dict(first.peft_fields))
-
-
-def _copies(state: ModelState, adapters: Mapping[str, float], sources: Sequence[Adapter]) -> dict[str, Tensor]:
-    """Return the parameters trained with the adapters: the model's own plus the weighted sum of their changes."""
-
-    def summed_copy(fqn: str) -> Tensor:
-        trained = {source.name: source.trained[fqn] for source in sources if fqn in source.trained}
-        own = state.replaced[fqn].original
-        flat = run_collectives(partial(whole, each) for each in (own, *trained.values()))
-        dtype = functools.reduce(torch.promote_types, [each.dtype for each in flat], torch.float32)
-        first, *others = [each.detach().to(device=own.device, dtype=dtype) for each in flat]
-        factors = [adapters[name] for name in trained]
-        total: Tensor = (1 - sum(factors)) * first
-        for factor, other in zip(factors, others, strict=True):
-            total = total + factor * other
-        return total.to(copy_dtype(state.replaced[fqn]))
-
-    fqns = dict.fromkeys(fqn for source in sources for fqn in source.trained)
-    return dict(zip(fqns, run_collectives(partial(summed_copy, fqn) for fqn in fqns), strict=True))
 
 
 def _values(
@@ -222,23 +177,18 @@ def _values(
 
 
 def summed(updates: Sequence[Update], scaling: float) -> tuple[Tensor, Tensor, bool]:
-    """Return Λ and Γ of the sum of updates on the same bases, and whether the sum is exact.
+    """Return Λ and Γ of the sum of updates on the same bases, in at least float32, and whether the sum is exact.
 
     Basis j multiplies column ``k·num_bases + j`` of B and row k of A by ``lam[k, j] · gamma[j, c]``, a matrix of rank
     one. The sum is an update if, for each basis, the sum of these matrices has rank one again. It then keeps the Γ of
     the largest term (if all other Γ are multiples of it), or its Λ likewise.
-
-    Args:
-        updates: The updates, of the same shape.
-        scaling: The scaling of the sum, which is not 0.
-
-    Returns:
-        Λ and Γ in the widest dtype of the updates, at least float32. They are computed in float64.
     """
     dtype = functools.reduce(torch.promote_types, [update.lam.dtype for update in updates], torch.float32)
     at = torch.device("cpu") if updates[0].lam.device.type == "mps" else updates[0].lam.device  # it has no float64
-    lam = torch.stack([_wide(update.lam, at) * (update.scaling / scaling) for update in updates]).mT
-    gamma = torch.stack([_wide(update.gamma, at) for update in updates])  # both are (terms, …, bases, features)
+    lam = torch.stack([update.lam.detach().to(at, torch.float64) * (update.scaling / scaling) for update in updates]).mT
+    gamma = torch.stack([
+        update.gamma.detach().to(at, torch.float64) for update in updates
+    ])  # (terms, …, bases, features)
     lam_sizes, gamma_sizes = lam.norm(dim=-1, keepdim=True), gamma.norm(dim=-1, keepdim=True)
     largest = (lam_sizes * gamma_sizes).argmax(0, keepdim=True)
     one_lam, one_gamma = (each.take_along_dim(largest, 0) for each in (lam, gamma))
@@ -258,7 +208,3 @@ def _shares(vectors: Tensor, one: Tensor) -> Tensor:
     """Return the multiple of one vector that is nearest to each."""
     squares = one.square().sum(-1, keepdim=True)
     return torch.where(squares > 0, (vectors * one).sum(-1, keepdim=True) / squares, 0.0)
-
-
-def _wide(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.detach().to(device=device, dtype=torch.float64)

@@ -7,7 +7,11 @@ size.
 
 from __future__ import annotations
 
+import math
+import operator
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +24,6 @@ NONE = -1
 
 MIXED = -2
 """The number that stands for several rows, or for unknown ones, in entries that depend on them."""
-
-LARGE = torch.iinfo(torch.int64).max
 
 
 class Label(NamedTuple):
@@ -77,9 +79,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 def shrunk(rows: Tensor) -> Tensor:
     """Return rows with size 1 in each dimension along which they do not change."""
-    for dim in range(rows.dim()):
-        if rows.shape[dim] > 1 and rows.stride(dim) == 0:
-            rows = rows.narrow(dim, 0, 1)
+    rows = rows[tuple(slice(1) if stride == 0 else slice(None) for stride in rows.stride())]
     for dim in range(rows.dim()):
         if rows.shape[dim] > 1 and bool((rows == (first := rows.narrow(dim, 0, 1))).all()):
             rows = first
@@ -91,10 +91,9 @@ def merged_along(label: Label, dims: Iterable[int]) -> Label:
     rows = label.rows
     for dim in dims:
         if rows.shape[dim] > 1:
-            is_row = rows >= 0
-            lowest, highest = torch.where(is_row, rows, LARGE).amin(dim, keepdim=True), rows.amax(dim, keepdim=True)
-            is_mixed = (rows == MIXED).any(dim, keepdim=True) | (is_row.any(dim, keepdim=True) & (lowest != highest))
-            rows = torch.where(is_mixed, MIXED, highest)
+            highest = rows.amax(dim, keepdim=True)
+            lowest = torch.where(rows >= 0, rows, highest).amin(dim, keepdim=True)
+            rows = torch.where((rows == MIXED).any(dim, keepdim=True) | (lowest != highest), MIXED, highest)
     return label.changed(shrunk(rows))
 
 
@@ -141,25 +140,14 @@ def reshaped(rows: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     """Return the rows of a tensor of shape ``old`` after it is viewed as ``new``."""
     if 0 in old:
         return torch.full((1,) * len(new), NONE, device="cpu")
-    expanded, wanted = [], []
+    ends = [list(accumulate(shape, operator.mul)) for shape in (old, new)]
+    expanded, wanted = list[int](), list[int]()
     i = j = 0
-    while i < len(old) or j < len(new):
-        i_end, j_end = i, j
-        sizes = [1, 1]
-        while True:  # as few dimensions as have the same number of entries before and after
-            if sizes[0] <= sizes[1] and i_end < len(old) and (sizes[0] < sizes[1] or i_end == i):
-                sizes[0] *= old[i_end]
-                i_end += 1
-            elif sizes[1] < sizes[0] and j_end < len(new):
-                sizes[1] *= new[j_end]
-                j_end += 1
-            else:
-                break
-        if j_end == j and j_end < len(new) and i_end == i:
-            j_end += 1
+    for end in sorted({*ends[0]} & {*ends[1]} | {math.prod(old)}):  # as few dimensions as have equally many entries
+        i_end, j_end = (bisect_right(each, end) for each in ends)
         is_same = all(size == 1 for size in rows.shape[i:i_end])
-        expanded += [1] * (i_end - i) if is_same else list(old[i:i_end])
-        wanted += [1] * (j_end - j) if is_same else list(new[j:j_end])
+        expanded += [1] * (i_end - i) if is_same else old[i:i_end]
+        wanted += [1] * (j_end - j) if is_same else new[j:j_end]
         i, j = i_end, j_end
     return shrunk(rows.expand(expanded).reshape(wanted))
 

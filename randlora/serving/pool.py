@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
@@ -88,7 +88,7 @@ class AdapterPool:
         return tuple(self._loaded)
 
     @contextmanager
-    def routed(self, names: Sequence[str | None] | Sequence[Sequence[str | None]]) -> Iterator[None]:
+    def routed(self, names: Sequence[str | None]) -> Iterator[None]:
         """Run each row of a batch through its own adapter inside a ``with`` block. Missing adapters are loaded.
 
         Args:
@@ -100,7 +100,8 @@ class AdapterPool:
             CheckpointError: If an adapter cannot be loaded; the message names its files. The model then has the same
                 adapters as before.
         """
-        wanted = _named(names)
+        given = names if isinstance(names, Sequence) and not isinstance(names, str) else []
+        wanted = list(dict.fromkeys(name for name in given if isinstance(name, str)))  # `routed` refuses others
         with self.using(wanted), ExitStack() as block:
             with together(self._model, writes=True):
                 has_adapters = bool(wanted) or is_adapted(self._model)
@@ -126,41 +127,33 @@ class AdapterPool:
         wanted = list(dict.fromkeys([names] if isinstance(names, str) else names))
         with self._using:
             with together(self._model, writes=True):
-                self._check(wanted, {*wanted, *self._pinned})
-                self._forget_removed()
+                self._check(wanted)
+                present = adapted_root(self._model)[1].adapters if is_adapted(self._model) else {}
+                self._loaded = [name for name in self._loaded if name in present]  # somebody may have removed others
             self._pinned += wanted
             try:
-                self._provide(wanted)
+                self._load([name for name in wanted if name not in self._loaded])
+                self._loaded = [*(name for name in self._loaded if name not in wanted), *wanted]
                 self._make_room()
                 yield
             finally:
                 for name in wanted:
                     self._pinned.remove(name)
 
-    def _check(self, names: Sequence[str], together: Iterable[str]) -> None:
-        """Check that adapters are known, and not too many together; else raise `AdapterError`."""
+    def _check(self, names: Sequence[str]) -> None:
+        """Raise an `AdapterError` unless adapters are known, and not too many together with those in open blocks."""
         known = self._sources if all(name in self._sources for name in names) else self.names
         problems = [
             f"the pool has no adapter named {shortly(name)}; the nearest are {nearest_names(str(name), known)}"
             for name in names
             if name not in known
         ]
-        if (count := len({*together})) > self._max:
+        if (count := len({*names, *self._pinned})) > self._max:
             problems.append(f"{count} adapters are asked for at once, and the pool loads {self._max}: raise max_loaded")
         raise_collected(AdapterError, problems, doing="use adapters of the pool")
 
-    def _forget_removed(self) -> None:
-        """Forget the adapters that somebody else has removed from the model."""
-        present = adapted_root(self._model)[1].adapters if is_adapted(self._model) else {}
-        self._loaded = [name for name in self._loaded if name in present]
-
-    def _provide(self, names: Sequence[str]) -> None:
-        """Load the adapters that are missing, which may be others in each of several processes."""
-        self._load([name for name in names if name not in self._loaded])
-        self._loaded = [*(name for name in self._loaded if name not in names), *names]
-
     def _load(self, names: Sequence[str]) -> None:
-        """Load some adapters, all or none, and none if a process that holds the model too cannot load its own."""
+        """Load some adapters, others in each process, all or none, and none if a process cannot load its own."""
         reports: list[Report] = []
         try:
             with together(self._model, writes=True), alone():
@@ -179,10 +172,3 @@ class AdapterPool:
             for name in unused[: max(0, len(self._loaded) - self._max)]:
                 remove(self._model, name)
                 self._loaded.remove(name)
-
-
-def _named(names: object) -> list[str]:
-    """Return the adapters named for rows or for their tokens. `routed` refuses anything that is not a name."""
-    rows = [] if isinstance(names, str) or not isinstance(names, Sequence) else names
-    flat = [name for row in rows for name in ([row] if isinstance(row, str) or not isinstance(row, Sequence) else row)]
-    return list(dict.fromkeys(name for name in flat if isinstance(name, str)))

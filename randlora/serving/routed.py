@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,13 @@ from randlora.places import is_whole, place_at
 from randlora.ranks import agree, agreeing
 from randlora.serving.labels import first_dimension
 from randlora.serving.routing import CALL, Routing, RunningCall
-from randlora.serving.run import Hook, RowByRow, watch_attention
+from randlora.serving.run import RowByRow
 from randlora.serving.tracking import RowTracking
 from randlora.state import CHANGING, ModelState, adapted_root, require_unmerged
 from randlora.targets.census import Census
 
 BATCHES = "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids"
-"""Names of inputs that have a batch, in models of transformers."""
+"""Names of inputs of transformers' models that have a batch."""
 
 WITHOUT_ROWS = ("cache_position",)
 """Names of inputs without a batch, even if they have as many entries."""
@@ -41,31 +41,14 @@ WITHOUT_ROWS = ("cache_position",)
 GROWING = "mask", "past", "cache"
 """Parts of the names of inputs that grow in each step of ``generate``, while their rows stay in place."""
 
-DEPTH = 4
-"""How deep an input may be nested in lists and mappings."""
-
 REPEATING = "num_beams", "num_return_sequences"
 """Options with which ``generate`` makes several sequences of each row, one after the other."""
-
-SORTING = "encode", "predict"
-"""Methods of sentence-transformers' models that sort texts by length and form batches."""
-
 
 TIMES: ContextVar[int] = ContextVar("TIMES", default=0)
 """How many sequences the ``generate`` that this thread or task is in makes of each row; 0 outside of it."""
 
 
-@runtime_checkable
-class Generates(Protocol):
-    """A model of transformers that generates."""
-
-    generation_config: Any
-    generate: Callable[..., Any]
-
-
-def routed(
-    model: nn.Module, names: Sequence[str | None] | Sequence[Sequence[str | None]]
-) -> AbstractContextManager[None]:
+def routed(model: nn.Module, names: Sequence[str | None]) -> AbstractContextManager[None]:
     """Run each row of a batch through its own adapter inside a ``with`` block, whichever adapters are active.
 
     A linear layer computes the base once for the whole batch, and adapters with the same bases share the product with
@@ -80,8 +63,7 @@ def routed(
 
     Args:
         model: A model with adapters.
-        names: The adapter of each row, or ``None`` for the base alone. If several sequences are packed into one row,
-            the adapters of the row's tokens instead.
+        names: The adapter of each row, or ``None`` for the base alone.
 
     Raises:
         AdapterError: If a name is unknown, an adapter trained further parameters with ``train_also``, the adapters are
@@ -98,13 +80,20 @@ def routed(
     return block_of(model, routing_of(names))
 
 
-def block_of(model: nn.Module, routing: RowByRow) -> AbstractContextManager[None]:
-    """Return the block of `routed` for some rows."""
+@contextmanager
+def block_of(model: nn.Module, routing: RowByRow) -> Iterator[None]:
+    """Run a block of `routed` for some rows, in which the model's calls are watched and compiled code runs as it is."""
 
     def checked(census: Census, state: ModelState) -> RowByRow:
         require_unmerged(state, "route")
         require_own(census, state, "route")
-        raise_collected(AdapterError, _problems(state, routing), doing="route")
+        problems = state.unknown(routing.adapters) + [
+            f"{name!r} trained {', '.join(trained)} with train_also, and the model can use only one copy for all rows: "
+            "activate it alone"
+            for name in routing.adapters
+            if name in state.adapters and (trained := state.adapters[name].trained)
+        ]
+        raise_collected(AdapterError, problems, doing="route")
         used = [state.adapters[name] for name in routing.adapters]
         raise_collected(AdapterError, [*lost_sites(census, used), *offloaded_diagonals(census)], doing="route")
         state.require_exchangeable([], "route")
@@ -113,16 +102,8 @@ def block_of(model: nn.Module, routing: RowByRow) -> AbstractContextManager[None
         _require_alike(census, state, routing)
         return routing
 
-    return _watching(model, without_active(model, checked))
-
-
-@contextmanager
-def _watching(model: nn.Module, block: AbstractContextManager[object]) -> Iterator[None]:
-    """Watch the calls of a model in a block, in which compiled code runs uncompiled."""
-    with block as routing, uncompiled():
-        assert isinstance(routing, RowByRow), "it was made for this"
-        root, state = adapted_root(model)
-        entries = Entries(root, state, routing)
+    with without_active(model, checked), uncompiled():
+        entries = _Entries(*adapted_root(model), routing)
         try:
             yield
         finally:
@@ -131,33 +112,11 @@ def _watching(model: nn.Module, block: AbstractContextManager[object]) -> Iterat
 
 def routing_of(names: object) -> RowByRow:
     """Return the routing for some names, of whatever type was given."""
-    expected = "expected for each row the name of an adapter or None, or a sequence of these, got"
-    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise AdapterError(f"{expected} {shortly(names)}")
-    rows = [row for row in names if row is not None and not isinstance(row, str)]
-    for row in rows:
-        strange = (
-            [name for name in row if name is not None and not isinstance(name, str)]
-            if row and isinstance(row, Sequence)
-            else [row]
-        )
-        if strange:
-            raise AdapterError(f"{expected} {shortly(strange[0])}")
-    if rows and len(rows) < len(names):
-        raise AdapterError(f"{expected} both in {shortly(names)}")
-    if len(counts := {*map(len, rows)}) > 1:
-        raise AdapterError(f"the rows have different numbers of names, {sorted(counts)}: pad them with None")
+    is_sequence = isinstance(names, Sequence) and not isinstance(names, str) and bool(names)
+    strange = [each for each in names if each is not None and not isinstance(each, str)] if is_sequence else [names]
+    if strange:
+        raise AdapterError(f"expected for each row the name of an adapter or None, got {shortly(strange[0])}")
     return RowByRow(names)
-
-
-def _problems(state: ModelState, routing: RowByRow) -> list[str]:
-    problems = state.unknown(routing.adapters)
-    return problems + [
-        f"{name!r} trained {', '.join(state.adapters[name].trained)} with train_also, and the model can use only one "
-        "copy for all rows: activate it alone"
-        for name in routing.adapters
-        if name in state.adapters and state.adapters[name].trained
-    ]
 
 
 def _require_alike(census: Census, state: ModelState, routing: RowByRow) -> None:
@@ -178,48 +137,46 @@ def _require_alike(census: Census, state: ModelState, routing: RowByRow) -> None
     sharded = sorted(name for name, are_sharded in trained.items() if True in are_sharded)
     is_averaged = state.averaging is not None and any(False in are_sharded for are_sharded in trained.values())
     own = order, sharded, is_averaged
-    every = agree(own)
-    if any(each != own for each in every):
-        remedy = (
-            "give each of them rows of the same adapters, inject the adapters after the model is sharded and give each "
-            "a row of any, or enter the block under torch.no_grad() if nothing is trained"
-            if all(order is None for order, *_ in every)
-            else "name the same adapter for each row in all of them"
-        )
+    if any(each != own for each in agree(own)):
         raise AdapterError(
-            f"cannot route: the processes that hold this model together have rows of different adapters, whose values "
-            f"or gradients would be mixed up: {remedy}"
+            "cannot route: the processes that hold this model together have rows of different adapters, whose values "
+            "or gradients would be mixed up: name the same adapter for each row in all of them or, without ZeRO-3, "
+            "inject after the model is sharded and give each a row of any adapter, or route under torch.no_grad()"
         )
 
 
-class Entries:
+class _Hook:
+    """A hook of a module. In a copy or a pickle of the module it does nothing."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args) if self.call is not None else None
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
+        return _Hook, (None,)
+
+
+class _Entries:
     """The hooks that watch, in one block, the calls of each module with adapted layers inside."""
 
     def __init__(self, root: nn.Module, state: ModelState, routing: RowByRow) -> None:
-        """Begin to watch."""
         self.state, self.routing = state, routing
-        self.inside: set[nn.Module] = set()
-        self.handles: dict[nn.Module, list[RemovableHandle]] = {}
-        self.methods: list[Method] = []
+        self.handles: list[RemovableHandle] = []
+        self.methods: list[_Method] = []
         for module in _around_adapted(root):
-            if isinstance(module, Generates):
-                self.methods.append(Method.put(module, "generate", _generate))
-            if any(parent.__module__.startswith("sentence_transformers.") for parent in type(module).__mro__):
-                sorting = [name for name in SORTING if hasattr(type(module), name)]
-                self.methods += [Method.put(module, name, _refuse_to_sort) for name in sorting]
-            if attention := watch_attention(module, routing):
-                self.handles[module] = attention
-                continue
-            begin = module.register_forward_pre_hook(Hook(self.begin), with_kwargs=True)
-            end = module.register_forward_hook(Hook(self.end), always_call=True)
-            self.handles[module] = [begin, end]
+            libraries = {parent.__module__.partition(".")[0] for parent in type(module).__mro__}
+            for (library, name), call in METHODS.items():
+                if library in libraries and name in dir(type(module)):
+                    self.methods.append(_Method.put(module, name, call))
+            self.handles.append(module.register_forward_pre_hook(_Hook(self.begin), with_kwargs=True))
+            self.handles.append(module.register_forward_hook(_Hook(self.end), always_call=True))
 
     def close(self) -> None:
-        """End calls that an interrupt has left running, and remove the hooks."""
-        self.leave()
-        for handles in self.handles.values():
-            for handle in handles:
-                handle.remove()
+        self.leave()  # calls that an interrupt has left running
+        for handle in self.handles:
+            handle.remove()
         for method in self.methods:
             method.remove()
 
@@ -236,8 +193,6 @@ class Entries:
             )
         # an interrupt may have left a call of this module running, and one inside of it
         if call is not None and all(each.module is not module for each in routing.calls()):
-            if call.tracking is not None:
-                self.inside.add(module)
             return
         self.leave()
         self._enter(module, {**dict(enumerate(args)), **kwargs})
@@ -248,14 +203,14 @@ class Entries:
         if not tensors:
             raise AdapterError(f"routed expects a tensor with a batch, but {name} was called without one")
         shape = tensors[0][1].shape
-        index = routing.index.repeat_interleave(_times(routing, shape, name), dim=0)
+        index = routing.index.repeat_interleave(_times(routing, shape, name))
         own = [(key, x) for key, x in tensors if x.shape[0] == len(index) and key not in WITHOUT_ROWS]
         lengths = tuple((key, x.shape) for key, x in own if not any(part in str(key) for part in GROWING))
         flags = tuple((key, each) for key, each in inputs.items() if each is None or isinstance(each, bool | str))
         kind = module, module.training, len(index), lengths, flags
         call = RunningCall(routing, module, kind, index, outer=CALL.get())
         CALL.set(call)
-        if routing.is_uniform or kind in routing.followed or module in self.inside:
+        if routing.is_uniform or kind in routing.followed:
             return
         call.tracking = RowTracking()
         for _, x in own:
@@ -271,12 +226,8 @@ class Entries:
         self.leave()
         if was_followed and output is not None:
             self.routing.followed.add(call.kind)
-            for inner in self.inside:  # their layers are known from now on
-                for handle in self.handles[inner]:
-                    handle.remove()
 
     def leave(self) -> None:
-        """Stop following the running call, if there is one."""
         while (call := self.routing.call) is not None:
             if call.tracking is not None:
                 if _get_current_dispatch_mode() is call.tracking:
@@ -285,7 +236,7 @@ class Entries:
             CALL.set(call.outer)
 
 
-class Method:
+class _Method:
     """A replacement for a module's method while blocks are open. A copy of the module has the method itself."""
 
     def __init__(self, module: nn.Module, name: str, call: Callable[..., Any]) -> None:
@@ -296,16 +247,15 @@ class Method:
         vars(module)[name] = self
 
     @classmethod
-    def put(cls, module: nn.Module, name: str, call: Callable[..., Any]) -> Method:
+    def put(cls, module: nn.Module, name: str, call: Callable[..., Any]) -> _Method:
         """Return the replacement for one more block, which is there already if another block is open."""
         with CHANGING:
             found = vars(module).get(name)
-            method = found if isinstance(found, Method) else cls(module, name, call)
+            method = found if isinstance(found, _Method) else cls(module, name, call)
             method.blocks += 1
             return method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the replacement."""
         return self.call(self, args, kwargs)
 
     def remove(self) -> None:
@@ -320,28 +270,25 @@ class Method:
                 vars(self.module)[self.name] = self.before
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return how the method of a copy is found, which has no attributes then."""
-        return getattr, (self.module, self.name)
+        return getattr, (self.module, self.name)  # a copy has no attributes then
 
 
-def _option(model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Return an option of a call of ``generate``, which may be given by name or in a config, or is the model's own."""
-    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    values = (kwargs.get(name), getattr(given, name, None), getattr(model.generation_config, name, None))
-    return next((value for value in values if value is not None), 1)
-
-
-def _generate(method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _generate(method: _Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a model's ``generate``, taking into account how many sequences it makes of each row."""
-    before = TIMES.get()
-    TIMES.set(max(before, *(_option(method.module, name, args, kwargs) for name in REPEATING)))
+    model: Any = method.module
+    configs = kwargs.get("generation_config", args[1] if len(args) > 1 else None), model.generation_config
+    before = times = TIMES.get()
+    for name in REPEATING:  # given by name or in a config, or the model's own
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        times = max(times, next((value for value in values if value is not None), 1))
+    TIMES.set(times)
     try:
         return method.own(*args, **kwargs)
     finally:
         TIMES.set(before)
 
 
-def _refuse_to_sort(method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:  # noqa: ARG001
+def _refuse_to_sort(method: _Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:  # noqa: ARG001
     """Refuse to call a method that sorts texts."""
     raise AdapterError(
         f"{method.name} of sentence-transformers sorts texts by length, and routed cannot tell the rows of its "
@@ -349,22 +296,23 @@ def _refuse_to_sort(method: Method, args: tuple[Any, ...], kwargs: dict[str, Any
     )
 
 
+METHODS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("transformers", "generate"): _generate,
+    **dict.fromkeys([("sentence_transformers", "encode"), ("sentence_transformers", "predict")], _refuse_to_sort),
+}
+"""What is called in place of methods of a library's models."""
+
+
 def _around_adapted(root: nn.Module) -> list[nn.Module]:
     """Return the modules that have adapted ones inside, and are none themselves."""
-    known: dict[nn.Module, bool] = {}
-
-    def has_adapted(module: nn.Module) -> bool:
-        if module not in known:
-            known[module] = False
-            inside = [has_adapted(child) for child in module.children()]
-            known[module] = any(inside) or bool(adapter_layers_of(module))
-        return known[module]
-
-    has_adapted(root)
-    return [module for module, has in known.items() if has and (module is root or not adapter_layers_of(module))]
+    return [
+        module
+        for module in root.modules()
+        if (module is root or not adapter_layers_of(module)) and any(map(adapter_layers_of, module.modules()))
+    ]
 
 
-def _tensors(inputs: Mapping[Any, Any], depth: int = DEPTH) -> Iterator[tuple[Any, Tensor]]:
+def _tensors(inputs: Mapping[Any, Any]) -> Iterator[tuple[Any, Tensor]]:
     """Yield the tensors of a call with dimensions, and their names, those first that are known to have a batch."""
     positional = [name for name in inputs if isinstance(name, int)]
     names = [*positional, *(name for name in BATCHES if name in inputs)]
@@ -373,26 +321,23 @@ def _tensors(inputs: Mapping[Any, Any], depth: int = DEPTH) -> Iterator[tuple[An
         if isinstance(value, Tensor):
             if not value.is_nested and value.dim():
                 yield name, value
-        elif depth and isinstance(value, Mapping):
-            yield from _tensors(value, depth - 1)
-        elif depth and isinstance(value, list | tuple):
-            yield from ((name, x) for _, x in _tensors(dict(enumerate(value)), depth - 1))
+        elif isinstance(value, Mapping):
+            yield from _tensors(value)
+        elif isinstance(value, list | tuple):
+            yield from ((name, x) for _, x in _tensors(dict(enumerate(value))))
 
 
 def _times(routing: Routing, shape: torch.Size, name: str) -> int:
     """Return how many times the batch of a call of a module has each row, one after the other."""
     rows, size, times = len(routing.index), shape[0], TIMES.get()
-    if size == rows:
-        return 1
-    if size % rows == 0:
-        if times and (size == rows * times or routing.is_uniform):
-            return size // rows
-        if times:
-            raise AdapterError(
-                f"routed was given names for {rows} rows, of which generate makes {rows * times}, but {name} was "
-                f"called with {size}, which the model arranges itself, as for guidance_scale: turn that off, or "
-                "activate one adapter at a time"
-            )
+    if size == rows or (times and (size == rows * times or (size % rows == 0 and routing.is_uniform))):
+        return size // rows
+    if times and size % rows == 0:
+        raise AdapterError(
+            f"routed was given names for {rows} rows, of which generate makes {rows * times}, but {name} was called "
+            f"with {size}, which the model arranges itself, as for guidance_scale: turn that off, or activate one "
+            "adapter at a time"
+        )
     raise AdapterError(
         f"routed was given names for {rows} rows, but {name} was called with an input of shape {tuple(shape)}, which "
         f"has {size}: give a name or None for each"

@@ -1,4 +1,4 @@
-"""Which adapter each row of a batch, or each token, goes through, and where the rows are in a layer's input.
+"""Which adapter each row of a batch goes through, and where the rows are in a layer's input.
 
 The first call of a kind is followed (`randlora.serving.tracking`), and where its rows were is reused for later ones.
 """
@@ -41,25 +41,15 @@ class Layout(NamedTuple):
 
 
 class Routing:
-    """Which adapter each row, or each token, goes through, and what is known of its calls in one block.
+    """Which adapter each row goes through, and what is known of the calls in one block."""
 
-    Attributes:
-        adapters: The names of the adapters, each once.
-        index: The position in ``adapters`` for each row, ``(rows,)``, or for each token, ``(rows, tokens)``.
-        is_uniform: Whether all go through one adapter, or all through the base, so that their places do not matter.
-        keeps: Whether Λ and Γ may be kept. Not if they are sharded, because gathering hides changes of their values.
-    """
-
-    def __init__(self, names: Sequence[Any]) -> None:
-        """Take a name or ``None`` for each row, or a sequence of those for each token of each row."""
-        rows = [[row] if row is None or isinstance(row, str) else list(row) for row in names]
-        self.adapters = tuple(dict.fromkeys(name for row in rows for name in row if name is not None))
+    def __init__(self, names: Sequence[str | None]) -> None:
+        """Take a name or ``None`` for each row."""
+        self.adapters = tuple(dict.fromkeys(name for name in names if name is not None))
         position: dict[str | None, int] = {name: index for index, name in enumerate(self.adapters)}
-        index = torch.tensor([[position.get(name, BASE) for name in row] for row in rows], device="cpu")
-        has_tokens = any(row is not None and not isinstance(row, str) for row in names)
-        self.index = index if has_tokens else index.squeeze(1)
-        self.is_uniform = bool((index == index.flatten()[0]).all())
-        self.keeps = True
+        self.index = torch.tensor([position.get(name, BASE) for name in names], device="cpu")
+        self.is_uniform = len({*names}) == 1  # so that places do not matter
+        self.keeps = True  # whether Λ and Γ may be kept: gathering sharded ones hides changes of their values
         self.layouts: dict[tuple[Any, int, torch.Size], Any] = {}  # by layer, size of the batch and shape of the input
         self.refused: dict[Any, str] = {}  # why the rows of a layer are unknown
         self.by_bases: dict[tuple[int, int], Any] = {}  # the tokens of each layer, for `randlora.serving.run`
@@ -99,16 +89,12 @@ class Routing:
         """The size of the batch of the running call."""
         return len(self.rows_now)
 
-    def choose(self, adapter: str | None, module: object = None) -> None:
-        """From now on, run a module with one adapter, or with the base, until `CALL` is again what it was."""
-        call = self.call or RunningCall(self, None, (), self.index)
-        CALL.set(replace(call, module=module or call.module, chosen=(adapter,), outer=CALL.get()))
-
     @contextmanager
     def choosing(self, adapter: str | None) -> Iterator[None]:
         """Within the block, run modules with one adapter, or with the base: they are given only its rows."""
+        call = self.call or RunningCall(self, None, (), self.index)
         before = CALL.get()
-        self.choose(adapter)
+        CALL.set(replace(call, chosen=(adapter,), outer=before))
         try:
             yield
         finally:
@@ -119,13 +105,16 @@ class Routing:
         key = shape, rows.shape, tuple(rows.flatten().tolist())
         return self._layouts.setdefault(key, Layout(shape, rows, {}))
 
-    def sorted(self, layout: Layout, device: torch.device, module: str) -> Sorted:
+    def sorted(self, layout: Layout, device: torch.device) -> Sorted:
         """Return the tokens of an input, sorted by adapter, with the order on a device."""
         key = self.batch, device
         if (known := layout.arranged.get(key)) is not None:
             return known
         with torch.inference_mode(mode=False):  # a later call may need gradients
-            of_token = self._of_tokens(layout, module).contiguous()
+            if self.is_uniform:
+                of_token = self.index[:1].repeat(layout.shape.numel())
+            else:
+                of_token = self.rows_now[layout.rows].expand(layout.shape).flatten().contiguous()
             numbers, counts = of_token.unique(return_counts=True)
             by_count = counts.argsort(stable=True)
             order = by_count.argsort()[torch.searchsorted(numbers, of_token)].argsort(stable=True)
@@ -134,28 +123,6 @@ class Routing:
             found = Sorted(order.to(device), adapters, tuple(counts[by_count].tolist()), is_in_order)
         return layout.arranged.setdefault(key, found)
 
-    def _of_tokens(self, layout: Layout, module: str) -> Tensor:
-        """Return the position of the adapter of each token, flattened."""
-        shape, rows = layout.shape, layout.rows
-        if self.is_uniform:
-            return self.index.flatten()[:1].repeat(shape.numel())
-        index = self.rows_now
-        if index.dim() == 1:
-            return index[rows].expand(shape).flatten()
-        tokens = index.shape[1]
-        where = torch.arange(len(index), device="cpu")
-        if shape[1:2] == (tokens,) and rows.flatten().tolist() == where.tolist() and rows.shape[0] == shape[0]:
-            return index.view(*shape[:2], *[1] * (len(shape) - 2)).expand(shape).flatten()
-        if shape == (index.numel(),) and (rows == where.repeat_interleave(tokens)).all():
-            return index.flatten()
-        raise AdapterError(
-            f"an adapted {module} was given an input of shape {(*shape, '...')}, and routed was given names for "
-            f"{len(self.index)} rows of {tokens} tokens: give one name for each row, or call the model with such "
-            "a batch"
-        )
-
-
-NOTHING = nullcontext()
 
 ADVICE = "exclude the layer when the adapter is made, or activate one adapter at a time"
 
@@ -167,7 +134,7 @@ class RunningCall:
     routing: Routing
     module: Any
     kind: tuple[Any, ...]  # equal for calls in which the rows are in the same places
-    index: Tensor  # the adapters of the rows, or of their tokens, as often as the batch has each row
+    index: Tensor  # the adapters of the rows, as often as the batch has each row
     tracking: RowTracking | None = None  # follows its rows, unless a call of the same kind was followed before
     chosen: tuple[str | None] | None = None  # the adapter, or the base, whose rows a module now runs for
     assumed_by: str = ""  # the module whose input was last asked for, if its rows are assumed
@@ -234,8 +201,13 @@ def _found(routing: Routing, layer: Any, shape: torch.Size, module: str) -> Layo
         before = [
             each for (known, batch, _), each in routing.layouts.items() if known is layer and batch == routing.batch
         ]
-        if not before and routing.call is None:
-            layout = _called_itself(routing, shape, module)
+        if not before and routing.call is None:  # called outside of any other module of the model
+            if shape[:1] != routing.index.shape:
+                raise AdapterError(
+                    f"an adapted {module} was given an input of shape {(*shape, '...')}, whose first dimension is not "
+                    f"the batch of {routing.batch}: {ADVICE}"
+                )
+            layout = routing.layout(shape, first_dimension(shape).rows)
         else:
             found = [each for each in before if _is_longer(each, shape)]
             if not found or any(each.rows.shape != found[0].rows.shape for each in found):
@@ -255,17 +227,6 @@ def _is_longer(known: Layout, shape: torch.Size) -> bool:
         return False
     where = [dim for dim, size in enumerate(known.rows.shape) if size > 1]
     return len(where) == 1 and known.shape[where[0]] == shape[where[0]]
-
-
-def _called_itself(routing: Routing, shape: torch.Size, module: str) -> Layout:
-    """Return the layout of a layer that is called outside of any other module of the model: its batch comes first."""
-    rows = len(routing.index)
-    if shape[:1] != (rows,):
-        raise AdapterError(
-            f"an adapted {module} was given an input of shape {(*shape, '...')}, whose first dimension is not the "
-            f"batch of {rows}: {ADVICE}"
-        )
-    return routing.layout(shape, first_dimension(shape).rows)
 
 
 def _followed(routing: Routing, layer: Any, label: Label, shape: torch.Size, module: str) -> Layout:
@@ -322,4 +283,4 @@ def follow(routing: Routing, layer: Any, value: Any, layout: Layout, axis: int =
 def unfollowed(routing: Routing) -> AbstractContextManager[None]:
     """Return a block in which no operations are followed; `follow` labels its result."""
     call = routing.call
-    return NOTHING if call is None or call.tracking is None else call.tracking.paused()
+    return nullcontext() if call is None or call.tracking is None else call.tracking.paused()

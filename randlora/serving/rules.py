@@ -81,17 +81,13 @@ def _general_rule(call: Call) -> Rule:
     if torch.Tag.pointwise in getattr(call.func, "tags", ()):
         return _pointwise
     first = call.values[0] if call.values else None
-    return _view if isinstance(first, Tensor) and _is_view(call.func) else _unknown
+    alias = call.func._schema.arguments[0].alias_info if isinstance(first, Tensor) else None
+    return _unknown if alias is None or alias.is_write else _view
 
 
 def _padded(label: Label, dims: int) -> Label:
     """Return a label with as many dimensions as its tensor has after broadcasting."""
     return label.changed(label.rows[(None,) * (dims - label.rows.dim())])
-
-
-def _is_view(func: Any) -> bool:
-    info = func._schema.arguments[0].alias_info
-    return info is not None and not info.is_write
 
 
 def _unknown(call: Call) -> Label:
@@ -148,8 +144,10 @@ def _chosen(label: Label) -> Label:
     return label._replace(by_values=True)
 
 
-def _dims(call: Call, name: str = "dim") -> list[int]:
-    dims, count = call.given.get(name), call.first.dim()
+def _dims(call: Call) -> list[int]:
+    dims, count = call.given.get("dim"), call.first.dim()
+    if (normalized := call.given.get("normalized_shape")) is not None:
+        return [*range(count - len(normalized), count)]
     if dims is None or dims == []:
         return [*range(count)]
     return [dim % count if count else 0 for dim in ([dims] if isinstance(dims, int) else dims)]
@@ -166,27 +164,8 @@ def _reduced(call: Call) -> Label:
 
 
 def _along(call: Call) -> Label:
-    """Return the rows where each entry is computed from all along some dimensions, as in a softmax."""
+    """Return the rows where each entry is computed from all along some dimensions, as in a softmax, norm or sort."""
     return merged_along(call.of(call.first), _dims(call)) if call.first.dim() else call.of(call.first)
-
-
-def _ordered(call: Call) -> Labels:
-    """Return the rows of what is sorted along a dimension, and of the indices by which it is."""
-    label, dim = call.of(call.first), _dims(call)[0] if call.first.dim() else 0
-    _, indices = call.output
-    if not call.first.dim() or label.rows.shape[dim] == 1:
-        return label
-    if call.first.numel() > MOST:
-        return _unknown(call)
-    rows = label.rows.expand(call.first.shape).gather(dim, indices.detach().to("cpu"))
-    found = _chosen(label._replace(rows=shrunk(rows)))
-    return [found, found]
-
-
-def _normalized(call: Call) -> Label:
-    """Return the rows of what is normalized over the last dimensions."""
-    x = call.first
-    return merged_along(call.of(x), range(x.dim() - len(call.given["normalized_shape"]), x.dim()))
 
 
 def _batch_normalized(call: Call) -> Label | None:
@@ -200,21 +179,14 @@ def _batch_normalized(call: Call) -> Label | None:
 def _by_example(call: Call) -> Label:
     """Return the rows of convolutions and pools, whose batch is the first dimension."""
     x, output = call.first, tensors_of(call.output)[0]
-    label = merged_along(call.of(x), range(1, x.dim()))
-    if output.dim() != x.dim():
+    if x.dim() != {"aten::im2col": 4, "aten::col2im": 3}.get(call.name, output.dim()):
         return _unknown(call)
+    label = merged_along(call.of(x), range(1, x.dim()))
+    label = label.changed(label.rows.reshape(-1, *[1] * (output.dim() - 1)))
     others = [
         merged_along(call.of(each), range(each.dim())) for each in tensors_of(call.values)[1:] if call.label(each)
     ]
     return merged([label, *(_padded(each.changed(each.rows.flatten()), 1) for each in others)])
-
-
-def _unfolded(call: Call) -> Label:
-    """Return the rows of the blocks of a batch of images, or of the images made of these."""
-    x, output = call.first, tensors_of(call.output)[0]
-    label = merged_along(call.of(x), range(1, x.dim()))
-    is_batch = x.dim() == (4 if call.name == "aten::im2col" else 3)
-    return label.changed(label.rows.reshape(-1, *[1] * (output.dim() - 1))) if is_batch else _unknown(call)
 
 
 def _by_last_dimension(call: Call) -> Label:
@@ -257,17 +229,11 @@ def _attention(call: Call) -> Label:
     return _together(known, query.dim())
 
 
-def _repeated(call: Call) -> Label:
-    label, repeats = _padded(call.of(call.first), len(call.given["repeats"])), call.given["repeats"]
-    each = [times if size > 1 else 1 for times, size in zip(repeats, label.rows.shape, strict=True)]
-    return label.changed(label.rows.repeat(each))
-
-
 def _moved(call: Call) -> Label:
-    """Return the rows of what is turned around along some dimensions, which moves nothing where the size is 1."""
+    """Return the rows of what is turned around or repeated along some dimensions."""
     label = call.of(call.first)
-    rows = label.rows if call.given["dims"] else label.rows.expand(call.first.shape)  # entries move from row to row
-    return label.changed(call.again(rows))
+    is_flat = call.given.get("dims") == []  # entries roll from row to row
+    return label.changed(shrunk(call.again(label.rows.expand(call.first.shape) if is_flat else label.rows)))
 
 
 def _put_around(call: Call) -> Label:
@@ -403,7 +369,8 @@ def _put(call: Call) -> Label | None:
     if of_source is None:
         return call.label(x)
     at = _taken_rows(x, was, indices, labels, has_read=call.has_read)
-    shape = _shape_taken(x, indices)
+    probe = torch.empty((), device="meta").expand(x.shape)
+    shape = probe[tuple(slice(None) if index is None else index.to("meta") for index in indices)].shape
     new = _padded(of_source, len(shape))
     if not fits(new.rows, shape):
         return _unknown(call)
@@ -420,11 +387,8 @@ def _put(call: Call) -> Label | None:
     sizes = [max(was.rows.shape[dim], sizes[dim]) if dim in place else x.shape[dim] for dim in range(x.dim())]
     if torch.Size(sizes).numel() > MOST:
         return _unknown(call)
-    rows = was.rows.expand(sizes).clone()
-    wide = [*shape]
-    for dim, position in place.items():
-        wide[position] = sizes[dim]
-    where, values = tuple(slice(None) if index is None else index for index in indices), both.rows.expand(wide)
+    rows, where = was.rows.expand(sizes).clone(), tuple(slice(None) if index is None else index for index in indices)
+    values = both.rows.expand(rows[where].shape)
     rows[where] = values
     lost = rows[where] != values  # several rows were written into one place
     if bool(lost.any()):
@@ -432,12 +396,6 @@ def _put(call: Call) -> Label | None:
         rows.view(-1)[places[lost]] = MIXED
     found = marked([was, both], shrunk(rows))
     return _chosen(found) if any(label is not None for label in labels) else found
-
-
-def _shape_taken(x: Tensor, indices: list[Tensor | None]) -> tuple[int, ...]:
-    probe = torch.empty((), device="meta").expand(x.shape)
-    own = tuple(slice(None) if index is None else index.to("meta") for index in indices)
-    return tuple(probe[own].shape)
 
 
 def _written_along(call: Call) -> Label:
@@ -451,11 +409,6 @@ def _written_along(call: Call) -> Label:
         return _unknown(call)
     label = merged(labels)  # what is around belongs to the rows if there are several
     return label if label.rows.numel() > 1 or not call.of(x).is_none else _unknown(call)
-
-
-def _halved(call: Call) -> Label:
-    label = call.of(call.first)
-    return label if label.rows.shape[_dims(call)[0]] == 1 else _unknown(call)
 
 
 RESHAPES = frozenset(f"aten::{name}" for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"))
@@ -478,15 +431,15 @@ NAMES: dict[Rule, str] = {
         "sum mean amax amin max min argmax argmin var std var_mean std_mean norm linalg_vector_norm prod any all "
         "logsumexp count_nonzero aminmax"
     ),
-    _along: "_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp _fft_c2c _fft_r2c _fft_c2r",
-    _ordered: "sort topk",
-    _normalized: "native_layer_norm _fused_rms_norm",
+    _along: (
+        "_softmax _log_softmax _safe_softmax native_layer_norm _fused_rms_norm cumsum cumprod logcumsumexp sort topk "
+        "glu _fft_c2c _fft_r2c _fft_c2r"
+    ),
     _batch_normalized: "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit",
-    _unfolded: "im2col col2im",
+    _by_example: "im2col col2im",
     _product: "mm bmm mv dot addmm baddbmm addmv _addmm_activation _int_mm",
     _solved: "linalg_solve_triangular linalg_inv_ex _linalg_solve_ex",
-    _repeated: "repeat",
-    _moved: "flip roll",
+    _moved: "flip roll repeat",
     _put_around: "constant_pad_nd",
     _joined: "cat stack",
     _taken: "index _unsafe_index index_select masked_select",
@@ -494,7 +447,6 @@ NAMES: dict[Rule, str] = {
     _gathered: "gather",
     _put: "index_put _index_put_impl _unsafe_index_put index_add index_copy",
     _written_along: "scatter scatter_add scatter_reduce",
-    _halved: "glu",
     _by_last_dimension: "_grouped_mm",
 }
 """The operations that each rule is for. A name without ``_`` at the end is for the operation in place too."""

@@ -1,4 +1,4 @@
-"""Running adapted modules in a block of `routed`: their rows, or tokens, go through different adapters.
+"""Running adapted modules in a block of `routed`, whose rows go through different adapters.
 
 A product with a weight computes the base once for the whole batch and adds to each token the update of its adapter. The
 forward of a module that reads its weight, such as a convolution, runs once for each adapter, with its rows.
@@ -7,24 +7,20 @@ forward of a module that reads its weight, such as a convolution, runs once for 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from randlora.blocks import ForwardCall, Run
 from randlora.errors import AdapterError
 from randlora.functional import Diagonals, Pair, update_rows
 from randlora.layers.base import AdapterLayer, input_of, require_product
 from randlora.layers.in_place import plain_class
-from randlora.layers.scopes import in_call
 from randlora.layers.weight import split_of
-from randlora.serving.routing import CALL, Layout, Routing, Sorted, follow, layout_of, layout_of_rows, unfollowed
+from randlora.serving.routing import Layout, Routing, Sorted, follow, layout_of, layout_of_rows, unfollowed
 from randlora.serving.stacked import (
-    Find,
     Stack,
     Way,
     cacheable_parameters,
@@ -40,7 +36,7 @@ class Routed(NamedTuple):
     """The tokens of adapters that share bases, sorted by adapter."""
 
     positions: Tensor | None  # in the batch; the whole batch in its order for None
-    find: Find | None  # looks the adapters up; None if there is only one
+    names: list[str]
     parts: list[SiteAdapter]
     counts: tuple[int, ...]  # the number of tokens of each adapter
 
@@ -95,7 +91,7 @@ class RowByRow(Routing, Run):
         layout = layout_of(self, layer, x, module)
         with unfollowed(self):
             rows, total = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
-            for group in self._by_bases(layer, layout, x.device, module):
+            for group in self._by_bases(layer, layout, x.device):
                 own = group.of(rows).to(output.dtype)
                 if owner.training and any(part.adapter.config.dropout for part in group.parts):
                     split = zip(own.split(group.counts), group.parts, strict=True)
@@ -117,7 +113,7 @@ class RowByRow(Routing, Run):
         layout = layout_of(self, layer, ids, module, features=0)
         with unfollowed(self):
             flat, total = ids.reshape(-1), output.reshape(-1, output.shape[-1])
-            for group in self._by_bases(layer, layout, ids.device, module):
+            for group in self._by_bases(layer, layout, ids.device):
                 pair, diagonals, is_wide = _factors(layer, owner, group.parts, output)
                 own = group.of(flat)
                 rows = torch.cat([
@@ -137,7 +133,7 @@ class RowByRow(Routing, Run):
         given = layer.rows_of(forward.owner, forward.args, forward.kwargs)
         layout, rows = layout_of_rows(self, layer, given, module)
         with unfollowed(self):
-            ordered = self.sorted(layout, rows.device, module)
+            ordered = self.sorted(layout, rows.device)
             outputs, start = [], 0
             for adapter, count in zip(ordered.adapters, ordered.counts, strict=True):
                 args, kwargs = rows.select(ordered.order[start : start + count])
@@ -149,9 +145,9 @@ class RowByRow(Routing, Run):
             follow(self, layer, each, layout, rows.output_axes[min(index, 1)])
         return output
 
-    def _by_bases(self, layer: AdapterLayer, layout: Layout, device: torch.device, module: str) -> list[Routed]:
+    def _by_bases(self, layer: AdapterLayer, layout: Layout, device: torch.device) -> list[Routed]:
         """Return the tokens that have an update here, grouped by adapters on the same bases."""
-        ordered = self.sorted(layout, device, module)
+        ordered = self.sorted(layout, device)
         key = id(layer.adapters), id(ordered)  # both live as long as the block
         if (known := self.by_bases.get(key)) is None:
             known = self.by_bases[key] = layer.adapters, _found_by_bases(layer.adapters, ordered)
@@ -161,8 +157,8 @@ class RowByRow(Routing, Run):
     def _product(self, layer: AdapterLayer, owner: nn.Module, group: Routed, own: Tensor) -> Tensor:
         """Return the product of tokens, ``(tokens, in_features)``, with the updates of their adapters."""
         held: list[Any] = [owner._modules[name] for name in layer.parameter_names()]
-        find = group.find if self.keeps else None
-        parameters = None if find is None else cacheable_parameters(owner, held, find)
+        may_keep = self.keeps and len(group.names) > 1
+        parameters = cacheable_parameters(owner, held, group.names) if may_keep else None
         pair, first, is_wide = _factors(layer, owner, group.parts if parameters is None else group.parts[:1], own)
         needed = [part for one in first for part in one[:2]] if parameters is None else parameters
         compute = layer.state.compute
@@ -212,49 +208,5 @@ def _found_by_bases(parts: Mapping[str, SiteAdapter], ordered: Sorted) -> list[R
     for positions, own, counts in found.values():
         is_all = sum(counts) == len(ordered.order)
         where = (None if ordered.is_in_order else ordered.order) if is_all else torch.cat(positions)
-        find = itemgetter(*(part.adapter.name for part in own)) if own[1:] else None
-        groups.append(Routed(where, find, own, tuple(counts)))
+        groups.append(Routed(where, [part.adapter.name for part in own], own, tuple(counts)))
     return groups
-
-
-class Hook:
-    """A hook of a module. In a copy or a pickle of the module it does nothing."""
-
-    def __init__(self, call: Any) -> None:
-        """Call a function."""
-        self.call = call
-
-    def __call__(self, *args: Any) -> Any:
-        """Call it, as torch calls a hook."""
-        return self.call(*args) if self.call is not None else None
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
-        """Return how a copy is made."""
-        return Hook, (None,)
-
-
-def watch_attention(module: nn.Module, run: RowByRow) -> list[RemovableHandle]:
-    """Have an attention with only ``out_proj`` adapted, if a module is one, run once for each adapter by its hooks."""
-    if not isinstance(module, nn.MultiheadAttention) or "randlora" in module.__dict__:
-        return []
-    layer = module.out_proj.__dict__["randlora"]["weight"]
-
-    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG001
-        """Have the module's own forward run with the base."""
-        if layer.state.run is run and run.takes_over and run.concerns(layer):
-            run.choose(None, module)
-
-    def end(module: nn.Module, args: tuple[Any, ...], *given: Any) -> Any:
-        if layer.state.run is not run or (call := run.call) is None or call.module is not module:
-            return None
-        CALL.set(call.outer)
-        kwargs, output = given
-        if output is None:
-            return None
-        with in_call():
-            return run.reading(layer, ForwardCall(module, module.forward, args, kwargs))
-
-    return [
-        module.register_forward_pre_hook(Hook(begin)),
-        module.register_forward_hook(Hook(end), with_kwargs=True, always_call=True, prepend=True),
-    ]

@@ -8,10 +8,10 @@ bases are one block.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,11 @@ from randlora.modes import may_be_kept
 from randlora.places import is_hooked
 from randlora.state import SiteAdapter
 
-Way = Literal["whole", "by row", "by term"]
+Way = Literal["whole", "by row"]
 """How to multiply T tokens of an adapter by A and Γ. What is written for it decides which is the cheapest:
 
 - *whole*: UA without Λ, ``r·num_bases·min_dim`` entries;
-- *by row*: the tokens repeated for each row of A, ``T·r·min_dim``;
-- *by term*: the tokens repeated for each term, ``T·num_bases·min_dim``; not for `block` bases, which have fewer rows.
+- *by row*: the tokens repeated for each row of A, ``T·r·min_dim``.
 """
 
 AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
@@ -83,7 +82,7 @@ def stacked_update(
     if is_wide:
         flat = x.new_empty(tokens, stack.lam[0].numel())
         for part in parts:
-            small = x[part.tokens].view(-1, 1, part.each, width) if blocks == 1 else _dealt_tokens(x, part, pair)
+            small = _dealt(x[part.tokens].view(-1, part.each, x.shape[1]), blocks, width).contiguous()
             terms = _small_to_terms(small, basis_A, stack.gamma[part.updates], part.way)
             own = flat[part.tokens].view(-1, part.each, terms.shape[3], blocks, num_bases).permute(0, 3, 1, 2, 4)
             torch.mul(terms, stack.lam[part.updates].unsqueeze(2), out=own)
@@ -103,10 +102,6 @@ def _small_to_terms(small: Tensor, basis_A: Tensor, gamma: Tensor, way: Way) -> 
     """Multiply ``(updates, c, count, w)`` by Γ and A: ``(updates, c, count, R, n)``."""
     updates, blocks, count, width = small.shape
     rows, num_bases = basis_A.shape[1], gamma.shape[2]
-    if way == "by term":
-        by_term = small.view(updates, count, 1, width) * gamma.view(updates, 1, num_bases, width)
-        terms = by_term.view(-1, width) @ basis_A[0].T
-        return terms.view(updates, 1, count, num_bases, rows).transpose(3, 4)
     if way == "by row":
         by_row = small.new_empty(updates, blocks, count, rows, width)
         torch.mul(small.unsqueeze(3), basis_A.unsqueeze(1), out=by_row)
@@ -120,10 +115,6 @@ def _terms_to_small(terms: Tensor, basis_A: Tensor, gamma: Tensor, way: Way) -> 
     """Multiply ``(updates, c, count, R, n)`` by A and Γ: ``(updates, c, count, w)``."""
     updates, blocks, count, rows, num_bases = terms.shape
     width = basis_A.shape[2]
-    if way == "by term":
-        by_term = terms.transpose(3, 4).reshape(-1, rows) @ basis_A[0]
-        by_term = by_term.view(updates, 1, count, num_bases, width).mul_(gamma.unsqueeze(2))
-        return by_term.sum(3)
     if way == "by row":
         by_row = torch.bmm(terms.view(-1, count * rows, num_bases), gamma.flatten(0, 1))
         return by_row.view(updates, blocks, count, rows, width).mul_(basis_A.unsqueeze(1)).sum(3)
@@ -142,22 +133,14 @@ def _parts(counts: tuple[int, ...], shape: tuple[int, int, int, int], device: st
     blocks, rows, num_bases, width = shape
     most, parts, update, token = AT_ONCE.get(device, AT_ONCE["cuda"]), [], 0, 0
     for count, equal in groupby(counts):
-        written: dict[Way, int] = {"whole": rows * num_bases, "by row": count * rows}
-        if blocks == 1:
-            written["by term"] = count * num_bases
-        chosen: Way = min(written, key=lambda each: written[each]) if way is None else way
-        at_once, end = max(1, most // (written[chosen] * width * blocks)), update + len(list(equal))
+        chosen: Way = way or ("whole" if num_bases <= count else "by row")
+        written = rows * width * blocks * (num_bases if chosen == "whole" else count)
+        at_once, end = max(1, most // written), update + len(list(equal))
         while update < end:
             some = min(at_once, end - update)
             parts.append(Part(slice(update, update + some), slice(token, token + some * count), count, chosen))
             update, token = update + some, token + some * count
     return tuple(parts)
-
-
-def _dealt_tokens(x: Tensor, part: Part, pair: Pair) -> Tensor:
-    """Return tokens in the order of the blocks of A, ``(updates, c, count, w)``."""
-    blocks, _, width = pair.A.shape
-    return _dealt(x[part.tokens].view(-1, part.each, x.shape[1]), blocks, width).contiguous()
 
 
 def _dealt(vectors: Tensor, blocks: int, width: int) -> Tensor:
@@ -193,18 +176,8 @@ def one_by_one(
     return torch.cat([adapted_linear(part, pair, one, compute=compute, is_wide=is_wide) for part, one in each])
 
 
-Find = Callable[[Any], tuple[nn.Parameter, ...]]
-"""Looks up two or more adapters in a mapping by name: `operator.itemgetter`, which is fast."""
-
-VERSION: Callable[[Tensor], int] = operator.attrgetter("_version")
-
-
 class KeptStack(NamedTuple):
-    """A copy of Λ and Γ of some adapters of one weight, and what keeps the ids and addresses that it is known by.
-
-    Like autograd, which checks saved tensors by the version that torch increases when values are changed in place, this
-    does not notice writes through ``parameter.data``.
-    """
+    """A copy of Λ and Γ of some adapters of one weight, and what keeps the ids and addresses that it is known by."""
 
     here: Mapping[str, SiteAdapter]  # all adapters of the weight
     parameters: list[nn.Parameter]  # every Λ, then every Γ, of those that were copied
@@ -213,23 +186,12 @@ class KeptStack(NamedTuple):
     pair: Pair
     stack: Stack
 
-    def is_of(self, parameters: list[nn.Parameter]) -> bool:
-        """Whether this is a copy of the current values of these parameters."""
-        return (
-            len(parameters) == len(self.parameters)
-            and all(map(operator.is_, parameters, self.parameters))
-            and _versions(parameters) == self.versions
-        )
 
-
-def cacheable_parameters(owner: nn.Module, held: Sequence[Diagonal], find: Find) -> list[nn.Parameter] | None:
+def cacheable_parameters(owner: nn.Module, held: Sequence[Diagonal], names: Sequence[str]) -> list[nn.Parameter] | None:
     """Return every Λ of some adapters, then every Γ, or ``None`` if their values may be loaded or moved."""
-    lambdas, gammas = held
-    if any(map(is_hooked, (owner, lambdas, gammas))):
+    if any(map(is_hooked, (owner, *held))) or any(type(each._parameters) is not Values for each in held):
         return None
-    if type(lambdas._parameters) is not Values or type(gammas._parameters) is not Values:
-        return None
-    return [*find(lambdas._parameters), *find(gammas._parameters)]
+    return [each._parameters[name] for each in held for name in names]
 
 
 def kept_stack(
@@ -242,7 +204,7 @@ def kept_stack(
     """Return Λ and Γ of some adapters of a weight, in one tensor each until the parameters change."""
     key = id(here), id(pair)
     known = kept.get(key)
-    if known is not None and known.is_of(parameters):
+    if known and _versions(parameters) == known.versions and all(map(operator.is_, parameters, known.parameters)):
         return known.stack
     # torch tells when values change, except of parameters that were made in inference mode
     is_lasting = all(type(part) is nn.Parameter and not part.is_inference() for part in parameters)
@@ -258,4 +220,4 @@ def kept_stack(
 
 def _versions(parameters: list[nn.Parameter]) -> list[int]:
     """Return what changes with the values of some parameters."""
-    return [*map(VERSION, parameters), *map(Tensor.data_ptr, parameters)]
+    return [*(each._version for each in parameters), *map(Tensor.data_ptr, parameters)]
