@@ -18,7 +18,7 @@ from randlora.config import LayerOptions
 from randlora.errors import ConfigError, TargetError
 from randlora.layers.registry import Reading
 from randlora.targets.census import Census
-from randlora.targets.obstacles import obstacles
+from randlora.targets.left_out import obstacles
 from randlora.targets.options import options_by_target, options_listed, r_like_lora, resolve
 from randlora.targets.select import Selection, find_targets, select
 from tests import models

@@ -18,8 +18,8 @@ from randlora.layers.in_place import plain_class
 from randlora.layers.registry import find_layer
 from randlora.places import is_hooked
 from randlora.targets.census import Census, Shapes, Site, shapes_of, sizes
+from randlora.targets.left_out import obstacles, offloaded_copies
 from randlora.targets.match import shortened
-from randlora.targets.obstacles import obstacles, offloaded_copies
 
 
 def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:

@@ -41,8 +41,8 @@ from randlora.layers.linear import Conv1DAdapter, LinearAdapter
 from randlora.layers.registry import FORMS
 from randlora.layers.update import Update, sum_updates
 from randlora.targets.census import Shapes, sizes
+from randlora.targets.left_out import obstacles
 from randlora.targets.match import shortened
-from randlora.targets.obstacles import obstacles
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,7 @@ from randlora.places import own_class
 from randlora.ranks import on_first_rank
 from randlora.replaced import whole_shape
 from randlora.targets.census import Census
-from randlora.targets.obstacles import tied_away
+from randlora.targets.left_out import tied_away
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 """The units of sizes, as in ``save_pretrained``."""

@@ -29,8 +29,8 @@ from randlora.replaced import unwrapped
 from randlora.report import wrapped
 from randlora.state import SiteAdapter, require_unmerged
 from randlora.targets.census import AdaptedSite
+from randlora.targets.left_out import computed_weights, tie_problems
 from randlora.targets.match import shortened
-from randlora.targets.obstacles import computed_weights, tie_problems
 
 Sites = Collection[AdaptedSite]
 

@@ -50,8 +50,7 @@ from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, require_unused
 from randlora.targets.census import Census, shapes_of
-from randlora.targets.left_out import doubt
-from randlora.targets.obstacles import obstacles, offloaded_copies
+from randlora.targets.left_out import doubt, obstacles, offloaded_copies
 from randlora.targets.options import one_config, r_like_lora, resolve, useless_options
 from randlora.targets.select import Selection, select
 

@@ -25,8 +25,8 @@ from randlora.ranks import agree
 from randlora.replaced import CASTS, ReplacedParameter, whole_shape
 from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteAdapter
 from randlora.targets.census import AdaptedSite, Census, Site, sizes
+from randlora.targets.left_out import computed_weights, offloaded_with
 from randlora.targets.match import prefixes, shortened
-from randlora.targets.obstacles import computed_weights, offloaded_with
 
 Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]
 """Adapters of weights: for each, the module, its adapter layer, and the adapter's name."""

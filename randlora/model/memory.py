@@ -28,7 +28,7 @@ from randlora.model.inject import Plan, make_plan
 from randlora.model.view import opened_to_add
 from randlora.report import FLOAT32_BYTES, as_bytes, table
 from randlora.targets.census import Census
-from randlora.targets.obstacles import tied_names
+from randlora.targets.left_out import tied_names
 
 GATHERED_BLOCKS = 2
 """Blocks that FSDP2 has gathered at once: the one that computes, and the next one, which is on its way."""

@@ -44,7 +44,7 @@ from randlora.ranks import agree, alone, run_collectives
 from randlora.report import MergeReport
 from randlora.state import CHANGING, ModelState
 from randlora.targets.census import AdaptedSite, Census
-from randlora.targets.obstacles import tie_problems
+from randlora.targets.left_out import tie_problems
 
 
 @collective(writes=True)

@@ -33,7 +33,7 @@ from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank, run_coll
 from randlora.replaced import unwrapped
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.census import Census, Site, is_quantized, saved_buffers
-from randlora.targets.obstacles import tie_problems
+from randlora.targets.left_out import tie_problems
 
 Result = TypeVar("Result")
 

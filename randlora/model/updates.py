@@ -20,8 +20,8 @@ from randlora.places import place_at
 from randlora.ranks import agree, run_collectives
 from randlora.state import Adapter, require_unmerged
 from randlora.targets.census import AdaptedSite
+from randlora.targets.left_out import computed_weights
 from randlora.targets.match import nearest_names
-from randlora.targets.obstacles import computed_weights
 from randlora.targets.options import by_target
 
 

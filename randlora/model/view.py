@@ -30,7 +30,7 @@ from randlora.ranks import Ranks, agreeing, raise_on_every_rank
 from randlora.replaced import ReplacedParameter, held_at
 from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root, attached_state, require_unmerged
 from randlora.targets.census import Census, Site
-from randlora.targets.obstacles import foreign_adapters
+from randlora.targets.left_out import foreign_adapters
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")

@@ -23,8 +23,8 @@ from randlora.ranks import agree, run_collectives
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState
 from randlora.targets.census import AdaptedSite, shapes_of, sizes
+from randlora.targets.left_out import obstacles
 from randlora.targets.match import shortened
-from randlora.targets.obstacles import obstacles
 from randlora.targets.options import options_by_target
 
 ROUNDINGS = 16

@@ -1,4 +1,4 @@
-"""The matrices that an adapter leaves out, and messages about patterns that match nothing that can be adapted."""
+"""Why weights cannot be adapted or are left out, and messages about patterns that match nothing that can be adapted."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from randlora.config import Pattern
 from randlora.errors import SHOWN, spelled
-from randlora.layers.in_place import plain_class
+from randlora.layers.in_place import class_obstacle, plain_class
 from randlora.layers.registry import KINDS
+from randlora.layers.weight import COMPUTED, split_obstacle
+from randlora.places import identities, loaded_modules, place_of
 from randlora.targets.census import Candidate, Census, Held, Key, Site
-from randlora.targets.match import has_suffix, is_names, is_regex_of, matches_name, prefixes, shortened, suggestion
-from randlora.targets.obstacles import obstacle, tied_names
+from randlora.targets.match import is_names, is_regex_of, matches_name, prefixes, shortened, suggestion
 
 ALL, ALL_LINEAR = "all", "all-linear"
 LINEAR_KINDS = frozenset({"linear", "attention"})
@@ -26,7 +29,6 @@ NOUNS = {
     "experts": "expert tensor",
 }
 EXCLUDED = "excluded"
-TIED = "tied to parameters of other modules: untie it first"
 NO_LAYER = "for which there is no adapter layer"
 REGISTER = "register one with randlora.layers.register_layer"
 LITTLE = 1e-4
@@ -34,6 +36,159 @@ LITTLE = 1e-4
 DOUBT = "the default adapts only"
 NOTHING = "matches no layer or weight that can be adapted"
 LISTED = 5
+
+TIED_NAMES = "all_tied_weights_keys"
+"""The attribute in which models of transformers map each tied parameter to the one that it is tied to."""
+
+LIBRARIES = {"peft": "PEFT", "loralib": "loralib", "lycoris": "LyCORIS"}
+"""Names of libraries of adapters, by their package."""
+
+
+# What cannot be adapted, whatever pattern selects it
+
+
+def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str]:
+    """Return why sites cannot be adapted: an unsuitable class or weight, or a weight tied to another module."""
+    problems, sound = [], []
+    offloaded = offloaded_with(census)
+    for site in sites:
+        if (why := obstacle(site)) is not None:
+            problems.append(f"{site.fqn} {why}")
+        elif id(site.owner) in offloaded:
+            problems.append(
+                f"{site.fqn} is offloaded by accelerate together with everything in {offloaded[id(site.owner)]}, which "
+                "would then miss the values of the adapter: offload the model after adapting it"
+            )
+        elif site.key in census.uncalled:
+            name = plain_class(site.owner).__name__
+            problems.append(f"{site.fqn} ({name}) {census.uncalled[site.key]}: exclude it")
+        elif dropout and (site.key in census.read or not site.layer_class.takes_dropout(site.owner)):
+            problems.append(
+                f"{site.fqn} is a weight that other code reads, and {dropout=} cannot reach its input: "
+                "omit dropout, or exclude this weight"
+            )
+        else:
+            sound.append(site)
+    return [*problems, *tie_problems(census, sound)]
+
+
+def obstacle(site: Site) -> str | None:
+    """Return why a site cannot be adapted by itself, as a phrase that follows its name, or ``None``."""
+    kind, weight = site.layer_class, site.weight
+    if (why := class_obstacle(site.owner, kind)) is not None:
+        return why
+    if weight is None and not kind.is_quantized:
+        return COMPUTED
+    if is_parametrized(site.owner):  # removing it would restore another class
+        return (
+            "computes other parameters by a parametrization, which changed its class: remove the parametrization first"
+        )
+    if weight is not None and is_lazy(weight):
+        return "has no shape yet: run one forward pass first"
+    split = None if weight is None else split_obstacle(site.owner, weight, is_quantized=kind.is_quantized)
+    return split or kind.obstacle(site.owner)
+
+
+def offloaded_with(census: Census) -> dict[int, str]:
+    """Return the modules that are loaded together with a whole module around them, by id, with its class's name."""
+    return {key: around for key, around in loaded_modules(census.modules).items() if around is not None}
+
+
+def offloaded_copies(census: Census, fqns: Iterable[str]) -> list[str]:
+    """Return messages about parameters that are named in ``train_also`` and offloaded by accelerate."""
+    offloaded = loaded_modules(census.modules)
+    away = {held.fqn for held in census.tensors if id(held.module) in offloaded}
+    return [
+        f"{fqn} is offloaded by accelerate, which would load the model's own values instead of the trained ones: keep "
+        "it on a device with the device map, or leave it out of train_also"
+        for fqn in fqns
+        if fqn in away
+    ]
+
+
+def computed_weights(sites: Iterable[Site]) -> list[str]:
+    """Return messages about adapted weights that have become computed from other parameters."""
+    return [f"{site.fqn} {COMPUTED}" for site in sites if site.weight is None]
+
+
+def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
+    """Return messages about weights that are tied to other modules."""
+    tied = tied_names(census, sites)
+    return [
+        f"the weight of {site.fqn} is tied to {', '.join(tied[site.key])}: untie it, or exclude the layer"
+        for site in sites
+        if site.key in tied
+    ]
+
+
+def tied_names(census: Census, sites: Iterable[Site]) -> dict[Key, list[str]]:
+    """Return the names of the parameters of other modules that the weights of sites are tied to, by `Site.key`."""
+    tied = {}
+    for site in sites:
+        weight = site.weight
+        if weight is None or site.layer_class.attribute not in site.owner._parameters:  # codes under a different name
+            continue
+        own = Held(site.fqn, site.owner, site.layer_class.attribute, weight)
+        found = [held for identity in identities(*own[1:]) for held in census.by_identity.get(identity, [])]
+        found += _tied_by_name(census, own) if weight.is_meta else []
+        if others := [held.fqn for held in found if held.module is not site.owner]:
+            tied[site.key] = [*dict.fromkeys(others)]
+    return tied
+
+
+def tied_away(census: Census) -> set[str]:
+    """Return the names of parameters that transformers ties to others and that are still tied; files may lack them."""
+    by_fqn = {held.fqn: held for held in census.parameters}
+    pairs = [(source, name) for source, *names in _named_groups(census) for name in names]
+    return {
+        name for source, name in pairs if {source, name} <= by_fqn.keys() and _are_tied(by_fqn[source], by_fqn[name])
+    }
+
+
+def _tied_by_name(census: Census, own: Held) -> list[Held]:
+    """Return the parameters that transformers ties to an offloaded weight."""
+    fqns = {held.fqn for held in census.parameters if held.module is own.module and held.attribute == own.attribute}
+    names = {fqn for group in _named_groups(census) if not fqns.isdisjoint(group) for fqn in group} - fqns
+    return [held for held in census.parameters if held.fqn in names and _are_tied(own, held)]
+
+
+def _named_groups(census: Census) -> list[list[str]]:
+    """Return groups of names of parameters that transformers ties, if they are not untied since; sources come first."""
+    groups: dict[str, list[str]] = {}
+    for prefix, module in census.prefixed:
+        names = module.__dict__.get(TIED_NAMES)
+        for name, source in names.items() if isinstance(names, dict) else ():
+            groups.setdefault(f"{prefix}{source}", [f"{prefix}{source}"]).append(f"{prefix}{name}")
+    return [*groups.values()]
+
+
+def _are_tied(one: Held, other: Held) -> bool:
+    """Whether two parameters are one, or were when accelerate offloaded them, each to its own file."""
+    if not {*identities(*one[1:])}.isdisjoint(identities(*other[1:])):
+        return True
+    if not (one.tensor.is_meta and other.tensor.is_meta):
+        return False
+    places = place_of(one.module, one.attribute), place_of(other.module, other.attribute)
+    return all(place.is_loaded_on_call for place in places) and torch.equal(places[0].read(), places[1].read())
+
+
+def foreign_adapters(census: Census) -> list[str]:
+    """Return a message for each library that has adapters in a model."""
+    found: dict[str, list[str]] = {}
+    for fqn, module in ("", census.model), *census.first_visits:
+        kind = type(module)
+        packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
+        if (package := next(filter(LIBRARIES.__contains__, packages), None)) is not None:
+            found.setdefault(package, []).append(f"{fqn or 'the model itself'} ({kind.__module__}.{kind.__name__})")
+    return [
+        f"the model has adapters of {LIBRARIES[package]}: {', '.join(places[-2:])}"
+        f"{f' and {len(places) - 2} more modules' if len(places) > 2 else ''}; merge or remove them first, such as "
+        "with merge_and_unload() or unload() of a PeftModel; randlora.load reads what PEFT saved of a RandLoRA"
+        for package, places in found.items()
+    ]
+
+
+# What an adapter leaves out
 
 
 @dataclass(frozen=True)
@@ -91,21 +246,18 @@ def left_out(
     tied = tied_names(census, [site for _, site in left if site is not None])
     groups: dict[tuple[int, str], list[tuple[Held, Site | None]]] = {}
     for held, site in left:
+        key = (id(held.module), "weight") if site is None else site.key
+        if key in excluded:
+            why: str | None = EXCLUDED
+        elif site is None:
+            called = census.kinds[id(held.module)].called
+            why = called if isinstance(called, str) else None
+        else:
+            why = obstacle(site) or census.useless.get(key)
+            why = why or ("tied to parameters of other modules: untie it first" if key in tied else None)
         order = len(KINDS) if site is None else KINDS.index(site.layer_class.kind)
-        why = _reason(census, held, site, excluded, tied) or ""
-        groups.setdefault((order, why), []).append((held, site))
+        groups.setdefault((order, why or ""), []).append((held, site))
     return tuple(_group(census, *key, groups[key]) for key in sorted(groups))
-
-
-def _reason(
-    census: Census, held: Held, site: Site | None, excluded: Collection[Key], tied: Collection[Key]
-) -> str | None:
-    if site is None:
-        refused = census.kinds[id(held.module)].called
-        return EXCLUDED if (id(held.module), "weight") in excluded else refused if isinstance(refused, str) else None
-    if site.key in excluded:
-        return EXCLUDED
-    return obstacle(site) or census.useless.get(site.key) or (TIED if site.key in tied else None)
 
 
 def _group(census: Census, order: int, why: str, members: Sequence[tuple[Held, Site | None]]) -> LeftOut:
@@ -139,23 +291,26 @@ def doubt(census: Census, sites: Sequence[Site], groups: Sequence[LeftOut]) -> s
     return f"{DOUBT} {shortened([site.fqn for site in sites])}, {share:.2%} of the weights{like}: give {advice}"
 
 
-def layer_names(visits: Iterable[Candidate]) -> list[str]:
+# Patterns that match what cannot be adapted, or nothing
+
+
+def layer_names(census: Census) -> list[str]:
     """Return the FQNs of the layers and weights that have an adapter layer."""
-    return [visit.fqn for visit in visits if isinstance(visit.entry, type)]
+    return [visit.fqn for visit in census.candidates if isinstance(visit.entry, type)]
 
 
-def holders(visits: Iterable[Candidate]) -> set[str]:
+def holders(census: Census) -> set[str]:
     """Return the FQNs of the modules that contain such layers or weights."""
-    return {name for fqn in layer_names(visits) for name in prefixes(fqn)[:-1]}
+    return {name for fqn in layer_names(census) for name in prefixes(fqn)[:-1]}
 
 
 def reason(census: Census, visit: Candidate) -> str | None:
     """Return why a module cannot be adapted. ``None`` if it can be, is a container, or has no matrix."""
-    if isinstance(visit.entry, str):
-        return visit.entry
+    if visit.entry is not None:
+        return visit.entry if isinstance(visit.entry, str) else None
     parameters = [parameter for parameter in visit.module._parameters.values() if parameter is not None]
     has_matrix = any(is_lazy(parameter) or parameter.ndim >= 2 for parameter in parameters)
-    if visit.entry is None and has_matrix and not census.kinds[id(visit.module)].read:
+    if has_matrix and not census.kinds[id(visit.module)].read:
         return f"of type {plain_class(visit.module).__name__}, {NO_LAYER}"
     return None
 
@@ -183,30 +338,33 @@ def missed(census: Census, argument: str, pattern: Pattern, entries: Sequence[st
 
 def _advice(census: Census, argument: str, pattern: Pattern, entry: str) -> str:
     """Return what a regex or name may have been meant to be, or what it matches that cannot be adapted."""
-    visits, layers = census.candidates, layer_names(census.candidates)
+    layers = layer_names(census)
     rule = {"alllinear": ALL_LINEAR, "all": ALL}.get(re.sub(r"[-_\s]", "", entry).lower())
     if argument == "targets" and rule is not None:
         return f"; did you mean {spelled('targets', rule)}?"
     if is_names(pattern) and is_regex_of(entry, layers):
         return f': the entries of a list are names, not regexes; did you mean {argument}=r"{entry}"?'
-    name = pattern if isinstance(pattern, str) else (entry,)
+    name, suffix = pattern if isinstance(pattern, str) else (entry,), (entry,)
     only = []
     for held in census.parameters:
         site = census.site_of(held)
-        if (site is None or site.fqn != held.fqn) and (matches_name(name, held.fqn) or has_suffix(held.fqn, entry)):
+        if (site is None or site.fqn != held.fqn) and (
+            matches_name(name, held.fqn) or matches_name((entry,), held.fqn)
+        ):
             role = f"a parameter of {site.fqn}, which is the name to give" if site else _described(held)
             only.append(f"{held.fqn} ({role})")
     if only:
         return f", only {shortened(only, LISTED)}"
+    visits = census.candidates
     only = [f"{visit.fqn} ({plain_class(visit.module).__name__})" for visit in visits if matches_name(name, visit.fqn)]
-    known = [visit.fqn for visit in visits] if argument == "exclude" else [*layers, *holders(visits)]
-    advice = suggestion(argument, entry, known) or inventory(visits)
+    known = [visit.fqn for visit in visits] if argument == "exclude" else [*layers, *holders(census)]
+    advice = suggestion(argument, entry, known) or inventory(census)
     return f"{f', only {shortened(only, LISTED)}' if only else ''}; {advice}"
 
 
-def inventory(visits: Sequence[Candidate]) -> str:
+def inventory(census: Census) -> str:
     """Return a list of the model's layers that can be adapted or, if it has none, of its types of modules."""
-    if layers := layer_names(visits):
+    if layers := layer_names(census):
         return f"the model has {shortened(layers, LISTED)}"
-    types = sorted({plain_class(visit.module).__name__ for visit in visits}) or ["itself"]
+    types = sorted({plain_class(visit.module).__name__ for visit in census.candidates}) or ["itself"]
     return f"the model has no layer or weight that can be adapted, only {shortened(types, LISTED)}"

@@ -16,15 +16,17 @@ from randlora.targets.left_out import (
     LINEAR_KINDS,
     NOTHING,
     LeftOut,
+    foreign_adapters,
     holders,
     inventory,
     left_out,
     missed,
+    obstacle,
     reason,
     refusal,
+    tied_names,
 )
 from randlora.targets.match import is_names, matches, prefixes, shortened, unmatched
-from randlora.targets.obstacles import foreign_adapters, obstacle, tied_names
 
 HEAD = "the output head"
 TRAINED = "trained by train_also"
@@ -85,8 +87,7 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
     else:
         asked = visits if must_match else [visit for visit in visits if visit.entry is None or is_linear(visit)]
         found = [visit for visit in asked if _is_matched(visit, pattern, opens=opens)]
-    excluded = [] if exclude is None else _excluded(census, found, exclude)
-    problems = [] if exclude is None else _exclude_problems(census, exclude)
+    excluded, problems = ([], []) if exclude is None else _excluded(census, found, exclude)
     excluded_keys = {visit.key for visit in excluded}
     kept = [visit for visit in found if visit.key not in excluded_keys]
     if is_rule:
@@ -103,7 +104,7 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
             names = {name for visit in reached for name in _names(visit, opens=opens)}
             problems += missed(census, "targets", pattern, unmatched(pattern, names | {held.fqn for held in strays}))
         if not (reached or problems):
-            problems.append(f"{rule} {NOTHING}; {inventory(visits)}")
+            problems.append(f"{rule} {NOTHING}; {inventory(census)}")
     raise_collected(TargetError, problems, doing="find the targets")
     rule += "" if exclude is None else ", without the excluded"
     chosen = [visit for visit in chosen if visit.fqn not in skipped]
@@ -152,7 +153,7 @@ def _matching(
 ) -> tuple[list[Candidate], dict[str, str], list[Candidate]]:
     """Split matches into linear layers, other layers inside a named module (skipped), and other named layers."""
     chosen, skipped, refused = [], {}, []
-    opened = holders(census.candidates) if opens else set()
+    opened = holders(census) if opens else set()
     for visit in found:
         if isinstance(visit.entry, type):
             chosen.append(visit)
@@ -224,32 +225,25 @@ def _is_in_head(census: Census, held: Candidate | Held) -> bool:
 
 
 def _nothing_left(census: Census, rule: str, skipped: Mapping[str, str], left: Sequence[LeftOut]) -> str:
-    message = (
-        f"{rule}: no layer is left to adapt; give {spelled('targets')} that match a layer; "
-        f"{inventory(census.candidates)}"
-    )
+    message = f"{rule}: no layer is left to adapt; give {spelled('targets')} that match a layer; {inventory(census)}"
     reasons = [f"{fqn} ({why})" for fqn, why in skipped.items()]
     return "; ".join([message, *([f"skipped: {shortened(reasons)}"] if reasons else []), *map(str, left)])
 
 
-def _exclude_problems(census: Census, exclude: Pattern) -> list[str]:
-    """Return messages about entries of ``exclude`` that match nothing or, as a regex, only a container."""
-    closed = holders(census.candidates) if isinstance(exclude, str) else set()
-    known = [visit.fqn for visit in census.candidates if visit.fqn not in closed]
-    return missed(census, "exclude", exclude, unmatched(exclude, [*known, *(held.fqn for held in census.unserved)]))
+def _excluded(census: Census, found: Sequence[Candidate], exclude: Pattern) -> tuple[list[Candidate], list[str]]:
+    """Return the modules that ``exclude`` matches, at all of their places, and messages about entries without a match.
 
-
-def _excluded(census: Census, found: Sequence[Candidate], exclude: Pattern) -> list[Candidate]:
-    """Return the modules that ``exclude`` matches, at all of their places; a name in a list includes all submodules.
-
-    A callable is called only for the layers that the targets match.
+    A callable is called only for the layers that the targets match. A regex must match more than a container.
     """
     asked: Sequence[Candidate] = census.candidates
     if callable(exclude):
         layers = {visit.key for visit in found if visit.entry is not None or reason(census, visit)}
         asked = [visit for visit in asked if visit.key in layers]
     matched = {visit.key for visit in asked if _is_matched(visit, exclude, opens=is_names(exclude))}
-    return [visit for visit in census.candidates if visit.key in matched]
+    closed = holders(census) if isinstance(exclude, str) else set()
+    known = [fqn for fqn, *_ in (*census.candidates, *census.unserved) if fqn not in closed]
+    problems = missed(census, "exclude", exclude, unmatched(exclude, known))
+    return [visit for visit in census.candidates if visit.key in matched], problems
 
 
 TARGET_PRESETS: dict[str, str | tuple[str, ...]] = {
