@@ -80,25 +80,21 @@ def names_or_regex(value: Any) -> str:
     return ""
 
 
+def _option(default: Any, **metadata: Any) -> Any:
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Option:
-    """An option of the table.
-
-    Attributes:
-        check: The requirement on its values beside their type. In a mapping, on each value.
-        peft: PEFT's name for it, in the JSON of its RandLoRA.
-        aliases: Further names for it in other libraries.
-        since: The first version of the file format that has it. A version above 1 is written only if the option does
-            not have its default.
-    """
+    """An option of the table."""
 
     name: str
     type: Any
     default: Any
-    check: Check = lambda _: ""
-    peft: str | None = None
-    aliases: tuple[str, ...] = ()
-    since: int = 1
+    check: Check = lambda _: ""  # of a value of this type; in a mapping, of each value
+    peft: str | None = None  # PEFT's name for it, in the JSON of its RandLoRA
+    aliases: tuple[str, ...] = ()  # in other libraries
+    since: int = 1  # the file format that has it first; above 1, it is written only if it does not have its default
 
     def problems(self, value: Any) -> Iterator[str]:
         """Yield messages about why a value is invalid for this option."""
@@ -170,14 +166,12 @@ def by_rank(values: Mapping[str, _Value], options: Mapping[str, LayerOptions]) -
 
 def described(options: Mapping[str, LayerOptions]) -> dict[str, str]:
     """Return r and alpha in words: the value, or each value with its number of layers."""
-    return {name: _counted(getattr(own, name) for own in options.values()) for name in LayerOptions._fields}
-
-
-def _counted(values: Iterable[float]) -> str:
-    counts = Counter(values)
-    if len(counts) == 1:
-        return f"{next(iter(counts)):g}"
-    return ", ".join(f"{value:g} ({count} layer{'s' * (count > 1)})" for value, count in sorted(counts.items()))
+    words = {}
+    for name in LayerOptions._fields:
+        counts = sorted(Counter(getattr(layer, name) for layer in options.values()).items())
+        many = ", ".join(f"{value:g} ({count} layer{'s' * (count > 1)})" for value, count in counts)
+        words[name] = f"{counts[0][0]:g}" if len(counts) == 1 else many
+    return words
 
 
 ALPHA_PER_RANK = 20.0
@@ -237,38 +231,30 @@ class RandLoRAConfig:
         OptionError: For an unknown option, with a suggestion. It is also a `TypeError`.
     """
 
-    r: int | Mapping[str, int] = field(
-        default=32,
-        metadata={"check": between(f"a positive integer of at most {LARGEST_RANK}", 1, LARGEST_RANK), "peft": "r"},
+    r: int | Mapping[str, int] = _option(
+        32, check=between(f"a positive integer of at most {LARGEST_RANK}", 1, LARGEST_RANK), peft="r"
     )
-    targets: Pattern | None = field(default=None, metadata={"check": names_or_regex, "peft": "target_modules"})
-    exclude: Pattern | None = field(default=None, metadata={"check": names_or_regex, "aliases": ("exclude_modules",)})
-    alpha: float | Mapping[str, float] | None = field(
-        default=None,
-        metadata={
-            "check": between(f"a number of at most {LARGEST_FACTOR:g} in size", -LARGEST_FACTOR, LARGEST_FACTOR),
-            "peft": "randlora_alpha",
-            "aliases": ("lora_alpha",),
-        },
+    targets: Pattern | None = _option(None, check=names_or_regex, peft="target_modules")
+    exclude: Pattern | None = _option(None, check=names_or_regex, aliases=("exclude_modules",))
+    alpha: float | Mapping[str, float] | None = _option(
+        None,
+        check=between(f"a number of at most {LARGEST_FACTOR:g} in size", -LARGEST_FACTOR, LARGEST_FACTOR),
+        peft="randlora_alpha",
+        aliases=("lora_alpha",),
     )
-    dropout: float = field(
-        default=0.0,
-        metadata={
-            "check": between("a number in [0, 1)", 0, math.nextafter(1, 0)),
-            "peft": "randlora_dropout",
-            "aliases": ("lora_dropout",),
-        },
+    dropout: float = _option(
+        0.0,
+        check=between("a number in [0, 1)", 0, math.nextafter(1, 0)),
+        peft="randlora_dropout",
+        aliases=("lora_dropout",),
     )
     basis: BasisKind = "dense"
     stream: Stream | None = None
-    blocks: tuple[int, int] | None = field(default=None, metadata={"check": positive_pair})
-    seed: int = field(
-        default=0,
-        metadata={"check": between("an integer in [0, 2**64)", 0, 2**64 - 1), "peft": "projection_prng_key"},
-    )
-    train_also: Names | None = field(default=None, metadata={"check": names_or_regex, "peft": "modules_to_save"})
-    in_proj: InProj = field(default="packed", metadata={"since": 2})
-    experts: Experts = field(default="each", metadata={"since": 2})
+    blocks: tuple[int, int] | None = _option(None, check=positive_pair)
+    seed: int = _option(0, check=between("an integer in [0, 2**64)", 0, 2**64 - 1), peft="projection_prng_key")
+    train_also: Names | None = _option(None, check=names_or_regex, peft="modules_to_save")
+    in_proj: InProj = _option("packed", since=2)
+    experts: Experts = _option("each", since=2)
 
     def __post_init__(self) -> None:
         """Convert lists to tuples and mappings to immutable ones, and check every value."""

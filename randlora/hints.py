@@ -69,22 +69,21 @@ CALLS = {
         ("AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForSequenceClassification"),
         "randlora.files.load_model(directory)",
     ),
-    "LoraConfig": "randlora.inject(model, r=32, targets=…), or randlora.RandLoRAConfig",
-    "PeftModel": "randlora.load(model, directory)",
-    "RandLoraConfig": "randlora.inject(model, r=32, targets=…), or randlora.RandLoRAConfig",
+    **dict.fromkeys(
+        ("LoraConfig", "RandLoraConfig"), "randlora.inject(model, r=32, targets=…), or randlora.RandLoRAConfig"
+    ),
+    **dict.fromkeys(
+        ("PeftModel", "from_pretrained", "load_adapter", "load_peft_weights"), "randlora.load(model, directory)"
+    ),
+    **dict.fromkeys(("disable_adapter", "disable_adapters"), "with randlora.disabled(model):"),
     "TaskType": "randlora.inject(model), which needs no type of task",
     "add_adapter": "randlora.inject(model, name=…)",
     "add_weighted_adapter": "randlora.serving.combine(model, {…: 0.5, …: 0.5}, name=…)",
     "delete_adapter": "randlora.remove(model, name)",
-    "disable_adapter": "with randlora.disabled(model):",
-    "disable_adapters": "with randlora.disabled(model):",
-    "from_pretrained": "randlora.load(model, directory)",
     "get_peft_model": "randlora.inject(model), which changes the model in place and returns a report",
     "get_peft_model_state_dict": "randlora.adapter_state(model)",
     "hotswap_adapter": "randlora.swap(model, source)",
     "inject_adapter_in_model": "randlora.inject(model)",
-    "load_adapter": "randlora.load(model, directory)",
-    "load_peft_weights": "randlora.load(model, directory)",
     "merge_adapter": "randlora.merge(model, reversible=True)",
     "merge_and_unload": "randlora.merge(model), which changes the model in place and returns a report",
     "prepare_model_for_kbit_training": "randlora.prepare_quantized(model)",
@@ -108,15 +107,11 @@ IN_PLACE = (
 def require_types(function: Callable[..., object], arguments: Mapping[str, object]) -> None:
     """Raise a `ConfigError` if arguments of a function do not have the types in its signature."""
     hints = _hints(function)
-    problems = [
-        problem for name, value in arguments.items() if name in hints for problem in mistyped(value, hints[name], name)
-    ]
-    raise_collected(ConfigError, problems, doing=function.__name__)
+    given = [(value, hints[name], name) for name, value in arguments.items() if name in hints]
+    raise_collected(ConfigError, [problem for each in given for problem in mistyped(*each)], doing=function.__name__)
 
 
-@functools.cache
-def _hints(function: Any) -> dict[str, Any]:
-    return get_type_hints(function)
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 
 RIGHT = {(kind, kind) for kind in (bool, int, str)}

@@ -7,6 +7,7 @@ several processes, registers a `Keeper` that finds their places.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -30,8 +31,7 @@ class Place(ABC):
 
     Attributes:
         is_lasting: Whether written values stay. Not if an optimizer has copies that it would write back.
-        is_gathered_by_use: Whether a forward gathers the values where it uses them. All processes must then use the
-            same parameters in the same order.
+        is_gathered_by_use: Whether a forward gathers the values where it uses them, on all processes in the same order.
         is_loaded_on_call: Whether the values are loaded for each call of the module from where they can only be read.
         exchanges: How the parameter is exchanged for a copy.
     """
@@ -102,8 +102,7 @@ class Kept(NamedTuple):
     def stored(self, now: Place) -> Tensor | None:
         """Return the values in the form in which a state dict has the parameter; ``None`` if it has none."""
         if self.place is None:
-            values: Tensor = self.values
-            return values
+            return self.values  # type: ignore[no-any-return]
         return (self.place if isinstance(now, Plain) else now).stored(self.values)
 
 
@@ -115,11 +114,10 @@ def converted(tensor: Tensor, convert: Any) -> Tensor:
     if tensor.is_meta:
         return tensor
     holder = nn.Module()
-    held: dict[str, Any] = holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers
-    held["tensor"] = tensor
+    tensors: dict[str, Any] = holder._parameters if isinstance(tensor, nn.Parameter) else holder._buffers
+    tensors["tensor"] = tensor
     holder._apply(convert)
-    found: Tensor = held["tensor"]
-    return found
+    return tensors["tensor"]  # type: ignore[no-any-return]
 
 
 class Whole(Place):
@@ -166,13 +164,10 @@ class Plain(Whole):
         self._tensor = self._own
 
     def write(self, value: Tensor) -> None:
-        """Replace the current parameter by one with these values.
-
-        The new parameter does not require grad, because `restore` would drop what it is trained to.
-        """
-        held = nn.Parameter(value, requires_grad=False)
-        held.__dict__.update(vars(self._own))  # what libraries set on parameters
-        self._owner._parameters[self._attribute] = held
+        """Replace the current parameter by one with these values, which is not trained: `restore` would drop that."""
+        parameter = nn.Parameter(value, requires_grad=False)
+        parameter.__dict__.update(vars(self._own))  # what libraries set on parameters
+        self._owner._parameters[self._attribute] = parameter
 
     def keep(self) -> Kept:
         """Return the parameter."""
@@ -192,17 +187,7 @@ class Keeper:
     """
 
 
-_asked: dict[str, list[Callable[..., Any]]] = {
-    "place_at": [],
-    "place_of": [],
-    "whole_only_inside": [],
-    "why_incomplete": [],
-    "own_class": [],
-    "is_hooked": [],
-    "loaded_modules": [],
-    "ranks_of": [],
-    "settle": [],
-}
+_asked: dict[str, list[Callable[..., Any]]] = defaultdict(list)
 """The methods of keepers by name, in the order of registration."""
 
 
@@ -211,6 +196,7 @@ def register_keeper(kind: type[Keeper]) -> type[Keeper]:
     keeper = kind()
     for question in vars(kind):
         if not question.startswith("_"):
+            assert question in globals(), f"no function here asks {question}"
             _asked[question].append(getattr(keeper, question))
     return kind
 
@@ -285,8 +271,7 @@ def is_hooked(module: nn.Module) -> bool:
 def loaded_modules(modules: Iterable[nn.Module]) -> dict[int, str | None]:
     """Return the modules, by id, whose parameters are loaded for each call of them or of a module around them.
 
-    The value is the name of the class of the module that it is loaded with, or ``None`` if it is loaded by itself. All
-    modules around the given ones must be given too.
+    The value is the class of the module that it is loaded with, by name, or ``None`` if it is loaded by itself.
     """
     modules = list(modules)
     return {key: around for ask in _asked["loaded_modules"] for key, around in ask(modules).items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import threading
@@ -80,19 +79,15 @@ class Basis:
     spec: BasisSpec
     extent: tuple[int, int] = (0, 0)
     stored: Matrices | None = None
-    _drawn: Matrices | None = field(init=False, default=None, repr=False)
-    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
-        init=False, default_factory=dict, repr=False
-    )
-    _pairs: dict[Use, Pair] = field(init=False, default_factory=dict, repr=False)
-    _digests: dict[tuple[int, int], str] = field(init=False, default_factory=dict, repr=False)
-    _squares: dict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
-        init=False, default_factory=dict, repr=False
-    )
     identity: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Set `identity`."""
+        self._drawn: Matrices | None = None
+        self._copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._pairs: dict[Use, Pair] = {}
+        self._digests: dict[tuple[int, int], str] = {}
+        self._squares: dict[tuple[int, int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
         self.identity = str(self.spec.family if self.spec.is_prefix_stable else self.spec)
         if self.stored is not None:
             self.identity += f", stored {self.digest(*self.extent)}"
@@ -162,9 +157,8 @@ class Basis:
 
     def release(self) -> None:
         """Free the working copies, except those in compiled programs. The next product makes them again."""
-        self._pairs.clear()
-        self._copies.clear()
-        self._squares.clear()
+        for cache in (self._pairs, self._copies, self._squares):
+            cache.clear()
 
     def squares(self, max_dim: int, min_dim: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the squares of a layer's A, ``(r, min_dim)``, and the sums of those of the columns of its UB.
@@ -254,10 +248,7 @@ class Basis:
         return KINDS["dense" if self.stored is not None else self.spec.kind]
 
     def _write_out(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A, ``(r, ceil(min_dim / c))``, multiplied by both scales, and B, ``(max_dim, r·num_bases/b)``, padded.
-
-        B is the stored tensor if possible.
-        """
+        """Return A, ``(r, ceil(min_dim / c))``, times both scales, and B, ``(max_dim, r·num_bases/b)``, padded."""
         c, b = (self.spec.blocks if self.stored is None else None) or (1, 1)
         (max_dim, min_dim), r = self.extent, self.spec.r
         rows, wide = math.ceil(max_dim / b) * b, torch.promote_types(dtype, torch.float32)
@@ -329,9 +320,3 @@ class BasisBank:
         """Remove every basis except those given."""
         wanted = set(used)
         self._bases = [basis for basis in self._bases if basis in wanted]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BasisBank:
-        """Return a bank with a copy of the list and the same bases."""
-        twin = copy.copy(self)
-        twin._bases = list(self._bases)
-        return twin

@@ -24,15 +24,13 @@ class Kind:
     """A kind of bases, as the library needs to know it. Each is registered in `KINDS` under its name.
 
     Attributes:
-        draws: For each stream, the default one first, the function that draws from it, given a spec and the max_dim and
-            min_dim that layers use.
+        draws: For each stream, the default one first, the function that draws the max_dim and min_dim that layers use.
         dtype: Dtype of the stored values.
         expected_rank: Estimates the rank of a layer's trained update from a spec and the layer's max_dim and min_dim.
-        sliced: Slices the working copies of A and B, given a spec, for a number of bases and a part of a layer.
+        sliced: Slices the working copies of A and B for a number of bases and a part of a layer.
         paired: Makes the same pair, for the compiler to trace, from A and B as ``sliced`` returns them.
         peft_flags: PEFT's ``(sparse, very_sparse)``; ``None`` if PEFT does not have the kind.
-        default_blocks: Returns ``(c, b)`` for a rank and the numbers of bases of its layers, or ``None`` for a kind
-            without blocks.
+        default_blocks: Returns ``(c, b)`` for a rank and the numbers of bases of its layers; ``None`` without blocks.
         depends_on_dims: Whether every entry depends on the dims of the spec, whatever the stream.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,8 +40,8 @@ class Site:
     """One weight that is or can be adapted.
 
     Attributes:
-        fqn: The fully qualified name used in files: the name of the module if its forward is the product with the
-            weight, else the name of the parameter. The first name, if the module is used in several places.
+        fqn: The name used in files: of the module if its forward is the product with the weight, else of the parameter.
+            The first name, if the module is used in several places.
         owner: The module that has the weight.
         layer_class: The class of its adapter layer.
     """
@@ -57,7 +58,7 @@ class Site:
     @property
     def shape(self) -> Shape:
         """The shape of the update of an adapter with the default options."""
-        return self.layer_class.shape_of(self.owner, DEFAULT)
+        return self.shape_with(DEFAULT)
 
     def shape_with(self, config: RandLoRAConfig) -> Shape:
         """Return the shape of the update of an adapter with these options."""
@@ -123,19 +124,12 @@ class Visit(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """One occurrence in a model of a module, or of a parameter other than ``weight`` that is adapted where it is read.
-
-    Attributes:
-        fqn: Its name.
-        module: The module, or the one that has the parameter.
-        attribute: The parameter, or ``"weight"``.
-        entry: Its adapter layer, the reason why it cannot have one, or ``None`` if the type of the module is unknown.
-    """
+    """One occurrence of a module, or of a parameter other than ``weight`` that is adapted where it is read."""
 
     fqn: str
-    module: nn.Module
+    module: nn.Module  # or the one that has the parameter
     attribute: str
-    entry: type[AdapterLayer] | str | None
+    entry: type[AdapterLayer] | str | None  # why it cannot have an adapter layer, or None for an unknown type of module
 
     @property
     def key(self) -> Key:
@@ -185,7 +179,6 @@ class Census:
         return tuple(
             Held(f"{prefix}{attribute}", module, attribute, buffer)
             for prefix, module in self.prefixed
-            if module._buffers
             for attribute, buffer in saved_buffers(module)
         )
 
@@ -244,11 +237,11 @@ class Census:
     @cached_property
     def uncalled(self) -> dict[Key, str]:
         """Why adapters of layers would be wrong because a module uses the weight differently, by `Site.key`."""
-        sites = self.sites_by_key
+        sites, read = self.sites_by_key, self._readings["read"]
         return {
             key: why
             for key, why in self.read.items()
-            if key in sites and not (key in self._readings["read"] and sites[key].layer_class.is_read)
+            if key in sites and not (key in read and sites[key].layer_class.is_read)
         }
 
     @cached_property
@@ -294,11 +287,10 @@ class Census:
         found = []
         for fqn, module in self.visits:
             called, readers = self.kinds[id(module)]
+            inside = [Candidate(fqn, module, WEIGHT, called)]
+            inside += [Candidate(kind.site_fqn(fqn), module, kind.attribute, kind) for kind in readers]
             is_foreign = not PARTS.isdisjoint(fqn.split("."))
-            found.append(Candidate(fqn, module, WEIGHT, ANOTHERS if is_foreign else called))
-            for kind in readers:
-                name = kind.site_fqn(fqn)
-                found.append(Candidate(name, module, kind.attribute, ANOTHERS if is_foreign else kind))
+            found += [visit._replace(entry=ANOTHERS) for visit in inside] if is_foreign else inside
         return tuple(found)
 
     @cached_property
@@ -317,16 +309,14 @@ class Census:
     @cached_property
     def sites_by_fqn(self) -> dict[str, Site]:
         """All weights that have a class of adapter layer, by FQN, at each of their places."""
-        found = {}
+        found: dict[str, Site] = {}
         for fqn, module in self.visits:
             called, readers = self.kinds[id(module)]
             if isinstance(called, type):
                 key = id(module), WEIGHT
                 is_read = key in self._readings["read"] if key in self.read else id(module) in self._heads
                 readers = (called.as_read if is_read and called.as_read is not None else called, *readers)
-            for kind in readers:
-                name = kind.site_fqn(fqn)
-                found[name] = Site(name, module, kind)
+            found |= {(name := kind.site_fqn(fqn)): Site(name, module, kind) for kind in readers}
         return found
 
     def shapes(self) -> list[Shape]:
@@ -341,13 +331,8 @@ class Census:
     @cached_property
     def _heads(self) -> set[int]:
         """The output heads of all language models in the model, by id, which trainers may read."""
-        of_transformers = {
-            kind
-            for kind in set(map(type, self.modules[1:]))
-            if any(base.__module__ == "transformers.modeling_utils" for base in kind.__mro__)
-        }
-        within = (module for module in self.modules[1:] if type(module) in of_transformers)
-        heads = [module.get_output_embeddings() for module in within if isinstance(module, HasOutputEmbeddings)]
+        base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+        heads = [module.get_output_embeddings() for module in self.modules[1:] if isinstance(module, base)]
         return {id(head) for head in (self.head, *heads) if head is not None}
 
     @cached_property

@@ -344,13 +344,12 @@ def _advice(census: Census, argument: str, pattern: Pattern, entry: str) -> str:
         return f"; did you mean {spelled('targets', rule)}?"
     if is_names(pattern) and is_regex_of(entry, layers):
         return f': the entries of a list are names, not regexes; did you mean {argument}=r"{entry}"?'
-    name, suffix = pattern if isinstance(pattern, str) else (entry,), (entry,)
+    name = pattern if isinstance(pattern, str) else (entry,)
     only = []
     for held in census.parameters:
         site = census.site_of(held)
-        if (site is None or site.fqn != held.fqn) and (
-            matches_name(name, held.fqn) or matches_name((entry,), held.fqn)
-        ):
+        is_name = site is not None and site.fqn == held.fqn
+        if not is_name and (matches_name(name, held.fqn) or matches_name((entry,), held.fqn)):
             role = f"a parameter of {site.fqn}, which is the name to give" if site else _described(held)
             only.append(f"{held.fqn} ({role})")
     if only:

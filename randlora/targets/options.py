@@ -31,26 +31,19 @@ SMALL_RANK = 1024
 BLOCK_STEP = 8
 """With ``block`` bases, r is a multiple of this if possible. Blocks divide r, and a prime r would allow few."""
 
-NEAR = 0.1
-"""How far such a multiple may miss the wanted number of parameters, as a share of it."""
+NEAR, OUT_OF_REACH = 0.1, 1.5
+"""How far such a multiple may miss the wanted number of parameters, as a share of it, and any r, as a factor."""
 
-OUT_OF_REACH = 1.5
-"""The factor by which the nearest number of parameters may differ from the wanted one."""
-
-FIRST_STEP = 0.5
-"""The share of its initial value, 1 / min_dim, by which Adam's first step changes Γ with the default alpha: from 50
-features on, below which `LARGEST_RATE` is less."""
-
-LARGEST_RATE = 1e-2
-"""The largest learning rate to try first."""
+FIRST_STEP, LARGEST_RATE = 0.5, 1e-2
+"""The share of its initial value, 1 / min_dim, by which Adam's first step changes Γ with the default alpha, and the
+largest learning rate to try first."""
 
 
 def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, LayerOptions], list[str]]:
     """Return r and alpha of each target, or else messages about patterns and targets without a match or effect."""
-    ranks, problems = by_target("r", config.r, fqns)
-    alphas, more = by_target("alpha", config.alpha, fqns)
-    problems += more
-    return ({} if problems else {fqn: _options(ranks[fqn], alphas[fqn]) for fqn in fqns}), problems
+    (ranks, problems), (alphas, more) = by_target("r", config.r, fqns), by_target("alpha", config.alpha, fqns)
+    options = {} if problems or more else {fqn: _options(ranks[fqn], alphas[fqn]) for fqn in fqns}
+    return options, problems + more
 
 
 def useless_options(shapes: Mapping[str, Shape], options: Mapping[str, LayerOptions]) -> list[str]:
@@ -70,25 +63,19 @@ def useless_options(shapes: Mapping[str, Shape], options: Mapping[str, LayerOpti
 
 def options_by_target(config: RandLoRAConfig, options: Mapping[str, LayerOptions]) -> RandLoRAConfig:
     """Return a config with options by FQN for each target, or as one number if all targets have the same."""
-    ranks = {fqn: r for fqn, (r, _) in options.items()}
-    alphas = {fqn: alpha for fqn, (_, alpha) in options.items()}
-    return replace(
-        config,
-        r=one_or_all(ranks),
-        alpha=one_or_all(alphas) if isinstance(config.alpha, Mapping) else config.alpha,
-    )
+    alpha = config.alpha
+    if isinstance(alpha, Mapping):
+        alpha = one_or_all({fqn: layer.alpha for fqn, layer in options.items()})
+    return replace(config, r=one_or_all({fqn: layer.r for fqn, layer in options.items()}), alpha=alpha)
 
 
 def options_listed(config: RandLoRAConfig, fqns: Iterable[str]) -> dict[str, LayerOptions]:
     """Return r and alpha of each target of a config from `options_by_target`; a `KeyError` if it has none."""
-    ranks, alphas = config.r, config.alpha
-    return {
-        fqn: _options(
-            ranks[fqn] if isinstance(ranks, Mapping) else ranks,
-            alphas[fqn] if isinstance(alphas, Mapping) else alphas,
-        )
-        for fqn in fqns
-    }
+
+    def listed(option: Any, fqn: str) -> Any:
+        return option[fqn] if isinstance(option, Mapping) else option
+
+    return {fqn: _options(listed(config.r, fqn), listed(config.alpha, fqn)) for fqn in fqns}
 
 
 def _options(r: int, alpha: float | None) -> LayerOptions:
@@ -106,14 +93,19 @@ def by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, An
     """Return the value of one option for each target, and a message for each target or pattern that has a problem."""
     if not isinstance(option, Mapping):
         return dict.fromkeys(fqns, option), []
+    by_part: dict[str, list[str]] = {}
+    for fqn in fqns:
+        for part in set(fqn.split(".")):
+            by_part.setdefault(part, []).append(fqn)
     found: dict[str, Any] = {}
     takers: dict[str, list[tuple[str, frozenset[str]]]] = {}
     problems = []
-    for pattern, (meant, unmet) in match_each(option, fqns).items():
+    for pattern, value in option.items():
+        meant, unmet = _matching(pattern, fqns, by_part)
         if unmet:
             problems.append(f"{name}={{{pattern!r}: …}} {unmet}")
             continue
-        own, value = frozenset(meant), option[pattern]
+        own = frozenset(meant)
         if wider := [other for other, taken in takers.get(meant[0], ()) if taken > own and option[other] != value]:
             problems.append(
                 f"{name}={{{pattern!r}: …}} matches only what {wider[0]!r} took: put it before {wider[0]!r}"
@@ -126,24 +118,11 @@ def by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, An
     return found, problems
 
 
-def match_each(patterns: Iterable[str], fqns: Sequence[str]) -> dict[str, tuple[list[str], str]]:
-    """Return, for each pattern, the targets that it means, or why there are none, as a phrase that follows it.
-
-    It is the name of targets or of a module around them, or else a regex.
-    """
-    by_part: dict[str, list[str]] = {}
-    for fqn in fqns:
-        for part in set(fqn.split(".")):
-            by_part.setdefault(part, []).append(fqn)
-    found = {}
-    for pattern in patterns:
-        likely = min((by_part.get(part, []) for part in pattern.split(".")), key=len)
-        named = [fqn for fqn in likely if f".{pattern}." in f".{fqn}."]
-        found[pattern] = (named, "") if named else _matching(pattern, fqns)
-    return found
-
-
-def _matching(pattern: str, fqns: Sequence[str]) -> tuple[list[str], str]:
+def _matching(pattern: str, fqns: Sequence[str], by_part: Mapping[str, Sequence[str]]) -> tuple[list[str], str]:
+    """Return the targets of this name, or in a module of it, or else of this regex; or why there are none."""
+    likely = min((by_part.get(part, ()) for part in pattern.split(".")), key=len)
+    if named := [fqn for fqn in likely if f".{pattern}." in f".{fqn}."]:
+        return named, ""
     try:
         matching = [fqn for fqn in fqns if re.fullmatch(pattern, fqn)]
     except NO_REGEX as error:
@@ -192,15 +171,10 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
 
 
 def first_learning_rate(scaling: float, min_dim: int) -> float:
-    """Return the learning rate to try first: ``0.5 / min_dim * sqrt(20 / scaling)``, at most 1e-2.
+    """Return the learning rate to try first, given ``alpha / r``: ``0.5 / min_dim * sqrt(20 / scaling)``, at most 1e-2.
 
-    The best rates of this repository's runs, at widths from 64 to 1024, are near it. So is the rate that others used
-    for Llama-3-8B, at 4096. Both have a scaling of 10 to 20. Long runs need less, down to a tenth or even less, and so
-    does reinforcement learning. See the page on the learning rate.
-
-    Args:
-        scaling: ``alpha / r``, by which the update is scaled.
-        min_dim: The smaller side of the adapted layers.
+    The best rates of this repository's runs are near it, at widths from 64 to 1024 and a scaling of 10 to 20. Long runs
+    and reinforcement learning need less, down to a tenth or even less. See the page on the learning rate.
     """
     size = abs(scaling) / ALPHA_PER_RANK
     return min(FIRST_STEP / min_dim / math.sqrt(size), LARGEST_RATE) if size else LARGEST_RATE
