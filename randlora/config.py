@@ -383,12 +383,9 @@ def same_options(verb: Callable[_Arguments, Any]) -> Callable[[Callable[..., _Re
 
 
 def _unknown_option(option: str, known: Iterable[str]) -> str:
-    if option in OPTION_ADVICE:
-        return f"unknown option {option}=: {OPTION_ADVICE[option]}"
     near = difflib.get_close_matches(option, known, n=3)
-    if near:
-        return f"unknown option {option}=: the nearest options are {', '.join(near)}"
-    return f"unknown option {option}=: the options are {', '.join(known)}"
+    listed = f"the nearest options are {', '.join(near)}" if near else f"the options are {', '.join(known)}"
+    return f"unknown option {option}=: {OPTION_ADVICE.get(option, listed)}"
 
 
 RandLoRAConfig.__init__ = explain_options(RandLoRAConfig.__init__, "RandLoRAConfig")  # type: ignore[method-assign]

@@ -121,9 +121,8 @@ RIGHT = {(kind, kind) for kind in (bool, int, str)}
 def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:
     """Yield messages about the parts of a value that do not match a type hint, with their names and the expected type.
 
-    The hint may be a class, a union, a literal, ``Any``, a `TypedDict` (unknown keys are allowed), or a list, tuple,
-    mapping, sequence or path. Numbers must be finite, and a bool is not a number. A list may stand for a tuple, as in
-    JSON.
+    The hint may be a class, a union, a literal, ``Any``, a `TypedDict` (unknown keys are allowed), or a container or
+    path. Numbers must be finite, and a bool is not a number. A list may stand for a tuple, as in JSON.
     """
     choices = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
     found = [(choice, [*_differences(value, choice, name)]) for choice in choices if _has_form(value, choice)]

@@ -195,7 +195,7 @@ def test_the_public_names_are_complete_and_sorted() -> None:
         for name, value in vars(randlora.api).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
-    assert PUBLIC == sorted({*public, "errors", "files", "serving"})
+    assert sorted({*public, "errors", "files", "serving"}) == PUBLIC
     for name in public:
         defined_in = inspect.getmodule(getattr(randlora, name))
         assert defined_in is None or defined_in.__name__.startswith("randlora."), name

@@ -18,7 +18,7 @@ from randlora.bases.spec import KINDS, BasisSpec, CompactMatrix, Kind, Matrices,
 from randlora.errors import ConfigError
 from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.cost import SMALL_WEIGHT
-from randlora.functional.region import Sides, Spans, entries_of, take_spans
+from randlora.functional.region import Sides, Spans, all_of, entries_of, take_spans
 
 VERSION = 1  # of the portable stream
 PORTABLE_CHUNK = 2**20
@@ -35,9 +35,9 @@ def portable_draw(
 ) -> Matrices:
     """Draw bases with the same bits on every machine, thread count, torch version and chunking.
 
-    The numbers come from NumPy's ``Philox``, a counter-based generator whose raw stream NumPy guarantees. Every row has
-    its own counter range, read from the start, so a longer row begins with the shorter one, and adding rows changes no
-    other row. ``to_values`` makes one entry of each 32-bit lane, by comparisons or exact float32 operations.
+    They come from NumPy's ``Philox``, a counter-based generator with a guaranteed raw stream. Every row has its own
+    counter range, so longer or more rows begin with the shorter or fewer ones. ``to_values`` makes one entry of each
+    32-bit lane, by comparisons or exact float32 operations.
     """
 
     def draw_matrix(index: int, rows: int, columns: int, stride: int) -> CompactMatrix:
@@ -80,15 +80,12 @@ def portable_uniform(lanes: Lanes, stride: int) -> Values:
 
 
 def torch_draw(spec: BasisSpec, max_dim: int, min_dim: int, *, draw_matrix: Callable[..., CompactMatrix]) -> Matrices:
-    """Draw the bases of PEFT 0.21.2, bit for bit, from torch's CPU generator.
+    """Draw the bases of PEFT 0.21.2, bit for bit, from torch's CPU generator, and keep the part that layers use.
 
-    PEFT draws A and then B for the largest dims of all targets, and divides each by its standard deviation. Only the
-    part that layers use is kept here.
-
-    PEFT draws ``dense`` in bfloat16, for which torch 2.12.0 changed what a seed gives: almost every entry differs from
-    2.11, and the bits also depend on whether the CPU multiplies and adds in one rounding. The numbers that torch draws
-    in float32, 24 random bits each, are the same everywhere, and both streams are computed from them: ``torch`` is what
-    2.12 draws on a CPU with fused multiply-add (all in use have it), ``torch-2.11`` what older versions drew.
+    PEFT draws A and then B for the largest dims of all targets, and divides each by its standard deviation. It draws
+    ``dense`` in bfloat16, where the bits of a seed differ between torch 2.11 and 2.12, and on CPUs without fused
+    multiply-add. What torch draws in float32, 24 random bits each, is the same everywhere, and both streams are
+    computed from it: ``torch`` as 2.12 does on a CPU with fused multiply-add, ``torch-2.11`` as older versions did.
     """
     generator = torch.Generator("cpu").manual_seed(spec.seed)
     num_bases = count_bases(min_dim, spec.r)
@@ -285,17 +282,11 @@ def _begin_with_blocks(spans: Spans, blocks: int) -> bool:
 
 
 def _without_blocks(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, sides: Sides) -> Pair:
-    """Return a dense pair, cut out of the blocks around it."""
-    c, b = spec.blocks or (1, 1)
-    row, column = (spans[0][0] // blocks * blocks for spans, blocks in zip(sides, (b, c), strict=True))
-    around = Sides(((row, sides.large[-1][1]),), ((column, sides.small[-1][1]),))
-    pair = _sliced(spec, basis_A, basis_B, num_bases, around)
+    """Return a dense pair, cut out of the blocks up to its end."""
+    rows, columns = sides
+    pair = _sliced(spec, basis_A, basis_B, num_bases, Sides(all_of(rows[-1][1]), all_of(columns[-1][1])))
     assert isinstance(pair, BlockPair), "it begins with blocks"
     written = pair.written or pair.write_out()
-    rows, columns = (
-        tuple((start - first, stop - first) for start, stop in spans)
-        for spans, first in zip(sides, (row, column), strict=True)
-    )
     return DensePair(take_spans(written.A, columns, -1).contiguous(), take_spans(written.B, rows, 0))
 
 

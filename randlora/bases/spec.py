@@ -136,9 +136,8 @@ def count_bases(min_dim: int, r: int) -> int:
 def reach_all(blocks: tuple[int, int], num_bases: int) -> bool:
     """Whether blocks ``(c, b)`` leave no entry of an update with this number of bases always zero.
 
-    Entry (i, j) needs a p, an index of columns of UB and rows of UA, with ``p ≡ i (mod b)`` and
-    ``p // num_bases ≡ j (mod c)``. The indices of one class mod c are runs of num_bases numbers, one run in every
-    ``c·num_bases``. They reach all classes mod b if, mod b, the runs start at most num_bases apart.
+    Entry (i, j) needs an index p of columns of UB and rows of UA with ``p ≡ i (mod b)`` and ``p // num_bases ≡ j (mod
+    c)``. The latter are runs of num_bases numbers, which reach all classes mod b if, mod b, they start as close.
     """
     c, b = blocks
     return math.gcd(c * num_bases, b) <= num_bases
