@@ -362,12 +362,10 @@ def planned_codes(census: Census) -> dict[str, int]:
     last = census.parameters[-1].fqn.removesuffix(".weight") if census.parameters else ""
     kept: Any = getattr(census.model, "_keep_in_fp32_modules", None)
     names = [last, *(kept or ())]
-    linear = [
-        site
-        for site in census.sites
-        if plain_class(site.owner) is nn.Linear or issubclass(site.layer_class, Conv1DAdapter)
+    inner = [site for site in census.sites if site.owner is not census.head]
+    sites = [
+        each for each in inner if plain_class(each.owner) is nn.Linear or issubclass(each.layer_class, Conv1DAdapter)
     ]
-    sites = [site for site in linear if site.owner is not census.head]
     tied = tied_names(census, sites)
     counts = {
         f"{site.fqn}.weight": math.prod(site.shape)
