@@ -19,7 +19,7 @@ from randlora.bases.basis import Basis
 from randlora.checkpoint.header import metadata_of, parse_header
 from randlora.errors import CheckpointError
 from randlora.state import attached_state
-from tests.kit import adapter_values, all_bits, bits, fill, untouched
+from tests.kit import adapt, adapter_values, all_bits, bits, untouched
 
 Stored = Literal["seed", "stored"]
 
@@ -45,8 +45,6 @@ class Twice(nn.Module):
 
 
 class Headed(nn.Module):
-    """A body to adapt, a norm and a head."""
-
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7))
@@ -88,7 +86,6 @@ class Case:
     dtype: torch.dtype = torch.float32
 
     def build(self) -> nn.Module:
-        """Make the model, always with the same weights, in evaluation mode."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self.make().to(self.dtype).eval()
@@ -130,10 +127,8 @@ both_ways = pytest.mark.parametrize("bases", ["seed", "stored"])
 
 
 def trained(case: Case, *, name: str = "default", **options: Any) -> nn.Module:
-    """Build a case's model with an adapter whose values are random, as after training."""
     model = case.build()
-    randlora.inject(model, **{"r": 2, **case.options, **options}, name=name)
-    return fill(model, name)
+    return adapt(model, **{"r": 2, **case.options, **options}, name=name)
 
 
 def basis_of(model: nn.Module, name: str = "default") -> Basis:
@@ -156,7 +151,6 @@ def bases_of(model: nn.Module, name: str = "default") -> dict[int, Basis]:
 def refused(
     model: nn.Module, directory: Path | str, match: str, *, error: type[Exception] = CheckpointError, **options: Any
 ) -> None:
-    """Check that `randlora.load` raises an error that says ``match``, and that the model shows no trace of it."""
     with untouched(model), pytest.raises(error, match=re.escape(match)):
         randlora.load(model, directory, **options)
 
@@ -203,7 +197,6 @@ def peft_directory(directory: Path, case: Case = LINEAR, **options: Any) -> Path
 
 
 def foreign(directory: Path, seed: int = 0) -> Path:
-    """Save an adapter of PEFT's whose bases no seed brings back."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {BASIS_A: torch.randn(2, 1, 5, generator=generator), BASIS_B: torch.randn(6, 3, 2, generator=generator)}
     edit_tensors(peft_directory(directory), drawn)

@@ -74,7 +74,6 @@ def facts(directory: Path, /, old: str = "", new: str = "", **changes: Any) -> N
 
 @damage
 def header(directory: Path, name: str, text: str | None = None) -> None:
-    """Write the header, or another text, under a name in place of the header."""
     tensors, metadata = stored.read_tensors(directory)
     stored.write_tensors(directory, tensors, {"format": "pt", name: metadata["randlora"] if text is None else text})
 
@@ -99,8 +98,6 @@ def multiplied(directory: Path, key: str, last: float, others: float = 1) -> Non
 
 
 class Bomb:
-    """What makes a directory when it is unpickled."""
-
     def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return os.mkdir, ("exploded",)
 
@@ -127,7 +124,6 @@ def instead(directory: Path, name: str, make: Callable[[Path], object]) -> None:
 
 @damage
 def sparse(path: Path, size: int, start: bytes = b"") -> None:
-    """Make a file of any size that takes no space."""
     path.write_bytes(start)
     os.truncate(path, size)
 

@@ -23,13 +23,10 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repository:
-    """A repository: its commits, and which of them each branch or tag names."""
-
     commits: dict[str, Files] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
     def commit(self, files: Mapping[str, bytes], ref: str = "main") -> str:
-        """Add files to what a branch holds, and return the commit's hash."""
         whole = {**self.files(ref), **files}
         digest = hashlib.sha1(repr(sorted(whole.items())).encode(), usedforsecurity=False).hexdigest()
         self.commits[digest] = whole
@@ -156,7 +153,6 @@ def _entry(file: tuple[str, bytes]) -> dict[str, Any]:
 
 
 def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set what the environment's HF_ENDPOINT set when the client was imported."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 

@@ -64,7 +64,6 @@ def adapter_values(model: nn.Module, name: str = "default") -> dict[str, Tensor]
 
 
 def read(model: nn.Module, fqn: str) -> Tensor:
-    """Return a weight as code in a forward reads it, by the FQN of its parameter."""
     owner, _, attribute = fqn.rpartition(".")
     with in_call():
         value = getattr(model.get_submodule(owner), attribute)
@@ -89,7 +88,6 @@ def all_bits(tensors: Mapping[str, Tensor]) -> dict[str, Bits]:
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Compare with NaN equal to NaN and 0.0 unlike -0.0."""
     return bits(first) == bits(second)
 
 
@@ -148,7 +146,6 @@ def working_nbytes(model: nn.Module) -> int:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition, which another thread makes true."""
     end = time.monotonic() + WAIT
     while not condition():
         assert time.monotonic() < end

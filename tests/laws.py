@@ -79,7 +79,6 @@ def oracle_of(layer: nn.Module, attribute: str = "weight", name: str = "default"
 
 
 def plain(layer: nn.Module) -> nn.Module:
-    """Return a copy of an adapted module without its adapters."""
     twin = copy.deepcopy(layer)
     for held in adapter_layers_of(twin).values():
         held.unfold(twin)

@@ -78,7 +78,6 @@ def _of_8_bits(
 
 
 def _quantized_on_cpu(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """Move it to its device, as a user does; its own forward would give the bias the input's dtype."""
     if layer.bias is not None:
         layer.bias.data = layer.bias.data.to(dtype)
     return layer.to("cpu")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import randlora
-from tests.kit import Model, all_bits, fill
+from tests.kit import Model, adapt, all_bits
 from tests.models import RealModel
 
 SHARD = "20KB"
@@ -27,14 +27,12 @@ def save_model(
 
 
 def write(model: nn.Module, directory: Path, *, is_sharded: bool = False, shard: str = SHARD) -> Path:
-    """Let transformers write what a model holds now, in files of at most the size of a shard if ``is_sharded``."""
     options = {"max_shard_size": shard} if is_sharded else {}
     model.save_pretrained(directory, **options)  # type: ignore[operator]
     return directory
 
 
 def edit_json(path: Path, **changes: object) -> None:
-    """Change some fields of a JSON file; ``None`` takes one out."""
     fields = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     kept = {name: value for name, value in fields.items() if value is not None}
     path.write_text(json.dumps(kept), encoding="utf-8")
@@ -49,8 +47,7 @@ def edit_model(directory: Path, changes: Mapping[str, Tensor | None]) -> None:
 
 def adapter_of(model: nn.Module, directory: Path, *, values: int = 0, **options: Any) -> Path:
     """Save an adapter of a model, with values as after some training, and leave the model plain."""
-    randlora.inject(model, **{"r": 4, **options})
-    randlora.save(fill(model, seed=values), directory)
+    randlora.save(adapt(model, **options, values=values), directory)
     randlora.eject(model)
     return directory
 
@@ -60,7 +57,6 @@ def save_adapter(kind: RealModel, directory: Path, *, dtype: torch.dtype = torch
 
 
 def carrying(model: Model, adapters: Mapping[Path, float]) -> Model:
-    """Load adapters into a model, and activate all."""
     for number, directory in enumerate(adapters):
         randlora.load(model, directory, name=f"adapter_{number}")
     randlora.activate(model, {f"adapter_{number}": weight for number, weight in enumerate(adapters.values())})
@@ -74,7 +70,6 @@ def merge_into(model: Model, adapters: Mapping[Path, float]) -> Model:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Read every file below a directory, hidden ones too."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
@@ -87,7 +82,6 @@ def stored(directory: Path) -> dict[str, Tensor]:
 
 
 def assert_same_tensors(found: Path, expected: Path) -> None:
-    """Compare the tensors of two checkpoints, bit for bit, in whatever files they are."""
     ours, theirs = all_bits(stored(found)), all_bits(stored(expected))
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []

@@ -18,13 +18,7 @@ SIDES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 @dataclass(frozen=True)
 class RealModel:
-    """A kind of model: how to make one, what to give it, and which of its layers an adapter would go round.
-
-    Attributes:
-        build: Makes a model in evaluation mode, always with the same weights.
-        inputs: Makes keyword arguments of its ``forward``, always the same.
-        targets: Last components of layers of several shapes, the square, the wide and the tall among them.
-    """
+    """How to make a model in evaluation mode and inputs, always the same, and names of layers of several shapes."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -55,7 +49,6 @@ def vit(**sides: int) -> nn.Module:
 
 
 def library(name: str) -> Any:
-    """Import a library of models: only the tests of its models do, because that takes seconds."""
     with warnings.catch_warnings():
         # what they warn of is their own affair
         warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
@@ -79,7 +72,6 @@ def clip() -> nn.Module:
 
 
 def unet() -> nn.Module:
-    """Build a UNet of diffusers with cross-attention."""
     sizes = {"sample_size": 8, "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 8}
     blocks: dict[str, Any] = {"block_out_channels": (16, 32), "cross_attention_dim": 16}
     for way, order in (("down", ("CrossAttnDownBlock2D", "DownBlock2D")), ("up", ("UpBlock2D", "CrossAttnUpBlock2D"))):
@@ -95,13 +87,11 @@ def flux() -> nn.Module:
 
 
 def noise() -> dict[str, Any]:
-    """Draw inputs of `unet`."""
     steps, context = torch.tensor([3, 500]), torch.randn(2, 5, 16)
     return {"sample": torch.randn(2, 4, 8, 8), "timestep": steps, "encoder_hidden_states": context}
 
 
 def patches() -> dict[str, Any]:
-    """Draw inputs of `flux`."""
     return {
         "hidden_states": torch.randn(2, 16, 4),
         "encoder_hidden_states": torch.randn(2, 6, 24),
@@ -124,7 +114,6 @@ LLAMA = RealModel("llama", llama, tokens, ("q_proj", "v_proj", "up_proj", "down_
 GPT2 = RealModel("gpt2", gpt2, tokens, ("c_attn", "c_fc", "c_proj"))
 BERT = RealModel("bert", bert, tokens, ("query", "value", "dense"))
 VIT = RealModel("vit", vit, pixels, ("q_proj", "v_proj", "fc1", "fc2"))
-TRANSFORMERS_MODELS = (LLAMA, GPT2, BERT, VIT)
 
 every_transformers_model = pytest.mark.parametrize(
     "kind",
@@ -140,21 +129,18 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def logits(output: Any) -> Tensor:
-    """Take the logits out of what a model returned."""
     found = output if isinstance(output, Tensor) else output.logits
     assert isinstance(found, Tensor)
     return found
 
 
 def reproducible(build: Callable[[], Any]) -> nn.Module:
-    """Build a model in evaluation mode, always with the same weights."""
     model = _drawn(build)
     assert isinstance(model, nn.Module)
     return model.eval()
 
 
 def _drawn(draw: Callable[[], Any]) -> Any:
-    """Draw from a seed of one's own and leave the global generator as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return draw()

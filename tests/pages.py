@@ -60,7 +60,6 @@ def stripped(text: str) -> list[str]:
 
 
 def imported(name: str) -> ModuleType:
-    """Import one of the programs."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -70,7 +69,6 @@ def imported(name: str) -> ModuleType:
 
 
 def snippet(page: str, name: str) -> str:
-    """Return the code of the one block of a page in `SNIPPET`'s language that has a name in it."""
     (code,) = (code for code in SNIPPET.findall((DOCS / page).read_text(encoding="utf-8")) if name in code)
     return str(code)
 

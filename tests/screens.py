@@ -1,9 +1,4 @@
-"""The screens of the command line in docs: each is what its commands print, recorded by ``python -m tests.screens``.
-
-A screen is a block of the page marked ``console``. A line that begins with ``$ `` is a command, which a backslash at
-its end continues, and what follows is what it printed, errors too. All screens are recorded in one
-directory, one after the other, which begins with what `prepare` puts there.
-"""
+"""The blocks ``console`` of the page on the command line, each what its commands print: ``python -m tests.screens``."""
 
 import io
 import json
@@ -30,7 +25,6 @@ COMMAND = re.compile(r"^\$ (?P<words>(?:.*\\\n)*.*\n)", re.MULTILINE)
 
 
 def prepare(directory: Path) -> None:
-    """Make the models and adapters that the page speaks of."""
     write_llama_3_8b(directory / "Llama-3-8B")
     base = save_model(LLAMA, directory / "tiny-llama", dtype=torch.bfloat16, is_sharded=True)
     (base / "tokenizer.json").write_text("{}", encoding="utf-8")
@@ -54,7 +48,6 @@ def write_llama_3_8b(directory: Path) -> None:
 
 
 def printed(command: str) -> str:
-    """Run a command here and return what it prints."""
     program, *words = shlex.split(command)
     assert program == "randlora", f"a screen runs {program}"
     screen = io.StringIO()
@@ -64,7 +57,6 @@ def printed(command: str) -> str:
 
 
 def record(page: str, directory: Path) -> str:
-    """Return the page with every screen as it looks now."""
 
     def again(screen: re.Match[str]) -> str:
         commands = COMMAND.finditer(screen["text"])

@@ -1,6 +1,5 @@
 """The gate of the benchmarks, and the pages of quality and scale; not what `make bench` itself would fail for."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 
 import randlora
-from benchmarks import command, laws, scale
+from benchmarks import scale
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import pages, summary
 from benchmarks.results import Results, Row
@@ -42,64 +41,6 @@ def test_a_target_is_met_or_missed_by_the_ratio_of_the_best_and_asked_of_its_dev
     assert all((target.at_least > 0) != (target.at_most < float("inf")) for target in TARGETS)
 
 
-@pytest.mark.parametrize(("device", "runs"), [("cpu", 2), ("cuda", 1)])
-def test_a_target_missed_on_a_cpu_is_measured_once_more_and_the_second_run_counts_alone(
-    device: str, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(command, "verdicts", lambda results: verdicts(results, [faster("b", "case", "dense", 1.9)]))
-    monkeypatch.setattr(command, "describe", lambda device: {"device": device})
-    found = [row("case", PEFT=6.0, dense=4.0), row("case", PEFT=8.0, dense=4.0), row("case", PEFT=9.0, dense=1.0)]
-    left = iter(found)
-    settings = command.Settings(device, is_quick=True, out=tmp_path)
-    assert command.measure("b", lambda _: [next(left)], settings, gate=True) == (runs == 2)
-    assert len(list(left)) == len(found) - runs
-    saved = json.loads((tmp_path / "b.json").read_text())
-    assert (saved["run"], saved["rows"][0]["figures"]["PEFT"]["best"]) == (runs, 4.0 + 2 * runs)
-
-
-def test_a_benchmark_that_fails_shuts_the_gate_and_the_others_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: list[str] = []
-
-    def named(name: str) -> tuple[str, command.Run]:
-        def run(_: command.Settings) -> list[Row]:
-            called.append(name)
-            if name == "bad":
-                raise ZeroDivisionError("of no use")
-            return [row("case", PEFT=6.0, dense=3.0)]
-
-        return name, run
-
-    def met(*names: str) -> bool:
-        called.clear()
-        settings = command.Settings("cpu", is_quick=True, out=tmp_path)
-        return command.measure_all([named(name) for name in names], settings, {"gpu": "cuda"}, gate=False)
-
-    assert (met("good", "gpu", "other"), called) == (True, ["good", "other"])
-    assert "skipped gpu, which is only for cuda" in capsys.readouterr().out
-    assert (met("bad", "other"), called) == (False, ["bad", "other"])
-    assert re.search(r"(?s)ZeroDivisionError: of no use.*raised an error: bad", capsys.readouterr().out)
-    monkeypatch.setitem(command.LONGEST, "cpu", 0.0)
-    assert (met("good"), called) == (False, [])
-    assert "had no time left: good" in capsys.readouterr().out
-
-
-def test_results_are_written_in_three_forms_and_a_law_that_was_skipped_did_not_hold(tmp_path: Path) -> None:
-    rows = [row(f"T = {tokens}", ("tokens", tokens), PEFT=6.0, dense=3.0, full=2.0) for tokens in (1, 10)]
-    Results("b", {"processor": "some"}, rows).save(tmp_path, ["met    b"])
-    content = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))
-    assert (content["machine"], content["verdicts"]) == ({"processor": "some"}, ["met    b"])
-    assert content["rows"][0]["figures"]["PEFT"] == {"best": 6.0, "median": 12.0, "unit": "s"}
-    lines = (tmp_path / "b.md").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "| case | PEFT / full | dense / full | PEFT / dense (median) |"
-    assert lines[2] == "| T = 1 | 3.00 | 1.50 | 2.00 (2.00) |"
-    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
-    report = tmp_path / "laws.xml"
-    report.write_text('<testsuites><testsuite tests="9" failures="2" errors="1" skipped="1"/></testsuites>', "utf-8")
-    assert {name: figure.best for name, figure in laws.held(report).items()} == {"held": 5, "all": 9}
-
-
 @pytest.mark.parametrize("page", pages.PAGES, ids=str)
 def test_a_page_shows_the_runs_that_are_kept_whose_best_rates_are_inside_of_their_sweeps(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -125,7 +66,6 @@ def test_the_rate_to_try_first_is_near_the_best_of_each_task() -> None:
 
 
 def rows_of(table: str) -> list[str]:
-    """Return the rows of a table of docs/scale.md, its head first."""
     found = re.search(rf"<!-- {table} -->\n(.*?)<!-- end -->", scale.PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None
     return found[1].splitlines()

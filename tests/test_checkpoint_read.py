@@ -52,23 +52,17 @@ def output(model: nn.Module, name: str = "a0") -> Tensor:
 
 
 def loaded(*directories: Path | str) -> nn.Module:
-    """Load adapters ``a0``, ``a1``, … one after the other."""
     model = LINEAR.build()
     for index, directory in enumerate(directories):
         randlora.load(model, directory, name=f"a{index}")
     return model
 
 
-# What a load adds
-
-
 def test_a_loaded_adapter_is_active_and_frozen_where_it_is_the_first(tmp_path: Path) -> None:
+    """What the model computes with it and trains is up to `tests.state_machine`."""
     randlora.save(trained(HEADED), tmp_path)
     model = HEADED.build()
-    plain, own = HEADED.output(model), bits(model.get_parameter("head.weight"))
     report = randlora.load(model, tmp_path, name="mine", active=False)
-    assert randlora.adapters(model)[0].weight is None
-    assert torch.equal(HEADED.output(model), plain)
     assert (report.name, report.targets) == ("mine", ("body.0", "body.2"))
     assert report.notes == ("inactive: call randlora.activate(model, 'mine') to add its update",)
     assert set(report.train_also) == {"head.weight", "head.bias", "norm.bias"}
@@ -81,21 +75,14 @@ def test_a_loaded_adapter_is_active_and_frozen_where_it_is_the_first(tmp_path: P
     assert not any(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(AdapterError, match=r"would have nothing to do \(default\): call randlora.set_trainable"):
         list(randlora.trainable_parameters(model))
-    assert bits(model.get_parameter("head.weight")) == bits(adapter_values(model)["head.weight"]) != own
-    with randlora.disabled(model):
-        assert bits(model.get_parameter("head.weight")) == own
     randlora.eject(model)
     with torch.inference_mode():
         randlora.load(model, tmp_path, trainable=True)
-    expected = {id(parameter) for parameter in adapter_values(model).values()}
-    assert {id(parameter) for parameter in randlora.trainable_parameters(model)} == expected
-    assert {id(parameter) for parameter in model.parameters() if parameter.requires_grad} == expected
     model(torch.ones(2, 6)).sum().backward()
     assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
 
 
 def test_a_path_that_exists_is_loaded_whatever_it_looks_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is neither path nor repository is refused; a path object never means a repository."""
     our_adapter(tmp_path / "user" / "repo")
     monkeypatch.chdir(tmp_path)
     file = f"user/repo/{TENSORS_FILE}"
@@ -126,7 +113,6 @@ def test_a_shared_layer_is_found_by_whichever_of_its_names_the_file_holds(tmp_pa
 @pytest.mark.parametrize("pattern", ["(a+)+$", "("])
 @pytest.mark.parametrize("make", [our_adapter, peft_directory])
 def test_target_modules_of_a_file_is_never_run(pattern: str, make: Callable[..., Path], tmp_path: Path) -> None:
-    """Which would take for ever, or raise."""
     case = Case("slow to match", lambda: nn.ModuleDict({"a" * 60 + "b": nn.Linear(6, 4)}))
     twin = case.build()
     make(tmp_path, case)
@@ -139,15 +125,11 @@ def test_target_modules_of_a_file_is_never_run(pattern: str, make: Callable[...,
     assert read_fields(tmp_path)["target_modules"] == ["a" * 60 + "b"]
 
 
-# PEFT's layouts
-
 LAYOUTS = (("", True, 0, 1e15), ("", False, 0, 7), ("0 2", True, 0, 7.0), ("0 2", False, 0, 0.1), ("2", False, 0, 7))
 
 
 @pytest.mark.parametrize(("copies", "is_at_the_top", "key", "alpha"), [*LAYOUTS, ("", True, 9, 7)])
-def test_every_layout_of_pefts_bases_reads_the_same(
-    copies: str, is_at_the_top: bool, key: int, alpha: float, tmp_path: Path
-) -> None:
+def test_every_layout_of_pefts_bases(copies: str, is_at_the_top: bool, key: int, alpha: float, tmp_path: Path) -> None:
     """For each layer, at the top or both; bases in the file win over its key."""
     model, twin = trained(LINEAR, alpha=alpha), LINEAR.build()
     peft_directory(tmp_path, alpha=alpha)
@@ -186,9 +168,6 @@ def test_pefts_two_booleans_are_read_as_one_kind_and_other_floating_dtypes_never
         assert bits(adapter_values(model, "a0")["0.randlora_lambda"]) == bits(wide)
 
 
-# Bases
-
-
 SMALLEST: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
     torch.float32: lambda drawn: drawn,
     torch.bfloat16: lambda drawn: drawn.bfloat16().float(),
@@ -199,7 +178,6 @@ SMALLEST: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("dtype", SMALLEST, ids=str)
 def test_bases_of_no_seed_are_kept_in_the_smallest_form_that_loses_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
-    """And saved as they are with their key, even those that are larger than needed."""
     changes = {BASIS_A: SMALLEST[dtype](torch.randn(2, 1, 8)), BASIS_B: SMALLEST[dtype](torch.randn(12, 4, 2))}
     edit_tensors(peft_directory(tmp_path), changes)
     edit_fields(tmp_path, {"projection_prng_key": 77})
@@ -232,7 +210,6 @@ def test_bases_of_no_seed_are_shared_by_files_that_hold_the_same_and_by_nothing_
 
 
 def test_stored_bases_are_kept_unless_their_key_brings_back_every_number(tmp_path: Path) -> None:
-    """Also those that are larger than any layer needs."""
     drawn = Basis(BasisSpec("dense", "torch", seed=0, r=2, max_dim=9, min_dim=7))
     bases = drawn.slices(9, 7, device="cpu", dtype=torch.float32)
     edit_tensors(peft_directory(tmp_path), {BASIS_A: bases.A, BASIS_B: bases.B})
@@ -259,8 +236,6 @@ def test_stored_bases_are_used_where_a_seed_draws_others(tmp_path: Path, monkeyp
     assert randlora.files.verify(tmp_path / "stored").passed
     refused(other, tmp_path / "seed", "save it there with bases='stored'")
 
-
-# Two files that disagree
 
 OPTIONS: dict[str, Any] = {"stream": "portable", "seed": 5, "alpha": 3, "dropout": 0.25}
 DISAGREEING: dict[str, dict[str, Any]] = {
@@ -301,9 +276,7 @@ def test_the_other_file_of_a_save_with_equal_options_says_nothing_else_and_none_
         assert randlora.files.inspect(fewer).nbytes == (fewer / TENSORS_FILE).stat().st_size
 
 
-def test_a_json_that_appears_within_a_moment_is_waited_for_unless_it_is_old(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_json_that_is_about_to_appear_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (our_adapter(tmp_path) / CONFIG_FILE).read_text(encoding="utf-8")
     edit_fields(tmp_path, {"r": 7})
     monkeypatch.setattr(read, "PATIENCE", 5.0)
@@ -316,9 +289,7 @@ def test_a_json_that_appears_within_a_moment_is_waited_for_unless_it_is_old(
     doubted(LINEAR.build(), tmp_path, "says r=7")
 
 
-def test_files_without_header_that_are_replaced_while_they_are_read_are_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_replaced_while_they_are_read_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The options of one adapter and the tensors of another would load without a word: their shapes are equal."""
     peft_directory(tmp_path / "new", alpha=5.0)
     peft_directory(tmp_path / "there", alpha=3.0)

@@ -28,9 +28,6 @@ from tests.kit import snapshot, untouched
 pytestmark = pytest.mark.usefixtures("impatient")
 
 
-# Files that every verb refuses
-
-
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of sound adapters, by the names of their makers, each read once, and of their model."""
@@ -114,7 +111,6 @@ def test_a_weight_under_two_names_is_refused_by_every_verb_that_has_its_model(so
 
 @pytest.mark.medium
 def test_bases_as_large_as_peft_would_draw_them_are_not_written_needlessly(sound: Path, tmp_path: Path) -> None:
-    """A wide and a high layer, for which PEFT has bases that are as wide and as high."""
     spec = BasisSpec("dense", "portable", seed=0, r=2, max_dim=2**14, min_dim=4)
     directory = our_adapter(tmp_path / "adapter", stream="portable")
     facts(targets={"0": [4, 2**14], "2": [2**14, 4]}, basis_sha256=Basis(spec).digest(2**14, 4))(directory)
@@ -141,9 +137,6 @@ def test_a_json_of_16_mib_is_read(tmp_path: Path) -> None:
     path = our_adapter(tmp_path) / CONFIG_FILE
     path.write_bytes(path.read_bytes().ljust(2**24))
     randlora.load(LINEAR.build(), tmp_path)
-
-
-# Damage of any bit
 
 
 SMALL = Case("small", lambda: nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 3)), {"train_also": ["1.bias"]})
@@ -184,9 +177,6 @@ def test_a_file_with_a_flipped_bit_or_cut_short_is_refused_or_changes_nothing(na
         refused(SMALL.build(), tmp_path, "truncated or damaged")
 
 
-# Models that do not fit
-
-
 Make = Callable[[Path], object]
 Build = Callable[[], nn.Module]
 
@@ -201,7 +191,6 @@ def peft(damage: Damage) -> Make:
 
 
 def with_a_pattern(directory: Path) -> None:
-    """Give a layer the name ``.*``, letter by letter."""
     held = stored.read_tensors(stored.peft_directory(directory))[0]
     others = {key.replace("model.0.", "model..*."): tensor for key, tensor in held.items()}
     stored.edit_tensors(directory, others, drop=[key for key in held if key not in others])
@@ -213,7 +202,6 @@ def without_bases(directory: Path) -> None:
 
 
 def first(layer: Build) -> Build:
-    """Make LINEAR with another layer in the place of the first."""
     return lambda: nn.Sequential(layer(), *[*LINEAR.make().children()][1:])
 
 
@@ -223,7 +211,6 @@ def twice() -> nn.Module:
 
 
 def other(name: str, part: Callable[[], nn.Module | nn.Parameter]) -> Build:
-    """Make HEADED with another module, or with another parameter."""
 
     def make() -> nn.Module:
         model = HEADED.build()

@@ -35,7 +35,6 @@ def drawn() -> list[Any]:
 
 
 def story(model: nn.Module, at: Path) -> dict[str, Callable[[], Any]]:
-    """Return calls of the verbs that make tensors, one after the other: each as makes most of them."""
     adapter, base, every = at / "adapter", at / "base", at / "every"
     return {
         "drawn": drawn,
@@ -76,7 +75,6 @@ def story(model: nn.Module, at: Path) -> dict[str, Callable[[], Any]]:
 
 
 def described(result: Any) -> Any:
-    """Return a result in a form that can be compared bit for bit."""
     if isinstance(result, Tensor):
         return bits(result)
     if isinstance(result, nn.Module):
@@ -105,7 +103,6 @@ def defaults(device: str | None, dtype: torch.dtype) -> Iterator[None]:
 
 
 def told(at: Path, device: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """Tell the story; return what each call did to the model, and all files."""
     torch.manual_seed(0)
     model = Mixed().eval()
     for name in ("a", "b"):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from itertools import combinations, count, product
+from itertools import combinations, count
 from pathlib import Path
 from random import random
 from typing import Any
@@ -47,13 +47,11 @@ def writers(texts: Mapping[str, bytes]) -> dict[str, Callable[[Path], object]]:
 
 
 def write(directory: Path, texts: Mapping[str, bytes] = NEW) -> int:
-    """Write files, of which the second is withdrawn meanwhile."""
     (size,) = write_files(Files(directory, writers(texts), withdrawn="two"))
     return size
 
 
 def make(directory: Path, **options: Any) -> None:
-    """Make a directory, with one inside of it."""
     with new_directory(directory, **options) as new:
         (new / "folder").mkdir()
         for name, text in NEW.items():
@@ -72,9 +70,14 @@ def test_files_are_written_and_replaced_and_as_readable_as_any_or_as_those_befor
     write(place)
     assert (place / "one").stat().st_mode & 0o777 == 0o600, "what was private stays private"
     assert contents(place) == {**NEW, "other": b"other"}
-    with pytest.raises(OSError, match="one"):
-        write(place / "one")
+    (tmp_path / "circle").symlink_to("circle")
+    for wrong in ("a/b/one", "circle/out", "circle/../out", "a/missing/../out"):
+        with pytest.raises(OSError, match=wrong.split("/")[-2 if ".." not in wrong else -3]):
+            write(tmp_path / wrong)
     assert len(contents(tmp_path)) == 5
+    (tmp_path / "dangling").symlink_to("a/gone")
+    write(tmp_path / "dangling" / "new")
+    assert contents(tmp_path / "a" / "gone" / "new") == NEW
 
 
 FOLDER = {f"folder/{name}": text for name, text in NEW.items()}
@@ -119,9 +122,7 @@ def test_the_next_call_removes_what_a_killed_process_left(name: str, is_killed: 
     assert at > 10
 
 
-def test_a_writer_that_fails_half_way_leaves_the_old_files_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_that_fails_leaves_the_old_files_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, replace_file, calls = tmp_path / "out", Path.replace, count(1)
 
     def write_half(path: Path) -> None:
@@ -170,7 +171,6 @@ def test_a_process_forked_while_a_lock_is_held_does_not_keep_it(tmp_path: Path) 
 def test_threads_that_write_one_directory_leave_the_files_of_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And none of them fails because another has created the directory, or withdrawn a file."""
     monkeypatch.setattr(replace, "flush", lambda _: time.sleep(random() / 200))  # when others go on, or overtake
     out = tmp_path / "out"
     texts = [bytes([number]) * 100 for number in range(8)]
@@ -181,7 +181,6 @@ def test_threads_that_write_one_directory_leave_the_files_of_one_of_them(
 
 
 def test_a_directory_that_only_looks_like_a_leftover_stays(tmp_path: Path) -> None:
-    """A link is not followed, and the signs of patterns in a name are its letters."""
     looks = (".a[1].unfinished-mine", ".a[1].unfinished-chapter1", ".a[1].unfinished-chapter1.old")
     for name in looks:
         write(tmp_path / name)
@@ -201,7 +200,6 @@ LONG = ["n" * 101, "n" * 234, "n" * 235, "n" * 255, "é" * 127, "n" + "é" * 127
 
 @pytest.mark.parametrize("name", LONG, ids=lambda name: f"{name[:2]}{len(name.encode())}")
 def test_a_directory_may_have_any_name_that_the_system_allows(name: str, fast_path: Path) -> None:
-    """What is hidden for it has a name that older file systems allow, and is removed for no other directory."""
     acts: dict[str, Callable[[Path], object]] = {"inside": write, "beside": make}
     for where, act in acts.items():
         out, other = (fast_path / where / each for each in (name, name[:-1] + "m"))
@@ -231,10 +229,7 @@ TELLING: dict[str, tuple[Callable[[Path], object], int | None, str | None]] = {
 
 
 @pytest.mark.parametrize("told", TELLING)
-def test_an_error_of_the_disk_names_the_directory_that_was_given(
-    told: str, fast_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And not what is hidden in it or beside it, which is gone by then; what was said before is the cause."""
+def test_an_error_names_the_directory_given(told: str, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing, number, named = TELLING[told]
     out = Path("given/out")
     monkeypatch.chdir(fast_path)
@@ -251,36 +246,6 @@ def test_an_error_of_the_disk_names_the_directory_that_was_given(
         assert [*fast_path.iterdir()] == []
 
 
-def test_dots_lead_out_of_a_directory_that_is_there_and_of_nothing_else(
-    fast_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As for whoever reads there."""
-    monkeypatch.chdir(fast_path)
-    write(Path("out"), OLD)
-    Path("file").touch()
-    Path("circle").symlink_to("circle")
-    Path("far/away").mkdir(parents=True)
-    Path("link").symlink_to("far/away")
-    Path("dangling").symlink_to("far/gone")
-    before = contents(fast_path)
-    acts: list[Callable[[Path], object]] = [write, partial(make, overwrite=True)]
-    for act, lost in product(acts, ("missing", "file", "circle", "missing/../out")):
-        with pytest.raises(OSError, match=lost):
-            act(Path(lost, "..", "out"))
-        with pytest.raises(OSError, match="circle"):
-            act(Path("circle", "out"))
-    assert contents(fast_path) == before
-    write(Path("link/../new"))
-    write(Path("dangling/new"))
-    write(Path("far/.."))
-    assert contents(Path("far")) == {
-        f"{place}/{name}": text for place in ("gone/new", "new") for name, text in NEW.items()
-    }
-    assert contents(fast_path).items() >= NEW.items()
-
-
-# Saves and conversions: `make torture` kills in all scenarios, at every call
-
 BY_NAME = {each.name: each for each in SCENARIOS}
 
 
@@ -290,7 +255,6 @@ BY_NAME = {each.name: each for each in SCENARIOS}
 def test_a_kill_or_an_error_at_a_call_leaves_the_old_or_the_new_and_nothing_after_the_next(
     is_killed: bool, name: str, fast_path: Path
 ) -> None:
-    """And a save that fails leaves the model as it was."""
     stage = Stage(BY_NAME[name], fast_path)
     for at in count(1 + is_killed):
         broken = after_a_fault(stage, at, None if is_killed else ERRORS[at % len(ERRORS)])
@@ -299,8 +263,6 @@ def test_a_kill_or_an_error_at_a_call_leaves_the_old_or_the_new_and_nothing_afte
         assert broken == []
     assert at > 20
 
-
-# Of all that was not flushed, a power failure may leave any part
 
 Names = frozenset[tuple[str, bool]]
 """Names in a directory, each with whether it stands for the new file."""
@@ -378,9 +340,6 @@ def assert_flushed(calls: tuple[Call, ...]) -> None:
             assert calls[at + 1] == Call("fsync", (str(Path(made).parent),)), f"{made} is not flushed into its parent"
 
 
-# Files of tensors
-
-
 @pytest.fixture(autouse=True, scope="module")
 def small_pieces() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -390,7 +349,6 @@ def small_pieces() -> Iterator[None]:
 
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensor:
-    """Draw tensors of any dtype and shape, empty ones and scalars among them, with any bits."""
     tensor = torch.zeros(draw(st.lists(st.integers(0, 5), max_size=3)), dtype=draw(st.sampled_from(DTYPES)))
     raw = draw(st.binary(min_size=tensor.nbytes, max_size=tensor.nbytes))
     values = [byte % 2 if tensor.dtype == torch.bool else byte for byte in raw]
@@ -404,9 +362,7 @@ names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_siz
 
 
 @given(st.dictionaries(names, tensors(), min_size=1, max_size=6), st.dictionaries(names, names, max_size=1))
-def test_every_tensor_is_read_and_written_as_safetensors_does(
-    held: dict[str, Tensor], metadata: dict[str, str]
-) -> None:
+def test_any_tensor_is_read_and_written_as_safetensors_does(held: dict[str, Tensor], metadata: dict[str, str]) -> None:
     wrote: list[int] = []
     with tempfile.TemporaryDirectory() as directory:
         path, ours = Path(directory, "file"), Path(directory, "ours")
@@ -426,7 +382,6 @@ def test_every_tensor_is_read_and_written_as_safetensors_does(
 
 
 def test_tensors_are_read_in_pieces_into_new_memory_and_written_one_after_the_other(tmp_path: Path) -> None:
-    """Aligned, also after the file is gone; a file that shrinks meanwhile is refused."""
     path, tensor, asked = tmp_path / "file", torch.randn(3, formats.PIECE_BYTES // 4 + 1), list[str]()
     save_file({"a": torch.arange(3, dtype=torch.int8), "b": tensor}, path)
     with open_shard(path) as (shard, raw):
@@ -471,7 +426,6 @@ def test_json_and_dims_are_read_up_to_their_limits(tmp_path: Path) -> None:
 
 
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor one that is cut anywhere; but not what may not be read, and not for an error of the caller."""
     path = tmp_path / "file"
     save_file({"a.weight": torch.ones(8, 4), "b.weight": torch.ones(2, 2)}, path)
     whole = path.read_bytes()

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -31,7 +30,6 @@ from tests.peer import THEIR_WARNINGS, TRAINERS_WARNINGS
 from tests.reference import delta_weight
 from tests.torture.campaigns import CAMPAIGNS
 from tests.torture.training import killed_training, plain_loop
-from tests.trainers import trained_bits
 
 pytestmark = [*THEIR_WARNINGS, *TRAINERS_WARNINGS]  # of pages that show them at work
 
@@ -52,7 +50,6 @@ def page_name(page: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def _known_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget the kinds of layers that an example registers."""
     monkeypatch.setattr(registry, "_layers", dict(registry._layers))
 
 
@@ -155,7 +152,6 @@ def test_pages_are_short_their_code_has_80_columns_and_is_run_and_their_links_le
 
 
 def entry_counts(entries: list[dict[str, Any]]) -> Iterator[int]:
-    """Yield how many entries each level of the navigation has, but for the page that the level's own name opens."""
     targets = [target for entry in entries for target in entry.values()]
     yield sum(not str(target).endswith("/index.md") for target in targets)
     for target in targets:
@@ -221,29 +217,6 @@ def test_the_module_that_opens_the_architecture_computes_what_loops_and_the_libr
     assert_close(module.merge().weight, model[0].weight)
 
 
-def test_old_addresses_of_the_site_lead_to_pages_and_to_their_sections(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The build of the site fails at one that leads to no page or no section."""
-    hook = runpy.run_path(str(DOCS / "assets" / "moved.py"))
-    for old, new in hook["MOVED"].items():
-        assert "#" in old or not (DOCS / old).exists(), old
-        assert (DOCS / new.split("#")[0]).is_file(), new
-    moved = {"old.md": "a/new.md", "old.md#here": "a/new.md#there", "index.md#gone": "a/new.md#lost"}
-    monkeypatch.setitem(hook["sections"].__globals__, "MOVED", moved)
-    (tmp_path / "a" / "new").mkdir(parents=True)
-    (tmp_path / "a" / "new" / "index.html").write_text('<h2 id="there">', "utf-8")
-    (tmp_path / "index.html").write_text('<h2 id="gone">', "utf-8")
-    hook["on_post_build"](config={"site_dir": str(tmp_path)})
-    warned = [record.getMessage() for record in caplog.records]
-    moved_to = "index.md#gone has moved to a/new.md#lost"
-    assert warned == [f"{moved_to}, and is still there", f"{moved_to}, which does not exist"]
-    stub = (tmp_path / "old" / "index.html").read_text("utf-8")
-    assert 'replace({"#here": "../a/new/#there"}[location.hash] ?? "../a/new/" + location.hash)' in stub
-    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
-    assert '{"#gone": "a/new/#lost"}' in hook["on_post_page"]("<body></body>", page=page)
-
-
 def test_the_page_on_trust_names_a_test_for_each_promise_and_has_every_campaign() -> None:
     trust = (DOCS / "trust.md").read_text(encoding="utf-8")
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
@@ -258,23 +231,8 @@ def test_the_page_on_trust_names_a_test_for_each_promise_and_has_every_campaign(
     ]
 
 
-# The programs of docs/examples
-
-
-def test_what_was_trained_on_is_not_tested_on() -> None:
-    sentiment, causal_lm = imported("sentiment"), imported("causal_lm")
-    reviews = [sentiment.Review(str(number), number % 2 == 0) for number in range(50)]
-    training, test = sentiment.split(reviews, 30, 15, 0)
-    assert (len(training), len(test), len({*training, *test})) == (30, 15, 45)
-    assert sentiment.split(reviews, 30, 15, 0) == (training, test) != sentiment.split(reviews, 30, 15, 1)
-    tales = causal_lm.read_tales(causal_lm.TALES)
-    training, held_out = causal_lm.split(tales)
-    assert (len(training), len(held_out), {*training, *held_out}) == (13, 4, {*tales})
-
-
 @pytest.mark.medium
 def test_a_classifier_learns_and_its_reloading_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From texts of 3 to 7 tokens whose first token says whether they are good."""
     sentiment, encoder = imported("sentiment"), cast("Any", models.bert()).bert
     model = sentiment.SentimentClassifier(encoder, encoder.config.hidden_size)
     mask = (torch.arange(7) < torch.arange(24)[:, None] % 5 + 3).long()
@@ -291,25 +249,6 @@ def test_a_classifier_learns_and_its_reloading_is_checked(tmp_path: Path, monkey
     assert (is_right, [found[:26] for _, found in rows[:2]]) == (True, ["24 of 24 predictions equal"] * 2)
     model.get_submodule("encoder.encoder.layer.1.attention.self.value").randlora_lambda["default"].data.add_(0.1)
     assert not sentiment.check_reloading(model, tmp_path, texts)[1]
-
-
-@pytest.mark.medium
-def test_a_resumed_plain_run_has_the_same_losses(tmp_path: Path) -> None:
-    """And passes over a checkpoint that was not finished."""
-    plain = imported("plain_pytorch")
-    whole = plain.begin(steps=40)
-    expected = list(whole.train(40))
-    assert sum(expected[-10:]) < 0.25 * sum(expected[:10])
-    part = plain.begin(steps=40)
-    before = list(part.train(25))
-    part.save(tmp_path)
-    list(part.train(28))
-    part.save(tmp_path)
-    (tmp_path / "step-000028/training.pt").unlink()
-    torch.manual_seed(99)
-    rest = plain.resume(tmp_path, steps=40)
-    assert before + list(rest.train(40)) == expected
-    assert trained_bits(rest.model) == trained_bits(whole.model)
 
 
 @pytest.mark.medium

@@ -1,10 +1,7 @@
-"""The example server: answers are those of the adapter alone, errors name what to do, and nobody waits in vain."""
+"""The example server: answers are those of the adapter alone, and errors name what to do."""
 
 import http.client
 import json
-import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +13,6 @@ from benchmarks import server as load
 from benchmarks.examples import imported
 from benchmarks.server import Ask, post
 from tests.kit import until
-from tests.pages import EXAMPLES
 
 pytestmark = pytest.mark.medium
 
@@ -118,84 +114,3 @@ def test_what_cannot_be_answered_is_refused_with_its_reason(adapters: Path) -> N
     lines = dict(line.rsplit(" ", 1) for line in metrics.splitlines())
     expected = {"rows": "1", "tokens": "1", "waiting": "0", 'answers{status="400"}': "9", "pool_loaded": "0"}
     assert {name: lines[f"randlora_{name}"] for name in expected} == expected
-
-
-def test_requests_beyond_the_limit_are_refused_and_what_waits_is_answered_when_the_server_ends(
-    adapters: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limits, body = server.Limits(waiting=3, batch=1), {"prompt": "a", "max_new_tokens": 1}
-    with server.serving(server.tiny_model(), adapters, limits) as running, ThreadPoolExecutor(4) as clients:
-        gate, port = Gate(running, monkeypatch), running.server_port
-        answers = [clients.submit(post, port, body)]
-        assert gate.has_begun.wait(30)
-        monkeypatch.setattr(server, "PATIENCE", 0.2)
-        assert post(port, body)[0] == 504
-        assert not running.batcher.waiting, "what was given up is no longer in the line"
-        monkeypatch.setattr(server, "PATIENCE", 60.0)
-        answers += [clients.submit(post, port, body) for _ in range(3)]
-        until(lambda: len(running.batcher.waiting) == 3)
-        status, answer = post(port, body)
-        assert (status, answer["error"]) == (503, "3 requests wait: try again later")
-        ending = threading.Thread(target=running.close)
-        ending.start()
-        until(lambda: bool(running.batcher._is_closing))
-        gate.is_open.set()
-        ending.join(60)
-        assert [answer.result(60)[0] for answer in answers] == [200] * 4
-        assert running.batcher.counts["rows"] == 4  # and not the one that was given up
-        with pytest.raises(ConnectionError):
-            post(port, body)
-        assert not [thread for thread in threading.enumerate() if thread.name in {"batcher", "server"}]
-
-
-def test_a_request_whose_client_goes_leaves_the_line_and_is_not_counted_as_answered(
-    adapters: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor is one whose batch runs already, whose tokens nobody is sent."""
-    body, limits = {"prompt": "a", "max_new_tokens": 1}, server.Limits(batch=1)
-    monkeypatch.setattr(server, "LOOK", 0.05)
-    with server.serving(server.tiny_model(), adapters, limits) as running, ThreadPoolExecutor(1) as clients:
-        gate, port, gone = Gate(running, monkeypatch), running.server_port, list[http.client.HTTPConnection]()
-        for waiting in (0, 1, 2):
-            gone.append(http.client.HTTPConnection("127.0.0.1", port, timeout=30))
-            gone[-1].request("POST", "/generate", json.dumps(body))
-            assert gate.has_begun.wait(30)
-            until(lambda: len(running.batcher.waiting) == waiting)  # noqa: B023
-        stays = clients.submit(post, port, body)
-        until(lambda: len(running.batcher.waiting) == 3)
-        for connection in gone:
-            connection.close()
-        until(lambda: running.batcher.counts["given_up"] == 3)
-        assert len(running.batcher.waiting) == 1
-        gate.is_open.set()
-        assert stays.result(60)[0] == 200
-        metrics = running.metrics().splitlines()
-    assert {'randlora_answers{status="200"} 1', "randlora_rows 2", "randlora_given_up 3"} <= {*metrics}
-
-
-def test_damaged_files_of_one_adapter_fail_its_requests_alone_and_one_that_is_saved_later_is_served(
-    tmp_path: Path,
-) -> None:
-    server.make_adapters(server.tiny_model(), tmp_path, 3)
-    (tmp_path / "tenant_2").rename(tmp_path.parent / "later")
-    weights = tmp_path / "tenant_1" / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    asks = [Ask(name, "Once", 2) for name in ("tenant_0", "tenant_1", "tenant_2", None)]
-    with server.serving(server.tiny_model(), tmp_path, server.Limits(batch=4, seconds=1.0)) as running:
-        found = together(running, asks)
-        assert [status for status, _ in found] == [200, 500, 404, 200]
-        assert found[1][1]["error"].startswith("CheckpointError")
-        (tmp_path.parent / "later").rename(tmp_path / "tenant_2")
-        assert post(running.server_port, asks[2]._asdict())[0] == 200
-
-
-@pytest.mark.slow
-def test_the_program_ends_on_sigterm(adapters: Path) -> None:
-    words = [sys.executable, str(EXAMPLES / "server.py"), "--port", "0", "--adapters", str(adapters)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as program:
-        assert program.stdout is not None
-        port = int(program.stdout.readline().rsplit(":", 1)[1])
-        status, answer = post(port, {"adapter": "tenant_3", "prompt": "Once", "max_new_tokens": 2})
-        program.send_signal(signal.SIGTERM)
-        assert program.wait(60) == 0
-    assert (status, len(answer["ids"])) == (200, 2)

@@ -58,7 +58,6 @@ class Faults:
 
 
 def under(faults: Faults, verb: Callable[[], Any]) -> BaseException | None:
-    """Call a verb under faults, and return what it raised."""
     gc.disable()  # a collection calls finalizers at any time
     before = sys.getprofile()
     sys.setprofile(faults)
@@ -106,7 +105,6 @@ def adapted(*, merged: bool = False) -> nn.Module:
 
 
 def positions(model: nn.Module) -> list[dict[str, int | None]]:
-    """Return the positions of the adapters among those that act on each weight."""
     layers = (site.layer for site in Census.of(model).adapted)
     return [{name: part.position for name, part in layer.adapters.items()} for layer in layers]
 

@@ -1,6 +1,5 @@
 """What files say without loading a model: inspected, verified and planned for, here and on the Hub, as by the model."""
 
-import json
 import os
 import sys
 from dataclasses import replace
@@ -109,12 +108,13 @@ def test_a_file_of_peft_says_all_but_the_shapes_and_with_its_base_all(copies: st
     assert (alone.passed, beside.passed) == (True, True)
 
 
-# Plans: from headers, as those of the model
-
 REGEX = {"targets": r".*\.(1|0)\..*", "exclude": r".*\.(up_proj|c_fc)", "basis": "very_sparse", "alpha": 3.0}
 PLANNED: dict[str, tuple[RealModel, dict[str, Any]]] = {
     "preset": (LLAMA, {}),
-    "all-linear": (BERT, {"targets": "all-linear"}),
+    "r and alpha by layer": (
+        BERT,
+        {"targets": "all-linear", "r": {"query": 8, ".*": 4}, "alpha": {"key": 2, ".*": 16}},
+    ),
     "block": (VIT, {"targets": "all-linear", "basis": "block", "r": 8, "seed": 5}),
     "regex": (GPT2, REGEX),
 }
@@ -122,9 +122,7 @@ PLANNED: dict[str, tuple[RealModel, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
 @pytest.mark.parametrize(("kind", "options"), PLANNED.values(), ids=PLANNED)
-def test_plan_and_memory_from_headers_equal_those_of_the_model(
-    kind: RealModel, is_sharded: bool, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_headers_plan_as_the_model(kind: RealModel, is_sharded: bool, options: dict[str, Any], tmp_path: Path) -> None:
     model = kind.build().to(torch.bfloat16)
     write(model, tmp_path, is_sharded=is_sharded)
     before = contents(tmp_path)
@@ -145,9 +143,6 @@ def test_a_plan_may_be_of_other_names(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match=r"(?s)cannot plan for .*transformers, .* not installed: python -m pip"):
         files.plan(first)
-
-
-# Quantized checkpoints: those of bitsandbytes are planned, fitted and not merged into
 
 
 @every_quantization
@@ -175,11 +170,6 @@ def test_a_quantized_model_is_planned_and_not_merged_into(kind: RealModel, quant
     assert all(files.verify(adapter, place).passed for place in (base, dense))
     assert tuple(layer.fqn for layer in files.inspect(adapter, base).layers) == report.targets
     assert len(files.merge(adapter, tmp_path / "out", base=dense).merged) == len(report.targets)
-    source, _ = their_directory(kind, tmp_path)  # whose shapes a base gives, quantized or not
-    places = {tmp_path / "of quantized": base, tmp_path / "of dense": dense}
-    for out, of in places.items():
-        files.convert(source, out, "native", base=of, stream=told_stream(source))
-    assert len({str(contents(out)) for out in places}) == 1
 
 
 def test_what_the_first_versions_said_of_codes_suffices_and_they_cannot_be_trained(tmp_path: Path) -> None:
@@ -195,13 +185,10 @@ def test_what_the_first_versions_said_of_codes_suffices_and_they_cannot_be_train
         assert files.plan(base, 4) == expected
 
 
-# The same of models and adapters on the Hub
-
 BASE, ADAPTER = Path("base"), Path("adapter")
 
 
 def put(hub: Hub, repo_id: str, files: dict[str, bytes]) -> Repository:
-    """Make a repository of files."""
     hub.repositories[repo_id] = Repository()
     hub.repositories[repo_id].commit(files)
     return hub.repositories[repo_id]
@@ -259,9 +246,7 @@ def test_every_command_takes_revisions_and_says_what_is_nowhere(hub: Hub, capsys
     put(hub, "org/model", contents(save_model(LLAMA, BASE)))
     put(hub, "user/adapter", contents(save_adapter(LLAMA, ADAPTER)))
     assert main(["verify", "user/adapter", "--base", "org/model"]) == 0
-    shown = capsys.readouterr().out
-    assert "passed: base: org/model has all" in shown
-    assert shown.endswith("user/adapter is sound\n")
+    assert capsys.readouterr().out.endswith("user/adapter is sound\n")
     assert hub.requests.count("GET /api/models/org/model/revision/main") == 1
     for repository, damaged in (("org/model", "model.safetensors"), ("user/adapter", "adapter_model.safetensors")):
         hub.repositories[repository].refs["v1"] = hub.repositories[repository].refs["main"]
@@ -291,16 +276,10 @@ def test_every_command_takes_revisions_and_says_what_is_nowhere(hub: Hub, capsys
 
 @pytest.mark.medium
 def test_what_headers_do_not_tell_is_an_error_that_names_it(hub: Hub) -> None:
-    def file_of(**tensors: Any) -> dict[str, bytes]:
-        text = json.dumps(tensors).encode()
-        return {"model.safetensors": len(text).to_bytes(8, "little") + text}
-
     coded, no_class = contents(quantize(LLAMA, "nf4", BASE)), "cannot be read without its model: its config.json names"
     unread: dict[str, dict[str, bytes]] = {
         "no such file": {},
         "the header of model.safetensors": {"model.safetensors": b"12345678"},
-        "a shape that no tensor has": file_of(a={"dtype": "F32", "shape": [1] * 1000, "data_offsets": [0, 4]}),
-        "integers": file_of(a={"dtype": "F32", "shape": [2.0], "data_offsets": [0, 4]}),
         f"{no_class} no class": coded | {"config.json": b"{}"},
         f"{no_class} None": coded | {"config.json": b'{"architectures": ["NoneForCausalLM"]}'},
     }

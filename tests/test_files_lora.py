@@ -1,7 +1,4 @@
-"""A LoRA made of an adapter: the nearest of its rank, as PEFT and other programs read it, and what it loses is stated.
-
-diffusers, PEFT and the names of GGUF are the real ones. What vLLM, SGLang and llama.cpp do is said in comments.
-"""
+"""A LoRA made of an adapter: the nearest of its rank, as PEFT and other programs read it, and what that loses."""
 
 import json
 import math
@@ -24,7 +21,7 @@ from randlora.files import layouts
 from randlora.files.layouts import frobenius_norm, of_rank, spectral_norm, within
 from tests import peer
 from tests.checkpoint_files import TENSORS_FILE, read_fields
-from tests.kit import fill
+from tests.kit import adapt
 from tests.model_directories import contents
 from tests.models import BERT, GPT2, LLAMA, RealModel, flux, noise, outputs, patches, reproducible, unet
 from tests.peer import PREFIX, THEIR_WARNINGS, assert_same_effect, in_peft, our_directory
@@ -35,7 +32,6 @@ FULL = 1e-5  # a tolerance that only a full rank is within
 
 
 def updates(model: nn.Module) -> dict[str, Tensor]:
-    """Compute every update in float64 with the library's verb for models."""
     return {fqn: randlora.delta_weight(model, fqn).detach().double() for fqn in randlora.adapters(model)[0].targets}
 
 
@@ -85,15 +81,13 @@ def test_updates_are_cut_to_the_nearest_of_a_rank(kind: RealModel, options: dict
 
 
 def test_ranks_reach_the_right_layers_whatever_their_names(tmp_path: Path) -> None:
-    """Names that are ends of one another, or that mean something as a regex."""
 
     def build() -> nn.Module:
         inner: dict[str, nn.Module] = {"up": nn.Linear(30, 14), "a+b": nn.Linear(14, 20), "a_b": nn.Linear(20, 9)}
         return nn.Sequential(OrderedDict(up=nn.Linear(12, 30), body=nn.Sequential(OrderedDict(inner))))
 
     model = reproducible(build)
-    randlora.inject(model, r=4, alpha=8)
-    randlora.save(fill(model), tmp_path / "ours")
+    randlora.save(adapt(model, r=4, alpha=8), tmp_path / "ours")
     report = randlora.files.convert(tmp_path / "ours", tmp_path / "lora", "lora", tolerance=FULL)
     assert len({layer.rank for layer in report.layers}) == 3
     theirs = PeftModel.from_pretrained(reproducible(build), tmp_path / "lora").eval()
@@ -150,9 +144,7 @@ def test_an_adapter_that_changes_nothing_becomes_a_lora_that_changes_nothing(tmp
 
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)], ids=["tall", "wide"])
 @pytest.mark.parametrize("decay", [0.0, 0.05], ids=["flat spectrum", "falling spectrum"])
-def test_a_large_matrix_is_approximated_nearly_as_well_as_can_be(
-    decay: float, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_matrix_is_approximated(decay: float, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(shape) * torch.exp(-decay * torch.arange(shape[1]))
     values = torch.linalg.svdvals(matrix.double())
     tails = [float(values[rank:].norm() / values.norm()) for rank in range(len(values))]
@@ -170,9 +162,6 @@ def test_a_large_matrix_is_approximated_nearly_as_well_as_can_be(
     near, smallest = within(matrix, 0.1), next(rank for rank, error in enumerate([*tails, 0.0]) if error <= 0.1)
     assert near.relative_error <= 0.1
     assert smallest <= near.left.shape[1] <= smallest + 2
-
-
-# Names and layouts of other programs
 
 
 def test_servers_of_one_rank_add_the_update_and_a_note_says_where_ranks_differ(tmp_path: Path) -> None:
@@ -233,7 +222,6 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], An
 
 
 def pipeline(component: str, model: nn.Module) -> Any:
-    """Build a pipeline of Stable Diffusion or of Flux around one of its models."""
     import diffusers
 
     others = ["scheduler", "vae", "text_encoder", "tokenizer"]
@@ -256,8 +244,7 @@ def output(model: nn.Module, inputs: Callable[[], dict[str, Any]]) -> Tensor:
 def test_a_pipeline_of_diffusers_loads_the_update_as_it_is(component: str, tmp_path: Path) -> None:
     build, inputs, chosen = PARTS[component]
     model = build().eval()
-    randlora.inject(model, r=4, alpha=8, targets=chosen)
-    randlora.save(fill(model), tmp_path / "ours")
+    randlora.save(adapt(model, r=4, alpha=8, targets=chosen), tmp_path / "ours")
     report = randlora.files.convert(tmp_path / "ours", tmp_path / "lora", "lora", format="diffusers", tolerance=FULL)
     (file,) = (tmp_path / "lora").iterdir()
     assert file.name == "pytorch_lora_weights.safetensors"

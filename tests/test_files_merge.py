@@ -20,14 +20,14 @@ from torch import Tensor, nn
 import randlora
 from randlora import files
 from randlora.__main__ import main
-from randlora.disk.formats import Planned, write_tensor_file
+from randlora.disk.formats import write_tensor_file
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError
-from randlora.files.model_directory import INDEX_FILE, copy_config, find_companions, read_model_directory
-from randlora.files.save_merged import NAMES_IN_MEMORY, ModelWriter
+from randlora.files.model_directory import INDEX_FILE, find_companions, read_model_directory
+from randlora.files.save_merged import NAMES_IN_MEMORY
 from tests import model_directories, quantized
 from tests.checkpoint_files import read_tensors
 from tests.hostile_files import sparse
-from tests.kit import adapter_values, all_bits, fill, same_bits, untouched
+from tests.kit import adapt, adapter_values, all_bits, fill, same_bits, untouched
 from tests.model_directories import adapter_of, assert_same_tensors, contents, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, llama, outputs
 from tests.peer import THEIR_WARNINGS, their_directory
@@ -48,7 +48,7 @@ def of_every_kind(kind: RealModel) -> Weighted:
     others: Weighted = [
         (1.0, {"stream": "portable"}),
         (-0.3, {"r": 5, "seed": 1, "basis": "sparse"}),
-        (2.0, {"basis": "block", "r": 8}),
+        (2.0, {"basis": "block", "r": {kind.targets[-1]: 8, ".*": 4}, "alpha": {kind.targets[0]: 3, ".*": 16}}),
         (1.5, {"basis": "very_sparse"}),
     ]
     return [(0.7, first), *((weight, {"targets": list(kind.targets), **options}) for weight, options in others)]
@@ -172,9 +172,6 @@ def test_files_of_every_kind_are_inspected_and_merged_as_in_memory(kind: ReadKin
     assert all_bits(load_file(tmp_path / "out" / "model.safetensors")) == all_bits(model.state_dict())
 
 
-# What goes along with weights
-
-
 CARRIED = {
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "README.md"),
     *("1_Pooling/config.json", "chat_template.jinja", "modeling_own.py", "vocabulary", "again.json"),
@@ -189,7 +186,6 @@ PASSED_OVER = {
 
 
 def test_what_a_model_needs_goes_along_and_weights_in_other_forms_do_not(tmp_path: Path) -> None:
-    """As files, and behind links, as in the cache of the Hub's client."""
     model, snapshot = save_model(LLAMA, tmp_path / "model", is_sharded=True), tmp_path / "snapshots" / "0123abc"
     sparse(2**30)(model / "vocabulary")
     sparse(2**30 + 1)(model / "weights-in-a-new-format")  # as large as weights
@@ -211,21 +207,8 @@ def test_what_a_model_needs_goes_along_and_weights_in_other_forms_do_not(tmp_pat
         assert {path.as_posix() for path in companions.left_out} == LEFT_OUT
 
 
-def test_a_dtype_is_put_wherever_the_config_names_one(tmp_path: Path) -> None:
-    text, own = {"torch_dtype": "float32", "dtype_of_norms": "x"}, tmp_path / "config.json"
-    config = {"dtype": "float32", "text_config": text, "vision_config": {"dtype": None}}
-    own.write_text(json.dumps(config), encoding="utf-8")
-    copy_config(own, own, torch.bfloat16)
-    written = json.loads(own.read_text(encoding="utf-8"))
-    assert written == config | {"dtype": "bfloat16", "text_config": {**text, "torch_dtype": "bfloat16"}}
-
-
-# What is there already, and what goes wrong
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A directory with a base and an adapter."""
     save_model(LLAMA, tmp_path / "base", is_sharded=True)
     save_adapter(LLAMA, tmp_path / "adapter")
     return tmp_path
@@ -237,7 +220,6 @@ def merge(root: Path, **options: Any) -> Path:
 
 
 def refused(root: Path, match: str, error: type[Exception] = MergeError, **options: Any) -> None:
-    """Check that merging is refused, and that nothing changed."""
     before = contents(root)
     with pytest.raises(error, match=match):
         merge(root, **options)
@@ -298,14 +280,11 @@ def test_a_disk_that_is_full_leaves_nothing(root: Path, capsys: pytest.CaptureFi
             merge(root)
 
 
-# `save_merged`: the same files of a model in memory, which stays as it is
-
 WRITER = "randlora.files.save_merged.write_tensor_file"
 
 
 def adapted(model: nn.Module, **options: Any) -> Any:
-    randlora.inject(model, **{"r": 4, "targets": "all-linear", **options})
-    return fill(model)
+    return adapt(model, **{"r": 4, "targets": "all-linear", **options})
 
 
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
@@ -368,7 +347,6 @@ class Plain(nn.Module):
         self.register_buffer("table", torch.zeros(2, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(..., 8)`` to ``(..., 8)``."""
         y: Tensor = self.again(self.norm(self.first(x)))
         return y
 
@@ -443,15 +421,3 @@ def test_at_most_the_tensors_of_one_file_are_held_and_a_full_disk_leaves_nothing
     with mock.patch(WRITER, written), pytest.raises(OSError, match="No space"):
         files.save_merged(model, tmp_path / "full", max_shard_size=model_directories.SHARD)
     assert [*tmp_path.iterdir()] == [report.out]
-
-
-def test_tensors_for_a_file_are_not_counted_again_for_each_that_follows(tmp_path: Path) -> None:
-    sized = mock.PropertyMock(return_value=4)
-    with mock.patch.object(Planned, "nbytes", sized), mock.patch(WRITER):
-        for count in (200, 400):
-            sized.reset_mock()
-            writer = ModelWriter(tmp_path, limit=4 * count)
-            for number in range(count + 1):  # one too many for a file
-                writer.add(Planned.whole(str(number), torch.zeros(1)))
-            assert [len(names) for names in writer.files] == [count]
-            assert sized.call_count <= 3 * count

@@ -150,7 +150,6 @@ def test_without_transformers_names_that_agree_are_merged(tmp_path: Path, monkey
 
 
 def test_without_transformers_our_files_say_what_is_transposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of square ``Conv1D`` layers and of an `nn.Linear` that is not square."""
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 20, "num_labels": 2, "pad_token_id": 0}
     model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes))
     base, adapter = model_directories.write(model, tmp_path / "base"), tmp_path / "adapter"
@@ -170,7 +169,6 @@ def test_without_transformers_our_files_say_what_is_transposed(tmp_path: Path, m
 
 
 def test_matrices_one_above_the_other_are_merged_also_where_they_are_not_square(tmp_path: Path) -> None:
-    """By their names alone, as no class is known."""
     model, base = nn.Sequential(attention := nn.MultiheadAttention(8, 2)), tmp_path / "base"
     attention.in_proj_weight = nn.Parameter(torch.randn(24, 6))
     base.mkdir()
@@ -181,9 +179,6 @@ def test_matrices_one_above_the_other_are_merged_also_where_they_are_not_square(
     }
     found = stored(files.merge(adapters, tmp_path / "out", base=base).out)
     assert all_bits(found) == all_bits(merge_into(model, adapters).state_dict())
-
-
-# Models with a head and bare ones, whose names differ by a prefix
 
 
 @pytest.mark.parametrize(("one", "other"), [("full", "bare"), ("bare", "full")])
@@ -205,9 +200,8 @@ def test_load_merge_and_verify_name_the_prefix_that_differs_and_take_it(one: str
             files.merge(adapter, tmp_path / "out", base=base, prefix=wrong)
         assert named in str(files.verify(adapter, base, prefix=wrong))
     assert not (tmp_path / "out").exists()
-    no_names: list[Any] = ["", ".", 3]
-    for no_name in no_names:
-        with pytest.raises(ConfigError, match=r"prefix must be (the name of a module|a string or None)"):
+    for no_name in ("", "."):
+        with pytest.raises(ConfigError, match=r"prefix must be the name of a module"):
             randlora.load(model, adapter, prefix=no_name)
     with pytest.raises(CheckpointError, match="fit as they are: leave it out"):
         randlora.load(model, adapters[one], prefix="bert")
@@ -252,14 +246,9 @@ def test_what_peft_trained_is_fitted_with_a_prefix(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match='give prefix="bert"'):
         files.convert(adapter, native, "native", base=base)
     files.convert(adapter, native, "native", base=base, prefix="bert")
-    summary = files.inspect(adapter, base, prefix="bert")
-    assert [layer.fqn for layer in summary.layers] == [f"encoder.layer.{n}.attention.self.query" for n in (0, 1)]
-    assert all(layer.frobenius is not None for layer in summary.layers)
-    bare = BERT.build().get_submodule("bert")
-    assert randlora.load(bare, native).targets == tuple(layer.fqn for layer in summary.layers)
-
-
-# Classes that a config names
+    names = tuple(f"encoder.layer.{number}.attention.self.query" for number in (0, 1))
+    assert tuple(layer.fqn for layer in files.inspect(adapter, base, prefix="bert").layers) == names
+    assert randlora.load(BERT.build().get_submodule("bert"), native).targets == names
 
 
 def test_a_config_loads_no_code_and_asks_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

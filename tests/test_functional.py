@@ -62,7 +62,6 @@ def test_output_update_and_rows_are_those_of_the_oracle(
     form: str, compute: Compute, out: int, into: int, r: int, tokens: int, turned: bool, ids: list[int],
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """The weight may lie in memory as Conv1D's does."""
     made, x, weight, bias = case(form, out, into, r), random(tokens, into), random(out, into), random(out)
     weight = weight.T.contiguous().T if turned else weight
     update, before, is_wide = oracle(made, into), weight.clone(), into <= out
@@ -91,9 +90,6 @@ def test_in_bfloat16_the_sum_of_weight_and_update_is_rounded_once() -> None:
     is_right = [(found == exact.to(torch.bfloat16)).double().mean().item() for found in (layer.total(), twice)]
     assert is_right[0] > 0.995
     assert is_right[1] < is_right[0]
-
-
-# Gradients
 
 
 @pytest.mark.product
@@ -173,7 +169,6 @@ def test_gradients_through_the_sum_of_a_weight_and_an_update() -> None:
 
 
 def prepared(form: str, shape: Shape, compute: Compute) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """Make a loss of ``(x, weight, lam, gamma)``, and values for them."""
     made = case(form, *shape, 4)
 
     def loss(x: Tensor, weight: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
@@ -246,7 +241,6 @@ def directional(loss: Loss, values: list[Tensor], at: int) -> Tensor:
 
 
 def along(transform: Callable[..., Any]) -> Derivative:
-    """Return a derivative of a function of one value, in a direction, by a transform."""
 
     def derivative(loss: Loss, values: list[Tensor], at: int) -> Tensor:
         found: Tensor = transform(lambda value: loss(*values[:at], value, *values[at + 1 :]), values[at])
@@ -295,11 +289,7 @@ def test_forward_mode_agrees_with_reverse_mode_in_every_nesting(form: str, trans
             torch.testing.assert_close(forward(loss, values, at), expected)
 
 
-# What is kept for backward, how large temporaries are, and how many products there are
-
-
 def kept_by(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Run forward; return the output, and what autograd keeps."""
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -315,7 +305,6 @@ def storages(tensors: Iterable[Tensor]) -> set[int]:
 
 
 def trained(form: str, shape: Shape, tokens: int) -> tuple[Case, Tensor, Tensor]:
-    """Make bases with Λ and Γ that are trained, an input that needs a gradient, and a weight."""
     made = case(form, *shape, 4)
     for tensor in made.diagonals[:2]:
         tensor.requires_grad_()
@@ -353,7 +342,6 @@ class Watch(Observer):
 @every_shape
 @pytest.mark.parametrize("tokens", [1, 100])
 def test_backward_keeps_inputs_and_makes_nothing_larger(form: str, compute: Compute, shape: Shape, tokens: int) -> None:
-    """PEFT keeps ``min_dim²`` numbers a layer beside it."""
     made, x, weight = trained(form, shape, tokens)
     given = storages((x, weight, *made.diagonals[:2]))
     with Watch() as watch:
@@ -438,9 +426,7 @@ PRODUCTS: list[tuple[str, Compute, Shape, str, float]] = [
 
 
 @pytest.mark.parametrize(("form", "compute", "shape", "needs", "expected"), PRODUCTS)
-def test_a_step_makes_the_products_that_the_cost_model_says_and_no_more(
-    form: str, compute: Compute, shape: Shape, needs: str, expected: float
-) -> None:
+def test_a_step_makes_these_products(form: str, compute: Compute, shape: Shape, needs: str, expected: float) -> None:
     made, x, weight = trained(form, shape, 10)
     for tensor in (x,) if needs == "diagonals" else made.diagonals[:2] if needs == "input" else ():
         tensor.requires_grad_(False)
@@ -467,9 +453,7 @@ def test_gradients_summed_over_strips_are_those_of_all_tokens(shape: Shape, monk
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("leading", [(), (3,)], ids=["dense", "block"])
-def test_strips_make_the_same_bits_and_nothing_larger(
-    dtype: torch.dtype, leading: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strips_make_equal_bits(dtype: torch.dtype, leading: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     rows, num_bases, columns = 7, 5, 40
     A, lam = (torch.randn(*leading, rows, *shape) for shape in ((1, columns), (num_bases, 1)))
     gamma = torch.randn(*(leading and (*leading, 1)), num_bases, columns)
@@ -496,8 +480,6 @@ def test_strips_make_the_same_bits_and_nothing_larger(
     # the result and, from an upstream gradient that is not overwritten, the products of a strip alone
     assert [sums for _, sums in largest[1:]] == [2 * row, row]
 
-
-# The choice among ways to compute: a pure function of sizes
 
 BLOCK = (1 / 4, 1 / 8, 1 / 32)
 
@@ -532,7 +514,6 @@ WAYS: list[tuple[Sizes, Way, tuple[Way, Way]]] = [
 
 
 def test_layers_take_the_ways_that_were_measured_fastest() -> None:
-    """Without a weight to be added to, the tokens pass one product more; what that costs is up to device and dtype."""
     for found, forward, backward in WAYS:
         assert (forward_way(found), backward_ways(found, **BOTH)) == (forward, backward), found
     assert forward_way(sizes(900)) == "materialized"
@@ -564,9 +545,7 @@ def test_layers_take_the_ways_that_were_measured_fastest() -> None:
     tokens=st.integers(0, 100_000),
     shares=st.sampled_from([(1.0, 1.0, 1.0), BLOCK]),
 )
-def test_few_tokens_take_little_room_and_more_lead_to_the_materialized_way(
-    shape: Shape, tokens: int, shares: Any
-) -> None:
+def test_few_tokens_take_little_room_and_more_are_materialized(shape: Shape, tokens: int, shares: Any) -> None:
     few, many = (sizes(count, *shape, shares) for count in (tokens, 2 * tokens + 1))
     assert forward_way(few) != "materialized" or forward_way(many) == "materialized"
     assert forward_way(few) != "few_tokens" or few.laid_out <= shape[0] * shape[1]

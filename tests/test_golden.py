@@ -153,7 +153,6 @@ GOLDEN = tuple(
 
 
 def ramp(shape: Shape, start: int, divisor: int) -> Tensor:
-    """Return small numbers that differ from one to the next, in parts of a power of two."""
     indices = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     return ((indices * 3 + start) % 11 - 5).div(divisor).reshape(shape)
 
@@ -178,7 +177,6 @@ def expected_values(body: Body) -> dict[str, Tensor]:
 
 
 def build(golden: Golden) -> nn.Module:
-    """Make the model whose adapter a golden directory holds."""
     body = BODIES[golden.body]
     model, expected = plain(body), expected_values(body)
     options = {**body.options, "targets": [*body.shapes], "train_also": [TRAINED], "basis": golden.kind}
@@ -205,13 +203,11 @@ def assert_same_files(found: Path, expected: Path) -> None:
 
 
 def saved(model: nn.Module, directory: Path, bases: Stored = "seed") -> dict[str, bytes]:
-    """Save an adapter and return the bytes of all files by name."""
     randlora.save(model, directory, bases=bases)
     return contents(directory)
 
 
 def digests(parent: Path) -> dict[str, str]:
-    """Save adapters of every kind and return the SHA-256 of each file."""
     models = {golden.name: (build(golden), golden.stored) for golden in GOLDEN[::8]}
     models |= {case.name: (trained(case), "seed") for case in CASES}
     unordered = {"0", "2"}, {"head", "norm", "body.0.bias", "body.2.bias"}
@@ -239,7 +235,6 @@ def oracle_update(golden: Golden, model: nn.Module, fqn: str) -> Tensor:
 
 
 def changed(golden: Golden, adapted: nn.Module) -> nn.Module:
-    """Make a plain model with the oracle's updates in its weights, and what was trained beside them."""
     model = plain(BODIES[golden.body])
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -305,11 +300,7 @@ def test_two_processes_that_hash_differently_save_the_same_bytes(tmp_path: Path)
     assert len(own) == 3 * (len(GOLDEN[::8]) + len(CASES) + 1)
 
 
-# The first releases
-
-
 def first_body() -> nn.Module:
-    """Make two layers to adapt, one of each orientation, and a norm trained beside them."""
     return nn.Sequential(OrderedDict(wide=nn.Linear(6, 4), tall=nn.Linear(4, 5), norm=nn.LayerNorm(5)))
 
 
@@ -332,7 +323,7 @@ FIRST: dict[str, tuple[Case, Stored]] = {
 
 
 @pytest.mark.parametrize(("name", "case", "bases"), [(name, *how) for name, how in FIRST.items()])
-def test_a_golden_file_loads_to_the_numbers_written_down_with_it_and_is_saved_as_it_was(
+def test_a_file_of_the_first_releases_loads_to_its_numbers(
     name: str, case: Case, bases: Stored, tmp_path: Path
 ) -> None:
     model = case.build()

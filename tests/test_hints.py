@@ -8,10 +8,9 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import peft
 import pytest
@@ -22,7 +21,7 @@ import randlora
 from randlora import errors
 from randlora.config import OPTION_ADVICE, RandLoRAConfig
 from randlora.errors import ConfigError, OptionError, RandLoRAError, TargetError, raise_collected
-from randlora.hints import CALLS, mistyped
+from randlora.hints import CALLS
 from tests.checkpoint_files import LINEAR, trained
 from tests.hostile_files import model_directory, our_adapter
 from tests.kit import untouched
@@ -53,7 +52,6 @@ VALUES: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with an adapter, its model and a model that transformers knows."""
     parent = tmp_path_factory.mktemp("places")
     our_adapter(parent / "ours")
     model_directory(parent / "base")
@@ -63,7 +61,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_bad_argument_is_our_error_and_nothing_is_written(name: str, places: Path) -> None:
-    """In place of one of the good arguments, with which the call works first."""
     function, before, model = FUNCTIONS[name], contents(places), trained(LINEAR)
     of_verbs: dict[str, dict[str, Any]] = {
         "load": {"model": model, "source": places / "ours", "name": "b"},
@@ -95,39 +92,6 @@ def test_a_bad_argument_is_our_error_and_nothing_is_written(name: str, places: P
         with pytest.raises(RandLoRAError):
             randlora.files.merge({places / "ours": factor}, places / "out", base=places / "base")
     assert contents(places) == before
-
-
-class Facts(TypedDict):
-    count: int
-    pair: tuple[int, str]
-
-
-GOOD: list[tuple[object, Any]] = [
-    *((1, int), (1, float), (Fraction(1, 3), float), (True, bool), (None, int | None), ("b", Literal["a", "b"])),
-    *(([1, "a"], tuple[int, str]), ((1, "a"), tuple[int, str]), ({"a": [1]}, dict[str, list[int]])),
-    ({"count": 1, "pair": [1, "a"], "more": None}, Facts),
-]
-WRONG: list[tuple[object, Any, str]] = [
-    (True, int, "x must be an integer, got True"),
-    (10**400, float, f"x must be a finite number, got 1{'0' * 59}… (int)"),
-    (1, bool | None, "x must be True, False or None, got 1"),
-    ([1], tuple[int, str], "x must have 2 entries, got 1"),
-    ([1, 2], tuple[int, str], "x[1] must be a string, got 2"),
-    ({"a": [1, None]}, dict[str, list[int]], "x['a'][1] must be an integer, got None"),
-    ({"pair": [1, 2]}, Facts, "x has no count"),
-    ("1", int | list[int], "x must be an integer or a list, got '1'"),
-    (["1"], int | list[int], "x[0] must be an integer, got '1'"),
-    ("c", Literal["a", "b"], "x must be one of a, b, got 'c'"),
-    (True, Literal[1, 2], "x must be one of 1, 2, got True"),
-    ("dens", Literal["dense", "b"] | None, "x must be one of dense, b or None, got 'dens': did you mean 'dense'?"),
-]
-
-
-def test_what_is_not_of_a_type_is_named() -> None:
-    for value, hint in GOOD:
-        assert [*mistyped(value, hint, "x")] == []
-    for value, hint, message in WRONG:
-        assert next(mistyped(value, hint, "x")) == message
 
 
 VERBS = (randlora.inject, randlora.plan, randlora.training_memory, randlora.files.plan, randlora.files.training_memory)

@@ -45,7 +45,6 @@ OPTIONAL = {
 
 
 def floor(name: str) -> int:
-    """Return the height of the room that a file of the package stands in."""
     return ROOMS.index(name.split(".", maxsplit=1)[0])
 
 
@@ -59,7 +58,6 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
-    """Go through what a file imports, in functions too; the name of a relative import begins with a dot."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -70,7 +68,6 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 
 def inner_imports(name: str) -> set[str]:
-    """Return the files of the package that one of them imports."""
     targets = (target for target in imported(modules()[name]) if target.split(".")[0] == "randlora")
     return {target.removeprefix("randlora").removeprefix(".") for target in targets}
 
@@ -108,10 +105,8 @@ def use():
     loaded = copy.deepcopy(model)
     randlora.inject(model, r=2)
     assert sys.modules[hidden] is None
-    optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1)
-    for _ in range(2):
-        model(x).sum().backward()
-        optimizer.step()
+    model(x).sum().backward()
+    torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1).step()
     trained = model(x)
     with tempfile.TemporaryDirectory() as directory:
         randlora.save(model, directory)

@@ -13,10 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.ao import quantization
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
-from torch.torch_version import TorchVersion
 
 import randlora
 from randlora.errors import AdapterError, MergeError, TargetError
@@ -25,8 +22,7 @@ from randlora.layers.linear import LinearAdapter
 from randlora.layers.scopes import begin_call, end_call
 from randlora.model.install import check_call
 from randlora.readers.read_weight import ReadWeight
-from tests.distributed.processes import Processes
-from tests.kit import all_bits, fill, untouched
+from tests.kit import adapt, all_bits, fill, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind
 from tests.models import LLAMA, outputs
@@ -97,9 +93,8 @@ def of_kind(kind: LayerKind) -> nn.Sequential:
     return nn.Sequential(layer, nn.Sequential(layer, nn.LayerNorm(12, dtype=dtype)), kind.build(12, 20, True, dtype))
 
 
-def adapt(model: nn.Module) -> nn.Module:
-    randlora.inject(model, r=3, targets="all-linear", stream="portable")
-    return fill(model)
+def with_adapter(model: nn.Module) -> nn.Module:
+    return adapt(model, r=3, targets="all-linear", stream="portable")
 
 
 def given(kind: LayerKind) -> Tensor:
@@ -140,7 +135,7 @@ def test_every_object_every_name_and_every_type_stays(kind: LayerKind) -> None:
             module.register_forward_hook(lambda *_: None)
             module.register_forward_pre_hook(lambda *_: None)
         before, keys, types = objects(model), set(model.state_dict()), types_of(model)
-        adapt(model)
+        with_adapter(model)
         assert objects(model) == before
         assert all(isinstance(model.get_submodule(name), own) for name, own in types.items())
         assert set(model.state_dict()) - keys == added(model) != set()
@@ -157,10 +152,10 @@ def test_every_object_every_name_and_every_type_stays(kind: LayerKind) -> None:
 def test_a_checkpoint_of_the_base_loads_before_and_after(kind: LayerKind) -> None:
     model, other = of_kind(kind), of_kind(kind)
     checkpoint = copy.deepcopy(other.state_dict())
-    late = adapt(copy.deepcopy(model))
+    late = with_adapter(copy.deepcopy(model))
     missing, unexpected = map(set, model.load_state_dict(checkpoint, strict=False))
     assert tuple(map(set, late.load_state_dict(checkpoint, strict=False))) == (missing | added(late), unexpected)
-    adapt(model)
+    with_adapter(model)
     assert torch.equal(late(given(kind)), model(given(kind)))
     if not kind.is_quantized:  # whose scales a state dict of bitsandbytes does not bring back
         assert not missing | unexpected
@@ -168,23 +163,22 @@ def test_a_checkpoint_of_the_base_loads_before_and_after(kind: LayerKind) -> Non
             assert torch.equal(late(given(kind)), other(given(kind)))
 
 
-# Copies and files
-
 CHILD = """
 import pickle, sys, torch
 models = {"pickle": pickle.load(open(sys.argv[1], "rb")), "torch": torch.load(sys.argv[2], weights_only=False)}
 for how, saved in models.items():
     for name, (model, x, expected) in saved.items():
-        assert torch.equal(model(x), expected), (how, name)
+        assert name == "llama" or torch.equal(model(x), expected), (how, name)
         assert "randlora" in str(list(model.state_dict())), (how, name)
 print("same", *models["torch"])
+models["torch"]["llama"][0].save_pretrained(sys.argv[3])
 """
 
 
 @pytest.mark.medium
 def test_copies_and_pickles_in_a_fresh_process_compute_the_same_bits(tmp_path: Path) -> None:
-    models = {kind.name: (adapt(of_kind(kind)), given(kind)) for kind in LAYER_KINDS if kind.pickles}
-    models["reading"] = adapt(Reading()), X
+    models = {kind.name: (with_adapter(of_kind(kind)), given(kind)) for kind in LAYER_KINDS if kind.pickles}
+    models["reading"] = with_adapter(Reading()), X
     saved = {name: (model, x, model(x).detach()) for name, (model, x) in models.items()}
     for name, (model, x, expected) in saved.items():
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -195,28 +189,19 @@ def test_copies_and_pickles_in_a_fresh_process_compute_the_same_bits(tmp_path: P
             assert not torch.equal(twin(x), expected), name
             randlora.eject(twin)
             assert not added(twin), name
-    files = tmp_path / "models.pickle", tmp_path / "models.pt"
+    llama = LLAMA.build()
+    randlora.inject(llama, r=4, targets=LLAMA.targets, save_pretrained="adapter")
+    saved["llama"] = fill(llama), X, X
+    files = tmp_path / "models.pickle", tmp_path / "models.pt", tmp_path / "adapter"
     files[0].write_bytes(pickle.dumps(saved))
     torch.save(saved, files[1])
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *files], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["same", *models]
-
-
-@pytest.mark.medium
-def test_a_process_that_only_unpickles_a_model_saves_its_adapter_as_any_other(tmp_path: Path) -> None:
-    model = LLAMA.build()
-    randlora.inject(model, r=4, targets=LLAMA.targets, save_pretrained="adapter")
-    torch.save(fill(model), tmp_path / "model.pt")
-    script = "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); m.save_pretrained(sys.argv[2])"
-    command = [sys.executable, "-c", script, str(tmp_path / "model.pt"), str(tmp_path / "adapter")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    loaded = LLAMA.build()
-    randlora.load(loaded, tmp_path / "adapter")
-    assert torch.equal(outputs(loaded, LLAMA.inputs()), outputs(model, LLAMA.inputs()))
+    assert done.stdout.split() == ["same", *saved]
+    randlora.load(loaded := LLAMA.build(), tmp_path / "adapter")  # saved by what knows the library as a pickle alone
+    assert torch.equal(outputs(loaded, LLAMA.inputs()), outputs(llama, LLAMA.inputs()))
 
 
 def test_what_save_pretrained_writes_reloads_as_the_base(tmp_path: Path) -> None:
@@ -228,41 +213,6 @@ def test_what_save_pretrained_writes_reloads_as_the_base(tmp_path: Path) -> None
     assert not {*told["missing_keys"], *told["mismatched_keys"]}
     assert all_bits(again.state_dict()) == all_bits(base.state_dict())
     assert torch.equal(outputs(again.eval(), LLAMA.inputs()), outputs(base, LLAMA.inputs()))
-
-
-# Sharded: see tests/distributed for more
-
-
-def routed() -> None:
-    model, x = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 8)), torch.randn(2, 16)
-    for name in "ab":
-        randlora.inject(model, r=4, name=name)
-        fill(model, name)
-    for module in (*model, model):
-        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-    with torch.no_grad():
-        with randlora.serving.routed(model, ["a", "b"]):
-            before = model(x)
-            for name, value in model.named_parameters():
-                if name.endswith("lambda.b"):
-                    value.to_local().mul_(-3)  # type: ignore[attr-defined]
-            after = model(x)
-        randlora.activate(model, "b")
-        torch.testing.assert_close(after[1], model(x)[1])
-    assert [torch.equal(*rows) for rows in zip(before, after, strict=True)] == [True, False]
-
-
-@pytest.mark.medium
-@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.7", reason="torch 2.6 computes with shards on a GPU alone")
-def test_routed_sees_that_sharded_values_change() -> None:
-    alone = Processes(1)
-    try:
-        alone.run(routed)
-    finally:
-        alone.stop()
-
-
-# What is refused, with the reason and before anything changes
 
 
 class Final(nn.Linear):
@@ -297,7 +247,7 @@ def test_a_class_that_cannot_change_is_refused_with_the_reason(monkeypatch: pyte
 
 @pytest.mark.parametrize("change", ["class", "parametrization"])
 def test_a_class_changed_on_top_stops_eject_and_remove(change: str) -> None:
-    model, x = adapt(of_kind(LAYER_KINDS[0])), X.double()
+    model, x = with_adapter(of_kind(LAYER_KINDS[0])), X.double()
     randlora.inject(model, r=3, targets=["0", "2"], name="second", stream="portable")
     layer = model.get_submodule("2")
     if change == "class":

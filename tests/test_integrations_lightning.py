@@ -54,9 +54,7 @@ DIFFERENCES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_checkpoints_of_another_adapter_and_of_weights_only_are_refused_and_nothing_is_loaded(
-    tmp_path: Path,
-) -> None:
+def test_checkpoints_of_another_adapter_and_of_weights_only_are_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
     fit(Module(), tmp_path, epochs=1)
     for options, message in DIFFERENCES:
         module = Module(**options)

@@ -33,7 +33,7 @@ from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, Adap
 from tests import trainers
 from tests.checkpoint_files import edit_fields, read_fields
 from tests.hub_server import Hub
-from tests.kit import Bits, all_bits, bits, fill, same_bits, untouched
+from tests.kit import Bits, adapt, all_bits, bits, fill, same_bits, untouched
 from tests.trainers import ADAPTER_FILES, QUIET, adapted_model, files, plain_model, rows, tokenizer, trained_bits
 
 pytestmark = [*QUIET, pytest.mark.medium]
@@ -70,7 +70,6 @@ TO_TRAINER = ("optimizers", "processing_class", "eval_dataset", "model_init", "r
 
 
 def trainer(kind: Any, model: Any = None, **options: Any) -> Any:
-    """Make a trainer that works in the directory ``run``."""
     make, data, given = next(each for of, each in GIVEN.items() if issubclass(kind, of))
     if make in (SFTConfig, DPOConfig, GRPOConfig):
         given = {"processing_class": tokenizer(), **given}
@@ -80,7 +79,6 @@ def trainer(kind: Any, model: Any = None, **options: Any) -> Any:
 
 
 def with_optimizer() -> Any:
-    """Make a trainer that is given an optimizer and a schedule."""
     model = fill(adapted_model(basis="block"))
     optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -90,8 +88,7 @@ def with_optimizer() -> Any:
 def several(*names: str) -> Any:
     model: nn.Module = plain_model()
     for name in names:
-        randlora.inject(model, r=4, name=name, trainable=True)
-        fill(model, name)
+        adapt(model, r=4, name=name, trainable=True)
     randlora.activate(model, [*names])
     randlora.set_trainable(model, [*names])
     return model
@@ -193,9 +190,6 @@ def test_true_passes_over_a_checkpoint_that_was_not_written_to_its_end(damage: s
     assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 4
 
 
-# What is refused
-
-
 def inactive() -> Any:
     model = several("base", "other")
     randlora.activate(model, "base")
@@ -238,9 +232,7 @@ REFUSED: list[tuple[Any, Callable[[], Any], dict[str, Any], str]] = [
 ]
 
 
-def test_what_a_trainer_cannot_do_and_training_that_checkpoints_would_not_have_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_a_trainer_cannot_do_or_checkpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda _: None)
     for kind, build, options, message in REFUSED:
         with pytest.raises(AdapterError, match=message):
@@ -284,12 +276,7 @@ def test_what_is_overridden_and_not_public_is_named_and_called_as_and_where_it_w
         assert {caller for caller, method in methods.items() if name in method.__code__.co_names} == callers, name
 
 
-# What is saved
-
-
-def test_a_push_has_the_adapter_and_save_model_the_tokenizer_and_the_arguments_too(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_push_has_the_adapter_and_save_model_the_tokenizer_too(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # a client that an earlier test may have made
     options = {"push_to_hub": True, "hub_model_id": "me/adapter", "max_steps": 2}
     run = trainer(AdapterTrainer, adapted_model(), processing_class=tokenizer(), **options)
@@ -309,8 +296,7 @@ def test_a_push_has_the_adapter_and_save_model_the_tokenizer_and_the_arguments_t
 def test_a_sentence_transformer_saves_the_adapter_and_as_it_was_merged(is_whole: bool, method: str) -> None:
     model, other = encoder(), encoder()
     part, inside = (each if is_whole else each[0].auto_model for each in (model, other))
-    randlora.inject(part, r=4, targets=["query", "value"], save_pretrained="adapter")
-    fill(part)
+    adapt(part, r=4, targets=["query", "value"], save_pretrained="adapter")
     getattr(model, method)("saved")
     assert files("saved") >= ADAPTER_FILES
     randlora.load(inside, "saved")
@@ -329,9 +315,6 @@ def test_a_stock_trainer_saves_the_adapter_and_says_that_it_cannot_resume() -> N
     assert len({str(each.message) for each in told if "wrote" in str(each.message)}) == 1
     randlora.load(other, "run/checkpoint-4", trainable=True)
     assert trained_bits(other) == trained_bits(model)
-
-
-# TRL: a head that is read, the reference of DPO, and GRPO, where transformers samples or an engine that gets weights
 
 
 @pytest.mark.parametrize("kind", [DPO, SFTTrainer])  # which read the weight of the head instead of calling it
@@ -435,9 +418,7 @@ class Engine:
 
 
 @pytest.mark.parametrize(("mode", "is_tied"), [("colocate", False), ("server", True)])
-def test_an_engine_samples_with_the_bits_of_the_merged_model(
-    mode: str, is_tied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_samples_with_the_merged_model(mode: str, is_tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All is TRL's own code, except for the engine and its answers."""
     seen: list[bool] = []
 

@@ -17,7 +17,7 @@ import randlora
 from randlora.config import BasisKind, Init, Stream
 from randlora.functional import Compute
 from tests import reference
-from tests.kit import assert_unchanged, fill, same_bits, snapshot
+from tests.kit import adapt, assert_unchanged, fill, same_bits, snapshot
 from tests.laws import TOKENS, Mixed, adapter_layer, assert_close, diagonals, oracle_of, plain, update_of
 from tests.layer_kinds import (
     DEVICE,
@@ -104,9 +104,7 @@ def test_a_fresh_adapter_leaves_every_bit_of_the_output_and_a_trained_one_adds_t
     ids=lambda value: getattr(value, "name", str(value)),
 )
 @pytest.mark.parametrize("basis", BASES)
-def test_every_way_is_the_same_and_unmerging_restores_every_bit(
-    kind: LayerKind, dtype: torch.dtype, basis: BasisKind
-) -> None:
+def test_every_way_is_the_same_and_unmerging_is_exact(kind: LayerKind, dtype: torch.dtype, basis: BasisKind) -> None:
     for tokens in (1, 300):
         model, base = adapted(kind, (128, 64), dtype, r=8, basis=basis)
         x, grad, found = random(tokens, 128, dtype=dtype), random(tokens, 64, dtype=dtype), []
@@ -201,7 +199,6 @@ def test_dropout_falls_on_the_adapters_input_alone_and_in_training_alone(kind: L
 
 
 def twice_each(x: Tensor) -> Tensor:
-    """Return a sparse tensor whose entries are sums of two."""
     own = x.to_sparse()
     values = torch.cat([own.values() / 4, own.values() * 0.75])
     return torch.sparse_coo_tensor(own.indices().repeat(1, 2), values, own.shape, check_invariants=True)
@@ -210,10 +207,7 @@ def twice_each(x: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("sparse", [Tensor.to_sparse, twice_each, Tensor.to_sparse_csr, Tensor.to_sparse_csc])
 @pytest.mark.parametrize("basis", ["dense", "block"])
-def test_sparse_inputs_give_the_values_and_gradients_of_dense_ones(
-    sparse: Callable[[Tensor], Tensor], basis: BasisKind
-) -> None:
-    """As `nn.Linear` takes them, such as bags of words, in any number of rows and every way to compute."""
+def test_sparse_inputs_give_values_and_gradients_of_dense(sparse: Callable[[Tensor], Tensor], basis: BasisKind) -> None:
     cases: list[tuple[int, Compute]] = [(0, "auto"), (1, "factored"), (5, "auto"), (5, "materialized"), (3000, "auto")]
     for shape in ((40, 12), (12, 40), (12, 12)):
         model, _ = adapted(LAYER_KINDS[0], shape, basis=basis, r=4)
@@ -253,7 +247,6 @@ def test_dropout_falls_on_the_entries_of_a_sparse_or_nested_input(form: str) -> 
     x = torch.eye(50, device=DEVICE)
 
     def added() -> Tensor:
-        """Return a row for each input: dropped, or doubled."""
         output = model(OTHER_FORMS[form](x))
         return (torch.cat(output.unbind()) if output.is_nested else output) - base(x)  # type: ignore[no-any-return]
 
@@ -290,8 +283,7 @@ def test_a_meta_layer_computes_shapes_and_starts_as_any_other_once_it_is_reset(k
 def test_a_seed_means_the_same_update_wherever_it_is_drawn_or_moved(basis: BasisKind, stream: Stream) -> None:
     here, there = (Mixed().to(device) for device in (DEVICE, "cpu"))
     for model in (here, there):
-        randlora.inject(model, r=4, basis=basis, stream=stream, seed=7)
-        fill(model)
+        adapt(model, r=4, basis=basis, stream=stream, seed=7)
     for name in ("q", "up", "down"):
         ours, expected = (randlora.delta_weight(model, name) for model in (here, there))
         assert ours.device.type == torch.device(DEVICE).type

@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-import transformers
 from sentence_transformers.cross_encoder.model import _Float32Linear
 from timm.layers.linear import Linear as ConvertibleLinear
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from randlora.layers import AdapterLayer, register_layer, registry
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
 from randlora.quantized.libraries import CodesAdapter, EetqAdapter, HQQAdapter, TorchaoPackedAdapter
 from randlora.readers.read_weight import ReadLinear, ReadWeight
-from tests.kit import fill, same_bits, untouched
+from tests.kit import adapt, fill, same_bits, untouched
 from tests.laws import adapter_layer, assert_close, plain, update_of
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind
 from tests.models import reproducible
@@ -46,8 +45,7 @@ def other(forward: Callable[..., Any], kind: Any = nn.Linear) -> Any:
 
 def in_model(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     model = nn.Sequential(layer)
-    randlora.inject(model, r=3, alpha=6, targets="all-linear")
-    return fill(model), layer
+    return adapt(model, r=3, alpha=6, targets="all-linear"), layer
 
 
 def expected_of(layer: nn.Module, x: Tensor) -> Tensor:
@@ -57,7 +55,6 @@ def expected_of(layer: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def never_called() -> Iterator[None]:
-    """Fail where a layer's own forward runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AdapterLayer, "base_output", lambda *_args: pytest.fail("the layer's own forward was called"))
         yield
@@ -110,8 +107,7 @@ def test_a_forward_of_its_own_runs_and_one_that_is_inherited_need_not() -> None:
     assert all(held is state[name] for name, held in model.named_parameters())
     assert model.state_dict().keys() == state.keys()
     wanted = expected_of(renamed, X)
-    randlora.inject(model, r=2, targets="all-linear", name="other")
-    fill(model, "other")
+    adapt(model, r=2, targets="all-linear", name="other")
     randlora.activate(model, {"default": 1.0, "other": 2.0})
     with never_called():
         assert_close(renamed(X), wanted + 2 * X @ update_of(renamed, "other").T, torch.float32)
@@ -175,9 +171,6 @@ def test_what_is_done_to_the_weight_or_to_a_replica_later_on_is_done() -> None:
     assert_close(layer(X), base(X) + X @ update.T, torch.float32)
 
 
-# Subclasses of nn.Linear with another forward are adapted so that it reads weight + update, as once merged
-
-
 def bit(*, online: bool) -> nn.Module:
     from transformers.integrations.bitnet import AutoBitLinear  # which imports the compiler
 
@@ -220,9 +213,6 @@ def test_another_forward_computes_with_the_update_as_if_it_were_merged(name: str
                 assert not torch.allclose(model(x), output, atol=0.01)
     gradients = [value.grad for value in randlora.trainable_parameters(model)]
     assert [grad is not None and grad.abs().sum().item() > 0 for grad in gradients] == [True, True]
-
-
-# Entries of the registry
 
 
 class Swapped(nn.Linear):
@@ -314,10 +304,7 @@ def marked(layer: Any, kind: type[Tensor] = Marked) -> Any:
     return layer
 
 
-def test_a_weight_of_a_registered_type_has_its_entry_where_that_is_of_the_modules_kind(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Also if the module has its own forward, or computes the weight; not if the module is refused."""
+def test_a_weight_of_a_registered_type_has_its_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_weights", dict(registry._weights))
     for kind, entry in {Nearer: NearerAdapter, Marked: MarkedAdapter}.items():
         registry.register_weight(registry.qualified_name(kind))(entry)
@@ -338,17 +325,6 @@ def test_a_weight_of_a_registered_type_has_its_entry_where_that_is_of_the_module
     assert registry.find_layer(marked(Renamed(2, 2))) == "it is of no use: exclude it"
 
 
-def test_routers_that_choose_experts_are_skipped() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 1, "num_local_experts": 4, "vocab_size": 20, "head_dim": 8}
-    model = transformers.Llama4TextModel(transformers.Llama4TextConfig(**sizes, interleave_moe_layer_step=1)).eval()
-    for rule in ("all", "all-linear"):
-        skipped = randlora.plan(model, r=2, targets=rule).skipped
-        assert [why for fqn, why in skipped.items() if fqn.endswith("router") and "returns the experts" in why]
-    randlora.inject(model, r=2, targets="all")
-    model(torch.tensor([[1, 2, 3]]))
-
-
 @pytest.mark.parametrize(("what", "got"), [("pair", "got tuple"), ("half", r"got a tensor of shape \(3, 2\)")])
 def test_a_forward_that_returns_no_product_is_an_error(what: str, got: str) -> None:
     class Odd(nn.Linear):
@@ -361,9 +337,6 @@ def test_a_forward_that_returns_no_product_is_an_error(what: str, got: str) -> N
     message = r"the forward of an adapted Odd must return a tensor of shape \(\.\.\., 4\), .*" + got
     with pytest.raises(TypeError, match=message + ".*randlora.layers.register_layer"):
         model(torch.randn(3, 4))
-
-
-# What is merged into a layer with its own forward
 
 
 def product(self: Any, x: Tensor) -> Tensor:
@@ -423,8 +396,7 @@ def test_a_forward_is_merged_into_if_it_is_the_product(name: str, monkeypatch: p
     monkeypatch.setattr(LinearAdapter, "as_read", None)
     said, build = ADDED[name]
     model = reproducible(lambda: nn.Sequential(nn.Linear(16, 16), build())).train()
-    randlora.inject(model, r=4, targets=["0", "1"])
-    layer, state = fill(model).get_submodule("1"), torch.get_rng_state()
+    layer, state = adapt(model, r=4, targets=["0", "1"]).get_submodule("1"), torch.get_rng_state()
     with untouched(model):
         if said == RESPONDS:
             for call in (randlora.merge, randlora.merged_tensors):
@@ -449,8 +421,7 @@ ENDINGS: dict[str, Callable[[Tensor], Any]] = {
 def test_a_forward_that_reads_the_weight_is_merged_into_whatever_it_makes_of_it(ending: str) -> None:
     def model_of(linear: Callable[[Any, Tensor], Tensor]) -> nn.Module:
         model = nn.Sequential(other(lambda self, x: ENDINGS[ending](linear(self, x))))
-        randlora.inject(model, r=2, targets=["0"])
-        return fill(model)
+        return adapt(model, r=2, targets=["0"])
 
     x, read = torch.randn(3, 16), model_of(product)
     before = read(x)

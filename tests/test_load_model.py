@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -18,10 +17,10 @@ from randlora.errors import CheckpointError, ConfigError
 from randlora.files import load_model
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, reseal
 from tests.hostile_files import Bomb
-from tests.kit import adapter_values, all_bits, fill, same_bits
+from tests.kit import adapt, adapter_values, all_bits, same_bits
 from tests.model_directories import adapter_of, assert_same_tensors, edit_json, edit_model, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, SIDES, VIT, VOCABULARY, RealModel, outputs, vit
-from tests.peer import THEIR_WARNINGS, as_peft_draws
+from tests.peer import THEIR_WARNINGS
 from tests.trainers import plain_model
 
 pytestmark = THEIR_WARNINGS
@@ -37,10 +36,8 @@ def _in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def saved() -> nn.Module:
-    """A Llama in ``base``, an adapter of it in ``adapter``, and the model of both."""
     model: nn.Module = AutoModelForCausalLM.from_pretrained(save_model(LLAMA, BASE))
-    randlora.inject(model, r=4)
-    randlora.save(fill(model), ADAPTER)
+    randlora.save(adapt(model, r=4), ADAPTER)
     return model.eval()
 
 
@@ -99,7 +96,6 @@ def test_what_cannot_be_loaded_is_said(change: Callable[[], object], message: st
 
 
 def test_values_that_files_need_not_have_are_no_reason_to_refuse() -> None:
-    """Tied weights are written once, and a base may have values that the model does not use."""
     model = plain_model(tie_word_embeddings=True).eval()
     assert "lm_head.weight" not in stored(write(model, BASE))
     edit_model(BASE, {"unused": torch.ones(2)})
@@ -133,18 +129,6 @@ def test_no_code_of_a_base_is_run_and_nothing_unpickled(saved: nn.Module, monkey
         load_model("adapter")
 
 
-@as_peft_draws
-def test_transformers_and_peft_read_the_directory(saved: nn.Module) -> None:
-    by_method = AutoModelForCausalLM.from_pretrained("base")
-    by_method.load_adapter("adapter")
-    by_peft = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "adapter")
-    for model in (AutoModelForCausalLM.from_pretrained("adapter"), by_method, by_peft):
-        torch.testing.assert_close(logits(model.eval()), logits(saved))
-
-
-# Adapters with a new head
-
-
 LABELS = {0: "bad", 1: "good", 2: "neither"}
 HEAD = {"id2label": LABELS, "label2id": {label: index for index, label in LABELS.items()}}
 SEQUENCES, IMAGES = AutoModelForSequenceClassification, AutoModelForImageClassification
@@ -155,12 +139,10 @@ def bert(model_class: Callable[[transformers.BertConfig], nn.Module]) -> nn.Modu
 
 
 def trained(base: nn.Module, auto: Any, train_also: list[str]) -> Any:
-    """Save a base, put another head on it, adapt and save that, and return it."""
     write(base, BASE, is_sharded=True)
     torch.manual_seed(1)
     model = auto.from_pretrained("base", ignore_mismatched_sizes=True, problem_type="regression", **HEAD)
-    randlora.inject(model, r=4, train_also=train_also)
-    randlora.save(fill(model), ADAPTER)
+    randlora.save(adapt(model, r=4, train_also=train_also), ADAPTER)
     return model.eval()
 
 
@@ -172,7 +154,7 @@ BASES: dict[str, tuple[Callable[[], nn.Module], Any, RealModel, list[str]]] = {
 
 
 @pytest.mark.parametrize(("build", "auto", "kind", "train_also"), BASES.values(), ids=BASES)
-def test_a_new_head_is_loaded_and_merged(
+def test_a_new_head_is_loaded(
     build: Callable[[], nn.Module], auto: Any, kind: RealModel, train_also: list[str]
 ) -> None:
     model = trained(build(), auto, train_also)
@@ -213,7 +195,6 @@ def test_a_file_of_version_0_2_which_names_no_class_is_loaded_as_the_class_that_
 
 
 def test_a_class_in_a_file_that_transformers_does_not_export_or_that_does_not_fit_is_not_made() -> None:
-    """Nor is a model made or written some of whose parameters were random and are in no file."""
     trained(bert(transformers.BertForMaskedLM), SEQUENCES, ["classifier"])
     lacking = r"bert\.pooler\.dense\.weight|no parameter classifier"
     for name in ("pipeline", "__path__", "os.system", "GPT2Model", None):

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 import randlora
 from randlora.errors import AdapterError, ConfigError, MergeError, RandLoRAError, TargetError
 from randlora.state import adapted_root, is_adapted
-from tests.kit import fill, on_one_line, same_bits, untouched
-from tests.laws import TOKENS, Mixed, assert_close
+from tests.kit import adapt, fill, on_one_line, same_bits, untouched
+from tests.laws import TOKENS, Mixed
 
 TARGETS = ["q", "up", "down"]
 
 
 def mixed(*names: str, **options: Any) -> Mixed:
-    """Return a model that is always the same, with adapters."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Mixed()
@@ -90,8 +89,7 @@ def test_adapters_belong_to_the_module_they_were_added_to_and_a_wrapper_shows_th
 
 def test_an_adapter_prints_as_its_options_and_state_and_what_the_model_has_no_more() -> None:
     model = mixed("a")
-    randlora.inject(model, r=3, targets=["q"], train_also=["norm"], name="b")
-    fill(model, "b", seed=1)
+    adapt(model, r=3, targets=["q"], train_also=["norm"], name="b", values=1)
 
     def assert_listed(first: str, second: str = "inactive, frozen") -> None:
         also = "also trained: norm.weight, norm.bias"
@@ -129,23 +127,6 @@ def test_a_way_to_compute_serves_adapters_that_come_later_and_ends_with_them() -
     assert adapted_root(model)[1].compute == "auto"
 
 
-def test_layers_are_named_by_patterns() -> None:
-    model = mixed("a", "b")
-    randlora.inject(model, r=3, name="wide", targets=["q", "head"], active=False)
-    factors: Any = {"a": {"q|up": 0.5, ".*": 0}, "b": {"down": 0, "up": 2.0, ".*": 0.25}, "wide": {"q": 1, "head": 0}}
-    randlora.activate(model, factors)
-    assert {info.name: info.weight for info in randlora.adapters(model)} == {
-        "a": {"q": 0.5, "up": 0.5, "down": 0.0},
-        "b": {"q": 0.25, "up": 2.0, "down": 0.0},
-        "wide": {"q": 1.0, "head": 0.0},
-    }
-    a, b = (randlora.delta_weight(model, "up", name=name) for name in "ab")
-    assert not randlora.delta_weight(model, "down").any()
-    assert_close(randlora.delta_weight(model, "up"), 0.5 * a + 2 * b, torch.float32)
-    randlora.activate(model, {"a": {"up": 0.5, ".*": 0.5}})
-    assert randlora.adapters(model)[0].weight == 0.5
-
-
 def test_a_layer_that_is_left_out_is_neither_trained_nor_merged_into() -> None:
     model = mixed("a", "b")
     randlora.activate(model, {"a": {"q": 0.5, ".*": 0.0}, "b": {"q": 0.0, ".*": 1.0}})
@@ -163,9 +144,6 @@ def test_a_layer_that_is_left_out_is_neither_trained_nor_merged_into() -> None:
         assert report.targets == ("up", "down")
         assert str(report).startswith("merged b with a factor for each layer (2 of 3 are not 0) into 2 layers")
         assert (randlora.unmerge(model, ["a"]), randlora.unmerge(model)) == (("q",), ("up", "down"))
-
-
-# What is refused
 
 
 ACTIVATIONS: list[tuple[Any, str]] = [

@@ -46,7 +46,6 @@ class Counter(nn.Module):
 
 
 def drawn(module: nn.Module) -> nn.Module:
-    """Return a module with statistics that are not the first ones."""
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if name.startswith("running"):
@@ -200,13 +199,6 @@ def test_only_statistics_that_move_and_belong_to_no_adapter_are_said_to_have_mov
     model = build("batch")
     assert not said(randlora.inject(model, r=2, targets=targets, trainable=False))
     assert not said(randlora.save(model, tmp_path), "moved")
-    with torch.device("meta"):
-        model = build("batch")
-    assert said(randlora.inject(model, r=2, targets=targets, train_also=["norm"]), "other.1 has running statistics")
-    model.to_empty(device="cpu")
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data.zero_()
-    assert not said(randlora.save(model, tmp_path), "moved since")
     model = build("batch")
     model.norm.running_mean[0] = torch.nan
     randlora.inject(model, r=2, targets=targets)
@@ -236,7 +228,6 @@ def test_buffers_are_saved_for_peft_and_loaded_from_it(tmp_path: Path) -> None:
 
 
 def golden() -> nn.Sequential:
-    """Return a model in float64 with an adapter whose values are those of formulas."""
     model = nn.Sequential(OrderedDict(layer=nn.Linear(4, 3), norm=nn.BatchNorm1d(3))).double().eval()
     with torch.no_grad():
         for start, value in enumerate(model.state_dict().values()):

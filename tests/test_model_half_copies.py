@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import randlora
 from randlora.errors import AdapterError
 from tests.checkpoint_files import read_tensors, reseal
-from tests.kit import all_bits, assert_unchanged, bits, fill, on_one_line, same_bits, snapshot, untouched
+from tests.kit import adapt, all_bits, assert_unchanged, bits, fill, on_one_line, same_bits, snapshot, untouched
 from tests.laws import TOKENS, Mixed, needs_compiler
 from tests.test_model_replaced import IDS, llama, resize, step
 
@@ -30,8 +30,7 @@ def mixed(dtype: torch.dtype = torch.float16) -> Mixed:
 
 def adapted(dtype: torch.dtype = torch.float16, seed: int = 0) -> Mixed:
     model = mixed(dtype)
-    randlora.inject(model, r=4, targets=["q", "down"], train_also=ALSO)
-    return fill(model, seed=seed)
+    return adapt(model, r=4, targets=["q", "down"], train_also=ALSO, values=seed)
 
 
 def kinds(model: nn.Module) -> list[type[nn.Module]]:
@@ -80,8 +79,7 @@ def test_a_merged_model_is_rounded_once_also_where_another_adapter_adapts_a_copy
     alone = model(TOKENS)
     for is_adapted in (False, True):
         if is_adapted:
-            randlora.inject(model, r=2, targets=["head"], name="b")
-            fill(model, "b")
+            adapt(model, r=2, targets=["head"], name="b")
             randlora.activate(model, {"default": 1.0, "b": 1.0})
         found, own = mixed(dtype), model(TOKENS)
         with randlora.merged(model):

@@ -21,7 +21,7 @@ from randlora.config import LARGEST_FACTOR
 from randlora.errors import AdapterError, CheckpointError, ConfigError, RandLoRAError, TargetError
 from randlora.functional import Compute
 from randlora.report import as_bytes, table
-from tests.kit import adapter_values, all_bits, fill, on_one_line, same_bits, set_alpha, untouched
+from tests.kit import adapt, adapter_values, all_bits, fill, on_one_line, same_bits, set_alpha, untouched
 from tests.laws import TOKENS, Mixed
 from tests.quantized import INT8, MODELS, NF4, Codes, of_4_bits, quantized_model
 from tests.strategies import ranks
@@ -78,8 +78,7 @@ def lazy() -> nn.Sequential:
 def adapted() -> nn.Sequential:
     model = layers()
     model[2].requires_grad_(False)
-    randlora.inject(model, r=2, targets=["0"], train_also=["1"])
-    return fill(model)
+    return adapt(model, r=2, targets=["0"], train_also=["1"])
 
 
 NAMED = "expected a printable name without dots"
@@ -164,8 +163,7 @@ def test_a_model_built_in_inference_mode_is_adapted_merged_and_restored() -> Non
     randlora.inject(model, r=2, train_also=["1"])
     randlora.eject(model)
     assert all_bits(model.state_dict()) == base
-    randlora.inject(model, r=2)
-    fill(model)
+    adapt(model, r=2)
     with torch.inference_mode():
         expected = model(x)
         randlora.merge(model)
@@ -186,14 +184,6 @@ def test_uninitialized_layers_that_are_no_targets_do_not_matter(tmp_path: Path) 
             model[:2](torch.ones(2, 4))  # the first forward initializes the second layer
         verb(model)
         assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_plan_of_a_model_without_values_leaves_it_as_it_was() -> None:
-    with torch.device("meta"):
-        model = Mixed()
-    before = dict(model.named_modules())
-    assert randlora.plan(model, r=4).targets == ADAPTED
-    assert (dict(model.named_modules()), randlora.adapters(model)) == (before, [])
 
 
 def test_an_alpha_of_a_file_is_loaded_whatever_it_is(tmp_path: Path) -> None:
@@ -302,8 +292,7 @@ def test_the_table_of_a_small_model_reads_so_fits_80_columns_and_breaks_no_name(
         "  tenth (for layers of width 12, the median)",
         'left out: 1 embedding, 15.66% of the weights: targets="all" adapts it',
     ]
-    randlora.inject(model, r=4)
-    assert str(randlora.merge(fill(model))) == "merged default into 3 layers; the layers are plain again"
+    assert str(randlora.merge(adapt(model, r=4))) == "merged default into 3 layers; the layers are plain again"
     texts = {0: "0 B", 999: "999 B", 1000: "1 kB", 347e6: "347 MB", 1.86e11: "186 GB"}
     assert {count: as_bytes(count) for count in texts} == texts
     assert table(("a", "number"), [(1, 1234), (1000000, 2)])[1:] == ["        1   1,234", "1,000,000       2"]
@@ -352,11 +341,3 @@ def test_an_r_that_buys_no_rank_is_told_of(rows: int, columns: int, r: int) -> N
     assert [row.expected_rank for row in smaller.rows] == [row.expected_rank for row in report.rows]
     assert bool(told) == (smaller.trainable_parameters < report.trainable_parameters)
     assert all(f"r={r} " in note and "narrow" in note and "wide" not in note for note in told)
-
-
-def test_a_sparse_kind_claims_no_more_rank_than_it_has() -> None:
-    model = nn.Sequential(nn.Linear(200, 200))
-    report = randlora.inject(model, r=6, basis="very_sparse", targets="all-linear")
-    rank = torch.linalg.matrix_rank(randlora.delta_weight(fill(model, spread=1), "0").double())
-    assert report.rows[0].expected_rank < 150
-    assert report.rows[0].expected_rank == pytest.approx(rank.item(), rel=0.15)

@@ -57,7 +57,6 @@ def memory(model: nn.Module, **options: Any) -> TrainingMemory:
 
 
 def trained(model: Any, *, checkpointing: bool = False, **options: Any) -> int:
-    """Train an adapter for two steps and return the most memory that the second has, with all that is held."""
     model.train()
     randlora.inject(model, **options)
     if checkpointing:
@@ -104,9 +103,7 @@ def trained(model: Any, *, checkpointing: bool = False, **options: Any) -> int:
         ),
     ],
 )
-def test_the_sum_is_within_15_percent_of_a_measured_step(
-    name: str, dtype: torch.dtype, options: dict[str, Any]
-) -> None:
+def test_the_sum_is_within_15_percent_of_a_real_step(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     options = {"r": 16, **options}
     with torch.device("meta"):
         planned = memory(build(name).to(dtype), tokens=BATCH * (122 if "ViT" in name else TOKENS), **options)
