@@ -7,29 +7,19 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import sentence_transformers
 import torch
 import transformers
-from datasets import Dataset
-from peft import LoraConfig
-from sentence_transformers.base.modules import Dense, Transformer
-from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
-from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-from trl.generation.vllm_generation import VLLMGeneration
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError
-from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, AdapterTrainer, LoadsAdapters
 from tests import trainers
 from tests.checkpoint_files import edit_fields, read_fields
 from tests.hub_server import Hub
@@ -44,9 +34,23 @@ def _in_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-SENTENCES: Any = sentence_transformers.SentenceTransformerTrainer
-KINDS: tuple[Any, ...] = SFTTrainer, DPOTrainer, GRPOTrainer, Seq2SeqTrainer, SENTENCES
-SFT, DPO, GRPO, Seq2Seq, Sentences = (type(kind.__name__, (AdapterCheckpoints, kind), {}) for kind in KINDS)
+@cache
+def kinds() -> dict[str, Any]:
+    """Return trainers by name, with our mixin and as they are; it takes seconds to import them."""
+    import trl
+    from sentence_transformers import SentenceTransformerTrainer
+
+    from randlora.integrations.transformers import AdapterCheckpoints, AdapterTrainer
+
+    plain = trl.SFTTrainer, trl.DPOTrainer, trl.GRPOTrainer, transformers.Seq2SeqTrainer, SentenceTransformerTrainer
+    ours = {
+        each.__name__.removesuffix("Trainer"): type(each.__name__, (AdapterCheckpoints, each), {}) for each in plain
+    }
+    # one that sends weights by its own code, as those of TRL's experiments
+    other = type("Other", (ours["GRPO"],), {"vllm_generation": property(lambda _: None, lambda *_: None)})
+    stock = {"Trainer": transformers.Trainer, "SFTTrainer": trl.SFTTrainer}
+    return {**ours, **stock, "Adapter": AdapterTrainer, "Other": other}
+
 
 TEXTS = {"text": [f"{i} squared is {i * i}" for i in range(16)]}
 PAIRS = {"a": [f"{i}" for i in range(16)], "b": ["x"] * 16, "score": [i / 16 for i in range(16)]}
@@ -57,32 +61,44 @@ def digits(completions: list[str], **_: Any) -> list[float]:
 
 
 SAMPLES = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 4}
-GIVEN: dict[type, tuple[Any, Callable[[], Any], dict[str, Any]]] = {
-    SFTTrainer: (SFTConfig, partial(Dataset.from_dict, TEXTS), {}),
-    DPOTrainer: (DPOConfig, trainers.preferences, {}),
-    GRPOTrainer: (GRPOConfig, trainers.preferences, {"reward_funcs": digits}),
-    SENTENCES: (sentence_transformers.SentenceTransformerTrainingArguments, partial(Dataset.from_dict, PAIRS), {}),
-    Seq2SeqTrainer: (Seq2SeqTrainingArguments, rows, {}),
-    Trainer: (TrainingArguments, rows, {}),
-}
-"""By trainer the class of its trainers.arguments, its data, and what else it is given."""
+
+
+def given_to(kind: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the class of a trainer's arguments, its data, and what else it is given."""
+    import trl
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainingArguments
+
+    words = {"processing_class": tokenizer()}
+    match kind:
+        case "SFT" | "SFTTrainer":
+            return trl.SFTConfig, Dataset.from_dict(TEXTS), words
+        case "DPO":
+            return trl.DPOConfig, trainers.preferences(), words
+        case "GRPO" | "Other":
+            return trl.GRPOConfig, trainers.preferences(), {**words, "reward_funcs": digits}
+        case "SentenceTransformer":
+            return SentenceTransformerTrainingArguments, Dataset.from_dict(PAIRS), {}
+        case "Seq2Seq":
+            return transformers.Seq2SeqTrainingArguments, rows(), {}
+    return transformers.TrainingArguments, rows(), {}
+
+
 TO_TRAINER = ("optimizers", "processing_class", "eval_dataset", "model_init", "ref_model", "peft_config", "loss")
 
 
-def trainer(kind: Any, model: Any = None, **options: Any) -> Any:
-    make, data, given = next(each for of, each in GIVEN.items() if issubclass(kind, of))
-    if make in (SFTConfig, DPOConfig, GRPOConfig):
-        given = {"processing_class": tokenizer(), **given}
+def trainer(kind: str, model: Any = None, **options: Any) -> Any:
+    make, data, given = given_to(kind)
     own = {name: options.pop(name) for name in TO_TRAINER if name in options}
-    args = trainers.arguments(make, "run", **(SAMPLES if make is GRPOConfig else {}), **options)
-    return kind(model=model, args=args, train_dataset=data(), **given, **own)
+    args = trainers.arguments(make, "run", **(SAMPLES if kind in ("GRPO", "Other") else {}), **options)
+    return kinds()[kind](model=model, args=args, train_dataset=data, **given, **own)
 
 
 def with_optimizer() -> Any:
     model = fill(adapted_model(basis="block"))
     optimizer = torch.optim.SGD(randlora.trainable_parameters(model), lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    return trainer(AdapterTrainer, model, optimizers=(optimizer, schedule))
+    return trainer("Adapter", model, optimizers=(optimizer, schedule))
 
 
 def several(*names: str) -> Any:
@@ -95,27 +111,33 @@ def several(*names: str) -> Any:
 
 
 def encoder() -> Any:
+    import sentence_transformers
+    from sentence_transformers.base.modules import Dense, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-        BertModel(BertConfig(vocab_size=130, **sizes)).save_pretrained("bert")
+        transformers.BertModel(transformers.BertConfig(vocab_size=130, **sizes)).save_pretrained("bert")
         tokenizer().save_pretrained("bert")
         parts = [Transformer("bert"), Pooling(32), Dense(32, 8)]
     return sentence_transformers.SentenceTransformer(modules=parts, device="cpu")
 
 
 def of_sentences() -> Any:
+    from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+
     model = encoder()
     model[2].requires_grad_(False)
     randlora.inject(model, r=4, targets=["query", "value"])
-    return trainer(Sentences, model, loss=CosineSimilarityLoss(model))
+    return trainer("SentenceTransformer", model, loss=CosineSimilarityLoss(model))
 
 
 TRAINERS: dict[str, Callable[[], Any]] = {
-    "usual": lambda: trainer(AdapterTrainer, adapted_model(train_also=["norm"], dropout=0.2)),
+    "usual": lambda: trainer("Adapter", adapted_model(train_also=["norm"], dropout=0.2)),
     "given": with_optimizer,
-    "made by a function": lambda: trainer(Seq2Seq, model_init=lambda: adapted_model()),  # noqa: PLW0108
-    "of several adapters": lambda: trainer(AdapterTrainer, several("a", "b", "c")),
+    "made by a function": lambda: trainer("Seq2Seq", model_init=lambda: adapted_model()),  # noqa: PLW0108
+    "of several adapters": lambda: trainer("Adapter", several("a", "b", "c")),
     "of sentences": of_sentences,
 }
 
@@ -144,7 +166,7 @@ def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted(monkeypa
     model = adapted_model()
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
     options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    run = trainer(AdapterTrainer, model, eval_dataset=rows(), **options)
+    run = trainer("Adapter", model, eval_dataset=rows(), **options)
     run.train()
     best = Path(run.state.best_model_checkpoint)  # greater is better, so not the last
     assert files("run") == {best.name, "checkpoint-4"}
@@ -159,13 +181,13 @@ def test_the_best_adapter_is_given_back_and_old_checkpoints_are_deleted(monkeypa
 
 
 def test_several_adapters_are_restored_all_or_none() -> None:
-    trainer(AdapterTrainer, several("a", "b", "c")).train()
+    trainer("Adapter", several("a", "b", "c")).train()
     checkpoint = Path("run/checkpoint-2")
 
     def refused(names: str, message: str) -> None:
         model = several(*names)
         with untouched(model), pytest.raises(CheckpointError, match=message):
-            trainer(AdapterTrainer, model).train(resume_from_checkpoint=str(checkpoint))
+            trainer("Adapter", model).train(resume_from_checkpoint=str(checkpoint))
 
     refused("ab", "it has c, which the model lacks")
     refused("a", "there are some inside it: a, b, c")
@@ -176,7 +198,7 @@ def test_several_adapters_are_restored_all_or_none() -> None:
 
 @pytest.mark.parametrize("damage", ["half-a-state", "no-adapter"])
 def test_true_passes_over_a_checkpoint_that_was_not_written_to_its_end(damage: str) -> None:
-    through, rest = (trainer(AdapterTrainer, adapted_model()) for _ in range(2))
+    through, rest = (trainer("Adapter", adapted_model()) for _ in range(2))
     last = Path("run/checkpoint-4")
     with pytest.raises(ValueError, match="no complete checkpoint in 'run'"):
         rest.train(resume_from_checkpoint=True)
@@ -210,45 +232,48 @@ def with_norm(**options: Any) -> Any:
     return model
 
 
-class Other(GRPO):  # type: ignore[misc, valid-type]
-    """A trainer that sends weights by its own code, as those of TRL's experiments."""
-
-    vllm_generation = property(lambda _: None, lambda *_: None)
-
-
-SYNCED, OTHER_PEFT = {"sync_ref_model": True}, {"peft_config": LoraConfig(target_modules=["q_proj"])}
+SYNCED = {"sync_ref_model": True}
 DROPPING: dict[str, Any] = {"targets": ["lm_head"], "dropout": 0.1}
+VLLM = "trl.generation.vllm_generation.VLLMGeneration"
 WITH_VLLM: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate"}
-REFUSED: list[tuple[Any, Callable[[], Any], dict[str, Any], str]] = [
-    (AdapterTrainer, plain_model, {}, "no trainable adapter"),
-    (AdapterTrainer, inactive, {}, r"other is not active and .* call randlora\.activate"),
-    (AdapterTrainer, with_a_head_that_is_trained, {}, r"lm_head.weight requires grad .* train_also="),
-    (DPO, adapted_model, SYNCED, "sync_ref_model=True"),
-    (GRPO, adapted_model, {"beta": 0.5, **SYNCED}, "sync_ref_model=True"),
-    (SFT, adapted_model, OTHER_PEFT, "peft_config= .* leave it out"),
-    (DPO, adapted_model, OTHER_PEFT, "peft_config= .* leave it out"),
-    (SFT, lambda: adapted_model(**DROPPING), {}, r"dropout cannot act \(TRL's trainers do this"),
-    (Other, with_norm, WITH_VLLM, "cannot send the merged weights to vLLM"),
-]
+
+
+def refused() -> list[tuple[str, Callable[[], Any], dict[str, Any], str]]:
+    import peft
+
+    other_peft = {"peft_config": peft.LoraConfig(target_modules=["q_proj"])}
+    return [
+        ("Adapter", plain_model, {}, "no trainable adapter"),
+        ("Adapter", inactive, {}, r"other is not active and .* call randlora\.activate"),
+        ("Adapter", with_a_head_that_is_trained, {}, r"lm_head.weight requires grad .* train_also="),
+        ("DPO", adapted_model, SYNCED, "sync_ref_model=True"),
+        ("GRPO", adapted_model, {"beta": 0.5, **SYNCED}, "sync_ref_model=True"),
+        ("SFT", adapted_model, other_peft, "peft_config= .* leave it out"),
+        ("DPO", adapted_model, other_peft, "peft_config= .* leave it out"),
+        ("SFT", lambda: adapted_model(**DROPPING), {}, r"dropout cannot act \(TRL's trainers do this"),
+        ("Other", with_norm, WITH_VLLM, "cannot send the merged weights to vLLM"),
+    ]
 
 
 def test_what_a_trainer_cannot_do_or_checkpoint_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda _: None)
-    for kind, build, options, message in REFUSED:
+    from randlora.integrations.transformers import AdapterCheckpoints, AdapterTrainer
+
+    monkeypatch.setattr(f"{VLLM}._init_vllm", lambda _: None)
+    for kind, build, options, message in refused():
         with pytest.raises(AdapterError, match=message):
             trainer(kind, build(), **options).train()
     for block in (randlora.merged, randlora.disabled):
         with block(model := adapted_model()), pytest.raises(AdapterError, match=f"are {block.__name__}, so training"):
-            trainer(AdapterTrainer, model).train()
-    monkeypatch.delattr(VLLMGeneration, "_iter_named_params")
+            trainer("Adapter", model).train()
+    monkeypatch.delattr(f"{VLLM}._iter_named_params")
     with pytest.raises(AdapterError, match="cannot send the merged weights to vLLM"):
-        trainer(GRPO, with_norm(), **WITH_VLLM)
-    trainer(AdapterTrainer, adapted_model(), max_steps=2).train()
+        trainer("GRPO", with_norm(), **WITH_VLLM)
+    trainer("Adapter", adapted_model(), max_steps=2).train()
     model = fill(adapted_model(r=4))  # the table of differences is in tests/test_swap.py
     with untouched(model), pytest.raises(CheckpointError, match="has r=4 and alpha=80, but in the files r=8"):
-        trainer(AdapterTrainer, model).train(resume_from_checkpoint=True)
-    own = type("Own", (Trainer,), {})
-    for first, mixin in ((Trainer, AdapterCheckpoints), (own, AdapterTrainer)):
+        trainer("Adapter", model).train(resume_from_checkpoint=True)
+    stock = transformers.Trainer
+    for first, mixin in ((stock, AdapterCheckpoints), (type("Own", (stock,), {}), AdapterTrainer)):
         with pytest.raises(AdapterError, match=f"put the mixin first, .*{mixin.__name__}, {first.__name__}"):
             type("Wrong", (first, mixin), {})
         type("Right", (type("Own", (mixin, first), {}),), {})
@@ -264,14 +289,17 @@ CALLS = {
 
 
 def test_what_is_overridden_and_not_public_is_named_and_called_as_and_where_it_was() -> None:
+    from randlora.integrations.transformers import PRIVATE, AdapterCheckpoints, LoadsAdapters
+
+    stock = transformers.Trainer
     written = vars(AdapterCheckpoints) | vars(LoadsAdapters)
-    own = {name for name in written if name in dir(Trainer) and not name.startswith("__")}
+    own = {name for name in written if name in dir(stock) and not name.startswith("__")}
     assert {name for name in own if name.startswith("_")} == set(PRIVATE)
     assert own - set(PRIVATE) == {"save_model", "train", "args", "model", "state"} & own
     for name in (*PRIVATE, "save_model"):
-        found, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (AdapterCheckpoints, Trainer))
+        found, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (AdapterCheckpoints, stock))
         assert [*found] == [*theirs], name
-    methods = {name: inspect.unwrap(each) for name, each in vars(Trainer).items() if inspect.isfunction(each)}
+    methods = {name: inspect.unwrap(each) for name, each in vars(stock).items() if inspect.isfunction(each)}
     for name, callers in CALLS.items():
         assert {caller for caller, method in methods.items() if name in method.__code__.co_names} == callers, name
 
@@ -279,7 +307,7 @@ def test_what_is_overridden_and_not_public_is_named_and_called_as_and_where_it_w
 def test_a_push_has_the_adapter_and_save_model_the_tokenizer_too(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # a client that an earlier test may have made
     options = {"push_to_hub": True, "hub_model_id": "me/adapter", "max_steps": 2}
-    run = trainer(AdapterTrainer, adapted_model(), processing_class=tokenizer(), **options)
+    run = trainer("Adapter", adapted_model(), processing_class=tokenizer(), **options)
     run.train()
     run.save_model("saved")
     assert files("saved") == ADAPTER_FILES | {"tokenizer.json", "tokenizer_config.json", "training_args.bin"}
@@ -304,20 +332,20 @@ def test_a_sentence_transformer_saves_the_adapter_and_as_it_was_merged(is_whole:
     with randlora.merged(part):
         expected = model.encode("7", convert_to_tensor=True)
         model.save("merged")
-    again = sentence_transformers.SentenceTransformer("merged", device="cpu")
+    again = type(model)("merged", device="cpu")
     assert same_bits(again.encode("7", convert_to_tensor=True), expected)
 
 
 def test_a_stock_trainer_saves_the_adapter_and_says_that_it_cannot_resume() -> None:
     model, other = adapted_model(), plain_model()
     with pytest.warns(UserWarning, match=r"neither resume .* put AdapterCheckpoints first") as told:
-        trainer(Trainer, model).train()
+        trainer("Trainer", model).train()
     assert len({str(each.message) for each in told if "wrote" in str(each.message)}) == 1
     randlora.load(other, "run/checkpoint-4", trainable=True)
     assert trained_bits(other) == trained_bits(model)
 
 
-@pytest.mark.parametrize("kind", [DPO, SFTTrainer])  # which read the weight of the head instead of calling it
+@pytest.mark.parametrize("kind", ["DPO", "SFTTrainer"])  # which read the weight of the head instead of calling it
 def test_an_adapter_of_the_head_is_trained_and_acts_as_if_it_were_merged(kind: Any) -> None:
     model = adapted_model(targets=["lm_head"])
     before, run = trained_bits(model), trainer(kind, model, save_strategy="no")
@@ -326,7 +354,7 @@ def test_an_adapter_of_the_head_is_trained_and_acts_as_if_it_were_merged(kind: A
     assert all(value.grad is not None for value in randlora.trainable_parameters(model))
     run.train()
     assert trained_bits(model) != before
-    if kind is DPO:  # whose reference is the model without adapters, which a merged one is not
+    if kind == "DPO":  # whose reference is the model without adapters, which a merged one is not
         return
     fill(model).eval()
     losses = []
@@ -343,7 +371,7 @@ def reference_of(run: Any, model: Any = None) -> list[Bits]:
 
 def test_dpo_trains_as_with_a_copy_of_the_base_which_is_its_reference_to_the_last_bit() -> None:
     shared, copied = (
-        trainer(DPO, adapted_model(train_also=["norm", "lm_head"]), **given)
+        trainer("DPO", adapted_model(train_also=["norm", "lm_head"]), **given)
         for given in ({}, {"ref_model": plain_model()})
     )
     assert list(shared.ref_model.parameters()) == []
@@ -355,13 +383,13 @@ def test_dpo_trains_as_with_a_copy_of_the_base_which_is_its_reference_to_the_las
 
 def test_references_that_are_computed_before_training_are_those_of_the_base() -> None:
     with pytest.warns(UserWarning, match=r"the model without default, which was trained before: .*merge"):
-        run = trainer(DPO, fill(adapted_model()), precompute_ref_log_probs=True)
-    plain = trainer(DPO, adapted_model(), precompute_ref_log_probs=True)
+        run = trainer("DPO", fill(adapted_model()), precompute_ref_log_probs=True)
+    plain = trainer("DPO", adapted_model(), precompute_ref_log_probs=True)
     assert run.train_dataset["ref_chosen_logps"] == plain.train_dataset["ref_chosen_logps"]
     assert run._precompute_model_hash == plain._precompute_model_hash
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "the reference is the model without")
-        trainer(DPO, adapted_model(init="gamma"))  # which moves Γ first, and was not trained before
+        trainer("DPO", adapted_model(init="gamma"))  # which moves Γ first, and was not trained before
 
 
 def test_an_adapter_that_is_not_trained_is_part_of_the_reference() -> None:
@@ -369,9 +397,9 @@ def test_an_adapter_that_is_not_trained_is_part_of_the_reference() -> None:
     randlora.set_trainable(model, "default", trainable=False)
     randlora.inject(model, r=4, name="dpo", trainable=True)
     randlora.activate(model, ["default", "dpo"])
-    run = trainer(DPO, model)
+    run = trainer("DPO", model)
     run.train()
-    expected = trainer(DPO, fill(adapted_model()), ref_model=plain_model())
+    expected = trainer("DPO", fill(adapted_model()), ref_model=plain_model())
     assert reference_of(run) == reference_of(expected, expected.model)
     assert [info.name for info in randlora.adapters(model) if info.is_active] == ["default", "dpo"]
     randlora.load(other, "run/checkpoint-4", trainable=True)  # the one that was trained is saved
@@ -382,7 +410,7 @@ def test_the_reference_is_the_plain_base_and_no_model_is_loaded(monkeypatch: pyt
     monkeypatch.setattr(
         "trl.trainer.grpo_trainer.create_model_from_path", lambda *_, **__: pytest.fail("a second model")
     )
-    run = trainer(GRPO, with_norm(), beta=0.5, max_steps=1, bf16=False)
+    run = trainer("GRPO", with_norm(), beta=0.5, max_steps=1, bf16=False)
     assert (run.beta, run.args.beta, list(run.ref_model.parameters())) == (0.5, 0.5, [])
     run.train()
     assert "kl" in run.state.log_history[0]
@@ -437,11 +465,11 @@ def test_an_engine_samples_with_the_merged_model(mode: str, is_tied: bool, monke
             answers.append(out[0, len(prompt) :].tolist())
         return prompts, answers, [[[0.0] for _ in answer] for answer in answers], None
 
-    monkeypatch.setattr(VLLMGeneration, "_init_vllm", start)
-    monkeypatch.setattr(VLLMGeneration, "generate", generate)
+    monkeypatch.setattr(f"{VLLM}._init_vllm", start)
+    monkeypatch.setattr(f"{VLLM}.generate", generate)
     model, fresh = (make(tie_word_embeddings=is_tied) for make in (with_norm, plain_model))
     options = {**WITH_VLLM, "vllm_mode": mode, "vllm_importance_sampling_correction": False}
-    run = trainer(GRPO, model, max_steps=2, **options)
+    run = trainer("GRPO", model, max_steps=2, **options)
     run.train()
     assert seen == [True] * 2
     engine = run.vllm_generation.llm

@@ -7,15 +7,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from sentence_transformers.cross_encoder.model import _Float32Linear
-from timm.layers.linear import Linear as ConvertibleLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
-from transformers.models.falcon.modeling_falcon import FalconLinear
-from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
 from transformers.pytorch_utils import Conv1D
 
 import randlora
@@ -28,7 +23,7 @@ from randlora.readers.read_weight import ReadLinear, ReadWeight
 from tests.kit import adapt, fill, same_bits, untouched
 from tests.laws import adapter_layer, assert_close, plain, update_of
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind
-from tests.models import reproducible
+from tests.models import library, reproducible
 from tests.read_kinds import or_medium
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
@@ -171,10 +166,14 @@ def test_what_is_done_to_the_weight_or_to_a_replica_later_on_is_done() -> None:
     assert_close(layer(X), base(X) + X @ update.T, torch.float32)
 
 
-def bit(*, online: bool) -> nn.Module:
-    from transformers.integrations.bitnet import AutoBitLinear  # which imports the compiler
+def of_models(name: str) -> Any:
+    return library(f"transformers.models.{name}.modeling_{name}")
 
-    layer: nn.Module = AutoBitLinear(8, 12, online_quant=online, use_rms_norm=online)
+
+def bit(*, online: bool) -> nn.Module:
+    layer: nn.Module = library("transformers.integrations.bitnet").AutoBitLinear(
+        8, 12, online_quant=online, use_rms_norm=online
+    )
     if not online:
         layer.get_buffer("weight_scale").fill_(0.7)
     return layer
@@ -183,10 +182,10 @@ def bit(*, online: bool) -> nn.Module:
 FORWARDS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "bit": (lambda: bit(online=False), ReadLinear),
     "bit online": (lambda: bit(online=True), ReadLinear),
-    "Idefics's head": (lambda: IdeficsDecoupledLinear(8, 12, 3), ReadLinear),
-    "in float32": (lambda: _Float32Linear(8, 12), ReadLinear),
-    "Falcon's product": (lambda: FalconLinear(8, 12), LinearAdapter),
-    "timm's product": (lambda: ConvertibleLinear(8, 12), LinearAdapter),
+    "Idefics's head": (lambda: of_models("idefics").IdeficsDecoupledLinear(8, 12, 3), ReadLinear),
+    "in float32": (lambda: library("sentence_transformers.cross_encoder.model")._Float32Linear(8, 12), ReadLinear),
+    "Falcon's product": (lambda: of_models("falcon").FalconLinear(8, 12), LinearAdapter),
+    "timm's product": (lambda: library("timm.layers.linear").Linear(8, 12), LinearAdapter),
 }
 
 
@@ -270,7 +269,8 @@ def test_a_class_with_a_method_that_would_not_be_called_any_more_is_told_its_new
 
 def test_a_refused_kind_is_refused_by_name_and_skipped_by_all_linear() -> None:
     registry.refuse_layer(Renamed, "it is of no use: exclude it")
-    layers = {"refused": Renamed(8, 8), "linear": nn.Linear(8, 8), "own": DeepseekV4GroupedLinear(8, 16, 4)}
+    own = of_models("deepseek_v4").DeepseekV4GroupedLinear(8, 16, 4)
+    layers = {"refused": Renamed(8, 8), "linear": nn.Linear(8, 8), "own": own}
     model = nn.ModuleDict(layers)
     report = randlora.plan(model, r=2, targets="all-linear")
     assert (report.targets, report.skipped["refused"]) == (("linear",), "it is of no use: exclude it")
