@@ -277,7 +277,6 @@ def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFi
 def _fit_model(
     base: Base, model: TransformersModel, file: AdapterFile, prefix: str | None
 ) -> tuple[BaseFit, list[str]]:
-    """Find the tensors of the weights that an adapter names in a model."""
     entries = base.directory.entries
     file = with_prefix(file, prefix, model.census.sites_by_fqn, parameter_names(model.census))
     sites = named_sites(model.census, file)
@@ -307,7 +306,6 @@ def _fit_model(
 def _fit_names(
     reason: str, file: AdapterFile, prefix: str | None, entries: Mapping[str, Entry]
 ) -> tuple[BaseFit, list[str]]:
-    """Find an adapter's weights by the names of tensors; their layout is the one that the adapter states."""
     known = {*entries, *(name.removesuffix(".weight") for name in entries)}
     file = with_prefix(file, prefix, known, entries)
     slots: dict[str, Slot] = {}

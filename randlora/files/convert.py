@@ -336,7 +336,6 @@ def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
 
 
 def _joined(parts: Sequence[OpenAdapter]) -> OpenAdapter:
-    """Return the adapter that has the layers of all parts."""
     files, first = [part.file for part in parts], parts[0].file
     options = {fqn: option for file in files for fqn, option in file.options.items()}
     shapes = {fqn: shape for part in parts for fqn, shape in part.require_shapes().items()}

@@ -390,7 +390,6 @@ def _files(file: AdapterFile) -> Check:
 
 
 def _bases(adapter: OpenAdapter) -> list[Check]:
-    """Compare the bases of each r, drawn again, with the recorded digest, or with the bases in the file."""
     file = adapter.file
     if not adapter.bases:
         base = spelled("base")

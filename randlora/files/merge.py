@@ -219,7 +219,6 @@ class Changes:
 
     @torch.no_grad()
     def _pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield the values of a tensor in pieces, read as they are needed, and rounded once to ``dtype``."""
         merging, new = self.merged.get(entry.name), self.replaced.get(entry.name)
         if merging is None and new is None:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))

@@ -262,7 +262,6 @@ def write_json(path: Path, content: object) -> None:
 
 
 def _with_dtype(config: Any, dtype: torch.dtype) -> Any:
-    """Return a config with a different dtype in its fields and in the configs inside it."""
     if not isinstance(config, dict):
         return config
     name = str(dtype).removeprefix("torch.")

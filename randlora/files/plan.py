@@ -116,6 +116,5 @@ def checkpoint_memory(base: Base, r: int | Mapping[str, int] | None = None, **op
 
 
 def _sizes_of_codes(model: TransformersModel, base: Base) -> dict[str, int]:
-    """Return the bytes of the quantized parameters by FQN, with what belongs to their codes."""
     names = {fqn: names for fqn, names in model.names_by_fqn.items() if base.codes.keys() & set(names)}
     return {fqn: sum(base.codes[name].nbytes for name in own) for fqn, own in names.items()}

@@ -203,7 +203,6 @@ def _not_written(census: Census) -> set[str]:
 
 
 def _write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> list[str]:
-    """Write the configs that a model of transformers has, which it keeps as they are, and return notes."""
     config: Any = getattr(model, "config", None)
     if not callable(getattr(config, "save_pretrained", None)):
         kind = plain_class(model).__name__
@@ -256,7 +255,6 @@ def _transposed(census: Census) -> set[str]:
 
 
 def _on_meta(tensors: MergedTensors) -> dict[str, Tensor]:
-    """Return the entries of the state dict that are written as tensors without values, whole and dequantized."""
     left_out, found = _not_written(tensors.census), {}
     for fqn, module, attribute in tensors.entries:
         tensor = module._parameters.get(attribute, module._buffers.get(attribute))

@@ -119,7 +119,7 @@ def _with_names(model: nn.Module, directory: ModelDirectory) -> TransformersMode
             fqn, pattern = rename(name, [], [], prefix, state)
         if pattern is not None:
             first, *_ = targets = by_pattern[pattern].target_patterns
-            built.converted |= {fqn.replace(first, target) for target in targets}
+            built.converted.update(fqn.replace(first, target) for target in targets)
         elif (tensor := tensors.get(fqn)) is not None:
             built.names[id(tensor)] = (*built.names_of(tensor), name)
     return built
@@ -242,7 +242,6 @@ def load_model(
 
 
 def _class_of(transformers: Any, config: Any, known: type | ModelClass | None) -> Any:
-    """Return the class to make: the caller's, the adapter's if it fits the config, or the one that the config names."""
     if isinstance(known, type):
         return known
     if known is not None and known.library == "transformers":
@@ -260,7 +259,6 @@ def _class_of(transformers: Any, config: Any, known: type | ModelClass | None) -
 def _base_model(
     transformers: Any, base: str, options: dict[str, Any], known: type | ModelClass | None, *, given: bool
 ) -> tuple[nn.Module, Mapping[str, Any]]:
-    """Return the model of a directory or a repository, of a class, and what transformers says of its files."""
     revision = {"revision": options["revision"]} if "revision" in options else {}
     labels = {name: options.pop(name) for name in LABELS if name in options}
     if not labels and isinstance(known, ModelClass):

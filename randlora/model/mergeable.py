@@ -238,7 +238,6 @@ def replaced_problems(state: ModelState) -> list[str]:
 
 
 def _is_original(layer: AdapterLayer, weight: Tensor | None) -> bool:
-    """Whether a parameter that is in the place of a merged one has the original values, or none."""
     if weight is None or weight.is_meta or layer.unmerged is None or layer.is_quantized:
         return weight is not None and weight.is_meta
     own: Tensor = layer.unmerged.values

@@ -219,7 +219,6 @@ class MergedTensors:
 
 
 def _held(module: nn.Module, attribute: str) -> Tensor:
-    """Return the value of a parameter or buffer, wherever it is."""
     tensors: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
     values = place_of(module, attribute).whole().detach()
     # the memory of what is whole only inside a block is freed as the block ends
@@ -245,7 +244,6 @@ def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
 
 
 def _value_problems(census: Census) -> list[str]:
-    """Return messages about values that are not here, and codes that no adapter layer can dequantize."""
     problems = []
     for held in census.parameters:
         site = census.sites_by_key.get((id(held.module), held.attribute))

@@ -94,7 +94,6 @@ class SaveGuard:
     def _save_adapter(
         self, module: nn.Module, root: nn.Module, state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Write the adapter to the directory that the method was given."""
         given = [*args[:1], *(kwargs[name] for name in DIRECTORY if name in kwargs)]
         if not given:
             raise AdapterError(f"{self.name} writes the adapter, but was given no directory: {INSTEAD}")

@@ -203,7 +203,6 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
 
 
 def _resolved_factors(state: ModelState, names: Any) -> dict[str, Factor]:
-    """Return the factor of each adapter, or of each of its layers by FQN, that an argument of `activate` asks for."""
     given = _by_name(names)
     raise_collected(AdapterError, factor_problems(state, given, by_layer=True), doing="activate")
     factors: dict[str, Factor] = {}

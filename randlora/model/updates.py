@@ -137,7 +137,6 @@ def _sites_of(view: View, name: str | None, doing: str) -> tuple[Adapter, list[A
 
 
 def _require_readable(view: View, sites: Iterable[AdaptedSite], doing: str) -> None:
-    """Raise an `AdapterError` if Λ and Γ are offloaded, or a weight beside which updates would be is computed."""
     raise_collected(AdapterError, [*offloaded_diagonals(view.census), *computed_weights(sites)], doing=doing)
 
 
