@@ -222,8 +222,8 @@ class Slot(NamedTuple):
 class BaseFit:
     """How an adapter fits a base model: ``file`` is the adapter under the names that the model has for its layers.
 
-    ``trained`` are the tensors of each parameter trained with it.
-    ``converted`` are the weights and parameters among them that transformers computes from other tensors.
+    ``trained`` are the tensors of each parameter trained with it. ``converted`` are its weights and parameters that
+    transformers computes from tensors of the files, and that are not stored as they are.
     """
 
     file: AdapterFile
@@ -285,7 +285,8 @@ def _fit_model(
     slots, converted = dict[str, Slot](), [fqn for fqn in file.trained if fqn in model.converted]
     fqns = {id(held.tensor): held.fqn for held in reversed(model.census.parameters)}  # the first of a tied one
     for site in sites:
-        assert site.weight is not None, "a computed weight is an obstacle"
+        if site.weight is None:
+            continue  # computed, which is an obstacle
         shape = tuple(site.weight.shape)
         if names := model.names_of(site.weight):
             if names[0] not in base.codes and (stored := entries[names[0]].shape) != shape:
