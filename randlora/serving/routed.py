@@ -110,7 +110,7 @@ def block_of(model: nn.Module, routing: RowByRow) -> Iterator[None]:
             entries.close()
 
 
-def routing_of(names: object) -> RowByRow:
+def routing_of(names: Any) -> RowByRow:
     """Return the routing for some names, of whatever type was given."""
     is_sequence = isinstance(names, Sequence) and not isinstance(names, str) and bool(names)
     strange = [each for each in names if each is not None and not isinstance(each, str)] if is_sequence else [names]

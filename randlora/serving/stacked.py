@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -191,7 +191,8 @@ def cacheable_parameters(owner: nn.Module, held: Sequence[Diagonal], names: Sequ
     """Return every Λ of some adapters, then every Γ, or ``None`` if their values may be loaded or moved."""
     if any(map(is_hooked, (owner, *held))) or any(type(each._parameters) is not Values for each in held):
         return None
-    return [each._parameters[name] for each in held for name in names]
+    parameters: list[Any] = [each._parameters[name] for each in held for name in names]
+    return parameters
 
 
 def kept_stack(
