@@ -22,7 +22,7 @@ from benchmarks.models import training_step as model_step
 from benchmarks.results import Row
 from benchmarks.targets import judged
 from benchmarks.timing import Figure, interleaved
-from randlora.modes import Observer
+from randlora.functional.scratch import Observer
 
 try:
     fresh_cache = torch._inductor.utils.fresh_cache

@@ -18,7 +18,7 @@ from benchmarks.layers import AUTOCAST_CONTESTANTS, CONTESTANTS, build, training
 from benchmarks.memory import in_bytes
 from benchmarks.results import Row
 from benchmarks.step import Case, name_of
-from randlora.modes import Observer
+from randlora.functional.scratch import Observer
 
 CORES, CACHE, LINE = 2, 2**22, 2**12
 """The cores, the bytes of the cache that they have beside them, and of what it takes at once."""

@@ -1,9 +1,12 @@
-"""Blocks in which the active adapters of a model do not act, such as `randlora.disabled`, and what runs instead."""
+"""Blocks in which the active adapters of a model do not act, such as `randlora.disabled`, or compiled code is not run."""
 
 from __future__ import annotations
 
+import sys
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
@@ -108,3 +111,28 @@ class Run(ABC):
     @abstractmethod
     def reading(self, layer: Any, forward: ForwardCall) -> Any:
         """Return the output of a forward that reads the weight of a layer, with the adapters of the block."""
+
+
+class _Open:
+    """The blocks that are open, of all models and threads, since torch has one stance for all."""
+
+    lock = threading.Lock()
+    count = 0
+    stance: Any = None
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Have torch run compiled functions uncompiled in the block, if its compiler is in use."""
+    with _Open.lock:
+        _Open.count += 1
+        if _Open.stance is None and "torch._dynamo" in sys.modules:
+            _Open.stance = torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        with _Open.lock:
+            _Open.count -= 1
+            if not _Open.count and _Open.stance is not None:
+                _Open.stance.__exit__(None, None, None)
+                _Open.stance = None

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from randlora.functional.region import Spans, take_spans
@@ -104,6 +105,11 @@ class Kept(NamedTuple):
         if self.place is None:
             return self.values  # type: ignore[no-any-return]
         return (self.place if isinstance(now, Plain) else now).stored(self.values)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values: it is not on the meta device, and not fake."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def converted(tensor: Tensor, convert: Any) -> Tensor:

@@ -28,8 +28,7 @@ from randlora.functional import (
 )
 from randlora.functional.cost import ON_CPU, ON_GPU, SMALL_WEIGHT, Sizes, Way, backward_ways, forward_way
 from randlora.functional.operation import adapted
-from randlora.functional.scratch import is_in_transform
-from randlora.modes import Observer
+from randlora.functional.scratch import Observer, is_in_transform
 from tests import reference
 from tests.kit import same_bits
 from tests.pairs import Case, case, every_form

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 import randlora
 from randlora.errors import AdapterError
 from randlora.functional import Compute
-from randlora.modes import Observer, may_be_kept
+from randlora.functional.scratch import Observer, may_be_kept
 from tests.kit import fill
 from tests.laws import Mixed
 from tests.layer_kinds import LAYER_KINDS, LayerKind
@@ -142,7 +142,7 @@ class Keeping(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_no_result_is_overwritten_under_a_mode_of_the_user(mode: Callable[[], Any]) -> None:
-    """A mode is known by private names: see randlora/modes.py."""
+    """A mode is known by private names: see randlora/functional/scratch.py."""
     randlora.inject(model := nn.Sequential(nn.Linear(24, 40)), r=4, targets="all")
     fill(model)
     with mode(), Keeping() as keeping:

@@ -19,7 +19,7 @@ from randlora.bases.spec import KINDS, BasisSpec, Kind, Matrices, count_bases
 from randlora.errors import ConfigError
 from randlora.functional import Pair
 from randlora.functional.region import Sides, Spans, all_of
-from randlora.modes import without_modes
+from randlora.functional.scratch import without_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Made = TypeVar("Made")

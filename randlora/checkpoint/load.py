@@ -22,13 +22,13 @@ from randlora.config import Stream, by_rank
 from randlora.disk.formats import is_there
 from randlora.disk.hub import local_path
 from randlora.errors import CheckpointError, raise_collected, warn
+from randlora.functional.scratch import without_modes
 from randlora.hints import require_types
 from randlora.model.install import add, lost_parts
 from randlora.model.switch import remove
 from randlora.model.train_also import copy_dtype, half_notes, moving_note, replacements
 from randlora.model.view import View, collective, opened, opened_to_add
-from randlora.modes import has_values, without_modes
-from randlora.places import Kept, Place, place_at, values_within
+from randlora.places import Kept, Place, has_values, place_at, values_within
 from randlora.ranks import agree, agreeing, raise_on_every_rank
 from randlora.replaced import like, whole_shape
 from randlora.report import Report, adapter_report, next_steps

@@ -17,8 +17,7 @@ from torch import Tensor
 from randlora.bases.spec import count_bases
 from randlora.config import LayerOptions
 from randlora.disk.formats import TORCH_DTYPES
-from randlora.modes import has_values
-from randlora.places import whole_only_inside
+from randlora.places import has_values, whole_only_inside
 
 TENSORS_FILE = "adapter_model.safetensors"
 

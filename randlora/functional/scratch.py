@@ -11,8 +11,27 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
-from randlora.modes import count_modes, may_be_kept
+# Private, but the only way to ask. Without it everything runs as under a mode, which is correct but slower;
+# tests/test_modes.py fails if torch renames it.
+count_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+"""Return the number of active modes."""
+
+
+class Observer(TorchDispatchMode):
+    """A mode that keeps no results of operators, so that arithmetic in place can continue."""
+
+
+def may_be_kept() -> bool:
+    """Whether an active mode may keep results of operators, so that these must not be overwritten."""
+    return count_modes() > 0 and not all(isinstance(mode, Observer) for mode in _get_current_dispatch_mode_stack())
+
+
+def without_modes() -> AbstractContextManager[object]:
+    """Return a context in which no mode is active, for tensors that must be real."""
+    return _disable_current_modes()
+
 
 # Private, but the only way to ask, and what torch's own `Function.apply` asks. Without it everything runs as under a
 # transform, which is correct but slower; tests/test_functional.py fails if torch renames it.

@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from randlora.blocks import uncompiled
 from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
 from randlora.layers.update import Into
 from randlora.model.install import offloaded_diagonals
 from randlora.model.mergeable import TOLERANCE, differences_from_product, model_dtype, weight_problems
 from randlora.model.view import WRAPPERS, View, holding_copies, is_held_together, opened
-from randlora.modes import uncompiled
 from randlora.places import Plain
 from randlora.replaced import unwrapped
 from randlora.report import wrapped

@@ -14,8 +14,7 @@ from torch.nn.parameter import is_lazy
 from randlora.config import described
 from randlora.errors import AdapterError, RandLoRAError, raise_collected
 from randlora.model.view import WRAPPERS, View, opened
-from randlora.modes import has_values
-from randlora.places import is_whole, whole_only_inside
+from randlora.places import has_values, is_whole, whole_only_inside
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import adapted_root
 from randlora.targets.census import Census, is_quantized, sizes

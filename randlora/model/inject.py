@@ -43,8 +43,7 @@ from randlora.model.train_also import (
     train_also_problems,
 )
 from randlora.model.view import View, all_or_nothing, collective, opened, opened_to_add
-from randlora.modes import has_values
-from randlora.places import place_at, whole
+from randlora.places import has_values, place_at, whole
 from randlora.ranks import agree, run_collectives
 from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, left_out_lines, next_steps

@@ -16,8 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from randlora.errors import AdapterError
 from randlora.layers.in_place import can_cast, plain_class
-from randlora.modes import has_values
-from randlora.places import is_whole, place_at, values_within
+from randlora.places import has_values, is_whole, place_at, values_within
 from randlora.replaced import ReplacedParameter
 from randlora.state import Adapter, ModelState, attached_state
 from randlora.targets.census import Census, Held, Site, is_quantized, sizes

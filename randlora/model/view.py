@@ -18,13 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from randlora.errors import AdapterError, raise_collected
+from randlora.functional.scratch import count_modes
 from randlora.hints import shortly
 from randlora.layers.diagonals import TAKEN_NAMES, Diagonal, Values
 from randlora.layers.in_place import has_attribute
-from randlora.modes import fake_obstacle
 from randlora.places import place_at, ranks_of, settle
 from randlora.ranks import Ranks, agreeing, raise_on_every_rank
 from randlora.replaced import ReplacedParameter, held_at
@@ -162,7 +163,7 @@ def _extensible_state(census: Census, doing: str) -> ModelState:
     if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
         raise AdapterError(f"cannot {doing}: the model already has an attribute {ATTRIBUTE}; rename it")
     raise_collected(AdapterError, foreign_adapters(census), doing=doing)
-    if (reason := fake_obstacle(held.tensor for held in census.parameters)) is not None:
+    if (reason := _fake_obstacle(held.tensor for held in census.parameters)) is not None:
         raise AdapterError(f"cannot {doing}: {reason}")
     state = attached_state(model) or ModelState()
     state.require_loaded(model)
@@ -335,3 +336,11 @@ def _copied(tensor: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
     copied.__class__ = type(tensor)
     copied.__dict__.update(vars(tensor))
     return copied
+
+
+def _fake_obstacle(tensors: Iterable[Tensor]) -> str | None:
+    """Return why a model with these tensors cannot be adapted if they, or new ones, are fake; else ``None``."""
+    is_active = count_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    if is_active or any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        return "FakeTensorMode makes tensors without values: leave it, and build the model on torch.device('meta')"
+    return None

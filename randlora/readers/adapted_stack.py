@@ -17,7 +17,7 @@ from randlora.functional.operation import chosen_forward
 from randlora.functional.scratch import without_autocast
 from randlora.layers.base import autocast_dtype, is_plain_tensor, product_dtype
 from randlora.layers.update import Update, folded, sum_updates
-from randlora.modes import has_values
+from randlora.places import has_values
 
 
 class Shared:

@@ -18,7 +18,7 @@ from randlora.layers.update import Update
 from randlora.model.install import add, lost_parts, offloaded_diagonals
 from randlora.model.switch import factor_problems
 from randlora.model.view import collective, opened, opened_to_add
-from randlora.modes import has_values
+from randlora.places import has_values
 from randlora.ranks import agree, run_collectives
 from randlora.report import Report, adapter_report, next_steps
 from randlora.state import Adapter, ModelState

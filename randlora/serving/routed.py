@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
+from randlora.blocks import uncompiled
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
 from randlora.layers.in_place import adapter_layers_of
@@ -22,7 +23,6 @@ from randlora.model.install import lost_sites, offloaded_diagonals
 from randlora.model.listing import adapter_parameters
 from randlora.model.switch import without_active
 from randlora.model.view import require_own
-from randlora.modes import uncompiled
 from randlora.places import is_whole, place_at
 from randlora.ranks import agree, agreeing
 from randlora.serving.labels import first_dimension

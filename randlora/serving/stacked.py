@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from randlora.functional import Diagonals, Pair, scratch
 from randlora.functional.cost import Compute
 from randlora.functional.operation import adapted_linear, chosen_forward
-from randlora.functional.scratch import in_dtype
+from randlora.functional.scratch import in_dtype, may_be_kept
 from randlora.layers.diagonals import Diagonal, Values
-from randlora.modes import may_be_kept
 from randlora.places import is_hooked
 from randlora.state import SiteAdapter
 
