@@ -336,44 +336,42 @@ def _from_pairs(value: Any) -> Any:
     return dict(value) if all(is_pair) else value
 
 
-def explain_options(function: Callable[_Arguments, _Result], name: str = "") -> Callable[_Arguments, _Result]:
-    """Wrap a function to raise `OptionError`, with a suggestion, for an unknown option. The signature is kept.
+def explain_options(
+    function: Callable[_Arguments, _Result], name: str = "", verb: Callable[..., Any] | None = None
+) -> Callable[_Arguments, _Result]:
+    """Wrap a function to raise `OptionError`, with a suggestion, for an unknown option.
 
-    ``name`` is the name to use in the message, if not the function's.
+    ``name`` is the name to use in the message, if not the function's. A function that passes on the options of a
+    ``verb`` gets them in its signature, with their defaults.
     """
-    known = [name for name in inspect.signature(function).parameters if name != "self"]
+    signature = inspect.signature(function)
+    if verb is not None:
+        own = {name: each for name, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD}
+        theirs = inspect.signature(verb).parameters
+        more = [each for name, each in theirs.items() if each.kind is each.KEYWORD_ONLY and name not in own]
+        signature = signature.replace(parameters=[*own.values(), *more])
+    known = [name for name in signature.parameters if name != "self"]
 
     @functools.wraps(function)
     def checked(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
         problems = [_unknown_option(option, known) for option in options if option not in known]
         raise_collected(OptionError, problems, doing=f"call {name or function.__name__}")
-        return function(*args, **options)
+        if verb is None:
+            return function(*args, **options)
+        given = signature.bind(*args, **options)
+        given.apply_defaults()
+        return function(*given.args, **given.kwargs)
 
+    if verb is not None:
+        vars(checked)["__signature__"] = signature
     return checked
 
 
 def further_options(
     verb: Callable[..., Any],
 ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Return a decorator that adds the options of ``verb``, with their defaults, to a function that passes them on."""
-
-    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-        own = inspect.signature(function)
-        parameters = {name: each for name, each in own.parameters.items() if each.kind is not each.VAR_KEYWORD}
-        theirs = inspect.signature(verb).parameters
-        more = [each for name, each in theirs.items() if each.kind is each.KEYWORD_ONLY and name not in parameters]
-        signature = own.replace(parameters=[*parameters.values(), *more])
-
-        @functools.wraps(function)
-        def bound(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
-            given = signature.bind(*args, **options)
-            given.apply_defaults()
-            return function(*given.args, **given.kwargs)
-
-        vars(bound)["__signature__"] = signature
-        return explain_options(bound)
-
-    return decorate
+    """Return a decorator that adds the options of ``verb`` to a function that passes them on."""
+    return functools.partial(explain_options, verb=verb)
 
 
 def same_options(verb: Callable[_Arguments, Any]) -> Callable[[Callable[..., _Result]], Callable[_Arguments, _Result]]:

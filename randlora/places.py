@@ -86,15 +86,10 @@ class Place(ABC):
 
 
 class Kept(NamedTuple):
-    """The values of a parameter from before it was merged into.
+    """The values of a parameter from before it was merged into."""
 
-    Attributes:
-        values: The values, as `restore` of their place takes them.
-        place: Their place, if values are written in place; ``None`` if the parameter itself was exchanged.
-    """
-
-    values: Any
-    place: Place | None = None
+    values: Any  # as `restore` of their place takes them
+    place: Place | None = None  # if values are written in place; None if the parameter itself was exchanged
 
     def put_back(self, now: Place) -> None:
         """Restore the values in the current place of the parameter, which may be of a different kind than before."""

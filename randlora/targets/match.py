@@ -71,8 +71,7 @@ def unmatched(pattern: Pattern, fqns: Iterable[str]) -> list[str]:
 def nearest_names(entry: str, fqns: Iterable[str]) -> str:
     """Return the known names most similar to ``entry``, or else the first ones; never ``entry`` itself.
 
-    These are the names that end with ``entry``, if there are any. Otherwise last components are compared if ``entry``
-    has no dot, else FQNs.
+    Names that end with ``entry`` come before others, of which last components are compared if ``entry`` has no dot.
     """
     known = [fqn for fqn in fqns if fqn != entry]
     ending = [fqn for fqn in known if has_suffix(fqn, entry)]
@@ -83,10 +82,7 @@ def nearest_names(entry: str, fqns: Iterable[str]) -> str:
 
 
 def suggestion(argument: str, entry: str, fqns: Sequence[str]) -> str:
-    """Return a suggestion for a regex or name without a match; empty if there are no names.
-
-    A regex such as ``"q_proj|v_proj"`` was probably meant to list names.
-    """
+    """Return a suggestion for a regex or name without a match; empty if there are no names."""
     names = [name for name in re.split(r"[\s,|()]+", entry.replace("\\.", ".")) if name]
     if names and all(any(has_suffix(fqn, name) for fqn in fqns) for name in names):
         listed = json.dumps(names, ensure_ascii=False)

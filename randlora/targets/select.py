@@ -34,19 +34,13 @@ TRAINED = "trained by train_also"
 
 @dataclass(frozen=True)
 class Selection:
-    """The sites that a pattern selects, in the model's order, and the rule that chose them.
-
-    Attributes:
-        skipped: Why others were skipped, by FQN.
-        left_out: All other matrices of the model; empty if the user named or described the targets.
-        is_default: Whether the user gave no targets.
-    """
+    """The sites that a pattern selects, in the model's order, and the rule that chose them."""
 
     sites: tuple[Site, ...]
     rule: str
-    skipped: Mapping[str, str]
-    left_out: tuple[LeftOut, ...] = ()
-    is_default: bool = False
+    skipped: Mapping[str, str]  # why, by FQN
+    left_out: tuple[LeftOut, ...]  # all other matrices; empty if the user named or described the targets
+    is_default: bool  # whether the user gave no targets
 
 
 def find_targets(model: nn.Module, targets: Pattern | None = None, exclude: Pattern | None = None) -> list[Site]:
@@ -178,15 +172,11 @@ def _strays(census: Census, found: Sequence[Candidate], pattern: Pattern, exclud
 
 
 def _by_rule(census: Census, visits: Sequence[Candidate], rule: Pattern) -> tuple[list[Candidate], dict[str, str]]:
-    """Split what ``"all"`` or ``"all-linear"`` is about into what is adapted and what is skipped, with the reasons.
-
-    What cannot be adapted is skipped by ``"all"``, and chosen by ``"all-linear"``, unless it is not called or tied.
-    """
+    """Split what ``"all"`` or ``"all-linear"`` is about into what is adapted and what is skipped, with the reasons."""
     skipped = {visit.fqn: visit.entry for visit in visits if isinstance(visit.entry, str)}
     skipped |= _reasons(visits, census.useless)
-    heads = {visit.key for visit in visits if _is_in_head(census, visit)}
-    skipped |= {visit.fqn: HEAD for visit in visits if visit.key in heads}
-    if rule == ALL:
+    skipped |= _reasons(visits, {visit.key: HEAD for visit in visits if _is_in_head(census, visit)})
+    if rule == ALL:  # "all-linear" refuses what cannot be adapted
         keys = {visit.key for visit in visits if visit.fqn not in skipped}
         sites = [site for site in census.sites if site.key in keys]
         skipped |= {site.fqn: why for site in sites if (why := obstacle(site)) is not None}
@@ -310,8 +300,7 @@ NEW_HEADS = HEAD_NAMES & {"classifier", "head", "heads", "qa_outputs", "score"}
 def default_targets(census: Census) -> tuple[Pattern, str] | None:
     """Return the pattern of the layers adapted by default, and what it selects; ``None`` if no attention is found.
 
-    Attention also counts as not found if none of its layers can be adapted, because each is tied to another layer or
-    is not called, so that an adapter would have no effect.
+    Attention is also not found if each of its layers is tied to another one, or is not called.
     """
     default = _by_names(census)
     if default is None:
