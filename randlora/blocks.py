@@ -1,4 +1,4 @@
-"""Blocks in which the active adapters of a model do not act, such as `randlora.disabled`, or compiled code is not run."""
+"""Blocks in which the active adapters of a model do not act, such as `randlora.disabled`, or compiled code does not."""
 
 from __future__ import annotations
 

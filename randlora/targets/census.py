@@ -58,7 +58,7 @@ class Site:
     @property
     def shape(self) -> Shape:
         """The shape of the update of an adapter with the default options."""
-        return self.shape_with(DEFAULT)
+        return self.layer_class.shape_of(self.owner, DEFAULT)
 
     def shape_with(self, config: RandLoRAConfig) -> Shape:
         """Return the shape of the update of an adapter with these options."""
@@ -179,6 +179,7 @@ class Census:
         return tuple(
             Held(f"{prefix}{attribute}", module, attribute, buffer)
             for prefix, module in self.prefixed
+            if module._buffers
             for attribute, buffer in saved_buffers(module)
         )
 
@@ -287,10 +288,11 @@ class Census:
         found = []
         for fqn, module in self.visits:
             called, readers = self.kinds[id(module)]
-            inside = [Candidate(fqn, module, WEIGHT, called)]
-            inside += [Candidate(kind.site_fqn(fqn), module, kind.attribute, kind) for kind in readers]
             is_foreign = not PARTS.isdisjoint(fqn.split("."))
-            found += [visit._replace(entry=ANOTHERS) for visit in inside] if is_foreign else inside
+            found.append(Candidate(fqn, module, WEIGHT, ANOTHERS if is_foreign else called))
+            for kind in readers:
+                name = kind.site_fqn(fqn)
+                found.append(Candidate(name, module, kind.attribute, ANOTHERS if is_foreign else kind))
         return tuple(found)
 
     @cached_property
@@ -316,7 +318,9 @@ class Census:
                 key = id(module), WEIGHT
                 is_read = key in self._readings["read"] if key in self.read else id(module) in self._heads
                 readers = (called.as_read if is_read and called.as_read is not None else called, *readers)
-            found |= {(name := kind.site_fqn(fqn)): Site(name, module, kind) for kind in readers}
+            for kind in readers:
+                name = kind.site_fqn(fqn)
+                found[name] = Site(name, module, kind)
         return found
 
     def shapes(self) -> list[Shape]:

@@ -71,11 +71,11 @@ def options_by_target(config: RandLoRAConfig, options: Mapping[str, LayerOptions
 
 def options_listed(config: RandLoRAConfig, fqns: Iterable[str]) -> dict[str, LayerOptions]:
     """Return r and alpha of each target of a config from `options_by_target`; a `KeyError` if it has none."""
-
-    def listed(option: Any, fqn: str) -> Any:
-        return option[fqn] if isinstance(option, Mapping) else option
-
-    return {fqn: _options(listed(config.r, fqn), listed(config.alpha, fqn)) for fqn in fqns}
+    fqns = list(fqns)
+    r, alpha = (
+        option if isinstance(option, Mapping) else dict.fromkeys(fqns, option) for option in (config.r, config.alpha)
+    )
+    return {fqn: _options(r[fqn], alpha[fqn]) for fqn in fqns}
 
 
 def _options(r: int, alpha: float | None) -> LayerOptions:
