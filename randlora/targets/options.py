@@ -72,10 +72,9 @@ def options_by_target(config: RandLoRAConfig, options: Mapping[str, LayerOptions
 def options_listed(config: RandLoRAConfig, fqns: Iterable[str]) -> dict[str, LayerOptions]:
     """Return r and alpha of each target of a config from `options_by_target`; a `KeyError` if it has none."""
     fqns = list(fqns)
-    r, alpha = (
-        option if isinstance(option, Mapping) else dict.fromkeys(fqns, option) for option in (config.r, config.alpha)
-    )
-    return {fqn: _options(r[fqn], alpha[fqn]) for fqn in fqns}
+    ranks: Mapping[str, int] = config.r if isinstance(config.r, Mapping) else dict.fromkeys(fqns, config.r)
+    alphas = config.alpha if isinstance(config.alpha, Mapping) else dict.fromkeys(fqns, config.alpha)
+    return {fqn: _options(ranks[fqn], alphas[fqn]) for fqn in fqns}
 
 
 def _options(r: int, alpha: float | None) -> LayerOptions:
