@@ -74,7 +74,11 @@ def adapted_linear(
         pass
     elif torch.compiler.is_compiling():  # every tensor must be an argument, and a symbolic scaling multiply one here
         run, bases, lam, scaling = _AdaptedLinear.apply, (pair.A, pair.B, pair.rest), lam * scaling, 1.0
-    elif torch.is_grad_enabled() and not is_traced():  # where no function may use tensors that are no arguments
+    elif (
+        torch.is_grad_enabled()
+        and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (lam, gamma, x, weight, bias))
+        and not is_traced()  # a trace fails where two functions use a tensor that is no argument, as the bases are
+    ):
         run = _AdaptedLinear.apply
     output = run(rows, weight, bias, lam, gamma, scaling, *bases, compute, is_wide)
     return output if len(shape) == 2 else output.view(*shape[:-1], output.shape[1])
