@@ -236,14 +236,9 @@ def test_active_adapters_are_checked_and_the_layers_of_others_named_and_experts_
     assert (report.problems, len(report.notes)) == ((), 2)
     assert "gradients were not checked in training mode: ZeroDivisionError" in str(report)
     experts: Any = tiny("mixtral", "MixtralForCausalLM")
-    randlora.inject(experts, r=2, targets="all")
+    randlora.inject(experts.bfloat16(), r=2, targets="all")
     report = randlora.check(experts, **tokens())
     assert (report.problems, report.unchecked) == ((), {})
-    report = randlora.check(experts.bfloat16(), **tokens())
-    assert (report.problems, *{*report.unchecked.values()}) == (
-        (),
-        "its effect is not larger than rounding, so merged and adapted cannot be compared",
-    )
 
 
 @pytest.mark.medium

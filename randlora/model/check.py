@@ -40,6 +40,9 @@ EXACT, ROUNDED = 0.01, 0.1
 SHARE = 0.5
 """The norm of a random update, as a share of the norm of the weight."""
 
+WIDENED = 2**32
+"""Up to how many bytes, weights in half precision are checked in float32, where small effects can be compared."""
+
 SPREAD = 0.02
 """The standard deviation of the values that replace zero parameters, which would hide effects before them."""
 
@@ -48,6 +51,8 @@ DEPTH = 8
 
 ROUNDING, LEAST_DIGITS = 64, 0.04
 """An output counts as exact within this many roundings of its norm; in half precision, within this share."""
+
+HALVES = torch.float16, torch.bfloat16
 
 Output = dict[str, Tensor]
 """The dense floating tensors in a forward's output, by their places in it."""
@@ -76,7 +81,8 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
     The model holds copies of its tensors meanwhile. All tensors, attributes of its modules, and the states of random
     number generators are the same afterwards, even if the forward raises. No other thread may run the model meanwhile.
     The check takes some dozen forward passes, so give it a small input, and as much memory as a copy of the model's
-    weights. In float32, smaller effects can be compared than in half precision.
+    weights. A model in half precision of up to 4 GB is copied to float32, so that small effects can be compared, if its
+    forward allows it.
 
     Args:
         model: A model with adapters. Its active adapters are checked, trainable or not.
@@ -108,9 +114,17 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
         }
         parts = {site: acting for site, acting in parts.items() if acting}
         raise_collected(AdapterError, _obstacles(view, [*parts]), doing="check")
-        into = Into("dequantize", model_dtype(view.census))
+        inner = unwrapped(model, WRAPPERS)
+        halves = [
+            each for each in (*inner.parameters(), *inner.buffers()) if each.dtype in HALVES and _has_digits(each)
+        ]
         try:
-            return _checked(view, _Trial(unwrapped(model, WRAPPERS), view, parts, into, (args, kwargs)))
+            if 0 < sum(tensor.nbytes for tensor in halves) <= WIDENED:
+                with suppress(RuntimeError, TypeError):  # of a forward that casts to half precision itself
+                    into = Into("dequantize", torch.float32)
+                    return _checked(view, _Trial(inner, view, parts, into, (args, kwargs), widens=True))
+            into = Into("dequantize", model_dtype(view.census))
+            return _checked(view, _Trial(inner, view, parts, into, (args, kwargs), widens=False))
         finally:
             for basis in state.bank:
                 basis.release()  # its working copies in dtypes that the model may not use
@@ -316,9 +330,12 @@ class _Trial:
         parts: dict[AdaptedSite, list[SiteAdapter]],
         into: Into,
         arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        *,
+        widens: bool,
     ) -> None:
+        """Draw the values. If ``widens``, half precision is copied to float32."""
         self.model, self.sites, self.parts, self.ran = model, [*parts], parts, set[AdaptedSite]()
-        self._state, self._into, self._arguments = view.state, into, arguments
+        self._state, self._into, self._arguments, self._widens = view.state, into, arguments, widens
         beside = (each for site in parts for each in (site.layer, *site.layer_class.beside(site.owner)))
         self._others = [view.state, *view.state.adapters.values(), *beside]
         self._generator = torch.Generator("cpu").manual_seed(0)
@@ -357,7 +374,10 @@ class _Trial:
 
     def is_wide(self, on: Sites) -> bool:
         """Whether the weights are neither quantized nor run in half precision."""
-        return not any(site.layer.is_quantized or site.weight is None or site.weight.dtype.itemsize < 4 for site in on)
+        return not any(
+            site.layer.is_quantized or site.weight is None or (site.weight.dtype.itemsize < 4 and not self._widens)
+            for site in on
+        )
 
     @contextmanager
     def _trying(self, on: Iterable[AdaptedSite], *, training: bool) -> Iterator[None]:
@@ -374,7 +394,7 @@ class _Trial:
             yield
 
     def _call(self) -> Output:
-        args, kwargs = _copied(self._arguments)
+        args, kwargs = _copied(self._arguments, is_widened=self._widens)
         return {
             path: value if value.dtype.itemsize > 1 else value.float()
             for path, value in _tensors(self.model(*args, **kwargs), "", 0, set())
@@ -386,7 +406,8 @@ class _Trial:
         """Return what the model holds instead of one of its tensors."""
         if (drawn := self._values.get(id(tensor))) is not None:
             return drawn
-        return self._filled.get(id(tensor), tensor).detach().clone()
+        values = self._filled.get(id(tensor), tensor)
+        return values.float() if self._widens and values.dtype in HALVES else values.detach().clone()
 
     def _draw(self, site: AdaptedSite, part: SiteAdapter) -> Iterable[nn.Parameter]:
         """Return values for Λ and Γ of an adapter, with which its update is about as large as the weight."""
@@ -456,14 +477,15 @@ def _tensors(value: Any, path: str, depth: int, seen: set[int]) -> Iterator[tupl
         yield from _tensors(inner, f"{path}.{key}" if path else str(key), depth + 1, seen)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: Any, *, is_widened: bool) -> Any:
     """Return an argument for one call, which may change it: tensors as new leaves, other objects as copies."""
     if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad)
+        leaf = value.detach().float() if is_widened and value.dtype in HALVES else value.detach().clone()
+        return leaf.requires_grad_(value.requires_grad)
     if type(value) in (list, tuple):
-        return type(value)(_copied(inner) for inner in value)
+        return type(value)(_copied(inner, is_widened=is_widened) for inner in value)
     if type(value) is dict:
-        return {key: _copied(inner) for key, inner in value.items()}
+        return {key: _copied(inner, is_widened=is_widened) for key, inner in value.items()}
     with suppress(Exception):  # what cannot be copied is given as it is
         return value if isinstance(value, nn.Module) else copy.deepcopy(value)
     return value
