@@ -51,7 +51,7 @@ def check_rows(model: nn.Module, names: Sequence[str | None], *args: Any, **kwar
         raise AdapterError("cannot check rows that all have the same adapter: name at least two, or None for the base")
     outputs: list[tuple[str, Tensor]] = []
     first.watch = lambda *given: outputs.append(_by_row(first, 0, *given))
-    with holding_copies([model], copy=lambda tensor: tensor):  # which restores the modes
+    with holding_copies(model, copy=lambda tensor: tensor):  # which restores the modes
         model.eval()
         _forward(model, first, args, kwargs, 0)
         second.expect(first)
