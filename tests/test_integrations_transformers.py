@@ -329,9 +329,9 @@ def test_a_sentence_transformer_saves_the_adapter_and_as_it_was_merged(is_whole:
     assert files("saved") >= ADAPTER_FILES
     randlora.load(inside, "saved")
     assert same_bits(other.encode("7", convert_to_tensor=True), model.encode("7", convert_to_tensor=True))
-    with randlora.merged(part):
-        expected = model.encode("7", convert_to_tensor=True)
-        model.save("merged")
+    randlora.merge(part)
+    expected = model.encode("7", convert_to_tensor=True)
+    model.save("merged")
     again = type(model)("merged", device="cpu")
     assert same_bits(again.encode("7", convert_to_tensor=True), expected)
 
