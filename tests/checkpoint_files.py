@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 import randlora
 from randlora.bases.basis import Basis
-from randlora.checkpoint.header import metadata_of, parse_header
+from randlora.checkpoint.header import facts_of, parse_header, seal_of
 from randlora.errors import CheckpointError
 from randlora.state import attached_state
 from tests.kit import adapt, adapter_values, all_bits, bits, untouched
@@ -218,4 +218,4 @@ def reseal(
     if digest is not None:
         header = replace(header, bases={r: replace(record, digest=digest) for r, record in header.bases.items()})
     changed = {key: tensor for key, tensor in {**tensors, **(changes or {})}.items() if key not in drop}
-    write_tensors(directory, changed, metadata | metadata_of(header, changed))
+    write_tensors(directory, changed, metadata | seal_of(facts_of(header), changed).metadata)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from randlora.checkpoint import read
 from tests.further import leave_to_slow
 from tests.torture.faults import fast_disk
 
@@ -39,14 +38,8 @@ def _without_compiled_programs(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for another process to finish replacing files: there is none."""
-    monkeypatch.setattr(read, "PATIENCE", 0)
-
-
-@pytest.fixture
-def fast_path(impatient: None) -> Iterator[Path]:
-    """A directory where flushing takes no time, and where no other process writes that readers would wait for."""
+def fast_path() -> Iterator[Path]:
+    """A directory where flushing takes no time."""
     with fast_disk() as directory:
         yield directory
 

@@ -24,7 +24,7 @@ import randlora
 from randlora import RandLoRAConfig
 from randlora.bases import BasisSpec
 from randlora.checkpoint.header import BasisRecord, Header, ModelClass, facts_of, parse_header, seal_of
-from randlora.checkpoint.tensors import MODEL_PREFIX, trained_fqn, value_keys
+from randlora.checkpoint.peft_layout import MODEL_PREFIX, trained_fqn, value_keys
 from randlora.disk.formats import LONGEST_NAME
 from randlora.errors import CheckpointError, ConfigError, RandLoRAError
 from randlora.targets.census import PARTS, Shapes
@@ -33,8 +33,6 @@ from tests.hostile_files import config, our_adapter, read_facts, write_facts
 from tests.kit import adapt, adapter_values, all_bits, untouched
 from tests.layer_kinds import LAYER_KINDS, LayerKind, every_kind
 from tests.model_directories import contents
-
-pytestmark = pytest.mark.usefixtures("impatient")
 
 SHAPES: Shapes = {"a": (4, 6), "b.c": (5, 3)}
 SPEC = BasisSpec("dense", "torch", seed=3, r=2, max_dim=6, min_dim=5)
@@ -53,7 +51,7 @@ REMOVED = object()
 
 
 def refused(path: str, value: object, message: str, header: Header = HEADER, *, is_sealed: bool = True) -> None:
-    facts = json.loads(seal_of(facts_of(header), TENSORS).text)
+    facts = json.loads(seal_of(facts_of(header), TENSORS).metadata["randlora"])
     *parents, name = path.split("/")
     place = reduce(getitem, parents, facts)
     place[name] = value
@@ -78,7 +76,7 @@ CHANGED_TENSORS: tuple[dict[str, Tensor], ...] = (
 
 
 def test_any_changed_fact_or_tensor_breaks_the_seal() -> None:
-    header = seal_of(facts_of(HEADER), TENSORS).text
+    header = seal_of(facts_of(HEADER), TENSORS).metadata["randlora"]
     for tensors in CHANGED_TENSORS:
         with pytest.raises(CheckpointError, match="do not match its checksum"):
             parse_header(header, tensors)
@@ -128,8 +126,9 @@ def test_options_of_each_layer_are_parsed_back_and_tensors_sealed_in_any_order()
     assert BY_LAYER.options == {"a": (2, 0.5), "b.c": (4, 5.0)}
     alpha_alone = replace(HEADER, config=replace(CONFIG, alpha={"b.c": 5, "a": 0.5}))
     for header in (HEADER, BY_LAYER, alpha_alone, replace(BY_LAYER, config=replace(BY_LAYER.config, alpha=None))):
-        assert parse_header(seal_of(facts_of(header), TENSORS).text, dict(reversed(TENSORS.items()))) == header
-    facts = json.loads(seal_of(facts_of(BY_LAYER), TENSORS).text)
+        text = seal_of(facts_of(header), TENSORS).metadata["randlora"]
+        assert parse_header(text, dict(reversed(TENSORS.items()))) == header
+    facts = json.loads(seal_of(facts_of(BY_LAYER), TENSORS).metadata["randlora"])
     facts["bases"] = dict(reversed(facts["bases"].items()))
     assert parse_header(json.dumps(facts, sort_keys=True), TENSORS).options == BY_LAYER.options
 
@@ -236,8 +235,8 @@ def test_a_child_of_a_layer_goes_by_the_name_that_peft_gives_it_too(tmp_path: Pa
 
 def test_a_name_that_is_too_long_or_no_text_to_be_loaded_is_not_saved(tmp_path: Path) -> None:
     long, greatest = "long" * 1024, "n" * (LONGEST_NAME - len(value_keys("", ())[0]))
-    said, half = r"longlong.*… in a file would have 41", "half \ud800"
-    for target, also, message in ((long, None, said), ("other", long, said), (half, None, "is not valid Unicode")):
+    said, half = r"'longlong.*' has no name that can be loaded .* 4096 characters, not 41", "half \ud800"
+    for target, also, message in ((long, None, said), ("other", long, said), (half, None, "expected Unicode")):
         model = nn.ModuleDict({name: nn.Linear(4, 4) for name in (long, greatest, half, "other")})
         randlora.inject(model, r=2, targets=[target], train_also=also)
         with untouched(model), pytest.raises(CheckpointError, match=message):

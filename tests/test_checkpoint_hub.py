@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from torch import nn
 
 import randlora
 from randlora.checkpoint.load import swap_each
-from randlora.checkpoint.peft_config import base_model_name, mismatch, target_modules
+from randlora.checkpoint.peft_layout import base_model_name, mismatch, target_modules
 from randlora.errors import CheckpointError, ConfigError, how_to_install
 from randlora.targets.census import Census
 from tests import checkpoint_files as stored
@@ -241,26 +240,12 @@ def test_an_adapter_of_another_architecture_is_told_from_what_it_was_trained_on(
         model.config._name_or_path = name  # type: ignore[union-attr]
     randlora.save(llama, tmp_path / "adapter")
     gpt.save_pretrained(tmp_path / "gpt")  # type: ignore[operator]
-    with pytest.raises(CheckpointError, match=r"on LlamaForCausalLM of org/llama, to this GPT2LMHeadModel of org/gpt"):
+    with pytest.raises(CheckpointError, match=said):
         randlora.load(gpt, tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"trained on LlamaForCausalLM.*, to this GPT2LMHeadModel"):
         randlora.files.merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "gpt")
     with pytest.raises(CheckpointError, match="fit the adapter to this model, 2 problems:"):
         randlora.load(fewer, tmp_path / "adapter")
-
-
-def test_saving_into_the_base_models_own_directory_warns(tmp_path: Path) -> None:
-    base, apart = tmp_path / "base", tmp_path / "adapter"
-    models.LLAMA.build().save_pretrained(base)  # type: ignore[operator]
-    model = transformers.LlamaForCausalLM.from_pretrained(base)
-    randlora.inject(model, r=4)
-    assert not [note for note in randlora.save(model, apart).notes if "base model" in note]
-    assert read_fields(apart)[FIELD] == str(base)
-    expected = "contains the base model itself: .* save the adapter to a separate directory"
-    with pytest.warns(UserWarning, match=expected) as caught:
-        report = randlora.save(model, base)
-    assert [warning.filename for warning in caught] == [__file__]
-    assert str(caught[0].message) in report.notes
 
 
 NOBODY = "http://127.0.0.1:1"
@@ -312,14 +297,13 @@ def test_a_push_uploads_what_the_directory_holds_of_the_adapter_and_nothing_else
 
 
 def test_a_card_that_somebody_wrote_survives_a_push_and_ones_own_wins(pushed: Hub, tmp_path: Path) -> None:
-    repository, note = pushed.repositories["user/repo"], "README.md of user/repo is not a generated card, so it stays"
+    repository = pushed.repositories["user/repo"]
     generated = repository.files()[CARD_FILE]
     for here, there in ((None, b"# There"), (b"# Here", b"# There"), (b"# Here", generated)):
         repository.commit({CARD_FILE: there})
         if here:
             (tmp_path / "pushed" / CARD_FILE).write_bytes(here)
-        report = randlora.save(trained(HEADED, r=3), tmp_path / "pushed", push_to_hub="user/repo")
-        assert (note in report.notes) == (here is None)
+        randlora.save(trained(HEADED, r=3), tmp_path / "pushed", push_to_hub="user/repo")
         assert repository.files()[CARD_FILE] == (here or there)
         assert repository.files()[TENSORS_FILE] == (tmp_path / "pushed" / TENSORS_FILE).read_bytes()
 
@@ -342,9 +326,9 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("user/none", {}, "check its name; if it is private, log in with `hf auth login` (RepositoryNotFoundError"),
     ("user/gated", {}, "it is gated: ask for access on its page, then log in with `hf auth login` (GatedRepo"),
     ("user/repo", {"revision": "v9"}, "it has no such revision: name a branch, a tag or a commit of it (RevisionNot"),
-    ("user/empty", {}, f"has no {CONFIG_FILE} and no {TENSORS_FILE}: name a different repository"),
+    ("user/empty", {}, f"has no {CONFIG_FILE} and no {TENSORS_FILE}: name a different one"),
     ("user/repo", {"subfolder": "b"}, f"has no b/{CONFIG_FILE} and no b/{TENSORS_FILE}"),
-    ("user/a--b", {}, "the Hub does not allow such a name (HFValidationError"),
+    ("user/a--b", {}, "check the name, the connection, and HF_HUB_OFFLINE (HFValidationError"),
 )
 
 
@@ -380,7 +364,7 @@ def test_a_push_that_fails_leaves_the_save_whole(hub: Hub, tmp_path: Path, monke
 
 def test_a_push_that_cannot_work_is_refused_before_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = trained(LINEAR), tmp_path / "out"
-    names: tuple[Any, ...] = ("repo", "a/b/c", "../repo", "/user/repo", "", 7)
+    names = ("repo", "a/b/c", "../repo", "/user/repo", "")
     with untouched(model):
         for name in names:
             with pytest.raises(CheckpointError, match="push_to_hub must be a repository on the Hub, 'user/repo', got"):

@@ -1,7 +1,6 @@
 """What `load` makes of files: ours, PEFT's in every layout, bases of any seed or none, and two files that disagree."""
 
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,6 @@ from tests.checkpoint_files import (
 from tests.fuzz.limits import bounded
 from tests.hostile_files import our_adapter
 from tests.kit import adapter_values, all_bits, bits, fill, on_one_line
-
-pytestmark = pytest.mark.usefixtures("impatient")
 
 
 def output(model: nn.Module, name: str = "a0") -> Tensor:
@@ -276,21 +273,8 @@ def test_the_other_file_of_a_save_with_equal_options_says_nothing_else_and_none_
         assert randlora.files.inspect(fewer).nbytes == (fewer / TENSORS_FILE).stat().st_size
 
 
-def test_a_json_that_is_about_to_appear_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (our_adapter(tmp_path) / CONFIG_FILE).read_text(encoding="utf-8")
-    edit_fields(tmp_path, {"r": 7})
-    monkeypatch.setattr(read, "PATIENCE", 5.0)
-    monkeypatch.setattr(time, "sleep", lambda _: (tmp_path / CONFIG_FILE).write_text(text, encoding="utf-8"))
-    randlora.load(LINEAR.build(), tmp_path)  # where a warning is an error
-    edit_fields(tmp_path, {"r": 7})
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 60)
-    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
-    doubted(LINEAR.build(), tmp_path, "says r=7")
-
-
-def test_files_replaced_while_they_are_read_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The options of one adapter and the tensors of another would load without a word: their shapes are equal."""
+def test_files_replaced_while_they_are_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options of one adapter and the tensors of another would load silently: their shapes are equal."""
     peft_directory(tmp_path / "new", alpha=5.0)
     peft_directory(tmp_path / "there", alpha=3.0)
 
@@ -299,6 +283,6 @@ def test_files_replaced_while_they_are_read_are_read_again(tmp_path: Path, monke
             shutil.copy(tmp_path / "new" / name, path.parent / name)
         return open_shard(path)
 
-    monkeypatch.setattr(read, "PATIENCE", 5.0)
     monkeypatch.setattr(read, "open_shard", replaced)
+    refused(LINEAR.build(), tmp_path / "there", "was replaced while it was read: load it again")
     assert torch.equal(output(loaded(tmp_path / "there")), LINEAR.output(trained(LINEAR, alpha=5.0)))

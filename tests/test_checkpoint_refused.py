@@ -25,8 +25,6 @@ from tests.fuzz.limits import bounded
 from tests.hostile_files import MAKERS, NOT_SAME, Damage, facts, header, model_directory, ones, our_adapter, tensors
 from tests.kit import snapshot, untouched
 
-pytestmark = pytest.mark.usefixtures("impatient")
-
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import randlora
 from randlora.disk import replace as replacing
-from randlora.errors import AdapterError, CheckpointError, RandLoRAError
+from randlora.errors import AdapterError, CheckpointError, ConfigError, RandLoRAError
 from tests import checkpoint_files as stored
 from tests.checkpoint_files import HEADED, LINEAR, PREFIX, TENSORS_FILE, Case, Stored, basis_of, read_tensors, trained
 from tests.kit import Bits, adapt, adapter_values, all_bits, fill, snapshot, untouched
@@ -179,11 +179,14 @@ REFUSED: tuple[tuple[str, type[Exception], Call], ...] = (
     ("the model has no adapter: call", AdapterError, lambda out: randlora.save(LINEAR.build(), out)),
     (r"has several adapters \(default, a, b\)", AdapterError, lambda out: randlora.save(of_three(), out)),
     (NAMED, AdapterError, lambda out: randlora.save(of_three(), out, name="c")),
-    ("must be 'seed' or 'stored', got 'both'", CheckpointError, lambda out: randlora.save(trained(LINEAR), out, **bad)),
+    (
+        "must be one of seed, stored, got 'both'",
+        ConfigError,
+        lambda out: randlora.save(trained(LINEAR), out, **bad),
+    ),
     ("named 'c'", AdapterError, lambda out: randlora.save_all(of_three(), out, names=["a", "c"])),
     ("names must be", RandLoRAError, lambda out: randlora.save_all(of_three(), out, names="aa")),
     ("no adapter is named", CheckpointError, lambda out: randlora.save_all(of_three(), out, names=[])),
-    ("'a' is named twice", CheckpointError, lambda out: randlora.save_all(of_three(), out, names=["a", "a"])),
     (UNNAMED, CheckpointError, lambda out: randlora.save_all(trained(LINEAR, name="a/b"), out)),
     (r"body\.0 holds no values(.*\n)+.*norm\.bias holds no values", CheckpointError, meta),
     (rf"Λ of body\.0 {INFINITE}", CheckpointError, wrong(lambda held: held / 0, "body.0.randlora_lambda.default")),
@@ -272,7 +275,10 @@ LOADS: tuple[tuple[str, Callable[[nn.Module, Path], object]], ...] = (
     ("cannot load .*/a/b': .* has no adapters", lambda model, place: randlora.load_all(model, place / "a" / "b")),
     ("a path has no revision, got 'main'", lambda model, place: randlora.load_all(model, place, revision="main")),
     ("cannot load 'default': the model has an adapter of that name", randlora.load_all),
-    ("a file has no subfolder, got 'a'", lambda model, place: randlora.load(model, place / TENSORS_FILE, **named)),
+    (
+        "it is a file: expected a directory, or the file",
+        lambda model, place: randlora.load(model, place / TENSORS_FILE, **named),
+    ),
 )
 
 

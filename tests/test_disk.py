@@ -408,7 +408,7 @@ def test_tensors_are_read_in_pieces_into_new_memory_and_written_one_after_the_ot
             first, second = shard.entries
             read(first, raw)
             os.truncate(path, path.stat().st_size // 2)
-            with pytest.raises(CheckpointError, match="ends within b: it was truncated while it was being read"):
+            with pytest.raises(CheckpointError, match="ends within b: it was truncated while it was read"):
                 read(second, raw)
         broken = Mock(readinto=Mock(side_effect=OSError(errno.EIO, "Input/output error")))
         with pytest.raises(CheckpointError, match=rf"^cannot read {path} \(Input/output error\)$"):

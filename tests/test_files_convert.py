@@ -342,7 +342,7 @@ def test_bases_that_peft_stored_decide_between_the_streams(tmp_path: Path) -> No
     assert ASSUMED not in str(randlora.load(LINEAR.build(), of_one_stream(tmp_path / "sparse")))
 
 
-GIVEN = "is given, but the file's bases are from"
+GIVEN = "is given, but the bases are from"
 NO_STREAM = "stream must be one of torch, torch-2.11, portable or None, got "
 WRONG: list[tuple[Callable[[Path], Path], Any, str]] = [
     (of_ours, "torch-2.11", f"stream=\"torch-2.11\" {GIVEN} 'torch': omit it"),

@@ -178,7 +178,7 @@ def test_a_new_head_is_loaded(
 def test_a_file_of_version_0_2_which_names_no_class_is_loaded_as_the_class_that_is_given() -> None:
     model = trained(bert(transformers.BertModel), SEQUENCES, ["classifier"])
     reseal(ADAPTER, model_class=None)
-    with pytest.raises(CheckpointError, match=r"no parameter classifier\.weight.*was trained with the adapter$"):
+    with pytest.raises(CheckpointError, match="the prefix 'bert': give prefix=\"bert\", or make the model as it"):
         load_model("adapter")
     for given in (transformers.BertForSequenceClassification, SEQUENCES):
         loaded = load_model("adapter", model_class=given, num_labels=3)

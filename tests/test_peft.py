@@ -318,9 +318,9 @@ def test_bases_that_peft_would_draw_otherwise_are_noted_and_loaded_when_they_are
 
 WTE, LM_HEAD = "transformer.wte.weight", "lm_head.weight"  # two places of one parameter
 TIED: dict[tuple[str, ...], str] = {
-    ("wte",): f"{WTE} is tied to {LM_HEAD} here, but PEFT trained only it: untie",
-    ("lm_head",): f"{LM_HEAD} is tied to {WTE} here, but PEFT trained only it: untie",
-    ("wte", "lm_head"): f"{WTE} and {LM_HEAD} are one parameter in this model and two in the file: untie",
+    ("wte",): f"{WTE} is tied to {LM_HEAD}, but PEFT trained it alone: untie",
+    ("lm_head",): f"{LM_HEAD} is tied to {WTE}, but PEFT trained it alone: untie",
+    ("wte", "lm_head"): f"{WTE} and {LM_HEAD} are one parameter here and two in the file: untie",
 }
 
 

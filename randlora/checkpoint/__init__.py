@@ -1,7 +1,7 @@
 """One adapter on disk, in PEFT's directory layout, or in memory.
 
-`tensors` and `header` describe the file of the tensors, `peft_config` is PEFT's JSON, `read` reads and checks both
-files, `fit` compares them with a model. `save`, `load` and `swap` are the verbs.
+`peft_layout` has PEFT's names and fields, `header` our facts beside them. `read` reads and checks the files, `fit`
+compares them with a model. `save`, `load` and `swap` are the verbs.
 """
 
 from randlora.checkpoint.contents import AdapterState, adapter_state

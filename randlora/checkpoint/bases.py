@@ -28,18 +28,15 @@ from randlora.bases.spec import (
     spec_for,
 )
 from randlora.checkpoint.header import Header
+from randlora.checkpoint.peft_layout import basis_keys
 from randlora.checkpoint.read import AdapterFile
-from randlora.checkpoint.tensors import basis_keys
 from randlora.disk.formats import Planned
 from randlora.errors import CheckpointError, ConfigError, spelled
 
-Known = Callable[[], Iterable[Shape]]
-"""Returns the shapes of all layers of a model. Called only if they matter."""
+Known = Callable[[], Iterable[Shape]]  # returns the shapes of all layers of a model; called only if they matter
 
-FREE_ENTRIES = 2**22
-"""Entries of A and B that are drawn for any file, in a part of a second: as many as a weight of 2048 x 2000 needs."""
-ENTRIES_PER_VALUE = 2**10
-"""Entries that may be drawn for each entry of Λ and Γ in a file, if no model tells how large its layers are."""
+FREE_ENTRIES = 2**22  # that are drawn for any file, in a part of a second: as many as a weight of 2048 x 2000 needs
+ENTRIES_PER_VALUE = 2**10  # that may be drawn for each entry of Λ and Γ, if no model tells how large the layers are
 ENTRIES_PER_ROW = 2**6  # entries that are drawn in the time in which a row begins, whose stream may be its own
 
 
@@ -61,22 +58,17 @@ def file_bases(
 ) -> tuple[AdapterFile, dict[int, Basis]]:
     """Return the bases that a file's adapter was trained with, by r, and the file with their stream in its config.
 
-    A digest in the file, or the bases themselves, decide which of PEFT's streams the bases are from. If the bank has
-    the same bits, its bases are returned; it does not change. ``shapes`` are the shapes of the layers' updates, by r.
-    If ``known``, the layers of a model, is given, the bases must not be larger than these layers need.
+    A digest in the file, or the bases themselves, decide which of PEFT's streams the bases are from. Bases with the
+    same bits are taken from the bank, which does not change. ``shapes`` are the shapes of the layers' updates, by r.
     """
-    bases = {r: _bases_of_rank(file, r, own, bank, known) for r, own in shapes.items()}
+    bases = {r: _bases_of_rank(file, r, used_by, bank, known) for r, used_by in shapes.items()}
     streams = sorted({basis.spec.stream for basis in bases.values()})
     if len(streams) > 1:
-        raise CheckpointError(
-            f"its bases are from several streams, {' and '.join(streams)}: randlora.save did not write this file"
-        )
+        raise CheckpointError(f"its bases are from several streams, {' and '.join(streams)}: get an undamaged copy")
     is_stored = any(basis.stored is not None for basis in bases.values())
     if file.stream is not None and (is_stored or streams not in ([], [file.stream])):
         origin = "no seed" if is_stored else repr(streams[0])
-        raise CheckpointError(
-            f"{spelled('stream', file.stream)} is given, but the file's bases are from {origin}: omit it"
-        )
+        raise CheckpointError(f"{spelled('stream', file.stream)} is given, but the bases are from {origin}: omit it")
     if streams not in ([], [file.config.stream or default_stream(file.config.basis)]):
         file = replace(file, config=replace(file.config, stream=streams[0]))
     return file, bases
@@ -92,35 +84,31 @@ def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: Bas
     require_drawable(spec, used, file, known)
     if record is not None and not record.is_reproducible:
         return _as_stored(file, spec, used, bank)
-    found = []
+    digests = []
     for candidate in _candidates(spec):
-        held = bank.find(candidate)
-        is_large_enough = held is not None and all(map(operator.ge, held.extent, used))
-        basis = held if held is not None and is_large_enough else _drawn(candidate, used)
-        if record is None and stored is None:  # nothing to compare with
-            return held or basis
+        present = bank.find(candidate)
+        is_large_enough = present is not None and all(map(operator.ge, present.extent, used))
+        basis = present if present is not None and is_large_enough else _drawn(candidate, used)
         if stored is not None and not _equal(basis, stored, used):
             continue
-        found.append("" if record is None else basis.digest(*used))
-        if record is None or found[-1] == record.digest:
-            return held or basis
+        if record is None:  # nothing else to compare with
+            return present or basis
+        digests.append(basis.digest(*used))
+        if digests[-1] == record.digest:
+            return present or basis
     if stored is not None:
         return _as_stored(file, spec, used, bank)
     assert file.header is not None, "bases without a header are found or stored"
     assert record is not None, "a file with a header has a record for each r"
-    here, drawn_by = torch.__version__.split("+")[0], file.header.torch_version
-    then = f"torch {drawn_by}" if drawn_by else "an unknown torch"
+    here, then = torch.__version__.split("+")[0], file.header.torch_version or "of an unknown version"
     raise CheckpointError(
-        f"the {spec} drawn here, by torch {here}, have the SHA-256 {found[0][:12]}…, and had "
-        f"{record.digest[:12]}… when the adapter was saved with {then}: save it there with bases='stored'"
+        f"the {spec} drawn here, by torch {here}, have the SHA-256 {digests[0][:12]}…, and had "
+        f"{record.digest[:12]}… when the adapter was saved with torch {then}: save it there with bases='stored'"
     )
 
 
 def _candidates(spec: BasisSpec) -> list[BasisSpec]:
-    """Return the spec, and the same for the other stream if it is one of PEFT's two.
-
-    Before ``torch-2.11`` had a name, a file of ours said ``torch`` of what the torch of its time drew.
-    """
+    # before "torch-2.11" had a name, a file of ours said "torch" of what the torch of its time drew
     others = peft_streams(spec.kind) if spec.stream in PEFT_STREAMS else ()
     return [spec, *(replace(spec, stream=stream) for stream in others if stream != spec.stream)]
 
@@ -139,24 +127,16 @@ def _drawn(spec: BasisSpec, used: tuple[int, int]) -> Basis:
 def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: BasisBank) -> Basis:
     """Return bases with the values in the file, which no seed reproduces, or equal ones that the bank has."""
     if spec.r not in file.bases:
-        raise CheckpointError(
-            "the file holds no bases, and no seed reproduces those it was trained with: save with bases='stored'"
-        )
+        raise CheckpointError("the file holds no bases, and no seed reproduces them: save with bases='stored'")
     basis_A, basis_B = file.bases[spec.r]
-    stored = (
-        CompactMatrix.from_dense(basis_A.flatten(end_dim=1)),
-        CompactMatrix.from_dense(basis_B.flatten(start_dim=1)),
-    )
+    flat_A, flat_B = basis_A.flatten(end_dim=1), basis_B.flatten(start_dim=1)
+    stored = CompactMatrix.from_dense(flat_A), CompactMatrix.from_dense(flat_B)
     basis = Basis(spec, extent=(len(basis_B), basis_A.shape[-1]), stored=stored)
     digest = basis.digest(*used)
     if file.header is not None and digest != file.header.bases[spec.r].digest:
-        raise CheckpointError(
-            "the bases stored in the file are not those it names: it was edited; get an undamaged copy"
-        )
-    for held in bank:
-        if held.stored is not None and held.spec == spec and held.digest(*used) == digest:
-            return held
-    return basis
+        raise CheckpointError("the bases stored in the file are not those it names: get an undamaged copy")
+    equal = (other for other in bank if other.stored and other.spec == spec and other.digest(*used) == digest)
+    return next(equal, basis)
 
 
 def _equal(basis: Basis, stored: tuple[Tensor, Tensor], used: tuple[int, int]) -> bool:
@@ -178,10 +158,7 @@ def count_entries(r: int, max_dim: int, min_dim: int) -> int:
 
 
 def require_drawable(spec: BasisSpec, used: tuple[int, int], file: AdapterFile, known: Known | None) -> None:
-    """Raise a `CheckpointError` if bases are larger than layers of the model, or what the file has, may need.
-
-    ``used`` is the ``(max_dim, min_dim)`` that the file's layers use.
-    """
+    """Raise a `CheckpointError` if bases are larger than layers of the model, or what the file has, may need."""
     max_dim, min_dim = max(spec.max_dim, used[0]), max(spec.min_dim, used[1])
     count = count_entries(spec.r, max_dim, min_dim)
     cost = count + ENTRIES_PER_ROW * (max_dim + spec.r)
@@ -189,19 +166,14 @@ def require_drawable(spec: BasisSpec, used: tuple[int, int], file: AdapterFile, 
         return
     asked = f"the file asks for bases of {max_dim} x {min_dim} with r={spec.r}, {count:,} entries"
     if known is None:
-        own = sum(part.numel() for pair in file.values.values() for part in pair)
-        if cost > ENTRIES_PER_VALUE * own:
-            raise CheckpointError(
-                f"{asked}, but has only {own:,} trained values: if its layers are this large, give the directory of "
-                "the base model"
-            )
+        trained = sum(part.numel() for pair in file.values.values() for part in pair)
+        if cost > ENTRIES_PER_VALUE * trained:
+            raise CheckpointError(f"{asked}, but has only {trained:,} trained values: give the base model's directory")
         return
     dims = drawn_dims([*known(), (1, 1)])
     if count > count_entries(spec.r, *dims):
-        raise CheckpointError(
-            f"{asked}, but the largest layers of this model need {dims[0]} x {dims[1]}: the file is damaged, or was "
-            "trained together with larger layers; in that case save it there with bases='stored'"
-        )
+        needed = f"the largest layers of this model need {dims[0]} x {dims[1]}"
+        raise CheckpointError(f"{asked}, but {needed}: if there were larger ones, save there with bases='stored'")
 
 
 def stored_bases(bases: Mapping[int, Basis], header: Header) -> list[Planned]:

@@ -4,66 +4,93 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from operator import attrgetter, itemgetter
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from randlora.checkpoint.bases import stored_bases, stored_dims
-from randlora.checkpoint.header import HEADER_KEY, Header, ModelClass, Seal, facts_of, metadata_of, parse_header
-from randlora.checkpoint.peft_config import PeftFields, drawing_note, peft_obstacle, to_peft_fields, unknown_to_peft
-from randlora.checkpoint.read import AdapterFile, disagreements, sort_contents
-from randlora.checkpoint.tensors import Value, is_text, meta_problems, trained_key, value_keys
+from randlora.checkpoint.header import HEADER_KEY, Header, ModelClass, Seal, facts_of, parse_header, seal_of
+from randlora.checkpoint.peft_layout import (
+    PeftFields,
+    drawing_note,
+    peft_obstacle,
+    to_peft_fields,
+    trained_key,
+    value_keys,
+)
+from randlora.checkpoint.read import AdapterFile, disagreements, flaw_of, sort_contents
 from randlora.disk.formats import LONGEST_NAME, Planned
 from randlora.errors import CheckpointError, raise_collected
-from randlora.hints import mistyped, require_types, shortly
+from randlora.hints import mistyped, require_types
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.install import lost_parts
-from randlora.model.train_also import is_changed
 from randlora.model.view import View, collective, opened, require_own
-from randlora.places import whole
+from randlora.modes import has_values
+from randlora.places import whole, whole_only_inside
 from randlora.ranks import agree, agreeing, run_collectives
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, ModelState
 from randlora.targets.census import AdaptedSite, Census, other_kinds, shapes_of
 from randlora.targets.match import shortened
 
-StoredAs = Literal["seed", "stored"]
-"""Whether the bases of an adapter are left out, because the seed reproduces them, or stored as they are."""
+StoredAs = Literal["seed", "stored"]  # whether bases are left out, as the seed reproduces them, or stored as they are
+
+META = "holds no values to save (meta or fake): materialize the model first"
+
+
+class Value(NamedTuple):
+    """A parameter or buffer to save."""
+
+    name: str  # in messages
+    parameter: Tensor  # which may be sharded
+    shape: Sequence[int]  # which it must have
+    is_buffer: bool = False
+    is_diagonal: bool = False  # of Λ and Γ, which a file has in float32 or wider
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that a file has it in."""
+        dtype = self.parameter.dtype
+        return torch.promote_types(dtype, torch.float32) if self.is_diagonal else dtype
+
+    def problem(self, values: Tensor) -> str | None:
+        """Return why values of it cannot be saved: not here, not whole, or not readable by `load`; else ``None``."""
+        if not has_values(values):
+            return f"{self.name} {META}"
+        if type(values.data) is not Tensor:
+            return f"{self.name} is sharded, a {type(values.data).__name__}: gather it first"
+        is_freed = values.untyped_storage().nbytes() < values.nbytes
+        if is_freed or tuple(values.shape) != tuple(self.shape):
+            found = "no memory" if is_freed else f"shape {tuple(values.shape)}"
+            remedy = whole_only_inside(values) or "gather it if it is sharded, else adapt the model again"
+            return f"{self.name} has {found} here, expected all of {tuple(self.shape)}: {remedy}"
+        if (flaw := flaw_of(values, is_buffer=self.is_buffer)) is not None:
+            return f"{self.name} {flaw}, which cannot be loaded: go back to earlier values"
+        return None
+
+    def stored(self, values: Tensor) -> Tensor:
+        """Return a copy of values of it as a file has them, on the CPU."""
+        return values.detach().to("cpu", self.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 @dataclass(eq=False)
 class AdapterToSave:
-    """An adapter to be saved, under the names that its layers have now.
-
-    What its files have beside the values is found when it is asked for, of an adapter without problems.
-
-    Attributes:
-        census: The model.
-        state: The model's state.
-        adapter: The adapter.
-        sites: Its layers.
-        bases: Whether its bases are stored.
-        values: All values that are written, except bases, by their names in a file.
-        problems: Why it cannot be saved, as far as is known.
-        has_effect: Whether the values gathered so far change what the model computes.
-    """
+    """An adapter to be saved, under the names that its layers have now; if it has problems, it has no header."""
 
     census: Census
     state: ModelState
     adapter: Adapter
     sites: Sequence[AdaptedSite]
-    bases: str
-    values: dict[str, Value]
-    problems: list[str]
-    has_effect: bool = False
-    _nonzero: set[str] = field(default_factory=set)  # the layers of which one of Λ and Γ has an entry that is not 0
+    bases: StoredAs
+    values: dict[str, Value]  # all that are written, except bases, by their keys
+    problems: list[str]  # why it cannot be saved, as far as is known
 
     @classmethod
-    def of(cls, view: View, name: str | None, bases: str) -> Self:
+    def of(cls, view: View, name: str | None, bases: StoredAs) -> Self:
         """Return one adapter of a model; ``None`` means the only one."""
         adapter = view.state.adapter(name)
         sites = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
@@ -74,7 +101,7 @@ class AdapterToSave:
 
     @cached_property
     def header(self) -> Header:
-        """Its header."""
+        """The header of its file."""
         adapter, sites = self.adapter, self.sites
         return Header.of(
             adapter.config,
@@ -82,10 +109,10 @@ class AdapterToSave:
             adapter.bases,
             shapes_of(sites, adapter.config),
             adapter.trained,
-            tuple(site.fqn for site in sites if site.layer_class.is_transposed),
-            other_kinds(sites),
-            ModelClass.of(self.census.model, has_trained=bool(adapter.trained)),
-            adapter.buffers,
+            transposed=tuple(site.fqn for site in sites if site.layer_class.is_transposed),
+            kinds=other_kinds(sites),
+            model_class=ModelClass.of(self.census.model, has_trained=bool(adapter.trained)),
+            buffers=tuple(adapter.buffers),
         )
 
     @cached_property
@@ -94,34 +121,40 @@ class AdapterToSave:
         return to_peft_fields(self.census, self.adapter, stored=self.bases == "stored")
 
     @cached_property
-    def stored(self) -> list[Planned]:
-        """The bases that are written."""
-        return stored_bases(self.adapter.bases, self.header) if self.bases == "stored" else []
-
-    @cached_property
     def tensors(self) -> list[Planned]:
-        """The tensors of its file, in the order of the model; those of `values` without values."""
-        return [*(Planned(key, own.dtype, tuple(own.shape), tuple) for key, own in self.values.items()), *self.stored]
+        """The tensors of its file, in the order of the model: `values`, whose pieces come later, and bases."""
+        planned = [Planned(key, value.dtype, tuple(value.shape), tuple) for key, value in self.values.items()]
+        return planned + (stored_bases(self.adapter.bases, self.header) if self.bases == "stored" else [])
 
     @cached_property
     def seal(self) -> Seal:
-        """The checksum of what was gathered so far."""
+        """The checksum of all that was gathered so far."""
         return Seal(facts_of(self.header))
 
-    @property
-    def notes(self) -> list[str]:
-        """What PEFT 0.21.2 would not load, or would load wrongly."""
-        return _peft_notes(self.adapter, self.header, self.bases)
+    def peft_notes(self) -> list[str]:
+        """Return what PEFT 0.21.2 would not load, or would load wrongly."""
+        if (reason := peft_obstacle(self.header.options, self.header.kinds)) is not None:
+            return [reason]
+        notes, drawn_for_others = list[str](), "the bases were drawn for other layers"
+        ((r, rectangle),) = self.header.rectangles.items()
+        basis = self.adapter.bases[r]
+        if self.bases == "seed" and (basis.spec.max_dim, basis.spec.min_dim) != rectangle:
+            notes.append(f"{drawn_for_others} too, so PEFT would draw different ones: save with bases='stored'")
+        elif self.bases == "seed" and (reason := drawing_note(basis.spec)) is not None:
+            notes.append(reason)
+        if stored_dims(basis, rectangle) != rectangle:
+            notes.append(f"{drawn_for_others} and are too narrow for PEFT, which cannot load this adapter")
+        return notes
 
-    def value_problems(self) -> list[str]:
-        """Return why it cannot be saved if all values are here."""
-        return [*self.problems, *filter(None, (value.problem(value.parameter) for value in self.values.values()))]
+    def flaws(self, *, are_whole: bool) -> list[str]:
+        """Return which values cannot be saved; before parts of them are gathered, only which are missing."""
+        values = self.values.values()
+        if are_whole:
+            return [problem for value in values if (problem := value.problem(value.parameter)) is not None]
+        return [f"{value.name} {META}" for value in values if not has_values(value.parameter)]
 
     def gather(self, write: Callable[[Planned], object] | None) -> Iterator[Callable[[], None]]:
-        """Yield the steps that gather, check, hash and write one value after the other, in the order of their names.
-
-        They are collectives if the model is sharded. A process without ``write`` takes part and drops the values.
-        """
+        """Yield the steps that gather, check, hash and write one value after the other, without ``write`` none."""
         found = dict[str, str]()
         for item in sorted(self.values.items(), key=itemgetter(0)):
             yield partial(self._gather, *item, write, found)
@@ -136,36 +169,23 @@ class AdapterToSave:
             if (problem := value.problem(values)) is not None:
                 found[key] = problem
                 return
-            self.has_effect = self.has_effect or self._changes(key, value, values)
             write(self.seal.added(Planned.whole(key, value.stored(values))))
 
     def _end(self, write: Callable[[Planned], object], found: Mapping[str, str]) -> None:
         """Write the bases, whose names come after those of all values, and list the problems as the model does."""
         self.problems += [found[key] for key in self.values if key in found]
-        for basis in sorted(self.stored, key=attrgetter("name")):
+        for basis in sorted(self.tensors[len(self.values) :], key=attrgetter("name")):
             write(self.seal.added(basis))
 
-    def _changes(self, key: str, value: Value, values: Tensor) -> bool:
-        if not value.is_diagonal:
-            return not value.is_buffer and is_changed(self.state, value.name, values)
-        layer, is_nonzero = key.rpartition(".")[0], bool(values.any())
-        is_second = layer in self._nonzero
-        self._nonzero.update([layer] * is_nonzero)
-        return is_nonzero and is_second
 
-
-def to_save(model: nn.Module, names: Sequence[str | None], bases: str, *, doing: str) -> list[AdapterToSave]:
-    """Return some adapters.
-
-    If the model is sharded, problems that are known before anything is gathered raise an error at once.
-    """
+def to_save(model: nn.Module, names: Sequence[str | None], bases: StoredAs, *, doing: str) -> list[AdapterToSave]:
+    """Return some adapters, after checking what can be checked before their values are gathered."""
     with opened(model, None) as view:
         adapters = [AdapterToSave.of(view, name, bases) for name in names]
         require_own(view.census, view.state, "save")
-    if agreeing() is not None:
-        values = [value for adapter in adapters for value in adapter.values.values()]
-        problems = [*(problem for adapter in adapters for problem in adapter.problems), *meta_problems(values)]
-        raise_collected(CheckpointError, problems, doing=doing)
+    are_whole = agreeing() is None
+    problems = [problem for adapter in adapters for problem in [*adapter.problems, *adapter.flaws(are_whole=are_whole)]]
+    raise_collected(CheckpointError, problems, doing=doing)
     return adapters
 
 
@@ -185,6 +205,7 @@ def given_values(model: nn.Module, values: Mapping[str, Tensor]) -> AdapterToSav
         return adapter
     for (key, value), name in zip(adapter.values.items(), names, strict=True):
         adapter.values[key] = value._replace(parameter=values[name].detach())
+    adapter.problems += adapter.flaws(are_whole=True)
     return adapter
 
 
@@ -203,43 +224,18 @@ def _values(state: ModelState, adapter: Adapter, sites: Sequence[AdaptedSite]) -
     return values
 
 
-def _problems(view: View, adapter: Adapter, bases: str) -> list[str]:
+def _problems(view: View, adapter: Adapter, bases: StoredAs) -> list[str]:
     problems = lost_parts(view.census, view.state, [adapter])
-    if bases not in ("seed", "stored"):
-        problems.append(f"bases must be 'seed' or 'stored', got {shortly(bases)}")
     if bases == "seed" and any(basis.stored is not None for basis in adapter.bases.values()):
         problems.append("its bases came from a file, and no seed reproduces them: save with bases='stored'")
-    names = [*adapter.targets, *adapter.trained]
-    problems += [f"{fqn!r} is not valid Unicode: rename the module" for fqn in names if not is_text(fqn)]
-    keys = {fqn: max(map(len, value_keys(fqn, adapter.options))) for fqn in adapter.options}
-    keys |= {fqn: len(trained_key(fqn, adapter.options)) for fqn in adapter.trained}
+    keys = {fqn: max(value_keys(fqn, adapter.options), key=len) for fqn in adapter.options}
+    keys |= {fqn: trained_key(fqn, adapter.options) for fqn in adapter.trained}
     return problems + [
-        f"the name of {fqn:.60}… in a file would have {length} characters, and at most {LONGEST_NAME} can be loaded: "
-        "rename the modules"
-        for fqn, length in keys.items()
-        if length > LONGEST_NAME
+        f"{fqn[:60]!r} has no name that can be loaded from a file: expected Unicode, and at most {LONGEST_NAME} "
+        f"characters, not {len(key)}: rename the modules"
+        for fqn, key in keys.items()
+        if len(key) > LONGEST_NAME or key.encode(errors="replace").decode() != key
     ]
-
-
-def _peft_notes(adapter: Adapter, header: Header, bases: str) -> list[str]:
-    if (reason := unknown_to_peft(header.kinds)) is not None:
-        return [f"PEFT cannot load this adapter: {reason}"]
-    if (reason := peft_obstacle(header.options)) is not None:
-        return [reason]
-    notes = []
-    ((basis, rectangle),) = ((adapter.bases[r], rectangle) for r, rectangle in header.rectangles.items())
-    spec = basis.spec
-    if bases == "seed" and (spec.max_dim, spec.min_dim) != rectangle:
-        notes.append(
-            "the bases were drawn for other layers too, so PEFT would draw different ones: save with bases='stored'"
-        )
-    elif bases == "seed" and (reason := drawing_note(spec)) is not None:
-        notes.append(reason)
-    if stored_dims(basis, rectangle) != rectangle:
-        notes.append(
-            "the bases were drawn for other layers and are too narrow for PEFT, which cannot load this adapter"
-        )
-    return notes
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,15 +270,12 @@ class AdapterState:
             CheckpointError: If names or shapes differ.
         """
         require_types(AdapterState.with_tensors, {"tensors": tensors})
-        named = [
-            ("there are no values of", sorted(self.tensors.keys() - tensors.keys())),
-            ("the adapter has no tensor", sorted(tensors.keys() - self.tensors.keys())),
-        ]
-        problems = [f"{what} {shortened(names)}" for what, names in named if names]
-        problems += [
-            f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(own.shape)}"
-            for name, own in self.tensors.items()
-            if name in tensors and tensors[name].shape != own.shape
+        given = {name: f"shape {tuple(tensor.shape)}" for name, tensor in tensors.items()}
+        expected = {name: f"shape {tuple(tensor.shape)}" for name, tensor in self.tensors.items()}
+        problems = [
+            f"{name} has {given.get(name, 'no values')}, expected {expected.get(name, 'no such tensor')}"
+            for name in sorted(given.keys() | expected.keys())
+            if given.get(name) != expected.get(name)
         ]
         raise_collected(CheckpointError, problems, doing="give an adapter other values")
         values = {
@@ -290,15 +283,14 @@ class AdapterState:
             for name, own in self.tensors.items()
         }
         header = parse_header(_header_of(self), self.tensors)
-        return replace(self, tensors=values, metadata=self.metadata | metadata_of(header, values))
+        return replace(self, tensors=values, metadata=self.metadata | seal_of(facts_of(header), values).metadata)
 
 
 @collective(writes=False)
 def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs = "seed") -> AdapterState:
     """Return an adapter in memory, as `randlora.save` would write it.
 
-    If any parameter of the model is sharded, such as by `fully_shard`, this is a collective: every process calls it and
-    gets the whole adapter.
+    If the model is sharded, such as by `fully_shard`, every process calls this and gets the whole adapter.
 
     Args:
         model: A model with adapters.
@@ -319,15 +311,11 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
         >>> half = {name: tensor / 2 for name, tensor in state.tensors.items()}
         >>> randlora.swap(model, state.with_tensors(half))
     """
+    require_types(adapter_state, locals())
     doing = "return the state of an adapter"
     (adapter,) = to_save(model, [name], bases, doing=doing)
-    raise_collected(CheckpointError, adapter.value_problems() if agreeing() is None else [], doing=doing)
     tensors = dict[str, Tensor]()
-
-    def keep(tensor: Planned) -> None:
-        tensors[tensor.name] = tensor.read()
-
-    steps = [*adapter.gather(keep)]
+    steps = [*adapter.gather(lambda tensor: tensors.update({tensor.name: tensor.read()}))]
     agree()  # before anything is gathered
     run_collectives(steps)
     raise_collected(CheckpointError, adapter.problems, doing=doing)
@@ -337,17 +325,12 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
 
 
 def file_of(state: AdapterState) -> AdapterFile:
-    """Check a state, and return the contents of the files that it would be saved as, with copies of the tensors.
-
-    Raises:
-        CheckpointError: If it is not the state of an adapter, or its values were changed other than by `with_tensors`.
-    """
+    """Check a state, and return the contents of the files that it would be saved as, with copies of the tensors."""
     problems = [
         *mistyped(state.tensors, dict[str, Tensor], "tensors"),
         *mistyped(state.metadata, dict[str, str], "metadata"),
-        *mistyped(state.config, dict[str, Any], "config"),
+        *mistyped(state.config, PeftFields, "config"),
     ]
-    problems = problems or [*mistyped(state.config, PeftFields, "config")]
     raise_collected(CheckpointError, problems, doing="use the state of an adapter")
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.tensors.items()}
     try:
@@ -356,12 +339,10 @@ def file_of(state: AdapterState) -> AdapterFile:
         raise CheckpointError(f"{error}; values are changed with AdapterState.with_tensors") from error
     fields = json.loads(json.dumps(state.config))
     file = sort_contents(fields, header, tensors, None, doing="use the state of an adapter")
-    return replace(file, basis_copies=int(bool(file.bases)), doubts=tuple(disagreements(fields, header)))
+    return replace(file, doubts=disagreements(fields, header))
 
 
 def _header_of(state: AdapterState) -> str:
     if HEADER_KEY not in state.metadata:
-        raise CheckpointError(
-            f"the metadata of the state has no {HEADER_KEY!r}, which randlora.adapter_state and randlora.save write"
-        )
+        raise CheckpointError(f"the metadata of the state has no {HEADER_KEY!r}, which randlora.adapter_state writes")
     return state.metadata[HEADER_KEY]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from randlora.checkpoint.header import ModelClass
-from randlora.checkpoint.peft_config import mismatch, name_of, whole_modules
+from randlora.checkpoint.peft_layout import whole_modules
 from randlora.checkpoint.read import AdapterFile
 from randlora.disk.formats import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
@@ -19,13 +17,12 @@ from randlora.layers.registry import find_layer
 from randlora.places import is_hooked
 from randlora.targets.census import Census, Shapes, Site, shapes_of, sizes
 from randlora.targets.left_out import obstacles, offloaded_copies
-from randlora.targets.match import shortened
 
 
 def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
     """Return the weights that a file names, after checking that everything in it fits the model, adapted or not."""
     sites = named_sites(census, file)
-    own = {held.fqn: held.tensor for held in census.tensors}
+    tensors = {held.fqn: held.tensor for held in census.tensors}
     problems = [
         *obstacles(census, sites, file.config.dropout),
         *(
@@ -34,7 +31,7 @@ def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
             if site.weight is not None and site.weight.is_meta and not is_hooked(site.owner)
         ),
         *misfits(file, shapes_of(sites, file.config)),
-        *trained_misfits(own, file),
+        *trained_misfits(tensors, file),
         *offloaded_copies(census, file.trained),
     ]
     raise_collected(CheckpointError, problems, doing=_fitting(census, file))
@@ -50,55 +47,34 @@ def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
     for fqn in file.values:
         if (site := sites.get(fqn)) is not None:
             if (twin := found.setdefault(site.key, site)) is not site:
-                problems.append(
-                    f"{fqn} and {twin.fqn} are the same layer in this model, which cannot hold both adapters"
-                )
+                problems.append(f"{fqn} and {twin.fqn} are the same layer in this model, which cannot hold both")
         elif fqn not in modules:
             problems.append(f"the model has no layer {fqn}")
         else:
             reason = find_layer(modules[fqn])
             why = f"cannot be adapted: {reason}" if isinstance(reason, str) else "has no weight that can be adapted"
             problems.append(f"{fqn} ({type(modules[fqn]).__name__}) {why}")
-    problems = prefix_problems(file, sites, parameter_names(census)) or problems
+    problems = prefix_problems(file, sites) or problems
     raise_collected(CheckpointError, problems, doing=_fitting(census, file))
     return tuple(site for site in sites.values() if found.get(site.key) is site)
 
 
 def _fitting(census: Census, file: AdapterFile) -> str:
-    """Return what is refused, with what the adapter was trained on if this is a different model."""
-    recorded = file.header.model_class if file.header else None
-    return f"fit the adapter{trained_on_another(census.model, file.fields, recorded)}"
+    """Return what is refused, with the class that the adapter was trained on if this is a different one."""
+    trained_on, this = None if file.header is None else file.header.model_class, plain_class(census.model).__name__
+    if trained_on is None or trained_on.name == this:
+        return "fit the adapter to this model"
+    return f"fit the adapter, trained on {trained_on.name}, to this {this}"
 
 
-def trained_on_another(model: nn.Module, fields: Mapping[str, Any], recorded: ModelClass | None) -> str:
-    """Return what an adapter was trained on, and what a model is, as a phrase after "fit the adapter"."""
-    mapping = fields.get("auto_mapping")
-    written = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    theirs = recorded.name if recorded else written, fields.get("base_model_name_or_path")
-    own = plain_class(model).__name__, name_of(model)
-    is_other_class = isinstance(theirs[0], str) and theirs[0] != own[0]
-    if not is_other_class and mismatch(model, theirs[1]) is None:
-        return " to this model"
-    known = " of ".join(name for name in theirs if isinstance(name, str) and name)
-    return f", trained on {known}, to this {' of '.join(name for name in own if name)}"
-
-
-def parameter_names(census: Census) -> set[str]:
-    """Return the FQNs of all parameters, at each of their places."""
-    return {held.fqn for held in census.parameters}
-
-
-def with_prefix(
-    file: AdapterFile, prefix: str | None, known: Collection[str], parameters: Collection[str]
-) -> AdapterFile:
+def with_prefix(file: AdapterFile, prefix: str | None, known: Collection[str]) -> AdapterFile:
     """Return an adapter with a prefix, if any, added to its names, or removed from them if that gives known layers."""
     if prefix is None:
         return file
     if not prefix.strip("."):
         raise ConfigError(f"prefix must be the name of a module, such as 'bert', got {prefix!r}")
     dotted = f"{prefix.removesuffix('.')}."
-    names = [*file.values]
-    match _directions(dotted, names, known):
+    match _directions(dotted, [*file.values], known):
         case ["added"]:
             return file.renamed(lambda fqn: dotted + fqn, f"with {dotted!r} added")
         case ["removed"]:
@@ -106,14 +82,14 @@ def with_prefix(
             raise_collected(CheckpointError, problems, doing=f"remove the prefix {prefix!r}")
             return file.renamed(lambda fqn: fqn.removeprefix(dotted), f"with {dotted!r} removed")
         case []:
-            fit = "as they are: leave it out" if all(name in known for name in names) else "neither with it nor without"
-            reason, *_ = prefix_problems(file, known, parameters) or [f"the names of the adapter's layers fit {fit}"]
+            otherwise = "the names of the adapter's layers do not fit with it: if they fit as they are: leave it out"
+            reason, *_ = prefix_problems(file, known) or [otherwise]
         case _:
             reason = "the model has such layers both with and without it"
     raise CheckpointError(f"cannot use {spelled('prefix', prefix)}: {reason}")
 
 
-def prefix_problems(file: AdapterFile, known: Collection[str], parameters: Collection[str]) -> list[str]:
+def prefix_problems(file: AdapterFile, known: Collection[str]) -> list[str]:
     """Return what to do if exactly one prefix, added to all names or removed from them, gives known layers."""
     names = [*file.values]
     if all(name in known for name in names):
@@ -124,14 +100,9 @@ def prefix_problems(file: AdapterFile, known: Collection[str], parameters: Colle
     fitting = [prefix.removesuffix(".") for prefix in prefixes if len(_directions(prefix, names, known)) == 1]
     if len(fitting) != 1:
         return []
-    dotted = f"{fitting[0]}."
-    is_added = _directions(dotted, names, known) == ["added"]
-    renamed = {fqn: f"{dotted}{fqn}" if is_added else fqn.removeprefix(dotted) for fqn in file.trained}
-    lacking = [fqn for fqn, own in renamed.items() if own not in parameters or not (is_added or fqn.startswith(dotted))]
     differ = f"the names of the adapter's layers and the model's differ by the prefix {fitting[0]!r}"
-    if lacking:
-        return [f"{differ}, and {_no_parameter(shortened(lacking), file)}"]
-    return [f"{differ}: give {spelled('prefix', fitting[0])}"]
+    or_else = ", or make the model as it was trained, with its head" if file.trained else ""
+    return [f"{differ}: give {spelled('prefix', fitting[0])}{or_else}"]
 
 
 def _no_parameter(name: str, file: AdapterFile) -> str:
@@ -165,23 +136,19 @@ def misfits(file: AdapterFile, shapes: Shapes) -> list[str]:
     return problems
 
 
-def trained_misfits(own: Mapping[str, Tensor | Entry], file: AdapterFile) -> list[str]:
+def trained_misfits(tensors: Mapping[str, Tensor | Entry], file: AdapterFile) -> list[str]:
     """Return which parameters and buffers trained with an adapter are missing or different in the model."""
     problems = []
-    for fqn, tensor in file.trained.items():
-        if fqn not in own:
+    for fqn, trained in file.trained.items():
+        if (here := tensors.get(fqn)) is None:
             problems.append(_no_parameter(fqn, file))
-        elif not _may_hold(own[fqn], tensor.dtype):
-            problems.append(f"{fqn} holds {own[fqn].dtype} here, and was trained as {tensor.dtype}")
-        elif tuple(own[fqn].shape) != tuple(tensor.shape):
-            problems.append(f"{fqn} has shape {tuple(own[fqn].shape)} here, {tuple(tensor.shape)} in the file")
+            continue
+        are_floating = here.dtype.is_floating_point and trained.dtype.is_floating_point
+        if not are_floating and (here.dtype != trained.dtype or isinstance(here, nn.Parameter)):
+            problems.append(f"{fqn} holds {here.dtype} here, and was trained as {trained.dtype}")
+        elif tuple(here.shape) != tuple(trained.shape):
+            problems.append(f"{fqn} has shape {tuple(here.shape)} here, {tuple(trained.shape)} in the file")
     return problems
-
-
-def _may_hold(own: Tensor | Entry, dtype: torch.dtype) -> bool:
-    """Whether a parameter or buffer may take values of a dtype: both are floating, or a buffer has the same."""
-    both_floating = own.dtype.is_floating_point and dtype.is_floating_point
-    return both_floating or (own.dtype == dtype and not isinstance(own, nn.Parameter))
 
 
 def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
@@ -195,13 +162,9 @@ def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
         left = [fqn for fqn in names if fqn not in file.trained]
         values = [file.trained[fqn] for fqn in named]
         if any(value.dtype != values[0].dtype or not torch.equal(value, values[0]) for value in values):
-            problems.append(
-                f"{' and '.join(named)} are one parameter in this model and two in the file: untie them first"
-            )
+            problems.append(f"{' and '.join(named)} are one parameter here and two in the file: untie them first")
         elif named and left and file.header is None:
-            problems.append(
-                f"{named[0]} is tied to {' and '.join(left)} here, but PEFT trained only it: untie them first"
-            )
+            problems.append(f"{named[0]} is tied to {' and '.join(left)}, but PEFT trained it alone: untie them first")
         repeated.update(named[1:])
     raise_collected(CheckpointError, problems, doing="fit the adapter to this model")
     return replace(file, trained={fqn: value for fqn, value in file.trained.items() if fqn not in repeated})

@@ -1,14 +1,14 @@
-"""The header of an adapter's file: the facts for which PEFT has no field.
+"""The header of an adapter's file: the facts for which PEFT has no field, as JSON in the metadata of the tensors' file.
 
-It is JSON in the metadata of the safetensors file: options, the specs of the bases with their digests, the layers'
-shapes, versions, and a checksum of everything. The dataclasses here are its schema, in the newest format.
+These are options, the specs of the bases with their digests, the layers' shapes, versions, and a checksum of
+everything. The dataclasses here are the schema, in the newest format.
 """
 
 import hashlib
 import json
 import operator
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, Shape, drawn_dims, sliced_dims
-from randlora.checkpoint.tensors import METADATA
 from randlora.config import OPTIONS, LayerOptions, RandLoRAConfig, by_rank
-from randlora.disk.formats import Planned, bytes_of, parse_json
+from randlora.disk.formats import METADATA, Planned, bytes_of, parse_json
 from randlora.errors import SHOWN, CheckpointError, ConfigError
 from randlora.hints import RIGHT, UNIONS, mistyped, shortly
 from randlora.layers.in_place import plain_class
@@ -39,29 +38,21 @@ Version 1 has one pair of bases, version 2 has bases by r, stacks of matrices an
 version 3 has buffers of modules in ``train_also``.
 """
 
-LIBRARIES = ("transformers", "sentence_transformers")
-"""Libraries whose classes are recorded if they are exported, so that other programs find them by name."""
+LIBRARIES = ("transformers", "sentence_transformers")  # whose exported classes are recorded, to be found by name
 
 
 @dataclass(frozen=True)
 class ModelClass:
-    """The class of a model, and the outputs of a head as its config describes them.
+    """The class of a model, and the outputs of a head, trained with the adapter, as its config describes them."""
 
-    Attributes:
-        library: The package that exports it.
-        name: Its name, such as ``"BertForSequenceClassification"``.
-        labels: The names of the outputs, in order, if parameters were trained with the adapter, such as a head.
-        problem_type: The ``problem_type`` in the config, which selects the loss.
-    """
-
-    library: str
-    name: str
-    labels: tuple[str, ...] | None = None
-    problem_type: str | None = None
+    library: str  # the package that exports it
+    name: str  # such as "BertForSequenceClassification"
+    labels: tuple[str, ...] | None = None  # the names of the outputs, in order
+    problem_type: str | None = None  # which selects the loss
 
     @classmethod
     def of(cls, model: nn.Module, *, has_trained: bool) -> Self | None:
-        """Return the class of a model, or ``None`` if no library exports it; with labels if ``has_trained``."""
+        """Return the class of a model, or ``None`` if no library exports it; with the outputs if ``has_trained``."""
         # `fully_shard` changes the class too
         kind = next(kind for kind in plain_class(model).__mro__ if not kind.__module__.startswith("torch."))
         library = kind.__module__.partition(".")[0]
@@ -75,10 +66,10 @@ class ModelClass:
     def config_fields(self) -> dict[str, Any]:
         """The fields that a config of transformers has for a model with these labels."""
         fields: dict[str, Any] = {} if self.problem_type is None else {"problem_type": self.problem_type}
-        if self.labels is not None:
-            fields["id2label"] = dict(enumerate(self.labels))
-            fields["label2id"] = {label: index for index, label in enumerate(self.labels)}
-        return fields
+        if self.labels is None:
+            return fields
+        label2id = {label: index for index, label in enumerate(self.labels)}
+        return {**fields, "id2label": dict(enumerate(self.labels)), "label2id": label2id}
 
 
 def _labels(config: object) -> tuple[str, ...] | None:
@@ -91,46 +82,34 @@ def _labels(config: object) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True)
 class BasisRecord:
-    """One pair of bases, as a header records it.
-
-    ``digest`` is the `Basis.digest` of the values that the layers with this r use. If not ``is_reproducible``, the spec
-    does not reproduce the bases, and the file must hold them.
-    """
+    """One pair of bases, as a header records it. If not ``is_reproducible``, the file must hold them."""
 
     spec: BasisSpec = field(metadata={"json": "basis"})
-    digest: str = field(metadata={"json": SEAL_WORD})
-    is_reproducible: bool
+    digest: str = field(metadata={"json": SEAL_WORD})  # of the values that the layers with this r use
+    is_reproducible: bool  # by the spec
 
     @classmethod
-    def of(cls, basis: Basis, shapes: Iterable[Shape]) -> Self:
+    def of(cls, basis: Basis, shapes: Sequence[Shape]) -> Self:
         """Return the record of bases for layers of these shapes."""
-        spec, shapes = basis.spec, list(shapes)
+        spec, (max_dim, min_dim) = basis.spec, drawn_dims(shapes)
         if spec.is_prefix_stable:  # then the dims that other adapters of the model made it grow to do not matter
-            max_dim, min_dim = drawn_dims(shapes)
             spec = replace(spec, max_dim=max_dim, min_dim=min_dim)
         return cls(spec, basis.digest(*sliced_dims(shapes)), basis.stored is None)
 
 
 @dataclass(frozen=True)
 class Header:
-    """The facts about an adapter that are not in its tensors.
+    """The facts about an adapter that are not in its tensors. ``None`` is what the file does not say."""
 
-    ``config`` gives r and alpha of each target by FQN where they differ, ``bases`` are the bases by r, and ``shapes``
-    the shapes of the updates by target. ``torch_version`` is the version that drew the bases, and ``transposed`` are
-    the targets that are stored as ``(in_features, out_features)``; ``None`` if the file does not say. ``kinds`` are the
-    kinds of targets that are not linear layers. ``model_class`` is the class that the adapter was trained on; ``None``
-    if the file does not say. ``buffers`` are the names in ``config.train_also`` that are buffers.
-    """
-
-    config: RandLoRAConfig
-    bases: dict[int, BasisRecord]
-    shapes: Shapes = field(metadata={"json": "targets"})
+    config: RandLoRAConfig  # with r and alpha of each target by FQN where they differ
+    bases: dict[int, BasisRecord]  # by r
+    shapes: Shapes = field(metadata={"json": "targets"})  # of the updates, by target
     library_version: str
-    torch_version: str | None
-    transposed: tuple[str, ...] | None
-    kinds: Mapping[str, str] = field(default_factory=dict)
-    model_class: ModelClass | None = None
-    buffers: tuple[str, ...] = ()
+    torch_version: str | None  # which drew the bases
+    transposed: tuple[str, ...] | None  # the targets that are stored as (in_features, out_features)
+    kinds: Mapping[str, str] = field(default_factory=dict)  # of the targets that are not linear layers
+    model_class: ModelClass | None = None  # that the adapter was trained on
+    buffers: tuple[str, ...] = ()  # the names in config.train_also that are buffers
 
     @classmethod
     def of(
@@ -140,21 +119,15 @@ class Header:
         bases: Mapping[int, Basis],
         shapes: Shapes,
         trained: Iterable[str],
-        transposed: tuple[str, ...] | None,
-        kinds: Mapping[str, str],
-        model_class: ModelClass | None,
-        buffers: Iterable[str],
+        **others: Any,
     ) -> Self:
-        """Return the header of an adapter, given its layers' shapes and the FQNs of parameters trained with it.
-
-        ``buffers`` are the FQNs that are buffers.
-        """
+        """Return a header written now; ``trained`` are the FQNs trained with the adapter, ``others`` further fields."""
         config = replace(config, targets=tuple(shapes), exclude=None, train_also=tuple(trained) or None)
-        records = {r: BasisRecord.of(bases[r], own) for r, own in by_rank(shapes, options).items()}
+        config = options_by_target(config, options)
+        records = {r: BasisRecord.of(bases[r], used_by) for r, used_by in by_rank(shapes, options).items()}
         is_drawn = any(record.is_reproducible for record in records.values())
         versions = version("randlora"), torch.__version__.split("+")[0] if is_drawn else None
-        head = options_by_target(config, options), records, dict(shapes), *versions
-        return cls(*head, transposed, kinds, model_class, tuple(buffers))
+        return cls(config, records, dict(shapes), *versions, **others)
 
     @property
     def format_version(self) -> int:
@@ -181,11 +154,7 @@ class Header:
 
 
 class Seal:
-    """The SHA-256 of the facts of a header and of the tensors beside it, added one by one in the order of their names.
-
-    Attributes:
-        text: The header as JSON, with the SHA-256 of all that was added so far: always of the same length.
-    """
+    """The SHA-256 of the facts of a header and of the tensors beside it, added one by one in the order of names."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         """Begin with the facts."""
@@ -208,18 +177,9 @@ class Seal:
         return self._digest.hexdigest()
 
     @property
-    def text(self) -> str:  # noqa: D102  # see above
-        return json.dumps({**self._facts, "sha256": self.digest})
-
-    @property
     def metadata(self) -> dict[str, str]:
-        """The metadata of the file."""
-        return METADATA | {HEADER_KEY: self.text}
-
-
-def metadata_of(header: Header | None, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the metadata of the file of an adapter's tensors."""
-    return METADATA if header is None else seal_of(facts_of(header), tensors).metadata
+        """The metadata of the file with all that was added so far; always of the same length."""
+        return METADATA | {HEADER_KEY: json.dumps({**self._facts, "sha256": self.digest})}
 
 
 def facts_of(header: Header) -> dict[str, Any]:
@@ -292,8 +252,7 @@ def upgrade(facts: Mapping[str, Any]) -> dict[str, Any]:
     found = facts["format_version"]
     if type(found) is not int or not 1 <= found <= NEWEST:
         raise CheckpointError(
-            f"the file has format version {found!r:.80}, this library reads versions 1 to {NEWEST}: install one that "
-            "reads it"
+            f"the file has format version {found!r:.80}, this library reads versions 1 to {NEWEST}: install one for it"
         )
     newest = {"torch_version": None, "transposed": None, **facts}  # which the first files lack
     if found == 1:
@@ -303,7 +262,7 @@ def upgrade(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
-    """Return the header that was written as a `Seal.text` with these tensors, after checking version and checksum."""
+    """Return the header that a `Seal` wrote with these tensors, after checking version and checksum."""
     problems: list[str] = []
     try:
         facts = parse_json(text)
@@ -316,8 +275,7 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
     except CheckpointError:
         raise
     except ConfigError as error:  # of options, perhaps with several problems
-        why, *problems = error.args
-        raise CheckpointError(f"the file's header is damaged, get an undamaged copy: {why}", *problems) from error
+        raise CheckpointError(f"the file's header is damaged: {error.args[0]}", *error.args[1:]) from error
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"the file's header is damaged ({error}): get an undamaged copy") from error
     if seal != seal_of(facts, tensors).digest:

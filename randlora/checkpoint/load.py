@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +14,17 @@ from torch import Tensor, nn
 
 from randlora.checkpoint.bases import file_bases, stream_notes
 from randlora.checkpoint.contents import AdapterState, file_of
-from randlora.checkpoint.fit import fit_sites, parameter_names, with_prefix, without_repeats
+from randlora.checkpoint.fit import fit_sites, with_prefix, without_repeats
 from randlora.checkpoint.header import BasisRecord, Header
-from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIELDS, kept_fields, mismatch
+from randlora.checkpoint.peft_layout import (
+    BASE_FIELD,
+    CONFIG_FILE,
+    NEUTRAL_FIELDS,
+    TENSORS_FILE,
+    kept_fields,
+    mismatch,
+)
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
-from randlora.checkpoint.tensors import TENSORS_FILE, master
 from randlora.config import Stream, by_rank
 from randlora.disk.formats import is_there
 from randlora.disk.hub import local_path
@@ -48,12 +55,21 @@ class Found(NamedTuple):
     rule: str  # by which its targets are chosen, for reports
 
 
+@contextmanager
+def _refusing(to: str) -> Iterator[None]:
+    """Have a `CheckpointError` of the block begin with the call that it refuses."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot {to}: {error.args[0]}", *error.args[1:]) from error
+
+
 def read_source(
     source: Source, *, revision: str | None = None, subfolder: str | None = None, stream: Stream | None = None
 ) -> Found:
     """Read an adapter, without a model. Errors name what it was taken from."""
     where = "the state of an adapter" if isinstance(source, AdapterState) else repr(str(source))
-    try:
+    with _refusing(f"load {where}"):
         if not isinstance(source, AdapterState):
             place = f"{subfolder} of {source}" if subfolder else f"{source}"
             rule = f"the names in {place} at {revision}" if revision else f"the names in {place}"
@@ -62,12 +78,9 @@ def read_source(
         if given := [option for option in (revision, subfolder, stream) if option is not None]:
             raise CheckpointError(f"it has no revision, subfolder or stream, got {given[0]!r}")
         return Found(file_of(source), where, f"the names in {where}")
-    except CheckpointError as error:
-        raise CheckpointError(f"cannot load {where}: {error.args[0]}", *error.args[1:]) from error
 
 
-IN_ROOT = "default"
-"""The name of the adapter whose files are not in a subdirectory, in PEFT's layout of several adapters."""
+IN_ROOT = "default"  # the adapter whose files are not in a subdirectory, in PEFT's layout of several adapters
 
 
 def adapters_in(directory: Path) -> dict[str, Path]:
@@ -100,10 +113,9 @@ def load(
 ) -> Report:
     """Load an adapter from a directory, or from a repository on the Hub, into a model, in place.
 
-    The names in the file determine the layers; its ``target_modules`` is not matched against the model. Bases that the
-    model does not have are added. A ``UserWarning`` says if the file and the model name different base models. It also
-    says if the JSON file is missing or contradicts the header of the tensors; the header then decides. If the model is
-    sharded, all processes call this together.
+    The names in the file determine the layers; its ``target_modules`` is not matched against the model. A
+    ``UserWarning`` says if the file and the model name different base models, or if the JSON file is missing or
+    contradicts the header of the tensors, which decides. If the model is sharded, all processes call this together.
 
     Args:
         model: The model that the adapter was trained on, with or without other adapters.
@@ -116,8 +128,7 @@ def load(
         revision: Branch, tag or commit of a repository; ``None`` means its main branch.
         subfolder: The directory inside of ``source`` with the adapter's files; ``None`` means ``source`` itself.
         prefix: The prefix by which the names in the file and in the model differ, such as ``"bert"`` for an adapter of
-            ``BertModel`` and a model with a head. It is added to the names or removed from them, as the model requires;
-            the report says which.
+            ``BertModel`` and a model with a head. It is added or removed, as the model requires; the report says which.
         stream: The stream of the adapter's bases, for a file of PEFT that does not contain its ``dense`` bases:
             ``"torch-2.11"`` if it was trained under torch 2.11 or older. ``None`` means the stream in the file, or else
             ``"torch"``, with a note in the report.
@@ -127,18 +138,17 @@ def load(
         A report as from `randlora.inject`.
 
     Raises:
-        ConfigError: If ``prefix`` is not a name, ``stream`` is not a stream, or a flag is neither ``True`` nor
-            ``False``.
+        ConfigError: If an option has the wrong type, or ``prefix`` is not a name.
         CheckpointError: If the files are damaged, have an unknown kind or version, do not fit the model, cannot be
             downloaded, or use a different stream.
         AdapterError: If the name is taken, or the model's adapters are merged.
     """
-    given = {"model": model, "source": source, "trainable": trainable, "active": active, "revision": revision}
-    given |= {"prefix": prefix, "stream": stream, "subfolder": subfolder, "save_pretrained": save_pretrained}
-    require_types(load, given)
+    require_types(load, {option: value for option, value in locals().items() if option != "name"})
     with opened_to_add(model, [name], "load") as view:
         found = read_source(source, revision=revision, subfolder=subfolder, stream=stream)
-        return added(view, found, Options(name, trainable, active, prefix, save_pretrained))
+        return _added(
+            view, name, found, trainable=trainable, active=active, prefix=prefix, save_pretrained=save_pretrained
+        )
 
 
 @collective(writes=True)
@@ -171,49 +181,32 @@ def load_all(
         A report for each, as from `randlora.load`.
 
     Raises:
-        CheckpointError: If there is no adapter, none with a given name, or one cannot be loaded. The model is then
-            unchanged.
+        CheckpointError: If there is no adapter, none with a given name, or one cannot be loaded; nothing has changed.
         AdapterError: If a name is taken, or the model's adapters are merged.
     """
-    given = {"model": model, "source": source, "names": names, "trainable": trainable, "revision": revision}
-    require_types(load_all, given | {"prefix": prefix, "save_pretrained": save_pretrained})
+    require_types(load_all, locals())
     files = [f"{folder}{name}" for folder in ("", "*/") for name in (CONFIG_FILE, TENSORS_FILE)]
-    try:
+    with _refusing(f"load {str(source)!r}"):
         directories = adapters_in(local_path(source, revision, files, are_patterns=True))
-    except CheckpointError as error:
-        raise CheckpointError(f"cannot load {str(source)!r}: {error.args[0]}", *error.args[1:]) from error
     chosen = list(dict.fromkeys(directories if names is None else names))
-    problems = [
-        f"there is no adapter named {name!r}; the nearest are {nearest_names(name, directories)}"
-        for name in chosen
-        if name not in directories
-    ]
+    unknown = [name for name in chosen if name not in directories]
+    problems = [f"no adapter named {name!r}; the nearest are {nearest_names(name, directories)}" for name in unknown]
     raise_collected(CheckpointError, problems, doing=f"load {str(source)!r}")
     found = {name: read_source(directories[name]) for name in chosen}
-    return add_all(model, found, Options(trainable=trainable, prefix=prefix, save_pretrained=save_pretrained))
-
-
-class Options(NamedTuple):
-    """The options of `load`, apart from the source; see there."""
-
-    name: str = "default"
-    trainable: bool = False
-    active: bool | None = None
-    prefix: str | None = None
-    save_pretrained: SavePretrained | None = None
+    return add_all(model, found, trainable=trainable, prefix=prefix, save_pretrained=save_pretrained)
 
 
 @collective(writes=True)
 @torch.inference_mode(mode=False)
-def add_all(model: nn.Module, found: Mapping[str, Found], options: Options) -> list[Report]:
+def add_all(model: nn.Module, found: Mapping[str, Found], **options: Any) -> list[Report]:
     """Add adapters that were read to a model under these names: all of them, or none if one cannot be added."""
     reports: list[Report] = []
     with opened_to_add(model, found, "load") as view:
         try:
             with raise_on_every_rank(agreeing()):  # else only some of the processes would remove what all have added
-                for name, each in found.items():
+                for name, adapter in found.items():
                     now = View(view.root, view.state, view.census.again()) if reports else view
-                    reports.append(added(now, each, options._replace(name=name)))
+                    reports.append(_added(now, name, adapter, **options))
         except BaseException:
             for name in reversed([*found][: len(reports)]):
                 remove(model, name)
@@ -221,21 +214,27 @@ def add_all(model: nn.Module, found: Mapping[str, Found], options: Options) -> l
     return reports
 
 
-def added(view: View, found: Found, options: Options) -> Report:
+def _added(
+    view: View,
+    name: str,
+    found: Found,
+    *,
+    trainable: bool = False,
+    active: bool | None = None,
+    prefix: str | None = None,
+    save_pretrained: SavePretrained | None = None,
+) -> Report:
     """Add an adapter that was read to a model, and return the report."""
     census, state = view.census, view.state
-    file, (name, trainable, active, prefix, save_pretrained) = found.file, options
     active = not state.adapters if active is None else active
-    try:
-        file = with_prefix(file, prefix, census.sites_by_fqn, parameter_names(census))
+    with _refusing(f"load {found.where}"):
+        file = with_prefix(found.file, prefix, census.sites_by_fqn)
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
         shapes = shapes_of(sites, file.config)
         with without_modes():
             file, bases = file_bases(file, by_rank(shapes, file.options), state.bank, census.shapes)
-    except CheckpointError as error:
-        raise CheckpointError(f"cannot load {found.where}: {error.args[0]}", *error.args[1:]) from error
-    doubts = warn_of_doubts(census.model, file)
+    doubts = _warn_of_doubts(census.model, file)
     rule = f"{found.rule}, {file.renaming}" if file.renaming else found.rule
     layer_options = {fqn: file.options[fqn] for fqn in shapes}
     adapter = Adapter(name, file.config, bases, layer_options, rule, peft_fields=kept_fields(file.fields))
@@ -246,11 +245,7 @@ def added(view: View, found: Found, options: Options) -> Report:
     for fqn, entry in replaced.items():
         own = file.trained[fqn].to(device=entry.original.device, dtype=copy_dtype(entry))
         adapter.trained[fqn] = like(entry.original, own, requires_grad=trainable)
-    values = {}
-    for site in sites:
-        device = site.layer_class.device_beside(site.owner)
-        lam, gamma = (master(part, device) for part in file.values[site.fqn])
-        values[site.fqn] = (lam, gamma)
+    values = {site.fqn: file.diagonals(site.fqn, site.layer_class.device_beside(site.owner)) for site in sites}
     if trainable:
         notes += [*moving_note(census, adapter.buffers), *half_notes(adapter)]
     report = adapter_report(census, adapter, shapes, is_active=active, is_trainable=trainable, notes=notes)
@@ -268,18 +263,12 @@ def added(view: View, found: Found, options: Options) -> Report:
     return report
 
 
-def warn_of_doubts(model: nn.Module, file: AdapterFile) -> list[str]:
+def _warn_of_doubts(model: nn.Module, file: AdapterFile) -> list[str]:
     """Warn of doubts about the files and of a different base model; return the warnings."""
-    doubt = mismatch(model, file.fields.get(BASE_FIELD))
-    doubts = [*file.doubts, *([] if doubt is None else [doubt])]
+    doubts = [*file.doubts, *filter(None, [mismatch(model, file.fields.get(BASE_FIELD))])]
     for doubt in doubts:
         warn(doubt)
     return doubts
-
-
-SWAPPING = "swap the values of an adapter"
-
-ADVICE = "make it with the options that it was saved with, or load it as a separate adapter, with a different name="
 
 
 @collective(writes=True)
@@ -295,16 +284,13 @@ def swap(
 ) -> None:
     """Replace the values of an adapter with the values of a saved adapter, in place.
 
-    Parameters remain the same objects, and the bases are not touched, so nothing is allocated or compiled again, and
-    optimizers and engines continue to work. Both adapters must have the same layers, r, alpha, bases and parameters of
-    ``train_also``. Whether the adapter is active or trainable does not change, nor does its dropout. If the model is
-    sharded, all processes call this together.
+    Parameters remain the same objects, and the bases are not touched, so nothing is allocated or compiled again. Both
+    adapters must have the same layers, r, alpha, bases and parameters of ``train_also``. Whether the adapter is active
+    or trainable does not change, nor does its dropout. If the model is sharded, all processes call this together.
 
     Either all values are written or none. No other thread may run the model meanwhile, because its forward pass would
-    mix old and new values. Let one thread do both, or hold a lock around each.
-
-    An optimizer keeps its moments, which belong to the old values: to train on from the new ones, clear its ``state``
-    or create a new optimizer. ``backward`` of an earlier forward raises torch's error about values changed in place.
+    mix old and new values. An optimizer keeps its moments, which belong to the old values: to train on from the new
+    ones, clear its ``state`` or create a new optimizer.
 
     Args:
         model: A model with adapters.
@@ -316,13 +302,10 @@ def swap(
         prefix: The prefix by which the names in the file and in the model differ, as for `randlora.load`.
 
     Raises:
-        AdapterError: If the model has no adapter of that name, its adapters are merged, or an open block of
-            `randlora.serving.routed` names it.
-        CheckpointError: If the source is missing or damaged, or differs in more than values. The message names all
-            differences, and nothing has changed.
+        AdapterError: If the model has no such adapter, or it is merged or named by an open `randlora.serving.routed`.
+        CheckpointError: If the source is missing or damaged, or differs in more than values. Nothing has changed then.
     """
-    given = {"model": model, "name": name, "source": source, "revision": revision}
-    require_types(swap, {**given, "subfolder": subfolder, "prefix": prefix})
+    require_types(swap, locals())
     swap_each(model, {name: source}, revision=revision, subfolder=subfolder, prefix=prefix)
 
 
@@ -330,7 +313,7 @@ def swap(
 @torch.inference_mode(mode=False)
 def swap_each(model: nn.Module, sources: Mapping[str, Source] | Mapping[str | None, Source], **options: Any) -> None:
     """Swap the values of several adapters, by name, as `swap` does: all of them, or none."""
-    with opened(model, SWAPPING) as view:
+    with opened(model, "swap the values of an adapter") as view:
         planned = [_planned(view, name, source, **options) for name, source in sources.items()]
         _write_all(chain.from_iterable(values for _, _, values in planned))
         for adapter, fields, _ in planned:
@@ -338,13 +321,7 @@ def swap_each(model: nn.Module, sources: Mapping[str, Source] | Mapping[str | No
 
 
 def _planned(
-    view: View,
-    name: str | None,
-    source: Source,
-    *,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    prefix: str | None = None,
+    view: View, name: str | None, source: Source, *, prefix: str | None = None, **place: Any
 ) -> tuple[Adapter, dict[str, Any], list[tuple[Tensor, Tensor]]]:
     """Return an adapter, its new fields of PEFT, and its parameters with their new values, after all checks."""
     state, census = view.state, view.census
@@ -353,33 +330,33 @@ def _planned(
     require_unmerged(state, doing)
     require_unused(state, adapter.name, doing)
     sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
-    problems = lost_parts(census, state, [adapter])
-    raise_collected(CheckpointError, problems, doing=doing)
-    found = read_source(source, revision=revision, subfolder=subfolder)
+    raise_collected(CheckpointError, lost_parts(census, state, [adapter]), doing=doing)
+    found = read_source(source, **place)
     doing += f" for those of {found.where}"
-    try:
-        file = with_prefix(found.file, prefix, census.sites_by_fqn, parameter_names(census))
-        file = without_repeats(census, file)
-    except CheckpointError as error:
-        raise CheckpointError(f"cannot {doing}: {error.args[0]}", *error.args[1:]) from error
-    if file.header is None:
-        raise CheckpointError(f"cannot {doing}: randlora.save did not write these files: call randlora.load")
-    others = _differences(adapter, file, file.header, shapes_of(sites, adapter.config))
-    problems += [f"{difference}: {ADVICE}" for difference in others]
-    own = [*chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)]
+    with _refusing(doing):
+        file = without_repeats(census, with_prefix(found.file, prefix, census.sites_by_fqn))
+        if file.header is None:
+            raise CheckpointError("randlora.save did not write these files: call randlora.load")
+    advice = "make it with the options that it was saved with, or load it as a separate adapter, with a different name="
+    differences = _differences(adapter, file, file.header, shapes_of(sites, adapter.config))
+    problems = [f"{difference}: {advice}" for difference in differences]
+    parameters: list[Tensor] = [
+        *chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)
+    ]
     problems += [
         f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back: "
         "load a checkpoint of DeepSpeed, with engine.load_checkpoint(directory)"
         for site in sites[:1]
-        if not all(place_at(each).is_lasting for each in own)
+        if not all(place_at(diagonal).is_lasting for diagonal in parameters)
     ]
-    if not all(has_values(each) for each in (*own, *adapter.trained.values())):
+    parameters += adapter.trained.values()
+    if not all(map(has_values, parameters)):
         problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
     raise_collected(CheckpointError, problems, doing=doing)
-    warn_of_doubts(view.root, file)
+    _warn_of_doubts(view.root, file)
     values = [value for site in sites for value in file.values[site.fqn]]
     values += [file.trained[fqn] for fqn in adapter.trained]
-    return adapter, kept_fields(file.fields), [*zip([*own, *adapter.trained.values()], values, strict=True)]
+    return adapter, kept_fields(file.fields), [*zip(parameters, values, strict=True)]
 
 
 def _write_all(values: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -406,10 +383,9 @@ def _differences(adapter: Adapter, file: AdapterFile, header: Header, shapes: Sh
         ("trained parameter", adapter.parameters.keys(), parameters),
         ("buffer", adapter.buffers.keys(), set(file.buffers)),
     ):
-        if more := sorted(own - other):
-            yield f"the files have no {what} {shortened(more)}"
-        if more := sorted(other - own):
-            yield f"the adapter has no {what} {shortened(more)}, which the files have"
+        for lacking, names in (("files have", own - other), ("adapter has", other - own)):
+            if names:
+                yield f"the {lacking} no {what} {shortened(sorted(names))}"
     own_shapes = dict(shapes) | {fqn: tuple(whole_shape(copy)) for fqn, copy in adapter.trained.items()}
     saved = dict(header.shapes) | {fqn: tuple(copy.shape) for fqn, copy in file.trained.items()}
     for fqn in [fqn for fqn in own_shapes if fqn in saved]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-import time
 from collections.abc import Callable, Container, Mapping
-from contextlib import suppress
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import BufferedReader
@@ -18,47 +17,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from randlora.bases.spec import KINDS
+from randlora.bases.spec import KINDS, count_bases
 from randlora.checkpoint.header import HEADER_KEY, SEAL_WORD, Header, parse_header
-from randlora.checkpoint.peft_config import (
+from randlora.checkpoint.peft_layout import (
     BASE_FIELD,
+    BASES,
     CLASS_FIELDS,
     CONFIG_FILE,
+    MODEL_PREFIX,
     PEFT_TYPE,
+    TENSORS_FILE,
     UNREAD_FIELDS,
     PeftFields,
+    basis_keys,
     from_peft_fields,
     most_common,
     pattern_fields,
     peft_kind,
-)
-from randlora.checkpoint.tensors import (
-    BASIS_A,
-    BASIS_B,
-    GAMMA_SUFFIX,
-    LAMBDA_SUFFIX,
-    MODEL_PREFIX,
-    TENSORS_FILE,
-    TOP_BASIS_A,
-    TOP_BASIS_B,
-    basis_keys,
-    file_problems,
     trained_fqn,
     trained_key,
     value_keys,
 )
 from randlora.config import LayerOptions, RandLoRAConfig, Stream
-from randlora.disk.formats import Shard, bytes_of, is_there, open_shard, read_json, read_tensor
+from randlora.disk.formats import TORCH_DTYPES, Shard, bytes_of, is_there, open_shard, read_json, read_tensor
 from randlora.disk.hub import local_path
 from randlora.errors import CheckpointError, raise_collected, spelled
 from randlora.hints import mistyped, shortly
 from randlora.targets.options import options_by_target, options_listed
 
-COPY = re.compile(rf"\.{BASIS_B}(\.r\d+)?$")
-"""The end of the key of a copy of B."""
-
-PATIENCE = 0.5  # seconds for another process to finish replacing the files, which takes it milliseconds
-PAUSE = 0.02
+VALUE_KEY = re.compile(r"base_model\.model\.(.*)\.randlora_(?:lambda|gamma)", re.DOTALL)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +60,6 @@ class AdapterFile:
     trained: dict[str, Tensor] = field(default_factory=dict)  # other parameters, by FQN
     bases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, by r."""
-    basis_copies: int = 0  # how many times the file has them
     doubts: tuple[str, ...] = ()  # warnings about the files
     renaming: str = ""  # how names differ from the names in the file
     stream: Stream | None = None  # of the bases, if the caller gave it
@@ -89,6 +76,18 @@ class AdapterFile:
         """The r and the alpha of each target."""
         return options_listed(self.config, self.values)
 
+    def diagonals(self, fqn: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Return Λ and Γ of a target in float32, or in float64 if they are in float64."""
+        lam, gamma = (part.to(device, torch.promote_types(part.dtype, torch.float32)) for part in self.values[fqn])
+        return lam.contiguous(), gamma.contiguous()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return Λ, Γ and the parameters trained with the adapter, by key."""
+        tensors = dict[str, Tensor]()
+        for fqn in self.values:
+            tensors |= zip(value_keys(fqn, self.values), self.diagonals(fqn), strict=True)
+        return tensors | {trained_key(fqn, self.values): tensor for fqn, tensor in self.trained.items()}
+
     def renamed(self, rename: Callable[[str], str], how: str) -> AdapterFile:
         """Return the adapter with different FQNs, and without the fields that name the class it was trained on."""
         targets = tuple(map(rename, self.header.shapes if self.header else self.values))
@@ -103,11 +102,15 @@ class AdapterFile:
             model_class=None,
             buffers=tuple(map(rename, self.header.buffers)),
         )
-        fields = {name: value for name, value in self.fields.items() if name not in CLASS_FIELDS}
-        values = {rename(fqn): pair for fqn, pair in self.values.items()}
-        trained = {rename(fqn): tensor for fqn, tensor in self.trained.items()}
-        renamed = replace(self, fields=fields, config=config, header=header, renaming=how)
-        return replace(renamed, values=values, trained=trained)
+        return replace(
+            self,
+            fields={name: value for name, value in self.fields.items() if name not in CLASS_FIELDS},
+            config=config,
+            header=header,
+            values={rename(fqn): pair for fqn, pair in self.values.items()},
+            trained={rename(fqn): tensor for fqn, tensor in self.trained.items()},
+            renaming=how,
+        )
 
 
 def locate(source: str | os.PathLike[str], revision: str | None, subfolder: str | None = None) -> Path:
@@ -116,60 +119,30 @@ def locate(source: str | os.PathLike[str], revision: str | None, subfolder: str 
     path = local_path(source, revision, [(within / name).as_posix() for name in (CONFIG_FILE, TENSORS_FILE)])
     if not (is_there(path) and path.is_file()):
         return path / within
-    if subfolder is not None:
-        raise CheckpointError(f"a file has no subfolder, got {subfolder!r}: give the directory around it")
-    if path.name != TENSORS_FILE:
-        raise CheckpointError(f"it is a file: expected a directory, or the file {TENSORS_FILE} in one")
+    if subfolder is not None or path.name != TENSORS_FILE:
+        raise CheckpointError(f"it is a file: expected a directory, or the file {TENSORS_FILE} in one, no subfolder")
     return path.parent
 
 
 def read_adapter(directory: Path, stream: Stream | None = None) -> AdapterFile:
     """Read an adapter's directory, after checking each of its files, and one against the other.
 
-    If the JSON contradicts our header or is missing, the header decides, and a doubt is added. Another process may be
-    replacing the files, in the order of `files_of`. So the JSON must be the same before and after the tensors are read,
-    and a doubt must persist for a moment after the tensors got their name.
+    If the JSON contradicts our header or is missing, the header decides, and a doubt is added. Without our header the
+    JSON has the options: it must be the same before and after the tensors are read, which may be replaced meanwhile.
     """
-    end = time.monotonic() + PATIENCE
-    while True:
-        fields = _read_fields(directory)
-        try:
-            file = _read_beside(fields, directory, stream)
-            is_settled = not (file.doubts and _is_new(directory / TENSORS_FILE)) and fields == _read_fields(directory)
-            if (is_settled and fields is not None) or time.monotonic() >= end:
-                return file
-        except CheckpointError:
-            if (fields is not None and fields == _read_fields(directory)) or time.monotonic() >= end:
-                raise
-        time.sleep(PAUSE)
-
-
-def _is_new(path: Path) -> bool:
-    """Whether a file has had its name for so short a time that another may be about to follow it."""
-    with suppress(OSError):
-        return time.time() - path.stat().st_ctime < PATIENCE
-    return False
-
-
-def _read_beside(fields: dict[str, Any] | None, directory: Path, stream: Stream | None) -> AdapterFile:
-    """Read the tensors that the JSON describes, or without it those that our header describes."""
-    path = directory / TENSORS_FILE
+    path, fields = directory / TENSORS_FILE, _read_fields(directory)
     if not is_there(path):
         raise CheckpointError(f"there is no {path}: only safetensors files are read, nothing is unpickled")
     with open_shard(path) as (shard, opened):
         text = _header_text(shard)
-        tensors = _read_tensors(shard, opened, copies=text is None)
+        tensors = _read_tensors(shard, opened, has_copies=text is None)
     header = None if text is None else parse_header(text, tensors)
-    if fields is None:
-        if header is None:
-            raise _unreadable(directory, os.strerror(errno.ENOENT))
-        fields = {"peft_type": PEFT_TYPE}
-        doubts = [f"there is no {CONFIG_FILE}, which PEFT needs and which names the base model: save it again"]
-    else:
-        doubts = disagreements(fields, header)
-    copies = sum(bool(COPY.search(entry.name)) for entry in shard.entries)
-    file = sort_contents(fields, header, tensors, stream, doing=f"read {str(directory)!r}")
-    return replace(file, basis_copies=int(bool(file.bases)) if header else copies, doubts=tuple(doubts))
+    if header is None and fields is None:
+        raise _unreadable(directory, os.strerror(errno.ENOENT))
+    if header is None and fields != _read_fields(directory):
+        raise CheckpointError(f"{str(directory)!r} was replaced while it was read: load it again")
+    file = sort_contents(fields or {"peft_type": PEFT_TYPE}, header, tensors, stream, doing=f"read {str(directory)!r}")
+    return replace(file, doubts=disagreements(fields, header))
 
 
 def sort_contents(
@@ -178,16 +151,16 @@ def sort_contents(
     """Return an adapter's contents, given all that its files hold, after checking them; the tensors are taken out."""
     if header is None and (lost := [name for name in UNREAD_FIELDS if fields.get(name) not in (None, {})]):
         raise CheckpointError(f"the tensors have lost the header that goes with {lost[0]}: get an undamaged copy")
-    keys = [basis_keys(r, header.bases.keys()) for r in header.bases] if header else [(TOP_BASIS_A, TOP_BASIS_B)]
-    pairs = [_take_bases(tensors, names) for names in keys]
-    values = _take_named(tensors, header.shapes) if header else _take_values(tensors)
+    by_key = dict(tensors)
+    values = _take_values(tensors, header)
+    bases = _take_bases(tensors, header.bases.keys() if header else {fields.get("r", 0)})
     trained = _trained(tensors, values, header)
     config = header.config if header else from_peft_fields(fields, values, trained, stream)
-    ranks = header.bases if header else [fields["r"]]
-    bases = {r: pair for r, pair in zip(ranks, pairs, strict=True) if pair is not None}
     file = AdapterFile(fields, config, header, values, trained, bases, stream=stream)
-    problems = file_problems(values, trained, bases, file.options, file.buffers)
-    raise_collected(CheckpointError, problems, doing=doing)
+    buffers = {id(trained[fqn]) for fqn in file.buffers}
+    flaws = {key: flaw_of(tensor, is_buffer=id(tensor) in buffers) for key, tensor in by_key.items()}
+    problems = [f"{key} {flaw}" for key, flaw in flaws.items() if flaw is not None]
+    raise_collected(CheckpointError, problems + _shape_problems(file), doing=doing)
     return file
 
 
@@ -231,58 +204,52 @@ def _header_text(shard: Shard) -> str | None:
     problems = [
         f"{entry.name!r} is not the name of an adapter's tensor"
         for entry in shard.entries
-        if not entry.name.startswith(MODEL_PREFIX) and entry.name not in (TOP_BASIS_A, TOP_BASIS_B)
+        if not entry.name.startswith(MODEL_PREFIX) and entry.name not in BASES.values()
     ]
     raise_collected(CheckpointError, problems, doing=f"read {str(shard.path)!r}")
     return None
 
 
-def _read_tensors(shard: Shard, file: BufferedReader, *, copies: bool) -> dict[str, Tensor]:
+def _read_tensors(shard: Shard, file: BufferedReader, *, has_copies: bool) -> dict[str, Tensor]:
     """Read the tensors by key. Where there may be copies of the bases, they are compared with the first, not kept."""
     tensors: dict[str, Tensor] = {}
     for entry in sorted(shard.entries, key=lambda entry: entry.name):
-        last = entry.name.rsplit(".", 1)[-1]  # PEFT 0.21.2 and older write a copy for every layer
-        name = {BASIS_A: TOP_BASIS_A, BASIS_B: TOP_BASIS_B}.get(last, entry.name) if copies else entry.name
+        name = BASES.get(entry.name.rsplit(".", 1)[-1], entry.name) if has_copies else entry.name
         tensor = read_tensor(entry, file)
         first = tensors.setdefault(name, tensor)
         is_same = (tensor.dtype, tensor.shape) == (first.dtype, first.shape)
         if tensor is not first and not (is_same and torch.equal(bytes_of(tensor), bytes_of(first))):
-            raise CheckpointError(
-                f"{shard.path} holds copies of {name} that differ, such as {entry.name}: it is damaged"
-            )
+            raise CheckpointError(f"{shard.path} has copies of {name} that differ, such as {entry.name}: it is damaged")
     return tensors
 
 
-def _take_bases(tensors: dict[str, Tensor], names: tuple[str, str]) -> tuple[Tensor, Tensor] | None:
-    if not any(name in tensors for name in names):
-        return None
-    if not all(name in tensors for name in names):
-        raise CheckpointError("the file holds one of the two bases: expected both or none")
-    return tensors.pop(names[0]), tensors.pop(names[1])
-
-
-def _take_named(tensors: dict[str, Tensor], targets: Mapping[str, object]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Take Λ and Γ of the targets that a header names out of the tensors."""
-    keys = {fqn: value_keys(fqn, targets) for fqn in targets}
-    if not tensors.keys() >= {*chain.from_iterable(keys.values())}:
-        raise CheckpointError("cannot read the adapter's tensors: the header names other targets than the tensors")
+def _take_values(tensors: dict[str, Tensor], header: Header | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """Take Λ and Γ of each target, which our header names, or else their keys, out of the tensors."""
+    if header is not None:
+        keys = {fqn: value_keys(fqn, header.shapes) for fqn in header.shapes}
+    else:
+        keys = {found[1]: value_keys(found[1], ()) for key in tensors if (found := VALUE_KEY.fullmatch(key))}
+    problems = [
+        f"there is no {key}: expected randlora_lambda and randlora_gamma of each target"
+        for key in chain.from_iterable(keys.values())
+        if key not in tensors
+    ]
+    if not keys:
+        problems = ["the file holds no randlora_lambda and randlora_gamma: it is not a RandLoRA adapter"]
+    raise_collected(CheckpointError, problems, doing="read the adapter's tensors")
     return {fqn: (tensors.pop(lam), tensors.pop(gamma)) for fqn, (lam, gamma) in keys.items()}
 
 
-def _take_values(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Take Λ and Γ of each target out of the tensors of a file that PEFT wrote."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key in list(tensors):
-        for suffix in (LAMBDA_SUFFIX, GAMMA_SUFFIX):
-            if key.startswith(MODEL_PREFIX) and key.endswith(suffix):
-                fqn = key.removeprefix(MODEL_PREFIX).removesuffix(suffix)
-                pairs.setdefault(fqn, {})[suffix] = tensors.pop(key)
-    halves = [fqn for fqn, pair in pairs.items() if len(pair) == 1]
-    problems = [f"{fqn} has one of randlora_lambda and randlora_gamma: expected both" for fqn in halves]
-    if not pairs:
-        problems.append("the file holds no randlora_lambda and randlora_gamma: it is not a RandLoRA adapter")
-    raise_collected(CheckpointError, problems, doing="read the adapter's tensors")
-    return {fqn: (pair[LAMBDA_SUFFIX], pair[GAMMA_SUFFIX]) for fqn, pair in pairs.items()}
+def _take_bases(tensors: dict[str, Tensor], ranks: AbstractSet[int]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Take the bases of each r, if there are any, out of the tensors."""
+    bases = {}
+    for r in ranks:
+        pair = [tensors.pop(key) for key in basis_keys(r, ranks) if key in tensors]
+        if len(pair) == 1:
+            raise CheckpointError("the file holds one of the two bases: expected both or none")
+        if pair:
+            bases[r] = (pair[0], pair[1])
+    return bases
 
 
 def _trained(tensors: Mapping[str, Tensor], targets: Container[str], header: Header | None) -> dict[str, Tensor]:
@@ -297,27 +264,62 @@ def _trained(tensors: Mapping[str, Tensor], targets: Container[str], header: Hea
     return {fqn: tensors[key] for key, fqn in fqns.items()}
 
 
-def disagreements(fields: Mapping[str, Any], header: Header | None) -> list[str]:
-    """Return where the JSON contradicts our header, because it was edited or comes from a different save."""
+def flaw_of(tensor: Tensor, *, is_buffer: bool = False) -> str | None:
+    """Return why no file may hold these values, as a phrase that follows the name, or ``None``."""
+    dtypes = TORCH_DTYPES.values() if is_buffer else FLOATING
+    if tensor.dtype not in dtypes:
+        return f"holds {tensor.dtype}: expected one of {', '.join(map(str, dtypes))}"
+    if is_buffer:  # such as a mask, which may be infinite
+        return "holds NaN" if tensor.isnan().any() else None
+    low, high = tensor.aminmax() if tensor.numel() else (tensor, tensor)  # in no further memory
+    return None if low.isfinite().all() and high.isfinite().all() else "holds NaN or infinite values"
+
+
+def _shape_problems(file: AdapterFile) -> list[str]:
+    problems = []
+    for fqn, (lam, gamma) in file.values.items():
+        r = file.options[fqn].r
+        if (
+            lam.ndim not in (2, 3)  # 3 for a stack of matrices
+            or gamma.ndim != lam.ndim
+            or not lam.numel() * gamma.numel()
+            or lam.shape != (*gamma.shape[:-2], r, gamma.shape[-2])
+            or gamma.shape[-2] != count_bases(gamma.shape[-1], r)
+        ):
+            problems.append(
+                f"{fqn} has randlora_lambda {tuple(lam.shape)} and randlora_gamma {tuple(gamma.shape)}: "
+                f"expected ({r}, num_bases) and (num_bases, min_dim) with num_bases = ceil(min_dim / {r})"
+            )
+    for r, (basis_A, basis_B) in file.bases.items():
+        shape_A, shape_B = tuple(basis_A.shape), tuple(basis_B.shape)
+        min_dim = shape_A[-1] if shape_A else 0
+        is_empty = not basis_A.numel() * basis_B.numel()
+        if is_empty or shape_A != (r, 1, min_dim) or shape_B[1:] != (count_bases(min_dim, r), r) or len(shape_B) != 3:
+            problems.append(f"the bases have shapes {shape_A} and {shape_B}, which do not fit r={r}")
+    return problems
+
+
+def disagreements(fields: Mapping[str, Any] | None, header: Header | None) -> tuple[str, ...]:
+    """Return whether the JSON is missing or contradicts our header, as if it were edited or from a different save."""
     if header is None:
-        return []
-    config, common = header.config, most_common(header.options)
-    pairs: dict[str, tuple[object, object]] = {
-        "r": (fields.get("r"), common.r),
-        "randlora_alpha": (fields.get("randlora_alpha"), common.alpha),
-        **{name: (fields.get(name), pattern) for name, pattern in pattern_fields(header.options).items()},
-        "randlora_dropout": (fields.get("randlora_dropout"), config.dropout),
-        "projection_prng_key": (fields.get("projection_prng_key"), config.seed),
+        return ()
+    if fields is None:
+        return (f"there is no {CONFIG_FILE}, which PEFT needs and which names the base model: save it again",)
+    common = most_common(header.options)
+    saved: dict[str, object] = {
+        "r": common.r,
+        "randlora_alpha": common.alpha,
+        **pattern_fields(header.options),
+        "randlora_dropout": header.config.dropout,
+        "projection_prng_key": header.config.seed,
     }
-    if KINDS[config.basis].peft_flags is not None:
-        pairs["kind of basis"] = (peft_kind(fields), config.basis)
-    found = [
-        f"{name}={said!r}, the tensors were saved with {saved!r}"
-        for name, (said, saved) in pairs.items()
-        if said != saved
-    ]
+    said = {name: fields.get(name) for name in saved}
+    if KINDS[header.config.basis].peft_flags is not None:
+        said["kind of basis"], saved["kind of basis"] = peft_kind(fields), header.config.basis
+    differing = [name for name in saved if said[name] != saved[name]]
+    words = " and ".join(f"{name}={said[name]!r}, the tensors were saved with {saved[name]!r}" for name in differing)
     reason = "the files come from different saves, or the JSON was edited, which does not change options"
-    return [f"{CONFIG_FILE} says {' and '.join(found)}; the latter is used: {reason}; save it again"] if found else []
+    return (f"{CONFIG_FILE} says {words}; the latter is used: {reason}; save it again",) if differing else ()
 
 
 def named_base(adapters: Mapping[str, AdapterFile]) -> str:

@@ -13,30 +13,35 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from randlora.checkpoint.card import CARD_FILE, Results, is_ours, results_note, write_card
 from randlora.checkpoint.contents import AdapterToSave, StoredAs, given_values, to_save
 from randlora.checkpoint.fit import untied_by_peft
-from randlora.checkpoint.header import Header, metadata_of
+from randlora.checkpoint.header import Header, facts_of, seal_of
 from randlora.checkpoint.load import IN_ROOT
-from randlora.checkpoint.peft_config import CONFIG_FILE, is_own_directory
-from randlora.checkpoint.tensors import TENSORS_FILE
-from randlora.disk.formats import Planned, TensorFile, write_tensor_file
+from randlora.checkpoint.peft_layout import BASE_FIELD, CONFIG_FILE, TENSORS_FILE, repo_of
+from randlora.config import described
+from randlora.disk.formats import METADATA, Planned, TensorFile, write_tensor_file
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import Files, staged_files
-from randlora.errors import CheckpointError, raise_collected, warn
+from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types, shortly
 from randlora.model.save_guard import register_writer
-from randlora.model.train_also import moved_note, untrained_note
+from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import collective
-from randlora.ranks import agree, agreeing, on_first_rank, run_collectives
-from randlora.report import as_bytes
+from randlora.ranks import agree, on_first_rank, run_collectives
+from randlora.report import Report, adapter_report, as_bytes
 from randlora.state import ModelState, adapted_root
 from randlora.targets.census import Census
 from randlora.targets.match import shortened
+
+CARD_FILE = "README.md"
+MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"
+RESULTS = "## Results"
+
+Results: TypeAlias = Mapping[str, float | str] | None  # that a user measured, by the name of the metric
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,8 @@ class SaveReport:
 
     def __str__(self) -> str:
         """Return one line, and one more for the push and for each note."""
-        pushed = [f"pushed to {self.url}"] if self.url else []
-        return "\n".join([f"saved {self.name!r} to {self.directory}, {as_bytes(self.nbytes)}", *pushed, *self.notes])
+        lines = [f"saved {self.name!r} to {self.directory}, {as_bytes(self.nbytes)}"]
+        return "\n".join([*lines, *([f"pushed to {self.url}"] if self.url else []), *self.notes])
 
 
 @collective(writes=False)
@@ -75,9 +80,8 @@ def save(
 ) -> SaveReport:
     """Save one adapter to a directory, atomically: Λ, Γ, the parameters of ``train_also`` and the spec of the bases.
 
-    A model card, ``README.md``, is also written, unless the directory has one that was not generated. If any parameter
-    of the model is sharded, for example by `fully_shard`, this is a collective: every process calls it, one writes the
-    files, and all get the same report or an error.
+    A model card, ``README.md``, is also written, unless the directory has one that was not generated. If the model is
+    sharded, for example by `fully_shard`, every process calls this, one writes the files, and all get the same report.
 
     Args:
         model: A model with adapters.
@@ -96,12 +100,11 @@ def save(
 
     Raises:
         AdapterError: If the model has no adapter, or several and no ``name`` is given.
-        CheckpointError: If a value is missing or not whole (meta, sharded), not floating or not finite, an adapted
-            module or a trained parameter was removed or changed shape, or no seed reproduces the bases. Nothing is
-            written then. Also if the files are saved and the Hub refuses them.
+        CheckpointError: If a value is missing, not whole (meta, sharded), not floating or not finite, a module was
+            removed or changed shape, or no seed reproduces the bases; nothing is written. Also if the Hub refuses.
         OSError: If the disk refuses. Existing files remain unchanged.
     """
-    require_types(save, {"model": model, "directory": directory, "name": name, "results": results})
+    require_types(save, locals())
     root = Path(directory)
     adapters = to_save(model, [name], bases, doing=_saving_to(root))
     (report,) = _write_each(adapters, [root], root, hub=push_to_hub, results=results)
@@ -117,10 +120,10 @@ def save_all(
     bases: StoredAs = "seed",
     push_to_hub: str | None = None,
 ) -> list[SaveReport]:
-    """Save several adapters in one call, each to a subdirectory with its name, as PEFT does.
+    """Save several adapters in one call, each to a subdirectory with its name, and ``default`` to ``directory`` itself.
 
-    The adapter named ``default`` is written to ``directory`` itself, as PEFT does. All adapters are checked, and their
-    files are on disk, before the first file appears. The files of each adapter are the same as from `randlora.save`.
+    This is as PEFT does. All adapters are checked, and their files, the same as from `randlora.save`, are on disk,
+    before the first file appears.
 
     Args:
         model: A model with adapters.
@@ -134,17 +137,14 @@ def save_all(
 
     Raises:
         AdapterError: If the model has no adapter of a name.
-        CheckpointError: If an adapter cannot be saved, or its name cannot be the name of a directory. Nothing is
-            written then.
-        OSError: If the disk refuses. Existing files remain unchanged; but if a rename fails, adapters that were already
-            renamed into place remain.
+        CheckpointError: If an adapter cannot be saved, or its name cannot be a directory's. Nothing is written then.
+        OSError: If the disk refuses. Existing files remain unchanged; if a rename fails, adapters in place remain.
     """
-    require_types(save_all, {"model": model, "directory": directory, "names": names, "push_to_hub": push_to_hub})
+    require_types(save_all, locals())
     root = Path(directory)
     _, state = adapted_root(model)
-    chosen = list(state.adapters if names is None else names)
-    problems = [f"{name!r} is named twice" for name in dict.fromkeys(chosen) if chosen.count(name) > 1]
-    problems += [
+    chosen = list(dict.fromkeys(state.adapters if names is None else names))
+    problems = [
         f"{name!r} cannot be the name of a directory: save it by itself, with randlora.save(model, directory, {name=})"
         for name in chosen
         if Path(name).name != name
@@ -170,7 +170,7 @@ def _write_each(
 ) -> list[SaveReport]:
     """Write the files of some adapters, one value after the other; a collective if there are several processes."""
     with ExitStack() as hidden, ExitStack() as being_written:
-        writing = _Writing(adapters, directories, root, hub, results, are_here=agreeing() is None)
+        writing = _Writing(adapters, directories, root, hub, results)
         on_first_rank(partial(writing.begin, hidden))
         steps = [*writing.steps(being_written)]
         agree()  # before anything is gathered
@@ -180,112 +180,85 @@ def _write_each(
 
 @dataclass
 class _Writing:
-    """The writing of some adapters, of which one process has the ``files``. All values ``are_here`` at once, or not."""
+    """The writing of some adapters, of which one process has the ``tensors``: their files, in the same order."""
 
     adapters: Sequence[AdapterToSave]
     directories: Sequence[Path]
     root: Path
     hub: str | None
     results: Results
-    are_here: bool
-    files: list[_Files] = field(default_factory=list)
+    tensors: list[TensorFile] = field(default_factory=list)
+    notes: list[tuple[str, ...]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
     def begin(self, hidden: ExitStack) -> None:
         """Check what can be checked before a value is gathered, and begin all files, in hidden directories."""
-        problems = [problem for own in self.adapters for problem in own.value_problems()] if self.are_here else []
-        if self.hub is not None and not (isinstance(self.hub, str) and is_repo_id(self.hub)):
-            problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {shortly(self.hub)}")
-        elif self.hub is not None:
+        problems = []
+        if self.hub is not None:
+            if not is_repo_id(self.hub):
+                problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {shortly(self.hub)}")
             require_hub(self.hub)
         problems += [
-            f"{'it' if directory == self.root else repr(str(directory))} is a file or a broken link: expected the name "
-            "of a directory"
+            f"{str(directory)!r} is a file or a broken link: expected the name of a directory"
             for directory in dict.fromkeys((self.root, *self.directories))
             if os.path.lexists(directory) and not directory.is_dir()
         ]
         raise_collected(CheckpointError, problems, doing=_saving_to(self.root))
-        for own, directory in zip(self.adapters, self.directories, strict=True):
-            subfolder = None if directory == self.root else directory.name
-            self.files.append(_Files(own, directory, subfolder, self.hub, self.results))
-        self.sizes = hidden.enter_context(staged_files(*(files.files for files in self.files)))
+        planned = [*map(self._plan, self.adapters, self.directories)]
+        self.sizes = hidden.enter_context(staged_files(*planned))
+
+    def _plan(self, adapter: AdapterToSave, directory: Path) -> Files:
+        """Plan the files of one adapter: all but the values in them is known before a value is gathered."""
+
+        def begin(path: Path) -> None:
+            self.tensors.append(TensorFile(path, adapter.tensors, lambda: adapter.seal.metadata))
+
+        card, text = directory / CARD_FILE, None
+        if is_generated(card) or not os.path.lexists(card):  # else it is the user's own
+            text = _write_card(adapter, self.results, self.hub, None if directory == self.root else directory.name)
+        census, state, own = adapter.census, adapter.state, adapter.adapter
+        elsewhere = "they are not in the files, so a model that loads the adapter computes something different"
+        self.notes.append((
+            *adapter.peft_notes(),
+            *untied_by_peft(census, own.trained),
+            *_left_out(census, state),
+            *moved_note(census, state, [own], elsewhere),
+            *_results_note(card, self.results),
+        ))
+        return files_of(directory, {TENSORS_FILE: begin}, adapter.fields, text, has_header=True)
 
     def steps(self, being_written: ExitStack) -> Iterator[Callable[[], object]]:
         """Yield what gathers and writes each value in turn. A process without files takes part in gathering."""
-        for own, files in zip_longest(self.adapters, self.files):
-            if files is None:
-                yield from own.gather(None)
+        for adapter, tensors in zip_longest(self.adapters, self.tensors):
+            if tensors is None:
+                yield from adapter.gather(None)
                 continue
-            yield partial(being_written.enter_context, files.tensors)
-            yield from own.gather(files.tensors.write)
+            yield partial(being_written.enter_context, tensors)
+            yield from adapter.gather(tensors.write)
             yield being_written.close
 
     def end(self, hidden: ExitStack) -> list[SaveReport]:
         """Move the files to their places if all values could be saved, push them, and return the reports."""
-        problems = [problem for own in self.adapters for problem in own.problems]
+        problems = [problem for adapter in self.adapters for problem in adapter.problems]
         raise_collected(CheckpointError, problems, doing=_saving_to(self.root))
         hidden.close()
-        url, kept = _push(self.root, self.directories, self.hub) if self.hub else (None, [])
+        url = _push(self.root, self.directories, self.hub) if self.hub else None
         reports = []
-        for files, size in zip(self.files, self.sizes, strict=True):
-            notes = files.notes() + [
-                f"{card} of {self.hub} is not a generated card, so it stays"
-                for card in kept
-                if (self.root / card).parent == files.directory
-            ]
-            reports.append(SaveReport(files.directory, files.own.adapter.name, size, tuple(notes), url))
+        for own, directory, size, notes in zip(self.adapters, self.directories, self.sizes, self.notes, strict=True):
+            untrained = untrained_notes(own.census, own.state, [own.adapter])
+            reports.append(SaveReport(directory, own.adapter.name, size, (*notes, *untrained), url))
         return reports
 
 
-class _Files:
-    """The files of one adapter. All but the values in them is known before a value is gathered."""
-
-    tensors: TensorFile
-
-    def __init__(
-        self, own: AdapterToSave, directory: Path, subfolder: str | None, hub: str | None, results: Results
-    ) -> None:
-        """Plan them."""
-        beside, card = _beside_the_base(own.census, directory), directory / CARD_FILE
-        self.own, self.directory = own, directory
-        is_kept = os.path.lexists(card) and not is_ours(card)  # the user's own
-        text = None if is_kept else write_card(own, results, hub, subfolder)
-        self.files = files_of(directory, {TENSORS_FILE: self._begin}, own.fields, text, has_header=True)
-        self._notes = [*_training_notes(own), *beside, *results_note(card, results)]
-
-    def _begin(self, path: Path) -> None:
-        self.tensors = TensorFile(path, self.own.tensors, lambda: self.own.seal.metadata)
-
-    def notes(self) -> list[str]:
-        """Return the notes of the report, once all values have been written."""
-        untrained = [] if self.own.has_effect else untrained_note(self.own.adapter)
-        return [*self.own.notes, *untrained, *self._notes]
-
-
-def _beside_the_base(census: Census, directory: Path) -> list[str]:
-    """Warn of a directory that the model itself was loaded from, and return the warning."""
-    if not is_own_directory(census.model, directory):
-        return []
-    warning = (
-        f"{str(directory)!r} contains the base model itself: with an adapter beside it, transformers would load both, "
-        "through PEFT; save the adapter to a separate directory"
-    )
-    warn(warning)
-    return [warning]
-
-
-def _push(root: Path, directories: Sequence[Path], hub: str) -> tuple[str, list[str]]:
-    """Upload adapters; a generated card replaces none in the repository that was not generated, which are returned."""
-    files, generated = [], {}
+def _push(root: Path, directories: Sequence[Path], hub: str) -> str:
+    """Upload adapters; a generated card replaces none in the repository that was not generated."""
+    files, generated = list[str](), list[str]()
     for directory in directories:
         within = directory.relative_to(root)
         files += [(within / name).as_posix() for name in (CONFIG_FILE, TENSORS_FILE)]
-        card = (within / CARD_FILE).as_posix()
-        if is_ours(directory / CARD_FILE):
-            generated[card] = is_ours
-        else:
-            files.append(card)
-    return upload(root, hub, files, message="Upload a RandLoRA adapter", generated=generated)
+        cards = generated if is_generated(directory / CARD_FILE) else files
+        cards.append((within / CARD_FILE).as_posix())
+    return upload(root, hub, files, generated, is_generated, message="Upload a RandLoRA adapter")
 
 
 @register_writer
@@ -299,23 +272,12 @@ def _save_only(model: nn.Module, directory: Path, values: Mapping[str, Tensor] |
     return report
 
 
-def _training_notes(own: AdapterToSave) -> list[str]:
-    """Return notes on what of the training the files do not have."""
-    census, state, adapter = own.census, own.state, own.adapter
-    elsewhere = "they are not in the files, so a model that loads the adapter computes something different"
-    return [
-        *untied_by_peft(census, adapter.trained),
-        *_left_out(census, state),
-        *moved_note(census, state, [adapter], elsewhere),
-    ]
-
-
 def _left_out(census: Census, state: ModelState) -> list[str]:
     """Return a note on parameters that require grad and belong to no adapter, such as in a module added later."""
     if state.is_merged:  # when a quantized layer may have others
         return []
-    own = {id(copy) for adapter in state.adapters.values() for copy in adapter.trained.values()}
-    left = [held.fqn for held in census.parameters if held.tensor.requires_grad and id(held.tensor) not in own]
+    trained = {id(copy) for adapter in state.adapters.values() for copy in adapter.trained.values()}
+    left = [held.fqn for held in census.parameters if held.tensor.requires_grad and id(held.tensor) not in trained]
     if not left:
         return []
     return [f"{shortened(left)} requires grad and belongs to no adapter, so it is not in the files: see train_also"]
@@ -326,12 +288,12 @@ def adapter_files(
     fields: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     header: Header | None,
-    card: str | None = None,
 ) -> Files:
     """Return an adapter's files, to be written. Tensors must be contiguous and on the CPU."""
     planned = [Planned.whole(*item) for item in tensors.items()]
-    write = partial(write_tensor_file, tensors=planned, metadata=metadata_of(header, tensors))
-    return files_of(directory, {TENSORS_FILE: write}, fields, card, has_header=header is not None)
+    metadata = METADATA if header is None else seal_of(facts_of(header), tensors).metadata
+    write = partial(write_tensor_file, tensors=planned, metadata=metadata)
+    return files_of(directory, {TENSORS_FILE: write}, fields, has_header=header is not None)
 
 
 def files_of(
@@ -342,17 +304,10 @@ def files_of(
     *,
     has_header: bool = False,
 ) -> Files:
-    """Return a file of tensors, a JSON if there are ``fields``, and a model card if there is one, to be written.
+    """Return a file of tensors, by name with what begins to write it, a JSON and a model card, to be written.
 
     Our header makes the file of the tensors complete in itself: it decides, and the JSON after it is a copy of its
     options for PEFT. Beside tensors without our header readers need the JSON, so it is gone while the tensors change.
-
-    Args:
-        directory: The directory to write into.
-        tensors: The name of the file of tensors, and what writes it, or begins to.
-        fields: The contents of the JSON.
-        card: The text of the model card.
-        has_header: Whether the file of tensors has our header.
     """
     config = None if fields is None else json.dumps(dict(fields), indent=2) + "\n"
     writers = dict(tensors)
@@ -361,3 +316,79 @@ def files_of(
             writers[name] = partial(Path.write_text, data=text, encoding="utf-8")
     is_needed = config is not None and not has_header
     return Files(directory, writers, withdrawn=CONFIG_FILE if is_needed else None)
+
+
+def _write_card(adapter: AdapterToSave, results: Results, repo_id: str | None, subfolder: str | None) -> str:
+    """Return the text of a model card. ``subfolder`` is the place of the files in the repository."""
+    base, notes = repo_of(adapter.fields[BASE_FIELD]), adapter.peft_notes()
+    figures = _figures(adapter_report(adapter.census, adapter.adapter, adapter.header.shapes), adapter)
+    place = f'"{repo_id or "path/to/this/directory"}"'
+    place += f', subfolder="{subfolder}"' if repo_id and subfolder else ""
+    # what the Hub reads, in YAML, of which JSON strings are a part
+    of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
+    front_matter = ["---", *of_base, "library_name: randlora", "tags:", "- randlora", "---"]
+    here = f"import randlora\n\nrandlora.load(model, {place})  # model: the base model as it was before training"
+    there = f"from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, {place})"
+    sections = [
+        "\n".join(front_matter),
+        MARK,
+        f"# RandLoRA adapter of {base}" if base else "# RandLoRA adapter",
+        "An adapter of the method [RandLoRA](https://arxiv.org/abs/2502.00987): trained scalings of random bases.",
+        _table("| | |", {name: value for name, value in figures.items() if value}),
+        *([RESULTS, _table("| metric | value |", results)] if results else ()),
+        "## Loading it",
+        f"```python\n{here}\n```",
+        "PEFT 0.21.2 does not load these files:" if notes else "With PEFT:",
+        "\n".join(f"- {note}" for note in notes) or f"```python\n{there}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def is_generated(path: Path) -> bool:
+    """Whether a README.md is a generated model card that still has its mark."""
+    return MARK in _lines(path)
+
+
+def _results_note(path: Path, results: Results) -> list[str]:
+    """Return a note if a save with these results does not write them into the model card, or removes earlier ones."""
+    if results and os.path.lexists(path) and not is_generated(path):
+        return ["README.md is not a generated model card, so the results are not written into it"]
+    if not results and is_generated(path) and RESULTS in _lines(path):
+        return ["README.md had results of the replaced adapter, and has none now: pass results= to save for this one"]
+    return []
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def _table(head: str, rows: Mapping[str, object]) -> str:
+    cells = (tuple(" ".join(str(cell).split()).replace("|", r"\|") for cell in row) for row in rows.items())
+    return "\n".join([head, "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
+
+
+def _figures(report: Report, adapter: AdapterToSave) -> dict[str, object]:
+    header, spec = adapter.header, report.specs[0]  # all have the same, except for r and blocks
+    blocks = {r: record.spec.blocks for r, record in header.bases.items() if record.spec.blocks}
+    digests = {r: f"`{record.digest}`" for r, record in header.bases.items()}
+    names = sorted({fqn.rsplit(".", 1)[-1] for fqn in report.targets})
+    return {
+        **described(header.options),
+        "bases": spec.kind,
+        "blocks": _by_rank(blocks),
+        "stream of the bases": spec.stream,
+        "seed of the bases": f"{spec.seed}" if header.is_reproducible else "none reproduces them: they are in the file",
+        "SHA-256 of the bases": _by_rank(digests),
+        "adapted layers": f"{len(report.targets)}, called {_code(names)}",
+        "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} ({report.share:.2%})",
+        "trained with the adapter": _code(report.train_also),
+        "left out": "; ".join(line.removeprefix("left out: ") for line in adapter.adapter.left_out),
+    }
+
+
+def _code(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _by_rank(values: Mapping[int, object]) -> str:
+    return ", ".join(f"{value} (r={r})" if len(values) > 1 else f"{value}" for r, value in values.items())

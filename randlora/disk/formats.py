@@ -10,7 +10,6 @@ import json
 import math
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,16 +24,9 @@ from torch import Tensor
 
 from randlora.errors import CheckpointError
 
-KINDS = {
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFDIR: "a directory",
-    stat.S_IFSOCK: "a socket",
-}
+METADATA = {"format": "pt"}  # what transformers and PEFT expect in every safetensors file
 
-MOST_BYTES = 2**24
-"""The largest JSON file that is read: 16 MiB, enough for 100,000 names of layers."""
+MOST_BYTES = 2**24  # of a JSON file that is read: 16 MiB, enough for 100,000 names of layers
 DEEPEST = 64  # what is nested deeper cannot be written again: Python's encoder recurses
 MOST_DIGITS = 309  # of an integer, as many as the largest float has
 
@@ -83,13 +75,13 @@ def require_regular(path: Path) -> os.stat_result:
     """Return the status of a file. A pipe, which may have no writer, or a device, without end, raises an error."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is {KINDS.get(stat.S_IFMT(status.st_mode), 'no file')}: expected a file")
+        raise CheckpointError(f"{path} is a directory, a pipe or a device: expected a file")
     return status
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file, or a link to one, to read it. Raises the errors of `require_regular`."""
-    require_regular(path)  # before it is opened, which a device may act upon
+    """Open a file, or a link to one, to read it, after `require_regular`: a device may act when it is opened."""
+    require_regular(path)
     return path.open("rb")
 
 
@@ -100,36 +92,25 @@ def path_of(file: BufferedReader, path: Path) -> Path:
 
 
 def read_json(path: Path, *, is_lenient: bool = False) -> Any:
-    """Return the contents of a JSON file of at most 16 MiB; see `parse_json`. Raises the errors of `open_regular`."""
+    """Return the contents of a JSON file of at most 16 MiB; see `parse_json`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MOST_BYTES:
-            raise CheckpointError(
-                f"{path} has {size:,} bytes, expected at most {MOST_BYTES:,}: it is not the file that was meant"
-            )
+            raise CheckpointError(f"{path} has {size:,} bytes, expected at most {MOST_BYTES:,}: it is a different file")
         return parse_json(file.read(size).decode("utf-8"), is_lenient=is_lenient)
 
 
 def parse_json(text: str, *, is_lenient: bool = False) -> Any:
     """Return the value of a JSON text, or raise a `ValueError` if it could not be written again.
 
-    That is so for nesting deeper than 64 levels, integers of more than 309 digits, and strings that are not Unicode.
-    Unless ``is_lenient``, for the files of base models, NaN, infinite numbers and repeated keys raise it too.
+    ``is_lenient`` allows NaN and infinite numbers, for the files of base models.
     """
     try:
-        value = json.loads(text, parse_int=_integer, object_pairs_hook=None if is_lenient else _object)
+        value = json.loads(text, parse_int=_integer)
     except RecursionError as error:
         raise ValueError(f"it is nested deeper than {DEEPEST} levels") from error
     _require_flat(value)
     json.dumps(value, allow_nan=is_lenient, ensure_ascii=False).encode()
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"it has {name!r:.200} twice")
     return value
 
 
@@ -178,10 +159,7 @@ def read_shard(path: Path) -> Shard:
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[tuple[Shard, BufferedReader]]:
-    """Open a safetensors file and yield its header and the open file, which `read_tensor` and `read_pieces` take.
-
-    If reading the file fails within the block, a `CheckpointError` is raised too.
-    """
+    """Open a safetensors file and yield its header and the open file; an error of the disk is a `CheckpointError`."""
     try:
         with open_regular(path) as file:
             yield _read_header(path, file), file
@@ -211,19 +189,13 @@ def shard_of(
     """Return a header, given name, dtype and shape of each tensor in the order of their bytes, from ``start`` on."""
     entries = []
     for name, dtype, sizes in tensors:
-        shape = tuple(sizes)
+        shape, where = tuple(sizes), f"{name:.60} in {path} has"
         if dtype not in TORCH_DTYPES:
-            raise CheckpointError(
-                f"{name} in {path} has dtype {dtype}, which this library does not know: save it in a different dtype"
-            )
+            raise CheckpointError(f"{where} dtype {dtype}, which torch does not have: save it in a different dtype")
         if len(name) > LONGEST_NAME:
-            raise CheckpointError(
-                f"{name:.60}… in {path} has a name of {len(name)} characters: expected at most {LONGEST_NAME}"
-            )
+            raise CheckpointError(f"{where} a name of {len(name)} characters: expected at most {LONGEST_NAME}")
         if len(shape) > MOST_DIMS or math.prod(size or 1 for size in shape) > MOST_ENTRIES:
-            raise CheckpointError(
-                f"{name} in {path} has a shape that no tensor has, {shape!r:.200}: get an undamaged copy"
-            )
+            raise CheckpointError(f"{where} a shape that no tensor has, {shape!r:.200}: get an undamaged copy")
         nbytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
         entries.append(Entry(name, path, TORCH_DTYPES[dtype], shape, start, nbytes))
         start += nbytes
@@ -249,9 +221,7 @@ def read_pieces(entry: Entry, file: BufferedReader | None = None, nbytes: int | 
             for start in range(0, max(entry.nbytes, 1), step):
                 piece = torch.empty(min(step, entry.nbytes - start), dtype=torch.uint8, device="cpu")
                 if opened.readinto(piece.numpy().data) < len(piece):
-                    raise CheckpointError(
-                        f"{entry.file} ends within {entry.name}: it was truncated while it was being read"
-                    )
+                    raise CheckpointError(f"{entry.file} ends within {entry.name}: it was truncated while it was read")
                 yield piece.view(entry.dtype)
     except OSError as error:
         raise _unreadable(entry.file, error) from error
@@ -285,10 +255,9 @@ class Planned:
 
 
 class TensorFile:
-    """A safetensors file whose tensors are written one by one, in any order, each to its place.
+    """A safetensors file whose tensors are written one by one, in any order, and its header at the end of the block.
 
-    It is open within a ``with`` block, at whose end the header is written, and complete if all tensors were written.
-    ``metadata`` is called now and then: what it returns, such as a checksum, may change, but not in length.
+    What ``metadata`` returns, such as a checksum, may change until then, but not in length.
     """
 
     def __init__(self, path: Path, tensors: Iterable[Planned], metadata: Callable[[], Mapping[str, str]]) -> None:

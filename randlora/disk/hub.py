@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -33,9 +33,8 @@ def require_hub(repo_id: str) -> ModuleType:
     try:
         import huggingface_hub  # noqa: PLC0415  (optional)
     except ImportError as error:
-        raise CheckpointError(
-            f"{repo_id!r} can only mean a repository on the Hub, which needs huggingface_hub: {how_to_install('hub')}"
-        ) from error
+        needs = f"{repo_id!r} can only mean a repository on the Hub, which needs huggingface_hub"
+        raise CheckpointError(f"{needs}: {how_to_install('hub')}") from error
     return huggingface_hub
 
 
@@ -59,55 +58,32 @@ def offline() -> Iterator[None]:
 def local_path(
     source: str | os.PathLike[str], revision: str | None, files: Sequence[str], *, are_patterns: bool = False
 ) -> Path:
-    """Return a path unchanged, or the directory to which `download` brings the files of a repository."""
-    if is_on_hub(source):
-        return download(source, revision, files, are_patterns=are_patterns)
-    if revision is not None:
-        raise CheckpointError(
-            f"a path has no revision, got {revision!r} for {str(source)!r}: only a repository on the Hub has one"
-        )
-    return Path(source)
-
-
-def download(repo_id: str, revision: str | None, files: Sequence[str], *, are_patterns: bool = False) -> Path:
-    """Download files of a repository, or find them in the local cache, and return their directory.
-
-    If ``files`` are patterns, with ``*``, none need match.
-    """
-    library = require_hub(repo_id)
-    try:
+    """Return a path unchanged, or a directory with files of a repository; patterns, with ``*``, need not match."""
+    if not is_on_hub(source):
+        if revision is not None:
+            raise CheckpointError(f"a path has no revision, got {revision!r}: only a repository on the Hub has one")
+        return Path(source)
+    library = require_hub(source)
+    where = f"the Hub's repository {source!r}" + (f" at revision {revision!r}" if revision else "")
+    with _explaining(library, f"there is no such path, and {where} cannot be downloaded"):
         cached = library.is_offline_mode()  # older ones ask the Hub for a commit's files all the same
         found = library.snapshot_download(
-            repo_id, revision=revision, allow_patterns=[*files], local_files_only=cached, **LIBRARY
+            source, revision=revision, allow_patterns=[*files], local_files_only=cached, **LIBRARY
         )
-    except Exception as error:  # the library's own, and whatever its HTTP client raises
-        what = f"the Hub's repository {repo_id!r}" + (f" at revision {revision!r}" if revision else "")
-        raise CheckpointError(
-            f"there is no such path, and {what} cannot be downloaded: {_cause(library, error)}"
-        ) from error
     missing = [name for name in files if not are_patterns and not Path(found, name).is_file()]
     if missing:
-        raise CheckpointError(
-            f"the Hub's repository {repo_id!r} has no {' and no '.join(missing)}: name a different repository"
-        )
+        raise CheckpointError(f"the repository {source!r} has no {' and no '.join(missing)}: name a different one")
     return Path(found)
 
 
 def read_header(repo_id: str, revision: str, file: str) -> tuple[list[tuple[str, str, list[int]]], dict[str, str]]:
-    """Return name, dtype and shape of each tensor of a safetensors file in a repository, in order, and the metadata.
-
-    Only the header is requested.
-    """
+    """Return name, dtype and shape of each tensor of a file in a repository, in order, and the metadata, by itself."""
     library = require_hub(repo_id)
-    try:
+    with _explaining(library, f"the header of {file} in the Hub's repository {repo_id!r} cannot be downloaded"):
         header = library.HfApi(**LIBRARY).parse_safetensors_file_metadata(repo_id, file, revision=revision)
         in_order = sorted(header.tensors.items(), key=lambda item: item[1].data_offsets)
         if not all(type(size) is int and size >= 0 for _, tensor in in_order for size in tensor.shape):
             raise ValueError("its shapes are not all integers")
-    except Exception as error:  # the library's own, and whatever its HTTP client raises
-        raise CheckpointError(
-            f"the header of {file} in the Hub's repository {repo_id!r} cannot be downloaded: {_cause(library, error)}"
-        ) from error
     return [(name, tensor.dtype, tensor.shape) for name, tensor in in_order], header.metadata
 
 
@@ -115,48 +91,45 @@ def upload(
     directory: Path,
     repo_id: str,
     files: Sequence[str],
+    generated: Sequence[str],
+    may_replace: Callable[[Path], bool],
     *,
     message: str,
-    generated: Mapping[str, Callable[[Path], bool]],
-) -> tuple[str, list[str]]:
+) -> str:
     """Upload files of a directory to a repository, which is created if it does not exist, and return its URL.
 
-    Each of the ``generated`` files is uploaded too, unless the repository has one that its function refuses to replace.
-    The names of these are returned with the URL.
+    The ``generated`` files are uploaded too, unless ``may_replace`` refuses to replace the file in the repository.
     """
-    library = require_hub(repo_id)
+    library, allowed = require_hub(repo_id), [*files]
     api = library.HfApi(**LIBRARY)
-    try:
+    with _explaining(library, f"saved to {str(directory)!r} completely, but cannot push to {repo_id!r}"):
         url = api.create_repo(repo_id, exist_ok=True)
-        kept = []
-        for name, may_replace in generated.items():
-            with suppress(library.errors.EntryNotFoundError):
-                if not may_replace(Path(library.hf_hub_download(repo_id, name, **LIBRARY))):
-                    kept.append(name)
-        replaced = generated.keys() - kept
-        api.upload_folder(
-            repo_id=repo_id, folder_path=directory, allow_patterns=[*files, *replaced], commit_message=message
-        )
-    except Exception as error:  # the library's own, and whatever its HTTP client raises
-        raise CheckpointError(
-            f"saved to {str(directory)!r} completely, but cannot push to {repo_id!r}: {_cause(library, error)}"
-        ) from error
-    return str(url), kept
+        for name in generated:
+            try:
+                is_allowed = may_replace(Path(library.hf_hub_download(repo_id, name, **LIBRARY)))
+            except library.errors.EntryNotFoundError:
+                is_allowed = True
+            allowed += [name] * is_allowed
+        api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=allowed, commit_message=message)
+    return str(url)
 
 
-def _cause(library: ModuleType, error: Exception) -> str:
-    """Return what to do about an error of the Hub, and the first lines of its message."""
-    errors = library.errors
+@contextmanager
+def _explaining(library: ModuleType, failed: str) -> Iterator[None]:
+    """Raise a `CheckpointError` for any error of the Hub, with what to do and the first lines of its message."""
+    errors, log_in = library.errors, "log in with `hf auth login`"
     advice = (
-        (errors.GatedRepoError, "it is gated: ask for access on its page, then log in with `hf auth login`"),
-        (errors.RepositoryNotFoundError, "check its name; if it is private, log in with `hf auth login`"),
+        (errors.GatedRepoError, f"it is gated: ask for access on its page, then {log_in}"),
+        (errors.RepositoryNotFoundError, f"check its name; if it is private, {log_in}"),
         (errors.RevisionNotFoundError, "it has no such revision: name a branch, a tag or a commit of it"),
         (errors.LocalEntryNotFoundError, "it is not in the cache: check the connection, and HF_HUB_OFFLINE"),
         (errors.EntryNotFoundError, "it has no such file"),
-        (errors.HFValidationError, "the Hub does not allow such a name"),
-        (errors.HfHubHTTPError, "the Hub refuses: log in with `hf auth login`, with a token that has this permission"),
-        (Exception, "check the connection, and HF_HUB_OFFLINE"),
+        (errors.HfHubHTTPError, f"the Hub refuses: {log_in}, with a token that has this permission"),
+        (Exception, "check the name, the connection, and HF_HUB_OFFLINE"),
     )
-    what_to_do = next(text for kind, text in advice if isinstance(error, kind))
-    said = " ".join([line for line in str(error).splitlines() if line][:2])
-    return f"{what_to_do} ({type(error).__name__}: {said})"
+    try:
+        yield
+    except Exception as error:  # the library's own, and whatever its HTTP client raises
+        what_to_do = next(text for kind, text in advice if isinstance(error, kind))
+        said = " ".join([line for line in str(error).splitlines() if line][:2])
+        raise CheckpointError(f"{failed}: {what_to_do} ({type(error).__name__}: {said})") from error

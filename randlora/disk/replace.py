@@ -1,14 +1,13 @@
 """Files that appear whole or not at all, whenever the machine stops.
 
-They are written into a hidden directory on the same disk, flushed, and renamed to their names one by one. The first is
-the one that *decides*: it tells a reader everything, and the others are copies of parts of it, for other programs. So
-one rename is the step from the old contents to the new ones. If the first file does not tell everything, a second file
-that readers need is removed before and appears after it. A new directory appears by one rename too.
+They are written into a hidden directory on the same disk, flushed, and renamed to their names one by one. The first
+*decides*: it tells a reader everything, and the others are copies of parts of it, for other programs. If it does not
+tell everything, a second file that readers need is removed before and appears after it.
 
 A killed process leaves its hidden directory and the first few of the renames. The next call for the same name does all
-of them again and removes the hidden directory: a lock, which the system releases, tells that it is abandoned. After a
-power failure a file system may have forgotten whatever was not flushed, in any combination. So each file is flushed
-before its rename, the directory after each and before the next, and each new directory into its parent.
+of them again and removes the hidden directory: a lock, which the system releases, tells that it is abandoned. A power
+failure may lose whatever was not flushed, in any combination. So each file is flushed before its rename, the directory
+after each and before the next, and each new directory into its parent.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ if sys.platform != "win32":
 
 PATIENCE = 10.0  # seconds to wait for another process, which holds locks for milliseconds
 
-NEW, OLD = "new", "old"
-"""The only entries of a hidden directory: what is written, and what it replaces."""
+NEW, OLD = "new", "old"  # the only entries of a hidden directory: what is written, and what it replaces
 RANDOM = 8  # characters at the end of a name of `tempfile.mkdtemp`
 LONGEST = 100  # bytes of a name that are in the name of its hidden directory, for file systems that allow 143 in all
 
@@ -43,18 +41,12 @@ class Files(NamedTuple):
     """Files to write into a directory, which is created if it does not exist and keeps its other files."""
 
     directory: Path
-    writers: Mapping[str, Callable[[Path], object]]
-    """By name, what writes to a path, or begins to. The first of the files decides."""
-    withdrawn: str | None = None
-    """The file without which readers ignore the others, if the first does not tell everything."""
+    writers: Mapping[str, Callable[[Path], object]]  # by name, what writes to a path, or begins to; the first decides
+    withdrawn: str | None = None  # without which readers ignore the others, if the first does not tell everything
 
 
 def write_files(*each: Files) -> list[int]:
-    """Write files into directories, and return the total size in bytes for each directory.
-
-    All files are complete on disk before the first appears. If the disk refuses before that, nothing changes; if it
-    refuses a rename later, completed directories remain, and the others are as they were.
-    """
+    """Write files into directories, as `staged_files` does, and return the total size in bytes for each directory."""
     with staged_files(*each) as sizes:
         pass
     return sizes
@@ -62,9 +54,10 @@ def write_files(*each: Files) -> list[int]:
 
 @contextmanager
 def staged_files(*each: Files) -> Iterator[list[int]]:
-    """Call the writers of files, which appear at the end of the block as by `write_files`, or not at all if it raises.
+    """Call the writers of files, which appear when all are complete at the end of the block, or not if it raises.
 
     A file that its writer has begun may be written within the block. The list yielded has the sizes after the block.
+    If the disk refuses a rename, completed directories remain, and the others are as they were.
     """
     with ExitStack() as held:
         scratches = [held.enter_context(scratch_for(files.directory)) for files in each]
@@ -142,8 +135,7 @@ def scratch_for(directory: Path, *, is_inside: bool = True) -> Iterator[Path]:
     """Yield a new hidden directory inside of a directory, or beside it, and remove it after the block.
 
     The directory that contains it is created, with its parents, and these are removed if the block raises. Whatever a
-    killed process left there is removed, which is why a hidden directory may contain only `NEW` and `OLD`. An error of
-    the disk in the block names ``directory``, of which the caller knows, where it would name what is hidden or nothing.
+    killed process left there is removed, which is why a hidden directory may contain only `NEW` and `OLD`.
     """
     for path in (directory, *directory.parents):
         if path.name == "..":  # which leads out of a directory that exists, as for those who read there

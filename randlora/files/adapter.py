@@ -22,14 +22,12 @@ from randlora.checkpoint.bases import Known, file_bases
 from randlora.checkpoint.fit import (
     misfits,
     named_sites,
-    parameter_names,
     prefix_problems,
     trained_misfits,
     with_prefix,
     without_repeats,
 )
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
-from randlora.checkpoint.tensors import master
 from randlora.config import Stream, by_rank
 from randlora.disk.formats import Entry
 from randlora.disk.replace import is_free
@@ -67,7 +65,7 @@ class OpenAdapter:
     def update(self, fqn: str, factor: float = 1.0) -> Update:
         """Return the update of one layer, times a number, in factored form."""
         shapes, options = self.require_shapes(), self.file.options[fqn]
-        lam, gamma = (master(part, "cpu") for part in self.file.values[fqn])
+        lam, gamma = self.file.diagonals(fqn)
         return Update(self.bases[options.r], lam, gamma, options.scaling * factor, shapes[fqn])
 
     @torch.no_grad()
@@ -278,7 +276,7 @@ def _fit_model(
     base: Base, model: TransformersModel, file: AdapterFile, prefix: str | None
 ) -> tuple[BaseFit, list[str]]:
     entries = base.directory.entries
-    file = with_prefix(file, prefix, model.census.sites_by_fqn, parameter_names(model.census))
+    file = with_prefix(file, prefix, model.census.sites_by_fqn)
     sites = named_sites(model.census, file)
     file = without_repeats(model.census, file)
     problems = obstacles(model.census, sites, file.config.dropout)
@@ -308,10 +306,10 @@ def _fit_names(
     reason: str, file: AdapterFile, prefix: str | None, entries: Mapping[str, Entry]
 ) -> tuple[BaseFit, list[str]]:
     known = {*entries, *(name.removesuffix(".weight") for name in entries)}
-    file = with_prefix(file, prefix, known, entries)
+    file = with_prefix(file, prefix, known)
     slots: dict[str, Slot] = {}
     places: dict[str, str] = {}
-    problems = prefix_problems(file, known, entries)
+    problems = prefix_problems(file, known)
     for fqn in [] if problems else file.values:
         name = next((name for name in (f"{fqn}.weight", fqn) if name in entries), None)
         if name is None:

@@ -18,9 +18,8 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.checkpoint.bases import require_drawable, stored_bases, stream_notes
 from randlora.checkpoint.header import Header
-from randlora.checkpoint.peft_config import BASE_FIELD, UNREAD_FIELDS, option_fields, peft_obstacle, unknown_to_peft
+from randlora.checkpoint.peft_layout import BASE_FIELD, UNREAD_FIELDS, basis_keys, option_fields, peft_obstacle
 from randlora.checkpoint.save import adapter_files
-from randlora.checkpoint.tensors import adapter_tensors, basis_keys
 from randlora.config import Component, Format, Layout, Stream
 from randlora.disk.replace import write_files
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
@@ -185,17 +184,15 @@ def contents_as(
 ) -> tuple[dict[str, Any], dict[str, Tensor], Header | None, tuple[str, ...]]:
     """Return the fields of the JSON, the tensors, our header, and notes."""
     file = adapter.file
-    tensors = adapter_tensors(file.values, file.trained)
+    tensors = file.tensors()
     # without shapes, which only "peft" can do without, all stays as PEFT wrote it, and a stream given would be lost
     if to == "peft" and adapter.shapes is None and (file.stream is None or file.bases):
         for r, pair in file.bases.items():
             tensors |= zip(basis_keys(r, file.bases.keys()), pair, strict=True)
         return dict(file.fields), tensors, None, ()
     shapes = adapter.require_shapes()
-    if to == "peft" and (reason := unknown_to_peft(adapter.kinds)) is not None:
-        raise CheckpointError(f"cannot convert for PEFT: {reason}; this library loads the adapter as it is")
-    if to == "peft" and (reason := peft_obstacle(file.options)) is not None:
-        raise CheckpointError(f"cannot convert to 'peft': {reason}; a 'lora' has a rank for each layer")
+    if to == "peft" and (reason := peft_obstacle(file.options, adapter.kinds)) is not None:
+        raise CheckpointError(f"cannot convert to 'peft': {reason}; this library loads the adapter as it is")
     model_class = None if file.header is None else file.header.model_class
     header = Header.of(
         file.config,
@@ -203,10 +200,10 @@ def contents_as(
         adapter.bases,
         shapes,
         file.trained,
-        adapter.transposed,
-        adapter.kinds,
-        model_class,
-        file.buffers,
+        transposed=adapter.transposed,
+        kinds=adapter.kinds,
+        model_class=model_class,
+        buffers=file.buffers,
     )
     specs = {r: basis.spec for r, basis in adapter.bases.items()}
     is_peft_draw = all(

@@ -10,9 +10,8 @@ from typing import Literal
 
 from randlora.bases.spec import BasisSpec
 from randlora.checkpoint.bases import Known, stream_notes
-from randlora.checkpoint.peft_config import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIELDS, kept_fields
+from randlora.checkpoint.peft_layout import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIELDS, TENSORS_FILE, kept_fields
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
-from randlora.checkpoint.tensors import TENSORS_FILE
 from randlora.config import LayerOptions, RandLoRAConfig, Stream, described
 from randlora.disk.formats import is_there
 from randlora.errors import CheckpointError, spelled
@@ -211,7 +210,6 @@ def inspect(
         writer = f"PEFT {file.fields.get('peft_version') or 'of an unknown version'}"
     else:
         writer = f"randlora {file.header.library_version}, format {file.header.format_version}"
-    times = {0: "drawn from the seed", 1: "stored once in the file"}
     notes = [*file.doubts, *stream_notes(file)]
     if adapter.shapes is None:
         base = spelled("base")
@@ -220,7 +218,7 @@ def inspect(
     return AdapterSummary(
         directory=Path(directory),
         writer=writer,
-        storage=times.get(file.basis_copies, f"stored {file.basis_copies} times in the file"),
+        storage="stored in the file" if file.bases else "drawn from the seed",
         base_model=file.fields.get(BASE_FIELD),
         config=file.config,
         bases=tuple(

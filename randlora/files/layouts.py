@@ -18,11 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.checkpoint.peft_config import BASE_FIELD, PEFT_VERSION, pattern_fields
+from randlora.checkpoint.peft_layout import (
+    BASE_FIELD,
+    MODEL_PREFIX,
+    PEFT_VERSION,
+    TENSORS_FILE,
+    pattern_fields,
+    trained_key,
+)
 from randlora.checkpoint.save import files_of
-from randlora.checkpoint.tensors import METADATA, MODEL_PREFIX, TENSORS_FILE, trained_key
 from randlora.config import Component, LayerOptions, Layout
-from randlora.disk.formats import Planned, write_tensor_file
+from randlora.disk.formats import METADATA, Planned, write_tensor_file
 from randlora.disk.replace import Files
 from randlora.errors import ConfigError, spelled
 from randlora.files.adapter import OpenAdapter

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from randlora.checkpoint.peft_config import CONFIG_FILE
+from randlora.checkpoint.peft_layout import CONFIG_FILE
 from randlora.disk.formats import (
     Entry,
     Shard,

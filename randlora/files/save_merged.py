@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from randlora.checkpoint.tensors import METADATA
-from randlora.disk.formats import TORCH_DTYPES, Planned, write_tensor_file
+from randlora.disk.formats import METADATA, TORCH_DTYPES, Planned, write_tensor_file
 from randlora.disk.replace import new_directory
 from randlora.errors import ConfigError, MergeError
 from randlora.files.merge import FileMergeReport

@@ -24,7 +24,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 import randlora
 from randlora.checkpoint.load import swap_each
-from randlora.checkpoint.tensors import TENSORS_FILE
+from randlora.checkpoint.peft_layout import TENSORS_FILE
 from randlora.errors import AdapterError, CheckpointError, warn
 from randlora.model.listing import AdapterInfo
 from randlora.model.view import is_held_together

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from randlora.checkpoint.load import Options, Source, adapters_in, add_all, read_source
+from randlora.checkpoint.load import Source, adapters_in, add_all, read_source
 from randlora.errors import AdapterError, ConfigError, raise_collected
 from randlora.hints import require_types, shortly
 from randlora.model.switch import remove
@@ -158,7 +158,7 @@ class AdapterPool:
         try:
             with together(self._model, writes=True), alone():
                 found = {name: read_source(self._sources[name]) for name in names}
-                reports = add_all(self._model, found, Options(active=False, prefix=self._prefix)) if found else []
+                reports = add_all(self._model, found, active=False, prefix=self._prefix) if found else []
         except BaseException:
             with alone():
                 for name in reversed(names[: len(reports)]):

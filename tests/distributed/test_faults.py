@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import randlora
-from randlora.checkpoint.tensors import Value
+from randlora.checkpoint.contents import Value
 from randlora.disk.formats import TensorFile, write_tensor_file
 from randlora.errors import AdapterError, CheckpointError, MergeError, RandLoRAError
 from randlora.layers.base import AdapterLayer

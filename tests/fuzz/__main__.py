@@ -15,7 +15,6 @@ import atheris
 with atheris.instrument_imports(include=["randlora"], enable_loader_override=False):
     import torch
 
-    from randlora.checkpoint import read
     from tests.fuzz.files import CORPUS
     from tests.fuzz.limits import Violation
     from tests.fuzz.targets import TARGETS
@@ -40,7 +39,6 @@ def main() -> None:
     findings.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    read.PATIENCE = 0.0  # no other process replaces the files
     logging.disable(logging.CRITICAL)
     faulthandler.enable()
     seen: set[str] = set()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.bases.spec import Shape
+from randlora.checkpoint.peft_layout import basis_keys
 from randlora.checkpoint.read import AdapterFile, read_adapter
 from randlora.checkpoint.save import adapter_files
-from randlora.checkpoint.tensors import adapter_tensors, basis_keys
 from randlora.disk.replace import write_files
 from randlora.errors import RandLoRAError
 from randlora.files import convert, inspect, merge, verify
@@ -84,7 +84,7 @@ def _check_values(file: AdapterFile) -> None:
 
 
 def _check_rewritten(file: AdapterFile, root: Path) -> None:
-    tensors = adapter_tensors(file.values, file.trained)
+    tensors = file.tensors()
     for r, pair in file.bases.items():
         tensors |= zip(basis_keys(r, (file.header.bases if file.header else file.bases).keys()), pair, strict=True)
     write_files(adapter_files(root / "again", file.fields, tensors, file.header))
@@ -99,9 +99,7 @@ def _check_rewritten(file: AdapterFile, root: Path) -> None:
 def _check_same(file: AdapterFile, again: AdapterFile) -> None:
     assert again.options == file.options
     assert (again.config.seed, again.config.dropout) == (file.config.seed, file.config.dropout)
-    assert all_bits(adapter_tensors(again.values, again.trained)) == all_bits(
-        adapter_tensors(file.values, file.trained)
-    )
+    assert all_bits(again.tensors()) == all_bits(file.tensors())
 
 
 def _check_loaded(file: AdapterFile, source: Path, root: Path) -> None:

@@ -23,8 +23,8 @@ def test_no_input_of_the_corpus_breaks_a_promise(name: str, path: Path) -> None:
 
 
 CHECKS: list[tuple[str, str, Any]] = [
-    ("adapter", "randlora.checkpoint.tensors._shape_problems", lambda *_, **__: []),
-    ("peft_config", "randlora.checkpoint.peft_config.peft_kind", lambda _: "dense"),
+    ("adapter", "randlora.checkpoint.read._shape_problems", lambda _: []),
+    ("peft_config", "randlora.checkpoint.peft_layout.peft_kind", lambda _: "dense"),
     ("patterns", "randlora.config.NO_REGEX", ()),
     ("command_line", "randlora.cli.app.FILES_ERROR", 0),
 ]

@@ -16,7 +16,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from randlora.checkpoint import read
 from tests.torture import Row, share
 from tests.torture.faults import ERRORS, FORK, fast_disk, in_child, places
 from tests.torture.replacing import NEW, OLD, SCENARIOS, Identity, Stage, after_a_fault, loaded, save
@@ -29,7 +28,6 @@ PAGE, LIMIT = 4096, 64  # bytes by which the space of a disk and the largest fil
 
 def at_every_call(scale: float) -> Row:
     tried, failures = 0, list[str]()
-    read.PATIENCE = 0.0  # no process replaces files while this one reads them
     for scenario in SCENARIOS:
         with fast_disk() as root:
             stage = Stage(scenario, root)

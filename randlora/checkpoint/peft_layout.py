@@ -1,10 +1,16 @@
-"""``adapter_config.json``: converting options to the fields that PEFT 0.21.2 writes, and back; names of base models."""
+"""PEFT's layout of an adapter: the keys of its tensors, and the fields of its JSON, as PEFT 0.21.2 writes them.
+
+PEFT puts a module around each adapted layer and keeps the layer in it as ``base_layer``: so in a key the layer's own
+parameters, such as its bias, are one level down. A child that is itself called ``base_layer`` is written one level down
+too, so that no two keys collide.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -22,57 +28,34 @@ from randlora.state import Adapter
 from randlora.targets.census import Census
 from randlora.targets.match import shortened
 
+TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+
+MODEL_PREFIX = "base_model.model."
+BASE_LAYER = "base_layer"
+BASES = {"randlora_A": "base_model.randlora_A", "randlora_B": "base_model.randlora_B"}
+"""The keys of A and B, by the names that they have in each layer too, in files of PEFT 0.21.2 and older."""
+
 PEFT_TYPE = "RANDLORA"
 PEFT_VERSION = "0.21.2"  # whose fields these are
 
 BASE_FIELD = "base_model_name_or_path"
-
-STREAM_FIELD = "randlora_stream"
-"""A field of ours, written if PEFT would draw different bases from the seed: PEFT warns of unknown fields."""
-
-RANK_FIELD, ALPHA_FIELD = "rank_pattern", "alpha_pattern"
-"""Fields that PEFT has for LoRA and not for RandLoRA: r or alpha by regex, if it differs between layers."""
-
-UNREAD_FIELDS = (STREAM_FIELD, RANK_FIELD, ALPHA_FIELD)
-"""Fields that tell why PEFT cannot compute the same. We read these facts from our header."""
+CLASS_FIELDS = ("auto_mapping", "task_type")  # the class of the base model, or its task
+STREAM_FIELD = "randlora_stream"  # ours, if PEFT would draw different bases from the seed: it warns of unknown fields
+RANK_FIELD, ALPHA_FIELD = "rank_pattern", "alpha_pattern"  # of PEFT's LoRA: r or alpha by regex, if there are several
+UNREAD_FIELDS = (STREAM_FIELD, RANK_FIELD, ALPHA_FIELD)  # why PEFT cannot compute the same: we read our header
 
 NEUTRAL_FIELDS: dict[str, Any] = {
-    "auto_mapping": None,
-    BASE_FIELD: None,
+    **dict.fromkeys((*CLASS_FIELDS, BASE_FIELD, "layers_pattern", "layers_to_transform", "revision")),
     "bias": "none",
     "init_weights": True,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "revision": None,
-    "task_type": None,
 }
 """Fields that do not affect the arithmetic. Their values in a file are kept and written back."""
 
-CLASS_FIELDS = ("auto_mapping", "task_type")
-"""Fields that name the class of the base model, or its task."""
+OPTION_FIELDS = {name: option.peft for name, option in OPTIONS.items() if option.peft}  # by the option's name
 
-OPTION_FIELDS = {name: option.peft for name, option in OPTIONS.items() if option.peft}
-"""Fields that hold an option, by the option's name."""
-
-BY_MODEL = ("targets", "train_also")
-"""Options whose fields name parts of the model."""
-
-OWN_FIELDS = frozenset({
-    "fan_in_fan_out",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "save_projection",
-    "sparse",
-    "very_sparse",
-    *OPTION_FIELDS.values(),
-    *UNREAD_FIELDS,
-})
-"""Fields that every save computes from the adapter."""
-
+# a path in the cache of huggingface_hub, which is the name of a model that was loaded from it
 CACHED = re.compile(r"(?:^|[/\\])models--([^/\\]+)[/\\]snapshots[/\\]")
-"""A path in the cache of huggingface_hub. A model that was loaded from it has this path as its name."""
 
 
 class PeftFields(TypedDict, total=False):
@@ -104,15 +87,59 @@ class PeftFields(TypedDict, total=False):
     very_sparse: bool
 
 
+OWN_FIELDS = PeftFields.__annotations__.keys() - NEUTRAL_FIELDS.keys()  # which every save computes from the adapter
+
+
+def value_keys(fqn: str, targets: Container[str]) -> tuple[str, str]:
+    """Return the keys of Λ and Γ of one of the targets."""
+    path = MODEL_PREFIX + _descended(fqn, targets)
+    return f"{path}.randlora_lambda", f"{path}.randlora_gamma"
+
+
+def trained_key(fqn: str, targets: Container[str]) -> str:
+    """Return the key of a parameter trained with an adapter."""
+    module, _, attribute = fqn.rpartition(".")
+    if module not in targets:
+        return MODEL_PREFIX + _descended(fqn, targets)
+    return f"{MODEL_PREFIX}{_descended(module, targets)}.{BASE_LAYER}.{attribute}"
+
+
+def trained_fqn(key: str, targets: Container[str]) -> str:
+    """Return the FQN for a key from `trained_key` or PEFT, which puts all children of a layer one level down."""
+    parts, levels = list[str](), -1  # number of parts before the last one that was left out
+    for part in key.removeprefix(MODEL_PREFIX).split("."):
+        if part == BASE_LAYER and levels != len(parts) and ".".join(parts) in targets:
+            levels = len(parts)
+        else:
+            parts.append(part)
+    return ".".join(parts)
+
+
+def _descended(fqn: str, targets: Container[str]) -> str:
+    """Return a path with each child of a target that is called ``base_layer`` one level down."""
+    parts, descended = fqn.split("."), list[str]()
+    for index, part in enumerate(parts):
+        if part == BASE_LAYER and ".".join(parts[:index]) in targets:
+            descended.append(BASE_LAYER)
+        descended.append(part)
+    return ".".join(descended)
+
+
+def basis_keys(r: int, ranks: AbstractSet[int]) -> tuple[str, str]:
+    """Return the keys of A and B of rank r: PEFT's keys, followed by r if there are bases of several ranks."""
+    suffix, (key_A, key_B) = "" if ranks == {r} else f".r{r}", BASES.values()
+    return f"{key_A}{suffix}", f"{key_B}{suffix}"
+
+
 def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[str, Any]:
     """Return the fields of an adapter as PEFT would write them; ``stored`` means that the file holds the bases."""
-    kinds = {plain_class(module).__name__ for fqn, module in census.visits if fqn in adapter.options}
+    classes = {plain_class(module).__name__ for fqn, module in census.visits if fqn in adapter.options}
     (stream,) = {basis.spec.stream for basis in adapter.bases.values()}
     fields = {
         **NEUTRAL_FIELDS,
         **adapter.peft_fields,
         BASE_FIELD: base_model_name(census.model, adapter.peft_fields.get(BASE_FIELD)),
-        "fan_in_fan_out": kinds == {"Conv1D"},  # PEFT's name for weights stored as (in_features, out_features)
+        "fan_in_fan_out": classes == {"Conv1D"},  # PEFT's name for weights stored as (in_features, out_features)
         "inference_mode": True,
         **option_fields(adapter.config, adapter.options, stream, stored=stored),
         OPTION_FIELDS["train_also"]: whole_modules(census, adapter.trained) or None,
@@ -121,30 +148,22 @@ def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[st
     return dict(sorted(fields.items()))
 
 
-def unknown_to_peft(kinds: Mapping[str, str]) -> str | None:
-    """Return why PEFT cannot represent an adapter, given the kinds of its targets that are not linear layers."""
-    if not kinds:
-        return None
-    named = shortened([f"{fqn} ({kind})" for fqn, kind in kinds.items()])
-    return f"its RandLoRA adapts linear layers only, not {named}"
-
-
 def option_fields(
     config: RandLoRAConfig, options: Mapping[str, LayerOptions], stream: Stream, *, stored: bool
 ) -> dict[str, Any]:
     """Return the fields that do not depend on a model; ``stored`` means that the file holds the bases."""
     common, (sparse, very_sparse) = most_common(options), KINDS[config.basis].peft_flags or (False, False)
-    values = {**vars(config), "r": common.r, "alpha": _plain(common.alpha)}
+    values = {"r": common.r, "alpha": _plain(common.alpha), "dropout": config.dropout, "seed": config.seed}
     fields: dict[str, Any] = {
-        **{field: values[name] for name, field in OPTION_FIELDS.items() if name not in BY_MODEL},
+        **{field: values[name] for name, field in OPTION_FIELDS.items() if name in values},
         "peft_type": PEFT_TYPE,
         "peft_version": PEFT_VERSION,
         "save_projection": stored,
         "sparse": sparse,
         "very_sparse": very_sparse,
     }
-    fields |= pattern_fields(options)
-    return fields if stored or stream == "torch" else {**fields, STREAM_FIELD: stream}
+    own_stream = {} if stored or stream == "torch" else {STREAM_FIELD: stream}
+    return fields | pattern_fields(options) | own_stream
 
 
 def drawing_note(spec: BasisSpec) -> str | None:
@@ -164,17 +183,19 @@ def pattern_fields(options: Mapping[str, LayerOptions]) -> dict[str, Any]:
     ordered = sorted(options.items(), key=lambda item: (-len(item[0]), item[0]))
     ranks = {re.escape(fqn): own.r for fqn, own in ordered}
     alphas = {re.escape(fqn): _plain(own.alpha) for fqn, own in ordered}
-    return {
-        name: by_fqn for name, by_fqn in ((RANK_FIELD, ranks), (ALPHA_FIELD, alphas)) if len({*by_fqn.values()}) > 1
-    }
+    patterns: dict[str, dict[str, Any]] = {RANK_FIELD: ranks, ALPHA_FIELD: alphas}
+    return {name: by_fqn for name, by_fqn in patterns.items() if len({*by_fqn.values()}) > 1}
 
 
-def peft_obstacle(options: Mapping[str, LayerOptions]) -> str | None:
-    """Return why PEFT cannot represent the options of the layers, or ``None`` if it can."""
-    if not pattern_fields(options):
-        return None
-    own = " and ".join(f"{name} = {values}" for name, values in described(options).items())
-    return f"PEFT has one r and one alpha for all layers and cannot use this adapter, which has {own}"
+def peft_obstacle(options: Mapping[str, LayerOptions], kinds: Mapping[str, str]) -> str | None:
+    """Return why PEFT cannot represent an adapter; ``kinds`` are the kinds of targets that are not linear layers."""
+    if kinds:
+        named = shortened([f"{fqn} ({kind})" for fqn, kind in kinds.items()])
+        return f"PEFT cannot load this adapter: its RandLoRA adapts linear layers only, not {named}"
+    if pattern_fields(options):
+        given = " and ".join(f"{name} = {values}" for name, values in described(options).items())
+        return f"PEFT has one r and one alpha for all layers and cannot use this adapter, which has {given}"
+    return None
 
 
 def most_common(options: Mapping[str, LayerOptions]) -> LayerOptions:
@@ -191,15 +212,10 @@ def _plain(alpha: float) -> float:
 def from_peft_fields(
     fields: Mapping[str, Any], targets: Iterable[str], trained: Iterable[str], stream: Stream | None
 ) -> RandLoRAConfig:
-    """Return the options of an adapter that PEFT wrote, with FQNs from the keys of its tensors.
-
-    ``stream`` is the stream of the bases, which PEFT does not write; ``None`` means the one that PEFT draws from today.
-    """
+    """Return the options of an adapter that PEFT wrote, which does not write the stream, with FQNs from the keys."""
     needed = [OPTION_FIELDS[name] for name in ("r", "alpha", "seed")]
     if missing := [name for name in needed if name not in fields]:
-        raise CheckpointError(
-            f"the adapter's JSON lacks {', '.join(missing)}: expected the fields PEFT writes for RandLoRA"
-        )
+        raise CheckpointError(f"the adapter's JSON lacks {', '.join(missing)}, which PEFT writes for RandLoRA")
     kind = peft_kind(fields)
     drawn_from = stream or "torch"
     if drawn_from not in (streams := peft_streams(kind)):
@@ -249,8 +265,7 @@ def whole_modules(census: Census, trained: Iterable[str]) -> list[str]:
 
 def base_model_name(model: nn.Module, written: object = None) -> str | None:
     """Return the name of a model, or as its adapter's file has it, ``written``, if that means the same model."""
-    known = written if isinstance(written, str) and written else None
-    own = name_of(model)
+    known, own = written if isinstance(written, str) and written else None, name_of(model)
     return known if own is None or (known and is_same_model(known, own)) else own
 
 
@@ -267,16 +282,7 @@ def mismatch(model: nn.Module, written: object) -> str | None:
     own = name_of(model)
     if own is None or not isinstance(written, str) or not written or is_same_model(written, own):
         return None
-    return (
-        f"the adapter was trained on {written!r}, but this model is {own!r}: its outputs are wrong unless both have "
-        "the same weights"
-    )
-
-
-def is_own_directory(model: nn.Module, directory: Path) -> bool:
-    """Whether a directory is the one that the model was loaded from."""
-    own = name_of(model)
-    return own is not None and is_there(Path(own)) and is_there(directory) and Path(own).samefile(directory)
+    return f"the adapter was trained on {written!r}, but this model is {own!r}: with other weights its outputs are off"
 
 
 def repo_of(name: str | None) -> str | None:
