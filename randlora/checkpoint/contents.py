@@ -154,7 +154,7 @@ class AdapterToSave:
         return [f"{value.name} {META}" for value in values if not has_values(value.parameter)]
 
     def gather(self, write: Callable[[Planned], object] | None) -> Iterator[Callable[[], None]]:
-        """Yield the steps that gather, check, hash and write one value after the other, without ``write`` none."""
+        """Yield the steps that gather, check, hash and write each value; a process without ``write`` only gathers."""
         found = dict[str, str]()
         for item in sorted(self.values.items(), key=itemgetter(0)):
             yield partial(self._gather, *item, write, found)
