@@ -29,8 +29,7 @@ from randlora.hints import mistyped, require_types
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.install import lost_parts
 from randlora.model.view import View, collective, opened, require_own
-from randlora.modes import has_values
-from randlora.places import whole, whole_only_inside
+from randlora.places import has_values, whole, whole_only_inside
 from randlora.ranks import agree, agreeing, run_collectives
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, ModelState
