@@ -90,30 +90,26 @@ def test_blocks_for_real_models_run_on_small_ones(page: Path, tmp_path: Path, mo
     run_page(page, real=True)
 
 
-ELSEWHERE = ("axolotl", "swift")
-"""Modules of `randlora.integrations` whose library is in an environment of its own; see `make test-trainers`."""
+def modules_with_examples() -> list[str]:
+    paths = [path for path in sorted(PACKAGE.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
+    return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
 
 
-def package_examples() -> Iterator[doctest.DocTest]:
-    found = [info.name for info in pkgutil.walk_packages(randlora.__path__, "randlora.")]
-    names = [name for name in found if name.removeprefix("randlora.integrations.") not in ELSEWHERE]
-    for module in map(importlib.import_module, ["randlora", *names]):
-        extra = {"torch": torch, "nn": nn, "randlora": randlora}
-        yield from (test for test in doctest.DocTestFinder().find(module, extraglobs=extra) if test.examples)
-
-
-@pytest.mark.parametrize("example", list(package_examples()), ids=lambda example: example.name)
-def test_a_docstrings_example_runs(example: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    report = io.StringIO()
-    doctest.DocTestRunner().run(example, out=report.write)
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_a_docstrings_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, report = importlib.import_module(name), io.StringIO()
+    names = {"torch": torch, "nn": nn, "randlora": randlora}
+    found = [test for test in doctest.DocTestFinder().find(module, extraglobs=names) if test.examples]
+    for test in found:
+        (tmp_path / test.name).mkdir()
+        monkeypatch.chdir(tmp_path / test.name)
+        doctest.DocTestRunner().run(test, out=report.write)
     assert report.getvalue() == ""
+    assert sum(len(test.examples) for test in found) == inspect.getsource(module).count(">>> ") > 0
 
 
-def test_every_example_in_the_package_is_found_and_has_80_columns_and_the_notebook_is_its_page() -> None:
+def test_examples_have_80_columns_and_the_notebook_is_its_page() -> None:
     texts = [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")]
-    found = sum(len(example.examples) for example in package_examples())
-    assert found == sum(text.count(">>> ") for text in texts) > 0
     lines = [line.strip() for text in texts for line in text.splitlines()]
     assert [line for line in lines if line.startswith((">>> ", "... ")) and len(line) > 80] == []
     assert pages.NOTEBOOK.read_text("utf-8") == pages.notebook_of(pages.QUICKSTART), "python -m tests.pages"

@@ -9,13 +9,14 @@ import torch
 import randlora
 from randlora.errors import AdapterError, CheckpointError
 from tests.kit import all_bits, untouched
-from tests.lightning_modules import Module, fit, trained
 from tests.peer import TRAINERS_WARNINGS
 
 pytestmark = [*TRAINERS_WARNINGS, pytest.mark.medium]
 
 
 def test_a_checkpoint_has_what_is_trained_and_statistics(tmp_path: Path) -> None:
+    from tests.lightning_modules import Module, fit, trained
+
     module = Module()
     trainer = fit(module, tmp_path, epochs=1)
     values = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
@@ -26,12 +27,13 @@ def test_a_checkpoint_has_what_is_trained_and_statistics(tmp_path: Path) -> None
     assert torch.load(tmp_path / "after.ckpt", weights_only=True)["state_dict"].keys() == values.keys()
 
 
-class Own(Module):
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.found = checkpoint["epoch"]
-
-
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path: Path) -> None:
+    from tests.lightning_modules import Module, fit, trained
+
+    class Own(Module):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.found = checkpoint["epoch"]
+
     whole, rest = Module(), Own()
     fit(whole, tmp_path / "whole", epochs=3)
     fit(Module(), tmp_path / "part", epochs=2)
@@ -55,6 +57,8 @@ DIFFERENCES: list[tuple[dict[str, Any], str]] = [
 
 
 def test_checkpoints_of_another_adapter_and_of_weights_only_are_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
+    from tests.lightning_modules import Module, fit
+
     fit(Module(), tmp_path, epochs=1)
     for options, message in DIFFERENCES:
         module = Module(**options)
