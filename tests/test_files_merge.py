@@ -159,7 +159,7 @@ def test_files_of_every_kind_are_inspected_and_merged_as_in_memory(kind: ReadKin
     assert (found.frobenius, found.spectral) == pytest.approx(norms, rel=1e-5)
     assert files.verify(adapter, tmp_path / "base").passed
     if kind.kind != "linear":
-        with pytest.raises(CheckpointError, match=rf"cannot convert for PEFT: .* not {kind.target} \({kind.kind}\)"):
+        with pytest.raises(CheckpointError, match=rf"to 'peft': .* not {kind.target} \({kind.kind}\)"):
             files.convert(adapter, tmp_path / "out", "peft")
         what = rf"(of kind {kind.kind}|a stack of \d matrices)"
         with pytest.raises(ConfigError, match=rf"{kind.target} is {what}, and only linear layers"):

@@ -133,7 +133,7 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
     (ConfigError, "format must be one of peft, diffusers or None, got 'mlx'", convert(to="lora", format="mlx")),
     (ConfigError, "rank= and tolerance= are for to=\"lora\": 'peft' is exact", convert(rank=4)),
     (ConfigError, 'component= is for to="lora" with format="diffusers"', convert(to="lora", component="unet")),
-    (CheckpointError, "to 'peft': .*; a 'lora' has a rank for each layer", convert("of two ranks", to="peft")),
+    (CheckpointError, "to 'peft': PEFT has one r and one alpha for all layers .* r = 4 .2 layers., 8", convert("of two ranks", to="peft")),
     (ConfigError, "rank must be a positive integer, got 0", convert(to="lora", rank=0)),
     (ConfigError, "rank must be at most 512, got 513", convert(to="lora", rank=513)),
     (ConfigError, r"tolerance must be a number in \[0, 1\], got 1\.5", convert(to="lora", tolerance=1.5)),
@@ -382,20 +382,20 @@ OF_BOTH: dict[str, Call] = {
     ),
     r"0 and 0\.weight are both 0\.weight, which cannot hold both adapters": name_one_tensor_twice,
 }
-NO_FILES: dict[str, tuple[str, str]] = {
-    f"{name} is a {kind.split('-')[0]}: expected a file": (name, kind)
+NO_FILES = [
+    (f"{name} is a directory, a pipe or a device: expected a file", name, kind)
     for name in ("config.json", SINGLE_FILE, INDEX_FILE)
     for kind in ("pipe", "device-without-end", "directory")
-}
-NO_FILES |= {f"holds no weights.*{name}": (name, "link-to-itself") for name in (SINGLE_FILE, INDEX_FILE)}
-NO_FILES["cannot read .*config.json .*Too many levels"] = "config.json", "link-to-itself"
+]
+NO_FILES += [(f"holds no weights.*{name}", name, "link-to-itself") for name in (SINGLE_FILE, INDEX_FILE)]
+NO_FILES += [("cannot read .*config.json .*Too many levels", "config.json", "link-to-itself")]
 DAMAGED: list[tuple[str, str, str, Call]] = [  # words, the verbs that say them, the check of `files.verify` that does
     *((words, "", "files", damage) for words, damage in OF_ADAPTER.items()),
     *((words, "plan inspect merge", "base", damage) for words, damage in OF_BASE.items()),
     *((words, "plan", "", damage) for words, damage in OF_CLASS.items()),
     *((words, "inspect merge", "base", damage) for words, damage in OF_BOTH.items()),
     *(("is a link to .*secret, outside of the", "merge", "", link(name)) for name in ("x", "config.json", "deep/x")),
-    *((words, "plan inspect merge", "base", special(*each)) for words, each in NO_FILES.items()),
+    *((words, "plan inspect merge", "base", special(*each)) for words, *each in NO_FILES),
     ("cannot read .*config.json .*No such file", "plan inspect merge", "base", dangling),
     *(("cannot copy the files of", "merge", "", special("tokenizer.json", kind)) for kind in SPECIAL),
 ]

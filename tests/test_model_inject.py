@@ -330,14 +330,3 @@ def test_a_head_that_is_left_frozen_is_told_of_with_how_to_train_it() -> None:
     rows: list[dict[str, Any]] = [{}, {"targets": ["q_proj"]}, {"targets": ["classifier"]}, {"trainable": False}]
     told = [note in randlora.plan(model, r=4, **options).notes for options in (*rows, {"train_also": "classifier"})]
     assert told == [True, True, False, False, False]
-
-
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 16))
-def test_an_r_that_buys_no_rank_is_told_of(rows: int, columns: int, r: int) -> None:
-    model = nn.ModuleDict({"narrow": nn.Linear(columns, rows), "wide": nn.Linear(16, 16)})
-    report = randlora.plan(model, r=r, targets=[*model])
-    told = [note for note in report.notes if "reaches the same rank" in note]
-    smaller = randlora.plan(model, r={"narrow": min(r, rows, columns), "wide": r}, targets=[*model])
-    assert [row.expected_rank for row in smaller.rows] == [row.expected_rank for row in report.rows]
-    assert bool(told) == (smaller.trainable_parameters < report.trainable_parameters)
-    assert all(f"r={r} " in note and "narrow" in note and "wide" not in note for note in told)
