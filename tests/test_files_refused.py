@@ -133,7 +133,11 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
     (ConfigError, "format must be one of peft, diffusers or None, got 'mlx'", convert(to="lora", format="mlx")),
     (ConfigError, "rank= and tolerance= are for to=\"lora\": 'peft' is exact", convert(rank=4)),
     (ConfigError, 'component= is for to="lora" with format="diffusers"', convert(to="lora", component="unet")),
-    (CheckpointError, "to 'peft': PEFT has one r and one alpha for all layers .* r = 4 .2 layers., 8", convert("of two ranks", to="peft")),
+    (
+        CheckpointError,
+        "to 'peft': PEFT has one r and one alpha for all layers .* r = 4 .2 layers., 8",
+        convert("of two ranks", to="peft"),
+    ),
     (ConfigError, "rank must be a positive integer, got 0", convert(to="lora", rank=0)),
     (ConfigError, "rank must be at most 512, got 513", convert(to="lora", rank=513)),
     (ConfigError, r"tolerance must be a number in \[0, 1\], got 1\.5", convert(to="lora", tolerance=1.5)),
