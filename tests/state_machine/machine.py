@@ -182,6 +182,10 @@ class RandLoRAMachine(AdapterRules):
         if any(adapter.copies for adapter in used.values()):
             self.ask(AdapterError, lambda model: randlora.serving.routed(model, rows).__enter__())
             return
+        if any(truth.is_alone_in_attention(weight.name) for each in used.values() for weight in truth.weights_of(each)):
+            with torch.no_grad(), randlora.serving.routed(self.model, rows):
+                self.ask(AdapterError, lambda model: model(*truth.arguments()))
+            return
         if truth.training and any(adapter.options["dropout"] for adapter in used.values()):
             return
         with untouched(self.model), torch.no_grad(), randlora.serving.routed(self.model, rows):

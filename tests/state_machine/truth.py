@@ -111,6 +111,12 @@ class Truth:
     def weights_of(self, adapter: Adapter) -> list[Weight]:
         return [weight for weight in self.kind.weights if weight.fqn in adapter.values]
 
+    def is_alone_in_attention(self, name: str) -> bool:
+        """Whether a weight is the ``out_proj`` of an attention of which no adapter adapts anything else."""
+        attention, is_out, _ = name.rpartition(".out_proj.")
+        adapted = {weight.name for each in self.adapters.values() for weight in self.weights_of(each)}
+        return bool(is_out) and not any(other.startswith(f"{attention}.") for other in adapted - {name})
+
     def acted_on(self, adapter: Adapter) -> list[Weight]:
         return [weight for weight in self.weights_of(adapter) if adapter.factor_of(weight)]
 
