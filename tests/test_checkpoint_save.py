@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import Mock
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import randlora
+from randlora.checkpoint.contents import Value
 from randlora.disk import replace as replacing
 from randlora.errors import AdapterError, CheckpointError, ConfigError, RandLoRAError
 from tests import checkpoint_files as stored
@@ -116,6 +118,19 @@ def test_save_names_its_tensors_as_peft_does_and_says_what_peft_would_not_load(t
         report = randlora.save(model, tmp_path)
         assert (report.notes, str(report).splitlines()[1:]) == ((note,), [note])
         assert randlora.save(model, tmp_path, bases="stored").notes == ()
+
+
+def test_one_value_at_a_time_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, most = WeakSet[Tensor](), []
+
+    def stored_counting(value: Value, values: Tensor, copied: Any = Value.stored) -> Tensor:
+        copies.add(copy := copied(value, values))
+        most.append(len(copies))
+        return copy
+
+    monkeypatch.setattr(Value, "stored", stored_counting)
+    randlora.save_all(adapt(trained(HEADED), r=2, name="other"), tmp_path)
+    assert most == [1] * len(most) != []
 
 
 @pytest.mark.parametrize("first", ["inject", "wrap"])

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import randlora
 from randlora import files
 from randlora.__main__ import main
-from randlora.disk.formats import write_tensor_file
+from randlora.disk.formats import Planned, write_tensor_file
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from randlora.files.model_directory import INDEX_FILE, find_companions, read_model_directory
-from randlora.files.save_merged import NAMES_IN_MEMORY
+from randlora.files.save_merged import NAMES_IN_MEMORY, ModelWriter
 from tests import model_directories, quantized
 from tests.checkpoint_files import read_tensors
 from tests.hostile_files import sparse
@@ -122,7 +122,7 @@ def test_a_wider_dtype_is_that_of_the_model_while_merging_and_a_narrower_is_roun
         assert (index["metadata"]["total_size"], report.nbytes, {*index["weight_map"]}) == (nbytes, nbytes, {*held})
 
 
-def test_what_is_no_float_keeps_its_dtype_and_floats_of_8_bits_are_not_merged_into(tmp_path: Path) -> None:
+def test_what_is_no_float_keeps_its_dtype_and_neither_codes_nor_8_bit_floats_are_merged_into(tmp_path: Path) -> None:
     base, adapter = save_model(LLAMA, tmp_path / "base"), save_adapter(LLAMA, tmp_path / "adapter")
     kept = {
         "position_ids": torch.arange(5),
@@ -135,8 +135,11 @@ def test_what_is_no_float_keeps_its_dtype_and_floats_of_8_bits_are_not_merged_in
     assert (merged["empty"].shape, {tensor.dtype for tensor in merged.values()}) == ((0, 3), {torch.bfloat16})
     model_directories.edit_model(base, {name: tensor.to(torch.float8_e4m3fn) for name, tensor in stored(base).items()})
     for dtype in (None, torch.float32):
-        with pytest.raises(MergeError, match=r"8-bit floats: .*q_proj\.weight.* and \d+ more; convert"):
+        with pytest.raises(MergeError, match=r"8-bit floats or integers: .*q_proj\.weight.* and \d+ more; convert"):
             files.merge(adapter, tmp_path / "again", base=base, dtype=dtype)
+    model_directories.edit_model(base, {name: tensor.to(torch.int8) for name, tensor in stored(base).items()})
+    with pytest.raises(MergeError, match=r"or integers: .*q_proj"):  # as codes whose scales have other names
+        files.merge(adapter, tmp_path / "again", base=base)
     assert not (tmp_path / "again").exists()
 
 
@@ -421,3 +424,12 @@ def test_at_most_the_tensors_of_one_file_are_held_and_a_full_disk_leaves_nothing
     with mock.patch(WRITER, written), pytest.raises(OSError, match="No space"):
         files.save_merged(model, tmp_path / "full", max_shard_size=model_directories.SHARD)
     assert [*tmp_path.iterdir()] == [report.out]
+
+
+def test_tensors_for_a_file_are_not_counted_again_for_each_that_follows(tmp_path: Path) -> None:
+    sized = mock.PropertyMock(return_value=4)
+    with mock.patch.object(Planned, "nbytes", sized), mock.patch(WRITER):
+        writer = ModelWriter(tmp_path, limit=1600)
+        for number in range(401):  # one too many for a file
+            writer.add(Planned.whole(str(number), torch.zeros(1)))
+    assert ([*map(len, writer.files)], sized.call_count <= 1200) == ([400], True)

@@ -363,6 +363,7 @@ OF_CLASS: dict[str, Call] = {
     "its config.json names no class; or build the model": config(architectures=None),
     "cannot build LlamaForCausalLM from its config.json .*: TypeError: .* got str": config(num_attention_heads="many"),
     r"up_proj.weight has shape \(48, 32\) in the files, \(40, 32\) by its config": config(intermediate_size=40),
+    "norm.weight holds torch.int64, codes of": lambda: edit_model(BASE, {"model.norm.weight": torch.arange(32)}),
 }
 OF_BOTH: dict[str, Call] = {
     f"the model has no layer {Q}": lambda: edit_model(BASE, {f"{Q}.weight": None}),

@@ -82,7 +82,7 @@ def with_prefix(file: AdapterFile, prefix: str | None, known: Collection[str]) -
             raise_collected(CheckpointError, problems, doing=f"remove the prefix {prefix!r}")
             return file.renamed(lambda fqn: fqn.removeprefix(dotted), f"with {dotted!r} removed")
         case []:
-            otherwise = "the names of the adapter's layers do not fit with it: if they fit as they are: leave it out"
+            otherwise = "the names of the adapter's layers do not fit with it: leave it out if they fit as they are"
             reason, *_ = prefix_problems(file, known) or [otherwise]
         case _:
             reason = "the model has such layers both with and without it"

@@ -129,7 +129,7 @@ def merge(
         ConfigError: For an invalid factor, dtype or stream.
         CheckpointError: If a file is missing or damaged, the checkpoint is quantized, an adapter does not fit or has a
             new head, transformers converts an adapted weight as it loads it, or no base model is given or named.
-        MergeError: If ``out`` is not empty or is inside an input, a value is not finite, or weights are 8-bit floats.
+        MergeError: If ``out`` is not empty or is inside an input, a value is not finite, or weights are 8-bit or codes.
         OSError: If the disk refuses.
     """
     require_types(merge, locals())
@@ -268,11 +268,15 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
                 changes.merged.setdefault(tensor, Merging(fqn, slot.layer_class)).updates.append(update)
         for fqn, names in fit.trained.items():
             changes.replaced.update(dict.fromkeys(names, fit.file.trained[fqn]))
-    changed = {*changes.merged, *changes.replaced}
-    dtypes = {name: entry.dtype for name, entry in changes.entries.items() if name in changed}
-    if narrow := [name for name, dtype in dtypes.items() if dtype.is_floating_point and dtype.itemsize == 1]:
-        # which may have scales, and would lose most of an update
-        raise MergeError(f"cannot merge: 8-bit floats: {shortened(narrow)}; convert the model to a wider dtype first")
+    dtypes = {name: changes.entries[name].dtype for name in (*changes.merged, *changes.replaced)}
+    # 8-bit floats may have scales, and would lose most of an update; integers are codes, except for buffers
+    if narrow := [
+        name
+        for name, dtype in dtypes.items()
+        if (dtype.itemsize == 1 if dtype.is_floating_point else name in changes.merged)
+    ]:
+        what = f"8-bit floats or integers: {shortened(narrow)}"
+        raise MergeError(f"cannot merge: {what}; convert the model to a wider floating dtype first")
     return changes
 
 

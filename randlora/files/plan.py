@@ -68,7 +68,7 @@ def plan_checkpoint(base: Base, r: int | Mapping[str, int] | None = None, **opti
 
 
 def _take_dtypes(model: TransformersModel, base: Base) -> list[str]:
-    """Set the parameters' dtypes to the dtypes in the checkpoint, and return which shapes differ there."""
+    """Set the parameters' dtypes to the dtypes in the checkpoint, and return which tensors there do not fit."""
     problems = []
     for held in model.census.parameters:
         names = (name for name in model.names_of(held.tensor) if name not in base.codes)
@@ -76,7 +76,10 @@ def _take_dtypes(model: TransformersModel, base: Base) -> list[str]:
             if entry.shape != tuple(held.tensor.shape):
                 by_class = tuple(held.tensor.shape)
                 problems.append(f"{entry.name} has shape {entry.shape} in the files, {by_class} by its config.json")
-            held.tensor.data = held.tensor.data.to(entry.dtype)
+            elif held.tensor.is_floating_point() and not entry.dtype.is_floating_point:
+                problems.append(f"{entry.name} holds {entry.dtype}, codes of an unknown quantization")
+            else:
+                held.tensor.data = held.tensor.data.to(entry.dtype)
     return problems
 
 
