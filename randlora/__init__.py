@@ -28,11 +28,11 @@ else:
         globals().update(public)
         if name == "__all__":
             return [*public]
-        if name not in public:
+        if name not in globals():  # which has the rooms that were imported just now
             meant = _import_module("randlora.hints").CALLS.get(name)
             advice = f": call {meant}" if meant else ""
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}")
-        return public[name]
+        return globals()[name]
 
     def __dir__() -> list[str]:
         """List what can be used, as completion in a shell asks, rather than what has been."""

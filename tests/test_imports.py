@@ -159,7 +159,7 @@ import randlora
 is_lazy, listed = "randlora.api" not in sys.modules, dir(randlora)
 from randlora.files import plan
 of_files = [*sys.modules]
-randlora.inject
+randlora.layers
 loaded = sorted(set(sys.modules) - set(torch_only))
 print(json.dumps({
     "is_lazy": is_lazy, "listed": listed, "of_files": of_files, "before": before, "after": facts(), "loaded": loaded

@@ -200,6 +200,17 @@ def test_everything_is_as_before_also_when_a_forward_raises_or_is_interrupted() 
         randlora.check(model, X)
 
 
+def test_what_does_not_run_in_training_mode_is_judged_by_the_other_and_what_runs_there_alone_is_not() -> None:
+    def stops(self: Any, h: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError("as batch norm of one row")
+        return h + self.inner(h).detach()  # type: ignore[no-any-return]
+
+    assert found(randlora.check(adapted(around(stops)), X)) == {"inner": "no gradient"}
+    report = randlora.check(adapted(around(lambda self, h: raises(self, h) if self.training else h)), X)
+    assert (found(report), [*report.unchecked]) == ({}, ["inner"])
+
+
 @dataclass
 class Held:
     inside: Any

@@ -74,8 +74,7 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
     """Check that every adapted weight has an effect, gradients, and the same effect once merged, by running the model.
 
     If other code reads a layer's weight instead of calling the layer, an adapter of this layer may have no effect. This
-    runs
-    the model with random values of every Λ and Γ of the active adapters, as adapters and merged, and compares the
+    runs the model with random values of every Λ and Γ of the active adapters, as adapters and merged, and compares the
     outputs, in evaluation mode. Gradients are computed in training mode too.
 
     The model holds copies of its tensors meanwhile. All tensors, attributes of its modules, and the states of random
@@ -180,7 +179,7 @@ def _faults(site: AdaptedSite, seen: _Findings, refused: float | None) -> Iterat
         yield Problem(site.fqn, "read past")
         return
     if site not in seen.trained:
-        if site in seen.moved and not seen.notes:
+        if site in seen.moved and len(seen.notes) < 2:  # a backward ran in one mode
             yield Problem(site.fqn, "no gradient")
         elif site in seen.ran and site not in seen.moved:
             yield Problem(site.fqn, "unused")
@@ -210,6 +209,8 @@ class _Findings:
                 self.trained |= trial.gradients(training=mode == "training")
             except Exception as error:  # in training mode, of the forward too
                 self.notes.append(f"gradients were not checked in {mode} mode: {type(error).__name__}: {error}")
+                if mode == "training":  # without gradients it is unknown what has an effect there
+                    break
             self.ran |= trial.ran
         rest = [site for site in trial.sites if site not in self.trained]
         self.moved = set(_blame(rest, self._move))
