@@ -186,6 +186,14 @@ def test_uninitialized_layers_that_are_no_targets_do_not_matter(tmp_path: Path) 
         assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_buffers_that_nothing_gives_values_are_noted() -> None:
+    with torch.device("meta"):
+        model = nn.ModuleDict({"rope": nn.Linear(6, 6), "norm": nn.BatchNorm1d(6)})
+        model["rope"].register_buffer("inv_freq", torch.ones(3), persistent=False)
+    (note,) = (note for note in randlora.inject(model, r=2, targets=["rope"]).notes if "no values" in note)
+    assert "rope.inv_freq on the meta device" in note
+
+
 def test_an_alpha_of_a_file_is_loaded_whatever_it_is(tmp_path: Path) -> None:
     trained, model = adapted(), layers()
     set_alpha(trained, -3.0)

@@ -50,6 +50,7 @@ from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, require_unused
 from randlora.targets.census import Census, shapes_of
 from randlora.targets.left_out import doubt, obstacles, offloaded_copies
+from randlora.targets.match import shortened
 from randlora.targets.options import one_config, r_like_lora, resolve, useless_options
 from randlora.targets.select import Selection, select
 
@@ -154,7 +155,7 @@ def inject(
         save_pretrained: What ``model.save_pretrained()`` does while adapters are attached: ``"adapter"`` writes the
             adapter, as `randlora.save` does; ``"error"`` raises an error that says what to call; ``"model"`` writes the
             base model. ``None`` uses the choice of the model's other adapters, or else ``"adapter"`` with a warning at
-            each call. While the adapters are merged, the merged model is written.
+            each call. While the adapters are merged, all but ``"model"`` raise an error.
 
     Returns:
         A report with the figures as fields. It prints as a table.
@@ -174,6 +175,7 @@ def inject(
     with opened_to_add(model, [name], "inject") as view:
         planned = make_plan(view, asked)
         report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
+        report = replace(report, notes=(*report.notes, *_valueless_note(view.census)))
         _warn(report)
         adapter.init, adapter.left_out = init, tuple(left_out_lines(report))
         adapter.bases |= planned.shared
@@ -194,6 +196,18 @@ def inject(
             save_pretrained=save_pretrained,
         )
         return report
+
+
+def _valueless_note(census: Census) -> list[str]:
+    """Return a note on buffers on the meta device that no state dict has, and so nothing gives values."""
+    names = [
+        f"{prefix}{name}"
+        for prefix, module in census.prefixed
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set  # private
+    ]
+    advice = "set it after to_empty, or build the model under accelerate's init_empty_weights"
+    return [f"no values: {shortened(names)} on the meta device, and state dicts leave it out; {advice}"] * bool(names)
 
 
 def _copies(planned: Plan) -> dict[str, Tensor]:
