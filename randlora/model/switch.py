@@ -203,7 +203,7 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
 
 
 def _resolved_factors(state: ModelState, names: Any) -> dict[str, Factor]:
-    given = _by_name(names)
+    given = _by_name(state, names)
     raise_collected(AdapterError, factor_problems(state, given, by_layer=True), doing="activate")
     factors: dict[str, Factor] = {}
     problems = []
@@ -243,8 +243,9 @@ def factor_problems(state: ModelState, factors: Mapping[str, Any], *, by_layer: 
     return problems
 
 
-def _by_name(names: Any) -> dict[str, Any]:
+def _by_name(state: ModelState, names: Any) -> dict[str, Any]:
     named = listed(names)
+    raise_collected(AdapterError, state.unknown(named), doing="activate")  # which may have no hash
     if isinstance(names, Mapping):
         return dict(names)
     if len(set(named)) < len(named):
