@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import randlora
-from randlora.layers.scopes import in_call
+from randlora.layers.scopes import begin_call, end_call
 from randlora.report import Report
 from randlora.state import attached_state
 from randlora.targets.census import Census
@@ -61,6 +61,16 @@ def adapter_values(model: nn.Module, name: str = "default") -> dict[str, Tensor]
         )
     }
     return found | dict(randlora.state.adapted_root(model)[1].adapter(name).trained)
+
+
+@contextmanager
+def in_call() -> Iterator[None]:
+    """Treat the block as a call of a module around weights that are read."""
+    begin_call(nn.Module(), ())
+    try:
+        yield
+    finally:
+        end_call(nn.Module(), (), None)
 
 
 def read(model: nn.Module, fqn: str) -> Tensor:

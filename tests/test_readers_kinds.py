@@ -20,9 +20,8 @@ from randlora.errors import AdapterError, MergeError, RandLoRAError, TargetError
 from randlora.functional import Compute
 from randlora.layers import registry
 from randlora.layers.base import AdapterLayer
-from randlora.layers.scopes import in_call
 from randlora.targets.census import Census
-from tests.kit import adapt, assert_unchanged, read, same_bits, snapshot, untouched
+from tests.kit import adapt, assert_unchanged, in_call, read, same_bits, snapshot, untouched
 from tests.laws import TOLERANCES, assert_close, needs_compiler
 from tests.read_kinds import (
     ATTENTION,

@@ -22,9 +22,9 @@ import randlora
 from randlora.checkpoint.header import HEADER_KEY
 from randlora.disk.formats import read_shard
 from randlora.errors import AdapterError, TargetError
-from randlora.layers.scopes import forward_of, in_call, is_in_call
+from randlora.layers.scopes import forward_of, is_in_call
 from randlora.readers.read_weight import EmbeddingAdapter, ReadWeight
-from tests.kit import adapt, all_bits, fill, read, untouched
+from tests.kit import adapt, all_bits, fill, in_call, read, untouched
 from tests.laws import assert_close, needs_compiler
 from tests.models import GPT2
 from tests.test_in_place import Reading, TableReader, register

@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import randlora
 from randlora.errors import AdapterError, TargetError
-from randlora.layers.scopes import in_call
 from randlora.readers.parents import PARENTS, WITHOUT_GRADIENT
-from tests.kit import adapt, all_bits, fill, same_bits, untouched
+from tests.kit import adapt, all_bits, fill, in_call, same_bits, untouched
 from tests.laws import assert_close
 from tests.models import clip, flux, library, noise, patches, reproducible, torchvision_vit, unet
 from tests.quantized import of_4_bits

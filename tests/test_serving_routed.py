@@ -20,11 +20,10 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4T
 import randlora
 from randlora.errors import AdapterError, MergeError
 from randlora.functional import Compute, Diagonals
-from randlora.layers.scopes import in_call
 from randlora.serving import routed, stacked
 from randlora.serving.stacked import Stack, Way, one_by_one, stacked_update
 from tests import models, reference
-from tests.kit import adapt, untouched
+from tests.kit import adapt, in_call, untouched
 from tests.laws import assert_close
 from tests.layer_kinds import LayerKind, every_kind
 from tests.pairs import Case, case, every_form

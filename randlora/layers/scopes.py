@@ -51,17 +51,6 @@ def end_call(module: nn.Module, args: tuple[Any, ...], output: object) -> None: 
         _here.calls = max(getattr(_here, "calls", 0) - 1, 0)
 
 
-@contextmanager
-def in_call() -> Iterator[None]:
-    """Treat the block as a call of a module around weights that are read."""
-    before = getattr(_here, "calls", 0)
-    _here.calls = before + 1
-    try:
-        yield
-    finally:
-        _here.calls = before
-
-
 def is_in_call() -> bool:
     """Whether this thread is in a call of an adapted model, or of a module around weights that are read."""
     return getattr(_here, "calls", 0) > 0
