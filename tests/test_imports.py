@@ -100,6 +100,7 @@ from torch import nn
 
 def use():
     import randlora
+    randlora.layers  # a room, before any was imported
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(3, 8)
     loaded = copy.deepcopy(model)
@@ -159,7 +160,7 @@ import randlora
 is_lazy, listed = "randlora.api" not in sys.modules, dir(randlora)
 from randlora.files import plan
 of_files = [*sys.modules]
-randlora.layers
+randlora.inject
 loaded = sorted(set(sys.modules) - set(torch_only))
 print(json.dumps({
     "is_lazy": is_lazy, "listed": listed, "of_files": of_files, "before": before, "after": facts(), "loaded": loaded
