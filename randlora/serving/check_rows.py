@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer
-from randlora.model.view import holding_copies
 from randlora.serving.routed import WITHOUT_ROWS, block_of, routing_of
 from randlora.serving.routing import Layout
 from randlora.serving.run import RowByRow
@@ -28,8 +27,8 @@ def check_rows(model: nn.Module, names: Sequence[str | None], *args: Any, **kwar
     by one row. In each layer the outputs of the rows must have moved with them. Rows must differ from one another.
 
     Both forwards draw the same random numbers and are given copies of the arguments, including caches. Afterwards modes
-    and random states are as before; what the forward writes into the model's tensors stays. It takes memory for the
-    outputs of all adapted layers. If the model is sharded, all processes call this together.
+    and random states are as before; what the forward changes in the model itself stays. It takes memory for the outputs
+    of all adapted layers. If the model is sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
@@ -51,13 +50,17 @@ def check_rows(model: nn.Module, names: Sequence[str | None], *args: Any, **kwar
         raise AdapterError("cannot check rows that all have the same adapter: name at least two, or None for the base")
     outputs: list[tuple[str, Tensor]] = []
     first.watch = lambda *given: outputs.append(_by_row(first, 0, *given))
-    with holding_copies(model, copy=lambda tensor: tensor):  # which restores the modes
+    modes = [(module, module.training) for module in model.modules()]
+    try:
         model.eval()
         _forward(model, first, args, kwargs, 0)
         second.expect(first)
         expected = iter(outputs)
         second.watch = lambda *given: _compare(_by_row(second, 1, *given), next(expected, None))
         _forward(model, second, args, kwargs, 1)
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _forward(model: nn.Module, routing: RowByRow, args: Any, kwargs: Any, shift: int) -> None:

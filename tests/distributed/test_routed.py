@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError
-from randlora.serving import AdapterPool, routed
+from randlora.serving import AdapterPool, check_rows, routed
 from tests.distributed.engines import ENGINES, sharded
 from tests.distributed.processes import in_two, in_two_of_zero, on_all
 from tests.distributed.trained import Drawn, distance, filled, optimizer_of, values
@@ -155,6 +155,14 @@ def test_an_adapter_that_no_row_has_does_not_matter() -> None:
     trained = values(model, only_trained=True)
     assert distance(trained, values(one, only_trained=True)) <= 1e-6
     assert distance(trained, before) > 1e-3
+
+
+@torch.no_grad()
+def test_rows_are_checked_before_any_other_forward_has_made_weights_whole() -> None:
+    two, rows = Two(), Two().batch(dist.get_rank(), 0)
+    one, model = two.adapted(), sharded(two.adapted())
+    check_rows(model, NAMES["equal"](0), *rows)
+    assert torch.equal(model(*rows), one(*rows))
 
 
 @in_two_of_zero
