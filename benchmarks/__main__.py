@@ -16,6 +16,7 @@ from benchmarks import (
     server,
     startup,
     step,
+    tenants,
     traffic,
 )
 from benchmarks.command import main
@@ -35,6 +36,7 @@ main(
     ("growth", growth.run),
     ("decode", decode.run),
     ("routed", routed.run),
+    ("tenants", tenants.run),
     ("pool", pool.run),
     ("server", server.run),
     # `make tests` runs the laws on a CPU; traffic is counted there; faults, starting, the pool and the server need no

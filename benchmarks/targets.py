@@ -172,6 +172,10 @@ ON_A_CPU = (
         within("routed", "decode, 64 adapters, 64 in a batch of 64", ours, 0.7, of="LoRA")
         for ours in ("dense", "block")
     ),
+    *(
+        within("tenants", "16 tenants of 2 rows", f"{ours}, together", 1.0, of=f"{ours}, one after another")
+        for ours in ("dense", "block")
+    ),
     *of_the_pool("Llama, 2 layers, d = 512, 14 adapted weights"),
     within("server", "time of a request, room for 64", "batches", 0.5, of="one by one"),
     *only_in_full(*of_the_pool("Llama, 32 layers, d = 256, 224 adapted weights")),

@@ -36,7 +36,7 @@ def test_a_target_is_met_or_missed_by_the_ratio_of_the_best_and_asked_of_its_dev
         assert (passed_over(results, targets), passed_over(other, targets), verdicts(other, targets)) == (left, [], [])
     assert {target.benchmark for target in TARGETS} == {  # else nothing would ask for it
         *("laws", "peft_faults", "step", "overhead", "model", "memory", "quantized", "experts"),
-        *("startup", "decode", "routed", "pool", "server", "merge", "compiled", "traffic", "growth"),
+        *("startup", "decode", "routed", "tenants", "pool", "server", "merge", "compiled", "traffic", "growth"),
     }
     assert all((target.at_least > 0) != (target.at_most < float("inf")) for target in TARGETS)
 
