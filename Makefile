@@ -24,11 +24,11 @@ demo: $(VENV)/.examples $(REVIEWS)
 example-causal-lm: $(VENV)/.smollm2
 	$(BIN)/python docs/examples/causal_lm.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
 
-bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks --gate $(ARGS)
-
 example-tenants: $(VENV)/.smollm2
 	$(BIN)/python docs/examples/tenants.py --r $(R) --seed $(SEED) $(ARGS)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks --gate $(ARGS)
 
 quality: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)  # hours; a run that is interrupted goes on
 	$(BIN)/python -m benchmarks.quality --full $(ARGS)
