@@ -92,6 +92,7 @@ MOVED = {
     "adapters.md#wrappers-copies-dtypes": "adapters.md#threads-copies-dtypes",
     "combining.md": "adapters.md#combining-adapters",
     "many_adapters.md": "serving.md",
+    "serving.md#an-adapter-in-memory": "adapters.md#an-adapter-in-memory",
     "serving.md#one-adapter-merged": "serving.md#serving",
     "serving.md#many-adapters-routed": "serving.md#a-row-each",
     "serving.md#what-another-adapter-costs": "serving.md#serving",

@@ -27,16 +27,16 @@ def first_line(module: str, name: str) -> str:
     raise LookupError(f"{module} defines no {name}")
 
 
-def assignments(path: str) -> Iterator[ast.Assign]:
-    """Return the assignments at the top of a file of the package."""
-    return (node for node in source(path).body if isinstance(node, ast.Assign))
+def exported(path: str) -> set[str]:
+    """Return the names that a file of the package imports from others."""
+    imports = (node for node in ast.walk(source(path)) if isinstance(node, ast.ImportFrom))
+    return {alias.name for node in imports for alias in node.names}
 
 
 def imported_from(module: str, name: str) -> str:
     """Return the name under which users import an object: in a space that exports it, or else where it is defined."""
     for space, path in SPACES.items():
-        exported = next(node.value for node in assignments(path) if ast.unparse(node.targets[0]) == "__all__")
-        if name in ast.literal_eval(exported) and (space == "randlora" or module.startswith(space)):
+        if name in exported(path) and (space == "randlora" or module.startswith(space)):
             return f"{space}.{name}"
     return f"{module}.{name}"
 

