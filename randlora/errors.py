@@ -75,6 +75,15 @@ class CheckpointError(RandLoRAError, ValueError):
     """A file is missing, corrupted, of an unknown format, or does not match the model."""
 
 
+@contextmanager
+def refusing(to: str) -> Iterator[None]:
+    """Have a `CheckpointError` of the block begin with the call that it refuses."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"cannot {to}: {error.args[0]}", *error.args[1:]) from error
+
+
 def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doing: str) -> None:
     """Raise one error for all problems, if there are any, with the first few of them and a count.
 

@@ -123,12 +123,12 @@ def test_save_names_its_tensors_as_peft_does_and_says_what_peft_would_not_load(t
 def test_one_value_at_a_time_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copies, most = WeakSet[Tensor](), []
 
-    def stored_counting(value: Value, values: Tensor, copied: Any = Value.stored) -> Tensor:
+    def counted(value: Value, values: Tensor, copied: Callable[[Value, Tensor], Tensor] = Value.stored) -> Tensor:
         copies.add(copy := copied(value, values))
         most.append(len(copies))
         return copy
 
-    monkeypatch.setattr(Value, "stored", stored_counting)
+    monkeypatch.setattr(Value, "stored", counted)
     randlora.save_all(adapt(trained(HEADED), r=2, name="other"), tmp_path)
     assert most == [1] * len(most) != []
 

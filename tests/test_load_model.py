@@ -159,8 +159,7 @@ def test_a_new_head_is_loaded(
 ) -> None:
     model = trained(build(), auto, train_also)
     assert same_bits(logits(load_model("adapter"), kind), logits(model, kind))
-    refused = r"no (layer|parameter) |trained with other labels than the model has: load|was trained as|trained on"
-    with pytest.raises(CheckpointError, match=refused):
+    with pytest.raises(CheckpointError, match=r"a head or labels that the model lacks: load .*files\.load_model"):
         randlora.files.merge(ADAPTER, MERGED, base=BASE)
     assert not MERGED.exists()
     randlora.files.save_merged(load_model("adapter"), MERGED)
@@ -196,11 +195,11 @@ def test_a_file_of_version_0_2_which_names_no_class_is_loaded_as_the_class_that_
 
 def test_a_class_in_a_file_that_transformers_does_not_export_or_that_does_not_fit_is_not_made() -> None:
     trained(bert(transformers.BertForMaskedLM), SEQUENCES, ["classifier"])
-    lacking = r"bert\.pooler\.dense\.weight|no parameter classifier"
+    lacking = r"bert\.pooler\.dense\.weight|a head or labels that the model lacks"
     for name in ("pipeline", "__path__", "os.system", "GPT2Model", None):
         for call in (lambda: load_model("adapter"), lambda: randlora.files.merge(ADAPTER, MERGED, base=BASE)):
             with pytest.raises(CheckpointError, match=lacking):
                 call()
-        lacking = r"no parameter classifier\.weight"
+        lacking = r"no parameter classifier\.weight|a head or labels that the model lacks"
         reseal(ADAPTER, model_class=ModelClass("transformers", name or ""))
     assert not MERGED.exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream, by_rank
 from randlora.disk.formats import is_there
 from randlora.disk.hub import local_path
-from randlora.errors import CheckpointError, raise_collected, warn
+from randlora.errors import CheckpointError, raise_collected, refusing, warn
 from randlora.functional.scratch import without_modes
 from randlora.hints import require_types
 from randlora.model.install import add, lost_parts
@@ -55,21 +54,12 @@ class Found(NamedTuple):
     rule: str  # by which its targets are chosen, for reports
 
 
-@contextmanager
-def _refusing(to: str) -> Iterator[None]:
-    """Have a `CheckpointError` of the block begin with the call that it refuses."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"cannot {to}: {error.args[0]}", *error.args[1:]) from error
-
-
 def read_source(
     source: Source, *, revision: str | None = None, subfolder: str | None = None, stream: Stream | None = None
 ) -> Found:
     """Read an adapter, without a model. Errors name what it was taken from."""
     where = "the state of an adapter" if isinstance(source, AdapterState) else repr(str(source))
-    with _refusing(f"load {where}"):
+    with refusing(f"load {where}"):
         if not isinstance(source, AdapterState):
             place = f"{subfolder} of {source}" if subfolder else f"{source}"
             rule = f"the names in {place} at {revision}" if revision else f"the names in {place}"
@@ -186,7 +176,7 @@ def load_all(
     """
     require_types(load_all, locals())
     files = [f"{folder}{name}" for folder in ("", "*/") for name in (CONFIG_FILE, TENSORS_FILE)]
-    with _refusing(f"load {str(source)!r}"):
+    with refusing(f"load {str(source)!r}"):
         directories = adapters_in(local_path(source, revision, files, are_patterns=True))
     chosen = list(dict.fromkeys(directories if names is None else names))
     unknown = [name for name in chosen if name not in directories]
@@ -227,7 +217,7 @@ def _added(
     """Add an adapter that was read to a model, and return the report."""
     census, state = view.census, view.state
     active = not state.adapters if active is None else active
-    with _refusing(f"load {found.where}"):
+    with refusing(f"load {found.where}"):
         file = with_prefix(found.file, prefix, census.sites_by_fqn)
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
@@ -333,7 +323,7 @@ def _planned(
     raise_collected(CheckpointError, lost_parts(census, state, [adapter]), doing=doing)
     found = read_source(source, **place)
     doing += f" for those of {found.where}"
-    with _refusing(doing):
+    with refusing(doing):
         file = without_repeats(census, with_prefix(found.file, prefix, census.sites_by_fqn))
         if file.header is None:
             raise CheckpointError("randlora.save did not write these files: call randlora.load")

@@ -104,9 +104,7 @@ def out_problems(out: Path, inputs: Iterable[str | os.PathLike[str]], *, overwri
     for each in inputs:
         found = Path(os.path.realpath(each))
         if (found.parent if found.is_file() else found) in (place, *place.parents):
-            problems.append(
-                f"{out} is {each} or inside it, an input that must not change: choose a different directory"
-            )
+            problems.append(f"{out} is {each} or inside it, an input that must not change: choose a different one")
     if os.path.lexists(out) and not out.is_dir():
         problems.append(f"{out} is a file or a broken link: expected the name of a directory to write to")
     elif not overwrite and out.is_dir() and not is_free(out):

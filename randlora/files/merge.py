@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from randlora.config import Factor, Source, Sources, Stream
 from randlora.disk.formats import Entry, Planned, is_there, read_pieces, read_tensor, write_tensor_file
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
-from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected, spelled
+from randlora.errors import CheckpointError, ConfigError, MergeError, raise_collected, refusing, spelled
 from randlora.files.adapter import Base, open_base, open_fitted, out_problems, read_base
 from randlora.files.model_directory import (
     INDEX_FILE,
@@ -46,10 +45,7 @@ from randlora.targets.match import shortened
 CASTABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that tensors are cast from and to."""
 
-IN_MEMORY = (
-    "load the model with randlora.files.load_model(adapter), and write it with randlora.files.save_merged(model, "
-    "directory)"
-)
+IN_MEMORY = "load the model with randlora.files.load_model(adapter), then call randlora.files.save_merged(model, out)"
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ def merge(
     opened = dict[str, tuple[Path, AdapterFile, float]]()
     for adapter, factor in factors.items():  # before a download of the base, which may be large
         directory = locate(adapter, revision)
-        with _naming(str(adapter)):
+        with refusing(f"merge {str(adapter)!r}"):
             opened[str(adapter)] = directory, read_adapter(directory, stream), factor
     if base is None:
         base = _base_of({adapter: file for adapter, (_, file, _) in opened.items()})
@@ -249,9 +245,9 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
     """
     bank, changes = BasisBank(), Changes(base.directory.entries)
     for name, (directory, file, factor) in adapters.items():
-        with _naming(name):
-            if _has_other_labels(base, file):
-                raise CheckpointError(f"it was trained with other labels than the model has: {IN_MEMORY}")
+        with refusing(f"merge {name!r}"):
+            if _has_other_head(base, file):
+                raise CheckpointError(f"it was trained with a head or labels that the model lacks: {IN_MEMORY}")
             adapter, fit = open_fitted(directory, file, base, prefix, bank)
             if fit.converted:
                 raise CheckpointError(
@@ -280,21 +276,15 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
     return changes
 
 
-def _has_other_labels(base: Base, file: AdapterFile) -> bool:
+def _has_other_head(base: Base, file: AdapterFile) -> bool:
     trained_on = None if file.header is None else file.header.model_class
-    if isinstance(base.model, str) or trained_on is None or trained_on.labels is None:
+    if isinstance(base.model, str) or trained_on is None or trained_on.library != "transformers":
         return False
     own = ModelClass.of(base.model.census.model, has_trained=True)
-    return own is not None and own.name == trained_on.name and own != trained_on
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Raise an error of the block anew, with the name of the adapter that cannot be merged."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"cannot merge {name!r}: {error.args[0]}", *error.args[1:]) from error
+    if own is not None and own.name == trained_on.name:
+        return trained_on.labels is not None and own != trained_on
+    ends = {(*held.fqn.split(".")[-2:],) for held in base.model.census.tensors}  # whatever prefix differs
+    return any((*fqn.split(".")[-2:],) not in ends for fqn in file.trained)
 
 
 def _write(

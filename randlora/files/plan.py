@@ -73,8 +73,7 @@ def _take_dtypes(model: TransformersModel, base: Base) -> list[str]:
     for held in model.census.parameters:
         names = (name for name in model.names_of(held.tensor) if name not in base.codes)
         for entry in (base.directory.entries[name] for name in names):
-            if entry.shape != tuple(held.tensor.shape):
-                by_class = tuple(held.tensor.shape)
+            if entry.shape != (by_class := tuple(held.tensor.shape)):
                 problems.append(f"{entry.name} has shape {entry.shape} in the files, {by_class} by its config.json")
             elif held.tensor.is_floating_point() and not entry.dtype.is_floating_point:
                 problems.append(f"{entry.name} holds {entry.dtype}, codes of an unknown quantization")
