@@ -90,6 +90,14 @@ def in_a_thread(call: Callable[[], Any]) -> Any:
         return pool.submit(call).result()
 
 
+def test_any_number_of_blocks_do_nothing_in_a_model_that_is_merged() -> None:
+    model = filled(Mixed())
+    report = randlora.merge(model, reversible=True)
+    with untouched(model), randlora.merged(model) as first, randlora.merged(model) as second:
+        assert first is second is report
+    assert randlora.adapters(model)[0].is_merged
+
+
 @pytest.mark.parametrize("has_some", [False, True])
 @pytest.mark.parametrize("elsewhere", [lambda call: call(), in_a_thread, in_a_task], ids=["here", "thread", "task"])
 def test_one_block_of_merged_is_open_at_a_time(elsewhere: Callable[[Callable[[], Any]], Any], has_some: bool) -> None:

@@ -141,7 +141,6 @@ def _require_readable(view: View, sites: Iterable[AdaptedSite], doing: str) -> N
 
 
 def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
-
     def norm_of(site: AdaptedSite) -> Tensor:
         (update,) = site.layer.whole_updates(site.owner, {adapter.name: 1.0})
         own = site.layer.diagonals_of(site.owner, adapter.name)
