@@ -46,13 +46,9 @@ def held_at(module: nn.Module, wrappers: Mapping[str, str]) -> str | None:
 
 def unwrapped(module: nn.Module, wrappers: Mapping[str, str] = WRAPPED_AS) -> nn.Module:
     """Return a module without wrappers of these types around it."""
-    while True:
-        for base in type(module).__mro__:
-            if base.__qualname__ in wrappers:
-                module = getattr(module, wrappers[base.__qualname__])
-                break
-        else:
-            return module
+    while (attribute := held_at(module, wrappers)) is not None:
+        module = getattr(module, attribute)
+    return module
 
 
 def table_of(module: nn.Module, attribute: str) -> dict[str, Any]:

@@ -143,16 +143,11 @@ def backward_ways(
     return min(costs, key=costs.__getitem__)
 
 
-@lru_cache(maxsize=4096)
-def _all_at_once(sizes: Sizes) -> bool:
-    entry = sizes.shape.entry
-    one_by_one = min(sizes.product(way) for way in ALWAYS) + entry * MATRIX_OPERATORS
-    return sizes.through_terms + GATHERING_PASSES * entry * sizes.laid_out + sizes.through_B <= one_by_one
-
-
 def chosen_all_at_once(counts: Sequence[int], shape: Shape, *, is_wide: bool, compute: Compute) -> bool:
     """Whether matrices of a stack, with these numbers of tokens, are computed together, without building ``UA``."""
     visited = len(counts) - counts.count(0)
     if compute != "auto" or not visited:
         return False
-    return _all_at_once(Sizes(-(-sum(counts) // visited), shape, is_wide, has_weight=True))
+    sizes = Sizes(-(-sum(counts) // visited), shape, is_wide, has_weight=True)
+    one_by_one = min(sizes.product(way) for way in ALWAYS) + shape.entry * MATRIX_OPERATORS
+    return sizes.through_terms + GATHERING_PASSES * shape.entry * sizes.laid_out + sizes.through_B <= one_by_one

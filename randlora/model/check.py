@@ -114,11 +114,10 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
         parts = {site: acting for site, acting in parts.items() if acting}
         raise_collected(AdapterError, _obstacles(view, [*parts]), doing="check")
         inner = unwrapped(model, WRAPPERS)
-        halves = [
-            each for each in (*inner.parameters(), *inner.buffers()) if each.dtype in HALVES and _has_digits(each)
-        ]
+        tensors = (*inner.parameters(), *inner.buffers())
+        halves = sum(each.nbytes for each in tensors if each.dtype in HALVES and _has_digits(each))
         try:
-            if 0 < sum(tensor.nbytes for tensor in halves) <= WIDENED:
+            if 0 < halves <= WIDENED:
                 with suppress(RuntimeError, TypeError):  # of a forward that casts to half precision itself
                     into = Into("dequantize", torch.float32)
                     return _checked(view, _Trial(inner, view, parts, into, (args, kwargs), widens=True))

@@ -163,8 +163,12 @@ def _extensible_state(census: Census, doing: str) -> ModelState:
     if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
         raise AdapterError(f"cannot {doing}: the model already has an attribute {ATTRIBUTE}; rename it")
     raise_collected(AdapterError, foreign_adapters(census), doing=doing)
-    if (reason := _fake_obstacle(held.tensor for held in census.parameters)) is not None:
-        raise AdapterError(f"cannot {doing}: {reason}")
+    is_faking = count_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    if is_faking or any(isinstance(held.tensor, FakeTensor) for held in census.parameters):
+        raise AdapterError(
+            f"cannot {doing}: FakeTensorMode makes tensors without values: leave it, and build the model on "
+            "torch.device('meta')"
+        )
     state = attached_state(model) or ModelState()
     state.require_loaded(model)
     state.adopt_parameters(model)
@@ -336,11 +340,3 @@ def _copied(tensor: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
     copied.__class__ = type(tensor)
     copied.__dict__.update(vars(tensor))
     return copied
-
-
-def _fake_obstacle(tensors: Iterable[Tensor]) -> str | None:
-    """Return why a model with these tensors cannot be adapted if they, or new ones, are fake; else ``None``."""
-    is_active = count_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    if is_active or any(isinstance(tensor, FakeTensor) for tensor in tensors):
-        return "FakeTensorMode makes tensors without values: leave it, and build the model on torch.device('meta')"
-    return None
