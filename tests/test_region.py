@@ -103,7 +103,9 @@ def test_a_part_of_the_bases_is_made_once_and_keeps_the_form_of_blocks_that_it_b
     for sides in (Sides(((0, 12), (24, 38)), ((0, 8), (16, 32))), Sides(((0, 48),), ((2, 6), (8, 32)))):
         assert isinstance(basis.pair(48, 32, **ask, sides=sides), BlockPair)
     for sides in (Sides(((23, 48),), ((16, 32),)), Sides(((0, 10), (24, 36)), ((16, 32),))):
-        assert not isinstance(basis.pair(48, 32, **ask, sides=sides), BlockPair)
+        part = basis.pair(48, 32, **ask, sides=sides)
+        assert not isinstance(part, BlockPair)
+        assert part.B.untyped_storage().nbytes() == part.B.nbytes, "and is no view of more"
 
 
 LINEAR = ReadKind("Linear", "linear", lambda: nn.Linear(12, 20), lambda: (torch.randn(2, 12),))

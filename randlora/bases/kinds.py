@@ -282,12 +282,12 @@ def _begin_with_blocks(spans: Spans, blocks: int) -> bool:
 
 
 def _without_blocks(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, sides: Sides) -> Pair:
-    """Return a dense pair, cut out of the blocks up to its end."""
+    """Return a dense pair, copied out of the blocks up to its end, of which no view is kept."""
     rows, columns = sides
     pair = _sliced(spec, basis_A, basis_B, num_bases, Sides(all_of(rows[-1][1]), all_of(columns[-1][1])))
     assert isinstance(pair, BlockPair), "it begins with blocks"
     written = pair.written or pair.write_out()
-    return DensePair(take_spans(written.A, columns, -1).contiguous(), take_spans(written.B, rows, 0))
+    return DensePair(take_spans(written.A, columns, -1).contiguous(), take_spans(written.B, rows, 0).clone())
 
 
 def _paired(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, sides: Sides) -> Pair:

@@ -108,8 +108,9 @@ class AdapterLayer(StoredWeight):
         self.shape = out_features, in_features
         self.names = self.parameter_names()
         self.adapters: dict[str, SiteAdapter] = {}
-        self.acting: list[tuple[SiteAdapter, float]] = []  # adapters that are not merged, and their factors, while
-        self.activation = state.activation  # this choice of active adapters is current
+        # those that act and are not merged, with their factors, if `activation` is the model's; see `seat`
+        self.acting: list[tuple[SiteAdapter, float]] = []
+        self.activation = state.activation
         self.own_forward: Callable[..., Any] | None = None  # a forward that was set on the owner, not on its class
         # a forward that was set on the owner to split its weight, its replacement, and the part of this process in it
         self.adopted: tuple[Callable[..., Any], Callable[..., Any]] | None = None
