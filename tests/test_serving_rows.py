@@ -378,6 +378,16 @@ def test_generate_in_several_blocks_at_once_leaves_the_method_as_it_was() -> Non
     assert "generate" not in vars(model)
 
 
+def test_a_model_that_generates_without_a_config_of_generation_is_routed() -> None:
+    config = transformers.PatchTSMixerConfig(
+        context_length=32, prediction_length=4, patch_length=8, patch_stride=8, d_model=8, num_layers=1,
+        num_parallel_samples=2, loss="nll",
+    )  # fmt: skip
+    model, x = with_adapters(transformers.PatchTSMixerForPrediction(config)), torch.rand(ROWS, 32, 1)
+    assert not hasattr(model, "generation_config")
+    assert rows_are_right(model, lambda: torch.manual_seed(0) and model.generate(x).sequences)
+
+
 # What operations do to rows
 
 WEIGHT, FRACTIONS = torch.randn(4, 4), torch.rand(4)
@@ -493,6 +503,18 @@ def test_an_operation_that_is_not_known_makes_rows_unknown() -> None:
     assert label is not None
     assert label.is_mixed
     assert "matrix_exp" in label.why
+
+
+def test_what_the_values_of_one_row_choose_for_all_has_unknown_rows() -> None:
+    ((_, label),) = followed(lambda x: x[:, (x[0, 0] * 9).long() % 4], torch.rand(4, 4, 4), 0)
+    assert label is not None
+    assert label.is_mixed
+
+
+def test_rows_of_what_is_repeated_take_no_memory() -> None:
+    ((_, label),) = followed(lambda x: x.repeat(1, 1 << 20, 1 << 20), torch.rand(4, 4, 4, device="meta"), 0)
+    assert label is not None
+    assert label.rows.shape == (4, 1, 1)
 
 
 def test_a_batch_without_tokens_has_no_rows() -> None:

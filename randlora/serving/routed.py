@@ -168,7 +168,7 @@ class _Entries:
         for module in _around_adapted(root):
             libraries = {parent.__module__.partition(".")[0] for parent in type(module).__mro__}
             for (library, name), call in METHODS.items():
-                if library in libraries and name in dir(type(module)):
+                if library in libraries and hasattr(type(module), name):
                     self.methods.append(_Method.put(module, name, call))
             self.handles.append(module.register_forward_pre_hook(_Hook(self.begin), with_kwargs=True))
             self.handles.append(module.register_forward_hook(_Hook(self.end), always_call=True))
@@ -276,7 +276,8 @@ class _Method:
 def _generate(method: _Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a model's ``generate``, taking into account how many sequences it makes of each row."""
     model: Any = method.module
-    configs = kwargs.get("generation_config", args[1] if len(args) > 1 else None), model.generation_config
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    configs = given, getattr(model, "generation_config", None)  # not every model that generates has one
     before = times = TIMES.get()
     for name in REPEATING:  # given by name or in a config, or the model's own
         values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))

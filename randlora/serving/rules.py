@@ -229,10 +229,16 @@ def _attention(call: Call) -> Label:
     return _together(known, query.dim())
 
 
+def _repeated(call: Call) -> Label:
+    label, repeats = _padded(call.of(call.first), len(call.given["repeats"])), call.given["repeats"]
+    own = [times if size > 1 else 1 for times, size in zip(repeats, label.rows.shape, strict=True)]
+    return label.changed(label.rows.repeat(own))
+
+
 def _moved(call: Call) -> Label:
-    """Return the rows of what is turned around or repeated along some dimensions."""
+    """Return the rows of what is turned around along some dimensions."""
     label = call.of(call.first)
-    is_flat = call.given.get("dims") == []  # entries roll from row to row
+    is_flat = not call.given["dims"]  # entries roll from row to row
     return label.changed(shrunk(call.again(label.rows.expand(call.first.shape) if is_flat else label.rows)))
 
 
@@ -301,9 +307,11 @@ def _taken(call: Call) -> Label | None:
     """Return the rows of entries that are taken by their indices."""
     indices, labels = _indices(call)
     x = call.first
+    chosen = _of_indices(call, indices, labels)
     if (label := call.label(x)) is None:
-        return _of_indices(call, indices, labels)
-    return _taken_rows(x, label, indices, labels, has_read=call.has_read)
+        return chosen
+    found = _taken_rows(x, label, indices, labels, has_read=call.has_read)
+    return found if found.by_values or chosen is None else merged([found, chosen])
 
 
 def _taken_rows(
@@ -439,7 +447,8 @@ NAMES: dict[Rule, str] = {
     _by_example: "im2col col2im",
     _product: "mm bmm mv dot addmm baddbmm addmv _addmm_activation _int_mm",
     _solved: "linalg_solve_triangular linalg_inv_ex _linalg_solve_ex",
-    _moved: "flip roll repeat",
+    _repeated: "repeat",
+    _moved: "flip roll",
     _put_around: "constant_pad_nd",
     _joined: "cat stack",
     _taken: "index _unsafe_index index_select masked_select",
