@@ -61,7 +61,7 @@ def local_path(
     """Return a path unchanged, or a directory with files of a repository; patterns, with ``*``, need not match."""
     if not is_on_hub(source):
         if revision is not None:
-            raise CheckpointError(f"a path has no revision, got {revision!r} for {str(source)!r}: only repositories have")
+            raise CheckpointError(f"a path has no revision, got {revision!r} for {str(source)!r}: only repositories do")
         return Path(source)
     library = require_hub(source)
     where = f"the Hub's repository {source!r}" + (f" at revision {revision!r}" if revision else "")
