@@ -41,8 +41,7 @@ class StoredAt(NamedTuple):
 class Offloaded(Place):
     """The place of a parameter or buffer that accelerate offloads: its entry in the map that a hook loads it from.
 
-    Attributes:
-        entries: The entry of each hook of the module; a module used in two places has two hooks.
+    It has an entry for each hook of the module: a module used in two places has two.
     """
 
     is_loaded_on_call = True

@@ -93,13 +93,10 @@ class QuantizedLayer(ForwardOnly):
     """Adapts a linear layer with a quantized weight, stored as codes and scales.
 
     A subclass is final and implements quantization and dequantization for its kind.
-
-    Attributes:
-        kept: Names of the attributes that the quantized class sets on a layer and a plain layer does not need.
     """
 
     is_forward_only: ClassVar[bool] = False
-    kept: ClassVar[tuple[str, ...]] = ()
+    kept: ClassVar[tuple[str, ...]] = ()  # attributes of such a layer that a plain one does not need
 
     @classmethod
     def bias_of(cls, owner: Any) -> Tensor | None:

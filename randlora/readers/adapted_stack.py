@@ -81,20 +81,12 @@ class Own:
 
 
 class Parts(NamedTuple):
-    """What an `AdaptedStack` is made of.
+    """What an `AdaptedStack` is made of."""
 
-    Attributes:
-        weight: The weight without updates, ``(matrices, rows, columns)``, or one matrix of it.
-        is_out_in: Whether rows are outputs and columns inputs; ``False`` for ``(in, out)``.
-        own: Updates with a Λ and a Γ for each matrix.
-        shared: Updates that all matrices have in common.
-        compute: How to compute products.
-    """
-
-    weight: Tensor
-    is_out_in: bool
-    own: Own
-    shared: Shared
+    weight: Tensor  # without updates, ``(matrices, rows, columns)``, or one matrix of it
+    is_out_in: bool  # whether rows are outputs and columns inputs; ``False`` for ``(in, out)``
+    own: Own  # updates with a Λ and a Γ for each matrix
+    shared: Shared  # updates that all matrices have in common
     compute: Compute
 
     @property

@@ -35,14 +35,11 @@ class ReadWeight(AdapterLayer):
 
     In these forwards the attribute is weight + update while adapters are active (see `randlora.layers.scopes`).
     Everywhere else it is the parameter. The update is computed on each read.
-
-    Attributes:
-        is_read_once: Whether to compute it only once in a forward of an owner, and keep it until the forward ends.
     """
 
     is_called: ClassVar[bool] = False
     is_read: ClassVar[bool] = True
-    is_read_once: ClassVar[bool] = False
+    is_read_once: ClassVar[bool] = False  # whether an update is kept until the forward of its owner ends
 
     @classmethod
     def takes_dropout(cls, owner: nn.Module) -> bool:  # noqa: ARG003

@@ -141,9 +141,8 @@ def _planned(
         for site in sites
     }
     has_default_alpha = all(alpha == ALPHA_PER_RANK * r for r, alpha in options.values())
-    config = replace(
-        first.config, alpha=None if has_default_alpha else {fqn: alpha for fqn, (_, alpha) in options.items()}
-    )
+    alphas = None if has_default_alpha else {fqn: alpha for fqn, (_, alpha) in options.items()}
+    config = replace(first.config, alpha=alphas)
     if options.keys() != first.options.keys():
         config = replace(config, targets=list(options), exclude=None)
     used = {r for r, _ in options.values()}
@@ -185,10 +184,9 @@ def summed(updates: Sequence[Update], scaling: float) -> tuple[Tensor, Tensor, b
     """
     dtype = functools.reduce(torch.promote_types, [update.lam.dtype for update in updates], torch.float32)
     at = torch.device("cpu") if updates[0].lam.device.type == "mps" else updates[0].lam.device  # it has no float64
+    # both are (terms, …, bases, features)
     lam = torch.stack([update.lam.detach().to(at, torch.float64) * (update.scaling / scaling) for update in updates]).mT
-    gamma = torch.stack([
-        update.gamma.detach().to(at, torch.float64) for update in updates
-    ])  # (terms, …, bases, features)
+    gamma = torch.stack([update.gamma.detach().to(at, torch.float64) for update in updates])
     lam_sizes, gamma_sizes = lam.norm(dim=-1, keepdim=True), gamma.norm(dim=-1, keepdim=True)
     largest = (lam_sizes * gamma_sizes).argmax(0, keepdim=True)
     one_lam, one_gamma = (each.take_along_dim(largest, 0) for each in (lam, gamma))

@@ -74,14 +74,11 @@ class Averaging:
 
     A hook on each parameter notices a backward; before a forward, new parameters get it too. Reentrant checkpointing
     runs a backward for each of its blocks, inside of the one that was called: only the end of the outermost counts.
-
-    Attributes:
-        meshes: The mesh of each adapter of each weight.
     """
 
     def __init__(self, root: nn.Module) -> None:
         """Watch the forward of the model that has the adapters, and of its parts that `fully_shard` was called on."""
-        self.meshes: dict[tuple[AdapterLayer, str], Any] = {}
+        self.meshes: dict[tuple[AdapterLayer, str], Any] = {}  # of each adapter of each weight
         self._root = root
         self._noticed: set[int] = set()
         watched = dict.fromkeys([root, *fsdp_modules(root.modules())])

@@ -27,17 +27,11 @@ from randlora.sharded.places import Shard, is_dtensor, is_split
 
 
 class LocalPiece(NamedTuple):
-    """A process's part of a weight whose products are computed with plain tensors.
-
-    Attributes:
-        mesh: The mesh that the weight is split over.
-        grads: The placements of the gradients of Λ and Γ that a process computes.
-        region: The part of the update for this process's part of the weight.
-    """
+    """A process's part of a weight whose products are computed with plain tensors."""
 
     mesh: Any
-    grads: list[Any]
-    region: Region
+    grads: list[Any]  # the placements of the gradients of Λ and Γ that a process computes
+    region: Region  # the part of the update for this process's part of the weight
 
     @classmethod
     def of(cls, weight: Any, region: Region) -> LocalPiece:
@@ -59,19 +53,12 @@ def sums_of(weight: Any) -> list[Any]:
 
 
 class Layout(NamedTuple):
-    """How the operands of a product are placed on the mesh of a weight, dimension by dimension of the mesh.
-
-    Attributes:
-        x: The input.
-        output: The output.
-        grad_x: The gradient of the input that a process computes.
-        diagonals: The gradients of Λ and Γ that a process computes.
-    """
+    """How the operands of a product are placed on the mesh of a weight, dimension by dimension of the mesh."""
 
     x: list[Any]
     output: list[Any]
-    grad_x: list[Any]
-    diagonals: list[Any]
+    grad_x: list[Any]  # as a process computes it
+    diagonals: list[Any]  # the gradients of Λ and Γ, likewise
 
 
 def layout_of(weight: Any, x: Any, inputs: int) -> Layout:
