@@ -385,7 +385,13 @@ def test_a_model_that_generates_without_a_config_of_generation_is_routed() -> No
     )  # fmt: skip
     model, x = with_adapters(transformers.PatchTSMixerForPrediction(config)), torch.rand(ROWS, 32, 1)
     assert not hasattr(model, "generation_config")
-    assert rows_are_right(model, lambda: torch.manual_seed(0) and model.generate(x).sequences)
+
+    def sampled() -> Tensor:
+        torch.manual_seed(0)
+        sequences: Tensor = model.generate(x).sequences
+        return sequences
+
+    assert rows_are_right(model, sampled)
 
 
 # What operations do to rows
