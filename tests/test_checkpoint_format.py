@@ -194,7 +194,7 @@ def test_an_adapter_of_a_model_of_any_names_is_refused_or_comes_back_as_it_was(m
     with TemporaryDirectory() as place:
         directory = Path(place) / "adapter"
         if any(fqn.encode(errors="replace").decode() != fqn for fqn in (*targets, *also)):
-            with pytest.raises(CheckpointError, match="is not valid Unicode: rename the module"):
+            with pytest.raises(CheckpointError, match="valid Unicode: rename the module"):
                 randlora.save(model, directory)
             assert not directory.exists()
             return
@@ -235,8 +235,8 @@ def test_a_child_of_a_layer_goes_by_the_name_that_peft_gives_it_too(tmp_path: Pa
 
 def test_a_name_that_is_too_long_or_no_text_to_be_loaded_is_not_saved(tmp_path: Path) -> None:
     long, greatest = "long" * 1024, "n" * (LONGEST_NAME - len(value_keys("", ())[0]))
-    said, half = r"'longlong.*' has no name that can be loaded .* 4096 characters, not 41", "half \ud800"
-    for target, also, message in ((long, None, said), ("other", long, said), (half, None, "expected Unicode")):
+    said, half = r"'longlong.*' has a name of 41\d\d characters in a file: expected at most 4096", "half \ud800"
+    for target, also, message in ((long, None, said), ("other", long, said), (half, None, "valid Unicode")):
         model = nn.ModuleDict({name: nn.Linear(4, 4) for name in (long, greatest, half, "other")})
         randlora.inject(model, r=2, targets=[target], train_also=also)
         with untouched(model), pytest.raises(CheckpointError, match=message):

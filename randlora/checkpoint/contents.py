@@ -230,8 +230,8 @@ def _problems(view: View, adapter: Adapter, bases: StoredAs) -> list[str]:
     keys = {fqn: max(value_keys(fqn, adapter.options), key=len) for fqn in adapter.options}
     keys |= {fqn: trained_key(fqn, adapter.options) for fqn in adapter.trained}
     return problems + [
-        f"{fqn[:60]!r} has no name that can be loaded from a file: expected Unicode, and at most {LONGEST_NAME} "
-        f"characters, not {len(key)}: rename the modules"
+        f"{fqn[:60]!r} has a name of {len(key)} characters in a file: expected at most {LONGEST_NAME}, and valid "
+        "Unicode: rename the modules"
         for fqn, key in keys.items()
         if len(key) > LONGEST_NAME or key.encode(errors="replace").decode() != key
     ]
