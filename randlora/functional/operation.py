@@ -76,7 +76,12 @@ def adapted_linear(
         run, bases, lam, scaling = _AdaptedLinear.apply, (pair.A, pair.B, pair.rest), lam * scaling, 1.0
     elif (
         torch.is_grad_enabled()
-        and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (lam, gamma, x, weight, bias))
+        and (
+            lam.requires_grad
+            or gamma.requires_grad
+            or x.requires_grad
+            or any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (weight, bias))
+        )
         and not is_traced()  # a trace fails where two functions use a tensor that is no argument, as the bases are
     ):
         run = _AdaptedLinear.apply
