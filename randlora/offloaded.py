@@ -72,10 +72,6 @@ class Offloaded(Place):
         """Refuse to write, because other models may read the same map or files."""
         raise MergeError("accelerate offloads the weight: call accelerate.hooks.remove_hook_from_submodules(model)")
 
-    def stored(self, values: Tensor) -> Tensor:
-        """Return kept values."""
-        return values
-
     @property
     def _tensor(self) -> Tensor:
         found = _tensor(self._owner, self._attribute)

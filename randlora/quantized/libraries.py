@@ -247,10 +247,6 @@ class Codes(Place):
         """Refuse to write, because `TorchaoAdapter` exchanges the whole weight."""
         raise AdapterError("the weight is quantized by torchao: merge into it by randlora.merge")
 
-    def stored(self, values: Tensor) -> Tensor:
-        """Return kept values."""
-        return values
-
 
 @register_keeper
 class Torchao(Keeper):
