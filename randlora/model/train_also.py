@@ -200,14 +200,6 @@ def _differs(now: Tensor, before: Tensor | None) -> bool:
     return held.shape != value.shape or not bool(((held == value) | (held.isnan() & value.isnan())).all())
 
 
-def untrained_note(adapter: Adapter) -> list[str]:
-    """Return a note on an adapter without an effect."""
-    also = ", and what train_also names is unchanged" if adapter.parameters else ""
-    cause = "an optimizer made before inject does not know its parameters"
-    zero = f"the update of {adapter.name!r} is exactly zero in all layers{also}"
-    return [f"{zero}: nothing has trained it; {cause}, make one of randlora.trainable_parameters(model)"]
-
-
 def untrained_notes(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> list[str]:
     """Return a note on each adapter without an effect, unless only parts of its values are here."""
     notes = []
@@ -220,7 +212,12 @@ def untrained_notes(census: Census, state: ModelState, adapters: Iterable[Adapte
             and not any(lam.any() and gamma.any() for lam, gamma in diagonals)
             and not any(is_changed(state, fqn, copy) for fqn, copy in adapter.parameters.items())
         ):
-            notes += untrained_note(adapter)
+            also = ", and what train_also names is unchanged" if adapter.parameters else ""
+            notes.append(
+                f"the update of {adapter.name!r} is exactly zero in all layers{also}: nothing has trained it; an "
+                "optimizer made before inject does not know its parameters, make one of "
+                "randlora.trainable_parameters(model)"
+            )
     return notes
 
 

@@ -50,6 +50,7 @@ def check_rows(model: nn.Module, names: Sequence[str | None], *args: Any, **kwar
         raise AdapterError("cannot check rows that all have the same adapter: name at least two, or None for the base")
     outputs: list[tuple[str, Tensor]] = []
     first.watch = lambda *given: outputs.append(_by_row(first, 0, *given))
+    # modes alone: parameters that `fully_shard` made whole must not be put back
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
