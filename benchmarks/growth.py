@@ -3,6 +3,7 @@
 Each function should take twice as long for twice as many: `targets.py` bounds the exponent of its growth.
 """
 
+import gc
 import tempfile
 import time
 import tracemalloc
@@ -75,18 +76,28 @@ def grown(
     nbytes: dict[str, dict[str, Figure]] = {}
     for size in sizes:
         for repeat in range(repeats + 1):
+            gc.collect()  # of the models before
             with tempfile.TemporaryDirectory() as directory:
                 for name, step in steps(size, Path(directory)):
                     if repeat < repeats:
-                        start = time.perf_counter()
-                        step()
-                        seconds.setdefault(name, {}).setdefault(str(size), []).append(time.perf_counter() - start)
+                        seconds.setdefault(name, {}).setdefault(str(size), []).append(_seconds_of(step))
                     else:
                         peak = _peak_of(step)
                         nbytes.setdefault(name, {})[str(size)] = Figure(peak, peak, "B")
     for name, taken in seconds.items():
         yield Row(f"{axis}, {name}, time", {size: Figure.of(each, "s") for size, each in taken.items()})
         yield Row(f"{axis}, {name}, memory", nbytes[name])
+
+
+def _seconds_of(step: Callable[[], object]) -> float:
+    """Return how long a function takes without Python's collector, which goes through all that was imported."""
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
 
 
 def _peak_of(step: Callable[[], object]) -> int:

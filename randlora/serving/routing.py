@@ -223,10 +223,8 @@ def _found(routing: Routing, layer: Any, shape: torch.Size, module: str) -> Layo
 
 def _is_longer(known: Layout, shape: torch.Size) -> bool:
     """Whether a shape has the rows in the dimension where a known layout has them, and other lengths besides."""
-    if len(known.shape) != len(shape):
-        return False
     where = [dim for dim, size in enumerate(known.rows.shape) if size > 1]
-    return len(where) == 1 and known.shape[where[0]] == shape[where[0]]
+    return len(known.shape) == len(shape) and len(where) == 1 and known.shape[where[0]] == shape[where[0]]
 
 
 def _followed(routing: Routing, layer: Any, label: Label, shape: torch.Size, module: str) -> Layout:
@@ -256,15 +254,12 @@ def _followed(routing: Routing, layer: Any, label: Label, shape: torch.Size, mod
 
 
 def _assumed(routing: Routing, tracking: RowTracking, shape: Sequence[int], module: str) -> Label:
-    """Return the label of a tensor that depends on no row. One that is as long as the batch may be an input for each.
-
-    Such as learned queries that a model repeats for each row, or what was computed outside of torch.
-    """
-    if shape[0] == routing.batch and tracking.taken_by:
+    """Return the label of a tensor that depends on no row, such as learned queries that are repeated for each."""
+    if shape[0] != routing.batch:
+        return nothing(len(shape))
+    if tracking.taken_by:
         return unknown(len(shape), tracking.taken_by)
-    if shape[0] == routing.batch:
-        return first_dimension(shape)._replace(assumed_by=module)
-    return nothing(len(shape))
+    return first_dimension(shape)._replace(assumed_by=module)
 
 
 def follow(routing: Routing, layer: Any, value: Any, layout: Layout, axis: int = 0) -> None:

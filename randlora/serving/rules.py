@@ -268,11 +268,8 @@ def _joined(call: Call) -> Label | None:
         if together.rows.numel() > 1 and not together.is_mixed:
             return together
     ends = torch.broadcast_shapes(*(label.rows.narrow(dim, 0, 1).shape for label in labels if label.rows.shape[dim]))
-    parts = [
-        label.rows.expand(*ends[:dim], size, *ends[dim + 1 :])
-        for label, size in zip(labels, sizes, strict=True)
-        if size
-    ]
+    each = [(label.rows, size) for label, size in zip(labels, sizes, strict=True) if size]
+    parts = [rows.expand(*ends[:dim], size, *ends[dim + 1 :]) for rows, size in each]
     return marked(known, shrunk(torch.cat(parts, dim)))
 
 
@@ -288,17 +285,13 @@ def _indices(call: Call) -> tuple[list[Tensor | None], list[Label | None]]:
     indices: list[Tensor | None] = []
     labels: list[Label | None] = []
     for each in found:
-        if each is None:
-            indices.append(None)
-            labels.append(None)
-            continue
-        label, own = call.label(each), each.detach().to("cpu")
-        if own.dtype in (torch.bool, torch.uint8):
+        label = call.label(each)
+        if each is not None and each.dtype in (torch.bool, torch.uint8):
             by_values = None if label is None else unknown(1, call.name)
-            indices += own.nonzero(as_tuple=True)
-            labels += [by_values] * own.dim()
+            indices += each.detach().to("cpu").nonzero(as_tuple=True)
+            labels += [by_values] * each.dim()
         else:
-            indices.append(own.long())
+            indices.append(None if each is None else each.detach().to("cpu").long())
             labels.append(label)
     return indices, labels
 

@@ -149,10 +149,10 @@ class RowByRow(Routing, Run):
         """Return the tokens that have an update here, grouped by adapters on the same bases."""
         ordered = self.sorted(layout, device)
         key = id(layer.adapters), id(ordered)  # both live as long as the block
-        if (known := self.by_bases.get(key)) is None:
+        known: tuple[Any, list[Routed]] | None = self.by_bases.get(key)
+        if known is None:
             known = self.by_bases[key] = layer.adapters, _found_by_bases(layer.adapters, ordered)
-        groups: list[Routed] = known[1]
-        return groups
+        return known[1]
 
     def _product(self, layer: AdapterLayer, owner: nn.Module, group: Routed, own: Tensor) -> Tensor:
         """Return the product of tokens, ``(tokens, in_features)``, with the updates of their adapters."""
@@ -175,7 +175,7 @@ class RowByRow(Routing, Run):
 
 def _module_name(layer: AdapterLayer, owner: Any) -> str:
     """Return the class of an adapted module, for messages, unless its weight is split."""
-    module: str = owner.randlora_base.__name__
+    module = str(owner.randlora_base.__name__)
     if (weight := layer.find_weight(owner)) is not None and split_of(type(layer), weight) is not None:
         raise AdapterError(
             f"an adapted {module} is split by tensor parallelism, which routed does not support: activate one adapter "

@@ -157,8 +157,7 @@ def goes_together(
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(part.requires_grad for part in diagonals)):
         return False
-    way = chosen_forward(max(counts), pair, is_wide=is_wide, has_weight=False, compute=compute)
-    return way != "materialized"
+    return chosen_forward(max(counts), pair, is_wide=is_wide, has_weight=False, compute=compute) != "materialized"
 
 
 def one_by_one(
