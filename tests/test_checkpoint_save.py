@@ -120,6 +120,80 @@ def test_save_names_its_tensors_as_peft_does_and_says_what_peft_would_not_load(t
         assert randlora.save(model, tmp_path, bases="stored").notes == ()
 
 
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@pytest.mark.parametrize("case", [HEADED, stored.CASES[-1]], ids=["one r", "several"])
+@HALVES
+def test_what_is_rounded_is_loaded_swapped_verified_and_saved_again_as_it_is(
+    dtype: torch.dtype, case: Case, tmp_path: Path
+) -> None:
+    model, twin, other = trained(case), case.build(), fill(trained(case), seed=3)
+    randlora.save(model, tmp_path / "whole")
+    report = randlora.save_all(model, tmp_path / "half", dtype=dtype)[0]
+    (whole, _), (half, _) = (read_tensors(tmp_path / each) for each in ("whole", "half"))
+    expected = {key: each.to(dtype) if "randlora_" in key else each for key, each in whole.items()}
+    assert all_bits(half) == all_bits(expected)
+    assert all_bits(randlora.adapter_state(model, dtype=dtype).tensors) == all_bits(half)
+    assert report.nbytes == sum(path.stat().st_size for path in (tmp_path / "half").iterdir())
+    assert randlora.files.verify(tmp_path / "half").passed
+    randlora.load(twin, tmp_path / "half")
+    randlora.swap(other, randlora.adapter_state(model, dtype=dtype))
+    assert torch.equal(case.output(twin), case.output(other))
+    values = {name: each for name, each in adapter_values(twin).items() if "randlora_" in name}
+    assert {each.dtype for each in values.values()} == {torch.float32}
+    randlora.save(twin, tmp_path / "again", dtype=dtype)
+    randlora.files.convert(tmp_path / "half", tmp_path / "converted", "native")
+    for again in ("again", "converted"):
+        assert contents(tmp_path / again)[TENSORS_FILE] == contents(tmp_path / "half")[TENSORS_FILE]
+
+
+@HALVES
+@pytest.mark.parametrize("basis", ["dense", "block"])
+def test_card_and_report_say_by_how_much_rounding_changes_an_update(
+    basis: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    def built() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 128))
+
+    model, twin = adapt(built(), r=8, targets="all", basis=basis), built()
+    report = randlora.save(model, tmp_path, dtype=dtype)
+    (said,) = (note for note in report.notes if note.startswith("Λ and Γ are in "))
+    card = (tmp_path / stored.CARD_FILE).read_text()
+    assert f"| Λ and Γ | {said.removeprefix('Λ and Γ are in ')} |" in card
+    randlora.load(twin, tmp_path)
+    updates = [[randlora.delta_weight(each, fqn) for fqn in "01"] for each in (model, twin)]
+    most = max(float(((own - half).norm() / own.norm()).detach()) for own, half in zip(*updates, strict=True))
+    assert said.startswith(f"Λ and Γ are in {str(dtype).removeprefix('torch.')}, which changes a layer's update by ")
+    assert float(said.split()[-1].rstrip("%")) / 100 == pytest.approx(most, rel=0.1, abs=1e-4)
+    report = randlora.save(model, tmp_path)
+    assert not any("Λ and Γ are in" in note for note in report.notes)
+    assert "| Λ and Γ |" not in (tmp_path / stored.CARD_FILE).read_text()
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1e6, "inf%"), (1e-8, "100.0%")])
+def test_what_is_too_large_or_too_small_for_a_dtype_is_refused_before_it_is_written(
+    factor: float, said: str, tmp_path: Path
+) -> None:
+    model = trained(LINEAR)
+    for name, value in adapter_values(model).items():
+        if name.startswith("0.randlora_lambda"):
+            value.data.mul_(factor)
+    said = f"would change by {said} in torch.float16, whose range is too narrow: choose a wider one, such as bfloat16"
+    randlora.save(model, tmp_path / "whole", dtype=torch.bfloat16)
+    before = contents(tmp_path)
+    for call in (
+        lambda: randlora.save(model, tmp_path / "new", dtype=torch.float16),
+        lambda: randlora.save(model, tmp_path / "whole", dtype=torch.float16),
+        lambda: randlora.adapter_state(model, dtype=torch.float16),
+    ):
+        with pytest.raises(CheckpointError, match=f"Λ of 0 {said}"):
+            call()
+    with pytest.raises(ConfigError, match=r"dtype must be one of torch.float32, .*, got torch.int8"):
+        randlora.save(model, tmp_path / "new", dtype=torch.int8)
+    assert contents(tmp_path) == before
+
+
 def test_one_value_at_a_time_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copies, most = WeakSet[Tensor](), []
 

@@ -242,6 +242,17 @@ def test_what_went_from_us_to_peft_and_back_is_what_it_was(name: str, tmp_path: 
     assert torch.equal(outputs(in_ours(kind, tmp_path / "again"), kind.inputs()), outputs(back, kind.inputs()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_peft_loads_what_is_in_half_the_size(dtype: torch.dtype, tmp_path: Path) -> None:
+    ours = our_model(LLAMA, "sparse", seed=5)
+    randlora.save(ours, tmp_path, dtype=dtype)
+    theirs, back = in_peft(LLAMA, tmp_path), in_ours(LLAMA, tmp_path)
+    assert_same_effect(back, theirs, LLAMA)
+    values = [value for _, *pair in peer.their_values(theirs) for value in pair]
+    assert {value.dtype for value in values} == {torch.float32}
+    assert not torch.equal(outputs(back, LLAMA.inputs()), outputs(ours, LLAMA.inputs()))
+
+
 @pytest.mark.filterwarnings("error:Unexpected keyword arguments")
 @pytest.mark.parametrize("kind", [LLAMA, GPT2, BERT], ids=lambda kind: kind.name)
 def test_fields_we_write_are_those_peft_writes_and_knows(kind: RealModel, tmp_path: Path) -> None:

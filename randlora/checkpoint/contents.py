@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple, Self
@@ -22,9 +23,9 @@ from randlora.checkpoint.peft_layout import (
     trained_key,
     value_keys,
 )
-from randlora.checkpoint.read import AdapterFile, disagreements, flaw_of, sort_contents
+from randlora.checkpoint.read import FLOATING, AdapterFile, disagreements, flaw_of, sort_contents
 from randlora.disk.formats import LONGEST_NAME, Planned
-from randlora.errors import CheckpointError, raise_collected
+from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.hints import mistyped, require_types
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.model.install import lost_parts
@@ -49,12 +50,13 @@ class Value(NamedTuple):
     shape: Sequence[int]  # which it must have
     is_buffer: bool = False
     is_diagonal: bool = False  # of Λ and Γ, which a file has in float32 or wider
+    wanted: torch.dtype | None = None  # the dtype that the caller chose instead
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that a file has it in."""
         dtype = self.parameter.dtype
-        return torch.promote_types(dtype, torch.float32) if self.is_diagonal else dtype
+        return self.wanted or (torch.promote_types(dtype, torch.float32) if self.is_diagonal else dtype)
 
     def problem(self, values: Tensor) -> str | None:
         """Return why values of it cannot be saved: not here, not whole, or not readable by `load`; else ``None``."""
@@ -87,15 +89,16 @@ class AdapterToSave:
     bases: StoredAs
     values: dict[str, Value]  # all that are written, except bases, by their keys
     problems: list[str]  # why it cannot be saved, as far as is known
+    lost: dict[str, float] = field(default_factory=dict)  # by the dtype that the caller chose, of what was gathered
 
     @classmethod
-    def of(cls, view: View, name: str | None, bases: StoredAs) -> Self:
+    def of(cls, view: View, name: str | None, bases: StoredAs, dtype: torch.dtype | None = None) -> Self:
         """Return one adapter of a model; ``None`` means the only one."""
         adapter = view.state.adapter(name)
         sites = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
         # a module used in several places may have another name now, if one of them is gone or new
         renamed = replace(adapter, options={site.fqn: site.layer.adapters[adapter.name].options for site in sites})
-        values, problems = _values(view.state, renamed, sites), _problems(view, adapter, bases)
+        values, problems = _values(view.state, renamed, sites, dtype), _problems(view, adapter, bases)
         return cls(view.census, view.state, renamed, sites, bases, values, problems)
 
     @cached_property
@@ -129,6 +132,15 @@ class AdapterToSave:
     def seal(self) -> Seal:
         """The checksum of all that was gathered so far."""
         return Seal(facts_of(self.header))
+
+    @property
+    def rounding(self) -> str:
+        """In which dtype Λ and Γ are stored, and what this changed in all gathered; empty if nothing."""
+        if not any(self.lost.values()):
+            return ""
+        dtype, options = next(iter(self.values.values())).dtype, self.adapter.options
+        most = max(math.hypot(*(self.lost[key] for key in value_keys(fqn, options))) for fqn in options)
+        return f"{str(dtype).removeprefix('torch.')}, which changes a layer's update by up to {most:.2%}"
 
     def peft_notes(self) -> list[str]:
         """Return what PEFT 0.21.2 would not load, or would load wrongly."""
@@ -168,7 +180,15 @@ class AdapterToSave:
             if (problem := value.problem(values)) is not None:
                 found[key] = problem
                 return
-            write(self.seal.added(Planned.whole(key, value.stored(values))))
+            stored = value.stored(values)
+            if value.wanted is not None:
+                own = values.detach().to("cpu", torch.float64)
+                self.lost[key] = lost = float((stored.double() - own).norm() / own.norm().clamp_min(1e-300))
+                if lost > 0.01:  # within its range, bfloat16 changes 0.2 %
+                    of = f"by {lost:.1%} in {value.wanted}, whose range is too narrow"
+                    found[key] = f"{value.name} would change {of}: choose a wider one, such as bfloat16"
+                    return
+            write(self.seal.added(Planned.whole(key, stored)))
 
     def _end(self, write: Callable[[Planned], object], found: Mapping[str, str]) -> None:
         """Write the bases, whose names come after those of all values, and list the problems as the model does."""
@@ -177,10 +197,14 @@ class AdapterToSave:
             write(self.seal.added(basis))
 
 
-def to_save(model: nn.Module, names: Sequence[str | None], bases: StoredAs, *, doing: str) -> list[AdapterToSave]:
+def to_save(
+    model: nn.Module, names: Sequence[str | None], bases: StoredAs, dtype: torch.dtype | None, *, doing: str
+) -> list[AdapterToSave]:
     """Return some adapters, after checking what can be checked before their values are gathered."""
+    if dtype not in (None, *FLOATING):
+        raise ConfigError(f"dtype must be one of {', '.join(map(str, FLOATING))}, got {dtype}")
     with opened(model, None) as view:
-        adapters = [AdapterToSave.of(view, name, bases) for name in names]
+        adapters = [AdapterToSave.of(view, name, bases, dtype) for name in names]
         require_own(view.census, view.state, "save")
     are_whole = agreeing() is None
     problems = [problem for adapter in adapters for problem in [*adapter.problems, *adapter.flaws(are_whole=are_whole)]]
@@ -208,14 +232,16 @@ def given_values(model: nn.Module, values: Mapping[str, Tensor]) -> AdapterToSav
     return adapter
 
 
-def _values(state: ModelState, adapter: Adapter, sites: Sequence[AdaptedSite]) -> dict[str, Value]:
+def _values(
+    state: ModelState, adapter: Adapter, sites: Sequence[AdaptedSite], dtype: torch.dtype | None
+) -> dict[str, Value]:
     values = {}
     for site in sites:
         part = site.layer.adapters[adapter.name]
         shapes, keys = diagonal_shapes(part.shape, part.options.r), value_keys(site.fqn, adapter.options)
         diagonals = site.layer.diagonals_of(site.owner, adapter.name)
         for key, letter, diagonal, shape in zip(keys, "ΛΓ", diagonals, shapes, strict=True):
-            values[key] = Value(f"{letter} of {site.fqn}", diagonal, shape, is_diagonal=True)
+            values[key] = Value(f"{letter} of {site.fqn}", diagonal, shape, is_diagonal=True, wanted=dtype)
     for fqn, parameter in adapter.trained.items():
         entry = state.replaced[fqn]
         shape = whole_shape(entry.original)
@@ -244,8 +270,8 @@ class AdapterState:
     It can be pickled. Its tensors are copies, so it does not depend on the model.
 
     Attributes:
-        tensors: Λ and Γ in float32 (float64 if they are in float64), and the parameters of ``train_also`` in their own
-            dtype, on the CPU, by their names in ``adapter_model.safetensors``.
+        tensors: Λ and Γ, in float32 if no dtype was chosen (float64 if they are in float64), and the parameters of
+            ``train_also`` in their own dtype, on the CPU, by their names in ``adapter_model.safetensors``.
         metadata: The metadata of that file, with a SHA-256 of the tensors.
         config: The contents of ``adapter_config.json``.
     """
@@ -286,7 +312,9 @@ class AdapterState:
 
 
 @collective(writes=False)
-def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs = "seed") -> AdapterState:
+def adapter_state(
+    model: nn.Module, name: str | None = None, *, bases: StoredAs = "seed", dtype: torch.dtype | None = None
+) -> AdapterState:
     """Return an adapter in memory, as `randlora.save` would write it.
 
     If the model is sharded, such as by `fully_shard`, every process calls this and gets the whole adapter.
@@ -295,6 +323,7 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
         model: A model with adapters.
         name: The adapter's name; ``None`` means the only one.
         bases: Whether the state contains the bases, as for `randlora.save`.
+        dtype: The dtype of Λ and Γ, as for `randlora.save`.
 
     Returns:
         Copies of the tensors, on the CPU, with the metadata of the file.
@@ -312,7 +341,7 @@ def adapter_state(model: nn.Module, name: str | None = None, *, bases: StoredAs 
     """
     require_types(adapter_state, locals())
     doing = "return the state of an adapter"
-    (adapter,) = to_save(model, [name], bases, doing=doing)
+    (adapter,) = to_save(model, [name], bases, dtype, doing=doing)
     tensors = dict[str, Tensor]()
     steps = [*adapter.gather(lambda tensor: tensors.update({tensor.name: tensor.read()}))]
     agree()  # before anything is gathered

@@ -82,10 +82,10 @@ class AdapterFile:
         return lam.contiguous(), gamma.contiguous()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return Λ, Γ and the parameters trained with the adapter, by key."""
+        """Return Λ, Γ and the parameters trained with the adapter, by key, in the dtypes of the file."""
         tensors = dict[str, Tensor]()
-        for fqn in self.values:
-            tensors |= zip(value_keys(fqn, self.values), self.diagonals(fqn), strict=True)
+        for fqn, pair in self.values.items():
+            tensors |= zip(value_keys(fqn, self.values), pair, strict=True)
         return tensors | {trained_key(fqn, self.values): tensor for fqn, tensor in self.trained.items()}
 
     def renamed(self, rename: Callable[[str], str], how: str) -> AdapterFile:

@@ -15,6 +15,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from randlora.checkpoint.contents import AdapterToSave, StoredAs, given_values, to_save
@@ -75,6 +76,7 @@ def save(
     *,
     name: str | None = None,
     bases: StoredAs = "seed",
+    dtype: torch.dtype | None = None,
     push_to_hub: str | None = None,
     results: Mapping[str, float | str] | None = None,
 ) -> SaveReport:
@@ -90,6 +92,8 @@ def save(
         bases: ``"seed"`` stores no bases: the spec reproduces them, and a SHA-256 verifies them. ``"stored"`` stores A
             and B in float32, once. PEFT needs this for ``block`` bases and for ``stream="portable"``, and for
             ``"torch-2.11"`` under a newer torch.
+        dtype: The dtype of Λ and Γ: ``torch.bfloat16`` and ``torch.float16`` halve the files. `randlora.load` widens
+            them again. ``None`` means float32, or float64 if they are in float64.
         push_to_hub: A repository on the Hub, ``"user/repo"``, to upload the files to, created if it does not exist.
             huggingface_hub must be installed (the extra ``hub``).
         results: A table for the model card, such as ``{"accuracy": 0.81}``. Each save writes a new card: without
@@ -100,13 +104,14 @@ def save(
 
     Raises:
         AdapterError: If the model has no adapter, or several and no ``name`` is given.
-        CheckpointError: If a value is missing, not whole (meta, sharded), not floating or not finite, a module was
-            removed or changed shape, or no seed reproduces the bases; nothing is written. Also if the Hub refuses.
+        CheckpointError: If a value is missing, not whole (meta, sharded), not floating, not finite or outside the range
+            of ``dtype``, a module was removed or changed shape, or no seed reproduces the bases; nothing is written.
+            Also if the Hub refuses.
         OSError: If the disk refuses. Existing files remain unchanged.
     """
     require_types(save, locals())
     root = Path(directory)
-    adapters = to_save(model, [name], bases, doing=_saving_to(root))
+    adapters = to_save(model, [name], bases, dtype, doing=_saving_to(root))
     (report,) = _write_each(adapters, [root], root, hub=push_to_hub, results=results)
     return report
 
@@ -118,6 +123,7 @@ def save_all(
     *,
     names: Sequence[str] | None = None,
     bases: StoredAs = "seed",
+    dtype: torch.dtype | None = None,
     push_to_hub: str | None = None,
 ) -> list[SaveReport]:
     """Save several adapters in one call, each to a subdirectory with its name, and ``default`` to ``directory`` itself.
@@ -130,6 +136,7 @@ def save_all(
         directory: The directory, created if it does not exist. Adapters already in it are replaced if they are named.
         names: The adapters; ``None`` means all.
         bases: As for `randlora.save`.
+        dtype: As for `randlora.save`.
         push_to_hub: A repository on the Hub, ``"user/repo"``, to upload all files to, in the same directories.
 
     Returns:
@@ -153,7 +160,7 @@ def save_all(
         problems.append("no adapter is named")
     raise_collected(CheckpointError, problems, doing=_saving_to(root))
     directories = [root if name == IN_ROOT else root / name for name in chosen]
-    return _write_each(to_save(model, chosen, bases, doing=_saving_to(root)), directories, root, hub=push_to_hub)
+    return _write_each(to_save(model, chosen, bases, dtype, doing=_saving_to(root)), directories, root, hub=push_to_hub)
 
 
 def _saving_to(root: Path) -> str:
@@ -188,6 +195,7 @@ class _Writing:
     hub: str | None
     results: Results
     tensors: list[TensorFile] = field(default_factory=list)
+    cards: list[Callable[[], object]] = field(default_factory=list)  # which write what is known once all is gathered
     notes: list[tuple[str, ...]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
@@ -213,9 +221,12 @@ class _Writing:
         def begin(path: Path) -> None:
             self.tensors.append(TensorFile(path, adapter.tensors, lambda: adapter.seal.metadata))
 
-        card, text = directory / CARD_FILE, None
-        if is_generated(card) or not os.path.lexists(card):  # else it is the user's own
-            text = _write_card(adapter, self.results, self.hub, None if directory == self.root else directory.name)
+        def begin_card(path: Path) -> None:
+            subfolder = None if directory == self.root else directory.name
+            self.cards.append(lambda: _write_card(path, adapter, self.results, self.hub, subfolder))
+
+        card = directory / CARD_FILE
+        is_own = os.path.lexists(card) and not is_generated(card)  # which the user has written
         census, state, own = adapter.census, adapter.state, adapter.adapter
         elsewhere = "they are not in the files, so a model that loads the adapter computes something different"
         self.notes.append((
@@ -225,7 +236,8 @@ class _Writing:
             *moved_note(census, state, [own], elsewhere),
             *_results_note(card, self.results),
         ))
-        return files_of(directory, {TENSORS_FILE: begin}, adapter.fields, text, has_header=True)
+        writers = {TENSORS_FILE: begin} if is_own else {TENSORS_FILE: begin, CARD_FILE: begin_card}
+        return files_of(directory, writers, adapter.fields, has_header=True)
 
     def steps(self, being_written: ExitStack) -> Iterator[Callable[[], object]]:
         """Yield what gathers and writes each value in turn. A process without files takes part in gathering."""
@@ -241,12 +253,15 @@ class _Writing:
         """Move the files to their places if all values could be saved, push them, and return the reports."""
         problems = [problem for adapter in self.adapters for problem in adapter.problems]
         raise_collected(CheckpointError, problems, doing=_saving_to(self.root))
+        for write in self.cards:
+            write()
         hidden.close()
         url = _push(self.root, self.directories, self.hub) if self.hub else None
         reports = []
         for own, directory, size, notes in zip(self.adapters, self.directories, self.sizes, self.notes, strict=True):
-            untrained = untrained_notes(own.census, own.state, [own.adapter])
-            reports.append(SaveReport(directory, own.adapter.name, size, (*notes, *untrained), url))
+            more = [*([f"Λ and Γ are in {own.rounding}"] if own.rounding else ())]
+            more += untrained_notes(own.census, own.state, [own.adapter])
+            reports.append(SaveReport(directory, own.adapter.name, size, (*notes, *more), url))
         return reports
 
 
@@ -300,26 +315,26 @@ def files_of(
     directory: Path,
     tensors: Mapping[str, Callable[[Path], object]],
     fields: Mapping[str, Any] | None,
-    card: str | None = None,
     *,
     has_header: bool = False,
 ) -> Files:
-    """Return a file of tensors, by name with what begins to write it, a JSON and a model card, to be written.
+    """Return a file of tensors, and perhaps a model card, by name with what begins to write it, and a JSON.
 
     Our header makes the file of the tensors complete in itself: it decides, and the JSON after it is a copy of its
     options for PEFT. Beside tensors without our header readers need the JSON, so it is gone while the tensors change.
     """
     config = None if fields is None else json.dumps(dict(fields), indent=2) + "\n"
     writers = dict(tensors)
-    for name, text in ((CARD_FILE, card), (CONFIG_FILE, config)):
-        if text is not None:
-            writers[name] = partial(Path.write_text, data=text, encoding="utf-8")
+    if config is not None:
+        writers[CONFIG_FILE] = partial(Path.write_text, data=config, encoding="utf-8")
     is_needed = config is not None and not has_header
     return Files(directory, writers, withdrawn=CONFIG_FILE if is_needed else None)
 
 
-def _write_card(adapter: AdapterToSave, results: Results, repo_id: str | None, subfolder: str | None) -> str:
-    """Return the text of a model card. ``subfolder`` is the place of the files in the repository."""
+def _write_card(
+    path: Path, adapter: AdapterToSave, results: Results, repo_id: str | None, subfolder: str | None
+) -> None:
+    """Write a model card. ``subfolder`` is the place of the files in the repository."""
     base, notes = repo_of(adapter.fields[BASE_FIELD]), adapter.peft_notes()
     figures = _figures(adapter_report(adapter.census, adapter.adapter, adapter.header.shapes), adapter)
     place = f'"{repo_id or "path/to/this/directory"}"'
@@ -341,7 +356,7 @@ def _write_card(adapter: AdapterToSave, results: Results, repo_id: str | None, s
         "PEFT 0.21.2 does not load these files:" if notes else "With PEFT:",
         "\n".join(f"- {note}" for note in notes) or f"```python\n{there}\n```",
     ]
-    return "\n\n".join(sections) + "\n"
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
 def is_generated(path: Path) -> bool:
@@ -382,6 +397,7 @@ def _figures(report: Report, adapter: AdapterToSave) -> dict[str, object]:
         "adapted layers": f"{len(report.targets)}, called {_code(names)}",
         "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} ({report.share:.2%})",
         "trained with the adapter": _code(report.train_also),
+        "Λ and Γ": adapter.rounding,
         "left out": "; ".join(line.removeprefix("left out: ") for line in adapter.adapter.left_out),
     }
 
