@@ -132,6 +132,7 @@ class ModelState:
     merged_block: list[str] | None = None  # the adapters that the open block of `randlora.merged` merged
     averaging: Any = None  # averages gradients of adapters that an engine does not know: see `randlora.sharded`
     compute: Compute = "auto"
+    places: dict[tuple[str, ...], list[str]] | None = None  # of adapted modules in the last forward: names by path
     save_pretrained: SavePretrained | None = None  # what `save_pretrained` of the model does, if a caller has chosen
     activation: Activation = field(default_factory=Activation)
 

@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError, MergeError, RandLoRAError, TargetError
+from randlora.serving import routed
 from tests import models
 from tests.checkpoint_files import read_tensors
 from tests.kit import adapt, adapter_values, bits, fill, same_bits, untouched
@@ -464,3 +465,45 @@ def test_what_was_lost_is_said(place: str, new: Callable[[], nn.Module] | None, 
     assert note.startswith("head.weight, head.bias requires grad and belongs to no adapter, so it is not in the file")
     lose()
     assert_said(model, message, tmp_path)
+
+
+def test_a_forward_that_would_miss_an_adapter_is_refused_wherever_the_layer_was_and_no_other() -> None:
+    inner, x = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6)), torch.randn(3, 6)
+    model: Any = nn.Sequential(OrderedDict(inner=inner, last=nn.Linear(6, 6)))
+    adapt(model, r=2, targets=["inner.0", "last"])
+    adapt(model, r=2, targets=["inner.2"], name="other", values=1)
+    said, expected = r"cannot run the model: inner\.0 no longer has adapter 'default': the module was rep", model(x)
+    model.inner = checkpoint_wrapper(model.inner)  # under new names
+    copies: list[Any] = [copy.deepcopy(model), pickle.loads(pickle.dumps(nn.Sequential(model)))[0], model]
+    for each in copies:
+        assert same_bits(each(x), expected)
+        inner = each.inner._checkpoint_wrapped_module
+        first, inner[0] = inner[0], nn.Linear(6, 9)
+        for whole in (each, nn.Sequential(each)):
+            with pytest.raises(AdapterError, match=said):
+                whole(x)
+        with routed(each, ["other", None, "other"]):
+            each(x)
+        with pytest.raises(AdapterError, match=r"cannot route: inner\.0 no longer has adapter"):
+            routed(each, ["default", None, "other"]).__enter__()
+        with randlora.disabled(each):
+            each(x)
+        randlora.activate(each, "other")
+        each(x)
+        randlora.activate(each, "default")
+        with pytest.raises(AdapterError, match=said):
+            each(x)
+        inner[0] = first
+        assert same_bits(each(x), expected)
+        del inner[1:], inner[0]
+        with pytest.raises(AdapterError, match=said):
+            each(x)
+        inner.append(first)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # the adapted layer is there again
+            each(x)
+        randlora.remove(each, "other")
+        inner.append(nn.Linear(9, 6))
+        assert each(x).shape == (3, 6)
+        randlora.eject(each)
+        inner[0] = nn.Linear(6, 9)
+        assert each(x).shape == (3, 6)

@@ -22,7 +22,7 @@ from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
 from randlora.layers.update import Into
 from randlora.model.install import offloaded_diagonals
-from randlora.model.mergeable import TOLERANCE, differences_from_product, model_dtype, weight_problems
+from randlora.model.mergeable import TOLERANCE, differences_from_product, model_dtype, quantized_since, weight_problems
 from randlora.model.view import WRAPPERS, View, holding_copies, is_held_together, opened
 from randlora.places import Plain
 from randlora.replaced import unwrapped
@@ -136,7 +136,7 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
         return [f"no adapter is active: activate one of {', '.join(view.state.adapters)}"]
     if is_held_together(view.census.model):
         return ["the model is spread over processes: check it, or a smaller model of its class, before it is sharded"]
-    placed = [
+    placed = quantized_since(sites) or [
         f"{site.fqn} is offloaded or sharded: check the model before it is"
         for site in sites
         if site.weight is not None and not isinstance(site.place, Plain) and not site.layer.is_quantized

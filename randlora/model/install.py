@@ -5,6 +5,7 @@ A feature registers an `Engine`, which is told what an adapter trains, and check
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from randlora.bases.spec import Shape, sliced_dims
 from randlora.config import by_rank
 from randlora.errors import AdapterError, MergeError, raise_collected
 from randlora.layers.base import AdapterLayer
-from randlora.layers.in_place import add_adapter, detach, detach_obstacle, set_casts
+from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, set_casts
 from randlora.layers.scopes import begin_call, end_call
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.model.train_also import lost_parameters, remembered, watch_conversions
@@ -23,10 +24,12 @@ from randlora.model.view import all_or_nothing, set_requires_grad
 from randlora.places import loaded_modules, place_at
 from randlora.ranks import agree
 from randlora.replaced import CASTS, ReplacedParameter, whole_shape
-from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteAdapter
+from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteAdapter, attached_state
 from randlora.targets.census import AdaptedSite, Census, Site, sizes
 from randlora.targets.left_out import computed_weights, offloaded_with
 from randlora.targets.match import prefixes, shortened
+
+LOST = "no longer has adapter {!r}: the module was replaced by a different one; change the model before adapting it"
 
 Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]
 """Adapters of weights: for each, the module, its adapter layer, and the adapter's name."""
@@ -128,7 +131,7 @@ def add(
         state.require_exchangeable(state.active, f"add {adapter.name!r}")
         agree()  # before copies are exchanged
         state.install_parameters()
-        census.model.__dict__[ATTRIBUTE] = state
+        census.model.__dict__[ATTRIBUTE], state.places = state, None
         watch_conversions(census.model, state)
         for engine in ENGINES:
             engine.changed(census.model)
@@ -175,10 +178,7 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
             layer, owner = here.get(fqn, (None, None))
             part = None if layer is None else layer.adapters.get(adapter.name)
             if layer is None or owner is None or part is None:
-                problems.append(
-                    f"{fqn} no longer has adapter {adapter.name!r}: the module was replaced by a different one; change "
-                    "the model before adapting it"
-                )
+                problems.append(f"{fqn} {LOST.format(adapter.name)}")
                 continue
             if (key := (fqn, part.shape)) not in shapes:
                 weight = layer.find_weight(owner)  # without one it is computed from others, or a flat shard of FSDP's
@@ -278,12 +278,43 @@ def register_check(where: Callable[[nn.Module], bool]) -> Callable[[Check], Chec
 
 
 def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001  # a hook's signature
-    """Raise an `AdapterError` if a call names adapters, because models ignore this argument. Used as a hook."""
+    """Raise an `AdapterError` if a model has lost adapted modules, or a call names adapters, which it would ignore."""
+    state = None if torch.compiler.is_compiling() else attached_state(root)
+    if state is not None and not _has_adapted(root, state.places):
+        layers = (layer for module in root.modules() for layer in adapter_layers_of(module).values())
+        here = {(name, part.fqn) for layer in layers for name, part in layer.adapters.items()}  # under any name now
+        wanted = [(name, fqn) for name, adapter in state.adapters.items() for fqn in adapter.targets]
+        lost = [each for each in wanted if each not in here]
+        acting = [] if state.is_disabled else state.active_unmerged  # `routed` checks when it begins
+        problems = [f"{fqn} {LOST.format(name)}" for name, fqn in lost if name in acting]
+        raise_collected(AdapterError, problems, doing="run the model")
+        state.places = None if lost else _places(root)
     if ARGUMENT in kwargs:
         raise AdapterError(
             f"{ARGUMENT} has no effect on this model: call the model inside `with randlora.serving.routed(model, "
             "names):`, which takes a name for each row"
         )
+
+
+def _has_adapted(root: nn.Module, places: Any) -> bool:
+    """Whether a model has adapted modules in these places, if known. Every forward asks, so it takes microseconds."""
+    try:
+        for path, names in places.items():
+            modules: Any = root._modules
+            for name in path:
+                modules = modules[name]._modules
+            for name in names:
+                modules[name].randlora  # noqa: B018
+    except (AttributeError, KeyError):
+        return False
+    return True
+
+
+def _places(root: nn.Module) -> dict[tuple[str, ...], list[str]]:
+    places = defaultdict[tuple[str, ...], list[str]](list)
+    for *path, name in (fqn.split(".") for fqn, module in root.named_modules() if fqn and adapter_layers_of(module)):
+        places[tuple(path)].append(name)
+    return places
 
 
 def watch(census: Census) -> None:

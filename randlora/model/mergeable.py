@@ -18,6 +18,7 @@ from randlora.hints import shortly
 from randlora.layers.base import AdapterLayer, is_plain_tensor
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import plain_class
+from randlora.layers.registry import find_layer
 from randlora.layers.scopes import run_forward
 from randlora.layers.update import Into, Quantized, folded
 from randlora.layers.weight import COMPUTED
@@ -129,7 +130,18 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into | None) -> list[str
             "model with randlora.files.save_merged(model, directory), or save the adapter and merge it into the "
             "model's files with randlora.files.merge"
         )
-    return problems
+    return problems if into is None else problems + quantized_since(sites)
+
+
+def quantized_since(sites: Iterable[AdaptedSite]) -> list[str]:
+    """Return messages about weights that were quantized after they were adapted, for which their layers have no way."""
+    kinds = ((site, find_layer(site.owner)) for site in sites if not site.layer.is_quantized)
+    return [
+        f"the weight of {site.fqn} was quantized after it was adapted (a {type(site.weight).__name__} now): save the "
+        "adapter, and load it into a model that is quantized first; or merge before you quantize"
+        for site, kind in kinds
+        if isinstance(kind, type) and kind.is_quantized
+    ]
 
 
 def _is_incomplete(site: AdaptedSite, weight: Tensor) -> bool:
