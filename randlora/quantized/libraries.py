@@ -21,6 +21,7 @@ from randlora.layers.base import input_of
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.registry import qualified_names, refuse_layer, register_layer, register_weight
 from randlora.layers.update import Into
+from randlora.model.install import register_check
 from randlora.places import Keeper, Place, register_keeper
 from randlora.quantized.layer import NOT_HERE, ForwardOnly, QuantizedLayer, twin_of
 
@@ -53,6 +54,22 @@ refuse_layer(
     "gptqmodel.nn_modules.qlinear.torch.TorchQuantEmbeddings",
     "it is a quantized embedding: exclude it",
 )
+FP4 = {"transformers.integrations.mxfp4": "Mxfp4GptOssExperts", "transformers.integrations.nvfp4": "NVFP4Linear"}
+WIDER = "through which no gradient passes: load the model with Mxfp4Config(dequantize=True), or without NVFP4Config"
+for fp4 in map(".".join, FP4.items()):
+    refuse_layer(fp4, f"has 4-bit floats, {WIDER}")
+
+
+def _has_fp4(module: nn.Module) -> bool:
+    kinds = tuple(getattr(sys.modules[name], kind) for name, kind in FP4.items() if name in sys.modules)
+    return bool(kinds) and any(isinstance(each, kinds) for each in module.modules())
+
+
+@register_check(_has_fp4)
+def refuse_training(module: nn.Module, args: Any) -> None:  # noqa: ARG001  # a hook's signature
+    """Raise an `AdapterError` if a model is trained whose adapted layers would get some of their gradients only."""
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
+        raise AdapterError(f"cannot train a model with 4-bit floats, {WIDER}")
 
 
 @register_layer(f"{HQQ}.HQQLinear")
