@@ -93,6 +93,7 @@ def test_the_hubs_own_library_reads_the_front_matter_which_has_no_path_of_this_m
             assert (data.base_model, data.library_name, data.tags) == (base, "randlora", ["randlora"])
             assert str(tmp_path) not in card_of(directory)
     assert data.to_dict()["base_model_relation"] == "adapter"
+    assert "pipeline_tag" not in data.to_dict()
     assert "# RandLoRA adapter of org/tiny-llama\n" in card_of(directory)
 
 

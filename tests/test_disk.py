@@ -421,6 +421,7 @@ def test_json_and_dims_are_read_up_to_their_limits(tmp_path: Path) -> None:
     for beyond, said in (("[" * 65 + "]" * 65, "deeper than 64 levels"), ("9" * 310, "an integer of 310 digits")):
         with pytest.raises(ValueError, match=said):
             formats.parse_json(beyond)
+    assert formats.parse_json('{"a": 1, "a": 2}') == {"a": 2}
     save_file({"a": torch.ones([1] * 64)}, tmp_path / "file")
     assert [read_tensor(entry).ndim for entry in read_shard(tmp_path / "file").entries] == [64]
 

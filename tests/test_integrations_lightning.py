@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ DIFFERENCES: list[tuple[dict[str, Any], str]] = [
 
 
 def test_checkpoints_of_another_adapter_and_of_weights_only_are_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
+    from randlora.integrations.lightning import AdapterCallback
     from tests.lightning_modules import Module, fit
 
     fit(Module(), tmp_path, epochs=1)
@@ -72,3 +74,7 @@ def test_checkpoints_of_another_adapter_and_of_weights_only_are_refused_and_noth
     with pytest.raises(CheckpointError, match="writes the whole model"):
         fit(module, tmp_path, epochs=1, checkpoints={"save_weights_only": True})
     assert module.losses == []
+    values = {"state_dict": module.state_dict()}
+    refused = pytest.raises(CheckpointError, match=r"is sharded, and .* give the strategy save_distributed_checkpoint=")
+    with patch("randlora.integrations.lightning.is_whole", return_value=False), refused:  # as under fully_shard
+        AdapterCallback().on_save_checkpoint(None, module, values)

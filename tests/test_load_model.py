@@ -172,6 +172,8 @@ def test_a_new_head_is_loaded(
     assert (merged.config.id2label, merged.config.problem_type) == (LABELS, "regression")
     assert randlora.files.verify(ADAPTER, base=MERGED).passed
     assert randlora.files.verify(ADAPTER).passed
+    failed = [check.name for check in randlora.files.verify(ADAPTER, base=BASE).checks if check.outcome == "failed"]
+    assert failed == ["base"]
 
 
 def test_a_file_of_version_0_2_which_names_no_class_is_loaded_as_the_class_that_is_given() -> None:

@@ -81,10 +81,17 @@ def adapted() -> nn.Sequential:
     return adapt(model, r=2, targets=["0"], train_also=["1"])
 
 
+def computed() -> nn.Sequential:
+    model: Any = layers()
+    model[0]._parameters["weight"] = model[0].weight * 2
+    return model  # type: ignore[no-any-return]
+
+
 NAMED = "expected a printable name without dots"
 RESERVED = "not an attribute of ParameterDict or a keyword of Python"
 REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], type[RandLoRAError], str]] = [
     (containing_itself, {}, TargetError, r"contains itself: 0\.around is the model"),
+    (computed, {"targets": ["2"]}, AdapterError, r"0\.weight is not a leaf tensor and cannot be frozen; detach it"),
     (layers, {"r": 10**6}, ConfigError, "r=1000000 is larger than its layers, which are at most 8"),
     (layers, {"targets": ["0"], "alpha": -0.0}, ConfigError, r"alpha=[\d.-]+ must be positive"),
     (layers, {"targets": ["0"], "alpha": {"0": -1e-30, ".*": 8}}, ConfigError, r"alpha=-1e-30 must be positive"),

@@ -102,6 +102,9 @@ def test_code_around_a_module_reads_the_updates_and_code_outside_and_another_thr
     model, hidden, found = head(), torch.randn(2, 3, 8), []
 
     def look(*_: object) -> None:
+        with pytest.raises(AttributeError, match=r"not an nn\.Parameter"):
+            model.get_parameter("table.weight")
+        found.append(dict(model.named_parameters())["table.weight"] is not model.table._parameters["weight"])
         found.append(is_parameter(model))
         thread = threading.Thread(target=lambda: found.append(is_parameter(model)))
         thread.start()
@@ -111,7 +114,7 @@ def test_code_around_a_module_reads_the_updates_and_code_outside_and_another_thr
         expected = model(IDS)
     with model.inner.register_forward_hook(look):
         assert_close(model(IDS), expected, torch.float32)
-    assert found == [False, True]
+    assert found == [False, False, True]
     assert is_parameter(model)
     assert_close(model.logits(hidden), F.linear(hidden, model.get_parameter("table.weight")), torch.float32)
     with in_call():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
+from randlora.errors import AdapterError
 from randlora.functional import BlockPair, Compute, adapted_linear, delta_weight
 from randlora.functional.region import Region, Sides, Spans, all_of, fewest_spans, take_spans
 from randlora.layers.update import Update
@@ -126,3 +127,7 @@ def test_a_part_of_a_weight_of_any_kind_is_merged_into_as_the_whole_is(kind: Rea
                 local = take_spans(weight, spans, dim).clone()
                 merged = layer.part_with_updates(local, tuple(held), tuple(weight.shape), updates)
                 torch.testing.assert_close(merged, take_spans(whole, spans, dim), rtol=1e-6, atol=1e-6)
+        if kind.kind == "convolution":
+            inside = (*map(all_of, weight.shape[:-1]), ((0, weight.shape[-1] - 1),))
+            with pytest.raises(AdapterError, match=r"is split inside, into .*: split its channels"):
+                layer.region_of(tuple(weight.shape), inside)

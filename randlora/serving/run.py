@@ -31,6 +31,8 @@ from randlora.serving.stacked import (
 )
 from randlora.state import SiteAdapter
 
+SPLIT = "is split by tensor parallelism, which routed does not support: activate one adapter at a time"
+
 
 class Routed(NamedTuple):
     """The tokens of adapters that share bases, sorted by adapter."""
@@ -68,6 +70,8 @@ class RowByRow(Routing, Run):
         if (call := self.call) is None or call.chosen is None:
             if not self.concerns(layer):
                 return []
+            if layer.adopted is not None:  # a plan of transformers, whose forward runs in place of the module's
+                raise AdapterError(f"an adapted {layer.attribute} {SPLIT}")
             raise AdapterError(
                 f"code reads an adapted {layer.attribute} outside of the forward of its module, where routed cannot "
                 "tell the rows of the batch: exclude it when the adapter is made, or activate one adapter at a time"
@@ -177,10 +181,7 @@ def _module_name(layer: AdapterLayer, owner: Any) -> str:
     """Return the class of an adapted module, for messages, unless its weight is split."""
     module = str(owner.randlora_base.__name__)
     if (weight := layer.find_weight(owner)) is not None and split_of(type(layer), weight) is not None:
-        raise AdapterError(
-            f"an adapted {module} is split by tensor parallelism, which routed does not support: activate one adapter "
-            "at a time"
-        )
+        raise AdapterError(f"an adapted {module} {SPLIT}")
     return module
 
 

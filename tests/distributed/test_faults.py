@@ -294,6 +294,19 @@ def test_copies_that_nothing_would_average_are_refused() -> None:
     randlora.set_trainable(model, "second")
 
 
+def test_an_adapter_of_a_whole_weight_beside_those_of_several_meshes_is_refused() -> None:
+    model, mesh = (
+        nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))),
+        init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b")),
+    )
+    for layer, name in zip(model, "ab", strict=False):
+        fully_shard(layer, mesh=mesh[name])
+    with pytest.raises(AdapterError, match=r"over several meshes, because .*: inject before fully_shard"):
+        randlora.inject(model, r=2, targets=["2"])
+    assert type(model[2]) is nn.Linear
+    randlora.inject(model, r=2, targets=["0"])
+
+
 def test_copies_of_sharded_parameters_are_made_without_gathering() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     fully_shard(model)

@@ -22,7 +22,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import randlora
-from randlora.errors import RandLoRAError
+from randlora.errors import AdapterError, RandLoRAError
 from randlora.functional.region import take_spans
 from randlora.places import values_within
 from randlora.sharded.places import is_split, part_at
@@ -30,7 +30,7 @@ from randlora.sharded.tensor_parallel import local_product, on_mesh
 from tests.distributed.engines import around, split, within
 from tests.distributed.processes import in_four, in_two
 from tests.distributed.test_engines import EXPERTS, PLANS, WHOLE, Planned
-from tests.distributed.trained import Block, Drawn, Made, close, drawn, require_equal_on_ranks
+from tests.distributed.trained import Block, Drawn, Made, Net, close, drawn, require_equal_on_ranks
 from tests.kit import fill
 from tests.pages import snippet
 
@@ -190,6 +190,12 @@ def test_the_code_of_the_page_splits_and_adapts(tmp_path: Path) -> None:
     assert len([*randlora.trainable_parameters(model)]) == 14
     model(input_ids=(ids := torch.arange(12).view(2, 6)), labels=ids).loss.backward()
     assert all(parameter.grad is not None for parameter in randlora.trainable_parameters(model))
+    other = split(Net(16, 32, 12))
+    randlora.inject(other, r=4, targets=["up"])
+    for each in (model, other):
+        refused = pytest.raises(AdapterError, match="split by tensor parallelism, which routed does not support")
+        with torch.no_grad(), randlora.serving.routed(each, ["default", None]), refused:
+            each(ids)
 
 
 ONLY_EXPERTS = {"targets": ".*experts.*"}
