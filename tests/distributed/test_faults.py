@@ -437,13 +437,17 @@ def test_one_process_writes_and_all_learn_of_errors(order: str, tmp_path: Path) 
     save_module = importlib.import_module("randlora.checkpoint.save")  # the package has a function of this name
     written = mock.Mock(side_effect=save_module.staged_files)
     with mock.patch.object(save_module, "staged_files", written):
-        assert randlora.save(model, tmp_path / "adapter").nbytes > 0
+        saved = randlora.save(model, tmp_path / "adapter")
+        assert saved.nbytes > 0
         model.save_pretrained(tmp_path / "other")
         for write in (partial(randlora.save, model), model.save_pretrained):
             with pytest.raises(CheckpointError) as caught:
                 write(tmp_path / "file")
             assert len(set(on_all(str(caught.value)))) == 1
     assert on_all(written.call_count) == [2] + [0] * (world - 1)
+    assert any("nothing has trained it" in note for note in saved.notes) == (order == "split, inject")
+    tensors = randlora.adapter_state(model).tensors
+    assert {bool(value.any()) for name, value in tensors.items() if "lambda" in name} == {False}
     assert (tmp_path / "other" / "adapter_model.safetensors").exists()
 
 
