@@ -164,7 +164,7 @@ def inject(
         ConfigError: For invalid options.
         OptionError: For an unknown option, with a suggestion. It is also a `TypeError`.
         TargetError: If the targets match nothing, or something that cannot be adapted.
-        AdapterError: If the name is taken, or the model's adapters are merged.
+        AdapterError: If the name is taken, the model's adapters are merged, or a parameter is not a leaf tensor.
 
     Warns:
         UserWarning: If the default ``targets`` adapt almost nothing, or only one layer that looks like a head, as in a
