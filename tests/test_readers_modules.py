@@ -117,6 +117,7 @@ def test_code_around_a_module_reads_the_updates_and_code_outside_and_another_thr
     assert found == [False, False, True]
     assert is_parameter(model)
     assert_close(model.logits(hidden), F.linear(hidden, model.get_parameter("table.weight")), torch.float32)
+    assert_close(model.forward(IDS), model.logits(model.inner(model.table(IDS))), torch.float32)
     with in_call():
         assert not is_parameter(model)
     part = Head()
