@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nested import nested_tensor
 from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
 
 import randlora
@@ -310,6 +311,11 @@ WITHOUT_ROWS: list[tuple[Callable[[], nn.Module], Callable[[Any], object], str]]
     (lambda: nn.Conv1d(4, 4, 3), lambda module: module(X), f"Conv1d{UNBATCHED} batch"),
     (lambda: nn.MultiheadAttention(4, 2), lambda module: module(X, X, X), f"Attention{UNBATCHED}"),
     (lambda: nn.Linear(4, 4), lambda module: module(X.to_sparse()), r"nor sparse, .*Linear was given.*x\.to_dense\(\)"),
+    (
+        lambda: nn.Linear(4, 4),
+        lambda module: module(nested_tensor([*X], layout=torch.jagged)),
+        "neither nested .*padded",
+    ),
     (lambda: nn.Conv1d(4, 4, 1), reads_elsewhere, "reads an adapted weight outside"),
 ]
 

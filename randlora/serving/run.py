@@ -82,16 +82,17 @@ class RowByRow(Routing, Run):
     def product(self, layer: AdapterLayer, forward: ForwardCall) -> Tensor:
         """Return the output of the base plus, for each token, the product with the update of its adapter."""
         owner, call, args, kwargs = forward
-        output, x = layer.base_output(owner, call, *args, **kwargs), input_of(owner, args, kwargs)
+        x, concerns = input_of(owner, args, kwargs), self.concerns(layer)
+        if concerns and (not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided):
+            raise AdapterError(
+                f"routed needs a tensor with a batch, neither nested nor sparse, but an adapted "
+                f"{plain_class(owner).__name__} was given a different input: give it x.to_dense(), or a padded batch"
+            )
+        output = layer.base_output(owner, call, *args, **kwargs)
         require_product(owner, output, layer.shape[0])
-        if not self.concerns(layer):
+        if not concerns:
             return output
         module = _module_name(layer, owner)
-        if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
-            raise AdapterError(
-                f"routed needs a tensor with a batch, neither nested nor sparse, but an adapted {module} was given a "
-                "different input: give it x.to_dense()"
-            )
         layout = layout_of(self, layer, x, module)
         with unfollowed(self):
             rows, total = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
