@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -303,9 +304,19 @@ def swap(
 @torch.inference_mode(mode=False)
 def swap_each(model: nn.Module, sources: Mapping[str, Source] | Mapping[str | None, Source], **options: Any) -> None:
     """Swap the values of several adapters, by name, as `swap` does: all of them, or none."""
+    with swapped(model, sources, **options):
+        pass
+
+
+@contextmanager
+def swapped(
+    model: nn.Module, sources: Mapping[str, Source] | Mapping[str | None, Source], **options: Any
+) -> Iterator[None]:
+    """Swap the values of several adapters before the block. If it raises, none are swapped."""
     with opened(model, "swap the values of an adapter") as view:
         planned = [_planned(view, name, source, **options) for name, source in sources.items()]
-        _write_all(chain.from_iterable(values for _, _, values in planned))
+        with _written(chain.from_iterable(values for _, _, values in planned)):
+            yield
         for adapter, fields, _ in planned:
             adapter.peft_fields = fields
 
@@ -349,8 +360,9 @@ def _planned(
     return adapter, kept_fields(file.fields), [*zip(parameters, values, strict=True)]
 
 
-def _write_all(values: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Write whole values into parameters, in place; all of them in all processes, or none."""
+@contextmanager
+def _written(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Write whole values into parameters, in place; all of them in all processes, or none, as if the block raises."""
     kept: list[tuple[Place, Kept]] = []
     with torch.no_grad():
         try:
@@ -359,6 +371,7 @@ def _write_all(values: Iterable[tuple[Tensor, Tensor]]) -> None:
                 kept.append((place, place.keep()))
                 place.write(value if place.part is None else values_within(value, place.part))
             agree()
+            yield
         except BaseException:
             for place, before in reversed(kept):
                 place.restore(before.values)

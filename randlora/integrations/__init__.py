@@ -1,1 +1,4 @@
-"""Support for trainers of other libraries: one module for each, which imports its library. Nothing imports them."""
+"""Support for trainers and engines of other libraries: one module for each, which imports its library; `rollouts` none.
+
+Nothing imports them.
+"""
