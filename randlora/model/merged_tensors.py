@@ -30,7 +30,7 @@ from randlora.model.mergeable import (
 from randlora.model.view import WRAPPERS, collective, opened, require_own
 from randlora.places import place_of, settle, whole, whole_only_inside, why_incomplete
 from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank, run_collectives
-from randlora.replaced import unwrapped
+from randlora.replaced import unwrapped, whole_shape
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.census import Census, Site, is_quantized, saved_buffers
 from randlora.targets.left_out import tie_problems
@@ -155,6 +155,19 @@ class MergedTensors:
                 taken += self._taken(entry, take, share)
             while taken:
                 yield taken.pop()
+
+    def on_meta(self, entry: Entry) -> Tensor:
+        """Return a tensor without values, of the shape and the dtype in which an entry is yielded."""
+        _, module, attribute = entry
+        held: Any = module._parameters.get(attribute, module._buffers.get(attribute))
+        if (site := quantized_site(self.census, module)) is None:
+            shape, dtype = whole_shape(held), held.dtype
+        else:
+            shape = tuple(site.shape if attribute == "weight" else site.shape[:1])
+            is_plain = plain_class(module) is nn.Linear  # as a merge may make it
+            dtype = held.dtype if is_plain else self._plain_dtype(self._layer(site), module)
+        tensor = cast(module, attribute, torch.empty(shape, dtype=dtype, device="meta"))
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
     def _taken(self, entry: Entry, take: Callable[[str, Tensor], Result], share: Share) -> list[Result]:
         found = self._value(entry, share)
