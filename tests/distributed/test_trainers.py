@@ -144,7 +144,10 @@ def test_a_model_that_is_split_as_it_is_loaded_trains_one_adapter_of_all_batches
         parallel = DistributedConfig(**{split: 2})
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", distributed_config=parallel)
         randlora.inject(model, r=8)
-        given = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1 if is_sharded else 2}
+        given: dict[str, Any] = {
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 1 if is_sharded else 2,
+        }
         given |= {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
         given |= {"ddp_backend": "gloo", "use_cpu": is_sharded, "save_only_model": True}
         args = arguments(TrainingArguments, tmp_path / "run", **given)

@@ -22,16 +22,19 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
 
 
-def kill_once(step: int, alive: Path | None) -> None:
-    """Kill the second process at a step, if a file says that it has not been done."""
-    if step == LAST and dist.get_rank() == 1 and alive is not None and alive.exists():
+def begin(step: int, alive: Path) -> None:
+    """Write down the step; kill the second process at one of them, if a file says that it has not been done."""
+    if dist.get_rank() == 0:
+        with alive.with_name("steps").open("a", encoding="utf-8") as steps:
+            steps.write(f"{step}\n")
+    elif step == LAST and alive.exists():
         alive.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def loss_of(alive: Path | None) -> Any:
+def loss_of(alive: Path) -> Any:
     def loss(model: nn.Module, step: int) -> Tensor:
-        kill_once(step, alive)
+        begin(step, alive)
         x = torch.rand(32, 1, generator=torch.Generator().manual_seed(100 * step + dist.get_rank())) * 2 * math.pi
         return nn.functional.mse_loss(model(x), x.sin())
 
@@ -45,13 +48,13 @@ def run_page(part: str, **names: Any) -> dict[str, Any]:
     return names
 
 
-def sharded(run: Path, alive: Path | None) -> None:
+def sharded(run: Path, alive: Path) -> None:
     """Run the example of FSDP2 on all processes of the launcher."""
     example: Any = imported("fully_sharded")
     batch, example.STEPS_A_CHECKPOINT = example.batch, EVERY
 
     def drawn(step: int, rank: int) -> Any:
-        kill_once(step, alive)
+        begin(step, alive)
         return batch(step, rank)
 
     example.batch = drawn

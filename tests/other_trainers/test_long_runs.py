@@ -33,7 +33,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 import randlora
 from randlora.integrations.transformers import AdapterTrainer
-from tests.other_trainers.loops import EVERY, STEPS, build, loss_of, run_page, sharded
+from tests.other_trainers.loops import EVERY, LAST, STEPS, build, loss_of, run_page, sharded
 from tests.pages import DOCS, FENCE, ROOT, snippets
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(1800)]  # as other libraries warn, and wait
@@ -60,6 +60,14 @@ def alive(tmp_path: Path) -> Path:
     """A file that says that no process has been killed."""
     (tmp_path / "alive").touch()
     return tmp_path / "alive"
+
+
+def require_resumed(alive: Path) -> None:
+    """Require that a process was killed, and the steps up to the last checkpoint run once."""
+    assert not alive.exists()
+    steps = [int(step) for step in alive.with_name("steps").read_text(encoding="utf-8").split()]
+    again = LAST - LAST % EVERY + 1
+    assert [steps.count(step) for step in range(1, again + 1)] == [*[1] * (again - 1), 2]
 
 
 def torchrun(kind: str, run: Path, alive: Path) -> Path:
@@ -99,7 +107,7 @@ def test_torchrun_starts_a_run_again_that_ends_with_the_same_bits(
     kind: str, tmp_path: Path, alive: Path, whole: Callable[[str], bytes]
 ) -> None:
     ended = torchrun(kind, tmp_path / "run", alive)
-    assert not alive.exists(), "a process has been killed"
+    require_resumed(alive)
     assert (ended / TENSORS).read_bytes() == whole(kind)
 
 
@@ -109,7 +117,7 @@ def test_ray_starts_a_run_again_from_its_own_checkpoint(
 ) -> None:
     names = run_page("def train", build=build, loss_of=loss_of(alive), path=str(tmp_path / "ray"))
     found = run_page("def in_ray", **names)["result"]
-    assert not alive.exists(), "a process has been killed"
+    require_resumed(alive)
     assert found.metrics == {"done": STEPS}
     assert len(found.best_checkpoints) == STEPS // EVERY
     assert Path(found.checkpoint.path, TENSORS).read_bytes() == whole("page")
@@ -123,7 +131,7 @@ def test_ray_starts_a_sharded_run_again(tmp_path: Path, alive: Path, whole: Call
     run = tmp_path / "run"
     again = RunConfig(storage_path=str(tmp_path / "ray"), failure_config=FailureConfig(max_failures=1))
     TorchTrainer(lambda: sharded(run, alive), scaling_config=ScalingConfig(num_workers=2), run_config=again).fit()
-    assert not alive.exists(), "a process has been killed"
+    require_resumed(alive)
     assert (tmp_path / "run.adapter" / TENSORS).read_bytes() == whole("sharded")
 
 
@@ -137,10 +145,11 @@ def test_the_script_for_slurm_is_one_for_bash() -> None:
 # transformers' Trainer
 
 
-def language_model() -> LlamaForCausalLM:
+def language_model() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 129}
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes))
+    return model
 
 
 def arguments(place: Path, **options: Any) -> TrainingArguments:
@@ -288,7 +297,7 @@ def test_epsilon_is_the_accountants_for_the_loop_of_the_page() -> None:
 def private(model: nn.Module, x: Tensor, y: Tensor, clip: float) -> list[Tensor | None]:
     """Return the gradients of Opacus' own optimizer, without noise."""
     optimizer: Any = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.0)
-    given = {"noise_multiplier": 0.0, "max_grad_norm": clip, "poisson_sampling": False}
+    given: dict[str, Any] = {"noise_multiplier": 0.0, "max_grad_norm": clip, "poisson_sampling": False}
     given |= {"module": model.train(), "data_loader": DataLoader(TensorDataset(x, y), batch_size=len(x))}
     model, optimizer, _ = PrivacyEngine().make_private(optimizer=optimizer, **given)
     nn.functional.mse_loss(model(x), y).backward()
