@@ -1,4 +1,4 @@
-"""Command lines of other libraries, from a config to a merged model, which `make test-trainers` runs."""
+"""Trainers and launchers in environments of their own (`make test-trainers`, `make test-runs`)."""
 
 import json
 import os
