@@ -196,7 +196,7 @@ def test_several_adapters_are_restored_all_or_none() -> None:
     refused("abc", "b/adapter_model.safetensors is truncated")
 
 
-@pytest.mark.parametrize("damage", ["half-a-state", "no-adapter"])
+@pytest.mark.parametrize("damage", ["half-a-state", "no-adapter", "half-an-optimizer"])
 def test_true_passes_over_a_checkpoint_that_was_not_written_to_its_end(damage: str) -> None:
     through, rest = (trainer("Adapter", adapted_model()) for _ in range(2))
     last = Path("run/checkpoint-4")
@@ -205,6 +205,9 @@ def test_true_passes_over_a_checkpoint_that_was_not_written_to_its_end(damage: s
     through.train()
     if damage == "no-adapter":
         (last / "adapter_model.safetensors").unlink()
+    elif damage == "half-an-optimizer":  # as a kill leaves it while enable_jit_checkpoint saves the same step again
+        (last / "optimizer.pt").write_bytes((last / "optimizer.pt").read_bytes()[:50])
+        (last / "checkpoint-is-incomplete.txt").touch()
     else:
         (last / "trainer_state.json").write_text('{"epoch": 1')
     rest.train(resume_from_checkpoint=True)

@@ -260,7 +260,8 @@ def _newest_complete(directory: Path) -> str:
     for path in directory.glob("checkpoint-*"):
         with suppress(OSError, ValueError):  # no number, or no such file, or the beginning of one
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            found |= {int(path.name.split("-")[1]): path for _ in islice(path.rglob(TENSORS_FILE), 1)}
+            is_cut = (path / "checkpoint-is-incomplete.txt").exists()  # of enable_jit_checkpoint, once more into it
+            found |= {int(path.name.split("-")[1]): path for _ in islice(path.rglob(TENSORS_FILE), not is_cut)}
     if not found:
         raise ValueError(f"there is no complete checkpoint in {str(directory)!r}")
     return str(found[max(found)])
