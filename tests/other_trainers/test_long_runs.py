@@ -24,7 +24,7 @@ import optuna
 import ray
 import ray.tune
 import torch
-from accelerate.state import GradientState
+from accelerate.state import GradientState  # type: ignore[import-untyped]
 from opacus import PrivacyEngine
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
