@@ -89,8 +89,9 @@ test-trainers: .venv-axolotl/.dev .venv-swift/.dev  # their command lines, from 
 	.venv-axolotl/bin/python -m pytest tests/other_trainers/test_axolotl.py $(ARGS)
 	.venv-swift/bin/python -m pytest tests/other_trainers/test_swift.py $(ARGS)
 
-test-rollouts: .venv-rollouts/.dev  # vLLM's own classes, whose communicator gloo stands in for
+test-rollouts: .venv-rollouts/.dev .venv-verl/.dev  # vLLM's own classes, on gloo, and verl's engine for FSDP2
 	.venv-rollouts/bin/python -m pytest tests/other_trainers/test_vllm.py $(ARGS)
+	.venv-verl/bin/python -m pytest -W ignore tests/other_trainers/test_verl.py $(ARGS)
 
 test-runs: .venv-runs/.dev  # searches, Ray, runs that are stopped, privacy
 	.venv-runs/bin/python -m pytest tests/other_trainers/test_long_runs.py $(ARGS)
@@ -204,6 +205,11 @@ $(CLOTHES):  # from Debian's package; without apt-get the task is skipped
 .venv-swift/.dev: .venv-swift/.pip tests/other_trainers/swift.txt
 	.venv-swift/bin/python -m pip install --quiet --requirement tests/other_trainers/swift.txt
 	.venv-swift/bin/python -m pip install --quiet --no-deps ms-swift==4.6.0 --editable .
+	touch $@
+
+.venv-verl/.dev: .venv-verl/.pip pyproject.toml tests/other_trainers/verl.txt
+	.venv-verl/bin/python -m pip install --quiet --requirement tests/other_trainers/verl.txt
+	.venv-verl/bin/python -m pip install --quiet --no-deps verl==0.9.1 --editable .
 	touch $@
 
 .venv-release/.dev: .venv-release/.pip pyproject.toml

@@ -39,6 +39,8 @@ OPTIONAL = {
     "integrations.rollouts": set(),
     "integrations.swift": {"swift"},
     "integrations.transformers": {"accelerate", "transformers"},
+    "integrations.verl": {"verl"},
+    "integrations.verl_plugin": set(),
     "integrations.vllm": {"vllm"},
     "quantized.bnb": {"bitsandbytes"},
     "offloaded": {"accelerate"},
