@@ -14,10 +14,11 @@ Written for the interface of verl 0.9.1, which imports `randlora.integrations.ve
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
+from verl.utils.device import get_device_id
 from verl.utils.fs import copy_to_local
 from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
 from verl.utils.model import convert_weight_keys
@@ -62,14 +63,12 @@ class RandLoRAEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl carrie
         if model.target_modules != NAME:
             found.append(
                 f"model.target_modules is {model.target_modules!r}: set it to {NAME}, with which verl's own engine "
-                f"raises an error, instead of training LoRA where this one is not loaded"
+                "raises an error, instead of training LoRA where this one is not loaded"
             )
         if not model.lora.get("merge"):
             found.append("model.lora.merge is False, with which verl's rollout expects LoRA: set it to True")
         if self.engine_config.strategy != "fsdp2":
-            found.append(
-                f"the strategy is {self.engine_config.strategy}, which cannot shard an adapter: set it to fsdp2"
-            )
+            found.append(f"actor.strategy is {self.engine_config.strategy}, FSDP's first version: set it to fsdp2")
         if self._qat_enabled:
             found.append("qat would replace the adapted layers: leave it out")
         if "hf_model" in (saves.get("save_contents") or ()):
@@ -102,11 +101,17 @@ class RandLoRAEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl carrie
         return unfuse_moe_params(self._merged_tensors(), self.model_config.hf_config.model_type), None
 
     def _merged_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        try:
-            if not self._uses_fsdp2_cpu_offload_policy:
-                load_fsdp_model_to_gpu(self.module)
+        with self._on_device():
             for name, tensor in randlora.merged_tensors(self.module):
-                yield from convert_weight_keys({name: tensor}, self.module).items()
+                yield from convert_weight_keys({name: tensor.to(get_device_id())}, self.module).items()
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Within the block, have the parameters where they are gathered. verl's copies to the CPU wait for nothing."""
+        if not self._uses_fsdp2_cpu_offload_policy:
+            load_fsdp_model_to_gpu(self.module)
+        try:
+            yield
         finally:
             if self._is_offload_param:
                 offload_fsdp_model_to_cpu(self.module)
@@ -126,10 +131,12 @@ class RandLoRAEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl carrie
         """Save what verl saves, and the adapter beside it, in the directory ``adapter``."""
         super().save_checkpoint(local_path, *args, **kwargs)
         if self._has_adapter:
-            randlora.save(self.module, f"{local_path}/{ADAPTER}")
+            with self._on_device():
+                randlora.save(self.module, f"{local_path}/{ADAPTER}")
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Load what verl loads, and the adapter, which must be of the same bases."""
         super().load_checkpoint(local_path, *args, **kwargs)
         if self._has_adapter:
-            randlora.swap(self.module, copy_to_local(f"{local_path}/{ADAPTER}"))
+            with self._on_device():
+                randlora.swap(self.module, copy_to_local(f"{local_path}/{ADAPTER}"))

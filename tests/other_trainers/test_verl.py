@@ -221,7 +221,7 @@ def test_shards_which_are_of_the_first_policy_are_not_sent(base: Path) -> None:
         ({"target_modules": "all-linear"}, "set it to randlora, with which verl's own engine raises an error"),
         ({"lora_alpha": 32, "exclude_modules": "q"}, "lora_alpha, exclude_modules would be ignored"),
         ({"lora_adapter_path": "saved"}, "merge an adapter to start from into the model"),
-        ({"config": {"strategy": "fsdp"}}, "cannot shard an adapter: set it to fsdp2"),
+        ({"config": {"strategy": "fsdp"}}, "actor.strategy is fsdp, FSDP's first version: set it to fsdp2"),
         ({"config": {"qat": QATEngineConfig(enable=True)}}, "qat would replace"),
         ({"saves": {"save_contents": ["model", "hf_model"]}}, "would be the model without the adapter"),
         ({"saves": {"save_lora_only": True}}, "the adapter is always saved"),
