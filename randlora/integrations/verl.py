@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 from verl.utils.device import get_device_id
 from verl.utils.fs import copy_to_local
 from verl.utils.fsdp_utils import load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
@@ -89,7 +89,7 @@ class RandLoRAEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl carrie
             )
         return found
 
-    def _build_lora_module(self, module: nn.Module) -> nn.Module:
+    def _build_lora_module(self, module: Any) -> Any:
         """Add the adapter, and freeze the model. Layers and options that match nothing raise an error."""
         module.enable_input_require_grads()  # verl's offloading of activations computes nothing again without
         options = convert_to_regular_types(self.model_config.lora.get(NAME) or {})

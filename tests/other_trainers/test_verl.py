@@ -17,9 +17,9 @@ pytest.importorskip("verl", reason="verl is not installed: make test-verl")
 import hydra
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tensordict import TensorDict
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils
@@ -281,4 +281,4 @@ def in_two_processes(rank: int, base: Path, directory: Path) -> None:
 def test_two_processes_of_which_one_starts_without_values_train_send_save_and_resume(
     base: Path, tmp_path: Path
 ) -> None:
-    mp.spawn(in_two_processes, (base, tmp_path), nprocs=2)
+    spawn(in_two_processes, (base, tmp_path), nprocs=2)
