@@ -1,4 +1,1 @@
-"""Support for trainers and engines of other libraries: one module for each, which imports its library; `rollouts` none.
-
-Nothing imports them.
-"""
+"""Support for trainers and engines of other libraries: one module for each, which imports its library; `rollouts` none."""
