@@ -1,1 +1,1 @@
-"""Support for trainers and engines of other libraries: one module for each, which imports its library; `rollouts` none."""
+"""Support for trainers and engines of other libraries: a module each, which imports its library; `rollouts` none."""
