@@ -39,6 +39,8 @@ Names = str | Sequence[str]
 """A regex for whole names, or names and suffixes of names."""
 Pattern = Names | Callable[[str, Any], bool]
 """`Names`, or a function of a name and a module."""
+TableRows = Mapping[str, Sequence[int]]
+"""Numbers of rows, by the names of the embeddings or heads that have them."""
 
 Source = str | os.PathLike[str]
 """A path, or a repository on the Hub."""
@@ -54,7 +56,7 @@ NO_REGEX = re.error, OverflowError, RecursionError
 Factor = float | Mapping[str, float]
 """The factor of an active adapter's update: one for all layers, or one for each by FQN. 0 means it does not act."""
 
-_Number = TypeVar("_Number", bound=float)
+_Number = TypeVar("_Number", bound=float | Sequence[int])
 
 _Value = TypeVar("_Value")
 
@@ -67,6 +69,12 @@ def between(words: str, least: float, largest: float) -> Check:
 def positive_pair(pair: tuple[int, int]) -> str:
     """Check the numbers of blocks."""
     return "" if min(pair) > 0 else "two positive integers (c, b)"
+
+
+def distinct_rows(rows: Sequence[int]) -> str:
+    """Check the numbers of rows of a table."""
+    is_right = rows and min(rows) >= 0 and len({*rows}) == len(rows)
+    return "" if is_right else "at least one row, and different integers of at least 0"
 
 
 def names_or_regex(value: Any) -> str:
@@ -111,13 +119,13 @@ class Option:
 
 
 class ByPattern(Mapping[str, _Number]):
-    """An option with a number for each pattern of layers; the first pattern that matches a layer applies.
+    """An option with a value for each pattern of layers; the first pattern that matches a layer applies.
 
     It is immutable, and equals only mappings with the same entries in the same order.
     """
 
     def __init__(self, numbers: Mapping[str, _Number]) -> None:
-        """Copy a mapping from patterns to numbers."""
+        """Copy a mapping from patterns to values."""
         self._numbers: dict[str, _Number] = dict(numbers)
 
     def __getitem__(self, pattern: str) -> _Number:
@@ -221,6 +229,9 @@ class RandLoRAConfig:
         seed: Seed of the bases, a 64-bit unsigned integer; torch's generator uses its low 32 bits.
         train_also: Modules or parameters that are trained and saved with the adapter: a regex, or a sequence of names
             or suffixes. Default targets, ``"all"`` and ``"all-linear"`` leave them out.
+        train_rows: Rows of embeddings, such as those of new tokens, that are trained and saved with the adapter:
+            ``{"embed_tokens": [128256, 128257]}``, by names or suffixes. A head that is tied to the embedding has the
+            same rows; name one that is not tied too. Default targets, ``"all"`` and ``"all-linear"`` leave these out.
         in_proj: How the ``in_proj_weight`` of an `nn.MultiheadAttention` is adapted: ``"packed"``, as one matrix, or
             ``"split"``, with a Λ and a Γ for each of its query, key and value projections.
         experts: How a stack of experts' weights is adapted: ``"each"`` expert has its own Λ and Γ, or they are
@@ -253,6 +264,7 @@ class RandLoRAConfig:
     blocks: tuple[int, int] | None = _option(None, check=positive_pair)
     seed: int = _option(0, check=between("an integer in [0, 2**64)", 0, 2**64 - 1), peft="projection_prng_key")
     train_also: Names | None = _option(None, check=names_or_regex, peft="modules_to_save")
+    train_rows: TableRows | None = _option(None, check=distinct_rows, aliases=("trainable_token_indices",), since=4)
     in_proj: InProj = _option("packed", since=2)
     experts: Experts = _option("each", since=2)
 
@@ -301,7 +313,8 @@ class RandLoRAConfig:
         """
         if unknown := sorted(set(values) - set(OPTIONS)):
             raise ConfigError(f"unknown options {', '.join(unknown)}: the options are {', '.join(sorted(OPTIONS))}")
-        return cls(**{name: _from_pairs(value) if name in ("r", "alpha") else value for name, value in values.items()})
+        by_name = ("r", "alpha", "train_rows")
+        return cls(**{name: _from_pairs(value) if name in by_name else value for name, value in values.items()})
 
 
 OPTIONS = {
@@ -323,9 +336,9 @@ def _frozen(value: Any) -> Any:
     """Return a value that cannot be changed and can be hashed, if it is of a kind that can be."""
     if isinstance(value, set | frozenset):
         return tuple(sorted(value, key=str))
-    if isinstance(value, list):
+    if isinstance(value, list | range):
         return tuple(value)
-    return ByPattern(value) if isinstance(value, Mapping) else value
+    return ByPattern({key: _frozen(each) for key, each in value.items()}) if isinstance(value, Mapping) else value
 
 
 def _from_pairs(value: Any) -> Any:

@@ -42,7 +42,6 @@ ADVICE = {
     "save_projection": 'use the argument bases="stored" of save()',
     "sparse": 'use basis="sparse"',
     "target_parameters": "use targets=, which takes names of weights too",
-    "trainable_token_indices": "use train_also=, with the whole embedding, or targets= with it",
     "use_dora": "leave it out: an update has full rank already",
     "use_rslora": "leave it out, and give alpha=: randlora.equivalent_alpha(…, use_rslora=True) computes it",
     "very_sparse": 'use basis="very_sparse"',

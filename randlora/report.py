@@ -79,6 +79,7 @@ class Report(NotTheModel):
         is_active: Whether the adapter's update is added.
         is_trainable: Whether its parameters require grad.
         train_also: FQNs of the parameters trained with the adapter.
+        train_rows: Rows of tables trained with the adapter, by FQN.
         buffers: FQNs of the buffers that the adapter has copies of, such as those of norms that it trains.
         skipped: Reasons why layers were skipped, by FQN.
         left_out: Other matrices that default targets, ``"all-linear"`` or ``"all"`` leave out, by kind. Every parameter
@@ -105,6 +106,7 @@ class Report(NotTheModel):
     is_active: bool = True
     is_trainable: bool = True
     train_also: tuple[str, ...] = ()
+    train_rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
@@ -136,8 +138,8 @@ class Report(NotTheModel):
             ),
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]
-        if self.train_also:
-            text.append(f"also trained: {shortened(self.train_also)}")
+        if also := [*self.train_also, *rows_in_words(self.train_rows)]:
+            text.append(f"also trained: {shortened(also)}")
         if self.buffers:
             text.append(f"its own buffers: {shortened(self.buffers)}")
         if (rate := self.learning_rate) is not None:
@@ -192,6 +194,11 @@ def with_factor(name: str, factor: Factor) -> str:
     return name if factor == 1 else f"{factor:g} x {name}"
 
 
+def rows_in_words(rows: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return how many rows of each table are trained."""
+    return [f"{len(own)} row{'s' * (len(own) != 1)} of {fqn}" for fqn, own in rows.items()]
+
+
 def left_out_lines(report: Report) -> list[str]:
     """Return the lines of a report about layers that are skipped and left out."""
     names: dict[str, list[str]] = {}
@@ -218,6 +225,8 @@ def adapter_report(
     adapter_size = sum(row.trainable for row in rows)
     first = {id(held.tensor): held for held in reversed(census.parameters) if not is_lazy(held.tensor)}
     beside = [held.tensor for held in first.values() if held.fqn in adapter.trained]
+    widths = {held.fqn: whole_shape(held.tensor)[-1] for held in census.parameters if held.fqn in adapter.rows}
+    in_rows = sum(len(rows) * widths[fqn] for fqn, rows in adapter.rows.items())
     scaling = max((abs(options.scaling) for options in adapter.options.values()), default=0.0)
     return Report(
         name=adapter.name,
@@ -226,14 +235,15 @@ def adapter_report(
         targets=tuple(shapes),
         rows=rows,
         specs=tuple(basis.spec for basis in adapter.bases.values()),
-        trainable_parameters=adapter_size + sum(math.prod(whole_shape(parameter)) for parameter in beside),
-        total_parameters=adapter_size + census.size,
+        trainable_parameters=adapter_size + in_rows + sum(math.prod(whole_shape(parameter)) for parameter in beside),
+        total_parameters=adapter_size + in_rows + census.size,
         basis_bytes=sum(basis.nbytes for basis in adapter.bases.values()),
-        checkpoint_bytes=FLOAT32_BYTES * adapter_size
+        checkpoint_bytes=FLOAT32_BYTES * (adapter_size + in_rows)
         + sum(math.prod(whole_shape(copy)) * copy.itemsize for copy in adapter.trained.values()),
         is_active=is_active,
         is_trainable=is_trainable,
         train_also=tuple(adapter.parameters),
+        train_rows=dict(adapter.rows),
         buffers=tuple(adapter.buffers),
         skipped=dict(skipped or {}),
         left_out=left_out,

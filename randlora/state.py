@@ -51,6 +51,7 @@ class Adapter:
     init: Init = "lambda"  # which of Λ and Γ started at zero; not in files, because no result depends on it
     weight: Factor | None = None  # the factor of its update while active, for each layer if they differ
     trained: dict[str, Tensor] = field(default_factory=dict)  # copies of parameters and of their modules' buffers
+    rows: dict[str, tuple[int, ...]] = field(default_factory=dict)  # which of tables it trains, in order, by FQN
     peft_fields: dict[str, Any] = field(default_factory=dict)  # of its adapter_config.json, not used here, for saving
 
     @property

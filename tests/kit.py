@@ -57,7 +57,9 @@ def adapter_values(model: nn.Module, name: str = "default") -> dict[str, Tensor]
         for site in Census.of(model).adapted
         if name in site.layer.adapters
         for part, value in zip(
-            ("randlora_lambda", "randlora_gamma"), site.layer.diagonals_of(site.owner, name), strict=True
+            ("randlora_rows",) if site.layer.is_rows else ("randlora_lambda", "randlora_gamma"),
+            site.layer.diagonals_of(site.owner, name),
+            strict=True,
         )
     }
     return found | dict(randlora.state.adapted_root(model)[1].adapter(name).trained)

@@ -53,7 +53,8 @@ def adapter_layer(layer: nn.Module) -> AdapterLayer:
 
 
 def diagonals(layer: nn.Module, name: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
-    return adapter_layer(layer).diagonals_of(layer, name)
+    lam, gamma = adapter_layer(layer).diagonals_of(layer, name)
+    return lam, gamma
 
 
 def adapted_names(model: nn.Module) -> set[str]:

@@ -96,7 +96,8 @@ class ReadKind:
         return adapter_layers_of(self.owner(model))[self.attribute]
 
     def diagonals(self, model: nn.Module, name: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
-        return self.layer(model).diagonals_of(self.owner(model), name)
+        lam, gamma = self.layer(model).diagonals_of(self.owner(model), name)
+        return lam, gamma
 
     def weight(self, model: nn.Module) -> nn.Parameter:
         return dict(model.named_parameters())[self.parameter_fqn]

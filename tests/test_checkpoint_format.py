@@ -107,7 +107,7 @@ WRONG: list[tuple[str, str, object, Header]] = [
     (CONTRADICTORY, "bases/4/basis/max_dim", 4, BY_LAYER),
     (CONTRADICTORY, "config/alpha", [["b.c", 5], ["a", 4], ["d", 1]], BY_LAYER),
     (CONTRADICTORY, "config/r", [["b.c", 4], [".*", 2]], BY_LAYER),
-    *(("reads versions 1 to 3: install one", "format_version", version, HEADER) for version in (0, 4, "1", None, [1])),
+    *(("reads versions 1 to 4: install one", "format_version", version, HEADER) for version in (0, 5, "1", None, [1])),
     (DAMAGED, "format_version", 2, HEADER),
     (DAMAGED, "format_version", 1, BY_LAYER),
 ]

@@ -76,7 +76,9 @@ LIBRARY: dict[str, Callable[[], Any]] = {
     "convert adapter out --to lora --base model --rank 4 --tolerance 1 --format diffusers --component unet": partial(
         files.convert, "adapter", "out", "lora", base="model", rank=4, tolerance=1, format="diffusers", component="unet"
     ),
-    "plan model --targets all": partial(files.plan, "model", 32, targets="all"),
+    "plan model --targets all --train-rows embed_tokens=1,2": partial(
+        files.plan, "model", 32, targets="all", train_rows={"embed_tokens": [1, 2]}
+    ),
     "plan model --r 4 --targets q_proj,up_proj --targets v_proj --train-also norm,embed_tokens": partial(
         files.plan, "model", 4, targets=["q_proj", "up_proj", "v_proj"], train_also=["norm", "embed_tokens"]
     ),

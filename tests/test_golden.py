@@ -286,7 +286,7 @@ def test_a_golden_file_computes_what_the_loops_compute_also_merged(golden: Golde
 
 def test_every_directory_has_a_test() -> None:
     assert {path.name for path in (DATA / "golden").iterdir()} == {golden.name for golden in GOLDEN}
-    elsewhere = {"golden_peft_torch_2_11", "golden_v1_torch_2_11", "golden_v3_buffers"}  # with files.convert, buffers
+    elsewhere = {"golden_peft_torch_2_11", "golden_v1_torch_2_11", "golden_v3_buffers", "golden_v4_rows"}
     assert {path.name for path in DATA.glob("golden_*/")} == {*FIRST, *elsewhere}
 
 

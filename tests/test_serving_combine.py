@@ -166,7 +166,11 @@ REFUSED: list[tuple[Any, Any, str]] = [
     ({"a": 1, "seed": 0.1}, "c", rf"'seed' is on .*seed=5.*, and 'a' on .*seed=0{INSTEAD}"),
     ({"a": 1, "r": 0.1}, "c", f"a and r have r=3 and 4 in q{INSTEAD}"),
     ({"dropping": 1, "read": 1}, "c", r"embed is a weight that other code reads, and dropout=0\.5 cannot"),
-    ({"dropping": 1, "beside": 1}, "c", r"'beside' trained q\.weight with train_also, which combine does not sum"),
+    (
+        {"dropping": 1, "beside": 1},
+        "c",
+        r"'beside' trained q\.weight with train_also or train_rows, which combine does not sum",
+    ),
     ({"off": 1, "dropping": 1}, "c", "'off' has alpha=0 in q"),
     ({"dropping": 1, "elsewhere": 1}, "c", r"'elsewhere' is on .*seed=1.*, but 'dropping' has no such bases"),
     ({"a": 1, "x": 1}, "c", "no adapter named 'x': it has a, b"),

@@ -49,7 +49,7 @@ class Value(NamedTuple):
     parameter: Tensor  # which may be sharded
     shape: Sequence[int]  # which it must have
     is_buffer: bool = False
-    is_diagonal: bool = False  # of Λ and Γ, which a file has in float32 or wider
+    is_diagonal: bool = False  # of Λ, Γ and rows, which a file has in float32 or wider
     wanted: torch.dtype | None = None  # the dtype that the caller chose instead
 
     @property
@@ -97,16 +97,19 @@ class AdapterToSave:
         adapter = view.state.adapter(name)
         sites = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
         # a module used in several places may have another name now, if one of them is gone or new
-        renamed = replace(adapter, options={site.fqn: site.layer.adapters[adapter.name].options for site in sites})
+        parts = {site: site.layer.adapters[adapter.name] for site in sites}
+        rows = {f"{site.fqn}.weight": adapter.rows[part.fqn] for site, part in parts.items() if site.layer.is_rows}
+        options = {site.fqn: part.options for site, part in parts.items() if not site.layer.is_rows}
+        renamed = replace(adapter, options=options, rows=rows)
         values, problems = _values(view.state, renamed, sites, dtype), _problems(view, adapter, bases)
         return cls(view.census, view.state, renamed, sites, bases, values, problems)
 
     @cached_property
     def header(self) -> Header:
         """The header of its file."""
-        adapter, sites = self.adapter, self.sites
+        adapter, sites = self.adapter, [site for site in self.sites if not site.layer.is_rows]
         return Header.of(
-            adapter.config,
+            replace(adapter.config, train_rows=adapter.rows or None),
             adapter.options,
             adapter.bases,
             shapes_of(sites, adapter.config),
@@ -138,13 +141,14 @@ class AdapterToSave:
         """In which dtype Λ and Γ are stored, and what this changed in all gathered; empty if nothing."""
         if not any(self.lost.values()):
             return ""
-        dtype, options = next(iter(self.values.values())).dtype, self.adapter.options
+        dtype, options = next(value.dtype for value in self.values.values() if value.wanted), self.adapter.options
         most = max(math.hypot(*(self.lost[key] for key in value_keys(fqn, options))) for fqn in options)
         return f"{str(dtype).removeprefix('torch.')}, which changes a layer's update by up to {most:.2%}"
 
     def peft_notes(self) -> list[str]:
         """Return what PEFT 0.21.2 would not load, or would load wrongly."""
-        if (reason := peft_obstacle(self.header.options, self.header.kinds)) is not None:
+        kinds = {**self.header.kinds, **dict.fromkeys(self.adapter.rows, "rows")}
+        if (reason := peft_obstacle(self.header.options, kinds)) is not None:
             return [reason]
         notes, drawn_for_others = list[str](), "the bases were drawn for other layers"
         ((r, rectangle),) = self.header.rectangles.items()
@@ -238,6 +242,10 @@ def _values(
     values = {}
     for site in sites:
         part = site.layer.adapters[adapter.name]
+        if (rows := adapter.rows.get(fqn := f"{site.fqn}.weight")) is not None and site.layer.is_rows:
+            (own,), size = site.layer.diagonals_of(site.owner, adapter.name), (len(rows), site.shape[-1])
+            values[trained_key(fqn, adapter.options)] = Value(f"rows of {fqn}", own, size, is_diagonal=True)
+            continue
         shapes, keys = diagonal_shapes(part.shape, part.options.r), value_keys(site.fqn, adapter.options)
         diagonals = site.layer.diagonals_of(site.owner, adapter.name)
         for key, letter, diagonal, shape in zip(keys, "ΛΓ", diagonals, shapes, strict=True):
@@ -254,7 +262,7 @@ def _problems(view: View, adapter: Adapter, bases: StoredAs) -> list[str]:
     if bases == "seed" and any(basis.stored is not None for basis in adapter.bases.values()):
         problems.append("its bases came from a file, and no seed reproduces them: save with bases='stored'")
     keys = {fqn: max(value_keys(fqn, adapter.options), key=len) for fqn in adapter.options}
-    keys |= {fqn: trained_key(fqn, adapter.options) for fqn in adapter.trained}
+    keys |= {fqn: trained_key(fqn, adapter.options) for fqn in (*adapter.trained, *adapter.rows)}
     return problems + [
         f"{fqn[:60]!r} has a name of {len(key)} characters in a file: expected at most {LONGEST_NAME}, and valid "
         "Unicode: rename the modules"
@@ -270,8 +278,9 @@ class AdapterState:
     It can be pickled. Its tensors are copies, so it does not depend on the model.
 
     Attributes:
-        tensors: Λ and Γ, in float32 if no dtype was chosen (float64 if they are in float64), and the parameters of
-            ``train_also`` in their own dtype, on the CPU, by their names in ``adapter_model.safetensors``.
+        tensors: Λ and Γ, in float32 if no dtype was chosen (float64 if they are in float64), rows in float32 or wider,
+            and the parameters of ``train_also`` in their own dtype, on the CPU, by their names in
+            ``adapter_model.safetensors``.
         metadata: The metadata of that file, with a SHA-256 of the tensors.
         config: The contents of ``adapter_config.json``.
     """

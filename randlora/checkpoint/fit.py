@@ -14,6 +14,7 @@ from randlora.disk.formats import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import find_layer
+from randlora.model.train_rows import find_tables, table_problems
 from randlora.places import is_hooked
 from randlora.targets.census import Census, Shapes, Site, shapes_of, sizes
 from randlora.targets.left_out import obstacles, offloaded_copies
@@ -34,6 +35,8 @@ def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
         *trained_misfits(tensors, file),
         *offloaded_copies(census, file.trained),
     ]
+    if not problems:
+        problems = table_problems(census, find_tables(census, file.rows)[0])
     raise_collected(CheckpointError, problems, doing=_fitting(census, file))
     return sites
 
@@ -146,6 +149,10 @@ def trained_misfits(tensors: Mapping[str, Tensor | Entry], file: AdapterFile) ->
         are_floating = here.dtype.is_floating_point and trained.dtype.is_floating_point
         if not are_floating and (here.dtype != trained.dtype or isinstance(here, nn.Parameter)):
             problems.append(f"{fqn} holds {here.dtype} here, and was trained as {trained.dtype}")
+        elif (rows := file.rows.get(fqn)) is not None:
+            if tuple(trained.shape) != (len(rows), here.shape[-1]) or here.shape[0] <= rows[-1]:
+                theirs = f"{sizes(trained.shape)}, up to row {rows[-1]}, in the file: resize it first"
+                problems.append(f"{fqn} has shape {tuple(here.shape)} here, {theirs}")
         elif tuple(here.shape) != tuple(trained.shape):
             problems.append(f"{fqn} has shape {tuple(here.shape)} here, {tuple(trained.shape)} in the file")
     return problems

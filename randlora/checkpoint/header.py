@@ -31,11 +31,11 @@ from randlora.targets.options import options_by_target, options_listed
 HEADER_KEY = "randlora"
 SEAL_WORD = "basis_sha256"  # a word that every header contains and nothing else does
 
-NEWEST = 3
+NEWEST = 4
 """The newest version of the format. A version is written only if the version before has no place for all fields.
 
-Version 1 has one pair of bases, version 2 has bases by r, stacks of matrices and options of single layers, and
-version 3 has buffers of modules in ``train_also``.
+Version 1 has one pair of bases, version 2 has bases by r, stacks of matrices and options of single layers,
+version 3 has buffers of modules in ``train_also``, and version 4 has rows of tables in ``train_rows``.
 """
 
 LIBRARIES = ("transformers", "sentence_transformers")  # whose exported classes are recorded, to be found by name
@@ -122,7 +122,8 @@ class Header:
         **others: Any,
     ) -> Self:
         """Return a header written now; ``trained`` are the FQNs trained with the adapter, ``others`` further fields."""
-        config = replace(config, targets=tuple(shapes), exclude=None, train_also=tuple(trained) or None)
+        also = tuple(fqn for fqn in trained if fqn not in (config.train_rows or ()))
+        config = replace(config, targets=tuple(shapes), exclude=None, train_also=also or None)
         config = options_by_target(config, options)
         records = {r: BasisRecord.of(bases[r], used_by) for r, used_by in by_rank(shapes, options).items()}
         is_drawn = any(record.is_reproducible for record in records.values())
@@ -295,6 +296,8 @@ def _problems(header: Header) -> Iterator[str]:
             yield f"{fqn} has kind {kind!r}, expected a target and one of {', '.join(KINDS)}"
     if others := {*header.buffers} - {*(header.config.train_also or ())}:
         yield f"{', '.join(sorted(others))} is not among the trained parameters"
+    if any(rows != tuple(sorted(rows)) for rows in (header.config.train_rows or {}).values()):
+        yield "the trained rows are not in order"
     named = [option.keys() for option in (header.config.r, header.config.alpha) if isinstance(option, Mapping)]
     targets = header.config.targets
     if not is_names(targets) or any(fqns != header.shapes.keys() for fqns in [*named, {*targets}]):

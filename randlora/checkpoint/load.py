@@ -34,6 +34,7 @@ from randlora.hints import require_types
 from randlora.model.install import add, lost_parts
 from randlora.model.switch import remove
 from randlora.model.train_also import copy_dtype, half_notes, moving_note, replacements
+from randlora.model.train_rows import find_tables
 from randlora.model.view import View, collective, opened, opened_to_add
 from randlora.places import Kept, Place, has_values, place_at, values_within
 from randlora.ranks import agree, agreeing, raise_on_every_rank
@@ -228,14 +229,17 @@ def _added(
     doubts = _warn_of_doubts(census.model, file)
     rule = f"{found.rule}, {file.renaming}" if file.renaming else found.rule
     layer_options = {fqn: file.options[fqn] for fqn in shapes}
+    tables, _ = find_tables(census, file.rows)
     adapter = Adapter(name, file.config, bases, layer_options, rule, peft_fields=kept_fields(file.fields))
+    adapter.rows |= {table.fqn: table.rows for table in tables}
     unknown = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
     notes = [*doubts, *stream_notes(file), *next_steps(name, is_active=active, is_trainable=True)]
     notes += [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []
-    replaced = replacements(census, state, file.trained)
+    replaced = replacements(census, state, [fqn for fqn in file.trained if fqn not in file.rows])
     for fqn, entry in replaced.items():
         own = file.trained[fqn].to(device=entry.original.device, dtype=copy_dtype(entry))
         adapter.trained[fqn] = like(entry.original, own, requires_grad=trainable)
+    rows = [file.trained[fqn].to(table.weight.device) for fqn, table in zip(file.rows, tables, strict=True)]
     values = {site.fqn: file.diagonals(site.fqn, site.layer_class.device_beside(site.owner)) for site in sites}
     if trainable:
         notes += [*moving_note(census, adapter.buffers), *half_notes(adapter)]
@@ -250,6 +254,7 @@ def _added(
         trainable=trainable,
         save_pretrained=save_pretrained,
         values=values,
+        rows=zip(tables, rows, strict=True),
     )
     return report
 
@@ -339,7 +344,8 @@ def _planned(
         if file.header is None:
             raise CheckpointError("randlora.save did not write these files: call randlora.load")
     advice = "make it with the options that it was saved with, or load it as a separate adapter, with a different name="
-    differences = _differences(adapter, file, file.header, shapes_of(sites, adapter.config))
+    shapes = shapes_of([site for site in sites if not site.layer.is_rows], adapter.config)
+    differences = _differences(adapter, file, file.header, shapes)
     problems = [f"{difference}: {advice}" for difference in differences]
     parameters: list[Tensor] = [
         *chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)
@@ -355,7 +361,8 @@ def _planned(
         problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
     raise_collected(CheckpointError, problems, doing=doing)
     _warn_of_doubts(view.root, file)
-    values = [value for site in sites for value in file.values[site.fqn]]
+    rows = {site.fqn: (file.trained[f"{site.fqn}.weight"],) for site in sites if site.layer.is_rows}
+    values = [value for site in sites for value in (rows.get(site.fqn) or file.values[site.fqn])]
     values += [file.trained[fqn] for fqn in adapter.trained]
     return adapter, kept_fields(file.fields), [*zip(parameters, values, strict=True)]
 
@@ -380,7 +387,9 @@ def _written(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
 
 def _differences(adapter: Adapter, file: AdapterFile, header: Header, shapes: Shapes) -> Iterator[str]:
     """Yield how an adapter differs from the one in the files, except for its values."""
-    parameters = file.trained.keys() - set(file.buffers)
+    parameters = file.trained.keys() - set(file.buffers) - set(file.rows)
+    if adapter.rows != file.rows:
+        yield f"rows of {shortened([*adapter.rows, *file.rows])} differ in number or place"
     for what, own, other in (
         ("layer", shapes.keys(), header.shapes.keys()),
         ("trained parameter", adapter.parameters.keys(), parameters),
@@ -390,7 +399,7 @@ def _differences(adapter: Adapter, file: AdapterFile, header: Header, shapes: Sh
             if names:
                 yield f"the {lacking} no {what} {shortened(sorted(names))}"
     own_shapes = dict(shapes) | {fqn: tuple(whole_shape(copy)) for fqn, copy in adapter.trained.items()}
-    saved = dict(header.shapes) | {fqn: tuple(copy.shape) for fqn, copy in file.trained.items()}
+    saved = dict(header.shapes) | {fqn: tuple(file.trained[fqn].shape) for fqn in parameters | set(file.buffers)}
     for fqn in [fqn for fqn in own_shapes if fqn in saved]:
         if own_shapes[fqn] != saved[fqn]:
             yield f"{fqn} has shape {sizes(own_shapes[fqn])}, and in the files {sizes(saved[fqn])}"

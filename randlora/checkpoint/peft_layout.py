@@ -43,6 +43,7 @@ BASE_FIELD = "base_model_name_or_path"
 CLASS_FIELDS = ("auto_mapping", "task_type")  # the class of the base model, or its task
 STREAM_FIELD = "randlora_stream"  # ours, if PEFT would draw different bases from the seed: it warns of unknown fields
 RANK_FIELD, ALPHA_FIELD = "rank_pattern", "alpha_pattern"  # of PEFT's LoRA: r or alpha by regex, if there are several
+ROWS_FIELD, ROWS_KEY = "trainable_token_indices", ".token_adapter.trainable_tokens_delta"  # of PEFT's LoRA
 UNREAD_FIELDS = (STREAM_FIELD, RANK_FIELD, ALPHA_FIELD)  # why PEFT cannot compute the same: we read our header
 
 NEUTRAL_FIELDS: dict[str, Any] = {

@@ -71,6 +71,12 @@ class AdapterFile:
             return self.header.buffers
         return tuple(fqn for fqn, tensor in self.trained.items() if not tensor.is_floating_point())
 
+    @property
+    def rows(self) -> dict[str, tuple[int, ...]]:
+        """Of the tables in ``trained`` of which it has only rows, these, by FQN. PEFT's RandLoRA trains none."""
+        rows = None if self.header is None else self.config.train_rows
+        return {fqn: tuple(own) for fqn, own in (rows or {}).items() if fqn in self.trained}
+
     @cached_property
     def options(self) -> dict[str, LayerOptions]:
         """The r and the alpha of each target."""
@@ -91,7 +97,9 @@ class AdapterFile:
     def renamed(self, rename: Callable[[str], str], how: str) -> AdapterFile:
         """Return the adapter with different FQNs, and without the fields that name the class it was trained on."""
         targets = tuple(map(rename, self.header.shapes if self.header else self.values))
-        config = replace(self.config, targets=targets, train_also=tuple(map(rename, self.trained)) or None)
+        rows = {rename(fqn): rows for fqn, rows in self.rows.items()}
+        also = tuple(rename(fqn) for fqn in self.trained if fqn not in self.rows) or None
+        config = replace(self.config, targets=targets, train_also=also, train_rows=rows or None)
         config = options_by_target(config, {rename(fqn): options for fqn, options in self.options.items()})
         header = self.header and replace(
             self.header,
@@ -256,7 +264,8 @@ def _trained(tensors: Mapping[str, Tensor], targets: Container[str], header: Hea
     """Return the parameters trained with the adapter by FQN, which all other tensors must be."""
     fqns = {key: trained_fqn(key, targets) for key in tensors}
     if header is not None:
-        fqns = {trained_key(fqn, targets): fqn for fqn in header.config.train_also or ()}
+        named = (*(header.config.train_also or ()), *(header.config.train_rows or ()))
+        fqns = {trained_key(fqn, targets): fqn for fqn in named}
     if fqns.keys() != tensors.keys() or len({*fqns.values()}) < len(fqns):
         expected, found = (", ".join(sorted(names)) or "none" for names in ({*fqns.values()}, tensors))
         problem = f"expected the parameters trained with it ({expected}), got {found}: it was edited"

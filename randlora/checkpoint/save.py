@@ -33,7 +33,7 @@ from randlora.model.save_guard import register_writer
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import collective
 from randlora.ranks import agree, on_first_rank, run_collectives
-from randlora.report import Report, adapter_report, as_bytes
+from randlora.report import Report, adapter_report, as_bytes, rows_in_words
 from randlora.state import ModelState, adapted_root
 from randlora.targets.census import Census
 from randlora.targets.match import shortened
@@ -396,7 +396,10 @@ def _figures(report: Report, adapter: AdapterToSave) -> dict[str, object]:
         "SHA-256 of the bases": _by_rank(digests),
         "adapted layers": f"{len(report.targets)}, called {_code(names)}",
         "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} ({report.share:.2%})",
-        "trained with the adapter": _code(report.train_also),
+        "trained with the adapter": ", ".join([
+            *filter(None, [_code(report.train_also)]),
+            *rows_in_words(report.train_rows),
+        ]),
         "Λ and Γ": adapter.rounding,
         "left out": "; ".join(line.removeprefix("left out: ") for line in adapter.adapter.left_out),
     }

@@ -101,7 +101,10 @@ def _words_for(name: str, kinds: Sequence[Any]) -> tuple[Any, Callable[[Any], An
     """Return the type that typer reads for values of some types, what makes a value of it, and typer's options."""
     inside = {get_origin(kind): get_args(kind) for kind in kinds}
     if Mapping in inside:
-        return list[str], partial(_by_name, name, inside[Mapping][-1]), {"metavar": "NUMBER|NAME=NUMBER"}
+        number = inside[Mapping][-1]
+        if get_origin(number) is Sequence:
+            return list[str], partial(_by_name, name, _integers), {"metavar": "NAME=NUMBER,NUMBER"}
+        return list[str], partial(_by_name, name, number), {"metavar": "NUMBER|NAME=NUMBER"}
     if Sequence in inside and str in kinds:
         return list[str], partial(_names_or_regex, name), {"metavar": "NAMES|REGEX"}
     if Sequence in inside:
@@ -141,6 +144,10 @@ def _by_name(name: str, number: Callable[[str], Any], given: Sequence[str]) -> A
         except ValueError as error:
             raise ConfigError(f"{spelled(name)} must be a number or NAME=NUMBER, got {text!r}") from error
     return values if split[0][1] else values[""]
+
+
+def _integers(text: str) -> list[int]:
+    return [*map(int, text.split(","))]
 
 
 def _dtype(name: str, given: str) -> Any:

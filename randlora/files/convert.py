@@ -191,7 +191,8 @@ def contents_as(
             tensors |= zip(basis_keys(r, file.bases.keys()), pair, strict=True)
         return dict(file.fields), tensors, None, ()
     shapes = adapter.require_shapes()
-    if to == "peft" and (reason := peft_obstacle(file.options, adapter.kinds)) is not None:
+    kinds = {**adapter.kinds, **dict.fromkeys(file.rows, "rows")}
+    if to == "peft" and (reason := peft_obstacle(file.options, kinds)) is not None:
         raise CheckpointError(f"cannot convert to 'peft': {reason}; this library loads the adapter as it is")
     model_class = None if file.header is None else file.header.model_class
     header = Header.of(
@@ -237,7 +238,7 @@ def _filled_up(stored: Mapping[str, Tensor], header: Header) -> dict[str, Tensor
     return wide
 
 
-OF_LAYERS = ("targets", "exclude", "train_also", "r", "alpha")
+OF_LAYERS = ("targets", "exclude", "train_also", "train_rows", "r", "alpha")
 """The options that may differ between parts; all others must be equal."""
 
 
@@ -327,7 +328,7 @@ def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
                 )
         for fqn, tensor in part.file.trained.items():  # as an embedding tied to a head in another stage
             first, known = trained.setdefault(fqn, (part, tensor))
-            if not torch.equal(tensor, known):
+            if not torch.equal(tensor, known) or part.file.rows.get(fqn) != first.file.rows.get(fqn):
                 problems.append(f"{fqn} has different values in {first.directory} and in {part.directory}")
     return problems
 
@@ -350,6 +351,7 @@ def _joined(parts: Sequence[OpenAdapter]) -> OpenAdapter:
     config = first.config
     if any(file.config.alpha != config.alpha for file in files):  # a part with one alpha does not list it by layer
         config = replace(config, alpha={fqn: option.alpha for fqn, option in options.items()})
+    config = replace(config, train_rows={fqn: rows for file in files for fqn, rows in file.rows.items()} or None)
     named = [file.fields.get("target_modules") for file in files]
     modules = [name for file in files for name in file.fields.get("modules_to_save") or ()]
     fields = {

@@ -22,6 +22,8 @@ from randlora.checkpoint.peft_layout import (
     BASE_FIELD,
     MODEL_PREFIX,
     PEFT_VERSION,
+    ROWS_FIELD,
+    ROWS_KEY,
     TENSORS_FILE,
     pattern_fields,
     trained_key,
@@ -134,7 +136,11 @@ def recognized(fqns: Iterable[str]) -> Component:
 def peft_files(directory: Path, adapter: OpenAdapter, loras: Sequence[Lora], *, same_rank: bool) -> Planning:
     """Return what PEFT's ``save_pretrained`` would write, and notes."""
     shapes, ranks = adapter.require_shapes(), {lora.layer.fqn: lora.layer.rank for lora in loras}
-    tensors = {trained_key(fqn, shapes): tensor for fqn, tensor in adapter.file.trained.items()}
+    rows = adapter.file.rows
+    tensors = {
+        trained_key(fqn, shapes).removesuffix(".weight") + ROWS_KEY if fqn in rows else trained_key(fqn, shapes): tensor
+        for fqn, tensor in adapter.file.trained.items()
+    }
     notes = ["parameters trained with the adapter are included: not every server reads them"] if tensors else []
     if same_rank:
         notes = _padding_notes(loras) + notes
@@ -150,6 +156,8 @@ def peft_files(directory: Path, adapter: OpenAdapter, loras: Sequence[Lora], *, 
         fqn = lora.layer.fqn
         tensors |= zip(_peft_keys(fqn), lora.padded(ranks[fqn]), strict=True)
     fields = _fields(adapter, ranks)
+    if rows:
+        fields[ROWS_FIELD] = {fqn.removesuffix(".weight"): [*own] for fqn, own in rows.items()}
     if isinstance(fields["target_modules"], str):
         notes.append(
             "target_modules is a regex, because no list of names selects exactly these layers: SGLang reads only a list"

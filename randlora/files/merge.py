@@ -37,6 +37,7 @@ from randlora.files.model_directory import (
 )
 from randlora.hints import require_types
 from randlora.layers.base import AdapterLayer
+from randlora.layers.rows import RowsAdapter
 from randlora.layers.update import Update
 from randlora.model.mergeable import require_finite
 from randlora.report import Progress, as_bytes, as_lines, no_progress, with_factor
@@ -157,7 +158,7 @@ def merge(
         out=destination,
         adapters={str(path): factor for path, factor in factors.items()},
         merged=tuple(name for name in changes.entries if name in changes.merged),
-        replaced=tuple(name for name in changes.entries if name in changes.replaced),
+        replaced=tuple(name for name in changes.entries if name in changes.replaced or name in changes.rows),
         shards=len(model.directory.shards),
         nbytes=nbytes,
         dtype=dtype,
@@ -198,12 +199,15 @@ class Merging:
 class Changes:
     """The changes that adapters make to the tensors of a checkpoint, whose headers are ``entries``.
 
-    Tensors in ``merged`` are merged into, and tensors in ``replaced`` get new values, which may be merged into too.
+    Tensors in ``merged`` are merged into, and tensors in ``replaced`` get new values, which may be merged into too. At
+    last ``rows`` replace some. Of what is ``claimed``, no further adapter can give values.
     """
 
     entries: Mapping[str, Entry]
     merged: dict[str, Merging] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    claimed: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     def planned(self, entry: Entry, dtype: torch.dtype | None) -> Planned:
@@ -216,7 +220,7 @@ class Changes:
     @torch.no_grad()
     def _pieces(self, entry: Entry, dtype: torch.dtype) -> Iterator[Tensor]:
         merging, new = self.merged.get(entry.name), self.replaced.get(entry.name)
-        if merging is None and new is None:
+        if merging is None and new is None and entry.name not in self.rows:
             yield from (_cast(entry.name, piece, dtype) for piece in read_pieces(entry))
             return
         wide = torch.promote_types(entry.dtype, dtype)
@@ -226,7 +230,7 @@ class Changes:
             value = new.to(wide if merging is None else torch.promote_types(new.dtype, wide))
         if merging is not None:
             value = require_finite(merging.fqn, merging.layer_class.with_updates(value, merging.updates))
-        yield _cast(entry.name, value, dtype)
+        yield _cast(entry.name, RowsAdapter.with_updates(value, self.rows.get(entry.name, ())), dtype)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -253,7 +257,11 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
                 raise CheckpointError(
                     f"the files do not have {shortened(fit.converted)} in one tensor each: {IN_MEMORY}"
                 )
-            if repeated := [fqn for fqn, names in fit.trained.items() if changes.replaced.keys() & set(names)]:
+            rows = fit.file.rows
+            claims = {
+                f"row {row} of {fqn}" for fqn, own in rows.items() for row in own
+            } | fit.trained.keys() - rows.keys()
+            if repeated := sorted(claims & changes.claimed):
                 raise CheckpointError(
                     f"an adapter before it trained {', '.join(repeated)} too, and the model can hold only one of them"
                 )
@@ -263,8 +271,12 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
             for tensor in slot.names:
                 changes.merged.setdefault(tensor, Merging(fqn, slot.layer_class)).updates.append(update)
         for fqn, names in fit.trained.items():
-            changes.replaced.update(dict.fromkeys(names, fit.file.trained[fqn]))
-    dtypes = {name: changes.entries[name].dtype for name in (*changes.merged, *changes.replaced)}
+            if fqn not in rows:
+                changes.replaced.update(dict.fromkeys(names, fit.file.trained[fqn]))
+            for tensor in names if fqn in rows else ():
+                changes.rows.setdefault(tensor, []).append((torch.tensor(rows[fqn]), fit.file.trained[fqn]))
+        changes.claimed.update(claims)
+    dtypes = {name: changes.entries[name].dtype for name in (*changes.merged, *changes.replaced, *changes.rows)}
     # 8-bit floats may have scales, and would lose most of an update; integers are codes, except for buffers
     if narrow := [
         name

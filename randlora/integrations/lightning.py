@@ -151,7 +151,7 @@ def _described(module: nn.Module) -> list[dict[str, Any]]:
             "name": each.name,
             "layers": {fqn: [options.r, options.alpha] for fqn, options in each.options.items()},
             "bases": [spec.to_dict() for spec in each.specs],
-            "train_also": list(each.train_also),
+            "train_also": [*each.train_also, *(f"rows {own} of {fqn}" for fqn, own in each.train_rows.items())],
         }
         for each in randlora.adapters(module)
     ]

@@ -369,7 +369,7 @@ def _warn_if_trained(reference: Reference) -> None:
         all(part.any() for part in site.layer.diagonals_of(site.owner, name))
         for site in Census.of(reference.policy).adapted
         for name in site.layer.adapters
-        if name in trained
+        if name in trained and not site.layer.is_rows  # which are never zero
     ):
         warn(
             f"the reference is the model without {', '.join(trained)}, which was trained before: if the reference "

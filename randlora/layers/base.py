@@ -14,7 +14,7 @@ from randlora.bases.spec import Shape, count_bases
 from randlora.blocks import ForwardCall
 from randlora.config import Init
 from randlora.functional import WriteOut, adapted_linear, delta_weight
-from randlora.layers.diagonals import diagonal_shapes, initial_values
+from randlora.layers.diagonals import Diagonal, Gamma, Lambda, diagonal_shapes, initial_values
 from randlora.layers.update import Update, sum_updates
 from randlora.layers.weight import Piece, StoredWeight, split_of
 from randlora.places import whole
@@ -90,6 +90,8 @@ class AdapterLayer(StoredWeight):
         is_called: Whether its `forward` runs in place of the owner's.
         is_read: Whether code reads the weight in calls as `read` returns it.
         as_read: The adapter layer for the same weight if code reads it instead, such as the forward of a subclass.
+        is_rows: Whether it replaces rows of the weight, without Λ and Γ.
+        tied: Other modules that have the same weight, and this adapter layer.
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         names: The names under which the owner holds Λ and Γ.
@@ -100,6 +102,9 @@ class AdapterLayer(StoredWeight):
     is_called: ClassVar[bool] = True
     is_read: ClassVar[bool] = False
     as_read: ClassVar[type[AdapterLayer] | None] = None
+    is_rows: ClassVar[bool] = False
+    holders: ClassVar[tuple[type[Diagonal], ...]] = (Lambda, Gamma)  # under `names`
+    tied: tuple[nn.Module, ...] = ()
 
     def __init__(self, owner: nn.Module, state: ModelState) -> None:
         """Create the adapter layer of a weight for a model with this state, without changing the owner."""
@@ -122,11 +127,10 @@ class AdapterLayer(StoredWeight):
         """Return the ``forward`` of the base layer's class that one operation with an adapter can replace, if any."""
         return None
 
-    def diagonals_of(self, owner: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """Return Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, of one adapter, or stacks of them."""
+    def diagonals_of(self, owner: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
+        """Return Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, of one adapter, or stacks of them; or rows."""
         modules: dict[str, Any] = owner._modules
-        lambdas, gammas = self.names
-        return modules[lambdas].randlora_named(name), modules[gammas].randlora_named(name)
+        return tuple(modules[held].randlora_named(name) for held in self.names)
 
     @classmethod
     def fresh_diagonals(cls, owner: nn.Module, shape: Shape, r: int, init: Init) -> tuple[Tensor, Tensor]:

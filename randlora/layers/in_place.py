@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from randlora.errors import MergeError
 from randlora.layers.base import AdapterLayer
-from randlora.layers.diagonals import Diagonal, Gamma, Lambda
+from randlora.layers.diagonals import Diagonal
 from randlora.layers.scopes import ReadAttribute
 from randlora.layers.weight import SPLITTERS, split_of
 from randlora.places import loaded_modules
 from randlora.replaced import CASTS
-from randlora.state import SiteAdapter
 
 FORWARDS = "_old_forward", "forward"
 """Instance attributes that may hold a ``forward``. accelerate sets both, and calls the first from the second."""
@@ -196,7 +195,10 @@ def change_class(owner: nn.Module, base: type[nn.Module]) -> None:
 def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | None:
     """Return why a module's class cannot be replaced, as a phrase that follows its name, or ``None``."""
     if isinstance(owner, InPlace):  # adapting another weight replaces the current class
-        return None if layer_class.attribute in owner.randlora else detach_obstacle(owner)
+        layer = owner.randlora.get(layer_class.attribute)
+        if layer is None or layer.is_rows is layer_class.is_rows:
+            return detach_obstacle(owner) if layer is None else None
+        return f"is adapted already, or its rows are trained, by {', '.join(layer.adapters)}: it cannot have both"
     own = type(owner)
     if isinstance(owner, torch.jit.ScriptModule):
         return f"is a {own.__name__}, a TorchScript module, whose class cannot change: adapt it before scripting"
@@ -253,32 +255,39 @@ def set_casts(owner: nn.Module, casts: dict[str, torch.dtype]) -> None:
 
 
 def attach(owner: nn.Module, layer: AdapterLayer) -> None:
-    """Attach an adapter layer, which has no adapters yet, to a module."""
-    layers = {**adapter_layers_of(owner), layer.attribute: layer}
-    owner.__dict__["randlora"] = layers
-    for kind, name in zip((Lambda, Gamma), layer.names, strict=True):
-        owner._modules[name] = diagonal = kind(layer)
+    """Attach an adapter layer, which has no adapters yet, to a module, and to others that have the same weight."""
+    held: dict[str, nn.Module] = {name: kind(layer) for kind, name in zip(layer.holders, layer.names, strict=True)}
+    for diagonal in held.values():
         diagonal.training = owner.training
         # torch's fused transformer layers read weights without calling their modules, unless a module has a hook
         diagonal.register_forward_pre_hook(_decline_fast_paths)
-    base = plain_class(owner)
-    change_class(owner, base)
-    layer.settle(owner)
-    held_as = next((name for name in FORWARDS if name in owner.__dict__), None)
-    if held_as is None or any(splitter.adopt(owner, layer, held_as) for splitter in SPLITTERS):
-        return
-    inner = owner.__dict__[held_as]
-    is_base = isinstance(inner, MethodType) and inner.__func__ is base.forward
-    if layer.is_called and not is_base:
-        layer.own_forward = inner
-    if layer.is_called or is_base:
-        del owner.__dict__[held_as]
-        if held_as == "_old_forward":  # called by accelerate's wrapper
-            owner.__dict__[held_as] = MethodType(type(owner).forward, owner)
+    for each in (owner, *layer.tied):
+        each.__dict__["randlora"] = {**adapter_layers_of(each), layer.attribute: layer}
+        each._modules.update(held)
+        base = plain_class(each)
+        change_class(each, base)
+        layer.settle(each)
+        held_as = next((name for name in FORWARDS if name in each.__dict__), None)
+        if held_as is None or any(splitter.adopt(each, layer, held_as) for splitter in SPLITTERS):
+            continue
+        inner = each.__dict__[held_as]
+        is_base = isinstance(inner, MethodType) and inner.__func__ is base.forward
+        if layer.is_called and not is_base:
+            layer.own_forward = inner
+        if layer.is_called or is_base:
+            del each.__dict__[held_as]
+            if held_as == "_old_forward":  # called by accelerate's wrapper
+                each.__dict__[held_as] = MethodType(type(each).forward, each)
 
 
 def detach(owner: nn.Module, layer: AdapterLayer) -> None:
-    """Remove an adapter layer with Λ and Γ from a module; removing the last one restores the original class."""
+    """Remove an adapter layer with Λ and Γ from its modules; removing the last one restores the original class."""
+    for each in layer.tied:
+        _detach(each, layer)
+    _detach(owner, layer)
+
+
+def _detach(owner: nn.Module, layer: AdapterLayer) -> None:
     base = plain_class(owner)
     layers = {attribute: other for attribute, other in adapter_layers_of(owner).items() if other is not layer}
     for name in layer.names:
@@ -300,15 +309,16 @@ def detach(owner: nn.Module, layer: AdapterLayer) -> None:
         owner.__dict__["forward"] = own_forward
 
 
-def add_adapter(
-    owner: nn.Module, layer: AdapterLayer, part: SiteAdapter, lam: Tensor, gamma: Tensor, *, trainable: bool
-) -> None:
-    """Add an adapter with Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, or stacks of them, to a weight."""
+def add_adapter(owner: nn.Module, layer: AdapterLayer, part: Any, values: Sequence[Tensor], *, trainable: bool) -> None:
+    """Add an adapter with Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, or stacks of them, to a weight.
+
+    Or with the rows of a table; ``part`` is a `SiteAdapter`, or its `SiteRows`.
+    """
     name = part.adapter.name
     if adapter_layers_of(owner).get(layer.attribute) is not layer:
         attach(owner, layer)
     modules: dict[str, Any] = owner._modules
-    for held_as, value in zip(layer.names, (lam, gamma), strict=True):
+    for held_as, value in zip(layer.names, values, strict=True):
         modules[held_as][name] = nn.Parameter(value, requires_grad=trainable)
     layer.adapters[name] = part
     layer.seat(owner)

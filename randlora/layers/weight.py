@@ -108,7 +108,7 @@ class StoredWeight(ABC):
         return owner_fqn if cls.attribute == "weight" else f"{owner_fqn}.{cls.attribute}"
 
     @classmethod
-    def parameter_names(cls) -> tuple[str, str]:
+    def parameter_names(cls) -> tuple[str, ...]:
         """Return the names under which the owner, which may have several such weights, holds Λ and Γ."""
         prefix = "" if cls.attribute == "weight" else f"{cls.attribute}_"
         return f"{prefix}randlora_lambda", f"{prefix}randlora_gamma"

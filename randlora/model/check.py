@@ -110,6 +110,7 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
         parts = {
             site: [part for name, part in site.layer.adapters.items() if name in state.active]
             for site in view.census.adapted
+            if not site.layer.is_rows  # of which a few inputs would reach few
         }
         parts = {site: acting for site, acting in parts.items() if acting}
         raise_collected(AdapterError, _obstacles(view, [*parts]), doing="check")
@@ -159,7 +160,7 @@ def _checked(view: View, trial: _Trial) -> CheckReport:
     unchecked = {
         site.fqn: "only inactive adapters act on it: activate them, and check again"
         for site in view.census.adapted
-        if site not in faults
+        if not (site in faults or site.layer.is_rows)
     }
     for site in (site for site, problems in faults.items() if not problems):
         if site not in seen.trained and site not in seen.moved:

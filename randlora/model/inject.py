@@ -24,6 +24,7 @@ from randlora.config import (
     Pattern,
     RandLoRAConfig,
     Stream,
+    TableRows,
     by_rank,
     explain_options,
     same_options,
@@ -42,6 +43,7 @@ from randlora.model.train_also import (
     select_parameters,
     train_also_problems,
 )
+from randlora.model.train_rows import Table, find_tables, first_values, table_problems
 from randlora.model.view import View, all_or_nothing, collective, opened, opened_to_add
 from randlora.places import has_values, place_at, whole
 from randlora.ranks import agree, run_collectives
@@ -68,6 +70,7 @@ class Plan:
     selection: Selection
     shared: dict[int, Basis]  # existing bases of the model that it can use, by r
     replaced: dict[str, ReplacedParameter]  # of which it trains copies, by FQN
+    tables: list[Table]  # of which it trains rows
     active: bool
     trainable: bool
 
@@ -113,6 +116,7 @@ def inject(
     blocks: tuple[int, int] | None = None,
     seed: int = 0,
     train_also: Names | None = None,
+    train_rows: TableRows | None = None,
     in_proj: InProj = "packed",
     experts: Experts = "each",
     init: Init = "lambda",
@@ -144,6 +148,8 @@ def inject(
         blocks: Numbers of blocks of ``block`` bases.
         seed: Seed of the bases.
         train_also: Modules or parameters that are trained and saved with the adapter.
+        train_rows: Rows of embeddings, and of heads tied to them, that are trained and saved with the adapter, by name:
+            ``{"embed_tokens": [128256, 128257]}``.
         in_proj: Whether ``in_proj_weight`` of `nn.MultiheadAttention` is adapted as one matrix or split into three.
         experts: Whether each expert of a stack has its own Λ and Γ, or all experts share them.
         init: Which of Λ and Γ starts at zero and moves first: ``"lambda"``, as in PEFT, with Γ = 1 / min_dim, or
@@ -191,6 +197,7 @@ def inject(
             adapter,
             sites,
             replaced=planned.replaced,
+            rows=zip(planned.tables, first_values(planned.tables), strict=True),
             active=planned.active,
             trainable=planned.trainable,
             save_pretrained=save_pretrained,
@@ -286,8 +293,10 @@ def make_plan(view: View, asked: Mapping[str, Any]) -> Plan:
     config, doing = one_config(asked), f"inject {asked['name']!r}"
     census, state = view.census, view.state
     also = [] if config.train_also is None else select_parameters(census, config.train_also)
-    selection = select(census, config.targets, config.exclude, also)
-    problems = obstacles(census, selection.sites, config.dropout)
+    tables, problems = find_tables(census, config.train_rows or {})
+    selection = select(census, config.targets, config.exclude, [*also, *(table.fqn for table in tables)])
+    problems += obstacles(census, selection.sites, config.dropout)
+    problems += table_problems(census, tables, selection.sites, also)
     if config.train_also is not None:
         problems += train_also_problems(census, config.train_also, also, selection.sites)
         also += select_buffers(census, config.train_also)
@@ -307,12 +316,15 @@ def make_plan(view: View, asked: Mapping[str, Any]) -> Plan:
         bases[r] = Basis(spec) if known is None else Basis(known.spec, known.extent)  # not drawn
         bases[r].extend(*used)
     replaced = replacements(census, state, also)
+    adapter = Adapter(asked["name"], config, bases, options, selection.rule, trained=planned_copies(replaced))
+    adapter.rows |= {table.fqn: table.rows for table in tables}
     return Plan(
         census,
         state,
-        Adapter(asked["name"], config, bases, options, selection.rule, trained=planned_copies(replaced)),
+        adapter,
         selection,
         shared,
         replaced,
+        tables,
         **{name: not state.adapters if asked[name] is None else asked[name] for name in ("active", "trainable")},
     )

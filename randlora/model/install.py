@@ -17,9 +17,11 @@ from randlora.config import by_rank
 from randlora.errors import AdapterError, MergeError, raise_collected
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, set_casts
+from randlora.layers.rows import SiteRows
 from randlora.layers.scopes import begin_call, end_call
 from randlora.model.save_guard import guard_saving, unguard_saving
 from randlora.model.train_also import lost_parameters, remembered, watch_conversions
+from randlora.model.train_rows import Table
 from randlora.model.view import all_or_nothing, set_requires_grad
 from randlora.places import loaded_modules, place_at
 from randlora.ranks import agree
@@ -29,7 +31,10 @@ from randlora.targets.census import AdaptedSite, Census, Site, sizes
 from randlora.targets.left_out import computed_weights, offloaded_with
 from randlora.targets.match import prefixes, shortened
 
-LOST = "no longer has adapter {!r}: the module was replaced by a different one; change the model before adapting it"
+LOST = (
+    "no longer has adapter {!r}: the module was replaced by a different one, or its table tied to others; change the "
+    "model before adapting it"
+)
 
 Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]
 """Adapters of weights: for each, the module, its adapter layer, and the adapter's name."""
@@ -86,14 +91,20 @@ def add(
     trainable: bool,
     save_pretrained: SavePretrained | None = None,
     values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    rows: Iterable[tuple[Table, Tensor]] = (),
 ) -> None:
     """Add an adapter to the model, as the only active one if ``active``, and freeze the rest.
 
     Everything is created before the model changes: Λ and Γ with initial values, or the given ``values``, by FQN.
-    ``replaced`` are the model's own parameters that the adapter trains copies of, by FQN.
+    ``replaced`` are the model's own parameters that the adapter trains copies of, by FQN; ``rows`` those of tables,
+    with values.
     """
-    raise_collected(AdapterError, shared_slots(state, [*state.adapters.values(), adapter], replaced), doing="add it")
-    added: list[tuple[Site, AdapterLayer, SiteAdapter, tuple[Tensor, Tensor]]] = []
+    every = [*state.adapters.values(), adapter]
+    both = {fqn for each in every for fqn in each.rows} & {fqn for each in every for fqn in each.trained}
+    problems = [f"one adapter trains rows of {fqn}, and another one all of it: use two models" for fqn in sorted(both)]
+    raise_collected(AdapterError, [*shared_slots(state, every, replaced), *problems], doing="add it")
+    added: list[tuple[Site, AdapterLayer, SiteAdapter | SiteRows, tuple[Tensor, ...]]] = []
+    shapes = dict[str, Shape]()
     for site in sites:
         layer = site.adapter_layer or site.layer_class(site.owner, state)
         part = adapter.at(site.fqn, site.shape_with(adapter.config))
@@ -101,14 +112,16 @@ def add(
             values[site.fqn] if values else layer.fresh_diagonals(site.owner, part.shape, part.options.r, adapter.init)
         )
         added.append((site, layer, part, diagonals))
+        shapes[site.fqn] = part.shape
+    added += [table.to_add(adapter, state, own) for table, own in rows]
     with all_or_nothing(census, state, [site for site, *_ in added], replaced.values()):
         if not state.adapters:
             state.buffers_before = remembered(census)
             state.required_grad = {held.fqn: held.tensor.requires_grad for held in census.parameters}
             for held in census.parameters:
                 set_requires_grad(held.tensor, False)  # noqa: FBT003
-        for site, layer, part, (lam, gamma) in added:
-            add_adapter(site.owner, layer, part, lam, gamma, trainable=trainable)
+        for site, layer, place, own in added:
+            add_adapter(site.owner, layer, place, own, trainable=trainable)
         state.adapters[adapter.name] = adapter
         parts = [(site.owner, layer, adapter.name) for site, layer, *_ in added]
         copies = [entry for entry in replaced.values() if trainable and not entry.is_buffer]
@@ -119,7 +132,6 @@ def add(
             state.activate({adapter.name: 1.0})
             for owner, layer in (*((site.owner, site.layer) for site in census.adapted), *(each[:2] for each in parts)):
                 layer.seat(owner)
-        shapes = {site.fqn: part.shape for site, _, part, _ in added}
         for r, used in by_rank(shapes, adapter.options).items():
             adapter.bases[r].extend(*sliced_dims(used))
             state.bank.add(adapter.bases[r])
@@ -143,7 +155,9 @@ def add(
 def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None = None) -> None:
     """Raise an `AdapterError` unless adapters can be removed and the original classes restored."""
     sites = [*(census.adapted if sites is None else sites)]
-    problems = [f"{site.fqn} {reason}" for site in sites if (reason := detach_obstacle(site.owner)) is not None]
+    layers = [(site, site.adapter_layer) for site in sites]
+    owners = [(site.fqn, each) for site, layer in layers if layer for each in (site.owner, *layer.tied)]
+    problems = [f"{fqn} {reason}" for fqn, owner in owners if (reason := detach_obstacle(owner)) is not None]
     raise_collected(AdapterError, problems + offloaded_diagonals(census, sites), doing=doing)
 
 
@@ -168,13 +182,17 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
     """Return messages about weights that have lost an adapter because the module was replaced or resized."""
     layers: dict[int, list[AdapterLayer]] = {}
     for site in census.adapted:
-        layers.setdefault(id(site.owner), []).append(site.layer)
+        sharing = (
+            [held.module for held in census.parameters if held.tensor is site.weight] if site.layer.is_rows else ()
+        )
+        if {site.owner, *site.layer.tied} == {site.owner, *sharing}:
+            layers.setdefault(id(site.owner), []).append(site.layer)
     visits = [(fqn, module, layer) for fqn, module in census.visits for layer in layers.get(id(module), ())]
     here = {type(layer).site_fqn(fqn): (layer, module) for fqn, module, layer in visits}
     problems = []
     shapes: dict[tuple[str, Shape], Shape | None] = {}  # adapters with one shape have one way to adapt a stack
     for adapter in adapters:
-        for fqn in adapter.targets:
+        for fqn in (*adapter.targets, *(fqn.removesuffix(".weight") for fqn in adapter.rows)):
             layer, owner = here.get(fqn, (None, None))
             part = None if layer is None else layer.adapters.get(adapter.name)
             if layer is None or owner is None or part is None:
@@ -283,7 +301,7 @@ def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if state is not None and not _has_adapted(root, state.places):
         layers = (layer for module in root.modules() for layer in adapter_layers_of(module).values())
         here = {(name, part.fqn) for layer in layers for name, part in layer.adapters.items()}  # under any name now
-        wanted = [(name, fqn) for name, adapter in state.adapters.items() for fqn in adapter.targets]
+        wanted = [(name, fqn) for name, adapter in state.adapters.items() for fqn in (*adapter.targets, *adapter.rows)]
         lost = [each for each in wanted if each not in here]
         acting = [] if state.is_disabled else state.active_unmerged  # `routed` checks when it begins
         problems = [f"{fqn} {LOST.format(name)}" for name, fqn in lost if name in acting]
@@ -342,7 +360,7 @@ def unwatch(census: Census) -> None:
 
 def _count(census: Census) -> None:
     """Count the calls of the modules around those whose weights code reads as something else than the parameter."""
-    read = {id(site.owner) for site in census.adapted if site.layer.is_read}
+    read = {id(owner) for site in census.adapted if site.layer.is_read for owner in (site.owner, *site.layer.tied)}
     read |= {id(module) for module in census.modules if CASTS in vars(module)}
     around = {name for fqn, module in census.visits if id(module) in read for name in prefixes(fqn)[:-1]}
     inside = {id(module) for fqn, module in census.visits if fqn in around}

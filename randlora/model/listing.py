@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from randlora.layers.diagonals import Diagonal
 from randlora.model.install import ENGINES, lost_parts, offloaded_diagonals
 from randlora.model.train_also import copy_dtype
 from randlora.model.view import all_or_nothing, collective, opened, set_requires_grad
-from randlora.report import FLOAT32_BYTES, as_lines, wrapped
+from randlora.report import FLOAT32_BYTES, as_lines, rows_in_words, wrapped
 from randlora.state import Adapter, adapted_root, is_adapted
 from randlora.targets.census import Census
 from randlora.targets.match import shortened
@@ -38,6 +38,7 @@ class AdapterInfo:
         is_merged: Whether it is merged into the weights.
         problems: Its parts that the model no longer has, because a module was replaced, removed or resized.
         buffers: FQNs of the buffers that it has copies of, such as those of norms that it trains.
+        train_rows: Rows of tables trained with it, by FQN.
     """
 
     name: str
@@ -50,6 +51,7 @@ class AdapterInfo:
     is_merged: bool
     problems: tuple[str, ...]
     buffers: tuple[str, ...] = ()
+    train_rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -74,8 +76,8 @@ class AdapterInfo:
         state = [factor, "trainable" if self.is_trainable else "frozen", *(["merged"] if self.is_merged else [])]
         layers = f"{len(self.options)} layer{'s' * (len(self.options) != 1)}"
         yield f"{self.name!r}: r={options['r']}, alpha={options['alpha']}, {layers}, {', '.join(state)}"
-        if self.train_also:
-            yield f"also trained: {shortened(self.train_also)}"
+        if also := [*self.train_also, *rows_in_words(self.train_rows)]:
+            yield f"also trained: {shortened(also)}"
         if self.buffers:
             yield f"its own buffers: {shortened(self.buffers)}"
         yield from self.problems
@@ -108,6 +110,7 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
             options=dict(adapter.options),
             train_also=tuple(adapter.parameters),
             buffers=tuple(adapter.buffers),
+            train_rows=dict(adapter.rows),
             weight=copy(adapter.weight),
             is_trainable=any(parameter.requires_grad for parameter in adapter_parameters(census, adapter)),
             is_merged=adapter.name in state.merged,
@@ -118,7 +121,7 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
 
 
 def trainable_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
-    """Return the parameters to train: Λ and Γ of the trainable adapters, and those named by ``train_also``.
+    """Return the parameters to train: Λ and Γ of the trainable adapters, and what they train beside.
 
     Args:
         model: A model with adapters.
@@ -180,7 +183,7 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
     Args:
         model: A model with adapters.
         names: One name, or several.
-        trainable: Whether Λ, Γ and the parameters of ``train_also`` of these adapters require grad.
+        trainable: Whether Λ, Γ and what these adapters train beside require grad.
 
     Raises:
         AdapterError: For an unknown name, or if `fully_shard` has sharded parts of the model, but not the copies of

@@ -75,7 +75,7 @@ class TrainingMemory(Setup):
 
     Attributes:
         weights: The model's parameters, including those that an adapter trains copies of, and its buffers.
-        parameters: Λ and Γ in float32, and the copies of ``train_also`` in float32 or wider.
+        parameters: Λ, Γ and rows in float32, and the copies of ``train_also`` in float32 or wider.
         gradients: As large as ``parameters``.
         optimizer: ``optimizer_states`` times as large as ``parameters``.
         bases: All random bases on every device, in the form in which they are multiplied.
@@ -264,7 +264,8 @@ def _parts_of(
         _Part(block(fqn), tuple(each.shape), max(itemsize(each), FLOAT32_BYTES))
         for fqn, each in adapter.parameters.items()
     ]
-    return own, diagonals + copies
+    rows = [_Part(block(each.fqn), (len(each.rows), each.weight.shape[-1]), FLOAT32_BYTES) for each in plan.tables]
+    return own, diagonals + copies + rows
 
 
 def _communication(own: list[_Part], trained: list[_Part], setup: Setup) -> int:

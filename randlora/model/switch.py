@@ -31,7 +31,8 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, Factor]
     """Activate adapters, in place, and deactivate all others.
 
     `set_trainable` sets which adapters are trained. If an adapter has the factor 0 in a layer, the layer computes as
-    without it, at no cost. Parameters of ``train_also`` have no factor: the copies of an active adapter are used.
+    without it, at no cost. Parameters of ``train_also`` and ``train_rows`` have no factor: those of an active adapter
+    are used.
     If the model is sharded, all processes call this together.
 
     Args:
@@ -42,7 +43,7 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, Factor]
             ``fullmatch``. The first that matches a layer applies, and each layer must have one.
 
     Raises:
-        AdapterError: For an unknown name or factor, adapters that train the same parameter with ``train_also``, or if
+        AdapterError: For an unknown name or factor, adapters that train the same parameter or row, or if
             ``names`` does not include the merged adapters with the factors that they were merged with.
 
     Warns:
@@ -168,6 +169,9 @@ def _activation_problems(state: ModelState, names: Collection[str]) -> list[str]
     trained: dict[str, list[str]] = {}
     problems = []
     for adapter in adapters:
+        for fqn, rows in adapter.rows.items():
+            for row in rows:
+                trained.setdefault(f"row {row} of {fqn}", []).append(adapter.name)
         for fqn, copy in adapter.trained.items():
             trained.setdefault(fqn, []).append(adapter.name)
             if (was := whole_shape(copy)) != (now := whole_shape(state.replaced[fqn].original)):

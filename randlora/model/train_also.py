@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from randlora.errors import AdapterError
 from randlora.layers.in_place import can_cast, plain_class
+from randlora.layers.rows import RowsAdapter
 from randlora.places import has_values, is_whole, place_at, values_within
 from randlora.replaced import ReplacedParameter
 from randlora.state import Adapter, ModelState, attached_state
@@ -205,14 +206,19 @@ def untrained_notes(census: Census, state: ModelState, adapters: Iterable[Adapte
     notes = []
     for adapter in adapters:
         sites = [site for site in census.adapted if adapter.name in site.layer.adapters]
-        diagonals = [site.layer.diagonals_of(site.owner, adapter.name) for site in sites]
-        tensors = [*(each for pair in diagonals for each in pair), *adapter.parameters.values()]
+        held = {site: site.layer.diagonals_of(site.owner, adapter.name) for site in sites}
+        diagonals = [pair for site, pair in held.items() if not site.layer.is_rows]
+        tables = [(site.owner, site.layer) for site in sites if isinstance(site.layer, RowsAdapter)]
+        tensors: list[Tensor] = [*(each for pair in held.values() for each in pair), *adapter.parameters.values()]
+        tensors += [layer.weight_of(owner) for owner, layer in tables]
         if (
             all(has_values(each) and is_whole(each) for each in tensors)
             and not any(lam.any() and gamma.any() for lam, gamma in diagonals)
             and not any(is_changed(state, fqn, copy) for fqn, copy in adapter.parameters.items())
+            and not any(layer.is_changed(owner, adapter.name) for owner, layer in tables)
         ):
             also = ", and what train_also names is unchanged" if adapter.parameters else ""
+            also += ", and its rows are the table's" if adapter.rows else ""
             notes.append(
                 f"the update of {adapter.name!r} is exactly zero in all layers{also}: nothing has trained it; an "
                 "optimizer made before inject does not know its parameters, make one of "

@@ -36,6 +36,7 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
 
     Returns:
         ``(out_features, in_features)`` for every kind of layer, in float32, or in float64 if the weight is in float64.
+        Of a table whose rows are trained, it is what they differ by from the table, zero elsewhere.
         If the model is sharded, this is a collective: every process calls it and gets the whole update.
 
     Raises:
@@ -131,7 +132,8 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
 
 def _sites_of(view: View, name: str | None, doing: str) -> tuple[Adapter, list[AdaptedSite]]:
     adapter = view.state.adapter(name)
-    sites = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
+    every = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
+    sites = [site for site in every if not site.layer.is_rows]
     _require_readable(view, sites, doing)
     return adapter, sites
 

@@ -72,7 +72,8 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
     with opened_to_add(root, [name], "combine adapters into") as view:
         census, state = view.census, view.state
         sources = _sources(state, adapters)
-        sites = [site for site in census.adapted if any(source.name in site.layer.adapters for source in sources)]
+        names = {source.name for source in sources}
+        sites = [site for site in census.adapted if not (site.layer.is_rows or names.isdisjoint(site.layer.adapters))]
         problems = [*lost_parts(census, state, sources), *offloaded_diagonals(census)]
         problems += obstacles(census, sites, sources[0].config.dropout)
         problems += _form_problems(sites, sources)
@@ -100,10 +101,10 @@ def _form_problems(sites: Iterable[AdaptedSite], sources: Sequence[Adapter]) -> 
     """Return messages about adapters of which not all can be summed, or that adapt layers in different ways."""
     first = sources[0]
     problems = [
-        f"{source.name!r} trained {shortened([*source.trained, *source.buffers])} with train_also, which combine "
-        "does not sum: activate the adapters with factors, or train without train_also"
+        f"{source.name!r} trained {shortened([*source.trained, *source.rows])} with train_also or train_rows, which "
+        "combine does not sum: activate the adapters with factors, or train without these"
         for source in sources
-        if source.trained or source.buffers
+        if source.trained or source.rows
     ]
     bases: dict[int, tuple[Adapter, Basis]] = {r: (first, basis) for r, basis in first.bases.items()}
     for source in sources[1:]:

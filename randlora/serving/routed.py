@@ -88,10 +88,10 @@ def block_of(model: nn.Module, routing: RowByRow) -> Iterator[None]:
         require_unmerged(state, "route")
         require_own(census, state, "route")
         problems = state.unknown(routing.adapters) + [
-            f"{name!r} trained {', '.join(trained)} with train_also, and the model can use only one copy for all rows: "
-            "activate it alone"
+            f"{name!r} trained {', '.join(trained)} with train_also or train_rows, and the model can use only one copy "
+            "for all rows: activate it alone"
             for name in routing.adapters
-            if name in state.adapters and (trained := state.adapters[name].trained)
+            if name in state.adapters and (trained := [*state.adapters[name].trained, *state.adapters[name].rows])
         ]
         raise_collected(AdapterError, problems, doing="route")
         used = [state.adapters[name] for name in routing.adapters]

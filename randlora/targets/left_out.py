@@ -100,7 +100,7 @@ def offloaded_copies(census: Census, fqns: Iterable[str]) -> list[str]:
     away = {held.fqn for held in census.tensors if id(held.module) in offloaded}
     return [
         f"{fqn} is offloaded by accelerate, which would load the model's own values instead of the trained ones: keep "
-        "it on a device with the device map, or leave it out of train_also"
+        "it on a device with the device map, or leave it out of train_also and train_rows"
         for fqn in fqns
         if fqn in away
     ]
@@ -113,7 +113,7 @@ def computed_weights(sites: Iterable[Site]) -> list[str]:
 
 def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
     """Return messages about weights that are tied to other modules."""
-    tied = tied_names(census, sites)
+    tied = tied_names(census, [site for site in sites if not site.layer_class.is_rows])
     return [
         f"the weight of {site.fqn} is tied to {', '.join(tied[site.key])}: untie it, or exclude the layer"
         for site in sites

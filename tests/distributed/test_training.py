@@ -20,7 +20,16 @@ import randlora
 from tests.distributed.engines import ENGINES, answering, around, config, deepspeed, sharded, trained, zero
 from tests.distributed.processes import in_two, in_two_of_zero, on_all
 from tests.distributed.test_engines import require_as_one_process
-from tests.distributed.trained import Drawn, Made, distance, drawn, require_equal_on_ranks, trained_alone, values
+from tests.distributed.trained import (
+    Drawn,
+    Made,
+    distance,
+    drawn,
+    filled,
+    require_equal_on_ranks,
+    trained_alone,
+    values,
+)
 from tests.kit import adapt, all_bits, on_one_line
 from tests.laws import Mixed
 from tests.pages import DOCS, snippets
@@ -272,3 +281,37 @@ def test_gradients_of_parts_of_sequences_average_to_the_whole() -> None:
     assert len(expected) == 6
     for name, grad in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, grad)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(11, 12, 0), nn.Linear(12, 12), nn.Linear(12, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        output: Tensor = self.head(torch.tanh(self.body(self.embed(ids))))
+        return output
+
+
+class OfRows(Made):
+    def adapt(self, model: Any, name: str = "default") -> Any:
+        randlora.inject(model, train_rows={"embed": [3, 0, 10, 7, 5]}, **self.options())
+        return filled(model, name)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        *("FSDP2", "ZeRO-3"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("DDP", "FSDP2 first", "FSDP2, offloaded", "FSDP2 first, offloaded", "ZeRO-2", "ZeRO-3 first")
+        ),
+    ],
+)
+def test_rows_of_a_table_and_of_the_head_that_is_tied_to_it_train_as_in_one_process(
+    engine: str, tmp_path: Path
+) -> None:
+    case = OfRows(Tied, {"r": 3, "targets": ["body"]}, Drawn().batch)
+    require_as_one_process(ENGINES[engine], case, tmp_path)

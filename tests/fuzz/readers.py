@@ -117,7 +117,8 @@ def _check_loaded(file: AdapterFile, source: Path, root: Path) -> None:
     halves = {
         fqn: each.float() for fqn, each in file.trained.items() if each.is_floating_point() and each.itemsize == 2
     }
-    _check_same(replace(file, trained=file.trained | halves), saved)  # copies of 16 bits are trained in float32
+    values = {fqn: file.diagonals(fqn) for fqn in file.values}  # what has 16 bits is trained in float32
+    _check_same(replace(file, values=values, trained=file.trained | halves), saved)
 
 
 def _model_of(shapes: Mapping[str, Shape], parameters: Mapping[str, Tensor]) -> nn.Module:
