@@ -507,3 +507,13 @@ def test_a_forward_that_would_miss_an_adapter_is_refused_wherever_the_layer_was_
         randlora.eject(each)
         inner[0] = nn.Linear(6, 9)
         assert each(x).shape == (3, 6)
+
+
+def test_a_layer_of_a_different_adapted_model_does_not_stand_for_a_lost_one_with_its_name() -> None:
+    model: Any = adapt(nn.Sequential(OrderedDict(a=nn.Linear(6, 6), b=nn.Linear(6, 6))), r=2)
+    other = adapt(nn.Sequential(OrderedDict(a=nn.Linear(6, 6))), r=2)
+    model.add_module("other", other)
+    assert model(torch.randn(3, 6)).shape == (3, 6)
+    model.a = nn.Linear(6, 6)
+    with pytest.raises(AdapterError, match=r"cannot run the model: a no longer has adapter 'default'"):
+        model(torch.randn(3, 6))

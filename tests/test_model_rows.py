@@ -322,6 +322,18 @@ def test_a_table_and_what_it_is_tied_to_may_not_change() -> None:
         randlora.merge(model)
 
 
+@pytest.mark.parametrize("name", ["embed", "head"])
+def test_a_forward_is_refused_if_one_of_the_modules_with_the_table_was_replaced(name: str) -> None:
+    model: Any = adapt(Words(), targets=["body"], train_rows={"embed": [3]})
+    expected, first = model(IDS), getattr(model, name)
+    setattr(model, name, Words(is_tied=False).get_submodule(name))
+    for _ in range(2):
+        with pytest.raises(AdapterError, match=r"cannot run the model: embed.weight no longer has adapter 'default'"):
+            model(IDS)
+    setattr(model, name, first)
+    assert same_bits(model(IDS), expected)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of PEFT
 def test_files_are_merged_and_converted_as_in_memory(tmp_path: Path) -> None:
     base: Any = llama(tie_word_embeddings=True)

@@ -5,7 +5,7 @@ A feature registers an `Engine`, which is told what an adapter trains, and check
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -299,8 +299,9 @@ def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Raise an `AdapterError` if a model has lost adapted modules, or a call names adapters, which it would ignore."""
     state = None if torch.compiler.is_compiling() else attached_state(root)
     if state is not None and not _has_adapted(root, state.places):
-        layers = (layer for module in root.modules() for layer in adapter_layers_of(module).values())
-        here = {(name, part.fqn) for layer in layers for name, part in layer.adapters.items()}  # under any name now
+        layers = Counter(layer for module in root.modules() for layer in adapter_layers_of(module).values())
+        own = [layer for layer, modules in layers.items() if layer.state is state and modules > len(layer.tied)]
+        here = {(name, part.fqn) for layer in own for name, part in layer.adapters.items()}  # under any name now
         wanted = [(name, fqn) for name, adapter in state.adapters.items() for fqn in (*adapter.targets, *adapter.rows)]
         lost = [each for each in wanted if each not in here]
         acting = [] if state.is_disabled else state.active_unmerged  # `routed` checks when it begins
