@@ -243,7 +243,7 @@ def _values(
     for site in sites:
         part = site.layer.adapters[adapter.name]
         if (rows := adapter.rows.get(fqn := f"{site.fqn}.weight")) is not None and site.layer.is_rows:
-            (own,), size = site.layer.diagonals_of(site.owner, adapter.name), (len(rows), site.shape[-1])
+            (own,), size = site.layer.diagonals_of(site.owner, adapter.name), (len(rows), part.shape[-1])
             values[trained_key(fqn, adapter.options)] = Value(f"rows of {fqn}", own, size, is_diagonal=True)
             continue
         shapes, keys = diagonal_shapes(part.shape, part.options.r), value_keys(site.fqn, adapter.options)

@@ -333,6 +333,17 @@ def test_a_torch_that_hides_what_is_sharded_is_missed_loudly() -> None:
     DRAWN.adapt(model)
 
 
+def test_rows_of_a_flattened_model_are_saved_where_they_are_whole() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 6))
+    randlora.inject(plain, r=2, train_rows={"0": [3, 5]})
+    expected, model = randlora.adapter_state(plain), flattened(plain)
+    with pytest.raises(CheckpointError, match=r"rows of 0\.weight has shape .*inside .*\.summon_full_params\(model\)"):
+        randlora.adapter_state(model)
+    with model.summon_full_params(model):
+        assert randlora.adapter_state(model).metadata == expected.metadata
+
+
 def test_a_model_that_is_flattened_is_refused_in_all_processes(tmp_path: Path) -> None:
     model = flattened(Drawn().adapted())
     inner: Any = model.module
