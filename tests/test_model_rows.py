@@ -298,6 +298,10 @@ def test_a_table_is_adapted_or_trained_in_one_way_by_all_adapters() -> None:
     other = adapt(Words(is_tied=False), targets=["embed"])
     with untouched(other), pytest.raises(TargetError, match="embed is adapted already"):
         randlora.inject(other, r=2, name="b", targets=["body"], train_rows={"embed": [1]})
+    untied = adapt(Words(is_tied=False), r=2, targets=["body"], train_also=["head"])
+    model = adapt(Words(), r=2, targets=["body"], train_rows={"embed": [3]})
+    with untouched(model), pytest.raises(AdapterError, match=r"rows of embed\.weight, and another one all of it"):
+        randlora.load(model, randlora.adapter_state(untied), name="b")
     meta = Words().to("meta")
     assert randlora.plan(meta, r=2, train_rows={"embed": [1]}).train_rows == {"embed.weight": (1,)}
     with untouched(meta), pytest.raises(AdapterError, match=r"embed.weight holds no values yet"):

@@ -100,7 +100,9 @@ def add(
     with values.
     """
     every = [*state.adapters.values(), adapter]
-    both = {fqn for each in every for fqn in each.rows} & {fqn for each in every for fqn in each.trained}
+    entries = {**state.replaced, **replaced}
+    trained = {name for each in every for fqn in each.trained for name in entries[fqn].slots}  # of tied ones, any name
+    both = {fqn for each in every for fqn in each.rows} & trained
     problems = [f"one adapter trains rows of {fqn}, and another one all of it: use two models" for fqn in sorted(both)]
     raise_collected(AdapterError, [*shared_slots(state, every, replaced), *problems], doing="add it")
     added: list[tuple[Site, AdapterLayer, SiteAdapter | SiteRows, tuple[Tensor, ...]]] = []
