@@ -334,6 +334,10 @@ def test_a_forward_is_refused_if_one_of_the_modules_with_the_table_was_replaced(
     for _ in range(2):
         with pytest.raises(AdapterError, match=r"cannot run the model: embed.weight no longer has adapter 'default'"):
             model(IDS)
+    for end in (lambda each: randlora.remove(each, "default"), randlora.eject):
+        end(without := copy.deepcopy(model))
+        assert [type(each) for each in without.children()] == [nn.Embedding, nn.Linear, nn.Linear]
+        assert without(IDS).shape == expected.shape
     setattr(model, name, first)
     assert same_bits(model(IDS), expected)
 

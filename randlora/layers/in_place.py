@@ -282,9 +282,8 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
 
 def detach(owner: nn.Module, layer: AdapterLayer) -> None:
     """Remove an adapter layer with Λ and Γ from its modules; removing the last one restores the original class."""
-    for each in layer.tied:
+    for each in {owner: None, **dict.fromkeys(layer.tied)}:  # the owner is one of these if the first was replaced
         _detach(each, layer)
-    _detach(owner, layer)
 
 
 def _detach(owner: nn.Module, layer: AdapterLayer) -> None:
