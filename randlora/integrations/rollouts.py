@@ -17,13 +17,13 @@ from randlora.checkpoint.contents import AdapterState, adapter_state
 from randlora.checkpoint.load import swapped
 from randlora.errors import CheckpointError, raise_collected
 from randlora.model.merge import merge, unmerge
-from randlora.model.view import collective
+from randlora.model.view import collective, together
 from randlora.state import adapted_root
 
 NOT_SENDING = "it does not call send_adapter: give its rank in the group as sender="
+OUTSIDE = "this process is not in the group: give one that has all receivers as group="
 
 
-@collective(writes=False)
 def send_adapter(model: nn.Module, name: str | None = None, *, group: Any = None, sender: int = 0) -> None:
     """Send an adapter to the processes of a group that call `receive_adapter`; a collective of the group.
 
@@ -41,19 +41,23 @@ def send_adapter(model: nn.Module, name: str | None = None, *, group: Any = None
     """
     failed: Exception | None = None
     sent: object = None
-    rank, problems = dist.get_rank(group), list[str]()
+    problems = list[str]()
     try:
         state = adapter_state(model, name)
-        if rank == sender:
+        if dist.get_rank(group) == sender:
             sent = state.metadata, state.config, save(state.tensors)
     except Exception as error:  # which the receivers wait for
         failed, sent = error, str(error)
-    if rank >= 0:  # a member of the group
-        _broadcast(sent, group, sender)
-        problems = _problems(None, group)
-    if failed is not None:
-        raise failed
-    raise_collected(CheckpointError, problems, doing="send the adapter")
+    try:
+        if dist.get_rank(group) >= 0:  # a member of the group
+            _broadcast(sent, group, sender)
+            problems = _problems(None, group)
+    except Exception as error:  # which the processes outside of the group wait for
+        failed = failed or error
+    with together(model, writes=False):
+        if failed is not None:
+            raise failed
+        raise_collected(CheckpointError, problems, doing="send the adapter")
 
 
 def receive_adapter(model: nn.Module, name: str | None = None, *, group: Any = None, sender: int = 0) -> None:
@@ -75,14 +79,13 @@ def receive_adapter(model: nn.Module, name: str | None = None, *, group: Any = N
             raises an error too. Other receivers keep what they have got.
         MergeError: If the adapters were merged and cannot be merged with these values.
     """
-    sent, failed = _broadcast(NOT_SENDING, group, sender), None
+    sent = _broadcast(NOT_SENDING, group, sender) if dist.get_rank(group) >= 0 else OUTSIDE
     try:
         _take(model, name, sent)
     except Exception as error:  # of which the sender is told
-        failed = error
-    _problems(None if failed is None else str(failed), group)
-    if failed is not None:
-        raise failed
+        _problems(str(error), group)
+        raise
+    _problems(None, group)
 
 
 def _broadcast(sent: Any, group: Any, sender: int) -> Any:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import randlora
 from randlora.errors import AdapterError, RandLoRAError
@@ -161,6 +162,30 @@ def test_two_processes_that_hold_a_model_send_to_two_that_hold_another_and_all_k
         found = on_all({name: bits(tensor) for name, tensor in randlora.merged_tensors(model)})
         assert found == [found[0]] * 4
     assert randlora.adapters(model)[0].is_merged is (rank > 1)
+
+
+@in_four
+def test_an_end_that_cannot_take_part_is_told_of_to_all_who_would_wait_for_it() -> None:
+    rank, case = dist.get_rank(), Drawn()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("end", "part"))
+    pair, without_last = dist.new_group([0, 3]), dist.new_group([0, 1, 2])
+    if rank in (0, 3):
+        model = case.adapted()
+        if rank == 0:  # parts of a model over meshes of which none has all processes
+            first, second = model.blocks[0].up, model.blocks[0].down
+            fully_shard(first, mesh=mesh["end"])
+            fully_shard(second, mesh=mesh["part"])
+        with pytest.raises(RandLoRAError, match="adapt its parts as separate models"):
+            (receive_adapter if rank else send_adapter)(model, group=pair)
+    model = sharded(case.adapted(), mesh=mesh["part"])
+    before = on_all(randlora.adapter_state(model).metadata)
+    if rank < 2:
+        with pytest.raises(RandLoRAError, match=r"rank 2 of the group: .* this process is not in the group"):
+            send_adapter(model, group=without_last)
+    else:
+        with pytest.raises(RandLoRAError, match="this process is not in the group"):
+            receive_adapter(model, group=without_last)
+    assert on_all(randlora.adapter_state(model).metadata) == before
 
 
 def killed_in_third_round(place: Path, call: int) -> None:
