@@ -12,7 +12,7 @@ import pytest
 
 os.environ |= {"VERL_ENGINE_VENDOR": "randlora", "VERL_ENGINE_DEVICE": "cpu", "VERL_PLATFORM": "cpu"}
 os.environ |= {"VERL_USE_EXTERNAL_MODULES": "tests.other_trainers.verl_cpu"}  # which verl reads when it is imported
-pytest.importorskip("verl", reason="verl is not installed: make test-verl")
+pytest.importorskip("verl", reason="verl is not installed: make test-rollouts")
 
 import hydra
 import torch
