@@ -168,7 +168,7 @@ def test_two_processes_that_hold_a_model_send_to_two_that_hold_another_and_all_k
 def test_an_end_that_cannot_take_part_is_told_of_to_all_who_would_wait_for_it() -> None:
     rank, case = dist.get_rank(), Drawn()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("end", "part"))
-    pair, without_last = dist.new_group([0, 3]), dist.new_group([0, 1, 2])
+    pair, without_last, ends = (dist.new_group(ranks) for ranks in ([0, 3], [0, 1, 2], [0, 2, 3]))
     if rank in (0, 3):
         model = case.adapted()
         if rank == 0:  # parts of a model over meshes of which none has all processes
@@ -186,6 +186,15 @@ def test_an_end_that_cannot_take_part_is_told_of_to_all_who_would_wait_for_it() 
         with pytest.raises(RandLoRAError, match="this process is not in the group"):
             receive_adapter(model, group=without_last)
     assert on_all(randlora.adapter_state(model).metadata) == before
+    own = rollouts._problems
+
+    def lost(*args: Any) -> None:
+        own(*args)
+        raise RuntimeError("the connection is lost")
+
+    losing = mock.patch.object(rollouts, "_problems", lost) if rank == 0 else nullcontext()
+    with losing, pytest.raises(RuntimeError, match="is lost") if rank < 2 else nullcontext():
+        (send_adapter if rank < 2 else receive_adapter)(model, group=ends)
 
 
 def killed_in_third_round(place: Path, call: int) -> None:
