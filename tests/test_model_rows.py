@@ -326,6 +326,16 @@ def test_a_table_and_what_it_is_tied_to_may_not_change() -> None:
         randlora.merge(model)
 
 
+def test_rows_are_saved_and_merged_whichever_module_with_the_table_comes_first() -> None:
+    model: Any = adapt(Words(), targets=["body"], train_rows={"embed": [3]})
+    expected, rows = model(IDS), model.embed.randlora_rows.default
+    model._modules["embed"] = model._modules.pop("embed")
+    assert same_bits(randlora.adapter_state(model).tensors["base_model.model.head.weight"], rows)
+    randlora.merge(model)
+    assert torch.allclose(model(IDS), expected, atol=1e-4)
+    assert model.head.weight is model.embed.weight
+
+
 @pytest.mark.parametrize("name", ["embed", "head"])
 def test_a_forward_is_refused_if_one_of_the_modules_with_the_table_was_replaced(name: str) -> None:
     model: Any = adapt(Words(), targets=["body"], train_rows={"embed": [3]})

@@ -91,7 +91,7 @@ class AdapterLayer(StoredWeight):
         is_read: Whether code reads the weight in calls as `read` returns it.
         as_read: The adapter layer for the same weight if code reads it instead, such as the forward of a subclass.
         is_rows: Whether it replaces rows of the weight, without Λ and Γ.
-        tied: Other modules that have the same weight, and this adapter layer.
+        tied: All modules that have the same weight, and this adapter layer, if there may be several.
         state: The state of the model that the owner belongs to.
         shape: ``(out_features, in_features)`` of the weight, or of one matrix of a stack.
         names: The names under which the owner holds Λ and Γ.

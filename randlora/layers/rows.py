@@ -86,7 +86,7 @@ class RowsAdapter(AdapterLayer):
     holders: ClassVar[tuple[type[Diagonal], ...]] = (Rows,)
 
     def __init__(self, owner: nn.Module, state: ModelState, tied: Sequence[nn.Module] = ()) -> None:
-        """Create it for a module, and the others that share its weight."""
+        """Create it for a module, and all that share its weight."""
         super().__init__(owner, state)
         self.adapters: dict[str, Any] = {}
         self.tied = tuple(tied)

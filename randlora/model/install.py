@@ -158,7 +158,7 @@ def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None 
     """Raise an `AdapterError` unless adapters can be removed and the original classes restored."""
     sites = [*(census.adapted if sites is None else sites)]
     layers = [(site, site.adapter_layer) for site in sites]
-    owners = [(site.fqn, each) for site, layer in layers if layer for each in (site.owner, *layer.tied)]
+    owners = [(site.fqn, each) for site, layer in layers if layer for each in dict.fromkeys((site.owner, *layer.tied))]
     problems = [f"{fqn} {reason}" for fqn, owner in owners if (reason := detach_obstacle(owner)) is not None]
     raise_collected(AdapterError, problems + offloaded_diagonals(census, sites), doing=doing)
 
@@ -187,23 +187,24 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
         sharing = (
             [held.module for held in census.parameters if held.tensor is site.weight] if site.layer.is_rows else ()
         )
-        if {site.owner, *site.layer.tied} == {site.owner, *sharing}:
-            layers.setdefault(id(site.owner), []).append(site.layer)
+        if (owners := {site.owner, *site.layer.tied}) == {site.owner, *sharing}:
+            for owner in owners:
+                layers.setdefault(id(owner), []).append(site.layer)
     visits = [(fqn, module, layer) for fqn, module in census.visits for layer in layers.get(id(module), ())]
     here = {type(layer).site_fqn(fqn): (layer, module) for fqn, module, layer in visits}
     problems = []
     shapes: dict[tuple[str, Shape], Shape | None] = {}  # adapters with one shape have one way to adapt a stack
     for adapter in adapters:
         for fqn in (*adapter.targets, *(fqn.removesuffix(".weight") for fqn in adapter.rows)):
-            layer, owner = here.get(fqn, (None, None))
+            layer, held_by = here.get(fqn, (None, None))
             part = None if layer is None else layer.adapters.get(adapter.name)
-            if layer is None or owner is None or part is None:
+            if layer is None or held_by is None or part is None:
                 problems.append(f"{fqn} {LOST.format(adapter.name)}")
                 continue
             if (key := (fqn, part.shape)) not in shapes:
-                weight = layer.find_weight(owner)  # without one it is computed from others, or a flat shard of FSDP's
+                weight = layer.find_weight(held_by)  # without one it is computed from others, or a flat shard of FSDP's
                 is_flat = weight is None or len(whole_shape(weight)) < 2
-                shapes[key] = None if is_flat else layer.shape_of(owner, adapter.config)
+                shapes[key] = None if is_flat else layer.shape_of(held_by, adapter.config)
             if (now := shapes[key]) is not None and part.shape != now:
                 problems.append(
                     f"the shape of {fqn} was {sizes(part.shape)} when it was adapted and is {sizes(now)} now: "
@@ -302,7 +303,7 @@ def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     state = None if torch.compiler.is_compiling() else attached_state(root)
     if state is not None and not _has_adapted(root, state.places):
         layers = Counter(layer for module in root.modules() for layer in adapter_layers_of(module).values())
-        own = [layer for layer, modules in layers.items() if layer.state is state and modules > len(layer.tied)]
+        own = [layer for layer, modules in layers.items() if layer.state is state and modules >= len(layer.tied)]
         here = {(name, part.fqn) for layer in own for name, part in layer.adapters.items()}  # under any name now
         wanted = [(name, fqn) for name, adapter in state.adapters.items() for fqn in (*adapter.targets, *adapter.rows)]
         lost = [each for each in wanted if each not in here]

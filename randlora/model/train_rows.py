@@ -35,8 +35,8 @@ class Table(NamedTuple):
 
     def to_add(self, adapter: Adapter, state: ModelState, values: Tensor) -> tuple[Site, Any, SiteRows, tuple[Tensor]]:
         """Return its first site, the adapter layer of its modules or a new one, and what an adapter has there."""
-        site, *others = self.sites
-        layer = site.adapter_layer or RowsAdapter(site.owner, state, [each.owner for each in others])
+        site = self.sites[0]
+        layer = site.adapter_layer or RowsAdapter(site.owner, state, [each.owner for each in self.sites])
         part = SiteRows(adapter, self.fqn, layer.shape, torch.tensor(self.rows, device=values.device))
         return site, layer, part, (values,)
 
