@@ -171,7 +171,7 @@ def answers(model: Any, tokenizer: Any, asking: Mapping[str, Tenant]) -> list[st
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1)] = 60,
+    steps: Annotated[int, typer.Option(min=1)] = 30,
     rows_each: Annotated[int, typer.Option(min=1, help="Rows of each tenant in a batch.")] = 4,
     test_rows: Annotated[int, typer.Option(min=1, help="Rows of each task to measure on.")] = 16,
     r: Annotated[int, typer.Option(help="Rank of one basis; a smaller r trains more parameters.")] = 32,
