@@ -147,8 +147,7 @@ class AdapterToSave:
 
     def peft_notes(self) -> list[str]:
         """Return what PEFT 0.21.2 would not load, or would load wrongly."""
-        kinds = {**self.header.kinds, **dict.fromkeys(self.adapter.rows, "rows")}
-        if (reason := peft_obstacle(self.header.options, kinds)) is not None:
+        if (reason := peft_obstacle(self.header.options, self.header.kinds, self.adapter.rows)) is not None:
             return [reason]
         notes, drawn_for_others = list[str](), "the bases were drawn for other layers"
         ((r, rectangle),) = self.header.rectangles.items()

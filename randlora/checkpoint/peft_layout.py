@@ -188,10 +188,13 @@ def pattern_fields(options: Mapping[str, LayerOptions]) -> dict[str, Any]:
     return {name: by_fqn for name, by_fqn in patterns.items() if len({*by_fqn.values()}) > 1}
 
 
-def peft_obstacle(options: Mapping[str, LayerOptions], kinds: Mapping[str, str]) -> str | None:
-    """Return why PEFT cannot represent an adapter; ``kinds`` are the kinds of targets that are not linear layers."""
-    if kinds:
-        named = shortened([f"{fqn} ({kind})" for fqn, kind in kinds.items()])
+def peft_obstacle(options: Mapping[str, LayerOptions], kinds: Mapping[str, str], rows: Iterable[str]) -> str | None:
+    """Return why PEFT cannot represent an adapter of some options.
+
+    ``kinds`` are the kinds of targets that are not linear layers, and ``rows`` the tables of which rows are trained.
+    """
+    if others := {**kinds, **dict.fromkeys(rows, "rows")}:
+        named = shortened([f"{fqn} ({kind})" for fqn, kind in others.items()])
         return f"PEFT cannot load this adapter: its RandLoRA adapts linear layers only, not {named}"
     if pattern_fields(options):
         given = " and ".join(f"{name} = {values}" for name, values in described(options).items())

@@ -191,8 +191,7 @@ def contents_as(
             tensors |= zip(basis_keys(r, file.bases.keys()), pair, strict=True)
         return dict(file.fields), tensors, None, ()
     shapes = adapter.require_shapes()
-    kinds = {**adapter.kinds, **dict.fromkeys(file.rows, "rows")}
-    if to == "peft" and (reason := peft_obstacle(file.options, kinds)) is not None:
+    if to == "peft" and (reason := peft_obstacle(file.options, adapter.kinds, file.rows)) is not None:
         raise CheckpointError(f"cannot convert to 'peft': {reason}; this library loads the adapter as it is")
     model_class = None if file.header is None else file.header.model_class
     header = Header.of(

@@ -127,6 +127,10 @@ class AdapterLayer(StoredWeight):
         """Return the ``forward`` of the base layer's class that one operation with an adapter can replace, if any."""
         return None
 
+    def owners(self, owner: nn.Module) -> list[nn.Module]:
+        """Return the modules that hold this adapter layer: one of them, and those that share its weight."""
+        return [*dict.fromkeys((owner, *self.tied))]
+
     def diagonals_of(self, owner: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
         """Return Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, of one adapter, or stacks of them; or rows."""
         modules: dict[str, Any] = owner._modules

@@ -261,7 +261,7 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
         diagonal.training = owner.training
         # torch's fused transformer layers read weights without calling their modules, unless a module has a hook
         diagonal.register_forward_pre_hook(_decline_fast_paths)
-    for each in dict.fromkeys((owner, *layer.tied)):
+    for each in layer.owners(owner):
         each.__dict__["randlora"] = {**adapter_layers_of(each), layer.attribute: layer}
         each._modules.update(held)
         base = plain_class(each)
@@ -282,7 +282,7 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
 
 def detach(owner: nn.Module, layer: AdapterLayer) -> None:
     """Remove an adapter layer with Λ and Γ from its modules; removing the last one restores the original class."""
-    for each in dict.fromkeys((owner, *layer.tied)):
+    for each in layer.owners(owner):
         _detach(each, layer)
 
 

@@ -158,7 +158,7 @@ def require_detachable(census: Census, doing: str, sites: Iterable[Site] | None 
     """Raise an `AdapterError` unless adapters can be removed and the original classes restored."""
     sites = [*(census.adapted if sites is None else sites)]
     layers = [(site, site.adapter_layer) for site in sites]
-    owners = [(site.fqn, each) for site, layer in layers if layer for each in dict.fromkeys((site.owner, *layer.tied))]
+    owners = [(site.fqn, each) for site, layer in layers if layer for each in layer.owners(site.owner)]
     problems = [f"{fqn} {reason}" for fqn, owner in owners if (reason := detach_obstacle(owner)) is not None]
     raise_collected(AdapterError, problems + offloaded_diagonals(census, sites), doing=doing)
 
@@ -187,7 +187,7 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
         sharing = (
             [held.module for held in census.parameters if held.tensor is site.weight] if site.layer.is_rows else ()
         )
-        if (owners := {site.owner, *site.layer.tied}) == {site.owner, *sharing}:
+        if {*(owners := site.layer.owners(site.owner))} == {site.owner, *sharing}:
             for owner in owners:
                 layers.setdefault(id(owner), []).append(site.layer)
     visits = [(fqn, module, layer) for fqn, module in census.visits for layer in layers.get(id(module), ())]
@@ -364,7 +364,7 @@ def unwatch(census: Census) -> None:
 
 def _count(census: Census) -> None:
     """Count the calls of the modules around those whose weights code reads as something else than the parameter."""
-    read = {id(owner) for site in census.adapted if site.layer.is_read for owner in (site.owner, *site.layer.tied)}
+    read = {id(owner) for site in census.adapted if site.layer.is_read for owner in site.layer.owners(site.owner)}
     read |= {id(module) for module in census.modules if CASTS in vars(module)}
     around = {name for fqn, module in census.visits if id(module) in read for name in prefixes(fqn)[:-1]}
     inside = {id(module) for fqn, module in census.visits if fqn in around}
