@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import bitsandbytes
+import bitsandbytes.backends.default.ops as portable
 import pytest
 import torch
 from hypothesis import reject
@@ -18,6 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from randlora.layers import register_layer
 from randlora.quantized import ForwardOnly
 from tests.codes import step, written_out
+
+for _compute in ("_dequantize_4bit_compute", "_dequantize_blockwise_compute"):
+    # else it is compiled for each shape whose rows are odd, for a second each and in each process
+    vars(portable)[_compute] = vars(portable)[_compute].__wrapped__
 
 try:
     quantization: Any = importlib.import_module("torchao.quantization")

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 import randlora
 from randlora.errors import AdapterError
 from randlora.serving import routed
+from tests.further import further
 from tests.serving import Names, with_adapters
 
 NAMES: Names = ["a", "b", None]
@@ -69,7 +70,7 @@ class Computed(Dataset[Tensor]):
 
 @pytest.mark.medium
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", further("forkserver")])
 def test_a_process_that_is_started_in_a_block_routes_or_is_refused(method: Any, model: nn.Module) -> None:
     """A forked one goes on in the block; one that would get a pickle of the model does not even start."""
     x, context = torch.randn(3, 6), multiprocessing.get_context(method)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.errors import AdapterError
 from tests import models
+from tests.further import further
 
 STEPS = 8
 
@@ -100,8 +101,7 @@ def row_losses(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize(("checkpoints", "accumulated"), [(False, 1), (True, 2), further(False, 2), further(True, 1)])
 def test_each_tenant_of_a_batch_is_trained_as_if_it_were_alone(
     checkpoints: bool, accumulated: int, tmp_path: Path
 ) -> None:
