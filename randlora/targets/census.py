@@ -17,7 +17,7 @@ from randlora.config import RandLoRAConfig
 from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
-from randlora.layers.in_place import adapter_layers_of
+from randlora.layers.in_place import InPlace, adapter_layers_of
 from randlora.layers.registry import Kinds, find_kinds, find_layer, readings_in
 from randlora.places import Place, identities
 from randlora.replaced import unwrapped, whole_shape
@@ -344,7 +344,7 @@ class Census:
         """All adapted weights, each once, of which those with trained rows may have several modules."""
         found: dict[AdapterLayer, AdaptedSite] = {}
         for fqn, module in self.first_visits:
-            for layer in adapter_layers_of(module).values():
+            for layer in module.randlora.values() if isinstance(module, InPlace) else ():
                 found.setdefault(layer, AdaptedSite(type(layer).site_fqn(fqn), module, type(layer), layer))
         return tuple(found.values())
 
