@@ -14,6 +14,7 @@ return them.
 
 from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = _version("randlora")
@@ -29,14 +30,17 @@ else:
         if name == "__all__":
             return [*public]
         if name not in globals():  # which has the rooms that were imported just now
-            meant = _import_module("randlora.hints").CALLS.get(name)
-            advice = f": call {meant}" if meant else ""
+            rooms = [room for room in public.values() if isinstance(room, _ModuleType)]
+            places = {f": it is {room.__name__}.{name}": vars(room).get(name) for room in rooms}
+            said = [text for text, own in places.items() if getattr(own, "__module__", "").startswith("randlora.")]
+            calls = _import_module("randlora.hints").CALLS
+            advice = said[0] if said else f": call {calls[name]}" if name in calls else ""
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}")
         return globals()[name]
 
     def __dir__() -> list[str]:
         """List what can be used, as completion in a shell asks, rather than what has been."""
-        return sorted({*globals(), *_public(), "__all__"})
+        return [*_public(), "__all__", *(name for name in globals() if name.startswith("__"))]
 
     def _public() -> dict[str, object]:
         names = vars(_import_module("randlora.api"))

@@ -396,7 +396,11 @@ def same_options(verb: Callable[_Arguments, Any]) -> Callable[[Callable[..., _Re
 def _unknown_option(option: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(option, known, n=3)
     listed = f"the nearest options are {', '.join(near)}" if near else f"the options are {', '.join(known)}"
-    return f"unknown option {option}=: {OPTION_ADVICE.get(option, listed)}"
+    advice = OPTION_ADVICE.get(option, f"use {option}=" if option in OPTIONS else listed)
+    used = re.match(r"use (\w+)=", advice)
+    if "source" in known and used and used[1] not in known:
+        advice = "leave it out: files say how their adapter was made"
+    return f"unknown option {option}=: {advice}"
 
 
 RandLoRAConfig.__init__ = explain_options(RandLoRAConfig.__init__, "RandLoRAConfig")  # type: ignore[method-assign]

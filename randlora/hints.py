@@ -36,6 +36,10 @@ ADVICE = {
     "alpha_pattern": _BY_PATTERN.format("alpha", "alpha"),
     "fan_in_fan_out": "leave it out: layers that store their weight transposed are recognized",
     "inference_mode": "use trainable=False",
+    **dict.fromkeys(
+        ("learning_rate", "lr"),
+        "leave it out: the optimizer or the trainer has it, and report.learning_rate is a first one",
+    ),
     "rank": "use r=, the rank of one basis: a smaller r trains more parameters",
     "rank_pattern": _BY_PATTERN.format("r", "r"),
     "revision": "leave it out, and give it to randlora.load",
@@ -75,6 +79,10 @@ CALLS = {
         ("PeftModel", "from_pretrained", "load_adapter", "load_peft_weights"), "randlora.load(model, directory)"
     ),
     **dict.fromkeys(("disable_adapter", "disable_adapters"), "with randlora.disabled(model):"),
+    **{
+        name: f"randlora.integrations.{library}.{name}(…)"  # which needs the library
+        for name, library in (("AdapterTrainer", "transformers"), ("AdapterCallback", "lightning"))
+    },
     "TaskType": "randlora.inject(model), which needs no type of task",
     "add_adapter": "randlora.inject(model, name=…)",
     "add_weighted_adapter": "randlora.serving.combine(model, {…: 0.5, …: 0.5}, name=…)",

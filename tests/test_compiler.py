@@ -45,6 +45,8 @@ def compare(compiled: Any, model: nn.Module, x: Tensor = X, dtype: torch.dtype =
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         outputs = compiled(x), model(x)
     assert_close(outputs[0].detach(), outputs[1].detach(), dtype)
+    if any(each.is_merged for each in randlora.adapters(model)):  # then backward raises our error, compiled torch's
+        return
     assert outputs[0].requires_grad >= outputs[1].requires_grad
     if outputs[1].requires_grad:
         trained = [[each for each in (x, *of.parameters()) if each.requires_grad] for of in (compiled, model)]

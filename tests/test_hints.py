@@ -20,7 +20,15 @@ from torch import nn
 import randlora
 from randlora import errors
 from randlora.config import OPTION_ADVICE, RandLoRAConfig
-from randlora.errors import ConfigError, OptionError, RandLoRAError, TargetError, raise_collected
+from randlora.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    OptionError,
+    RandLoRAError,
+    TargetError,
+    raise_collected,
+)
 from randlora.hints import CALLS
 from tests.checkpoint_files import LINEAR, trained
 from tests.hostile_files import model_directory, our_adapter
@@ -129,7 +137,55 @@ def test_every_option_of_pefts_configs_and_every_call_is_answered() -> None:
             getattr(randlora, name)
         called = re.findall(r"randlora\.([\w.]+)\(", str(said.value))
         assert called
-        assert all(callable(operator.attrgetter(each)(randlora)) for each in called)
+        for each in called:
+            room, _, own = each.rpartition(".")
+            if room.startswith("integrations."):  # which takes seconds to import
+                assert f"class {own}(" in Path(*randlora.__path__, f"{room.replace('.', '/')}.py").read_text("utf-8")
+            else:
+                assert callable(operator.attrgetter(each)(randlora))
+
+
+def test_a_name_that_a_room_has_is_answered_with_its_place_and_only_public_names_are_listed() -> None:
+    for name in ("load_model", "convert", "routed", "AdapterPool", "ConfigError"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}': it is ") as said:
+            getattr(randlora, name)
+        assert operator.attrgetter(str(said.value).split()[-1].removeprefix("randlora."))(randlora).__name__ == name
+    for name in ("json", "Progress", "loads"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'$"):
+            getattr(randlora, name)
+    assert [name for name in dir(randlora) if not name.startswith("__")] == sorted(randlora.__all__)
+
+
+def test_options_that_adapters_or_optimizers_have_are_answered_by_what_loads() -> None:
+    model: Any = small()
+    of_file = "leave it out: files say how their adapter was made"
+    for verb in (randlora.load, randlora.load_all, randlora.swap):
+        with pytest.raises(OptionError) as caught:
+            verb(model, "x", r=16, target_modules=["0"], rank=4, lr=1e-3, learning_rate=1e-3, revisoin="main")
+        first, *said = str(caught.value).splitlines()
+        assert first == f"cannot call {verb.__name__}, 6 problems:"
+        assert said[:3] == [f"  - unknown option {name}=: {of_file}" for name in ("r", "target_modules", "rank")]
+        assert all("the optimizer or the trainer has it" in each for each in said[3:5])
+        assert said[5] == "  - unknown option revisoin=: the nearest options are revision"
+    with pytest.raises(OptionError, match=r"lr=: leave it out: .*report\.learning_rate"):
+        randlora.inject(model, lr=1e-3)
+
+
+def test_injecting_before_loading_and_saving_to_the_name_of_a_file_are_answered(tmp_path: Path) -> None:
+    model = small()
+    randlora.inject(model, 2)
+    file = tmp_path / "a" / "adapter.safetensors"
+    for verb in (randlora.save, randlora.save_all):
+        with pytest.raises(CheckpointError, match=f"a file's: give '{re.escape(str(file.with_suffix('')))}'$"):
+            verb(model, file)
+    assert not [*tmp_path.iterdir()]
+    file.mkdir(parents=True)  # a directory may have such a name
+    randlora.save(model, file)
+    for verb in (randlora.load, randlora.load_all):
+        with untouched(model), pytest.raises(AdapterError, match=r"leave out inject, or call randlora\.swap for its"):
+            verb(model, file)
+    with pytest.raises(AdapterError, match="of that name; remove it, or"):
+        randlora.inject(model, 2)
 
 
 def test_a_report_that_is_taken_for_the_model_says_where_the_model_is() -> None:

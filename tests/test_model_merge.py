@@ -265,6 +265,20 @@ def test_a_backward_pass_while_merged_is_refused_and_gradients_of_inputs_are_rig
     assert all(each.grad is not None for each in randlora.trainable_parameters(model))
 
 
+def test_training_while_merged_is_refused_in_our_words_where_nothing_else_requires_grad() -> None:
+    model = filled(Mixed())
+    with randlora.merged(model):
+        with pytest.raises(MergeError, match="would get no gradients"):
+            model(TOKENS).sum().backward()
+        trained = model(TOKENS)
+        model.eval()
+        assert not model(TOKENS).requires_grad, "what predicts may give its outputs to code without gradients"
+        assert torch.equal(model(TOKENS), trained)
+        model.train()
+        randlora.set_trainable(model, "default", trainable=False)
+        assert not model(TOKENS).requires_grad
+
+
 def within(tolerance: float) -> Callable[[Tensor, Tensor], None]:
     return partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
 

@@ -25,7 +25,7 @@ from randlora.checkpoint.peft_layout import (
     mismatch,
 )
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
-from randlora.config import Stream, by_rank
+from randlora.config import Stream, by_rank, explain_options
 from randlora.disk.formats import is_there
 from randlora.disk.hub import local_path
 from randlora.errors import CheckpointError, raise_collected, refusing, warn
@@ -89,6 +89,7 @@ def adapters_in(directory: Path) -> dict[str, Path]:
 
 
 @collective(writes=True)
+@explain_options
 @torch.inference_mode(mode=False)  # what is made here may be trained, whatever mode the caller is in
 def load(
     model: nn.Module,
@@ -144,6 +145,7 @@ def load(
 
 
 @collective(writes=True)
+@explain_options
 def load_all(
     model: nn.Module,
     source: str | os.PathLike[str],
@@ -268,6 +270,7 @@ def _warn_of_doubts(model: nn.Module, file: AdapterFile) -> list[str]:
 
 
 @collective(writes=True)
+@explain_options
 @torch.inference_mode(mode=False)
 def swap(
     model: nn.Module,

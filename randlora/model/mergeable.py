@@ -193,26 +193,32 @@ def refuse_backward(root: nn.Module, args: object, output: Any) -> Any:  # noqa:
         parameters = (table.get(name) for name in names for table in diagonals)
         return any(parameter is not None and parameter.requires_grad for parameter in parameters)
 
-    return _guarded(output) if are_trained(state.merged) and not are_trained(state.active_unmerged) else None
+    is_misused = are_trained(state.merged) and not are_trained(state.active_unmerged)
+    return _guarded(output, always=root.training) if is_misused else None
 
 
-def _guarded(output: Any) -> Any:
-    """Return an output with the same bits whose tensors also depend on a leaf that refuses a gradient."""
-    if is_plain_tensor(output) and output.requires_grad:
+def _guarded(output: Any, *, always: bool) -> Any:
+    """Return an output with the same bits whose tensors also depend on a leaf that refuses a gradient.
+
+    Unless ``always``, tensors that no gradient could reach remain as they are.
+    """
+    if is_plain_tensor(output) and (output.requires_grad or (always and output.is_floating_point())):
         leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         leaf.register_hook(_refuse)
         return output - leaf  # -0.0 + 0.0 would be 0.0
     if isinstance(output, MutableMapping):  # also a ModelOutput of transformers
         for key in [*output]:
-            output[key] = _guarded(output[key])
+            output[key] = _guarded(output[key], always=always)
     elif type(output) in (tuple, list):
-        return type(output)(map(_guarded, output))
+        return type(output)(_guarded(each, always=always) for each in output)
     elif isinstance(output, tuple) and (make := getattr(type(output), "_make", None)) is not None:  # a named tuple
-        return make(map(_guarded, output))
+        return make(_guarded(each, always=always) for each in output)
     elif is_dataclass(output) and not isinstance(output, type):
         guarded = copy.copy(output)
         for each in fields(output):
-            object.__setattr__(guarded, each.name, _guarded(getattr(output, each.name)))  # also of a frozen one
+            object.__setattr__(
+                guarded, each.name, _guarded(getattr(output, each.name), always=always)
+            )  # also of a frozen one
         return guarded
     return output
 

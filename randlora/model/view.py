@@ -145,9 +145,12 @@ def opened_to_add(model: nn.Module, names: Iterable[str], doing: str) -> Iterato
                     "not an attribute of ParameterDict or a keyword of Python"
                 )
             if name in state.adapters:
+                advice = "load makes the adapter: leave out inject, or call randlora.swap for its values; " * (
+                    doing == "load"
+                )
                 raise AdapterError(
-                    f"cannot {doing} {name!r}: the model has an adapter of that name; remove it, or choose a different "
-                    "name"
+                    f"cannot {doing} {name!r}: the model has an adapter of that name; {advice}remove it, or choose a "
+                    "different name"
                 )
         yield View(model, state, census)
 
