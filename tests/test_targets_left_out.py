@@ -1,5 +1,6 @@
 """What a rule selects and what cannot be adapted: every matrix is adapted, skipped or said to be left out, once."""
 
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -109,6 +110,31 @@ def test_all_linear_is_linear_layers_and_attention_and_all_is_every_kind() -> No
         report = plan(mixed(), targets=targets, exclude=exclude)
         assert report.targets == ("experts.up_proj",)
         assert (report.left_out, report.warning) == ((), "")  # nothing is told of what the user described
+
+
+UNKNOWN = 'all linear layers (no output head recognized: train_also=["out"] would train the last one whole)'
+ADAPTED: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
+    (("first", "out"), {}, UNKNOWN),
+    (("first", "out"), {"targets": "all"}, UNKNOWN.replace("linear layers", "layers and weights that can be adapted")),
+    (("first", "out"), {"train_also": ["out"]}, "all linear layers"),
+    (("first", "out"), {"exclude": ["out"]}, "all linear layers, without the excluded"),
+    (("first", "out"), {"exclude": ["first"]}, "all linear layers, without the excluded"),
+    (("out",), {"targets": "all-linear"}, "all linear layers"),
+    (("first", "lm_head"), {}, "all linear layers but the output head"),
+]
+
+
+@pytest.mark.parametrize(("names", "options", "rule"), ADAPTED, ids=str)
+def test_a_head_that_is_not_recognized_is_told_with_how_to_train_it_whole(
+    names: tuple[str, ...], options: dict[str, Any], rule: str
+) -> None:
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+    report = plan(model, **options)
+    assert report.rule == rule
+    if rule == UNKNOWN:
+        assert report.targets == names
+        told = re.findall("train_also=[^ ]*", on_one_line(report))
+        assert plan(model, train_also=json.loads(told[0].partition("=")[2])).targets == ("first",)
 
 
 def test_a_report_says_what_is_left_out_and_how_much_of_the_model_that_is() -> None:
@@ -267,7 +293,7 @@ def test_a_default_that_adapts_only_a_head_warns_at_the_line_that_asked_and_noth
     with untouched(model), warnings.catch_warnings(action="error"), pytest.raises(UserWarning, match=given):
         randlora.inject(model, r=2)
     for options in ({"targets": "all-linear"}, {"targets": ["1"]}, {"exclude": ["0"]}):
-        assert randlora.plan(model, r=2, **options).warning == ""
+        assert randlora.plan(model, **options).warning == ""
     for layers in ([nn.Linear(6, 2)], [nn.Linear(6, 2), nn.Tanh(), nn.LayerNorm(2)], [nn.Linear(6, 2), kernel()]):
         assert randlora.plan(nn.Sequential(*layers), r=2).warning == ""
 

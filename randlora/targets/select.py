@@ -86,6 +86,7 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
     kept = [visit for visit in found if visit.key not in excluded_keys]
     if is_rule:
         chosen, skipped = _by_rule(census, kept, pattern)
+        rule += _beside_head(census, chosen, trained)
     else:
         chosen, skipped, refused = _matching(census, kept, pattern, opens=opens)
         if given is None:
@@ -123,9 +124,9 @@ def _resolve(census: Census, pattern: Pattern | None) -> tuple[Pattern, str, boo
     if pattern is None and (default := default_targets(census)) is not None:
         return *default, False
     if pattern is None or pattern == ALL_LINEAR:
-        return ALL_LINEAR, "all linear layers but the output head", True
+        return ALL_LINEAR, "all linear layers", True
     if pattern == ALL:
-        return ALL, "all layers and weights that can be adapted but the output head", True
+        return ALL, "all layers and weights that can be adapted", True
     if callable(pattern):
         return pattern, f"the callable {getattr(pattern, '__name__', type(pattern).__name__)}", True
     if isinstance(pattern, str):
@@ -208,6 +209,16 @@ def _heads(census: Census, chosen: Collection[Key]) -> dict[str, str]:
             site = census.site_of(inside)
             skipped[inside.fqn if site is None else site.fqn] = HEAD
     return skipped
+
+
+def _beside_head(census: Census, chosen: Sequence[Candidate], trained: Collection[str]) -> str:
+    """Return what a rule's description says of the output head: that it is left out, or not recognized and adapted."""
+    if any(_is_in_head(census, visit) for visit in census.candidates):
+        return " but the output head"
+    last = [visit for visit in census.candidates if is_linear(visit)][-1:]
+    if len(chosen) < 2 or chosen[-1:] != last or f"{chosen[-1].fqn}.weight" in trained:
+        return ""
+    return f" (no output head recognized: {spelled('train_also', [chosen[-1].fqn])} would train the last one whole)"
 
 
 def _is_in_head(census: Census, held: Candidate | Held) -> bool:
