@@ -104,6 +104,7 @@ def warn(message: str) -> None:
     From Python 3.12 on, `warnings.warn` can find this line with ``skip_file_prefixes``.
     """
     level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("randlora.", "torch.utils._contextlib")):
+    ours = "randlora.", "torch.utils._contextlib", "contextlib"
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(ours):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)

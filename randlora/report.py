@@ -19,7 +19,7 @@ from randlora.hints import NotTheModel
 from randlora.layers.update import RoundingLoss
 from randlora.replaced import whole_shape
 from randlora.state import Adapter
-from randlora.targets.census import Census, Shapes
+from randlora.targets.census import Census, Shapes, is_norm
 from randlora.targets.left_out import LeftOut
 from randlora.targets.match import shortened
 from randlora.targets.options import first_learning_rate, lora_parameters
@@ -280,6 +280,11 @@ def _notes(census: Census, adapter: Adapter, shapes: Shapes, *, is_trainable: bo
                 f"blocks={blocks} leave entries of the update always zero in {shortened(split)}, which have few bases: "
                 "a new adapter leaves none by default"
             )
+    if is_trainable and any(census.sites_by_fqn[fqn].layer_class.is_quantized for fqn in shapes):
+        if any(held.tensor.dtype.itemsize < FLOAT32_BYTES for held in census.parameters if is_norm(held.module)):
+            yield "quantized, with norms in 16 bits: call randlora.prepare_quantized(model) before inject"
+        if getattr(census.model, "is_quantized", False):  # as transformers says
+            yield "quantized: transformers' Trainer refuses it; use randlora.integrations.transformers.AdapterTrainer"
     heads = dict.fromkeys(held.fqn.partition(".")[0] for held in census.parameters)
     changed = {fqn.partition(".")[0] for fqn in (*adapter.trained, *adapter.targets)}
     for head in heads if is_trainable else ():

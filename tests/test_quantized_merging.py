@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -145,6 +147,30 @@ def test_a_copy_made_while_merged_unmerges_to_the_same_codes(kind: LayerKind, qu
         randlora.merge(model, reversible=True, quantized=quantized)
         randlora.unmerge(model.to("meta"))
         assert model[0].weight.is_meta, "the codes are where the layer was moved to"
+
+
+@pytest.mark.filterwarnings("always:rounding to codes loses:UserWarning")
+def test_a_merge_that_loses_more_than_a_tenth_of_an_update_warns_with_what_loses_nothing() -> None:
+    def losses(kind: LayerKind, alpha: float, verb: Any, **options: Any) -> list[str]:
+        model = one_layer(kind, (24, 20), torch.float32, alpha=alpha)
+        with warnings.catch_warnings(record=True) as caught:
+            with verb(model, **options) if verb is randlora.merged else nullcontext(verb(model, **options)) as report:
+                assert report.targets == ("0",)
+            assert all(each.filename == __file__ for each in caught)
+        said = [str(each.message) for each in caught]
+        lost = report.rounding["0"].relative if report.rounding else 0.0
+        assert bool(said) == (lost > 0.1)
+        assert all(f"up to {lost:.0%} of the update of 0: merge with quantized='deq" in each for each in said)
+        return said
+
+    for verb in (randlora.merge, randlora.merged):
+        assert len(losses(NF4, 1, verb)) == len(losses(INT8, 0.01, verb)) == 1
+        assert losses(NF4, 1, verb, quantized="dequantize") == losses(INT8, 30, verb) == []
+    model = one_layer(NF4, (24, 20), torch.float32)
+    with untouched(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"randlora\.files\.merge$"):
+            randlora.merge(model)
 
 
 @one_of_each_library

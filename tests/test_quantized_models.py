@@ -86,6 +86,21 @@ def test_an_adapter_is_planned_as_for_the_dense_model_trained_merged_and_ejected
     assert same_bits(outputs(model, x), plain)
 
 
+@pytest.mark.medium
+def test_a_report_says_how_a_quantized_model_is_trained() -> None:
+    def told(model: nn.Module, **options: Any) -> list[str]:
+        notes = randlora.inject(model, r=8, **options).notes
+        return [note.partition(":")[0] for note in notes if note.startswith("quantized")]
+
+    model = half_precision_model(LLAMA)
+    assert told(model) == ["quantized, with norms in 16 bits", "quantized"]
+    assert told(model, name="b") == [], "it is frozen"
+    model = half_precision_model(LLAMA)
+    randlora.prepare_quantized(model)
+    assert told(model) == ["quantized"]
+    assert told(LLAMA.build().bfloat16()) == []
+
+
 @pytest.mark.parametrize(("bits", "is_prepared"), [(8, True), (4, False)])
 def test_a_model_that_never_ran_computes_after_it_is_dequantized(bits: int, is_prepared: bool) -> None:
     """Loaded in bfloat16; a plain layer does not cast what it is given."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from randlora.config import Factor
-from randlora.errors import ConfigError, MergeError, raise_collected
+from randlora.errors import ConfigError, MergeError, raise_collected, warn
 from randlora.hints import listed, require_types, shortly
 from randlora.layers.base import AdapterLayer
 from randlora.layers.update import Into, Quantized, RoundingLoss
@@ -45,6 +45,10 @@ from randlora.report import MergeReport
 from randlora.state import CHANGING, ModelState
 from randlora.targets.census import AdaptedSite, Census
 from randlora.targets.left_out import tie_problems
+from randlora.targets.match import shortened
+
+LOSSY = 0.1
+"""The share of the norm of an update that rounding to codes may lose without a warning."""
 
 
 @collective(writes=True)
@@ -85,6 +89,9 @@ def merge(
         MergeError: If no adapter can be merged now, one would be lost, a weight has no values here or cannot be merged
             into, a merged weight would not be finite, or a test on a small random input shows that a layer's custom
             forward does not use the weight as a plain product. The model is then unchanged.
+
+    Warns:
+        UserWarning: If rounding to codes loses more than a tenth of an update, as it mostly does in 4 bits.
     """
     with opened(model, None, writes=True) as view:
         names = None if adapters is None else listed(adapters)
@@ -143,6 +150,12 @@ def _merge(view: View, planned: MergePlan, kept: dict[AdapterLayer, Kept | None]
     census, state, sites = view.census, view.state, planned.sites
     active = _in_order(state, state.merged | planned.adapters)
     rounding = _fold_all(sites, active, planned.into)
+    if lossy := {fqn: loss.relative for fqn, loss in rounding.items() if loss.relative > LOSSY}:
+        warn(
+            f"rounding to codes loses up to {max(lossy.values()):.0%} of the update of {shortened([*lossy])}: merge "
+            "with quantized='dequantize', or merge the saved adapter into the base that is not quantized, with "
+            "randlora.files.merge"
+        )
     factors = {name: copy(factor) for name, factor in planned.adapters.items()}
     targets = tuple(site.fqn for site in sites)
     report = MergeReport(factors, targets, reversible=planned.reversible, rounding=rounding, notes=planned.notes)
