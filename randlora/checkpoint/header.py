@@ -25,7 +25,7 @@ from randlora.hints import RIGHT, UNIONS, mistyped, shortly
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import KINDS
 from randlora.targets.census import Shapes
-from randlora.targets.match import is_names
+from randlora.targets.match import is_names, shortened
 from randlora.targets.options import options_by_target, options_listed
 
 HEADER_KEY = "randlora"
@@ -234,6 +234,11 @@ def _from_json(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
 
 def _config(facts: dict[str, Any], problems: list[str]) -> RandLoRAConfig | None:
     """Return options as a header has them, which lists names: nothing in a file is a pattern."""
+    if unknown := sorted(facts.keys() - OPTIONS.keys()):
+        raise CheckpointError(
+            f"this randlora does not know {shortened(unknown)}: was the file written by a newer version? Else get an "
+            "undamaged copy"
+        )
     problems += [f"config has no {name}" for name, option in OPTIONS.items() if option.since == 1 and name not in facts]
     patterns = {name: facts.get(name) for name in ("targets", "exclude", "train_also")}
     problems += [f"config.{name} must be a list or None" for name, value in patterns.items() if isinstance(value, str)]
