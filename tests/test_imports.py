@@ -36,6 +36,7 @@ OPTIONAL = {
     "files.transformers_model": {"transformers"},
     "integrations.axolotl": {"axolotl", "pydantic"},
     "integrations.lightning": set(),  # by importlib, whichever of its packages there is
+    "integrations.optimizers": set(),
     "integrations.rollouts": set(),
     "integrations.swift": {"swift"},
     "integrations.transformers": {"accelerate", "transformers"},

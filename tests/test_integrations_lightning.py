@@ -47,6 +47,24 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(tmp_path: Pa
     assert "on_load_checkpoint" not in vars(rest)
 
 
+def test_the_rate_and_the_optimizer_are_looked_at_as_training_begins(tmp_path: Path) -> None:
+    from tests.lightning_modules import Module, fit
+
+    class Own(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.optimizer
+
+    module = Own()
+    module.optimizer = torch.optim.AdamW([each for each in module.parameters() if each.requires_grad], 2e-5)
+    with pytest.warns(UserWarning, match=r"^learning rate 2e-05 is far below 0\.01, which the report"):
+        fit(module, tmp_path, epochs=1)
+    randlora.eject(module.model)
+    module.optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    randlora.inject(module.model, **module.options)
+    with pytest.raises(AdapterError, match="the optimizer has frozen parameters"):
+        fit(module, tmp_path, epochs=1)
+
+
 DIFFERENCES: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1}, r"differs from the model's in bases: inject .* it was trained with, on dense bases .*seed=0"),
     ({"r": 2}, "differs from the model's in layers and bases"),

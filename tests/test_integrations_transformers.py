@@ -307,6 +307,26 @@ def test_what_is_overridden_and_not_public_is_named_and_called_as_and_where_it_w
         assert {caller for caller, method in methods.items() if name in method.__code__.co_names} == callers, name
 
 
+def test_the_rate_and_the_optimizer_are_looked_at_as_training_begins() -> None:
+    from randlora.integrations.transformers import LoadsAdapters
+
+    kinds()["Tuned"] = type("Tuned", (LoadsAdapters, transformers.Trainer), {})  # as ms-swift's
+    for kind in ("Adapter", "Tuned"):
+        run = trainer(kind, adapted_model(), max_steps=1, save_strategy="no", learning_rate=5e-5, warmup_steps=1)
+        for _ in range(2):
+            with pytest.warns(
+                UserWarning, match=r"^learning rate 5e-05 is far below 0\.01, which the report"
+            ) as caught:
+                run.train()
+            assert len(caught) == 1
+        model = plain_model()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        randlora.inject(model, r=8)
+        late = trainer(kind, model, optimizers=(optimizer, None))
+        with pytest.raises(AdapterError, match="the optimizer has frozen parameters"):
+            late.train()
+
+
 def test_a_push_has_the_adapter_and_save_model_the_tokenizer_too(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # a client that an earlier test may have made
     options = {"push_to_hub": True, "hub_model_id": "me/adapter", "max_steps": 2}

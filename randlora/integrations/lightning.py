@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import randlora
 from randlora.bases.spec import BasisSpec
 from randlora.errors import AdapterError, CheckpointError, raise_collected
+from randlora.integrations.optimizers import check_optimizers
 from randlora.places import is_whole
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
@@ -82,6 +83,10 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
                 f"{type(pl_module).__name__} has no adapter: call randlora.inject before trainer.fit, or in "
                 "configure_model"
             )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check the optimizers, which Lightning has made now."""
+        check_optimizers(pl_module, trainer.optimizers)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Leave everything that is not trained out of a checkpoint. Called in every process."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import save_fsdp_optimizer  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
 
@@ -26,6 +26,7 @@ import randlora
 from randlora.checkpoint.load import swap_each
 from randlora.checkpoint.peft_layout import TENSORS_FILE
 from randlora.errors import AdapterError, CheckpointError, warn
+from randlora.integrations.optimizers import check_optimizers
 from randlora.model.listing import AdapterInfo
 from randlora.model.view import is_held_together
 from randlora.state import adapted_root
@@ -42,12 +43,28 @@ WITH_BETA = frozenset({"GRPOTrainer", "RLOOTrainer"})
 """TRL's trainers that take no ``ref_model`` and load one unless ``beta`` is 0."""
 
 
+class OptimizerCheck(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
+    """Checks the optimizer of a trainer, which makes it as training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002  # its hook
+        """Raise an error or warn, as `check_optimizers` does."""
+        check_optimizers(given["model"], [given["optimizer"]])
+
+
 class LoadsAdapters:
     """A mixin for a subclass of `transformers.Trainer` that loads the trained adapters from a checkpoint."""
 
     is_deepspeed_enabled: bool
     model: Any
     state: Any
+    add_callback: Callable[[Any], object]
+    pop_callback: Callable[[Any], object]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does, after a check of the optimizer."""
+        self.pop_callback(OptimizerCheck)  # of an earlier call
+        self.add_callback(OptimizerCheck)
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the adapters that are trained from a checkpoint, in place."""
@@ -137,10 +154,10 @@ class AdapterCheckpoints(LoadsAdapters):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _newest_complete(Path(self.args.output_dir))
         if not self.is_deepspeed_enabled:
-            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         hook = self.model.register_load_state_dict_post_hook(_forgive_frozen)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             hook.remove()
 
@@ -178,7 +195,7 @@ class AdapterCheckpoints(LoadsAdapters):
             engine.pop("save_checkpoint", None)
 
 
-class AdapterTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]  # transformers carries no types
+class AdapterTrainer(AdapterCheckpoints, Trainer):  # type: ignore[misc]
     """A `transformers.Trainer` whose checkpoints contain the adapter and not the model; see `AdapterCheckpoints`."""
 
 

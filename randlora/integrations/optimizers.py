@@ -1,0 +1,58 @@
+"""What trainers check as training begins: that the optimizer trains the adapter, at a rate near the report's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from randlora.errors import AdapterError, warn
+from randlora.model.listing import adapter_parameters
+from randlora.report import adapter_report
+from randlora.state import adapted_root
+from randlora.targets.census import Census, shapes_of
+
+NEAR = 1 / 20, 3.0
+"""The smallest and the largest rate that are not warned of, over the report's. Long runs may need a tenth of it."""
+
+
+def check_optimizers(model: nn.Module, optimizers: Iterable[Any]) -> None:
+    """Warn if an Adam's learning rate is far from the one that the report of `randlora.inject` names.
+
+    Raises:
+        AdapterError: If the optimizers have frozen parameters in place of the adapters', as if made before these.
+    """
+    found = [*map(_innermost, optimizers)]
+    groups = [group for optimizer in found for group in optimizer.param_groups]
+    root, state = adapted_root(model)
+    census, held = Census.of(root), [parameter for group in groups for parameter in group["params"]]
+    parameters = {name: [*adapter_parameters(census, adapter)] for name, adapter in state.adapters.items()}
+    trained = {name: own for name, own in parameters.items() if any(each.requires_grad for each in own)}
+    is_theirs = not {id(each) for each in held}.isdisjoint(id(each) for own in trained.values() for each in own)
+    if not is_theirs and not all(each.requires_grad for each in held):  # an engine has its own, which do
+        raise AdapterError(
+            "the optimizer has frozen parameters and none of an adapter, so it is older than these: make one "
+            "of randlora.trainable_parameters(model), after randlora.inject"
+        )
+    kinds = [type(optimizer).__name__.lower() for optimizer in found]
+    if not groups or not all("adam" in kind and "muon" not in kind for kind in kinds):
+        return  # for which the report names no rate
+    rates = [max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group) for group in groups]
+    for name in trained:
+        sites = [site for site in census.adapted if name in site.layer.adapters and not site.layer.is_rows]
+        adapter = state.adapters[name]
+        first = adapter_report(census, adapter, shapes_of(sites, adapter.config)).learning_rate
+        if not sites or first is None or (first * NEAR[0] <= max(rates) and min(rates) <= first * NEAR[1]):
+            continue
+        where, so = ("below", "it will learn little") if max(rates) < first else ("above", "training may diverge")
+        rate = max(rates) if where == "below" else min(rates)
+        warn(f"learning rate {rate:.2g} is far {where} {first:.2g}, which the report of adapter {name!r} names: {so}")
+        return
+
+
+def _innermost(optimizer: Any) -> Any:
+    """Return what wrappers of accelerate and DeepSpeed step."""
+    while (inner := vars(optimizer).get("optimizer")) is not None:
+        optimizer = inner
+    return optimizer
