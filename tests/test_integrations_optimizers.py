@@ -85,6 +85,6 @@ def test_an_optimizer_made_before_the_adapter_is_refused(train_also: list[str] |
         ):
             check_optimizers(module, [optimizer])
     after = torch.optim.AdamW(randlora.trainable_parameters(model), 1e-3)
-    of_engine = torch.optim.AdamW([torch.zeros(9, requires_grad=True)], 1e-3)
-    for right in ([*before, after], [after], [of_engine], []):
+    of_engine = [torch.optim.AdamW([torch.zeros(9, requires_grad=flag)], 1e-3) for flag in (True, False)]  # or a dummy
+    for right in ([*before, after], [after], *([each] for each in of_engine), []):
         assert said(module, *right) == []

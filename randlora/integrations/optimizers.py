@@ -26,11 +26,11 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[Any]) -> None:
     found = [*map(_innermost, optimizers)]
     groups = [group for optimizer in found for group in optimizer.param_groups]
     root, state = adapted_root(model)
-    census, held = Census.of(root), [parameter for group in groups for parameter in group["params"]]
+    census, held = Census.of(root), {id(parameter) for group in groups for parameter in group["params"]}
     parameters = {name: [*adapter_parameters(census, adapter)] for name, adapter in state.adapters.items()}
     trained = {name: own for name, own in parameters.items() if any(each.requires_grad for each in own)}
-    is_theirs = not {id(each) for each in held}.isdisjoint(id(each) for own in trained.values() for each in own)
-    if not is_theirs and not all(each.requires_grad for each in held):  # an engine has its own, which do
+    is_theirs = any(id(each) in held for own in trained.values() for each in own)  # else perhaps an engine's copies
+    if not is_theirs and any(id(each.tensor) in held for each in census.parameters if not each.tensor.requires_grad):
         raise AdapterError(
             "the optimizer has frozen parameters and none of an adapter, so it is older than these: make one "
             "of randlora.trainable_parameters(model), after randlora.inject"
