@@ -146,6 +146,7 @@ def test_every_option_of_pefts_configs_and_every_call_is_answered() -> None:
 
 
 def test_a_name_that_a_room_has_is_answered_with_its_place_and_only_public_names_are_listed() -> None:
+    public: Any = randlora
     for name in ("load_model", "convert", "routed", "AdapterPool", "ConfigError"):
         with pytest.raises(AttributeError, match=f"no attribute '{name}': it is ") as said:
             getattr(randlora, name)
@@ -153,13 +154,14 @@ def test_a_name_that_a_room_has_is_answered_with_its_place_and_only_public_names
     for name in ("json", "Progress", "loads"):
         with pytest.raises(AttributeError, match=f"no attribute '{name}'$"):
             getattr(randlora, name)
-    assert [name for name in dir(randlora) if not name.startswith("__")] == sorted(randlora.__all__)
+    assert [name for name in dir(randlora) if not name.startswith("__")] == sorted(public.__all__)
 
 
 def test_options_that_adapters_or_optimizers_have_are_answered_by_what_loads() -> None:
     model: Any = small()
     of_file = "leave it out: files say how their adapter was made"
-    for verb in (randlora.load, randlora.load_all, randlora.swap):
+    verbs: tuple[Any, ...] = (randlora.load, randlora.load_all, randlora.swap)
+    for verb in verbs:
         with pytest.raises(OptionError) as caught:
             verb(model, "x", r=16, target_modules=["0"], rank=4, lr=1e-3, learning_rate=1e-3, revisoin="main")
         first, *said = str(caught.value).splitlines()
@@ -168,14 +170,15 @@ def test_options_that_adapters_or_optimizers_have_are_answered_by_what_loads() -
         assert all("the optimizer or the trainer has it" in each for each in said[3:5])
         assert said[5] == "  - unknown option revisoin=: the nearest options are revision"
     with pytest.raises(OptionError, match=r"lr=: leave it out: .*report\.learning_rate"):
-        randlora.inject(model, lr=1e-3)
+        randlora.inject(model, lr=1e-3)  # type: ignore[call-arg]
 
 
 def test_injecting_before_loading_and_saving_to_the_name_of_a_file_are_answered(tmp_path: Path) -> None:
     model = small()
     randlora.inject(model, 2)
     file = tmp_path / "a" / "adapter.safetensors"
-    for verb in (randlora.save, randlora.save_all):
+    verbs: tuple[Any, ...] = (randlora.save, randlora.save_all)
+    for verb in verbs:
         with pytest.raises(CheckpointError, match=f"a file's: give '{re.escape(str(file.with_suffix('')))}'$"):
             verb(model, file)
     assert not [*tmp_path.iterdir()]

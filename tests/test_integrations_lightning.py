@@ -52,14 +52,14 @@ def test_the_rate_and_the_optimizer_are_looked_at_as_training_begins(tmp_path: P
 
     class Own(Module):
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return self.optimizer
+            return optimizer
 
     module = Own()
-    module.optimizer = torch.optim.AdamW([each for each in module.parameters() if each.requires_grad], 2e-5)
+    optimizer = torch.optim.AdamW([each for each in module.parameters() if each.requires_grad], 2e-5)
     with pytest.warns(UserWarning, match=r"^learning rate 2e-05 is far below 0\.01, which the report"):
         fit(module, tmp_path, epochs=1)
     randlora.eject(module.model)
-    module.optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
     randlora.inject(module.model, **module.options)
     with pytest.raises(AdapterError, match="the optimizer has frozen parameters"):
         fit(module, tmp_path, epochs=1)
