@@ -1,6 +1,7 @@
 """The gate of the benchmarks, and the pages of quality and scale; not what `make bench` itself would fail for."""
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import randlora
 from benchmarks import scale
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import pages, summary
+from benchmarks.quality import optimizers, pages, summary
+from benchmarks.quality.runs import read_runs
 from benchmarks.results import Results, Row
 from benchmarks.targets import TARGETS, faster, only_in_full, only_on, passed_over, verdicts, within
 from benchmarks.timing import Figure
@@ -63,6 +65,20 @@ def test_the_rate_to_try_first_is_near_the_best_of_each_task() -> None:
         points = summary.points_of(quality.TASKS[name], pages.kept_runs(quality.TASKS[name], "main"))
         best = summary.best(quality.TASKS[name], [point for point in points if point.contestant == "dense"]).lr
         assert 0.5 <= first_learning_rate(20.0, width) / best <= 2, name
+
+
+def test_muon_has_one_rate_at_the_widths_of_the_page() -> None:
+    found: dict[tuple[str, float], list[float]] = {}
+    for run in read_runs(optimizers.FILE):
+        if run.key.contestant == "Muon":
+            found.setdefault((run.key.task, run.key.lr), []).append(run.found["residual"])
+    assert {len(residuals) for residuals in found.values()} == {3}
+    for task in optimizers.TASKS:
+        means = {lr: statistics.mean(residuals) for (name, lr), residuals in found.items() if name == task.name}
+        assert means[0.016] <= min(means.values()) + 0.002, task.name
+        assert min(means, key=means.__getitem__) not in (min(means), max(means)), task.name
+    page = Path("docs/learning_rate.md").read_text(encoding="utf-8")
+    assert "| the same, both spectra, by Muon | 64; 256; 512 | 20 | 1.6e-2 at each |" in page
 
 
 def rows_of(table: str) -> list[str]:

@@ -81,6 +81,7 @@ def test_the_snippets_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.medium
+@pytest.mark.filterwarnings("ignore:learning rate .* is far below")  # which are for wider layers than these have
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, real=True)], ids=page_name)
 def test_blocks_for_real_models_run_on_small_ones(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -47,6 +47,9 @@ def test_a_rate_below_a_twentieth_or_above_three_times_the_reports_is_warned_of_
         return [each.partition(": ")[0] for each in said(nn.Sequential(model), optimizer)]
 
     adam = torch.optim.AdamW(parameters, factor * rate)
+    with warnings.catch_warnings(action="error"):  # preferences and rewards need lower rates
+        if where != "above":
+            check_optimizers(model, [adam], is_supervised=False)
     assert found(adam) == found(SimpleNamespace(optimizer=SimpleNamespace(optimizer=adam))) == expected
     torch.optim.lr_scheduler.LambdaLR(adam, lambda _: 0.0)  # a warm-up, whose first rate is not what is reached
     assert found(adam) == expected

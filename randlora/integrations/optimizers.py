@@ -17,8 +17,10 @@ NEAR = 1 / 20, 3.0
 """The smallest and the largest rate that are not warned of, over the report's. Long runs may need a tenth of it."""
 
 
-def check_optimizers(model: nn.Module, optimizers: Iterable[Any]) -> None:
+def check_optimizers(model: nn.Module, optimizers: Iterable[Any], *, is_supervised: bool = True) -> None:
     """Warn if an Adam's learning rate is far from the one that the report of `randlora.inject` names.
+
+    Preferences and rewards need lower rates, which are not warned of.
 
     Raises:
         AdapterError: If the optimizers have frozen parameters in place of the adapters', as if made before these.
@@ -43,7 +45,9 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[Any]) -> None:
         sites = [site for site in census.adapted if name in site.layer.adapters and not site.layer.is_rows]
         adapter = state.adapters[name]
         first = adapter_report(census, adapter, shapes_of(sites, adapter.config)).learning_rate
-        if not sites or first is None or (first * NEAR[0] <= max(rates) and min(rates) <= first * NEAR[1]):
+        if not sites or first is None:
+            continue
+        if (first * NEAR[0] <= max(rates) or not is_supervised) and min(rates) <= first * NEAR[1]:
             continue
         where, so = ("below", "it will learn little") if max(rates) < first else ("above", "training may diverge")
         rate = max(rates) if where == "below" else min(rates)

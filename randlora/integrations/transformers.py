@@ -46,9 +46,13 @@ WITH_BETA = frozenset({"GRPOTrainer", "RLOOTrainer"})
 class OptimizerCheck(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
     """Checks the optimizer of a trainer, which makes it as training begins."""
 
+    def __init__(self, *, is_supervised: bool) -> None:
+        """Create the callback for one call of a trainer."""
+        self.is_supervised = is_supervised
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002  # its hook
         """Raise an error or warn, as `check_optimizers` does."""
-        check_optimizers(given["model"], [given["optimizer"]])
+        check_optimizers(given["model"], [given["optimizer"]], is_supervised=self.is_supervised)
 
 
 class LoadsAdapters:
@@ -62,8 +66,9 @@ class LoadsAdapters:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, after a check of the optimizer."""
+        kinds = {base.__name__ for base in type(self).__mro__ if base.__module__.startswith("trl.")}
         self.pop_callback(OptimizerCheck)  # of an earlier call
-        self.add_callback(OptimizerCheck)
+        self.add_callback(OptimizerCheck(is_supervised=not kinds or "SFTTrainer" in kinds))
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
