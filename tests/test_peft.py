@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import example, given
@@ -268,6 +269,42 @@ def test_fields_we_write_are_those_peft_writes_and_knows(kind: RealModel, tmp_pa
         fields |= {"auto_mapping": None, "base_model_name_or_path": None}
         fields["target_modules"] = {*fields["target_modules"]}
     assert ours == theirs
+
+
+AUTO: dict[str, tuple[Any, RealModel, str | None]] = {  # each with the head, without which PEFT does not load it
+    "causal": (peft.AutoPeftModelForCausalLM, LLAMA, None),
+    "texts": (peft.AutoPeftModelForSequenceClassification, BERT, "classifier"),
+    "tokens": (
+        *(peft.AutoPeftModelForTokenClassification, task("TokenClassification", "Bert", "query", "value")),
+        "classifier",
+    ),
+    "answers": (
+        *(peft.AutoPeftModelForQuestionAnswering, task("QuestionAnswering", "Bert", "query", "value")),
+        "qa_outputs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_classes_of_peft_that_find_the_base_model_load_our_files(name: str, tmp_path: Path) -> None:
+    auto, kind, head = AUTO[name]
+    base: Any = kind.build()
+    base.save_pretrained(tmp_path / "base")
+    ours = type(base).from_pretrained(tmp_path / "base")
+    randlora.inject(ours, peer.R, targets=kind.targets, stream=peer.peft_draw("dense"), train_also=head and [head])
+    fill(ours)
+    randlora.save(ours, tmp_path / "ours", bases="stored")
+    inputs = kind.inputs()
+    for each in (auto, peft.AutoPeftModel):
+        theirs = each.from_pretrained(tmp_path / "ours").eval()
+        assert type(theirs.get_base_model()) is type(base)
+        torch.testing.assert_close(every_output(theirs, inputs), every_output(ours, inputs))
+
+
+def every_output(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        found: tuple[Tensor, ...] = model(**inputs).to_tuple()
+    return tuple(each for each in found if isinstance(each, Tensor))
 
 
 def test_adapters_of_any_name_in_peft_load_under_any_name_here(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ class AdapterToSave:
     @cached_property
     def fields(self) -> dict[str, Any]:
         """The fields of its JSON."""
-        return to_peft_fields(self.census, self.adapter, stored=self.bases == "stored")
+        return to_peft_fields(self.census, self.adapter, self.header.model_class, stored=self.bases == "stored")
 
     @cached_property
     def tensors(self) -> list[Planned]:

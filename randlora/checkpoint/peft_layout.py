@@ -19,6 +19,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from randlora.bases.spec import KINDS, BasisSpec, peft_streams
+from randlora.checkpoint.header import ModelClass
 from randlora.config import OPTIONS, BasisKind, LayerOptions, RandLoRAConfig, Stream, described
 from randlora.disk.formats import is_there
 from randlora.disk.hub import is_repo_id
@@ -132,8 +133,11 @@ def basis_keys(r: int, ranks: AbstractSet[int]) -> tuple[str, str]:
     return f"{key_A}{suffix}", f"{key_B}{suffix}"
 
 
-def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[str, Any]:
-    """Return the fields of an adapter as PEFT would write them; ``stored`` means that the file holds the bases."""
+def to_peft_fields(census: Census, adapter: Adapter, known: ModelClass | None, *, stored: bool) -> dict[str, Any]:
+    """Return the fields of an adapter of a model of a known class as PEFT would write them.
+
+    ``stored`` means that the file holds the bases.
+    """
     classes = {plain_class(module).__name__ for fqn, module in census.visits if fqn in adapter.options}
     (stream,) = {basis.spec.stream for basis in adapter.bases.values()}
     fields = {
@@ -146,6 +150,8 @@ def to_peft_fields(census: Census, adapter: Adapter, *, stored: bool) -> dict[st
         OPTION_FIELDS["train_also"]: whole_modules(census, adapter.trained) or None,
         OPTION_FIELDS["targets"]: target_modules(census, adapter.targets),
     }
+    if known is not None and not any(fields[name] for name in CLASS_FIELDS):  # PEFT's AutoPeftModel refuses both
+        fields["auto_mapping"] = {"base_model_class": known.name, "parent_library": known.library}
     return dict(sorted(fields.items()))
 
 
