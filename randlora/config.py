@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, Self, TypeVar, get_type_hints
 
-from randlora.errors import ConfigError, OptionError, raise_collected
+from randlora.errors import ConfigError, OptionError, named, raise_collected, spelled, typed
 from randlora.hints import ADVICE, mistyped, shortly
 
 BasisKind = Literal["dense", "sparse", "very_sparse", "block"]
@@ -106,16 +106,16 @@ class Option:
 
     def problems(self, value: Any) -> Iterator[str]:
         """Yield messages about why a value is invalid for this option."""
-        if wrong := [*mistyped(value, self.type, self.name)]:
+        if wrong := [*mistyped(value, self.type, named(self.name))]:
             yield from wrong
         elif isinstance(value, Mapping):
             if not all(value) or not value:
-                yield f"{self.name} must have patterns that are names or regexes, got {shortly(value)}"
+                yield f"{named(self.name)} must have patterns that are names or regexes, got {shortly(value)}"
             for pattern, number in value.items():
                 if said := self.check(number):
-                    yield f"{self.name}[{shortly(pattern)}] must be {said}, got {shortly(number)}"
+                    yield f"{named(self.name)}[{shortly(pattern)}] must be {said}, got {shortly(number)}"
         elif value is not None and (said := self.check(value)):
-            yield f"{self.name} must be {said}, got {shortly(value)}"
+            yield f"{named(self.name)} must be {said}, got {shortly(value)}"
 
 
 class ByPattern(Mapping[str, _Number]):
@@ -279,14 +279,16 @@ class RandLoRAConfig:
         """Yield which options do not go together."""
         basis, stream, blocks = self.basis, self.stream, self.blocks
         if basis == "block" and stream in ("torch", "torch-2.11"):
-            yield f"basis 'block' needs stream 'portable', got {stream!r}: omit stream"
+            yield f"{spelled('basis', basis)} has no {spelled('stream', stream)}: omit {named('stream')}"
         if basis in ("sparse", "very_sparse") and stream == "torch-2.11":
-            yield f"stream {stream!r} is for basis 'dense': every torch draws the same {basis!r} bases: omit stream"
+            given, dense = spelled("stream", stream), spelled("basis", "dense")
+            yield f"{given} is for {dense}: every torch draws the same {basis} bases: omit {named('stream')}"
         if blocks is not None and basis != "block":
-            yield f"blocks {blocks} need basis 'block', got {basis!r}"
+            yield f"{named('blocks')} needs {spelled('basis', 'block')}, got {typed(basis)}"
         elif blocks is not None:
             ranks = dict.fromkeys(self.r.values() if isinstance(self.r, Mapping) else [self.r])
-            yield from (f"both of blocks {blocks} must divide r={r}" for r in ranks if any(r % n for n in blocks))
+            both, got = f"both numbers of {named('blocks')}", f"got {blocks[0]} and {blocks[1]}"
+            yield from (f"{both} must divide {spelled('r', r)}, {got}" for r in ranks if any(r % n for n in blocks))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON-serializable values. Mappings become lists of pairs, to keep their order in JSON.

@@ -8,7 +8,7 @@ problems, the first few and the number of the rest.
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -21,26 +21,43 @@ def how_to_install(extra: str) -> str:
     return f"python -m pip install 'randlora[{extra}]', or '.[{extra}]' in a checkout"
 
 
-_ON_COMMAND_LINE = ContextVar("on_command_line", default=False)
+# in a shell, the parameters that are not options
+_ARGUMENTS: ContextVar[Collection[str] | None] = ContextVar("arguments", default=None)
+
+
+def named(name: str) -> str:
+    """Return the name of a parameter as the caller knows it: ``rank``, or in a shell ``--rank``, or ``OUT``."""
+    arguments = _ARGUMENTS.get()
+    if arguments is None:
+        return name
+    return name.upper() if name in arguments else f"--{name.replace('_', '-')}"
+
+
+def typed(value: object) -> str:
+    """Return a value as the caller writes it: ``'lora'``, or in a shell ``lora``."""
+    if _ARGUMENTS.get() is None or value in ("", ()):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return ",".join(map(typed, value))
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def spelled(name: str, value: object = None) -> str:
     """Return an option, with its value if given, as the caller writes it: ``rank=4``, or in a shell ``--rank 4``."""
-    if not _ON_COMMAND_LINE.get():
+    if _ARGUMENTS.get() is None:
         said = json.dumps(value, ensure_ascii=False) if isinstance(value, str | list) else value
         return f"{name}={'' if value is None else said}"
-    words = "" if value in (None, True) else ",".join(value) if isinstance(value, list) else str(value)
-    return f"--{name.replace('_', '-')} {words}".rstrip()
+    return named(name) if value is None or value is True else f"{named(name)} {typed(value)}"
 
 
 @contextmanager
-def on_command_line() -> Iterator[None]:
-    """Within the block, let messages name options as on the command line."""
-    before = _ON_COMMAND_LINE.set(True)
+def on_command_line(arguments: Collection[str] = ()) -> Iterator[None]:
+    """Within the block, let messages name options and values as on the command line, and these ``arguments``."""
+    before = _ARGUMENTS.set(arguments)
     try:
         yield
     finally:
-        _ON_COMMAND_LINE.reset(before)
+        _ARGUMENTS.reset(before)
 
 
 class RandLoRAError(Exception):

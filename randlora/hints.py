@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from randlora.errors import ConfigError, raise_collected
+from randlora.errors import ConfigError, named, raise_collected, typed
 
 UNIONS = (Union, types.UnionType)
 WORDS: dict[Any, str] = {
@@ -114,7 +114,7 @@ IN_PLACE = (
 def require_types(function: Callable[..., object], arguments: Mapping[str, object]) -> None:
     """Raise a `ConfigError` if arguments of a function do not have the types in its signature."""
     hints = _hints(function)
-    given = [(value, hints[name], name) for name, value in arguments.items() if name in hints]
+    given = [(value, hints[name], named(name)) for name, value in arguments.items() if name in hints]
     raise_collected(ConfigError, [problem for each in given for problem in mistyped(*each)], doing=function.__name__)
 
 
@@ -137,7 +137,7 @@ def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:
         *words, last = dict.fromkeys(word for choice in choices for word in _words(choice).split(" or "))
         options = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
         near = difflib.get_close_matches(value, options, n=1) if isinstance(value, str) else []
-        meant = f": did you mean {near[0]!r}?" if near else ""
+        meant = f": did you mean {typed(near[0])}?" if near else ""
         yield f"{name} must be {', '.join(words)}{' or ' if words else ''}{last}, got {shortly(value)}{meant}"
     elif all(problems for _, problems in found):
         yield from found[0][1]
@@ -223,7 +223,7 @@ def shortly(value: object) -> str:
     if isinstance(value, NotTheModel):
         return f"a {type(value).__name__}: {IN_PLACE}"
     try:
-        text = repr(value)
+        text = typed(value)
     except Exception:  # whatever an object's own code raises
         return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:60]}… ({type(value).__name__})"

@@ -235,19 +235,29 @@ def test_every_command_is_in_the_help_and_on_the_page_and_takes_no_word_that_it_
 
 
 UNREAD = {
-    "plan model --basis dens": "basis must be one of dense, sparse, very_sparse, block, got 'dens': did you mean",
-    "plan model --dtype bfloat": "got 'bfloat': did you mean 'bfloat16'?",
-    "plan model --alpha 0": "alpha=0 must be positive",  # and is not taken for none
+    "plan model --basis dens": "--basis must be one of dense, sparse, very_sparse, block, got dens: did you mean",
+    "plan model --dtype bfloat": "--dtype must be one of float32, bfloat16, float16, float64, got bfloat: did you mean",
+    "plan model --alpha 0": "--alpha must be positive, got 0:",  # and is not taken for none
+    "plan model --dropout 2": "--dropout must be a number in [0, 1), got 2",
+    "plan model --devices 0": "--devices must be at least 1, got 0",
+    "plan model --blocks 2 2": "--blocks needs --basis block, got dense",
+    "plan model --like-lora 0": "--like-lora must be the rank of a LoRA, a positive integer, got 0",
+    "plan model --targets query,v_proj": "--targets query matches no layer or weight that can be adapted; the model",
+    "plan model --train-also hed": "--train-also hed matches no module or parameter;",
+    "convert adapter out --to nativ": "--to must be one of peft, native, lora, got nativ: did you mean native?",
+    "convert adapter out --to lora --tolerance 2": "--tolerance must be a number in [0, 1], got 2",
     "plan model --r 16 --r q_proj=8": "--r must be NAME=VALUE each time, got 16, q_proj=8",
     "plan model --r q_proj=8 --r q_proj=4": "--r is given twice for one name",
-    "plan model --r q_proj=2.5": "--r must be a number or NAME=NUMBER, got '2.5'",
-    "plan model --alpha much": "--alpha must be a number or NAME=NUMBER, got 'much'",
+    "plan model --r q_proj=2.5": "--r must be a number or NAME=NUMBER, got 2.5",
+    "plan model --alpha much": "--alpha must be a number or NAME=NUMBER, got much",
     "plan model --targets q_proj --targets .*v.*": "--targets takes names or one regex, got q_proj, .*v.*",
-    "merge adapter out --base model --dtype int8": "dtype must be one of float32, bfloat16,",
+    "merge adapter out --base model --dtype int8": "--dtype must be one of float32, bfloat16,",
     "merge adapter other out --base model --scale 2": "one --scale for each adapter",
     "merge adapter adapter out --base model": "an adapter is named twice",
     "merge adapter adapter out --base model --scale 1 --scale 2": "an adapter is given twice",
-    "merge --base model": "ADAPTER",
+    "merge --base model": "Missing argument 'ADAPTERS'",
+    "merge adapter": "Missing argument 'OUT'",
+    "convert": "Missing argument 'DIRECTORY'",
 }
 
 

@@ -1,6 +1,7 @@
 """The walk over a model, which layers a pattern means by which rule, r and alpha by pattern, and what is refused."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -217,17 +218,17 @@ OTHERS = {
 }
 ONLY = "; the model has no layer or weight that can be adapted, only Bilinear, Tanh"
 REFUSED: list[tuple[Any, Any, str]] = [
-    ("q_prj", None, f"'q_prj' {NONE}; the nearest names are q_proj, "),
-    (["v_proj", "q_prj"], None, f"'q_prj' {NONE}; the nearest names are q_proj, "),
-    (["layers.2.up"], None, f"'layers.2.up' {NONE}; the nearest names are layers.1.up, layers.0.up"),
-    (["norm", "up"], None, f"'norm' {NONE}"),
+    ("q_prj", None, f'"q_prj" {NONE}; the model has q_proj, '),
+    (["v_proj", "q_prj"], None, f'"q_prj" {NONE}; the model has q_proj, '),
+    (["layers.2.up"], None, f'"layers.2.up" {NONE}; the nearest names are layers.1.up, layers.0.up'),
+    (["norm", "up"], None, f'"norm" {NONE}'),
     (r".*\.norm", None, NONE),
     (["embed"], None, NO_EMBED),
     (".*", None, f"{NO_EMBED}: narrow the pattern"),
     (nothing, None, f"the callable nothing {NONE}; the model has"),
     (["up"], ["up"], "the names up, without the excluded: no layer is left to adapt"),
-    (None, ["q_proj", "k_proj"], "exclude='k_proj' matches no layer or weight"),
-    (None, ["nrm"], "exclude='nrm' matches no layer or weight; the nearest names are norm"),
+    (None, ["q_proj", "k_proj"], 'exclude="k_proj" matches no layer or weight'),
+    (None, ["nrm"], 'exclude="nrm" matches no layer or weight; the model has norm, '),
     (["q_prj"], ["v_prj"], "2 problems"),
     ([f"q_{index}" for index in range(7)], None, "7 problems"),
     ("attention.q_proj", None, 'did you mean targets=["attention.q_proj"]?'),
@@ -243,7 +244,7 @@ REFUSED: list[tuple[Any, Any, str]] = [
     (None, "attention.proj|up", 'did you mean exclude=["attention.proj", "up"]?'),
     *[(targets, OTHERS["bilinear"], ONLY) for targets in ("q", ["q"], "all-linear", nothing)],
     ("q", OTHERS["empty"], "; the model has no layer or weight that can be adapted, only itself"),
-    (["up", "norms"], OTHERS["norms"], f"targets='norms' {NONE}, only norms (Sequential)"),
+    (["up", "norms"], OTHERS["norms"], f'targets="norms" {NONE}, only norms (Sequential)'),
     (None, OTHERS["layer"], "the model itself is a layer (Conv1D) and has no name within a model: wrap it in a module"),
 ]
 
@@ -253,6 +254,28 @@ def test_a_pattern_that_means_nothing_is_refused_with_what_was_meant(targets: An
     model, exclude = (exclude, None) if isinstance(exclude, nn.Module) else (Model(), exclude)
     with untouched(model), pytest.raises(TargetError, match=re.escape(message)):
         find_targets(model, targets, exclude)
+
+
+LLAMA_HAS = "the model has q_proj, v_proj, embed_tokens, k_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "said"),
+    [
+        (models.llama, ["query", "value"], LLAMA_HAS),
+        (models.llama, r".*\.(query|value)", LLAMA_HAS),
+        (models.llama, ["up_prjo"], "the model has up_proj, "),
+        (models.llama, ["mpl"], "the model has mlp, q_proj, v_proj, "),
+        (models.llama, ["layers.0.attn.q_proj"], "the nearest names are model.layers.0.self_attn.q_proj, "),
+        (models.bert, ["q_proj"], "the model has query, value, "),
+        (lambda: nn.ModuleDict({f"up_{i}": nn.Linear(2, 2) for i in range(99)}), ["q"], "up_19 and 79 more"),
+    ],
+)
+def test_a_name_that_a_model_lacks_is_answered_with_all_it_has_those_adapted_by_default_first(
+    build: Callable[[], nn.Module], targets: Any, said: str
+) -> None:
+    with pytest.raises(TargetError, match=re.escape(said)):
+        find_targets(build(), targets)
 
 
 # r and alpha by pattern, and the r that has as many parameters as a LoRA

@@ -259,11 +259,11 @@ OF_NO_KIND: list[tuple[Any, str]] = [
     (r"experts\..*", rf"experts\.router is a parameter of Experts .*, {NO_LAYER}"),
     (["odd"], rf"odd is of type Odd, {NO_LAYER}: .* or register one with randlora\.layers\.register_layer"),
     (r"odd.*", r"^cannot find the targets: odd is of type Odd, .*$"),  # which stands for its parameters
-    ("table", rf"'table' matches .*, only odd\.table \(a parameter of Odd .*, {NO_LAYER}\)"),
+    ("table", rf"table. matches .*, only odd\.table \(a parameter of Odd .*, {NO_LAYER}\)"),
     (["scale"], rf"only odd\.scale \(a parameter of Odd with shape \(7,\), {NO_LAYER}\)"),
     (["up.weight"], r"only up\.weight \(a parameter of up, which is the name to give\)"),
     ("up_proj", r'did you mean targets=\["up_proj"\]'),
-    (["up_prjo"], "nearest names are up_proj"),
+    (["up_prjo"], "the model has up_proj, "),
 ]
 
 

@@ -13,11 +13,11 @@ from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import randlora
 from randlora.cli import FILES_ERROR, USAGE_ERROR, complain
-from randlora.errors import ConfigError, RandLoRAError, TargetError, on_command_line
+from randlora.errors import ConfigError, RandLoRAError, TargetError
 
 COMMANDS = {
     "plan": (
@@ -65,6 +65,22 @@ FORM: dict[str, Any] = {
 }
 
 
+class Command(TyperCommand):
+    """Says which argument is missing if one word is given for several: the parser takes it for the last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Return the words left, as the parser does."""
+        words = [*args]
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            given = self.make_parser(ctx).parse_args(words)[0]
+            arguments = [each for each in self.params if each.param_type_name == "argument"]
+            if error.param is arguments[0] and given.get(arguments[-1].name):
+                error.param = arguments[-1]
+            raise
+
+
 class Commands(TyperGroup):
     """Knows the names of the commands, and makes the one that is used."""
 
@@ -75,7 +91,7 @@ class Commands(TyperGroup):
             from randlora.cli.commands import callback  # noqa: PLC0415 (it imports torch)
 
             alone = typer.Typer(add_completion=False, **FORM)
-            alone.command(name)(callback(name, *COMMANDS[name]))
+            alone.command(name, cls=Command)(callback(name, *COMMANDS[name]))
             command = typer.main.get_command(alone)
         return name, command, rest
 
@@ -110,8 +126,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        with on_command_line():
-            app(None if args is None else list(args), prog_name="randlora")
+        app(None if args is None else list(args), prog_name="randlora")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0
     except RandLoRAError as error:

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 import randlora
 from randlora import files
 from randlora.cli import FILES_ERROR, plain, show, show_json, visible
-from randlora.errors import ConfigError, spelled
+from randlora.errors import ConfigError, named, on_command_line, spelled, typed
 from randlora.files.adapter import open_base
 from randlora.files.plan import checkpoint_memory, plan_checkpoint
 from randlora.hints import UNIONS, mistyped
@@ -56,9 +56,12 @@ def callback(name: str, summary: str, *examples: str) -> Callable[..., None]:
         for parameter, value in _parameters(function):
             taken.setdefault(parameter.name, (parameter, value))
 
+    arguments = {parameter.name for parameter, _ in taken.values() if parameter.default is Parameter.empty}
+
     def run(*, as_json: bool, **given: Any) -> None:
-        values = {option: None if words in (None, []) else taken[option][1](words) for option, words in given.items()}
-        text, facts = action(**values)
+        with on_command_line(arguments):
+            values = {name: None if words in (None, []) else taken[name][1](words) for name, words in given.items()}
+            text, facts = action(**values)
         show_json(facts) if as_json else show(text)
         if facts.get("passed") is False:
             raise typer.Exit(FILES_ERROR)
@@ -142,7 +145,7 @@ def _by_name(name: str, number: Callable[[str], Any], given: Sequence[str]) -> A
         try:
             values[pattern] = number(text)
         except ValueError as error:
-            raise ConfigError(f"{spelled(name)} must be a number or NAME=NUMBER, got {text!r}") from error
+            raise ConfigError(f"{spelled(name)} must be a number or NAME=NUMBER, got {typed(text)}") from error
     return values if split[0][1] else values[""]
 
 
@@ -151,7 +154,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _dtype(name: str, given: str) -> Any:
-    if wrong := [*mistyped(given, Dtype, name)]:
+    if wrong := [*mistyped(given, Dtype, named(name))]:
         raise ConfigError(wrong[0])
     return getattr(torch, given)
 

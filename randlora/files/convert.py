@@ -22,7 +22,7 @@ from randlora.checkpoint.peft_layout import BASE_FIELD, UNREAD_FIELDS, basis_key
 from randlora.checkpoint.save import adapter_files
 from randlora.config import Component, Format, Layout, Stream
 from randlora.disk.replace import write_files
-from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
+from randlora.errors import CheckpointError, ConfigError, named, raise_collected, spelled, typed
 from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
 from randlora.files.layouts import (
     WEIGHTS,
@@ -167,15 +167,15 @@ def _option_problems(
 ) -> list[str]:
     problems, lora = [], spelled("to", "lora")
     if to != "lora" and (rank is not None or tolerance is not None):
-        problems.append(f"{spelled('rank')} and {spelled('tolerance')} are for {lora}: {to!r} is exact")
+        problems.append(f"{spelled('rank')} and {spelled('tolerance')} are for {lora}: {typed(to)} is exact")
     if to != "lora" and (layout is not None or same_rank):
-        problems.append(f"{spelled('format')} and {spelled('same_rank')} are for {lora}, not {to!r}")
+        problems.append(f"{spelled('format')} and {spelled('same_rank')} are for {lora}, not {typed(to)}")
     if component is not None and layout != "diffusers":
         problems.append(f"{spelled('component')} is for {lora} with {spelled('format', 'diffusers')}")
     if rank is not None and rank <= 0:
-        problems.append(f"rank must be a positive integer, got {rank!r}")
+        problems.append(f"{named('rank')} must be a positive integer, got {rank}")
     if tolerance is not None and not 0 <= tolerance <= 1:
-        problems.append(f"tolerance must be a number in [0, 1], got {tolerance!r}")
+        problems.append(f"{named('tolerance')} must be a number in [0, 1], got {typed(tolerance)}")
     return problems
 
 

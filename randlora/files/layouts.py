@@ -32,7 +32,7 @@ from randlora.checkpoint.save import files_of
 from randlora.config import Component, LayerOptions, Layout
 from randlora.disk.formats import METADATA, Planned, write_tensor_file
 from randlora.disk.replace import Files
-from randlora.errors import ConfigError, spelled
+from randlora.errors import ConfigError, named, spelled
 from randlora.files.adapter import OpenAdapter
 from randlora.hints import shortly
 from randlora.report import Progress
@@ -255,7 +255,7 @@ def low_rank(adapter: OpenAdapter, rank: int | None, tolerance: float | None, pr
     shapes = adapter.require_shapes()
     highest = max(LARGEST_SERVED, *map(min, shapes.values()))
     if rank is not None and rank > highest:
-        raise ConfigError(f"cannot convert to a LoRA: rank must be at most {highest}, got {shortly(rank)}")
+        raise ConfigError(f"cannot convert to a LoRA: {named('rank')} must be at most {highest}, got {shortly(rank)}")
     accepted = DEFAULT_TOLERANCE if tolerance is None else tolerance
     loras: list[Lora] = []
     for done, (fqn, (out_features, in_features)) in enumerate(shapes.items()):

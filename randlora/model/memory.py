@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import Shape, count_bases
 from randlora.config import RandLoRAConfig, Strategy, further_options
-from randlora.errors import ConfigError, raise_collected, spelled
+from randlora.errors import ConfigError, named, raise_collected, spelled
 from randlora.hints import mistyped
 from randlora.layers.diagonals import diagonal_shapes
 from randlora.layers.in_place import plain_class
@@ -59,9 +59,9 @@ class Setup:
         """Check the options."""
         given = {field.name: getattr(self, field.name) for field in fields(Setup)}
         hints, least = get_type_hints(Setup), {"devices": 1, "tokens": 0, "optimizer_states": 0}
-        problems = [problem for name, value in given.items() for problem in mistyped(value, hints[name], name)]
+        problems = [problem for name, value in given.items() for problem in mistyped(value, hints[name], named(name))]
         few = {name: low for name, low in least.items() if not problems and given[name] < low}
-        problems += [f"{name} must be at least {low}, got {given[name]}" for name, low in few.items()]
+        problems += [f"{named(name)} must be at least {low}, got {given[name]}" for name, low in few.items()]
         if isinstance(self.dtype, torch.dtype) and not self.dtype.is_floating_point:
             problems.append(f"dtype must be a floating one, got {self.dtype}")
         raise_collected(ConfigError, problems, doing="plan the memory of training")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from randlora.errors import AdapterError
+from randlora.errors import AdapterError, spelled
 from randlora.layers.in_place import can_cast, plain_class
 from randlora.layers.rows import RowsAdapter
 from randlora.places import has_values, is_whole, place_at, values_within
@@ -62,7 +62,7 @@ def train_also_problems(
     held_by, buffers = {held.fqn: held for held in census.parameters}, select_buffers(census, names)
     known = sorted({prefix for fqn in (*held_by, *buffers) for prefix in prefixes(fqn)})
     problems = [
-        f"train_also={entry!r} matches no module or parameter; "
+        f"{spelled('train_also', entry)} matches no module or parameter; "
         f"{suggestion('train_also', entry, known) or 'the model has no parameters'}"
         for entry in unmatched(names, known)
     ]

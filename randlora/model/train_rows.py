@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from randlora.config import TableRows
-from randlora.errors import AdapterError, raise_collected
+from randlora.errors import AdapterError, raise_collected, spelled
 from randlora.layers.rows import RowsAdapter, SiteRows
 from randlora.places import has_values, whole, whole_only_inside
 from randlora.ranks import agree, run_collectives
@@ -51,7 +51,7 @@ def find_tables(census: Census, given: TableRows) -> tuple[list[Table], list[str
         if not named:
             known = [site.fqn for site in census.sites if site.layer_class.kind == "embedding"]
             near = suggestion("train_rows", name, known) or "the model has no embedding"
-            problems.append(f"train_rows={name!r} matches no module with a weight; {near}")
+            problems.append(f"{spelled('train_rows', name)} matches no module with a weight; {near}")
         for tensor in [held.tensor for held in named]:
             tied = [held for held in census.parameters if held.tensor is tensor]
             owners = dict.fromkeys(held.module for held in tied)

@@ -328,15 +328,16 @@ def _described(held: Held) -> str:
     return f"a parameter of {plain_class(held.module).__name__} with {shape}, {NO_LAYER}"
 
 
-def missed(census: Census, argument: str, pattern: Pattern, entries: Sequence[str]) -> list[str]:
-    """Return a message for every regex or name that matches nothing, with advice in those that are shown."""
+def missed(census: Census, argument: str, pattern: Pattern, entries: Sequence[str], usual: Iterable[str]) -> list[str]:
+    """Return a message for every regex or name that matches nothing, with advice, first of all the ``usual`` names."""
     matches_none = NOTHING if argument == "targets" else "matches no layer or weight"
-    said = [f"{argument}={entry!r} {matches_none}" for entry in entries]
-    advice = [_advice(census, argument, pattern, entry) for entry in entries[:SHOWN]]
+    said = [f"{spelled(argument, entry)} {matches_none}" for entry in entries]
+    usual = [*usual] if said else []
+    advice = [_advice(census, argument, pattern, entry, usual) for entry in entries[:SHOWN]]
     return [*map("".join, zip(said, advice, strict=False)), *said[SHOWN:]]
 
 
-def _advice(census: Census, argument: str, pattern: Pattern, entry: str) -> str:
+def _advice(census: Census, argument: str, pattern: Pattern, entry: str, usual: Iterable[str]) -> str:
     """Return what a regex or name may have been meant to be, or what it matches that cannot be adapted."""
     layers = layer_names(census)
     rule = {"alllinear": ALL_LINEAR, "all": ALL}.get(re.sub(r"[-_\s]", "", entry).lower())
@@ -357,7 +358,7 @@ def _advice(census: Census, argument: str, pattern: Pattern, entry: str) -> str:
     visits = census.candidates
     only = [f"{visit.fqn} ({plain_class(visit.module).__name__})" for visit in visits if matches_name(name, visit.fqn)]
     known = [visit.fqn for visit in visits] if argument == "exclude" else [*layers, *holders(census)]
-    advice = suggestion(argument, entry, known) or inventory(census)
+    advice = suggestion(argument, entry, known, [*usual, *layers]) or inventory(census)
     return f"{f', only {shortened(only, LISTED)}' if only else ''}; {advice}"
 
 

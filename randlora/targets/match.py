@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import TypeGuard
@@ -10,8 +9,9 @@ from typing import TypeGuard
 from torch import nn
 
 from randlora.config import NO_REGEX, Pattern
+from randlora.errors import spelled
 
-NEAREST = 5
+NEAREST, MOST = 5, 20
 
 
 def matches(pattern: Pattern, fqn: str, module: nn.Module) -> bool:
@@ -68,6 +68,11 @@ def unmatched(pattern: Pattern, fqns: Iterable[str]) -> list[str]:
     return [entry for entry in pattern if entry not in endings]
 
 
+def last_part(fqn: str) -> str:
+    """Return the last component of a name."""
+    return fqn.rpartition(".")[2]
+
+
 def nearest_names(entry: str, fqns: Iterable[str]) -> str:
     """Return the known names most similar to ``entry``, or else the first ones; never ``entry`` itself.
 
@@ -76,17 +81,24 @@ def nearest_names(entry: str, fqns: Iterable[str]) -> str:
     known = [fqn for fqn in fqns if fqn != entry]
     ending = [fqn for fqn in known if has_suffix(fqn, entry)]
     if not ending and "." not in entry:
-        known = [fqn.rsplit(".", 1)[-1] for fqn in known]
+        known = [*map(last_part, known)]
     listed = [*dict.fromkeys(ending or known)]
     return ", ".join(difflib.get_close_matches(entry, listed, n=NEAREST, cutoff=0.4) or listed[:NEAREST])
 
 
-def suggestion(argument: str, entry: str, fqns: Sequence[str]) -> str:
-    """Return a suggestion for a regex or name without a match; empty if there are no names."""
+def suggestion(argument: str, entry: str, fqns: Sequence[str], layers: Iterable[str] = ()) -> str:
+    """Return a suggestion for a regex or name without a match; empty if there are no names.
+
+    For what is no long name, the short names of all ``layers`` follow the similar ones, in this order.
+    """
     names = [name for name in re.split(r"[\s,|()]+", entry.replace("\\.", ".")) if name]
     if names and all(any(has_suffix(fqn, name) for fqn in fqns) for name in names):
-        listed = json.dumps(names, ensure_ascii=False)
-        return f"did you mean {argument}={listed}? A string is a regex for full names, a list has names or suffixes"
+        meant = spelled(argument, names)
+        return f"did you mean {meant}? A string is a regex for full names, a list has names or suffixes"
+    short = [*dict.fromkeys(map(last_part, layers))]
+    if short and (len(names) != 1 or "." not in entry or re.search(r"[^\w.]", entry)):
+        near = difflib.get_close_matches(last_part(entry), [*dict.fromkeys(map(last_part, fqns))], n=NEAREST)
+        return f"the model has {shortened([*dict.fromkeys([*near, *short])], MOST)}"
     near = nearest_names(entry, fqns)
     return near and f"the nearest names are {near}"
 

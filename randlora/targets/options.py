@@ -20,7 +20,7 @@ from randlora.config import (
     RandLoRAConfig,
     by_rank,
 )
-from randlora.errors import ConfigError, raise_collected, spelled
+from randlora.errors import ConfigError, named, raise_collected, spelled
 from randlora.hints import CALLS, require_types, shortly
 from randlora.targets.census import Site
 from randlora.targets.match import nearest_names, prefixes, shortened
@@ -50,12 +50,12 @@ def useless_options(shapes: Mapping[str, Shape], options: Mapping[str, LayerOpti
     """Return a message for each alpha that is not positive, and for each r that is wider than all layers."""
     widest = {r: max(max(shape[-2:]) for shape in own) for r, own in by_rank(shapes, options).items()}
     return [
-        f"r={r} is larger than its layers, which are at most {wide} wide, and adds no rank above the smaller side of a "
-        f"layer: give an r of at most {wide}"
+        f"{spelled('r', r)} is larger than its layers, which are at most {wide} wide, and adds no rank above the "
+        f"smaller side of a layer: give an r of at most {wide}"
         for r, wide in widest.items()
         if r > max(wide, SMALL_RANK)
     ] + [
-        f"alpha={alpha:g} must be positive, because the update is scaled by alpha / r: leave it out for 20·r"
+        f"{named('alpha')} must be positive, got {alpha:g}: the update is scaled by alpha / r; leave it out for 20·r"
         for alpha in dict.fromkeys(own.alpha for own in options.values())
         if alpha <= 0
     ]
@@ -102,12 +102,12 @@ def by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, An
     for pattern, value in option.items():
         meant, unmet = _matching(pattern, fqns, by_part)
         if unmet:
-            problems.append(f"{name}={{{pattern!r}: …}} {unmet}")
+            problems.append(f"{named(name)}={{{pattern!r}: …}} {unmet}")
             continue
         own = frozenset(meant)
         if wider := [other for other, taken in takers.get(meant[0], ()) if taken > own and option[other] != value]:
             problems.append(
-                f"{name}={{{pattern!r}: …}} matches only what {wider[0]!r} took: put it before {wider[0]!r}"
+                f"{named(name)}={{{pattern!r}: …}} matches only what {wider[0]!r} took: put it before {wider[0]!r}"
             )
         for fqn in meant:
             takers.setdefault(fqn, []).append((pattern, own))
@@ -246,7 +246,8 @@ def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
             other = spelled("r") if config is None else "config=, which has an r"
             raise ConfigError(f"give {spelled('like_lora')} or {other}, not both")
         if not (type(like_lora) is int and 0 < like_lora <= LARGEST_RANK):
-            raise ConfigError(f"like_lora must be the rank of a LoRA, a positive integer, got {shortly(like_lora)}")
+            got = shortly(like_lora)
+            raise ConfigError(f"{named('like_lora')} must be the rank of a LoRA, a positive integer, got {got}")
         given["r"] = _multiple_of(given.get("blocks"))
     built = RandLoRAConfig(**given)
     if config is None:
@@ -265,5 +266,6 @@ def _multiple_of(blocks: Any) -> int:
     if not (isinstance(blocks, tuple | list) and all(type(count) is int and count > 0 for count in blocks)):
         return 1
     if (least := math.lcm(*blocks)) > LARGEST_RANK:
-        raise ConfigError(f"like_lora needs an r that both blocks divide, and there is none up to {LARGEST_RANK}")
+        needs = f"{named('like_lora')} needs an r that both blocks divide"
+        raise ConfigError(f"{needs}, and there is none up to {LARGEST_RANK}")
     return least

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -97,7 +97,8 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
         reached = [*chosen, *excluded, *refused]
         if must_match:
             names = {name for visit in reached for name in _names(visit, opens=opens)}
-            problems += missed(census, "targets", pattern, unmatched(pattern, names | {held.fqn for held in strays}))
+            names |= {held.fqn for held in strays}
+            problems += missed(census, "targets", pattern, unmatched(pattern, names), _usual(census))
         if not (reached or problems):
             problems.append(f"{rule} {NOTHING}; {inventory(census)}")
     raise_collected(TargetError, problems, doing="find the targets")
@@ -243,7 +244,7 @@ def _excluded(census: Census, found: Sequence[Candidate], exclude: Pattern) -> t
     matched = {visit.key for visit in asked if _is_matched(visit, exclude, opens=is_names(exclude))}
     closed = holders(census) if isinstance(exclude, str) else set()
     known = [fqn for fqn, *_ in (*census.candidates, *census.unserved) if fqn not in closed]
-    problems = missed(census, "exclude", exclude, unmatched(exclude, known))
+    problems = missed(census, "exclude", exclude, unmatched(exclude, known), _usual(census))
     return [visit for visit in census.candidates if visit.key in matched], problems
 
 
@@ -319,6 +320,14 @@ def default_targets(census: Census) -> tuple[Pattern, str] | None:
     keys = {visit.key for visit in census.candidates if matches(default[0], visit.fqn, visit.module) and visit.entry}
     tied = tied_names(census, [site for site in census.sites if site.key in keys])
     return None if keys and census.uncalled.keys() | tied.keys() >= keys else default
+
+
+def _usual(census: Census) -> Iterator[str]:
+    """Yield the names of the layers that are adapted by default."""
+    pattern, _ = default_targets(census) or ((), "")
+    for fqn, module, _, entry in census.candidates:
+        if entry is not None and matches(pattern, fqn, module):
+            yield fqn
 
 
 def _by_names(census: Census) -> tuple[Pattern, str] | None:
