@@ -132,6 +132,42 @@ def test_headers_plan_as_the_model(kind: RealModel, is_sharded: bool, options: d
     assert contents(tmp_path) == before
 
 
+UNPLANNED: dict[str, dict[str, Any]] = {
+    "it makes more than 34 modules and parameters": {},
+    "it is quantized, and only the headers of its files say how": {
+        "quantization_config": {"quant_method": "bitsandbytes"}
+    },
+    "its config.json names NoneForCausalLM": {"architectures": ["NoneForCausalLM"], "quantization_config": None},
+}
+
+
+@pytest.mark.parametrize("is_on_hub", [False, True], ids=["here", "on the Hub"])
+def test_a_config_alone_plans_as_the_model_and_says_that_nothing_else_was_read(
+    hub: Hub, is_on_hub: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = GPT2.build()
+    model.config.architectures = ["GPT2LMHeadModel"]
+    model.config.save_pretrained(BASE)
+    (BASE / "pytorch_model.bin").write_bytes(b"not read")
+    put(hub, "org/model", contents(BASE))
+    source, options = "org/model" if is_on_hub else BASE, {"r": 4, "targets": "all-linear"}
+    expected = randlora.plan(model, **options)
+    note = "planned from config.json alone: names, shapes and dtypes in a checkpoint were not checked"
+    assert files.plan(source, **options) == replace(expected, notes=(*expected.notes, note))
+    assert files.training_memory(source, **options) == randlora.training_memory(model, **options)
+    assert not [request for request in hub.requests if ".bin" in request]
+    with pytest.raises(CheckpointError, match="no such file" if is_on_hub else "holds no weights in safetensors files"):
+        files.merge(save_adapter(GPT2, ADAPTER), "merged", base=source)
+    for message, changes in UNPLANNED.items():
+        edit_json(BASE / "config.json", **changes)
+        put(hub, "org/model", contents(BASE))
+        with monkeypatch.context() as patch:
+            for name in ("OF_A_CONFIG", "FOR_ANY_MODEL") if not changes else ():
+                patch.setattr(f"randlora.files.transformers_model.{name}", 2)
+            with pytest.raises(CheckpointError, match=message):
+                files.plan(source)
+
+
 def test_a_plan_may_be_of_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(gpt2 := GPT2.build(), first := tmp_path / "first")  # whose files have other names, and masks
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in stored(first).items()}
@@ -277,7 +313,7 @@ def test_every_command_takes_revisions_and_says_what_is_nowhere(hub: Hub, capsys
 def test_what_headers_do_not_tell_is_an_error_that_names_it(hub: Hub) -> None:
     coded, no_class = contents(quantize(LLAMA, "nf4", BASE)), "cannot be read without its model: its config.json names"
     unread: dict[str, dict[str, bytes]] = {
-        "no such file": {},
+        "config.json names no class": {},
         "the header of model.safetensors": {"model.safetensors": b"12345678"},
         f"{no_class} no class": coded | {"config.json": b"{}"},
         f"{no_class} None": coded | {"config.json": b'{"architectures": ["NoneForCausalLM"]}'},

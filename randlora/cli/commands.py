@@ -187,7 +187,7 @@ def _merge(adapters: Sequence[str], *, scale: Sequence[float] | None = None, **g
 def _plan(**given: Any) -> Printed:
     """Return the report and the memory, for which the headers are read once."""
     setup = {name: given.pop(name) for name in SETUP}
-    base = open_base(given.pop("directory"), given.pop("revision"))
+    base = open_base(given.pop("directory"), given.pop("revision"), needs_weights=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", DOUBT, UserWarning)  # the report says it
         report, memory = plan_checkpoint(base, **given), checkpoint_memory(base, **given, **setup)

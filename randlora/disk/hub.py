@@ -76,6 +76,13 @@ def local_path(
     return Path(found)
 
 
+def has_file(repo_id: str, revision: str, file: str) -> bool:
+    """Whether a repository has a file."""
+    library = require_hub(repo_id)
+    with _explaining(library, f"cannot ask whether the Hub's repository {repo_id!r} has {file}"):
+        return bool(library.HfApi(**LIBRARY).file_exists(repo_id, file, revision=revision))
+
+
 def read_header(repo_id: str, revision: str, file: str) -> tuple[list[tuple[str, str, list[int]]], dict[str, str]]:
     """Return name, dtype and shape of each tensor of a file in a repository, in order, and the metadata, by itself."""
     library = require_hub(repo_id)

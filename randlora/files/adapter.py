@@ -238,14 +238,14 @@ def shapes_in(slots: Mapping[str, Slot]) -> Shapes:
     return {fqn: slot.shape for fqn, slot in slots.items()}
 
 
-def open_base(source: str | os.PathLike[str], revision: str | None = None) -> Base:
+def open_base(source: str | os.PathLike[str], revision: str | None = None, *, needs_weights: bool = True) -> Base:
     """Read the headers of a model's checkpoint, here or on the Hub, and build its class."""
-    return read_base(*find_model(source, revision))
+    return read_base(*find_model(source, revision), needs_weights=needs_weights)
 
 
-def read_base(path: Path, repo_id: str | None = None) -> Base:
+def read_base(path: Path, repo_id: str | None = None, *, needs_weights: bool = True) -> Base:
     """Return what `open_base` does, of what `find_model` found."""
-    checkpoint = read_model_directory(path, repo_id)
+    checkpoint = read_model_directory(path, repo_id, needs_weights=needs_weights)
     codes, model = find_codes(checkpoint), build_model(checkpoint)
     if codes and isinstance(model, str):  # whose class alone says the shapes of what was quantized
         raise CheckpointError(f"{path} is quantized, and cannot be read without its model: {model}")

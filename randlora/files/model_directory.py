@@ -26,7 +26,7 @@ from randlora.disk.formats import (
     require_regular,
     shard_of,
 )
-from randlora.disk.hub import is_on_hub, local_path, read_header
+from randlora.disk.hub import has_file, is_on_hub, local_path, read_header
 from randlora.errors import CheckpointError, raise_collected
 from randlora.targets.match import shortened
 
@@ -127,17 +127,22 @@ def find_model(source: str | os.PathLike[str], revision: str | None = None) -> t
     return local_path(source, revision, HEADS, are_patterns=True), source if is_on_hub(source) else None
 
 
-def read_model_directory(path: Path, repo_id: str | None = None) -> ModelDirectory:
+def read_model_directory(path: Path, repo_id: str | None = None, *, needs_weights: bool = True) -> ModelDirectory:
     """Return the headers of a model's checkpoint, one file or sharded, after checking that they agree.
 
-    Those of the files with weights that are not there are requested from the Hub, if it is a repository.
+    Those of the files with weights that are not there are requested from the Hub, if it is a repository. If none has
+    such a file, the result has the config alone, unless it ``needs_weights``.
     """
     index, weight_map = None, {}
     if is_there(path / INDEX_FILE) and not is_there(path / SINGLE_FILE):
         index = read_object(path / INDEX_FILE)
         weight_map = _weight_map(path, index)
-    elif repo_id is None and not is_there(path / SINGLE_FILE):
-        raise CheckpointError(_what_is_there_instead(path))
+    elif not is_there(path / SINGLE_FILE):
+        may_lack = not needs_weights and is_there(path / MODEL_CONFIG_FILE)
+        if may_lack and (repo_id is None or not has_file(repo_id, path.name, SINGLE_FILE)):
+            return ModelDirectory(path, read_object(path / MODEL_CONFIG_FILE), ())
+        if repo_id is None:
+            raise CheckpointError(_what_is_there_instead(path))
     files = sorted(set(weight_map.values())) or [SINGLE_FILE]
     has_config = os.path.lexists(path / MODEL_CONFIG_FILE)  # a link that leads nowhere is no model without a config
     config = read_object(path / MODEL_CONFIG_FILE) if has_config else {}

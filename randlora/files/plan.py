@@ -10,6 +10,7 @@ from typing import Any
 from randlora.config import further_options
 from randlora.errors import CheckpointError, TargetError, raise_collected
 from randlora.files.adapter import Base, open_base
+from randlora.files.model_directory import MODEL_CONFIG_FILE, QUANTIZATION
 from randlora.files.transformers_model import TransformersModel
 from randlora.hints import require_types
 from randlora.model.inject import plan as plan_model
@@ -32,7 +33,7 @@ def plan(
 
     Args:
         directory: A checkpoint as transformers writes it, or a repository on the Hub, ``"org/name"``, of which only
-            headers are requested.
+            headers are requested. A ``config.json`` alone suffices: the report has a note.
         r: Rank of one random basis, or ranks by pattern.
         revision: Branch, tag or commit of the repository.
         **options: As for `randlora.plan`.
@@ -46,7 +47,7 @@ def plan(
         RandLoRAError: As `randlora.plan`.
     """
     require_types(plan, {"directory": directory, "revision": revision})
-    return plan_checkpoint(open_base(directory, revision), r, **options)
+    return plan_checkpoint(open_base(directory, revision, needs_weights=False), r, **options)
 
 
 def plan_checkpoint(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> Report:
@@ -56,8 +57,15 @@ def plan_checkpoint(base: Base, r: int | Mapping[str, int] | None = None, **opti
     if isinstance(model, str):
         advice = "or build the model on torch.device('meta') and give it to randlora.plan"
         raise CheckpointError(f"cannot {doing}: {model}; {advice}")
-    raise_collected(CheckpointError, _take_dtypes(model, base), doing=doing)
+    is_alone = not directory.entries
+    problems = ["it is quantized, and only the headers of its files say how"] * (
+        is_alone and QUANTIZATION in directory.config
+    )
+    raise_collected(CheckpointError, [*problems, *_take_dtypes(model, base)], doing=doing)
     report = plan_model(model.census.model, r, **options)
+    if is_alone:
+        alone = f"planned from {MODEL_CONFIG_FILE} alone: names, shapes and dtypes in a checkpoint were not checked"
+        return replace(report, notes=(*report.notes, alone))
     if not codes:
         return report
     coded = _sizes_of_codes(model, base)
@@ -106,7 +114,7 @@ def training_memory(
         RandLoRAError: As `randlora.training_memory`.
     """
     require_types(plan, {"directory": directory, "revision": revision})
-    return checkpoint_memory(open_base(directory, revision), r, **options)
+    return checkpoint_memory(open_base(directory, revision, needs_weights=False), r, **options)
 
 
 def checkpoint_memory(base: Base, r: int | Mapping[str, int] | None = None, **options: Any) -> TrainingMemory:

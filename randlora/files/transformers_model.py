@@ -38,6 +38,8 @@ COUNTED = re.compile("layer|depth|block|stage")
 MOST_COUNTED = 2**20
 FOR_ANY_MODEL = 2**12
 """Modules and parameters that are made for any checkpoint, in about a second."""
+OF_A_CONFIG = 2**10
+"""Tensors that a config alone may mean. Of a checkpoint, they are known."""
 FOR_EACH_TENSOR = 2**4
 """Those that are made for each tensor of the checkpoint: no class of transformers has four."""
 
@@ -87,7 +89,7 @@ def build_model(directory: ModelDirectory) -> TransformersModel | str:
     path = directory.path / MODEL_CONFIG_FILE
     try:
         raise_collected(CheckpointError, [*_config_problems(directory.config)], doing="build it")
-        with _bounded(len(directory.entries)):
+        with _bounded(len(directory.entries) or OF_A_CONFIG):
             with open_regular(path) as file:
                 config = model_class.config_class.from_json_file(path_of(file, path))
             # either may name a kernel on the Hub, which is code; these also set those of the configs inside
