@@ -18,7 +18,7 @@ DOCS = ROOT / "docs"
 EXAMPLES = DOCS / "examples"
 QUICKSTART, NOTEBOOK = DOCS / "quickstart.md", DOCS / "quickstart.ipynb"
 NOT_RUN = 'title="not run"'
-REAL = 'title="not run here: needs a'
+REAL = 'title="needs a'
 """Begins the title of a block for a model and data of the Hub, which runs with small ones under the same names."""
 SNIPPET = re.compile(r"^```py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """A block in this language is run by a test that has processes, or the packages, for it; others as a page."""

@@ -229,6 +229,20 @@ def test_the_page_on_trust_names_a_test_for_each_promise_and_has_every_campaign(
     ]
 
 
+def test_the_modelfile_for_ollama_writes_what_the_chat_template_of_a_tokenizer_does() -> None:
+    (template,) = re.findall(
+        r'^TEMPLATE """(.*?)"""', (DOCS / "converting.md").read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
+    loop = re.fullmatch(r"{{- range \.Messages }}(.*){{ end }}(.*)", template, re.DOTALL)
+    assert loop
+    said = [("system", "Be short."), ("user", "Who is it?"), ("assistant", "The miller."), ("user", "Why?")]
+    written = [loop[1].replace("{{ .Role }}", role).replace("{{ .Content }}", words) for role, words in said]
+    tokenizer = stand_ins.letters("<|im_start|>", "<|im_end|>", template=stand_ins.CHATML)
+    messages = [{"role": role, "content": words} for role, words in said]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert "".join(written) + loop[2] == expected
+
+
 @pytest.mark.medium
 def test_a_classifier_learns_and_its_reloading_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sentiment, encoder = imported("sentiment"), cast("Any", models.bert()).bert
