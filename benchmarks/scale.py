@@ -134,34 +134,13 @@ def totals_row(name: str, shape: Shape) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-PARTS: dict[str, tuple[str, Setting]] = {
-    "Llama-3 8B, one device": ("Llama-3 8B", Setting(1, "ddp")),
-    "Llama-3 70B, 8 devices, fsdp2": ("Llama-3 70B", Setting(8, "fsdp2")),
-    "Llama-3 405B, 64 devices, fsdp2": ("Llama-3 405B", Setting(64, "fsdp2")),
-    "DeepSeek-V3, 64 devices, fsdp2": ("DeepSeek-V3", Setting(64, "fsdp2")),
-}
-
-
-def parts_row(name: str) -> str:
-    """Return a row with the parts of a sum."""
-    model_name, setting = PARTS[name]
-    shape = MODELS[model_name]
-    found = memory(shape, shape.build(), setting, "dense")
-    trained = found.parameters + found.gradients + found.optimizer
-    once = (found.activations, found.logits, found.backward)
-    sizes = (found.weights, trained, found.bases, found.communication, *once, found.total)
-    return f"| {name} | {' | '.join(f'{size / GB:.2f}' for size in sizes)} |"
-
-
 HEADS = {
     "sizes": ("model", "parameters", "trained", "checkpoint", "dense bases", "block bases"),
     "totals": ("model", *(f"{devices} × {strategy}" if devices > 1 else "1" for devices, strategy in SETTINGS)),
-    "parts": ("setting", "model", "adapter", "bases", "engine", "kept", "logits", "backward", "together"),
 }
 ROWS: dict[str, Callable[[], list[str]]] = {
     "sizes": lambda: [sizes_row(*item) for item in MODELS.items()],
     "totals": lambda: [totals_row(*item) for item in MODELS.items()],
-    "parts": lambda: [parts_row(name) for name in PARTS],
 }
 
 
