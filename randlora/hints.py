@@ -132,6 +132,8 @@ def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:
     path. Numbers must be finite, and a bool is not a number. A list may stand for a tuple, as in JSON.
     """
     choices = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
+    if type(value) in choices and not isinstance(value, str | float):  # which may be no path, or not finite
+        return
     found = [(choice, [*_differences(value, choice, name)]) for choice in choices if _has_form(value, choice)]
     if not found:
         *words, last = dict.fromkeys(word for choice in choices for word in _words(choice).split(" or "))
