@@ -321,12 +321,12 @@ def test_the_rate_and_the_optimizer_are_looked_at_as_training_begins() -> None:
             ) as caught:
                 run.train()
             assert len(caught) == 1
-        model = plain_model()
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-        randlora.inject(model, r=8)
-        late = trainer(kind, model, optimizers=(optimizer, None))
-        with pytest.raises(AdapterError, match="the optimizer has frozen parameters"):
-            late.train()
+    model = plain_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    randlora.inject(model, r=8)
+    late = trainer("Adapter", model, optimizers=(optimizer, None))
+    with pytest.raises(AdapterError, match="the optimizer has frozen parameters"):
+        late.train()
 
 
 def test_a_push_has_the_adapter_and_save_model_the_tokenizer_too(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
