@@ -74,7 +74,8 @@ def test_the_rate_is_the_one_of_the_adapters_that_are_trained() -> None:
     assert len(said(model, torch.optim.AdamW(randlora.trainable_parameters(model), rate / 10))) == 1
     table = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 8))
     randlora.inject(table, r=2, train_rows={"0": [1]}, targets=["1"])
-    assert len(said(table, torch.optim.AdamW(randlora.trainable_parameters(table), 1e-5))) == 1
+    for rate in (1e-5, 1.0):
+        assert len(said(table, torch.optim.AdamW(randlora.trainable_parameters(table), rate))) == 1
 
 
 @pytest.mark.parametrize("train_also", [None, ["1"]])

@@ -44,15 +44,12 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[Any], *, is_supervis
     for name in trained:
         sites = [site for site in census.adapted if name in site.layer.adapters and not site.layer.is_rows]
         adapter = state.adapters[name]
-        first = adapter_report(census, adapter, shapes_of(sites, adapter.config)).learning_rate
-        if not sites or first is None:
-            continue
-        if (first * NEAR[0] <= max(rates) or not is_supervised) and min(rates) <= first * NEAR[1]:
-            continue
-        where, so = ("below", "it will learn little") if max(rates) < first else ("above", "training may diverge")
-        rate = max(rates) if where == "below" else min(rates)
-        warn(f"learning rate {rate:.2g} is far {where} {first:.2g}, which the report of adapter {name!r} names: {so}")
-        return
+        first = (sites and adapter_report(census, adapter, shapes_of(sites, adapter.config)).learning_rate) or 0.0
+        named = f"{first:.2g}, which the report of adapter {name!r} names"
+        if is_supervised and max(rates) < first * NEAR[0]:
+            warn(f"learning rate {max(rates):.2g} is far below {named}: it will learn little")
+        elif min(rates) > first * NEAR[1] > 0:
+            warn(f"learning rate {min(rates):.2g} is far above {named}: training may diverge")
 
 
 def _innermost(optimizer: Any) -> Any:
