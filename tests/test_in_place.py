@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 import subprocess
 import sys
 import weakref
@@ -159,6 +160,9 @@ def test_a_checkpoint_of_the_base_loads_before_and_after(kind: LayerKind) -> Non
     assert torch.equal(late(given(kind)), model(given(kind)))
     if not kind.is_quantized:  # whose scales a state dict of bitsandbytes does not bring back
         assert not missing | unexpected
+        with pytest.raises(RuntimeError, match="Missing key") as strict:
+            late.load_state_dict(checkpoint)
+        assert set(re.findall(r'"(.*?)"', str(strict.value))) == added(late)
         with randlora.disabled(late):
             assert torch.equal(late(given(kind)), other(given(kind)))
 
