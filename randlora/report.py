@@ -133,8 +133,8 @@ class Report(NotTheModel):
         text = [
             f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
             (
-                f"{len(self.targets)} layers adapted, about LoRA r = {lora_rank} in size, "
-                f"{'active' if self.is_active else 'inactive'}, {trains}"
+                f"{len(self.targets)} layer{'s' * (len(self.targets) != 1)} adapted, about LoRA r = {lora_rank} in "
+                f"size, {'active' if self.is_active else 'inactive'}, {trains}"
             ),
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]

@@ -95,6 +95,8 @@ def test_an_adapter_prints_as_its_options_and_state_and_what_the_model_has_no_mo
         also = "also trained: norm.weight, norm.bias"
         expected = [f"'a': r=3, alpha=60, 3 layers, {first}", f"'b': r=3, alpha=60, 1 layer, {second}\n{also}"]
         assert [str(info) for info in randlora.adapters(model)] == expected
+        one_line = [f"<adapter {said.partition(chr(10))[0]}>" for said in expected]
+        assert repr(randlora.adapters(model)) == f"[{', '.join(one_line)}]"
 
     assert_listed("active, trainable")
     randlora.activate(model, {"a": np.float32(-0.25)})

@@ -138,7 +138,7 @@ def test_a_model_without_fault_is_told_so_and_what_an_input_does_not_reach(name:
     assert not report
     if is_reached:
         assert report.checked == ("first", "inner", "last")
-        assert str(report) == "0 of 3 adapted weights are not as they should be; 3 are"
+        assert str(report) == "all 3 adapted weights work"
     else:
         assert report.unchecked == {"inner": "this input does not reach it"}
         assert "not checked: inner (this input does not reach it)" in str(report)

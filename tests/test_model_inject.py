@@ -295,6 +295,7 @@ def test_a_quantized_weight_counts_as_the_numbers_it_stands_for(codes: Codes, is
 
 def test_the_table_of_a_small_model_reads_so_fits_80_columns_and_breaks_no_name() -> None:
     model: nn.Module = Mixed()
+    assert "\n1 layer adapted, about" in str(randlora.plan(model, r=4, targets=["up"]))
     report = randlora.plan(model, r=4, train_also=["head"])
     assert str(report).splitlines() == [
         "RandLoRA adapter 'default': alpha=80",

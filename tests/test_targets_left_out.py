@@ -140,7 +140,7 @@ def test_a_head_that_is_not_recognized_is_told_with_how_to_train_it_whole(
 def test_a_report_says_what_is_left_out_and_how_much_of_the_model_that_is() -> None:
     report = plan(mixed(), targets="all-linear")
     total = sum(parameter.numel() for parameter in mixed().parameters())
-    register = "register one with randlora.layers.register_layer"
+    register = "register one with randlora.layers.register_layer (docs/extending.md)"
     said = [
         "left out: head.1, head.0 (the output head)",
         f'left out: 1 convolution, {24 / total:.2%} of the weights: targets="all" adapts it',

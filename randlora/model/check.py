@@ -102,7 +102,7 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4, targets="all")
         >>> print(randlora.check(model, torch.randn(2, 8)))
-        0 of 2 adapted weights are not as they should be; 2 are
+        all 2 adapted weights work
     """
     with opened(model, "check") as view:
         state = view.state
@@ -304,6 +304,8 @@ class CheckReport:
         found = len({problem.fqn for problem in self.problems})
         total = found + len(self.unchecked) + len(self.checked)
         lines = [f"{found} of {total} adapted weights are not as they should be; {len(self.checked)} are"]
+        if total == len(self.checked):
+            lines = [f"all {total} adapted weights work" if total != 1 else "the adapted weight works"]
         by_fault: dict[str, list[Problem]] = {}
         for problem in self.problems:
             by_fault.setdefault(problem.fault, []).append(problem)

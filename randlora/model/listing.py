@@ -63,6 +63,10 @@ class AdapterInfo:
         """Whether its update is added."""
         return self.weight is not None
 
+    def __repr__(self) -> str:
+        """Return its options and state in one line, as a notebook shows a list of adapters."""
+        return f"<adapter {next(self._lines())}>"
+
     def __str__(self) -> str:
         """Return its options and state in one line, and others for what else there is to say."""
         return "\n".join(wrapped(as_lines([line]) for line in self._lines()))

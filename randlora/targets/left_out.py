@@ -30,7 +30,7 @@ NOUNS = {
 }
 EXCLUDED = "excluded"
 NO_LAYER = "for which there is no adapter layer"
-REGISTER = "register one with randlora.layers.register_layer"
+REGISTER = "register one with randlora.layers.register_layer (docs/extending.md)"
 LITTLE = 1e-4
 """The share of a model's parameters below which a default warns."""
 DOUBT = "the default adapts only"
