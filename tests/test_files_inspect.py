@@ -150,7 +150,7 @@ def test_a_config_alone_plans_as_the_model_and_says_that_nothing_else_was_read(
     model.config.save_pretrained(BASE)
     (BASE / "pytorch_model.bin").write_bytes(b"not read")
     put(hub, "org/model", contents(BASE))
-    source, options = "org/model" if is_on_hub else BASE, {"r": 4, "targets": "all-linear"}
+    source, options = "org/model" if is_on_hub else BASE, dict[str, Any](r=4, targets="all-linear")
     expected = randlora.plan(model, **options)
     note = "planned from config.json alone: names, shapes and dtypes in a checkpoint were not checked"
     assert files.plan(source, **options) == replace(expected, notes=(*expected.notes, note))

@@ -75,7 +75,7 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
             given = self.make_parser(ctx).parse_args(words)[0]
-            arguments = [each for each in self.params if each.param_type_name == "argument"]
+            arguments: list[Any] = [each for each in self.params if each.param_type_name == "argument"]
             if error.param is arguments[0] and given.get(arguments[-1].name):
                 error.param = arguments[-1]
             raise

@@ -97,8 +97,8 @@ def suggestion(argument: str, entry: str, fqns: Sequence[str], layers: Iterable[
         return f"did you mean {meant}? A string is a regex for full names, a list has names or suffixes"
     short = [*dict.fromkeys(map(last_part, layers))]
     if short and (len(names) != 1 or "." not in entry or re.search(r"[^\w.]", entry)):
-        near = difflib.get_close_matches(last_part(entry), [*dict.fromkeys(map(last_part, fqns))], n=NEAREST)
-        return f"the model has {shortened([*dict.fromkeys([*near, *short])], MOST)}"
+        similar = difflib.get_close_matches(last_part(entry), [*dict.fromkeys(map(last_part, fqns))], n=NEAREST)
+        return f"the model has {shortened([*dict.fromkeys([*similar, *short])], MOST)}"
     near = nearest_names(entry, fqns)
     return near and f"the nearest names are {near}"
 
