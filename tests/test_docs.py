@@ -243,6 +243,21 @@ def test_the_modelfile_for_ollama_writes_what_the_chat_template_of_a_tokenizer_d
     assert "".join(written) + loop[2] == expected
 
 
+def test_the_site_names_the_repository_that_it_is_built_from_and_how_large_blocks_are_tested(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hook = runpy.run_path(str(DOCS / "assets" / "front.py"))
+    page = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("index.md", "recipes/causal_lm.md"))
+    monkeypatch.setitem(hook["PROJECT"], "urls", {"Repository": "https://example.org/an/owner"})
+    shown = hook["on_page_markdown"](page)
+    assert hook["PLACE"] in page
+    assert "git clone https://example.org/an/owner randlora\n" in shown
+    assert shown.count(hook["STAND_IN"]) == page.count(pages.REAL) == 1
+    config = hook["on_config"]({"site_name": "randlora"})
+    assert config["site_name"] == f"randlora {randlora.__version__}"
+    assert (config["repo_url"], config["repo_name"]) == ("https://example.org/an/owner", "an/owner")
+
+
 @pytest.mark.medium
 def test_a_classifier_learns_and_its_reloading_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sentiment, encoder = imported("sentiment"), cast("Any", models.bert()).bert
