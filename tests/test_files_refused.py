@@ -349,8 +349,6 @@ OF_BASE: dict[str, Call] = {
     "cannot read .*config.json": lambda: (BASE / "config.json").write_text("{"),
     "3,221,225,472 bytes, expected at most": lambda: sparse(3 * 2**30)(BASE / "config.json"),
     "model.safetensors is truncated": lambda: os.truncate(BASE / SINGLE_FILE, 1000),
-    "holds no weights in safetensors files.*with save_pretrained": instead(pytorch_model__bin=b"", config__json=b""),
-    "holds no weights.*expected a directory with model.safetensors": instead(config__json=b""),
     "x in .* has dtype F4": instead(model__safetensors=len(HEADER).to_bytes(8, "little") + HEADER + bytes(2)),
     r"has no model\.lost\.weight, only": quantized("model.lost.weight.quant_state.bitsandbytes__nf4"),
     "config.json says with fp8": quantized(quant_method="fp8"),
@@ -365,7 +363,9 @@ OF_CLASS: dict[str, Call] = {
     r"up_proj.weight has shape \(48, 32\) in the files, \(40, 32\) by its config": config(intermediate_size=40),
     "norm.weight holds torch.int64, codes of": lambda: edit_model(BASE, {"model.norm.weight": torch.arange(32)}),
 }
-OF_BOTH: dict[str, Call] = {
+OF_BOTH: dict[str, Call] = {  # a plan needs no weights
+    "holds no weights in safetensors files.*with save_pretrained": instead(pytorch_model__bin=b"", config__json=b""),
+    "holds no weights.*expected a directory with model.safetensors": instead(config__json=b""),
     f"the model has no layer {Q}": lambda: edit_model(BASE, {f"{Q}.weight": None}),
     r"model\.layers\.0\.mlp\.up_proj is 48 x 32 here, the adapter was trained on out x in = 40 x 32": of(
         LLAMA.build, lambda: llama(intermediate_size=40), targets=["up_proj"]
@@ -392,7 +392,6 @@ NO_FILES = [
     for name in ("config.json", SINGLE_FILE, INDEX_FILE)
     for kind in ("pipe", "device-without-end", "directory")
 ]
-NO_FILES += [(f"holds no weights.*{name}", name, "link-to-itself") for name in (SINGLE_FILE, INDEX_FILE)]
 NO_FILES += [("cannot read .*config.json .*Too many levels", "config.json", "link-to-itself")]
 DAMAGED: list[tuple[str, str, str, Call]] = [  # words, the verbs that say them, the check of `files.verify` that does
     *((words, "", "files", damage) for words, damage in OF_ADAPTER.items()),
@@ -401,6 +400,10 @@ DAMAGED: list[tuple[str, str, str, Call]] = [  # words, the verbs that say them,
     *((words, "inspect merge", "base", damage) for words, damage in OF_BOTH.items()),
     *(("is a link to .*secret, outside of the", "merge", "", link(name)) for name in ("x", "config.json", "deep/x")),
     *((words, "plan inspect merge", "base", special(*each)) for words, *each in NO_FILES),
+    *(
+        (f"holds no weights.*{name}", "inspect merge", "base", special(name, "link-to-itself"))
+        for name in (SINGLE_FILE, INDEX_FILE)
+    ),
     ("cannot read .*config.json .*No such file", "plan inspect merge", "base", dangling),
     *(("cannot copy the files of", "merge", "", special("tokenizer.json", kind)) for kind in SPECIAL),
 ]
