@@ -11,11 +11,11 @@ import random
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,17 @@ class LabeledText(NamedTuple):
 
     text: str
     label: int
+
+
+class Collection(Hashable, Protocol):
+    """Texts and their classes."""
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+
+    def read(self) -> list[LabeledText]:
+        """Read all texts, always in the same order."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class Texts:
         return batches
 
 
-def read_parts(source: Source, train_size: int, test_size: int, seed: int) -> tuple[Texts, Texts]:
+def read_parts(source: Collection, train_size: int, test_size: int, seed: int) -> tuple[Texts, Texts]:
     """Draw texts to train on and texts to test on, which do not overlap."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_directory())
     drawn = random.Random(seed).sample(source.read(), train_size + test_size)

@@ -5,7 +5,9 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: all files come from packages
@@ -14,11 +16,14 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.quality import summary
+from benchmarks.quality import figures, summary
 from benchmarks.quality.contestants import GROUPS, Contestant
+from benchmarks.quality.digits import DIGITS_TASK
+from benchmarks.quality.docstrings import DOCSTRINGS_TASK
 from benchmarks.quality.facts import FACTS_TASK
 from benchmarks.quality.fashion import CLOTHES_TASK
 from benchmarks.quality.passwords import PASSWORDS_TASK
+from benchmarks.quality.pieces import LONGER_TASKS, PIECES, TWINS
 from benchmarks.quality.runs import Key, Run, add_run, read_runs
 from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
 from benchmarks.quality.spectrum import SPECTRUM_TASKS, WIDTH_TASKS
@@ -30,7 +35,7 @@ from benchmarks.quality.words import WORDS_TASK
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        *(REVIEWS_TASK, TWEETS_TASK, CLOTHES_TASK, WORDS_TASK),
+        *(REVIEWS_TASK, TWEETS_TASK, CLOTHES_TASK, WORDS_TASK, DIGITS_TASK, DOCSTRINGS_TASK, *LONGER_TASKS),
         *(SUMS_TASK, PASSWORDS_TASK, FACTS_TASK, *SPECTRUM_TASKS),
     )
 }
@@ -38,12 +43,13 @@ OWN_TASKS: Mapping[str, Sequence[Task]] = {
     "widths": WIDTH_TASKS,
     "places": (REVIEWS_TASK, WORDS_TASK),
     "sides": (WORDS_TASK,),
+    "placed": (WORDS_TASK,),
 }
 """The tasks of groups that are not for all of them."""
 KEPT = Path("benchmarks/quality/results")
 BUILD = Path("build/benchmarks/quality")
 SEEDS = 3
-MOST_BEYOND = 4  # more would be needed where each step towards 0 is better, as if training did nothing but harm
+MOST_BEYOND = 5  # more would be needed where each step towards 0 is better, as if training did nothing but harm
 Group = Literal[
     "main",
     "scales",
@@ -59,6 +65,11 @@ Group = Literal[
     "attention",
     "places",
     "sides",
+    "curves",
+    "placed",
+    "relatives",
+    "lambda",
+    "rule",
 ]
 console = Console(highlight=False, soft_wrap=True)
 
@@ -69,11 +80,20 @@ def main(
     group: Annotated[Group, typer.Option(help="Who takes part.")] = "main",
     seeds: Annotated[int, typer.Option(help="Runs of each method at each learning rate.")] = SEEDS,
     full: Annotated[bool, typer.Option("--full", help="Use all data, not a quick look with little of it.")] = False,  # noqa: FBT002
+    piece: Annotated[str, typer.Option(help="A piece of benchmarks.quality.pieces, in full; `list` lists them.")] = "",
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves them as they are.")] = 0,
 ) -> None:
     """Train all methods at several learning rates each, except for runs that exist already, and sum up."""
-    if threads:
-        torch.set_num_threads(threads)
+    if threads or piece:
+        torch.set_num_threads(threads or 1)  # sums of more threads differ in their last bits
+    if piece:
+        for name, own in PIECES.items():
+            if piece == "list" or re.fullmatch(piece, name):
+                console.print(name, style="bold")
+                chosen = {each: GROUPS[own.group][each] for each in own.contestants or GROUPS[own.group]}
+                if piece != "list":
+                    runs_of(own.task, chosen, range(own.seeds), KEPT, full=True, rates=own.rates, is_halved=True)
+        return
     directory = KEPT if full else BUILD
     offered = {task.name: task for task in OWN_TASKS.get(group, TASKS.values())}
     tasks = {name: each for name, each in offered.items() if re.fullmatch(task, name)}
@@ -92,37 +112,55 @@ def main(
     for name, (each, runs) in found.items():
         tables = f"{summary.table_of(each, runs)}\n{summary.rates_of(each, runs)}"
         (BUILD / f"{group}_{file_stem(name)}.md").write_text(tables, encoding="utf-8")
-    summary.draw(found.values(), BUILD / f"{group}.svg")
+    figures.draw(found.values(), BUILD / f"{group}.svg")
     console.print(f"tables and a figure are in {BUILD}")
 
 
 def runs_of(
-    task: Task, contestants: Mapping[str, Contestant], seeds: Sequence[int], directory: Path, *, full: bool
+    task: Task,
+    contestants: Mapping[str, Contestant],
+    seeds: Sequence[int],
+    directory: Path,
+    *,
+    full: bool,
+    rates: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
+    is_halved: bool = False,
 ) -> list[Run]:
     """Return the runs of some contestants, making those that are not in the task's file.
 
-    A contestant that is best at the lowest or the highest of its learning rates goes on to others beyond that. For a
-    quick look there is one seed, and one learning rate in the middle.
+    A contestant that is best at the lowest or the highest of its learning rates goes on to others beyond that, and to
+    those in the middle of the steps beside the best where they are to be halved. Rates that are given are all.
+    For a quick look there is one seed, and one learning rate in the middle.
     """
-    rates = {name: task.rates[each.family] for name, each in contestants.items()}
+    next_rates = {name: rates.get(name, task.rates[each.family]) for name, each in contestants.items()}
     if not full:
-        seeds, rates = seeds[:1], {name: own[len(own) // 2 :][:1] for name, own in rates.items()}
+        seeds, next_rates = seeds[:1], {name: own[len(own) // 2 :][:1] for name, own in next_rates.items()}
     file = directory / f"{file_stem(task.name)}.jsonl"
-    known = {run.key: run for run in read_runs(file)}
+    known: dict[Key, Run] = {}
     found = []
     for _ in range(1 + MOST_BEYOND):
-        for seed, name in itertools.product(seeds, rates):
-            for key in (Key(task.name, name, lr, seed) for lr in rates[name]):
+        for seed, name in itertools.product(seeds, next_rates):
+            for key in (Key(task.name, name, lr, seed) for lr in next_rates[name]):
                 if key not in known:
-                    known[key] = make_run(task, name, contestants[name], key.lr, seed, "full" if full else "quick")
+                    known = {run.key: run for run in read_runs(file)}  # another process may have added some
+                if key not in known:
+                    twin = known.get(replace(key, contestant=TWINS.get((task.name, name), name)))
+                    known[key] = (
+                        replace(twin, key=key)
+                        if twin
+                        else make_run(task, contestants[name], key, "full" if full else "quick")
+                    )
                     add_run(file, known[key])
                 measured = ", ".join(f"{what} {value:.3f}" for what, value in known[key].found.items())
                 words = f"{task.name}, {name}, lr {key.lr:g}, seed {seed}: {measured}"
                 console.print(f"{words} ({known[key].seconds:.0f} s)")
                 found.append(known[key])
         curves = summary.by_contestant(summary.points_of(task, found))
-        beyond = {name: summary.rate_beyond(task, points) for name, points in curves.items()}
-        rates = {name: (lr,) for name, lr in beyond.items() if lr is not None}
+        next_rates = {
+            name: more
+            for name, points in curves.items()
+            if name not in rates and (more := summary.next_rates(task, points, is_halved=is_halved))
+        }
     return found
 
 

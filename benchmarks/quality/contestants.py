@@ -12,6 +12,8 @@ from torch import nn
 
 import randlora
 from benchmarks.quality.khatri_rao import KhatriRao
+from benchmarks.quality.lambda_alone import LambdaAlone
+from benchmarks.quality.low_rank import LowRank
 from benchmarks.quality.other_bases import OTHER_BASES, add_updates, parametrize_targets
 from benchmarks.quality.task import Family, Prepared, Targets
 from randlora.bases.spec import count_bases
@@ -20,6 +22,11 @@ RANK = 32
 
 Adapt = Callable[[Prepared, int], object]
 """Makes a model require grad where it is to be trained, the head apart, given a seed; returns what PEFT made of it."""
+
+
+def whole_rate(_name: str, _parameter: nn.Parameter) -> float:
+    """Return the share of the learning rate of each parameter where all have the same."""
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,7 @@ class Contestant:
         decay: Weight decay of all but the head.
         limit: The largest norm of the update of a layer, as a share of the norm of its weight, after each step.
         penalty: What is added to the loss for each layer, times the square of that share.
-        gamma_share: Γ of a layer, which starts at 1 / min_dim, has this share of the learning rate divided by its
-            min_dim, and never more than the whole.
+        share: Returns the share of the learning rate that a parameter has, given its name.
     """
 
     family: Family
@@ -41,7 +47,7 @@ class Contestant:
     decay: float = 0.0
     limit: float = math.inf
     penalty: float = 0.0
-    gamma_share: float = math.inf
+    share: Callable[[str, nn.Parameter], float] = whole_rate
 
 
 def frozen(prepared: Prepared, _seed: int) -> None:
@@ -56,7 +62,8 @@ def full(prepared: Prepared, _seed: int) -> None:
 
 def ours(prepared: Prepared, seed: int, **options: Any) -> None:
     """Add an adapter of ours, by default as `randlora.inject` makes it."""
-    randlora.inject(prepared.model, **{"r": RANK, "targets": prepared.targets.ours, "seed": seed, **options})
+    r = {} if "like_lora" in options else {"r": RANK}
+    randlora.inject(prepared.model, **{**r, "targets": prepared.targets.ours, "seed": seed, **options})
 
 
 def lora(prepared: Prepared, _seed: int, *, rank: int | None = RANK, **options: Any) -> object:
@@ -69,6 +76,35 @@ def lora(prepared: Prepared, _seed: int, *, rank: int | None = RANK, **options: 
         r=rank, lora_alpha=options.pop("alpha", 2 * rank), target_modules=prepared.targets.lora, **options
     )
     return peft.get_peft_model(prepared.model, config)
+
+
+def lora_once(prepared: Prepared, seed: int, *, rank: int, place: str = "", **options: Any) -> object:
+    """Add a LoRA to all weights that ours would adapt, or to those of a place, once each, with alpha = 2·rank.
+
+    rsLoRA has alpha = rank. It is PEFT's unless that would add the update of some weight twice.
+    """
+    scaling = math.sqrt(rank) if options.get("use_rslora") else 2.0
+    if any(isinstance(module, nn.MultiheadAttention) for module in prepared.model.modules()):
+        parametrize_targets(prepared, RANK, lambda weight: LowRank(weight.shape, rank, scaling))
+        return None
+    own = replace(prepared.targets, lora=prepared.targets.places.get(place, prepared.targets.lora))
+    alpha = rank if options.get("use_rslora") else 2 * rank
+    return lora(replace(prepared, targets=own), seed, rank=rank, alpha=alpha, **options)
+
+
+def lambda_alone(prepared: Prepared, seed: int, *, rank: int) -> None:
+    """Add adapters of which Λ alone is trained, about as large as a LoRA of some rank."""
+    parametrize_targets(prepared, RANK, lambda weight: LambdaAlone(weight, rank, seed))
+
+
+def share_of_gamma(share: float, name: str, parameter: nn.Parameter) -> float:
+    """Return the share of Γ, which starts at 1 / min_dim, so that it has at most ``share`` / min_dim of the rate."""
+    return min(1.0, share / parameter.shape[-1]) if "randlora_gamma" in name else 1.0
+
+
+def share_of_plus(name: str, _parameter: nn.Parameter) -> float:
+    """Return the share in LoRA+: the matrix that starts at zero has 16 times the rate, as its authors advise."""
+    return 16.0 if "lora_B" in name else 1.0
 
 
 def peft_randlora(prepared: Prepared, seed: int) -> object:
@@ -108,9 +144,9 @@ def ours_at(prepared: Prepared, seed: int, place: str) -> None:
     ours(prepared, seed, r=min(sizes, key=lambda r: abs(sizes[r] - wanted)), targets=places[place])
 
 
-def ours_alone(prepared: Prepared, seed: int, place: str) -> None:
-    """Add the default adapter of ours to one place."""
-    ours(prepared, seed, targets=prepared.targets.places[place])
+def ours_alone(prepared: Prepared, seed: int, place: str, **options: Any) -> None:
+    """Add an adapter of ours to one place, by default the default one."""
+    ours(prepared, seed, targets=prepared.targets.places[place], **options)
 
 
 def lora_at(prepared: Prepared, seed: int, place: str) -> object:
@@ -246,7 +282,10 @@ WIDTHS: Mapping[str, Contestant] = {
 
 GAMMAS: Mapping[str, Contestant] = {
     "dense": MAIN["dense"],
-    **{f"dense, Γ at {share}/m": Contestant("adapter", ours, gamma_share=share) for share in (32, 128, 512)},
+    **{
+        f"dense, Γ at {share}/m": Contestant("adapter", ours, share=partial(share_of_gamma, share))
+        for share in (32, 128, 512)
+    },
 }
 """A learning rate of Γ's own, lower in wide layers, in which a step of the same size changes it more."""
 
@@ -272,6 +311,61 @@ SIDES: Mapping[str, Contestant] = {
 }
 """Layers of different width in one model: is one rate right for both?"""
 
+LORA_RANKS = (1, 2, 4, 8, 16, 32)
+CURVES: Mapping[str, Contestant] = {
+    "full fine-tuning": MAIN["full"],
+    **{
+        f"LoRA {rank}": Contestant("small adapter" if rank <= 4 else "adapter", partial(lora_once, rank=rank))
+        for rank in LORA_RANKS
+    },
+    **{
+        f"rsLoRA {rank}": Contestant("adapter", partial(lora_once, rank=rank, use_rslora=True))
+        for rank in LORA_RANKS
+        if rank != 4  # where it is LoRA itself, as both scale by 2
+    },
+    **{
+        f"{basis} {rank}": Contestant("adapter", partial(ours, like_lora=rank, basis=basis))
+        for basis in ("dense", "block")
+        for rank in LORA_RANKS
+    },
+}
+"""Sizes by the rank of LoRA, on each weight once, and ours of the same sizes."""
+
+PLACED: Mapping[str, Contestant] = {
+    **{
+        f"LoRA {rank}, MLP": Contestant("small adapter", partial(lora_once, rank=rank, place="MLP"))
+        for rank in (1, 2, 4)
+    },
+    **{
+        f"{basis} {rank}, MLP": Contestant("adapter", partial(ours_alone, place="MLP", like_lora=rank, basis=basis))
+        for basis in ("dense", "block")
+        for rank in (1, 2, 4)
+    },
+}
+"""The same on the MLP alone."""
+
+RELATIVES: Mapping[str, Contestant] = {
+    f"{name} {rank}": Contestant("small adapter" if rank <= 4 else "adapter", adapt(rank=rank), share=share)
+    for name, adapt, share in (
+        ("DoRA", partial(partial, lora_once, use_dora=True), whole_rate),
+        ("PiSSA", partial(partial, lora_once, init_lora_weights="pissa"), whole_rate),
+        ("LoRA+", partial(partial, lora_once), share_of_plus),
+    )
+    for rank in (2, 32)
+}
+"""Relatives of LoRA, by PEFT."""
+
+LAMBDA: Mapping[str, Contestant] = {
+    f"Λ alone {rank}": Contestant("adapter", partial(lambda_alone, rank=rank)) for rank in (1, 4, 16)
+}
+"""Λ alone, at sizes of the curves."""
+
+RULE: Mapping[str, Contestant] = {
+    f"{name}, by the rule": REWARDS[name] if name in REWARDS else MAIN[name]
+    for name in ("dense", "block", "dense, s = 2", "dense, s = 0.5")
+}
+"""What is trained at the rates that the rule of the learning rate might name, beside the other rates of each."""
+
 GROUPS: Mapping[str, Mapping[str, Contestant]] = {
     "main": MAIN,
     "scales": SCALES,
@@ -287,4 +381,9 @@ GROUPS: Mapping[str, Mapping[str, Contestant]] = {
     "attention": ATTENTION,
     "places": PLACES,
     "sides": SIDES,
+    "curves": CURVES,
+    "placed": PLACED,
+    "relatives": RELATIVES,
+    "lambda": LAMBDA,
+    "rule": RULE,
 }

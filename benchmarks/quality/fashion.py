@@ -145,8 +145,8 @@ def pretrained(seed: int, size: Size) -> VisionTransformer:
     return model
 
 
-def prepare(seed: int, size: Size) -> Prepared:
-    """Train the model on five classes, and give it a new head for five others."""
+def prepare(seed: int, size: Size, *, times: int = 1) -> Prepared:
+    """Train the model on five classes, and give it a new head for five others; ``times`` multiplies the steps."""
     train_size, test_size, epochs = (200, 200, 2) if size == "quick" else (600, 1000, 4)
     model = pretrained(seed, size)
     old_head = copy.deepcopy(model.head).requires_grad_(requires_grad=False)
@@ -171,7 +171,7 @@ def prepare(seed: int, size: Size) -> Prepared:
         Targets(OURS, LORA, LINEAR),
         [
             training[rows]
-            for _ in range(epochs)
+            for _ in range(times * epochs)
             for rows in torch.randperm(train_size, generator=generator).split(BATCH_SIZE)
         ],
         lambda batch: F.cross_entropy(model(batch.pixels), batch.labels),
@@ -192,6 +192,7 @@ CLOTHES_TASK = Task(
     },
     head_rate=1e-2,
     prepare=prepare,
+    width=WIDTH,
     in_percent=True,
     decimals=1,
 )

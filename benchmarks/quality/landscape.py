@@ -28,8 +28,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import randlora
 from benchmarks.quality.contestants import MAIN
 from benchmarks.quality.fashion import CLOTHES_TASK, Images, VisionTransformer, read_images
-from benchmarks.quality.runs import Run
-from benchmarks.quality.summary import INK, STYLES, draw_curve, mean_and_error
+from benchmarks.quality.figures import INK, STYLES, draw_curve
+from benchmarks.quality.runs import Key, Run
+from benchmarks.quality.significance import mean_and_error
 from benchmarks.quality.task import Prepared, Size
 from benchmarks.quality.training import make_run
 from benchmarks.results import in_markdown
@@ -95,7 +96,8 @@ def fine_tune(name: str, seed: int, size: Size) -> tuple[VisionTransformer, Prep
         kept.append((prepared, MAIN[name].adapt(prepared, seed)))
         return kept[0][1]
 
-    run = make_run(CLOTHES_TASK, name, replace(MAIN[name], adapt=adapt), RATES[name], seed, size)
+    key = Key(CLOTHES_TASK.name, name, RATES[name], seed)
+    run = make_run(CLOTHES_TASK, replace(MAIN[name], adapt=adapt), key, size)
     ((prepared, adapted),) = kept
     if isinstance(adapted, peft.PeftModel):
         adapted.merge_and_unload()

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.quality import summary
+from benchmarks.quality import figures, summary
 from benchmarks.quality.__main__ import KEPT, TASKS, file_stem
 from benchmarks.quality.contestants import GROUPS
 from benchmarks.quality.runs import Run, read_runs
@@ -90,6 +90,6 @@ if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     main, ranks = ([(TASKS[name], kept_runs(TASKS[name], group)) for name in names] for group, names in DRAWN.items())
-    summary.draw(main, FIGURES / "quality.svg", CURVES)
+    figures.draw(main, FIGURES / "quality.svg", CURVES)
     whole = [[run for run in kept_runs(task, "main") if run.key.contestant == "full"] for task, _ in ranks]
-    summary.draw_sizes(ranks, SIZES, whole, FIGURES / "ranks.svg")
+    figures.draw_sizes(ranks, SIZES, whole, FIGURES / "ranks.svg")

@@ -50,10 +50,8 @@ def read_runs(file: Path) -> Iterator[Run]:
 
 
 def add_run(file: Path, run: Run) -> None:
-    """Append a run to a file; a line that a kill left unfinished before it is dropped."""
+    """Append a run to a file, to which other processes may append theirs: a line is written at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    whole = text[: text.rfind("\n") + 1]
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(whole + json.dumps(asdict(run)) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    line = json.dumps(asdict(run)) + "\n"
+    with file.open("ab", buffering=0) as out:
+        out.write(line.encode())

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.quality.task import Prepared, Size, Targets, Task
 from benchmarks.texts import (
     FILM_REVIEWS,
     TWEETS,
     Classifier,
-    Source,
+    Collection,
     Texts,
     accuracy,
     encoder_directory,
@@ -34,44 +34,73 @@ HEAD_DECAY = 1e-2  # the best of some in a cross-validation on the training text
 OTHER_TEXTS = 200
 
 
+class Amounts(NamedTuple):
+    """How many texts there are for what, how often they are trained on, in batches of what size, and with what head.
+
+    A head that is not fitted has orthogonal rows and stays as it is, so that all has to be learned below it.
+    """
+
+    training: int = 512
+    test: int = 600
+    validation: int = 0
+    batch: int = 32
+    epochs: int = 2
+    is_head_fitted: bool = True
+
+
+QUICK, FULL = Amounts(96, 100, 50, epochs=1), Amounts()
+
+
 class Start(NamedTuple):
     """Where all contestants of a seed start: texts, a head fitted to them, and similarities of other texts."""
 
     training: Texts
     test: Texts
+    validation: Texts
     other: Texts
     head: dict[str, Tensor]
     before: Tensor
 
 
 @cache
-def start_of(source: Source, other: Source, seed: int, size: Size) -> Start:
+def start_of(source: Collection, other: Collection, seed: int, size: Size, amounts: Amounts = FULL) -> Start:
     """Read the texts, and fit the head by logistic regression on the features of the encoder as it is."""
-    train_size, test_size, other_size = (96, 100, 100) if size == "quick" else (512, 600, OTHER_TEXTS)
-    training, test = read_parts(source, train_size, test_size, seed)
+    count, other_size = (QUICK, 100) if size == "quick" else (amounts, OTHER_TEXTS)
+    training, held_out = read_parts(source, count.training, count.test + count.validation, seed)
+    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))  # they are sorted by length
+    test = held_out[order[: count.test].sort().values]
+    validation = held_out[order[count.test :].sort().values] if count.validation else test
     model = load_classifier(source.num_classes)
-    fit_head(model, training, HEAD_DECAY)
+    if amounts.is_head_fitted:
+        fit_head(model, training, HEAD_DECAY)
+    else:
+        nn.init.orthogonal_(model.head.weight, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(model.head.bias)
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder_directory())
     other_texts = tokenize(tokenizer, random.Random(seed).sample(other.read(), other_size))
-    return Start(training, test, other_texts, model.head.state_dict(), similarities(model, other_texts))
+    return Start(training, test, validation, other_texts, model.head.state_dict(), similarities(model, other_texts))
 
 
-def prepare(source: Source, other: Source, seed: int, size: Size) -> Prepared:
+def prepare(
+    source: Collection, other: Collection, amounts: Amounts, seed: int, size: Size, *, times: int = 1
+) -> Prepared:
     """Load the encoder with the head that was fitted to it."""
-    start = start_of(source, other, seed, size)
+    start = start_of(source, other, seed, size, amounts)
     model = load_classifier(source.num_classes)
     model.head.load_state_dict(start.head)
+    count = QUICK if size == "quick" else amounts
 
     def measure() -> dict[str, float]:
         after = similarities(model, start.other)
         together = float(torch.corrcoef(torch.stack([start.before, after]))[0, 1])
-        return {"accuracy": accuracy(model, start.test), "drift": 1 - together}
+        validation = {"validation": accuracy(model, start.validation)} if amounts.validation else {}
+        return {"accuracy": accuracy(model, start.test), **validation, "drift": 1 - together}
 
     return Prepared(
         model,
-        model.head,
+        model.head if amounts.is_head_fitted else None,
         Targets(LAYERS, LAYERS, LAYERS, PLACES),
-        start.training.shuffled_batches(BATCH_SIZE, 1 if size == "quick" else 2, seed),
+        start.training.shuffled_batches(count.batch, times * count.epochs, seed),
         lambda batch: F.cross_entropy(model(batch), batch.labels),
         measure,
     )
@@ -86,7 +115,7 @@ def similarities(model: Classifier, texts: Texts) -> Tensor:
     return (features @ features.T)[rows, columns]
 
 
-def sentiment(name: str, source: Source, other: Source) -> Task:
+def text_task(name: str, source: Collection, other: Collection, amounts: Amounts = FULL) -> Task:
     """Make the task of a collection of texts; those of the other are what the encoder should compare as it did."""
     return Task(
         name,
@@ -100,11 +129,12 @@ def sentiment(name: str, source: Source, other: Source) -> Task:
             "small adapter": (1e-3, 3e-3, 1e-2),
         },
         head_rate=5e-3,
-        prepare=partial(prepare, source, other),
+        prepare=partial(prepare, source, other, amounts),
+        width=384,
         in_percent=True,
         decimals=1,
     )
 
 
-REVIEWS_TASK = sentiment("film reviews", FILM_REVIEWS, TWEETS)
-TWEETS_TASK = sentiment("tweets", TWEETS, FILM_REVIEWS)
+REVIEWS_TASK = text_task("film reviews", FILM_REVIEWS, TWEETS)
+TWEETS_TASK = text_task("tweets", TWEETS, FILM_REVIEWS)

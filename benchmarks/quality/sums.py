@@ -136,6 +136,7 @@ SUMS_TASK = Task(
     rates={"frozen": (0.0,), "full": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), "adapter": RATES, "small adapter": RATES},
     head_rate=0.0,
     prepare=prepare,
+    width=WIDTH,
     in_percent=True,
     decimals=1,
 )

@@ -64,6 +64,7 @@ class Task:
         rates: The learning rates of each family.
         head_rate: That of the head.
         prepare: Makes the model, the data and what measures them, given a seed.
+        width: The width m̃ of its layers, by which the rule for the learning rate goes, where there is one.
         in_percent: Whether tables have the metric in percent.
         decimals: How many of them tables have.
     """
@@ -75,5 +76,6 @@ class Task:
     rates: Mapping[Family, tuple[float, ...]]
     head_rate: float
     prepare: Callable[[int, Size], Prepared]
+    width: int = 0
     in_percent: bool = False
     decimals: int = 3

@@ -4,6 +4,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -21,8 +22,9 @@ WARMUP = 0.1
 LARGEST_NORM = 1.0
 
 
-def make_run(task: Task, name: str, contestant: Contestant, lr: float, seed: int, size: Size) -> Run:
+def make_run(task: Task, contestant: Contestant, key: Key, size: Size) -> Run:
     """Train a contestant and measure what came of it."""
+    lr, seed = key.lr, key.seed
     torch.manual_seed(seed)
     prepared = task.prepare(seed, size)
     torch.manual_seed(seed)  # the same numbers for all, whatever was drawn so far
@@ -42,7 +44,7 @@ def make_run(task: Task, name: str, contestant: Contestant, lr: float, seed: int
         found = prepared.measure()
     last = losses[-max(1, len(losses) // 10) :]
     return Run(
-        Key(task.name, name, lr, seed),
+        key,
         found,
         statistics.mean(last) if last else None,
         seconds,
@@ -64,7 +66,7 @@ def train(
     """Train some parameters, and return the loss of each step, without any penalty."""
     of_body = [
         {"params": own, "lr": lr * share, "weight_decay": contestant.decay}
-        for share, own in by_share(prepared.model, body, contestant.gamma_share).items()
+        for share, own in by_share(prepared.model, body, contestant.share).items()
     ]
     groups = [group for group in (*of_body, {"params": head, "lr": head_lr}) if group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -87,13 +89,14 @@ def train(
     return losses
 
 
-def by_share(model: nn.Module, body: list[nn.Parameter], gamma_share: float) -> dict[float, list[nn.Parameter]]:
-    """Return parameters by the share of the learning rate that they have, which may be less for Γ."""
-    gammas = {id(parameter) for name, parameter in model.named_parameters() if "randlora_gamma" in name}
+def by_share(
+    model: nn.Module, body: list[nn.Parameter], share_of: Callable[[str, nn.Parameter], float]
+) -> dict[float, list[nn.Parameter]]:
+    """Return parameters by the share of the learning rate that they have."""
+    shares = {id(parameter): share_of(name, parameter) for name, parameter in model.named_parameters()}
     found: dict[float, list[nn.Parameter]] = {}
     for parameter in body:
-        share = min(1.0, gamma_share / parameter.shape[-1]) if id(parameter) in gammas else 1.0
-        found.setdefault(share, []).append(parameter)
+        found.setdefault(shares[id(parameter)], []).append(parameter)
     return found
 
 

@@ -206,4 +206,5 @@ WORDS_TASK = Task(
     },
     head_rate=0.0,
     prepare=prepare,
+    width=576,
 )

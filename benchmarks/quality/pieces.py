@@ -1,0 +1,91 @@
+"""The runs behind the curves of quality over size and the rule of the learning rate, in pieces of minutes to hours.
+
+``python -m benchmarks.quality --piece "curves of digits"`` makes the runs of one that are missing, and
+``--piece list`` lists them in order of worth. Each run is kept as it ends, so that a piece goes on where it was
+interrupted, and several processes may make different pieces at once.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from benchmarks.quality import fashion
+from benchmarks.quality.digits import DIGITS_TASK
+from benchmarks.quality.docstrings import DOCSTRINGS_TASK
+from benchmarks.quality.fashion import CLOTHES_TASK
+from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
+from benchmarks.quality.sums import SUMS_TASK
+from benchmarks.quality.task import Prepared, Task
+from benchmarks.quality.words import WORDS_TASK
+
+SHARES = (0.2, 0.3, 0.5)
+"""The rates that the rule may name, times m̃ / √(20 / s)."""
+SCALES = {"dense": 20.0, "block": 20.0, "dense, s = 2": 2.0, "dense, s = 0.5": 0.5}
+"""The scaling s of the contestants for which it is measured."""
+SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some contestants on a task.
+
+    Attributes:
+        group: Their group.
+        task: The task.
+        contestants: Those of the group that take part; all if none are named.
+        rates: The learning rates of each, which are then all. Without them, a piece begins with those of the family,
+            goes beyond the lowest or the highest while that is the best, and then halves the steps beside the best.
+        seeds: Runs of each at each rate.
+    """
+
+    group: str
+    task: Task
+    contestants: tuple[str, ...] = ()
+    rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    seeds: int = SEEDS
+
+
+def of_rule(task: Task, *names: str) -> Piece:
+    """Make a piece that measures the rule at three shares."""
+    rates = {
+        f"{name}, by the rule": tuple(
+            float(f"{share / task.width * math.sqrt(20 / SCALES[name]):.3g}") for share in SHARES
+        )
+        for name in names
+    }
+    return Piece("rule", task, tuple(rates), rates)
+
+
+def longer(task: Task, prepare: Callable[..., Prepared]) -> list[Task]:
+    """Return a task with twice and four times the steps."""
+    return [
+        replace(task, name=f"{task.name}, {times} times", prepare=partial(prepare, times=times)) for times in (2, 4)
+    ]
+
+
+CHEAP = (DIGITS_TASK, CLOTHES_TASK, DOCSTRINGS_TASK)
+EARLIER = (TWEETS_TASK, REVIEWS_TASK, WORDS_TASK)
+LONGER_TASKS = [*longer(CLOTHES_TASK, fashion.prepare), *longer(DOCSTRINGS_TASK, DOCSTRINGS_TASK.prepare)]
+TWINS = {
+    **{(task.name, "full fine-tuning"): "full" for task in (CLOTHES_TASK, *EARLIER)},
+    **{(task.name, f"{method} 32"): method for task in EARLIER for method in ("LoRA", "rsLoRA")},
+    **{(task.name, "LoRA 4"): "LoRA, equal size" for task in (TWEETS_TASK, REVIEWS_TASK)},
+}
+"""Contestants of a task of which some runs are kept under other names; these are copied."""
+
+PIECES: dict[str, Piece] = {
+    "rule of clothes": of_rule(CLOTHES_TASK, "dense", "block", "dense, s = 2"),
+    "rule of sums": of_rule(SUMS_TASK, "dense", "dense, s = 2", "dense, s = 0.5"),
+    **{f"rule of {task.name}": of_rule(task, "dense", "block") for task in (DIGITS_TASK, DOCSTRINGS_TASK, *EARLIER)},
+    **{f"rule of {task.name}": of_rule(task, "dense") for task in LONGER_TASKS},
+    **{f"main of {task.name}": Piece("main", task, ("frozen",)) for task in (DIGITS_TASK, DOCSTRINGS_TASK)},
+    **{f"curves of {task.name}": Piece("curves", task) for task in CHEAP},
+    **{f"relatives of {task.name}": Piece("relatives", task) for task in (DIGITS_TASK, DOCSTRINGS_TASK)},
+    **{f"lambda of {task.name}": Piece("lambda", task) for task in CHEAP},
+    **{f"curves of {task.name}": Piece("curves", task) for task in EARLIER[:2]},
+    **{f"lambda of {task.name}": Piece("lambda", task, ("Λ alone 4",)) for task in EARLIER},
+    "curves of word problems": Piece("curves", WORDS_TASK),
+    "placed of word problems": Piece("placed", WORDS_TASK, seeds=3),
+}
+"""In order of worth."""
