@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: all files come from packages
 
@@ -24,7 +24,7 @@ from benchmarks.quality.facts import FACTS_TASK
 from benchmarks.quality.fashion import CLOTHES_TASK
 from benchmarks.quality.passwords import PASSWORDS_TASK
 from benchmarks.quality.pieces import LONGER_TASKS, PIECES, TWINS
-from benchmarks.quality.runs import Key, Run, add_run, read_runs
+from benchmarks.quality.runs import KEPT, Key, Run, add_run, read_runs
 from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
 from benchmarks.quality.spectrum import SPECTRUM_TASKS, WIDTH_TASKS
 from benchmarks.quality.sums import SUMS_TASK
@@ -46,38 +46,16 @@ OWN_TASKS: Mapping[str, Sequence[Task]] = {
     "placed": (WORDS_TASK,),
 }
 """The tasks of groups that are not for all of them."""
-KEPT = Path("benchmarks/quality/results")
 BUILD = Path("build/benchmarks/quality")
 SEEDS = 3
 MOST_BEYOND = 5  # more would be needed where each step towards 0 is better, as if training did nothing but harm
-Group = Literal[
-    "main",
-    "scales",
-    "starts",
-    "sizes",
-    "ranks",
-    "facts",
-    "passwords",
-    "rewards",
-    "bases",
-    "widths",
-    "gammas",
-    "attention",
-    "places",
-    "sides",
-    "curves",
-    "placed",
-    "relatives",
-    "lambda",
-    "rule",
-]
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(
     task: Annotated[str, typer.Option(help="A regular expression for the names of tasks.")] = ".*",
     contestant: Annotated[str, typer.Option(help="A regular expression for the names of methods.")] = ".*",
-    group: Annotated[Group, typer.Option(help="Who takes part.")] = "main",
+    group: Annotated[str, typer.Option(help=f"Who takes part: {', '.join(GROUPS)}.")] = "main",
     seeds: Annotated[int, typer.Option(help="Runs of each method at each learning rate.")] = SEEDS,
     full: Annotated[bool, typer.Option("--full", help="Use all data, not a quick look with little of it.")] = False,  # noqa: FBT002
     piece: Annotated[str, typer.Option(help="A piece of benchmarks.quality.pieces, in full; `list` lists them.")] = "",
@@ -94,6 +72,8 @@ def main(
                 if piece != "list":
                     runs_of(own.task, chosen, range(own.seeds), KEPT, full=True, rates=own.rates, is_halved=True)
         return
+    if group not in GROUPS:
+        raise typer.BadParameter(f"there are the groups {', '.join(GROUPS)}")
     directory = KEPT if full else BUILD
     offered = {task.name: task for task in OWN_TASKS.get(group, TASKS.values())}
     tasks = {name: each for name, each in offered.items() if re.fullmatch(task, name)}

@@ -23,7 +23,9 @@ STYLES: dict[str, dict[str, Any]] = {
     "full": {"color": "#009e73"},
     "LoRA": {"color": "#d55e00"},
     "LoRA, equal size": {"color": "#e69f00"},
+    "rsLoRA": {"color": "#cc79a7"},
     "dense": {"color": "#0072b2", "linewidth": 2},
+    "block": {"color": "#6a51a3", "linestyle": (0, (3, 2))},
     "gamma first": {"color": "#56b4e9", "linestyle": (0, (3, 2))},
 }
 """Of the contestants that figures on several pages show, so that each looks the same on all."""

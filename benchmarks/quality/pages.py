@@ -10,15 +10,16 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.quality import figures, summary
-from benchmarks.quality.__main__ import KEPT, TASKS, file_stem
-from benchmarks.quality.contestants import GROUPS
-from benchmarks.quality.runs import Run, read_runs
+from benchmarks.quality.__main__ import TASKS, file_stem
+from benchmarks.quality.contestants import GROUPS, LORA_RANKS
+from benchmarks.quality.runs import KEPT, Run, read_runs
 from benchmarks.quality.spectrum import WIDTH_TASKS
 from benchmarks.quality.task import Task
 
 DOCS = Path("docs")
 PAGES = [Path("README.md"), DOCS / "learning_rate.md", *sorted(DOCS.glob("results*.md"))]
 REAL = ("film reviews", "tweets", "clothes", "word problems")
+SIX = (*REAL, "digits", "docstrings")
 ROWS = {
     "full": "full fine-tuning",
     "LoRA": "LoRA, r = 32",
@@ -40,8 +41,30 @@ LEFT_OUT = {
 """Contestants of a group that are not shown, because others are like them, or no option makes them."""
 SIZES = {"LoRA": "LoRA", "dense": "RandLoRA, dense", "gamma first": "RandLoRA, Γ first"}
 """The methods in the figures of both groups, and what they are called there."""
+FULL = "full fine-tuning"
+METHODS = {
+    "LoRA": "LoRA",
+    "rsLoRA": "rsLoRA",
+    "dense": "RandLoRA, `dense`",
+    "block": "RandLoRA, `block`",
+}
+"""The methods of which the curves have sizes."""
+PAIRS = {
+    "main": {
+        f"{ROWS[own]} over {ROWS[other]}": (own, other)
+        for own in ("dense", "block")
+        for other in ("LoRA, equal size", "LoRA", "rsLoRA", "full")
+    },
+    "curves": {
+        f"{METHODS[own]} over {METHODS[other]}, {rank}": (f"{own} {rank}", f"{other} {rank}")
+        for rank in LORA_RANKS
+        for own, other in (("dense", "LoRA"), ("block", "LoRA"), ("dense", "rsLoRA"))
+    },
+}
+"""Pairs of contestants of a group that are compared, by what their row is called."""
 PLACE = re.compile(
-    r"<!-- (?P<kind>rates|overview|costs|best rates) of (?P<group>\w+) of (?P<tasks>[\w, ]+) -->\n(?:\n(?:\|.*\n)+)?"
+    r"<!-- (?P<kind>rates|overview|costs|best rates|differences|smallest) of (?P<group>\w+) of (?P<tasks>[\w, ]+) -->\n"
+    r"(?:\n(?:\|.*\n)+)?"
 )
 KNOWN: dict[str, Task] = TASKS | {task.name: task for task in WIDTH_TASKS}
 
@@ -79,6 +102,10 @@ def filled(page: str) -> str:
             made = summary.rates_of(task, runs)
         elif place["kind"] == "best rates":
             made = summary.best_rates(tasks)
+        elif place["kind"] == "differences":
+            made = summary.differences(tasks, PAIRS[place["group"]])
+        elif place["kind"] == "smallest":
+            made = summary.smallest(tasks, METHODS, FULL)
         else:
             made = (summary.costs if place["kind"] == "costs" else summary.overview)(tasks, rows)
         return f"{place[0].splitlines()[0]}\n\n{made}"
@@ -93,3 +120,7 @@ if __name__ == "__main__":
     figures.draw(main, FIGURES / "quality.svg", CURVES)
     whole = [[run for run in kept_runs(task, "main") if run.key.contestant == "full"] for task, _ in ranks]
     figures.draw_sizes(ranks, SIZES, whole, FIGURES / "ranks.svg")
+    curves = [(TASKS[name], kept_runs(TASKS[name], "curves")) for name in SIX]
+    if drawn := [(task, runs) for task, runs in curves if any(run.key.contestant == FULL for run in runs)]:
+        whole = [[run for run in runs if run.key.contestant == FULL] for _, runs in drawn]
+        figures.draw_sizes(drawn, METHODS, whole, FIGURES / "curves.svg")

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+KEPT = Path("benchmarks/quality/results")
+STEP_TIMES = KEPT / "step_times.json"
+
 
 @dataclass(frozen=True)
 class Key:
@@ -55,3 +58,9 @@ def add_run(file: Path, run: Run) -> None:
     line = json.dumps(asdict(run)) + "\n"
     with file.open("ab", buffering=0) as out:
         out.write(line.encode())
+
+
+def read_step_times() -> dict[str, dict[str, float]]:
+    """Read the time of a step over that of a LoRA of equal size, by task and contestant; there may be none."""
+    found: dict[str, dict[str, float]] = {}
+    return json.loads(STEP_TIMES.read_text(encoding="utf-8")) if STEP_TIMES.is_file() else found

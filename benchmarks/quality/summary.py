@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
-from benchmarks.quality.runs import Run
+from benchmarks.quality.runs import Run, read_step_times
 from benchmarks.quality.significance import Difference, difference, mean_and_error
 from benchmarks.quality.task import Task
 from benchmarks.results import in_markdown
 
 RATES = [float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1, 3)]
 """The learning rates that a sweep goes on to beyond those of a task, each at least twice the one before."""
+
+WITHIN = 0.01
+"""How far an adapter may be behind full fine-tuning to be as good: a point of accuracy, or so much loss."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +173,56 @@ Tasks = Collection[tuple[Task, Sequence[Run]]]
 
 
 def overview(tasks: Tasks, rows: Mapping[str, str]) -> str:
-    """Write a table in Markdown: the metric of some contestants, under other names, at their best learning rates."""
+    """Write a table in Markdown: the metric of some contestants, under other names, at their best learning rates.
+
+    What cannot be distinguished from the best of a task is bold, as that is. The last column has their steps.
+    """
     lines = [[label] for label in rows.values()]
     for task, runs in tasks:
         curves = by_contestant(points_of(task, runs))
+        chosen = {name: best(task, curves[name]) for name in rows if name in curves}
+        sign = 1 if task.is_better_if_larger else -1
+        first = max(chosen, key=lambda name: sign * chosen[name].metric[0])
         for line, contestant in zip(lines, rows, strict=True):
-            line.append(_plain(task, *best(task, curves[contestant]).metric) if contestant in curves else "")
+            cell = _plain(task, *chosen[contestant].metric) if contestant in chosen else ""
+            is_bold = bool(cell) and not gain(task, runs, first, contestant).is_distinguishable
+            line.append(f"**{cell}**" if is_bold else cell)
+    if any(step_times := [steps_of(name, [task for task, _ in tasks]) for name in rows]):
+        lines = [[*line, step] for line, step in zip(lines, step_times, strict=True)]
+    titles = ["", *(f"{task.name}, {_title(task)}" for task, _ in tasks)]
+    return in_markdown([*titles, "step"][: len(lines[0])], lines)
+
+
+def steps_of(contestant: str, tasks: Collection[Task]) -> str:
+    """Write the time of a contestant's steps over those of a LoRA of equal size: the least and the most of tasks."""
+    times = [known[contestant] for task in tasks if contestant in (known := read_step_times().get(task.name, {}))]
+    ends = dict.fromkeys(f"{end:.2f}" for end in (min(times), max(times))) if times else ()
+    return " to ".join(ends)
+
+
+def differences(tasks: Tasks, pairs: Mapping[str, tuple[str, str]]) -> str:
+    """Write a table in Markdown: by how much the first of each pair is better than the second, by the one rule."""
+    lines = [[label] for label in pairs]
+    for task, runs in tasks:
+        names = {run.key.contestant for run in runs}
+        for line, pair in zip(lines, pairs.values(), strict=True):
+            line.append(written_gain(task, runs, *pair) if names.issuperset(pair) else "")
+    return in_markdown(["", *(f"{task.name}, {_title(task)}" for task, _ in tasks)], lines)
+
+
+def smallest(tasks: Tasks, methods: Mapping[str, str], reference: str) -> str:
+    """Write a table in Markdown: of each method the smallest size at most a point, or .01, behind a reference.
+
+    The contestants of a method are those whose names begin with its name. A cell has the trained parameters, and the
+    gain over the reference.
+    """
+    lines = [[label] for label in methods.values()]
+    for task, runs in tasks:
+        trained = {run.key.contestant: run.trained for run in runs}
+        near = [name for name in trained if gain(task, runs, name, reference).mean >= -WITHIN]
+        for line, method in zip(lines, methods, strict=True):
+            own = min((name for name in near if name.startswith(f"{method} ")), key=trained.__getitem__, default=None)
+            line.append(f"{trained[own]:,}: {written_gain(task, runs, own, reference)}" if own else "none")
     return in_markdown(["", *(f"{task.name}, {_title(task)}" for task, _ in tasks)], lines)
 
 
@@ -216,8 +263,10 @@ def rates_of(task: Task, runs: Sequence[Run]) -> str:
     for contestant, own in by_contestant(points).items():
         cells = {point.lr: f"{_plain(task, point.metric[0])} ({point.drift[0]:.3f})" for point in own}
         bold = {lr: f"**{cell}**" if (contestant, lr) in chosen else cell for lr, cell in cells.items()}
-        lines.append([contestant, *(bold.get(lr, "") for lr in rates)])
-    return in_markdown([f"{_title(task)} (drift)", *(f"{lr:g}" for lr in rates)], lines)
+        lines.append([contestant, *(bold.get(lr, "") for lr in rates), steps_of(contestant, [task])])
+    width = None if any(line[-1] for line in lines) else -1
+    titles = [f"{_title(task)} (drift)", *(f"{lr:g}" for lr in rates), "step"]
+    return in_markdown(titles[:width], [line[:width] for line in lines])
 
 
 def mean_seconds(runs: Sequence[Run], contestant: str) -> float:

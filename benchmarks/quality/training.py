@@ -27,13 +27,7 @@ def make_run(task: Task, contestant: Contestant, key: Key, size: Size) -> Run:
     lr, seed = key.lr, key.seed
     torch.manual_seed(seed)
     prepared = task.prepare(seed, size)
-    torch.manual_seed(seed)  # the same numbers for all, whatever was drawn so far
-    adapted = contestant.adapt(prepared, seed)
-    head = list(prepared.head.parameters()) if prepared.head is not None else []
-    for parameter in head:
-        parameter.requires_grad_()
-    own = {id(parameter) for parameter in head}
-    body = [each for each in prepared.model.parameters() if each.requires_grad and id(each) not in own]
+    adapted, body, head = adapted_parts(prepared, contestant, seed)
     torch.manual_seed(seed)
     forget_peak()
     start = time.process_time()
@@ -53,6 +47,19 @@ def make_run(task: Task, contestant: Contestant, key: Key, size: Size) -> Run:
         file_bytes(adapted, prepared.model, body),
         describe("cpu"),
     )
+
+
+def adapted_parts(
+    prepared: Prepared, contestant: Contestant, seed: int
+) -> tuple[object, list[nn.Parameter], list[nn.Parameter]]:
+    """Adapt a model, and return what its library made of it, what is trained of its body, and the head."""
+    torch.manual_seed(seed)  # the same numbers for all, whatever was drawn so far
+    adapted = contestant.adapt(prepared, seed)
+    head = list(prepared.head.parameters()) if prepared.head is not None else []
+    for parameter in head:
+        parameter.requires_grad_()
+    own = {id(parameter) for parameter in head}
+    return adapted, [x for x in prepared.model.parameters() if x.requires_grad and id(x) not in own], head
 
 
 def train(

@@ -35,21 +35,8 @@ LONGEST_ANSWER = 36  # tokens
 IGNORED = -100  # no loss is computed there
 
 NAMES = (
-    "Ann",
-    "Ben",
-    "Carla",
-    "David",
-    "Eva",
-    "Frank",
-    "Greta",
-    "Henry",
-    "Iris",
-    "Jonas",
-    "Kira",
-    "Leo",
-    "Maya",
-    "Noah",
-)
+    "Ann", "Ben", "Carla", "David", "Eva", "Frank", "Greta", "Henry", "Iris", "Jonas", "Kira", "Leo", "Maya", "Noah"
+)  # fmt: skip
 THINGS = ("apples", "books", "coins", "stamps", "shells", "pencils", "cards", "marbles", "buttons", "stickers")
 MORE = ("buys {} more", "finds {} more", "gets {} from a friend", "wins {} in a game")
 LESS = ("gives {} away", "loses {}", "sells {}", "lends {} to a friend")

@@ -1,0 +1,172 @@
+"""The contest of quality: its one rule of significance, the rates it goes on to, and contestants of its own."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.quality import __main__ as quality
+from benchmarks.quality import docstrings, fashion, summary
+from benchmarks.quality.contestants import MAIN, lambda_alone, lora_once
+from benchmarks.quality.pieces import PIECES
+from benchmarks.quality.runs import Key, Run, add_run, read_runs
+from benchmarks.quality.significance import difference
+from benchmarks.quality.spectrum import SPECTRUM_TASKS
+from benchmarks.quality.task import Prepared, Targets
+
+TASK = quality.TASKS["tweets"]
+LIMIT = 2.776  # of t with four degrees of freedom
+
+
+def by_seed(values: Sequence[float]) -> dict[int, float]:
+    return dict(enumerate(values))
+
+
+def made_runs(contestant: str, metrics: Sequence[float], lr: float = 1e-3, **found: float) -> list[Run]:
+    return [
+        Run(Key("tweets", contestant, lr, seed), {"accuracy": value, "drift": 0.0, **found}, None, 1.0, 1, 1, 1, {})
+        for seed, value in enumerate(metrics)
+    ]
+
+
+def with_errors_away(errors: float) -> list[float]:
+    """Five values whose mean is so many standard errors above zero."""
+    around = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
+    return (around + errors * around.std() / math.sqrt(5)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "is_told"),
+    [
+        ([0.0] * 5, False),
+        ([0.5] * 5, True),
+        ([1.0, -1.0, 1.0, -1.0, 0.0], False),
+        (with_errors_away(LIMIT - 0.01), False),
+        (with_errors_away(LIMIT + 0.01), True),
+        (with_errors_away(-LIMIT - 0.01), True),
+        ([3.0], False),
+        ([], False),
+        ([1.0, 1.0, math.nan], False),
+    ],
+)
+def test_a_difference_is_told_only_where_its_interval_over_equal_seeds_leaves_zero_out(
+    values: list[float], is_told: bool
+) -> None:
+    found = difference(by_seed(values), {**dict.fromkeys(range(len(values)), 0.0), 9: 5.0})
+    assert found.is_distinguishable is is_told
+    assert found.written(1).startswith("not distinguishable") is not is_told
+
+
+def test_tables_tell_no_tie_apart_and_mark_all_that_is_level_with_the_best() -> None:
+    ties = [0.70, 0.72, 0.74, 0.76, 0.78]
+    runs = [*made_runs("dense", ties), *made_runs("block", ties), *made_runs("LoRA", [x - 0.05 for x in ties])]
+    rows = {name: name for name in ("dense", "block", "LoRA", "absent")}
+    *_, dense, block, lora, absent = summary.overview([(TASK, runs)], rows).splitlines()
+    assert (dense.count("**74.0 ± 1.4**"), block.count("**74.0 ± 1.4**"), lora.count("**")) == (1, 1, 0)
+    assert absent.split(" | ")[1].strip(" |") == ""
+    pairs = {"tie": ("dense", "block"), "better": ("dense", "LoRA"), "worse": ("LoRA", "dense")}
+    *_, tie, better, worse = summary.differences([(TASK, runs)], pairs).splitlines()
+    assert "not distinguishable (0.0 to 0.0)" in tie
+    assert "+5.0 (5.0 to 5.0)" in better
+    assert "-5.0 (-5.0 to -5.0)" in worse
+    assert "not distinguishable" in summary.table_of(TASK, runs)
+
+
+def test_the_smallest_adapter_is_the_one_with_the_fewest_parameters_within_a_point_of_the_reference() -> None:
+    runs = [*made_runs("full", [0.8] * 5), *made_runs("dense 1", [0.785] * 5), *made_runs("LoRA 1", [0.7] * 5)]
+    runs += [
+        Run(run.key, run.found, None, 1.0, 1, trained, 1, {})
+        for rank, trained in ((2, 20), (4, 10))
+        for run in made_runs(f"dense {rank}", [0.795] * 5)
+    ]
+    methods = {"dense": "ours", "LoRA": "LoRA"}
+    assert summary.smallest([(TASK, runs)], methods, "full").splitlines()[2:] == [
+        "| ours | 10: -0.5 (-0.5 to -0.5) |",
+        "| LoRA | none |",
+    ]
+
+
+def test_a_sweep_goes_beyond_its_edges_then_halves_the_steps_beside_the_best_which_validation_chooses() -> None:
+    def rates(metrics: dict[float, float], **found: float) -> tuple[float, ...]:
+        runs = [run for lr, value in metrics.items() for run in made_runs("dense", [value] * 2, lr, **found)]
+        return summary.next_rates(TASK, summary.points_of(TASK, runs), is_halved=True)
+
+    assert rates({1e-3: 0.9, 3e-3: 0.8, 1e-2: 0.1}) == (3e-4,)
+    assert rates({1e-3: 0.1, 3e-3: 0.8, 1e-2: 0.9}) == (3e-2,)
+    assert rates({1e-3: 0.7, 3e-3: 0.8, 1e-2: 0.1}) == (1.7e-3, 5.5e-3)
+    assert rates({1e-3: 0.7, 1.7e-3: 0.75, 3e-3: 0.8, 5.5e-3: 0.5, 1e-2: 0.1}) == ()
+    low, high = made_runs("dense", [0.9] * 2, validation=0.5), made_runs("dense", [0.8] * 2, 3e-3, validation=0.6)
+    assert summary.best(TASK, summary.points_of(TASK, [*low, *high])).lr == 3e-3
+
+
+def test_a_piece_that_was_interrupted_makes_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, contestants, rates = SPECTRUM_TASKS[0], {"dense": MAIN["dense"]}, {"dense": (1e-3, 3e-3)}
+    made: list[Key] = []
+
+    def make_run(_task: object, _contestant: object, key: Key, _size: object) -> Run:
+        made.append(key)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return Run(key, {"residual": 1.0, "drift": 0.0}, None, 1.0, 1, 1, 1, {})
+
+    monkeypatch.setattr(quality, "make_run", make_run)
+    with pytest.raises(KeyboardInterrupt):
+        quality.runs_of(task, contestants, range(2), tmp_path, full=True, rates=rates)
+    file = tmp_path / "flat_spectrum.jsonl"
+    other = Key(task.name, "dense", 3e-3, 1)
+    add_run(file, Run(other, {"residual": 2.0, "drift": 0.0}, None, 1.0, 1, 1, 1, {}))  # by a second process
+    found = quality.runs_of(task, contestants, range(2), tmp_path, full=True, rates=rates)
+    assert [(key.lr, key.seed) for key in made] == [(1e-3, 0), (3e-3, 0), (1e-3, 1), (1e-3, 1)]
+    assert len(found) == len({run.key for run in read_runs(file)}) == len([*read_runs(file)]) == 4
+
+
+def test_pieces_share_no_run() -> None:
+    taken = [
+        (piece.task.name, name)
+        for piece in PIECES.values()
+        for name in piece.contestants or quality.GROUPS[piece.group]
+    ]
+    assert len(taken) == len(set(taken))
+
+
+def prepared(model: nn.Module, targets: list[str] | str) -> Prepared:
+    return Prepared(model, None, Targets(targets, targets, targets), [], lambda _: torch.zeros(()), dict)
+
+
+def test_a_lora_adds_its_update_to_each_weight_of_attention_once() -> None:
+    model: Any = fashion.VisionTransformer()
+    before = model.blocks[0].attention.out_proj.weight.detach().clone()
+    lora_once(prepared(model, fashion.OURS), 0, rank=2)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in trained) == 2 * fashion.DEPTH * 16 * fashion.WIDTH
+    added = model.blocks[0].attention.out_proj.parametrizations.weight[0]
+    nn.init.normal_(added.up)
+    now = model.blocks[0].attention.out_proj.weight
+    torch.testing.assert_close(now - before, 2.0 * added.up @ added.down, atol=1e-5, rtol=1e-4)
+
+
+def test_updates_of_lambda_alone_are_a_vector_space_of_full_rank() -> None:
+    model: Any = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Linear(16, 24, bias=False))
+    before = [layer.weight.detach().clone() for layer in model]
+    lambda_alone(prepared(model, ["0", "1"]), 0, rank=4)
+    for layer, weight in zip(model, before, strict=True):
+        lam = layer.parametrizations.weight[0].lam
+        first, second = torch.randn(2, *lam.shape)
+        updates = []
+        for values in (first, second, 2 * first - second):
+            lam.data.copy_(values)
+            updates.append(layer.weight.detach() - weight)
+        torch.testing.assert_close(2 * updates[0] - updates[1], updates[2], atol=1e-4, rtol=1e-4)
+        assert torch.linalg.matrix_rank(updates[0]) == 16
+        assert lam.numel() == 4 * (24 + 16)
+
+
+def test_docstrings_keep_neither_code_nor_the_names_of_libraries() -> None:
+    text = "Return a `DataFrame` of scikit-learn's :class:`~pandas.Index`, as np.array or Series does for NumPy input."
+    assert docstrings.without_names(text) == "Return a of , as or Series does for input."
