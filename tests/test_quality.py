@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import docstrings, fashion, summary
-from benchmarks.quality.contestants import MAIN, lambda_alone, lora_once
+from benchmarks.quality.contestants import GROUPS, MAIN, lambda_alone, lora_once
 from benchmarks.quality.pieces import PIECES
 from benchmarks.quality.runs import Key, Run, add_run, read_runs
 from benchmarks.quality.significance import difference
@@ -107,31 +107,43 @@ def test_a_piece_that_was_interrupted_makes_only_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, contestants, rates = SPECTRUM_TASKS[0], {"dense": MAIN["dense"]}, {"dense": (1e-3, 3e-3)}
+    file, other = tmp_path / "flat_spectrum.jsonl", Key(task.name, "dense", 3e-3, 1)
     made: list[Key] = []
 
     def make_run(_task: object, _contestant: object, key: Key, _size: object) -> Run:
         made.append(key)
         if len(made) == 3:
             raise KeyboardInterrupt
+        if len(made) == 4:  # meanwhile, a second process makes the next one
+            add_run(file, Run(other, {"residual": 2.0, "drift": 0.0}, None, 1.0, 1, 1, 1, {}))
         return Run(key, {"residual": 1.0, "drift": 0.0}, None, 1.0, 1, 1, 1, {})
 
     monkeypatch.setattr(quality, "make_run", make_run)
     with pytest.raises(KeyboardInterrupt):
         quality.runs_of(task, contestants, range(2), tmp_path, full=True, rates=rates)
-    file = tmp_path / "flat_spectrum.jsonl"
-    other = Key(task.name, "dense", 3e-3, 1)
-    add_run(file, Run(other, {"residual": 2.0, "drift": 0.0}, None, 1.0, 1, 1, 1, {}))  # by a second process
     found = quality.runs_of(task, contestants, range(2), tmp_path, full=True, rates=rates)
     assert [(key.lr, key.seed) for key in made] == [(1e-3, 0), (3e-3, 0), (1e-3, 1), (1e-3, 1)]
     assert len(found) == len({run.key for run in read_runs(file)}) == len([*read_runs(file)]) == 4
 
 
+def test_a_piece_whose_rates_are_screened_runs_the_other_seeds_at_the_best_rate_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_run(_task: object, _contestant: object, key: Key, _size: object) -> Run:
+        return Run(key, {"residual": abs(math.log(key.lr / 1e-2)), "drift": 0.0}, None, 1.0, 1, 1, 1, {})
+
+    monkeypatch.setattr(quality, "make_run", make_run)
+    contestants = {"dense": MAIN["dense"]}
+    found = quality.runs_of(SPECTRUM_TASKS[0], contestants, range(5), tmp_path, full=True, screening=2)
+    seeds: dict[float, list[int]] = {}
+    for run in found:
+        seeds.setdefault(run.key.lr, []).append(run.key.seed)
+    assert sorted(seeds) == [1e-3, 3e-3, 5.5e-3, 1e-2, 1.7e-2, 3e-2, 1e-1]
+    assert {lr: own for lr, own in seeds.items() if own != [0, 1]} == {1e-2: [0, 1, 2, 3, 4]}
+
+
 def test_pieces_share_no_run() -> None:
-    taken = [
-        (piece.task.name, name)
-        for piece in PIECES.values()
-        for name in piece.contestants or quality.GROUPS[piece.group]
-    ]
+    taken = [(piece.task.name, name) for piece in PIECES.values() for name in piece.contestants or GROUPS[piece.group]]
     assert len(taken) == len(set(taken))
 
 

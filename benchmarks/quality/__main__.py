@@ -4,8 +4,9 @@ import gc
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
@@ -28,7 +29,7 @@ from benchmarks.quality.runs import KEPT, Key, Run, add_run, read_runs
 from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
 from benchmarks.quality.spectrum import SPECTRUM_TASKS, WIDTH_TASKS
 from benchmarks.quality.sums import SUMS_TASK
-from benchmarks.quality.task import Task
+from benchmarks.quality.task import Size, Task
 from benchmarks.quality.training import make_run
 from benchmarks.quality.words import WORDS_TASK
 
@@ -68,9 +69,10 @@ def main(
         for name, own in PIECES.items():
             if piece == "list" or re.fullmatch(piece, name):
                 console.print(name, style="bold")
-                chosen = {each: GROUPS[own.group][each] for each in own.contestants or GROUPS[own.group]}
                 if piece != "list":
-                    runs_of(own.task, chosen, range(own.seeds), KEPT, full=True, rates=own.rates, is_halved=True)
+                    chosen = {each: GROUPS[own.group][each] for each in own.contestants or GROUPS[own.group]}
+                    seeds_of = range(own.seeds)
+                    runs_of(own.task, chosen, seeds_of, KEPT, full=True, rates=own.rates, screening=own.screening)
         return
     if group not in GROUPS:
         raise typer.BadParameter(f"there are the groups {', '.join(GROUPS)}")
@@ -104,44 +106,56 @@ def runs_of(
     *,
     full: bool,
     rates: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
-    is_halved: bool = False,
+    screening: int | None = None,
 ) -> list[Run]:
     """Return the runs of some contestants, making those that are not in the task's file.
 
-    A contestant that is best at the lowest or the highest of its learning rates goes on to others beyond that, and to
-    those in the middle of the steps beside the best where they are to be halved. Rates that are given are all.
+    A contestant that is best at the lowest or the highest of its learning rates goes on to others beyond that. Of a
+    piece, which has a ``screening``, it then goes on to the middle of the steps beside the best; and unless that is 0,
+    rates are tried on so many seeds, and the others have the best alone. Rates that are given are all.
+
     For a quick look there is one seed, and one learning rate in the middle.
     """
     next_rates = {name: rates.get(name, task.rates[each.family]) for name, each in contestants.items()}
     if not full:
         seeds, next_rates = seeds[:1], {name: own[len(own) // 2 :][:1] for name, own in next_rates.items()}
     file = directory / f"{file_stem(task.name)}.jsonl"
-    known: dict[Key, Run] = {}
-    found = []
+    make = partial(kept_or_made, task, contestants, file, "full" if full else "quick")
+    found: list[Run] = []
+    curves: dict[str, list[summary.Point]] = {}
     for _ in range(1 + MOST_BEYOND):
-        for seed, name in itertools.product(seeds, next_rates):
-            for key in (Key(task.name, name, lr, seed) for lr in next_rates[name]):
-                if key not in known:
-                    known = {run.key: run for run in read_runs(file)}  # another process may have added some
-                if key not in known:
-                    twin = known.get(replace(key, contestant=TWINS.get((task.name, name), name)))
-                    known[key] = (
-                        replace(twin, key=key)
-                        if twin
-                        else make_run(task, contestants[name], key, "full" if full else "quick")
-                    )
-                    add_run(file, known[key])
-                measured = ", ".join(f"{what} {value:.3f}" for what, value in known[key].found.items())
-                words = f"{task.name}, {name}, lr {key.lr:g}, seed {seed}: {measured}"
-                console.print(f"{words} ({known[key].seconds:.0f} s)")
-                found.append(known[key])
+        found += make(seeds[: screening or None], next_rates)
         curves = summary.by_contestant(summary.points_of(task, found))
-        next_rates = {
-            name: more
-            for name, points in curves.items()
-            if name not in rates and (more := summary.next_rates(task, points, is_halved=is_halved))
-        }
+        more = {name: summary.next_rates(task, own, is_halved=screening is not None) for name, own in curves.items()}
+        next_rates = {name: own for name, own in more.items() if own and name not in rates}
+    if screening:
+        best = {name: (summary.best(task, own).lr,) for name, own in curves.items()}
+        found += make(seeds[screening:], best)
     return found
+
+
+def kept_or_made(
+    task: Task,
+    contestants: Mapping[str, Contestant],
+    file: Path,
+    size: Size,
+    seeds: Sequence[int],
+    rates: Mapping[str, Sequence[float]],
+) -> Iterator[Run]:
+    """Go through runs, making and keeping those that are not in a file, which other processes may add to."""
+    known: dict[Key, Run] = {}
+    for seed, name in itertools.product(seeds, rates):
+        for key in (Key(task.name, name, lr, seed) for lr in rates[name]):
+            if key not in known:
+                known = {run.key: run for run in read_runs(file)}
+            if key not in known:
+                twin = known.get(replace(key, contestant=TWINS.get((task.name, name), name)))
+                known[key] = replace(twin, key=key) if twin else make_run(task, contestants[name], key, size)
+                add_run(file, known[key])
+            measured = ", ".join(f"{what} {value:.3f}" for what, value in known[key].found.items())
+            words = f"{task.name}, {name}, lr {key.lr:g}, seed {seed}: {measured}"
+            console.print(f"{words} ({known[key].seconds:.0f} s)")
+            yield known[key]
 
 
 def file_stem(name: str) -> str:

@@ -37,6 +37,7 @@ class Piece:
         rates: The learning rates of each, which are then all. Without them, a piece begins with those of the family,
             goes beyond the lowest or the highest while that is the best, and then halves the steps beside the best.
         seeds: Runs of each at each rate.
+        screening: If it is not 0, rates are tried on so many seeds, and the others have the best alone.
     """
 
     group: str
@@ -44,6 +45,7 @@ class Piece:
     contestants: tuple[str, ...] = ()
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     seeds: int = SEEDS
+    screening: int = 0
 
 
 def of_rule(task: Task, *names: str) -> Piece:
@@ -83,9 +85,9 @@ PIECES: dict[str, Piece] = {
     **{f"curves of {task.name}": Piece("curves", task) for task in CHEAP},
     **{f"relatives of {task.name}": Piece("relatives", task) for task in (DIGITS_TASK, DOCSTRINGS_TASK)},
     **{f"lambda of {task.name}": Piece("lambda", task) for task in CHEAP},
-    **{f"curves of {task.name}": Piece("curves", task) for task in EARLIER[:2]},
-    **{f"lambda of {task.name}": Piece("lambda", task, ("Λ alone 4",)) for task in EARLIER},
-    "curves of word problems": Piece("curves", WORDS_TASK),
-    "placed of word problems": Piece("placed", WORDS_TASK, seeds=3),
+    **{f"curves of {task.name}": Piece("curves", task, screening=2) for task in EARLIER[:2]},
+    **{f"lambda of {task.name}": Piece("lambda", task, ("Λ alone 4",), screening=2) for task in EARLIER},
+    "curves of word problems": Piece("curves", WORDS_TASK, screening=2),
+    "placed of word problems": Piece("placed", WORDS_TASK, screening=2),
 }
 """In order of worth."""
