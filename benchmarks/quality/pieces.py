@@ -6,18 +6,19 @@ interrupted, and several processes may make different pieces at once.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from benchmarks.quality import fashion
+from benchmarks.quality import fashion, words
+from benchmarks.quality.contestants import CURVES
 from benchmarks.quality.digits import DIGITS_TASK
 from benchmarks.quality.docstrings import DOCSTRINGS_TASK
 from benchmarks.quality.fashion import CLOTHES_TASK
 from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
 from benchmarks.quality.sums import SUMS_TASK
 from benchmarks.quality.task import Prepared, Task
-from benchmarks.quality.words import WORDS_TASK
 
 SHARES = (0.2, 0.3, 0.5)
 """The rates that the rule may name, times m̃ / √(20 / s)."""
@@ -67,6 +68,7 @@ def longer(task: Task, prepare: Callable[..., Prepared]) -> list[Task]:
 
 
 CHEAP = (DIGITS_TASK, CLOTHES_TASK, DOCSTRINGS_TASK)
+WORDS_TASK = replace(words.WORDS_TASK, prepare=partial(words.prepare, is_solving=False))
 EARLIER = (TWEETS_TASK, REVIEWS_TASK, WORDS_TASK)
 LONGER_TASKS = [*longer(CLOTHES_TASK, fashion.prepare), *longer(DOCSTRINGS_TASK, DOCSTRINGS_TASK.prepare)]
 TWINS = {
@@ -76,6 +78,8 @@ TWINS = {
 }
 """Contestants of a task of which some runs are kept under other names; these are copied."""
 
+FIRST = tuple(name for name in CURVES if not re.fullmatch(r"block (?!4$).*|rsLoRA [12]", name))
+"""The contestants of the curves that are not like others in all tasks that are cheaper."""
 PIECES: dict[str, Piece] = {
     "rule of clothes": of_rule(CLOTHES_TASK, "dense", "block", "dense, s = 2"),
     "rule of sums": of_rule(SUMS_TASK, "dense", "dense, s = 2", "dense, s = 0.5"),
@@ -87,7 +91,10 @@ PIECES: dict[str, Piece] = {
     **{f"lambda of {task.name}": Piece("lambda", task) for task in CHEAP},
     **{f"curves of {task.name}": Piece("curves", task, screening=2) for task in EARLIER[:2]},
     **{f"lambda of {task.name}": Piece("lambda", task, ("Λ alone 4",), screening=2) for task in EARLIER},
-    "curves of word problems": Piece("curves", WORDS_TASK, screening=2),
+    "curves of word problems": Piece("curves", WORDS_TASK, FIRST, screening=2),
+    "further curves of word problems": Piece(
+        "curves", WORDS_TASK, tuple(name for name in CURVES if name not in FIRST), screening=2
+    ),
     "placed of word problems": Piece("placed", WORDS_TASK, screening=2),
 }
 """In order of worth."""
