@@ -22,7 +22,7 @@ from benchmarks.quality.runs import STEP_TIMES, read_step_times
 from benchmarks.quality.task import Size, Task
 from benchmarks.quality.training import adapted_parts, train
 
-STEPS, ROUNDS = 4, 7
+STEPS, ROUNDS = 4, 15
 LEFT_OUT = ("frozen", "PEFT")
 MEASURED: Mapping[str, Contestant] = {
     name: contestant
