@@ -2,7 +2,7 @@
 
 A batch is split into parts whose gradients are added up, as several processes do. The encoder of the film reviews is
 trained by each method at a good learning rate, without dropout, for which the processes would draw other numbers. What
-is compared are the logits of test texts. ``python -m benchmarks.quality.apart`` prints a table of which
+is compared are the logits of test texts. ``python -m benchmarks.apart`` prints a table of which
 docs/distributed.md has the figures, in half an hour.
 """
 
