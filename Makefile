@@ -32,7 +32,6 @@ bench: $(VENV)/.dev
 
 quality: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)  # hours; a run that is interrupted goes on
 	$(BIN)/python -m benchmarks.quality --full $(ARGS)
-	$(BIN)/python -m benchmarks.quality.landscape --full
 
 quality-quick: $(VENV)/.dev $(VENV)/.smollm2 $(REVIEWS) $(CLOTHES)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
