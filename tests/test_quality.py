@@ -16,6 +16,7 @@ from benchmarks.quality.pieces import PIECES
 from benchmarks.quality.runs import Key, Run, add_run, read_runs
 from benchmarks.quality.significance import difference
 from benchmarks.quality.spectrum import SPECTRUM_TASKS
+from benchmarks.quality.step_time import MEASURED, reference_of
 from benchmarks.quality.task import Prepared, Targets
 
 TASK = quality.TASKS["tweets"]
@@ -147,6 +148,21 @@ def test_pieces_share_no_run() -> None:
     assert len(taken) == len(set(taken))
 
 
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("block 16", "LoRA 16"),
+        ("Λ alone 4", "LoRA 4"),
+        ("LoRA+ 2", "LoRA 2"),
+        ("dense, r = 8", "LoRA, equal size"),
+        ("dense", "LoRA, equal size"),
+    ],
+)
+def test_the_step_of_a_contestant_is_timed_beside_the_lora_of_its_size(name: str, reference: str) -> None:
+    assert reference_of(name) == reference
+    assert reference in MEASURED
+
+
 def prepared(model: nn.Module, targets: list[str] | str) -> Prepared:
     return Prepared(model, None, Targets(targets, targets, targets), [], lambda _: torch.zeros(()), dict)
 
@@ -180,5 +196,5 @@ def test_updates_of_lambda_alone_are_a_vector_space_of_full_rank() -> None:
 
 
 def test_docstrings_keep_neither_code_nor_the_names_of_libraries() -> None:
-    text = "Return a `DataFrame` of scikit-learn's :class:`~pandas.Index`, as np.array or Series does for NumPy input."
+    text = "Return a `DataFrame` of scikit-learn's :class:`~pandas.Index`, as np.array or Series does for numpy input."
     assert docstrings.without_names(text) == "Return a of , as or Series does for input."
