@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import docstrings, fashion, summary
+from benchmarks.quality import docstrings, fashion, pieces, summary
 from benchmarks.quality.contestants import GROUPS, MAIN, lambda_alone, lora_once
 from benchmarks.quality.pieces import PIECES
 from benchmarks.quality.runs import Key, Run, add_run, read_runs
@@ -146,6 +146,19 @@ def test_a_piece_whose_rates_are_screened_runs_the_other_seeds_at_the_best_rate_
 def test_pieces_share_no_run() -> None:
     taken = [(piece.task.name, name) for piece in PIECES.values() for name in piece.contestants or GROUPS[piece.group]]
     assert len(taken) == len(set(taken))
+
+
+def test_a_share_of_the_rule_loses_to_the_best_of_all_rates_whose_cliff_is_ten_points_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "KEPT", tmp_path)
+    rates = PIECES["rule of tweets"].rates["dense, by the rule"]
+    runs = [*made_runs("dense", [0.75] * 5, 1.0 / 384), *made_runs("dense", [0.6] * 5, 2.0 / 384)]
+    for lr, metric in zip(rates, (0.7, 0.8, 0.78), strict=True):
+        runs += made_runs("dense, by the rule", [metric] * 5, lr)
+    for run in runs:
+        add_run(tmp_path / "tweets.jsonl", run)
+    assert pieces.losses_of_rule().splitlines()[2:] == ["| tweets, dense | 10.0 | 0.0 | 2.0 | 0.30 | 2.00 |"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.quality.task import Prepared, Size, Targets, Task
 
@@ -22,6 +22,7 @@ SIDE, PATCH, WIDTH, DEPTH, HEADS, CLASSES = 8, 2, 128, 2, 4, 10
 KNOWN, TRAINING, VALIDATION = 900, 300, 200  # images; the others are for tests
 PRETRAINING_EPOCHS, EPOCHS, BATCH_SIZE = 20, 5, 32
 PRETRAINING_LR = 1e-3
+upright = nn.Identity()
 LAYERS = r"vit\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
 
 
@@ -43,11 +44,6 @@ def accuracy(model: Any, turn: Callable[[Tensor], Tensor], rows: Tensor) -> floa
     """Return the share of images whose digit is found after they are turned, or not."""
     images, labels = read_digits()
     return float((model.eval()(turn(images[rows])).logits.argmax(1) == labels[rows]).float().mean())
-
-
-def upright(images: Tensor) -> Tensor:
-    """Return images as they are."""
-    return images
 
 
 def turned(images: Tensor) -> Tensor:

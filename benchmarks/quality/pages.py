@@ -1,8 +1,9 @@
 """Write tables and the figures of kept runs into the documentation: ``python -m benchmarks.quality.pages``.
 
 A page says where a table goes: ``<!-- rates of group of task -->`` for one with each learning rate of a task, and
-``<!-- overview of group of task, task -->``, ``costs`` or ``best rates`` for one with the best of each task. What
-follows such a line is made of the runs that are kept, and a test compares both. `make quality` writes all figures.
+``<!-- overview of group of task, task -->``, ``costs``, ``best rates``, ``differences`` or ``smallest`` for one with
+the best of each task; ``<!-- losses of rule of all tasks -->`` has the rule of the learning rate. What follows such a
+line is made of the runs that are kept, and a test compares both. `make quality` writes all figures.
 """
 
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from benchmarks.quality import figures, summary
 from benchmarks.quality.__main__ import TASKS, file_stem
 from benchmarks.quality.contestants import GROUPS, LORA_RANKS
+from benchmarks.quality.pieces import losses_of_rule
 from benchmarks.quality.runs import KEPT, Run, read_runs
 from benchmarks.quality.spectrum import WIDTH_TASKS
 from benchmarks.quality.task import Task
@@ -62,10 +64,7 @@ PAIRS = {
     },
 }
 """Pairs of contestants of a group that are compared, by what their row is called."""
-PLACE = re.compile(
-    r"<!-- (?P<kind>rates|overview|costs|best rates|differences|smallest) of (?P<group>\w+) of (?P<tasks>[\w, ]+) -->\n"
-    r"(?:\n(?:\|.*\n)+)?"
-)
+PLACE = re.compile(r"<!-- (?P<kind>[a-z ]+?) of (?P<group>\w+) of (?P<tasks>[\w, ]+) -->\n(?:\n(?:\|.*\n)+)?")
 KNOWN: dict[str, Task] = TASKS | {task.name: task for task in WIDTH_TASKS}
 
 
@@ -97,18 +96,16 @@ def filled(page: str) -> str:
         tasks = [(task, [run for run in runs if run.key.contestant not in hidden]) for task, runs in whole]
         names = dict.fromkeys(run.key.contestant for _, runs in tasks for run in runs)
         rows = ROWS if place["tasks"] == "all tasks" else {name: name for name in names}
-        if place["kind"] == "rates":
-            ((task, runs),) = tasks
-            made = summary.rates_of(task, runs)
-        elif place["kind"] == "best rates":
-            made = summary.best_rates(tasks)
-        elif place["kind"] == "differences":
-            made = summary.differences(tasks, PAIRS[place["group"]])
-        elif place["kind"] == "smallest":
-            made = summary.smallest(tasks, METHODS, FULL)
-        else:
-            made = (summary.costs if place["kind"] == "costs" else summary.overview)(tasks, rows)
-        return f"{place[0].splitlines()[0]}\n\n{made}"
+        made = {
+            "rates": lambda: summary.rates_of(*tasks[0]),
+            "best rates": lambda: summary.best_rates(tasks),
+            "overview": lambda: summary.overview(tasks, rows),
+            "costs": lambda: summary.costs(tasks, rows),
+            "differences": lambda: summary.differences(tasks, PAIRS[place["group"]]),
+            "smallest": lambda: summary.smallest(tasks, METHODS, FULL),
+            "losses": losses_of_rule,
+        }
+        return f"{place[0].splitlines()[0]}\n\n{made[place['kind']]()}"
 
     return PLACE.sub(table, page)
 

@@ -16,9 +16,12 @@ from benchmarks.quality.contestants import CURVES
 from benchmarks.quality.digits import DIGITS_TASK
 from benchmarks.quality.docstrings import DOCSTRINGS_TASK
 from benchmarks.quality.fashion import CLOTHES_TASK
+from benchmarks.quality.runs import KEPT, read_runs
 from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
+from benchmarks.quality.summary import best, points_of
 from benchmarks.quality.sums import SUMS_TASK
 from benchmarks.quality.task import Prepared, Task
+from benchmarks.results import in_markdown
 
 SHARES = (0.2, 0.3, 0.5)
 """The rates that the rule may name, times m̃ / √(20 / s)."""
@@ -85,7 +88,10 @@ PIECES: dict[str, Piece] = {
     "rule of sums": of_rule(SUMS_TASK, "dense", "dense, s = 2", "dense, s = 0.5"),
     **{f"rule of {task.name}": of_rule(task, "dense", "block") for task in (DIGITS_TASK, DOCSTRINGS_TASK, *EARLIER)},
     **{f"rule of {task.name}": of_rule(task, "dense") for task in LONGER_TASKS},
-    **{f"main of {task.name}": Piece("main", task, ("frozen",)) for task in (DIGITS_TASK, DOCSTRINGS_TASK)},
+    **{
+        f"main of {task.name}": Piece("main", task, ("frozen", "dense", "block"))
+        for task in (DIGITS_TASK, DOCSTRINGS_TASK)
+    },
     **{f"curves of {task.name}": Piece("curves", task) for task in CHEAP},
     **{f"relatives of {task.name}": Piece("relatives", task) for task in (DIGITS_TASK, DOCSTRINGS_TASK)},
     **{f"lambda of {task.name}": Piece("lambda", task) for task in CHEAP},
@@ -98,3 +104,25 @@ PIECES: dict[str, Piece] = {
     "placed of word problems": Piece("placed", WORDS_TASK, screening=2),
 }
 """In order of worth."""
+
+
+def losses_of_rule() -> str:
+    """Write a table in Markdown: how many points, or .01 of loss, each share loses to the best of all rates kept.
+
+    Rates are times m̃ / √(20 / s). The cliff is the lowest above the best that loses ten points.
+    """
+    lines = []
+    for piece in (piece for piece in PIECES.values() if piece.group == "rule"):
+        kept = [*read_runs(KEPT / f"{piece.task.name.replace(' ', '_')}.jsonl")]
+        for name in piece.contestants:
+            plain = name.removesuffix(", by the rule")
+            points = points_of(piece.task, (run for run in kept if run.key.contestant in (name, plain)))
+            if any(point.contestant == name for point in points):
+                unit = piece.task.width / math.sqrt(20 / SCALES[plain])
+                first, sign = best(piece.task, points), 100 if piece.task.is_better_if_larger else -100
+                lost = [(point.lr * unit, sign * (first.metric[0] - point.metric[0])) for point in points]
+                cliff = min((rate for rate, loss in lost if rate > first.lr * unit and loss >= 10), default=None)
+                cells = [f"{loss:.1f}" for share in SHARES for rate, loss in lost if abs(rate / share - 1) < 0.01]
+                ends = f"{first.lr * unit:.2f}", "" if cliff is None else f"{cliff:.2f}"
+                lines.append([f"{piece.task.name}, {plain}", *cells, *ends])
+    return in_markdown(["", *(f"{share:g}" for share in SHARES), "best", "cliff"], lines)
