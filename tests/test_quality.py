@@ -158,7 +158,11 @@ def test_a_share_of_the_rule_loses_to_the_best_of_all_rates_whose_cliff_is_ten_p
         runs += made_runs("dense, by the rule", [metric] * 5, lr)
     for run in runs:
         add_run(tmp_path / "tweets.jsonl", run)
-    assert pieces.losses_of_rule().splitlines()[2:] == ["| tweets, dense | 10.0 | 0.0 | 2.0 | 0.30 | 2.00 |"]
+    for run in made_runs("block, by the rule", [0.7] * 5, rates[1]):  # what an interrupted piece has made
+        add_run(tmp_path / "tweets.jsonl", run)
+    dense, block = pieces.losses_of_rule().splitlines()[2:]
+    assert dense == "| tweets, dense | 10.0 | 0.0 | 2.0 | 0.30 | 2.00 |"
+    assert block == "| tweets, block |  | 0.0 |  | 0.30 |  |"
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,8 @@ def losses_of_rule() -> str:
                 first, sign = best(piece.task, points), 100 if piece.task.is_better_if_larger else -100
                 lost = [(point.lr * unit, sign * (first.metric[0] - point.metric[0])) for point in points]
                 cliff = min((rate for rate, loss in lost if rate > first.lr * unit and loss >= 10), default=None)
-                cells = [f"{loss:.1f}" for share in SHARES for rate, loss in lost if abs(rate / share - 1) < 0.01]
+                near = {share: loss for share in SHARES for rate, loss in lost if abs(rate / share - 1) < 0.01}
+                cells = [f"{near[share]:.1f}" if share in near else "" for share in SHARES]
                 ends = f"{first.lr * unit:.2f}", "" if cliff is None else f"{cliff:.2f}"
                 lines.append([f"{piece.task.name}, {plain}", *cells, *ends])
     return in_markdown(["", *(f"{share:g}" for share in SHARES), "best", "cliff"], lines)
