@@ -66,6 +66,8 @@ def main(
     if threads or piece:
         torch.set_num_threads(threads or 1)  # sums of more threads differ in their last bits
     if piece:
+        if piece != "list" and not any(re.fullmatch(piece, name) for name in PIECES):
+            raise typer.BadParameter(f"there are the pieces {', '.join(PIECES)}")
         for name, own in PIECES.items():
             if piece == "list" or re.fullmatch(piece, name):
                 console.print(name, style="bold")
