@@ -14,9 +14,8 @@ from torch import Tensor
 
 import randlora
 from benchmarks.machine import describe
-from benchmarks.quality.__main__ import KEPT
 from benchmarks.quality.contestants import ours
-from benchmarks.quality.runs import Key, Run, add_run, read_runs
+from benchmarks.quality.runs import KEPT, Key, Run, add_run, read_runs
 from benchmarks.quality.spectrum import WIDTH_TASKS
 from benchmarks.quality.task import Task
 from benchmarks.quality.training import LARGEST_NORM, rate_at

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-from benchmarks.quality.summary import INK, STYLES
+from benchmarks.quality.figures import INK, STYLES
 
 OUTPUT = Path(__file__).with_name("axolotl.svg")
 EPOCHS = 4
