@@ -51,6 +51,7 @@ def page_name(page: Path) -> str:
 @pytest.fixture(autouse=True)
 def _known_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_layers", dict(registry._layers))
+    monkeypatch.setattr(registry, "_readers", {name: dict(layers) for name, layers in registry._readers.items()})
 
 
 def models_of(page: Path, *, real: bool) -> list[str]:
