@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -202,23 +203,22 @@ def _guarded(output: Any, *, always: bool) -> Any:
 
     Unless ``always``, tensors that no gradient could reach remain as they are.
     """
+    guard = partial(_guarded, always=always)
     if is_plain_tensor(output) and (output.requires_grad or (always and output.is_floating_point())):
         leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         leaf.register_hook(_refuse)
         return output - leaf  # -0.0 + 0.0 would be 0.0
     if isinstance(output, MutableMapping):  # also a ModelOutput of transformers
         for key in [*output]:
-            output[key] = _guarded(output[key], always=always)
+            output[key] = guard(output[key])
     elif type(output) in (tuple, list):
-        return type(output)(_guarded(each, always=always) for each in output)
+        return type(output)(map(guard, output))
     elif isinstance(output, tuple) and (make := getattr(type(output), "_make", None)) is not None:  # a named tuple
-        return make(_guarded(each, always=always) for each in output)
+        return make(map(guard, output))
     elif is_dataclass(output) and not isinstance(output, type):
         guarded = copy.copy(output)
         for each in fields(output):
-            object.__setattr__(
-                guarded, each.name, _guarded(getattr(output, each.name), always=always)
-            )  # also of a frozen one
+            object.__setattr__(guarded, each.name, guard(getattr(output, each.name)))  # also of a frozen one
         return guarded
     return output
 
