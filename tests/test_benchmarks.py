@@ -9,7 +9,7 @@ import pytest
 import randlora
 from benchmarks import scale
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import optimizers, pages, summary
+from benchmarks.quality import optimizers, pages, prose, summary
 from benchmarks.quality.runs import KEPT, read_runs
 from benchmarks.results import Results, Row
 from benchmarks.targets import TARGETS, faster, only_in_full, only_on, passed_over, verdicts, within
@@ -45,10 +45,10 @@ def test_a_target_is_met_or_missed_by_the_ratio_of_the_best_and_asked_of_its_dev
 @pytest.mark.parametrize("page", pages.PAGES, ids=str)
 def test_a_page_shows_the_runs_that_are_kept_whose_best_rates_are_inside_of_their_sweeps(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    places = list(pages.PLACE.finditer(text))
-    assert len(places) == text.count("<!--") > 0
-    assert "| LoRA" in text
-    assert pages.filled(text) == pages.filled(text.replace("| LoRA", "| LORA", 1)) == text
+    places, claims = list(pages.PLACE.finditer(text)), list(prose.CLAIM.finditer(text))
+    assert len(places) + len(claims) == text.count("<!--") > 0
+    assert pages.filled(text) == pages.filled(re.sub(r"(-->\n\n\|) ", r"\1 spoiled ", text)) == text
+    assert prose.problems(text, pages.runs_of) == []
     for place in places:
         for task in pages.tasks_of(place):
             points = summary.points_of(task, pages.kept_runs(task, place["group"]))
@@ -60,6 +60,29 @@ def test_a_page_shows_the_runs_that_are_kept_whose_best_rates_are_inside_of_thei
                     known = read_runs(KEPT / f"{quality.file_stem(task.name)}.jsonl")  # of screened rates one is shown
                     tried = {run.key.lr for run in known if run.key.contestant == contestant}
                     assert len(tried) >= (1 if contestant == "frozen" else 3), (task.name, contestant)
+
+
+def test_numbers_of_sentences_are_made_of_runs_and_what_cannot_be_told_apart_is_said() -> None:
+    better, level = (f"<!-- dense over {name} in clothes -->" for name in ("LoRA, equal size", "very_sparse"))
+    half_done = f"It gains 9.9{better}\npoints, 1.0 ± 0.1<!-- dense at\n0.001 in clothes --> in all.\n"
+    filled = prose.with_numbers(half_done, pages.runs_of)
+    assert filled == (
+        f"It gains 3.6 (2.0 to 5.2){better}\npoints, 73.8 ± 1.0<!-- dense at\n0.001 in clothes --> in all.\n"
+    )
+    assert prose.with_numbers(filled.replace("3.6 (2.0", "3.6\n(2.0"), pages.runs_of).startswith("It gains 3.6\n(2.0")
+    drift = prose.with_numbers("0<!-- drift of dense at 0.001 over dense at 0.003 in clothes -->", pages.runs_of)
+    assert drift.startswith("-0.1")
+    loss = prose.with_numbers("0<!-- dense at 0.001 over dense at 0.003 in word problems -->", pages.runs_of)
+    assert loss.startswith("0.0")  # less is better
+    told = [f"- It gains 1{better} points. It loses 1{level}.", "It gains 2 points.", "They differ by 0.1 ± 0.1.\n"]
+    assert [found.partition(":")[0] for found in prose.problems(" ".join(told), pages.runs_of)] == [
+        "does not say that a difference is not distinguishable from none",
+        *["no comment says what this number is of"] * 2,
+    ]
+    unsaid = f"They cannot be distinguished, 1{level}.\n\n| 1.0 ± 0.1 points |\n\n## What it rests on\n\n3 points.\n"
+    assert prose.problems(unsaid, pages.runs_of) == []
+    with pytest.raises(ValueError, match="a sentence names nothing in clothes, of which no run is kept"):
+        prose.with_numbers("0<!-- nothing in clothes -->", pages.runs_of)
 
 
 def test_the_rate_to_try_first_is_near_the_best_of_each_task() -> None:

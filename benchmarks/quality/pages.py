@@ -3,14 +3,16 @@
 A page says where a table goes: ``<!-- rates of group of task -->`` for one with each learning rate of a task, and
 ``<!-- overview of group of task, task -->``, ``costs``, ``best rates``, ``differences`` or ``smallest`` for one with
 the best of each task; ``<!-- losses of rule of all tasks -->`` has the rule of the learning rate. What follows such a
-line is made of the runs that are kept, and a test compares both. `make quality` writes all figures.
+line is made of the runs that are kept, and a test compares both; `benchmarks.quality.prose` has the numbers between.
+`make quality` writes all figures.
 """
 
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
-from benchmarks.quality import figures, summary
+from benchmarks.quality import figures, prose, summary
 from benchmarks.quality.__main__ import TASKS, file_stem
 from benchmarks.quality.contestants import GROUPS, LORA_RANKS
 from benchmarks.quality.pieces import losses_of_rule
@@ -19,7 +21,7 @@ from benchmarks.quality.spectrum import WIDTH_TASKS
 from benchmarks.quality.task import Task
 
 DOCS = Path("docs")
-PAGES = [Path("README.md"), DOCS / "learning_rate.md", *sorted(DOCS.glob("results*.md"))]
+PAGES = [Path("README.md"), *(DOCS / f"{name}.md" for name in ("choosing", "learning_rate", "results", "results_runs"))]
 REAL = ("film reviews", "tweets", "clothes", "word problems")
 SIX = (*REAL, "digits", "docstrings")
 ROWS = {
@@ -74,21 +76,28 @@ def tasks_of(place: re.Match[str]) -> list[Task]:
 
 
 def kept_runs(task: Task, group: str) -> list[Run]:
-    """Return the runs of a group that are kept, in the order of its contestants.
-
-    A learning rate that was tried on fewer seeds than others of a contestant is left out.
-    """
+    """Return the runs of a group that are kept, in the order of its contestants."""
     contestants = list(GROUPS[group])
-    known = read_runs(KEPT / f"{file_stem(task.name)}.jsonl")
-    chosen = [run for run in known if run.key.contestant in contestants]
-    counts = Counter((run.key.contestant, run.key.lr) for run in chosen)
+    chosen = [run for run in whole_runs(task) if run.key.contestant in contestants]
+    return sorted(chosen, key=lambda run: contestants.index(run.key.contestant))
+
+
+def whole_runs(task: Task) -> list[Run]:
+    """Return the runs that are kept, but none at a learning rate tried on fewer seeds than others of a contestant."""
+    known = [*read_runs(KEPT / f"{file_stem(task.name)}.jsonl")]
+    counts = Counter((run.key.contestant, run.key.lr) for run in known)
     most = {contestant: max(n for (name, _), n in counts.items() if name == contestant) for contestant, _ in counts}
-    whole = [run for run in chosen if counts[run.key.contestant, run.key.lr] == most[run.key.contestant]]
-    return sorted(whole, key=lambda run: contestants.index(run.key.contestant))
+    return [run for run in known if counts[run.key.contestant, run.key.lr] == most[run.key.contestant]]
+
+
+@cache
+def runs_of(name: str) -> tuple[Task, list[Run]]:
+    """Return a task and its whole runs, for the numbers in sentences."""
+    return KNOWN[name], whole_runs(KNOWN[name])
 
 
 def filled(page: str) -> str:
-    """Return a page with all of its tables made anew."""
+    """Return a page with all of its tables and numbers made anew."""
 
     def table(place: re.Match[str]) -> str:
         hidden = LEFT_OUT.get(place["group"], ())
@@ -107,7 +116,7 @@ def filled(page: str) -> str:
         }
         return f"{place[0].splitlines()[0]}\n\n{made[place['kind']]()}"
 
-    return PLACE.sub(table, page)
+    return prose.with_numbers(PLACE.sub(table, page), runs_of)
 
 
 if __name__ == "__main__":

@@ -108,11 +108,11 @@ def gain(task: Task, runs: Sequence[Run], first: str, second: str) -> Difference
     return difference(own, other) if task.is_better_if_larger else difference(other, own)
 
 
-def at_best(task: Task, runs: Sequence[Run], contestant: str) -> dict[int, float]:
-    """Return a contestant's metric at its best rate by seed."""
+def at_best(task: Task, runs: Sequence[Run], contestant: str, measure: str = "") -> dict[int, float]:
+    """Return a measure of a contestant at its best rate by seed, by default the task's metric."""
     own = [run for run in runs if run.key.contestant == contestant]
     lr = best(task, points_of(task, own)).lr
-    return {run.key.seed: run.found[task.metric] for run in own if run.key.lr == lr}
+    return {run.key.seed: run.found[measure or task.metric] for run in own if run.key.lr == lr}
 
 
 def written_gain(task: Task, runs: Sequence[Run], first: str, second: str) -> str:
@@ -201,12 +201,16 @@ def steps_of(contestant: str, tasks: Collection[Task]) -> str:
 
 
 def differences(tasks: Tasks, pairs: Mapping[str, tuple[str, str]]) -> str:
-    """Write a table in Markdown: by how much the first of each pair is better than the second, by the one rule."""
+    """Write a table in Markdown: by how much the first of each pair is better than the second, by the one rule.
+
+    Where nothing can be told, a cell has the interval alone.
+    """
     lines = [[label] for label in pairs]
     for task, runs in tasks:
         names = {run.key.contestant for run in runs}
         for line, pair in zip(lines, pairs.values(), strict=True):
-            line.append(written_gain(task, runs, *pair) if names.issuperset(pair) else "")
+            cell = written_gain(task, runs, *pair) if names.issuperset(pair) else ""
+            line.append(cell.removeprefix("not distinguishable "))
     return in_markdown(["", *(f"{task.name}, {_title(task)}" for task, _ in tasks)], lines)
 
 
