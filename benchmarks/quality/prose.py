@@ -19,10 +19,9 @@ CLAIM = re.compile(
 )
 SENTENCES = re.compile(r"\n\n|\n- |(?<=[.:;])\s")
 """What stands between two of them."""
-NO_PROSE = re.compile(
-    r"^\|.*|^```.*?^```|^## (?:Larger models, measured by others|What it rests on)\n.*?(?=^## |\Z)", re.M | re.S
-)
-"""Tables, code, and sections whose runs are others' or in a table that names where they are."""
+NOT_OURS = ("Larger models, measured by others", "What it rests on", "Tried, and no better")
+NO_PROSE = re.compile(rf"^\|.*|^```.*?^```|^## (?:{'|'.join(NOT_OURS)})\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+"""Tables, code, and sections whose runs are of others, in a table that names where they are, or not kept."""
 BARE = re.compile(r"\d\s±\s\d|\d\spoints?\b|\d\sof\sloss\b")
 """A measured value or difference."""
 
