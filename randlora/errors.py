@@ -102,10 +102,7 @@ def refusing(to: str) -> Iterator[None]:
 
 
 def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doing: str) -> None:
-    """Raise one error for all problems, if there are any, with the first few of them and a count.
-
-    ``doing`` is the refused call, for the first line: ``"inject"``, ``"load 'dir'"``.
-    """
+    """Raise one error with the first few problems and a count, if there are any; ``doing`` is the refused call."""
     if not problems:
         return
     if len(problems) == 1:
@@ -116,11 +113,8 @@ def raise_collected(error: type[RandLoRAError], problems: Sequence[str], *, doin
 
 
 def warn(message: str) -> None:
-    """Warn at the line outside of this library that made the call.
-
-    From Python 3.12 on, `warnings.warn` can find this line with ``skip_file_prefixes``.
-    """
-    level, frame = 1, sys._getframe()
+    """Warn at the line outside of this library that made the call."""
+    level, frame = 1, sys._getframe()  # from Python 3.12 on, ``skip_file_prefixes`` finds the line
     ours = "randlora.", "torch.utils._contextlib", "contextlib"
     while frame.f_back and frame.f_globals.get("__name__", "").startswith(ours):
         level, frame = level + 1, frame.f_back

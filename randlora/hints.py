@@ -241,6 +241,5 @@ class NotTheModel:
     if not TYPE_CHECKING:  # to which every name would then be one
 
         def __getattr__(self, name):
-            """Raise an `AttributeError` that says what is meant."""
             advice = "" if name.startswith("_") else f": {IN_PLACE}"
             raise AttributeError(f"a {type(self).__name__} has no {name!r}{advice}")

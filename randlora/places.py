@@ -178,10 +178,7 @@ class Plain(Whole):
 
 
 class Keeper:
-    """Knows of values that are kept outside of their parameters. Register subclasses by `register_keeper`.
-
-    Its public methods have the names and arguments of functions of this file, which ask it. ``None`` is no answer.
-    """
+    """Answers those functions of this file, by methods of their names, that ask about values kept elsewhere."""
 
 
 _asked: dict[str, list[Callable[..., Any]]] = defaultdict(list)
@@ -212,11 +209,8 @@ def place_of(owner: nn.Module, attribute: str) -> Place:
 
 
 def place_at(tensor: Tensor) -> Place:
-    """Return the place of a tensor that is not a parameter of the model, such as Λ or a copy that an adapter trains.
-
-    Tensors that are kept elsewhere have their own class, or attributes; keepers are not asked about others.
-    """
-    is_marked = type(tensor) not in (Tensor, nn.Parameter) or bool(vars(tensor))
+    """Return the place of a tensor that is not a parameter of the model, such as Λ or a copy that an adapter trains."""
+    is_marked = type(tensor) not in (Tensor, nn.Parameter) or bool(vars(tensor))  # as all that are kept elsewhere are
     for ask in _asked["place_at"] if is_marked else ():
         place: Place | None = ask(tensor)
         if place is not None:
@@ -266,10 +260,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def loaded_modules(modules: Iterable[nn.Module]) -> dict[int, str | None]:
-    """Return the modules, by id, whose parameters are loaded for each call of them or of a module around them.
-
-    The value is the class of the module that it is loaded with, by name, or ``None`` if it is loaded by itself.
-    """
+    """Return the modules that are loaded for each call, by id, with the class that each is loaded with, if any."""
     modules = list(modules)
     return {key: around for ask in _asked["loaded_modules"] for key, around in ask(modules).items()}
 

@@ -87,10 +87,7 @@ def raise_on_every_rank(ranks: Ranks | None) -> Iterator[None]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Have the functions called in the block agree with no other process, each of which may do something else in it.
-
-    They must gather nothing. In a block of `raise_on_every_rank` its processes agree at the end of that.
-    """
+    """Have the functions called in the block, which must gather nothing, agree with no other process."""
     token = _BLOCK.set(_Block(Ranks((), is_first=True), []))
     try:
         yield

@@ -134,11 +134,8 @@ class ReplacedParameter:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def exchange_values(self, parameter: Tensor) -> Tensor:
-        """Give the model's parameter the values and the flag of another, and return a tensor with the previous ones.
-
-        For a sharded parameter, because `fully_shard` keeps references and would ignore a replacement.
-        """
-        slot = self.live
+        """Give the model's parameter the values and the flag of another, and return a tensor with the previous ones."""
+        slot = self.live  # it stays, because `fully_shard` keeps references and would ignore a replacement
         place, given = place_at(slot), place_at(parameter)
         leaving = like(slot, slot.detach().clone(), requires_grad=slot.requires_grad)
         values, part = given.read(), place.part
@@ -148,10 +145,7 @@ class ReplacedParameter:
         return leaving
 
     def followed(self, root: nn.Module) -> list[ReplacedParameter]:
-        """Return it as the model has it now: in different modules with the same names, or in parts if it was untied.
-
-        `live` may then differ from `installed`; see `adopt`.
-        """
+        """Return it as the model has it now: in different modules with the same names, or in parts if it was untied."""
         parts: dict[int, dict[str, Slot]] = {}
         for fqn in self.slots:
             if (slot := _slot(root, fqn)) is not None:

@@ -121,7 +121,6 @@ class Report(NotTheModel):
         return self.trainable_parameters / self.total_parameters
 
     def __str__(self) -> str:
-        """Return a table of shapes followed by the totals, in lines of 80 columns."""
         trains = "trainable" if self.is_trainable else "frozen"
         lora_rank = f"{self.lora_rank:,.0f}" if self.lora_rank >= 10 else f"{self.lora_rank:.2g}"
         alphas = dict.fromkeys(f"{row.alpha:g}" for row in self.rows)
@@ -171,7 +170,6 @@ class MergeReport(NotTheModel):
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Return a summary line, two lines on rounding errors if any, and the notes."""
         names = ", ".join(with_factor(name, factor) for name, factor in self.adapters.items())
         ending = "reversible with randlora.unmerge" if self.reversible else "the layers are plain again"
         lines = [f"merged {names} into {len(self.targets)} layers; {ending}"]

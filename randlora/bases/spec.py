@@ -122,7 +122,6 @@ class BasisSpec:
         return cls(**{**values, "blocks": tuple(blocks) if isinstance(blocks, list) else blocks})
 
     def __str__(self) -> str:
-        """Return the spec on one line."""
         blocks = f", blocks={self.blocks}" if self.blocks else ""
         sizes = f"r={self.r}, dims={self.max_dim}x{self.min_dim}{blocks}"
         return f"{self.kind} bases (stream={self.stream}, seed={self.seed}, {sizes})"

@@ -64,7 +64,6 @@ class SaveReport:
     url: str | None = None
 
     def __str__(self) -> str:
-        """Return one line, and one more for the push and for each note."""
         lines = [f"saved {self.name!r} to {self.directory}, {as_bytes(self.nbytes)}"]
         return "\n".join([*lines, *([f"pushed to {self.url}"] if self.url else []), *self.notes])
 

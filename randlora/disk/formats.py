@@ -269,7 +269,6 @@ class TensorFile:
         self._starts = {tensor.name: start for tensor, start in zip(self.tensors, ends, strict=False)}
 
     def __enter__(self) -> Self:
-        """Create the file."""
         self._file = self._path.open("wb")
         return self
 

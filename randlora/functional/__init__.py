@@ -18,22 +18,15 @@ and the update is ``scaling · UB @ UA``, transposed if ``in > out``, where row 
 0.15 to 0.21 and in the authors' code; an adapter is only valid with the pairing it was trained with.
 """
 
-from randlora.functional.cost import Compute
-from randlora.functional.operation import Diagonals, WriteOut, adapted_linear
-from randlora.functional.pairs import BlockPair, DensePair, Pair
-from randlora.functional.update import delta_weight, grouped_update, summed_linear, update_norm, update_rows
-
-__all__ = [
-    "BlockPair",
-    "Compute",
-    "DensePair",
-    "Diagonals",
-    "Pair",
-    "WriteOut",
-    "adapted_linear",
-    "delta_weight",
-    "grouped_update",
-    "summed_linear",
-    "update_norm",
-    "update_rows",
-]
+from randlora.functional.cost import Compute as Compute
+from randlora.functional.operation import Diagonals as Diagonals
+from randlora.functional.operation import WriteOut as WriteOut
+from randlora.functional.operation import adapted_linear as adapted_linear
+from randlora.functional.pairs import BlockPair as BlockPair
+from randlora.functional.pairs import DensePair as DensePair
+from randlora.functional.pairs import Pair as Pair
+from randlora.functional.update import delta_weight as delta_weight
+from randlora.functional.update import grouped_update as grouped_update
+from randlora.functional.update import summed_linear as summed_linear
+from randlora.functional.update import update_norm as update_norm
+from randlora.functional.update import update_rows as update_rows

@@ -42,10 +42,7 @@ def autocast_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def product_dtype(x: object, weight: Tensor, in_features: int) -> torch.dtype | None:
-    """Return the dtype of the product of an input, ``(..., in_features)``, and a weight, both plain tensors.
-
-    ``None`` if they are not plain, or have different dtypes that autocast does not cast to one.
-    """
+    """Return the dtype of the product of two plain tensors, or ``None`` if they are not, or have no dtype in common."""
     if not is_plain_tensor(x) or not is_plain_tensor(weight) or x.device != weight.device:
         return None
     if x.dim() == 0 or x.shape[-1] != in_features:
@@ -221,10 +218,7 @@ class AdapterLayer(StoredWeight):
         return self.own_forward is None and base.randlora_base.forward is self.plain_forward()
 
     def _one_operation(self, owner: nn.Module, part: SiteAdapter, factor: float, x: Any) -> Tensor | None:
-        """Return the output of layer and adapter, computed as one operation.
-
-        ``None`` if the forward does more than a product, or dropout makes the adapter's input differ from the layer's.
-        """
+        """Return the output of layer and adapter as one operation, or ``None`` if the forward or dropout forbid it."""
         if (part.adapter.config.dropout and owner.training) or not self.runs_plain_forward(owner):
             return None
         if (product := self.product(owner, x)) is None:
@@ -259,10 +253,7 @@ class AdapterLayer(StoredWeight):
         return Update(part.basis, lam, gamma, part.scaling * factor, part.shape)
 
     def seat(self, owner: nn.Module) -> None:
-        """Rebuild the list of adapters that act here. Call after any change of what is active or merged.
-
-        Compiled code finds the adapters by their position in this list.
-        """
+        """Rebuild the list of adapters that act here. Call after any change of what is active or merged."""
         self.activation = self.state.activation
         self.acting = self._acting(self.state.active_unmerged)
         self.number()
@@ -271,7 +262,7 @@ class AdapterLayer(StoredWeight):
             modules[name].randlora_seat(part.adapter.name for part, _ in self.acting)
 
     def number(self) -> None:
-        """Let the adapters that act here know their positions, and the others that they have none."""
+        """Let the adapters that act here know their positions, by which compiled code finds them; others have none."""
         for part in self.adapters.values():
             part.position = None
         for position, (part, _) in enumerate(self.acting):

@@ -171,9 +171,6 @@ def diagonal_shapes(shape: Shape, r: int) -> tuple[Shape, Shape]:
 
 
 def initial_values(init: Init, shape: Shape) -> tuple[float, float]:
-    """Return the initial values of all entries of Λ and of Γ, for an update of this shape or a stack of them.
-
-    One starts at zero, so that the update is zero, and the other at a constant, whose first gradient is then zero.
-    """
-    constant = 1 / min(shape[-2:])
+    """Return the initial values of all entries of Λ and of Γ, for an update of this shape or a stack of them."""
+    constant = 1 / min(shape[-2:])  # the other is zero, so that the update is, and the first gradient of this one
     return (0.0, constant) if init == "lambda" else (constant, 0.0)

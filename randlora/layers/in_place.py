@@ -283,36 +283,29 @@ def attach(owner: nn.Module, layer: AdapterLayer) -> None:
 def detach(owner: nn.Module, layer: AdapterLayer) -> None:
     """Remove an adapter layer with Λ and Γ from its modules; removing the last one restores the original class."""
     for each in layer.owners(owner):
-        _detach(each, layer)
-
-
-def _detach(owner: nn.Module, layer: AdapterLayer) -> None:
-    base = plain_class(owner)
-    layers = {attribute: other for attribute, other in adapter_layers_of(owner).items() if other is not layer}
-    for name in layer.names:
-        del owner._modules[name]
-    layer.unsettle(owner)
-    owner.__dict__["randlora"] = layers
-    if not layers:
-        del owner.__dict__["randlora"]
-    change_class(owner, base)
-    own_forward = MethodType(type(owner).forward, owner) if layer.own_forward is None else layer.own_forward
-    for name in FORWARDS:  # accelerate's hooks may have been added or removed since
-        bound = owner.__dict__.get(name)
+        base, held = plain_class(each), vars(each)
+        layers = {attribute: other for attribute, other in adapter_layers_of(each).items() if other is not layer}
+        for name in layer.names:
+            del each._modules[name]
+        layer.unsettle(each)
+        held["randlora"] = layers
+        if not layers:
+            del held["randlora"]
+        change_class(each, base)
+        own_forward = MethodType(type(each).forward, each) if layer.own_forward is None else layer.own_forward
         is_shared = any(other.adopted == layer.adopted for other in layers.values())
-        if layer.adopted is not None and bound is layer.adopted[1] and not is_shared:
-            owner.__dict__[name] = layer.adopted[0]
-        if isinstance(bound, MethodType) and bound.__func__ is Adapted.forward:
-            owner.__dict__[name] = own_forward
-    if layer.own_forward is not None and not any(name in owner.__dict__ for name in FORWARDS):
-        owner.__dict__["forward"] = own_forward
+        for name in FORWARDS:  # accelerate's hooks may have been added or removed since
+            bound = held.get(name)
+            if layer.adopted is not None and bound is layer.adopted[1] and not is_shared:
+                held[name] = layer.adopted[0]
+            if isinstance(bound, MethodType) and bound.__func__ is Adapted.forward:
+                held[name] = own_forward
+        if layer.own_forward is not None and not any(name in held for name in FORWARDS):
+            held["forward"] = own_forward
 
 
 def add_adapter(owner: nn.Module, layer: AdapterLayer, part: Any, values: Sequence[Tensor], *, trainable: bool) -> None:
-    """Add an adapter with Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, or stacks of them, to a weight.
-
-    Or with the rows of a table; ``part`` is a `SiteAdapter`, or its `SiteRows`.
-    """
+    """Add an adapter, a `SiteAdapter` or `SiteRows`, to a weight, with its Λ and Γ, or stacks of them, or its rows."""
     name = part.adapter.name
     if adapter_layers_of(owner).get(layer.attribute) is not layer:
         attach(owner, layer)

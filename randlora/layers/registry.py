@@ -71,10 +71,7 @@ def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
 
 
 def register_weight(weight_type: str) -> Callable[[Layer], Layer]:
-    """Register the adapter layer of modules whose weight has a type, given by its qualified name, as a class decorator.
-
-    The entry applies to modules that the base class of the decorated class would adapt.
-    """
+    """Return a class decorator that registers a layer for weights of a type among those that its base class adapts."""
 
     def register(layer: Layer) -> Layer:
         _weights[weight_type] = layer

@@ -108,7 +108,6 @@ class ReadAttribute:
         self.attribute = attribute
 
     def __get__(self, owner: Any, kind: type) -> Any:
-        """Return the parameter, or what is computed with."""
         if owner is None:
             return self
         name, parameters = self.attribute, owner._parameters
@@ -136,7 +135,6 @@ class ReadAttribute:
         owner.__dict__[self.attribute] = value
 
     def __delete__(self, owner: nn.Module) -> None:
-        """Delete what was set."""
         try:
             del owner.__dict__[self.attribute]
         except KeyError:

@@ -180,10 +180,7 @@ class StoredWeight(ABC):
 
     @torch.no_grad()
     def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantized layers
-        """Return the original weight, or its part on this process, plus the updates of some adapters.
-
-        The owner is not changed. A collective if Λ and Γ are sharded.
-        """
+        """Return the original weight, or its part here, plus adapters' updates; a collective if these are sharded."""
         weight, place = self.weight_of(owner), place_of(owner, self.attribute)
         updates, own = run_collectives([partial(self.whole_updates, owner, weights), place.read])
         if self.unmerged is not None:  # then it is plain

@@ -275,7 +275,6 @@ class Problem:
     difference: float | None = None
 
     def __str__(self) -> str:
-        """Return one line."""
         return _line([self])
 
 
@@ -296,11 +295,9 @@ class CheckReport:
     notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether something was found."""
         return bool(self.problems)
 
     def __str__(self) -> str:
-        """Return the problems, equal ones together, what was not checked, and the notes."""
         found = len({problem.fqn for problem in self.problems})
         total = found + len(self.unchecked) + len(self.checked)
         lines = [f"{found} of {total} adapted weights are not as they should be; {len(self.checked)} are"]

@@ -262,10 +262,7 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
 
 
 def _rounded(module: nn.Module) -> dict[str, torch.dtype]:
-    """Round parameters to the dtypes that a module computes with, and return the dtypes of others.
-
-    A parameter that `fully_shard` has sharded keeps its dtype.
-    """
+    """Round parameters to the dtypes that a module computes with, and return those of others, which are sharded."""
     left = {}
     for name, dtype in vars(module)[CASTS].items():
         parameter = module._parameters.get(name)
@@ -340,10 +337,7 @@ def _places(root: nn.Module) -> dict[tuple[str, ...], list[str]]:
 
 
 def watch(census: Census) -> None:
-    """Watch the calls of a model with adapters, and of those modules in it for which a check is registered.
-
-    Calls of modules around a weight that is read are counted: see `randlora.layers.scopes`.
-    """
+    """Watch the calls of a model with adapters, and of those modules in it for which a check is registered."""
     root = census.model
     if check_call not in root._forward_pre_hooks.values():
         root.register_forward_pre_hook(check_call, with_kwargs=True, prepend=True)
@@ -363,7 +357,7 @@ def unwatch(census: Census) -> None:
 
 
 def _count(census: Census) -> None:
-    """Count the calls of the modules around those whose weights code reads as something else than the parameter."""
+    """Count the calls of the modules around those whose weights code reads as something else; see `layers.scopes`."""
     read = {id(owner) for site in census.adapted if site.layer.is_read for owner in site.layer.owners(site.owner)}
     read |= {id(module) for module in census.modules if CASTS in vars(module)}
     around = {name for fqn, module in census.visits if id(module) in read for name in prefixes(fqn)[:-1]}

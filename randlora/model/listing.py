@@ -68,7 +68,6 @@ class AdapterInfo:
         return f"<adapter {next(self._lines())}>"
 
     def __str__(self) -> str:
-        """Return its options and state in one line, and others for what else there is to say."""
         return "\n".join(wrapped(as_lines([line]) for line in self._lines()))
 
     def _lines(self) -> Iterator[str]:

@@ -56,7 +56,6 @@ class Setup:
     load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
-        """Check the options."""
         given = {field.name: getattr(self, field.name) for field in fields(Setup)}
         hints, least = get_type_hints(Setup), {"devices": 1, "tokens": 0, "optimizer_states": 0}
         problems = [problem for name, value in given.items() for problem in mistyped(value, hints[name], named(name))]
@@ -104,7 +103,6 @@ class TrainingMemory(Setup):
         return sum(held) + max(self.logits, self.backward)
 
     def __str__(self) -> str:
-        """Return a table, and what is not in it."""
         spread = f"each of {self.devices} devices, {self.strategy}" if self.devices > 1 else "one device"
         how_well = ", within 15 %" if self.tokens else ""
         last = "logits and their loss" if self.logits > self.backward else "backward of a block"

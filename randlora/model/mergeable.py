@@ -108,10 +108,7 @@ def option_problems(quantized: Quantized, dtype: torch.dtype | None) -> list[str
 
 
 def weight_problems(sites: Sequence[AdaptedSite], into: Into | None) -> list[str]:
-    """Return messages about weights that have no values here, or that cannot be merged into.
-
-    ``None`` means that merged weights are only computed.
-    """
+    """Return messages about weights without values, or that cannot be merged into, or only be computed for ``None``."""
     problems, offloaded = [], []
     for site in sites:
         layer, weight = site.layer, site.weight
@@ -180,11 +177,7 @@ def model_dtype(census: Census) -> torch.dtype | None:
 
 
 def refuse_backward(root: nn.Module, args: object, output: Any) -> Any:  # noqa: ARG001  # a hook's signature
-    """Return the output of a merged model such that ``backward()`` raises a `MergeError`. Used as a forward hook.
-
-    `torch.autograd.grad` still works, because gradients of chosen inputs are right. Adapters that are active on top of
-    merged ones can be trained.
-    """
+    """Return the output of a merged model such that ``backward()`` raises, but not `torch.autograd.grad`; a hook."""
     state = attached_state(root)
     if state is None or not torch.is_grad_enabled() or is_transformed():
         return None
@@ -199,10 +192,7 @@ def refuse_backward(root: nn.Module, args: object, output: Any) -> Any:  # noqa:
 
 
 def _guarded(output: Any, *, always: bool) -> Any:
-    """Return an output with the same bits whose tensors also depend on a leaf that refuses a gradient.
-
-    Unless ``always``, tensors that no gradient could reach remain as they are.
-    """
+    """Return an output whose tensors, ``always`` or if they require grad, depend on a leaf that refuses a gradient."""
     guard = partial(_guarded, always=always)
     if is_plain_tensor(output) and (output.requires_grad or (always and output.is_floating_point())):
         leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
@@ -238,10 +228,7 @@ def exchanged_weights(census: Census) -> list[tuple[dict[str, Any], AdapterLayer
 
 
 def replaced_problems(state: ModelState) -> list[str]:
-    """Return a message if a model has the original values in place of weights that adapters are merged into.
-
-    accelerate offloads what `state_dict` returns: while adapters are merged reversibly, the original weights.
-    """
+    """Return a message if a model has the original values, as `state_dict` does, in place of merged weights."""
     lost = [
         next(iter(layer.adapters.values())).fqn
         for parameters, layer, merged in state.merged_weights
@@ -276,11 +263,9 @@ TOKENS = 2, 3
 
 
 def differences_from_product(sites: Iterable[AdaptedSite]) -> dict[AdaptedSite, float | None]:
-    """Return `difference_from_product` of each layer that an adapter adds to and whose forward is not its kind's.
-
-    A forward that reads the weight from its attribute treats it the same after a merge.
-    """
+    """Return `difference_from_product` of each layer that an adapter adds to and whose forward is not its kind's."""
     own = [site for site in sites if site.layer.is_called and not site.layer.runs_plain_forward(site.owner)]
+    # a forward that reads the weight from its attribute treats it the same after a merge
     return {site: difference_from_product(site) for site in own if not site.layer.is_read}
 
 
@@ -301,11 +286,7 @@ def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[st
 
 @torch.no_grad()
 def difference_from_product(site: AdaptedSite) -> float | None:
-    """Return how far the effect of a change of the weight differs from the product, as a share of the product.
-
-    ``None`` if this cannot be tried: the weight is quantized, sharded, offloaded or has no values, the forward needs
-    more than one input, or its output is not finite or has a different shape.
-    """
+    """Return how far the effect of a change of the weight differs from the product, as a share; ``None`` if untried."""
     owner, layer = site.owner, site.layer
     weight = layer.find_weight(owner)
     if weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.numel():

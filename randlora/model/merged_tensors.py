@@ -107,18 +107,14 @@ class Share(Enum):
 
 @dataclass(frozen=True, eq=False)
 class MergedTensors:
-    """The tensors of a merged model, checked but not computed yet.
+    """The tensors of a merged model, checked but not computed yet."""
 
-    ``root`` is the module that has the adapters, and ``census`` is of the model given, without wrappers around it. All
-    of ``ranks`` iterate, the processes that together hold it. ``dtype`` is the dtype of all floating tensors.
-    """
-
-    root: nn.Module
+    root: nn.Module  # which has the adapters
     state: ModelState
-    census: Census
-    ranks: Ranks | None
+    census: Census  # of the model given, without wrappers around it
+    ranks: Ranks | None  # which all iterate
     entries: list[Entry]
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # of all floating tensors
     into: Into
 
     @classmethod
@@ -135,11 +131,7 @@ class MergedTensors:
             return cls(root, state, census, agreeing(), _entries(census), dtype, into)
 
     def each(self, take: Callable[[str, Tensor], Result], share: Share) -> Iterator[Result]:
-        """Compute one value after the other, keep none, and yield the result of a function for each.
-
-        An error in one process, including one raised by the function, is raised in all. With `Share.NONE` nothing is
-        yielded.
-        """
+        """Compute one value after the other, keep none, and yield the result of a function for each."""
         at_first = self._as_now()
         for entry in self.entries:
             taken: list[Result] = []

@@ -95,10 +95,7 @@ def disabled(model: nn.Module) -> AbstractContextManager[Any]:
 
 @contextmanager
 def without_active(model: nn.Module, checked: Callable[[Census, ModelState], object]) -> Iterator[object]:
-    """Run a block in which the active adapters do not act, and end it even after an exception or an interrupt.
-
-    ``checked`` checks the model, without changing it, and returns what `ModelState.open_block` takes.
-    """
+    """Run a block, what ``checked`` returns, in which active adapters do not act; end it even after an interrupt."""
     block: object = None
 
     def end() -> None:
@@ -224,10 +221,7 @@ def _resolved_factors(state: ModelState, names: Any) -> dict[str, Factor]:
 
 
 def factor_problems(state: ModelState, factors: Mapping[str, Any], *, by_layer: bool = False) -> list[str]:
-    """Return messages about unknown names, and about factors that are not finite numbers.
-
-    With ``by_layer``, a factor may be a mapping from patterns to numbers.
-    """
+    """Return messages about unknown names, and factors that are no finite numbers or, ``by_layer``, no mappings."""
     problems, numbers = state.unknown(factors), dict[str, Any]()
     for name, factor in factors.items():
         of = f"the factor of {name!r}"

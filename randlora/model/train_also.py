@@ -267,7 +267,6 @@ class Converter:
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle with the model."""
         return Converter, (self.model(),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Converter:

@@ -46,32 +46,21 @@ WRAPPERS = {
 
 
 def _ranks_holding(model: nn.Module, *, is_written: bool = False) -> Ranks | None:
-    """Return the processes that together hold a model whose parameters are as they are at rest; else ``None``.
-
-    These are all processes over which any of its parameters is sharded. Λ and Γ are sharded only if the adapter was
-    added before the model was sharded, and calls must not depend on that. ``is_written`` is as for `ranks_of`.
-    """
+    """Return the processes over which any parameter of a model at rest is sharded, if any; see `ranks_of`."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    return ranks_of(model.parameters(), is_written=is_written)
+    return ranks_of(model.parameters(), is_written=is_written)  # Λ and Γ are sharded if they were added before
 
 
 def is_held_together(model: nn.Module, *, is_written: bool = False) -> bool:
-    """Whether several processes together hold an adapted model, so that all must call functions on it.
-
-    ``is_written`` is as for `ranks_of`: then a model of ZeRO-3 counts that is whole on this process now.
-    """
+    """Whether several processes together hold an adapted model, and all must call functions on it; see `ranks_of`."""
     settle(model)  # after a forward, whole copies may be in the places of shards
     return _ranks_holding(model, is_written=is_written) is not None
 
 
 @contextmanager
 def together(model: Any, *, writes: bool) -> Iterator[None]:
-    """Raise an error in all processes that together hold a model if the block raised one in any of them.
-
-    A verb that changes a model (``writes``), or that reads values of other processes, runs in such a block as a whole,
-    so that an error at its very beginning does not leave others waiting.
-    """
+    """Raise an error in all processes that hold a model if the block, a whole verb, raised one in any of them."""
     ranks, unsettled = None, None
     if isinstance(model, nn.Module):  # the caller refuses others
         try:
@@ -111,10 +100,9 @@ class View:
 
 @contextmanager
 def opened(model: nn.Module, doing: str | None, *, writes: bool = False) -> Iterator[View]:
-    """Open an adapted model for one verb, while other threads that want to change a model wait.
+    """Open an adapted model for one verb, while other threads wait, and undo a block that ``writes`` and raises.
 
-    ``doing`` is what it does with all layers, such as ``"merge"``, or ``None`` if these may belong to any module. If
-    the block ``writes`` and raises, every change is undone.
+    ``doing`` is what it does with all layers, such as ``"merge"``, or ``None`` if these may belong to any module.
     """
     with CHANGING:
         settle(model)  # after a forward, whole copies may be in the places of shards
@@ -128,10 +116,7 @@ def opened(model: nn.Module, doing: str | None, *, writes: bool = False) -> Iter
 
 @contextmanager
 def opened_to_add(model: nn.Module, names: Iterable[str], doing: str) -> Iterator[View]:
-    """Open a model, adapted or not, for a verb that adds adapters of these names.
-
-    The view has the model without a wrapper around it, and possibly a state that is not attached yet.
-    """
+    """Open a model, adapted or not, for a verb that adds adapters of these names; its state may not be attached yet."""
     with CHANGING:
         settle(model)
         census = Census.of(model)

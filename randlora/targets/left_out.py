@@ -214,7 +214,6 @@ class LeftOut:
     reason: str | None
 
     def __str__(self) -> str:
-        """Return one line of a report."""
         count = len(self.fqns)
         noun = NOUNS[self.kind] if self.kind else "parameter"
         what = f"{count:,} {noun}{'s' * (count > 1)}" + (f" of {self.owner}" if self.owner else "")
