@@ -119,7 +119,10 @@ class Option:
 
 
 class ByPattern(Mapping[str, _Number]):
-    """An option's values by pattern, of which the first that matches applies: immutable, and equal only in order."""
+    """An option with a value for each pattern of layers; the first pattern that matches a layer applies.
+
+    It is immutable, and equals only mappings with the same entries in the same order.
+    """
 
     def __init__(self, numbers: Mapping[str, _Number]) -> None:
         """Copy a mapping from patterns to values."""

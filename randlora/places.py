@@ -28,18 +28,11 @@ not see a new one), or neither."""
 
 
 class Place(ABC):
-    """The place of the values of one parameter, or of a tensor outside of modules.
+    """The place of the values of one parameter, or of a tensor outside of modules."""
 
-    Attributes:
-        is_lasting: Whether written values stay. Not if an optimizer has copies that it would write back.
-        is_gathered_by_use: Whether a forward gathers the values where it uses them, on all processes in the same order.
-        is_loaded_on_call: Whether the values are loaded for each call of the module from where they can only be read.
-        exchanges: How the parameter is exchanged for a copy.
-    """
-
-    is_lasting: bool = True
-    is_loaded_on_call: bool = False
-    is_gathered_by_use: bool = False
+    is_lasting: bool = True  # whether written values stay: no optimizer has copies that it would write back
+    is_loaded_on_call: bool = False  # for each call of the module, from where they can only be read
+    is_gathered_by_use: bool = False  # where a forward uses them, on all processes in the same order
     exchanges: Exchanges = "parameters"
 
     @property

@@ -199,11 +199,15 @@ def rows_in_words(rows: Mapping[str, Sequence[int]]) -> list[str]:
 
 def left_out_lines(report: Report) -> list[str]:
     """Return the lines of a report about layers that are skipped and left out."""
+    return [*by_reason("left out", report.skipped), *map(str, report.left_out)]
+
+
+def by_reason(what: str, reasons: Mapping[str, str]) -> list[str]:
+    """Return a line for each reason, with the first few of its names: ``"left out: a, b (too large)"``."""
     names: dict[str, list[str]] = {}
-    for fqn, reason in report.skipped.items():
+    for fqn, reason in reasons.items():
         names.setdefault(reason, []).append(fqn)
-    skipped = [f"left out: {shortened(fqns)} ({reason})" for reason, fqns in names.items()]
-    return [*skipped, *map(str, report.left_out)]
+    return [f"{what}: {shortened(fqns)} ({reason})" for reason, fqns in names.items()]
 
 
 def adapter_report(

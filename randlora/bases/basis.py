@@ -101,7 +101,11 @@ class Basis:
         return {**lasting, "_drawn": None, "_copies": {}, "_pairs": {}, "_digests": {}, "_squares": {}}
 
     def extend(self, max_dim: int, min_dim: int) -> None:
-        """Extend the bases for layers of these dims, or raise a `ConfigError` if they were drawn for smaller ones."""
+        """Extend the bases so that layers of these dims can use them. Entries returned before do not change.
+
+        Raises:
+            ConfigError: If the bases were drawn for smaller dims and cannot grow.
+        """
         extent = (max(self.extent[0], max_dim), max(self.extent[1], min_dim))
         if extent == self.extent:
             return
@@ -284,7 +288,11 @@ class BasisBank:
         return sum(basis.nbytes for basis in self._bases)
 
     def find(self, spec: BasisSpec, *, used: tuple[int, int] | None = None) -> Basis | None:
-        """Return bases with the bits of a spec, or as in PEFT of its family and large enough for dims that are used."""
+        """Return bases in the bank with the bits of a spec, or ``None``.
+
+        If ``(max_dim, min_dim)`` of the slices that layers use are given, bases of the same family drawn for at least
+        these dims are accepted too, as in PEFT.
+        """
         for basis in self._bases:
             own = basis.spec
             if basis.stored is not None or own.family != spec.family:

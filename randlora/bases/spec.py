@@ -21,27 +21,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of bases, as the library needs to know it. Each is registered in `KINDS` under its name.
+    """A kind of bases, as the library needs to know it. Each is registered in `KINDS` under its name."""
 
-    Attributes:
-        draws: For each stream, the default one first, the function that draws the max_dim and min_dim that layers use.
-        dtype: Dtype of the stored values.
-        expected_rank: Estimates the rank of a layer's trained update from a spec and the layer's max_dim and min_dim.
-        sliced: Slices the working copies of A and B for a number of bases and a part of a layer.
-        paired: Makes the same pair, for the compiler to trace, from A and B as ``sliced`` returns them.
-        peft_flags: PEFT's ``(sparse, very_sparse)``; ``None`` if PEFT does not have the kind.
-        default_blocks: Returns ``(c, b)`` for a rank and the numbers of bases of its layers; ``None`` without blocks.
-        depends_on_dims: Whether every entry depends on the dims of the spec, whatever the stream.
-    """
-
-    draws: Mapping[Stream, Callable[[BasisSpec, int, int], Matrices]]
-    dtype: torch.dtype
-    expected_rank: Callable[[BasisSpec, int, int], int]
-    sliced: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]
-    paired: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]
-    peft_flags: tuple[bool, bool] | None
+    draws: Mapping[Stream, Callable[[BasisSpec, int, int], Matrices]]  # of a max_dim and a min_dim; the default first
+    dtype: torch.dtype  # of the stored values
+    expected_rank: Callable[[BasisSpec, int, int], int]  # of the trained update of a layer of a max_dim and a min_dim
+    sliced: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]  # of working copies, for a part of num_bases bases
+    paired: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]  # the same from its A and B, for compilers to trace
+    peft_flags: tuple[bool, bool] | None  # PEFT's ``(sparse, very_sparse)``; ``None`` if PEFT does not have the kind
+    # ``(c, b)`` for a rank and the numbers of bases of its layers; ``None`` without blocks
     default_blocks: Callable[[int, Collection[int]], tuple[int, int] | None] = lambda _r, _counts: None
-    depends_on_dims: bool = False
+    depends_on_dims: bool = False  # whether every entry depends on the dims of the spec, whatever the stream
 
 
 KINDS: dict[BasisKind, Kind] = {}

@@ -18,6 +18,7 @@ from randlora.model.train_rows import find_tables, table_problems
 from randlora.places import is_hooked
 from randlora.targets.census import Census, Shapes, Site, shapes_of, sizes
 from randlora.targets.left_out import obstacles, offloaded_copies
+from randlora.targets.match import prefixes
 
 
 def fit_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
@@ -97,10 +98,9 @@ def prefix_problems(file: AdapterFile, known: Collection[str]) -> list[str]:
     names = [*file.values]
     if all(name in known for name in names):
         return []
-    parts = names[0].split(".")
-    prefixes = {name.removesuffix(names[0]) for name in known if name.endswith(f".{names[0]}")}
-    prefixes |= {".".join(parts[:count]) + "." for count in range(1, len(parts))}
-    fitting = [prefix.removesuffix(".") for prefix in prefixes if len(_directions(prefix, names, known)) == 1]
+    possible = {name.removesuffix(names[0]) for name in known if name.endswith(f".{names[0]}")}
+    possible |= {f"{name}." for name in prefixes(names[0])[:-1]}
+    fitting = [prefix.removesuffix(".") for prefix in possible if len(_directions(prefix, names, known)) == 1]
     if len(fitting) != 1:
         return []
     differ = f"the names of the adapter's layers and the model's differ by the prefix {fitting[0]!r}"

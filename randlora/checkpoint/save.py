@@ -36,7 +36,7 @@ from randlora.ranks import agree, on_first_rank, run_collectives
 from randlora.report import Report, adapter_report, as_bytes, rows_in_words
 from randlora.state import ModelState, adapted_root
 from randlora.targets.census import Census
-from randlora.targets.match import shortened
+from randlora.targets.match import last_part, shortened
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"
@@ -260,8 +260,8 @@ class _Writing:
         url = _push(self.root, self.directories, self.hub) if self.hub else None
         reports = []
         for own, directory, size, notes in zip(self.adapters, self.directories, self.sizes, self.notes, strict=True):
-            more = [*([f"Λ and Γ are in {own.rounding}"] if own.rounding else ())]
-            more += untrained_notes(own.census, own.state, [own.adapter])
+            rounding = [f"Λ and Γ are in {own.rounding}"] if own.rounding else []
+            more = *rounding, *untrained_notes(own.census, own.state, [own.adapter])
             reports.append(SaveReport(directory, own.adapter.name, size, (*notes, *more), url))
         return reports
 
@@ -324,12 +324,11 @@ def files_of(
     Our header makes the file of the tensors complete in itself: it decides, and the JSON after it is a copy of its
     options for PEFT. Beside tensors without our header readers need the JSON, so it is gone while the tensors change.
     """
-    config = None if fields is None else json.dumps(dict(fields), indent=2) + "\n"
-    writers = dict(tensors)
-    if config is not None:
-        writers[CONFIG_FILE] = partial(Path.write_text, data=config, encoding="utf-8")
-    is_needed = config is not None and not has_header
-    return Files(directory, writers, withdrawn=CONFIG_FILE if is_needed else None)
+    if fields is None:
+        return Files(directory, tensors)
+    text = json.dumps(dict(fields), indent=2) + "\n"
+    writers = {**tensors, CONFIG_FILE: partial(Path.write_text, data=text, encoding="utf-8")}
+    return Files(directory, writers, withdrawn=None if has_header else CONFIG_FILE)
 
 
 def _write_card(
@@ -387,7 +386,7 @@ def _figures(report: Report, adapter: AdapterToSave) -> dict[str, object]:
     header, spec = adapter.header, report.specs[0]  # all have the same, except for r and blocks
     blocks = {r: record.spec.blocks for r, record in header.bases.items() if record.spec.blocks}
     digests = {r: f"`{record.digest}`" for r, record in header.bases.items()}
-    names = sorted({fqn.rsplit(".", 1)[-1] for fqn in report.targets})
+    names, also = sorted({*map(last_part, report.targets)}), rows_in_words(report.train_rows)
     return {
         **described(header.options),
         "bases": spec.kind,
@@ -395,19 +394,12 @@ def _figures(report: Report, adapter: AdapterToSave) -> dict[str, object]:
         "stream of the bases": spec.stream,
         "seed of the bases": f"{spec.seed}" if header.is_reproducible else "none reproduces them: they are in the file",
         "SHA-256 of the bases": _by_rank(digests),
-        "adapted layers": f"{len(report.targets)}, called {_code(names)}",
+        "adapted layers": f"{len(report.targets)}, called {', '.join(f'`{name}`' for name in names)}",
         "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} ({report.share:.2%})",
-        "trained with the adapter": ", ".join([
-            *filter(None, [_code(report.train_also)]),
-            *rows_in_words(report.train_rows),
-        ]),
+        "trained with the adapter": ", ".join([*map("`{}`".format, report.train_also), *also]),
         "Λ and Γ": adapter.rounding,
         "left out": "; ".join(line.removeprefix("left out: ") for line in adapter.adapter.left_out),
     }
-
-
-def _code(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def _by_rank(values: Mapping[int, object]) -> str:

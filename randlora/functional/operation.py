@@ -202,24 +202,16 @@ def adapted(
 
 
 class Adapted(NamedTuple):
-    """``weight + update`` of one layer, ``(out, in)``, as an operand of products.
+    """``weight + update`` of one layer, ``(out, in)``, as an operand of products."""
 
-    Attributes:
-        weight: The base layer's weight, ``(out, in)``; ``None`` for the update alone.
-        lam: Λ, multiplied by the scaling if B has 16 bits. With few tokens, Λ and Γ may be one for each token.
-        factor: The scaling if Λ is not multiplied by it, else 1.
-        is_wide: Whether the input of the whole layer has ``min_dim`` features, which includes square layers.
-        owns_weight: Whether the weight is referenced nowhere else and may be overwritten.
-    """
-
-    weight: Tensor | None
+    weight: Tensor | None  # ``None`` for the update alone
     pair: Pair
-    lam: Tensor
+    lam: Tensor  # multiplied by the scaling if B has 16 bits; with few tokens, Λ and Γ may be one for each token
     gamma: Tensor
-    factor: float
+    factor: float  # the scaling if Λ is not multiplied by it, else 1
     scaling: float
-    is_wide: bool
-    owns_weight: bool = False
+    is_wide: bool  # whether the input of the whole layer has ``min_dim`` features, which includes square layers
+    owns_weight: bool = False  # whether the weight is referenced nowhere else and may be overwritten
 
     def total(self) -> Tensor:
         """Return weight + update, ``(out, in)``, in the memory layout of the weight, which is overwritten if owned."""

@@ -26,7 +26,7 @@ from randlora.model.mergeable import TOLERANCE, differences_from_product, model_
 from randlora.model.view import WRAPPERS, View, holding_copies, is_held_together, opened
 from randlora.places import Plain
 from randlora.replaced import unwrapped
-from randlora.report import wrapped
+from randlora.report import by_reason, wrapped
 from randlora.state import SiteAdapter, require_unmerged
 from randlora.targets.census import AdaptedSite
 from randlora.targets.left_out import computed_weights, tie_problems
@@ -306,11 +306,8 @@ class CheckReport:
         by_fault: dict[str, list[Problem]] = {}
         for problem in self.problems:
             by_fault.setdefault(problem.fault, []).append(problem)
-        reasons: dict[str, list[str]] = {}
-        for fqn, reason in self.unchecked.items():
-            reasons.setdefault(reason, []).append(fqn)
-        not_checked = [f"not checked: {shortened(fqns)} ({reason})" for reason, fqns in reasons.items()]
-        return "\n".join(wrapped([*lines, *map(_line, by_fault.values()), *not_checked, *self.notes]))
+        lines += [*map(_line, by_fault.values()), *by_reason("not checked", self.unchecked), *self.notes]
+        return "\n".join(wrapped(lines))
 
 
 def _line(problems: Sequence[Problem]) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -106,14 +106,6 @@ PARTS = frozenset({"lora_A", "lora_B", "lora_a", "lora_b", "lora_down", "lora_up
 """Names of modules that hold a matrix of an adapter, in any library or in users' code."""
 
 ANOTHERS = "by its name it is part of another adapter, not a layer of the model"
-
-
-@runtime_checkable
-class HasOutputEmbeddings(Protocol):
-    """A transformers model."""
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the output head."""
 
 
 class Visit(NamedTuple):
@@ -330,7 +322,8 @@ class Census:
     @cached_property
     def head(self) -> nn.Module | None:
         """The output head of a language model."""
-        return self.model.get_output_embeddings() if isinstance(self.model, HasOutputEmbeddings) else None
+        find: Callable[[], nn.Module | None] | None = getattr(self.model, "get_output_embeddings", None)
+        return None if find is None else find()
 
     @cached_property
     def _heads(self) -> set[int]:
