@@ -101,10 +101,7 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def converted(tensor: Tensor, convert: Any) -> Tensor:
-    """Return a tensor outside of modules, converted as `nn.Module._apply` converts those inside.
-
-    A parameter usually stays the same object. What has no values, on the meta device, gets none.
-    """
+    """Return a tensor with values outside of modules, converted as `nn.Module._apply` converts those inside."""
     if tensor.is_meta:
         return tensor
     holder = nn.Module()

@@ -192,11 +192,7 @@ class ModelState:
 
     @property
     def run(self) -> Run | None:
-        """What the innermost block of this thread or task runs instead of the active adapters, if anything.
-
-        Raises:
-            AdapterError: If only other threads or tasks are in a `Run`, whose rows a call here could be of.
-        """
+        """What the innermost block of this thread or task runs instead of the active adapters, if anything."""
         if not self.runs:
             return None
         block, last = self._innermost, self.disabled[-1]
@@ -204,7 +200,7 @@ class ModelState:
             block = last  # autograd has threads that compute checkpointed parts again
         if block is not None:
             return block if isinstance(block, Run) else None
-        raise AdapterError(
+        raise AdapterError(  # a call here could be of its rows
             f"a block of {self.runs[0].words} is open in another thread or task, and none here: open a block here too, "
             "or call the model with contextvars.copy_context().run, as asyncio.to_thread does"
         )
@@ -240,12 +236,9 @@ class ModelState:
         ]
 
     def adopt_parameters(self, root: nn.Module) -> None:
-        """Follow the parameters that adapters train copies of, if code has replaced them or their modules.
-
-        Such as ``load_state_dict(assign=True)``. Not while merged: the model then has different parameters for a time.
-        """
+        """Follow the parameters that adapters train copies of, if code has replaced them or their modules."""
         with CHANGING:  # another thread may be between the model's parameter and what is known of it
-            if not self.is_merged:
+            if not self.is_merged:  # when the model has different parameters for a time
                 if self.replaced:
                     settle(root)
                 self._adopt(root)
@@ -370,11 +363,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
-    """Return the module with the adapters and its state: ``model``, or a submodule, such as in a DDP wrapper.
-
-    Raises:
-        AdapterError: If there is no such module, or more than one, or accelerate offloads a copy that adapters train.
-    """
+    """Return the module with the adapters and its state: ``model``, or a submodule, such as in a DDP wrapper."""
     require_module(model)
     modules = [("", model)] if attached_state(model) is not None else model.named_modules()
     carriers = [(fqn, module, state) for fqn, module in modules if (state := attached_state(module)) is not None]

@@ -34,7 +34,7 @@ from randlora.places import has_values, whole, whole_only_inside
 from randlora.ranks import agree, agreeing, run_collectives
 from randlora.replaced import whole_shape
 from randlora.state import Adapter, ModelState
-from randlora.targets.census import AdaptedSite, Census, other_kinds, shapes_of
+from randlora.targets.census import AdaptedSite, Census, shapes_of
 from randlora.targets.match import shortened
 
 StoredAs = Literal["seed", "stored"]  # whether bases are left out, as the seed reproduces them, or stored as they are
@@ -115,7 +115,7 @@ class AdapterToSave:
             shapes_of(sites, adapter.config),
             adapter.trained,
             transposed=tuple(site.fqn for site in sites if site.layer_class.is_transposed),
-            kinds=other_kinds(sites),
+            kinds={site.fqn: kind for site in sites if (kind := site.layer_class.kind) != "linear"},
             model_class=ModelClass.of(self.census.model, has_trained=bool(adapter.trained)),
             buffers=tuple(adapter.buffers),
         )

@@ -134,10 +134,7 @@ def basis_keys(r: int, ranks: AbstractSet[int]) -> tuple[str, str]:
 
 
 def to_peft_fields(census: Census, adapter: Adapter, known: ModelClass | None, *, stored: bool) -> dict[str, Any]:
-    """Return the fields of an adapter of a model of a known class as PEFT would write them.
-
-    ``stored`` means that the file holds the bases.
-    """
+    """Return the fields of an adapter of a model of a known class as PEFT would write them, with or without bases."""
     classes = {plain_class(module).__name__ for fqn, module in census.visits if fqn in adapter.options}
     (stream,) = {basis.spec.stream for basis in adapter.bases.values()}
     fields = {
@@ -195,10 +192,7 @@ def pattern_fields(options: Mapping[str, LayerOptions]) -> dict[str, Any]:
 
 
 def peft_obstacle(options: Mapping[str, LayerOptions], kinds: Mapping[str, str], rows: Iterable[str]) -> str | None:
-    """Return why PEFT cannot represent an adapter of some options.
-
-    ``kinds`` are the kinds of targets that are not linear layers, and ``rows`` the tables of which rows are trained.
-    """
+    """Return why PEFT cannot represent an adapter of these options, with other kinds than linear layers, and rows."""
     if others := {**kinds, **dict.fromkeys(rows, "rows")}:
         named = shortened([f"{fqn} ({kind})" for fqn, kind in others.items()])
         return f"PEFT cannot load this adapter: its RandLoRA adapts linear layers only, not {named}"

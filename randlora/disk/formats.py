@@ -101,10 +101,7 @@ def read_json(path: Path, *, is_lenient: bool = False) -> Any:
 
 
 def parse_json(text: str, *, is_lenient: bool = False) -> Any:
-    """Return the value of a JSON text, or raise a `ValueError` if it could not be written again.
-
-    ``is_lenient`` allows NaN and infinite numbers, for the files of base models.
-    """
+    """Return the value of a JSON text that can be written again, or if ``is_lenient``, as for base models, with NaN."""
     try:
         value = json.loads(text, parse_int=_integer)
     except RecursionError as error:

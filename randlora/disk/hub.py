@@ -103,10 +103,7 @@ def upload(
     *,
     message: str,
 ) -> str:
-    """Upload files of a directory to a repository, which is created if it does not exist, and return its URL.
-
-    The ``generated`` files are uploaded too, unless ``may_replace`` refuses to replace the file in the repository.
-    """
+    """Upload files, and ``generated`` ones that ``may_replace`` those there, to a repository, and return its URL."""
     library, allowed = require_hub(repo_id), [*files]
     api = library.HfApi(**LIBRARY)
     with _explaining(library, f"saved to {str(directory)!r} completely, but cannot push to {repo_id!r}"):

@@ -235,10 +235,7 @@ class Adapted(NamedTuple):
         return pair.hidden_to_small(pair.large_to_hidden(rows), scaled_A, onto, self.factor)
 
     def input_gradient(self, grad: Tensor, way: Way) -> tuple[Tensor, Tensor | None]:
-        """Compute the gradient of the input, ``(tokens, in)``, from the gradient of the output, ``(tokens, out)``.
-
-        Also return the hidden vectors that `gradients_from_tokens` can reuse, if there are any.
-        """
+        """Compute the gradient of the input, ``(tokens, in)``, and the hidden vectors for `gradients_from_tokens`."""
         if way == "materialized":
             return grad @ self.total(), None
         onto, pair = None if self.weight is None else grad @ self.weight, self.pair
@@ -271,10 +268,7 @@ class Adapted(NamedTuple):
     def gradients_of_few_tokens(
         self, tokens: Tensor | None, grad: Tensor, *, needs_input: bool, sums: bool = True
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Compute the gradients of the input, of Λ and of Γ without building UA; see `cost`.
-
-        Without ``tokens`` there are none of Λ and Γ; without ``sums`` they are of each token.
-        """
+        """Compute the gradients of the input, and given ``tokens`` of Λ and Γ, or theirs for each, without UA."""
         small, large = (tokens, grad) if self.is_wide else (grad, tokens)
         before = None if small is None else self.pair.small_to_terms(small, self.gamma)
         after = None if large is None else self._terms(large)

@@ -96,10 +96,7 @@ def plus(scratch: Tensor | None, term: Tensor, factor: float) -> Tensor:
 
 
 def plus_product(scratch: Tensor | None, left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """Return ``scratch + factor·left @ right`` of matrices or batches of them, rounded once.
-
-    ``scratch``, ``None`` for the product alone, may be overwritten.
-    """
+    """Return ``scratch + factor·left @ right`` of matrices or batches, rounded once; ``scratch`` may be overwritten."""
     is_batch = left.dim() == 3
     if scratch is None:
         return scaled(torch.bmm(left, right) if is_batch else left @ right, factor)

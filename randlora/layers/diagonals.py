@@ -72,10 +72,7 @@ for _method in ("__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault
 
 
 class Diagonal(nn.ParameterDict):
-    """Λ or Γ of one weight.
-
-    An adapter may have any name that is not an attribute, so our attributes begin with ``randlora``.
-    """
+    """Λ or Γ of one weight. Adapters may have names that are no attributes, so ours begin with ``randlora``."""
 
     randlora_index: ClassVar[int]  # 0 for Λ, 1 for Γ
     randlora_acting: tuple[str, ...] = ()  # the names of the active adapters

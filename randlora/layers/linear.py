@@ -15,10 +15,7 @@ FORWARD = nn.Linear.forward  # read on import, in case it is replaced later
 @register_layer("timm.layers.linear.Linear")
 @register_layer(nn.Linear)
 class LinearAdapter(AdapterLayer):
-    """Adapts an `nn.Linear`, or a subclass whose forward is the product with its weight.
-
-    A subclass with a different forward is adapted by `as_read` unless it is registered.
-    """
+    """Adapts an `nn.Linear`; `as_read` adapts a subclass with a different forward, unless it is registered."""
 
     @staticmethod
     def features(owner: nn.Module) -> tuple[int, int]:

@@ -95,15 +95,11 @@ def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[
 
 
 class Reading(NamedTuple):
-    """A module whose weight is read or changed, or is not used, by a module around it.
-
-    ``why`` an adapter that acts in calls of the child would be wrong is a phrase after its name. An adapter must act on
-    the weight as it is ``"read"``, or would be ``"untrained"``, or there is ``"none"`` that is right.
-    """
+    """A module whose weight is read or changed, or is not used, by a module around it."""
 
     child: nn.Module
-    why: str
-    effect: Literal["read", "untrained", "none"]
+    why: str  # an adapter that acts in calls of the child would be wrong, as a phrase after its name
+    effect: Literal["read", "untrained", "none"]  # it must act on what is read, or would be so, or none is right
 
 
 Finder = Callable[[nn.Module], Iterable[Reading]]

@@ -57,16 +57,13 @@ def is_in_call() -> bool:
 
 
 def has_updates(owner: nn.Module) -> bool:
-    """Whether reading a weight of a module includes its updates.
-
-    If accelerate loads the weight for each call, only the forward has updates, because loading is part of the call.
-    """
+    """Whether reading a weight of a module includes its updates."""
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
         return True  # backward computes what is checkpointed again
     forward: Forward | None = getattr(_here, "forward", None)
     if forward is not None and (owner is forward.owner or any(each is owner for each in forward.owner.children())):
         return True
-    return is_in_call() and not loaded_modules([owner])
+    return is_in_call() and not loaded_modules([owner])  # for a call, it is loaded before the forward, without updates
 
 
 @contextmanager

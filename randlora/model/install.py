@@ -95,9 +95,7 @@ def add(
 ) -> None:
     """Add an adapter to the model, as the only active one if ``active``, and freeze the rest.
 
-    Everything is created before the model changes: Λ and Γ with initial values, or the given ``values``, by FQN.
-    ``replaced`` are the model's own parameters that the adapter trains copies of, by FQN; ``rows`` those of tables,
-    with values.
+    Λ and Γ have initial values, or the given ones, by FQN. All of it is created before the model changes.
     """
     every = [*state.adapters.values(), adapter]
     entries = {**state.replaced, **replaced}

@@ -354,10 +354,8 @@ def _block_of(census: Census) -> Callable[[str], str]:
 
 
 def planned_codes(census: Census) -> dict[str, int]:
-    """Return the bytes that weights would have that transformers loads in 4 bits, with their scales, by FQN.
-
-    These are the linear layers but for the head, the last layer, tied ones, and what the class keeps in float32.
-    """
+    """Return the bytes that weights would have that transformers loads in 4 bits, with their scales, by FQN."""
+    # not the head, the last layer, tied ones, and what the class keeps in float32
     last = census.parameters[-1].fqn.removesuffix(".weight") if census.parameters else ""
     kept: Any = getattr(census.model, "_keep_in_fp32_modules", None)
     names = [last, *(kept or ())]

@@ -144,7 +144,8 @@ class MergedTensors:
                         "adapters"
                     )
                 agree()
-                taken += self._taken(entry, take, share)
+                if (found := self._value(entry, share)) is not None and share is not Share.NONE:
+                    taken.append(take(entry.fqn, self._in_dtype(found)))
             while taken:
                 yield taken.pop()
 
@@ -158,15 +159,10 @@ class MergedTensors:
             shape = tuple(site.shape if attribute == "weight" else site.shape[:1])
             is_plain = plain_class(module) is nn.Linear  # as a merge may make it
             dtype = held.dtype if is_plain else self._plain_dtype(self._layer(site), module)
-        tensor = cast(module, attribute, torch.empty(shape, dtype=dtype, device="meta"))
-        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+        return self._in_dtype(cast(module, attribute, torch.empty(shape, dtype=dtype, device="meta")))
 
-    def _taken(self, entry: Entry, take: Callable[[str, Tensor], Result], share: Share) -> list[Result]:
-        found = self._value(entry, share)
-        if found is None or share is Share.NONE:
-            return []
-        is_cast = self.dtype is not None and found.is_floating_point()
-        return [take(entry.fqn, found.to(self.dtype) if is_cast else found)]
+    def _in_dtype(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
     def _as_now(self) -> tuple[object, ...]:
         state = self.state

@@ -66,7 +66,8 @@ class SaveGuard:
             )
         state = None if root is None else attached_state(root)
         if state is None and not any(map(adapter_layers_of, module.modules())):
-            return self._unguarded(module)(*args, **kwargs)
+            own = self.own or getattr(type(module), self.name).__get__(module)
+            return own(*args, **kwargs)
         if root is None or state is None:
             raise AdapterError(f"cannot {self.name} a part of an adapted model that was copied or pickled: {INSTEAD}")
         if state.is_merged:
@@ -85,11 +86,6 @@ class SaveGuard:
         module, root = self.module(), self.root()
         assert module is not None, "it is the module that is copied"
         return SaveGuard(self.name, memo.get(id(module), module), memo.get(id(root)), self.own)
-
-    def _unguarded(self, module: nn.Module) -> Callable[..., Any]:
-        found = self.own or getattr(type(module), self.name).__get__(module)
-        assert callable(found), "only methods are guarded"
-        return found
 
     def _save_adapter(
         self, module: nn.Module, root: nn.Module, state: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -243,10 +243,9 @@ METHOD = "_apply"
 
 
 class Converter:
-    """Replaces the method of a model while its adapters train copies, to convert what is held aside as the model.
+    """Replaces the method of a model, which it does not keep alive, to convert the copies held aside like the model.
 
-    Its dtype then depends on no switch of adapters in between, nor does a value that was rounded. It does not keep the
-    model alive. A copy of the model gets its own, except for a shallow one, which shares this one.
+    Their dtype then depends on no switch of adapters in between, nor does a value that was rounded.
     """
 
     def __init__(self, model: nn.Module | None) -> None:

@@ -92,11 +92,6 @@ def shapes_of(sites: Iterable[Site], config: RandLoRAConfig) -> Shapes:
     return {site.fqn: site.shape_with(config) for site in sites}
 
 
-def other_kinds(sites: Iterable[Site]) -> dict[str, str]:
-    """Return the kinds of the weights that do not belong to linear layers, by FQN."""
-    return {site.fqn: kind for site in sites if (kind := site.layer_class.kind) != "linear"}
-
-
 def sizes(shape: Sequence[int]) -> str:
     """Return a shape as text: ``"20 x 12"``."""
     return " x ".join(map(str, shape))

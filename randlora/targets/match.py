@@ -74,23 +74,15 @@ def last_part(fqn: str) -> str:
 
 
 def nearest_names(entry: str, fqns: Iterable[str]) -> str:
-    """Return the known names most similar to ``entry``, or else the first ones; never ``entry`` itself.
-
-    Names that end with ``entry`` come before others, of which last components are compared if ``entry`` has no dot.
-    """
+    """Return other names that end with ``entry``, or are most similar to it by last components, or the first ones."""
     known = [fqn for fqn in fqns if fqn != entry]
     ending = [fqn for fqn in known if has_suffix(fqn, entry)]
-    if not ending and "." not in entry:
-        known = [*map(last_part, known)]
-    listed = [*dict.fromkeys(ending or known)]
+    listed = [*dict.fromkeys(ending or (known if "." in entry else map(last_part, known)))]
     return ", ".join(difflib.get_close_matches(entry, listed, n=NEAREST, cutoff=0.4) or listed[:NEAREST])
 
 
 def suggestion(argument: str, entry: str, fqns: Sequence[str], layers: Iterable[str] = ()) -> str:
-    """Return a suggestion for a regex or name without a match; empty if there are no names.
-
-    For what is no long name, the short names of all ``layers`` follow the similar ones, in this order.
-    """
+    """Return a suggestion for a regex or name without a match: similar names, and all short names of ``layers``."""
     names = [name for name in re.split(r"[\s,|()]+", entry.replace("\\.", ".")) if name]
     if names and all(any(has_suffix(fqn, name) for fqn in fqns) for name in names):
         meant = spelled(argument, names)

@@ -310,10 +310,7 @@ NEW_HEADS = HEAD_NAMES & {"classifier", "head", "heads", "qa_outputs", "score"}
 
 
 def default_targets(census: Census) -> tuple[Pattern, str] | None:
-    """Return the pattern of the layers adapted by default, and what it selects; ``None`` if no attention is found.
-
-    Attention is also not found if each of its layers is tied to another one, or is not called.
-    """
+    """Return the pattern of the layers adapted by default, and what it selects; ``None`` without usable attention."""
     default = _by_names(census)
     if default is None:
         return None
