@@ -209,10 +209,7 @@ def place_at(tensor: Tensor) -> Place:
 
 
 def identities(owner: nn.Module, attribute: str, tensor: Tensor) -> tuple[object, ...]:
-    """Return keys of a module's parameter, one of which is equal for parameters that share its values.
-
-    Such parameters share memory, or did so when accelerate offloaded them. One without a shape has no keys.
-    """
+    """Return keys of a module's parameter, one of which is equal for those that share, or shared, its memory."""
     if is_lazy(tensor):
         return ()
     if not tensor.is_meta:

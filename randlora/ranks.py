@@ -96,10 +96,7 @@ def alone() -> Iterator[None]:
 
 
 def agree(value: object = None) -> list[Any]:
-    """Raise the first error that another process has raised since; else return the values of all; a collective.
-
-    Outside of a block of `raise_on_every_rank` there are no other processes.
-    """
+    """Raise the first error that another process of the block has raised; else return all values; a collective."""
     if (block := _BLOCK.get()) is None:
         return [value]
     answers = block.ranks.gathered((None, value))
@@ -112,11 +109,7 @@ def agree(value: object = None) -> list[Any]:
 
 
 def run_collectives(collectives: Iterable[Callable[[], Any]]) -> list[Any]:
-    """Call functions that all processes call together, and return their results.
-
-    If one raises, such as for lack of memory, the others are still called before its error is raised, because the other
-    processes call them too, and would wait for this process or mix up its part in two collectives.
-    """
+    """Call functions that all processes call together, and return their results, or raise the first error after all."""
     results: list[Any] = []
     failed: Exception | None = None
     for collective in collectives:
@@ -125,7 +118,7 @@ def run_collectives(collectives: Iterable[Callable[[], Any]]) -> list[Any]:
         except Exception as error:
             if _BLOCK.get() is None:  # nobody waits
                 raise
-            failed = failed or error
+            failed = failed or error  # the other processes go on, and would mix up this one's part in two collectives
     if failed is not None:
         raise failed
     return results

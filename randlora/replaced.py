@@ -113,10 +113,7 @@ class ReplacedParameter:
 
     @torch.inference_mode(mode=False)  # parameters must not be inference tensors
     def install(self, parameter: Tensor) -> None:
-        """Set the model's parameter or buffer to ``parameter``, on the device and in the dtype of the current one.
-
-        A trained copy keeps its dtype if the model casts it. If `is_fixed`, the current one gets the values.
-        """
+        """Set the model's parameter or buffer to ``parameter``, on the device and in the dtype of the current one."""
         leaving = self.live
         if leaving is not parameter and self.is_fixed:
             place_at(leaving).write(whole(parameter).detach())

@@ -159,11 +159,8 @@ def trained_misfits(tensors: Mapping[str, Tensor | Entry], file: AdapterFile) ->
 
 
 def without_repeats(census: Census, file: AdapterFile) -> AdapterFile:
-    """Return an adapter with each tied parameter once, under the first of its names in the file.
-
-    PEFT gives each module of ``modules_to_save`` an untied copy, which may have values that the others do not have.
-    """
-    problems, repeated = [], set()
+    """Return an adapter with each tied parameter once, under the first of its names in the file."""
+    problems, repeated = [], set()  # PEFT gives each module of ``modules_to_save`` an untied copy
     for names in _names_of_tied(census):
         named = [fqn for fqn in names if fqn in file.trained]
         left = [fqn for fqn in names if fqn not in file.trained]

@@ -252,10 +252,7 @@ class Planned:
 
 
 class TensorFile:
-    """A safetensors file whose tensors are written one by one, in any order, and its header at the end of the block.
-
-    What ``metadata`` returns, such as a checksum, may change until then, but not in length.
-    """
+    """A safetensors file whose tensors are written one by one, and at the end its header, with as long metadata."""
 
     def __init__(self, path: Path, tensors: Iterable[Planned], metadata: Callable[[], Mapping[str, str]]) -> None:
         """Plan a file with these tensors."""

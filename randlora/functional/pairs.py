@@ -77,10 +77,7 @@ class DensePair:
     flat_to_large = hidden_to_large
 
     def small_to_terms(self, small: Tensor, gamma: Tensor) -> Tensor:
-        """Multiply tokens by Γ and ``A.T``, once per term: ``(tokens, r, num_bases)``, hidden vectors before Λ.
-
-        Γ may also be one for each token, ``(tokens, num_bases, min_dim)``.
-        """
+        """Multiply tokens by Γ, or one for each, and ``A.T``, once per term: ``(tokens, r, num_bases)``, before Λ."""
         if small.size(0) == 1:  # as in generation, with fewer views
             laid_out = small * (gamma if gamma.dim() == 2 else gamma.squeeze(0))
             return (in_dtype(self._A, laid_out.dtype) @ laid_out.T).unsqueeze(0)
@@ -107,10 +104,7 @@ class DensePair:
         return self._B_T @ (grad.T if across else grad)
 
     def update(self, scaled_A: Tensor, onto: Tensor | None, factor: float, *, uses_up: bool = False) -> Tensor:
-        """Compute ``onto + factor·UB @ UA``, ``(max_dim, min_dim)``, with the sum inside the product (addmm).
-
-        The result has the memory layout of ``onto``, which is overwritten only if ``uses_up``.
-        """
+        """Compute ``onto + factor·UB @ UA``, ``(max_dim, min_dim)``, laid out as ``onto``, which it may use up."""
         across = onto is not None and onto.stride(-1) != 1
         left, right = (scaled_A.T, self._B_T) if across else (self.B, scaled_A)
         onto = onto.T if onto is not None and across else onto
@@ -255,13 +249,11 @@ class BlockPair:
         return torch.bmm(hidden.mT, _deal(small, self._c))
 
     def grad_from_sides(self, large: Tensor, small: Tensor) -> Tensor:
-        """Compute the same for ``hidden = large @ UB``, in the dtype of A, summed over strips of tokens.
-
-        Every strip adds a gradient of UA to the sum, so a strip has four times its entries at least.
-        """
+        """Compute the same for ``hidden = large @ UB``, in the dtype of A, summed over strips of tokens."""
         total: Tensor | None = None
         strips: Iterable[tuple[Tensor, Tensor]] = [(large, small)]
         if scratch.may_be_in_strips(large):
+            # every strip adds a gradient of UA to the sum, so it has four times its entries at least
             entries = max(scratch.CACHED_ENTRIES, 4 * self.hidden * self._width)
             rows = max(1, entries // max(large.size(1), small.size(1)))
             strips = zip(large.split(rows), small.split(rows), strict=True)

@@ -231,10 +231,7 @@ class AdapterLayer(StoredWeight):
         return output if output.dtype == output_dtype else output.to(output_dtype)
 
     def product(self, owner: nn.Module, x: object) -> Product | None:
-        """Return what the forward multiplies its input by, or ``None`` if it does more than multiply and add a bias.
-
-        Called only if `runs_plain_forward` is true.
-        """
+        """Return what a plain forward multiplies its input by, or ``None`` if it does more than that and add a bias."""
         weight = self.find_weight(owner)
         dtype = None if weight is None else product_dtype(x, weight, self.shape[1])
         if weight is None or dtype is None:

@@ -7,7 +7,7 @@ assign to ``_parameters``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -114,12 +114,6 @@ class Diagonal(nn.ParameterDict):
         if parameter.is_meta and "_hf_hook" in self.__dict__:  # accelerate loads offloaded values only during a call
             return self.forward(name)
         return parameter
-
-    def randlora_each(self, names: Iterable[str]) -> Iterator[nn.Parameter]:
-        """Return the parameters of some adapters."""
-        values: Any = self._parameters
-        is_plain = type(values) is Values and "_hf_hook" not in self.__dict__
-        return map(values.__getitem__ if is_plain else self.randlora_named, names)
 
     def forward(self, name: str) -> nn.Parameter:
         """Return the parameter of one adapter. accelerate's offloading loads the values only during this call."""

@@ -43,10 +43,7 @@ def begin_call(module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG00
 
 
 def end_call(module: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG001
-    """End such a call, even if it raised, perhaps before `begin_call`.
-
-    After a KeyboardInterrupt no hooks run, and the thread goes on reading updates outside of calls.
-    """
+    """End such a call, even if it raised, perhaps before `begin_call`, but not after an interrupt, without hooks."""
     if not is_exporting():
         _here.calls = max(getattr(_here, "calls", 0) - 1, 0)
 
@@ -95,10 +92,7 @@ def read_so_far() -> Weights | None:
 
 
 class ReadAttribute:
-    """A descriptor through which code reads a parameter: in a call with updates and cast, else as it is.
-
-    A plain tensor set in its place (by pruning or `nn.DataParallel`) lacks the updates, so calls cannot read it.
-    """
+    """A descriptor through which code reads a parameter: in a call with updates and cast, else as it is."""
 
     def __init__(self, attribute: str) -> None:
         """Create the attribute for a parameter of this name."""

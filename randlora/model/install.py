@@ -93,10 +93,7 @@ def add(
     values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     rows: Iterable[tuple[Table, Tensor]] = (),
 ) -> None:
-    """Add an adapter to the model, as the only active one if ``active``, and freeze the rest.
-
-    Λ and Γ have initial values, or the given ones, by FQN. All of it is created before the model changes.
-    """
+    """Create all of an adapter, then add it to the model, as the only active one if ``active``, and freeze the rest."""
     every = [*state.adapters.values(), adapter]
     entries = {**state.replaced, **replaced}
     trained = {name for each in every for fqn in each.trained for name in entries[fqn].slots}  # of tied ones, any name

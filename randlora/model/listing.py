@@ -12,7 +12,6 @@ from randlora.bases.spec import BasisSpec
 from randlora.config import Factor, LayerOptions, RandLoRAConfig, described
 from randlora.errors import AdapterError, raise_collected, warn
 from randlora.hints import listed, require_types
-from randlora.layers.diagonals import Diagonal
 from randlora.model.install import ENGINES, lost_parts, offloaded_diagonals
 from randlora.model.train_also import copy_dtype
 from randlora.model.view import all_or_nothing, collective, opened, set_requires_grad
@@ -229,10 +228,7 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
 def adapter_parameters(census: Census, *adapters: Adapter) -> Iterator[nn.Parameter]:
     """Yield the parameters of some adapters: Λ and Γ of each weight, then the parameters trained with them."""
     for site in census.adapted:
-        names = [adapter.name for adapter in adapters if adapter.name in site.layer.adapters]
-        for attribute in site.layer.parameter_names() if names else ():
-            diagonal = site.owner._modules[attribute]
-            assert isinstance(diagonal, Diagonal), "the weight is adapted"
-            yield from diagonal.randlora_each(names)
+        for name in [adapter.name for adapter in adapters if adapter.name in site.layer.adapters]:
+            yield from site.layer.diagonals_of(site.owner, name)
     for adapter in adapters:
         yield from adapter.parameters.values()

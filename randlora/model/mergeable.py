@@ -270,11 +270,7 @@ def differences_from_product(sites: Iterable[AdaptedSite]) -> dict[AdaptedSite, 
 
 
 def product_problems(differences: Mapping[AdaptedSite, float | None]) -> list[str]:
-    """Return messages about weights whose update has a different effect once merged.
-
-    An adapter adds ``x @ delta_weight.T`` to what the forward returns. Merged, it has the same effect only where
-    ``f(W + D)(x) - f(W)(x) == x @ D.T``.
-    """
+    """Return messages about weights for which ``f(W + D)(x) - f(W)(x)`` is not ``x @ D.T``, which an adapter adds."""
     return [
         f"{site.fqn} has its own forward ({plain_class(site.owner).__name__}), which responds to a change of its "
         f"weight with an output that differs from what the adapter adds, by {difference:.0%} of it. Leave the adapter "

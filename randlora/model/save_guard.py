@@ -95,8 +95,7 @@ class SaveGuard:
             raise AdapterError(f"{self.name} writes the adapter, but was given no directory: {INSTEAD}")
         if kwargs.get("push_to_hub"):
             raise AdapterError(
-                f"{self.name} writes the adapter and does not push it: call randlora.save(model, directory, "
-                "push_to_hub='user/repo')"
+                f"{self.name} does not push: call randlora.save(model, directory, push_to_hub='user/repo')"
             )
         if len(state.adapters) > 1:
             raise AdapterError(

@@ -243,10 +243,7 @@ METHOD = "_apply"
 
 
 class Converter:
-    """Replaces the method of a model, which it does not keep alive, to convert the copies held aside like the model.
-
-    Their dtype then depends on no switch of adapters in between, nor does a value that was rounded.
-    """
+    """Replaces the method of a model, which it does not keep alive, to convert the copies held aside like the model."""
 
     def __init__(self, model: nn.Module | None) -> None:
         """Replace the method of a model, ``None`` for one that is not known."""

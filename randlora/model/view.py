@@ -153,10 +153,7 @@ def _extensible_state(census: Census, doing: str) -> ModelState:
     raise_collected(AdapterError, foreign_adapters(census), doing=doing)
     is_faking = count_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     if is_faking or any(isinstance(held.tensor, FakeTensor) for held in census.parameters):
-        raise AdapterError(
-            f"cannot {doing}: FakeTensorMode makes tensors without values: leave it, and build the model on "
-            "torch.device('meta')"
-        )
+        raise AdapterError(f"cannot {doing}: FakeTensorMode makes tensors without values: use torch.device('meta')")
     state = attached_state(model) or ModelState()
     state.require_loaded(model)
     state.adopt_parameters(model)
@@ -187,10 +184,8 @@ def all_or_nothing(
 ) -> Iterator[None]:
     """Undo everything that the block has changed if it raises: modules, parameters, and the state with its adapters.
 
-    ``sites`` and ``replaced`` are to be adapted and to be replaced by copies, beside those that are; ``flags`` are
-    those of Λ and Γ of which ``requires_grad`` is to be changed. In a block of `raise_on_every_rank` this is
-    also done in the processes in which it did not raise, all of which agree at its end. Values written in place are
-    restored only for sharded parameters that adapters train copies of. Nothing else here writes in place.
+    ``sites``, ``replaced`` and the ``flags`` of Λ and Γ are to be changed, beside those of the state. Processes that
+    agree do this if it raised in any. Values written in place are restored for sharded parameters with copies alone.
     """
     replaced, adapters = [*state.replaced.values(), *replaced], state.adapters.values()
     sites = [*sites, *census.adapted]
@@ -294,9 +289,8 @@ def holding_copies(
 ) -> Iterator[None]:
     """Run a block that tries code of a model, which holds copies of its tensors in it, so that none change.
 
-    After the block, the modules and some other objects are restored as `_Attributes` does, and random number generators
-    are in the same state. Changes inside other objects, such as a cache that a module holds, stay. So do values of
-    tensors that cannot be copied, because they are on the meta device or of a subclass.
+    Modules, others and random number generators are restored. Changes inside other objects, such as a cache that a
+    module holds, stay, as do values of tensors on the meta device or of a subclass, which cannot be copied.
     """
     inside = [*model.modules()]
     before = _Attributes((*inside, *others))

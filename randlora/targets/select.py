@@ -233,10 +233,7 @@ def _nothing_left(census: Census, rule: str, skipped: Mapping[str, str], left: S
 
 
 def _excluded(census: Census, found: Sequence[Candidate], exclude: Pattern) -> tuple[list[Candidate], list[str]]:
-    """Return the modules that ``exclude`` matches, at all of their places, and messages about entries without a match.
-
-    A callable is called only for the layers that the targets match. A regex must match more than a container.
-    """
+    """Return the modules that ``exclude`` matches, at all their places, and messages about entries without a match."""
     asked: Sequence[Candidate] = census.candidates
     if callable(exclude):
         layers = {visit.key for visit in found if visit.entry is not None or reason(census, visit)}
