@@ -85,7 +85,9 @@ def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: Bas
     if record is not None and not record.is_reproducible:
         return _as_stored(file, spec, used, bank)
     digests = []
-    for candidate in _candidates(spec):
+    # before "torch-2.11" had a name, a file of ours said "torch" of what the torch of its time drew
+    others = peft_streams(spec.kind) if spec.stream in PEFT_STREAMS else ()
+    for candidate in (spec, *(replace(spec, stream=stream) for stream in others if stream != spec.stream)):
         present = bank.find(candidate)
         is_large_enough = present is not None and all(map(operator.ge, present.extent, used))
         basis = present if present is not None and is_large_enough else _drawn(candidate, used)
@@ -105,12 +107,6 @@ def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: Bas
         f"the {spec} drawn here, by torch {here}, have the SHA-256 {digests[0][:12]}…, and had "
         f"{record.digest[:12]}… when the adapter was saved with torch {then}: save it there with bases='stored'"
     )
-
-
-def _candidates(spec: BasisSpec) -> list[BasisSpec]:
-    # before "torch-2.11" had a name, a file of ours said "torch" of what the torch of its time drew
-    others = peft_streams(spec.kind) if spec.stream in PEFT_STREAMS else ()
-    return [spec, *(replace(spec, stream=stream) for stream in others if stream != spec.stream)]
 
 
 def _drawn(spec: BasisSpec, used: tuple[int, int]) -> Basis:

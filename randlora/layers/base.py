@@ -16,7 +16,7 @@ from randlora.config import Init
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import Diagonal, Gamma, Lambda, diagonal_shapes, initial_values
 from randlora.layers.update import Update, sum_updates
-from randlora.layers.weight import Piece, StoredWeight, split_of
+from randlora.layers.weight import StoredWeight, split_of
 from randlora.places import whole
 from randlora.ranks import run_collectives
 from randlora.state import ModelState, SiteAdapter
@@ -116,7 +116,7 @@ class AdapterLayer(StoredWeight):
         self.own_forward: Callable[..., Any] | None = None  # a forward that was set on the owner, not on its class
         # a forward that was set on the owner to split its weight, its replacement, and the part of this process in it
         self.adopted: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-        self.piece: Piece | None = None
+        self.piece: Any = None
         self.unmerged = None
 
     @classmethod

@@ -18,14 +18,12 @@ from randlora.config import Init
 from randlora.errors import AdapterError
 from randlora.layers.scopes import is_in_call
 
-Named = dict[str, nn.Parameter | None]
-
 
 class Slots(list[nn.Parameter | None]):
     """A list that two objects may hold: torch.export replaces plain lists among a module's attributes by copies."""
 
 
-class Values(Named):
+class Values(dict[str, nn.Parameter | None]):
     """The ``_parameters`` of Λ or Γ, which keep a list, always the same, of those of the active adapters up to date."""
 
     acting: tuple[str, ...] = ()

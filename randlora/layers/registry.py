@@ -102,9 +102,7 @@ class Reading(NamedTuple):
     effect: Literal["read", "untrained", "none"]  # it must act on what is read, or would be so, or none is right
 
 
-Finder = Callable[[nn.Module], Iterable[Reading]]
-
-FINDERS: list[Finder] = []
+FINDERS: list[Callable[[nn.Module], Iterable[Reading]]] = []
 """Functions that find, inside a module, the modules whose weight it reads."""
 
 

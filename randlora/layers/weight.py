@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Protocol, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -239,13 +239,6 @@ class Split(ABC):
     @abstractmethod
     def value(self, updates: Sequence[Update]) -> Tensor:
         """Return the weight with updates, split as it is."""
-
-
-class Piece(Protocol):
-    """The part of a weight on this process, while the layer computes with this part as with a plain tensor."""
-
-    def part(self, update: Update) -> Update:
-        """Return the part of an update for this process, with Λ and Γ whose gradients are summed over processes."""
 
 
 class Splitter:

@@ -94,9 +94,7 @@ class SaveGuard:
         if not given:
             raise AdapterError(f"{self.name} writes the adapter, but was given no directory: {INSTEAD}")
         if kwargs.get("push_to_hub"):
-            raise AdapterError(
-                f"{self.name} does not push: call randlora.save(model, directory, push_to_hub='user/repo')"
-            )
+            raise AdapterError(f"{self.name} does not push the adapter: randlora.save(…, push_to_hub='user/repo') does")
         if len(state.adapters) > 1:
             raise AdapterError(
                 f"{self.name} would write one of several adapters ({', '.join(state.adapters)}): call "
@@ -104,7 +102,8 @@ class SaveGuard:
             )
         values, is_shared = kwargs.get("state_dict"), is_held_together(root)
         # an engine of ZeRO-3 gives its values to the main process, and None to the others
-        is_alone = values is not None or ("state_dict" in kwargs and not _gathers(module))
+        is_gathered = getattr(getattr(module, "config", None), "distributed_config", None) is not None  # in all of them
+        is_alone = values is not None or ("state_dict" in kwargs and not is_gathered)
         if not kwargs.get("is_main_process", True) and (is_alone or not is_shared):
             return
         is_checkpoint = CHECKPOINT.fullmatch(Path(given[0]).name) is not None
@@ -132,11 +131,6 @@ class SaveGuard:
                 "that, call randlora.files.save_merged(model, directory). inject and load take "
                 "save_pretrained='adapter', which does not warn, or 'error'"
             )
-
-
-def _gathers(module: nn.Module) -> bool:
-    """Whether transformers has sharded a module, and calls its ``save_pretrained`` in all processes to gather it."""
-    return getattr(getattr(module, "config", None), "distributed_config", None) is not None
 
 
 def _require_own_values(module: nn.Module, given: Mapping[str, Any] | None) -> None:
