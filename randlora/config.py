@@ -354,11 +354,7 @@ def _from_pairs(value: Any) -> Any:
 def explain_options(
     function: Callable[_Arguments, _Result], name: str = "", verb: Callable[..., Any] | None = None
 ) -> Callable[_Arguments, _Result]:
-    """Wrap a function to raise `OptionError`, with a suggestion, for an unknown option.
-
-    ``name`` is the name to use in the message, if not the function's. A function that passes on the options of a
-    ``verb`` gets them in its signature, with their defaults.
-    """
+    """Wrap a function, by name, to refuse an unknown option with a suggestion, and to have options of a ``verb``."""
     signature = inspect.signature(function)
     if verb is not None:
         own = {name: each for name, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD}

@@ -138,32 +138,28 @@ class Whole(Place):
 
 
 class Plain(Whole):
-    """The place of an ordinary parameter of a module, whose data are all its values.
-
-    Writing puts a new parameter in its place, because a program that was exported or traced from the model may hold the
-    current one, which must not change.
-    """
+    """The place of an ordinary parameter of a module, whose data are all its values."""
 
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         """Take a module and the name of its parameter."""
         self._owner, self._attribute = owner, attribute
-        self._own: nn.Parameter = owner._parameters[attribute]  # type: ignore[assignment]  # it has one
-        self._tensor = self._own
+        self._tensor = owner._parameters[attribute]  # type: ignore[assignment]  # it has one
 
     def write(self, value: Tensor) -> None:
-        """Replace the current parameter by one with these values, which is not trained: `restore` would drop that."""
+        """Replace the current parameter, which an exported program may hold, by one with these values, not trained."""
         parameter = nn.Parameter(value, requires_grad=False)
-        parameter.__dict__.update(vars(self._own))  # what libraries set on parameters
+        parameter.__dict__.update(vars(self._tensor))  # what libraries set on parameters
         self._owner._parameters[self._attribute] = parameter
 
     def keep(self) -> Kept:
         """Return the parameter."""
-        return Kept(self._own)
+        return Kept(self._tensor)
 
     def restore(self, values: Any) -> None:
         """Put a parameter back, on the device and in the dtype of the current one."""
-        if values.device != self._own.device or values.dtype != self._own.dtype:
-            values.data = values.data.to(device=self._own.device, dtype=self._own.dtype)
+        own = self._tensor
+        if values.device != own.device or values.dtype != own.dtype:
+            values.data = values.data.to(device=own.device, dtype=own.dtype)
         self._owner._parameters[self._attribute] = values
 
 

@@ -21,17 +21,11 @@ WriteOut = Callable[[torch.dtype], Tensor]
 
 
 class Diagonals(NamedTuple):
-    """The trained scalings of one adapter in one layer.
+    """The trained scalings of one adapter in one layer."""
 
-    Attributes:
-        lam: Λ, ``(r, num_bases)``, or for `delta_weight` a stack of them, ``(matrices, r, num_bases)``.
-        gamma: Γ, ``(num_bases, min_dim)``, or a stack of them.
-        scaling: Factor of the update, ``alpha / r``.
-    """
-
-    lam: Tensor
-    gamma: Tensor
-    scaling: float
+    lam: Tensor  # Λ, ``(r, num_bases)``, or for `delta_weight` a stack of them, ``(matrices, r, num_bases)``
+    gamma: Tensor  # Γ, ``(num_bases, min_dim)``, or a stack of them
+    scaling: float  # of the update, ``alpha / r``
 
 
 def adapted_linear(
@@ -46,19 +40,10 @@ def adapted_linear(
 ) -> Tensor:
     """Compute ``x @ (weight + update).T + bias``, or ``x @ update.T`` if no weight is given, in the dtype of B.
 
-    Only x, Λ, Γ, the weight and a reference to the bases are saved for backward, which computes the rest again, for the
-    gradients that are needed. A quantized weight is dequantized for one product at a time and gets no gradient.
-
-    Args:
-        x: ``(..., in_features)`` in the dtype of B.
-        pair: The bases of the layer.
-        diagonals: Λ and Γ.
-        weight: The base layer's weight, ``(out_features, in_features)`` in any layout and dtype, or a function that
-            dequantizes it.
-        bias: The base layer's bias, ``(out_features,)``.
-        compute: How to compute; ``"auto"`` chooses by size, see `randlora.functional.cost`.
-        is_wide: Whether the whole layer's input has ``min_dim`` features. By default, whether x has as many features as
-            Γ has columns, which may be wrong if bases and Γ are slices for a part of a weight.
+    x is ``(..., in_features)`` in the dtype of B, and the weight ``(out_features, in_features)`` in any layout and
+    dtype, or a function that dequantizes it, for one product at a time. Only x, Λ, Γ, the weight and a reference to the
+    bases are saved for backward, which computes the rest again, for the gradients that are needed. If bases and Γ are
+    slices for a part of a weight, ``is_wide`` must say whether the whole layer's input has ``min_dim`` features.
     """
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # the dtype of B already follows autocast

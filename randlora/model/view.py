@@ -153,7 +153,10 @@ def _extensible_state(census: Census, doing: str) -> ModelState:
     raise_collected(AdapterError, foreign_adapters(census), doing=doing)
     is_faking = count_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     if is_faking or any(isinstance(held.tensor, FakeTensor) for held in census.parameters):
-        raise AdapterError(f"cannot {doing}: FakeTensorMode makes tensors without values: use torch.device('meta')")
+        raise AdapterError(
+            f"cannot {doing}: FakeTensorMode makes tensors without values: leave it, and build the model on "
+            "torch.device('meta')"
+        )
     state = attached_state(model) or ModelState()
     state.require_loaded(model)
     state.adopt_parameters(model)

@@ -138,11 +138,7 @@ def lora_parameters(sites: Iterable[Site]) -> int:
 
 
 def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) -> int:
-    """Return the r with the number of parameters nearest to a LoRA on the same weights, or raise a `ConfigError`.
-
-    No r above the smaller side of all weights is tried, because it would train more parameters without adding rank. If
-    blocks are given, they divide r. If not, ``block`` bases get a multiple of 8 if one is within a tenth.
-    """
+    """Return the r with the number of parameters nearest to a LoRA on the same weights, or raise a `ConfigError`."""
     of_rank_one = lora_parameters(sites)
     wanted = lora_r * of_rank_one
     shapes = Counter(site.shape_with(config) for site in sites)
@@ -153,7 +149,7 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
     def distance(r: int) -> int:
         return abs(size(r) - wanted)
 
-    largest = max(min(shape[-2:]) for shape in shapes)
+    largest = max(min(shape[-2:]) for shape in shapes)  # above which more parameters would add no rank
     step = math.lcm(*config.blocks or (1,))
     tried = range(step, max(step, largest) + 1, step)
     found = min(tried, key=distance)
@@ -170,11 +166,7 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
 
 
 def first_learning_rate(scaling: float, min_dim: int) -> float:
-    """Return the learning rate to try first, given ``alpha / r``: ``0.5 / min_dim * sqrt(20 / scaling)``, at most 1e-2.
-
-    The best rates of this repository's runs are near it, at widths from 64 to 1024 and a scaling of 10 to 20. Long runs
-    and reinforcement learning need less, down to a tenth or even less. See the page on the learning rate.
-    """
+    """Return the learning rate to try first, ``0.5 / min_dim * sqrt(20 / scaling)`` but at most 1e-2; see its page."""
     size = abs(scaling) / ALPHA_PER_RANK
     return min(FIRST_STEP / min_dim / math.sqrt(size), LARGEST_RATE) if size else LARGEST_RATE
 
