@@ -79,10 +79,8 @@ CALLS = {
         ("PeftModel", "from_pretrained", "load_adapter", "load_peft_weights"), "randlora.load(model, directory)"
     ),
     **dict.fromkeys(("disable_adapter", "disable_adapters"), "with randlora.disabled(model):"),
-    **{
-        name: f"randlora.integrations.{library}.{name}(…)"  # which needs the library
-        for name, library in (("AdapterTrainer", "transformers"), ("AdapterCallback", "lightning"))
-    },
+    "AdapterCallback": "randlora.integrations.lightning.AdapterCallback(…)",
+    "AdapterTrainer": "randlora.integrations.transformers.AdapterTrainer(…)",
     "TaskType": "randlora.inject(model), which needs no type of task",
     "add_adapter": "randlora.inject(model, name=…)",
     "add_weighted_adapter": "randlora.serving.combine(model, {…: 0.5, …: 0.5}, name=…)",

@@ -327,8 +327,8 @@ def files_of(
     if fields is None:
         return Files(directory, tensors)
     text = json.dumps(dict(fields), indent=2) + "\n"
-    writers = {**tensors, CONFIG_FILE: partial(Path.write_text, data=text, encoding="utf-8")}
-    return Files(directory, writers, withdrawn=None if has_header else CONFIG_FILE)
+    write: Callable[[Path], object] = partial(Path.write_text, data=text, encoding="utf-8")
+    return Files(directory, {**tensors, CONFIG_FILE: write}, withdrawn=None if has_header else CONFIG_FILE)
 
 
 def _write_card(

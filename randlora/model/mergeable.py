@@ -63,7 +63,7 @@ def state_problems(
         return ["the adapters are merged already: call randlora.unmerge(model) first"]
     problems = []
     if state.is_disabled:
-        problems.append(f"the adapters are disabled: merge outside of {state.disabled_by}")
+        problems.append(f"the adapters are disabled: call this outside of {state.disabled_by}")
     if not state.active:
         problems.append(f"no adapter is active: activate one of {', '.join(state.adapters)}")
     left = [name for name in state.adapters if name not in names]

@@ -25,6 +25,7 @@ from randlora.model.mergeable import (
     product_problems,
     replaced_problems,
     require_finite,
+    state_problems,
     weight_problems,
 )
 from randlora.model.view import WRAPPERS, collective, opened, require_own
@@ -228,17 +229,13 @@ def _held(module: nn.Module, attribute: str) -> Tensor:
 
 def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
     require_own(census, state, doing)
-    active = [state.adapters[name] for name in state.active]
-    problems = []
-    if state.is_disabled:
-        problems.append(f"the adapters are disabled: call this outside of {state.disabled_by}")
-    if not active:
-        problems.append(f"no adapter is active: activate one of {', '.join(state.adapters)}")
-    problems += replaced_problems(state)
+    problems = replaced_problems(state)
     if state.is_merged and state.active_unmerged:
         problems.append(f"{', '.join(state.active_unmerged)} is active and not merged, as others are: merge it too")
-    if not state.is_merged:
+    elif not state.is_merged:
+        active = [state.adapters[name] for name in state.active]
         sites = [site for site in census.adapted if site.layer.factors(state.active)]
+        problems += state_problems(state, sites, state.active, reversible=True)
         problems += [*lost_parts(census, state, active), *tie_problems(census, sites)]
         problems += [*weight_problems(sites, None), *product_problems(differences_from_product(sites))]
     raise_collected(MergeError, problems, doing=doing)
