@@ -129,6 +129,7 @@ def _readers(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch)
 
 
+@pytest.mark.product
 @every_kind
 def test_every_object_every_name_and_every_type_stays(kind: LayerKind) -> None:
     for model, x in ((of_kind(kind), given(kind)), (Reading(), X)):
@@ -149,6 +150,7 @@ def test_every_object_every_name_and_every_type_stays(kind: LayerKind) -> None:
             assert not [name for name in module.__dict__ if "randlora" in name]
 
 
+@pytest.mark.product
 @every_kind
 def test_a_checkpoint_of_the_base_loads_before_and_after(kind: LayerKind) -> None:
     model, other = of_kind(kind), of_kind(kind)

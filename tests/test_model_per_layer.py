@@ -155,6 +155,7 @@ def test_peft_refuses_several_r_and_computes_another_update_of_several_alpha(r: 
     assert any("alpha_pattern" in str(one.message) for one in caught)
 
 
+@pytest.mark.product
 @every_read_kind
 def test_a_limit_scales_whole_layers_and_the_norm_of_one_term_of_each_matrix_is_exact(kind: ReadKind) -> None:
     dtype = kind.dtypes[0]

@@ -18,7 +18,6 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import randlora
 from randlora import files
-from randlora.checkpoint import header
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError, RandLoRAError, TargetError
 from tests.checkpoint_files import CARD_FILE, read_tensors
 from tests.kit import adapt, adapter_values, all_bits, on_one_line, same_bits, untouched
@@ -177,7 +176,7 @@ def test_the_file_has_the_rows_and_their_numbers_and_loads_wherever_the_table_ha
 
     loaded: Any = llama(tie_word_embeddings=True, vocab_size=70)
     with torch.no_grad():
-        for own, theirs in zip(loaded.parameters(), whole_llama(model).parameters(), strict=True):
+        for own, theirs in zip(loaded.parameters(), whole(model).parameters(), strict=True):
             own[: len(theirs)] = theirs
         loaded.model.embed_tokens.weight[[3, 60]] = 7.0  # whatever they are, they are replaced
     randlora.load(loaded, tmp_path / "a")
@@ -190,12 +189,6 @@ def test_the_file_has_the_rows_and_their_numbers_and_loads_wherever_the_table_ha
     for small in (llama(tie_word_embeddings=True, vocab_size=60), llama(vocab_size=60)):
         with untouched(small), pytest.raises(CheckpointError, match="up to row 60, in the file: resize it first"):
             randlora.load(small, state)
-
-
-def whole_llama(model: nn.Module) -> nn.Module:
-    plain = copy.deepcopy(model)
-    randlora.eject(plain)
-    return plain
 
 
 def golden() -> Words:
@@ -214,13 +207,6 @@ def test_the_golden_file_of_version_4_loads_and_is_written_again(tmp_path: Path)
     assert all_bits(adapter_values(model)) == all_bits(adapter_values(expected))
     randlora.save(model, tmp_path)
     assert all_bits(read_tensors(tmp_path)[0]) == all_bits(read_tensors(DATA)[0])
-
-
-def test_a_release_without_rows_refuses_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = randlora.adapter_state(adapt(Words(), targets=["body"], train_rows={"embed": [3]}))
-    monkeypatch.setattr(header, "NEWEST", 3)
-    with pytest.raises(CheckpointError, match="has format version 4, this library reads versions 1 to 3: install one"):
-        randlora.load(Words(), state)
 
 
 def test_adapters_have_their_own_rows_which_no_factor_scales_and_only_different_ones_act_together() -> None:
@@ -381,16 +367,7 @@ def test_files_are_merged_and_converted_as_in_memory(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs, model(WORDS).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_a_report_says_that_nothing_has_trained_an_adapter_unless_its_rows_have_changed(tmp_path: Path) -> None:
-    model = Words()
-    randlora.inject(model, r=2, targets=["body"], train_rows={"embed": [3]})
-    assert "and its rows are the table's: nothing has trained it" in str(randlora.save(model, tmp_path).notes)
-    with torch.no_grad():
-        adapter_values(model)["embed.randlora_rows"].add_(1)
-    assert "nothing has trained it" not in str(randlora.save(model, tmp_path).notes)
-
-
-def test_rows_are_counted_and_said() -> None:
+def test_rows_are_counted_and_said_and_told_from_those_that_nothing_has_trained(tmp_path: Path) -> None:
     rows: dict[str, Any] = {"train_rows": {"embed": [3, 10]}}
     none: dict[str, Any] = {}
     report, plain = (randlora.plan(Words(), r=2, targets=["body"], **each) for each in (rows, none))
@@ -409,6 +386,9 @@ def test_rows_are_counted_and_said() -> None:
     assert not randlora.check(model, IDS)
     state = randlora.adapter_state(model)
     assert randlora.RandLoRAConfig.from_dict(json.loads(state.metadata["randlora"])["config"]).train_rows
+    assert "and its rows are the table's: nothing has trained it" in str(randlora.save(model, tmp_path).notes)
+    adapter_values(model)["embed.randlora_rows"].data.add_(1)
+    assert "nothing has trained it" not in str(randlora.save(model, tmp_path).notes)
 
 
 def test_a_4_bit_model_and_one_converted_after_inject_compute_with_rows() -> None:

@@ -112,6 +112,7 @@ def test_a_part_of_the_bases_is_made_once_and_keeps_the_form_of_blocks_that_it_b
 LINEAR = ReadKind("Linear", "linear", lambda: nn.Linear(12, 20), lambda: (torch.randn(2, 12),))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("kind", [LINEAR, *READ_KINDS], ids=lambda kind: kind.name)
 def test_a_part_of_a_weight_of_any_kind_is_merged_into_as_the_whole_is(kind: ReadKind) -> None:
     for basis in ("dense", "block"):

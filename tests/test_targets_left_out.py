@@ -262,8 +262,6 @@ OF_NO_KIND: list[tuple[Any, str]] = [
     ("table", rf"table. matches .*, only odd\.table \(a parameter of Odd .*, {NO_LAYER}\)"),
     (["scale"], rf"only odd\.scale \(a parameter of Odd with shape \(7,\), {NO_LAYER}\)"),
     (["up.weight"], r"only up\.weight \(a parameter of up, which is the name to give\)"),
-    ("up_proj", r'did you mean targets=\["up_proj"\]'),
-    (["up_prjo"], "the model has up_proj, "),
 ]
 
 
