@@ -140,8 +140,6 @@ def test_a_layer_that_is_left_out_is_neither_trained_nor_merged_into() -> None:
         for other in (1.0, {"q": 0.5, ".*": 1.0}):
             with untouched(model), pytest.raises(AdapterError, match="cannot activate others while the adapters"):
                 randlora.activate(model, {"a": other, "b": 1.0})
-        with pytest.raises(MergeError, match="b is active and not merged"):
-            next(iter(randlora.merged_tensors(model)))
         report = randlora.merge(model, adapters=["b"], reversible=True)
         assert report.targets == ("up", "down")
         assert str(report).startswith("merged b with a factor for each layer (2 of 3 are not 0) into 2 layers")

@@ -28,9 +28,7 @@ from tests.layer_kinds import (
 )
 from tests.read_kinds import ReadKind, every_read_kind
 
-
-def filled(model: Any, **options: Any) -> Any:
-    return adapt(model, **options)
+filled: Any = adapt
 
 
 def assert_within_a_step(kind: LayerKind, layer: nn.Module, x: Tensor, found: Tensor, expected: Tensor) -> None:
