@@ -263,8 +263,6 @@ LLAMA_HAS = "the model has q_proj, v_proj, embed_tokens, k_proj, o_proj, gate_pr
     ("build", "targets", "said"),
     [
         (models.llama, ["query", "value"], LLAMA_HAS),
-        (models.llama, r".*\.(query|value)", LLAMA_HAS),
-        (models.llama, ["up_prjo"], "the model has up_proj, "),
         (models.llama, ["mpl"], "the model has mlp, q_proj, v_proj, "),
         (models.llama, ["layers.0.attn.q_proj"], "the nearest names are model.layers.0.self_attn.q_proj, "),
         (models.bert, ["q_proj"], "the model has query, value, "),
