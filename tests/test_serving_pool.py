@@ -224,20 +224,3 @@ def test_sources_are_directories_read_again_for_a_new_name_and_states(outputs: d
     with AdapterPool(other, states, max_loaded=2).routed(["one", "two", None]):
         found = other(X)
     assert_close(found[:2], torch.stack([outputs["a"][0], outputs["b"][1]]), torch.float32)
-
-
-def test_states_in_half_the_memory_are_held_so_and_converted_as_they_are_loaded(outputs: dict[str, Any]) -> None:
-    model, states, alone = plain(), {}, {}
-    for name in "ab":
-        loaded, rounded = plain(), plain()
-        randlora.load(loaded, outputs["files"] / name)
-        states[name] = randlora.adapter_state(loaded, dtype=torch.bfloat16)
-        assert 2 * states[name].nbytes == randlora.adapter_state(loaded).nbytes
-        randlora.load(rounded, states[name])
-        alone[name] = rounded(X).detach()
-        assert 0 < (alone[name] - outputs[name]).norm() <= 0.02 * outputs[name].norm()
-    pool = AdapterPool(model, states, max_loaded=1)
-    for name in "aba":
-        assert_rows(pool, model, alone, name, None, name)
-    assert all(each.dtype == torch.float32 for each in model.parameters())
-    assert all(each.dtype == torch.bfloat16 for state in states.values() for each in state.tensors.values())

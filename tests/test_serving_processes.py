@@ -88,13 +88,12 @@ def test_a_process_that_is_started_in_a_block_routes_or_is_refused(method: Any, 
         started.join()
         assert [torch.equal(found, expected) for found in loader()] == [True]
 
-    with routed(model, NAMES):
-        if method == "fork":
+    if method == "fork":
+        with routed(model, NAMES):
             assert_both(model(x))
-        else:
-            refused = "a process spawned here would run the model without them: start it before the block"
-            with pytest.raises(AdapterError, match=refused):
-                process().start()
-            with pytest.raises(AdapterError, match=refused):
-                iter(loader())
-    assert_both(model(x))
+        assert_both(model(x))
+        return
+    refused = "a process spawned here would run the model without them: start it before the block"
+    for start in (lambda: process().start(), lambda: iter(loader())):
+        with routed(model, NAMES), pytest.raises(AdapterError, match=refused):
+            start()

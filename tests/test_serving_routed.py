@@ -455,8 +455,6 @@ def test_generate_of_left_padded_rows(what: str) -> None:
             return list(model.generate(batch, config, attention_mask=mask).split(each))
         return list(model.generate(batch, attention_mask=mask, **usual, **options).split(each))
 
-    with pytest.raises((AdapterError, ValueError), match="adapter_names"):
-        run(adapter_names=NAMES)
     for own in (options, {} if each == 1 else options, options):  # the second time after a batch of beams
         alone = each_alone(model, NAMES, lambda: run(**own))  # noqa: B023
         with routed(model, NAMES):
