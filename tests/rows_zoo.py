@@ -375,27 +375,23 @@ class Around(nn.Module):
         return self.last((y[0] if isinstance(y, tuple) else y).transpose(0, self.axis))
 
 
+BATCH_FIRST: dict[str, tuple[tuple[int, ...], int]] = {
+    "MultiheadAttention": ((12, 2), 3),
+    "TransformerEncoderLayer": ((12, 2, 16), 1),
+    "TransformerDecoderLayer": ((12, 2, 16), 2),
+    "Transformer": ((12, 2, 1, 1, 16), 2),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), ((12, 12), 1)),
+}
+"""The arguments of a class, and how many inputs it takes."""
+
+
+def with_batch(kind: str, axis: int) -> nn.Module:
+    options, times = BATCH_FIRST[kind]
+    return Around(getattr(nn, kind)(*options, batch_first=axis == 0), axis=axis, times=times)
+
+
 TORCH: dict[str, Callable[[], nn.Module]] = {
-    f"{kind}, batch {'first' if axis == 0 else 'second'}": partial(
-        lambda kind, axis, options, times: Around(
-            getattr(nn, kind)(*options, batch_first=axis == 0), axis=axis, times=times
-        ),
-        kind,
-        axis,
-        options,
-        times,
-    )
-    for kind, options, times in (
-        ("MultiheadAttention", (12, 2), 3),
-        ("TransformerEncoderLayer", (12, 2, 16), 1),
-        ("TransformerDecoderLayer", (12, 2, 16), 2),
-        ("Transformer", (12, 2, 1, 1, 16), 2),
-        ("LSTM", (12, 12), 1),
-        ("GRU", (12, 12), 1),
-        ("RNN", (12, 12), 1),
-    )
-    for axis in (0, 1)
-} | {
+    **{f"{kind}, {axis}": partial(with_batch, kind, axis) for kind in BATCH_FIRST for axis in (0, 1)},
     "TransformerEncoder": lambda: Around(nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 16), 2), axis=1),
     "Conv1d": lambda: Around(nn.Conv1d(12, 12, 3, padding=1)),
     "ConvTranspose1d": lambda: Around(nn.ConvTranspose1d(12, 12, 3, padding=1)),

@@ -34,7 +34,7 @@ from randlora.targets.census import Census
 from randlora.targets.match import shortened
 
 PRIVATE = ("_load_from_checkpoint", "_load_best_model", "_save_optimizer_and_scheduler")
-"""Private methods of `Trainer` that `AdapterCheckpoints` overrides. A test checks their signatures and callers."""
+"""Private methods of `Trainer` that `AdapterCheckpoints` overrides. A test checks their signatures."""
 
 SENT = "_iter_named_params"
 """The private method of TRL's `VLLMGeneration` that yields names and values of weights for vLLM, each tensor once."""
