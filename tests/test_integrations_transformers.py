@@ -16,7 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import randlora
 from randlora.errors import AdapterError, CheckpointError
@@ -459,36 +459,20 @@ class Engine:
 
 
 @pytest.mark.parametrize(("mode", "is_tied"), [("colocate", False), ("server", True)])
-def test_an_engine_samples_with_the_merged_model(mode: str, is_tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All is TRL's own code, except for the engine and its answers."""
-    seen: list[bool] = []
-
+def test_an_engine_is_sent_the_merged_model(mode: str, is_tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(self: Any) -> None:
         self.llm = self.vllm_client = Engine(plain_model(tie_word_embeddings=is_tied))
 
-    def generate(self: Any, prompts: list[list[int]], **_: Any) -> tuple[Any, ...]:
-        merged = copy.deepcopy(self.model)
-        randlora.merge(merged)
-        sampled = self.llm.model
-        seen.append(all_bits(dict(sampled.named_parameters())) == all_bits(dict(merged.named_parameters())))
-        answers: list[list[int]] = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            out: Tensor = sampled.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, max_length=22)
-            answers.append(out[0, len(prompt) :].tolist())
-        return prompts, answers, [[[0.0] for _ in answer] for answer in answers], None
-
     monkeypatch.setattr(f"{VLLM}._init_vllm", start)
-    monkeypatch.setattr(f"{VLLM}.generate", generate)
-    model, fresh = (make(tie_word_embeddings=is_tied) for make in (with_norm, plain_model))
+    model, plain = (make(tie_word_embeddings=is_tied) for make in (with_norm, plain_model))
     options = {**WITH_VLLM, "vllm_mode": mode, "vllm_importance_sampling_correction": False}
-    run = trainer("GRPO", model, max_steps=2, **options)
-    run.train()
-    assert seen == [True] * 2
-    engine = run.vllm_generation.llm
-    base, places = (all_bits(dict(each.named_parameters())) for each in (fresh, engine.model))
-    assert engine.received == [*places] * 2
-    randlora.load(fresh, "run/checkpoint-2", trainable=True)
-    assert trained_bits(fresh) == trained_bits(model)
-    changed = {name for name in places if places[name] != base[name]}
+    generation = trainer("GRPO", model, **options).vllm_generation
+    places = dict(generation.llm.model.named_parameters())
+    for seed in (1, 2):
+        fill(model, seed=seed)
+        generation.sync_weights()
+        randlora.merge(merged := copy.deepcopy(model))
+        assert all_bits(places) == all_bits(dict(merged.named_parameters()))
+    assert generation.llm.received == [*places] * 2
+    changed = {name for name, value in plain.named_parameters() if not same_bits(value, places[name])}
     assert changed == {name for name in places if "_proj" in name or name == "model.norm.weight"}

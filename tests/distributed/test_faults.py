@@ -467,19 +467,6 @@ def test_one_process_writes_and_all_learn_of_errors(order: str, tmp_path: Path) 
     assert (tmp_path / "other" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("engine", GATHER)
-def test_what_would_write_a_part_of_a_model_is_refused(engine: str, tmp_path: Path) -> None:
-    own = mock.Mock(return_value="its own result")
-    with mock.patch.object(Net, "save_pretrained", lambda _, *args, **options: own(*args, **options), create=True):
-        model: Any = ENGINES[engine].make(NARROW)
-        inner = getattr(model, "module", model)
-        with pytest.warns(UserWarning, match=r"for that, call randlora.files.save_merged\(model, directory\)"):
-            inner.save_pretrained(tmp_path / "adapter")
-        with randlora.merged(model), pytest.raises(MergeError, match=r"are merged: call .*save_merged"):
-            inner.save_pretrained(tmp_path / "merged")
-    own.assert_not_called()
-
-
 @pytest.mark.parametrize(("name", "engine"), [("llama", "ZeRO-3"), ("mixtral", "ZeRO-3, experts"), ("llama", "FSDP2")])
 def test_a_model_of_transformers_is_written_for_it_to_load(name: str, engine: str, tmp_path: Path) -> None:
     config = PLANS[name].config | {"tie_word_embeddings": name == "llama"}
