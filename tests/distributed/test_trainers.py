@@ -264,7 +264,7 @@ def test_the_reference_is_the_same_model_without_its_adapter(
 def test_all_processes_save_what_accelerate_gathers_in_the_first(tmp_path: Path, engine: str) -> None:
     """The others have nothing, or no values, to give."""
     with launched(engine):
-        from accelerate import Accelerator
+        from accelerate import Accelerator  # type: ignore[import-untyped]
         from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
         from tests.trainers import adapted_model
