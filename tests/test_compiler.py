@@ -108,13 +108,11 @@ def of_other_specs() -> nn.Module:
 MIXES: list[tuple[Any, int]] = [
     ({"a": 0.5, "c": 0.25}, 1),
     ({"b": 0.75, "c": 1.5}, 2),  # factors become numbers of the graph
-    ({"a": -0.5, "b": 0.3}, 2),
     ({"a": {"0": 0.5, "2": 2.0}}, 3),
-    ({"a": {"0": 0.25, "2": -1.0}}, 3),
     ({"b": {"0": -3.0, "2": 0.75}}, 3),
     ({"a": {"0": 0.0, "2": 0.3}}, 4),
 ]
-SPECS: list[tuple[Any, int]] = [("a", 1), ("3", 2), ("5", 2), ("first", 3), ("last", 4), ("a", 4), ("first", 4)]
+SPECS: list[tuple[Any, int]] = [("a", 1), ("3", 2), ("5", 2), ("first", 3), ("last", 4), ("a", 4)]
 
 
 @pytest.mark.parametrize(
@@ -278,22 +276,22 @@ def test_a_tracer_that_comes_first_spoils_no_values(see: Callable[[nn.Module, Te
 
 @needs_compiler
 @pytest.mark.parametrize("basis", ["dense", further("block")])
-def test_transforms_are_compiled_with_the_model(basis: str) -> None:
+@pytest.mark.parametrize("is_each", [True, further(False)], ids=["of each row", "curvature"])
+def test_transforms_are_compiled_with_the_model(is_each: bool, basis: str) -> None:
     model, call = model_with("default", basis=basis), torch.func.functional_call
     trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
 
     def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
         return call(model, values, (x,)).square().mean()  # type: ignore[no-any-return]
 
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))  # as for private training
-
     def curvature(values: dict[str, Tensor], x: Tensor) -> Any:
         along = {name: value.sin() for name, value in values.items()}
         return torch.func.jvp(lambda values: torch.func.grad(loss)(values, x), (values,), (along,))[1]
 
-    for transformed in (each, curvature):
-        found = torch.compile(transformed, fullgraph=True, backend="aot_eager")(trained, X)
-        torch.testing.assert_close(found, transformed(trained, X), rtol=1e-4, atol=1e-4)
+    of_each_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))  # as for private training
+    transformed: Any = of_each_row if is_each else curvature
+    found = torch.compile(transformed, fullgraph=True, backend="aot_eager")(trained, X)
+    torch.testing.assert_close(found, transformed(trained, X), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("basis", "dynamic", "most"), [("dense", None, 2), ("block", True, 1)])
@@ -322,10 +320,13 @@ def test_a_wrapper_is_not_adapted_under_the_names_it_gives(wrap: Callable[[nn.Mo
 
 @needs_export
 @pytest.mark.parametrize(("options", "strict"), [({}, False), ({"basis": "block"}, True)], ids=["dense", "block"])
-def test_a_program_of_any_number_of_tokens_is_saved_loaded_and_trained(options: dict[str, Any], strict: bool) -> None:
+def test_a_program_of_any_number_of_tokens_is_saved_loaded_and_trained_and_the_model_stays_as_it_was(
+    options: dict[str, Any], strict: bool
+) -> None:
     model, whole, file = model_with("default", **options), model_with("default", **options), io.BytesIO()
     sizes = ({0: torch.export.Dim("tokens", min=2, max=64)},)
-    torch.export.save(torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=sizes, strict=strict), file)
+    with untouched(model):
+        torch.export.save(torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=sizes, strict=strict), file)
     file.seek(0)
     loaded = torch.export.load(file).module()
     for tokens in (2, 64):
@@ -334,37 +335,13 @@ def test_a_program_of_any_number_of_tokens_is_saved_loaded_and_trained(options: 
         assert same_bits(model(x), whole(x))
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert len(trained) == 4
-    program = torch.export.export(model, (x,)).module()
+    with untouched(model):
+        program = torch.export.export(model, (x,)).module()
     found = torch.autograd.grad(program(x).square().sum(), [program.get_parameter(name) for name in trained])
     expected = torch.autograd.grad(model(x).square().sum(), [*trained.values()])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-
-
-@needs_export
-@pytest.mark.parametrize(
-    ("strict", "dynamic"), [(False, False), (True, True), further(False, True), further(True, False)]
-)
-def test_a_model_that_was_exported_is_as_it_was(strict: bool, dynamic: bool, tmp_path: Path) -> None:
-    model, sizes = model_with("default"), ({0: torch.export.Dim("tokens", min=2, max=64)},) if dynamic else None
-    before = Compiled(model)
-    assert before.graphs() == 1
-    for _ in range(2):
-        with untouched(model):
-            program = torch.export.export(model, (X,), dynamic_shapes=sizes, strict=strict)
-        assert_close(program.module()(X), model(X), torch.float32)
-    graphs = before.graphs()
-    assert graphs <= 1 + strict  # a strict export may forget all programs of the compiler
-    torch.save(model, file := io.BytesIO())
-    file.seek(0)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
-        compare(twin, model)
-    randlora.save(model, tmp_path / "adapter")
-    for of in (model, twin):
-        randlora.load(of, tmp_path / "adapter", name="again", trainable=True)
-        randlora.activate(of, "again")
-    compare(torch.compile(twin, fullgraph=True, backend="eager"), model)
-    fill(model, "again")
-    assert before.graphs() == graphs
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        compare(torch.compile(twin, fullgraph=True, backend="eager"), model)
 
 
 @needs_export
