@@ -102,16 +102,15 @@ class ReadKind:
     def weight(self, model: nn.Module) -> nn.Parameter:
         return dict(model.named_parameters())[self.parameter_fqn]
 
-    def oracle_update(self, model: nn.Module, name: str = "default") -> Tensor:
-        """Compute the update of one adapter in float64, as the library gives it: a matrix or a stack of them."""
-        update = oracle_of(self.owner(model), self.attribute, name)
+    def oracle_update(self, model: nn.Module) -> Tensor:
+        """Compute the update in float64, as the library gives it: a matrix or a stack of them."""
+        update = oracle_of(self.owner(model), self.attribute)
         return update.flatten(end_dim=-2) if self.kind == "attention" else update
 
-    def changed(self, base: nn.Module, *updates: Tensor) -> nn.Module:
+    def changed(self, base: nn.Module, update: Tensor) -> nn.Module:
         twin = copy.deepcopy(base).double()
         with torch.no_grad():
-            for update in updates:
-                self.weight(twin).add_(self.in_layout(update, self.weight(twin)))
+            self.weight(twin).add_(self.in_layout(update, self.weight(twin)))
         return twin
 
 

@@ -136,12 +136,3 @@ def test_every_weight_that_is_read_is_known() -> None:
     unknown = [f"{read.place}: {read.where} reads {read.what}" for read in left if not is_in_table(read)]
     assert not unknown, "\n".join(unknown)
     assert not [known for known in (*HARMLESS, *BY_OTHERS) if not any(re.search(known, read.where) for read in reads)]
-    found = {(read.where.rpartition(".")[0], read.child) for read in reads}
-    missing = [
-        (name, child)
-        for name, readings in PARENTS.items()
-        if not name.startswith("torch.") and name.rpartition(".")[2] not in BY_OTHERS.values()
-        for child in (child for reading in readings for child in reading.children)
-        if (name, child) not in found and (name, "bias") not in found
-    ]
-    assert not missing

@@ -189,7 +189,7 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-X, PIXELS, IMAGES = drawn(3, 7, 16), drawn(1, 3, 32, 32), drawn(2, 3, 16, 16)
+X, IMAGES = drawn(3, 7, 16), drawn(2, 3, 16, 16)
 PADDING = torch.zeros(3, 7, dtype=torch.bool)
 PADDING[1, 5:] = True
 
@@ -207,12 +207,9 @@ def own_attention() -> nn.Module:
     return nn.Sequential(reproducible(lambda: library("open_clip").transformer.Attention(16, num_heads=2)))
 
 
-def swin(version: str = "") -> nn.Module:
-    models = library("torchvision").models.swin_transformer
-    block, merging = (getattr(models, f"{name}{version}") for name in ("SwinTransformerBlock", "PatchMerging"))
+def swin() -> nn.Module:
     sizes = {"patch_size": [4, 4], "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": [2, 2]}
-    options = {"num_classes": 3, "stochastic_depth_prob": 0.0, "block": block, "downsample_layer": merging}
-    return reproducible(lambda: models.SwinTransformer(**sizes, **options))
+    return reproducible(lambda: library("torchvision").models.SwinTransformer(**sizes, num_classes=3))
 
 
 decoder = partial(nn.TransformerDecoderLayer, 16, 4, 24, batch_first=True, dropout=0.0)
@@ -221,9 +218,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any], Any, int]
     "clip's own attention": (own_attention, lambda model: model(X), "all-linear", 2),
     "decoder": (partial(reproducible, decoder), lambda model: model(X, X.flip(1)), ["multihead_attn"], 2),
     "torchvision": (torchvision_vit, lambda model: model(IMAGES), "all-linear", 8),
-    "swin": (swin, lambda model: model(PIXELS), "all-linear", 17),
-    "swin v2": (partial(swin, "V2"), lambda model: model(PIXELS), "all-linear", 25),
-    "wavlm": (wavlm, lambda model: model(drawn(1, 200))[0], "all-linear", 15),
     "encoder's projections": (encoder, encoded, ["in_proj_weight"], 2),
     "encoder's outputs": (encoder, encoded, ["out_proj"], 2),
     "encoder's last layer": (encoder, encoded, ["layers.1.self_attn"], 2),
