@@ -174,6 +174,7 @@ def test_autocast_computes_in_the_dtype_of_the_plain_layer(kind: LayerKind, dtyp
 
 
 @pytest.mark.medium
+@pytest.mark.product
 @every_kind_compiled
 @pytest.mark.parametrize("basis", ["dense", "block"])
 def test_compiling_gives_one_graph_and_the_same_values(kind: LayerKind, basis: BasisKind) -> None:
