@@ -98,24 +98,6 @@ def test_float8_layers_are_trained_and_merged(tmp_path: Path) -> None:
     assert 0 < (wide(X) - trained).norm() < 0.1 * trained.norm()
 
 
-LATE: dict[str, Callable[[nn.Module], None]] = {"QAT": lambda model: to_int4(model, "prepare"), "float8": to_float8}
-
-
-@of_torchao
-@pytest.mark.parametrize("name", LATE)
-def test_a_layer_that_is_replaced_too_late_is_noticed_by_the_next_forward(name: str) -> None:
-    model = fill(adapted(plain()))
-    LATE[name](model)
-    with pytest.raises(
-        AdapterError, match=r"run the model, 2 problems:(\n.*[02] no longer has adapter 'default'.*){2}"
-    ):
-        model(X)
-    randlora.eject(model)
-    base = plain()
-    LATE[name](base)
-    assert same_bits(model(X), base(X))
-
-
 @of_torchao
 def test_what_is_quantized_too_late_runs_and_is_saved_and_every_verb_says_what_to_do(tmp_path: Path) -> None:
     model, quantized = fill(adapted(plain())), plain()
