@@ -224,6 +224,10 @@ def test_kinds_are_registered_under_their_names_with_their_streams() -> None:
     assert {(name, stream) for name, kind in KINDS.items() for stream in kind.draws} == set(KINDS_AND_STREAMS)
     flags = [kind.peft_flags for kind in KINDS.values() if kind.peft_flags is not None]
     assert len(flags) == len(set(flags)), "two kinds would be the same to PEFT"
+    for kind in KINDS:
+        spec = spec_for(RandLoRAConfig(basis=kind), 32, [(8, 8)])
+        assert spec_for(RandLoRAConfig(basis=kind), 32, [(3, 8, 8)]) == spec, "that of each matrix of a stack"
+        assert (spec.stream, spec.blocks is None) == (("portable", False) if kind == "block" else ("torch", True))
 
 
 ONE_NUMBER = ("dense", "torch"), ("dense", "torch-2.11"), ("sparse", "torch"), ("very_sparse", "torch")
