@@ -288,6 +288,10 @@ def test_what_is_not_in_memory_is_refused_where_values_are_needed(tmp_path: Path
     assert isinstance(place_of(model.up, "weight"), Plain)
     with pytest.raises(MergeError, match="up is incomplete"):
         randlora.merge(adapted(model))
+    model = adapted(Small())
+    model.norm.running_mean = torch.empty(12, device="meta")
+    with pytest.raises(MergeError, match=r"norm\.running_mean has no values here"):
+        randlora.merged_tensors(model)
 
 
 def test_offloaded_parameters_are_no_ones_to_train_copies_of(tmp_path: Path) -> None:
