@@ -289,7 +289,7 @@ def test_transforms_are_compiled_with_the_model(is_each: bool, basis: str) -> No
         return torch.func.jvp(lambda values: torch.func.grad(loss)(values, x), (values,), (along,))[1]
 
     of_each_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))  # as for private training
-    transformed: Any = of_each_row if is_each else curvature
+    transformed: Callable[..., Any] = of_each_row if is_each else curvature
     found = torch.compile(transformed, fullgraph=True, backend="aot_eager")(trained, X)
     torch.testing.assert_close(found, transformed(trained, X), rtol=1e-4, atol=1e-4)
 
