@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from tests.further import further
 from tests.model_directories import save_model, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel, bert, gpt2, llama, vit
 
@@ -106,7 +107,7 @@ KINDS = {name: name.split()[0] if name != "8 bits" else name for name in QUANTIZ
 
 every_quantization = pytest.mark.parametrize(
     ("kind", "quantization"),
-    [*((LLAMA, name) for name in QUANTIZATIONS), (GPT2, "nf4")],
+    [*((LLAMA, name) for name in ("nf4", "nf4 twice", "8 bits")), further(LLAMA, "nf4 in floats"), (GPT2, "fp4")],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 

@@ -9,26 +9,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import Mock
-from weakref import WeakSet
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import randlora
-from randlora.checkpoint.contents import Value
 from randlora.disk import replace as replacing
 from randlora.errors import AdapterError, CheckpointError, ConfigError, RandLoRAError
 from tests import checkpoint_files as stored
-from tests.checkpoint_files import HEADED, LINEAR, PREFIX, TENSORS_FILE, Case, Stored, basis_of, read_tensors, trained
+from tests.checkpoint_files import HEADED, LINEAR, TENSORS_FILE, Case, Stored, basis_of, read_tensors, trained
 from tests.kit import Bits, adapt, adapter_values, all_bits, fill, snapshot, untouched
-from tests.laws import Mixed, assert_close
+from tests.laws import Mixed
 from tests.model_directories import contents
-from tests.peer import THEIR_WARNINGS
 from tests.strategies import KINDS_AND_STREAMS, seeds
 
 FILES = {stored.CARD_FILE, stored.CONFIG_FILE, TENSORS_FILE}
@@ -100,26 +96,6 @@ def test_an_adapter_that_shared_larger_bases_than_its_own_reloads_alone(bases: S
     assert contents(tmp_path / "beside")[TENSORS_FILE] == contents(tmp_path / "alone")[TENSORS_FILE]
 
 
-def test_save_names_its_tensors_as_peft_does_and_says_what_peft_would_not_load(tmp_path: Path) -> None:
-    report = randlora.save(trained(HEADED, name="mine"), tmp_path, bases="stored")
-    assert (report.name, report.nbytes) == ("mine", sum(path.stat().st_size for path in tmp_path.iterdir()))
-    assert str(report).startswith(f"saved 'mine' to {tmp_path}, ")
-    tensors, metadata = read_tensors(tmp_path)
-    shapes = {"body.0.randlora_lambda": (2, 3), "body.0.randlora_gamma": (3, 6), "norm.bias": (7,), "head.bias": (3,)}
-    shapes |= {"body.2.randlora_lambda": (2, 4), "body.2.randlora_gamma": (4, 7), "head.weight": (3, 7)}
-    bases = {"base_model.randlora_A": (2, 1, 9), "base_model.randlora_B": (9, 5, 2)}  # more than any layer uses
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    assert found == {**bases, **{f"{PREFIX}{name}": shape for name, shape in shapes.items()}}
-    assert metadata.keys() == {"format", "randlora"}
-    assert metadata["format"] == "pt"
-    note = "PEFT cannot draw stream='portable': save with bases='stored' to load there"
-    for options in ({"stream": "portable"}, {"basis": "block"}):
-        model = trained(HEADED, **options)
-        report = randlora.save(model, tmp_path)
-        assert (report.notes, str(report).splitlines()[1:]) == ((note,), [note])
-        assert randlora.save(model, tmp_path, bases="stored").notes == ()
-
-
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -136,6 +112,7 @@ def test_what_is_rounded_is_loaded_swapped_verified_and_saved_again_as_it_is(
     assert all_bits(half) == all_bits(expected)
     assert all_bits(randlora.adapter_state(model, dtype=dtype).tensors) == all_bits(half)
     assert report.nbytes == sum(path.stat().st_size for path in (tmp_path / "half").iterdir())
+    assert str(report).startswith(f"saved 'default' to {tmp_path / 'half'}, ")
     assert randlora.files.verify(tmp_path / "half").passed
     randlora.load(twin, tmp_path / "half")
     randlora.swap(other, randlora.adapter_state(model, dtype=dtype))
@@ -194,19 +171,6 @@ def test_what_is_too_large_or_too_small_for_a_dtype_is_refused_before_it_is_writ
     assert contents(tmp_path) == before
 
 
-def test_one_value_at_a_time_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copies, most = WeakSet[Tensor](), []
-
-    def counted(value: Value, values: Tensor, copied: Callable[[Value, Tensor], Tensor] = Value.stored) -> Tensor:
-        copies.add(copy := copied(value, values))
-        most.append(len(copies))
-        return copy
-
-    monkeypatch.setattr(Value, "stored", counted)
-    randlora.save_all(adapt(trained(HEADED), r=2, name="other"), tmp_path)
-    assert most == [1] * len(most) != []
-
-
 @pytest.mark.parametrize("first", ["inject", "wrap"])
 def test_wrappers_of_torch_change_no_names(first: str, tmp_path: Path) -> None:
     wraps: list[Callable[[nn.Module], Any]] = [checkpoint_wrapper, partial(torch.compile, backend="eager")]
@@ -262,17 +226,9 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     r"has shape \(1, 1, \d+\) here, expected all of \(": lambda held: held.flatten()[None, None],
     r"has no memory here, expected all of \(": freed,
 }
-NAMED, UNNAMED = "no adapter named 'c': it has default", r"cannot be the name of a directory: save it by itself"
-bad: Any = {"bases": "both"}
+UNNAMED = r"cannot be the name of a directory: save it by itself"
 REFUSED: tuple[tuple[str, type[Exception], Call], ...] = (
-    ("the model has no adapter: call", AdapterError, lambda out: randlora.save(LINEAR.build(), out)),
     (r"has several adapters \(default, a, b\)", AdapterError, lambda out: randlora.save(of_three(), out)),
-    (NAMED, AdapterError, lambda out: randlora.save(of_three(), out, name="c")),
-    (
-        "must be one of seed, stored, got 'both'",
-        ConfigError,
-        lambda out: randlora.save(trained(LINEAR), out, **bad),
-    ),
     ("named 'c'", AdapterError, lambda out: randlora.save_all(of_three(), out, names=["a", "c"])),
     ("names must be", RandLoRAError, lambda out: randlora.save_all(of_three(), out, names="aa")),
     ("no adapter is named", CheckpointError, lambda out: randlora.save_all(of_three(), out, names=[])),
@@ -308,9 +264,8 @@ def test_a_file_or_a_broken_link_in_place_of_a_directory_is_refused(tmp_path: Pa
     assert contents(tmp_path) == {"b": b""}
 
 
-@pytest.mark.filterwarnings(*(mark.args[0] for mark in THEIR_WARNINGS))
 def test_each_is_in_a_directory_of_its_name_and_default_in_the_root_as_in_peft(tmp_path: Path) -> None:
-    model, twin, one, linear = of_three(), HEADED.build(), HEADED.build(), trained(LINEAR)
+    model, twin, one = of_three(), HEADED.build(), HEADED.build()
     with untouched(model):
         reports = randlora.save_all(model, tmp_path / "all")
     places = {"default": tmp_path / "all", "a": tmp_path / "all" / "a", "b": tmp_path / "all" / "b"}
@@ -330,13 +285,6 @@ def test_each_is_in_a_directory_of_its_name_and_default_in_the_root_as_in_peft(t
     assert [(each.name, each.is_trainable) for each in randlora.adapters(one)] == [("a", True)]
     randlora.load_all(one, str(tmp_path / "some"), names=["b"])
     assert [each.name for each in randlora.adapters(one)] == ["a", "b"]
-    randlora.save_all(adapt(linear, r=2, name="other", values=3), tmp_path / "peft", bases="stored")
-    theirs = PeftModel.from_pretrained(LINEAR.build(), tmp_path / "peft")
-    theirs.load_adapter(tmp_path / "peft" / "other", "other")
-    for name in ("default", "other"):
-        theirs.set_adapter(name)
-        randlora.activate(linear, name)
-        assert_close(LINEAR.output(theirs), LINEAR.output(linear), torch.float32)
 
 
 def test_nothing_is_seen_if_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,13 +58,11 @@ def scaled(kind: RealModel, parent: Path) -> tuple[Path, Any]:
 ours, theirs = our_directory, peer.their_directory
 SOURCES: dict[str, tuple[RealModel, Callable[[RealModel, Path], tuple[Path, Any]], bool]] = {
     "dense": (LLAMA, ours, peer.PEFT_STREAM != "torch"),
-    "sparse": (GPT2, partial(ours, basis="sparse"), False),
     "portable": (VIT, partial(ours, basis="very_sparse", stream="portable"), True),
     "stored blocks": (LLAMA, partial(ours, bases="stored", basis="block"), True),
     "PEFT's key": (LLAMA, partial(theirs, save_projection=False, projection_prng_key=11), False),
     "PEFT's head and biases": (BERT, partial(theirs, modules_to_save=["classifier"], bias="randlora_only"), True),
     "PEFT's sparse": (GPT2, partial(theirs, basis="sparse", projection_prng_key=-3), True),
-    "PEFT's very sparse": (BERT, partial(theirs, basis="very_sparse"), True),
     "PEFT's of no key": (LLAMA, scaled, True),
 }
 """What makes an adapter, ours or PEFT's, and whether PEFT needs the bases in the file."""

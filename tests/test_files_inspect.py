@@ -108,19 +108,16 @@ def test_a_file_of_peft_says_all_but_the_shapes_and_with_its_base_all(copies: st
 
 
 REGEX = {"targets": r".*\.(1|0)\..*", "exclude": r".*\.(up_proj|c_fc)", "basis": "very_sparse", "alpha": 3.0}
-PLANNED: dict[str, tuple[RealModel, dict[str, Any]]] = {
-    "preset": (LLAMA, {}),
-    "r and alpha by layer": (
-        BERT,
-        {"targets": "all-linear", "r": {"query": 8, ".*": 4}, "alpha": {"key": 2, ".*": 16}},
-    ),
-    "block": (VIT, {"targets": "all-linear", "basis": "block", "r": 8, "seed": 5}),
-    "regex": (GPT2, REGEX),
+BY_LAYER: dict[str, Any] = {"targets": "all-linear", "r": {"query": 8, ".*": 4}, "alpha": {"key": 2, ".*": 16}}
+PLANNED: dict[str, tuple[RealModel, bool, dict[str, Any]]] = {
+    "preset": (LLAMA, True, {}),
+    "r and alpha by layer": (BERT, False, BY_LAYER),
+    "block": (VIT, True, {"targets": "all-linear", "basis": "block", "r": 8, "seed": 5}),
+    "regex": (GPT2, False, REGEX),
 }
 
 
-@pytest.mark.parametrize("is_sharded", [False, True], ids=["one-file", "sharded"])
-@pytest.mark.parametrize(("kind", "options"), PLANNED.values(), ids=PLANNED)
+@pytest.mark.parametrize(("kind", "is_sharded", "options"), PLANNED.values(), ids=PLANNED)
 def test_headers_plan_as_the_model(kind: RealModel, is_sharded: bool, options: dict[str, Any], tmp_path: Path) -> None:
     model = kind.build().to(torch.bfloat16)
     write(model, tmp_path, is_sharded=is_sharded)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import randlora
 from randlora import files
 from randlora.__main__ import main
-from randlora.disk.formats import Planned, write_tensor_file
+from randlora.disk.formats import write_tensor_file
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from randlora.files.model_directory import INDEX_FILE, find_companions, read_model_directory
-from randlora.files.save_merged import NAMES_IN_MEMORY, ModelWriter
+from randlora.files.save_merged import NAMES_IN_MEMORY
 from tests import model_directories, quantized
 from tests.checkpoint_files import read_tensors
 from tests.hostile_files import sparse
@@ -143,6 +143,7 @@ def test_what_is_no_float_keeps_its_dtype_and_neither_codes_nor_8_bit_floats_are
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.product
 @every_read_kind
 def test_files_of_every_kind_are_inspected_and_merged_as_in_memory(kind: ReadKind, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
@@ -424,12 +425,3 @@ def test_at_most_the_tensors_of_one_file_are_held_and_a_full_disk_leaves_nothing
     with mock.patch(WRITER, written), pytest.raises(OSError, match="No space"):
         files.save_merged(model, tmp_path / "full", max_shard_size=model_directories.SHARD)
     assert [*tmp_path.iterdir()] == [report.out]
-
-
-def test_tensors_for_a_file_are_not_counted_again_for_each_that_follows(tmp_path: Path) -> None:
-    sized = mock.PropertyMock(return_value=4)
-    with mock.patch.object(Planned, "nbytes", sized), mock.patch(WRITER):
-        writer = ModelWriter(tmp_path, limit=1600)
-        for number in range(401):  # one too many for a file
-            writer.add(Planned.whole(str(number), torch.zeros(1)))
-    assert ([*map(len, writer.files)], sized.call_count <= 1200) == ([400], True)

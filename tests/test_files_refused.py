@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 import randlora
 from randlora import files
 from randlora.__main__ import main
-from randlora.checkpoint.header import parse_header
 from randlora.errors import CheckpointError, ConfigError, MergeError, RandLoRAError
 from randlora.files.model_directory import INDEX_FILE, SINGLE_FILE
-from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, edit_fields, read_tensors, reseal
+from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, edit_fields, reseal
 from tests.hostile_files import SPECIAL, sparse, unseeded
 from tests.model_directories import (
     adapter_of,
@@ -110,9 +108,6 @@ TWICE = ["adapter"] * 2, {"adapter": 0.5, "adapter/": 0.25}, ["adapter", "link"]
 INTO = {"out": "bert/../adapter"}, {"out": "adapter/in"}, {"source": f"adapter/{TENSORS_FILE}", "out": "adapter"}
 CALLS: list[tuple[type[Exception], str, Call]] = [
     *((ConfigError, "named twice", merge(twice)) for twice in TWICE),
-    (ConfigError, "must be a finite number, got nan", merge({"adapter": float("nan")})),
-    (ConfigError, "dtype must be one of .*got torch.int8", merge(dtype=torch.int8)),
-    (ConfigError, "there is no adapter", merge([])),
     (MergeError, "would not be finite in torch.float32", merge({"adapter": 1e38})),
     (MergeError, "values that are too large for torch.float16", merge({"adapter": 1e6}, dtype=torch.float16)),
     (CheckpointError, r"cannot merge .*other.*trained model\.norm\.weight too", merge(["again", "other"])),
@@ -129,7 +124,6 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
     (CheckpointError, "bases of unseeded came from a file, and no", lambda: files.join(["again", "unseeded"], "out")),
     (ConfigError, "format= and same_rank= are for to=\"lora\", not 'peft'", convert(to="peft", format="peft")),
     (ConfigError, "format= and same_rank= are for to=\"lora\", not 'native'", convert(to="native", same_rank=True)),
-    (ConfigError, "to must be one of peft, native, lora, got 'diff'", convert(to="diff")),
     (ConfigError, "format must be one of peft, diffusers or None, got 'mlx'", convert(to="lora", format="mlx")),
     (ConfigError, "rank= and tolerance= are for to=\"lora\": 'peft' is exact", convert(rank=4)),
     (ConfigError, 'component= is for to="lora" with format="diffusers"', convert(to="lora", component="unet")),
@@ -138,10 +132,7 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
         "to 'peft': PEFT has one r and one alpha for all layers .* r = 4 .2 layers., 8",
         convert("of two ranks", to="peft"),
     ),
-    (ConfigError, "rank must be a positive integer, got 0", convert(to="lora", rank=0)),
     (ConfigError, "rank must be at most 512, got 513", convert(to="lora", rank=513)),
-    (ConfigError, r"tolerance must be a number in \[0, 1\], got 1\.5", convert(to="lora", tolerance=1.5)),
-    (ConfigError, "tolerance must be a finite number, got nan", convert(to="lora", tolerance=float("nan"))),
     (ConfigError, r"has trained classifier\.bias, class", convert("head", **UPDATES)),
     (ConfigError, "0 is of kind convolution, and", convert("convolution", **UPDATES)),
     *((ConfigError, f"^{option}= {FOR_BASE}$", convert(to="native", **{option: "model"})) for option in OF_BASES),
@@ -153,7 +144,6 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
     (CheckpointError, "no such directory: .*nothing", plan("nothing")),
     (CheckpointError, "is not a directory", plan("bert/config.json")),
     (CheckpointError, "holds an adapter, not a model", plan("adapter")),
-    (ConfigError, "revision must be a string or None, got", plan(revision=BERT)),
 ]
 
 
@@ -289,15 +279,6 @@ def of_norm() -> None:
     save_file({name.replace(Q, "model.norm"): tensor for name, tensor in held}, ADAPTER / TENSORS_FILE)
 
 
-def name_one_tensor_twice() -> None:
-    of(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), targets=["0", "1"])()
-    tensors, metadata = read_tensors(ADAPTER)
-    config = replace(parse_header(metadata["randlora"], tensors).config, targets=("0", "0.weight"))
-    renamed = {name.replace(".1.", ".0.weight."): tensor for name, tensor in tensors.items() if ".1." in name}
-    dropped = [name for name in tensors if ".1." in name]
-    reseal(ADAPTER, renamed, drop=dropped, config=config, shapes={"0": (8, 8), "0.weight": (8, 8)})
-
-
 def of_peft() -> None:
     shutil.rmtree(ADAPTER)
     their_directory(LLAMA, Path())[0].rename(ADAPTER)
@@ -385,12 +366,10 @@ OF_BOTH: dict[str, Call] = {  # a plan needs no weights
     "0 is 8 x 75 here, the adapter was trained on out x in = 8 x 27": of(
         lambda: nn.Sequential(nn.Conv2d(3, 8, 5)), lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), targets=["0"]
     ),
-    r"0 and 0\.weight are both 0\.weight, which cannot hold both adapters": name_one_tensor_twice,
 }
 NO_FILES = [
     (f"{name} is a directory, a pipe or a device: expected a file", name, kind)
-    for name in ("config.json", SINGLE_FILE, INDEX_FILE)
-    for kind in ("pipe", "device-without-end", "directory")
+    for name, kind in (("config.json", "device-without-end"), (SINGLE_FILE, "directory"), (INDEX_FILE, "pipe"))
 ]
 NO_FILES += [("cannot read .*config.json .*Too many levels", "config.json", "link-to-itself")]
 DAMAGED: list[tuple[str, str, str, Call]] = [  # words, the verbs that say them, the check of `files.verify` that does
@@ -405,7 +384,7 @@ DAMAGED: list[tuple[str, str, str, Call]] = [  # words, the verbs that say them,
         for name in (SINGLE_FILE, INDEX_FILE)
     ),
     ("cannot read .*config.json .*No such file", "plan inspect merge", "base", dangling),
-    *(("cannot copy the files of", "merge", "", special("tokenizer.json", kind)) for kind in SPECIAL),
+    *(("cannot copy the files of", "merge", "", special("tokenizer.json", kind)) for kind in ("pipe", "directory")),
 ]
 VERBS: dict[str, Call] = {
     "plan": plan("base"),

@@ -1,9 +1,12 @@
-"""No input of the corpus breaks a promise, and a target sees a check that is gone."""
+"""No input of the corpus breaks a promise, nor does a change of one, and a target sees a check that is gone."""
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.fuzz.files import CORPUS
 from tests.fuzz.limits import Violation
@@ -20,6 +23,23 @@ INPUTS = [
 @pytest.mark.parametrize(("name", "path"), INPUTS)
 def test_no_input_of_the_corpus_breaks_a_promise(name: str, path: Path) -> None:
     TARGETS[name].run(path.read_bytes())
+
+
+@pytest.mark.medium
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["adapter", "peft_config", "patterns"])
+def test_no_change_of_an_input_breaks_a_promise(name: str) -> None:
+    inputs = [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
+
+    @settings(max_examples=100)
+    @given(st.sampled_from(inputs), st.integers(0, 2**32))
+    def changed(data: bytes, seed: int) -> None:
+        random = Random(seed)
+        for _ in range(random.randint(1, 3)):
+            data = TARGETS[name].mutate(data, random, lambda part: part[random.randint(0, len(part)) :])
+        TARGETS[name].run(data)
+
+    changed()
 
 
 CHECKS: list[tuple[str, str, Any]] = [
