@@ -276,7 +276,6 @@ class RandLoRAConfig:
         raise_collected(ConfigError, problems or [*self._conflicts()], doing="configure RandLoRA")
 
     def _conflicts(self) -> Iterator[str]:
-        """Yield which options do not go together."""
         basis, stream, blocks = self.basis, self.stream, self.blocks
         if basis == "block" and stream in ("torch", "torch-2.11"):
             yield f"{spelled('basis', basis)} has no {spelled('stream', stream)}: omit {named('stream')}"

@@ -218,7 +218,6 @@ def _added(
     prefix: str | None = None,
     save_pretrained: SavePretrained | None = None,
 ) -> Report:
-    """Add an adapter that was read to a model, and return the report."""
     census, state = view.census, view.state
     active = not state.adapters if active is None else active
     with refusing(f"load {found.where}"):

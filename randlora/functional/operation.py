@@ -132,7 +132,6 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Compute the gradients that are needed."""
     x, weight, lam, gamma, basis_A, basis_B = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
     needs_diagonals, tokens = needs_lam or needs_gamma, grad.shape[0]

@@ -108,22 +108,21 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
         state = view.state
         require_unmerged(state, "check")
         parts = {
-            site: [part for name, part in site.layer.adapters.items() if name in state.active]
+            site: acting
             for site in view.census.adapted
+            if (acting := [part for name, part in site.layer.adapters.items() if name in state.active])
             if not site.layer.is_rows  # of which a few inputs would reach few
         }
-        parts = {site: acting for site, acting in parts.items() if acting}
         raise_collected(AdapterError, _obstacles(view, [*parts]), doing="check")
         inner = unwrapped(model, WRAPPERS)
         tensors = (*inner.parameters(), *inner.buffers())
         halves = sum(each.nbytes for each in tensors if each.dtype in HALVES and _has_digits(each))
+        trial = partial(_Trial, inner, view, parts, (args, kwargs))
         try:
             if 0 < halves <= WIDENED:
                 with suppress(RuntimeError, TypeError):  # of a forward that casts to half precision itself
-                    into = Into("dequantize", torch.float32)
-                    return _checked(view, _Trial(inner, view, parts, into, (args, kwargs), widens=True))
-            into = Into("dequantize", model_dtype(view.census))
-            return _checked(view, _Trial(inner, view, parts, into, (args, kwargs), widens=False))
+                    return _checked(view, trial(widens=True))
+            return _checked(view, trial(widens=False))
         finally:
             for basis in state.bank:
                 basis.release()  # its working copies in dtypes that the model may not use
@@ -147,7 +146,6 @@ def _obstacles(view: View, sites: Sequence[AdaptedSite]) -> list[str]:
 
 
 def _checked(view: View, trial: _Trial) -> CheckReport:
-    """Return what is found by running the model."""
     differences = differences_from_product(trial.sites)
     refused = {site: share for site, share in differences.items() if share is not None and share > TOLERANCE}
     merging = [site for site in trial.sites if not site.layer.is_forward_only and site not in refused]
@@ -311,7 +309,6 @@ class CheckReport:
 
 
 def _line(problems: Sequence[Problem]) -> str:
-    """Return a line about problems of one kind."""
     shares = [problem.difference for problem in problems if problem.difference is not None]
     size = f" (by up to {max(shares):.0%} of the effect)" if shares else ""
     return f"{shortened([problem.fqn for problem in problems])}: {WORDS[problems[0].fault]}{size}"
@@ -325,14 +322,14 @@ class _Trial:
         model: nn.Module,
         view: View,
         parts: dict[AdaptedSite, list[SiteAdapter]],
-        into: Into,
         arguments: tuple[tuple[Any, ...], dict[str, Any]],
         *,
         widens: bool,
     ) -> None:
         """Draw the values. If ``widens``, half precision is copied to float32."""
         self.model, self.sites, self.parts, self.ran = model, [*parts], parts, set[AdaptedSite]()
-        self._state, self._into, self._arguments, self._widens = view.state, into, arguments, widens
+        self._state, self._arguments, self._widens = view.state, arguments, widens
+        self._into = Into("dequantize", torch.float32 if widens else model_dtype(view.census))
         beside = (each for site in parts for each in (site.layer, *site.layer_class.beside(site.owner)))
         self._others = [view.state, *view.state.adapters.values(), *beside]
         self._generator = torch.Generator("cpu").manual_seed(0)

@@ -146,7 +146,6 @@ def _base_facts(view: View, base: Census, *, with_values: bool) -> Iterator[tupl
 
 
 def _tensor_facts(name: str, tensors: Sequence[Tensor], *, with_values: bool) -> Iterator[tuple[str, str]]:
-    """Yield the facts of one tensor, or of several together."""
     # else a tensor has no shape, or that of a part
     has_shape = not any(is_lazy(each) or whole_only_inside(each) is not None for each in tensors)
     shapes = [f", {sizes(whole_shape(each))}" if has_shape else "" for each in tensors]

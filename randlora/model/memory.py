@@ -230,7 +230,6 @@ class _Part(NamedTuple):
         return math.prod(self.shape) * self.itemsize
 
     def held(self, setup: Setup) -> int:
-        """Return the bytes of it that a device holds."""
         if setup.strategy == "ddp" or not self.is_registered or not self.nbytes:
             return self.nbytes
         rows = self.shape[0] if self.shape else 1  # equally many on all devices

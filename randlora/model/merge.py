@@ -293,10 +293,7 @@ def merged(
 
 def _refuse_loading(module: nn.Module, *args: object) -> None:  # noqa: ARG001  # a hook's signature
     """Raise an error before anything is loaded into a part of a model that is merged into: unmerging would undo it."""
-    raise MergeError(
-        "cannot load a state dict while the adapters are merged: call randlora.unmerge(model) first, or load after the "
-        "`with randlora.merged(model)` block"
-    )
+    raise MergeError("cannot load a state dict while adapters are merged: unmerge them, or end the block of merged")
 
 
 def _fold_all(sites: Sequence[AdaptedSite], names: Collection[str], into: Into) -> dict[str, RoundingLoss]:

@@ -178,8 +178,7 @@ def _activation_problems(state: ModelState, names: Collection[str]) -> list[str]
                 )
     problems += shared_slots(state, [*state.adapters.values()], trained)
     return problems + [
-        f"{' and '.join(sorted(several))} each trained their own copy of {fqn}, and only one can be active: activate "
-        "one"
+        f"{' and '.join(sorted(several))} each trained their own copy of {fqn}: only one of them can be active"
         for fqn, several in trained.items()
         if len(several) > 1
     ]

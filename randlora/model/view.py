@@ -144,10 +144,7 @@ def _extensible_state(census: Census, doing: str) -> ModelState:
     """Return the model's state, or a new one, after checking that adapters can be added."""
     model = census.model
     if (attribute := held_at(model, WRAPPERS)) is not None:
-        raise AdapterError(
-            f"cannot {doing} through a {type(model).__name__}, which changes the name of every layer; call this on the "
-            f"wrapped model.{attribute}"
-        )
+        raise AdapterError(f"cannot {doing} in a {type(model).__name__}: call this on the wrapped model.{attribute}")
     if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
         raise AdapterError(f"cannot {doing}: the model already has an attribute {ATTRIBUTE}; rename it")
     raise_collected(AdapterError, foreign_adapters(census), doing=doing)
