@@ -108,7 +108,7 @@ VERBS: dict[str, Case] = {
 # Errors are planted in each function of the package, but not in those that find and gather parts of tensors once the
 # processes have agreed: one that left out a part would mix up the rest. test_faults.py plants them between two gathers.
 TOGETHER = {
-    each.__code__ for each in (ranks.run_collectives, merged_tensors.MergedTensors._taken, AdapterLayer.delta_weight)
+    each.__code__ for each in (ranks.run_collectives, merged_tensors.MergedTensors._value, AdapterLayer.delta_weight)
 }
 
 END = "merged.<locals>.end"
