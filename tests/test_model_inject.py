@@ -336,6 +336,21 @@ def test_the_learning_rate_to_try_goes_by_the_width_in_which_most_is_trained_and
     assert (f"for layers of width {median}, the median" in on_one_line(report)) == (expected is not None)
 
 
+@pytest.mark.parametrize(("width", "noted"), [(1024, 0.5), (4096, 0.4), (512, None)])
+def test_the_report_of_dense_bases_names_block_bases_with_their_share_of_the_work(
+    width: int, noted: float | None
+) -> None:
+    layer, said = nn.Sequential(nn.Linear(width, width, device="meta")), "basis='block' would take about"
+    report = str(randlora.plan(layer, r=32, targets=["0"]))
+    assert (f"{said} {noted} of the work" in report) == (noted is not None) == (said in report)
+    c, b, tokens = 4, 8, 2048  # the defaults for r = 32; docs/method.md has the formulas
+    dense = 6 * tokens + 6 * width if width < tokens else 14 * tokens
+    block = (4 + 2 / c + 2 / b) * tokens + 4 * width / (c * b)
+    assert noted is None or round(block / dense, 1) == noted
+    for options in ({"basis": "block"}, {"basis": "sparse"}, {"trainable": False}):
+        assert said not in str(randlora.plan(layer, r=32, targets=["0"], **options))
+
+
 def test_a_head_that_is_left_frozen_is_told_of_with_how_to_train_it() -> None:
     model = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "classifier": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))})
     note = 'frozen: classifier; if it is new, with random values, give train_also="classifier"'

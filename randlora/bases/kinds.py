@@ -5,7 +5,7 @@ minus one number, stored as a sign in int8; ``block`` bases are zero outside of 
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from randlora.bases.spec import KINDS, BasisSpec, CompactMatrix, Kind, Matrices, count_bases, reach_all
 from randlora.errors import ConfigError
 from randlora.functional import BlockPair, DensePair, Pair
-from randlora.functional.cost import SMALL_WEIGHT
+from randlora.functional.cost import SMALL_WEIGHT, multiply_adds
 from randlora.functional.region import Sides, Spans, all_of, entries_of, take_spans
 
 VERSION = 1  # of the portable stream
@@ -231,6 +231,25 @@ def default_blocks(r: int, counts: Collection[int]) -> tuple[int, int]:
         if b <= MOST_BLOCKS_IN_B and all(reach_all((c, b), num_bases) for num_bases in counts)
     ]
     return min(reversed(pairs), key=lambda blocks: r // blocks[0] + 2 * r // blocks[1])
+
+
+TOKENS = 2048
+"""Those of a step for which the work of bases is compared."""
+
+
+def block_share(layers: Mapping[tuple[int, int, int], int]) -> float:
+    """Return how much of the work of dense bases block bases take in a step, given a number of layers by sizes.
+
+    The sizes are ``(in_features, out_features, r)``. Small layers, which have dense copies, count as equal.
+    """
+    work = {"dense": 0.0, "block": 0.0}
+    for (into, out, r), count in layers.items():
+        num_bases = count_bases(min(into, out), r)
+        c, b = default_blocks(r, {count_bases(min(sides), own) for *sides, own in layers if own == r})
+        c, b = (1, 1) if into * out <= SMALL_WEIGHT else (c, b)
+        for kind, shares in (("dense", (1.0, 1.0, 1.0)), ("block", (1 / c, 1 / b, 1 / (c * b)))):
+            work[kind] += count * multiply_adds(TOKENS, into, out, r * num_bases, shares)
+    return work["block"] / work["dense"] if layers else 1.0
 
 
 def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> list[tuple[int, int]]:

@@ -15,6 +15,9 @@ Way = Literal["factored", "materialized", "few_tokens"]
 ALWAYS: tuple[Way, ...] = ("factored", "materialized")
 """The ways that any number of tokens can take."""
 
+Shares = tuple[float, float, float]
+"""The parts of the dense work of UA, UB and UB @ UA that products take: in blocks about 1/c, 1/b and 1/(b·c)."""
+
 ON_CPU = 40.0
 """The multiply-adds that take as long as a pass over one entry of memory, measured."""
 ON_GPU = {torch.bfloat16: 400.0, torch.float16: 400.0, torch.float32: 80.0, torch.float64: 160.0}
@@ -51,7 +54,7 @@ class Shape(NamedTuple):
     min_dim: int
     hidden: int  # r·num_bases
     num_bases: int
-    shares: tuple[float, float, float]  # of the dense work of UA, UB and UB @ UA: in blocks about 1/c, 1/b and 1/(b·c)
+    shares: Shares
     entry: float = ON_CPU  # multiply-adds in the time of a pass over one entry
 
 
@@ -121,6 +124,13 @@ def backward_ways(
     sizes: Sizes, *, needs_input: bool, needs_diagonals: bool, needs_weight: bool = False
 ) -> tuple[Way, Way]:
     """Return how to compute the gradients of the input and of Λ and Γ, chosen together because they share products."""
+    costs = _backward_costs(sizes, needs_input=needs_input, needs_diagonals=needs_diagonals, needs_weight=needs_weight)
+    return min(costs, key=costs.__getitem__)
+
+
+def _backward_costs(
+    sizes: Sizes, *, needs_input: bool, needs_diagonals: bool, needs_weight: bool
+) -> dict[tuple[Way, Way], float]:
     shape, entry = sizes.shape, sizes.shape.entry
 
     def of_diagonals(way: Way, *, has_hidden: bool) -> float:
@@ -140,7 +150,16 @@ def backward_ways(
     products = through_A * sizes.through_terms + through_B * sizes.through_B
     sums = 2 * needs_diagonals * sizes.laid_out  # over the terms for the input, over the tokens for Γ
     costs["few_tokens", "few_tokens"] = products + entry * (sums + MORE_OPERATORS)
-    return min(costs, key=costs.__getitem__)
+    return costs
+
+
+def multiply_adds(tokens: int, in_features: int, out_features: int, hidden: int, shares: Shares) -> float:
+    """Return those of a layer in a step of training, with those of its frozen weight, for so many tokens."""
+    max_dim, min_dim = max(in_features, out_features), min(in_features, out_features)
+    shape = Shape(max_dim, min_dim, hidden, 1, shares, 0.0)
+    sizes = Sizes(tokens, shape, is_wide=in_features == min_dim, has_weight=True)
+    backward = _backward_costs(sizes, needs_input=True, needs_diagonals=True, needs_weight=False)
+    return 2 * tokens * max_dim * min_dim + min(map(sizes.product, ALWAYS)) + min(backward.values())
 
 
 def chosen_all_at_once(counts: Sequence[int], shape: Shape, *, is_wide: bool, compute: Compute) -> bool:

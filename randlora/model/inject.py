@@ -5,6 +5,8 @@ Planning and checking come first, do not change the model, and raise one error f
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from randlora.bases.basis import Basis
+from randlora.bases.kinds import block_share
 from randlora.bases.spec import sliced_dims, spec_for
 from randlora.config import (
     BasisKind,
@@ -50,7 +53,7 @@ from randlora.ranks import agree, run_collectives
 from randlora.replaced import ReplacedParameter, like
 from randlora.report import Report, adapter_report, left_out_lines, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, require_unused
-from randlora.targets.census import Census, shapes_of
+from randlora.targets.census import Census, Shapes, shapes_of
 from randlora.targets.left_out import doubt, obstacles, offloaded_copies
 from randlora.targets.match import shortened
 from randlora.targets.options import one_config, r_like_lora, resolve, useless_options
@@ -58,6 +61,9 @@ from randlora.targets.select import Selection, select
 
 CHECKED = ("active", "init", "save_pretrained", "trainable")
 """Arguments of `inject` that are not in the table of options, and whose types are checked here."""
+
+FEW = 0.8
+"""The share of the work of dense bases below which a report names block bases."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,10 +90,13 @@ class Plan:
             notes.append(f"its bases{which} are additional: those of the other adapters cannot be shared: {others}")
         if self.trainable:
             notes += [*moving_note(self.census, self.adapter.buffers), *half_notes(self.adapter)]
+        shapes = shapes_of(self.selection.sites, self.adapter.config)
+        if self.trainable and self.adapter.config.basis == "dense" and (share := self._block_share(shapes)) < FEW:
+            notes.append(f"dense: PEFT can draw these bases; basis='block' would take about {share:.1f} of the work")
         report = adapter_report(
             self.census,
             self.adapter,
-            shapes_of(self.selection.sites, self.adapter.config),
+            shapes,
             is_active=self.active,
             is_trainable=self.trainable,
             skipped=self.selection.skipped,
@@ -97,6 +106,13 @@ class Plan:
         if not self.selection.is_default:
             return report
         return replace(report, warning=doubt(self.census, self.selection.sites, report.left_out))
+
+    def _block_share(self, shapes: Shapes) -> float:
+        """Return how much of the work of its dense bases block bases would take."""
+        layers = Counter[tuple[int, int, int]]()
+        for fqn, (*stack, out_features, in_features) in shapes.items():
+            layers[in_features, out_features, self.adapter.options[fqn].r] += math.prod(stack)
+        return block_share(layers)
 
 
 @collective(writes=True)
