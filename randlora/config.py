@@ -353,7 +353,7 @@ def _from_pairs(value: Any) -> Any:
 def explain_options(
     function: Callable[_Arguments, _Result], name: str = "", verb: Callable[..., Any] | None = None
 ) -> Callable[_Arguments, _Result]:
-    """Wrap a function, by name, to refuse an unknown option with a suggestion, and to have options of a ``verb``."""
+    """Wrap a function to refuse unknown options, with a suggestion, and to take those of a ``verb`` that it calls."""
     signature = inspect.signature(function)
     if verb is not None:
         own = {name: each for name, each in signature.parameters.items() if each.kind is not each.VAR_KEYWORD}

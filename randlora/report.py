@@ -147,7 +147,7 @@ class Report(NotTheModel):
                 f"layers of width {typical_min_dim(self.rows):,}, the median)"
             )
         warning = [f"warning: {self.warning}"] if self.warning else []
-        text += [*left_out_lines(self), *warning, *self.notes]
+        text += [*by_reason("left out", self.skipped), *map(str, self.left_out), *warning, *self.notes]
         return "\n".join([*wrapped(head), *_row_table(self.rows), *wrapped(text)])
 
 
@@ -195,11 +195,6 @@ def with_factor(name: str, factor: Factor) -> str:
 def rows_in_words(rows: Mapping[str, Sequence[int]]) -> list[str]:
     """Return how many rows of each table are trained."""
     return [f"{len(own)} row{'s' * (len(own) != 1)} of {fqn}" for fqn, own in rows.items()]
-
-
-def left_out_lines(report: Report) -> list[str]:
-    """Return the lines of a report about layers that are skipped and left out."""
-    return [*by_reason("left out", report.skipped), *map(str, report.left_out)]
 
 
 def by_reason(what: str, reasons: Mapping[str, str]) -> list[str]:

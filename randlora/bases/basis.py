@@ -160,7 +160,7 @@ class Basis:
             cache.clear()
 
     def squares(self, max_dim: int, min_dim: int, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the squares of a layer's A, ``(r, min_dim)``, and their sums by columns of UB, ``(r, num_bases)``."""
+        """Return the squares of a layer's A, ``(r, min_dim)``, and of UB, summed by columns, ``(r, num_bases)``."""
         r, num_bases = self.spec.r, count_bases(min_dim, self.spec.r)
         if device.type == "meta":  # a model without values needs no draw
             empty = partial(torch.empty, dtype=dtype, device=device)

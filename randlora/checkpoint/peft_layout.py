@@ -27,7 +27,7 @@ from randlora.errors import CheckpointError, ConfigError
 from randlora.layers.in_place import plain_class
 from randlora.state import Adapter
 from randlora.targets.census import Census
-from randlora.targets.match import last_part, prefixes, shortened
+from randlora.targets.match import shortened
 
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -248,8 +248,8 @@ def kept_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 def target_modules(census: Census, fqns: Sequence[str]) -> list[str] | str:
     """Return a value of ``target_modules`` for exactly these layers: last components if possible, else a regex."""
     wanted = set(fqns)
-    suffixes = {*map(last_part, fqns)}
-    found = {fqn for fqn, _ in census.visits if last_part(fqn) in suffixes}
+    suffixes = {fqn.rpartition(".")[2] for fqn in fqns}
+    found = {fqn for fqn, _ in census.visits if fqn.rpartition(".")[2] in suffixes}
     return sorted(suffixes) if found == wanted else "|".join(re.escape(fqn) for fqn in fqns)
 
 
@@ -259,7 +259,9 @@ def whole_modules(census: Census, trained: Iterable[str]) -> list[str]:
     modules: dict[str, bool] = {}
     buffers = [held.fqn for held in census.buffers if held.fqn in trained]
     for fqn in (*(held.fqn for held in census.parameters), *buffers):
-        for prefix in prefixes(fqn)[:-1]:
+        parts = fqn.split(".")
+        for length in range(1, len(parts)):
+            prefix = ".".join(parts[:length])
             modules[prefix] = modules.get(prefix, True) and fqn in trained
     whole = [prefix for prefix, is_whole in modules.items() if is_whole]
     return [prefix for prefix in whole if prefix.rpartition(".")[0] not in whole]

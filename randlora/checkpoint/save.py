@@ -36,7 +36,7 @@ from randlora.ranks import agree, on_first_rank, run_collectives
 from randlora.report import Report, adapter_report, as_bytes, rows_in_words
 from randlora.state import ModelState, adapted_root
 from randlora.targets.census import Census
-from randlora.targets.match import last_part, shortened
+from randlora.targets.match import shortened
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by randlora.save, which writes it anew at each save unless this line is gone. -->"
@@ -386,7 +386,7 @@ def _figures(report: Report, adapter: AdapterToSave) -> dict[str, object]:
     header, spec = adapter.header, report.specs[0]  # all have the same, except for r and blocks
     blocks = {r: record.spec.blocks for r, record in header.bases.items() if record.spec.blocks}
     digests = {r: f"`{record.digest}`" for r, record in header.bases.items()}
-    names, also = sorted({*map(last_part, report.targets)}), rows_in_words(report.train_rows)
+    names, also = sorted({fqn.rpartition(".")[2] for fqn in report.targets}), rows_in_words(report.train_rows)
     return {
         **described(header.options),
         "bases": spec.kind,

@@ -101,7 +101,7 @@ def read_json(path: Path, *, is_lenient: bool = False) -> Any:
 
 
 def parse_json(text: str, *, is_lenient: bool = False) -> Any:
-    """Return the value of a JSON text that can be written again, or if ``is_lenient``, as for base models, with NaN."""
+    """Return the value of a JSON text, or raise a `ValueError` if it, or NaN unless lenient, could not be rewritten."""
     try:
         value = json.loads(text, parse_int=_integer)
     except RecursionError as error:
@@ -252,7 +252,7 @@ class Planned:
 
 
 class TensorFile:
-    """A safetensors file whose tensors are written one by one, and at the end its header, with as long metadata."""
+    """A safetensors file whose tensors are written one by one, in any order, and its header at the end of the block."""
 
     def __init__(self, path: Path, tensors: Iterable[Planned], metadata: Callable[[], Mapping[str, str]]) -> None:
         """Plan a file with these tensors."""

@@ -103,7 +103,7 @@ def upload(
     *,
     message: str,
 ) -> str:
-    """Upload files, and ``generated`` ones that ``may_replace`` those there, to a repository, and return its URL."""
+    """Upload files to a repository, and ``generated`` ones where they ``may_replace`` those there; return its URL."""
     library, allowed = require_hub(repo_id), [*files]
     api = library.HfApi(**LIBRARY)
     with _explaining(library, f"saved to {str(directory)!r} completely, but cannot push to {repo_id!r}"):

@@ -252,7 +252,7 @@ class Adapted(NamedTuple):
     def gradients_of_few_tokens(
         self, tokens: Tensor | None, grad: Tensor, *, needs_input: bool, sums: bool = True
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Compute the gradients of the input, and given ``tokens`` of Λ and Γ, or theirs for each, without UA."""
+        """Compute the gradients of the input and, given ``tokens``, of Λ and Γ, summed or for each, without UA."""
         small, large = (tokens, grad) if self.is_wide else (grad, tokens)
         before = None if small is None else self.pair.small_to_terms(small, self.gamma)
         after = None if large is None else self._terms(large)

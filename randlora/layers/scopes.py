@@ -43,7 +43,7 @@ def begin_call(module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG00
 
 
 def end_call(module: nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG001
-    """End such a call, even if it raised, perhaps before `begin_call`, but not after an interrupt, without hooks."""
+    """End such a call, even if it raised, perhaps before `begin_call`; after an interrupt, no hooks run."""
     if not is_exporting():
         _here.calls = max(getattr(_here, "calls", 0) - 1, 0)
 

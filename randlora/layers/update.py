@@ -75,7 +75,7 @@ def sum_updates(
     dtype: torch.dtype,
     as_one_matrix: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return the sum of updates in their order, of a shape, or one that it is broadcast to; see `StoredWeight`."""
+    """Return the sum of some updates of one weight, added in their order, in a shape or one that is broadcast to it."""
     total = torch.zeros(shape, dtype=dtype, device=device)
     with without_autocast(device.type):
         for update in updates:

@@ -51,7 +51,7 @@ from randlora.model.view import View, all_or_nothing, collective, opened, opened
 from randlora.places import has_values, place_at, whole
 from randlora.ranks import agree, run_collectives
 from randlora.replaced import ReplacedParameter, like
-from randlora.report import Report, adapter_report, left_out_lines, next_steps
+from randlora.report import Report, adapter_report, by_reason, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, require_unused
 from randlora.targets.census import Census, Shapes, shapes_of
 from randlora.targets.left_out import doubt, obstacles, offloaded_copies
@@ -199,7 +199,8 @@ def inject(
         report, adapter, sites = planned.report(), planned.adapter, planned.selection.sites
         report = replace(report, notes=(*report.notes, *_valueless_note(view.census)))
         _warn(report)
-        adapter.init, adapter.left_out = init, tuple(left_out_lines(report))
+        adapter.init = init
+        adapter.left_out = *by_reason("left out", report.skipped), *map(str, report.left_out)
         adapter.bases |= planned.shared
         if any(has_values(parameter) for site in sites for parameter in site.owner.parameters()):
             for rank in adapter.bases.keys() - planned.shared.keys():

@@ -108,7 +108,7 @@ def option_problems(quantized: Quantized, dtype: torch.dtype | None) -> list[str
 
 
 def weight_problems(sites: Sequence[AdaptedSite], into: Into | None) -> list[str]:
-    """Return messages about weights without values, or that cannot be merged into, or only be computed for ``None``."""
+    """Return messages about weights that have no values here, or cannot be merged into, or for ``None`` be computed."""
     problems, offloaded = [], []
     for site in sites:
         layer, weight = site.layer, site.weight

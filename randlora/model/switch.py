@@ -95,7 +95,7 @@ def disabled(model: nn.Module) -> AbstractContextManager[Any]:
 
 @contextmanager
 def without_active(model: nn.Module, checked: Callable[[Census, ModelState], object]) -> Iterator[object]:
-    """Run a block, what ``checked`` returns, in which active adapters do not act; end it even after an interrupt."""
+    """Run a block, which ``checked`` returns, without the active adapters, and end it even after an interrupt."""
     block: object = None
 
     def end() -> None:
@@ -220,7 +220,7 @@ def _resolved_factors(state: ModelState, names: Any) -> dict[str, Factor]:
 
 
 def factor_problems(state: ModelState, factors: Mapping[str, Any], *, by_layer: bool = False) -> list[str]:
-    """Return messages about unknown names, and factors that are no finite numbers or, ``by_layer``, no mappings."""
+    """Return messages about unknown names, and factors that are no numbers or, ``by_layer``, mappings to numbers."""
     problems, numbers = state.unknown(factors), dict[str, Any]()
     for name, factor in factors.items():
         of = f"the factor of {name!r}"
