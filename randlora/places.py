@@ -27,6 +27,9 @@ Exchanges = Literal["parameters", "values", "nothing"]
 not see a new one), or neither."""
 
 
+NOT_LASTING = "is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back"
+
+
 class Place(ABC):
     """The place of the values of one parameter, or of a tensor outside of modules."""
 

@@ -368,10 +368,7 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
     modules = [("", model)] if attached_state(model) is not None else model.named_modules()
     carriers = [(fqn, module, state) for fqn, module in modules if (state := attached_state(module)) is not None]
     if not carriers and any("randlora" in vars(module) for module in model.modules()):
-        raise AdapterError(
-            "the adapters of this model's layers were added to a different module, which contains or contained this "
-            "one: call this on that module"
-        )
+        raise AdapterError("the adapters of its layers were added to a different module: call this on that module")
     if not carriers:
         raise AdapterError(
             "the model has no adapter: call randlora.inject(model) or randlora.load(model, path) first; if it had one, "

@@ -36,7 +36,7 @@ from randlora.model.switch import remove
 from randlora.model.train_also import copy_dtype, half_notes, moving_note, replacements
 from randlora.model.train_rows import find_tables
 from randlora.model.view import View, collective, opened, opened_to_add
-from randlora.places import Kept, Place, has_values, place_at, values_within
+from randlora.places import NOT_LASTING, Kept, Place, has_values, place_at, values_within
 from randlora.ranks import agree, agreeing, raise_on_every_rank
 from randlora.replaced import like, whole_shape
 from randlora.report import Report, adapter_report, next_steps
@@ -353,8 +353,7 @@ def _planned(
         *chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)
     ]
     problems += [
-        f"{site.fqn} is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back: "
-        "load a checkpoint of DeepSpeed, with engine.load_checkpoint(directory)"
+        f"{site.fqn} {NOT_LASTING}: load a checkpoint of DeepSpeed, with engine.load_checkpoint(directory)"
         for site in sites[:1]
         if not all(place_at(diagonal).is_lasting for diagonal in parameters)
     ]

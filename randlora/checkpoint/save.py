@@ -29,7 +29,7 @@ from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import Files, staged_files
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types, shortly
-from randlora.model.save_guard import register_writer
+from randlora.model.save_guard import WRITERS
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import collective
 from randlora.ranks import agree, on_first_rank, run_collectives
@@ -277,7 +277,6 @@ def _push(root: Path, directories: Sequence[Path], hub: str) -> str:
     return upload(root, hub, files, generated, is_generated, message="Upload a RandLoRA adapter")
 
 
-@register_writer
 def _save_only(model: nn.Module, directory: Path, values: Mapping[str, Tensor] | None) -> SaveReport:
     """Save the only adapter of a model, or of a sharded one from gathered values, in the process that has them."""
     if values is None:
@@ -286,6 +285,9 @@ def _save_only(model: nn.Module, directory: Path, values: Mapping[str, Tensor] |
     raise_collected(CheckpointError, own.problems, doing=_saving_to(directory))
     (report,) = _write_each([own], [directory], directory)
     return report
+
+
+WRITERS.append(_save_only)
 
 
 def _left_out(census: Census, state: ModelState) -> list[str]:

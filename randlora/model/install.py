@@ -40,8 +40,14 @@ Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]
 """Adapters of weights: for each, the module, its adapter layer, and the adapter's name."""
 
 
+ENGINES: list[Engine] = []
+
+
 class Engine:
-    """An engine that trains models in several processes. Register subclasses, which override what they need."""
+    """An engine that trains models in several processes. Subclasses override what they need, and are registered."""
+
+    def __init_subclass__(cls) -> None:
+        ENGINES.append(cls())
 
     def require_averaged(self, root: nn.Module, parts: Parts, replaced: Sequence[ReplacedParameter]) -> None:
         """Raise an `AdapterError` unless the gradients of everything that adapters train would be averaged."""
@@ -55,15 +61,6 @@ class Engine:
     def is_first_copy(self, model: nn.Module) -> bool:  # noqa: ARG002  # for those that cannot tell
         """Whether this is the first of the processes that train copies of a model, according to this engine."""
         return True
-
-
-ENGINES: list[Engine] = []
-
-
-def register_engine(kind: type[Engine]) -> type[Engine]:
-    """Add an engine; a decorator of its class."""
-    ENGINES.append(kind())
-    return kind
 
 
 def shared_slots(state: ModelState, adapters: Iterable[Adapter], fqns: Iterable[str]) -> list[str]:
@@ -304,10 +301,7 @@ def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise_collected(AdapterError, problems, doing="run the model")
         state.places = None if lost else _places(root)
     if ARGUMENT in kwargs:
-        raise AdapterError(
-            f"{ARGUMENT} has no effect on this model: call the model inside `with randlora.serving.routed(model, "
-            "names):`, which takes a name for each row"
-        )
+        raise AdapterError(f"{ARGUMENT} has no effect: call the model in `with randlora.serving.routed(model, names):`")
 
 
 def _has_adapted(root: nn.Module, places: Any) -> bool:

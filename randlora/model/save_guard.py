@@ -32,17 +32,8 @@ DIAGONAL = "randlora_"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 """The name of a checkpoint's directory from transformers' `Trainer`."""
 
-Writer = Callable[[nn.Module, Path, Mapping[str, Any] | None], object]
-"""Saves the only adapter of a model to a directory, from a state dict if other processes hold parts of its values."""
-
-_writers: list[Writer] = []
-
-
-def register_writer(writer: Writer) -> Writer:
-    """Register what saves an adapter; a decorator. It is in a room above this one."""
-    _writers.append(writer)
-    return writer
-
+WRITERS: list[Callable[[nn.Module, Path, Mapping[str, Any] | None], object]] = []
+"""The last one, of a room above, saves the only adapter of a model to a directory, perhaps from a whole state dict."""
 
 INSTEAD = "call randlora.save(model, directory), or for the merged model randlora.files.save_merged(model, directory)"
 
@@ -118,7 +109,7 @@ class SaveGuard:
             return
         if not is_shared:
             _require_own_values(module, values)
-        _writers[-1](root, Path(given[0]), values if is_shared else None)
+        WRITERS[-1](root, Path(given[0]), values if is_shared else None)
         if is_checkpoint and values is None and "is_main_process" in kwargs:  # engines have checkpoints that resume
             warn(  # the same words each time, so that Python shows them once
                 f"{self.name} wrote the adapter into a checkpoint of transformers' Trainer, which can neither resume "

@@ -16,7 +16,7 @@ from randlora.errors import AdapterError, ConfigError, TargetError, raise_collec
 from randlora.hints import is_finite, require_types, shortly
 from randlora.model.install import offloaded_diagonals
 from randlora.model.view import View, collective, opened
-from randlora.places import place_at
+from randlora.places import NOT_LASTING, place_at
 from randlora.ranks import agree, run_collectives
 from randlora.state import Adapter, require_unmerged
 from randlora.targets.census import AdaptedSite
@@ -114,10 +114,7 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
         lambdas = {site.fqn: site.layer.diagonals_of(site.owner, adapter.name)[0] for site in sites}
         first = next(iter(lambdas))
         if not place_at(lambdas[first]).is_lasting:
-            raise AdapterError(
-                f"cannot {doing}: {first} is partitioned by ZeRO-3, whose optimizer has copies of the values and would "
-                "write them back"
-            )
+            raise AdapterError(f"cannot {doing}: {first} {NOT_LASTING}")
         norms = _norms(adapter, sites)
         held = {fqn: place_at(lam).read() for fqn, lam in lambdas.items()}
         factors = {

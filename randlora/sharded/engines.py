@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from randlora.errors import AdapterError, warn
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of
-from randlora.model.install import Engine, Parts, register_engine
+from randlora.model.install import Engine, Parts
 from randlora.replaced import ReplacedParameter
 from randlora.sharded.places import all_fsdp_modules, flattening, fsdp_modules, is_dtensor, is_spread
 from randlora.state import ModelState
@@ -153,7 +153,6 @@ def _groups(module: Any) -> list[Any]:
     return [state._fsdp_param_group] if groups is None and state._fsdp_param_group else list(groups or ())
 
 
-@register_engine
 class FullyShard(Engine):
     """`fully_shard`, which averages only the gradients of parameters that it has sharded."""
 
@@ -203,7 +202,6 @@ _SEEN: weakref.WeakSet[Any] = weakref.WeakSet()
 """Engines that were found before, so that switching between adapters need not look for them each time."""
 
 
-@register_engine
 class Reducers(Engine):
     """`DistributedDataParallel` and engines of DeepSpeed, which know only the parameters that they were made with."""
 
