@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from randlora.errors import MergeError
 from randlora.layers.in_place import plain_class
-from randlora.places import Keeper, Place, register_keeper
+from randlora.places import Keeper, Place
 
 HOOK = "_hf_hook"
 """The attribute of a module in which accelerate keeps its hook, or several hooks combined."""
@@ -108,7 +108,6 @@ def _entry(weights_map: Any, name: str) -> StoredAt | None:
     return StoredAt(weights_map, name) if is_here else None
 
 
-@register_keeper
 class Offloading(Keeper):
     """Keeps parameters where a hook of accelerate loads them from."""
 

@@ -1,7 +1,7 @@
 """The place of a parameter: where its values are, and how they are read, written and restored.
 
 Most values are in the parameter itself, a `Plain` place. A feature that keeps values elsewhere, such as in shards on
-several processes, registers a `Keeper` that finds their places.
+several processes, has a `Keeper` that finds their places.
 """
 
 from __future__ import annotations
@@ -166,22 +166,19 @@ class Plain(Whole):
         self._owner._parameters[self._attribute] = values
 
 
-class Keeper:
-    """Answers those functions of this file, by methods of their names, that ask about values kept elsewhere."""
-
-
 _asked: dict[str, list[Callable[..., Any]]] = defaultdict(list)
 """The methods of keepers by name, in the order of registration."""
 
 
-def register_keeper(kind: type[Keeper]) -> type[Keeper]:
-    """Add a keeper; a decorator of its class."""
-    keeper = kind()
-    for question in vars(kind):
-        if not question.startswith("_"):
-            assert question in globals(), f"no function here asks {question}"
-            _asked[question].append(getattr(keeper, question))
-    return kind
+class Keeper:
+    """Answers functions of this file that ask about values kept elsewhere, by methods of their names in subclasses."""
+
+    def __init_subclass__(cls) -> None:
+        keeper = cls()
+        for question in vars(cls):
+            if not question.startswith("_"):
+                assert question in globals(), f"no function here asks {question}"
+                _asked[question].append(getattr(keeper, question))
 
 
 def place_of(owner: nn.Module, attribute: str) -> Place:

@@ -272,19 +272,8 @@ ARGUMENT = "adapter_names"
 NUMBER = int.from_bytes(b"randlora", "big")
 """The fixed number of counting hooks in each module. If torch numbered them, compiled code would not be shared."""
 
-Check = Callable[[nn.Module, Any], None]
-
-_checks: dict[Check, Callable[[nn.Module], bool]] = {}
-
-
-def register_check(where: Callable[[nn.Module], bool]) -> Callable[[Check], Check]:
-    """Register a check of calls of modules that contain adapted ones; a decorator of a forward pre-hook."""
-
-    def register(check: Check) -> Check:
-        _checks[check] = where
-        return check
-
-    return register
+CHECKS: dict[Callable[[nn.Module, Any], None], Callable[[nn.Module], bool]] = {}
+"""Forward pre-hooks that check calls of modules that contain adapted ones, each with which of them it is for."""
 
 
 def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001  # a hook's signature
@@ -331,7 +320,7 @@ def watch(census: Census) -> None:
     if check_call not in root._forward_pre_hooks.values():
         root.register_forward_pre_hook(check_call, with_kwargs=True, prepend=True)
     for module in census.around_adapted:
-        for check, where in _checks.items():
+        for check, where in CHECKS.items():
             if where(module) and check not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(check)
     _count(census)
@@ -341,7 +330,7 @@ def unwatch(census: Census) -> None:
     """Stop watching a model without adapters, except modules in which a parameter is still cast as it is read."""
     for module in census.modules:
         if module._forward_pre_hooks:
-            _remove(module, check_call, *_checks)
+            _remove(module, check_call, *CHECKS)
     _count(census)
 
 

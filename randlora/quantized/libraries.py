@@ -21,8 +21,8 @@ from randlora.layers.base import input_of
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.registry import qualified_names, refuse_layer, register_layer, register_weight
 from randlora.layers.update import Into
-from randlora.model.install import register_check
-from randlora.places import Keeper, Place, register_keeper
+from randlora.model.install import CHECKS
+from randlora.places import Keeper, Place
 from randlora.quantized.layer import NOT_HERE, ForwardOnly, QuantizedLayer, twin_of
 
 HQQ = "hqq.core.quantize"
@@ -65,11 +65,13 @@ def _has_fp4(module: nn.Module) -> bool:
     return bool(kinds) and any(isinstance(each, kinds) for each in module.modules())
 
 
-@register_check(_has_fp4)
 def refuse_training(module: nn.Module, args: Any) -> None:  # noqa: ARG001  # a hook's signature
     """Raise an `AdapterError` if a model is trained whose adapted layers would get some of their gradients only."""
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
         raise AdapterError(f"cannot train a model with 4-bit floats, {WIDER}")
+
+
+CHECKS[refuse_training] = _has_fp4
 
 
 @register_layer(f"{HQQ}.HQQLinear")
@@ -265,7 +267,6 @@ class Codes(Place):
         raise AdapterError("the weight is quantized by torchao: merge into it by randlora.merge")
 
 
-@register_keeper
 class Torchao(Keeper):
     """Keeps weights as codes of torchao."""
 

@@ -14,7 +14,7 @@ from torch import nn
 from randlora.errors import AdapterError
 from randlora.layers.in_place import adapter_layers_of, plain_class
 from randlora.layers.registry import FINDERS, Reading, qualified_names
-from randlora.model.install import register_check
+from randlora.model.install import CHECKS
 
 NO_EFFECT = "so an adapter would have no effect"
 KERNELS = "when the kernels of mamba-ssm are used"
@@ -210,7 +210,6 @@ def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
             yield from ((held[name], reason) for name in unused)
 
 
-@register_check(_can_join)
 def require_called(attention: nn.Module, args: Any) -> None:  # noqa: ARG001  # a hook's signature
     """Raise an error if an attention does not call its adapted projections any more; a forward pre-hook."""
     for child, reason in _left_by_joining(attention):
@@ -220,3 +219,6 @@ def require_called(attention: nn.Module, args: Any) -> None:  # noqa: ARG001  # 
                 f"{name} is adapted and {reason}: undo fuse_qkv_projections() or unfuse_qkv_projections(), which was "
                 "called after adapting, or eject the adapters first and adapt the layers that are called"
             )
+
+
+CHECKS[require_called] = _can_join

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 from randlora.functional.region import Spans, all_of, entries_of, fewest_spans
-from randlora.places import Exchanges, Keeper, Kept, Part, Place, register_keeper
+from randlora.places import Exchanges, Keeper, Kept, Part, Place
 from randlora.ranks import Ranks
 
 
@@ -155,7 +155,6 @@ def meshes(parameters: Iterable[object]) -> list[Any]:
     return sorted(found.values(), key=lambda mesh: -int(mesh.size()))
 
 
-@register_keeper
 class Mesh(Keeper):
     """Keeps parameters in shards over the processes of a device mesh."""
 
@@ -291,7 +290,6 @@ class Spread(Place):
         return values.all
 
 
-@register_keeper
 class Zero3(Keeper):
     """Keeps parameters in equal pieces of their flattened values."""
 
@@ -329,7 +327,6 @@ def _is_whole(wrapper: Any) -> bool:
     return "NO_SHARD" in names or "SUMMON_FULL_PARAMS" in names
 
 
-@register_keeper
 class Flattening(Keeper):
     """Keeps parameters in flat shards. A small one may be whole on one process and empty on others, so none counts."""
 
