@@ -103,7 +103,7 @@ CALLS = {
 }
 """The calls to use instead of names that PEFT has and this library does not have."""
 
-IN_PLACE = "calls of randlora change the model and return a report: write randlora.inject(model), not model = …"
+IN_PLACE = "calls change the model and return a report: write randlora.inject(model), not model = randlora.inject(…)"
 
 
 def require_types(function: Callable[..., object], arguments: Mapping[str, object]) -> None:

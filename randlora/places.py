@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
@@ -266,6 +267,8 @@ def ranks_of(parameters: Iterable[Tensor], *, is_written: bool = False) -> Ranks
     If values are written, parameters that are whole on this process now (as small ones of ZeRO-3 always are) count too,
     because every process writes its own piece. An `AdapterError` is raised if no mesh has all of these processes.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
     parameters = list(parameters)
     found = (ask(parameters, is_written=is_written) for ask in _asked["ranks_of"])
     return next((ranks for ranks in found if ranks is not None), None)

@@ -15,6 +15,7 @@ from randlora.config import described
 from randlora.errors import AdapterError, RandLoRAError, raise_collected
 from randlora.model.view import WRAPPERS, View, opened
 from randlora.places import has_values, is_whole, whole_only_inside
+from randlora.ranks import Ranks
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import adapted_root
 from randlora.targets.census import Census, is_quantized, sizes
@@ -80,10 +81,8 @@ def check_ranks(model: nn.Module, *, values: bool = False, group: Any = None) ->
 
 def _gathered(own: object, group: Any) -> dict[int, Any]:
     """Return what each process gives, by rank; a collective."""
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, own, group=group)
     ranks = range(dist.get_world_size()) if group is None else dist.get_process_group_ranks(group)
-    return dict(zip(ranks, found, strict=True))
+    return dict(zip(ranks, Ranks((group,), is_first=True).gathered(own), strict=True))
 
 
 def difference(by_rank: Mapping[int, Facts]) -> str:

@@ -16,7 +16,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
@@ -27,7 +26,7 @@ from randlora.hints import shortly
 from randlora.layers.diagonals import TAKEN_NAMES, Diagonal, Values
 from randlora.layers.in_place import has_attribute
 from randlora.places import place_at, ranks_of, settle
-from randlora.ranks import Ranks, agreeing, raise_on_every_rank
+from randlora.ranks import agreeing, raise_on_every_rank
 from randlora.replaced import ReplacedParameter, held_at
 from randlora.state import ATTRIBUTE, CHANGING, ModelState, adapted_root, attached_state, require_unmerged
 from randlora.targets.census import Census, Site
@@ -45,17 +44,10 @@ WRAPPERS = {
 """Types that wrap a whole model, to compile it or to send gradients, and the attribute with the model."""
 
 
-def _ranks_holding(model: nn.Module, *, is_written: bool = False) -> Ranks | None:
-    """Return the processes over which any parameter of a model at rest is sharded, if any; see `ranks_of`."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    return ranks_of(model.parameters(), is_written=is_written)  # Λ and Γ are sharded if they were added before
-
-
 def is_held_together(model: nn.Module, *, is_written: bool = False) -> bool:
     """Whether several processes together hold an adapted model, and all must call functions on it; see `ranks_of`."""
     settle(model)  # after a forward, whole copies may be in the places of shards
-    return _ranks_holding(model, is_written=is_written) is not None
+    return ranks_of(model.parameters(), is_written=is_written) is not None
 
 
 @contextmanager
@@ -68,7 +60,7 @@ def together(model: Any, *, writes: bool) -> Iterator[None]:
                 settle(model)
         except Exception as error:  # raised when it is known by whom
             unsettled = error
-        ranks = _ranks_holding(model, is_written=writes)
+        ranks = ranks_of(model.parameters(), is_written=writes)
     with raise_on_every_rank(ranks):
         if unsettled is not None:
             raise unsettled
