@@ -56,14 +56,14 @@ def name_problems(state: ModelState, names: Sequence[str] | None) -> list[str]:
 
 
 def state_problems(
-    state: ModelState, sites: Sequence[AdaptedSite], names: Collection[str], *, reversible: bool
+    state: ModelState, sites: Sequence[AdaptedSite], names: Collection[str], *, reversible: bool, call: str = "merge"
 ) -> list[str]:
     """Return messages about states of adapters that do not allow merging the named ones into these weights."""
     if state.is_merged and (not reversible or not state.active_unmerged):
         return ["the adapters are merged already: call randlora.unmerge(model) first"]
     problems = []
     if state.is_disabled:
-        problems.append(f"the adapters are disabled: call this outside of {state.disabled_by}")
+        problems.append(f"the adapters are disabled: {call} outside of {state.disabled_by}")
     if not state.active:
         problems.append(f"no adapter is active: activate one of {', '.join(state.adapters)}")
     left = [name for name in state.adapters if name not in names]

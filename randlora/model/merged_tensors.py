@@ -235,7 +235,7 @@ def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
     elif not state.is_merged:
         active = [state.adapters[name] for name in state.active]
         sites = [site for site in census.adapted if site.layer.factors(state.active)]
-        problems += state_problems(state, sites, state.active, reversible=True)
+        problems += state_problems(state, sites, state.active, reversible=True, call="call this")
         problems += [*lost_parts(census, state, active), *tie_problems(census, sites)]
         problems += [*weight_problems(sites, None), *product_problems(differences_from_product(sites))]
     raise_collected(MergeError, problems, doing=doing)
