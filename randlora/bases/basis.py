@@ -111,9 +111,7 @@ class Basis:
             return
         drawn = self.spec.max_dim, self.spec.min_dim
         if not self.spec.is_prefix_stable and (extent[0] > drawn[0] or extent[1] > drawn[1]):
-            raise ConfigError(
-                f"a layer of {max_dim}x{min_dim} is larger than the {self.spec}: draw them for larger dims"
-            )
+            raise ConfigError(f"a layer of {max_dim}x{min_dim} is larger than the {self.spec}: draw larger ones")
         self.extent, self._drawn = extent, None
         self.release()
         for name in [name for name in self.__dict__ if name.startswith("_constant_")]:

@@ -123,9 +123,7 @@ class RowsAdapter(AdapterLayer):
         """Return the output of the owner's forward with the rows of the active adapters."""
         x, weight, active = input_of(owner, args, kwargs), self.weight_of(owner), self.active()
         if active and (weight.shape != self.shape or split_of(type(self), weight) is not None):
-            advice = (
-                "was resized, or is split by tensor parallelism: resize it before inject or load, or use train_also"
-            )
+            advice = "was resized, or split by tensor parallelism: resize it before inject or load, or use train_also"
             raise AdapterError(f"the table, of which rows are trained, had the shape {self.shape} and {advice}")
         if active and len(args) + len(kwargs) == 1:
             forward: object = plain_class(owner).forward

@@ -118,7 +118,7 @@ def weight_problems(sites: Sequence[AdaptedSite], into: Into | None) -> list[str
             offloaded.append(site.fqn)
         elif _is_incomplete(site, weight):
             problems.append(
-                f"the weight of {site.fqn} is incomplete (meta, fake, offloaded or sharded): load or gather it first"
+                f"the weight of {site.fqn} is incomplete (meta, fake, offloaded, sharded): load or gather it"
             )
         elif (reason := layer.merge_obstacle(site.owner, into)) is not None:
             problems.append(f"{site.fqn} {reason}")

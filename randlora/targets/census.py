@@ -399,8 +399,6 @@ def _walk(model: nn.Module) -> Iterator[Visit]:
             child = unwrapped(held)
             name = f"{fqn}.{attribute}" if fqn else attribute
             if (outer := around.get(id(child))) is not None:
-                raise TargetError(
-                    f"the model contains itself: {name} is {outer}, which is around it; hold it in a list instead"
-                )
+                raise TargetError(f"the model contains itself: {name} is {outer}, which is around it; use a list")
             inside.append((name, child, {**around, id(child): name}))
         left += reversed(inside)

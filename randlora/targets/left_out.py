@@ -80,9 +80,7 @@ def obstacle(site: Site) -> str | None:
     if weight is None and not kind.is_quantized:
         return COMPUTED
     if is_parametrized(site.owner):  # removing it would restore another class
-        return (
-            "computes other parameters by a parametrization, which changed its class: remove the parametrization first"
-        )
+        return "computes other parameters by a parametrization, which changed its class: remove that first"
     if weight is not None and is_lazy(weight):
         return "has no shape yet: run one forward pass first"
     split = None if weight is None else split_obstacle(site.owner, weight, is_quantized=kind.is_quantized)
