@@ -121,7 +121,8 @@ class Report(NotTheModel):
         return self.trainable_parameters / self.total_parameters
 
     def __str__(self) -> str:
-        trains = "trainable" if self.is_trainable else "frozen"
+        acts, trains = "active" if self.is_active else "inactive", "trainable" if self.is_trainable else "frozen"
+        layers = f"{len(self.targets)} layer{'s' * (len(self.targets) != 1)}"
         lora_rank = f"{self.lora_rank:,.0f}" if self.lora_rank >= 10 else f"{self.lora_rank:.2g}"
         alphas = dict.fromkeys(f"{row.alpha:g}" for row in self.rows)
         head = [
@@ -131,10 +132,7 @@ class Report(NotTheModel):
         ]
         text = [
             f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
-            (
-                f"{len(self.targets)} layer{'s' * (len(self.targets) != 1)} adapted, about LoRA r = {lora_rank} in "
-                f"size, {'active' if self.is_active else 'inactive'}, {trains}"
-            ),
+            f"{layers} adapted, about LoRA r = {lora_rank} in size, {acts}, {trains}",
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]
         if also := [*self.train_also, *rows_in_words(self.train_rows)]:

@@ -219,10 +219,8 @@ def detach_obstacle(owner: nn.Module) -> str | None:
     """Return why a module's original class cannot be restored, as a phrase that follows its name, or ``None``."""
     if not isinstance(owner, InPlace) or type(owner) is adapted_class(owner.randlora_base, *_hosts(owner)):
         return None
-    return (
-        f"changed its class to {type(owner).__name__} after it was adapted, such as by fully_shard or a "
-        "parametrization: undo this first, or save the adapter and load it into a new model"
-    )
+    advice = "undo this first, or save the adapter and load it into a new model"
+    return f"changed its class to {type(owner).__name__} after it was adapted, as fully_shard does: {advice}"
 
 
 def can_cast(owner: nn.Module, attribute: str) -> bool:

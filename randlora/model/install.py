@@ -210,10 +210,8 @@ def merged_sites(census: Census) -> list[AdaptedSite]:
     merged = [site for site in census.adapted if site.layer.unmerged is not None]
     problems, loaded = computed_weights(merged), loaded_modules(census.modules)
     if offloaded := [site.fqn for site in merged if id(site.owner) in loaded]:
-        problems.append(
-            f"accelerate has offloaded the weights of {shortened(offloaded)} since the merge: call "
-            "accelerate.hooks.remove_hook_from_submodules(model) first"
-        )
+        advice = "call accelerate.hooks.remove_hook_from_submodules(model) first"
+        problems.append(f"accelerate has offloaded the weights of {shortened(offloaded)} since the merge: {advice}")
     raise_collected(MergeError, problems, doing="unmerge")
     return merged
 

@@ -156,8 +156,7 @@ def merge_notes(
     if own := [site.fqn for site in untried if site.layer.plain_forward() is not None]:
         yield (
             f"layers with their own forward, which could not be tried: {shortened(own)}; once merged, their output is "
-            "the same as with the adapter only if the forward is linear in the weight: compare outputs before and "
-            "after"
+            "the same as with the adapter only if the forward is linear in the weight: compare outputs"
         )
     becomes_plain = into.quantized == "dequantize" and any(site.layer.is_quantized for site in sites)
     is_called_quantized = getattr(getattr(root, "config", None), "quantization_config", None) is not None

@@ -72,10 +72,8 @@ def train_also_problems(
         if id(parameter) in adapted:
             why = ", which the targets name too: leave it out of one of them, or name only its bias"
         elif attribute == "weight" and is_quantized(module):
-            why = (
-                f", which is quantized ({type(module).__name__}) and cannot be trained: name only its bias, or load "
-                "the model without quantizing this layer (llm_int8_skip_modules of a BitsAndBytesConfig)"
-            )
+            advice = "name only its bias, or do not quantize it (llm_int8_skip_modules of a BitsAndBytesConfig)"
+            why = f", which is quantized ({type(module).__name__}) and cannot be trained: {advice}"
         elif is_lazy(parameter):
             why = ", which has no shape yet: run one forward pass first"
         elif not parameter.is_floating_point():
@@ -85,8 +83,7 @@ def train_also_problems(
         problems.append(f"train_also includes {fqn}{why}")
     coded = {held.fqn: held.module for held in census.buffers if is_quantized(held.module)}
     return problems + [
-        f"train_also includes {fqn}, a buffer of a quantized layer ({plain_class(coded[fqn]).__name__}), which cannot "
-        "be trained: leave it out"
+        f"train_also includes {fqn}, a buffer of a quantized layer ({plain_class(coded[fqn]).__name__}): leave it out"
         for fqn in buffers
         if fqn in coded
     ]
@@ -146,9 +143,9 @@ def lost_parameters(state: ModelState, adapters: Iterable[Adapter]) -> list[str]
                     "the adapter"
                 )
             elif adapter.is_active and not state.replaced[fqn].fits(copy):
+                now = sizes(state.replaced[fqn].original.shape)
                 problems.append(
-                    f"the shape of {fqn}, which adapter {adapter.name!r} trains, was {sizes(copy.shape)} and is "
-                    f"{sizes(state.replaced[fqn].original.shape)} since it was changed while adapters were disabled: "
+                    f"the shape of {fqn}, which adapter {adapter.name!r} trains, was {sizes(copy.shape)} and is {now}: "
                     "remove the adapter and load one with the new shape"
                 )
     return problems

@@ -145,10 +145,8 @@ def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
         own = site.layer.diagonals_of(site.owner, adapter.name)
         pairs = zip(own, (update.lam, update.gamma), strict=True)
         if torch.is_grad_enabled() and any(each.requires_grad > value.requires_grad for each, value in pairs):
-            raise AdapterError(
-                f"the norm of the update of {site.fqn} would give no gradients to its Λ and Γ, which are gathered from "
-                "other processes: call update_norms under torch.no_grad(); it cannot be part of the loss"
-            )
+            advice = "which are gathered from other processes: call this under torch.no_grad()"
+            raise AdapterError(f"the update of {site.fqn} would give no gradients to its Λ and Γ, {advice}")
         return update.norm(site.layer.device_beside(site.owner))
 
     agree()

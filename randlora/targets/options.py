@@ -50,8 +50,7 @@ def useless_options(shapes: Mapping[str, Shape], options: Mapping[str, LayerOpti
     """Return a message for each alpha that is not positive, and for each r that is wider than all layers."""
     widest = {r: max(max(shape[-2:]) for shape in own) for r, own in by_rank(shapes, options).items()}
     return [
-        f"{spelled('r', r)} is larger than its layers, which are at most {wide} wide, and adds no rank above the "
-        f"smaller side of a layer: give an r of at most {wide}"
+        f"{spelled('r', r)} is larger than its layers, which are at most {wide} wide: give an r of at most {wide}"
         for r, wide in widest.items()
         if r > max(wide, SMALL_RANK)
     ] + [
