@@ -224,7 +224,7 @@ def test_the_table_has_a_row_for_every_registered_kind() -> None:
     registered = {entry for name, entry in registry._layers.items() if not name.startswith("tests.")}
     elsewhere = (ReadWeight, CodesAdapter, EetqAdapter, HQQAdapter)  # see tests/test_quantized_libraries.py
     rows = {entry for entry in registered if not (isinstance(entry, str) or issubclass(entry, elsewhere))}
-    known = {*registry._weights.values()} - {TorchaoPackedAdapter}  # see tests/test_quantized_libraries.py
+    known = {*registry.BY_WEIGHT.values()} - {TorchaoPackedAdapter}  # see tests/test_quantized_libraries.py
     rows |= known if any(kind.library == "torchao" for kind in LAYER_KINDS) else set()
     assert {layer for layer in served if not layer.__module__.startswith("tests.")} == rows
 
@@ -279,8 +279,7 @@ def marked(layer: Any, kind: type[Tensor] = Marked) -> Any:
 def test_an_entry_goes_by_the_type_of_the_weight_else_by_the_nearest_class_whose_forward_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(registry, "_weights", dict(registry._weights))
-    registry.register_weight(registry.qualified_name(Marked))(MarkedAdapter)
+    monkeypatch.setitem(registry.BY_WEIGHT, registry.qualified_name(Marked), MarkedAdapter)
     computed = parametrize.register_parametrization(marked(nn.Linear(2, 2)), "weight", nn.Identity())
     found = [
         (nn.Linear(2, 2), LinearAdapter),

@@ -22,7 +22,6 @@ KINDS = ("linear", "attention", "convolution", "embedding", "experts")
 """The kinds of weights, in the order in which reports list them."""
 
 _layers: dict[str, type[AdapterLayer] | str] = {}
-_weights: dict[str, type[AdapterLayer]] = {}
 _readers: dict[str, dict[str, type[AdapterLayer]]] = {}
 _by_parameter: dict[str, list[tuple[Callable[[nn.Module, Tensor], bool], type[AdapterLayer]]]] = {}
 
@@ -70,14 +69,8 @@ def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
     _layers[qualified_name(base_type)] = reason
 
 
-def register_weight(weight_type: str) -> Callable[[Layer], Layer]:
-    """Return a class decorator that registers a layer for weights of a type among those that its base class adapts."""
-
-    def register(layer: Layer) -> Layer:
-        _weights[weight_type] = layer
-        return layer
-
-    return register
+BY_WEIGHT: dict[str, type[AdapterLayer]] = {}
+"""Layers for weights of a type, by its qualified name, among those that the base class of the layer adapts."""
 
 
 def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[Layer], Layer]:
@@ -140,7 +133,7 @@ def _called(module: nn.Module, names: tuple[str, ...]) -> type[AdapterLayer] | s
         return entry
     weight = type(_weight_or_source(module, "weight"))
     if weight is not nn.Parameter:
-        by_weight = next((_weights[base] for base in qualified_names(weight) if base in _weights), None)
+        by_weight = next((BY_WEIGHT[base] for base in qualified_names(weight) if base in BY_WEIGHT), None)
         if by_weight is not None and issubclass(by_weight, entry):
             return by_weight
     own, parent = plain_class(module), type(module).__mro__[names.index(name)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from randlora.errors import AdapterError
 from randlora.layers.base import input_of
 from randlora.layers.linear import LinearAdapter
-from randlora.layers.registry import qualified_names, refuse_layer, register_layer, register_weight
+from randlora.layers.registry import BY_WEIGHT, qualified_names, refuse_layer, register_layer
 from randlora.layers.update import Into
 from randlora.model.install import CHECKS
 from randlora.places import Keeper, Place
@@ -142,14 +142,10 @@ class HQQAdapter(QuantizedLayer):
         owner.cuda(str(device))
 
 
-@register_weight(ANY)
 class TorchaoPackedAdapter(ForwardOnly):
     """Adapts an `nn.Linear` with a weight of torchao in any other format, such as int4 packed for a GPU."""
 
 
-@register_weight(INTX)
-@register_weight(FLOAT8)
-@register_weight(INT8)
 class TorchaoAdapter(QuantizedLayer):
     """Adapts an `nn.Linear` with int8, float8 or 1 to 8 bits. Its own forward runs, and an adapter adds to it."""
 
@@ -224,6 +220,10 @@ class TorchaoAdapter(QuantizedLayer):
     def put_in(self, owner: nn.Module, held: nn.Parameter) -> None:
         """Replace the weight."""
         owner._parameters["weight"] = held
+
+
+BY_WEIGHT[ANY] = TorchaoPackedAdapter
+BY_WEIGHT.update(dict.fromkeys((INTX, FLOAT8, INT8), TorchaoAdapter))
 
 
 class _Through(torch.autograd.Function):
