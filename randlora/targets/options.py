@@ -246,7 +246,7 @@ def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
     if not isinstance(config, RandLoRAConfig):
         raise ConfigError(f"config must be a RandLoRAConfig, got {type(config).__name__}: give options by name instead")
     if r is not None or built != RandLoRAConfig():
-        raise ConfigError("give config= or single options, not both: dataclasses.replace(config, r=16) changes one")
+        raise ConfigError("give either config= or single options: dataclasses.replace(config, r=16) changes one")
     return config
 
 
