@@ -147,6 +147,7 @@ class MergedTensors:
                 agree()
                 if (found := self._value(entry, share)) is not None and share is not Share.NONE:
                     taken.append(take(entry.fqn, self._in_dtype(found)))
+                del found  # before the next one is gathered
             while taken:
                 yield taken.pop()
 
