@@ -103,7 +103,7 @@ def test_muon_has_one_rate_at_the_widths_of_the_page() -> None:
         assert means[0.016] <= min(means.values()) + 0.002, task.name
         assert min(means, key=means.__getitem__) not in (min(means), max(means)), task.name
     page = Path("docs/learning_rate.md").read_text(encoding="utf-8")
-    assert "| the same, both spectra, by Muon | 64; 256; 512 | 20 | 1.6e-2 at each |" in page
+    assert "| [both spectra](#width), by Muon | 64; 256; 512 | 20 | 1.6e-2 at each |" in page
 
 
 def rows_of(table: str) -> list[str]:

@@ -38,9 +38,9 @@ DRAWN = {"main": REAL, "ranks": ("clothes", "flat spectrum", "steep spectrum")}
 """The tasks in the figure of a group."""
 CURVES = {name: label.replace("`", "") for name, label in ROWS.items() if name not in ("rsLoRA", "block")}
 LEFT_OUT = {
-    "main": ("PEFT", "rsLoRA, equal size"),
+    "main": ("PEFT", "rsLoRA, equal size", "very_sparse"),
     "sizes": ("dense, decay 0.1", "dense, at most 2% of a weight", "dense, penalty 10"),
-    "widths": ("dense, Γ at 32/m", "dense, Γ at 128/m", "dense, Γ at 512/m"),
+    "widths": ("LoRA", "dense, Γ at 32/m", "dense, Γ at 128/m", "dense, Γ at 512/m"),
 }
 """Contestants of a group that are not shown, because others are like them, or no option makes them."""
 SIZES = {"LoRA": "LoRA", "dense": "RandLoRA, dense", "gamma first": "RandLoRA, Γ first"}

@@ -34,7 +34,7 @@ BLOCK_STEP = 8
 NEAR, OUT_OF_REACH = 0.1, 1.5
 """How far such a multiple may miss the wanted number of parameters, as a share of it, and any r, as a factor."""
 
-FIRST_STEP, LARGEST_RATE = 0.5, 1e-2
+FIRST_STEP, LARGEST_RATE = 0.3, 1e-2
 """The share of its initial value, 1 / min_dim, by which Adam's first step changes Γ with the default alpha, and the
 largest learning rate to try first."""
 
@@ -165,7 +165,7 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
 
 
 def first_learning_rate(scaling: float, min_dim: int) -> float:
-    """Return the learning rate to try first, ``0.5 / min_dim * sqrt(20 / scaling)`` but at most 1e-2; see its page."""
+    """Return the learning rate to try first, ``0.3 / min_dim * sqrt(20 / scaling)`` but at most 1e-2; see its page."""
     size = abs(scaling) / ALPHA_PER_RANK
     return min(FIRST_STEP / min_dim / math.sqrt(size), LARGEST_RATE) if size else LARGEST_RATE
 
