@@ -113,11 +113,7 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
         skipped |= _heads(census, wanted)
         left = left_out(census, wanted, skipped, excluded_keys, trained)
     if not chosen:
-        message = (
-            f"{rule}: no layer is left to adapt; give {spelled('targets')} that match a layer; {inventory(census)}"
-        )
-        reasons = shortened([f"{fqn} ({why})" for fqn, why in skipped.items()])
-        raise TargetError("; ".join([message, *([f"skipped: {reasons}"] if reasons else []), *map(str, left)]))
+        raise TargetError(_nothing_left(census, rule, skipped, left))
     wanted = {visit.key for visit in chosen}
     sites = tuple(site for site in census.sites if site.key in wanted)
     skipped = {fqn: why for fqn, why in skipped.items() if not {fqn, f"{fqn}.weight"} & {*trained}}
@@ -228,6 +224,12 @@ def _beside_head(census: Census, chosen: Sequence[Candidate], trained: Collectio
 
 def _is_in_head(census: Census, held: Candidate | Held) -> bool:
     return held.module is census.head or held.fqn.partition(".")[0] in HEAD_NAMES
+
+
+def _nothing_left(census: Census, rule: str, skipped: Mapping[str, str], left: Sequence[LeftOut]) -> str:
+    message = f"{rule}: no layer is left to adapt; give {spelled('targets')} that match a layer; {inventory(census)}"
+    reasons = [f"{fqn} ({why})" for fqn, why in skipped.items()]
+    return "; ".join([message, *([f"skipped: {shortened(reasons)}"] if reasons else []), *map(str, left)])
 
 
 def _excluded(census: Census, found: Sequence[Candidate], exclude: Pattern) -> tuple[list[Candidate], list[str]]:
