@@ -305,7 +305,7 @@ def test_the_rate_and_the_optimizer_are_looked_at_as_training_begins() -> None:
         run = trainer(kind, adapted_model(), **short)
         for _ in range(times):
             with pytest.warns(
-                UserWarning, match=r"^learning rate 5e-05 is far below 0\.01, which the report"
+                UserWarning, match=r"^learning rate 5e-05 is far below 0\.0094, which the report"
             ) as caught:
                 run.train()
             assert len(caught) == 1
