@@ -5,22 +5,104 @@ import copy
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao import quantization
 from torch.nn import functional as F
-from torch.nn.utils import prune
+from torch.nn.utils import fusion, prune
 
 import randlora
 from tests.kit import adapt, same_bits
 from tests.models import llama
 
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
 
 def two(first: nn.Module | None = None) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 8) if first is None else first, nn.Linear(8, 8))
+
+
+OF_TORCH = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::DeprecationWarning"
+)  # torch.ao and jit warn of all
+
+
+@OF_TORCH
+def test_adapted_layers_are_not_quantized_until_they_are_merged() -> None:
+    qat, model = quantization.get_default_qat_qconfig("x86"), two().train()
+    model.qconfig = qat
+    prepared = quantization.prepare_qat(model)
+    for each, targets in ((model, ["0"]), (prepared, ["1"])):
+        adapt(each, r=2, targets=targets)
+
+    def quantized() -> list[bool]:
+        made = quantization.quantize_dynamic(model, {nn.Linear}), quantization.convert(copy.deepcopy(prepared).eval())
+        return [isinstance(layer, nn.Linear) for each in made for layer in each]
+
+    assert quantized() == [True, False, False, True]
+    for each in (model, prepared):
+        randlora.merge(each)
+    assert not any(quantized())
+
+
+@OF_TORCH
+def test_a_merged_model_is_scripted_and_an_adapted_one_is_not() -> None:
+    model = adapt(two(), r=2, targets=["0"])
+    expected = model(X)
+    with pytest.raises(ValueError, match="Unknown type annotation"):
+        torch.jit.script(model)
+    randlora.merge(model)
+    torch.testing.assert_close(torch.jit.script(model)(X), expected)
+
+
+NORMED: dict[str, tuple[Callable[[], list[nn.Module]], Callable[[Any, Any], nn.Module], Tensor]] = {
+    "Linear": (lambda: [nn.Linear(8, 4), nn.BatchNorm1d(4)], fusion.fuse_linear_bn_eval, X),
+    "Conv2d": (lambda: [nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4)], fusion.fuse_conv_bn_eval, X[None, None]),
+}
+
+
+@pytest.mark.parametrize("kind", NORMED)
+def test_a_layer_is_fused_with_a_norm_without_its_update_until_it_is_merged(kind: str) -> None:
+    build, fuse, x = NORMED[kind]
+    layer, norm = build()
+    norm.get_buffer("running_var").fill_(9)
+    model = adapt(nn.Sequential(layer, norm).eval(), spread=0.5, r=2, targets=["0"])
+    expected = model(x)
+    assert not torch.allclose(fuse(layer, norm)(x), expected, rtol=0.1, atol=0.1)
+    randlora.merge(model)
+    torch.testing.assert_close(fuse(layer, norm)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_set_on_an_adapted_layer_adds_updates_only_if_it_calls_the_one_that_was_there() -> None:
+    model: Any = adapt(two(), r=2, targets=["0"])
+    layer, expected = model[0], model(X)
+    with randlora.disabled(model):
+        plain = model(X)
+    before = layer.forward
+    layer.forward = lambda x: before(x)  # noqa: PLW0108  # it is another one
+    assert same_bits(model(X), expected)
+    layer.forward = partial(nn.Linear.forward, layer)
+    assert same_bits(model(X), plain)
+    assert not same_bits(plain, expected)
+
+
+class Past(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._parameters["weight"], self.bias)  # type: ignore[arg-type]
+
+
+def test_what_reads_past_the_attribute_is_merged_into_and_named_by_check() -> None:
+    model = adapt(two(Past(8, 8)), r=2, targets=["0"])
+    before = model(X)
+    (problem,) = randlora.check(model, X).problems
+    assert (problem.fqn, problem.fault) == ("0", "read past")
+    assert randlora.merge(model).notes == ()
+    assert not torch.allclose(model(X), before, atol=0.1)
 
 
 class OwnPickling(nn.Linear):

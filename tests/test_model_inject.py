@@ -336,12 +336,13 @@ def test_the_learning_rate_to_try_goes_by_the_width_in_which_most_is_trained_and
     assert (f"for layers of width {median}, the median" in on_one_line(report)) == (expected is not None)
 
 
-@pytest.mark.parametrize(("width", "noted"), [(1024, 0.5), (4096, 0.4), (512, None)])
+@pytest.mark.parametrize(("width", "noted"), [(1024, 0.5), (4096, 0.4), (512, 0.6), (256, None)])
 def test_the_report_of_dense_bases_names_block_bases_with_their_share_of_the_work(
     width: int, noted: float | None
 ) -> None:
-    layer, said = nn.Sequential(nn.Linear(width, width, device="meta")), "basis='block' would take about"
-    report = str(randlora.plan(layer, r=32, targets=["0"]))
+    layers = nn.Linear(width, width, device="meta"), nn.Embedding(9 * width, width, device="meta")
+    layer, said = nn.Sequential(*layers), "basis='block' would take about"
+    report = str(randlora.plan(layer, r=32, targets=["0", "1"]))
     assert (f"{said} {noted} of the work" in report) == (noted is not None) == (said in report)
     c, b, tokens = 4, 8, 2048  # the defaults for r = 32; docs/method.md has the formulas
     dense = 6 * tokens + 6 * width if width < tokens else 14 * tokens

@@ -350,6 +350,17 @@ def test_copies_that_are_offloaded_after_that_are_refused_until_the_hooks_are_re
     assert same_bits(base, Small()(X))
 
 
+def test_backward_raises_nothing_and_gives_copies_that_were_offloaded_no_gradients(tmp_path: Path) -> None:
+    model: Any = nn.Sequential(Small())
+    adapted(model, targets="0.up", train_also=[f"0.{name}" for name in NORM])
+    copies = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    put(model, "ram", tmp_path)
+    model(X).sum().backward()
+    now = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    assert [parameter.grad for parameter in (*copies, *now)] == [None] * 4
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "randlora" in name)
+
+
 BESIDE = {f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb", "layers.1")} | {"lm_head": "cpu"}
 
 

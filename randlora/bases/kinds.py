@@ -234,21 +234,26 @@ def default_blocks(r: int, counts: Collection[int]) -> tuple[int, int]:
 
 
 TOKENS = 2048
-"""Those of a step for which the work of bases is compared."""
+"""Those of a step, for each matrix, for which the work of bases is compared."""
+TOO_SMALL = 256 * 256
+"""Entries of the largest weight of which steps take as long with either kind, whatever their work."""
 
 
 def block_share(layers: Mapping[tuple[int, int, int], int]) -> float:
-    """Return how much of the work of dense bases block bases take in a step, given a number of layers by sizes.
+    """Return how much of the work of dense bases block bases take in a step, given a number of matrices by sizes.
 
-    The sizes are ``(in_features, out_features, r)``. Small layers, which have dense copies, count as equal.
+    The sizes are ``(in_features, out_features, r)``. Small matrices count as equal.
     """
+    counts: dict[int, set[int]] = {}
+    for *sides, r in layers:
+        counts.setdefault(r, set()).add(count_bases(min(sides), r))
+    blocks = {r: default_blocks(r, own) for r, own in counts.items()}
     work = {"dense": 0.0, "block": 0.0}
     for (into, out, r), count in layers.items():
-        num_bases = count_bases(min(into, out), r)
-        c, b = default_blocks(r, {count_bases(min(sides), own) for *sides, own in layers if own == r})
-        c, b = (1, 1) if into * out <= SMALL_WEIGHT else (c, b)
+        hidden = r * count_bases(min(into, out), r)
+        c, b = (1, 1) if into * out <= TOO_SMALL else blocks[r]
         for kind, shares in (("dense", (1.0, 1.0, 1.0)), ("block", (1 / c, 1 / b, 1 / (c * b)))):
-            work[kind] += count * multiply_adds(TOKENS, into, out, r * num_bases, shares)
+            work[kind] += count * multiply_adds(TOKENS, into, out, hidden, shares)
     return work["block"] / work["dense"] if layers else 1.0
 
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from randlora.errors import MergeError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.scopes import ReadAttribute
@@ -103,6 +104,13 @@ class InPlace(nn.Module):
                     child.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
             self._save_unmerged(destination, prefix)
         return written
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a state dict, except into merged weights, because unmerging would undo that."""
+        if any(layer.unmerged is not None for layer in self.randlora.values()):
+            place = prefix.removesuffix(".") or "this layer"
+            raise MergeError(f"cannot load a state dict into {place} while adapters are merged: unmerge them first")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Return the module's own representation, followed by its adapters."""

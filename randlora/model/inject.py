@@ -92,7 +92,7 @@ class Plan:
             notes += [*moving_note(self.census, self.adapter.buffers), *half_notes(self.adapter)]
         shapes = shapes_of(self.selection.sites, self.adapter.config)
         if self.trainable and self.adapter.config.basis == "dense" and (share := self._block_share(shapes)) < FEW:
-            notes.append(f"dense: PEFT can draw these bases; basis='block' would take about {share:.1f} of the work")
+            notes.append(f"dense bases: basis='block' would take about {share:.1f} of the work")
         report = adapter_report(
             self.census,
             self.adapter,
@@ -108,10 +108,12 @@ class Plan:
         return replace(report, warning=doubt(self.census, self.selection.sites, report.left_out))
 
     def _block_share(self, shapes: Shapes) -> float:
-        """Return how much of the work of its dense bases block bases would take."""
+        """Return how much of the work of its dense bases block bases would take, except in tables."""
         layers = Counter[tuple[int, int, int]]()
-        for fqn, (*stack, out_features, in_features) in shapes.items():
-            layers[in_features, out_features, self.adapter.options[fqn].r] += math.prod(stack)
+        for site in self.selection.sites:
+            *stack, out_features, in_features = shapes[site.fqn]
+            if site.layer_class.kind != "embedding":
+                layers[in_features, out_features, self.adapter.options[site.fqn].r] += math.prod(stack)
         return block_share(layers)
 
 

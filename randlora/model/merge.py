@@ -164,8 +164,7 @@ def _merge(view: View, planned: MergePlan, kept: dict[AdapterLayer, Kept | None]
             basis.release()  # a merged model does not use them
     if planned.reversible:
         if not state.is_merged:
-            owners = dict.fromkeys(each for site in census.adapted for each in site.layer.owners(site.owner))
-            guarded = dict.fromkeys((*census.around_adapted, *owners))
+            guarded = census.around_adapted
             state.merge_guards = [each.register_load_state_dict_pre_hook(_refuse_loading) for each in guarded]
             state.merge_guards.append(view.root.register_forward_hook(refuse_backward))
             state.merge_guards.append(view.root.register_forward_pre_hook(require_merged_weights))
