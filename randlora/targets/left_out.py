@@ -122,13 +122,15 @@ def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
 def tied_names(census: Census, sites: Iterable[Site]) -> dict[Key, list[str]]:
     """Return the names of the parameters of other modules that the weights of sites are tied to, by `Site.key`."""
     tied = {}
+    by_group = _by_group(census) if any(held.tensor.is_meta for held in census.parameters) else {}  # offloaded
     for site in sites:
         weight = site.weight
         if weight is None or site.layer_class.attribute not in site.owner._parameters:  # codes under a different name
             continue
         own = Held(site.fqn, site.owner, site.layer_class.attribute, weight)
         found = [held for identity in identities(*own[1:]) for held in census.by_identity.get(identity, [])]
-        found += _tied_by_name(census, own) if weight.is_meta else []
+        if weight.is_meta:
+            found += [held for held in by_group.get((id(own.module), own.attribute), []) if _are_tied(own, held)]
         if others := [held.fqn for held in found if held.module is not site.owner]:
             tied[site.key] = [*dict.fromkeys(others)]
     return tied
@@ -143,11 +145,15 @@ def tied_away(census: Census) -> set[str]:
     }
 
 
-def _tied_by_name(census: Census, own: Held) -> list[Held]:
-    """Return the parameters that transformers ties to an offloaded weight."""
-    fqns = {held.fqn for held in census.parameters if held.module is own.module and held.attribute == own.attribute}
-    names = {fqn for group in _named_groups(census) if not fqns.isdisjoint(group) for fqn in group} - fqns
-    return [held for held in census.parameters if held.fqn in names and _are_tied(own, held)]
+def _by_group(census: Census) -> dict[tuple[int, str], list[Held]]:
+    """Return the parameters that transformers ties to each one, by the identity of its module and its attribute."""
+    by_fqn = {held.fqn: held for held in census.parameters}
+    found: dict[tuple[int, str], list[Held]] = {}
+    for names in _named_groups(census):
+        group = [by_fqn[name] for name in names if name in by_fqn]
+        for held in group:
+            found.setdefault((id(held.module), held.attribute), []).extend(group)
+    return found
 
 
 def _named_groups(census: Census) -> list[list[str]]:
