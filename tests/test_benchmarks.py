@@ -46,7 +46,7 @@ def test_a_target_is_met_or_missed_by_the_ratio_of_the_best_and_asked_of_its_dev
 def test_a_page_shows_the_runs_that_are_kept_whose_best_rates_are_inside_of_their_sweeps(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     places, claims = list(pages.PLACE.finditer(text)), list(prose.CLAIM.finditer(text))
-    assert len(places) + len(claims) == text.count("<!--") > 0
+    assert len(places) + len(claims) + text.count(prose.BY_OTHERS) == text.count("<!--") > 0
     assert pages.filled(text) == pages.filled(re.sub(r"(-->\n\n\|) ", r"\1 spoiled ", text)) == text
     assert prose.problems(text, pages.runs_of) == []
     for place in places:
@@ -74,12 +74,22 @@ def test_numbers_of_sentences_are_made_of_runs_and_what_cannot_be_told_apart_is_
     assert drift.startswith("-0.1")
     loss = prose.with_numbers("0<!-- dense at 0.001 over dense at 0.003 in word problems -->", pages.runs_of)
     assert loss.startswith("0.0")  # less is better
-    told = [f"- It gains 1{better} points. It loses 1{level}.", "It gains 2 points.", "They differ by 0.1 ± 0.1.\n"]
+    ratio, silent = "<!--size of LoRA per dense in clothes-->", "<!--dense\nover very_sparse in clothes, tweets-->"
+    assert prose.with_numbers(f"9{ratio} times, level{silent}", pages.runs_of) == f"32{ratio} times, level{silent}"
+    table = "<!-- rates of main of clothes -->\n\n| 1.0 ± 0.1 points |\n\n"
+    told = [
+        f"{table}- It gains 1{better} points. It loses 1{level}.",
+        "It gains 2 points.",
+        "They differ by 0.1 ± 0.1. ",
+    ]
+    told += ["| twice |\n| is 9 times as good |\n", f"They are level{level}.", f"It cannot be distinguished{better}.\n"]
     assert [found.partition(":")[0] for found in prose.problems(" ".join(told), pages.runs_of)] == [
         "does not say that a difference is not distinguishable from none",
-        *["no comment says what this number is of"] * 2,
+        *["no comment says what this number is of"] * 3,
+        "does not say that a difference is not distinguishable from none",
+        "no comment says what cannot be distinguished",
     ]
-    unsaid = f"They cannot be distinguished, 1{level}.\n\n| 1.0 ± 0.1 points |\n\n## What it rests on\n\n3 points.\n"
+    unsaid = f"They cannot be distinguished, 1{level}. 5 points<!--by others-->.\n\n## What it rests on\n\n3 points.\n"
     assert prose.problems(unsaid, pages.runs_of) == []
     with pytest.raises(ValueError, match="a sentence names nothing in clothes, of which no run is kept"):
         prose.with_numbers("0<!-- nothing in clothes -->", pages.runs_of)
@@ -119,7 +129,7 @@ def test_the_rows_of_a_model_are_what_the_formulas_give_and_no_rate_ruins_one_of
     model = shape.build()
     rate = randlora.plan(model, scale.R, targets=scale.targets_of(shape, model)).learning_rate
     assert rate is not None
-    assert 2e-5 < rate <= 3e-4
+    assert 1e-5 < rate <= 3e-4
     assert scale.sizes_row(name, shape) in rows_of("sizes")
     assert scale.totals_row(name, shape) in rows_of("totals")
 

@@ -40,7 +40,9 @@ CURVES = {name: label.replace("`", "") for name, label in ROWS.items() if name n
 LEFT_OUT = {
     "main": ("PEFT", "rsLoRA, equal size", "very_sparse"),
     "sizes": ("dense, decay 0.1", "dense, at most 2% of a weight", "dense, penalty 10"),
-    "widths": ("LoRA", "dense, Γ at 32/m", "dense, Γ at 128/m", "dense, Γ at 512/m"),
+    "bases": ("block (2, 2)", "from the weight, one A"),
+    "scales": ("dense, r = 8", "dense, r = 8, s = 6.53"),
+    "widths": ("LoRA", "dense, r = 8", "dense, Γ at 32/m", "dense, Γ at 128/m", "dense, Γ at 512/m"),
 }
 """Contestants of a group that are not shown, because others are like them, or no option makes them."""
 SIZES = {"LoRA": "LoRA", "dense": "RandLoRA, dense", "gamma first": "RandLoRA, Γ first"}

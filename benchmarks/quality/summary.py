@@ -104,15 +104,18 @@ def front(task: Task, points: Sequence[Point]) -> list[Point]:
 
 def gain(task: Task, runs: Sequence[Run], first: str, second: str) -> Difference:
     """Return by how much a contestant's metric is better than another's, each at its best rate."""
-    own, other = (at_best(task, runs, contestant) for contestant in (first, second))
+    own, other = (
+        {seed: run.found[task.metric] for seed, run in at_best(task, runs, contestant).items()}
+        for contestant in (first, second)
+    )
     return difference(own, other) if task.is_better_if_larger else difference(other, own)
 
 
-def at_best(task: Task, runs: Sequence[Run], contestant: str, measure: str = "") -> dict[int, float]:
-    """Return a measure of a contestant at its best rate by seed, by default the task's metric."""
+def at_best(task: Task, runs: Sequence[Run], contestant: str) -> dict[int, Run]:
+    """Return the runs of a contestant at its best rate by seed."""
     own = [run for run in runs if run.key.contestant == contestant]
     lr = best(task, points_of(task, own)).lr
-    return {run.key.seed: run.found[measure or task.metric] for run in own if run.key.lr == lr}
+    return {run.key.seed: run for run in own if run.key.lr == lr}
 
 
 def written_gain(task: Task, runs: Sequence[Run], first: str, second: str) -> str:
