@@ -261,7 +261,8 @@ class ModelState:
                 is_installed = copy is was[fqn]
                 trained[first.name] = first.installed if is_installed else copy
                 for part in untied:
-                    own = like(copy, copy.detach().clone(), requires_grad=copy.requires_grad)
+                    with torch.inference_mode(mode=False):
+                        own = like(copy, copy.detach().clone(), requires_grad=copy.requires_grad)
                     trained[part.name] = part.installed if is_installed else own
             adapter.trained = trained
 

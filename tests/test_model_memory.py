@@ -226,6 +226,12 @@ def test_shards_have_equally_many_rows() -> None:
     assert sharded == [4 * 8 * rows for rows in (9, 5, 3, 1)]
 
 
+def test_an_adapted_model_is_planned_for_another_adapter() -> None:
+    plain, model = (build("LlamaForCausalLM") for _ in range(2))
+    randlora.inject(model, r=4)
+    assert memory(model).parameters == memory(plain).parameters > 0
+
+
 def test_what_cannot_be_planned_is_refused() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"devices": 0}, "devices must be at least 1, got 0"),

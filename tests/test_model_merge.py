@@ -28,8 +28,6 @@ from tests.layer_kinds import (
 )
 from tests.read_kinds import ReadKind, every_read_kind
 
-filled: Any = adapt
-
 
 def assert_within_a_step(kind: LayerKind, layer: nn.Module, x: Tensor, found: Tensor, expected: Tensor) -> None:
     """Compare outputs of a merged layer for ``x``; weights that are codes may each be a step off what was merged."""
@@ -42,7 +40,7 @@ def assert_within_a_step(kind: LayerKind, layer: nn.Module, x: Tensor, found: Te
 @every_dense_kind_and_dtype
 @pytest.mark.parametrize("is_cast", [False, True])
 def test_a_merged_weight_is_the_exact_sum_rounded_once(kind: LayerKind, dtype: torch.dtype, is_cast: bool) -> None:
-    model = filled(nn.Sequential(kind.build(9, 14, True, dtype)), r=3, alpha=3, stream="portable")
+    model = adapt(nn.Sequential(kind.build(9, 14, True, dtype)), r=3, alpha=3, stream="portable")
     own = kind.weight(model[0]).to(torch.promote_types(dtype, torch.float32))
     several, expected = copy.deepcopy(model), (own + update_of(model[0])).to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
@@ -71,7 +69,7 @@ def in_a_thread(call: Callable[[], Any]) -> Any:
 @pytest.mark.parametrize("has_some", [False, True])
 @pytest.mark.parametrize("elsewhere", [lambda call: call(), in_a_thread, in_a_task], ids=["here", "thread", "task"])
 def test_one_block_of_merged_is_open_at_a_time(elsewhere: Callable[[Callable[[], Any]], Any], has_some: bool) -> None:
-    model = filled(Mixed())
+    model = adapt(Mixed())
     randlora.inject(model, r=2, targets=["up", "head"], name="on top", active=has_some)
     randlora.activate(fill(model, "on top", seed=1), ["default", "on top"][: 1 + has_some])
     if has_some:
@@ -103,7 +101,7 @@ def test_one_block_of_merged_is_open_at_a_time(elsewhere: Callable[[Callable[[],
 
 
 def test_what_is_merged_or_unmerged_in_inference_mode_can_be_trained() -> None:
-    model, other = (filled(Mixed()) for _ in range(2))
+    model, other = (adapt(Mixed()) for _ in range(2))
     with randlora.merged(model):
         assert model.state_dict(keep_vars=True)["q.bias"] is model.q.bias
     report = randlora.merge(other, reversible=True)
@@ -118,10 +116,16 @@ def test_what_is_merged_or_unmerged_in_inference_mode_can_be_trained() -> None:
         each(TOKENS).sum().backward()
         assert each.embed.weight.grad is not None
     assert all(parameter.grad is not None for parameter in model.parameters())  # trained as before the adapter
+    several: Any = adapt(adapt(Mixed(), name="a"), name="b", trainable=True)
+    randlora.activate(several, ["a", "b"])
+    randlora.merge(several, adapters="a", reversible=True)
+    with torch.inference_mode(), randlora.merged(several):  # b on top, and then a alone again
+        several(TOKENS)
+    several(TOKENS).sum().backward()
 
 
 def test_what_would_lose_something_or_go_wrong_while_merged_is_refused() -> None:
-    model = filled(Mixed())
+    model = adapt(Mixed())
     merge: Any = partial(randlora.merge, reversible=True)
 
     def refused(message: str, verb: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -174,12 +178,12 @@ def test_what_would_lose_something_or_go_wrong_while_merged_is_refused() -> None
     model.to("meta")
     refused("3 problems", randlora.merge)
     refused("q .* incomplete", randlora.merged_tensors)
-    model = filled(Mixed())
+    model = adapt(Mixed())
     model.norm.weight = nn.Parameter(torch.ones(12, device="meta"))
     refused("norm.weight has no values here", randlora.merged_tensors)
     model.q = nn.Linear(12, 12)
     refused("q no longer has adapter 'default'", randlora.merged_tensors)
-    model = filled(Mixed())
+    model = adapt(Mixed())
     randlora.merge(model)
     for gone in (randlora.merge, randlora.unmerge, randlora.merged_tensors):
         refused("a merge that is not reversible removed it", gone)
@@ -212,7 +216,7 @@ def test_a_backward_pass_while_merged_is_refused_and_gradients_of_inputs_are_rig
         def forward(self, tokens: Tensor) -> Any:
             return shaped(super().forward(tokens))
 
-    model = filled(Shaped(), train_also=["norm"])
+    model = adapt(Shaped(), train_also=["norm"])
     norm = model.norm
 
     def gradient() -> tuple[Tensor, Tensor]:
@@ -237,7 +241,7 @@ def test_a_backward_pass_while_merged_is_refused_and_gradients_of_inputs_are_rig
 
 
 def test_training_while_merged_is_refused_in_our_words_where_nothing_else_requires_grad() -> None:
-    model = filled(Mixed())
+    model = adapt(Mixed())
     with randlora.merged(model):
         with pytest.raises(MergeError, match="would get no gradients"):
             model(TOKENS).sum().backward()
@@ -339,7 +343,7 @@ def yielded_bits(model: nn.Module, **options: Any) -> dict[str, Any]:
 @every_mergeable_kind_and_dtype
 def test_every_kind_of_layer_is_yielded_as_it_would_be_merged(kind: LayerKind, dtype: torch.dtype) -> None:
     model = nn.Sequential(kind.build(128, 96, True, dtype), nn.LayerNorm(96, dtype=dtype))
-    filled(model, r=8, targets=["0"])
+    adapt(model, r=8, targets=["0"])
     options: dict[str, Any] = {"quantized": "dequantize"} if kind.is_quantized else {}
     expected = merged_bits(model, **options)
     assert yielded_bits(model) == expected
@@ -368,7 +372,7 @@ class Beside(nn.Module):
 
 
 def beside() -> Any:
-    return filled(Beside(), targets=["first", "second"], train_also=["norm.weight", "norm.bias"]).eval()
+    return adapt(Beside(), targets=["first", "second"], train_also=["norm.weight", "norm.bias"]).eval()
 
 
 def test_names_order_and_bits_are_those_of_the_plain_models_state_dict() -> None:
@@ -432,7 +436,7 @@ X = torch.linspace(-1, 1, 24).reshape(3, 8)
     ],
 )
 def test_a_program_of_a_merged_model_stays_what_it_was_and_parameters_are_the_same_objects(make: Any) -> None:
-    model = filled(nn.Sequential(nn.Conv1d(3, 3, 1), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), r=2, targets="all")
+    model = adapt(nn.Sequential(nn.Conv1d(3, 3, 1), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), r=2, targets="all")
     expected, held = model(X), dict(model.named_parameters())
     held["1.weight"].sharded = True  # as libraries mark parameters
     with randlora.merged(model):

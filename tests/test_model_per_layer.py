@@ -243,6 +243,19 @@ def test_norms_and_limits_are_of_the_adapter_itself_whatever_is_active_or_merged
     randlora.update_norms(model, name="a")["q"].backward()  # which parameters that became inference tensors refuse
 
 
+def test_limits_are_by_the_names_that_norms_have_and_none_are_of_a_model_that_lost_a_layer() -> None:
+    model = nn.ModuleDict({"conv1": nn.Linear(8, 8), "layer1": nn.ModuleDict({"conv1": nn.Linear(8, 8)})})
+    norms = randlora.update_norms(adapt(model))
+    limits = {"conv1": 2 * norms["conv1"].item(), "layer1.conv1": norms["layer1.conv1"].item() / 2}
+    randlora.limit_norms(model, limits)
+    found = [norm.item() for norm in randlora.update_norms(model).values()]
+    assert found == pytest.approx([norms["conv1"].item(), limits["layer1.conv1"]])
+    model["conv1"] = nn.Linear(8, 8)
+    for call in (randlora.update_norms, lambda each: randlora.limit_norms(each, 1.0)):
+        with pytest.raises(AdapterError, match=r"conv1 no longer has adapter 'default'"):
+            call(model)
+
+
 def test_a_limit_of_zero_ends_in_zero_values_that_are_not_finite_stay_and_one_that_is_none_is_refused() -> None:
     model = adapted()
     refused: list[tuple[Any, str]] = [

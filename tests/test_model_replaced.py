@@ -409,6 +409,9 @@ def test_what_is_trained_after_a_change_is_what_the_model_has_and_what_is_saved(
     places = {id(live[fqn]): fqn for fqn in reversed(TRAINED)}  # each once, by its first name
     written = {fqn: value for fqn in TRAINED if (value := written_value(tmp_path, fqn)) is not None}
     assert {fqn: bits(value) for fqn, value in written.items()} == {fqn: bits(live[fqn]) for fqn in places.values()}
+    with torch.inference_mode():
+        randlora.adapters(model)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
     output = model(TOKENS)
     with randlora.disabled(model):
         model(TOKENS)

@@ -226,7 +226,7 @@ def test_adapters_have_their_own_rows_which_no_factor_scales_and_only_different_
     torch.testing.assert_close(model(IDS), whole(model, "b")(IDS))
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(IDS), model(IDS))
-        assert copied.head.randlora_rows is copied.embed.randlora_rows
+        assert copied.head.randlora_rows["b"] is copied.embed.randlora_rows["b"]
     routed = randlora.serving.routed(model, ["b", None])
     with pytest.raises(AdapterError, match="train_also or train_rows, and the model can use only one copy"), routed:
         pass
@@ -415,7 +415,10 @@ def test_gradients_of_single_samples_are_those_of_each_alone() -> None:
         output: Tensor = torch.func.functional_call(model, parameters, (ids.unsqueeze(0),))
         return output.square().sum()
 
+    before = model(IDS)
     found = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, IDS)
+    assert all(each is values[name] for name, each in model.named_parameters() if name in values)
+    assert same_bits(copy.deepcopy(model)(IDS), before)
     for index, ids in enumerate(IDS):
         alone = torch.autograd.grad(loss(values, ids), [*values.values()])
         for one, name in zip(alone, values, strict=True):

@@ -254,9 +254,10 @@ class AdapterLayer(StoredWeight):
         self.activation = self.state.activation
         self.acting = self._acting(self.state.active_unmerged)
         self.number()
-        modules: dict[str, Any] = owner._modules
-        for name in self.names:
-            modules[name].randlora_seat(part.adapter.name for part, _ in self.acting)
+        for each in self.owners(owner):
+            modules: dict[str, Any] = each._modules
+            for name in self.names:
+                modules[name].randlora_seat(part.adapter.name for part, _ in self.acting)
 
     def number(self) -> None:
         """Let the adapters that act here know their positions, by which compiled code finds them; others have none."""

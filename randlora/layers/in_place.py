@@ -252,12 +252,12 @@ def set_casts(owner: nn.Module, casts: dict[str, torch.dtype]) -> None:
 
 def attach(owner: nn.Module, layer: AdapterLayer) -> None:
     """Attach an adapter layer, which has no adapters yet, to a module, and to others that have the same weight."""
-    held: dict[str, nn.Module] = {name: kind(layer) for kind, name in zip(layer.holders, layer.names, strict=True)}
-    for diagonal in held.values():
-        diagonal.training = owner.training
-        # torch's fused transformer layers read weights without calling their modules, unless a module has a hook
-        diagonal.register_forward_pre_hook(_decline_fast_paths)
-    for each in layer.owners(owner):
+    for each in layer.owners(owner):  # a holder of its own each: torch's functional_call restores no shared module
+        held: dict[str, nn.Module] = {name: kind(layer) for kind, name in zip(layer.holders, layer.names, strict=True)}
+        for diagonal in held.values():
+            diagonal.training = owner.training
+            # torch's fused transformer layers read weights without calling their modules, unless a module has a hook
+            diagonal.register_forward_pre_hook(_decline_fast_paths)
         each.__dict__["randlora"] = {**adapter_layers_of(each), layer.attribute: layer}
         each._modules.update(held)
         base = plain_class(each)
@@ -305,18 +305,21 @@ def add_adapter(owner: nn.Module, layer: AdapterLayer, part: Any, values: Sequen
     name = part.adapter.name
     if adapter_layers_of(owner).get(layer.attribute) is not layer:
         attach(owner, layer)
-    modules: dict[str, Any] = owner._modules
     for held_as, value in zip(layer.names, values, strict=True):
-        modules[held_as][name] = nn.Parameter(value, requires_grad=trainable)
+        parameter = nn.Parameter(value, requires_grad=trainable)
+        for each in layer.owners(owner):
+            held: Any = each._modules[held_as]
+            held[name] = parameter
     layer.adapters[name] = part
     layer.seat(owner)
 
 
 def drop_adapter(owner: nn.Module, layer: AdapterLayer, name: str) -> None:
     """Remove one adapter from a weight, and the adapter layer with the last adapter."""
-    modules: dict[str, Any] = owner._modules
-    for held_as in layer.names:
-        del modules[held_as][name]
+    for each in layer.owners(owner):
+        for held_as in layer.names:
+            held: Any = each._modules[held_as]
+            del held[name]
     del layer.adapters[name]
     layer.seat(owner)
     if not layer.adapters:

@@ -34,7 +34,7 @@ LOOKUP = nn.Embedding.forward  # read on import, in case it is replaced later
 
 
 class Rows(Diagonal):
-    """The trained rows of a table, ``(rows, width)``, float32 or wider per adapter, in all modules that share it."""
+    """The trained rows of a table, ``(rows, width)``, float32 or wider per adapter; tied where the table is."""
 
     def reset_parameters(self) -> None:
         """Raise an `AdapterError`, because rows begin with the values that the table had."""
@@ -187,7 +187,7 @@ class RowsAdapter(AdapterLayer):
     def is_changed(self, owner: nn.Module, name: str) -> bool:
         """Whether rows of an adapter differ from those of the table, if this process has all of both."""
         weight, part = self.weight_of(owner), self.adapters[name]
-        return not torch.equal(self.rows(owner, part).to(weight), weight[part.numbers])
+        return not torch.equal(self.rows(owner, part).to(weight), weight[part.on(weight.device)])
 
     def delta_weight(self, owner: nn.Module, weights: dict[str, float]) -> Tensor:
         """Return the difference from the table, in float32 or wider; a collective if anything is sharded."""

@@ -179,7 +179,9 @@ def memory_of(
 ) -> TrainingMemory:
     """Return the result of `training_memory`; ``stored`` has the bytes of quantized parameters, by FQN."""
     asked = {"name": "default", "active": True, "trainable": True, "r": r, **options}
-    with opened_to_add(model, ["default"], "inject") as view:
+    with opened_to_add(model, [], "plan") as view:
+        while asked["name"] in view.state.adapters:  # which may stay beside it
+            asked["name"] += "_"
         plan = make_plan(view, asked)
     census = plan.census
     fqns = {id(held.tensor): held.fqn for held in reversed(census.parameters)}

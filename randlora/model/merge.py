@@ -185,6 +185,7 @@ def _in_order(state: ModelState, weights: Mapping[str, Factor]) -> dict[str, Fac
 
 
 @collective(writes=True)
+@torch.inference_mode(mode=False)
 def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tuple[str, ...]:
     """Restore, bit for bit, the weights from before ``merge(model, reversible=True)``, for all or some adapters.
 

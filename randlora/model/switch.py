@@ -210,8 +210,6 @@ def _resolved_factors(state: ModelState, names: Any) -> dict[str, Factor]:
     for name, factor in given.items():
         fqns = state.adapters[name].targets
         numbers, unmet = by_target(f"names[{name!r}]", factor, fqns)
-        if isinstance(factor, Mapping) and factor.keys() == {*fqns}:  # as `randlora.adapters` returns them
-            numbers, unmet = {**factor}, []
         problems += unmet
         if not unmet:
             factors[name] = one_or_all({fqn: float(numbers[fqn]) for fqn in fqns})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from randlora.config import Factor
 from randlora.errors import AdapterError, ConfigError, TargetError, raise_collected
 from randlora.hints import is_finite, require_types, shortly
-from randlora.model.install import offloaded_diagonals
+from randlora.model.install import lost_sites, offloaded_diagonals
 from randlora.model.view import View, collective, opened
 from randlora.places import NOT_LASTING, place_at
 from randlora.ranks import agree, run_collectives
@@ -131,6 +131,7 @@ def _sites_of(view: View, name: str | None, doing: str) -> tuple[Adapter, list[A
     adapter = view.state.adapter(name)
     every = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
     sites = [site for site in every if not site.layer.is_rows]
+    raise_collected(AdapterError, lost_sites(view.census, [adapter]), doing=doing)
     _require_readable(view, sites, doing)
     return adapter, sites
 

@@ -91,6 +91,8 @@ def by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, An
     """Return the value of one option for each target, and a message for each target or pattern that has a problem."""
     if not isinstance(option, Mapping):
         return dict.fromkeys(fqns, option), []
+    if option.keys() == {*fqns}:  # as `randlora.adapters` and `randlora.update_norms` return them
+        return {**option}, []
     by_part: dict[str, list[str]] = {}
     for fqn in fqns:
         for part in set(fqn.split(".")):
