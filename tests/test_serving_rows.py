@@ -408,6 +408,12 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
         torch.zeros(4, 5, 4).scatter(1, torch.ones(4, 4, 4).long(), x),
         torch.zeros(8, 4).index_add_(0, torch.arange(4), x[1]),
     ],
+    "marked": lambda x: [
+        torch.zeros(4, 4, 4).index_put((x > 0.5,), torch.tensor(1.0)),
+        _marked(x),
+        x.index_put((x[:, :, 0] > 0.5,), torch.tensor(1.0)),
+        torch.zeros(4, 4).fill_(x[1, 2, 3]),
+    ],
     "into parts": lambda x: [_into(x, 0), _into(x, 1), _into(x[:, :, 0], 1), _into(x[2:], 0)],
     "as bits": lambda x: [_as_bits(x), _as_bits(x[1:])],
     "attention": lambda x: [
@@ -426,6 +432,12 @@ CAUTIOUS = ("as bits", "images", "solved", "written")
 def _as_bits(x: Tensor) -> Tensor:
     found = torch.zeros(4, 4, 4)
     found.view(torch.int32)[: len(x)].copy_(x.view(torch.int32))
+    return found
+
+
+def _marked(x: Tensor) -> Tensor:
+    found = torch.zeros(4, 4, 4)
+    found[:, x[0] > 0.5] = 1
     return found
 
 
@@ -478,6 +490,9 @@ def test_what_other_rows_change(operation: str, mode: Any) -> None:
 UNFOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "matrix_exp": torch.linalg.matrix_exp,
     "index": lambda x: x[:, (x[0, 0] * 9).long() % 4],  # which the values of one row choose for all
+    "index_put": lambda x: torch.zeros(4, 4).index_put((torch.arange(4), x[0].argmax(-1)), torch.tensor(1.0)),
+    "embedding": lambda x: F.embedding(torch.arange(4), x[0]),
+    "foreach": lambda x: (z := torch.zeros(4, 4, 4), torch._foreach_add_([z], [x]))[0],
 }
 
 

@@ -113,7 +113,7 @@ def _pointwise(call: Call) -> Label:
 
 
 def _copied(call: Call) -> Label | None:
-    label = call.label(call.given["src"])
+    label = call.label(call.given.get("src", call.given.get("value")))
     return call.label(call.first) if label is None else _padded(label, call.first.dim())
 
 
@@ -339,6 +339,8 @@ def _of_indices(call: Call, indices: list[Tensor | None], labels: list[Label | N
 
 def _looked_up(call: Call) -> Label | None:
     label = call.label(call.given["indices"])
+    if call.label(call.given["weight"]) is not None:
+        return _unknown(call)
     return None if label is None else label.changed(label.rows.unsqueeze(-1))
 
 
@@ -368,7 +370,7 @@ def _put(call: Call) -> Label | None:
     indices, labels = _indices(call)
     adds = bool(call.given.get("accumulate")) or "index_add" in call.name
     if of_source is None:
-        return call.label(x)
+        return call.label(x) if not any(labels) else _put_by_mask(call)
     at = _taken_rows(x, was, indices, labels, has_read=call.has_read)
     probe = torch.empty((), device="meta").expand(x.shape)
     shape = probe[tuple(slice(None) if index is None else index.to("meta") for index in indices)].shape
@@ -399,6 +401,18 @@ def _put(call: Call) -> Label | None:
     return _chosen(found) if any(label is not None for label in labels) else found
 
 
+def _put_by_mask(call: Call) -> Label:
+    """Return the rows of a tensor into which values of no row are written where a mask says so."""
+    x, indices = call.first, call.given.get("indices", ())
+    where = [dim for dim, index in enumerate(indices) if index is not None]
+    mask = indices[where[0]] if len(where) == 1 else None
+    if mask is None or mask.dtype not in (torch.bool, torch.uint8):
+        return _unknown(call)
+    label, after = call.of(mask), x.dim() - where[0] - mask.dim()
+    of_mask = label.changed(label.rows.view(*[1] * where[0], *label.rows.shape, *[1] * after))
+    return _together([call.of(x), of_mask], x.dim())
+
+
 def _written_along(call: Call) -> Label:
     """Return the rows of a tensor into which others are written along one dimension, where no row changes along it."""
     x, dim = call.first, call.given["dim"] % max(call.first.dim(), 1)
@@ -418,7 +432,7 @@ CHOICES = frozenset(f"aten::{name}" for name in ("slice", "select", "split", "sp
 
 NAMES: dict[Rule, str] = {
     _same: (
-        "clone _to_copy native_dropout bernoulli tril triu bucketize lift_fresh lift_fresh_copy zero fill exponential "
+        "clone _to_copy native_dropout bernoulli tril triu bucketize lift_fresh lift_fresh_copy zero exponential "
         "normal_ uniform _native_batch_norm_legit_no_training"
     ),
     _pointwise: "where masked_fill log_sigmoid_forward _prelu_kernel rsub complex polar clamp isin hardswish",
@@ -426,7 +440,7 @@ NAMES: dict[Rule, str] = {
         "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty "
         "new_full new_empty_strided _local_scalar_dense equal _assert_async _assert_tensor_metadata _assert_scalar"
     ),
-    _copied: "copy",
+    _copied: "copy fill",
     _view: "_unsafe_view unsafe_split unsafe_split_with_sizes",
     _reduced: (
         "sum mean amax amin max min argmax argmin var std var_mean std_mean norm linalg_vector_norm prod any all "

@@ -97,7 +97,10 @@ class RowTracking(TorchDispatchMode):
             self.read(args[0])
         outputs = tensors_of(output)
         given = tensors_of([*args, *kwargs.values()])
-        if any(map(self.label, given)) and outputs:
+        if any(map(self.label, given)) and not outputs:
+            for each in _written(func, args, kwargs):
+                self._label(given, [each], unknown(each.dim(), str(func)), str(func))
+        elif any(map(self.label, given)):
             call = Call(*_bound(func, args, kwargs), output, self.label, self.has_read)
             self._label(given, outputs, labels_of(call), call.name)
         else:
@@ -170,6 +173,15 @@ class _Reads(TorchFunctionMode):
 
 def _has_memory(value: Tensor) -> bool:
     return type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and not value.is_meta
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors that an operation, which returns none, has written into, as those of ``torch._foreach``."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return []
+    _, _, given = _bound(func, args, kwargs)
+    infos = [(given[argument.name], argument.alias_info) for argument in func._schema.arguments]
+    return tensors_of([value for value, info in infos if info is not None and info.is_write])
 
 
 def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
