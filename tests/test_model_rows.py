@@ -226,9 +226,9 @@ def test_adapters_have_their_own_rows_which_no_factor_scales_and_only_different_
     torch.testing.assert_close(model(IDS), whole(model, "b")(IDS))
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(IDS), model(IDS))
-        rows = [each for key, each in copied.named_parameters(remove_duplicate=False) if key.endswith("rows.b")]
-        assert len(rows) == 2
-        assert rows[0] is rows[1]
+        held = [each for key, each in copied.named_parameters(remove_duplicate=False) if key.endswith("rows.b")]
+        assert len(held) == 2
+        assert held[0] is held[1]
     routed = randlora.serving.routed(model, ["b", None])
     with pytest.raises(AdapterError, match="train_also or train_rows, and the model can use only one copy"), routed:
         pass

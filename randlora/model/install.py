@@ -345,11 +345,10 @@ def _count(census: Census) -> None:
         inside.add(id(census.model))
     for module in census.modules:
         if id(module) in inside and NUMBER not in module._forward_hooks:
-            module._forward_pre_hooks[NUMBER], module._forward_hooks[NUMBER] = begin_call, end_call
+            hooks: Any = module._forward_pre_hooks
+            hooks[NUMBER], module._forward_hooks[NUMBER] = begin_call, end_call
+            hooks.move_to_end(NUMBER, last=False)  # before a hook that raises, as the call ends then too
             module._forward_hooks_always_called[NUMBER] = True
-            module._forward_pre_hooks.move_to_end(
-                NUMBER, last=False
-            )  # before a hook that raises, as calls end then too
         elif id(module) not in inside and module._forward_hooks:
             _remove(module, begin_call, end_call)
 
