@@ -131,6 +131,14 @@ def test_bases_of_up_to_four_million_entries_or_1024_for_each_value_are_drawn(
             randlora.files.inspect(directory)
 
 
+def test_bases_of_all_r_count_together(tmp_path: Path) -> None:
+    model = nn.ModuleDict({f"layer_{r}": nn.Linear(1, 30_000, bias=False) for r in range(64, 74)})
+    randlora.inject(model, r={f"layer_{r}": r for r in range(64, 74)}, targets=[*model], stream="portable")
+    randlora.save(model, tmp_path / "adapter")  # of 690 numbers, with bases of 20 million
+    with pytest.raises(CheckpointError, match=r"asks for bases of 30000 x 1 with r=65.*has only"):
+        randlora.files.inspect(tmp_path / "adapter")
+
+
 def test_a_json_of_16_mib_is_read(tmp_path: Path) -> None:
     path = our_adapter(tmp_path) / CONFIG_FILE
     path.write_bytes(path.read_bytes().ljust(2**24))

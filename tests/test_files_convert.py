@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -133,9 +134,19 @@ def test_other_files_and_strange_fields_stay_and_what_is_there_already_is_replac
     edit_fields(source, {"use_quantum": 3, "base_model_name_or_path": "some/model"})  # of which the first is unknown
     out.mkdir()
     (out / "notes.txt").write_text("mine")
+    shutil.copy(source / "README.md", out)  # as of an adapter that was saved here before
     files.convert(source, out, "native", overwrite=True)
     assert sorted(contents(out)) == [stored.CONFIG_FILE, stored.TENSORS_FILE, "notes.txt"]
     assert read_fields(out) == read_fields(source)
+    with pytest.raises(CheckpointError, match="an input that must not change"):
+        files.convert(source, out / "inside", "native", base=out, overwrite=True)
+
+
+def test_an_adapter_whose_json_is_gone_becomes_one_of_peft(tmp_path: Path) -> None:
+    source, model = our_directory(LLAMA, tmp_path)
+    (source / stored.CONFIG_FILE).unlink()
+    files.convert(source, tmp_path / "peft", "peft")
+    assert_same_effect(model, in_peft(LLAMA, tmp_path / "peft"), LLAMA)
 
 
 def whole_model(transposed: int = 0) -> nn.ModuleDict:

@@ -93,3 +93,18 @@ def test_an_optimizer_made_before_the_adapter_is_refused(train_also: list[str] |
     of_engine = [torch.optim.AdamW([torch.zeros(9, requires_grad=flag)], 1e-3) for flag in (True, False)]  # or a dummy
     for right in ([*before, after], [after], *([each] for each in of_engine), []):
         assert said(module, *right) == []
+
+
+def test_an_optimizer_of_an_adapter_that_is_gone_or_without_one_of_two_is_warned_of() -> None:
+    model, rate = adapted()
+    stale = torch.optim.AdamW(randlora.trainable_parameters(model), rate)
+    randlora.eject(model)
+    randlora.inject(model, r=32, targets=["0"])
+    (message,) = said(model, stale)
+    assert message.startswith("the optimizer's parameters are those of an adapter that the model no longer has: make")
+    randlora.inject(model, r=32, targets=["0"], name="b", trainable=True)
+    one = torch.optim.AdamW(randlora.trainable_parameters(model, "default"), rate)
+    assert said(model, one) == [
+        "the optimizer does not train b: make one of all trainable_parameters, or call set_trainable"
+    ]
+    assert said(model, torch.optim.AdamW(randlora.trainable_parameters(model), rate)) == []

@@ -359,6 +359,10 @@ def test_files_are_merged_and_converted_as_in_memory(tmp_path: Path) -> None:
     randlora.save(model, tmp_path / "c", name="c")
     with pytest.raises(CheckpointError, match=r"trained row 3 of model.embed_tokens.weight too"):
         files.merge([tmp_path / "a", tmp_path / "c"], tmp_path / "none", base=tmp_path / "base")
+    randlora.save(adapt(copy.deepcopy(base), train_also=["embed_tokens"]), tmp_path / "whole")
+    for order in (["a", "whole"], ["whole", "a"]):
+        with pytest.raises(CheckpointError, match=r"one adapter trains rows of .*, and another one trains or adapts"):
+            files.merge([tmp_path / name for name in order], tmp_path / "none", base=tmp_path / "base")
     files.convert(tmp_path / "a", tmp_path / "native", to="native")
     assert all_bits(read_tensors(tmp_path / "native")[0]) == all_bits(read_tensors(tmp_path / "a")[0])
     with pytest.raises(CheckpointError, match=r"not model.embed_tokens.weight \(rows\)"):

@@ -124,6 +124,8 @@ OPTIONS: list[tuple[Any, Any, type[Exception], str]] = [
 def test_what_a_pool_cannot_do_is_refused_before_anything_is_loaded(outputs: dict[str, Any]) -> None:
     model = plain()
     pool = AdapterPool(model, outputs["files"], max_loaded=2)
+    for names in ("a", [1, 2, 3], None, []):  # before there is any adapter
+        refused(pool, "routed", names, AdapterError, "expected for each row the name of an adapter or None")
     assert_rows(pool, model, outputs, "d", "e", "d")
     before = pool.loaded
     with untouched(model):
@@ -188,6 +190,11 @@ def test_adapters_of_the_model_itself_are_left_alone(outputs: dict[str, Any]) ->
         refused(pool, "using", ["b"], AdapterError, "the model has an adapter of that name")
     randlora.remove(model, "a")  # behind the pool's back
     assert_rows(pool, model, outputs, "a", None, "a")
+    randlora.remove(model, "a")
+    randlora.inject(model, r=2, name="a")
+    refused(pool, "routed", ["a", None, "a"], AdapterError, "the model has an adapter of that name")
+    assert_rows(pool, model, outputs, "c", None, "c")
+    assert [each.name for each in randlora.adapters(model)] == ["own", "b", "a", "c"]
 
 
 def test_what_routed_cannot_take_is_used_by_other_means(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def file_bases(
     A digest in the file, or the bases themselves, decide which of PEFT's streams the bases are from. Bases with the
     same bits are taken from the bank, which does not change. ``shapes`` are the shapes of the layers' updates, by r.
     """
-    bases = {r: _bases_of_rank(file, r, used_by, bank, known) for r, used_by in shapes.items()}
+    drawn = {r: (_spec_of_rank(file, r, used_by), sliced_dims(used_by)) for r, used_by in shapes.items()}
+    require_drawable(drawn.values(), file, known)
+    bases = {r: _bases_of_rank(file, spec, used, bank) for r, (spec, used) in drawn.items()}
     streams = sorted({basis.spec.stream for basis in bases.values()})
     if len(streams) > 1:
         raise CheckpointError(f"its bases are from several streams, {' and '.join(streams)}: get an undamaged copy")
@@ -74,14 +76,18 @@ def file_bases(
     return file, bases
 
 
-def _bases_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape], bank: BasisBank, known: Known | None) -> Basis:
-    """Return the bases of one r, as `file_bases` does, for the shapes of the layers that use them."""
-    used, stored = sliced_dims(shapes), file.bases.get(r)
-    record = None if file.header is None else file.header.bases[r]
-    spec = spec_for(file.config, r, shapes) if record is None else record.spec
-    if record is None and stored is not None:  # by which PEFT draws bases of these shapes
-        spec = replace(spec, max_dim=len(stored[1]), min_dim=stored[0].shape[-1])
-    require_drawable(spec, used, file, known)
+def _spec_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape]) -> BasisSpec:
+    """Return what the bases of one r are, for the shapes of the layers that use them."""
+    if file.header is not None:
+        return file.header.bases[r].spec
+    spec, stored = spec_for(file.config, r, shapes), file.bases.get(r)
+    # by which PEFT draws bases of these shapes
+    return spec if stored is None else replace(spec, max_dim=len(stored[1]), min_dim=stored[0].shape[-1])
+
+
+def _bases_of_rank(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: BasisBank) -> Basis:
+    """Return the bases of one r, as `file_bases` does, of which layers use so much."""
+    stored, record = file.bases.get(spec.r), None if file.header is None else file.header.bases[spec.r]
     if record is not None and not record.is_reproducible:
         return _as_stored(file, spec, used, bank)
     digests = []
@@ -153,23 +159,30 @@ def count_entries(r: int, max_dim: int, min_dim: int) -> int:
     return r * min_dim + max_dim * count_bases(min_dim, r) * r
 
 
-def require_drawable(spec: BasisSpec, used: tuple[int, int], file: AdapterFile, known: Known | None) -> None:
-    """Raise a `CheckpointError` if bases are larger than layers of the model, or what the file has, may need."""
-    max_dim, min_dim = max(spec.max_dim, used[0]), max(spec.min_dim, used[1])
-    count = count_entries(spec.r, max_dim, min_dim)
-    cost = count + ENTRIES_PER_ROW * (max_dim + spec.r)
-    if cost <= FREE_ENTRIES or count <= sum(basis.numel() for basis in file.bases.get(spec.r, ())):
-        return
-    asked = f"the file asks for bases of {max_dim} x {min_dim} with r={spec.r}, {count:,} entries"
-    if known is None:
-        trained = sum(part.numel() for pair in file.values.values() for part in pair)
-        if cost > ENTRIES_PER_VALUE * trained:
-            raise CheckpointError(f"{asked}, but has only {trained:,} trained values: give the base model's directory")
-        return
-    dims = drawn_dims([*known(), (1, 1)])
-    if count > count_entries(spec.r, *dims):
-        needed = f"the largest layers of this model need {dims[0]} x {dims[1]}"
-        raise CheckpointError(f"{asked}, but {needed}: if there were larger ones, save there with bases='stored'")
+def require_drawable(
+    drawn: Iterable[tuple[BasisSpec, tuple[int, int]]], file: AdapterFile, known: Known | None
+) -> None:
+    """Raise a `CheckpointError` if bases are larger than layers of the model, or what the file has, may need.
+
+    ``drawn`` has each r's and the dims that layers use. Without a model, those of all r together count.
+    """
+    together = 0
+    for spec, used in drawn:
+        max_dim, min_dim = max(spec.max_dim, used[0]), max(spec.min_dim, used[1])
+        count = count_entries(spec.r, max_dim, min_dim)
+        cost = count + ENTRIES_PER_ROW * (max_dim + spec.r)
+        if count <= sum(basis.numel() for basis in file.bases.get(spec.r, ())):
+            continue
+        together += cost
+        asked = f"the file asks for bases of {max_dim} x {min_dim} with r={spec.r}, {count:,} entries"
+        if known is None:
+            trained = sum(part.numel() for pair in file.values.values() for part in pair)
+            if together > max(FREE_ENTRIES, ENTRIES_PER_VALUE * trained):
+                advice = "give the base model's directory"
+                raise CheckpointError(f"{asked}, but has only {trained:,} trained values: {advice}")
+        elif cost > FREE_ENTRIES and count > count_entries(spec.r, *(dims := drawn_dims([*known(), (1, 1)]))):
+            needed = f"the largest layers of this model need {dims[0]} x {dims[1]}"
+            raise CheckpointError(f"{asked}, but {needed}: if there were larger ones, save there with bases='stored'")
 
 
 def stored_bases(bases: Mapping[int, Basis], header: Header) -> list[Planned]:

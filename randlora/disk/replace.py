@@ -113,9 +113,14 @@ def _reveal(files: Files, scratch: Path) -> None:
 
 @contextmanager
 def new_directory(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a directory to write into, which is renamed to ``out`` at the end of the block, or removed if it raises."""
+    """Yield a directory to write into, which is renamed to ``out`` at the end of the block, or removed if it raises.
+
+    A process that is killed after it moved the old directory away leaves none; the next call moves the old one back.
+    """
     with scratch_for(out, is_inside=False) as scratch:
         out, new = Path(os.path.realpath(out)), scratch / NEW
+        if not overwrite and out.is_dir() and not is_free(out):  # now, not after all is written
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(out))
         new.mkdir()  # with the permissions of any new directory
         yield new
         for path in (*new.rglob("*"), new):
@@ -150,7 +155,7 @@ def scratch_for(directory: Path, *, is_inside: bool = True) -> Iterator[Path]:
         with ExitStack() as held:
             with _locked(place, seconds=PATIENCE) as is_locked:  # so that none is removed before it is locked
                 if is_locked:
-                    _remove_abandoned(place, name)
+                    _remove_abandoned(place, name, is_whole=not is_inside)
                 scratch = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=place))
                 held.callback(shutil.rmtree, scratch, ignore_errors=True)
                 held.enter_context(_locked(scratch))
@@ -189,11 +194,15 @@ def _prefix(name: str) -> str:
     return f".{name}.unfinished-"
 
 
-def _remove_abandoned(place: Path, name: str) -> None:
+def _remove_abandoned(place: Path, name: str, *, is_whole: bool) -> None:
+    """Remove hidden directories of killed processes; a whole directory that was moved there comes back first."""
     for path in place.glob(f"{glob.escape(_prefix(name))}{'?' * RANDOM}"):
         if not path.is_symlink():
             with suppress(OSError), _locked(path) as is_abandoned:  # its own process may be removing it
                 if is_abandoned and {held.name for held in path.iterdir()} <= {NEW, OLD}:  # else it is of somebody else
+                    if is_whole and (path / OLD).exists() and not os.path.lexists(place / name):
+                        (path / OLD).rename(place / name)
+                        flush(place)
                     shutil.rmtree(path, ignore_errors=True)
 
 

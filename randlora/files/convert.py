@@ -19,9 +19,9 @@ from randlora.bases.spec import BasisSpec, count_bases
 from randlora.checkpoint.bases import require_drawable, stored_bases, stream_notes
 from randlora.checkpoint.header import Header
 from randlora.checkpoint.peft_layout import BASE_FIELD, UNREAD_FIELDS, basis_keys, option_fields, peft_obstacle
-from randlora.checkpoint.save import adapter_files
+from randlora.checkpoint.save import CARD_FILE, adapter_files, is_generated
 from randlora.config import Component, Format, Layout, Stream
-from randlora.disk.replace import write_files
+from randlora.disk.replace import Files, flush, write_files
 from randlora.errors import CheckpointError, ConfigError, named, raise_collected, spelled, typed
 from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
 from randlora.files.layouts import (
@@ -134,9 +134,10 @@ def convert(
     """
     require_types(convert, locals())
     source, target = Path(directory), Path(out)
+    inputs = [source, *([] if base is None else [base])]
     problems = _option_problems(to, format, rank, tolerance, component, same_rank=same_rank)
     raise_collected(ConfigError, problems, doing="convert")
-    raise_collected(CheckpointError, out_problems(target, [source], overwrite=overwrite), doing="convert")
+    raise_collected(CheckpointError, out_problems(target, inputs, overwrite=overwrite), doing="convert")
     layout = format or "peft"
     if beside := [name for other, name in WEIGHTS.items() if other != layout and (target / name).exists()]:
         raise CheckpointError(f"{target} holds {beside[0]}, of a different format: choose a different directory")
@@ -144,7 +145,7 @@ def convert(
     assumed = (*adapter.file.doubts, *stream_notes(adapter.file))
     if to in ("peft", "native"):
         fields, tensors, header, notes = contents_as(to, adapter)
-        (nbytes,) = write_files(adapter_files(target, fields, tensors, header))
+        nbytes = _written(adapter_files(target, fields, tensors, header))
         return ConversionReport(source, target, to, nbytes, (), (*assumed, *notes))
     raise_collected(ConfigError, layout_problems(adapter, layout), doing="convert to a LoRA")
     loras = low_rank(adapter, rank, tolerance, progress)
@@ -152,8 +153,17 @@ def convert(
         planned, more = diffusers_files(target, loras, component or recognized(adapter.require_shapes()))
     else:
         planned, more = peft_files(target, adapter, loras, same_rank=same_rank)
-    (nbytes,) = write_files(planned)
+    nbytes = _written(planned)
     return ConversionReport(source, target, to, nbytes, tuple(lora.layer for lora in loras), (*assumed, *more))
+
+
+def _written(files: Files) -> int:
+    """Write an adapter's files, and return their size. A card that `randlora.save` made for the one before goes."""
+    (nbytes,) = write_files(files)
+    if is_generated(card := files.directory / CARD_FILE):
+        card.unlink()
+        flush(files.directory)
+    return nbytes
 
 
 def _option_problems(
@@ -212,14 +222,14 @@ def contents_as(
     is_stored = not header.is_reproducible or (to == "peft" and not is_peft_draw)
     notes: tuple[str, ...] = ()
     if to == "peft":  # which has bases as wide as the widest layer and as high as the highest
-        for r, spec in specs.items():
-            require_drawable(spec, header.rectangles[r], file, adapter.known)
+        require_drawable([(spec, header.rectangles[r]) for r, spec in specs.items()], file, adapter.known)
     if is_stored:
         stored = {planned.name: planned.read() for planned in stored_bases(adapter.bases, header)}
         tensors |= _filled_up(stored, header) if to == "peft" else stored
         reason = "PEFT would draw different ones from the seed" if to == "peft" else "no seed reproduces them"
         notes = (f"the bases are in the file: {reason}",)
     kept = {name: value for name, value in file.fields.items() if name not in UNREAD_FIELDS}
+    kept["target_modules"] = kept.get("target_modules") or "|".join(map(re.escape, shapes))
     (stream,) = {spec.stream for spec in specs.values()}
     own = option_fields(file.config, header.options, stream, stored=is_stored)  # whose order decides between equals
     return dict(sorted({**kept, **own}.items())), tensors, header, notes
@@ -288,7 +298,7 @@ def join(
     raise_collected(CheckpointError, problems, doing="join")
     whole = _joined(opened)
     fields, tensors, header, _ = contents_as("native", whole)
-    (nbytes,) = write_files(adapter_files(target, fields, tensors, header))
+    nbytes = _written(adapter_files(target, fields, tensors, header))
     return JoinReport(target, directories, len(whole.file.values), nbytes)
 
 

@@ -6,6 +6,7 @@ Everything is checked with the headers before the first byte is written.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +44,8 @@ from randlora.model.mergeable import require_finite
 from randlora.report import Progress, as_bytes, as_lines, no_progress, with_factor
 from randlora.targets.match import shortened
 
+MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+"""The names of files of weights that another merge may have left, which is replaced as a whole."""
 CASTABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that tensors are cast from and to."""
 
@@ -276,6 +279,9 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
             for tensor in names if fqn in rows else ():
                 changes.rows.setdefault(tensor, []).append((torch.tensor(rows[fqn]), fit.file.trained[fqn]))
         changes.claimed.update(claims)
+    if both := sorted(changes.rows.keys() & (changes.replaced.keys() | changes.merged.keys())):
+        what = f"one adapter trains rows of {shortened(both)}, and another one trains or adapts all of it"
+        raise CheckpointError(f"cannot merge: {what}: merge them into two models")
     dtypes = {name: changes.entries[name].dtype for name in (*changes.merged, *changes.replaced, *changes.rows)}
     # 8-bit floats may have scales, and would lose most of an update; integers are codes, except for buffers
     if narrow := [
@@ -310,7 +316,8 @@ def _write(
 ) -> tuple[int, tuple[Path, ...]]:
     """Write the new checkpoint. Returns the size of its weights, and which files were not copied."""
     companions = find_companions(directory)
-    if others := _others(out, {*companions.carried, Path(INDEX_FILE)}):
+    written = {*companions.carried, Path(INDEX_FILE), *(Path(shard.path.name) for shard in directory.shards)}
+    if others := _others(out, written):
         lost = f"{out} holds other files, which would be lost: {shortened(others)}"
         raise MergeError(f"cannot merge: {lost}; choose a different name")
     shards = [(shard, [changes.planned(entry, dtype) for entry in shard.entries]) for shard in directory.shards]
@@ -348,8 +355,4 @@ def _write_index(out: Path, directory: ModelDirectory, index: Mapping[str, Any],
 
 def _others(out: Path, written: Collection[Path]) -> list[str]:
     found = [path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return [
-        str(path)
-        for path in sorted(found)
-        if path not in written and not (path.parent == Path() and path.match("model*.safetensors"))
-    ]
+    return [str(path) for path in sorted(found) if path not in written and not MODEL_FILE.fullmatch(str(path))]

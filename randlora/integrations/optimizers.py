@@ -20,6 +20,7 @@ NEAR = 1 / 20, 3.0
 def check_optimizers(model: nn.Module, optimizers: Iterable[Any], *, is_supervised: bool = True) -> None:
     """Warn if an Adam's learning rate is far from the one that the report of `randlora.inject` names.
 
+    Warn too if optimizers have the parameters of an adapter that was removed, or lack those of one of several.
     Preferences and rewards need lower rates, which are not warned of.
 
     Raises:
@@ -37,6 +38,16 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[Any], *, is_supervis
             "the optimizer has frozen parameters and none of an adapter, so it is older than these: make one "
             "of randlora.trainable_parameters(model), after randlora.inject"
         )
+    shapes = sorted(tuple(each.shape) for group in groups for each in group["params"])
+    own_shapes = sorted(tuple(each.shape) for own in trained.values() for each in own)
+    if not is_theirs and groups and shapes == own_shapes:
+        warn(
+            "the optimizer's parameters are those of an adapter that the model no longer has: make one of "
+            "randlora.trainable_parameters(model)"
+        )
+    elif is_theirs and (without := [name for name, own in trained.items() if held.isdisjoint(map(id, own))]):
+        named = ", ".join(without)
+        warn(f"the optimizer does not train {named}: make one of all trainable_parameters, or call set_trainable")
     kinds = [type(optimizer).__name__.lower() for optimizer in found]
     if not groups or not all("adam" in kind and "muon" not in kind for kind in kinds):
         return  # for which the report names no rate

@@ -17,8 +17,8 @@ from randlora.model.switch import remove
 from randlora.model.view import together
 from randlora.ranks import agree, alone
 from randlora.report import Report
-from randlora.serving.routed import routed
-from randlora.state import adapted_root, is_adapted
+from randlora.serving.routed import routed, routing_of
+from randlora.state import Adapter, adapted_root, is_adapted
 from randlora.targets.match import nearest_names
 
 
@@ -73,7 +73,7 @@ class AdapterPool:
         self._sources.update(sources if isinstance(sources, Mapping) else adapters_in(Path(sources)))
         self._using = threading.RLock()
         self._pinned: list[str] = []
-        self._loaded: list[str] = []  # those used last at the end
+        self._loaded: dict[str, Adapter] = {}  # those used last at the end
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,8 +100,8 @@ class AdapterPool:
             CheckpointError: If an adapter cannot be loaded; the message names its files. The model then has the same
                 adapters as before.
         """
-        given = names if isinstance(names, Sequence) and not isinstance(names, str) else []
-        wanted = list(dict.fromkeys(name for name in given if isinstance(name, str)))  # `routed` refuses others
+        with together(self._model, writes=True):
+            wanted = [*routing_of(names).adapters]
         with self.using(wanted), ExitStack() as block:
             with together(self._model, writes=True):
                 has_adapters = bool(wanted) or is_adapted(self._model)
@@ -129,11 +129,14 @@ class AdapterPool:
             with together(self._model, writes=True):
                 self._check(wanted)
                 present = adapted_root(self._model)[1].adapters if is_adapted(self._model) else {}
-                self._loaded = [name for name in self._loaded if name in present]  # somebody may have removed others
+                # somebody may have removed others, or put their own in their place
+                self._loaded = {name: own for name, own in self._loaded.items() if present.get(name) is own}
             self._pinned += wanted
             try:
                 self._load([name for name in wanted if name not in self._loaded])
-                self._loaded = [*(name for name in self._loaded if name not in wanted), *wanted]
+                present = adapted_root(self._model)[1].adapters if wanted else {}
+                self._loaded = {name: own for name, own in self._loaded.items() if name not in wanted}
+                self._loaded |= {name: present[name] for name in wanted}
                 self._make_room()
                 yield
             finally:
@@ -171,4 +174,4 @@ class AdapterPool:
         with together(self._model, writes=True), alone():
             for name in unused[: max(0, len(self._loaded) - self._max)]:
                 remove(self._model, name)
-                self._loaded.remove(name)
+                del self._loaded[name]
