@@ -414,6 +414,11 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
         x.index_put((x[:, :, 0] > 0.5,), torch.tensor(1.0)),
         torch.zeros(4, 4).fill_(x[1, 2, 3]),
     ],
+    "of one row": lambda x: [
+        torch.linalg.matrix_exp(x[1, :3, :3]),
+        (x[:, 2] > -1).nonzero(),
+        x[:, 1].take(FRACTIONS.long()),
+    ],
     "into parts": lambda x: [_into(x, 0), _into(x, 1), _into(x[:, :, 0], 1), _into(x[2:], 0)],
     "as bits": lambda x: [_as_bits(x), _as_bits(x[1:])],
     "attention": lambda x: [
@@ -425,7 +430,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "same": lambda x: [x.clone().relu_().add_(x), x.to(torch.float64)],
 }
 
-CAUTIOUS = ("as bits", "images", "solved", "written")
+CAUTIOUS = ("as bits", "images", "of one row", "solved", "written")
 """Of these, some outputs are said to depend on several rows although each of their entries depends on one."""
 
 
@@ -490,8 +495,8 @@ def test_what_other_rows_change(operation: str, mode: Any) -> None:
 UNFOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "matrix_exp": torch.linalg.matrix_exp,
     "index": lambda x: x[:, (x[0, 0] * 9).long() % 4],  # which the values of one row choose for all
-    "index_put": lambda x: torch.zeros(4, 4).index_put((torch.arange(4), x[0].argmax(-1)), torch.tensor(1.0)),
-    "embedding": lambda x: F.embedding(torch.arange(4), x[0]),
+    "index_put": lambda x: torch.zeros(4, 4).index_put((torch.arange(4), x[:, 0].argmax(-1)), torch.tensor(1.0)),
+    "embedding": lambda x: F.embedding(torch.arange(4), x[:, 0]),
     "foreach": lambda x: (z := torch.zeros(4, 4, 4), torch._foreach_add_([z], [x]))[0],
 }
 
@@ -502,6 +507,13 @@ def test_what_an_unknown_operation_or_the_values_of_one_row_give_has_unknown_row
     assert label is not None
     assert label.is_mixed
     assert operation in label.why
+
+
+def test_what_an_operation_without_a_rule_makes_of_one_row_is_of_that_row() -> None:
+    for run in (lambda x: x[2].nonzero(), lambda x: torch.linalg.matrix_exp(x[2])):
+        ((_, label),) = followed(run, torch.rand(4, 4, 4), 0)
+        assert label is not None
+        assert label.rows.tolist() == [[2]]
 
 
 def test_rows_of_what_is_repeated_take_no_memory_and_a_batch_without_tokens_has_none() -> None:

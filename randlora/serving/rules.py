@@ -1,6 +1,7 @@
 """How the rows of the output of torch's operations follow from the rows of their inputs.
 
-An operation without a rule here makes the rows of its output unknown. If a layer needs them, it raises an error.
+An operation without a rule here makes the rows of its output unknown, unless all of its inputs depend on one row and
+no other. If a layer needs unknown rows, it raises an error.
 """
 
 from __future__ import annotations
@@ -91,7 +92,13 @@ def _padded(label: Label, dims: int) -> Label:
 
 
 def _unknown(call: Call) -> Label:
-    return unknown(tensors_of(call.output)[0].dim(), call.name)
+    """Return the one row that all inputs depend on, whatever the operation does with them, or an unknown one."""
+    labels, dims = [call.label(each) for each in tensors_of(call.values)], tensors_of(call.output)[0].dim()
+    single = [label.changed(label.rows.flatten()) for label in labels if label is not None and label.rows.numel() == 1]
+    if not single or len(single) < len(labels) - labels.count(None):
+        return unknown(dims, call.name)
+    together = merged(single)
+    return together.changed(together.rows.reshape((1,) * dims))
 
 
 def _nothing(call: Call) -> None:  # noqa: ARG001
