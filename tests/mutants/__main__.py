@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tests.mutants.choice import Coverage, chosen
+from tests.mutants.choice import Coverage, chosen, near
 from tests.mutants.copies import Copies, Copy
 from tests.mutants.runs import collect, run_chosen
 from tests.mutants.sample import COUNTS, Mutant, feature_of, sampled
@@ -65,15 +65,18 @@ def measure(copies: Copies, coverage: Coverage, mutants: Sequence[Mutant], outpu
 
 
 def tried(copy: Copy, coverage: Coverage, mutant: Mutant) -> Result:
-    tests = [test.name for test in chosen(mutant, coverage.of_mutant(mutant))]
-    if not tests:
-        return Result(**asdict(mutant), outcome="no test", tests=0, by="")
-    with copy.changed(mutant.file, mutant.applied((copy.root / mutant.file).read_text(encoding="utf-8"))):
-        passed, failed, is_late = ran(copy, coverage, tests)
-    if not (passed or failed or is_late) and not ran(copy, coverage, tests)[0]:
-        raise RuntimeError(f"tests do not start without a fault either: see {copy.place / 'log'}, and --resume")
-    outcome = "timeout" if is_late else "survived" if passed else "caught"
-    return Result(**asdict(mutant), outcome=outcome, tests=len(tests), by=failed[0] if failed else "")
+    covering, outcome, known, failed = coverage.of_mutant(mutant), "no test", list[str](), list[str]()
+    for choose in (chosen, near):
+        tests = [test.name for test in choose(mutant, covering) if test.name not in known]
+        if not tests or outcome in ("caught", "timeout"):
+            break
+        with copy.changed(mutant.file, mutant.applied((copy.root / mutant.file).read_text(encoding="utf-8"))):
+            passed, failed, is_late = ran(copy, coverage, tests)
+        if not (passed or failed or is_late) and not ran(copy, coverage, tests)[0]:
+            raise RuntimeError(f"tests do not start without a fault either: see {copy.place / 'log'}, and --resume")
+        outcome = "timeout" if is_late else "survived" if passed else "caught"
+        known += tests
+    return Result(**asdict(mutant), outcome=outcome, tests=len(known), by=failed[0] if failed else "")
 
 
 def ran(copy: Copy, coverage: Coverage, tests: Sequence[str]) -> tuple[bool, list[str], bool]:

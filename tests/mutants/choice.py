@@ -11,12 +11,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
 
 from tests.mutants.sample import Mutant, feature_of
 
 MOST, SECONDS, FILES, LEAST = 60, 20.0, 12, 3
 """At most so many tests are chosen, of so many seconds, of so many files; but so many however long they take."""
+NEAR_SECONDS = 200.0
+"""The time of the tests of a file's room, all of which try a mutant that passes these."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,14 @@ def chosen(mutant: Mutant, tests: Sequence[Test]) -> list[Test]:
     Near are the tests of the file's room. Distributed ones are for sharded code, and where there are no others.
     """
     functions: dict[str, list[Test]] = defaultdict(list)
-    alone = [test for test in tests if not test.file.startswith("tests/distributed/")]
-    is_sharded = feature_of(mutant.file) == "sharded"
-    room = "tests/distributed/" if is_sharded else f"tests/test_{mutant.file.split('/')[1].removesuffix('.py')}"
-    fitting = tests if is_sharded else alone or tests
+    fitting, room = _fitting(mutant, tests)
     for test in sorted(fitting, key=lambda test: (test.breadth, test.seconds, test.name)):
         functions[test.function].append(test)
     few = sorted(functions, key=lambda name: (functions[name][0].breadth, name))
-    near = sorted(few, key=lambda name: not name.startswith(room))
+    nearest = sorted(few, key=lambda name: not name.startswith(room))
     fast = sorted(functions, key=lambda name: (functions[name][0].seconds, name))
     mixed = sorted(functions, key=lambda name: sha256(name.encode()).digest())
-    order = list(dict.fromkeys(name for names in zip(few, near, fast, mixed, strict=True) for name in names))
+    order = list(dict.fromkeys(name for names in zip(few, nearest, fast, mixed, strict=True) for name in names))
     taken: list[Test] = []
     files: set[str] = set()
     seconds = 0.0
@@ -114,6 +114,22 @@ def chosen(mutant: Mutant, tests: Sequence[Test]) -> list[Test]:
         if len(taken) == MOST:
             break
     return sorted(taken, key=lambda test: test.seconds)
+
+
+def near(mutant: Mutant, tests: Sequence[Test]) -> list[Test]:
+    """Return the tests of the file's room, as many as there is time for, those first that run little of the package."""
+    fitting, room = _fitting(mutant, tests)
+    found = sorted((test for test in fitting if test.name.startswith(room)), key=lambda test: test.breadth)
+    ends = accumulate(test.seconds for test in found)
+    return [test for test, end in zip(found, ends, strict=True) if end <= NEAR_SECONDS]
+
+
+def _fitting(mutant: Mutant, tests: Sequence[Test]) -> tuple[Sequence[Test], str]:
+    """Return the tests that fit a mutant, and how the names of those of its file's room begin."""
+    if feature_of(mutant.file) == "sharded":
+        return tests, "tests/distributed/"
+    alone = [test for test in tests if not test.file.startswith("tests/distributed/")]
+    return alone or tests, f"tests/test_{mutant.file.split('/')[1].removesuffix('.py')}"
 
 
 @cache
