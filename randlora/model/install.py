@@ -345,9 +345,7 @@ def _count(census: Census) -> None:
         inside.add(id(census.model))
     for module in census.modules:
         if id(module) in inside and NUMBER not in module._forward_hooks:
-            hooks: Any = module._forward_pre_hooks
-            hooks[NUMBER], module._forward_hooks[NUMBER] = begin_call, end_call
-            hooks.move_to_end(NUMBER, last=False)  # before a hook that raises, as the call ends then too
+            module._forward_pre_hooks[NUMBER], module._forward_hooks[NUMBER] = begin_call, end_call
             module._forward_hooks_always_called[NUMBER] = True
         elif id(module) not in inside and module._forward_hooks:
             _remove(module, begin_call, end_call)
