@@ -79,7 +79,7 @@ def resize(file: dict[str, Any]) -> None:
         try:
             size, source = math.prod(entry["shape"]) * SIZES[entry["dtype"]], entry["data"] or "\0\0\x80\x3f"
             entry["data"] = (source * (size // len(source) + 1))[:size] if 0 <= size < LARGEST else entry["data"]
-        except NO_JSON:
+        except (*NO_JSON, MemoryError):  # of a text in the shape, as often as a number beside it says
             continue
 
 
