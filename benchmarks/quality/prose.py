@@ -14,7 +14,7 @@ from statistics import mean
 
 from benchmarks.quality.runs import Run
 from benchmarks.quality.significance import Difference, difference, mean_and_error
-from benchmarks.quality.summary import at_best
+from benchmarks.quality.summary import at_best, gain_of
 from benchmarks.quality.task import Task
 
 CLAIM = re.compile(
@@ -70,13 +70,16 @@ def written(claim: re.Match[str], runs_of: RunsOf) -> str:
         return ""
     ((task, first, second),) = _compared(claim, runs_of)
     if claim["by"] == "per":
-        return f"{mean(first.values()) / mean(second.values()):.2g}"
+        own, other = (
+            mean(_measured(run, claim["measure"] or task.metric) for run in runs.values()) for runs in (first, second)
+        )
+        return f"{own / other:.2g}"
     decimals, factor = (3, 1) if claim["measure"] else (task.decimals, 100 if task.in_percent else 1)
     if claim["by"]:
         (interval,) = _intervals(claim, runs_of)
         values = [interval.mean, interval.mean - interval.half, interval.mean + interval.half]
     else:
-        values = [*mean_and_error([*first.values()])]
+        values = [*mean_and_error([_measured(run, claim["measure"] or task.metric) for run in first.values()])]
     number, *others = (f"{factor * value:,.{decimals}f}" for value in values)
     return f"{number} ({' to '.join(others)})" if claim["by"] else f"{number} ± {others[0]}"
 
@@ -85,21 +88,15 @@ def _intervals(claim: re.Match[str], runs_of: RunsOf) -> Iterator[Difference]:
     """Go through the differences of two contestants that a claim names, but for what no chance is in."""
     if claim["by"] and claim["measure"] in (None, "drift"):
         for task, first, second in _compared(claim, runs_of):
-            is_reversed = claim["measure"] is None and not task.is_better_if_larger
-            yield difference(second, first) if is_reversed else difference(first, second)
+            drifts = ({seed: run.found["drift"] for seed, run in runs.items()} for runs in (first, second))
+            yield difference(*drifts) if claim["measure"] else gain_of(task, first, second)
 
 
-def _compared(claim: re.Match[str], runs_of: RunsOf) -> Iterator[tuple[Task, Mapping[int, float], Mapping[int, float]]]:
-    """Go through the tasks of a claim, with what is measured of its contestants by seed; the second may be none."""
+def _compared(claim: re.Match[str], runs_of: RunsOf) -> Iterator[tuple[Task, Mapping[int, Run], Mapping[int, Run]]]:
+    """Go through the tasks of a claim, with the runs of its contestants by seed; the second may be none."""
     for name in _words(claim["tasks"]).split(", "):
         task, runs = runs_of(name)
-        first, second = (
-            {
-                seed: _measured(run, claim["measure"] or task.metric)
-                for seed, run in _runs_of(task, runs, _words(claim[which] or "")).items()
-            }
-            for which in ("first", "second")
-        )
+        first, second = (_runs_of(task, runs, _words(claim[which] or "")) for which in ("first", "second"))
         yield task, first, second
 
 

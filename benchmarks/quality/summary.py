@@ -104,10 +104,12 @@ def front(task: Task, points: Sequence[Point]) -> list[Point]:
 
 def gain(task: Task, runs: Sequence[Run], first: str, second: str) -> Difference:
     """Return by how much a contestant's metric is better than another's, each at its best rate."""
-    own, other = (
-        {seed: run.found[task.metric] for seed, run in at_best(task, runs, contestant).items()}
-        for contestant in (first, second)
-    )
+    return gain_of(task, at_best(task, runs, first), at_best(task, runs, second))
+
+
+def gain_of(task: Task, first: Mapping[int, Run], second: Mapping[int, Run]) -> Difference:
+    """Return by how much the metric of some runs is better than that of others, each by seed."""
+    own, other = ({seed: run.found[task.metric] for seed, run in runs.items()} for runs in (first, second))
     return difference(own, other) if task.is_better_if_larger else difference(other, own)
 
 

@@ -93,12 +93,11 @@ def _padded(label: Label, dims: int) -> Label:
 
 def _unknown(call: Call) -> Label:
     """Return the one row that all inputs depend on, whatever the operation does with them, or an unknown one."""
-    labels, dims = [call.label(each) for each in tensors_of(call.values)], tensors_of(call.output)[0].dim()
-    single = [label.changed(label.rows.flatten()) for label in labels if label is not None and label.rows.numel() == 1]
-    if not single or len(single) < len(labels) - labels.count(None):
+    labels = [label for each in tensors_of(call.values) if (label := call.label(each)) is not None]
+    dims = tensors_of(call.output)[0].dim()
+    if not labels or any(label.rows.numel() != 1 for label in labels):
         return unknown(dims, call.name)
-    together = merged(single)
-    return together.changed(together.rows.reshape((1,) * dims))
+    return merged([label.changed(label.rows.reshape((1,) * dims)) for label in labels])
 
 
 def _nothing(call: Call) -> None:  # noqa: ARG001
