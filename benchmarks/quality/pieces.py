@@ -92,10 +92,13 @@ PIECES: dict[str, Piece] = {
         f"main of {task.name}": Piece("main", task, ("frozen", "dense", "block"))
         for task in (DIGITS_TASK, DOCSTRINGS_TASK)
     },
-    **{f"curves of {task.name}": Piece("curves", task) for task in CHEAP},
-    **{f"relatives of {task.name}": Piece("relatives", task) for task in (DIGITS_TASK, DOCSTRINGS_TASK)},
-    **{f"lambda of {task.name}": Piece("lambda", task) for task in CHEAP},
-    **{f"curves of {task.name}": Piece("curves", task, screening=2) for task in EARLIER[:2]},
+    "curves of digits": Piece("curves", DIGITS_TASK),
+    "relatives of digits": Piece("relatives", DIGITS_TASK),
+    "lambda of digits": Piece("lambda", DIGITS_TASK),
+    **{f"curves of {task.name}": Piece("curves", task, screening=2) for task in CHEAP[1:]},
+    "relatives of docstrings": Piece("relatives", DOCSTRINGS_TASK, screening=2),
+    **{f"lambda of {task.name}": Piece("lambda", task, screening=2) for task in CHEAP[1:]},
+    **{f"curves of {task.name}": Piece("curves", task, FIRST, screening=2) for task in EARLIER[:2]},
     **{f"lambda of {task.name}": Piece("lambda", task, ("Λ alone 4",), screening=2) for task in EARLIER},
     "curves of word problems": Piece("curves", WORDS_TASK, FIRST, screening=2),
     "further curves of word problems": Piece(
