@@ -27,6 +27,8 @@ Experts = Literal["each", "shared"]
 
 Init = Literal["lambda", "gamma"]
 """Which of Λ and Γ starts at zero and moves first."""
+Train = Literal["both", "lambda"]
+"""Which of Λ and Γ is trained."""
 
 Strategy = Literal["ddp", "fsdp2"]
 
@@ -227,6 +229,10 @@ class RandLoRAConfig:
         blocks: ``(c, b)``, the numbers of blocks in A and B of ``block`` bases. Both must divide every r. ``None``
             means a default that depends on r and the layers, and leaves no entry of an update always zero.
         seed: Seed of the bases, a 64-bit unsigned integer; torch's generator uses its low 32 bits.
+        train: Whether ``"both"`` Λ and Γ are trained, or ``"lambda"`` alone, and Γ stays 1 / min_dim. Updates are then
+            linear in what is trained, so that sums and means of adapters are adapters: see `randlora.serving.combine`.
+            A layer trains ``r·num_bases`` numbers, which is r if r is at least its min_dim; a smaller r limits the rank
+            of its update, and a larger one, which may exceed all layers, trains more.
         train_also: Modules or parameters that are trained and saved with the adapter: a regex, or a sequence of names
             or suffixes. Default targets, ``"all"`` and ``"all-linear"`` leave them out.
         train_rows: Rows of embeddings, such as those of new tokens, that are trained and saved with the adapter:
@@ -263,6 +269,7 @@ class RandLoRAConfig:
     stream: Stream | None = None
     blocks: tuple[int, int] | None = _option(None, check=positive_pair)
     seed: int = _option(0, check=between("an integer in [0, 2**64)", 0, 2**64 - 1), peft="projection_prng_key")
+    train: Train = _option("both", since=4)
     train_also: Names | None = _option(None, check=names_or_regex, peft="modules_to_save")
     train_rows: TableRows | None = _option(None, check=distinct_rows, aliases=("trainable_token_indices",), since=4)
     in_proj: InProj = _option("packed", since=2)

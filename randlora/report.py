@@ -125,6 +125,7 @@ class Report(NotTheModel):
         layers = f"{len(self.targets)} layer{'s' * (len(self.targets) != 1)}"
         lora_rank = f"{self.lora_rank:,.0f}" if self.lora_rank >= 10 else f"{self.lora_rank:.2g}"
         alphas = dict.fromkeys(f"{row.alpha:g}" for row in self.rows)
+        is_alone = self.config.train == "lambda"
         head = [
             f"RandLoRA adapter {self.name!r}: alpha={', '.join(alphas)}",
             *map(str, self.specs),
@@ -132,7 +133,7 @@ class Report(NotTheModel):
         ]
         text = [
             f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
-            f"{layers} adapted, about LoRA r = {lora_rank} in size, {acts}, {trains}",
+            f"{layers} adapted, about LoRA r = {lora_rank} in size, {acts}, {trains}" + ", Λ alone" * is_alone,
             f"bases {as_bytes(self.basis_bytes)} in memory, checkpoint {as_bytes(self.checkpoint_bytes)}",
         ]
         if also := [*self.train_also, *rows_in_words(self.train_rows)]:
@@ -217,7 +218,8 @@ def adapter_report(
     """Return the report of one adapter of a model, with these layers, whether it has been added or not."""
     sites = {fqn: census.sites_by_fqn[fqn] for fqn in shapes}
     rows = shape_rows(shapes, {fqn: site.layer_class.kind for fqn, site in sites.items()}, adapter)
-    adapter_size = sum(row.trainable for row in rows)
+    trained = sum(row.trainable for row in rows)
+    adapter_size = sum(count_trainable(shape, adapter.options[fqn].r) for fqn, shape in shapes.items())
     first = {id(held.tensor): held for held in reversed(census.parameters) if not is_lazy(held.tensor)}
     beside = [held.tensor for held in first.values() if held.fqn in adapter.trained]
     widths = {held.fqn: whole_shape(held.tensor)[-1] for held in census.parameters if held.fqn in adapter.rows}
@@ -230,7 +232,7 @@ def adapter_report(
         targets=tuple(shapes),
         rows=rows,
         specs=tuple(basis.spec for basis in adapter.bases.values()),
-        trainable_parameters=adapter_size + in_rows + sum(math.prod(whole_shape(parameter)) for parameter in beside),
+        trainable_parameters=trained + in_rows + sum(math.prod(whole_shape(parameter)) for parameter in beside),
         total_parameters=adapter_size + in_rows + census.size,
         basis_bytes=sum(basis.nbytes for basis in adapter.bases.values()),
         checkpoint_bytes=FLOAT32_BYTES * (adapter_size + in_rows)
@@ -243,7 +245,7 @@ def adapter_report(
         skipped=dict(skipped or {}),
         left_out=left_out,
         learning_rate=first_learning_rate(scaling, typical_min_dim(rows)) if is_trainable else None,
-        lora_rank=adapter_size / lora_parameters(sites.values()) if sites else 0.0,
+        lora_rank=trained / lora_parameters(sites.values()) if sites else 0.0,
         notes=(*notes, *_notes(census, adapter, shapes, is_trainable=is_trainable)),
     )
 
@@ -299,8 +301,11 @@ def shape_rows(shapes: Shapes, kinds: Mapping[str, str], adapter: Adapter) -> tu
             r,
             alpha,
             num_bases=count_bases(min(out_features, in_features), r),
-            expected_rank=adapter.bases[r].spec.expected_rank(out_features, in_features),
-            trainable=count * count_trainable((*stack, out_features, in_features), r),
+            expected_rank=min(
+                adapter.bases[r].spec.expected_rank(out_features, in_features),
+                r if adapter.config.train == "lambda" else min(out_features, in_features),
+            ),
+            trainable=count * count_trainable((*stack, out_features, in_features), r, adapter.config.train),
         )
         for (kind, (*stack, out_features, in_features), (r, alpha)), count in counts.items()
     )

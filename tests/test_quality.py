@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import docstrings, fashion, pieces, summary
-from benchmarks.quality.contestants import GROUPS, MAIN, lambda_alone, lora_once
+from benchmarks.quality.contestants import GROUPS, MAIN, lora_once
 from benchmarks.quality.pieces import PIECES
 from benchmarks.quality.runs import Key, Run, add_run, read_runs
 from benchmarks.quality.significance import difference
@@ -194,22 +194,6 @@ def test_a_lora_adds_its_update_to_each_weight_of_attention_once() -> None:
     nn.init.normal_(added.up)
     now = model.blocks[0].attention.out_proj.weight
     torch.testing.assert_close(now - before, 2.0 * added.up @ added.down, atol=1e-5, rtol=1e-4)
-
-
-def test_updates_of_lambda_alone_are_a_vector_space_of_full_rank() -> None:
-    model: Any = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Linear(16, 24, bias=False))
-    before = [layer.weight.detach().clone() for layer in model]
-    lambda_alone(prepared(model, ["0", "1"]), 0, rank=4)
-    for layer, weight in zip(model, before, strict=True):
-        lam = layer.parametrizations.weight[0].lam
-        first, second = torch.randn(2, *lam.shape)
-        updates = []
-        for values in (first, second, 2 * first - second):
-            lam.data.copy_(values)
-            updates.append(layer.weight.detach() - weight)
-        torch.testing.assert_close(2 * updates[0] - updates[1], updates[2], atol=1e-4, rtol=1e-4)
-        assert torch.linalg.matrix_rank(updates[0]) == 16
-        assert lam.numel() == 4 * (24 + 16)
 
 
 def test_docstrings_keep_neither_code_nor_the_names_of_libraries() -> None:

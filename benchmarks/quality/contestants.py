@@ -12,7 +12,6 @@ from torch import nn
 
 import randlora
 from benchmarks.quality.khatri_rao import KhatriRao
-from benchmarks.quality.lambda_alone import LambdaAlone
 from benchmarks.quality.low_rank import LowRank
 from benchmarks.quality.other_bases import OTHER_BASES, add_updates, parametrize_targets
 from benchmarks.quality.task import Family, Prepared, Targets
@@ -90,11 +89,6 @@ def lora_once(prepared: Prepared, seed: int, *, rank: int, place: str = "", **op
     own = replace(prepared.targets, lora=prepared.targets.places.get(place, prepared.targets.lora))
     alpha = rank if options.get("use_rslora") else 2 * rank
     return lora(replace(prepared, targets=own), seed, rank=rank, alpha=alpha, **options)
-
-
-def lambda_alone(prepared: Prepared, seed: int, *, rank: int) -> None:
-    """Add adapters of which Λ alone is trained, about as large as a LoRA of some rank."""
-    parametrize_targets(prepared, RANK, lambda weight: LambdaAlone(weight, rank, seed))
 
 
 def share_of_gamma(share: float, name: str, parameter: nn.Parameter) -> float:
@@ -356,7 +350,9 @@ RELATIVES: Mapping[str, Contestant] = {
 """Relatives of LoRA, by PEFT."""
 
 LAMBDA: Mapping[str, Contestant] = {
-    f"Λ alone {rank}": Contestant("adapter", partial(lambda_alone, rank=rank)) for rank in (1, 4, 16)
+    f"{basis}, Λ alone {rank}": Contestant("adapter", partial(ours, like_lora=rank, basis=basis, train="lambda"))
+    for rank in (1, 4)
+    for basis in ("dense", "block")
 }
 """Λ alone, at sizes of the curves."""
 

@@ -81,8 +81,13 @@ TWINS = {
 }
 """Contestants of a task of which some runs are kept under other names; these are copied."""
 
-FIRST = tuple(name for name in CURVES if not re.fullmatch(r"block (?!4$).*|rsLoRA [12]", name))
-"""The contestants of the curves that are not like others in all tasks that are cheaper."""
+SMALLEST = ("full fine-tuning", "LoRA 1", "dense 1", "block 1")
+"""The contestants of the curves of which README says something, with ten seeds."""
+OTHERS = tuple(name for name in CURVES if name not in SMALLEST)
+FIRST = tuple(name for name in OTHERS if not re.fullmatch(r"block (?!4$).*|rsLoRA [12]", name))
+"""Those that are not like others in all tasks that are cheaper."""
+ALONE = ("dense, Λ alone 1", "block, Λ alone 1")
+"""Of Λ alone, those whose products are not as dear as all others together."""
 PIECES: dict[str, Piece] = {
     "rule of clothes": of_rule(CLOTHES_TASK, "dense", "block", "dense, s = 2"),
     "rule of sums": of_rule(SUMS_TASK, "dense", "dense, s = 2", "dense, s = 0.5"),
@@ -92,17 +97,21 @@ PIECES: dict[str, Piece] = {
         f"main of {task.name}": Piece("main", task, ("frozen", "dense", "block"))
         for task in (DIGITS_TASK, DOCSTRINGS_TASK)
     },
-    "curves of digits": Piece("curves", DIGITS_TASK),
+    "curves of digits": Piece("curves", DIGITS_TASK, OTHERS),
     "relatives of digits": Piece("relatives", DIGITS_TASK),
-    "lambda of digits": Piece("lambda", DIGITS_TASK),
-    **{f"curves of {task.name}": Piece("curves", task, screening=2) for task in CHEAP[1:]},
+    "lambda of digits": Piece("lambda", DIGITS_TASK, screening=2),
+    **{f"curves of {task.name}": Piece("curves", task, OTHERS, screening=2) for task in CHEAP[1:]},
     "relatives of docstrings": Piece("relatives", DOCSTRINGS_TASK, screening=2),
-    **{f"lambda of {task.name}": Piece("lambda", task, screening=2) for task in CHEAP[1:]},
+    "lambda of clothes": Piece("lambda", CLOTHES_TASK, screening=2),
+    **{
+        f"smallest of {task.name}": Piece("curves", task, SMALLEST, seeds=10, screening=2)
+        for task in (*CHEAP, *EARLIER)
+    },
     **{f"curves of {task.name}": Piece("curves", task, FIRST, screening=2) for task in EARLIER[:2]},
-    **{f"lambda of {task.name}": Piece("lambda", task, ("Λ alone 4",), screening=2) for task in EARLIER},
+    **{f"lambda of {task.name}": Piece("lambda", task, ALONE, screening=2) for task in (DOCSTRINGS_TASK, *EARLIER)},
     "curves of word problems": Piece("curves", WORDS_TASK, FIRST, screening=2),
     "further curves of word problems": Piece(
-        "curves", WORDS_TASK, tuple(name for name in CURVES if name not in FIRST), screening=2
+        "curves", WORDS_TASK, tuple(name for name in OTHERS if name not in FIRST), screening=2
     ),
     "placed of word problems": Piece("placed", WORDS_TASK, screening=2),
 }

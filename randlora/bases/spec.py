@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from randlora.config import BasisKind, RandLoRAConfig, Stream
+from randlora.config import BasisKind, RandLoRAConfig, Stream, Train
 from randlora.errors import ConfigError
 from randlora.functional import Pair
 from randlora.functional.region import Sides
@@ -132,10 +132,10 @@ def reach_all(blocks: tuple[int, int], num_bases: int) -> bool:
     return math.gcd(c * num_bases, b) <= num_bases
 
 
-def count_trainable(shape: Shape, r: int) -> int:
-    """Return the number of entries of Λ and Γ for a weight: ``num_bases·(r + min_dim)`` for each of its matrices."""
+def count_trainable(shape: Shape, r: int, train: Train = "both") -> int:
+    """Return how many numbers a weight trains: ``num_bases·(r + min_dim)`` for each matrix, or ``num_bases·r``."""
     min_dim = min(shape[-2:])
-    return math.prod(shape[:-2]) * count_bases(min_dim, r) * (r + min_dim)
+    return math.prod(shape[:-2]) * count_bases(min_dim, r) * (r + min_dim * (train == "both"))
 
 
 def default_stream(kind: BasisKind) -> Stream:

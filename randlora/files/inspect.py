@@ -254,7 +254,7 @@ def _layer(adapter: OpenAdapter, fqn: str, *, norms: bool) -> LayerSummary:
         alpha=options.alpha,
         min_dim=min_dim,
         num_bases=num_bases,
-        trainable=lam.numel() + gamma.numel(),
+        trainable=lam.numel() + (gamma.numel() if adapter.file.config.train == "both" else 0),
         out_features=out_features,
         in_features=in_features,
         frobenius=frobenius,

@@ -39,7 +39,7 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[Any], *, is_supervis
             "of randlora.trainable_parameters(model), after randlora.inject"
         )
     shapes = sorted(tuple(each.shape) for group in groups for each in group["params"])
-    own_shapes = sorted(tuple(each.shape) for own in trained.values() for each in own)
+    own_shapes = sorted(tuple(each.shape) for own in trained.values() for each in own if each.requires_grad)
     if not is_theirs and groups and shapes == own_shapes:
         warn(
             "the optimizer's parameters are those of an adapter that the model no longer has: make one of "

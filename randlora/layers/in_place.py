@@ -305,8 +305,9 @@ def add_adapter(owner: nn.Module, layer: AdapterLayer, part: Any, values: Sequen
     name = part.adapter.name
     if adapter_layers_of(owner).get(layer.attribute) is not layer:
         attach(owner, layer)
+    fixed = layer.names[1:] if part.adapter.config.train == "lambda" else ()
     for held_as, value in zip(layer.names, values, strict=True):
-        parameter = nn.Parameter(value, requires_grad=trainable)
+        parameter = nn.Parameter(value, requires_grad=trainable and held_as not in fixed)
         for each in layer.owners(owner):
             held: Any = each._modules[held_as]
             held[name] = parameter

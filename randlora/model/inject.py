@@ -28,11 +28,12 @@ from randlora.config import (
     RandLoRAConfig,
     Stream,
     TableRows,
+    Train,
     by_rank,
     explain_options,
     same_options,
 )
-from randlora.errors import ConfigError, TargetError, raise_collected, warn
+from randlora.errors import ConfigError, TargetError, raise_collected, spelled, warn
 from randlora.hints import require_types
 from randlora.model.install import add, detach_all, require_detachable, unfold_all
 from randlora.model.train_also import (
@@ -133,6 +134,7 @@ def inject(
     stream: Stream | None = None,
     blocks: tuple[int, int] | None = None,
     seed: int = 0,
+    train: Train = "both",
     train_also: Names | None = None,
     train_rows: TableRows | None = None,
     in_proj: InProj = "packed",
@@ -157,7 +159,7 @@ def inject(
         like_lora: The rank of a LoRA on the same layers, instead of ``r``. r is then chosen so that Λ and Γ have about
             as many parameters as that LoRA. With ``block`` bases, r is a multiple of 8 if one is within a tenth.
         targets: Layers to adapt: names or suffixes, a regex, ``"all-linear"`` or ``"all"``. `RandLoRAConfig`
-            describes this and the next ten options in more detail.
+            describes this and the next eleven options in more detail.
         exclude: Layers to exclude from ``targets``.
         alpha: The update is scaled by ``alpha / r``; 20·r by default. A number, or a mapping as for ``r``.
         dropout: Dropout on the adapter's input in training.
@@ -165,6 +167,7 @@ def inject(
         stream: Random stream of the bases.
         blocks: Numbers of blocks of ``block`` bases.
         seed: Seed of the bases.
+        train: Whether Λ and Γ are trained, or ``"lambda"`` alone.
         train_also: Modules or parameters that are trained and saved with the adapter.
         train_rows: Rows of embeddings, and of heads tied to them, that are trained and saved with the adapter, by name:
             ``{"embed_tokens": [128256, 128257]}``.
@@ -310,6 +313,9 @@ def make_plan(view: View, asked: Mapping[str, Any]) -> Plan:
     """Return the plan of the adapter that arguments of `inject` ask for, or raise one error for all problems."""
     require_types(inject, {name: asked[name] for name in CHECKED if name in asked})
     config, doing = one_config(asked), f"inject {asked['name']!r}"
+    if config.train == "lambda" and asked.get("init") == "gamma":
+        alone, first = spelled("train", "lambda"), spelled("init", "gamma")
+        raise ConfigError(f"cannot {doing}: {alone} leaves Γ as it is, and with {first} that is zero: omit one of both")
     census, state = view.census, view.state
     also = [] if config.train_also is None else select_parameters(census, config.train_also)
     tables, problems = find_tables(census, config.train_rows or {})
@@ -326,7 +332,7 @@ def make_plan(view: View, asked: Mapping[str, Any]) -> Plan:
     options, unresolved = resolve(config, [site.fqn for site in selection.sites])
     raise_collected(TargetError, problems + unresolved, doing=doing)
     shapes = shapes_of(selection.sites, config)
-    raise_collected(ConfigError, useless_options(shapes, options), doing=doing)
+    raise_collected(ConfigError, useless_options(shapes, options, config.train), doing=doing)
     bases, shared = dict[int, Basis](), dict[int, Basis]()
     for r, of_rank in by_rank(shapes, options).items():
         spec, used = spec_for(config, r, of_rank), sliced_dims(of_rank)

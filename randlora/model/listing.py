@@ -185,7 +185,7 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
     Args:
         model: A model with adapters.
         names: One name, or several.
-        trainable: Whether Λ, Γ and what these adapters train beside require grad.
+        trainable: Whether Λ, Γ and what these adapters train beside require grad; not a Γ with ``train="lambda"``.
 
     Raises:
         AdapterError: For an unknown name, or if `fully_shard` has sharded parts of the model, but not the copies of
@@ -216,9 +216,16 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
             for engine in ENGINES:
                 engine.require_averaged(census.model, parts, copies)
         parameters = [*adapter_parameters(census, *chosen)]
+        alone = {adapter.name for adapter in chosen if adapter.config.train == "lambda"}
+        fixed = {
+            id(parameter)
+            for site in census.adapted
+            for name in alone & site.layer.adapters.keys()
+            for parameter in site.layer.diagonals_of(site.owner, name)[1:]
+        }
         with all_or_nothing(census, state, flags=parameters):
             for parameter in parameters:
-                set_requires_grad(parameter, trainable)
+                set_requires_grad(parameter, trainable and id(parameter) not in fixed)
             if state.averaging is not None:
                 state.averaging(census.model)
             for engine in ENGINES:

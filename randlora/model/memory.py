@@ -241,7 +241,7 @@ class _Part(NamedTuple):
 def _parts_of(
     plan: Plan, setup: Setup, stored: Mapping[str, int], block: Callable[[str], str]
 ) -> tuple[list[_Part], list[_Part]]:
-    """Return the model's own parameters, each once, and Λ and Γ with the copies of the model's parameters."""
+    """Return the parameters that are frozen, each once, and those that are trained."""
 
     def itemsize(tensor: Tensor) -> int:
         return (setup.dtype if setup.dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
@@ -264,6 +264,8 @@ def _parts_of(
         for fqn, each in adapter.parameters.items()
     ]
     rows = [_Part(block(each.fqn), (len(each.rows), each.weight.shape[-1]), FLOAT32_BYTES) for each in plan.tables]
+    if adapter.config.train == "lambda":
+        own, diagonals = own + diagonals[1::2], diagonals[::2]
     return own, diagonals + copies + rows
 
 

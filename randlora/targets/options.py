@@ -18,6 +18,7 @@ from randlora.config import (
     OPTIONS,
     LayerOptions,
     RandLoRAConfig,
+    Train,
     by_rank,
 )
 from randlora.errors import ConfigError, named, raise_collected, spelled
@@ -46,13 +47,13 @@ def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, Laye
     return options, problems + more
 
 
-def useless_options(shapes: Mapping[str, Shape], options: Mapping[str, LayerOptions]) -> list[str]:
+def useless_options(shapes: Mapping[str, Shape], options: Mapping[str, LayerOptions], train: Train) -> list[str]:
     """Return a message for each alpha that is not positive, and for each r that is wider than all layers."""
     widest = {r: max(max(shape[-2:]) for shape in own) for r, own in by_rank(shapes, options).items()}
     return [
         f"{spelled('r', r)} is larger than its layers, which are at most {wide} wide: give an r of at most {wide}"
         for r, wide in widest.items()
-        if r > max(wide, SMALL_RANK)
+        if train == "both" and r > max(wide, SMALL_RANK)
     ] + [
         f"{named('alpha')} must be positive, got {alpha:g}: the update is scaled by alpha / r; leave it out for 20·r"
         for alpha in dict.fromkeys(own.alpha for own in options.values())
@@ -145,12 +146,15 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
     shapes = Counter(site.shape_with(config) for site in sites)
 
     def size(r: int) -> int:
-        return sum(count * count_trainable(shape, r) for shape, count in shapes.items())
+        return sum(count * count_trainable(shape, r, config.train) for shape, count in shapes.items())
 
     def distance(r: int) -> int:
         return abs(size(r) - wanted)
 
-    largest = max(min(shape[-2:]) for shape in shapes)  # above which more parameters would add no rank
+    largest = max(min(shape[-2:]) for shape in shapes)  # above which Λ and Γ would add no rank
+    if config.train == "lambda":  # of which each matrix trains r numbers from there on
+        matrices = sum(count * math.prod(shape[:-2]) for shape, count in shapes.items())
+        largest = min(LARGEST_RANK, max(largest, math.ceil(wanted / matrices)))
     step = math.lcm(*config.blocks or (1,))
     tried = range(step, max(step, largest) + 1, step)
     found = min(tried, key=distance)
