@@ -402,10 +402,10 @@ def test_the_r_that_is_chosen_is_divided_by_blocks_and_an_option_like_any_other(
 
 WIDE, SIZED = nn.Linear(64, 64), {"like_lora": 2, "basis": "block", "blocks": (1000003, 999983)}
 NO_SIZE: list[tuple[nn.Module, dict[str, Any], type[Exception], str]] = [
-    (WIDE, {"like_lora": 1000}, ConfigError, "of rank 1 to 32, with r from 64 down to 1"),
+    (WIDE, {"like_lora": 1000}, ConfigError, "of rank 1 to 32, with r from 64 to 1"),
     (nn.Embedding(3200, 64), {"like_lora": 32}, ConfigError, "is out of reach"),
     (WIDE, SIZED, ConfigError, "an r that both blocks divide"),
-    (WIDE, {**SIZED, "blocks": (128, 3)}, ConfigError, "with r from 384 down to 384"),
+    (WIDE, {**SIZED, "blocks": (128, 3)}, ConfigError, "with r from 384 to 384"),
     (WIDE, {"like_lora": 2, "r": 4}, ConfigError, "give like_lora= or r=, not both"),
     (WIDE, {"like_lora": 2, "config": RandLoRAConfig()}, ConfigError, "or config=, which has an r"),
     (WIDE, {"like_lora": 0}, ConfigError, "must be the rank of a LoRA, a positive integer, got 0"),

@@ -93,13 +93,21 @@ def test_r_is_the_size_and_below_the_width_the_rank(r: int, rank: int) -> None:
         assert torch.linalg.matrix_rank(randlora.delta_weight(model, fqn).double(), rtol=1e-6) == rank
 
 
-@pytest.mark.parametrize("basis", ["dense", "block"])
-def test_a_size_like_lora_s_needs_an_r_above_the_widths(basis: Any) -> None:
+@pytest.mark.parametrize(("rank", "r"), [(1, 48), (4, 192), (32, 1536)])
+def test_a_size_like_lora_s_has_an_r_above_the_widths(rank: int, r: int) -> None:
     model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 40))
-    for rank in (1, 4, 32):
-        report = randlora.plan(model, like_lora=rank, train="lambda", basis=basis)
-        assert abs(report.trainable_parameters - rank * (24 + 16 + 16 + 40)) <= 8
-        assert {row.r for row in report.rows} == {48 * rank}
+    dense, block = (randlora.plan(model, like_lora=rank, train="lambda", basis=basis) for basis in ("dense", "block"))
+    assert (dense.rows[0].r, dense.trainable_parameters) == (r, rank * (24 + 16 + 16 + 40))
+    assert block.rows[0].r == {1: 48, 4: 192, 32: 1560}[rank]  # a multiple of 120, if it is near, has more blocks
+    assert [row.expected_rank for row in block.rows] == [16, 16]
+    with pytest.raises(ConfigError, match="like_lora=1 is out of reach"):
+        randlora.plan(
+            nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)), nn.Linear(90, 90)), like_lora=1, train="lambda"
+        )
+
+
+def test_a_gamma_that_is_not_trained_takes_no_memory_but_its_own() -> None:
+    model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 40))
     both, alone = (randlora.training_memory(model, r=16, train=train) for train in ("both", "lambda"))
     assert (alone.parameters, alone.optimizer) == (2 * 16 * 4, 2 * 2 * 16 * 4)
     assert alone.weights + alone.parameters == both.weights + both.parameters

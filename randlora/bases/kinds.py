@@ -215,18 +215,20 @@ SMALLEST_BLOCK_COLUMN = 8  # default minimum of entries in a column of A: fits w
 MOST_BLOCKS_IN_B = 8
 
 
-def default_blocks(r: int, counts: Collection[int]) -> tuple[int, int]:
-    """Return ``(c, b)`` for a rank, given the numbers of bases of its layers.
+def default_blocks(r: int, sides: Collection[int]) -> tuple[int, int]:
+    """Return ``(c, b)`` for a rank, given the smaller sides of its layers.
 
-    A column of A keeps at least 8 entries, and B has at most 8 blocks. Among the choices that leave no entry of an
-    update always zero, this is the one with the smallest ``1/c + 2/b`` (B counts twice because it is larger), and
-    among equals the one with more blocks in A.
+    A column of A keeps at least 8 entries, as does a row of layers with one basis, and B has at most 8 blocks. Among
+    the choices that leave no entry of an update always zero, this is the one with the smallest ``1/c + 2/b`` (B counts
+    twice because it is larger), and among equals the one with more blocks in A.
     """
     divisors = [size for size in range(1, r + 1) if r % size == 0]
+    counts = {count_bases(side, r) for side in sides}
+    entries = min(sides) if counts == {1} else r
     pairs = [
         (c, b)
         for c in divisors
-        if c == 1 or r // c >= SMALLEST_BLOCK_COLUMN
+        if c == 1 or entries // c >= SMALLEST_BLOCK_COLUMN
         for b in divisors
         if b <= MOST_BLOCKS_IN_B and all(reach_all((c, b), num_bases) for num_bases in counts)
     ]
@@ -244,10 +246,10 @@ def block_share(layers: Mapping[tuple[int, int, int], int]) -> float:
 
     The sizes are ``(in_features, out_features, r)``. Small matrices count as equal.
     """
-    counts: dict[int, set[int]] = {}
+    smaller: dict[int, set[int]] = {}
     for *sides, r in layers:
-        counts.setdefault(r, set()).add(count_bases(min(sides), r))
-    blocks = {r: default_blocks(r, own) for r, own in counts.items()}
+        smaller.setdefault(r, set()).add(min(sides))
+    blocks = {r: default_blocks(r, own) for r, own in smaller.items()}
     work = {"dense": 0.0, "block": 0.0}
     for (into, out, r), count in layers.items():
         hidden = r * count_bases(min(into, out), r)

@@ -29,8 +29,8 @@ class Kind:
     sliced: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]  # of working copies, for a part of num_bases bases
     paired: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]  # the same from its A and B, for compilers to trace
     peft_flags: tuple[bool, bool] | None  # PEFT's ``(sparse, very_sparse)``; ``None`` if PEFT does not have the kind
-    # ``(c, b)`` for a rank and the numbers of bases of its layers; ``None`` without blocks
-    default_blocks: Callable[[int, Collection[int]], tuple[int, int] | None] = lambda _r, _counts: None
+    # ``(c, b)`` for a rank and the smaller sides of its layers; ``None`` without blocks
+    default_blocks: Callable[[int, Collection[int]], tuple[int, int] | None] = lambda _r, _sides: None
     depends_on_dims: bool = False  # whether every entry depends on the dims of the spec, whatever the stream
 
 
@@ -163,8 +163,7 @@ def sliced_dims(shapes: Iterable[Shape]) -> tuple[int, int]:
 
 def spec_for(config: RandLoRAConfig, r: int, shapes: Collection[Shape]) -> BasisSpec:
     """Return the spec of the bases of rank r of a config, for layers of these shapes."""
-    counts = {count_bases(min(shape[-2:]), r) for shape in shapes}
-    blocks = config.blocks or KINDS[config.basis].default_blocks(r, counts)
+    blocks = config.blocks or KINDS[config.basis].default_blocks(r, {min(shape[-2:]) for shape in shapes})
     stream = config.stream or default_stream(config.basis)
     return BasisSpec(config.basis, stream, config.seed, r, *drawn_dims(shapes), blocks)
 

@@ -31,6 +31,8 @@ SMALL_RANK = 1024
 
 BLOCK_STEP = 8
 """With ``block`` bases, r is a multiple of this if possible. Blocks divide r, and a prime r would allow few."""
+LONE_BLOCK_STEP = 120
+"""The same if each layer has one basis, where the numbers of blocks in A and B may have no common divisor: 15 and 8."""
 
 NEAR, OUT_OF_REACH = 0.1, 1.5
 """How far such a multiple may miss the wanted number of parameters, as a share of it, and any r, as a factor."""
@@ -151,21 +153,28 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
     def distance(r: int) -> int:
         return abs(size(r) - wanted)
 
-    largest = max(min(shape[-2:]) for shape in shapes)  # above which Λ and Γ would add no rank
-    if config.train == "lambda":  # of which each matrix trains r numbers from there on
-        matrices = sum(count * math.prod(shape[:-2]) for shape, count in shapes.items())
-        largest = min(LARGEST_RANK, max(largest, math.ceil(wanted / matrices)))
+    widest = max(min(shape[-2:]) for shape in shapes)  # above which Λ and Γ add no rank, and below which Λ alone loses
+    matrices = sum(count * math.prod(shape[:-2]) for shape, count in shapes.items())
+    least, most = (1, widest) if config.train == "both" else (widest, LARGEST_RANK)
     step = math.lcm(*config.blocks or (1,))
-    tried = range(step, max(step, largest) + 1, step)
-    found = min(tried, key=distance)
+    least, most = math.ceil(least / step) * step, max(step, most // step * step)
+
+    def nearest(step: int) -> int:
+        first, last = math.ceil(least / step) * step, max(step, most // step * step)
+        if config.train == "lambda":  # of which each matrix trains r numbers
+            return max(first, min(last, round(wanted / matrices / step) * step))
+        return min(range(first, last + 1, step), key=distance)
+
+    found = nearest(step)
     if not 1 / OUT_OF_REACH <= size(found) / wanted <= OUT_OF_REACH:
-        most, least = (size(r) / of_rank_one for r in (tried[0], tried[-1]))
+        (fewest, first), (many, last) = sorted((size(r) / of_rank_one, r) for r in (least, most))
         raise ConfigError(
             f"{spelled('like_lora', lora_r)} is out of reach: on these layers RandLoRA has as many parameters as a "
-            f"LoRA of rank {least:.2g} to {most:.2g}, with r from {tried[-1]} down to {tried[0]}"
+            f"LoRA of rank {fewest:.2g} to {many:.2g}, with r from {first} to {last}"
         )
-    if config.basis == "block" and config.blocks is None and largest >= BLOCK_STEP:
-        multiple = min(range(BLOCK_STEP, largest + 1, BLOCK_STEP), key=distance)
+    step = BLOCK_STEP if config.train == "both" else LONE_BLOCK_STEP
+    if config.basis == "block" and config.blocks is None and most >= step:
+        multiple = nearest(step)
         return multiple if distance(multiple) <= NEAR * wanted else found
     return found
 
