@@ -377,7 +377,7 @@ GROUPS: Mapping[str, Mapping[str, Contestant]] = {
     "attention": ATTENTION,
     "places": PLACES,
     "sides": SIDES,
-    "curves": CURVES,
+    "curves": {**CURVES, **LAMBDA},
     "placed": PLACED,
     "relatives": RELATIVES,
     "lambda": LAMBDA,

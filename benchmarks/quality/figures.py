@@ -1,7 +1,7 @@
 """Figures of many runs: accuracy against drift, and against the number of trained parameters."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "dense": {"color": "#0072b2", "linewidth": 2},
     "block": {"color": "#6a51a3", "linestyle": (0, (3, 2))},
     "gamma first": {"color": "#56b4e9", "linestyle": (0, (3, 2))},
+    "dense, Λ alone": {"color": "#56b4e9", "linewidth": 2},
+    "block, Λ alone": {"color": "#b3a2d9", "linestyle": (0, (3, 2))},
 }
 """Of the contestants that figures on several pages show, so that each looks the same on all."""
 
@@ -80,7 +82,7 @@ def draw_sizes(
 ) -> None:
     """Draw the metric at the best learning rate against the number of trained parameters, a curve for each method.
 
-    The contestants of a method are those whose names begin with its name. The runs of full fine-tuning, ``whole``, have
+    A contestant is of the method with whose name its own begins. The runs of full fine-tuning, ``whole``, have
     too many parameters to be a point, and are a line.
     """
     with _panels(file, len(tasks), "sizes") as panels:
@@ -88,7 +90,7 @@ def draw_sizes(
             trained = {run.key.contestant: run.trained for run in runs}
             chosen = [best(task, points) for points in by_contestant(points_of(task, runs)).values()]
             for method, label in labels.items():
-                own = [point for point in chosen if point.contestant.startswith(method)]
+                own = [point for point in chosen if _method_of(point.contestant, labels) == method]
                 own.sort(key=lambda point: trained[point.contestant])
                 sizes = [(float(trained[point.contestant]), math.nan) for point in own]
                 draw_curve(axes, label, sizes, [_drawn(task, point.metric) for point in own], **STYLES[method])
@@ -96,6 +98,11 @@ def draw_sizes(
             axes.axhline(reached, linestyle="--", label="full fine-tuning", **STYLES["full"])
             unit = ", %" if task.in_percent else ""
             axes.set(title=task.name, xlabel="trained parameters", ylabel=f"{task.metric}{unit}", xscale="log")
+
+
+def _method_of(contestant: str, methods: Iterable[str]) -> str:
+    """Return the method with whose name that of a contestant begins, the longest of several."""
+    return max((method for method in methods if contestant.startswith(method)), key=len, default="")
 
 
 @contextmanager

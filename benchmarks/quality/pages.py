@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.quality import figures, prose, summary
 from benchmarks.quality.__main__ import TASKS, file_stem
-from benchmarks.quality.contestants import GROUPS, LORA_RANKS
+from benchmarks.quality.contestants import GROUPS
 from benchmarks.quality.pieces import losses_of_rule
 from benchmarks.quality.runs import KEPT, Run, read_runs
 from benchmarks.quality.spectrum import WIDTH_TASKS
@@ -32,7 +32,18 @@ ROWS = {
     "dense": "RandLoRA, `dense`",
     "block": "RandLoRA, `block`",
 }
-"""The contestants in the overview, and what they are called there."""
+"""The contestants in the overview of the main group, and what they are called there."""
+ROWS_OF_SIX = {
+    "full fine-tuning": "full fine-tuning",
+    "LoRA 32": "LoRA, r = 32",
+    "rsLoRA 32": "rsLoRA, r = 32",
+    "LoRA 1": "LoRA, r = 1",
+    "dense 1": "`dense`, of its size",
+    "block 1": "`block`, of its size",
+    "dense, Λ alone 1": "`dense`, Λ alone",
+    "block, Λ alone 1": "`block`, Λ alone",
+}
+"""The same for the six tasks of the curves."""
 FIGURES = DOCS / "figures"
 DRAWN = {"main": REAL, "ranks": ("clothes", "flat spectrum", "steep spectrum")}
 """The tasks in the figure of a group."""
@@ -48,12 +59,8 @@ LEFT_OUT = {
 SIZES = {"LoRA": "LoRA", "dense": "RandLoRA, dense", "gamma first": "RandLoRA, Γ first"}
 """The methods in the figures of both groups, and what they are called there."""
 FULL = "full fine-tuning"
-METHODS = {
-    "LoRA": "LoRA",
-    "rsLoRA": "rsLoRA",
-    "dense": "RandLoRA, `dense`",
-    "block": "RandLoRA, `block`",
-}
+RANDLORA = "dense", "block", "dense, Λ alone", "block, Λ alone"
+METHODS = {"LoRA": "LoRA", "rsLoRA": "rsLoRA"} | {name: f"RandLoRA, {name}" for name in RANDLORA}
 """The methods of which the curves have sizes."""
 PAIRS = {
     "main": {
@@ -62,9 +69,11 @@ PAIRS = {
         for other in ("LoRA, equal size", "LoRA", "rsLoRA", "full")
     },
     "curves": {
-        f"{METHODS[own]} over {METHODS[other]}, {rank}": (f"{own} {rank}", f"{other} {rank}")
-        for rank in LORA_RANKS
-        for own, other in (("dense", "LoRA"), ("block", "LoRA"), ("dense", "rsLoRA"))
+        **{f"{ROWS_OF_SIX[f'{own} 1']} over LoRA, r = 1": (f"{own} 1", "LoRA 1") for own in RANDLORA},
+        "Λ alone over both, `dense`": ("dense, Λ alone 1", "dense 1"),
+        **{f"`dense`, as large as LoRA, r = {rank}, over it": (f"dense {rank}", f"LoRA {rank}") for rank in (4, 32)},
+        "`dense`, as large as LoRA, r = 1, over rsLoRA, r = 32": ("dense 1", "rsLoRA 32"),
+        "`dense`, as large as LoRA, r = 1, over full fine-tuning": ("dense 1", "full fine-tuning"),
     },
 }
 """Pairs of contestants of a group that are compared, by what their row is called."""
@@ -74,7 +83,8 @@ KNOWN: dict[str, Task] = TASKS | {task.name: task for task in WIDTH_TASKS}
 
 def tasks_of(place: re.Match[str]) -> list[Task]:
     """Return the tasks of a table."""
-    return [KNOWN[name] for name in (REAL if place["tasks"] == "all tasks" else place["tasks"].split(", "))]
+    every = {"all tasks": REAL, "six tasks": SIX}
+    return [KNOWN[name] for name in every.get(place["tasks"]) or place["tasks"].split(", ")]
 
 
 def kept_runs(task: Task, group: str) -> list[Run]:
@@ -106,7 +116,7 @@ def filled(page: str) -> str:
         whole = [(task, kept_runs(task, place["group"])) for task in tasks_of(place)]
         tasks = [(task, [run for run in runs if run.key.contestant not in hidden]) for task, runs in whole]
         names = dict.fromkeys(run.key.contestant for _, runs in tasks for run in runs)
-        rows = ROWS if place["tasks"] == "all tasks" else {name: name for name in names}
+        rows = {"all tasks": ROWS, "six tasks": ROWS_OF_SIX}.get(place["tasks"]) or {name: name for name in names}
         made = {
             "rates": lambda: summary.rates_of(*tasks[0]),
             "best rates": lambda: summary.best_rates(tasks),
