@@ -241,12 +241,13 @@ class AdapterLayer(StoredWeight):
     def update(self, owner: nn.Module, part: SiteAdapter, factor: float) -> Update:
         """Return one adapter's update of this weight as factors."""
         modules: dict[str, Any] = owner._modules
-        held = [modules[name] for name in self.names]
+        of_lam, of_gamma = map(modules.__getitem__, self.names)
         if torch.compiler.is_dynamo_compiling() and part.position is not None:  # without reading a name
-            lam, gamma = [diagonal.randlora_at(part.position) for diagonal in held]
+            lam, gamma = of_lam.randlora_at(part.position), of_gamma.randlora_at(part.position)
             if lam is not None and gamma is not None:  # else they are found by name alone
                 return Update(part.basis, lam, gamma, part.scaling * factor, part.shape)
-        lam, gamma = [diagonal.randlora_named(part.adapter.name) for diagonal in held]
+        name = part.adapter.name
+        lam, gamma = of_lam.randlora_named(name), of_gamma.randlora_named(name)
         return Update(part.basis, lam, gamma, part.scaling * factor, part.shape)
 
     def seat(self, owner: nn.Module) -> None:
