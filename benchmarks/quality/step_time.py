@@ -17,19 +17,19 @@ import typer
 
 from benchmarks.quality.__main__ import TASKS
 from benchmarks.quality.contestants import GROUPS, Contestant
-from benchmarks.quality.pages import SIX
+from benchmarks.quality.pages import ROWS, ROWS_OF_SIX, SIX, runs_of
 from benchmarks.quality.runs import STEP_TIMES, read_step_times
 from benchmarks.quality.task import Size, Task
 from benchmarks.quality.training import adapted_parts, train
 
 STEPS, ROUNDS = 4, 15
-LEFT_OUT = ("frozen", "PEFT")
 MEASURED: Mapping[str, Contestant] = {
     name: contestant
-    for group in ("main", "curves", "relatives", "lambda")
+    for group in ("main", "curves", "relatives")
     for name, contestant in GROUPS[group].items()
-    if name not in LEFT_OUT
+    if name in ROWS or name in ROWS_OF_SIX or group == "relatives"
 }
+"""Those of the tables on pages."""
 
 
 def reference_of(name: str) -> str:
@@ -64,10 +64,11 @@ def main(
     """Measure all that are not kept yet."""
     torch.set_num_threads(1)
     for name in (name for name in SIX if re.fullmatch(task, name)):
+        known = {run.key.contestant for run in runs_of(name)[1]}
         for reference in dict.fromkeys(map(reference_of, MEASURED)):
             kept = read_step_times()
             own = kept.setdefault(name, {})
-            names = [each for each in MEASURED if reference_of(each) == reference]
+            names = [each for each in MEASURED if reference_of(each) == reference and each in known]
             if missing := [each for each in names if each not in own]:
                 own |= measured_ratios(TASKS[name], missing, reference, rounds, "full")
                 STEP_TIMES.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
