@@ -169,7 +169,7 @@ def test_a_share_of_the_rule_loses_to_the_best_of_all_rates_whose_cliff_is_ten_p
     ("name", "reference"),
     [
         ("block 16", "LoRA 16"),
-        ("Λ alone 4", "LoRA 4"),
+        ("dense, Λ alone 4", "LoRA 4"),
         ("LoRA+ 2", "LoRA 2"),
         ("dense, r = 8", "LoRA, equal size"),
         ("dense", "LoRA, equal size"),

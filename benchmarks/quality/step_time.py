@@ -27,9 +27,9 @@ MEASURED: Mapping[str, Contestant] = {
     name: contestant
     for group in ("main", "curves", "relatives")
     for name, contestant in GROUPS[group].items()
-    if name in ROWS or name in ROWS_OF_SIX or group == "relatives"
 }
-"""Those of the tables on pages."""
+SHOWN = {*ROWS, *ROWS_OF_SIX, *GROUPS["relatives"]}
+"""Those of the tables on pages; others are references alone."""
 
 
 def reference_of(name: str) -> str:
@@ -65,10 +65,11 @@ def main(
     torch.set_num_threads(1)
     for name in (name for name in SIX if re.fullmatch(task, name)):
         known = {run.key.contestant for run in runs_of(name)[1]}
-        for reference in dict.fromkeys(map(reference_of, MEASURED)):
+        shown = [each for each in MEASURED if each in SHOWN and each in known]
+        for reference in dict.fromkeys(map(reference_of, shown)):
             kept = read_step_times()
             own = kept.setdefault(name, {})
-            names = [each for each in MEASURED if reference_of(each) == reference and each in known]
+            names = [each for each in shown if reference_of(each) == reference]
             if missing := [each for each in names if each not in own]:
                 own |= measured_ratios(TASKS[name], missing, reference, rounds, "full")
                 STEP_TIMES.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
