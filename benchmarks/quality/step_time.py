@@ -24,9 +24,7 @@ from benchmarks.quality.training import adapted_parts, train
 
 STEPS, ROUNDS = 4, 15
 MEASURED: Mapping[str, Contestant] = {
-    name: contestant
-    for group in ("main", "curves", "relatives")
-    for name, contestant in GROUPS[group].items()
+    name: contestant for group in ("main", "curves", "relatives") for name, contestant in GROUPS[group].items()
 }
 SHOWN = {*ROWS, *ROWS_OF_SIX, *GROUPS["relatives"]}
 """Those of the tables on pages; others are references alone."""
