@@ -116,6 +116,7 @@ def test_another_spec_is_refused_with_every_difference(tmp_path: Path) -> None:
         ({"alpha": 6}, ("0 has r=3 and alpha=60, but in the files r=3 and alpha=6", "2 has", "3 has")),
         ({"seed": 1}, ("the bases are", "and in the files", "seed=1")),
         ({"basis": "block"}, ("the bases are dense bases", "and in the files block bases")),
+        ({"train": "lambda"}, ('the adapter has train="both", and the files train="lambda"',)),
     ]
     for number, (options, messages) in enumerate(different):
         randlora.save(model_with(1, **options), tmp_path / str(number))

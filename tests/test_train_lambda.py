@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import randlora
-from randlora.errors import ConfigError
+from randlora.errors import CheckpointError, ConfigError
+from randlora.integrations.optimizers import check_optimizers
 from randlora.serving import combine
 from tests.kit import adapt, adapter_values, all_bits, bits, untouched
 from tests.laws import TOKENS, Mixed, diagonals, oracle_of, update_of
@@ -111,6 +112,38 @@ def test_a_gamma_that_is_not_trained_takes_no_memory_but_its_own() -> None:
     both, alone = (randlora.training_memory(model, r=16, train=train) for train in ("both", "lambda"))
     assert (alone.parameters, alone.optimizer) == (2 * 16 * 4, 2 * 2 * 16 * 4)
     assert alone.weights + alone.parameters == both.weights + both.parameters
+
+
+def test_a_gamma_that_was_trained_does_not_come_into_an_adapter_of_lambda_alone() -> None:
+    model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 40))
+    for name, target, train in (("alone", "0", "lambda"), ("also alone", "1", "lambda"), ("both", "1", "both")):
+        options: Any = {"train": train, "targets": [target], "stream": "portable"}
+        adapt(model, r=7, name=name, **options)
+    kinds = {}
+    for other in ("also alone", "both"):
+        combine(model, {"alone": 1, other: 1}, name=f"with {other}")
+        randlora.set_trainable(model, f"with {other}")
+        (kinds[other],) = (info.config.train for info in randlora.adapters(model) if info.name == f"with {other}")
+        assert {diagonals(layer, f"with {other}")[1].requires_grad for layer in model} == {kinds[other] == "both"}
+    assert kinds == {"also alone": "lambda", "both": "both"}
+
+    trained, alone = (adapt(nn.Sequential(nn.Linear(24, 16)), r=7, train=train) for train in ("both", "lambda"))
+    with untouched(alone), pytest.raises(CheckpointError, match='the adapter has train="lambda", and the files train='):
+        randlora.swap(alone, randlora.adapter_state(trained))
+
+
+def test_trainers_look_for_lambda_alone_in_optimizers() -> None:
+    model = adapt(nn.Sequential(nn.Linear(24, 16)), r=60, train="lambda")
+    own = torch.optim.SGD(randlora.trainable_parameters(model), lr=1e-2)
+    check_optimizers(model, [own])
+    randlora.inject(model, r=4, name="other", trainable=True)
+    others = randlora.trainable_parameters(model, "other")
+    with pytest.warns(UserWarning, match="the optimizer does not train default"):
+        check_optimizers(model, [torch.optim.SGD([*others, diagonals(model[0])[1]], lr=1e-2)])
+    randlora.eject(model)
+    adapt(model, r=60, train="lambda")
+    with pytest.warns(UserWarning, match="those of an adapter that the model no longer has"):
+        check_optimizers(model, [own])
 
 
 def test_what_would_never_move_or_add_nothing_is_refused() -> None:

@@ -28,7 +28,7 @@ from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream, by_rank, explain_options
 from randlora.disk.formats import is_there
 from randlora.disk.hub import local_path
-from randlora.errors import CheckpointError, raise_collected, refusing, warn
+from randlora.errors import CheckpointError, raise_collected, refusing, spelled, warn
 from randlora.functional.scratch import without_modes
 from randlora.hints import require_types
 from randlora.model.install import add, lost_parts
@@ -283,8 +283,9 @@ def swap(
     """Replace the values of an adapter with the values of a saved adapter, in place.
 
     Parameters remain the same objects, and the bases are not touched, so nothing is allocated or compiled again. Both
-    adapters must have the same layers, r, alpha, bases and parameters of ``train_also``. Whether the adapter is active
-    or trainable does not change, nor does its dropout. If the model is sharded, all processes call this together.
+    adapters must have the same layers, r, alpha, bases, ``train`` and parameters of ``train_also``. Whether the adapter
+    is active or trainable does not change, nor does its dropout. If the model is sharded, all processes call this
+    together.
 
     Either all values are written or none. No other thread may run the model meanwhile, because its forward pass would
     mix old and new values. An optimizer keeps its moments, which belong to the old values: to train on from the new
@@ -389,6 +390,8 @@ def _written(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
 def _differences(adapter: Adapter, file: AdapterFile, header: Header, shapes: Shapes) -> Iterator[str]:
     """Yield how an adapter differs from the one in the files, except for its values."""
     parameters = file.trained.keys() - set(file.buffers) - set(file.rows)
+    if (own_train := adapter.config.train) != file.config.train:  # of Λ alone, Γ stays 1 / min_dim
+        yield f"the adapter has {spelled('train', own_train)}, and the files {spelled('train', file.config.train)}"
     if adapter.rows != file.rows:
         yield f"rows of {shortened([*adapter.rows, *file.rows])} differ in number or place"
     for what, own, other in (

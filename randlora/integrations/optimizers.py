@@ -30,8 +30,9 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[Any], *, is_supervis
     groups = [group for optimizer in found for group in optimizer.param_groups]
     root, state = adapted_root(model)
     census, held = Census.of(root), {id(parameter) for group in groups for parameter in group["params"]}
-    parameters = {name: [*adapter_parameters(census, adapter)] for name, adapter in state.adapters.items()}
-    trained = {name: own for name, own in parameters.items() if any(each.requires_grad for each in own)}
+    every = {name: [*adapter_parameters(census, adapter)] for name, adapter in state.adapters.items()}
+    wanting = {name: [each for each in own if each.requires_grad] for name, own in every.items()}
+    trained = {name: own for name, own in wanting.items() if own}
     is_theirs = any(id(each) in held for own in trained.values() for each in own)  # else perhaps an engine's copies
     if not is_theirs and any(id(each.tensor) in held for each in census.parameters if not each.tensor.requires_grad):
         raise AdapterError(
@@ -39,7 +40,7 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[Any], *, is_supervis
             "of randlora.trainable_parameters(model), after randlora.inject"
         )
     shapes = sorted(tuple(each.shape) for group in groups for each in group["params"])
-    own_shapes = sorted(tuple(each.shape) for own in trained.values() for each in own if each.requires_grad)
+    own_shapes = sorted(tuple(each.shape) for own in trained.values() for each in own)
     if not is_theirs and groups and shapes == own_shapes:
         warn(
             "the optimizer's parameters are those of an adapter that the model no longer has: make one of "

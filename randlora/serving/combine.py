@@ -45,7 +45,8 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
     without a new one, use `activate` with factors.
 
     The new adapter takes the options of the first adapter named, and r and alpha of each layer from the first adapter
-    that adapts it. It is neither active nor trainable. If the model is sharded, all processes call this together.
+    that adapts it. It has ``train="lambda"`` only if all have it. It is neither active nor trainable. If the model is
+    sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
@@ -143,7 +144,8 @@ def _planned(
     }
     has_default_alpha = all(alpha == ALPHA_PER_RANK * r for r, alpha in options.values())
     alphas = None if has_default_alpha else {fqn: alpha for fqn, (_, alpha) in options.items()}
-    config = replace(first.config, alpha=alphas)
+    is_alone = all(each.config.train == "lambda" for each in sources)  # else Γ may be one that was trained
+    config = replace(first.config, alpha=alphas, train="lambda" if is_alone else "both")
     if options.keys() != first.options.keys():
         config = replace(config, targets=list(options), exclude=None)
     used = {r for r, _ in options.values()}
