@@ -71,7 +71,8 @@ class Report(NotTheModel):
         targets: FQNs of the adapted layers.
         rows: One row for each distinct kind, shape, r and alpha.
         specs: The specs of the bases with their dims, one for each r.
-        trainable_parameters: Number of parameters of the adapter, including those of ``train_also``, frozen or not.
+        trainable_parameters: Number of parameters that the adapter trains, or would if it were not frozen, including
+            those of ``train_also``; a Γ with ``train="lambda"`` is not among them.
         total_parameters: Number of parameters of the model and this adapter. A quantized weight counts with its
             dequantized size.
         basis_bytes: Bytes of the stored bases in memory, including those shared with other adapters.
@@ -89,7 +90,7 @@ class Report(NotTheModel):
             nothing; else empty.
         learning_rate: The learning rate to try first, with Adam and a short warm-up. For long runs, use down to a tenth
             of it. ``None`` if the adapter is frozen.
-        lora_rank: The rank of a LoRA on the same layers with as many parameters as Λ and Γ.
+        lora_rank: The rank of a LoRA on the same layers with as many parameters as are trained in Λ and Γ.
         notes: Other notes for the user.
     """
 

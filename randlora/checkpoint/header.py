@@ -35,7 +35,7 @@ NEWEST = 4
 """The newest version of the format. A version is written only if the version before has no place for all fields.
 
 Version 1 has one pair of bases, version 2 has bases by r, stacks of matrices and options of single layers,
-version 3 has buffers of modules in ``train_also``, and version 4 has rows of tables in ``train_rows``.
+version 3 has buffers of modules in ``train_also``, and version 4 has rows of tables in ``train_rows``, and ``train``.
 """
 
 LIBRARIES = ("transformers", "sentence_transformers")  # whose exported classes are recorded, to be found by name

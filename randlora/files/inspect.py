@@ -101,7 +101,7 @@ class AdapterSummary:
         bases: Its bases, one entry for each r; none if neither they nor the layers' shapes are known.
         layers: Its layers.
         trained: Shapes of the parameters trained with it, and of buffers, by FQN.
-        trainable_parameters: Number of entries of Λ, Γ and those parameters.
+        trainable_parameters: Number of entries of Λ, of Γ unless Λ alone was trained, and of those parameters.
         nbytes: Size of its files in bytes.
         unknown_fields: Fields of its JSON that are kept but not understood.
         notes: Other notes for the user.

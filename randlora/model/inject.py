@@ -156,10 +156,11 @@ def inject(
         model: Any module with layers that can be adapted; it is changed in place.
         r: Rank of one random basis, 32 by default. A smaller r trains more parameters. A mapping from patterns gives
             layers different ranks: ``{"q_proj": 16, ".*": 32}``.
-        like_lora: The rank of a LoRA on the same layers, instead of ``r``. r is then chosen so that Λ and Γ have about
-            as many parameters as that LoRA. With ``block`` bases, r is a multiple of 8 if one is within a tenth.
+        like_lora: The rank of a LoRA on the same layers, instead of ``r``. r is then chosen so that about as many
+            parameters are trained as with that LoRA. With ``block`` bases, r is a multiple of 8, or of 120 if Λ alone
+            is trained, if one is within a tenth.
         targets: Layers to adapt: names or suffixes, a regex, ``"all-linear"`` or ``"all"``. `RandLoRAConfig`
-            describes this and the next eleven options in more detail.
+            describes this and the options up to ``experts`` in more detail.
         exclude: Layers to exclude from ``targets``.
         alpha: The update is scaled by ``alpha / r``; 20·r by default. A number, or a mapping as for ``r``.
         dropout: Dropout on the adapter's input in training.
