@@ -282,6 +282,12 @@ def test_expected_ranks_and_enough_bases_to_reach_them(kind: BasisKind, side: in
         assert spec.expected_rank(100, side // 2) == pytest.approx(100 * expected / side, abs=1)
 
 
+def test_default_blocks_of_one_basis_are_fewer_in_a_narrow_a() -> None:
+    assert [default_blocks(24, sides) for sides in ({24}, {23}, {24, 23}, {25}, {24, 25})] == [
+        (3, 8), (2, 3), (2, 3), (3, 8), (3, 8)
+    ]  # fmt: skip
+
+
 @given(r=st.integers(1, 96), narrow=st.sets(st.integers(1, 500), max_size=3))
 def test_default_blocks_reach_all_entries_and_no_larger_ones_do(r: int, narrow: set[int]) -> None:
     counts = {-(-side // r) for side in narrow}

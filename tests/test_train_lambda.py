@@ -17,6 +17,7 @@ from randlora.serving import combine
 from tests.kit import adapt, adapter_values, all_bits, bits, untouched
 from tests.laws import TOKENS, Mixed, diagonals, oracle_of, update_of
 from tests.strategies import sides
+from tests.test_readers_experts import COUNT, IN, OUT, Flat
 
 
 def step(model: nn.Module, x: Any = TOKENS) -> None:
@@ -40,6 +41,8 @@ def test_training_moves_lambda_and_nothing_else(options: dict[str, Any], tmp_pat
     trained = randlora.trainable_parameters(model)
     assert sum(each.numel() for each in trained) == report.trainable_parameters
     assert "Λ alone" in str(report)
+    assert report.total_parameters == sum(each.numel() for each in model.parameters())
+    assert report.checkpoint_bytes == 4 * sum(each.numel() for each in adapter_values(model).values())
     step(model)
     after = all_bits(adapter_values(model))
     assert gammas(model) == fixed
@@ -99,12 +102,22 @@ def test_a_size_like_lora_s_has_an_r_above_the_widths(rank: int, r: int) -> None
     model = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 40))
     dense, block = (randlora.plan(model, like_lora=rank, train="lambda", basis=basis) for basis in ("dense", "block"))
     assert (dense.rows[0].r, dense.trainable_parameters) == (r, rank * (24 + 16 + 16 + 40))
+    assert dense.lora_rank == rank
     assert block.rows[0].r == {1: 48, 4: 192, 32: 1560}[rank]  # a multiple of 120, if it is near, has more blocks
     assert [row.expected_rank for row in block.rows] == [16, 16]
     with pytest.raises(ConfigError, match="like_lora=1 is out of reach"):
         randlora.plan(
             nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)), nn.Linear(90, 90)), like_lora=1, train="lambda"
         )
+
+
+def test_a_size_like_lora_s_is_counted_by_matrix_and_has_an_end() -> None:
+    report = randlora.plan(nn.Sequential(Flat()), like_lora=2, train="lambda", targets=["up_proj"])
+    assert (report.rows[0].r, report.rows[0].count, report.trainable_parameters) == (2 * (OUT + IN), COUNT, 112)
+    with pytest.raises(ConfigError, match=r"out of reach: .* with r from 24 to 1048576"):
+        randlora.plan(nn.Sequential(nn.Linear(24, 24)), like_lora=2**16, train="lambda")
+    narrow = nn.Sequential(nn.Linear(7, 3))  # of which no multiple of 8 is an r that could be of use
+    assert randlora.plan(narrow, like_lora=1, basis="block").rows[0].r == 2
 
 
 def test_a_gamma_that_is_not_trained_takes_no_memory_but_its_own() -> None:
@@ -126,6 +139,8 @@ def test_a_gamma_that_was_trained_does_not_come_into_an_adapter_of_lambda_alone(
         (kinds[other],) = (info.config.train for info in randlora.adapters(model) if info.name == f"with {other}")
         assert {diagonals(layer, f"with {other}")[1].requires_grad for layer in model} == {kinds[other] == "both"}
     assert kinds == {"also alone": "lambda", "both": "both"}
+    randlora.set_trainable(model, ["also alone", "both"])
+    assert [diagonals(model[1], name)[1].requires_grad for name in ("also alone", "both")] == [False, True]
 
     trained, alone = (adapt(nn.Sequential(nn.Linear(24, 16)), r=7, train=train) for train in ("both", "lambda"))
     with untouched(alone), pytest.raises(CheckpointError, match='the adapter has train="lambda", and the files train='):
