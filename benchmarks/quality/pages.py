@@ -44,6 +44,8 @@ ROWS_OF_SIX = {
     "block, Λ alone 1": "`block`, Λ alone",
 }
 """The same for the six tasks of the curves."""
+SETS = {"all tasks": (REAL, ROWS), "six tasks": (SIX, ROWS_OF_SIX)}
+"""What a table may name instead of its tasks, with the rows that it then has."""
 FIGURES = DOCS / "figures"
 DRAWN = {"main": REAL, "ranks": ("clothes", "flat spectrum", "steep spectrum")}
 """The tasks in the figure of a group."""
@@ -61,7 +63,7 @@ SIZES = {"LoRA": "LoRA", "dense": "RandLoRA, dense", "gamma first": "RandLoRA, �
 FULL = "full fine-tuning"
 RANDLORA = "dense", "block", "dense, Λ alone", "block, Λ alone"
 METHODS = {"LoRA": "LoRA", "rsLoRA": "rsLoRA"} | {name: f"RandLoRA, {name}" for name in RANDLORA}
-"""The methods of which the curves have sizes."""
+"""The methods of which the curves have sizes, ours and all."""
 PAIRS = {
     "main": {
         f"{ROWS[own]} over {ROWS[other]}": (own, other)
@@ -83,8 +85,8 @@ KNOWN: dict[str, Task] = TASKS | {task.name: task for task in WIDTH_TASKS}
 
 def tasks_of(place: re.Match[str]) -> list[Task]:
     """Return the tasks of a table."""
-    every = {"all tasks": REAL, "six tasks": SIX}
-    return [KNOWN[name] for name in every.get(place["tasks"]) or place["tasks"].split(", ")]
+    named = place["tasks"]
+    return [KNOWN[name] for name in (SETS[named][0] if named in SETS else named.split(", "))]
 
 
 def kept_runs(task: Task, group: str) -> list[Run]:
@@ -116,7 +118,7 @@ def filled(page: str) -> str:
         whole = [(task, kept_runs(task, place["group"])) for task in tasks_of(place)]
         tasks = [(task, [run for run in runs if run.key.contestant not in hidden]) for task, runs in whole]
         names = dict.fromkeys(run.key.contestant for _, runs in tasks for run in runs)
-        rows = {"all tasks": ROWS, "six tasks": ROWS_OF_SIX}.get(place["tasks"]) or {name: name for name in names}
+        rows = SETS[place["tasks"]][1] if place["tasks"] in SETS else {name: name for name in names}
         made = {
             "rates": lambda: summary.rates_of(*tasks[0]),
             "best rates": lambda: summary.best_rates(tasks),

@@ -264,7 +264,7 @@ def _parts_of(
         for fqn, each in adapter.parameters.items()
     ]
     rows = [_Part(block(each.fqn), (len(each.rows), each.weight.shape[-1]), FLOAT32_BYTES) for each in plan.tables]
-    if adapter.config.train == "lambda":
+    if adapter.config.train == "lambda":  # each Γ follows its Λ
         own, diagonals = own + diagonals[1::2], diagonals[::2]
     return own, diagonals + copies + rows
 

@@ -156,18 +156,20 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
     widest = max(min(shape[-2:]) for shape in shapes)  # above which Λ and Γ add no rank, and below which Λ alone loses
     matrices = sum(count * math.prod(shape[:-2]) for shape, count in shapes.items())
     least, most = (1, widest) if config.train == "both" else (widest, LARGEST_RANK)
-    step = math.lcm(*config.blocks or (1,))
-    least, most = math.ceil(least / step) * step, max(step, most // step * step)
+
+    def ends(step: int) -> tuple[int, int]:
+        return math.ceil(least / step) * step, max(step, most // step * step)
 
     def nearest(step: int) -> int:
-        first, last = math.ceil(least / step) * step, max(step, most // step * step)
+        first, last = ends(step)
         if config.train == "lambda":  # of which each matrix trains r numbers
             return max(first, min(last, round(wanted / matrices / step) * step))
         return min(range(first, last + 1, step), key=distance)
 
-    found = nearest(step)
+    divided_by = math.lcm(*config.blocks or (1,))
+    found = nearest(divided_by)
     if not 1 / OUT_OF_REACH <= size(found) / wanted <= OUT_OF_REACH:
-        (fewest, first), (many, last) = sorted((size(r) / of_rank_one, r) for r in (least, most))
+        (fewest, first), (many, last) = sorted((size(r) / of_rank_one, r) for r in ends(divided_by))
         raise ConfigError(
             f"{spelled('like_lora', lora_r)} is out of reach: on these layers RandLoRA has as many parameters as a "
             f"LoRA of rank {fewest:.2g} to {many:.2g}, with r from {first} to {last}"
