@@ -226,6 +226,8 @@ def adapter_report(
     widths = {held.fqn: whole_shape(held.tensor)[-1] for held in census.parameters if held.fqn in adapter.rows}
     in_rows = sum(len(rows) * widths[fqn] for fqn, rows in adapter.rows.items())
     scaling = max((abs(options.scaling) for options in adapter.options.values()), default=0.0)
+    lora_rank = trained / lora_parameters(sites.values()) if sites else 0.0
+    of_lambda = lora_rank if adapter.config.train == "lambda" else 1.0
     return Report(
         name=adapter.name,
         config=adapter.config,
@@ -245,8 +247,8 @@ def adapter_report(
         buffers=tuple(adapter.buffers),
         skipped=dict(skipped or {}),
         left_out=left_out,
-        learning_rate=first_learning_rate(scaling, typical_min_dim(rows)) if is_trainable else None,
-        lora_rank=trained / lora_parameters(sites.values()) if sites else 0.0,
+        learning_rate=first_learning_rate(scaling, typical_min_dim(rows), of_lambda) if is_trainable else None,
+        lora_rank=lora_rank,
         notes=(*notes, *_notes(census, adapter, shapes, is_trainable=is_trainable)),
     )
 

@@ -123,10 +123,11 @@ class AdapterSummary:
     def __str__(self) -> str:
         """Return facts, a table of layers, and totals."""
         options = described({layer.fqn: LayerOptions(layer.r, layer.alpha) for layer in self.layers})
+        alone = ", Λ alone trained" * (self.config.train == "lambda")
         lines = [
             f"RandLoRA adapter in {self.directory}, {as_bytes(self.nbytes)}, written by {self.writer}",
             f"base model: {self.base_model or 'not stored'}",
-            f"r={options['r']}, alpha={options['alpha']}, dropout={self.config.dropout:g}",
+            f"r={options['r']}, alpha={options['alpha']}, dropout={self.config.dropout:g}{alone}",
         ]
         if not self.bases:
             lines.append(f"bases: {self.config.basis}, seed={self.config.seed}; {self.storage}")

@@ -75,7 +75,8 @@ class AdapterInfo:
             factor += " with a factor for each layer"
         elif self.weight is not None and self.weight != 1:
             factor += f" with the factor {self.weight:g}"
-        state = [factor, "trainable" if self.is_trainable else "frozen", *(["merged"] if self.is_merged else [])]
+        state = [factor, "trainable" if self.is_trainable else "frozen", *["merged"] * self.is_merged]
+        state += ["Λ alone"] * (self.config.train == "lambda")
         layers = f"{len(self.options)} layer{'s' * (len(self.options) != 1)}"
         yield f"{self.name!r}: r={options['r']}, alpha={options['alpha']}, {layers}, {', '.join(state)}"
         if also := [*self.train_also, *rows_in_words(self.train_rows)]:

@@ -181,9 +181,12 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
     return found
 
 
-def first_learning_rate(scaling: float, min_dim: int) -> float:
-    """Return the learning rate to try first, ``0.3 / min_dim * sqrt(20 / scaling)`` but at most 1e-2; see its page."""
-    size = abs(scaling) / ALPHA_PER_RANK
+def first_learning_rate(scaling: float, min_dim: int, lora_rank: float = 1.0) -> float:
+    """Return the learning rate to try first, ``0.3 / min_dim * sqrt(20 / scaling)`` but at most 1e-2; see its page.
+
+    Of an adapter of Λ alone that is as large as a LoRA of more than rank 1, it is divided by the root of ``lora_rank``.
+    """
+    size = abs(scaling) / ALPHA_PER_RANK * max(1.0, lora_rank)
     return min(FIRST_STEP / min_dim / math.sqrt(size), LARGEST_RATE) if size else LARGEST_RATE
 
 
