@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, NullFormatter
 
 from benchmarks.quality.runs import Run
 from benchmarks.quality.summary import best, by_contestant, points_of
@@ -85,7 +85,7 @@ def draw_sizes(
     A contestant is of the method with whose name its own begins. The runs of full fine-tuning, ``whole``, have
     too many parameters to be a point, and are a line.
     """
-    with _panels(file, len(tasks), "sizes") as panels:
+    with _panels(file, len(tasks), "sizes", EngFormatter(sep="")) as panels:
         for axes, (task, runs), full in zip(panels, tasks, whole, strict=True):
             trained = {run.key.contestant: run.trained for run in runs}
             chosen = [best(task, points) for points in by_contestant(points_of(task, runs)).values()]
@@ -106,8 +106,8 @@ def _method_of(contestant: str, methods: Iterable[str]) -> str:
 
 
 @contextmanager
-def _panels(file: Path, count: int, salt: str) -> Iterator[Sequence[Axes]]:
-    """Yield axes to draw into, in rows of three or two, and write them to a file."""
+def _panels(file: Path, count: int, salt: str, across: Formatter | str = "{x:g}") -> Iterator[Sequence[Axes]]:
+    """Yield axes to draw into, in rows of three or two, with such numbers across, and write them to a file."""
     rcParams["svg.hashsalt"] = salt  # so that the same runs give the same file
     columns = min(count, 2 if count % 3 else 3)
     rows = math.ceil(count / columns)
@@ -117,7 +117,7 @@ def _panels(file: Path, count: int, salt: str) -> Iterator[Sequence[Axes]]:
     yield panels
     for axes in panels:
         for axis in (axes.xaxis, axes.yaxis) if axes.get_yscale() == "log" else (axes.xaxis,):
-            axis.set_major_formatter("{x:g}")
+            axis.set_major_formatter(across if axis is axes.xaxis else "{x:g}")
             axis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.25)
         axes.tick_params(which="both", colors=INK)

@@ -1,10 +1,9 @@
 """Write tables and the figures of kept runs into the documentation: ``python -m benchmarks.quality.pages``.
 
 A page says where a table goes: ``<!-- rates of group of task -->`` for one with each learning rate of a task, and
-``<!-- overview of group of task, task -->``, ``costs``, ``best rates``, ``differences`` or ``smallest`` for one with
-the best of each task; ``<!-- losses of rule of all tasks -->`` has the rule of the learning rate. What follows such a
-line is made of the runs that are kept, and a test compares both; `benchmarks.quality.prose` has the numbers between.
-`make quality` writes all figures.
+``<!-- overview of group of task, task -->``, ``best rates``, ``differences`` or ``smallest`` for one with the best of
+each task; ``<!-- losses of rule of six tasks -->`` has the rule of the learning rate. What follows such a line is made
+of the runs that are kept, and a test compares both; `benchmarks.quality.prose` has the numbers between.
 """
 
 import re
@@ -22,18 +21,10 @@ from benchmarks.quality.task import Task
 
 DOCS = Path("docs")
 PAGES = [Path("README.md"), *(DOCS / f"{name}.md" for name in ("choosing", "learning_rate", "results", "results_runs"))]
-REAL = ("film reviews", "tweets", "clothes", "word problems")
-SIX = (*REAL, "digits", "docstrings")
+SIX = ("digits", "clothes", "docstrings", "tweets", "film reviews", "word problems")
+SETS = {"six tasks": SIX}
+"""What a table may name instead of its tasks."""
 ROWS = {
-    "full": "full fine-tuning",
-    "LoRA": "LoRA, r = 32",
-    "rsLoRA": "rsLoRA, r = 32",
-    "LoRA, equal size": "LoRA of equal size",
-    "dense": "RandLoRA, `dense`",
-    "block": "RandLoRA, `block`",
-}
-"""The contestants in the overview of the main group, and what they are called there."""
-ROWS_OF_SIX = {
     "full fine-tuning": "full fine-tuning",
     "LoRA 32": "LoRA, r = 32",
     "rsLoRA 32": "rsLoRA, r = 32",
@@ -43,42 +34,29 @@ ROWS_OF_SIX = {
     "dense, Λ alone 1": "`dense`, Λ alone",
     "block, Λ alone 1": "`block`, Λ alone",
 }
-"""The same for the six tasks of the curves."""
-SETS = {"all tasks": (REAL, ROWS), "six tasks": (SIX, ROWS_OF_SIX)}
-"""What a table may name instead of its tasks, with the rows that it then has."""
+"""The contestants in overviews of the six tasks, and what they are called there."""
 FIGURES = DOCS / "figures"
-DRAWN = {"main": REAL, "ranks": ("clothes", "flat spectrum", "steep spectrum")}
-"""The tasks in the figure of a group."""
-CURVES = {name: label.replace("`", "") for name, label in ROWS.items() if name not in ("rsLoRA", "block")}
 LEFT_OUT = {
-    "main": ("PEFT", "rsLoRA, equal size", "very_sparse"),
     "sizes": ("dense, decay 0.1", "dense, at most 2% of a weight", "dense, penalty 10"),
-    "bases": ("block (2, 2)", "from the weight, one A"),
+    "bases": ("block (2, 2)", "from the weight, one A", "from the weight", "sparse"),
+    "curves": ("rsLoRA 1", "rsLoRA 2"),
     "scales": ("dense, r = 8", "dense, r = 8, s = 6.53"),
     "widths": ("LoRA", "dense, r = 8", "dense, Γ at 32/m", "dense, Γ at 128/m", "dense, Γ at 512/m"),
 }
 """Contestants of a group that are not shown, because others are like them, or no option makes them."""
-SIZES = {"LoRA": "LoRA", "dense": "RandLoRA, dense", "gamma first": "RandLoRA, Γ first"}
-"""The methods in the figures of both groups, and what they are called there."""
 FULL = "full fine-tuning"
 RANDLORA = "dense", "block", "dense, Λ alone", "block, Λ alone"
 METHODS = {"LoRA": "LoRA", "rsLoRA": "rsLoRA"} | {name: f"RandLoRA, {name}" for name in RANDLORA}
 """The methods of which the curves have sizes, ours and all."""
+WHOLE = {name: label for name, label in METHODS.items() if "alone" not in name}
+"""Those that have all sizes."""
 PAIRS = {
-    "main": {
-        f"{ROWS[own]} over {ROWS[other]}": (own, other)
-        for own in ("dense", "block")
-        for other in ("LoRA, equal size", "LoRA", "rsLoRA", "full")
-    },
-    "curves": {
-        **{f"{ROWS_OF_SIX[f'{own} 1']} over LoRA, r = 1": (f"{own} 1", "LoRA 1") for own in RANDLORA},
-        "Λ alone over both, `dense`": ("dense, Λ alone 1", "dense 1"),
-        **{f"`dense`, as large as LoRA, r = {rank}, over it": (f"dense {rank}", f"LoRA {rank}") for rank in (4, 32)},
-        "`dense`, as large as LoRA, r = 1, over rsLoRA, r = 32": ("dense 1", "rsLoRA 32"),
-        "`dense`, as large as LoRA, r = 1, over full fine-tuning": ("dense 1", "full fine-tuning"),
-    },
+    **{f"{ROWS[f'{own} 1']} over LoRA, r = 1": (f"{own} 1", "LoRA 1") for own in RANDLORA[:3]},
+    **{f"`dense`, as large as LoRA, r = {rank}, over it": (f"dense {rank}", f"LoRA {rank}") for rank in (4, 32)},
+    "`dense`, as large as LoRA, r = 1, over rsLoRA, r = 32": ("dense 1", "rsLoRA 32"),
+    "`dense`, as large as LoRA, r = 1, over full fine-tuning": ("dense 1", "full fine-tuning"),
 }
-"""Pairs of contestants of a group that are compared, by what their row is called."""
+"""Pairs of contestants that are compared, by what their row is called."""
 PLACE = re.compile(r"<!-- (?P<kind>[a-z ]+?) of (?P<group>\w+) of (?P<tasks>[\w, ]+) -->\n(?:\n(?:\|.*\n)+)?")
 KNOWN: dict[str, Task] = TASKS | {task.name: task for task in WIDTH_TASKS}
 
@@ -86,7 +64,7 @@ KNOWN: dict[str, Task] = TASKS | {task.name: task for task in WIDTH_TASKS}
 def tasks_of(place: re.Match[str]) -> list[Task]:
     """Return the tasks of a table."""
     named = place["tasks"]
-    return [KNOWN[name] for name in (SETS[named][0] if named in SETS else named.split(", "))]
+    return [KNOWN[name] for name in SETS.get(named, named.split(", "))]
 
 
 def kept_runs(task: Task, group: str) -> list[Run]:
@@ -118,14 +96,13 @@ def filled(page: str) -> str:
         whole = [(task, kept_runs(task, place["group"])) for task in tasks_of(place)]
         tasks = [(task, [run for run in runs if run.key.contestant not in hidden]) for task, runs in whole]
         names = dict.fromkeys(run.key.contestant for _, runs in tasks for run in runs)
-        rows = SETS[place["tasks"]][1] if place["tasks"] in SETS else {name: name for name in names}
+        rows = ROWS if place["tasks"] in SETS else {name: name for name in names}
         made = {
             "rates": lambda: summary.rates_of(*tasks[0]),
             "best rates": lambda: summary.best_rates(tasks),
             "overview": lambda: summary.overview(tasks, rows),
-            "costs": lambda: summary.costs(tasks, rows),
-            "differences": lambda: summary.differences(tasks, PAIRS[place["group"]]),
-            "smallest": lambda: summary.smallest(tasks, METHODS, FULL),
+            "differences": lambda: summary.differences(tasks, PAIRS),
+            "smallest": lambda: summary.smallest(tasks, WHOLE, FULL),
             "losses": losses_of_rule,
         }
         return f"{place[0].splitlines()[0]}\n\n{made[place['kind']]()}"
@@ -136,11 +113,6 @@ def filled(page: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
-    main, ranks = ([(TASKS[name], kept_runs(TASKS[name], group)) for name in names] for group, names in DRAWN.items())
-    figures.draw(main, FIGURES / "quality.svg", CURVES)
-    whole = [[run for run in kept_runs(task, "main") if run.key.contestant == "full"] for task, _ in ranks]
-    figures.draw_sizes(ranks, SIZES, whole, FIGURES / "ranks.svg")
     curves = [(TASKS[name], kept_runs(TASKS[name], "curves")) for name in SIX]
-    if drawn := [(task, runs) for task, runs in curves if any(run.key.contestant == FULL for run in runs)]:
-        whole = [[run for run in runs if run.key.contestant == FULL] for _, runs in drawn]
-        figures.draw_sizes(drawn, METHODS, whole, FIGURES / "curves.svg")
+    whole = [[run for run in runs if run.key.contestant == FULL] for _, runs in curves]
+    figures.draw_sizes(curves, METHODS, whole, FIGURES / "curves.svg")

@@ -6,7 +6,6 @@ interrupted, and several processes may make different pieces at once.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -84,8 +83,9 @@ TWINS = {
 SMALLEST = ("full fine-tuning", "LoRA 1", "dense 1", "block 1")
 """The contestants of the curves of which README says something, with ten seeds."""
 OTHERS = tuple(name for name in CURVES if name not in SMALLEST)
-FIRST = tuple(name for name in OTHERS if not re.fullmatch(r"block (?!4$).*|rsLoRA [12]", name))
-"""Those that are not like others in all tasks that are cheaper."""
+FIRST = ("LoRA 4", "dense 4", "block 4", "LoRA 32", "rsLoRA 32", "dense 32")
+"""Those that show the shape of a curve, on tasks that are dear."""
+FURTHER = ("LoRA 2", "dense 2", "LoRA 8", "dense 8", "LoRA 16", "dense 16")
 ALONE = ("dense, Λ alone 1", "block, Λ alone 1")
 """Of Λ alone, those whose products are not as dear as all others together."""
 PIECES: dict[str, Piece] = {
@@ -107,13 +107,10 @@ PIECES: dict[str, Piece] = {
         f"smallest of {task.name}": Piece("curves", task, SMALLEST, seeds=10, screening=2)
         for task in (*CHEAP, *EARLIER)
     },
-    **{f"curves of {task.name}": Piece("curves", task, FIRST, screening=2) for task in EARLIER[:2]},
+    **{f"curves of {task.name}": Piece("curves", task, FIRST, screening=2) for task in EARLIER},
     **{f"lambda of {task.name}": Piece("lambda", task, ALONE, screening=2) for task in (DOCSTRINGS_TASK, *EARLIER)},
-    "curves of word problems": Piece("curves", WORDS_TASK, FIRST, screening=2),
-    "further curves of word problems": Piece(
-        "curves", WORDS_TASK, tuple(name for name in OTHERS if name not in FIRST), screening=2
-    ),
     "placed of word problems": Piece("placed", WORDS_TASK, screening=2),
+    **{f"further curves of {task.name}": Piece("curves", task, FURTHER, screening=2) for task in EARLIER},
 }
 """In order of worth."""
 

@@ -17,7 +17,7 @@ import typer
 
 from benchmarks.quality.__main__ import TASKS
 from benchmarks.quality.contestants import GROUPS, Contestant
-from benchmarks.quality.pages import ROWS, ROWS_OF_SIX, SIX, runs_of
+from benchmarks.quality.pages import ROWS, SIX, runs_of
 from benchmarks.quality.runs import STEP_TIMES, read_step_times
 from benchmarks.quality.task import Size, Task
 from benchmarks.quality.training import adapted_parts, train
@@ -26,7 +26,7 @@ STEPS, ROUNDS = 4, 15
 MEASURED: Mapping[str, Contestant] = {
     name: contestant for group in ("main", "curves", "relatives") for name, contestant in GROUPS[group].items()
 }
-SHOWN = {*ROWS, *ROWS_OF_SIX, *GROUPS["relatives"]}
+SHOWN = {*ROWS, *GROUPS["relatives"]}
 """Those of the tables on pages; others are references alone."""
 
 

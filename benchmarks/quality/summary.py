@@ -223,7 +223,7 @@ def smallest(tasks: Tasks, methods: Mapping[str, str], reference: str) -> str:
     """Write a table in Markdown: of each method the smallest size at most a point, or .01, behind a reference.
 
     The contestants of a method are those whose names begin with its name. A cell has the trained parameters, and the
-    gain over the reference.
+    gain over the reference as in `differences`.
     """
     lines = [[label] for label in methods.values()]
     for task, runs in tasks:
@@ -231,21 +231,9 @@ def smallest(tasks: Tasks, methods: Mapping[str, str], reference: str) -> str:
         near = [name for name in trained if gain(task, runs, name, reference).mean >= -WITHIN]
         for line, method in zip(lines, methods, strict=True):
             own = min((name for name in near if name.startswith(f"{method} ")), key=trained.__getitem__, default=None)
-            line.append(f"{trained[own]:,}: {written_gain(task, runs, own, reference)}" if own else "none")
+            behind = written_gain(task, runs, own, reference).removeprefix("not distinguishable ") if own else ""
+            line.append(f"{trained[own]:,}: {behind}" if own else "none")
     return in_markdown(["", *(f"{task.name}, {_title(task)}" for task, _ in tasks)], lines)
-
-
-def costs(tasks: Tasks, rows: Mapping[str, str]) -> str:
-    """Write a table in Markdown: trained parameters, and in parentheses the time of full fine-tuning and the file."""
-    trained = {run.key.contestant for _, runs in tasks for run in runs if run.trained}
-    rows = {name: label for name, label in rows.items() if name in trained}
-    lines = [[label] for label in rows.values()]
-    for _, runs in tasks:
-        first = {run.key.contestant: run for run in reversed(runs)}
-        for line, contestant in zip(lines, rows, strict=True):
-            run, time = first[contestant], times_of(runs)[contestant]
-            line.append(f"{run.trained:,} ({time:.2f}; {run.file_bytes / 1e6:.2f} MB)")
-    return in_markdown(["", *(task.name for task, _ in tasks)], lines)
 
 
 def best_rates(tasks: Tasks) -> str:
