@@ -52,20 +52,17 @@ def test_a_page_shows_the_runs_that_are_kept_whose_best_rates_are_inside_of_thei
     assert prose.problems(text, pages.runs_of) == []
     for place in places:
         for task in pages.tasks_of(place):
-            known = [*read_runs(KEPT / f"{quality.file_stem(task.name)}.jsonl")]
-            for contestant in dict.fromkeys(run.key.contestant for run in pages.kept_runs(task, place["group"])):
-                seeds: dict[float, set[int]] = {}
-                for run in (run for run in known if run.key.contestant == contestant):
-                    seeds.setdefault(run.key.lr, set()).add(run.key.seed)
-                common = set.intersection(*seeds.values())  # of screened rates, the best has others beyond
-                swept = [run for run in known if run.key.contestant == contestant and run.key.seed in common]
-                is_whole = place["group"] != "rule"  # of which other rates are kept under other names
-                assert not (is_whole and summary.rate_beyond(task, summary.points_of(task, swept))), contestant
+            known = [*read_runs(KEPT / f"{quality.file_stem(task.name)}.jsonl")]  # of screened rates one is shown
+            points = summary.points_of(task, pages.kept_runs(task, place["group"]))
+            for contestant, own in summary.by_contestant(points).items():
+                tried = {run.key.lr for run in known if run.key.contestant == contestant}
+                is_swept = place["group"] != "rule" and contestant != "frozen"  # whose others have other names, or none
+                assert not is_swept or min(tried) < summary.best(task, own).lr < max(tried), (task.name, contestant)
                 if task.name in quality.TASKS:
-                    most = 10 if contestant in SMALLEST else 5
-                    assert max(map(len, seeds.values())) == most, (task.name, contestant)
+                    seeds = 10 if contestant in SMALLEST else 5
+                    assert {point.seeds for point in own} == {seeds}, (task.name, contestant)
                     fewest = {"curves": 4, "relatives": 4}.get(place["group"], 1 if contestant == "frozen" else 3)
-                    assert len(seeds) >= fewest, (task.name, contestant)
+                    assert len(tried) >= fewest, (task.name, contestant)
 
 
 def test_numbers_of_sentences_are_made_of_runs_and_what_cannot_be_told_apart_is_said() -> None:

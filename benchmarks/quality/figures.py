@@ -30,7 +30,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "dense, Λ alone": {"color": "#56b4e9", "linewidth": 2},
     "block, Λ alone": {"color": "#b3a2d9", "linestyle": (0, (3, 2))},
 }
-"""Of the contestants that figures on several pages show, so that each looks the same on all."""
+"""Of the contestants that several figures show, so that each looks the same on all."""
 
 
 def draw(
@@ -75,27 +75,25 @@ def _drawn(task: Task, value: tuple[float, float]) -> tuple[float, float]:
 
 
 def draw_sizes(
-    tasks: Collection[tuple[Task, Sequence[Run]]],
-    labels: Mapping[str, str],
-    whole: Collection[Sequence[Run]],
-    file: Path,
+    tasks: Collection[tuple[Task, Sequence[Run]]], labels: Mapping[str, str], reference: str, file: Path
 ) -> None:
     """Draw the metric at the best learning rate against the number of trained parameters, a curve for each method.
 
-    A contestant is of the method with whose name its own begins. The runs of full fine-tuning, ``whole``, have
-    too many parameters to be a point, and are a line.
+    A contestant is of the method with whose name its own begins. Full fine-tuning, the ``reference``, has too many
+    parameters to be a point, and is a line.
     """
     with _panels(file, len(tasks), "sizes", EngFormatter(sep="")) as panels:
-        for axes, (task, runs), full in zip(panels, tasks, whole, strict=True):
+        for axes, (task, runs) in zip(panels, tasks, strict=True):
             trained = {run.key.contestant: run.trained for run in runs}
-            chosen = [best(task, points) for points in by_contestant(points_of(task, runs)).values()]
+            curves = by_contestant(points_of(task, runs))
+            chosen = [best(task, points) for points in curves.values()]
             for method, label in labels.items():
                 own = [point for point in chosen if _method_of(point.contestant, labels) == method]
                 own.sort(key=lambda point: trained[point.contestant])
                 sizes = [(float(trained[point.contestant]), math.nan) for point in own]
                 draw_curve(axes, label, sizes, [_drawn(task, point.metric) for point in own], **STYLES[method])
-            reached = _drawn(task, best(task, points_of(task, full)).metric)[0]
-            axes.axhline(reached, linestyle="--", label="full fine-tuning", **STYLES["full"])
+            reached = _drawn(task, best(task, curves[reference]).metric)[0]
+            axes.axhline(reached, linestyle="--", label=reference, **STYLES["full"])
             unit = ", %" if task.in_percent else ""
             axes.set(title=task.name, xlabel="trained parameters", ylabel=f"{task.metric}{unit}", xscale="log")
 

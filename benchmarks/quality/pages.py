@@ -51,7 +51,7 @@ METHODS = {"LoRA": "LoRA", "rsLoRA": "rsLoRA"} | {name: f"RandLoRA, {name}" for 
 WHOLE = {name: label for name, label in METHODS.items() if "alone" not in name}
 """Those that have all sizes."""
 PAIRS = {
-    **{f"{ROWS[f'{own} 1']} over LoRA, r = 1": (f"{own} 1", "LoRA 1") for own in RANDLORA[:3]},
+    **{f"{ROWS[f'{own} 1']} over LoRA, r = 1": (f"{own} 1", "LoRA 1") for own in ("dense", "block", "dense, Λ alone")},
     **{f"`dense`, as large as LoRA, r = {rank}, over it": (f"dense {rank}", f"LoRA {rank}") for rank in (4, 32)},
     "`dense`, as large as LoRA, r = 1, over rsLoRA, r = 32": ("dense 1", "rsLoRA 32"),
     "`dense`, as large as LoRA, r = 1, over full fine-tuning": ("dense 1", "full fine-tuning"),
@@ -114,5 +114,4 @@ if __name__ == "__main__":
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     curves = [(TASKS[name], kept_runs(TASKS[name], "curves")) for name in SIX]
-    whole = [[run for run in runs if run.key.contestant == FULL] for _, runs in curves]
-    figures.draw_sizes(curves, METHODS, whole, FIGURES / "curves.svg")
+    figures.draw_sizes(curves, METHODS, FULL, FIGURES / "curves.svg")

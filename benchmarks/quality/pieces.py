@@ -86,6 +86,7 @@ OTHERS = tuple(name for name in CURVES if name not in SMALLEST)
 FIRST = ("LoRA 4", "dense 4", "block 4", "LoRA 32", "rsLoRA 32", "dense 32")
 """Those that show the shape of a curve, on tasks that are dear."""
 FURTHER = ("LoRA 2", "dense 2", "LoRA 8", "dense 8", "LoRA 16", "dense 16")
+"""The sizes between and beyond, on the same."""
 ALONE = ("dense, Λ alone 1", "block, Λ alone 1")
 """Of Λ alone, those whose products are not as dear as all others together."""
 PIECES: dict[str, Piece] = {

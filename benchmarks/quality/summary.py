@@ -125,6 +125,11 @@ def written_gain(task: Task, runs: Sequence[Run], first: str, second: str) -> st
     return gain(task, runs, first, second).written(task.decimals, 100 if task.in_percent else 1)
 
 
+def shown_gain(task: Task, runs: Sequence[Run], first: str, second: str) -> str:
+    """Write a gain as tables on pages have it: where nothing can be told, the interval alone."""
+    return written_gain(task, runs, first, second).removeprefix("not distinguishable ")
+
+
 def table_of(task: Task, runs: Sequence[Run]) -> str:
     """Write a table in Markdown: each contestant at its best learning rate, and what it costs beside full fine-tuning.
 
@@ -206,16 +211,12 @@ def steps_of(contestant: str, tasks: Collection[Task]) -> str:
 
 
 def differences(tasks: Tasks, pairs: Mapping[str, tuple[str, str]]) -> str:
-    """Write a table in Markdown: by how much the first of each pair is better than the second, by the one rule.
-
-    Where nothing can be told, a cell has the interval alone.
-    """
+    """Write a table in Markdown: by how much the first of each pair is better than the second, by the one rule."""
     lines = [[label] for label in pairs]
     for task, runs in tasks:
         names = {run.key.contestant for run in runs}
         for line, pair in zip(lines, pairs.values(), strict=True):
-            cell = written_gain(task, runs, *pair) if names.issuperset(pair) else ""
-            line.append(cell.removeprefix("not distinguishable "))
+            line.append(shown_gain(task, runs, *pair) if names.issuperset(pair) else "")
     return in_markdown(["", *(f"{task.name}, {_title(task)}" for task, _ in tasks)], lines)
 
 
@@ -223,7 +224,7 @@ def smallest(tasks: Tasks, methods: Mapping[str, str], reference: str) -> str:
     """Write a table in Markdown: of each method the smallest size at most a point, or .01, behind a reference.
 
     The contestants of a method are those whose names begin with its name. A cell has the trained parameters, and the
-    gain over the reference as in `differences`.
+    gain over the reference.
     """
     lines = [[label] for label in methods.values()]
     for task, runs in tasks:
@@ -231,8 +232,7 @@ def smallest(tasks: Tasks, methods: Mapping[str, str], reference: str) -> str:
         near = [name for name in trained if gain(task, runs, name, reference).mean >= -WITHIN]
         for line, method in zip(lines, methods, strict=True):
             own = min((name for name in near if name.startswith(f"{method} ")), key=trained.__getitem__, default=None)
-            behind = written_gain(task, runs, own, reference).removeprefix("not distinguishable ") if own else ""
-            line.append(f"{trained[own]:,}: {behind}" if own else "none")
+            line.append(f"{trained[own]:,}: {shown_gain(task, runs, own, reference)}" if own else "none")
     return in_markdown(["", *(f"{task.name}, {_title(task)}" for task, _ in tasks)], lines)
 
 

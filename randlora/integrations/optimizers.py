@@ -30,9 +30,8 @@ def check_optimizers(model: nn.Module, optimizers: Iterable[Any], *, is_supervis
     groups = [group for optimizer in found for group in optimizer.param_groups]
     root, state = adapted_root(model)
     census, held = Census.of(root), {id(parameter) for group in groups for parameter in group["params"]}
-    every = {name: [*adapter_parameters(census, adapter)] for name, adapter in state.adapters.items()}
-    wanting = {name: [each for each in own if each.requires_grad] for name, own in every.items()}
-    trained = {name: own for name, own in wanting.items() if own}
+    every = {name: adapter_parameters(census, adapter) for name, adapter in state.adapters.items()}
+    trained = {name: own for name, whole in every.items() if (own := [each for each in whole if each.requires_grad])}
     is_theirs = any(id(each) in held for own in trained.values() for each in own)  # else perhaps an engine's copies
     if not is_theirs and any(id(each.tensor) in held for each in census.parameters if not each.tensor.requires_grad):
         raise AdapterError(
