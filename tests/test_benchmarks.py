@@ -60,7 +60,8 @@ def test_a_page_shows_the_runs_that_are_kept_whose_best_rates_are_inside_of_thei
                 assert not is_swept or min(tried) < summary.best(task, own).lr < max(tried), (task.name, contestant)
                 if task.name in quality.TASKS:
                     seeds = 10 if contestant in SMALLEST else 5
-                    assert {point.seeds for point in own} == {seeds}, (task.name, contestant)
+                    assert summary.best(task, own).seeds == seeds, (task.name, contestant)
+                    assert {point.seeds for point in own} <= {5, 10}, (task.name, contestant)
                     fewest = {"curves": 4, "relatives": 4}.get(place["group"], 1 if contestant == "frozen" else 3)
                     assert len(tried) >= fewest, (task.name, contestant)
 
@@ -86,11 +87,14 @@ def test_numbers_of_sentences_are_made_of_runs_and_what_cannot_be_told_apart_is_
         "They differ by 0.1 ± 0.1. ",
     ]
     told += ["| twice |\n| is 9 times as good |\n", f"They are level{level}.", f"It cannot be distinguished{better}.\n"]
+    worse = better.replace("dense over LoRA, equal size", "LoRA, equal size over dense")
+    told += [f"Neither can be distinguished{level}{better}.", f"It gains{worse}."]
     assert [found.partition(":")[0] for found in prose.problems(" ".join(told), pages.runs_of)] == [
         "does not say that a difference is not distinguishable from none",
         *["no comment says what this number is of"] * 3,
         "does not say that a difference is not distinguishable from none",
-        "no comment says what cannot be distinguished",
+        *["no comment says what cannot be distinguished"] * 2,
+        "a comment names the worse one first",
     ]
     unsaid = f"They cannot be distinguished, 1{level}. 5 points<!--by others-->.\n\n## What it rests on\n\n3 points.\n"
     assert prose.problems(unsaid, pages.runs_of) == []

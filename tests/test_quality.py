@@ -69,6 +69,8 @@ def test_tables_tell_no_tie_apart_and_mark_all_that_is_level_with_the_best() -> 
     *_, dense, block, lora, absent = summary.overview([(TASK, runs)], rows).splitlines()
     assert (dense.count("**74.0 ± 1.4**"), block.count("**74.0 ± 1.4**"), lora.count("**")) == (1, 1, 0)
     assert absent.split(" | ")[1].strip(" |") == ""
+    nan = summary.overview([(TASK, [*runs, *made_runs("absent", [math.nan] * 5)])], rows).splitlines()[-1]
+    assert nan == "| absent | nan |"
     pairs = {"tie": ("dense", "block"), "better": ("dense", "LoRA"), "worse": ("LoRA", "dense")}
     *_, tie, better, worse = summary.differences([(TASK, runs)], pairs).splitlines()
     assert tie == "| tie | (0.0 to 0.0) |"
@@ -81,13 +83,14 @@ def test_the_smallest_adapter_is_the_one_with_the_fewest_parameters_within_a_poi
     runs = [*made_runs("full", [0.8] * 5), *made_runs("dense 1", [0.785] * 5), *made_runs("LoRA 1", [0.7] * 5)]
     runs += [
         Run(run.key, run.found, None, 1.0, 1, trained, 1, {})
-        for rank, trained in ((2, 20), (4, 10))
-        for run in made_runs(f"dense {rank}", [0.795] * 5)
+        for name, trained in (("dense 2", 20), ("dense 4", 10), ("rsLoRA 32", 5))
+        for run in made_runs(name, [0.795] * 5)
     ]
-    methods = {"dense": "ours", "LoRA": "LoRA"}
+    methods = {"dense": "ours", "LoRA": "LoRA", "rsLoRA": "rsLoRA"}
     assert summary.smallest([(TASK, runs)], methods, "full").splitlines()[2:] == [
         "| ours | 10: -0.5 (-0.5 to -0.5) |",
         "| LoRA | none |",
+        "| rsLoRA | at most 5: -0.5 (-0.5 to -0.5) |",  # no smaller one was tried
     ]
 
 
@@ -100,6 +103,11 @@ def test_a_sweep_goes_beyond_its_edges_then_halves_the_steps_beside_the_best_whi
     assert rates({1e-3: 0.1, 3e-3: 0.8, 1e-2: 0.9}) == (3e-2,)
     assert rates({1e-3: 0.7, 3e-3: 0.8, 1e-2: 0.1}) == (1.7e-3, 5.5e-3)
     assert rates({1e-3: 0.7, 1.7e-3: 0.75, 3e-3: 0.8, 5.5e-3: 0.5, 1e-2: 0.1}) == ()
+    late = [
+        *made_runs("dense", [0.7] * 5 + [0.9] * 5),
+        *made_runs("dense", [0.75] * 5, 3e-3),
+    ]  # of ten seeds five choose
+    assert summary.best(TASK, summary.points_of(TASK, summary.whole(late))).lr == 3e-3
     low, high = made_runs("dense", [0.9] * 2, validation=0.5), made_runs("dense", [0.8] * 2, 3e-3, validation=0.6)
     assert summary.best(TASK, summary.points_of(TASK, [*low, *high])).lr == 3e-3
 
@@ -127,20 +135,23 @@ def test_a_piece_that_was_interrupted_makes_only_what_is_missing(
     assert len(found) == len({run.key for run in read_runs(file)}) == len([*read_runs(file)]) == 4
 
 
-def test_a_piece_whose_rates_are_screened_runs_the_other_seeds_at_the_best_rate_alone(
+def test_of_screened_rates_two_have_the_seeds_that_the_best_is_chosen_on_and_that_has_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def make_run(_task: object, _contestant: object, key: Key, _size: object) -> Run:
-        return Run(key, {"residual": abs(math.log(key.lr / 1e-2)), "drift": 0.0}, None, 1.0, 1, 1, 1, {})
+        residual = abs(math.log(key.lr / 1.2e-2)) + 2 * (
+            key.lr == 1e-2 and key.seed >= 2
+        )  # the best on two seeds alone
+        return Run(key, {"residual": residual, "drift": 0.0}, None, 1.0, 1, 1, 1, {})
 
     monkeypatch.setattr(quality, "make_run", make_run)
     contestants = {"dense": MAIN["dense"]}
-    found = quality.runs_of(SPECTRUM_TASKS[0], contestants, range(5), tmp_path, full=True, screening=2)
+    found = quality.runs_of(SPECTRUM_TASKS[0], contestants, range(7), tmp_path, full=True, screening=2)
     seeds: dict[float, list[int]] = {}
     for run in found:
         seeds.setdefault(run.key.lr, []).append(run.key.seed)
     assert sorted(seeds) == [1e-3, 3e-3, 5.5e-3, 1e-2, 1.7e-2, 3e-2, 1e-1]
-    assert {lr: own for lr, own in seeds.items() if own != [0, 1]} == {1e-2: [0, 1, 2, 3, 4]}
+    assert {lr: own for lr, own in seeds.items() if own != [0, 1]} == {1e-2: [*range(5)], 1.7e-2: [*range(7)]}
 
 
 def test_pieces_share_no_run() -> None:

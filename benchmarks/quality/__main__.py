@@ -5,7 +5,6 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +23,7 @@ from benchmarks.quality.docstrings import DOCSTRINGS_TASK
 from benchmarks.quality.facts import FACTS_TASK
 from benchmarks.quality.fashion import CLOTHES_TASK
 from benchmarks.quality.passwords import PASSWORDS_TASK
-from benchmarks.quality.pieces import LONGER_TASKS, PIECES, TWINS
+from benchmarks.quality.pieces import LONGER_TASKS, PIECES
 from benchmarks.quality.runs import KEPT, Key, Run, add_run, read_runs
 from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
 from benchmarks.quality.spectrum import SPECTRUM_TASKS, WIDTH_TASKS
@@ -114,7 +113,8 @@ def runs_of(
 
     A contestant that is best at the lowest or the highest of its learning rates goes on to others beyond that. Of a
     piece, which has a ``screening``, it then goes on to the middle of the steps beside the best; and unless that is 0,
-    rates are tried on so many seeds, and the others have the best alone. Rates that are given are all.
+    rates are tried on so many seeds, the two best on those that a rate is chosen on, and the others have the best.
+    Rates that are given are all.
 
     For a quick look there is one seed, and one learning rate in the middle.
     """
@@ -131,8 +131,11 @@ def runs_of(
         more = {name: summary.next_rates(task, own, is_halved=screening is not None) for name, own in curves.items()}
         next_rates = {name: own for name, own in more.items() if own and name not in rates}
     if screening:
-        best = {name: (summary.best(task, own).lr,) for name, own in curves.items()}
-        found += make(seeds[screening:], best)
+        best_two = {name: [point.lr for point in summary.ranked(task, own)[:2]] for name, own in curves.items()}
+        found += make(seeds[screening : summary.CHOOSING], best_two)
+        kept = [run for run in read_runs(file) if run.key.contestant in contestants]
+        chosen = summary.by_contestant(summary.points_of(task, summary.whole(kept)))
+        found += make(seeds[summary.CHOOSING :], {name: [summary.best(task, own).lr] for name, own in chosen.items()})
     return found
 
 
@@ -151,8 +154,7 @@ def kept_or_made(
             if key not in known:
                 known = {run.key: run for run in read_runs(file)}
             if key not in known:
-                twin = known.get(replace(key, contestant=TWINS.get((task.name, name), name)))
-                known[key] = replace(twin, key=key) if twin else make_run(task, contestants[name], key, size)
+                known[key] = make_run(task, contestants[name], key, size)
                 add_run(file, known[key])
             measured = ", ".join(f"{what} {value:.3f}" for what, value in known[key].found.items())
             words = f"{task.name}, {name}, lr {key.lr:g}, seed {seed}: {measured}"

@@ -331,8 +331,7 @@ PLACED: Mapping[str, Contestant] = {
         for rank in (1, 2, 4)
     },
     **{
-        f"{basis} {rank}, MLP": Contestant("adapter", partial(ours_alone, place="MLP", like_lora=rank, basis=basis))
-        for basis in ("dense", "block")
+        f"dense {rank}, MLP": Contestant("adapter", partial(ours_alone, place="MLP", like_lora=rank))
         for rank in (1, 2, 4)
     },
 }
@@ -357,8 +356,8 @@ LAMBDA: Mapping[str, Contestant] = {
 """Λ alone, at sizes of the curves."""
 
 RULE: Mapping[str, Contestant] = {
-    f"{name}, by the rule": REWARDS[name] if name in REWARDS else MAIN[name]
-    for name in ("dense", "block", "dense, s = 2", "dense, s = 0.5")
+    f"{name}, by the rule": {**REWARDS, **MAIN, **CURVES, **LAMBDA}[name]
+    for name in ("dense", "block", "dense, s = 2", "dense, s = 0.5", "dense 1", "block 1", "dense, Λ alone 1")
 }
 """What is trained at the rates that the rule of the learning rate might name, beside the other rates of each."""
 

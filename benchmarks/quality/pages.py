@@ -7,7 +7,6 @@ of the runs that are kept, and a test compares both; `benchmarks.quality.prose` 
 """
 
 import re
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +19,10 @@ from benchmarks.quality.spectrum import WIDTH_TASKS
 from benchmarks.quality.task import Task
 
 DOCS = Path("docs")
-PAGES = [Path("README.md"), *(DOCS / f"{name}.md" for name in ("choosing", "learning_rate", "results", "results_runs"))]
+PAGES = [
+    Path("README.md"),
+    *(DOCS / f"{name}.md" for name in ("index", "choosing", "learning_rate", "results", "results_runs")),
+]
 SIX = ("digits", "clothes", "docstrings", "tweets", "film reviews", "word problems")
 SETS = {"six tasks": SIX}
 """What a table may name instead of its tasks."""
@@ -41,7 +43,7 @@ LEFT_OUT = {
     "bases": ("block (2, 2)", "from the weight, one A", "from the weight", "sparse"),
     "curves": ("rsLoRA 1", "rsLoRA 2"),
     "scales": ("dense, r = 8", "dense, r = 8, s = 6.53"),
-    "widths": ("LoRA", "dense, r = 8", "dense, Γ at 32/m", "dense, Γ at 128/m", "dense, Γ at 512/m"),
+    "widths": ("LoRA", "dense, s = 6.53", "dense, r = 8", "dense, Γ at 32/m", "dense, Γ at 128/m", "dense, Γ at 512/m"),
 }
 """Contestants of a group that are not shown, because others are like them, or no option makes them."""
 FULL = "full fine-tuning"
@@ -75,11 +77,8 @@ def kept_runs(task: Task, group: str) -> list[Run]:
 
 
 def whole_runs(task: Task) -> list[Run]:
-    """Return the runs that are kept, but none at a learning rate tried on fewer seeds than others of a contestant."""
-    known = [*read_runs(KEPT / f"{file_stem(task.name)}.jsonl")]
-    counts = Counter((run.key.contestant, run.key.lr) for run in known)
-    most = {contestant: max(n for (name, _), n in counts.items() if name == contestant) for contestant, _ in counts}
-    return [run for run in known if counts[run.key.contestant, run.key.lr] == most[run.key.contestant]]
+    """Return the runs that are kept, but none at a learning rate tried on fewer seeds than rates are chosen on."""
+    return summary.whole([*read_runs(KEPT / f"{file_stem(task.name)}.jsonl")])
 
 
 @cache

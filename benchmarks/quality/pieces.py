@@ -17,15 +17,15 @@ from benchmarks.quality.docstrings import DOCSTRINGS_TASK
 from benchmarks.quality.fashion import CLOTHES_TASK
 from benchmarks.quality.runs import KEPT, read_runs
 from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
-from benchmarks.quality.summary import best, points_of
+from benchmarks.quality.summary import best, points_of, whole
 from benchmarks.quality.sums import SUMS_TASK
 from benchmarks.quality.task import Prepared, Task
 from benchmarks.results import in_markdown
 
 SHARES = (0.2, 0.3, 0.5)
 """The rates that the rule may name, times m̃ / √(20 / s)."""
-SCALES = {"dense": 20.0, "block": 20.0, "dense, s = 2": 2.0, "dense, s = 0.5": 0.5}
-"""The scaling s of the contestants for which it is measured."""
+SCALES = {"dense, s = 2": 2.0, "dense, s = 0.5": 0.5}
+"""The scaling s of the contestants for which it is measured, if it is not 20."""
 SEEDS = 5
 
 
@@ -40,7 +40,8 @@ class Piece:
         rates: The learning rates of each, which are then all. Without them, a piece begins with those of the family,
             goes beyond the lowest or the highest while that is the best, and then halves the steps beside the best.
         seeds: Runs of each at each rate.
-        screening: If it is not 0, rates are tried on so many seeds, and the others have the best alone.
+        screening: If it is not 0, rates are tried on so many seeds, the two best on five, and the others have the best
+            alone.
     """
 
     group: str
@@ -55,7 +56,7 @@ def of_rule(task: Task, *names: str) -> Piece:
     """Make a piece that measures the rule at three shares."""
     rates = {
         f"{name}, by the rule": tuple(
-            float(f"{share / task.width * math.sqrt(20 / SCALES[name]):.3g}") for share in SHARES
+            float(f"{share / task.width * math.sqrt(20 / SCALES.get(name, 20)):.3g}") for share in SHARES
         )
         for name in names
     }
@@ -73,13 +74,8 @@ CHEAP = (DIGITS_TASK, CLOTHES_TASK, DOCSTRINGS_TASK)
 WORDS_TASK = replace(words.WORDS_TASK, prepare=partial(words.prepare, is_solving=False))
 EARLIER = (TWEETS_TASK, REVIEWS_TASK, WORDS_TASK)
 LONGER_TASKS = [*longer(CLOTHES_TASK, fashion.prepare), *longer(DOCSTRINGS_TASK, DOCSTRINGS_TASK.prepare)]
-TWINS = {
-    **{(task.name, "full fine-tuning"): "full" for task in (CLOTHES_TASK, *EARLIER)},
-    **{(task.name, f"{method} 32"): method for task in EARLIER for method in ("LoRA", "rsLoRA")},
-    **{(task.name, "LoRA 4"): "LoRA, equal size" for task in (TWEETS_TASK, REVIEWS_TASK)},
-}
-"""Contestants of a task of which some runs are kept under other names; these are copied."""
-
+SMALLER = (DIGITS_TASK, DOCSTRINGS_TASK, *EARLIER)
+"""Those in which our default adapter is larger than the smallest."""
 SMALLEST = ("full fine-tuning", "LoRA 1", "dense 1", "block 1")
 """The contestants of the curves of which README says something, with ten seeds."""
 OTHERS = tuple(name for name in CURVES if name not in SMALLEST)
@@ -94,6 +90,8 @@ PIECES: dict[str, Piece] = {
     "rule of sums": of_rule(SUMS_TASK, "dense", "dense, s = 2", "dense, s = 0.5"),
     **{f"rule of {task.name}": of_rule(task, "dense", "block") for task in (DIGITS_TASK, DOCSTRINGS_TASK, *EARLIER)},
     **{f"rule of {task.name}": of_rule(task, "dense") for task in LONGER_TASKS},
+    **{f"rule of the smallest of {task.name}": of_rule(task, "dense 1", "block 1") for task in SMALLER},
+    **{f"rule of lambda of {task.name}": of_rule(task, "dense, Λ alone 1") for task in CHEAP},
     **{
         f"main of {task.name}": Piece("main", task, ("frozen", "dense", "block"))
         for task in (DIGITS_TASK, DOCSTRINGS_TASK)
@@ -126,10 +124,12 @@ def losses_of_rule() -> str:
         kept = [*read_runs(KEPT / f"{piece.task.name.replace(' ', '_')}.jsonl")]
         for name in piece.contestants:
             plain = name.removesuffix(", by the rule")
-            points = points_of(piece.task, (run for run in kept if run.key.contestant in (name, plain)))
+            own = [run for run in kept if run.key.contestant in (name, plain)]
+            points = points_of(piece.task, own)
             if any(point.contestant == name for point in points):
-                unit = piece.task.width / math.sqrt(20 / SCALES[plain])
-                first, sign = best(piece.task, points), 100 if piece.task.is_better_if_larger else -100
+                unit = piece.task.width / math.sqrt(20 / SCALES.get(plain, 20))
+                first = best(piece.task, points_of(piece.task, whole(own)))
+                sign = 100 if piece.task.is_better_if_larger else -100
                 lost = [(point.lr * unit, sign * (first.metric[0] - point.metric[0])) for point in points]
                 cliff = min((rate for rate, loss in lost if rate > first.lr * unit and loss >= 10), default=None)
                 near = {share: loss for share in SHARES for rate, loss in lost if abs(rate / share - 1) < 0.01}

@@ -29,7 +29,7 @@ NO_PROSE = re.compile(
     rf"^<!-- [^>]* -->\n\n(?:\|[^\n]*\n)+|^```.*?^```|^## (?:{'|'.join(NOT_OURS)})\n.*?(?=^## |\Z)", re.M | re.S
 )
 """Tables of runs, code, and sections whose runs are of others, in a table that names where they are, or not kept."""
-BARE = re.compile(r"\d\s±\s\d|\d\s(?:points?|times|%)(?!\w)|\.\d\sbits|\d\sof\sloss\b")
+BARE = re.compile(r"\d\s±\s\d|\d\s(?:points?|times|percent|%)(?!\w)|\.\d\sbits|\d\sof\s(?:accuracy|loss)\b")
 """A measured value, difference or ratio."""
 BY_OTHERS = "<!--by others-->"
 """What says that the numbers of a sentence are not of our runs."""
@@ -59,8 +59,11 @@ def problems(page: str, runs_of: RunsOf) -> list[str]:
             found.append(f"no comment says what this number is of: {sentence}")
         if "distinguish" not in sentence and any(is_level):
             found.append(f"does not say that a difference is not distinguishable from none: {sentence}")
-        if "distinguish" in sentence and not any(is_level):
+        if "distinguish" in sentence and not (is_level and all(is_level)):
             found.append(f"no comment says what cannot be distinguished: {sentence}")
+        gains = [interval for claim in claims if claim["by"] == "over" for interval in _intervals(claim, runs_of)]
+        if any(gain.is_distinguishable and gain.mean < 0 for gain in gains):
+            found.append(f"a comment names the worse one first: {sentence}")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,9 @@ from benchmarks.results import in_markdown
 RATES = [float(f"{digit}e{power}") for power in range(-9, 3) for digit in (1, 3)]
 """The learning rates that a sweep goes on to beyond those of a task, each at least twice the one before."""
 
+CHOOSING = 5
+"""The best rate is chosen on so many seeds, the first; others are run at that alone."""
+
 WITHIN = 0.01
 """How far an adapter may be behind full fine-tuning to be as good: a point of accuracy, or so much loss."""
 
@@ -25,7 +29,8 @@ class Point:
 
     Attributes:
         metric: The task's metric.
-        chosen_by: What the best rate is chosen by: the metric on validation data where a task has some, or else itself.
+        chosen_by: What the best rate is chosen by: the metric on validation data where a task has some, or else itself,
+            over the seeds that rates are chosen on.
         drift: How far the model has drifted on other data.
         seeds: Their number.
     """
@@ -48,7 +53,9 @@ def points_of(task: Task, runs: Iterable[Run]) -> list[Point]:
             contestant,
             lr,
             mean_and_error([run.found[task.metric] for run in own]),
-            mean_and_error([run.found.get("validation", run.found[task.metric]) for run in own])[0],
+            mean_and_error([
+                run.found.get("validation", run.found[task.metric]) for run in own if run.key.seed < CHOOSING
+            ])[0],
             mean_and_error([run.found["drift"] for run in own]),
             len(own),
         )
@@ -57,9 +64,21 @@ def points_of(task: Task, runs: Iterable[Run]) -> list[Point]:
     ]
 
 
+def whole(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs at rates with the seeds that a rate is chosen on, or as many as any of the contestant has."""
+    counts = Counter((run.key.contestant, run.key.lr) for run in runs)
+    most = {contestant: max(n for (name, _), n in counts.items() if name == contestant) for contestant, _ in counts}
+    return [run for run in runs if counts[run.key.contestant, run.key.lr] >= min(most[run.key.contestant], CHOOSING)]
+
+
+def ranked(task: Task, points: Sequence[Point]) -> list[Point]:
+    """Return points from the best to the worst."""
+    return sorted(points, key=partial(_score, task), reverse=True)
+
+
 def best(task: Task, points: Sequence[Point]) -> Point:
     """Return the point that is chosen as the best; one that is not a number is the worst."""
-    return max(points, key=partial(_score, task))
+    return ranked(task, points)[0]
 
 
 def _score(task: Task, point: Point) -> float:
@@ -70,7 +89,7 @@ def _score(task: Task, point: Point) -> float:
 
 def rate_beyond(task: Task, points: Sequence[Point]) -> float | None:
     """Return the next learning rate beyond the lowest or the highest one, if that is better than all others."""
-    chosen, *others = sorted(points, key=partial(_score, task), reverse=True)
+    chosen, *others = ranked(task, points)
     if not others or _score(task, chosen) == _score(task, others[0]):
         return None
     if chosen.lr < min(point.lr for point in others):
@@ -195,7 +214,8 @@ def overview(tasks: Tasks, rows: Mapping[str, str]) -> str:
         first = max(chosen, key=lambda name: sign * chosen[name].metric[0])
         for line, contestant in zip(lines, rows, strict=True):
             cell = _plain(task, *chosen[contestant].metric) if contestant in chosen else ""
-            is_bold = bool(cell) and not gain(task, runs, first, contestant).is_distinguishable
+            is_known = bool(cell) and math.isfinite(chosen[contestant].metric[0])
+            is_bold = is_known and not gain(task, runs, first, contestant).is_distinguishable
             line.append(f"**{cell}**" if is_bold else cell)
     if any(step_times := [steps_of(name, [task for task, _ in tasks]) for name in rows]):
         lines = [[*line, step] for line, step in zip(lines, step_times, strict=True)]
@@ -224,15 +244,20 @@ def smallest(tasks: Tasks, methods: Mapping[str, str], reference: str) -> str:
     """Write a table in Markdown: of each method the smallest size at most a point, or .01, behind a reference.
 
     The contestants of a method are those whose names begin with its name. A cell has the trained parameters, and the
-    gain over the reference.
+    gain over the reference; *at most* where smaller sizes of the method were not run.
     """
     lines = [[label] for label in methods.values()]
     for task, runs in tasks:
         trained = {run.key.contestant: run.trained for run in runs}
-        near = [name for name in trained if gain(task, runs, name, reference).mean >= -WITHIN]
+        means = {name: best(task, own).metric[0] for name, own in by_contestant(points_of(task, runs)).items()}
+        sign = 1 if task.is_better_if_larger else -1
+        near = [name for name in trained if sign * (means[name] - means[reference]) >= -WITHIN]
         for line, method in zip(lines, methods, strict=True):
-            own = min((name for name in near if name.startswith(f"{method} ")), key=trained.__getitem__, default=None)
-            line.append(f"{trained[own]:,}: {shown_gain(task, runs, own, reference)}" if own else "none")
+            sizes = [name for name in trained if name.startswith(f"{method} ")]
+            own = min((name for name in near if name in sizes), key=trained.__getitem__, default=None)
+            is_bound = own == min(sizes, key=trained.__getitem__, default=None) != f"{method} 1"
+            cell = f"{trained[own]:,}: {shown_gain(task, runs, own, reference)}" if own else "none"
+            line.append(f"at most {cell}" if is_bound else cell)
     return in_markdown(["", *(f"{task.name}, {_title(task)}" for task, _ in tasks)], lines)
 
 
