@@ -227,7 +227,7 @@ def adapter_report(
     in_rows = sum(len(rows) * widths[fqn] for fqn, rows in adapter.rows.items())
     scaling = max((abs(options.scaling) for options in adapter.options.values()), default=0.0)
     lora_rank = trained / lora_parameters(sites.values()) if sites else 0.0
-    of_lambda = lora_rank if adapter.config.train == "lambda" else 1.0
+    lambda_rank = lora_rank if adapter.config.train == "lambda" else None
     return Report(
         name=adapter.name,
         config=adapter.config,
@@ -247,7 +247,7 @@ def adapter_report(
         buffers=tuple(adapter.buffers),
         skipped=dict(skipped or {}),
         left_out=left_out,
-        learning_rate=first_learning_rate(scaling, typical_min_dim(rows), of_lambda) if is_trainable else None,
+        learning_rate=first_learning_rate(scaling, typical_min_dim(rows), lambda_rank) if is_trainable else None,
         lora_rank=lora_rank,
         notes=(*notes, *_notes(census, adapter, shapes, is_trainable=is_trainable)),
     )

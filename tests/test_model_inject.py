@@ -322,8 +322,8 @@ RATES: list[tuple[list[tuple[int, int]], dict[str, Any], float | None, int]] = [
     (SMALL, {"r": 4, "trainable": False}, None, 12),
     ([(64, 64)] * 3 + [(256, 256)], {"r": 32}, 0.3 / 256, 256),  # which has four fifths of the parameters
     ([(512, 64)], {"r": 32}, 0.3 / 64, 64),
-    ([(64, 64)], {"like_lora": 1, "train": "lambda"}, 0.3 / 64, 64),
-    ([(64, 64)], {"like_lora": 4, "train": "lambda"}, 0.3 / 64 / 2, 64),
+    ([(64, 64)], {"like_lora": 1, "train": "lambda"}, 0.5 / 64, 64),
+    ([(64, 64)], {"like_lora": 4, "train": "lambda"}, 0.5 / 64 / 4, 64),
 ]
 
 

@@ -37,9 +37,9 @@ LONE_BLOCK_STEP = 120
 NEAR, OUT_OF_REACH = 0.1, 1.5
 """How far such a multiple may miss the wanted number of parameters, as a share of it, and any r, as a factor."""
 
-FIRST_STEP, LARGEST_RATE = 0.3, 1e-2
-"""The share of its initial value, 1 / min_dim, by which Adam's first step changes Γ with the default alpha, and the
-largest learning rate to try first."""
+FIRST_STEP, LONE_FIRST_STEP, LARGEST_RATE = 0.3, 0.5, 1e-2
+"""Adam's first step with the default alpha, as a share of Γ's initial value, 1 / min_dim; the same where Λ alone is
+trained; and the largest learning rate to try first."""
 
 
 def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, LayerOptions], list[str]]:
@@ -181,13 +181,15 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
     return found
 
 
-def first_learning_rate(scaling: float, min_dim: int, lora_rank: float = 1.0) -> float:
+def first_learning_rate(scaling: float, min_dim: int, lambda_rank: float | None = None) -> float:
     """Return the learning rate to try first, ``0.3 / min_dim * sqrt(20 / scaling)`` but at most 1e-2; see its page.
 
-    Of an adapter of Λ alone that is as large as a LoRA of more than rank 1, it is divided by the root of ``lora_rank``.
+    For an adapter of Λ alone, as large as a LoRA of ``lambda_rank``, ``0.5 / max(1, lambda_rank)`` takes the place of
+    0.3.
     """
-    size = abs(scaling) / ALPHA_PER_RANK * max(1.0, lora_rank)
-    return min(FIRST_STEP / min_dim / math.sqrt(size), LARGEST_RATE) if size else LARGEST_RATE
+    step = FIRST_STEP if lambda_rank is None else LONE_FIRST_STEP / max(1.0, lambda_rank)
+    size = abs(scaling) / ALPHA_PER_RANK
+    return min(step / min_dim / math.sqrt(size), LARGEST_RATE) if size else LARGEST_RATE
 
 
 def equivalent_alpha(
