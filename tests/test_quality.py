@@ -103,11 +103,8 @@ def test_a_sweep_goes_beyond_its_edges_then_halves_the_steps_beside_the_best_whi
     assert rates({1e-3: 0.1, 3e-3: 0.8, 1e-2: 0.9}) == (3e-2,)
     assert rates({1e-3: 0.7, 3e-3: 0.8, 1e-2: 0.1}) == (1.7e-3, 5.5e-3)
     assert rates({1e-3: 0.7, 1.7e-3: 0.75, 3e-3: 0.8, 5.5e-3: 0.5, 1e-2: 0.1}) == ()
-    late = [
-        *made_runs("dense", [0.7] * 5 + [0.9] * 5),
-        *made_runs("dense", [0.75] * 5, 3e-3),
-    ]  # of ten seeds five choose
-    assert summary.best(TASK, summary.points_of(TASK, summary.whole(late))).lr == 3e-3
+    late = made_runs("dense", [0.7] * 5 + [0.9] * 5) + made_runs("dense", [0.75] * 5, 3e-3)
+    assert summary.best(TASK, summary.points_of(TASK, summary.whole(late))).lr == 3e-3  # five seeds of ten choose
     low, high = made_runs("dense", [0.9] * 2, validation=0.5), made_runs("dense", [0.8] * 2, 3e-3, validation=0.6)
     assert summary.best(TASK, summary.points_of(TASK, [*low, *high])).lr == 3e-3
 
@@ -139,9 +136,8 @@ def test_of_screened_rates_two_have_the_seeds_that_the_best_is_chosen_on_and_tha
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def make_run(_task: object, _contestant: object, key: Key, _size: object) -> Run:
-        residual = abs(math.log(key.lr / 1.2e-2)) + 2 * (
-            key.lr == 1e-2 and key.seed >= 2
-        )  # the best on two seeds alone
+        is_late = key.lr == 1e-2 and key.seed >= 2  # it is the best on two seeds alone
+        residual = abs(math.log(key.lr / 1.2e-2)) + 2 * is_late
         return Run(key, {"residual": residual, "drift": 0.0}, None, 1.0, 1, 1, 1, {})
 
     monkeypatch.setattr(quality, "make_run", make_run)

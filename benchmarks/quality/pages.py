@@ -101,7 +101,7 @@ def filled(page: str) -> str:
             "best rates": lambda: summary.best_rates(tasks),
             "overview": lambda: summary.overview(tasks, rows),
             "differences": lambda: summary.differences(tasks, PAIRS),
-            "smallest": lambda: summary.smallest(tasks, WHOLE, FULL),
+            "smallest": lambda: summary.smallest(whole, WHOLE, FULL),
             "losses": losses_of_rule,
         }
         return f"{place[0].splitlines()[0]}\n\n{made[place['kind']]()}"

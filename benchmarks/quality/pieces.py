@@ -17,7 +17,7 @@ from benchmarks.quality.docstrings import DOCSTRINGS_TASK
 from benchmarks.quality.fashion import CLOTHES_TASK
 from benchmarks.quality.runs import KEPT, read_runs
 from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
-from benchmarks.quality.summary import best, points_of, whole
+from benchmarks.quality.summary import CHOOSING, best, points_of, whole
 from benchmarks.quality.sums import SUMS_TASK
 from benchmarks.quality.task import Prepared, Task
 from benchmarks.results import in_markdown
@@ -26,7 +26,6 @@ SHARES = (0.2, 0.3, 0.5)
 """The rates that the rule may name, times m̃ / √(20 / s)."""
 SCALES = {"dense, s = 2": 2.0, "dense, s = 0.5": 0.5}
 """The scaling s of the contestants for which it is measured, if it is not 20."""
-SEEDS = 5
 
 
 @dataclass(frozen=True)
@@ -40,25 +39,27 @@ class Piece:
         rates: The learning rates of each, which are then all. Without them, a piece begins with those of the family,
             goes beyond the lowest or the highest while that is the best, and then halves the steps beside the best.
         seeds: Runs of each at each rate.
-        screening: If it is not 0, rates are tried on so many seeds, the two best on five, and the others have the best
-            alone.
+        screening: If it is not 0, rates are tried on so many seeds, the two best on those that a rate is chosen on, and
+            the others have the best alone.
     """
 
     group: str
     task: Task
     contestants: tuple[str, ...] = ()
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    seeds: int = SEEDS
+    seeds: int = CHOOSING
     screening: int = 0
+
+
+def unit_of(task: Task, name: str) -> float:
+    """Return the learning rate of a share of 1."""
+    return math.sqrt(20 / SCALES.get(name, 20)) / task.width
 
 
 def of_rule(task: Task, *names: str) -> Piece:
     """Make a piece that measures the rule at three shares."""
     rates = {
-        f"{name}, by the rule": tuple(
-            float(f"{share / task.width * math.sqrt(20 / SCALES.get(name, 20)):.3g}") for share in SHARES
-        )
-        for name in names
+        f"{name}, by the rule": tuple(float(f"{share * unit_of(task, name):.3g}") for share in SHARES) for name in names
     }
     return Piece("rule", task, tuple(rates), rates)
 
@@ -74,8 +75,8 @@ CHEAP = (DIGITS_TASK, CLOTHES_TASK, DOCSTRINGS_TASK)
 WORDS_TASK = replace(words.WORDS_TASK, prepare=partial(words.prepare, is_solving=False))
 EARLIER = (TWEETS_TASK, REVIEWS_TASK, WORDS_TASK)
 LONGER_TASKS = [*longer(CLOTHES_TASK, fashion.prepare), *longer(DOCSTRINGS_TASK, DOCSTRINGS_TASK.prepare)]
-SMALLER = (DIGITS_TASK, DOCSTRINGS_TASK, *EARLIER)
-"""Those in which our default adapter is larger than the smallest."""
+BUT_CLOTHES = (DIGITS_TASK, DOCSTRINGS_TASK, *EARLIER)
+"""Those whose default adapter is larger than the smallest, which on clothes it is."""
 SMALLEST = ("full fine-tuning", "LoRA 1", "dense 1", "block 1")
 """The contestants of the curves of which README says something, with ten seeds."""
 OTHERS = tuple(name for name in CURVES if name not in SMALLEST)
@@ -88,9 +89,9 @@ ALONE = ("dense, Λ alone 1", "block, Λ alone 1")
 PIECES: dict[str, Piece] = {
     "rule of clothes": of_rule(CLOTHES_TASK, "dense", "block", "dense, s = 2"),
     "rule of sums": of_rule(SUMS_TASK, "dense", "dense, s = 2", "dense, s = 0.5"),
-    **{f"rule of {task.name}": of_rule(task, "dense", "block") for task in (DIGITS_TASK, DOCSTRINGS_TASK, *EARLIER)},
+    **{f"rule of {task.name}": of_rule(task, "dense", "block") for task in BUT_CLOTHES},
     **{f"rule of {task.name}": of_rule(task, "dense") for task in LONGER_TASKS},
-    **{f"rule of the smallest of {task.name}": of_rule(task, "dense 1", "block 1") for task in SMALLER},
+    **{f"rule of the smallest of {task.name}": of_rule(task, "dense 1", "block 1") for task in BUT_CLOTHES},
     **{f"rule of lambda of {task.name}": of_rule(task, "dense, Λ alone 1") for task in CHEAP},
     **{
         f"main of {task.name}": Piece("main", task, ("frozen", "dense", "block"))
@@ -127,13 +128,13 @@ def losses_of_rule() -> str:
             own = [run for run in kept if run.key.contestant in (name, plain)]
             points = points_of(piece.task, own)
             if any(point.contestant == name for point in points):
-                unit = piece.task.width / math.sqrt(20 / SCALES.get(plain, 20))
+                unit = unit_of(piece.task, plain)
                 first = best(piece.task, points_of(piece.task, whole(own)))
                 sign = 100 if piece.task.is_better_if_larger else -100
-                lost = [(point.lr * unit, sign * (first.metric[0] - point.metric[0])) for point in points]
-                cliff = min((rate for rate, loss in lost if rate > first.lr * unit and loss >= 10), default=None)
+                lost = [(point.lr / unit, sign * (first.metric[0] - point.metric[0])) for point in points]
+                cliff = min((rate for rate, loss in lost if rate > first.lr / unit and loss >= 10), default=None)
                 near = {share: loss for share in SHARES for rate, loss in lost if abs(rate / share - 1) < 0.01}
                 cells = [f"{near[share]:.1f}" if share in near else "" for share in SHARES]
-                ends = f"{first.lr * unit:.2f}", "" if cliff is None else f"{cliff:.2f}"
+                ends = f"{first.lr / unit:.2f}", "" if cliff is None else f"{cliff:.2f}"
                 lines.append([f"{piece.task.name}, {plain}", *cells, *ends])
     return in_markdown(["", *(f"{share:g}" for share in SHARES), "best", "cliff"], lines)

@@ -53,16 +53,15 @@ def problems(page: str, runs_of: RunsOf) -> list[str]:
     found = []
     for sentence in SENTENCES.split(NO_PROSE.sub("", page)):
         claims = [*CLAIM.finditer(sentence)]
-        intervals = [interval for claim in claims for interval in _intervals(claim, runs_of)]
-        is_level = [not interval.is_distinguishable for interval in intervals]
+        gains = [(claim["by"], interval) for claim in claims for interval in _intervals(claim, runs_of)]
+        is_level = [not interval.is_distinguishable for _, interval in gains]
         if BARE.search(CLAIM.sub("", sentence)) and BY_OTHERS not in sentence:
             found.append(f"no comment says what this number is of: {sentence}")
         if "distinguish" not in sentence and any(is_level):
             found.append(f"does not say that a difference is not distinguishable from none: {sentence}")
         if "distinguish" in sentence and not (is_level and all(is_level)):
             found.append(f"no comment says what cannot be distinguished: {sentence}")
-        gains = [interval for claim in claims if claim["by"] == "over" for interval in _intervals(claim, runs_of)]
-        if any(gain.is_distinguishable and gain.mean < 0 for gain in gains):
+        if any(by == "over" and gain.is_distinguishable and gain.mean < 0 for by, gain in gains):
             found.append(f"a comment names the worse one first: {sentence}")
     return found
 
