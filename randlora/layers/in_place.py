@@ -300,18 +300,20 @@ def detach(owner: nn.Module, layer: AdapterLayer) -> None:
             held["forward"] = own_forward
 
 
-def add_adapter(owner: nn.Module, layer: AdapterLayer, part: Any, values: Sequence[Tensor], *, trainable: bool) -> None:
+def add_adapter(
+    owner: nn.Module, layer: AdapterLayer, site_adapter: Any, values: Sequence[Tensor], *, trainable: bool
+) -> None:
     """Add an adapter, a `SiteAdapter` or `SiteRows`, to a weight, with its Λ and Γ, or stacks of them, or its rows."""
-    name = part.adapter.name
+    name = site_adapter.adapter.name
     if adapter_layers_of(owner).get(layer.attribute) is not layer:
         attach(owner, layer)
-    fixed = layer.names[1:] if part.adapter.config.train == "lambda" else ()
+    fixed = layer.names[1:] if site_adapter.adapter.config.train == "lambda" else ()
     for held_as, value in zip(layer.names, values, strict=True):
         parameter = nn.Parameter(value, requires_grad=trainable and held_as not in fixed)
         for each in layer.owners(owner):
             held: Any = each._modules[held_as]
             held[name] = parameter
-    layer.adapters[name] = part
+    layer.adapters[name] = site_adapter
     layer.seat(owner)
 
 
