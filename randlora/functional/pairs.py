@@ -25,7 +25,7 @@ class DensePair:
     Products are between *small* vectors (of ``min_dim`` entries), *large* ones (``max_dim``) and the *hidden* ones
     between the two factors (``r·num_bases``). Hidden vectors are *flat*, in the order of p, or in the order of the rows
     of ``scaled_A``; for dense bases both are the same. A is ``(1, r, min_dim)``, and B ``(max_dim, r·num_bases)`` in
-    the dtype to compute in. With ``rest`` as further arguments, a pair is rebuilt from other tensors.
+    the dtype to compute in. ``type(pair)(A, B, *pair.other_arguments)`` is the same pair of other tensors.
     """
 
     written: None = None  # the bases are dense already
@@ -33,7 +33,7 @@ class DensePair:
     def __init__(self, A: Tensor, B: Tensor) -> None:
         """Hold the bases of one layer."""
         self.A, self.B = A, B
-        self.rest: tuple[int, ...] = ()
+        self.other_arguments: tuple[int, ...] = ()
         self._rows_of_A = A.transpose(0, 1)  # (r, 1, min_dim)
         self._A = A.squeeze(0)
         self._A_T, self._B_T = self._A.T, B.T
@@ -147,7 +147,7 @@ class BlockPair:
         self.A, self.B = A, B
         self.num_bases, self.max_dim, self.min_dim = num_bases, max_dim, min_dim
         self._c, self._b, self._rows = (A.size(0), B.size(0), A.size(1)) if blocks is None else blocks
-        self.rest = num_bases, max_dim, min_dim, (self._c, self._b, self._rows)
+        self.other_arguments = num_bases, max_dim, min_dim, (self._c, self._b, self._rows)
         self._width, self._height = -(-min_dim // self._c), -(-max_dim // self._b)
         self.r = self._c * self._rows
         self.hidden = self.r * num_bases
