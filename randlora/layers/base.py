@@ -117,7 +117,7 @@ class AdapterLayer(StoredWeight):
         # a forward that was set on the owner to split its weight, its replacement, and the part of this process in it
         self.adopted: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.piece: Any = None
-        self.unmerged = None
+        self.original = None
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:

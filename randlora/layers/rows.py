@@ -194,12 +194,12 @@ class RowsAdapter(AdapterLayer):
     def delta_weight(self, owner: nn.Module, weights: dict[str, float]) -> Tensor:
         """Return the difference from the table, in float32 or wider; a collective if anything is sharded."""
         place = place_of(owner, self.attribute)
-        own = place.whole() if self.unmerged is None else whole(self.unmerged.stored(place))  # type: ignore[arg-type]
+        own = place.whole() if self.original is None else whole(self.original.stored(place))  # type: ignore[arg-type]
         dtype = torch.promote_types(own.dtype, torch.float32)
         return self.with_updates(own, self.whole_updates(owner, weights)).to(dtype) - own.to(dtype)
 
-    fold, keep_merged = _tied(AdapterLayer.fold), _tied(AdapterLayer.keep_merged)
-    unfold = _tied(AdapterLayer.unfold)
+    write_merged, keep_merged = _tied(AdapterLayer.write_merged), _tied(AdapterLayer.keep_merged)
+    restore_original = _tied(AdapterLayer.restore_original)
 
     def description(self) -> str:
         """Return a description of the adapters for ``print(model)``."""

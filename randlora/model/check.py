@@ -349,7 +349,8 @@ class _Trial:
             self._state.compute = compute
             for site in on if is_merged else ():
                 names = [site_adapter.adapter.name for site_adapter, _ in site.layer.acting]
-                site.layer.fold(site.owner, site.layer.merged(site.owner, dict.fromkeys(names, 1.0), self._into))
+                merged = site.layer.compute_merged(site.owner, dict.fromkeys(names, 1.0), self._into)
+                site.layer.write_merged(site.owner, merged)
                 site.layer.acting = []
             return {path: value.detach().clone() for path, value in self._call().items()}
 

@@ -209,7 +209,7 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
 
 def merged_sites(census: Census) -> list[AdaptedSite]:
     """Return the weights that are merged into reversibly, or raise a `MergeError` if one cannot be restored."""
-    merged = [site for site in census.adapted if site.layer.unmerged is not None]
+    merged = [site for site in census.adapted if site.layer.original is not None]
     problems, loaded = computed_weights(merged), loaded_modules(census.modules)
     if offloaded := [site.fqn for site in merged if id(site.owner) in loaded]:
         advice = "call accelerate.hooks.remove_hook_from_submodules(model) first"
@@ -218,11 +218,11 @@ def merged_sites(census: Census) -> list[AdaptedSite]:
     return merged
 
 
-def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
+def restore_originals(census: Census, state: ModelState) -> tuple[str, ...]:
     """Restore the weights from before a reversible merge, if there was one, and return their FQNs."""
     merged = merged_sites(census)
     for site in merged:
-        site.layer.unfold(site.owner)
+        site.layer.restore_original(site.owner)
     state.merged, state.merge_options, state.merge_report = {}, None, None
     for site in merged:
         site.layer.seat(site.owner)
