@@ -245,7 +245,7 @@ class Adapted(NamedTuple):
 
     def gradients_from_update(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of Λ and Γ from the gradient of the update, ``(out, in)``."""
-        return self._of_diagonals(self.pair.grad_from_update(grad, across=not self.is_wide))
+        return self._of_diagonals(self.pair.grad_from_update(grad, is_transposed=not self.is_wide))
 
     def rows(self, ids: Tensor) -> Tensor:
         """Compute rows of the update, ``(ids, in)``; ``is_wide`` must hold."""
