@@ -228,7 +228,7 @@ def restore_originals(census: Census, state: ModelState) -> tuple[str, ...]:
         site.layer.seat(site.owner)
     for guard in state.merge_guards:
         guard.remove()
-    state.merge_guards, state.merged_weights = [], []
+    state.merge_guards, state.exchanged = [], []
     return tuple(site.fqn for site in merged)
 
 

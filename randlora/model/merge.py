@@ -169,7 +169,7 @@ def _merge(view: View, planned: MergePlan, kept: dict[AdapterLayer, Kept | None]
             state.merge_guards.append(view.root.register_forward_hook(refuse_backward))
             state.merge_guards.append(view.root.register_forward_pre_hook(require_merged_weights))
         state.merged, state.merge_options, state.merge_report = active, planned.options, report
-        state.merged_weights = exchanged_weights(census)
+        state.exchanged = exchanged_weights(census)
         for site in sites:
             site.layer.seat(site.owner)
         return report
@@ -228,7 +228,7 @@ def _merge_fewer(census: Census, state: ModelState, staying: Mapping[str, Factor
     for site in sites:
         if not site.layer.factors(staying):
             site.layer.restore_original(site.owner)
-    state.merged, state.merged_weights = _in_order(state, staying), exchanged_weights(census)
+    state.merged, state.exchanged = _in_order(state, staying), exchanged_weights(census)
     for site in sites:
         site.layer.seat(site.owner)
     return tuple(site.fqn for site in sites)
@@ -256,15 +256,15 @@ def merged(
         RandLoRAError: Any error of `merge`.
     """
     state: ModelState | None = None
-    own: list[str] = []  # the names of the adapters that this block merges, and the block in the state
+    merged_here: list[str] = []  # adapters that this block merges; the state knows the open block by this very list
 
     def end() -> None:
         if state is None:  # it was not found
             return
         with CHANGING:
-            if state.merged_block is own:
+            if state.merged_block is merged_here:
                 state.merged_block = None
-            if names := [name for name in own if name in state.merged]:
+            if names := [name for name in merged_here if name in state.merged]:
                 with alone():  # after an error of one process alone, the others would wait for it
                     unmerge(model, names)
 
@@ -277,8 +277,8 @@ def merged(
                     "all, or call randlora.merge(model, reversible=True) before and randlora.unmerge(model) after"
                 )
             if state.active_unmerged or not state.is_merged:
-                own += state.active_unmerged  # first, or an interrupt might leave them merged
-                state.merged_block = own
+                merged_here += state.active_unmerged  # first, or an interrupt might leave them merged
+                state.merged_block = merged_here
                 quantized, dtype = state.merge_options or (quantized, dtype)
                 merge(model, reversible=True, quantized=quantized, dtype=dtype)
             report = state.merge_report

@@ -25,7 +25,7 @@ from randlora.layers.update import Into, Quantized, rounded_sum
 from randlora.layers.weight import COMPUTED
 from randlora.model.view import holding_copies
 from randlora.places import Plain, Whole, place_at, whole_only_inside
-from randlora.state import ModelState, attached_state
+from randlora.state import ExchangedWeight, ModelState, attached_state
 from randlora.targets.census import AdaptedSite, Census, is_norm, is_quantized
 from randlora.targets.match import shortened
 
@@ -220,17 +220,20 @@ def _refuse(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
     )
 
 
-def exchanged_weights(census: Census) -> list[tuple[dict[str, Any], AdapterLayer, Any]]:
-    """Return the parameters that a reversible merge exchanged; see `ModelState.merged_weights`."""
+def exchanged_weights(census: Census) -> list[ExchangedWeight]:
+    """Return the parameters that a reversible merge exchanged."""
     merged = [site for site in census.adapted if site.layer.original is not None and site.layer.original.place is None]
-    return [(site.owner._parameters, site.layer, site.owner._parameters.get(site.layer.attribute)) for site in merged]
+    return [
+        ExchangedWeight(site.owner._parameters, site.layer, site.owner._parameters.get(site.layer.attribute))
+        for site in merged
+    ]
 
 
 def replaced_problems(state: ModelState) -> list[str]:
     """Return a message if a model has the original values, as `state_dict` does, in place of merged weights."""
     lost = [
         next(iter(layer.adapters.values())).fqn
-        for parameters, layer, merged in state.merged_weights
+        for parameters, layer, merged in state.exchanged
         if (weight := parameters.get(layer.attribute)) is not merged and _is_original(layer, weight)
     ]
     problem = (
