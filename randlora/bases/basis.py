@@ -145,9 +145,11 @@ class Basis:
         float32 or wider, and includes the scale of a ternary B, so that the signs in B are exact in any dtype.
         """
         if torch.compiler.is_compiling():
-            rows, columns = part = sides or Sides(all_of(max_dim), all_of(min_dim))
-            use = max_dim, min_dim, device, dtype, rows, columns, is_exporting()
-            basis_A, basis_B = (getattr(self, self._constant(at, use, self.identity))() for at in (0, 1))
+            part = sides or Sides(all_of(max_dim), all_of(min_dim))
+            use = max_dim, min_dim, device, dtype, *part, is_exporting()
+            # the compiler runs `_constant` and what it names while it traces, and keeps their results as constants
+            name_of_A, name_of_B = (self._constant(index, use, self.identity) for index in (0, 1))
+            basis_A, basis_B = getattr(self, name_of_A)(), getattr(self, name_of_B)()
             return self._form.paired(self.spec, basis_A, basis_B, count_bases(min_dim, self.spec.r), part)
         pair = self._pairs.get((max_dim, min_dim, device, dtype, sides))
         return self._made(max_dim, min_dim, device, dtype, sides) if pair is None else pair
@@ -194,9 +196,11 @@ class Basis:
                 constant = _aside(partial(constant.clone, memory_format=torch.contiguous_format))
             else:
                 constant = nn.Parameter(constant, requires_grad=False)
-            scope: dict[str, Any] = {"constant": constant}
-            exec(f"def {name}():\n    return constant", scope)  # noqa: S102  # a name that is known only now
-            self.__dict__[name] = constant_to_the_compiler(scope[name])
+            # a `def` of its own, because two tensors under one function's name would be one constant; it returns what
+            # its globals have as `constant`, and nothing of a caller's is in the code but the digits of the name
+            function_globals: dict[str, Any] = {"constant": constant}
+            exec(f"def {name}():\n    return constant", function_globals)  # noqa: S102
+            self.__dict__[name] = constant_to_the_compiler(function_globals[name])
         return name
 
     def _made(self, max_dim: int, min_dim: int, device: torch.device, dtype: torch.dtype, sides: Sides | None) -> Pair:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,55 +23,57 @@ def delta_weight(pair: Pair, diagonals: Diagonals, *, is_wide: bool) -> Tensor:
     Stacks of Λ and Γ give a stack. ``is_wide`` says whether the input of the whole weight has ``min_dim`` features.
     Only Λ, Γ and a reference to the bases are saved for backward.
     """
-    return _computed(None, diagonals, pair, is_wide=is_wide)
+    return _update(None, diagonals, pair, is_wide=is_wide)
 
 
-def _computed(ids: Tensor | None, diagonals: Diagonals, pair: Pair, *, is_wide: bool) -> Tensor:
+def _update(ids: Tensor | None, diagonals: Diagonals, pair: Pair, *, is_wide: bool) -> Tensor:
     """Compute an update, or rows of it with these indices, which backward computes again."""
     lam, gamma, _ = diagonals
     if torch.is_grad_enabled() and (lam.requires_grad or gamma.requires_grad) and not is_transformed():
-        computed: Tensor = _Update.apply(*diagonals, ids, pair, is_wide)  # type: ignore[no-untyped-call]
-        return computed
-    return _update(*diagonals, ids, pair, is_wide)
+        update: Tensor = _FormUpdate.apply(*diagonals, ids, pair, is_wide)  # type: ignore[no-untyped-call]
+        return update
+    return _form_update(*diagonals, ids, pair, is_wide)
 
 
-def _update(lam: Tensor, gamma: Tensor, scaling: float, ids: Tensor | None, pair: Pair, is_wide: bool) -> Tensor:  # noqa: FBT001
+def _form_update(lam: Tensor, gamma: Tensor, scaling: float, ids: Tensor | None, pair: Pair, is_wide: bool) -> Tensor:  # noqa: FBT001
     """Compute one update after the other: a batch of them would need as many times the memory in between."""
     if ids is not None:
-        return _of(lam, gamma, scaling, pair, is_wide).rows(ids)
+        return _update_alone(lam, gamma, scaling, pair, is_wide).rows(ids)
     if lam.dim() == 2:
-        return _of(lam, gamma, scaling, pair, is_wide).total()
+        return _update_alone(lam, gamma, scaling, pair, is_wide).total()
     if is_transformed():  # one set of operators, however many matrices there are
-        total: Tensor = torch.vmap(lambda lam, gamma: _of(lam, gamma, scaling, pair, is_wide).total())(lam, gamma)
-        return total
-    return torch.stack([_of(*each, scaling, pair, is_wide).total() for each in zip(lam, gamma, strict=True)])
+        total = torch.vmap(lambda lam, gamma: _update_alone(lam, gamma, scaling, pair, is_wide).total())
+        return cast("Tensor", total(lam, gamma))
+    return torch.stack([_update_alone(*each, scaling, pair, is_wide).total() for each in zip(lam, gamma, strict=True)])
 
 
-def _of(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, is_wide: bool) -> Adapted:  # noqa: FBT001
+def _update_alone(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, is_wide: bool) -> Adapted:  # noqa: FBT001
     return adapted(None, pair, lam, gamma, scaling, is_wide=is_wide)
 
 
-class _Update(torch.autograd.Function):
-    """`_update`. Plain autograd would keep rows of UB, and ``UA`` with its factors, ``2·min_dim²`` numbers a matrix."""
+class _FormUpdate(torch.autograd.Function):
+    """`_form_update`. Plain autograd would keep rows of UB, and ``2·min_dim²`` numbers a matrix for UA."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         lam, gamma, scaling, ids, pair, is_wide = inputs
-        ctx.rest = scaling, pair, is_wide
+        ctx.constants = scaling, pair, is_wide
         ctx.save_for_backward(lam, gamma, ids)
-        return _update(*inputs)
+        return _form_update(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lam, gamma, ids = ctx.saved_tensors
         with without_autocast(grad.device.type):  # it may be on in backward alone
             if ids is not None:
-                grad_lam, grad_gamma = _of(lam, gamma, *ctx.rest).gradients_from_rows(ids, grad)
+                grad_lam, grad_gamma = _update_alone(lam, gamma, *ctx.constants).gradients_from_rows(ids, grad)
             elif lam.dim() == 2:
-                grad_lam, grad_gamma = _of(lam, gamma, *ctx.rest).gradients_from_update(grad)
+                grad_lam, grad_gamma = _update_alone(lam, gamma, *ctx.constants).gradients_from_update(grad)
             else:
                 stacks = zip(lam, gamma, grad, strict=True)
-                of_matrices = [_of(*own, *ctx.rest).gradients_from_update(upstream) for *own, upstream in stacks]
+                of_matrices = [
+                    _update_alone(*own, *ctx.constants).gradients_from_update(upstream) for *own, upstream in stacks
+                ]
                 grad_lam, grad_gamma = (torch.stack(grads) for grads in zip(*of_matrices, strict=True))
             return in_dtype(grad_lam, lam.dtype), in_dtype(grad_gamma, gamma.dtype), None, None, None, None
 
@@ -111,9 +113,9 @@ def update_rows(ids: Tensor, pair: Pair, diagonals: Diagonals, *, num_rows: int,
         rows = adapted_linear(chosen, pair, diagonals, is_wide=True)
     elif device == "cpu" and not is_transformed():
         different, places = flat.unique(return_inverse=True)
-        rows = F.embedding(places, _computed(different, diagonals, pair, is_wide=True))
+        rows = F.embedding(places, _update(different, diagonals, pair, is_wide=True))
     else:  # elsewhere the program would wait for the number of different indices
-        rows = _computed(flat, diagonals, pair, is_wide=True)
+        rows = _update(flat, diagonals, pair, is_wide=True)
     return rows.view(*ids.shape, rows.shape[1])
 
 

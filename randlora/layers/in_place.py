@@ -253,51 +253,53 @@ def set_casts(owner: nn.Module, casts: dict[str, torch.dtype]) -> None:
 def attach(owner: nn.Module, layer: AdapterLayer) -> None:
     """Attach an adapter layer, which has no adapters yet, to a module, and to others that have the same weight."""
     for each in layer.owners(owner):  # a holder of its own each: torch's functional_call restores no shared module
-        held: dict[str, nn.Module] = {name: kind(layer) for kind, name in zip(layer.holders, layer.names, strict=True)}
-        for diagonal in held.values():
+        diagonals: dict[str, nn.Module] = {
+            name: kind(layer) for kind, name in zip(layer.holders, layer.names, strict=True)
+        }
+        for diagonal in diagonals.values():
             diagonal.training = owner.training
             # torch's fused transformer layers read weights without calling their modules, unless a module has a hook
             diagonal.register_forward_pre_hook(_decline_fast_paths)
         each.__dict__["randlora"] = {**adapter_layers_of(each), layer.attribute: layer}
-        each._modules.update(held)
+        each._modules.update(diagonals)
         base = plain_class(each)
         change_class(each, base)
         layer.settle(each)
-        held_as = next((name for name in FORWARDS if name in each.__dict__), None)
-        if held_as is None or any(splitter.adopt(each, layer, held_as) for splitter in SPLITTERS):
+        forward_name = next((name for name in FORWARDS if name in each.__dict__), None)
+        if forward_name is None or any(splitter.adopt(each, layer, forward_name) for splitter in SPLITTERS):
             continue
-        inner = each.__dict__[held_as]
+        inner = each.__dict__[forward_name]
         is_base = isinstance(inner, MethodType) and inner.__func__ is base.forward
         if layer.is_called and not is_base:
             layer.own_forward = inner
         if layer.is_called or is_base:
-            del each.__dict__[held_as]
-            if held_as == "_old_forward":  # called by accelerate's wrapper
-                each.__dict__[held_as] = MethodType(type(each).forward, each)
+            del each.__dict__[forward_name]
+            if forward_name == "_old_forward":  # called by accelerate's wrapper
+                each.__dict__[forward_name] = MethodType(type(each).forward, each)
 
 
 def detach(owner: nn.Module, layer: AdapterLayer) -> None:
     """Remove an adapter layer with Λ and Γ from its modules; removing the last one restores the original class."""
     for each in layer.owners(owner):
-        base, held = plain_class(each), vars(each)
+        base, attributes = plain_class(each), vars(each)
         layers = {attribute: other for attribute, other in adapter_layers_of(each).items() if other is not layer}
         for name in layer.names:
             del each._modules[name]
         layer.unsettle(each)
-        held["randlora"] = layers
+        attributes["randlora"] = layers
         if not layers:
-            del held["randlora"]
+            del attributes["randlora"]
         change_class(each, base)
         own_forward = MethodType(type(each).forward, each) if layer.own_forward is None else layer.own_forward
         is_shared = any(other.adopted == layer.adopted for other in layers.values())
         for name in FORWARDS:  # accelerate's hooks may have been added or removed since
-            bound = held.get(name)
+            bound = attributes.get(name)
             if layer.adopted is not None and bound is layer.adopted[1] and not is_shared:
-                held[name] = layer.adopted[0]
+                attributes[name] = layer.adopted[0]
             if isinstance(bound, MethodType) and bound.__func__ is Adapted.forward:
-                held[name] = own_forward
-        if layer.own_forward is not None and not any(name in held for name in FORWARDS):
-            held["forward"] = own_forward
+                attributes[name] = own_forward
+        if layer.own_forward is not None and not any(name in attributes for name in FORWARDS):
+            attributes["forward"] = own_forward
 
 
 def add_adapter(
@@ -308,11 +310,11 @@ def add_adapter(
     if adapter_layers_of(owner).get(layer.attribute) is not layer:
         attach(owner, layer)
     fixed = layer.names[1:] if site_adapter.adapter.config.train == "lambda" else ()
-    for held_as, value in zip(layer.names, values, strict=True):
-        parameter = nn.Parameter(value, requires_grad=trainable and held_as not in fixed)
+    for diagonal_name, value in zip(layer.names, values, strict=True):
+        parameter = nn.Parameter(value, requires_grad=trainable and diagonal_name not in fixed)
         for each in layer.owners(owner):
-            held: Any = each._modules[held_as]
-            held[name] = parameter
+            diagonal: Any = each._modules[diagonal_name]
+            diagonal[name] = parameter
     layer.adapters[name] = site_adapter
     layer.seat(owner)
 
@@ -320,9 +322,9 @@ def add_adapter(
 def drop_adapter(owner: nn.Module, layer: AdapterLayer, name: str) -> None:
     """Remove one adapter from a weight, and the adapter layer with the last adapter."""
     for each in layer.owners(owner):
-        for held_as in layer.names:
-            held: Any = each._modules[held_as]
-            del held[name]
+        for diagonal_name in layer.names:
+            diagonal: Any = each._modules[diagonal_name]
+            del diagonal[name]
     del layer.adapters[name]
     layer.seat(owner)
     if not layer.adapters:

@@ -87,12 +87,16 @@ def register_parameter(where: Callable[[nn.Module, Tensor], bool]) -> Callable[[
     return register
 
 
+Verdict = Literal["only where read", "untrained", "never"]
+"""Of an adapter of a weight that other code reads: right only where it is read, not trained, or never right."""
+
+
 class Reading(NamedTuple):
     """A module whose weight is read or changed, or is not used, by a module around it."""
 
     child: nn.Module
     why: str  # an adapter that acts in calls of the child would be wrong, as a phrase after its name
-    effect: Literal["read", "untrained", "none"]  # it must act on what is read, or would be so, or none is right
+    verdict: Verdict
 
 
 FINDERS: list[Callable[[nn.Module], Iterable[Reading]]] = []

@@ -252,7 +252,7 @@ class Splitter:
         """Return why a split weight cannot be adapted, as a phrase after its name, or ``None``."""
         return None
 
-    def adopt(self, owner: nn.Module, layer: Any, held_as: str) -> bool:  # noqa: ARG002
+    def adopt(self, owner: nn.Module, layer: Any, forward_name: str) -> bool:  # noqa: ARG002
         """Have an adapter layer computed within a forward that was set on its owner, if this splitter set it."""
         return False
 

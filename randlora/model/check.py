@@ -52,6 +52,12 @@ DEPTH = 8
 ROUNDING, LEAST_DIGITS = 64, 0.04
 """An output counts as exact within this many roundings of its norm; in half precision, within this share."""
 
+NOISE_FACTOR = 4
+"""An effect on the output must exceed the distance between two equal runs this many times, or it may be noise."""
+
+ROUNDING_FACTOR = 10
+"""Likewise, merged and adapted outputs must differ this many times as much as two ways of computing an update do."""
+
 HALVES = torch.float16, torch.bfloat16
 
 Output = dict[str, Tensor]
@@ -192,7 +198,7 @@ class _Findings:
         self._trial, self._base = trial, trial.run(())
         if not self._base:
             raise AdapterError("cannot check: the forward returns no dense floating tensor, such as logits, to compare")
-        self._jitter = {path: 4 * far for path, far in _distances(self._base, trial.run(())).items()}
+        self._jitter = {path: NOISE_FACTOR * far for path, far in _distances(self._base, trial.run(())).items()}
         self._floors = {
             path: max(
                 self._jitter.get(path, 0.0),
@@ -240,7 +246,7 @@ class _Findings:
         if not far:
             return False
         rounding = _distances(run(on, compute="factored"), run(on, compute="materialized"))
-        sure = [path for path in far if far[path] > max(10 * rounding.get(path, 0.0), self._floors[path])]
+        sure = [path for path in far if far[path] > max(ROUNDING_FACTOR * rounding.get(path, 0.0), self._floors[path])]
         self._shares |= dict.fromkeys(on, max((far[path] / effect[path] for path in sure), default=0.0))
         self.unclear |= set(() if sure else on)
         return bool(sure)

@@ -199,7 +199,7 @@ def memory_of(
     block = _block_of(census)
     own, trained = _parts_of(plan, setup, stored, block)
     trained_size = sum(part.held(setup) for part in trained)
-    activations, logits, backward = _passing(plan, setup.tokens, dtype, block)
+    activations, logits, backward = _activation_bytes(plan, setup.tokens, dtype, block)
     kept = activations.total()
     if setup.checkpointing:
         widths = {part.block: part.shape[-1] for part in reversed(own) if part.block and part.shape}
@@ -294,7 +294,9 @@ def _bases(plan: Plan, dtype: torch.dtype) -> int:
     return total
 
 
-def _passing(plan: Plan, tokens: int, dtype: torch.dtype, block: Callable[[str], str]) -> tuple[Counter[str], int, int]:
+def _activation_bytes(
+    plan: Plan, tokens: int, dtype: torch.dtype, block: Callable[[str], str]
+) -> tuple[Counter[str], int, int]:
     """Return the bytes kept from forward to backward, by block, those of the logits, and the most in backward.
 
     This assumes the usual: each layer's output is kept by the next operation, the last layer of a module keeps its

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
+from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -182,19 +183,20 @@ def all_or_nothing(
     replaced, adapters = [*state.replaced.values(), *replaced], state.adapters.values()
     sites = [*sites, *census.adapted]
     owners = {id(site.owner): site.owner for site in sites}
-    diagonals = [part for owner in owners.values() for part in owner._modules.values()]
+    inside = [child for owner in owners.values() for child in owner._modules.values()]
     parameters = [held.tensor for held in census.parameters]
-    objects: list[object] = [
-        *(*census.modules, *diagonals, *parameters, *replaced),
-        *(
-            part._parameters
-            for part in diagonals
-            if isinstance(part, Diagonal) and isinstance(part._parameters, Values)
-        ),
-        *(state, state.activation, state.bank, *state.bank, *adapters),
-        *(each for site in sites for each in site.layer_class.beside(site.owner)),
-        *(site.layer for site in census.adapted),
-    ]
+    objects = chain[object](
+        census.modules,
+        inside,
+        (each._parameters for each in inside if isinstance(each, Diagonal) and isinstance(each._parameters, Values)),
+        parameters,
+        replaced,
+        (state, state.activation, state.bank),
+        state.bank,
+        adapters,
+        chain.from_iterable(site.layer_class.beside(site.owner) for site in sites),
+        (site.layer for site in census.adapted),
+    )
     tensors: list[Tensor] = [own for owner in owners.values() for own in owner._parameters.values() if own is not None]
     tensors += [copy for adapter in adapters for copy in adapter.trained.values()]
     tensors += [each for entry in replaced for each in (entry.original, entry.installed)]

@@ -13,7 +13,7 @@ from torch import nn
 
 from randlora.errors import AdapterError
 from randlora.layers.in_place import adapter_layers_of, plain_class
-from randlora.layers.registry import FINDERS, Reading, qualified_names
+from randlora.layers.registry import FINDERS, Reading, Verdict, qualified_names
 from randlora.model.install import CHECKS
 
 NO_EFFECT = "so an adapter would have no effect"
@@ -155,7 +155,7 @@ def _readings_in(owner: nn.Module) -> list[Reading]:
     for kind in filter(PARENTS.__contains__, kinds):
         found += _readings_by(owner, PARENTS[kind])
     if any(name in owner._modules for name in JOINED):
-        found += [Reading(child, f"{reason}, {NO_EFFECT}", "none") for child, reason in _left_by_joining(owner)]
+        found += [Reading(child, f"{reason}, {NO_EFFECT}", "never") for child, reason in _left_by_joining(owner)]
     return found
 
 
@@ -168,9 +168,9 @@ def _readings_by(owner: nn.Module, readings: Iterable[Parent]) -> Iterator[Readi
         if reading.where(owner):
             when = f"is not called {reading.when}" if reading.when else "is never called"
             reason = reading.problem.format(name) or f"{when}, because {name} reads its weight, {NO_EFFECT}"
-            effect: Literal["none", "read"] = "none" if reading.problem else "read"
+            verdict: Verdict = "never" if reading.problem else "only where read"
             found = (_child(owner, child) for child in reading.children)
-            yield from (Reading(child, reason, effect) for child in found if child is not None)
+            yield from (Reading(child, reason, verdict) for child in found if child is not None)
 
 
 def _child(owner: nn.Module, path: str) -> nn.Module | None:

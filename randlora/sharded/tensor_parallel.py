@@ -242,10 +242,10 @@ class Plans(Splitter):
             "adapter cannot sum their gradients: set ep_size to tp_size, or exclude it"
         )
 
-    def adopt(self, owner: Any, layer: AdapterLayer, held_as: str) -> bool:
+    def adopt(self, owner: Any, layer: AdapterLayer, forward_name: str) -> bool:
         """Have an adapter layer computed within the forward that a plan set on its owner; ``False`` without a plan."""
         others = [other.adopted for other in owner.randlora.values() if other.adopted is not None]
-        inner, around = others[0] if others else (owner.__dict__[held_as], None)
+        inner, around = others[0] if others else (owner.__dict__[forward_name], None)
         plan, weight = plan_of(inner), layer.find_weight(owner)
         if plan is None or not is_dtensor(weight):
             return False
@@ -253,17 +253,17 @@ class Plans(Splitter):
             layer.piece = LocalPiece.of(weight, layer.region_here(weight))
         if around is None:
             adds = layer.is_called and layer.adds_to_output(owner)
-            within = _within(owner, layer, plan, held_as) if adds else inner
+            within = _within(owner, layer, plan, forward_name) if adds else inner
             around = _around(owner, within)
         layer.adopted = inner, around
-        owner.__dict__[held_as] = around
+        owner.__dict__[forward_name] = around
         return True
 
 
 SPLITTERS.extend([Meshes(), Plans()])
 
 
-def _within(owner: Any, layer: AdapterLayer, plan: SplitPlan, held_as: str) -> Callable[..., Any]:
+def _within(owner: Any, layer: AdapterLayer, plan: SplitPlan, forward_name: str) -> Callable[..., Any]:
     """Return the forward of a plan with the layer's own and its adapters in it."""
 
     def forward(x: Any) -> Any:
@@ -277,7 +277,7 @@ def _within(owner: Any, layer: AdapterLayer, plan: SplitPlan, held_as: str) -> C
             output = output + local_product(update, own, piece.region, layer.state.compute)
         return output
 
-    del owner.__dict__[held_as]
+    del owner.__dict__[forward_name]
     owner.__dict__["forward"] = forward
     plan.style.install_forward(owner, plan.mesh)
     made: Callable[..., Any] = owner.__dict__.pop("forward")

@@ -18,7 +18,7 @@ from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import InPlace, adapter_layers_of
-from randlora.layers.registry import Kinds, find_kinds, find_layer, readings_in
+from randlora.layers.registry import Kinds, Verdict, find_kinds, find_layer, readings_in
 from randlora.places import Place, identities
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
@@ -225,7 +225,7 @@ class Census:
     @cached_property
     def uncalled(self) -> dict[Key, str]:
         """Why adapters of layers would be wrong because a module uses the weight differently, by `Site.key`."""
-        sites, read = self.sites_by_key, self._readings["read"]
+        sites, read = self.sites_by_key, self._readings["only where read"]
         return {
             key: why
             for key, why in self.read.items()
@@ -240,16 +240,17 @@ class Census:
     @cached_property
     def read(self) -> dict[Key, str]:
         """The weights that a module around the layer reads or changes, by `Site.key`."""
-        return self._readings["read"] | self._readings["none"]
+        return self._readings["only where read"] | self._readings["never"]
 
     @cached_property
-    def _readings(self) -> dict[str, dict[Key, str]]:
-        """What `Reading.why` says, by effect and `Site.key`. If one reader is a problem, all are."""
-        found: dict[str, dict[Key, str]] = {"read": {}, "untrained": {}, "none": {}}
+    def _readings(self) -> dict[Verdict, dict[Key, str]]:
+        """What `Reading.why` says, by verdict and `Site.key`. If one reader is a problem, all are."""
+        found: dict[Verdict, dict[Key, str]] = {"only where read": {}, "untrained": {}, "never": {}}
         for module in self.modules:
-            for child, why, effect in readings_in(module):
-                found[effect][id(child), WEIGHT] = why
-        found["read"] = {key: why for key, why in found["read"].items() if key not in found["none"]}
+            for child, why, verdict in readings_in(module):
+                found[verdict][id(child), WEIGHT] = why
+        where_read = found["only where read"].items()
+        found["only where read"] = {key: why for key, why in where_read if key not in found["never"]}
         return found
 
     @cached_property
@@ -303,7 +304,7 @@ class Census:
             called, readers = self.kinds[id(module)]
             if isinstance(called, type):
                 key = id(module), WEIGHT
-                is_read = key in self._readings["read"] if key in self.read else id(module) in self._heads
+                is_read = key in self._readings["only where read"] if key in self.read else id(module) in self._heads
                 readers = (called.as_read if is_read and called.as_read is not None else called, *readers)
             for kind in readers:
                 name = kind.site_fqn(fqn)
