@@ -62,15 +62,6 @@ class ModelClass:
         problem_type = getattr(config, "problem_type", None)
         return cls(library, kind.__name__, _labels(config), problem_type if isinstance(problem_type, str) else None)
 
-    @property
-    def config_fields(self) -> dict[str, Any]:
-        """The fields that a config of transformers has for a model with these labels."""
-        fields: dict[str, Any] = {} if self.problem_type is None else {"problem_type": self.problem_type}
-        if self.labels is None:
-            return fields
-        label2id = {label: index for index, label in enumerate(self.labels)}
-        return {**fields, "id2label": dict(enumerate(self.labels)), "label2id": label2id}
-
 
 def _labels(config: object) -> tuple[str, ...] | None:
     found = getattr(config, "id2label", None)

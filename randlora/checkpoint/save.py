@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from randlora.checkpoint.contents import AdapterToSave, StoredAs, given_values, to_save
 from randlora.checkpoint.fit import untied_by_peft
-from randlora.checkpoint.header import Header, facts_of, seal_of
 from randlora.checkpoint.load import IN_ROOT
 from randlora.checkpoint.peft_layout import BASE_FIELD, CONFIG_FILE, TENSORS_FILE, repo_of
 from randlora.config import described
-from randlora.disk.formats import METADATA, Planned, TensorFile, write_tensor_file
+from randlora.disk.formats import TensorFile
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import Files, staged_files
 from randlora.errors import CheckpointError, raise_collected
@@ -299,19 +298,6 @@ def _left_out(census: Census, state: ModelState) -> list[str]:
     if not left:
         return []
     return [f"{shortened(left)} requires grad and belongs to no adapter, so it is not in the files: see train_also"]
-
-
-def adapter_files(
-    directory: Path,
-    fields: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    header: Header | None,
-) -> Files:
-    """Return an adapter's files, to be written. Tensors must be contiguous and on the CPU."""
-    planned = [Planned.whole(*item) for item in tensors.items()]
-    metadata = METADATA if header is None else seal_of(facts_of(header), tensors).metadata
-    write = partial(write_tensor_file, tensors=planned, metadata=metadata)
-    return files_of(directory, {TENSORS_FILE: write}, fields, has_header=header is not None)
 
 
 def files_of(

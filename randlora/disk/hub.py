@@ -38,23 +38,6 @@ def require_hub(repo_id: str) -> ModuleType:
     return huggingface_hub
 
 
-@contextmanager
-def offline() -> Iterator[None]:
-    """Within the block, keep all threads from contacting the Hub, if huggingface_hub is installed."""
-    try:
-        from huggingface_hub import constants  # noqa: PLC0415  (optional)
-    except ImportError:
-        yield
-        return
-    flags = vars(constants)
-    before = flags["HF_HUB_OFFLINE"]
-    flags["HF_HUB_OFFLINE"] = True
-    try:
-        yield
-    finally:
-        flags["HF_HUB_OFFLINE"] = before
-
-
 def local_path(
     source: str | os.PathLike[str], revision: str | None, files: Sequence[str], *, are_patterns: bool = False
 ) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor
 from randlora.bases.basis import BasisBank
 from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.header import ModelClass
-from randlora.checkpoint.read import AdapterFile, locate, named_base, read_adapter
+from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Factor, Source, Sources, Stream
 from randlora.disk.formats import Entry, Planned, is_there, read_pieces, read_tensor, write_tensor_file
 from randlora.disk.hub import is_on_hub, local_path
@@ -36,6 +36,7 @@ from randlora.files.model_directory import (
     find_companions,
     write_json,
 )
+from randlora.files.transformers_model import named_base
 from randlora.hints import require_types
 from randlora.layers.base import AdapterLayer
 from randlora.layers.rows import RowsAdapter

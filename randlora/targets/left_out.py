@@ -130,33 +130,24 @@ def tied_names(census: Census, sites: Iterable[Site]) -> dict[Key, list[str]]:
         own = Held(site.fqn, site.owner, site.layer_class.attribute, weight)
         found = [held for identity in identities(*own[1:]) for held in census.by_identity.get(identity, [])]
         if weight.is_meta:
-            found += [held for held in by_group.get((id(own.module), own.attribute), []) if _are_tied(own, held)]
+            found += [held for held in by_group.get((id(own.module), own.attribute), []) if are_tied(own, held)]
         if others := [held.fqn for held in found if held.module is not site.owner]:
             tied[site.key] = [*dict.fromkeys(others)]
     return tied
-
-
-def tied_away(census: Census) -> set[str]:
-    """Return the names of parameters that transformers ties to others and that are still tied; files may lack them."""
-    by_fqn = {held.fqn: held for held in census.parameters}
-    pairs = [(source, name) for source, *names in _named_groups(census) for name in names]
-    return {
-        name for source, name in pairs if {source, name} <= by_fqn.keys() and _are_tied(by_fqn[source], by_fqn[name])
-    }
 
 
 def _by_group(census: Census) -> dict[tuple[int, str], list[Held]]:
     """Return the parameters that transformers ties to each one, by the identity of its module and its attribute."""
     by_fqn = {held.fqn: held for held in census.parameters}
     found: dict[tuple[int, str], list[Held]] = {}
-    for names in _named_groups(census):
+    for names in named_groups(census):
         group = [by_fqn[name] for name in names if name in by_fqn]
         for held in group:
             found.setdefault((id(held.module), held.attribute), []).extend(group)
     return found
 
 
-def _named_groups(census: Census) -> list[list[str]]:
+def named_groups(census: Census) -> list[list[str]]:
     """Return groups of names of parameters that transformers ties, if they are not untied since; sources come first."""
     groups: dict[str, list[str]] = {}
     for prefix, module in census.prefixed:
@@ -166,7 +157,7 @@ def _named_groups(census: Census) -> list[list[str]]:
     return [*groups.values()]
 
 
-def _are_tied(one: Held, other: Held) -> bool:
+def are_tied(one: Held, other: Held) -> bool:
     """Whether two parameters are one, or were when accelerate offloaded them, each to its own file."""
     if not {*identities(*one[1:])}.isdisjoint(identities(*other[1:])):
         return True
