@@ -14,7 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, Self, TypeVar, get_type_hints
 
 from randlora.errors import ConfigError, OptionError, named, raise_collected, spelled, typed
@@ -32,11 +31,6 @@ Train = Literal["both", "lambda"]
 
 Strategy = Literal["ddp", "fsdp2"]
 
-Format = Literal["peft", "native", "lora"]
-Layout = Literal["peft", "diffusers"]
-Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]
-"""Attributes of diffusers' pipelines."""
-
 Names = str | Sequence[str]
 """A regex for whole names, or names and suffixes of names."""
 Pattern = Names | Callable[[str, Any], bool]
@@ -46,9 +40,6 @@ TableRows = Mapping[str, Sequence[int]]
 
 Source = str | os.PathLike[str]
 """A path, or a repository on the Hub."""
-Sources = Source | Sequence[Source] | Mapping[str, float] | Mapping[Path, float]
-"""One or several, or their factors."""
-
 Check = Callable[[Any], str]
 """Returns the requirement that a value of the right type does not meet, or an empty string."""
 

@@ -167,7 +167,9 @@ class Basis:
         def squared() -> tuple[Tensor, Tensor]:
             basis_A, basis_B = self.matrices()
             of_A = basis_A.to_dense(device="cpu", dtype=torch.float64)[:, :min_dim].square()
-            of_B = basis_B.column_squares(max_dim)[: r * num_bases].view(r, num_bases)
+            chunks = basis_B.dense_chunks(max_dim)
+            norms = torch.stack([torch.linalg.vector_norm(chunk, dim=0, dtype=torch.float64) for chunk in chunks])
+            of_B = norms.square().sum(0)[: r * num_bases].view(r, num_bases)
             return of_A.to(device, dtype), of_B.to(device, dtype)
 
         use = max_dim, min_dim, device, dtype

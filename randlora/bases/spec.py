@@ -209,15 +209,6 @@ class CompactMatrix:
             part = replace(self, values=self.values[start : min(start + step, rows)])
             yield part.to_dense(device="cpu", dtype=torch.float32)
 
-    def column_squares(self, rows: int) -> Tensor:
-        """Return the sums of the squares of the columns of the first rows, in float64 on the CPU."""
-        sums = torch.zeros(self.columns, dtype=torch.float64, device="cpu")
-        for block in range(self.stride):
-            own = sums[block :: self.stride]
-            for chunk in self.values[block : rows : self.stride, : len(own)].split(CHUNK_ROWS):
-                own += torch.linalg.vector_norm(chunk.to(torch.float32), dim=0, dtype=torch.float64).square()
-        return sums * self.scale**2
-
     @classmethod
     def from_dense(cls, matrix: Tensor) -> CompactMatrix:
         """Build a compact matrix from a dense one, ``(rows, columns)``, in the smallest dtype that is lossless."""

@@ -273,7 +273,7 @@ def _push(root: Path, directories: Sequence[Path], hub: str) -> str:
         files += [(within / name).as_posix() for name in (CONFIG_FILE, TENSORS_FILE)]
         cards = generated if is_generated(directory / CARD_FILE) else files
         cards.append((within / CARD_FILE).as_posix())
-    return upload(root, hub, files, generated, is_generated, message="Upload a RandLoRA adapter")
+    return upload(root, hub, files, generated, is_generated)
 
 
 def _save_only(model: nn.Module, directory: Path, values: Mapping[str, Tensor] | None) -> SaveReport:

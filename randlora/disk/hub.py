@@ -83,8 +83,6 @@ def upload(
     files: Sequence[str],
     generated: Sequence[str],
     may_replace: Callable[[Path], bool],
-    *,
-    message: str,
 ) -> str:
     """Upload files to a repository, and ``generated`` ones where they ``may_replace`` those there; return its URL."""
     library, allowed = require_hub(repo_id), [*files]
@@ -97,7 +95,8 @@ def upload(
             except library.errors.EntryNotFoundError:
                 is_allowed = True
             allowed += [name] * is_allowed
-        api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=allowed, commit_message=message)
+        what = {"allow_patterns": allowed, "commit_message": "Upload a RandLoRA adapter"}
+        api.upload_folder(repo_id=repo_id, folder_path=directory, **what)
     return str(url)
 
 

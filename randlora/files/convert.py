@@ -31,13 +31,16 @@ from randlora.checkpoint.peft_layout import (
 )
 from randlora.checkpoint.read import AdapterFile
 from randlora.checkpoint.save import CARD_FILE, files_of, is_generated
-from randlora.config import Component, Format, Layout, Stream
+from randlora.config import Stream
 from randlora.disk.formats import METADATA, Planned, write_tensor_file
 from randlora.disk.replace import Files, flush, write_files
 from randlora.errors import CheckpointError, ConfigError, named, raise_collected, spelled, typed
 from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
 from randlora.files.layouts import (
     WEIGHTS,
+    Component,
+    Format,
+    Layout,
     LoraLayer,
     diffusers_files,
     layout_problems,
@@ -45,8 +48,9 @@ from randlora.files.layouts import (
     peft_files,
     recognized,
 )
+from randlora.files.model_directory import Progress, no_progress
 from randlora.hints import require_types
-from randlora.report import Progress, as_bytes, as_lines, no_progress, table
+from randlora.report import as_bytes, as_lines, table
 from randlora.targets.match import shortened
 from randlora.targets.options import options_by_target
 
