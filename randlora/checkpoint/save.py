@@ -218,7 +218,7 @@ class _Writing:
     def _plan(self, adapter: AdapterToSave, directory: Path) -> Files:
         """Plan the files of one adapter: all but the values in them is known before a value is gathered."""
 
-        def begin(path: Path) -> None:
+        def begin_tensors(path: Path) -> None:
             self.tensors.append(TensorFile(path, adapter.tensors, lambda: adapter.seal.metadata))
 
         def begin_card(path: Path) -> None:
@@ -236,7 +236,7 @@ class _Writing:
             *moved_note(census, state, [own], elsewhere),
             *_results_note(card, self.results),
         ))
-        writers = {TENSORS_FILE: begin} if is_own else {TENSORS_FILE: begin, CARD_FILE: begin_card}
+        writers = {TENSORS_FILE: begin_tensors} if is_own else {TENSORS_FILE: begin_tensors, CARD_FILE: begin_card}
         return files_of(directory, writers, adapter.fields, has_header=True)
 
     def steps(self, being_written: ExitStack) -> Iterator[Callable[[], object]]:

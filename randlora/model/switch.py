@@ -104,8 +104,7 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
         BLOCKS.set(tuple(each for each in BLOCKS.get() if each is not block))
         with CHANGING:
             state.ended.append(block)
-            state.require_loaded(root)  # else the model's own values would be loaded over the copies
-            state.adopt_parameters(root)
+            state.adopt_parameters(root)  # which refuses where the model's own values would be loaded over the copies
 
     try:
         with together(model, writes=True), opened(model, None) as view:
