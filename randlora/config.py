@@ -59,11 +59,6 @@ def between(words: str, least: float, largest: float) -> Check:
     return lambda value: "" if isinstance(value, int | float) and least <= value <= largest else words
 
 
-def positive_pair(pair: tuple[int, int]) -> str:
-    """Check the numbers of blocks."""
-    return "" if min(pair) > 0 else "two positive integers (c, b)"
-
-
 def distinct_rows(rows: Sequence[int]) -> str:
     """Check the numbers of rows of a table."""
     is_right = rows and min(rows) >= 0 and len({*rows}) == len(rows)
@@ -258,7 +253,9 @@ class RandLoRAConfig:
     )
     basis: BasisKind = "dense"
     stream: Stream | None = None
-    blocks: tuple[int, int] | None = _option(None, check=positive_pair)
+    blocks: tuple[int, int] | None = _option(
+        None, check=lambda pair: "" if min(pair) > 0 else "two positive integers (c, b)"
+    )
     seed: int = _option(0, check=between("an integer in [0, 2**64)", 0, 2**64 - 1), peft="projection_prng_key")
     train: Train = _option("both", since=4)
     train_also: Names | None = _option(None, check=names_or_regex, peft="modules_to_save")

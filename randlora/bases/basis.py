@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from randlora.bases.spec import KINDS, BasisSpec, Kind, Matrices, count_bases
 from randlora.errors import ConfigError
-from randlora.functional import Pair
-from randlora.functional.region import Sides, Spans, all_of
+from randlora.functional import BlockPair, DensePair, Pair
+from randlora.functional.region import Sides, Spans, all_of, entries_of
 from randlora.functional.scratch import without_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -145,10 +145,14 @@ class Basis:
         float32 or wider, and includes the scale of a ternary B, so that the signs in B are exact in any dtype.
         """
         if torch.compiler.is_compiling():
-            rows, columns = part = sides or Sides(all_of(max_dim), all_of(min_dim))
+            rows, columns = sides or Sides(all_of(max_dim), all_of(min_dim))
             use = max_dim, min_dim, device, dtype, rows, columns, is_exporting()
             basis_A, basis_B = (getattr(self, self._constant(at, use, self.identity))() for at in (0, 1))
-            return self._form.paired(self.spec, basis_A, basis_B, count_bases(min_dim, self.spec.r), part)
+            if basis_B.dim() == 2:
+                return DensePair(basis_A, basis_B)
+            (c, b), r = self.spec.blocks or (1, 1), self.spec.r
+            sizes = count_bases(min_dim, r), entries_of(rows), entries_of(columns)
+            return BlockPair(basis_A, basis_B, *sizes, (c, b, r // c))
         pair = self._pairs.get((max_dim, min_dim, device, dtype, sides))
         return self._made(max_dim, min_dim, device, dtype, sides) if pair is None else pair
 

@@ -27,7 +27,6 @@ class Kind:
     dtype: torch.dtype  # of the stored values
     expected_rank: Callable[[BasisSpec, int, int], int]  # of the trained update of a layer of a max_dim and a min_dim
     sliced: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]  # of working copies, for a part of num_bases bases
-    paired: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]  # the same from its A and B, for compilers to trace
     peft_flags: tuple[bool, bool] | None  # PEFT's ``(sparse, very_sparse)``; ``None`` if PEFT does not have the kind
     # ``(c, b)`` for a rank and the smaller sides of its layers; ``None`` without blocks
     default_blocks: Callable[[int, Collection[int]], tuple[int, int] | None] = lambda _r, _sides: None
