@@ -28,7 +28,7 @@ from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import Files, staged_files
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types, shortly
-from randlora.model.save_guard import WRITERS
+from randlora.model.instance_methods import WRITERS
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import collective
 from randlora.ranks import agree, on_first_rank, run_collectives

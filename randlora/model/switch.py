@@ -17,7 +17,7 @@ from randlora.hints import is_finite, listed, require_types, shortly
 from randlora.layers.in_place import drop_adapter
 from randlora.model.inject import eject
 from randlora.model.install import ENGINES, require_detachable, shared_slots
-from randlora.model.train_also import watch_conversions
+from randlora.model.instance_methods import watch_conversions
 from randlora.model.view import all_or_nothing, collective, opened, require_own, together
 from randlora.ranks import agree
 from randlora.replaced import whole_shape
