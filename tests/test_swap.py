@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import randlora
-from randlora.checkpoint import AdapterState
+from randlora.checkpoint.contents import AdapterState
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from randlora.places import Whole
 from randlora.state import attached_state

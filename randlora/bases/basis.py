@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.bases.spec import KINDS, BasisSpec, Kind, Matrices, count_bases
+from randlora.bases.spec import KINDS, BasisSpec, Matrices, count_bases
 from randlora.errors import ConfigError
 from randlora.functional import BlockPair, DensePair, Pair
 from randlora.functional.region import Sides, Spans, all_of, entries_of
@@ -215,7 +215,8 @@ class Basis:
                 self._copies[device, dtype] = _aside(lambda: self._write_out(device, dtype))
             copies = self._copies[device, dtype]
         num_bases, part = count_bases(min_dim, self.spec.r), sides or Sides(all_of(max_dim), all_of(min_dim))
-        pair = _aside(lambda: self._form.sliced(self.spec, *copies, num_bases, part))
+        stored_as = KINDS["dense" if self.stored is not None else self.spec.kind]  # what is from a file is dense
+        pair = _aside(lambda: stored_as.sliced(self.spec, *copies, num_bases, part))
         return self._pairs.setdefault((max_dim, min_dim, device, dtype, sides), pair)
 
     def digest(self, max_dim: int, min_dim: int) -> str:
@@ -241,11 +242,6 @@ class Basis:
         if self.stored is not None:
             return sum(matrix.nbytes for matrix in self.stored)
         return self.spec.nbytes(*self.extent)
-
-    @property
-    def _form(self) -> Kind:
-        """The kind that makes pairs of the storage: bases from a file are stored dense."""
-        return KINDS["dense" if self.stored is not None else self.spec.kind]
 
     def _write_out(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A, ``(r, ceil(min_dim / c))``, times both scales, and B, ``(max_dim, r·num_bases/b)``, padded."""
