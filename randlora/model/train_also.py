@@ -238,6 +238,9 @@ def is_changed(state: ModelState, fqn: str, copy: Tensor) -> bool:
     return not torch.equal(own.detach().to(device=copy.device, dtype=copy.dtype), copy.detach())
 
 
+# Rows of tables, such as those of new tokens
+
+
 class Table(NamedTuple):
     """A table of which an adapter trains rows: the sites of the modules that share it, and the rows in order."""
 
