@@ -240,18 +240,21 @@ def left_out(
     tied = tied_names(census, [site for _, site in left if site is not None])
     groups: dict[tuple[int, str], list[tuple[Held, Site | None]]] = {}
     for held, site in left:
-        key = (id(held.module), "weight") if site is None else site.key
-        if key in excluded:
-            why: str | None = EXCLUDED
-        elif site is None:
-            called = census.kinds[id(held.module)].called
-            why = called if isinstance(called, str) else None
-        else:
-            why = obstacle(site) or census.useless.get(key)
-            why = why or ("tied to parameters of other modules: untie it first" if key in tied else None)
         order = len(KINDS) if site is None else KINDS.index(site.layer_class.kind)
-        groups.setdefault((order, why or ""), []).append((held, site))
+        groups.setdefault((order, _why_left(census, held, site, excluded, tied)), []).append((held, site))
     return tuple(_group(census, *key, groups[key]) for key in sorted(groups))
+
+
+def _why_left(census: Census, held: Held, site: Site | None, excluded: Collection[Key], tied: Collection[Key]) -> str:
+    """Return why no ``targets`` could get a matrix adapted; empty if some could, or it has no adapter layer."""
+    key = (id(held.module), "weight") if site is None else site.key
+    if key in excluded:
+        return EXCLUDED
+    if site is None:
+        called = census.kinds[id(held.module)].called
+        return called if isinstance(called, str) else ""
+    is_tied = "tied to parameters of other modules: untie it first" if key in tied else ""
+    return obstacle(site) or census.useless.get(key) or is_tied
 
 
 def _group(census: Census, order: int, why: str, members: Sequence[tuple[Held, Site | None]]) -> LeftOut:
