@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import randlora
-from randlora.checkpoint import AdapterState
+from randlora.checkpoint.contents import AdapterState
 from randlora.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from randlora.places import Whole
 from randlora.state import attached_state
@@ -333,7 +333,7 @@ def test_a_model_in_a_module_is_guarded_and_one_beside_it_is_not(tmp_path: Path,
         with pytest.raises(AdapterError, match="a part of an adapted model that was copied or pickled"):
             part.save_pretrained(tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    monkeypatch.setattr("randlora.model.save_guard.METHODS", ("save_pretrained", 3))  # so that the second guard fails
+    monkeypatch.setattr("randlora.model.instance_methods.METHODS", ("save_pretrained", 3))  # the second guard fails
     outer = outer_model()
     with untouched(outer), pytest.raises(TypeError):
         randlora.inject(outer, r=4, targets=["aside"])

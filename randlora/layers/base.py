@@ -240,15 +240,17 @@ class AdapterLayer(StoredWeight):
 
     def update(self, owner: nn.Module, part: SiteAdapter, factor: float) -> Update:
         """Return one adapter's update of this weight as factors."""
-        modules: dict[str, Any] = owner._modules
-        of_lam, of_gamma = map(modules.__getitem__, self.names)
-        if torch.compiler.is_dynamo_compiling() and part.position is not None:  # without reading a name
-            lam, gamma = of_lam.randlora_at(part.position), of_gamma.randlora_at(part.position)
-            if lam is not None and gamma is not None:  # else they are found by name alone
-                return Update(part.basis, lam, gamma, part.scaling * factor, part.shape)
-        name = part.adapter.name
-        lam, gamma = of_lam.randlora_named(name), of_gamma.randlora_named(name)
+        lam, gamma = self.diagonals_at(owner, part)
         return Update(part.basis, lam, gamma, part.scaling * factor, part.shape)
+
+    def diagonals_at(self, owner: nn.Module, part: Any) -> tuple[nn.Parameter, ...]:
+        """Return what `diagonals_of` does of an adapter, in compiled code by its position, without reading its name."""
+        modules: dict[str, Any] = owner._modules
+        if torch.compiler.is_dynamo_compiling() and part.position is not None:
+            found = tuple(modules[held].randlora_at(part.position) for held in self.names)
+            if all(each is not None for each in found):  # else they are found by name alone
+                return found
+        return tuple(modules[held].randlora_named(part.adapter.name) for held in self.names)
 
     def seat(self, owner: nn.Module) -> None:
         """Rebuild the list of adapters that act here. Call after any change of what is active or merged."""

@@ -18,7 +18,7 @@ from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import InPlace, adapter_layers_of
-from randlora.layers.registry import Kinds, find_kinds, find_layer, readings_in
+from randlora.layers.registry import FINDERS, Kinds, find_kinds, find_layer
 from randlora.places import Place, identities
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
@@ -247,7 +247,7 @@ class Census:
         """What `Reading.why` says, by effect and `Site.key`. If one reader is a problem, all are."""
         found: dict[str, dict[Key, str]] = {"read": {}, "untrained": {}, "none": {}}
         for module in self.modules:
-            for child, why, effect in readings_in(module):
+            for child, why, effect in (reading for find in FINDERS for reading in find(module)):
                 found[effect][id(child), WEIGHT] = why
         found["read"] = {key: why for key, why in found["read"].items() if key not in found["none"]}
         return found

@@ -450,7 +450,7 @@ def test_one_process_writes_and_all_learn_of_errors(order: str, tmp_path: Path) 
             case "shard":
                 fully_shard(model, mesh=mesh["data" if "split" in order else "tensor"])
     (tmp_path / "file").touch()
-    save_module = importlib.import_module("randlora.checkpoint.save")  # the package has a function of this name
+    save_module = importlib.import_module("randlora.checkpoint.save")
     written = mock.Mock(side_effect=save_module.staged_files)
     with mock.patch.object(save_module, "staged_files", written):
         saved = randlora.save(model, tmp_path / "adapter")
