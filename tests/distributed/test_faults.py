@@ -334,8 +334,7 @@ def test_a_torch_that_hides_what_is_sharded_is_missed_loudly() -> None:
     DRAWN.adapt(model)
 
 
-def test_rows_of_a_flattened_model_are_saved_where_they_are_whole() -> None:
-    torch.manual_seed(0)
+def test_a_flattened_model_is_refused_in_all_processes_but_for_what_is_whole(tmp_path: Path) -> None:
     plain = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 6))
     randlora.inject(plain, r=2, train_rows={"0": [3, 5]})
     expected, model = randlora.adapter_state(plain), flattened(plain)
@@ -343,9 +342,6 @@ def test_rows_of_a_flattened_model_are_saved_where_they_are_whole() -> None:
         randlora.adapter_state(model)
     with model.summon_full_params(model):
         assert randlora.adapter_state(model).metadata == expected.metadata
-
-
-def test_a_model_that_is_flattened_is_refused_in_all_processes(tmp_path: Path) -> None:
     model = flattened(Drawn().adapted())
     inner: Any = model.module
     for verb in (randlora.merged_tensors, lambda each: randlora.files.save_merged(each, tmp_path / "out")):
