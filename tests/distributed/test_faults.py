@@ -194,9 +194,9 @@ def test_a_merge_that_is_interrupted_is_undone() -> None:
 
 
 @pytest.mark.parametrize("engine", GATHER)
-def test_an_error_in_one_block_of_merged_does_not_wait_for_others_nor_they_for_it(engine: str) -> None:
+def test_blocks_of_merged_wait_for_no_other_at_their_end_and_none_is_entered_while_one_is_open(engine: str) -> None:
     run = ENGINES[engine].make(DRAWN)
-    model, has_failed = getattr(run, "module", run), False
+    model, has_failed, first = getattr(run, "module", run), False, ExitStack()
     with restored(model):
         with suppress(ZeroDivisionError), randlora.merged(model):
             if dist.get_rank() == 0:
@@ -210,12 +210,6 @@ def test_an_error_in_one_block_of_merged_does_not_wait_for_others_nor_they_for_i
         except ZeroDivisionError:
             has_failed = True
         assert on_all(has_failed) == [False, True], "which it may tell at once"
-
-
-@pytest.mark.parametrize("engine", GATHER)
-def test_a_block_of_merged_that_is_open_in_one_process_alone_is_refused_in_all(engine: str) -> None:
-    run = ENGINES[engine].make(DRAWN)
-    model, first = getattr(run, "module", run), ExitStack()
     with restored(model):
         first.enter_context(randlora.merged(model))
         if dist.get_rank() == 0:
