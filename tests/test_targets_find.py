@@ -408,6 +408,6 @@ def test_a_size_that_no_r_has_or_that_is_given_twice_is_refused() -> None:
 def test_a_layer_that_one_module_reads_and_a_second_one_misuses_is_refused(effects: Any, monkeypatch: Any) -> None:
     model: Any = nn.ModuleDict({"x": nn.Linear(2, 2)})
     readings = [Reading(model["x"], f"is {effect}", effect) for effect in effects]
-    monkeypatch.setattr("randlora.layers.registry.FINDERS", [lambda owner: readings if owner is model else []])
+    monkeypatch.setattr("randlora.targets.census.FINDERS", [lambda owner: readings if owner is model else []])
     with untouched(model), pytest.raises(TargetError, match="is none: exclude it"):
         randlora.inject(model, r=1, targets=["x"])
