@@ -311,8 +311,8 @@ def runnable(family: str, name: str) -> tuple[nn.Module, list[Any], dict[str, An
 def test_in_models_of_libraries_nothing_is_found_but_what_they_do_not_use(family: str) -> None:
     num_run, found = 0, list[str]()
     for name in FAMILIES[family][1]:
-        if (run := runnable(family, name)) is None or not all(map(torch.numel, run[0].parameters())):
-            continue  # MobileBERT has a layer of no entries
+        if (run := runnable(family, name)) is None:
+            continue
         (model, args, kwargs), num_run = run, num_run + 1
         with suppress(TargetError):  # nothing can be adapted
             randlora.inject(model, r=4, targets="all")
