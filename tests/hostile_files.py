@@ -165,6 +165,7 @@ WIDE: dict[str, Any] = {"targets": {"0": [4, LARGE], "2": [5, 4]}}
 BIAS = f"{PREFIX}2.base_layer.bias"
 VALUES = (*((key, float("nan")) for key in (LAMBDA, GAMMA, BIAS, BASIS_A, BASIS_B)), (LAMBDA, 1e999), (GAMMA, -1e999))
 NOT_FINITE_ROWS: Rows = tuple((f"{key} {NOT_FINITE}", multiplied(key, value)) for key, value in VALUES)
+LACKING: tuple[dict[str, Any], ...] = {"format_version": ...}, {"config": ...}, {"basis": ...}, {"basis__seed": ...}
 CONTRADICTING: tuple[dict[str, Any], ...] = (
     *({"basis__r": 4}, {"basis__seed": 4}, {"basis__kind": "sparse"}, {"basis__stream": "portable"}),
     *({"basis__max_dim": 5}, {"basis__min_dim": 3}),
@@ -197,7 +198,7 @@ OURS: Rows = (
     ("it is not an object", header("randlora", "[]")),
     ("has a header under a damaged name", header("sandlora")),
     (NOT_SAME, sealed(digest="0" * 64)),
-    *((DAMAGED, facts(**{fact: ...})) for fact in ("format_version", "config", "basis", "basis__seed")),
+    *((DAMAGED, facts(**lack)) for lack in LACKING),
     (DAMAGED, facts('"sha256"', '"seal"')),
     *((DAMAGED, header("randlora", text)) for text in ("", "null")),
     ("config has no alpha", facts(config__alpha=...)),
