@@ -84,7 +84,7 @@ def header(directory: Path, name: str, text: str | None = None) -> None:
 def unsealed(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
     """Change tensors beside a seal of what they were."""
     held, metadata = stored.read_tensors(directory)
-    stored.write_tensors(directory, held | change(held), metadata)
+    stored.write_tensors(directory, change(held), metadata)
 
 
 @damage
@@ -175,10 +175,12 @@ CONTRADICTING_BY_LAYER: tuple[dict[str, Any], ...] = (
     *({"config__alpha": [["0", 0.5], ["2", 5], ["1", 1]]}, {"config__r": [["0", 2], [".*", 4]]}),
 )
 CHANGES: tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], ...] = (
-    lambda held: {LAMBDA: held[LAMBDA].view(torch.int32)},
-    lambda held: {LAMBDA: held[LAMBDA].flatten()},
-    lambda held: {LAMBDA: held[GAMMA], GAMMA: held[LAMBDA]},
-    lambda _: {f"{PREFIX}4.randlora_lambda": torch.ones(0)},
+    lambda held: held | {LAMBDA: held[LAMBDA].view(torch.int32)},
+    lambda held: held | {LAMBDA: held[LAMBDA].flatten()},
+    lambda held: held | {LAMBDA: held[GAMMA], GAMMA: held[LAMBDA]},
+    lambda held: held | {f"{PREFIX}4.randlora_lambda": torch.ones(0)},
+    lambda held: {key: value for key, value in held.items() if key != LAMBDA},
+    lambda held: {key.replace(".0.", ".4."): value for key, value in held.items()},
 )
 
 OURS: Rows = (
