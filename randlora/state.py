@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from multiprocessing.context import get_spawning_popen
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from randlora.blocks import BLOCKS, Run
 from randlora.config import Factor, Init, LayerOptions, RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected, warn
 from randlora.functional import Compute
+from randlora.functional.scratch import is_in_backward
 from randlora.hints import IN_PLACE, NotTheModel, shortly
 from randlora.places import converted, loaded_modules, place_at, settle
 from randlora.ranks import run_collectives
@@ -109,6 +110,14 @@ class Activation:
     is_current: bool = True  # by which a layer that was outside of the model can tell that there is a newer choice
 
 
+class ExchangedWeight(NamedTuple):
+    """A parameter of a module in place of which there is a merged one."""
+
+    parameters: dict[str, Any]  # of the module
+    layer: Any  # the adapter layer
+    merged: Any  # the merged parameter
+
+
 @dataclass(eq=False)
 class ModelState:
     """The state of one adapted model."""
@@ -122,13 +131,10 @@ class ModelState:
     runs: list[Run] = field(default_factory=list)  # those of these that are a `Run`, each of one thread or task
     around: dict[object, tuple[object, ...]] = field(default_factory=dict)  # of each, the blocks of its thread or task
     ended: list[object] = field(default_factory=list)  # closed blocks whose parameters are not restored yet
-    # While merged: the hooks that refuse what would lose or miss merged weights; for each parameter that was exchanged
-    # for a merged one, the parameters of its owner, its adapter layer, and the merged one; the names and factors of the
-    # merged adapters, which stay active; the options of the merge, and its report.
-    merge_guards: list[RemovableHandle] = field(default_factory=list)
-    merged_weights: list[tuple[dict[str, Any], Any, Any]] = field(default_factory=list)
-    merged: dict[str, Factor] = field(default_factory=dict)
-    merge_options: Any = None
+    merge_guards: list[RemovableHandle] = field(default_factory=list)  # hooks against losing or missing merged weights
+    exchanged: list[ExchangedWeight] = field(default_factory=list)  # by the merge
+    merged: dict[str, Factor] = field(default_factory=dict)  # the merged adapters, which stay active, with factors
+    merge_options: Any = None  # of `randlora.merge`, as given: quantized and dtype
     merge_report: Any = None
     merged_block: list[str] | None = None  # the adapters that the open block of `randlora.merged` merged
     averaging: Any = None  # averages gradients of adapters that an engine does not know: see `randlora.sharded`
@@ -196,8 +202,8 @@ class ModelState:
         if not self.runs:
             return None
         block, last = self._innermost, self.disabled[-1]
-        if block is None and torch._C._current_graph_task_id() != -1 and {*self.disabled} <= {last, *self.around[last]}:
-            block = last  # autograd has threads that compute checkpointed parts again
+        if block is None and is_in_backward() and {*self.disabled} <= {last, *self.around[last]}:
+            block = last  # autograd's threads have no blocks, and all that are open were opened around the last one
         if block is not None:
             return block if isinstance(block, Run) else None
         raise AdapterError(  # a call here could be of its rows

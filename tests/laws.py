@@ -82,7 +82,7 @@ def oracle_of(layer: nn.Module, attribute: str = "weight", name: str = "default"
 def plain(layer: nn.Module) -> nn.Module:
     twin = copy.deepcopy(layer)
     for held in adapter_layers_of(twin).values():
-        held.unfold(twin)
+        held.restore_original(twin)
         detach(twin, held)
     return twin
 

@@ -128,7 +128,7 @@ def test_gradients_are_those_of_finite_differences_once_and_twice(form: str, com
 def test_autocast_does_not_reach_into_the_rows(form: str) -> None:
     made, found = case(form, 40, 8, 4), []
     trained = [value.float().requires_grad_() for value in made.diagonals[:2]]
-    pair: Any = type(made.pair)(made.pair.A.float(), made.pair.B.float(), *made.pair.rest)
+    pair: Any = type(made.pair)(made.pair.A.float(), made.pair.B.float(), *made.pair.other_arguments)
     for enabled in (True, False):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             rows = update_rows(
@@ -530,7 +530,7 @@ def test_layers_take_the_ways_that_were_measured_fastest() -> None:
         pair.written = pair.write_out()
     assert small.max_dim * small.min_dim == SMALL_WEIGHT
     used: list[tuple[Any, Any]] = [(square, 16), (square, 17), (small, 4), (square, 1.0)]
-    is_dense = [isinstance(operation._pair(None, None, pair, tokens, "auto"), DensePair) for pair, tokens in used]
+    is_dense = [isinstance(operation._dense_if_small(pair, tokens, "auto"), DensePair) for pair, tokens in used]
     assert is_dense == [True, False, True, False]
 
 

@@ -405,7 +405,7 @@ def test_each_token_gets_the_oracles_update(
 def test_in_bfloat16_it_is_as_close_as_one_by_one(way: Way) -> None:
     x, counts = torch.randn(6, 16, dtype=torch.float64).bfloat16(), [1, 2, 3]
     made, diagonals, wanted = updates("dense", 24, 16, 8, counts, x)
-    pair = type(made.pair)(made.pair.A.float(), made.pair.B.bfloat16(), *made.pair.rest)
+    pair = type(made.pair)(made.pair.A.float(), made.pair.B.bfloat16(), *made.pair.other_arguments)
     near = one_by_one(x, pair, diagonals, counts, is_wide=True)
     found = stacked_update(x, pair, Stack.of(pair, diagonals), counts, is_wide=True, way=way)
     errors = [(each.double() - wanted).norm() / wanted.norm() for each in (near, found)]

@@ -97,9 +97,15 @@ class AdapterToSave:
         adapter = view.state.adapter(name)
         sites = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
         # a module used in several places may have another name now, if one of them is gone or new
-        parts = {site: site.layer.adapters[adapter.name] for site in sites}
-        rows = {f"{site.fqn}.weight": adapter.rows[part.fqn] for site, part in parts.items() if site.layer.is_rows}
-        options = {site.fqn: part.options for site, part in parts.items() if not site.layer.is_rows}
+        site_adapters = {site: site.layer.adapters[adapter.name] for site in sites}
+        rows = {
+            f"{site.fqn}.weight": adapter.rows[site_adapter.fqn]
+            for site, site_adapter in site_adapters.items()
+            if site.layer.is_rows
+        }
+        options = {
+            site.fqn: site_adapter.options for site, site_adapter in site_adapters.items() if not site.layer.is_rows
+        }
         renamed = replace(adapter, options=options, rows=rows)
         values, problems = _values(view.state, renamed, sites, dtype), _problems(view, adapter, bases)
         return cls(view.census, view.state, renamed, sites, bases, values, problems)
@@ -240,12 +246,13 @@ def _values(
 ) -> dict[str, Value]:
     values = {}
     for site in sites:
-        part = site.layer.adapters[adapter.name]
+        site_adapter = site.layer.adapters[adapter.name]
         if (rows := adapter.rows.get(fqn := f"{site.fqn}.weight")) is not None and site.layer.is_rows:
-            (own,), size = site.layer.diagonals_of(site.owner, adapter.name), (len(rows), part.shape[-1])
+            (own,), size = site.layer.diagonals_of(site.owner, adapter.name), (len(rows), site_adapter.shape[-1])
             values[trained_key(fqn, adapter.options)] = Value(f"rows of {fqn}", own, size, is_diagonal=True)
             continue
-        shapes, keys = diagonal_shapes(part.shape, part.options.r), value_keys(site.fqn, adapter.options)
+        shapes = diagonal_shapes(site_adapter.shape, site_adapter.options.r)
+        keys = value_keys(site.fqn, adapter.options)
         diagonals = site.layer.diagonals_of(site.owner, adapter.name)
         for key, letter, diagonal, shape in zip(keys, "ΛΓ", diagonals, shapes, strict=True):
             values[key] = Value(f"{letter} of {site.fqn}", diagonal, shape, is_diagonal=True, wanted=dtype)

@@ -54,11 +54,13 @@ def adapted_linear(
     lam, gamma, scaling = diagonals
     is_wide = shape[-1] == gamma.shape[-1] if is_wide is None else is_wide
     run: Callable[..., Tensor] = _output  # plain operations, which torch differentiates in any nesting of transforms
-    bases: tuple[Any, ...] = None, None, pair  # no arguments, so that saved-tensor hooks such as save_on_cpu see none
+    # as one object, whose tensors are no arguments, so that saved-tensor hooks such as save_on_cpu see none
+    bases: tuple[Any, ...] = pair, None, None, ()
     if is_in_transform() or is_forward_mode():
         pass
     elif torch.compiler.is_compiling():  # every tensor must be an argument, and a symbolic scaling multiply one here
-        run, bases, lam, scaling = _AdaptedLinear.apply, (pair.A, pair.B, pair.rest), lam * scaling, 1.0
+        run, lam, scaling = _AdaptedLinear.apply, lam * scaling, 1.0
+        bases = None, pair.A, pair.B, pair.other_arguments
     elif (
         torch.is_grad_enabled()
         and (
@@ -76,9 +78,9 @@ def adapted_linear(
 
 def _output(*inputs: Any) -> Tensor:
     """Compute the output, ``(tokens, out)``, from the arguments of the autograd function."""
-    rows, weight, bias, lam, gamma, scaling, basis_A, basis_B, rest, compute, is_wide = inputs
+    rows, weight, bias, lam, gamma, scaling, pair, basis_A, basis_B, other_arguments, compute, is_wide = inputs
     tokens = rows.shape[0]
-    pair = _pair(basis_A, basis_B, rest, tokens, compute)
+    pair = _dense_if_small(_pair(pair, basis_A, basis_B, other_arguments), tokens, compute)
     way = chosen_forward(tokens, pair, is_wide=is_wide, has_weight=weight is not None, compute=compute)
     if bias is not None and bias.dtype != pair.B.dtype:
         bias = bias.to(pair.B.dtype)
@@ -97,11 +99,15 @@ def chosen_forward(tokens: int, pair: Pair, *, is_wide: bool, has_weight: bool, 
     return forward_way(Sizes(tokens, pair.shape, is_wide, has_weight)) if is_known(tokens) else "factored"
 
 
-def _pair(basis_A: Tensor | None, basis_B: Tensor | None, rest: Any, tokens: int, compute: Compute) -> Pair:
-    """Return the pair that was passed to the autograd function, or its dense copy if the product is small."""
-    pair: Pair = rest
-    if basis_A is not None and basis_B is not None:
-        pair = BlockPair(basis_A, basis_B, *rest) if rest else DensePair(basis_A, basis_B)
+def _pair(pair: Pair | None, basis_A: Any, basis_B: Any, other_arguments: tuple[Any, ...]) -> Pair:
+    """Return the pair that was passed to the autograd function, made again if it was passed as its tensors."""
+    if pair is not None:
+        return pair
+    return BlockPair(basis_A, basis_B, *other_arguments) if other_arguments else DensePair(basis_A, basis_B)
+
+
+def _dense_if_small(pair: Pair, tokens: int, compute: Compute) -> Pair:
+    """Return the pair, or its dense copy if it has one and the product is small."""
     if pair.written is None or compute != "auto" or not is_known(tokens):
         return pair
     return pair.written if tokens * pair.max_dim * pair.min_dim <= SMALL_WORK else pair
@@ -112,7 +118,8 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, lam, gamma, ctx.scaling, basis_A, basis_B, ctx.rest, ctx.compute, ctx.is_wide = inputs
+        x, weight, bias, lam, gamma, ctx.scaling, *bases, ctx.compute, ctx.is_wide = inputs
+        ctx.pair, basis_A, basis_B, ctx.other_arguments = bases
         _, needs_weight, _, needs_lam, needs_gamma, *_ = ctx.needs_input_grad
         ctx.bias_dtype = None if bias is None else bias.dtype
         written, ctx.write_out = (weight, None) if weight is None or isinstance(weight, Tensor) else (None, weight)
@@ -135,7 +142,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lam, gamma, basis_A, basis_B = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
     needs_diagonals, tokens = needs_lam or needs_gamma, grad.shape[0]
-    pair = _pair(basis_A, basis_B, ctx.rest, tokens, ctx.compute)
+    pair = _dense_if_small(_pair(ctx.pair, basis_A, basis_B, ctx.other_arguments), tokens, ctx.compute)
     x_way: Way = "factored" if ctx.compute == "auto" else ctx.compute
     diagonals_way = x_way
     if ctx.compute == "auto" and is_known(tokens):
@@ -238,7 +245,7 @@ class Adapted(NamedTuple):
 
     def gradients_from_update(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients of Λ and Γ from the gradient of the update, ``(out, in)``."""
-        return self._of_diagonals(self.pair.grad_from_update(grad, across=not self.is_wide))
+        return self._of_diagonals(self.pair.grad_from_update(grad, is_transposed=not self.is_wide))
 
     def rows(self, ids: Tensor) -> Tensor:
         """Compute rows of the update, ``(ids, in)``; ``is_wide`` must hold."""

@@ -25,7 +25,7 @@ class DensePair:
     Products are between *small* vectors (of ``min_dim`` entries), *large* ones (``max_dim``) and the *hidden* ones
     between the two factors (``r·num_bases``). Hidden vectors are *flat*, in the order of p, or in the order of the rows
     of ``scaled_A``; for dense bases both are the same. A is ``(1, r, min_dim)``, and B ``(max_dim, r·num_bases)`` in
-    the dtype to compute in. With ``rest`` as further arguments, a pair is rebuilt from other tensors.
+    the dtype to compute in. ``type(pair)(A, B, *pair.other_arguments)`` is the same pair of other tensors.
     """
 
     written: None = None  # the bases are dense already
@@ -33,7 +33,7 @@ class DensePair:
     def __init__(self, A: Tensor, B: Tensor) -> None:
         """Hold the bases of one layer."""
         self.A, self.B = A, B
-        self.rest: tuple[int, ...] = ()
+        self.other_arguments: tuple[int, ...] = ()
         self._rows_of_A = A.transpose(0, 1)  # (r, 1, min_dim)
         self._A = A.squeeze(0)
         self._A_T, self._B_T = self._A.T, B.T
@@ -99,20 +99,20 @@ class DensePair:
         """Compute the same with ``hidden = large @ UB``."""
         return self.grad_from_tokens(large @ self.B, small)
 
-    def grad_from_update(self, grad: Tensor, *, across: bool) -> Tensor:
-        """Compute the gradient of ``UA``, ``UB.T @ grad``, from the update's gradient, or ``across`` its transpose."""
-        return self._B_T @ (grad.T if across else grad)
+    def grad_from_update(self, grad: Tensor, *, is_transposed: bool) -> Tensor:
+        """Compute the gradient of ``UA``, ``UB.T @ grad``, from the update's gradient or its transpose."""
+        return self._B_T @ (grad.T if is_transposed else grad)
 
     def update(self, scaled_A: Tensor, onto: Tensor | None, factor: float, *, uses_up: bool = False) -> Tensor:
         """Compute ``onto + factor·UB @ UA``, ``(max_dim, min_dim)``, laid out as ``onto``, which it may use up."""
-        across = onto is not None and onto.stride(-1) != 1
-        left, right = (scaled_A.T, self._B_T) if across else (self.B, scaled_A)
-        onto = onto.T if onto is not None and across else onto
+        is_transposed = onto is not None and onto.stride(-1) != 1
+        left, right = (scaled_A.T, self._B_T) if is_transposed else (self.B, scaled_A)
+        onto = onto.T if onto is not None and is_transposed else onto
         if onto is None or uses_up:
             total = scratch.plus_product(onto, left, right, factor)
         else:
             total = torch.addmm(onto, left, right, alpha=factor)
-        return total.T if across else total
+        return total.T if is_transposed else total
 
 
 WORTH_A_SHUFFLE = 2**14
@@ -147,7 +147,7 @@ class BlockPair:
         self.A, self.B = A, B
         self.num_bases, self.max_dim, self.min_dim = num_bases, max_dim, min_dim
         self._c, self._b, self._rows = (A.size(0), B.size(0), A.size(1)) if blocks is None else blocks
-        self.rest = num_bases, max_dim, min_dim, (self._c, self._b, self._rows)
+        self.other_arguments = num_bases, max_dim, min_dim, (self._c, self._b, self._rows)
         self._width, self._height = -(-min_dim // self._c), -(-max_dim // self._b)
         self.r = self._c * self._rows
         self.hidden = self.r * num_bases
@@ -263,51 +263,51 @@ class BlockPair:
         assert total is not None, "there is at least one strip"
         return total
 
-    def grad_from_update(self, grad: Tensor, *, across: bool) -> Tensor:
+    def grad_from_update(self, grad: Tensor, *, is_transposed: bool) -> Tensor:
         """Do as `DensePair.grad_from_update`."""
-        tiles = self._tiles(grad, across=across)
-        product = torch.bmm(self._parts_of_B(across=across).mT, tiles.mT if across else tiles)
-        by_term = product.view(*self._grid(across=across), self._rows, -1, self._width)
-        by_row = by_term.permute(0, 2, 3, 1, 4) if across else by_term.permute(1, 2, 3, 0, 4)
+        tiles = self._tiles(grad, is_transposed=is_transposed)
+        product = torch.bmm(self._parts_of_B(is_transposed=is_transposed).mT, tiles.mT if is_transposed else tiles)
+        by_term = product.view(*self._grid(is_transposed=is_transposed), self._rows, -1, self._width)
+        by_row = by_term.permute(0, 2, 3, 1, 4) if is_transposed else by_term.permute(1, 2, 3, 0, 4)
         return by_row.reshape(self._c, -1, self._width)
 
     def update(self, scaled_A: Tensor, onto: Tensor | None, factor: float, *, uses_up: bool = False) -> Tensor:  # noqa: ARG002
         """Do as `DensePair.update`. ``onto`` is never overwritten: its tiles are copied anyway."""
-        across = onto is not None and onto.stride(-1) != 1
+        is_transposed = onto is not None and onto.stride(-1) != 1
         by_row = scaled_A.view(self._c, self._rows, -1, self._tile_rows, self._width)
-        right = by_row.permute(*((0, 3) if across else (3, 0)), 1, 2, 4)  # the part of UA for each tile
+        right = by_row.permute(*((0, 3) if is_transposed else (3, 0)), 1, 2, 4)  # the part of UA for each tile
         right = right.reshape(self._tile_rows * self._c, -1, self._width)
-        left = self._parts_of_B(across=across)
-        if across:  # onto is transposed in memory, and so are its tiles
+        left = self._parts_of_B(is_transposed=is_transposed)
+        if is_transposed:  # onto is transposed in memory, and so are its tiles
             left, right = right.mT, left.mT
-        tiles = None if onto is None else self._tiles(onto.T if across else onto, across=across)
+        tiles = None if onto is None else self._tiles(onto.T if is_transposed else onto, is_transposed=is_transposed)
         tiles = scratch.plus_product(tiles, left, right, factor)
-        whole = _put_together(tiles, *self._grid(across=across))
-        whole = whole.T if across else whole
+        whole = _put_together(tiles, *self._grid(is_transposed=is_transposed))
+        whole = whole.T if is_transposed else whole
         return whole[: self.max_dim, : self.min_dim] if self._is_padded else whole
 
-    def _tiles(self, matrix: Tensor, *, across: bool) -> Tensor:
-        """Split ``(max_dim, min_dim)``, or if ``across`` its transpose, into tiles by remainders of rows and columns.
+    def _tiles(self, matrix: Tensor, *, is_transposed: bool) -> Tensor:
+        """Split ``(max_dim, min_dim)`` or its transpose into tiles by remainders of rows and columns.
 
         The tiles, ``(rows·columns of the grid, height, width)``, of one class of rows are interleaved row by row.
         """
-        filled = _fill(matrix, *(self._sides[::-1] if across else self._sides))
-        rows, columns = self._grid(across=across)
+        filled = _fill(matrix, *(self._sides[::-1] if is_transposed else self._sides))
+        rows, columns = self._grid(is_transposed=is_transposed)
         width = filled.size(1) // columns
         return _transpose_rows(filled, width).reshape(-1, rows * columns, width).transpose(0, 1)
 
-    def _grid(self, *, across: bool) -> tuple[int, int]:
-        """Return the numbers of rows and columns of tiles in the update, swapped if ``across``."""
-        return (self._c, self._tile_rows) if across else (self._tile_rows, self._c)
+    def _grid(self, *, is_transposed: bool) -> tuple[int, int]:
+        """Return the numbers of rows and columns of tiles in the update, swapped if it is transposed."""
+        return (self._c, self._tile_rows) if is_transposed else (self._tile_rows, self._c)
 
-    def _parts_of_B(self, *, across: bool) -> Tensor:
-        """Return the part of B for each tile, ``(b'·c, height, r/c·num_bases/b')``, by rows of tiles or ``across``."""
+    def _parts_of_B(self, *, is_transposed: bool) -> Tensor:
+        """Return the part of B for each tile, ``(b'·c, height, r/c·num_bases/b')``, in the order of `_tiles`."""
         merged, height = self.B, self._b * self._height // self._tile_rows
         if (more := self._b // self._tile_rows) > 1:
             parts = self.B.unflatten(0, (more, self._tile_rows)).permute(1, 2, 3, 0)  # (b', height, inner, b/b')
             merged = torch.diag_embed(parts).transpose(2, 3).reshape(self._tile_rows, height, -1)
         by_block = merged.view(self._tile_rows, height, self._rows, self._c, -1)
-        order = (3, 0) if across else (0, 3)
+        order = (3, 0) if is_transposed else (0, 3)
         return by_block.permute(*order, 1, 2, 4).reshape(self._tile_rows * self._c, height, -1)
 
 

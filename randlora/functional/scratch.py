@@ -47,6 +47,11 @@ def is_forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0  # private, but the only way to ask; tested likewise
 
 
+def is_in_backward() -> bool:
+    """Whether this thread runs a backward, such as one of autograd's, which compute what is checkpointed again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_transformed() -> bool:
     """Whether the code runs under a compiler, under `torch.jit.trace`, a `torch.func` transform or in forward mode."""
     return torch.compiler.is_compiling() or is_in_transform() or is_traced() or is_forward_mode()

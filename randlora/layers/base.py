@@ -117,7 +117,7 @@ class AdapterLayer(StoredWeight):
         # a forward that was set on the owner to split its weight, its replacement, and the part of this process in it
         self.adopted: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.piece: Any = None
-        self.unmerged = None
+        self.original = None
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
@@ -184,8 +184,8 @@ class AdapterLayer(StoredWeight):
         if not isinstance(x, Tensor):
             raise TypeError(f"the input of an adapted {type(owner).__name__} must be a tensor, got {type(x).__name__}")
         require_product(owner, output, self.shape[0])
-        for part, factor in active:
-            output = output + self._adapter_output(owner, part, factor, x, output.dtype)
+        for site_adapter, factor in active:
+            output = output + self._adapter_output(owner, site_adapter, factor, x, output.dtype)
         return output
 
     def active(self) -> list[tuple[SiteAdapter, float]]:
@@ -197,11 +197,11 @@ class AdapterLayer(StoredWeight):
     def _acting(self, names: Iterable[str]) -> list[tuple[SiteAdapter, float]]:
         """Return the given adapters that act on this weight, with their factors."""
         weighted = [(self.adapters[name], self.adapters[name].weight) for name in names if name in self.adapters]
-        return [(part, weight) for part, weight in weighted if weight is not None]
+        return [(site_adapter, weight) for site_adapter, weight in weighted if weight is not None]
 
     def factors(self, names: Iterable[str]) -> dict[str, float]:
         """Return the factors of the given adapters that act on this weight, merged or not."""
-        return {part.adapter.name: weight for part, weight in self._acting(names)}
+        return {site_adapter.adapter.name: weight for site_adapter, weight in self._acting(names)}
 
     def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002  # for quantized layers
         """Return the output of the owner without adapters."""
@@ -217,14 +217,14 @@ class AdapterLayer(StoredWeight):
         base: Any = type(owner)
         return self.own_forward is None and base.randlora_base.forward is self.plain_forward()
 
-    def _one_operation(self, owner: nn.Module, part: SiteAdapter, factor: float, x: Any) -> Tensor | None:
+    def _one_operation(self, owner: nn.Module, site_adapter: SiteAdapter, factor: float, x: Any) -> Tensor | None:
         """Return the output of layer and adapter as one operation, or ``None`` if the forward or dropout forbid it."""
-        if (part.adapter.config.dropout and owner.training) or not self.runs_plain_forward(owner):
+        if (site_adapter.adapter.config.dropout and owner.training) or not self.runs_plain_forward(owner):
             return None
         if (product := self.product(owner, x)) is None:
             return None
         weight, dtype, output_dtype = product
-        pair, diagonals = self.update(owner, part, factor).parts(x.device, dtype)
+        pair, diagonals = self.update(owner, site_adapter, factor).parts(x.device, dtype)
         bias: Any = owner.bias
         x = x if x.dtype == dtype else x.to(dtype)
         output = adapted_linear(x, pair, diagonals, weight=weight, bias=bias, compute=self.state.compute)
@@ -238,19 +238,19 @@ class AdapterLayer(StoredWeight):
             return None
         return Product(self.in_storage_layout(weight), dtype, dtype)
 
-    def update(self, owner: nn.Module, part: SiteAdapter, factor: float) -> Update:
+    def update(self, owner: nn.Module, site_adapter: SiteAdapter, factor: float) -> Update:
         """Return one adapter's update of this weight as factors."""
-        lam, gamma = self.diagonals_at(owner, part)
-        return Update(part.basis, lam, gamma, part.scaling * factor, part.shape)
+        lam, gamma = self.diagonals_at(owner, site_adapter)
+        return Update(site_adapter.basis, lam, gamma, site_adapter.scaling * factor, site_adapter.shape)
 
-    def diagonals_at(self, owner: nn.Module, part: Any) -> tuple[nn.Parameter, ...]:
+    def diagonals_at(self, owner: nn.Module, site_adapter: Any) -> tuple[nn.Parameter, ...]:
         """Return what `diagonals_of` does of an adapter, in compiled code by its position, without reading its name."""
         modules: dict[str, Any] = owner._modules
-        if torch.compiler.is_dynamo_compiling() and part.position is not None:
-            found = tuple(modules[held].randlora_at(part.position) for held in self.names)
+        if torch.compiler.is_dynamo_compiling() and site_adapter.position is not None:
+            found = tuple(modules[held].randlora_at(site_adapter.position) for held in self.names)
             if all(each is not None for each in found):  # else they are found by name alone
                 return found
-        return tuple(modules[held].randlora_named(part.adapter.name) for held in self.names)
+        return tuple(modules[held].randlora_named(site_adapter.adapter.name) for held in self.names)
 
     def seat(self, owner: nn.Module) -> None:
         """Rebuild the list of adapters that act here. Call after any change of what is active or merged."""
@@ -260,24 +260,24 @@ class AdapterLayer(StoredWeight):
         for each in self.owners(owner):
             modules: dict[str, Any] = each._modules
             for name in self.names:
-                modules[name].randlora_seat(part.adapter.name for part, _ in self.acting)
+                modules[name].randlora_seat(site_adapter.adapter.name for site_adapter, _ in self.acting)
 
     def number(self) -> None:
         """Let the adapters that act here know their positions, by which compiled code finds them; others have none."""
-        for part in self.adapters.values():
-            part.position = None
-        for position, (part, _) in enumerate(self.acting):
-            part.position = position
+        for site_adapter in self.adapters.values():
+            site_adapter.position = None
+        for position, (site_adapter, _) in enumerate(self.acting):
+            site_adapter.position = position
 
     def _adapter_output(
-        self, owner: nn.Module, part: SiteAdapter, factor: float, x: Tensor, dtype: torch.dtype
+        self, owner: nn.Module, site_adapter: SiteAdapter, factor: float, x: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """Return one adapter's output in the dtype of the layer's output, which autocast determines if it is on."""
-        p = part.adapter.config.dropout
+        p = site_adapter.adapter.config.dropout
         if p and owner.training and x.layout != torch.strided and not x.is_nested:
             x = x.to_dense()  # torch drops no entries of sparse tensors
         x = F.dropout(x.to(dtype), p, owner.training)
-        update, weight = self.update(owner, part, factor), self.find_weight(owner)
+        update, weight = self.update(owner, site_adapter, factor), self.find_weight(owner)
         if weight is not None and (split := split_of(type(self), weight)) is not None:
             return split.product(update, x, self.state.compute)
         pair, diagonals = update.parts(x.device, dtype)
@@ -297,7 +297,7 @@ class AdapterLayer(StoredWeight):
     def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
         """Return the updates of some adapters with all values of Λ and Γ; a collective if these are sharded."""
         held = [(self.adapters[name], factor) for name, factor in weights.items() if name in self.adapters]
-        updates = [self.update(owner, part, factor) for part, factor in held]
+        updates = [self.update(owner, site_adapter, factor) for site_adapter, factor in held]
         reads = [partial(whole, diagonal) for update in updates for diagonal in (update.lam, update.gamma)]
         values = iter(run_collectives(reads))
         return [update._replace(lam=next(values), gamma=next(values)) for update in updates]
@@ -305,7 +305,7 @@ class AdapterLayer(StoredWeight):
     def description(self) -> str:
         """Return a description of the adapters for ``print(model)``."""
         return ", ".join(
-            f"{name}: r={(r := part.options.r)}, num_bases={count_bases(min(part.shape[-2:]), r)}, "
-            f"{part.basis.spec.kind}"
-            for name, part in self.adapters.items()
+            f"{name}: r={(r := site_adapter.options.r)}, num_bases={count_bases(min(site_adapter.shape[-2:]), r)}, "
+            f"{site_adapter.basis.spec.kind}"
+            for name, site_adapter in self.adapters.items()
         )

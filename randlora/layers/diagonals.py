@@ -122,8 +122,8 @@ class Diagonal(nn.ParameterDict):
     def reset_parameters(self) -> None:
         """Set every parameter to its initial value, for use after ``model.to_empty(...)``."""
         for name, parameter in self.named_parameters():
-            part = self.randlora_layer.adapters[name]
-            parameter.fill_(initial_values(part.adapter.init, part.shape)[self.randlora_index])
+            site_adapter = self.randlora_layer.adapters[name]
+            parameter.fill_(initial_values(site_adapter.adapter.init, site_adapter.shape)[self.randlora_index])
 
 
 class Lambda(Diagonal):

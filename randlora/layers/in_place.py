@@ -48,7 +48,7 @@ class InPlace(nn.Module):
         """Convert the module, and with it the dtypes that it computes with and the weights from before a merge."""
         applied = super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         for layer in self.randlora.values():
-            layer.convert_unmerged(fn)
+            layer.convert_original(fn)
         if self.randlora_casts:
             self.randlora_casts = {
                 name: fn(torch.empty(0, dtype=dtype, device="cpu")).dtype for name, dtype in self.randlora_casts.items()
@@ -86,12 +86,12 @@ class InPlace(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001
         """Save the original weight, since a merged one together with Λ and Γ would apply the update twice."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        self._save_unmerged(destination, prefix)
+        self._save_originals(destination, prefix)
 
-    def _save_unmerged(self, destination: dict[str, Any], prefix: str) -> None:
+    def _save_originals(self, destination: dict[str, Any], prefix: str) -> None:
         for layer in self.randlora.values():
-            if layer.unmerged is not None:
-                layer.save_unmerged(self, destination, prefix)
+            if layer.original is not None:
+                layer.save_original(self, destination, prefix)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state dict, with Λ and Γ even if the class writes its own entries and no others."""
@@ -102,12 +102,12 @@ class InPlace(nn.Module):
             for name, child in super().named_children():
                 if isinstance(child, Diagonal):
                     child.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
-            self._save_unmerged(destination, prefix)
+            self._save_originals(destination, prefix)
         return written
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict, except into merged weights, because unmerging would undo that."""
-        if any(layer.unmerged is not None for layer in self.randlora.values()):
+        if any(layer.original is not None for layer in self.randlora.values()):
             place = prefix.removesuffix(".") or "this layer"
             raise MergeError(f"cannot load a state dict into {place} while adapters are merged: unmerge them first")
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -300,18 +300,20 @@ def detach(owner: nn.Module, layer: AdapterLayer) -> None:
             held["forward"] = own_forward
 
 
-def add_adapter(owner: nn.Module, layer: AdapterLayer, part: Any, values: Sequence[Tensor], *, trainable: bool) -> None:
+def add_adapter(
+    owner: nn.Module, layer: AdapterLayer, site_adapter: Any, values: Sequence[Tensor], *, trainable: bool
+) -> None:
     """Add an adapter, a `SiteAdapter` or `SiteRows`, to a weight, with its Λ and Γ, or stacks of them, or its rows."""
-    name = part.adapter.name
+    name = site_adapter.adapter.name
     if adapter_layers_of(owner).get(layer.attribute) is not layer:
         attach(owner, layer)
-    fixed = layer.names[1:] if part.adapter.config.train == "lambda" else ()
+    fixed = layer.names[1:] if site_adapter.adapter.config.train == "lambda" else ()
     for held_as, value in zip(layer.names, values, strict=True):
         parameter = nn.Parameter(value, requires_grad=trainable and held_as not in fixed)
         for each in layer.owners(owner):
             held: Any = each._modules[held_as]
             held[name] = parameter
-    layer.adapters[name] = part
+    layer.adapters[name] = site_adapter
     layer.seat(owner)
 
 

@@ -135,10 +135,10 @@ class RowsAdapter(AdapterLayer):
 
     def _looked_up(self, owner: Any, ids: Tensor, weight: Tensor, active: Sequence[Any]) -> Tensor:
         output = F.embedding(ids, weight)
-        for part, _ in active:
-            numbers = part.on(ids.device)
+        for site_rows, _ in active:
+            numbers = site_rows.on(ids.device)
             places = torch.searchsorted(numbers, ids.long().contiguous()).clamp(max=len(numbers) - 1)
-            rows = F.embedding(places, self.rows(owner, part)).to(output.dtype)
+            rows = F.embedding(places, self.rows(owner, site_rows)).to(output.dtype)
             if owner.padding_idx is not None:  # which gets no gradient, as in torch
                 rows = torch.where((ids == owner.padding_idx).unsqueeze(-1), rows.detach(), rows)
             output = torch.where((numbers[places] == ids).unsqueeze(-1), rows, output)
@@ -147,22 +147,24 @@ class RowsAdapter(AdapterLayer):
     def _multiplied(self, owner: Any, x: Tensor, weight: Tensor, active: Sequence[Any]) -> Tensor:
         output = F.linear(x, weight, owner.bias)
         put = torch.index_copy if is_transformed() else Tensor.index_copy_  # in place: it is as wide as the vocabulary
-        for part, _ in active:
-            numbers = part.on(x.device)
+        for site_rows, _ in active:
+            numbers = site_rows.on(x.device)
             bias = None if owner.bias is None else owner.bias[numbers]
-            columns = F.linear(x, self.rows(owner, part).to(weight.dtype), bias)
+            columns = F.linear(x, self.rows(owner, site_rows).to(weight.dtype), bias)
             output = put(output, -1, numbers, columns.to(output.dtype))
         return output
 
-    def rows(self, owner: nn.Module, part: Any) -> Tensor:
+    def rows(self, owner: nn.Module, site_rows: Any) -> Tensor:
         """Return the trained rows of one adapter."""
-        (rows,) = self.diagonals_at(owner, part)
+        (rows,) = self.diagonals_at(owner, site_rows)
         return rows
 
     def read(self, owner: nn.Module) -> Tensor:
         """Return the table with the rows of the active adapters, a copy."""
         active: list[Any] = self.active()
-        return self.with_updates(self.weight_of(owner), [(part.numbers, self.rows(owner, part)) for part, _ in active])
+        return self.with_updates(
+            self.weight_of(owner), [(site_rows.numbers, self.rows(owner, site_rows)) for site_rows, _ in active]
+        )
 
     @classmethod
     def with_updates(cls, weight: Tensor, updates: Sequence[Any], region: Region | None = None) -> Tensor:
@@ -178,25 +180,25 @@ class RowsAdapter(AdapterLayer):
 
     def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Any]:
         """Return the rows of some adapters, with all values; a collective if these are sharded."""
-        parts = [self.adapters[name] for name in weights if name in self.adapters]
-        values = run_collectives(partial(whole, self.rows(owner, part)) for part in parts)
-        return [(part.numbers, rows) for part, rows in zip(parts, values, strict=True)]
+        replacing = [self.adapters[name] for name in weights if name in self.adapters]
+        values = run_collectives(partial(whole, self.rows(owner, site_rows)) for site_rows in replacing)
+        return [(site_rows.numbers, rows) for site_rows, rows in zip(replacing, values, strict=True)]
 
     def is_changed(self, owner: nn.Module, name: str) -> bool:
         """Whether rows of an adapter differ from those of the table, if this process has all of both."""
-        weight, part = self.weight_of(owner), self.adapters[name]
-        return not torch.equal(self.rows(owner, part).to(weight), weight[part.on(weight.device)])
+        weight, site_rows = self.weight_of(owner), self.adapters[name]
+        return not torch.equal(self.rows(owner, site_rows).to(weight), weight[site_rows.on(weight.device)])
 
     def delta_weight(self, owner: nn.Module, weights: dict[str, float]) -> Tensor:
         """Return the difference from the table, in float32 or wider; a collective if anything is sharded."""
         place = place_of(owner, self.attribute)
-        own = place.whole() if self.unmerged is None else whole(self.unmerged.stored(place))  # type: ignore[arg-type]
+        own = place.whole() if self.original is None else whole(self.original.stored(place))  # type: ignore[arg-type]
         dtype = torch.promote_types(own.dtype, torch.float32)
         return self.with_updates(own, self.whole_updates(owner, weights)).to(dtype) - own.to(dtype)
 
-    fold, keep_merged = _tied(AdapterLayer.fold), _tied(AdapterLayer.keep_merged)
-    unfold = _tied(AdapterLayer.unfold)
+    write_merged, keep_merged = _tied(AdapterLayer.write_merged), _tied(AdapterLayer.keep_merged)
+    restore_original = _tied(AdapterLayer.restore_original)
 
     def description(self) -> str:
         """Return a description of the adapters for ``print(model)``."""
-        return ", ".join(f"{name}: {len(part.numbers)} rows" for name, part in self.adapters.items())
+        return ", ".join(f"{name}: {len(site_rows.numbers)} rows" for name, site_rows in self.adapters.items())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from randlora.bases.basis import is_exporting
 from randlora.errors import AdapterError
+from randlora.functional.scratch import is_in_backward
 from randlora.places import loaded_modules
 from randlora.replaced import CASTS
 
@@ -55,8 +56,8 @@ def is_in_call() -> bool:
 
 def has_updates(owner: nn.Module) -> bool:
     """Whether reading a weight of a module includes its updates."""
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
-        return True  # backward computes what is checkpointed again
+    if torch.compiler.is_compiling() or is_in_backward():  # which computes what is checkpointed again
+        return True
     forward: Forward | None = getattr(_here, "forward", None)
     if forward is not None and (owner is forward.owner or any(each is owner for each in forward.owner.children())):
         return True

@@ -79,7 +79,7 @@ def sum_updates(
     return total
 
 
-def folded(weight: Tensor, delta: Tensor) -> Tensor:
+def rounded_sum(weight: Tensor, delta: Tensor) -> Tensor:
     """Return ``weight + delta``, added in the wider dtype and rounded once, in the weight's dtype and memory format.
 
     ``delta`` has the shape of the weight, a shape that broadcasts to it, or the shape of the weight viewed as a matrix.
@@ -115,5 +115,5 @@ class Merged(NamedTuple):
     """A merged weight, or this process's part of it, before any quantization."""
 
     weight: Tensor
-    held: Any = None  # what replaces the codes of a quantized layer, for its `fold`
+    held: Any = None  # what replaces the codes of a quantized layer, for its `write_merged`
     rounding: RoundingLoss | None = None

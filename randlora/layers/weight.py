@@ -15,7 +15,7 @@ from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError, MergeError
 from randlora.functional import Compute
 from randlora.functional.region import Region, Spans
-from randlora.layers.update import Into, Merged, Update, folded, sum_updates
+from randlora.layers.update import Into, Merged, Update, rounded_sum, sum_updates
 from randlora.places import Kept, Part, Place, converted, is_hooked, place_of
 from randlora.ranks import run_collectives
 
@@ -30,7 +30,7 @@ class StoredWeight(ABC):
     is_transposed: ClassVar[bool] = False  # whether stored as (in_features, out_features), or a stack of such matrices
     is_quantized: ClassVar[bool] = False  # whether the module holds codes instead of values
     is_forward_only: ClassVar[bool] = False  # whether only its forward reads the codes, so that nothing can be merged
-    unmerged: Kept | None = None  # the original weight while it is merged into
+    original: Kept | None = None  # the original weight while it is merged into
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raise a `TypeError` for a class that overrides `weight_of`, the name of `find_weight` in version 0.2."""
@@ -127,7 +127,7 @@ class StoredWeight(ABC):
         """
         dtype = torch.promote_types(weight.dtype, torch.float32)
         delta = cls.summed(updates, region, device=weight.device, dtype=dtype)
-        return folded(weight, cls.in_storage_layout(delta))
+        return rounded_sum(weight, cls.in_storage_layout(delta))
 
     @classmethod
     def part_with_updates(cls, own: Tensor, part: Part, shape: Shape, updates: Sequence[Update]) -> Tensor:
@@ -172,50 +172,50 @@ class StoredWeight(ABC):
         return None
 
     @torch.no_grad()
-    def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantized layers
+    def compute_merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:  # noqa: ARG002  # for quantized layers
         """Return the original weight, or its part here, plus adapters' updates; a collective if these are sharded."""
         weight, place = self.weight_of(owner), place_of(owner, self.attribute)
         updates, own = run_collectives([partial(self.whole_updates, owner, weights), place.read])
-        if self.unmerged is not None:  # then it is plain
-            own = self.unmerged.values.to(device=weight.device, dtype=weight.dtype)
+        if self.original is not None:  # then it is plain
+            own = self.original.values.to(device=weight.device, dtype=weight.dtype)
         if (part := place.part) is None:
             return Merged(self.with_updates(own, updates))
         return Merged(self.part_with_updates(own, part, tuple(weight.shape), updates))
 
-    def fold(self, owner: nn.Module, merged: Merged) -> None:
-        """Replace the owner's weight by a merged one and keep the original in `unmerged`."""
+    def write_merged(self, owner: nn.Module, merged: Merged) -> None:
+        """Replace the owner's weight by a merged one and keep that of before in `original`."""
         place = place_of(owner, self.attribute)
-        if self.unmerged is None:
-            self.unmerged = place.keep()  # before the values change, so that `unfold` can undo that
+        if self.original is None:
+            self.original = place.keep()  # before the values change, so that `restore_original` can undo that
         place.write(merged.weight)
 
     def keep_merged(self, owner: nn.Module) -> None:
         """Make a merge permanent: the original parameter, which an optimizer may hold, gets the merged values."""
-        assert self.unmerged is not None, "it was merged into"
-        (own, place), self.unmerged = self.unmerged, None
+        assert self.original is not None, "it was merged into"
+        (own, place), self.original = self.original, None
         if place is None and not own.is_inference():  # whose data cannot be set: it would be of both modes
             own.data = self.weight_of(owner).data
             owner._parameters[self.attribute] = own
 
-    def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
+    def save_original(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
         """Write the original weight into a state dict that has the merged one, on its device and in its dtype."""
         if (weight := self.find_weight(owner)) is None:
             raise MergeError(f"cannot save the weight from before the merge: {prefix.removesuffix('.')} {COMPUTED}")
-        assert self.unmerged is not None, "it was merged into"
-        if (own := self.unmerged.stored(place_of(owner, self.attribute))) is not None:
+        assert self.original is not None, "it was merged into"
+        if (own := self.original.stored(place_of(owner, self.attribute))) is not None:
             destination[f"{prefix}{self.attribute}"] = own.detach().to(device=weight.device, dtype=weight.dtype)
 
-    def convert_unmerged(self, convert: Any) -> None:
+    def convert_original(self, convert: Any) -> None:
         """Convert the original weight as `nn.Module._apply` converts the merged one."""
-        if self.unmerged is not None and isinstance(self.unmerged.values, Tensor) and not self.is_quantized:
-            self.unmerged = self.unmerged._replace(values=converted(self.unmerged.values, convert))
+        if self.original is not None and isinstance(self.original.values, Tensor) and not self.is_quantized:
+            self.original = self.original._replace(values=converted(self.original.values, convert))
 
     @torch.inference_mode(mode=False)  # the weight must not be an inference tensor
-    def unfold(self, owner: nn.Module) -> None:
+    def restore_original(self, owner: nn.Module) -> None:
         """Restore the original weight bit for bit, on the device and in the dtype that the owner has now."""
-        if self.unmerged is not None:
-            self.unmerged.put_back(place_of(owner, self.attribute))
-            self.unmerged = None
+        if self.original is not None:
+            self.original.put_back(place_of(owner, self.attribute))
+            self.original = None
 
 
 class Split(ABC):

@@ -107,17 +107,17 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
     with opened(model, "check") as view:
         state = view.state
         require_unmerged(state, "check")
-        parts = {
+        site_adapters = {
             site: acting
             for site in view.census.adapted
-            if (acting := [part for name, part in site.layer.adapters.items() if name in state.active])
+            if (acting := [site_adapter for name, site_adapter in site.layer.adapters.items() if name in state.active])
             if not site.layer.is_rows  # of which a few inputs would reach few
         }
-        raise_collected(AdapterError, _obstacles(view, [*parts]), doing="check")
+        raise_collected(AdapterError, _obstacles(view, [*site_adapters]), doing="check")
         inner = unwrapped(model, WRAPPERS)
         tensors = (*inner.parameters(), *inner.buffers())
         halves = sum(each.nbytes for each in tensors if each.dtype in HALVES and _has_digits(each))
-        trial = partial(_Trial, inner, view, parts, (args, kwargs))
+        trial = partial(_Trial, inner, view, site_adapters, (args, kwargs))
         try:
             if 0 < halves <= WIDENED:
                 with suppress(RuntimeError, TypeError):  # of a forward that casts to half precision itself
@@ -321,16 +321,17 @@ class _Trial:
         self,
         model: nn.Module,
         view: View,
-        parts: dict[AdaptedSite, list[SiteAdapter]],
+        site_adapters: dict[AdaptedSite, list[SiteAdapter]],
         arguments: tuple[tuple[Any, ...], dict[str, Any]],
         *,
         widens: bool,
     ) -> None:
         """Draw the values. If ``widens``, half precision is copied to float32."""
-        self.model, self.sites, self.parts, self.ran = model, [*parts], parts, set[AdaptedSite]()
+        self.model, self.sites, self.ran = model, [*site_adapters], set[AdaptedSite]()
+        self.site_adapters = site_adapters
         self._state, self._arguments, self._widens = view.state, arguments, widens
         self._into = Into("dequantize", torch.float32 if widens else model_dtype(view.census))
-        beside = (each for site in parts for each in (site.layer, *site.layer_class.beside(site.owner)))
+        beside = (each for site in site_adapters for each in (site.layer, *site.layer_class.beside(site.owner)))
         self._others = [view.state, *view.state.adapters.values(), *beside]
         self._generator = torch.Generator("cpu").manual_seed(0)
         # zeros, such as of gates that are not trained yet, would hide effects
@@ -338,7 +339,8 @@ class _Trial:
         self._filled = {id(each): self._like(each) * SPREAD for each in zero}
         self._values: dict[int, nn.Parameter] = {}
         self._drawn = {
-            site: [diagonal for part in acting for diagonal in self._draw(site, part)] for site, acting in parts.items()
+            site: [diagonal for site_adapter in acting for diagonal in self._draw(site, site_adapter)]
+            for site, acting in site_adapters.items()
         }
 
     def run(self, on: Sites, *, is_merged: bool = False, compute: Compute = "auto") -> Output:
@@ -346,8 +348,9 @@ class _Trial:
         with self._trying(on, training=False), torch.no_grad():
             self._state.compute = compute
             for site in on if is_merged else ():
-                names = [part.adapter.name for part, _ in site.layer.acting]
-                site.layer.fold(site.owner, site.layer.merged(site.owner, dict.fromkeys(names, 1.0), self._into))
+                names = [site_adapter.adapter.name for site_adapter, _ in site.layer.acting]
+                merged = site.layer.compute_merged(site.owner, dict.fromkeys(names, 1.0), self._into)
+                site.layer.write_merged(site.owner, merged)
                 site.layer.acting = []
             return {path: value.detach().clone() for path, value in self._call().items()}
 
@@ -383,7 +386,7 @@ class _Trial:
             for site in self.sites:
                 site.layer.activation, site.layer.acting = self._state.activation, []
             for site in on:
-                site.layer.acting = [(part, 1.0) for part in self.parts[site]]
+                site.layer.acting = [(site_adapter, 1.0) for site_adapter in self.site_adapters[site]]
             self.model.train(training)
             yield
 
@@ -403,16 +406,16 @@ class _Trial:
         values = self._filled.get(id(tensor), tensor)
         return values.float() if self._widens and values.dtype in HALVES else values.detach().clone()
 
-    def _draw(self, site: AdaptedSite, part: SiteAdapter) -> Iterable[nn.Parameter]:
+    def _draw(self, site: AdaptedSite, site_adapter: SiteAdapter) -> Iterable[nn.Parameter]:
         """Return values for Λ and Γ of an adapter, with which its update is about as large as the weight."""
-        diagonals = site.layer.diagonals_of(site.owner, part.adapter.name)
+        diagonals = site.layer.diagonals_of(site.owner, site_adapter.adapter.name)
         lam, gamma = drawn = [nn.Parameter(self._like(each)) for each in diagonals]
         size: Tensor | float = SPREAD * math.prod(site.shape) ** 0.5
         if not site.layer.is_forward_only:
             weight = site.layer.written_out(site.owner)
             norm = torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
             size = norm if norm > 0 and norm.isfinite() else size
-        update = site.layer.update(site.owner, part, 1.0)._replace(lam=lam.detach(), gamma=gamma.detach())
+        update = site.layer.update(site.owner, site_adapter, 1.0)._replace(lam=lam.detach(), gamma=gamma.detach())
         lam.data *= size * SHARE / update.norm(lam.device)
         self._values |= {id(each): values for each, values in zip(diagonals, drawn, strict=True)}
         return drawn

@@ -35,7 +35,7 @@ from randlora.config import (
 )
 from randlora.errors import ConfigError, TargetError, raise_collected, spelled, warn
 from randlora.hints import require_types
-from randlora.model.install import add, detach_all, require_detachable, unfold_all
+from randlora.model.install import add, detach_all, require_detachable, restore_originals
 from randlora.model.train_also import (
     Table,
     copy_dtype,
@@ -296,7 +296,7 @@ def eject(model: nn.Module) -> tuple[str, ...]:
         misplaced = misplaced_copies(census, state)
         agree()  # before copies are exchanged
         with all_or_nothing(census, state, replaced=misplaced):
-            unfold_all(census, state)  # in case this is called inside `with merged(model)`
+            restore_originals(census, state)  # in case this is called inside `with merged(model)`
             state.adapters.clear()
             state.install_parameters()
             for entry in misplaced:

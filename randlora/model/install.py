@@ -100,12 +100,14 @@ def add(
     shapes = dict[str, Shape]()
     for site in sites:
         layer = site.adapter_layer or site.layer_class(site.owner, state)
-        part = adapter.at(site.fqn, site.shape_with(adapter.config))
+        site_adapter = adapter.at(site.fqn, site.shape_with(adapter.config))
         diagonals = (
-            values[site.fqn] if values else layer.fresh_diagonals(site.owner, part.shape, part.options.r, adapter.init)
+            values[site.fqn]
+            if values
+            else layer.fresh_diagonals(site.owner, site_adapter.shape, site_adapter.options.r, adapter.init)
         )
-        added.append((site, layer, part, diagonals))
-        shapes[site.fqn] = part.shape
+        added.append((site, layer, site_adapter, diagonals))
+        shapes[site.fqn] = site_adapter.shape
     added += [table.to_add(adapter, state, own) for table, own in rows]
     with all_or_nothing(census, state, [site for site, *_ in added], replaced.values()):
         if not state.adapters:
@@ -188,17 +190,17 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
     for adapter in adapters:
         for fqn in (*adapter.targets, *(fqn.removesuffix(".weight") for fqn in adapter.rows)):
             layer, held_by = here.get(fqn, (None, None))
-            part = None if layer is None else layer.adapters.get(adapter.name)
-            if layer is None or held_by is None or part is None:
+            site_adapter = None if layer is None else layer.adapters.get(adapter.name)
+            if layer is None or held_by is None or site_adapter is None:
                 problems.append(f"{fqn} {LOST.format(adapter.name)}")
                 continue
-            if (key := (fqn, part.shape)) not in shapes:
+            if (key := (fqn, site_adapter.shape)) not in shapes:
                 weight = layer.find_weight(held_by)  # without one it is computed from others, or a flat shard of FSDP's
                 is_flat = weight is None or len(whole_shape(weight)) < 2
                 shapes[key] = None if is_flat else layer.shape_of(held_by, adapter.config)
-            if (now := shapes[key]) is not None and part.shape != now:
+            if (now := shapes[key]) is not None and site_adapter.shape != now:
                 problems.append(
-                    f"the shape of {fqn} was {sizes(part.shape)} when it was adapted and is {sizes(now)} now: "
+                    f"the shape of {fqn} was {sizes(site_adapter.shape)} when it was adapted and is {sizes(now)} now: "
                     "eject the adapter and load one with the new shape"
                 )
     return problems
@@ -206,7 +208,7 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
 
 def merged_sites(census: Census) -> list[AdaptedSite]:
     """Return the weights that are merged into reversibly, or raise a `MergeError` if one cannot be restored."""
-    merged = [site for site in census.adapted if site.layer.unmerged is not None]
+    merged = [site for site in census.adapted if site.layer.original is not None]
     problems, loaded = computed_weights(merged), loaded_modules(census.modules)
     if offloaded := [site.fqn for site in merged if id(site.owner) in loaded]:
         advice = "call accelerate.hooks.remove_hook_from_submodules(model) first"
@@ -215,17 +217,17 @@ def merged_sites(census: Census) -> list[AdaptedSite]:
     return merged
 
 
-def unfold_all(census: Census, state: ModelState) -> tuple[str, ...]:
+def restore_originals(census: Census, state: ModelState) -> tuple[str, ...]:
     """Restore the weights from before a reversible merge, if there was one, and return their FQNs."""
     merged = merged_sites(census)
     for site in merged:
-        site.layer.unfold(site.owner)
+        site.layer.restore_original(site.owner)
     state.merged, state.merge_options, state.merge_report = {}, None, None
     for site in merged:
         site.layer.seat(site.owner)
     for guard in state.merge_guards:
         guard.remove()
-    state.merge_guards, state.merged_weights = [], []
+    state.merge_guards, state.exchanged = [], []
     return tuple(site.fqn for site in merged)
 
 
@@ -279,7 +281,8 @@ def check_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if state is not None and not _has_adapted(root, state.places):
         layers = Counter(layer for module in root.modules() for layer in adapter_layers_of(module).values())
         own = [layer for layer, modules in layers.items() if layer.state is state and modules >= len(layer.tied)]
-        here = {(name, part.fqn) for layer in own for name, part in layer.adapters.items()}  # under any name now
+        named = [each for layer in own for each in layer.adapters.items()]
+        here = {(name, site_adapter.fqn) for name, site_adapter in named}  # under any name now
         wanted = [(name, fqn) for name, adapter in state.adapters.items() for fqn in (*adapter.targets, *adapter.rows)]
         lost = [each for each in wanted if each not in here]
         acting = [] if state.is_disabled else state.active_unmerged  # `routed` checks when it begins

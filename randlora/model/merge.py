@@ -20,7 +20,7 @@ from randlora.errors import ConfigError, MergeError, raise_collected, warn
 from randlora.hints import listed, require_types, shortly
 from randlora.layers.base import AdapterLayer
 from randlora.layers.update import Into, Quantized, RoundingLoss
-from randlora.model.install import detach_all, lost_parts, merged_sites, require_detachable, unfold_all
+from randlora.model.install import detach_all, lost_parts, merged_sites, require_detachable, restore_originals
 from randlora.model.mergeable import (
     differences_from_product,
     exchanged_weights,
@@ -96,9 +96,9 @@ def merge(
     with opened(model, None, writes=True) as view:
         names = None if adapters is None else listed(adapters)
         planned = _planned(view, names, quantized, dtype, reversible=reversible)
-        with _unfolded_if_raised(planned.first) as kept:
+        with _restored_if_raised(planned.first) as kept:
             report = _merge(view, planned, kept)
-            agree()  # before it is certain that nothing is to be unfolded
+            agree()  # before it is certain that nothing is to be restored
             return report
 
 
@@ -127,7 +127,7 @@ def _planned(
     raise_collected(MergeError, name_problems(state, names), doing="merge")
     merging = [state.adapters[name] for name in adapters]
     lost = lost_parts(census, state, merging)
-    first = [site for site in sites if site.layer.unmerged is None]
+    first = [site for site in sites if site.layer.original is None]
     values = [*tie_problems(census, sites), *weight_problems(first, into), *remerge_problems(sites)]
     differences = {} if values else differences_from_product(first)  # of weights that have values
     problems = state_problems(state, sites, adapters, reversible=reversible)
@@ -149,7 +149,7 @@ def _planned(
 def _merge(view: View, planned: MergePlan, kept: dict[AdapterLayer, Kept | None]) -> MergeReport:
     census, state, sites = view.census, view.state, planned.sites
     active = _in_order(state, state.merged | planned.adapters)
-    rounding = _fold_all(sites, active, planned.into)
+    rounding = _write_all_merged(sites, active, planned.into)
     if lossy := {fqn: loss.relative for fqn, loss in rounding.items() if loss.relative > LOSSY}:
         warn(
             f"rounding to codes loses up to {max(lossy.values()):.0%} of the update of {shortened([*lossy])}: merge "
@@ -169,11 +169,11 @@ def _merge(view: View, planned: MergePlan, kept: dict[AdapterLayer, Kept | None]
             state.merge_guards.append(view.root.register_forward_hook(refuse_backward))
             state.merge_guards.append(view.root.register_forward_pre_hook(require_merged_weights))
         state.merged, state.merge_options, state.merge_report = active, planned.options, report
-        state.merged_weights = exchanged_weights(census)
+        state.exchanged = exchanged_weights(census)
         for site in sites:
             site.layer.seat(site.owner)
         return report
-    kept |= {site.layer: site.layer.unmerged for site in sites}
+    kept |= {site.layer: site.layer.original for site in sites}
     for site in sites:
         site.layer.keep_merged(site.owner)
     detach_all(census, state)
@@ -214,7 +214,7 @@ def unmerge(model: nn.Module, adapters: str | Iterable[str] | None = None) -> tu
         raise_collected(MergeError, problems, doing="unmerge")
         agree()
         with all_or_nothing(census, state):
-            return _merge_fewer(census, state, staying) if staying else unfold_all(census, state)
+            return _merge_fewer(census, state, staying) if staying else restore_originals(census, state)
 
 
 def _merge_fewer(census: Census, state: ModelState, staying: Mapping[str, Factor]) -> tuple[str, ...]:
@@ -224,11 +224,11 @@ def _merge_fewer(census: Census, state: ModelState, staying: Mapping[str, Factor
     again = [site for site in sites if site.layer.factors(staying)]
     raise_collected(MergeError, remerge_problems(again), doing="unmerge")
     quantized, dtype = state.merge_options
-    _fold_all(again, _in_order(state, staying), Into(quantized, dtype or model_dtype(census)))
+    _write_all_merged(again, _in_order(state, staying), Into(quantized, dtype or model_dtype(census)))
     for site in sites:
         if not site.layer.factors(staying):
-            site.layer.unfold(site.owner)
-    state.merged, state.merged_weights = _in_order(state, staying), exchanged_weights(census)
+            site.layer.restore_original(site.owner)
+    state.merged, state.exchanged = _in_order(state, staying), exchanged_weights(census)
     for site in sites:
         site.layer.seat(site.owner)
     return tuple(site.fqn for site in sites)
@@ -256,15 +256,15 @@ def merged(
         RandLoRAError: Any error of `merge`.
     """
     state: ModelState | None = None
-    own: list[str] = []  # the names of the adapters that this block merges, and the block in the state
+    merged_here: list[str] = []  # adapters that this block merges; the state knows the open block by this very list
 
     def end() -> None:
         if state is None:  # it was not found
             return
         with CHANGING:
-            if state.merged_block is own:
+            if state.merged_block is merged_here:
                 state.merged_block = None
-            if names := [name for name in own if name in state.merged]:
+            if names := [name for name in merged_here if name in state.merged]:
                 with alone():  # after an error of one process alone, the others would wait for it
                     unmerge(model, names)
 
@@ -277,8 +277,8 @@ def merged(
                     "all, or call randlora.merge(model, reversible=True) before and randlora.unmerge(model) after"
                 )
             if state.active_unmerged or not state.is_merged:
-                own += state.active_unmerged  # first, or an interrupt might leave them merged
-                state.merged_block = own
+                merged_here += state.active_unmerged  # first, or an interrupt might leave them merged
+                state.merged_block = merged_here
                 quantized, dtype = state.merge_options or (quantized, dtype)
                 merge(model, reversible=True, quantized=quantized, dtype=dtype)
             report = state.merge_report
@@ -296,36 +296,36 @@ def _refuse_loading(module: nn.Module, *args: object) -> None:  # noqa: ARG001  
     raise MergeError("cannot load a state dict while adapters are merged: unmerge them, or end the block of merged")
 
 
-def _fold_all(sites: Sequence[AdaptedSite], names: Collection[str], into: Into) -> dict[str, RoundingLoss]:
+def _write_all_merged(sites: Sequence[AdaptedSite], names: Collection[str], into: Into) -> dict[str, RoundingLoss]:
     rounding: dict[str, RoundingLoss] = {}
 
-    def fold(site: AdaptedSite) -> None:
+    def write(site: AdaptedSite) -> None:
         factors = site.layer.factors(names)
         if site.layer.is_quantized:
-            site.layer.unfold(site.owner)  # its original codes, if it is merged into already, to add to
-        merged = site.layer.merged(site.owner, factors, into)
+            site.layer.restore_original(site.owner)  # its original codes, if it is merged into already, to add to
+        merged = site.layer.compute_merged(site.owner, factors, into)
         require_finite(site.fqn, merged.weight)
-        site.layer.fold(site.owner, merged)
+        site.layer.write_merged(site.owner, merged)
         if merged.rounding is not None:
             rounding[site.fqn] = merged.rounding
 
     agree()
-    run_collectives(partial(fold, site) for site in sites)
+    run_collectives(partial(write, site) for site in sites)
     agree()
     return rounding
 
 
 @contextmanager
-def _unfolded_if_raised(sites: Sequence[AdaptedSite]) -> Iterator[dict[AdapterLayer, Kept | None]]:
+def _restored_if_raised(sites: Sequence[AdaptedSite]) -> Iterator[dict[AdapterLayer, Kept | None]]:
     """Restore the values that were written in place, such as of sharded weights, if the block raises."""
-    # what `AdapterLayer.unmerged` was before the block drops it; `all_or_nothing` undoes the rest
+    # what `AdapterLayer.original` was before the block drops it; `all_or_nothing` undoes the rest
     kept: dict[AdapterLayer, Kept | None] = {}
     try:
         yield kept
     except BaseException:
         for site in sites:
             layer = site.layer
-            layer.unmerged = layer.unmerged or kept.get(layer)
-            if layer.unmerged is not None and layer.unmerged.place is not None:
-                layer.unfold(site.owner)
+            layer.original = layer.original or kept.get(layer)
+            if layer.original is not None and layer.original.place is not None:
+                layer.restore_original(site.owner)
         raise

@@ -21,11 +21,11 @@ from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import find_layer
 from randlora.layers.scopes import run_forward
-from randlora.layers.update import Into, Quantized, folded
+from randlora.layers.update import Into, Quantized, rounded_sum
 from randlora.layers.weight import COMPUTED
 from randlora.model.view import holding_copies
 from randlora.places import Plain, Whole, place_at, whole_only_inside
-from randlora.state import ModelState, attached_state
+from randlora.state import ExchangedWeight, ModelState, attached_state
 from randlora.targets.census import AdaptedSite, Census, is_norm, is_quantized
 from randlora.targets.match import shortened
 
@@ -93,7 +93,7 @@ def remerge_problems(sites: Sequence[AdaptedSite]) -> list[str]:
     return [
         f"{site.fqn} is merged into already, and its weight is sharded: unmerge all, and merge together"
         for site in sites
-        if (kept := site.layer.unmerged) is not None and (kept.place is not None or not is_here(site))
+        if (kept := site.layer.original) is not None and (kept.place is not None or not is_here(site))
     ]
 
 
@@ -220,17 +220,20 @@ def _refuse(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
     )
 
 
-def exchanged_weights(census: Census) -> list[tuple[dict[str, Any], AdapterLayer, Any]]:
-    """Return the parameters that a reversible merge exchanged; see `ModelState.merged_weights`."""
-    merged = [site for site in census.adapted if site.layer.unmerged is not None and site.layer.unmerged.place is None]
-    return [(site.owner._parameters, site.layer, site.owner._parameters.get(site.layer.attribute)) for site in merged]
+def exchanged_weights(census: Census) -> list[ExchangedWeight]:
+    """Return the parameters that a reversible merge exchanged."""
+    merged = [site for site in census.adapted if site.layer.original is not None and site.layer.original.place is None]
+    return [
+        ExchangedWeight(site.owner._parameters, site.layer, site.owner._parameters.get(site.layer.attribute))
+        for site in merged
+    ]
 
 
 def replaced_problems(state: ModelState) -> list[str]:
     """Return a message if a model has the original values, as `state_dict` does, in place of merged weights."""
     lost = [
         next(iter(layer.adapters.values())).fqn
-        for parameters, layer, merged in state.merged_weights
+        for parameters, layer, merged in state.exchanged
         if (weight := parameters.get(layer.attribute)) is not merged and _is_original(layer, weight)
     ]
     problem = (
@@ -242,9 +245,9 @@ def replaced_problems(state: ModelState) -> list[str]:
 
 
 def _is_original(layer: AdapterLayer, weight: Tensor | None) -> bool:
-    if weight is None or weight.is_meta or layer.unmerged is None or layer.is_quantized:
+    if weight is None or weight.is_meta or layer.original is None or layer.is_quantized:
         return weight is not None and weight.is_meta
-    own: Tensor = layer.unmerged.values
+    own: Tensor = layer.original.values
     return type(weight.data) is Tensor and weight.shape == own.shape and torch.equal(weight, own.to(weight))
 
 
@@ -302,7 +305,7 @@ def difference_from_product(site: AdaptedSite) -> float | None:
     change *= size / torch.linalg.vector_norm(change)
     product = x.to(wide) @ change.T
     before = _output(site, x, weight)
-    after = _output(site, x, folded(weight, layer.in_storage_layout(change)))
+    after = _output(site, x, rounded_sum(weight, layer.in_storage_layout(change)))
     if before is None or after is None or not before.shape == after.shape == product.shape:
         return None
     difference = after.to(wide) - before.to(wide) - product

@@ -200,7 +200,7 @@ class MergedTensors:
         return _held(owner, layer.attribute)
 
     def _from_parts(self, layer: AdapterLayer, owner: nn.Module, factors: dict[str, float]) -> Tensor:
-        place, merged = layer.place_in(owner), layer.merged(owner, factors, self.into).weight
+        place, merged = layer.place_in(owner), layer.compute_merged(owner, factors, self.into).weight
         if place.part is None:
             return merged
         stored = place.stored(merged)

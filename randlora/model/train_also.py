@@ -257,8 +257,8 @@ class Table(NamedTuple):
         """Return its first site, the adapter layer of its modules or a new one, and what an adapter has there."""
         site = self.sites[0]
         layer = site.adapter_layer or RowsAdapter(site.owner, state, [each.owner for each in self.sites])
-        part = SiteRows(adapter, self.fqn, layer.shape, torch.tensor(self.rows, device=values.device))
-        return site, layer, part, (values,)
+        site_rows = SiteRows(adapter, self.fqn, layer.shape, torch.tensor(self.rows, device=values.device))
+        return site, layer, site_rows, (values,)
 
 
 def find_tables(census: Census, given: TableRows) -> tuple[list[Table], list[str]]:

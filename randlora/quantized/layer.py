@@ -159,7 +159,7 @@ class QuantizedLayer(ForwardOnly):
         return None if bias is None or bias.dtype == dtype else twin_of(owner, bias=bias.to(dtype))
 
     @torch.no_grad()
-    def merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:
+    def compute_merged(self, owner: nn.Module, weights: dict[str, float], into: Into) -> Merged:
         """Return the layer merged with some adapters, added in float32: new codes, or a plain layer."""
         delta = self.delta_weight(owner, weights)
         weight = self.written_out(owner).add_(delta)
@@ -195,19 +195,19 @@ class QuantizedLayer(ForwardOnly):
         change_class(owner, held.kind)
         return own
 
-    def fold(self, owner: nn.Module, merged: Merged) -> None:
-        """Exchange the owner's codes for merged ones, or the layer for a plain one, and keep them in `unmerged`."""
-        assert self.unmerged is None, "codes are merged into from the original ones"
-        self.unmerged = Kept(self.exchange(owner, merged.held))
+    def write_merged(self, owner: nn.Module, merged: Merged) -> None:
+        """Exchange the owner's codes for merged ones, or the layer for a plain one, and keep those in `original`."""
+        assert self.original is None, "codes are merged into from the original ones"
+        self.original = Kept(self.exchange(owner, merged.held))
 
     def keep_merged(self, owner: nn.Module) -> None:  # noqa: ARG002  # which has the new codes, or is plain
         """Make a merge permanent."""
-        self.unmerged = None
+        self.original = None
 
-    def save_unmerged(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
+    def save_original(self, owner: nn.Module, destination: dict[str, Any], prefix: str) -> None:
         """Write the original codes into a state dict that has merged ones, or a plain layer's weight."""
-        assert self.unmerged is not None, "it was merged into"
-        held = self.unmerged.values
+        assert self.original is not None, "it was merged into"
+        held = self.original.values
         if isinstance(held, Form):
             for name in owner._parameters.keys() - held.parameters.keys():  # of the plain layer
                 destination.pop(f"{prefix}{name}", None)
@@ -225,12 +225,12 @@ class QuantizedLayer(ForwardOnly):
         layer._save_to_state_dict(destination, prefix, keep_vars=False)
 
     @torch.inference_mode(mode=False)  # the codes must not be inference tensors
-    def unfold(self, owner: nn.Module) -> None:
+    def restore_original(self, owner: nn.Module) -> None:
         """Restore the original codes byte for byte, on the device that the owner is on now."""
-        if self.unmerged is not None:
+        if self.original is not None:
             device = self.device_beside(owner)
-            self.exchange(owner, self.unmerged.values)
-            self.unmerged = None
+            self.exchange(owner, self.original.values)
+            self.original = None
             if self.device_beside(owner) != device:
                 self.move(owner, device)
 

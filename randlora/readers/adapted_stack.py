@@ -15,7 +15,7 @@ from randlora.functional import Compute, adapted_linear
 from randlora.functional.operation import chosen_forward
 from randlora.functional.scratch import without_autocast
 from randlora.layers.base import autocast_dtype, is_plain_tensor, product_dtype
-from randlora.layers.update import Update, folded, sum_updates
+from randlora.layers.update import Update, rounded_sum, sum_updates
 from randlora.places import has_values
 from randlora.readers.products import chosen_all_at_once, grouped_update, summed_linear
 
@@ -115,7 +115,7 @@ class Parts(NamedTuple):
             delta = sum_updates(updates, (), device=stored.device, dtype=dtype)
         else:  # for all matrices at once
             delta = self.shared.formed(stored.device, dtype)
-        total = folded(stored, delta if self.is_out_in is not is_turned else delta.mT)
+        total = rounded_sum(stored, delta if self.is_out_in is not is_turned else delta.mT)
         return total.mT if is_turned else total
 
     def multiplies(self, x: object) -> bool:

@@ -81,7 +81,7 @@ class Experts(ReadWeight):
             return weight
         if split_of(type(self), weight) is not None:
             return super().value(owner)
-        updates = self.here([self.update(owner, part, factor) for part, factor in active])
+        updates = self.here([self.update(owner, site_adapter, factor) for site_adapter, factor in active])
         if is_transformed():
             return super().with_updates(weight, updates)
         return AdaptedStack(self._parts(weight, updates, self.state.compute))

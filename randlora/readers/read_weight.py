@@ -78,7 +78,7 @@ class ReadWeight(AdapterLayer):
         weight, active = self.weight_of(owner), self.active()
         if not active:
             return weight
-        updates = [self.update(owner, part, factor) for part, factor in active]
+        updates = [self.update(owner, site_adapter, factor) for site_adapter, factor in active]
         if (split := split_of(type(self), weight)) is not None:
             return split.value(updates)
         return self.with_updates(weight, self.here(updates))
@@ -103,7 +103,7 @@ class ReadLinear(ReadWeight, LinearAdapter):
 
     def value(self, owner: nn.Module) -> Tensor:
         """Compute the weight plus the updates of the active adapters."""
-        if owner.training and any(part.adapter.config.dropout for part, _ in self.active()):
+        if owner.training and any(site_adapter.adapter.config.dropout for site_adapter, _ in self.active()):
             raise AdapterError(
                 f"code reads the weight of an adapted {plain_class(owner).__name__} instead of calling it, so the "
                 "adapter's dropout cannot act (TRL's trainers do this with an output head): make the adapter without "
@@ -338,12 +338,12 @@ class EmbeddingAdapter(ReadWeight):
                 f"{self.shape} when it was adapted: resize it before adapting it"
             )
         if (split := split_of(type(self), weight)) is not None:
-            updates = [self.update(owner, part, factor) for part, factor in active]
+            updates = [self.update(owner, site_adapter, factor) for site_adapter, factor in active]
             return split.rows(updates, ids, owner.padding_idx)
         table, frequency = cast(owner, "weight", weight), owner.scale_grad_by_freq
         output = F.embedding(ids, table, owner.padding_idx, scale_grad_by_freq=frequency, sparse=owner.sparse)
-        for part, factor in active:
-            pair, diagonals = self.update(owner, part, factor).parts(output.device, output.dtype)
+        for site_adapter, factor in active:
+            pair, diagonals = self.update(owner, site_adapter, factor).parts(output.device, output.dtype)
             rows = update_rows(ids, pair, diagonals, num_rows=num_rows, is_wide=row_size <= num_rows)
             if owner.padding_idx is not None:  # which gets no gradient, as in torch
                 rows = torch.where((ids == owner.padding_idx).unsqueeze(-1), rows.detach(), rows)

@@ -116,19 +116,25 @@ def _form_problems(sites: Iterable[AdaptedSite], sources: Sequence[Adapter]) -> 
             elif other is source and not basis.spec.is_of(first.config, r):
                 problems.append(f"{source.name!r} is on {basis.spec}, but {first.name!r} has no such bases: {INSTEAD}")
     for site in sites:
-        parts = {source.name: part for source in sources if (part := site.layer.adapters.get(source.name)) is not None}
+        site_adapters = {
+            source.name: site_adapter
+            for source in sources
+            if (site_adapter := site.layer.adapters.get(source.name)) is not None
+        }
         wanted = site.shape_with(first.config)
         problems += [
-            f"{name!r} adapts {site.fqn} as {sizes(part.shape)}, and one like {first.name!r} as {sizes(wanted)}: "
-            "combine adapters of equal in_proj and experts"
-            for name, part in parts.items()
-            if part.shape != wanted
+            f"{name!r} adapts {site.fqn} as {sizes(site_adapter.shape)}, and one like {first.name!r} as "
+            f"{sizes(wanted)}: combine adapters of equal in_proj and experts"
+            for name, site_adapter in site_adapters.items()
+            if site_adapter.shape != wanted
         ]
-        if len(ranks := {part.options.r for part in parts.values()}) > 1:
-            problems.append(f"{' and '.join(parts)} have r={' and '.join(map(str, ranks))} in {site.fqn}: {INSTEAD}")
-        if not next(iter(parts.values())).scaling:
-            problems.append(f"{next(iter(parts))!r} has alpha=0 in {site.fqn}, so there is no update")
-        if not all(has_values(each) for name in parts for each in site.layer.diagonals_of(site.owner, name)):
+        if len(ranks := {site_adapter.options.r for site_adapter in site_adapters.values()}) > 1:
+            problems.append(
+                f"{' and '.join(site_adapters)} have r={' and '.join(map(str, ranks))} in {site.fqn}: {INSTEAD}"
+            )
+        if not next(iter(site_adapters.values())).scaling:
+            problems.append(f"{next(iter(site_adapters))!r} has alpha=0 in {site.fqn}, so there is no update")
+        if not all(has_values(each) for name in site_adapters for each in site.layer.diagonals_of(site.owner, name)):
             problems.append(f"{site.fqn} has no values (meta or fake): load the model first")
     return problems
 

@@ -39,7 +39,7 @@ class Routed(NamedTuple):
 
     positions: Tensor | None  # in the batch; the whole batch in its order for None
     names: list[str]
-    parts: list[SiteAdapter]
+    site_adapters: list[SiteAdapter]
     counts: tuple[int, ...]  # the number of tokens of each adapter
 
     def of(self, rows: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ class RowByRow(Routing, Run):
                 f"code reads an adapted {layer.attribute} outside of the forward of its module, where routed cannot "
                 "tell the rows of the batch: exclude it when the adapter is made, or activate one adapter at a time"
             )
-        part = layer.adapters.get(call.chosen[0] or "")
-        return [] if part is None else [(part, 1.0)]
+        site_adapter = layer.adapters.get(call.chosen[0] or "")
+        return [] if site_adapter is None else [(site_adapter, 1.0)]
 
     def product(self, layer: AdapterLayer, forward: ForwardCall) -> Tensor:
         """Return the output of the base plus, for each token, the product with the update of its adapter."""
@@ -98,9 +98,11 @@ class RowByRow(Routing, Run):
             rows, total = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
             for group in self._by_bases(layer, layout, x.device):
                 own = group.of(rows).to(output.dtype)
-                if owner.training and any(part.adapter.config.dropout for part in group.parts):
-                    split = zip(own.split(group.counts), group.parts, strict=True)
-                    own = torch.cat([F.dropout(each, part.adapter.config.dropout) for each, part in split])
+                if owner.training and any(site_adapter.adapter.config.dropout for site_adapter in group.site_adapters):
+                    split = zip(own.split(group.counts), group.site_adapters, strict=True)
+                    own = torch.cat([
+                        F.dropout(each, site_adapter.adapter.config.dropout) for each, site_adapter in split
+                    ])
                 total = group.onto(total, self._product(layer, owner, group, own))
             result = total.view(output.shape)
         follow(self, layer, result, layout)
@@ -119,7 +121,7 @@ class RowByRow(Routing, Run):
         with unfollowed(self):
             flat, total = ids.reshape(-1), output.reshape(-1, output.shape[-1])
             for group in self._by_bases(layer, layout, ids.device):
-                pair, diagonals, is_wide = _factors(layer, owner, group.parts, output)
+                pair, diagonals, is_wide = _factors(layer, owner, group.site_adapters, output)
                 own = group.of(flat)
                 rows = torch.cat([
                     update_rows(part, pair, one, num_rows=layer.shape[0], is_wide=is_wide)
@@ -164,16 +166,17 @@ class RowByRow(Routing, Run):
         held: list[Any] = [owner._modules[name] for name in layer.parameter_names()]
         may_keep = self.keeps and len(group.names) > 1
         parameters = cacheable_parameters(owner, held, group.names) if may_keep else None
-        pair, first, is_wide = _factors(layer, owner, group.parts if parameters is None else group.parts[:1], own)
+        to_factor = group.site_adapters if parameters is None else group.site_adapters[:1]
+        pair, first, is_wide = _factors(layer, owner, to_factor, own)
         needed = [part for one in first for part in one[:2]] if parameters is None else parameters
         compute = layer.state.compute
         options: dict[str, Any] = {"is_wide": is_wide, "compute": compute}
         if not goes_together(own, needed, pair, group.counts, **options):
-            return one_by_one(own, pair, _factors(layer, owner, group.parts, own)[1], group.counts, **options)
+            return one_by_one(own, pair, _factors(layer, owner, group.site_adapters, own)[1], group.counts, **options)
         if parameters is None:
             stack = Stack.of(pair, first)
         else:
-            stack = kept_stack(self.kept, layer.adapters, group.parts, parameters, pair)
+            stack = kept_stack(self.kept, layer.adapters, group.site_adapters, parameters, pair)
         way: Way | None = None if compute == "auto" else "whole"
         return stacked_update(own, pair, stack, group.counts, is_wide=is_wide, way=way)
 
@@ -187,10 +190,10 @@ def _module_name(layer: AdapterLayer, owner: Any) -> str:
 
 
 def _factors(
-    layer: AdapterLayer, owner: nn.Module, parts: list[SiteAdapter], like: Tensor
+    layer: AdapterLayer, owner: nn.Module, site_adapters: list[SiteAdapter], like: Tensor
 ) -> tuple[Pair, list[Diagonals], bool]:
     """Return the bases that some adapters share, Λ, Γ and the scaling of each, and whether the layer is wide."""
-    updates = [layer.update(owner, part, 1.0) for part in parts]
+    updates = [layer.update(owner, site_adapter, 1.0) for site_adapter in site_adapters]
     pair, _ = updates[0].parts(like.device, like.dtype)
     return pair, [update.diagonals(like.device) for update in updates], updates[0].is_wide
 
@@ -222,19 +225,19 @@ def _join(rows: Rows, outputs: list[Any], order: Tensor) -> Any:
 
 
 @torch.inference_mode(mode=False)  # a later call may need gradients
-def _found_by_bases(parts: Mapping[str, SiteAdapter], ordered: Sorted) -> list[Routed]:
+def _found_by_bases(site_adapters: Mapping[str, SiteAdapter], ordered: Sorted) -> list[Routed]:
     found: dict[int, tuple[list[Tensor], list[SiteAdapter], list[int]]] = {}
     start = 0
     for name, count in zip(ordered.adapters, ordered.counts, strict=True):
-        if name is not None and (part := parts.get(name)) is not None:
-            positions, own, counts = found.setdefault(id(part.basis), ([], [], []))
+        if name is not None and (site_adapter := site_adapters.get(name)) is not None:
+            positions, own, counts = found.setdefault(id(site_adapter.basis), ([], [], []))
             positions.append(ordered.order[start : start + count])
-            own.append(part)
+            own.append(site_adapter)
             counts.append(count)
         start += count
     groups = []
     for positions, own, counts in found.values():
         is_all = sum(counts) == len(ordered.order)
         where = (None if ordered.is_in_order else ordered.order) if is_all else torch.cat(positions)
-        groups.append(Routed(where, [part.adapter.name for part in own], own, tuple(counts)))
+        groups.append(Routed(where, [site_adapter.adapter.name for site_adapter in own], own, tuple(counts)))
     return groups

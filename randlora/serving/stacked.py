@@ -196,7 +196,7 @@ def cacheable_parameters(owner: nn.Module, held: Sequence[Diagonal], names: Sequ
 def kept_stack(
     kept: dict[tuple[int, int], KeptStack],
     here: Mapping[str, SiteAdapter],
-    parts: list[SiteAdapter],
+    site_adapters: list[SiteAdapter],
     parameters: list[nn.Parameter],
     pair: Pair,
 ) -> Stack:
@@ -210,8 +210,8 @@ def kept_stack(
     versions = _versions(parameters) if is_lasting else []  # before the values, which another thread may be changing
     with torch.inference_mode(mode=False), torch.no_grad():  # a later call may need gradients of inputs
         here_as = [parameter.to(pair.B.device) for parameter in parameters]
-        each = zip(here_as[: len(parts)], here_as[len(parts) :], parts, strict=True)
-        stack = Stack.of(pair, [Diagonals(lam, gamma, part.scaling) for lam, gamma, part in each])
+        each = zip(here_as[: len(site_adapters)], here_as[len(site_adapters) :], site_adapters, strict=True)
+        stack = Stack.of(pair, [Diagonals(lam, gamma, site_adapter.scaling) for lam, gamma, site_adapter in each])
     if is_lasting:
         kept[key] = KeptStack(here, parameters, versions, [each.detach() for each in parameters], pair, stack)
     return stack

@@ -276,9 +276,9 @@ def _within(owner: Any, layer: AdapterLayer, plan: SplitPlan, held_as: str) -> C
         if not active or not isinstance(piece, LocalPiece) or is_dtensor(layer.find_weight(owner)):
             return type(owner).forward(owner, x)
         output = layer.base_output(owner, partial(owner.randlora_base.forward, owner), x)
-        for part, factor in active:
-            update = piece.part(layer.update(owner, part, factor))
-            own = F.dropout(x.to(output.dtype), part.adapter.config.dropout, owner.training)
+        for site_adapter, factor in active:
+            update = piece.part(layer.update(owner, site_adapter, factor))
+            own = F.dropout(x.to(output.dtype), site_adapter.adapter.config.dropout, owner.training)
             output = output + local_product(update, own, piece.region, layer.state.compute)
         return output
 
@@ -315,7 +315,7 @@ def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
 def _taking_part(owner: Any, layer: AdapterLayer, output: Tensor) -> Tensor:
     """Return an output that no update is in, whose backward takes part in the sums over processes nevertheless."""
     assert layer.piece is not None, "its owner's forward is a plan's"
-    for part, factor in layer.active():
-        update = layer.piece.part(layer.update(owner, part, factor))
+    for site_adapter, factor in layer.active():
+        update = layer.piece.part(layer.update(owner, site_adapter, factor))
         output = output + 0 * (update.lam.sum() + update.gamma.sum()).to(output.dtype)
     return output

@@ -115,7 +115,7 @@ AROUND = {
     inspect.unwrap(each).__code__
     for each in (
         *(together, opened, opened_to_add, all_or_nothing, unchanged_if_raised),
-        *(merge._unfolded_if_raised, swapped, _written),
+        *(merge._restored_if_raised, swapped, _written),
     )
 }
 """Blocks around a verb: what can fail in them is in other functions, and at their end nothing is left to do."""

@@ -171,11 +171,11 @@ def test_an_unmerge_that_fails_in_one_process_is_tried_again() -> None:
     model = sharded(DRAWN.adapted())
     with restored(model):
         randlora.merge(model, reversible=True)
-        with failing_in_last("unfold", AdapterLayer, 0):
+        with failing_in_last("restore_original", AdapterLayer, 0):
             randlora.unmerge(model)
         randlora.unmerge(model)
         fails = pytest.raises(MemoryError) if dist.get_rank() else nullcontext()
-        with fails, failing_in_last("unfold", AdapterLayer, 0, MemoryError()), randlora.merged(model):
+        with fails, failing_in_last("restore_original", AdapterLayer, 0, MemoryError()), randlora.merged(model):
             pass  # whose end waits for nobody, and tries it again
         with pytest.raises(MergeError, match="not merged"):
             randlora.unmerge(model)
