@@ -58,11 +58,6 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> Shape:
     )
 
 
-def _mixtral(hidden: int, intermediate: int, layers: int, heads: int) -> Shape:
-    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    return Shape("Mixtral", {**sizes, "num_attention_heads": heads, "num_key_value_heads": 8})
-
-
 QWEN3 = {
     "vocab_size": 151936,
     "hidden_size": 4096,
@@ -79,8 +74,7 @@ PLAIN = {
     "Llama-3 8B": _llama(4096, 14336, 32, 32),
     "Llama-3 70B": _llama(8192, 28672, 80, 64),
     "Llama-3 405B": _llama(16384, 53248, 126, 128),
-    "Mixtral-8x7B": _mixtral(4096, 14336, 32, 32),
-    "Mixtral-8x22B": _mixtral(6144, 16384, 56, 48),
+    "Mixtral-8x7B": Shape("Mixtral", {}),
     "Qwen3-235B-A22B": Shape("Qwen3Moe", QWEN3),
     "DeepSeek-V3": Shape("DeepseekV3", {}),
 }

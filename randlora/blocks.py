@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
@@ -55,30 +55,6 @@ class Rows(NamedTuple):
         x = next(iter(tensors.values()))
         axes = {key: (0, 1) for key, value in tensors.items() if value.shape[0] == x.shape[0]}
         return cls(args, kwargs, axes, x.shape[0], x.device)
-
-    def select(self, positions: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments for some of the rows."""
-
-        def selected(key: int | str, value: Any) -> Any:
-            if key not in self.axes:
-                return value
-            axis, entries = self.axes[key]
-            within = torch.arange(entries, device=self.device)
-            return value.index_select(axis, (positions.unsqueeze(1) * entries + within).flatten())
-
-        args = tuple(selected(position, value) for position, value in enumerate(self.args))
-        return args, {name: selected(name, value) for name, value in self.kwargs.items()}
-
-    def joined(self, outputs: list[Any], order: Tensor) -> Any:
-        """Return the output for the whole batch, given the outputs for parts of it and where each row is in them."""
-
-        def joined(parts: Sequence[Any], axis: int) -> Any:
-            return torch.cat([*parts], axis).index_select(axis, order) if isinstance(parts[0], Tensor) else parts[0]
-
-        if not isinstance(outputs[0], tuple):
-            return joined(outputs, self.output_axes[0])
-        entries = enumerate(zip(*outputs, strict=True))
-        return tuple(joined(parts, self.output_axes[min(index, 1)]) for index, parts in entries)
 
 
 class Run(ABC):

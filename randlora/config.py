@@ -14,7 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, ParamSpec, Self, TypeVar, get_type_hints
 
 from randlora.errors import ConfigError, OptionError, named, raise_collected, spelled, typed
@@ -32,11 +31,6 @@ Train = Literal["both", "lambda"]
 
 Strategy = Literal["ddp", "fsdp2"]
 
-Format = Literal["peft", "native", "lora"]
-Layout = Literal["peft", "diffusers"]
-Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]
-"""Attributes of diffusers' pipelines."""
-
 Names = str | Sequence[str]
 """A regex for whole names, or names and suffixes of names."""
 Pattern = Names | Callable[[str, Any], bool]
@@ -46,9 +40,6 @@ TableRows = Mapping[str, Sequence[int]]
 
 Source = str | os.PathLike[str]
 """A path, or a repository on the Hub."""
-Sources = Source | Sequence[Source] | Mapping[str, float] | Mapping[Path, float]
-"""One or several, or their factors."""
-
 Check = Callable[[Any], str]
 """Returns the requirement that a value of the right type does not meet, or an empty string."""
 
@@ -66,11 +57,6 @@ _Value = TypeVar("_Value")
 def between(words: str, least: float, largest: float) -> Check:
     """Return a check that a value is a Python number (as in JSON) within a range, described by ``words``."""
     return lambda value: "" if isinstance(value, int | float) and least <= value <= largest else words
-
-
-def positive_pair(pair: tuple[int, int]) -> str:
-    """Check the numbers of blocks."""
-    return "" if min(pair) > 0 else "two positive integers (c, b)"
 
 
 def distinct_rows(rows: Sequence[int]) -> str:
@@ -267,7 +253,9 @@ class RandLoRAConfig:
     )
     basis: BasisKind = "dense"
     stream: Stream | None = None
-    blocks: tuple[int, int] | None = _option(None, check=positive_pair)
+    blocks: tuple[int, int] | None = _option(
+        None, check=lambda pair: "" if min(pair) > 0 else "two positive integers (c, b)"
+    )
     seed: int = _option(0, check=between("an integer in [0, 2**64)", 0, 2**64 - 1), peft="projection_prng_key")
     train: Train = _option("both", since=4)
     train_also: Names | None = _option(None, check=names_or_regex, peft="modules_to_save")

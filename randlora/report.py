@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -28,14 +28,6 @@ from randlora.targets.select import NEW_HEADS
 FLOAT32_BYTES = 4
 WIDTH = 80
 HEADINGS = ("kind", "count", "in", "out", "r", "alpha", "num_bases", "rank", "trainable")
-
-
-Progress = Callable[[int, int, str], object]
-"""Called with the amount done, the total, and a description of the current step."""
-
-
-def no_progress(done: int, total: int, doing: str) -> None:
-    """Ignore the progress."""
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,7 @@ class ModelState:
 
     def adopt_parameters(self, root: nn.Module) -> None:
         """Follow the parameters that adapters train copies of, if code has replaced them or their modules."""
+        self._require_loaded(root)
         with CHANGING:  # another thread may be between the model's parameter and what is known of it
             if not self.is_merged:  # when the model has different parameters for a time
                 if self.replaced:
@@ -308,7 +309,7 @@ class ModelState:
         ]
         raise_collected(AdapterError, problems, doing=doing)
 
-    def require_loaded(self, root: nn.Module) -> None:
+    def _require_loaded(self, root: nn.Module) -> None:
         """Raise an `AdapterError` if accelerate offloads a copy, which it replaces by parameters without gradients."""
         around = [module for entry in self.replaced.values() for fqn in entry.slots for module in path_to(root, fqn)]
         loaded = loaded_modules(around)
@@ -385,7 +386,6 @@ def adapted_root(model: nn.Module) -> tuple[nn.Module, ModelState]:
         names = ", ".join(fqn or "the model itself" for fqn, _, _ in carriers)
         raise AdapterError(f"several submodules have adapters ({names}): call this on one of them")
     _, root, state = carriers[0]
-    state.require_loaded(root)
     state.adopt_parameters(root)
     return root, state
 

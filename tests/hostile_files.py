@@ -64,11 +64,13 @@ def write_facts(directory: Path, found: dict[str, Any], old: str = "", new: str 
 
 @damage
 def facts(directory: Path, /, old: str = "", new: str = "", **changes: Any) -> None:
-    """Change facts of the header, ``config__r`` that of its config, seal them, and then change its text."""
+    """Change facts of the header, ``config__r`` that of its config and ``...`` for none, seal them; change its text."""
     found = read_facts(directory)
     for path, value in changes.items():
         *parents, name = path.split("__")
         reduce(getitem, parents, found)[name] = value
+        if value is ...:
+            del reduce(getitem, parents, found)[name]
     write_facts(directory, found, old, new)
 
 
@@ -76,6 +78,13 @@ def facts(directory: Path, /, old: str = "", new: str = "", **changes: Any) -> N
 def header(directory: Path, name: str, text: str | None = None) -> None:
     tensors, metadata = stored.read_tensors(directory)
     stored.write_tensors(directory, tensors, {"format": "pt", name: metadata["randlora"] if text is None else text})
+
+
+@damage
+def unsealed(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Change tensors beside a seal of what they were."""
+    held, metadata = stored.read_tensors(directory)
+    stored.write_tensors(directory, change(held), metadata)
 
 
 @damage
@@ -151,10 +160,28 @@ ASKED, SHAPELESS = "the file asks for bases of", "has a shape that no tensor has
 NOT_FINITE, OTHERS = "holds NaN or infinite values", "expected the parameters trained with it (2.bias), got"
 EDITED, NOT_SAME = "stored in the file are not those it names", "when the adapter was saved with torch"
 NO_ADAPTER = "describes no RandLoRA adapter: expected peft_type='RANDLORA', got "
+DAMAGED, CONTRADICTORY, UNSEALED = "header is damaged", "contradict each other", "do not match its checksum"
 WIDE: dict[str, Any] = {"targets": {"0": [4, LARGE], "2": [5, 4]}}
 BIAS = f"{PREFIX}2.base_layer.bias"
 VALUES = (*((key, float("nan")) for key in (LAMBDA, GAMMA, BIAS, BASIS_A, BASIS_B)), (LAMBDA, 1e999), (GAMMA, -1e999))
 NOT_FINITE_ROWS: Rows = tuple((f"{key} {NOT_FINITE}", multiplied(key, value)) for key, value in VALUES)
+LACKING: tuple[dict[str, Any], ...] = {"format_version": ...}, {"config": ...}, {"basis": ...}, {"basis__seed": ...}
+CONTRADICTING: tuple[dict[str, Any], ...] = (
+    *({"basis__r": 4}, {"basis__seed": 4}, {"basis__kind": "sparse"}, {"basis__stream": "portable"}),
+    *({"basis__max_dim": 5}, {"basis__min_dim": 3}),
+)
+CONTRADICTING_BY_LAYER: tuple[dict[str, Any], ...] = (
+    *({"bases__4": ...}, {"bases__4__basis__r": 2}, {"bases__4__basis__max_dim": 4}),
+    *({"config__alpha": [["0", 0.5], ["2", 5], ["1", 1]]}, {"config__r": [["0", 2], [".*", 4]]}),
+)
+CHANGES: tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], ...] = (
+    lambda held: held | {LAMBDA: held[LAMBDA].view(torch.int32)},
+    lambda held: held | {LAMBDA: held[LAMBDA].flatten()},
+    lambda held: held | {LAMBDA: held[GAMMA], GAMMA: held[LAMBDA]},
+    lambda held: held | {f"{PREFIX}4.randlora_lambda": torch.ones(0)},
+    lambda held: {key: value for key, value in held.items() if key != LAMBDA},
+    lambda held: {key.replace(".0.", ".4."): value for key, value in held.items()},
+)
 
 OURS: Rows = (
     ("has no basis_sha256", facts('"basis_sha256"', '"digest"')),
@@ -173,6 +200,26 @@ OURS: Rows = (
     ("it is not an object", header("randlora", "[]")),
     ("has a header under a damaged name", header("sandlora")),
     (NOT_SAME, sealed(digest="0" * 64)),
+    *((DAMAGED, facts(**lack)) for lack in LACKING),
+    (DAMAGED, facts('"sha256"', '"seal"')),
+    *((DAMAGED, header("randlora", text)) for text in ("", "null")),
+    ("config has no alpha", facts(config__alpha=...)),
+    *((DAMAGED, facts(targets__0=shape)) for shape in ([4], [0, 6])),
+    *((DAMAGED, facts(model_class={"library": "transformers", **more})) for more in ({}, {"name": "A", "labels": {}})),
+    *((DAMAGED, facts(kinds=kinds)) for kinds in ({"0": "convolutions"}, {"c": "experts"})),
+    (DAMAGED, facts(config__exclude="(a+)+b")),
+    ("does not know rank: was the file written by a newer version", facts(config__rank=2)),
+    (DAMAGED, facts(basis__min_dim=0)),
+    *((CONTRADICTORY, facts(**change)) for change in CONTRADICTING),
+    *(("reads versions 1 to 4: install one", facts(format_version=version)) for version in (0, 5, "1", None, [1])),
+    (DAMAGED, facts(format_version=2)),
+    *((UNSEALED, facts(f'"{fact}"', f'"more": 1, "{fact}"')) for fact in ("config", "format_version")),
+    *((UNSEALED, facts(f'{fact}": "', f'{fact}": "0')) for fact in ("basis_sha256", ' "sha256', "torch_version")),
+    *((UNSEALED, unsealed(change)) for change in CHANGES),
+)
+BY_LAYER: Rows = (
+    *((CONTRADICTORY, facts(**change)) for change in CONTRADICTING_BY_LAYER),
+    (DAMAGED, facts(format_version=1)),
 )
 PORTABLE: Rows = (
     (f"{LARGE}", facts(**WIDE)),
@@ -251,6 +298,7 @@ PEFTS: Rows = (
 
 MAKERS: dict[str, tuple[Callable[[Path], object], Rows]] = {
     "ours": (our_adapter, OURS),
+    "by layer": (partial(our_adapter, r={"0": 2, ".*": 4}, alpha={"0": 0.5, ".*": 5}), BY_LAYER),
     "portable": (partial(our_adapter, stream="portable"), PORTABLE),
     "block": (partial(our_adapter, basis="block"), PORTABLE[-2:]),
     "stored": (partial(our_adapter, bases="stored", train_also=["2.bias"]), STORED),

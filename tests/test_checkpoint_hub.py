@@ -16,7 +16,6 @@ from peft import PeftModel
 from torch import nn
 
 import randlora
-from randlora.checkpoint.load import swap_each
 from randlora.checkpoint.peft_layout import base_model_name, mismatch, target_modules
 from randlora.errors import CheckpointError, ConfigError, how_to_install
 from randlora.targets.census import Census
@@ -165,7 +164,7 @@ def test_fields_that_mean_nothing_here_are_written_back_and_those_of_the_arithme
     assert report.notes == ("fields kept but not understood: a_field_of_tomorrow",)
     randlora.save(model, tmp_path / "ours", bases="stored")
     randlora.load(again, tmp_path / "ours")
-    swap_each(swapped, {"default": tmp_path / "ours"})
+    randlora.swap(swapped, tmp_path / "ours")
     for each in (model, again, swapped):
         randlora.save(each, tmp_path / "saved", bases="stored")
         assert read_fields(tmp_path / "saved") == {**before, **FOREIGN}

@@ -132,8 +132,8 @@ def test_bases_of_up_to_four_million_entries_or_1024_for_each_value_are_drawn(
 
 
 def test_bases_of_all_r_count_together(tmp_path: Path) -> None:
-    model = nn.ModuleDict({f"layer_{r}": nn.Linear(1, 30_000, bias=False) for r in range(64, 74)})
-    randlora.inject(model, r={f"layer_{r}": r for r in range(64, 74)}, targets=[*model], stream="portable")
+    model = nn.ModuleDict({f"layer_{r}": nn.Linear(1, 30_000, bias=False) for r in range(64, 67)})
+    randlora.inject(model, r={f"layer_{r}": r for r in range(64, 67)}, targets=[*model], stream="portable")
     randlora.save(model, tmp_path / "adapter")  # of 690 numbers, with bases of 20 million
     with pytest.raises(CheckpointError, match=r"asks for bases of 30000 x 1 with r=65.*has only"):
         randlora.files.inspect(tmp_path / "adapter")

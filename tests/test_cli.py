@@ -34,7 +34,7 @@ from randlora.cli.commands import callback, progress_bar
 from randlora.config import OPTIONS
 from randlora.errors import how_to_install, on_command_line
 from randlora.files.inspect import Check, Verification
-from randlora.report import no_progress
+from randlora.files.model_directory import no_progress
 from tests.checkpoint_files import edit_fields, peft_directory, read_tensors, write_tensors
 from tests.model_directories import contents, save_adapter, save_model
 from tests.models import LLAMA

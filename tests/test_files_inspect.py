@@ -17,7 +17,6 @@ from randlora.__main__ import main
 from randlora.errors import CheckpointError, TargetError
 from randlora.files.adapter import open_base
 from randlora.files.inspect import Verification
-from randlora.files.model_directory import find_codes, read_model_directory
 from randlora.targets.select import find_targets
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, basis_of, edit_fields, edit_tensors
 from tests.hub_server import Hub, Repository
@@ -184,13 +183,8 @@ def test_a_quantized_model_is_planned_and_not_merged_into(kind: RealModel, quant
     expected = files.plan(dense, **options)
     note = f"the model is quantized ({KINDS[quantization]}): parameters are counted as if it were not quantized"
     assert files.plan(base, **options) == replace(expected, notes=(*expected.notes, note))
-    codes, buffers = find_codes(read_model_directory(base)), kind.build().to(torch.bfloat16).buffers()
-    size = sum(tensor.nbytes for tensor in [*stored(base).values(), *buffers])
+    size = sum(tensor.nbytes for tensor in [*stored(base).values(), *kind.build().to(torch.bfloat16).buffers()])
     assert files.training_memory(base, **options).weights == size
-    assert {found.kind for found in codes.values()} == {KINDS[quantization]}
-    assert find_codes(read_model_directory(dense)) == {}
-    plain = sum(tensor.nbytes for name, tensor in stored(dense).items() if name not in codes)
-    assert plain + sum(found.nbytes for found in codes.values()) == read_model_directory(base).nbytes
 
     # adapters of codes of 4 bits in rows as short as these are refused
     model = load_quantized(dense, quantization) if quantization == "8 bits" else kind.build()

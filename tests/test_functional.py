@@ -23,12 +23,12 @@ from randlora.functional import (
     delta_weight,
     operation,
     scratch,
-    summed_linear,
     update_rows,
 )
 from randlora.functional.cost import ON_CPU, ON_GPU, SMALL_WEIGHT, Sizes, Way, backward_ways, forward_way
 from randlora.functional.operation import adapted
 from randlora.functional.scratch import Observer, is_in_transform
+from randlora.readers.products import chosen_all_at_once, summed_linear
 from tests import reference
 from tests.further import further
 from tests.kit import same_bits
@@ -522,7 +522,7 @@ def test_layers_take_the_ways_that_were_measured_fastest() -> None:
     assert all(cost.pass_over(device, dtype) == entry for device, dtype, entry in passes)
     assert cost.pass_over("cuda", torch.bfloat16) > cost.pass_over("cuda", torch.float32)
     expert = case("dense", 256, 256, 32).pair
-    together = [cost.chosen_all_at_once([each] * 2, expert.shape, is_wide=True, compute="auto") for each in (12, 13)]
+    together = [chosen_all_at_once([each] * 2, expert.shape, is_wide=True, compute="auto") for each in (12, 13)]
     assert together == [True, False], "of a few tokens each"
     square: Any = case("block(2,4)", 256, 256, 32).pair
     small: Any = case("block(2,4)", 512, 512, 32).pair

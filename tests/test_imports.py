@@ -33,7 +33,7 @@ ROOMS.insert(ROOMS.index("api") + 1, "")  # the package itself
 
 OPTIONAL = {
     "disk.hub": {"huggingface_hub"},
-    "files.transformers_model": {"transformers"},
+    "files.transformers_model": {"huggingface_hub", "transformers"},
     "integrations.axolotl": {"axolotl", "pydantic"},
     "integrations.lightning": set(),  # by importlib, whichever of its packages there is
     "integrations.optimizers": set(),

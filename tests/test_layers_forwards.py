@@ -380,13 +380,6 @@ def test_a_forward_is_merged_into_if_it_is_the_product(name: str, monkeypatch: p
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_forward_that_reads_the_weight_is_merged_into_whatever_it_makes_of_it() -> None:
-    read = adapt(nn.Sequential(other(lambda self, x: product(self, x).relu())), r=2, targets=["0"])
-    before = read(x := torch.randn(3, 16))
-    assert randlora.merge(read).notes == ()
-    torch.testing.assert_close(read(x), before)
-
-
 CHANGES: dict[str, Callable[[Any, nn.Parameter], object]] = {  # by the names of the methods
     "__delitem__": lambda values, _: values.__delitem__("b"),
     "__ior__": lambda values, new: values.__ior__({"b": new}),

@@ -1,7 +1,9 @@
 """`randlora.check` finds adapted weights that do not do what an adapter is for, and leaves no trace."""
 
 import random
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -17,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import randlora
-from randlora.errors import AdapterError
+from randlora.errors import AdapterError, TargetError
 from randlora.layers.linear import LinearAdapter
 from randlora.targets import census
 from tests.kit import fill, untouched
 from tests.models import reproducible, tokens
 from tests.quantized import of_4_bits
+from tests.rows_zoo import FAMILIES
 from tests.transformers_zoo import tiny
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
@@ -99,7 +102,7 @@ FAULTS: dict[str, tuple[Run, Callable[[], nn.Module] | None, str]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_fault_is_found_where_it_is_and_nowhere_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LinearAdapter, "as_read", None)  # what is known to be read is adapted as what is called
-    monkeypatch.setattr(census, "readings_in", lambda _: iter(()))
+    monkeypatch.setattr(census, "FINDERS", [])
     run, inner, fault = FAULTS[name]
     model = adapted(around(run, inner).train("d" in name))
     with untouched(model):
@@ -276,3 +279,45 @@ def test_what_cannot_be_run_as_adapted_is_refused() -> None:
         for each, message in refused.items():
             with pytest.raises(AdapterError, match=message):
                 randlora.check(each, X)
+
+
+UNUSED = re.compile(
+    r"\S+ \S*pooler\S*|SiglipForImage\w+ vision_model\.head\..*"  # the model returns the states before it
+    r"|\w+Transformer\w+ transformer_blocks\.1\.(attn1?\.(add_q_proj|to_add_out)|txt_mlp\..*)"  # of text, at the end
+    r"|efficientvit_m0 stages\.2\..*\.dws\..*"  # of one pixel, which attends to itself alone
+    r"|Mra\w+ mra\..*\.attention\..*"  # without its kernels for a GPU the attention returns zeros
+    r"|LongformerForSequence\w+ .*layer\.1\.attention\.self\.(query|key|value)"  # of tokens but the first, at the end
+)
+"""By model and FQN, what models have and do not use."""
+
+
+def runnable(family: str, name: str) -> tuple[nn.Module, list[Any], dict[str, Any]] | None:
+    """Build a model with arguments that it takes; ``None`` where another release has other options or sizes."""
+    torch.manual_seed(0)
+    try:
+        model, inputs = FAMILIES[family][0](name)
+        given = inputs(2)
+        args = [value for key, value in given.items() if isinstance(key, int)]
+        kwargs = {key: value for key, value in given.items() if isinstance(key, str)}
+        model(*args, **kwargs)
+    except Exception:
+        return None
+    return model, args, kwargs
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of other libraries
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_models_of_libraries_nothing_is_found_but_what_they_do_not_use(family: str) -> None:
+    num_run, found = 0, list[str]()
+    for name in FAMILIES[family][1]:
+        if (run := runnable(family, name)) is None:
+            continue
+        (model, args, kwargs), num_run = run, num_run + 1
+        with suppress(TargetError):  # nothing can be adapted
+            randlora.inject(model, r=4, targets="all")
+            report = randlora.check(model, *args, **kwargs)
+            assert report.checked, name
+            found += [f"{name} {problem}" for problem in report.problems if not UNUSED.match(f"{name} {problem.fqn}")]
+    assert found == []
+    assert num_run > len(FAMILIES[family][1]) / 2

@@ -77,17 +77,11 @@ def whole(model: Any, *names: str) -> Any:
     return plain
 
 
+some_ids = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=9)
 some_rows = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=4, unique=True)
 
 
-@given(
-    some_rows,
-    some_rows,
-    st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=9),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from([None, 0, 3]),
-)
+@given(some_rows, some_rows, some_ids, st.booleans(), st.booleans(), st.sampled_from([None, 0, 3]))
 @example([3, 5], [0], [3, 3, 1], False, True, 3)
 @example([3, 5], [0], [3, 3, 1], True, False, 3)
 @settings(max_examples=20, deadline=None)
@@ -167,12 +161,9 @@ def test_the_file_has_the_rows_and_their_numbers_and_loads_wherever_the_table_ha
     assert facts["config"]["train_rows"] == [["model.embed_tokens.weight", [3, 60]]]
     assert "2 rows of model.embed_tokens.weight" in (tmp_path / "a" / CARD_FILE).read_text()
     assert "its RandLoRA adapts linear layers only, not model.embed_tokens.weight (rows)" in report.notes[0]
-    summary = files.inspect(tmp_path / "a")
+    summary, planned = files.inspect(tmp_path / "a"), randlora.plan(llama(), r=4, train_rows={"embed_tokens": [60, 3]})
     assert summary.trained == {"model.embed_tokens.weight": (2, 32)}
-    assert (
-        summary.trainable_parameters
-        == randlora.plan(llama(), r=4, train_rows={"embed_tokens": [60, 3]}).trainable_parameters
-    )
+    assert summary.trainable_parameters == planned.trainable_parameters
 
     loaded: Any = llama(tie_word_embeddings=True, vocab_size=70)
     with torch.no_grad():
@@ -261,12 +252,8 @@ def test_rows_that_cannot_be_trained_are_refused_before_anything_is_touched(
     rows: dict[str, Any], options: dict[str, Any], error: type[RandLoRAError], message: str
 ) -> None:
     model = Words()
-    model.norm, model.codes, model.capped = (
-        nn.LayerNorm(6),
-        of_4_bits(64, 8, quant_storage=torch.bfloat16),
-        nn.Embedding(4, 4, max_norm=1),
-    )
-    model.other = nn.Embedding(4, 4)
+    model.norm, model.other, model.capped = nn.LayerNorm(6), nn.Embedding(4, 4), nn.Embedding(4, 4, max_norm=1)
+    model.codes = of_4_bits(64, 8, quant_storage=torch.bfloat16)
     with untouched(model), pytest.raises(error, match=message):
         randlora.inject(model, **{"r": 2, "targets": ["body"], "train_rows": rows, **options})
 
@@ -276,10 +263,7 @@ def test_a_table_is_adapted_or_trained_in_one_way_by_all_adapters() -> None:
     adapt(model, name="rows", targets=["body"], train_rows={"embed": [1]})
     with untouched(model), pytest.raises(TargetError, match="its rows are trained, by rows: it cannot have both"):
         randlora.inject(model, r=2, name="b", targets=["embed"])
-    with (
-        untouched(model),
-        pytest.raises(AdapterError, match=r"one adapter trains rows of embed.weight, and another one all of it"),
-    ):
+    with untouched(model), pytest.raises(AdapterError, match=r"rows of embed\.weight, and another one all of it"):
         randlora.inject(model, r=2, name="b", targets=["body"], train_also=["embed"])
     assert "embed" in randlora.plan(model, r=2, name="b", targets="all").skipped
     assert "embed" not in randlora.plan(Words(is_tied=False), r=2, targets="all", train_rows={"embed": [1]}).targets
@@ -301,16 +285,11 @@ def test_a_table_and_what_it_is_tied_to_may_not_change() -> None:
     model.resize_token_embeddings(70)  # which freezes the module with the rows
     with pytest.raises(AdapterError, match=r"had the shape \(64, 32\) and was resized"):
         model(WORDS)
-    with pytest.raises(
-        AdapterError, match=r"the shape of model.embed_tokens was 64 x 32 when it was adapted and is 70 x 32"
-    ):
+    with pytest.raises(AdapterError, match=r"model.embed_tokens was 64 x 32 when it was adapted and is 70 x 32"):
         randlora.trainable_parameters(model)
     model = adapt(Words(), targets=["body"], train_rows={"embed": [3]})
     model.head.weight = nn.Parameter(model.head._parameters["weight"].detach().clone())
-    with pytest.raises(
-        MergeError,
-        match="embed no longer has adapter 'default': the module was replaced by a different one, or its table tied",
-    ):
+    with pytest.raises(MergeError, match=r"embed no longer has adapter 'default': .*, or its table tied"):
         randlora.merge(model)
 
 

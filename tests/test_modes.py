@@ -19,7 +19,6 @@ from torch.utils.checkpoint import (
 import randlora
 from randlora.errors import AdapterError
 from randlora.functional import Compute
-from randlora.functional.scratch import Observer, may_be_kept
 from tests.kit import fill
 from tests.laws import Mixed
 from tests.layer_kinds import LAYER_KINDS, LayerKind
@@ -149,11 +148,6 @@ def test_no_result_is_overwritten_under_a_mode_of_the_user(mode: Callable[[], An
         model(torch.randn(5, 24))
     assert len(keeping.kept) > 5
     assert all(torch.equal(result, then) for result, then in keeping.kept)
-    assert not may_be_kept()
-    with Observer():  # type: ignore[no-untyped-call]
-        assert not may_be_kept()
-        with Keeping():
-            assert may_be_kept()
 
 
 def test_fake_tensors_are_refused_and_the_model_stays_as_it_was() -> None:

@@ -13,8 +13,9 @@ from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec
 from randlora.errors import AdapterError
 from randlora.functional import BlockPair, Compute, adapted_linear, delta_weight
-from randlora.functional.region import Region, Sides, Spans, all_of, fewest_spans, take_spans
+from randlora.functional.region import Region, Sides, Spans, all_of, take_spans
 from randlora.layers.update import Update
+from randlora.sharded.places import fewest_spans
 from tests.further import further
 from tests.read_kinds import READ_KINDS, ReadKind
 from tests.strategies import specs

@@ -1,7 +1,6 @@
 """The walk over a model, which layers a pattern means by which rule, r and alpha by pattern, and what is refused."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,13 +209,11 @@ def test_what_is_excluded_is_not_refused_and_what_is_inside_of_what_was_named_is
 
 NONE = "matches no layer or weight that can be adapted"
 NO_EMBED = "embed is of type EmbeddingBag, for which there is no adapter layer"
-OTHERS = {
-    "bilinear": nn.Sequential(nn.Bilinear(1, 1, 1), nn.Tanh()),
-    "empty": nn.Sequential(),
-    "norms": nn.ModuleDict({"up": nn.Linear(2, 2), "norms": nn.Sequential(nn.LayerNorm(2))}),
-    "layer": Conv1D(2, 2),
-}
-ONLY = "; the model has no layer or weight that can be adapted, only Bilinear, Tanh"
+LLAMA = models.llama()
+ONLY = "; the model has no layer or weight that can be adapted, only"
+OTHERS = nn.Sequential(nn.Bilinear(1, 1, 1), nn.Tanh())
+NORMS = nn.ModuleDict({"up": nn.Linear(2, 2), "norms": nn.Sequential(nn.LayerNorm(2))})
+MANY = nn.ModuleDict({f"up_{i}": nn.Linear(2, 2) for i in range(99)})
 REFUSED: list[tuple[Any, Any, str]] = [
     ("q_prj", None, f'"q_prj" {NONE}; the model has q_proj, '),
     (["v_proj", "q_prj"], None, f'"q_prj" {NONE}; the model has q_proj, '),
@@ -242,10 +239,16 @@ REFUSED: list[tuple[Any, Any, str]] = [
     ],
     (None, r"layers\.0", 'did you mean exclude=["layers.0"]?'),
     (None, "attention.proj|up", 'did you mean exclude=["attention.proj", "up"]?'),
-    *[(targets, OTHERS["bilinear"], ONLY) for targets in ("q", ["q"], "all-linear", nothing)],
-    ("q", OTHERS["empty"], "; the model has no layer or weight that can be adapted, only itself"),
-    (["up", "norms"], OTHERS["norms"], f'targets="norms" {NONE}, only norms (Sequential)'),
-    (None, OTHERS["layer"], "the model itself is a layer (Conv1D) and has no name within a model: wrap it in a module"),
+    *[(targets, OTHERS, f"{ONLY} Bilinear, Tanh") for targets in ("q", ["q"], "all-linear", nothing)],
+    ("q", nn.Sequential(), f"{ONLY} itself"),
+    (["up", "norms"], NORMS, f'targets="norms" {NONE}, only norms (Sequential)'),
+    (None, Conv1D(2, 2), "the model itself is a layer (Conv1D) and has no name within a model: wrap it in a module"),
+    # all that a model has, those that are adapted by default first
+    (["query"], LLAMA, "has q_proj, v_proj, embed_tokens, k_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"),
+    (["mpl"], LLAMA, "the model has mlp, q_proj, v_proj, "),
+    (["layers.0.attn.q_proj"], LLAMA, "the nearest names are model.layers.0.self_attn.q_proj, "),
+    (["q_proj"], models.bert(), "the model has query, value, "),
+    (["q"], MANY, "up_19 and 79 more"),
 ]
 
 
@@ -254,26 +257,6 @@ def test_a_pattern_that_means_nothing_is_refused_with_what_was_meant(targets: An
     model, exclude = (exclude, None) if isinstance(exclude, nn.Module) else (Model(), exclude)
     with untouched(model), pytest.raises(TargetError, match=re.escape(message)):
         find_targets(model, targets, exclude)
-
-
-LLAMA_HAS = "the model has q_proj, v_proj, embed_tokens, k_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
-
-
-@pytest.mark.parametrize(
-    ("build", "targets", "said"),
-    [
-        (models.llama, ["query", "value"], LLAMA_HAS),
-        (models.llama, ["mpl"], "the model has mlp, q_proj, v_proj, "),
-        (models.llama, ["layers.0.attn.q_proj"], "the nearest names are model.layers.0.self_attn.q_proj, "),
-        (models.bert, ["q_proj"], "the model has query, value, "),
-        (lambda: nn.ModuleDict({f"up_{i}": nn.Linear(2, 2) for i in range(99)}), ["q"], "up_19 and 79 more"),
-    ],
-)
-def test_a_name_that_a_model_lacks_is_answered_with_all_it_has_those_adapted_by_default_first(
-    build: Callable[[], nn.Module], targets: Any, said: str
-) -> None:
-    with pytest.raises(TargetError, match=re.escape(said)):
-        find_targets(build(), targets)
 
 
 # r and alpha by pattern, and the r that has as many parameters as a LoRA
@@ -421,10 +404,10 @@ def test_a_size_that_no_r_has_or_that_is_given_twice_is_refused() -> None:
                 verb(model, **{"targets": ["a"], **options})
 
 
-@pytest.mark.parametrize("effects", [("read", "none"), ("none", "read")])
-def test_a_layer_that_one_module_reads_and_a_second_one_misuses_is_refused(effects: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("verdicts", [("only where read", "never"), ("never", "only where read")])
+def test_a_layer_that_one_module_reads_and_a_second_one_misuses_is_refused(verdicts: Any, monkeypatch: Any) -> None:
     model: Any = nn.ModuleDict({"x": nn.Linear(2, 2)})
-    readings = [Reading(model["x"], f"is {effect}", effect) for effect in effects]
-    monkeypatch.setattr("randlora.layers.registry.FINDERS", [lambda owner: readings if owner is model else []])
-    with untouched(model), pytest.raises(TargetError, match="is none: exclude it"):
+    readings = [Reading(model["x"], f"is {verdict}", verdict) for verdict in verdicts]
+    monkeypatch.setattr("randlora.targets.census.FINDERS", [lambda owner: readings if owner is model else []])
+    with untouched(model), pytest.raises(TargetError, match="is never: exclude it"):
         randlora.inject(model, r=1, targets=["x"])

@@ -224,6 +224,14 @@ def test_all_skips_with_the_reason_what_all_linear_and_names_refuse(make: Any, r
         plan(nn.ModuleDict({"unfit": make()}), targets="all")
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("rule", [None, "all-linear", "all"])
+def test_a_rule_skips_a_layer_without_entries(rule: str | None) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "out": nn.Linear(8, 0), "into": nn.Linear(0, 8)})
+    report = randlora.plan(model, r=4, targets=rule)
+    assert (report.targets, report.skipped) == (("body",), {"out": "has no entries", "into": "has no entries"})
+
+
 @pytest.mark.parametrize("how", ["parameter", "storage", "on meta"])
 def test_a_weight_tied_to_another_is_skipped_by_all_and_refused_by_name_and_a_tied_bias_is_neither(how: str) -> None:
     with torch.device("meta" if how == "on meta" else "cpu"):

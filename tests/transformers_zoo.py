@@ -68,17 +68,14 @@ def _of_type(model_type: str, names: Iterable[str], cuts: Iterable[Any]) -> Iter
         yield model_class, config, model.eval()
 
 
-def built(model_type: str, names: Iterable[str], cuts: Iterable[Any], *, most: int) -> Iterator[nn.Module]:
-    """Build the classes of a type with each cut of their config that leaves at most so many weights."""
-    for model_class, config, model in _of_type(model_type, names, cuts):
-        if sum(parameter.numel() for parameter in model.parameters()) <= most:
-            with suppress(Exception):
-                yield model_class(config).eval()
-
-
 def tiny(model_type: str, name: str) -> nn.Module | None:
     """Build a class with few weights; ``None`` where no cut of its config gives any."""
-    return next(built(model_type, [name], CUTS, most=12_000_000), None)
+    for model_class, config, model in _of_type(model_type, [name], CUTS):
+        if sum(parameter.numel() for parameter in model.parameters()) <= 12_000_000:
+            with suppress(Exception):
+                found: nn.Module = model_class(config).eval()
+                return found
+    return None
 
 
 def on_meta(model_type: str, names: Iterable[str]) -> Iterator[nn.Module]:

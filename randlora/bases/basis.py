@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.bases.spec import KINDS, BasisSpec, Kind, Matrices, count_bases
+from randlora.bases.spec import KINDS, BasisSpec, Matrices, count_bases
 from randlora.errors import ConfigError
-from randlora.functional import Pair
-from randlora.functional.region import Sides, Spans, all_of
+from randlora.functional import BlockPair, DensePair, Pair
+from randlora.functional.region import Sides, Spans, all_of, entries_of
 from randlora.functional.scratch import without_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -145,12 +145,16 @@ class Basis:
         float32 or wider, and includes the scale of a ternary B, so that the signs in B are exact in any dtype.
         """
         if torch.compiler.is_compiling():
-            part = sides or Sides(all_of(max_dim), all_of(min_dim))
-            use = max_dim, min_dim, device, dtype, *part, is_exporting()
+            rows, columns = sides or Sides(all_of(max_dim), all_of(min_dim))
+            use = max_dim, min_dim, device, dtype, rows, columns, is_exporting()
             # the compiler runs `_constant` and what it names while it traces, and keeps their results as constants
             name_of_A, name_of_B = (self._constant(index, use, self.identity) for index in (0, 1))
             basis_A, basis_B = getattr(self, name_of_A)(), getattr(self, name_of_B)()
-            return self._form.paired(self.spec, basis_A, basis_B, count_bases(min_dim, self.spec.r), part)
+            if basis_B.dim() == 2:
+                return DensePair(basis_A, basis_B)
+            (c, b), r = self.spec.blocks or (1, 1), self.spec.r
+            sizes = count_bases(min_dim, r), entries_of(rows), entries_of(columns)
+            return BlockPair(basis_A, basis_B, *sizes, (c, b, r // c))
         pair = self._pairs.get((max_dim, min_dim, device, dtype, sides))
         return self._made(max_dim, min_dim, device, dtype, sides) if pair is None else pair
 
@@ -169,7 +173,9 @@ class Basis:
         def squared() -> tuple[Tensor, Tensor]:
             basis_A, basis_B = self.matrices()
             of_A = basis_A.to_dense(device="cpu", dtype=torch.float64)[:, :min_dim].square()
-            of_B = basis_B.column_squares(max_dim)[: r * num_bases].view(r, num_bases)
+            chunks = basis_B.dense_chunks(max_dim)
+            norms = torch.stack([torch.linalg.vector_norm(chunk, dim=0, dtype=torch.float64) for chunk in chunks])
+            of_B = norms.square().sum(0)[: r * num_bases].view(r, num_bases)
             return of_A.to(device, dtype), of_B.to(device, dtype)
 
         use = max_dim, min_dim, device, dtype
@@ -213,7 +219,8 @@ class Basis:
                 self._copies[device, dtype] = _aside(lambda: self._write_out(device, dtype))
             copies = self._copies[device, dtype]
         num_bases, part = count_bases(min_dim, self.spec.r), sides or Sides(all_of(max_dim), all_of(min_dim))
-        pair = _aside(lambda: self._form.sliced(self.spec, *copies, num_bases, part))
+        stored_as = KINDS["dense" if self.stored is not None else self.spec.kind]  # what is from a file is dense
+        pair = _aside(lambda: stored_as.sliced(self.spec, *copies, num_bases, part))
         return self._pairs.setdefault((max_dim, min_dim, device, dtype, sides), pair)
 
     def digest(self, max_dim: int, min_dim: int) -> str:
@@ -239,11 +246,6 @@ class Basis:
         if self.stored is not None:
             return sum(matrix.nbytes for matrix in self.stored)
         return self.spec.nbytes(*self.extent)
-
-    @property
-    def _form(self) -> Kind:
-        """The kind that makes pairs of the storage: bases from a file are stored dense."""
-        return KINDS["dense" if self.stored is not None else self.spec.kind]
 
     def _write_out(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A, ``(r, ceil(min_dim / c))``, times both scales, and B, ``(max_dim, r·num_bases/b)``, padded."""
@@ -280,11 +282,6 @@ class BasisBank:
 
     def __len__(self) -> int:
         return len(self._bases)
-
-    @property
-    def nbytes(self) -> int:
-        """Total bytes of the bases in storage."""
-        return sum(basis.nbytes for basis in self._bases)
 
     def find(self, spec: BasisSpec, *, used: tuple[int, int] | None = None) -> Basis | None:
         """Return bases in the bank with the bits of a spec, or ``None``.

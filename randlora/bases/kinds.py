@@ -182,7 +182,6 @@ DENSE = KINDS["dense"] = Kind(
     sliced=lambda spec, basis_A, basis_B, num_bases, sides: DensePair(
         take_spans(basis_A, sides.small, 1).unsqueeze(0), take_spans(basis_B, sides.large, 0)[:, : num_bases * spec.r]
     ),
-    paired=lambda _spec, basis_A, basis_B, _num_bases, _sides: DensePair(basis_A, basis_B),
     peft_flags=(False, False),
 )
 
@@ -316,14 +315,6 @@ def _without_blocks(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases
     return DensePair(take_spans(written.A, columns, -1).contiguous(), take_spans(written.B, rows, 0).clone())
 
 
-def _paired(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, sides: Sides) -> Pair:
-    c, b = spec.blocks or (1, 1)
-    rows, columns = sides
-    if (c, b) == (1, 1) or not (_begin_with_blocks(rows, b) and _begin_with_blocks(columns, c)):
-        return DENSE.paired(spec, basis_A, basis_B, num_bases, sides)
-    return BlockPair(basis_A, basis_B, num_bases, entries_of(rows), entries_of(columns), (c, b, spec.r // c))
-
-
 KINDS["block"] = replace(
     DENSE,
     draws={"portable": DENSE.draws["portable"]},
@@ -331,7 +322,6 @@ KINDS["block"] = replace(
         min(part) for part in block_parts(max_dim, min_dim, spec.r, spec.blocks or (1, 1))
     ),
     sliced=_sliced,
-    paired=_paired,
     default_blocks=default_blocks,
     peft_flags=None,
 )

@@ -27,7 +27,6 @@ class Kind:
     dtype: torch.dtype  # of the stored values
     expected_rank: Callable[[BasisSpec, int, int], int]  # of the trained update of a layer of a max_dim and a min_dim
     sliced: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]  # of working copies, for a part of num_bases bases
-    paired: Callable[[BasisSpec, Tensor, Tensor, int, Sides], Pair]  # the same from its A and B, for compilers to trace
     peft_flags: tuple[bool, bool] | None  # PEFT's ``(sparse, very_sparse)``; ``None`` if PEFT does not have the kind
     # ``(c, b)`` for a rank and the smaller sides of its layers; ``None`` without blocks
     default_blocks: Callable[[int, Collection[int]], tuple[int, int] | None] = lambda _r, _sides: None
@@ -208,15 +207,6 @@ class CompactMatrix:
         for start in range(0, rows, step):
             part = replace(self, values=self.values[start : min(start + step, rows)])
             yield part.to_dense(device="cpu", dtype=torch.float32)
-
-    def column_squares(self, rows: int) -> Tensor:
-        """Return the sums of the squares of the columns of the first rows, in float64 on the CPU."""
-        sums = torch.zeros(self.columns, dtype=torch.float64, device="cpu")
-        for block in range(self.stride):
-            own = sums[block :: self.stride]
-            for chunk in self.values[block : rows : self.stride, : len(own)].split(CHUNK_ROWS):
-                own += torch.linalg.vector_norm(chunk.to(torch.float32), dim=0, dtype=torch.float64).square()
-        return sums * self.scale**2
 
     @classmethod
     def from_dense(cls, matrix: Tensor) -> CompactMatrix:

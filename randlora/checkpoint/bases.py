@@ -180,9 +180,11 @@ def require_drawable(
             if together > max(FREE_ENTRIES, ENTRIES_PER_VALUE * trained):
                 advice = "give the base model's directory"
                 raise CheckpointError(f"{asked}, but has only {trained:,} trained values: {advice}")
-        elif cost > FREE_ENTRIES and count > count_entries(spec.r, *(dims := drawn_dims([*known(), (1, 1)]))):
-            needed = f"the largest layers of this model need {dims[0]} x {dims[1]}"
-            raise CheckpointError(f"{asked}, but {needed}: if there were larger ones, save there with bases='stored'")
+        elif cost > FREE_ENTRIES:
+            dims = drawn_dims([*known(), (1, 1)])
+            if count > count_entries(spec.r, *dims):
+                needed = f"{asked}, but the largest layers of this model need {dims[0]} x {dims[1]}"
+                raise CheckpointError(f"{needed}: if there were larger ones, save there with bases='stored'")
 
 
 def stored_bases(bases: Mapping[int, Basis], header: Header) -> list[Planned]:

@@ -14,7 +14,7 @@ from randlora.disk.formats import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import find_layer
-from randlora.model.train_rows import find_tables, table_problems
+from randlora.model.train_also import find_tables, table_problems
 from randlora.places import is_hooked
 from randlora.targets.census import Census, Shapes, Site, shapes_of, sizes
 from randlora.targets.left_out import obstacles, offloaded_copies

@@ -62,15 +62,6 @@ class ModelClass:
         problem_type = getattr(config, "problem_type", None)
         return cls(library, kind.__name__, _labels(config), problem_type if isinstance(problem_type, str) else None)
 
-    @property
-    def config_fields(self) -> dict[str, Any]:
-        """The fields that a config of transformers has for a model with these labels."""
-        fields: dict[str, Any] = {} if self.problem_type is None else {"problem_type": self.problem_type}
-        if self.labels is None:
-            return fields
-        label2id = {label: index for index, label in enumerate(self.labels)}
-        return {**fields, "id2label": dict(enumerate(self.labels)), "label2id": label2id}
-
 
 def _labels(config: object) -> tuple[str, ...] | None:
     found = getattr(config, "id2label", None)
@@ -208,25 +199,29 @@ def _from_json(hint: Any, value: Any, place: str, problems: list[str]) -> Any:
     """Return what JSON stands for by a type hint, such as a dataclass; add what does not match, with its place."""
     if (type(value), hint) in RIGHT:
         return value
-    kinds = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
-    kind = next((kind for kind in kinds if is_dataclass(kind) or get_origin(kind) is dict), None)
-    if kind is None or (value is None and type(None) in kinds):
+    choices = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
+    form = next((choice for choice in choices if is_dataclass(choice) or get_origin(choice) is dict), None)
+    if form is None or (value is None and type(None) in choices):
         # which words are choices, `BasisSpec` checks: kinds of bases may have been registered
         problems += mistyped(value, str if get_origin(hint) is Literal else hint, place)
         return tuple(value) if isinstance(value, list) else value
     if not isinstance(value, dict):
         problems += mistyped(value, dict, place or "it")
         return None
-    if get_origin(kind) is dict:
-        make, of = get_args(kind)
+    if get_origin(form) is dict:
+        make, of = get_args(form)
         return {make(key): _from_json(of, entry, f"{place}[{shortly(key)}]", problems) for key, entry in value.items()}
-    if kind is RandLoRAConfig:
-        return _config(value, problems)
+    return _config(value, problems) if form is RandLoRAConfig else _record(form, value, place, problems)
+
+
+def _record(kind: Any, facts: dict[str, Any], place: str, problems: list[str]) -> Any:
+    """Return a dataclass from what JSON has for its fields, or ``None`` if there are problems."""
     hints, found = get_type_hints(kind), {}
     for part in fields(kind):
-        if (name := _name(part)) in value:
+        name = _name(part)
+        if name in facts:
             inside = f"{place}.{name}".removeprefix(".")
-            found[part.name] = _from_json(hints[part.name], value[name], inside, problems)
+            found[part.name] = _from_json(hints[part.name], facts[name], inside, problems)
         elif _default(part) is MISSING:
             problems.append(f"{place or 'it'} has no {name}")
     return None if problems else kind(**found)

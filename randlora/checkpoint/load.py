@@ -33,8 +33,7 @@ from randlora.functional.scratch import without_modes
 from randlora.hints import require_types
 from randlora.model.install import add, lost_parts
 from randlora.model.switch import remove
-from randlora.model.train_also import copy_dtype, half_notes, moving_note, replacements
-from randlora.model.train_rows import find_tables
+from randlora.model.train_also import copy_dtype, find_tables, half_notes, moving_note, replacements
 from randlora.model.view import View, collective, opened, opened_to_add
 from randlora.places import NOT_LASTING, Kept, Place, has_values, place_at, values_within
 from randlora.ranks import agree, agreeing, raise_on_every_rank

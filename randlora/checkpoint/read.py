@@ -20,7 +20,6 @@ from torch import Tensor
 from randlora.bases.spec import KINDS, count_bases
 from randlora.checkpoint.header import HEADER_KEY, SEAL_WORD, Header, parse_header
 from randlora.checkpoint.peft_layout import (
-    BASE_FIELD,
     BASES,
     CLASS_FIELDS,
     CONFIG_FILE,
@@ -41,7 +40,7 @@ from randlora.checkpoint.peft_layout import (
 from randlora.config import LayerOptions, RandLoRAConfig, Stream
 from randlora.disk.formats import TORCH_DTYPES, Shard, bytes_of, is_there, open_shard, read_json, read_tensor
 from randlora.disk.hub import local_path
-from randlora.errors import CheckpointError, raise_collected, spelled
+from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import mistyped, shortly
 from randlora.targets.options import options_by_target, options_listed
 
@@ -86,13 +85,6 @@ class AdapterFile:
         """Return Λ and Γ of a target in float32, or in float64 if they are in float64."""
         lam, gamma = (part.to(device, torch.promote_types(part.dtype, torch.float32)) for part in self.values[fqn])
         return lam.contiguous(), gamma.contiguous()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return Λ, Γ and the parameters trained with the adapter, by key, in the dtypes of the file."""
-        tensors = dict[str, Tensor]()
-        for fqn, pair in self.values.items():
-            tensors |= zip(value_keys(fqn, self.values), pair, strict=True)
-        return tensors | {trained_key(fqn, self.values): tensor for fqn, tensor in self.trained.items()}
 
     def renamed(self, rename: Callable[[str], str], how: str) -> AdapterFile:
         """Return the adapter with different FQNs, and without the fields that name the class it was trained on."""
@@ -329,16 +321,3 @@ def disagreements(fields: Mapping[str, Any] | None, header: Header | None) -> tu
     words = " and ".join(f"{name}={said[name]!r}, the tensors were saved with {saved[name]!r}" for name in differing)
     reason = "the files come from different saves, or the JSON was edited, which does not change options"
     return (f"{CONFIG_FILE} says {words}; the latter is used: {reason}; save it again",) if differing else ()
-
-
-def named_base(adapters: Mapping[str, AdapterFile]) -> str:
-    """Return the base model that all adapters name. No name, or different names, raise a `CheckpointError`."""
-    named = {adapter: file.fields.get(BASE_FIELD) for adapter, file in adapters.items()}
-    give = f"give {spelled('base')}, a directory or a repository"
-    for adapter, name in named.items():
-        if not isinstance(name, str) or not name:
-            raise CheckpointError(f"{adapter!r} names no base model ({BASE_FIELD} is {shortly(name)}): {give}")
-    first, *others = dict.fromkeys(named.values())
-    if others:
-        raise CheckpointError(f"the adapters name different base models, {first!r} and {others[0]!r}: {give}")
-    return str(first)

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 
 from randlora.checkpoint.contents import AdapterToSave, StoredAs, given_values, to_save
 from randlora.checkpoint.fit import untied_by_peft
-from randlora.checkpoint.header import Header, facts_of, seal_of
 from randlora.checkpoint.load import IN_ROOT
 from randlora.checkpoint.peft_layout import BASE_FIELD, CONFIG_FILE, TENSORS_FILE, repo_of
 from randlora.config import described
-from randlora.disk.formats import METADATA, Planned, TensorFile, write_tensor_file
+from randlora.disk.formats import TensorFile
 from randlora.disk.hub import is_repo_id, require_hub, upload
 from randlora.disk.replace import Files, staged_files
 from randlora.errors import CheckpointError, raise_collected
 from randlora.hints import require_types, shortly
-from randlora.model.save_guard import WRITERS
+from randlora.model.instance_methods import WRITERS
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import collective
 from randlora.ranks import agree, on_first_rank, run_collectives
@@ -219,7 +218,7 @@ class _Writing:
     def _plan(self, adapter: AdapterToSave, directory: Path) -> Files:
         """Plan the files of one adapter: all but the values in them is known before a value is gathered."""
 
-        def begin(path: Path) -> None:
+        def begin_tensors(path: Path) -> None:
             self.tensors.append(TensorFile(path, adapter.tensors, lambda: adapter.seal.metadata))
 
         def begin_card(path: Path) -> None:
@@ -237,7 +236,7 @@ class _Writing:
             *moved_note(census, state, [own], elsewhere),
             *_results_note(card, self.results),
         ))
-        writers = {TENSORS_FILE: begin} if is_own else {TENSORS_FILE: begin, CARD_FILE: begin_card}
+        writers = {TENSORS_FILE: begin_tensors} if is_own else {TENSORS_FILE: begin_tensors, CARD_FILE: begin_card}
         return files_of(directory, writers, adapter.fields, has_header=True)
 
     def steps(self, being_written: ExitStack) -> Iterator[Callable[[], object]]:
@@ -274,7 +273,7 @@ def _push(root: Path, directories: Sequence[Path], hub: str) -> str:
         files += [(within / name).as_posix() for name in (CONFIG_FILE, TENSORS_FILE)]
         cards = generated if is_generated(directory / CARD_FILE) else files
         cards.append((within / CARD_FILE).as_posix())
-    return upload(root, hub, files, generated, is_generated, message="Upload a RandLoRA adapter")
+    return upload(root, hub, files, generated, is_generated)
 
 
 def _save_only(model: nn.Module, directory: Path, values: Mapping[str, Tensor] | None) -> SaveReport:
@@ -299,19 +298,6 @@ def _left_out(census: Census, state: ModelState) -> list[str]:
     if not left:
         return []
     return [f"{shortened(left)} requires grad and belongs to no adapter, so it is not in the files: see train_also"]
-
-
-def adapter_files(
-    directory: Path,
-    fields: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    header: Header | None,
-) -> Files:
-    """Return an adapter's files, to be written. Tensors must be contiguous and on the CPU."""
-    planned = [Planned.whole(*item) for item in tensors.items()]
-    metadata = METADATA if header is None else seal_of(facts_of(header), tensors).metadata
-    write = partial(write_tensor_file, tensors=planned, metadata=metadata)
-    return files_of(directory, {TENSORS_FILE: write}, fields, has_header=header is not None)
 
 
 def files_of(

@@ -24,10 +24,10 @@ from randlora import files
 from randlora.cli import FILES_ERROR, plain, show, show_json, visible
 from randlora.errors import ConfigError, named, on_command_line, spelled, typed
 from randlora.files.adapter import open_base
+from randlora.files.model_directory import no_progress
 from randlora.files.plan import checkpoint_memory, plan_checkpoint
 from randlora.hints import UNIONS, mistyped
 from randlora.model.memory import Setup
-from randlora.report import no_progress
 from randlora.targets.left_out import DOUBT
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]

@@ -38,23 +38,6 @@ def require_hub(repo_id: str) -> ModuleType:
     return huggingface_hub
 
 
-@contextmanager
-def offline() -> Iterator[None]:
-    """Within the block, keep all threads from contacting the Hub, if huggingface_hub is installed."""
-    try:
-        from huggingface_hub import constants  # noqa: PLC0415  (optional)
-    except ImportError:
-        yield
-        return
-    flags = vars(constants)
-    before = flags["HF_HUB_OFFLINE"]
-    flags["HF_HUB_OFFLINE"] = True
-    try:
-        yield
-    finally:
-        flags["HF_HUB_OFFLINE"] = before
-
-
 def local_path(
     source: str | os.PathLike[str], revision: str | None, files: Sequence[str], *, are_patterns: bool = False
 ) -> Path:
@@ -100,8 +83,6 @@ def upload(
     files: Sequence[str],
     generated: Sequence[str],
     may_replace: Callable[[Path], bool],
-    *,
-    message: str,
 ) -> str:
     """Upload files to a repository, and ``generated`` ones where they ``may_replace`` those there; return its URL."""
     library, allowed = require_hub(repo_id), [*files]
@@ -114,7 +95,8 @@ def upload(
             except library.errors.EntryNotFoundError:
                 is_allowed = True
             allowed += [name] * is_allowed
-        api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=allowed, commit_message=message)
+        what = {"allow_patterns": allowed, "commit_message": "Upload a RandLoRA adapter"}
+        api.upload_folder(repo_id=repo_id, folder_path=directory, **what)
     return str(url)
 
 

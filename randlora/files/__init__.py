@@ -12,10 +12,10 @@ from importlib.util import find_spec
 from randlora.files.convert import convert, join
 from randlora.files.inspect import inspect, verify
 from randlora.files.merge import merge
+from randlora.files.model_directory import Progress
 from randlora.files.plan import plan, training_memory
 from randlora.files.save_merged import save_merged
 from randlora.files.transformers_model import load_model
-from randlora.report import Progress
 
 FEATURES = ("readers", "quantized", "offloaded", "sharded", "serving")
 

@@ -75,8 +75,10 @@ class OpenAdapter:
         They are in float32, or in float64 if Λ has that dtype. An update that is not finite raises an error.
         """
         whole = self.update(fqn)
-        for update in [whole] if len(whole.shape) == 2 else map(whole.at, range(whole.shape[0])):
-            delta = sum_updates([update], update.shape, device=torch.device("cpu"), dtype=update.lam.dtype)
+        matrix, pair = whole.shape[-2:], (whole.lam, whole.gamma)
+        for lam, gamma in [pair] if matrix == whole.shape else zip(*pair, strict=True):
+            update = whole._replace(lam=lam, gamma=gamma, shape=matrix)
+            delta = sum_updates([update], matrix, device=torch.device("cpu"), dtype=lam.dtype)
             if not all(bound.isfinite() for bound in delta.aminmax()):
                 raise CheckpointError(f"the update of {fqn} is too large for {delta.dtype}: its Λ and Γ are damaged")
             yield delta

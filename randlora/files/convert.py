@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,29 @@ from torch import Tensor
 from randlora.bases.basis import Basis
 from randlora.bases.spec import BasisSpec, count_bases
 from randlora.checkpoint.bases import require_drawable, stored_bases, stream_notes
-from randlora.checkpoint.header import Header
-from randlora.checkpoint.peft_layout import BASE_FIELD, UNREAD_FIELDS, basis_keys, option_fields, peft_obstacle
-from randlora.checkpoint.save import CARD_FILE, adapter_files, is_generated
-from randlora.config import Component, Format, Layout, Stream
+from randlora.checkpoint.header import Header, facts_of, seal_of
+from randlora.checkpoint.peft_layout import (
+    BASE_FIELD,
+    TENSORS_FILE,
+    UNREAD_FIELDS,
+    basis_keys,
+    option_fields,
+    peft_obstacle,
+    trained_key,
+    value_keys,
+)
+from randlora.checkpoint.read import AdapterFile
+from randlora.checkpoint.save import CARD_FILE, files_of, is_generated
+from randlora.config import Stream
+from randlora.disk.formats import METADATA, Planned, write_tensor_file
 from randlora.disk.replace import Files, flush, write_files
 from randlora.errors import CheckpointError, ConfigError, named, raise_collected, spelled, typed
 from randlora.files.adapter import OpenAdapter, open_adapter, out_problems
 from randlora.files.layouts import (
     WEIGHTS,
+    Component,
+    Format,
+    Layout,
     LoraLayer,
     diffusers_files,
     layout_problems,
@@ -33,8 +48,9 @@ from randlora.files.layouts import (
     peft_files,
     recognized,
 )
+from randlora.files.model_directory import Progress, no_progress
 from randlora.hints import require_types
-from randlora.report import Progress, as_bytes, as_lines, no_progress, table
+from randlora.report import as_bytes, as_lines, table
 from randlora.targets.match import shortened
 from randlora.targets.options import options_by_target
 
@@ -157,6 +173,27 @@ def convert(
     return ConversionReport(source, target, to, nbytes, tuple(lora.layer for lora in loras), (*assumed, *more))
 
 
+def tensors_of(file: AdapterFile) -> dict[str, Tensor]:
+    """Return Λ, Γ and the parameters trained with an adapter, by key, in the dtypes of the file."""
+    tensors = dict[str, Tensor]()
+    for fqn, pair in file.values.items():
+        tensors |= zip(value_keys(fqn, file.values), pair, strict=True)
+    return tensors | {trained_key(fqn, file.values): tensor for fqn, tensor in file.trained.items()}
+
+
+def adapter_files(
+    directory: Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    header: Header | None,
+) -> Files:
+    """Return an adapter's files, to be written. Tensors must be contiguous and on the CPU."""
+    planned = [Planned.whole(*item) for item in tensors.items()]
+    metadata = METADATA if header is None else seal_of(facts_of(header), tensors).metadata
+    write = partial(write_tensor_file, tensors=planned, metadata=metadata)
+    return files_of(directory, {TENSORS_FILE: write}, fields, has_header=header is not None)
+
+
 def _written(files: Files) -> int:
     """Write an adapter's files, and return their size. A card that `randlora.save` made for the one before goes."""
     (nbytes,) = write_files(files)
@@ -194,7 +231,7 @@ def contents_as(
 ) -> tuple[dict[str, Any], dict[str, Tensor], Header | None, tuple[str, ...]]:
     """Return the fields of the JSON, the tensors, our header, and notes."""
     file = adapter.file
-    tensors = file.tensors()
+    tensors = tensors_of(file)
     # without shapes, which only "peft" can do without, all stays as PEFT wrote it, and a stream given would be lost
     if to == "peft" and adapter.shapes is None and (file.stream is None or file.bases):
         for r, pair in file.bases.items():

@@ -26,9 +26,9 @@ from randlora.files.adapter import (
     shapes_in,
 )
 from randlora.files.layouts import frobenius_norm, spectral_norm
-from randlora.files.model_directory import find_model
+from randlora.files.model_directory import Progress, find_model, no_progress
 from randlora.hints import require_types
-from randlora.report import Progress, as_bytes, as_lines, no_progress, table
+from randlora.report import as_bytes, as_lines, table
 
 DIGEST_SHOWN = 12
 

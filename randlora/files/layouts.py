@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +29,19 @@ from randlora.checkpoint.peft_layout import (
     trained_key,
 )
 from randlora.checkpoint.save import files_of
-from randlora.config import Component, LayerOptions, Layout
+from randlora.config import LayerOptions
 from randlora.disk.formats import METADATA, Planned, write_tensor_file
 from randlora.disk.replace import Files
 from randlora.errors import ConfigError, named, spelled
 from randlora.files.adapter import OpenAdapter
+from randlora.files.model_directory import Progress
 from randlora.hints import shortly
-from randlora.report import Progress
 from randlora.targets.match import has_suffix, shortened
+
+Format = Literal["peft", "native", "lora"]
+Layout = Literal["peft", "diffusers"]
+Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]
+"""Attributes of diffusers' pipelines."""
 
 WEIGHTS: dict[Layout, str] = {"peft": TENSORS_FILE, "diffusers": "pytorch_lora_weights.safetensors"}
 """The files of the tensors, of which readers of a directory take the one with the name that they expect."""

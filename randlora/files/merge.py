@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,8 @@ from torch import Tensor
 from randlora.bases.basis import BasisBank
 from randlora.checkpoint.bases import stream_notes
 from randlora.checkpoint.header import ModelClass
-from randlora.checkpoint.read import AdapterFile, locate, named_base, read_adapter
-from randlora.config import Factor, Source, Sources, Stream
+from randlora.checkpoint.read import AdapterFile, locate, read_adapter
+from randlora.config import Factor, Source, Stream
 from randlora.disk.formats import Entry, Planned, is_there, read_pieces, read_tensor, write_tensor_file
 from randlora.disk.hub import is_on_hub, local_path
 from randlora.disk.replace import new_directory
@@ -31,18 +31,24 @@ from randlora.files.model_directory import (
     MODEL_CONFIG_FILE,
     WHOLE,
     ModelDirectory,
+    Progress,
     copy_companion,
     copy_config,
     find_companions,
+    no_progress,
     write_json,
 )
+from randlora.files.transformers_model import named_base
 from randlora.hints import require_types
 from randlora.layers.base import AdapterLayer
 from randlora.layers.rows import RowsAdapter
 from randlora.layers.update import Update
 from randlora.model.mergeable import require_finite
-from randlora.report import Progress, as_bytes, as_lines, no_progress, with_factor
+from randlora.report import as_bytes, as_lines, with_factor
 from randlora.targets.match import shortened
+
+Sources = Source | Sequence[Source] | Mapping[str, float] | Mapping[Path, float]
+"""One or several, or their factors."""
 
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """The names of files of weights that another merge may have left, which is replaced as a whole."""

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +54,9 @@ WEIGHT_SUFFIXES = (
 )
 """Ends of the names of files with weights, or of their indexes."""
 
+Progress = Callable[[int, int, str], object]
+"""Called with the amount done, the total, and a description of the current step."""
+
 LARGEST_CARRIED = 2**30
 """The size above which a file is treated as weights in an unknown format."""
 
@@ -62,6 +65,10 @@ BLOBS = "blobs"
 
 ADAPTER_PREFIX = "adapter_"
 DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
+
+
+def no_progress(done: int, total: int, doing: str) -> None:
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True, eq=False)

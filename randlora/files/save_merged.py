@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,15 +33,16 @@ from randlora.files.model_directory import (
 )
 from randlora.hints import require_types, shortly
 from randlora.layers.in_place import plain_class
-from randlora.layers.scopes import in_own_dtypes
+from randlora.layers.scopes import cast
 from randlora.model.install import ENGINES
 from randlora.model.merged_tensors import MergedTensors, Share
 from randlora.model.train_also import moved_note, untrained_notes
 from randlora.model.view import collective
 from randlora.places import own_class
 from randlora.ranks import on_first_rank
+from randlora.replaced import CASTS
 from randlora.targets.census import Census
-from randlora.targets.left_out import tied_away
+from randlora.targets.left_out import are_tied, named_groups
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 """The units of sizes, as in ``save_pretrained``."""
@@ -197,7 +198,16 @@ class ModelWriter:
 
 def not_written(census: Census) -> set[str]:
     """Return the names of the entries of a state dict that transformers does not write: tied ones, and what it says."""
-    return tied_away(census) | {*(getattr(census.model, "_keys_to_ignore_on_save", None) or ())}
+    return _tied_away(census) | {*(getattr(census.model, "_keys_to_ignore_on_save", None) or ())}
+
+
+def _tied_away(census: Census) -> set[str]:
+    """Return the names of parameters that transformers ties to others and that are still tied; files may lack them."""
+    by_fqn = {held.fqn: held for held in census.parameters}
+    pairs = [(source, name) for source, *names in named_groups(census) for name in names]
+    return {
+        name for source, name in pairs if {source, name} <= by_fqn.keys() and are_tied(by_fqn[source], by_fqn[name])
+    }
 
 
 def _write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> list[str]:
@@ -207,7 +217,7 @@ def _write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) 
         return [] if config is None else [f"no config was written: the config of a {kind} has no save_pretrained"]
     config = copy.deepcopy(config)
     config.architectures = [own_class(plain_class(model)).__name__]
-    with in_own_dtypes(model):
+    with _in_own_dtypes(model):
         held = dtype or getattr(model, "dtype", None)
     if held is not None:
         config.dtype = str(held).removeprefix("torch.")
@@ -221,6 +231,24 @@ def _write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) 
     if getattr(config, "auto_map", None):
         return ["the config names Python files of the model, which were not copied: copy them from the base model"]
     return []
+
+
+@contextmanager
+def _in_own_dtypes(model: nn.Module) -> Iterator[None]:
+    """Within the block, have a model hold all parameters in the dtypes that it computes with."""
+    casts = [(module, name) for module in model.modules() for name in vars(module).get(CASTS, ())]
+    wide = [(module, name, own) for module, name in casts if (own := module._parameters.get(name)) is not None]
+    rounded: dict[int, nn.Parameter] = {}  # a tied one stays tied
+    try:
+        for module, name, parameter in wide:
+            if id(parameter) not in rounded:
+                value = cast(module, name, parameter.detach())
+                rounded[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+            module._parameters[name] = rounded[id(parameter)]
+        yield
+    finally:
+        for module, name, parameter in wide:
+            module._parameters[name] = parameter
 
 
 def saved_as(tensors: MergedTensors) -> tuple[Saved, list[str]]:

@@ -21,13 +21,13 @@ from torch.nn.modules import module as registration
 
 from randlora.checkpoint.header import ModelClass
 from randlora.checkpoint.load import load
-from randlora.checkpoint.read import locate, named_base, read_adapter
+from randlora.checkpoint.peft_layout import BASE_FIELD
+from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream
 from randlora.disk.formats import open_regular, path_of
-from randlora.disk.hub import offline
-from randlora.errors import CheckpointError, ConfigError, raise_collected
+from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.files.model_directory import MODEL_CONFIG_FILE, ModelDirectory
-from randlora.hints import require_types
+from randlora.hints import require_types, shortly
 from randlora.targets.census import Census
 from randlora.targets.match import shortened
 
@@ -145,6 +145,23 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
+def _offline() -> Iterator[None]:
+    """Within the block, keep all threads from contacting the Hub, if huggingface_hub is installed."""
+    try:
+        from huggingface_hub import constants  # noqa: PLC0415  (optional)
+    except ImportError:
+        yield
+        return
+    flags = vars(constants)
+    before = flags["HF_HUB_OFFLINE"]
+    flags["HF_HUB_OFFLINE"] = True
+    try:
+        yield
+    finally:
+        flags["HF_HUB_OFFLINE"] = before
+
+
+@contextmanager
 def _bounded(tensors: int) -> Iterator[None]:
     """Let a class be built in the block: without the Hub, and of no more modules than so many tensors can need."""
     most = FOR_ANY_MODEL + FOR_EACH_TENSOR * tensors
@@ -158,7 +175,7 @@ def _bounded(tensors: int) -> Iterator[None]:
                 f"it makes more than {most:,} modules and parameters for {tensors} tensors in the files"
             )
 
-    with offline(), ExitStack() as hooks:
+    with _offline(), ExitStack() as hooks:
         hooks.callback(registration.register_module_module_registration_hook(count).remove)
         hooks.callback(registration.register_module_parameter_registration_hook(count).remove)
         yield
@@ -243,6 +260,19 @@ def load_model(
     return model
 
 
+def named_base(adapters: Mapping[str, AdapterFile]) -> str:
+    """Return the base model that all adapters name. No name, or different names, raise a `CheckpointError`."""
+    named = {adapter: file.fields.get(BASE_FIELD) for adapter, file in adapters.items()}
+    give = f"give {spelled('base')}, a directory or a repository"
+    for adapter, name in named.items():
+        if not isinstance(name, str) or not name:
+            raise CheckpointError(f"{adapter!r} names no base model ({BASE_FIELD} is {shortly(name)}): {give}")
+    first, *others = dict.fromkeys(named.values())
+    if others:
+        raise CheckpointError(f"the adapters name different base models, {first!r} and {others[0]!r}: {give}")
+    return str(first)
+
+
 def _class_of(transformers: Any, config: Any, known: type | ModelClass | None) -> Any:
     if isinstance(known, type):
         return known
@@ -264,7 +294,7 @@ def _base_model(
     revision = {"revision": options["revision"]} if "revision" in options else {}
     labels = {name: options.pop(name) for name in LABELS if name in options}
     if not labels and isinstance(known, ModelClass):
-        labels = known.config_fields
+        labels = _labels_of(known)
     try:
         config = transformers.AutoConfig.from_pretrained(base, **revision, **labels, trust_remote_code=False)
         model_class = _class_of(transformers, config, known)
@@ -279,6 +309,15 @@ def _base_model(
             f"there{fits}, or give base= ({type(error).__name__}: {said})"
         ) from error
     return model, found
+
+
+def _labels_of(known: ModelClass) -> dict[str, Any]:
+    """Return the fields that a config of transformers has for a model with the labels of a class."""
+    fields: dict[str, Any] = {} if known.problem_type is None else {"problem_type": known.problem_type}
+    if known.labels is None:
+        return fields
+    label2id = {label: index for index, label in enumerate(known.labels)}
+    return {**fields, "id2label": dict(enumerate(known.labels)), "label2id": label2id}
 
 
 def _require_complete(base: str, found: Mapping[str, Any], trained: Collection[str]) -> None:

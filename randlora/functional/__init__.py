@@ -26,7 +26,5 @@ from randlora.functional.pairs import BlockPair as BlockPair
 from randlora.functional.pairs import DensePair as DensePair
 from randlora.functional.pairs import Pair as Pair
 from randlora.functional.update import delta_weight as delta_weight
-from randlora.functional.update import grouped_update as grouped_update
-from randlora.functional.update import summed_linear as summed_linear
 from randlora.functional.update import update_norm as update_norm
 from randlora.functional.update import update_rows as update_rows

@@ -4,7 +4,6 @@ A stage can multiply the tokens by both factors (*factored*), form the update fi
 repeat the tokens for each term instead of building ``UA`` (*few_tokens*); docs/method.md has the table.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -24,14 +23,6 @@ ON_GPU = {torch.bfloat16: 400.0, torch.float16: 400.0, torch.float32: 80.0, torc
 """From an H100's data sheet: 350 T multiply-adds a second in 16 bits, 33 T in float32 and float64, and 3.3 TB/s."""
 MORE_OPERATORS = 5 * 2**15
 """The cost of the extra operators of few_tokens in backward, as entries that a pass reads in the same time."""
-MATRIX_OPERATORS = 4 * 2**15
-"""The cost of the operators for one more matrix of a stack in a stage, in the same unit."""
-GATHERING_PASSES = 7
-"""Further passes over the repeated tokens if each has its own Γ, which is gathered and whose gradient is summed.
-
-Both were measured on a CPU: with 128 experts of 128 features, all at once is faster below 32 tokens an expert, with 32
-experts of 512 features below 8.
-"""
 SMALL_WORK = 2**20
 """Multiply-adds up to which a dense product takes no longer than one in blocks.
 
@@ -160,13 +151,3 @@ def multiply_adds(tokens: int, in_features: int, out_features: int, hidden: int,
     sizes = Sizes(tokens, shape, is_wide=in_features == min_dim, has_weight=True)
     backward = _backward_costs(sizes, needs_input=True, needs_diagonals=True, needs_weight=False)
     return 2 * tokens * max_dim * min_dim + min(map(sizes.product, ALWAYS)) + min(backward.values())
-
-
-def chosen_all_at_once(counts: Sequence[int], shape: Shape, *, is_wide: bool, compute: Compute) -> bool:
-    """Whether matrices of a stack, with these numbers of tokens, are computed together, without building ``UA``."""
-    visited = len(counts) - counts.count(0)
-    if compute != "auto" or not visited:
-        return False
-    sizes = Sizes(-(-sum(counts) // visited), shape, is_wide, has_weight=True)
-    one_by_one = min(sizes.product(way) for way in ALWAYS) + shape.entry * MATRIX_OPERATORS
-    return sizes.through_terms + GATHERING_PASSES * shape.entry * sizes.laid_out + sizes.through_B <= one_by_one

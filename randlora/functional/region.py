@@ -6,7 +6,6 @@ other way around. The part may have several pieces, such as of a weight that sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -22,17 +21,6 @@ Spans = tuple[Span, ...]
 def all_of(size: int) -> Spans:
     """Return all entries of a dimension."""
     return ((0, size),)
-
-
-def fewest_spans(spans: Iterable[Span]) -> Spans:
-    """Return the same entries in as few spans as possible."""
-    found: list[Span] = []
-    for start, stop in spans:
-        if found and found[-1][1] == start:
-            found[-1] = found[-1][0], stop
-        elif start < stop:
-            found.append((start, stop))
-    return tuple(found) or all_of(0)
 
 
 def entries_of(spans: Spans) -> int:

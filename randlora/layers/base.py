@@ -240,15 +240,17 @@ class AdapterLayer(StoredWeight):
 
     def update(self, owner: nn.Module, site_adapter: SiteAdapter, factor: float) -> Update:
         """Return one adapter's update of this weight as factors."""
-        modules: dict[str, Any] = owner._modules
-        of_lam, of_gamma = map(modules.__getitem__, self.names)
-        if torch.compiler.is_dynamo_compiling() and site_adapter.position is not None:  # without reading a name
-            lam, gamma = of_lam.randlora_at(site_adapter.position), of_gamma.randlora_at(site_adapter.position)
-            if lam is not None and gamma is not None:  # else they are found by name alone
-                return Update(site_adapter.basis, lam, gamma, site_adapter.scaling * factor, site_adapter.shape)
-        name = site_adapter.adapter.name
-        lam, gamma = of_lam.randlora_named(name), of_gamma.randlora_named(name)
+        lam, gamma = self.diagonals_at(owner, site_adapter)
         return Update(site_adapter.basis, lam, gamma, site_adapter.scaling * factor, site_adapter.shape)
+
+    def diagonals_at(self, owner: nn.Module, site_adapter: Any) -> list[nn.Parameter]:
+        """Return what `diagonals_of` does of an adapter, in compiled code by its position, without reading its name."""
+        modules: dict[str, Any] = owner._modules
+        if torch.compiler.is_dynamo_compiling() and site_adapter.position is not None:
+            found = [modules[held].randlora_at(site_adapter.position) for held in self.names]
+            if all(each is not None for each in found):  # else they are found by name alone
+                return found
+        return [modules[held].randlora_named(site_adapter.adapter.name) for held in self.names]
 
     def seat(self, owner: nn.Module) -> None:
         """Rebuild the list of adapters that act here. Call after any change of what is active or merged."""

@@ -100,12 +100,7 @@ class Reading(NamedTuple):
 
 
 FINDERS: list[Callable[[nn.Module], Iterable[Reading]]] = []
-"""Functions that find, inside a module, the modules whose weight it reads."""
-
-
-def readings_in(owner: nn.Module) -> list[Reading]:
-    """Return the modules inside an owner whose weight it reads or changes, or that it does not use."""
-    return [reading for find in FINDERS for reading in find(owner)]
+"""Functions that find, inside a module, the modules whose weight it reads or changes, or does not use."""
 
 
 FORMS: dict[str, type[AdapterLayer]] = {}

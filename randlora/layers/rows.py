@@ -156,10 +156,8 @@ class RowsAdapter(AdapterLayer):
 
     def rows(self, owner: nn.Module, site_rows: Any) -> Tensor:
         """Return the trained rows of one adapter."""
-        held: Any = owner._modules[self.names[0]]
-        is_found = torch.compiler.is_compiling() and site_rows.position is not None
-        at: Tensor | None = held.randlora_at(site_rows.position) if is_found else None
-        return held.randlora_named(site_rows.adapter.name) if at is None else at
+        (rows,) = self.diagonals_at(owner, site_rows)
+        return rows
 
     def read(self, owner: nn.Module) -> Tensor:
         """Return the table with the rows of the active adapters, a copy."""

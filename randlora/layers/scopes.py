@@ -137,21 +137,3 @@ def cast(owner: nn.Module, attribute: str, value: Tensor) -> Tensor:
     """Return the value of a module's attribute in the dtype that the module computes with."""
     dtype = owner.__dict__.get(CASTS, {}).get(attribute)
     return value if dtype is None else value.to(dtype)
-
-
-@contextmanager
-def in_own_dtypes(model: nn.Module) -> Iterator[None]:
-    """Within the block, have a model hold all parameters in the dtypes that it computes with."""
-    casts = [(module, name) for module in model.modules() for name in vars(module).get(CASTS, ())]
-    wide = [(module, name, own) for module, name in casts if (own := module._parameters.get(name)) is not None]
-    rounded: dict[int, nn.Parameter] = {}  # a tied one stays tied
-    try:
-        for module, name, parameter in wide:
-            if id(parameter) not in rounded:
-                value = cast(module, name, parameter.detach())
-                rounded[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
-            module._parameters[name] = rounded[id(parameter)]
-        yield
-    finally:
-        for module, name, parameter in wide:
-            module._parameters[name] = parameter

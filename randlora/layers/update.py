@@ -61,11 +61,6 @@ class Update(NamedTuple):
         lam, gamma = (take_spans(diagonal, region.matrices, 0) for diagonal in (self.lam, self.gamma))
         return self._replace(lam=lam, gamma=gamma, shape=(len(lam), *self.shape[1:]), region=region)
 
-    def at(self, index: Any) -> Update:
-        """Return the update of one matrix of a stack, or of those at several indices."""
-        lam, gamma = self.lam[index], self.gamma[index]
-        return self._replace(lam=lam, gamma=gamma, shape=(*lam.shape[:-2], *self.shape[-2:]))
-
 
 def sum_updates(
     updates: Iterable[Update],

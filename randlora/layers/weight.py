@@ -16,7 +16,7 @@ from randlora.errors import AdapterError, MergeError
 from randlora.functional import Compute
 from randlora.functional.region import Region, Spans
 from randlora.layers.update import Into, Merged, Update, rounded_sum, sum_updates
-from randlora.places import Kept, Part, Place, converted, is_hooked, place_at, place_of
+from randlora.places import Kept, Part, Place, converted, is_hooked, place_of
 from randlora.ranks import run_collectives
 
 COMPUTED = "computes its weight from other parameters: remove the parametrization first"
@@ -141,13 +141,6 @@ class StoredWeight(ABC):
         """Return the sum of some updates, `as_one_matrix`, or of their parts within a region, computed alone."""
         parts = updates if region is None else [update.within(region) for update in updates]
         return sum_updates(parts, (), device=device, dtype=dtype, as_one_matrix=cls.as_one_matrix)
-
-    @classmethod
-    def region_here(cls, weight: Tensor) -> Region:
-        """Return the part of the update for this process's part of a sharded weight."""
-        part = place_at(weight).part
-        assert part is not None, "it is sharded"
-        return cls.region_of(tuple(weight.shape), part)
 
     @classmethod
     def region_of(cls, shape: Shape, spans: Sequence[Spans]) -> Region:  # noqa: ARG003  # for convolutions

@@ -37,7 +37,10 @@ from randlora.errors import ConfigError, TargetError, raise_collected, spelled, 
 from randlora.hints import require_types
 from randlora.model.install import add, detach_all, require_detachable, restore_originals
 from randlora.model.train_also import (
+    Table,
     copy_dtype,
+    find_tables,
+    first_values,
     half_notes,
     misplaced_copies,
     moving_note,
@@ -45,9 +48,9 @@ from randlora.model.train_also import (
     replacements,
     select_buffers,
     select_parameters,
+    table_problems,
     train_also_problems,
 )
-from randlora.model.train_rows import Table, find_tables, first_values, table_problems
 from randlora.model.view import View, all_or_nothing, collective, opened, opened_to_add
 from randlora.places import has_values, place_at, whole
 from randlora.ranks import agree, run_collectives

@@ -19,9 +19,8 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import adapter_layers_of, add_adapter, detach, detach_obstacle, set_casts
 from randlora.layers.rows import SiteRows
 from randlora.layers.scopes import begin_call, end_call
-from randlora.model.save_guard import guard_saving, unguard_saving
-from randlora.model.train_also import lost_parameters, remembered, watch_conversions
-from randlora.model.train_rows import Table
+from randlora.model.instance_methods import guard_saving, unguard_saving, watch_conversions
+from randlora.model.train_also import Table, lost_parameters, remembered
 from randlora.model.view import all_or_nothing, set_requires_grad
 from randlora.places import loaded_modules, place_at
 from randlora.ranks import agree

@@ -17,7 +17,7 @@ from randlora.hints import is_finite, listed, require_types, shortly
 from randlora.layers.in_place import drop_adapter
 from randlora.model.inject import eject
 from randlora.model.install import ENGINES, require_detachable, shared_slots
-from randlora.model.train_also import watch_conversions
+from randlora.model.instance_methods import watch_conversions
 from randlora.model.view import all_or_nothing, collective, opened, require_own, together
 from randlora.ranks import agree
 from randlora.replaced import whole_shape
@@ -104,8 +104,7 @@ def without_active(model: nn.Module, checked: Callable[[Census, ModelState], obj
         BLOCKS.set(tuple(each for each in BLOCKS.get() if each is not block))
         with CHANGING:
             state.ended.append(block)
-            state.require_loaded(root)  # else the model's own values would be loaded over the copies
-            state.adopt_parameters(root)
+            state.adopt_parameters(root)  # which refuses where the model's own values would be loaded over the copies
 
     try:
         with together(model, writes=True), opened(model, None) as view:

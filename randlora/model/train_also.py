@@ -1,27 +1,30 @@
-"""Parameters that adapters train in addition to Λ and Γ, such as a new head, biases or norms, and their buffers.
+"""What adapters train in addition to Λ and Γ: parameters, such as a new head, biases or norms, and rows of tables.
 
 Each adapter has a copy, which the model uses while the adapter is active. The model's own values do not change.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from randlora.errors import AdapterError, spelled
+from randlora.config import TableRows
+from randlora.errors import AdapterError, raise_collected, spelled
 from randlora.layers.in_place import can_cast, plain_class
-from randlora.layers.rows import RowsAdapter
-from randlora.places import has_values, is_whole, place_at, values_within
-from randlora.replaced import ReplacedParameter
-from randlora.state import Adapter, ModelState, attached_state
-from randlora.targets.census import Census, Held, Site, is_quantized, sizes
-from randlora.targets.match import matches_name, prefixes, shortened, suggestion, unmatched
+from randlora.layers.rows import RowsAdapter, SiteRows
+from randlora.places import has_values, is_whole, place_at, values_within, whole, whole_only_inside
+from randlora.ranks import agree, run_collectives
+from randlora.replaced import ReplacedParameter, whole_shape
+from randlora.state import Adapter, ModelState
+from randlora.targets.census import WEIGHT, Census, Held, Site, is_quantized, sizes
+from randlora.targets.left_out import obstacle, offloaded_copies
+from randlora.targets.match import has_suffix, matches_name, prefixes, shortened, suggestion, unmatched
 
 HALF_RISKS = {
     torch.float16: "Adam's eps is 0 there, and values become NaN within some steps",
@@ -235,41 +238,81 @@ def is_changed(state: ModelState, fqn: str, copy: Tensor) -> bool:
     return not torch.equal(own.detach().to(device=copy.device, dtype=copy.dtype), copy.detach())
 
 
-METHOD = "_apply"
-"""The method of torch through which all conversions go, and those of every module around the model."""
+# Rows of tables, such as those of new tokens
 
 
-class Converter:
-    """Replaces the method of a model, which it does not keep alive, to convert the copies held aside like the model."""
+class Table(NamedTuple):
+    """A table of which an adapter trains rows: the sites of the modules that share it, and the rows in order."""
 
-    def __init__(self, model: nn.Module | None) -> None:
-        """Replace the method of a model, ``None`` for one that is not known."""
-        self.model: Callable[[], nn.Module | None] = weakref.ref(model) if model is not None else lambda: None
+    fqn: str  # of the parameter, the first of several
+    sites: tuple[Site, ...]
+    rows: tuple[int, ...]
 
-    def __call__(self, convert: Any, *args: Any, **kwargs: Any) -> Any:
-        """Convert the model, then what is held aside."""
-        model = self.model()
-        if model is None:
-            raise AdapterError(
-                "cannot convert a shallow copy of an adapted model that is gone, or what was copied or pickled from a "
-                "shallow copy: convert the model, or make its copy with copy.deepcopy"
-            )
-        result = getattr(type(model), METHOD)(model, convert, *args, **kwargs)
-        if (state := attached_state(model)) is not None:
-            state.convert_aside(convert)
-        return result
+    @property
+    def weight(self) -> Tensor:
+        """The table."""
+        return RowsAdapter.weight_of(self.sites[0].owner)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Converter, (self.model(),)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Converter:
-        """Return one for the model's copy, which is not known if a shallow copy of the model is copied."""
-        return Converter(memo.get(id(self.model())))
+    def to_add(self, adapter: Adapter, state: ModelState, values: Tensor) -> tuple[Site, Any, SiteRows, tuple[Tensor]]:
+        """Return its first site, the adapter layer of its modules or a new one, and what an adapter has there."""
+        site = self.sites[0]
+        layer = site.adapter_layer or RowsAdapter(site.owner, state, [each.owner for each in self.sites])
+        site_rows = SiteRows(adapter, self.fqn, layer.shape, torch.tensor(self.rows, device=values.device))
+        return site, layer, site_rows, (values,)
 
 
-def watch_conversions(model: nn.Module, state: ModelState | None) -> None:
-    """Have a model convert what is held aside if its adapters train copies of parameters, and else nothing more."""
-    if state is not None and state.replaced:
-        vars(model).setdefault(METHOD, Converter(model))
-    elif isinstance(vars(model).get(METHOD), Converter):
-        del vars(model)[METHOD]
+def find_tables(census: Census, given: TableRows) -> tuple[list[Table], list[str]]:
+    """Return the tables that names mean, and messages about names that mean none, or several rows of one table."""
+    tables, problems, names = dict[str, Table](), list[str](), {module: fqn for fqn, module in reversed(census.visits)}
+    held_by = [held for held in census.parameters if held.attribute == WEIGHT]
+    for name, rows in given.items():
+        named = [held for held in held_by if has_suffix(held.fqn, name) or has_suffix(held.fqn, f"{name}.{WEIGHT}")]
+        named = [held for held in named if held.fqn == name] or named
+        if not named:
+            known = [site.fqn for site in census.sites if site.layer_class.kind == "embedding"]
+            near = suggestion("train_rows", name, known) or "the model has no embedding"
+            problems.append(f"{spelled('train_rows', name)} matches no module with a weight; {near}")
+        for tensor in [held.tensor for held in named]:
+            tied = [held for held in census.parameters if held.tensor is tensor]
+            owners = dict.fromkeys(held.module for held in tied)
+            sites = tuple(Site(names.get(owner, ""), owner, RowsAdapter) for owner in owners)
+            table = Table(tied[0].fqn, sites, tuple(sorted(rows)))
+            if tables.setdefault(table.fqn, table).rows != table.rows:
+                problems.append(f"train_rows names different rows of {table.fqn}, once as {name!r}: name it once")
+    return [*tables.values()], problems
+
+
+def table_problems(
+    census: Census, tables: Iterable[Table], adapted: Iterable[Site] = (), also: Collection[str] = ()
+) -> list[str]:
+    """Return why an adapter of these sites, which trains these parameters also, cannot train rows of tables."""
+    problems, taken = [], {id(site.weight) for site in adapted}
+    for fqn, sites, rows in tables:
+        weight = RowsAdapter.find_weight(sites[0].owner)
+        reasons = [f"{site.fqn} {why}" for site in sites if (why := _rows_obstacle(site)) is not None]
+        if fqn in also or id(weight) in taken:
+            reasons.append(f"{fqn} is named by targets or train_also too: leave it out of one of them")
+        elif not reasons and weight is not None and rows[-1] >= (count := whole_shape(weight)[0]):
+            reasons.append(f"{fqn} has {count} rows, and row {rows[-1]} would be trained: resize it first")
+        problems += [*(f"train_rows: {reason}" for reason in reasons), *offloaded_copies(census, [fqn])]
+    return problems
+
+
+def _rows_obstacle(site: Site) -> str | None:
+    if is_quantized(site.owner):
+        return f"is quantized ({type(site.owner).__name__}): load the model without quantizing it"
+    return obstacle(site) or whole_only_inside(RowsAdapter.weight_of(site.owner))
+
+
+def first_values(tables: Sequence[Table]) -> list[Tensor]:
+    """Return the values of rows in their tables, in float32 or wider; a collective if these are sharded."""
+
+    def first(table: Table) -> Tensor:
+        weight = whole(table.weight).detach()
+        rows = weight[torch.tensor(table.rows, device=weight.device)]
+        return rows.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+
+    problems = [f"{table.fqn} holds no values yet (meta)" for table in tables if not has_values(table.weight)]
+    raise_collected(AdapterError, problems, doing="train rows of a table without values")
+    agree()
+    return run_collectives(partial(first, table) for table in tables)

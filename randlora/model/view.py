@@ -148,7 +148,6 @@ def _extensible_state(census: Census, doing: str) -> ModelState:
             "torch.device('meta')"
         )
     state = attached_state(model) or ModelState()
-    state.require_loaded(model)
     state.adopt_parameters(model)
     require_own(census, state, doing)
     if unfit := [held.fqn for held in census.parameters if not held.tensor.is_leaf]:

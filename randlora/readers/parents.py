@@ -7,7 +7,7 @@ forward reads weight + update (`AdapterLayer.as_read`) or, if no adapter would b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 

@@ -6,14 +6,14 @@ forward of a module that reads its weight, such as a convolution, runs once for 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.blocks import ForwardCall, Run
+from randlora.blocks import ForwardCall, Rows, Run
 from randlora.errors import AdapterError
 from randlora.functional import Diagonals, Pair, update_rows
 from randlora.layers.base import AdapterLayer, input_of, require_product
@@ -143,11 +143,11 @@ class RowByRow(Routing, Run):
             ordered = self.sorted(layout, rows.device)
             outputs, start = [], 0
             for adapter, count in zip(ordered.adapters, ordered.counts, strict=True):
-                args, kwargs = rows.select(ordered.order[start : start + count])
+                args, kwargs = _select(rows, ordered.order[start : start + count])
                 with self.choosing(adapter):
                     outputs.append(forward.call(*args, **kwargs))
                 start += count
-            output = rows.joined(outputs, ordered.order.argsort())
+            output = _join(rows, outputs, ordered.order.argsort())
         for index, each in enumerate(output if isinstance(output, tuple) else [output]):
             follow(self, layer, each, layout, rows.output_axes[min(index, 1)])
         return output
@@ -196,6 +196,32 @@ def _factors(
     updates = [layer.update(owner, site_adapter, 1.0) for site_adapter in site_adapters]
     pair, _ = updates[0].parts(like.device, like.dtype)
     return pair, [update.diagonals(like.device) for update in updates], updates[0].is_wide
+
+
+def _select(rows: Rows, positions: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a forward for some of the rows."""
+
+    def selected(key: int | str, value: Any) -> Any:
+        if key not in rows.axes:
+            return value
+        axis, entries = rows.axes[key]
+        within = torch.arange(entries, device=rows.device)
+        return value.index_select(axis, (positions.unsqueeze(1) * entries + within).flatten())
+
+    args = tuple(selected(position, value) for position, value in enumerate(rows.args))
+    return args, {name: selected(name, value) for name, value in rows.kwargs.items()}
+
+
+def _join(rows: Rows, outputs: list[Any], order: Tensor) -> Any:
+    """Return the output for the whole batch, given the outputs for parts of it and where each row is in them."""
+
+    def joined(parts: Sequence[Any], axis: int) -> Any:
+        return torch.cat([*parts], axis).index_select(axis, order) if isinstance(parts[0], Tensor) else parts[0]
+
+    if not isinstance(outputs[0], tuple):
+        return joined(outputs, rows.output_axes[0])
+    entries = enumerate(zip(*outputs, strict=True))
+    return tuple(joined(parts, rows.output_axes[min(index, 1)]) for index, parts in entries)
 
 
 @torch.inference_mode(mode=False)  # a later call may need gradients

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from randlora.errors import AdapterError
-from randlora.functional.region import Spans, all_of, entries_of, fewest_spans
+from randlora.functional.region import Span, Spans, all_of, entries_of
 from randlora.places import Exchanges, Keeper, Kept, Part, Place
 from randlora.ranks import Ranks
 
@@ -119,6 +119,17 @@ def part_at(shape: Iterable[int], placements: Iterable[Any], mesh: Iterable[int]
             own = (_chunk(_chunk(spans, pieces, piece), processes, index) for piece in range(pieces))
             part[placement.dim] = fewest_spans(chain.from_iterable(own))
     return tuple(part)
+
+
+def fewest_spans(spans: Iterable[Span]) -> Spans:
+    """Return the same entries in as few spans as possible."""
+    found: list[Span] = []
+    for start, stop in spans:
+        if found and found[-1][1] == start:
+            found[-1] = found[-1][0], stop
+        elif start < stop:
+            found.append((start, stop))
+    return tuple(found) or all_of(0)
 
 
 def _chunk(spans: Spans, chunks: int, index: int) -> Spans:

@@ -105,6 +105,11 @@ def on_mesh(update: Update, mesh: Any, grads: list[Any]) -> Update:
     return update._replace(lam=local(update.lam), gamma=local(update.gamma))
 
 
+def region_here(layer: type[StoredWeight] | StoredWeight, weight: Any) -> Region:
+    """Return the part of the update for this process's part of a `DTensor`, a weight of a kind of layer."""
+    return layer.region_of(tuple(weight.shape), Shard(weight).part)
+
+
 def local_product(update: Update, x: Tensor, region: Region, compute: Compute) -> Tensor:
     """Return the product of an input with the part of an update for a part of a weight, or a summand of it."""
     if not (entries_of(region.rows) and entries_of(region.columns)):  # it takes part in the sums nevertheless
@@ -123,7 +128,7 @@ class SplitOnMesh(Split):
     @property
     def _region(self) -> Region:
         """The part of an update for this process's part, which those who ask whether a weight is split do not need."""
-        return self._layer.region_here(self._weight)
+        return region_here(self._layer, self._weight)
 
     def product(self, update: Update, x: Any, compute: Compute) -> Any:
         """Return the product of an input, a `DTensor` on the mesh or whole in every process, with an update."""
@@ -250,7 +255,7 @@ class Plans(Splitter):
         if plan is None or not is_dtensor(weight):
             return False
         if weight.device_mesh.ndim == 1:  # else fully_shard splits it too
-            layer.piece = LocalPiece.of(weight, layer.region_here(weight))
+            layer.piece = LocalPiece.of(weight, region_here(layer, weight))
         if around is None:
             adds = layer.is_called and layer.adds_to_output(owner)
             within = _within(owner, layer, plan, forward_name) if adds else inner
@@ -295,7 +300,7 @@ def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
             return planned(*args, **kwargs)
         for layer in owner.randlora.values():
             if is_dtensor(weight := layer.find_weight(owner)):  # fully_shard, if any, has gathered it for this forward
-                layer.piece = LocalPiece.of(weight, layer.region_here(weight))
+                layer.piece = LocalPiece.of(weight, region_here(layer, weight))
         with forward_of(owner) as values:
             output = planned(*args, **kwargs)
             read = {(reader, attribute) for reader, attribute, with_grad, *_ in values if with_grad}

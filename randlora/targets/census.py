@@ -18,7 +18,7 @@ from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import InPlace, adapter_layers_of
-from randlora.layers.registry import Kinds, Verdict, find_kinds, find_layer, readings_in
+from randlora.layers.registry import FINDERS, Kinds, Verdict, find_kinds, find_layer
 from randlora.places import Place, identities
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
@@ -235,7 +235,9 @@ class Census:
     @cached_property
     def useless(self) -> dict[Key, str]:
         """Why rules leave out layers whose adapters would be wrong or could not be trained, by `Site.key`."""
-        return self._readings["untrained"] | self.uncalled
+        matrices = [held for held in self.parameters if not is_lazy(held.tensor) and held.tensor.dim() > 1]
+        empty = {(id(held.module), held.attribute): "has no entries" for held in matrices if not held.tensor.numel()}
+        return self._readings["untrained"] | self.uncalled | empty
 
     @cached_property
     def read(self) -> dict[Key, str]:
@@ -247,7 +249,7 @@ class Census:
         """What `Reading.why` says, by verdict and `Site.key`. If one reader is a problem, all are."""
         found: dict[Verdict, dict[Key, str]] = {"only where read": {}, "untrained": {}, "never": {}}
         for module in self.modules:
-            for child, why, verdict in readings_in(module):
+            for child, why, verdict in (reading for find in FINDERS for reading in find(module)):
                 found[verdict][id(child), WEIGHT] = why
         where_read = found["only where read"].items()
         found["only where read"] = {key: why for key, why in where_read if key not in found["never"]}

@@ -130,33 +130,24 @@ def tied_names(census: Census, sites: Iterable[Site]) -> dict[Key, list[str]]:
         own = Held(site.fqn, site.owner, site.layer_class.attribute, weight)
         found = [held for identity in identities(*own[1:]) for held in census.by_identity.get(identity, [])]
         if weight.is_meta:
-            found += [held for held in by_group.get((id(own.module), own.attribute), []) if _are_tied(own, held)]
+            found += [held for held in by_group.get((id(own.module), own.attribute), []) if are_tied(own, held)]
         if others := [held.fqn for held in found if held.module is not site.owner]:
             tied[site.key] = [*dict.fromkeys(others)]
     return tied
-
-
-def tied_away(census: Census) -> set[str]:
-    """Return the names of parameters that transformers ties to others and that are still tied; files may lack them."""
-    by_fqn = {held.fqn: held for held in census.parameters}
-    pairs = [(source, name) for source, *names in _named_groups(census) for name in names]
-    return {
-        name for source, name in pairs if {source, name} <= by_fqn.keys() and _are_tied(by_fqn[source], by_fqn[name])
-    }
 
 
 def _by_group(census: Census) -> dict[tuple[int, str], list[Held]]:
     """Return the parameters that transformers ties to each one, by the identity of its module and its attribute."""
     by_fqn = {held.fqn: held for held in census.parameters}
     found: dict[tuple[int, str], list[Held]] = {}
-    for names in _named_groups(census):
+    for names in named_groups(census):
         group = [by_fqn[name] for name in names if name in by_fqn]
         for held in group:
             found.setdefault((id(held.module), held.attribute), []).extend(group)
     return found
 
 
-def _named_groups(census: Census) -> list[list[str]]:
+def named_groups(census: Census) -> list[list[str]]:
     """Return groups of names of parameters that transformers ties, if they are not untied since; sources come first."""
     groups: dict[str, list[str]] = {}
     for prefix, module in census.prefixed:
@@ -166,7 +157,7 @@ def _named_groups(census: Census) -> list[list[str]]:
     return [*groups.values()]
 
 
-def _are_tied(one: Held, other: Held) -> bool:
+def are_tied(one: Held, other: Held) -> bool:
     """Whether two parameters are one, or were when accelerate offloaded them, each to its own file."""
     if not {*identities(*one[1:])}.isdisjoint(identities(*other[1:])):
         return True
@@ -249,18 +240,21 @@ def left_out(
     tied = tied_names(census, [site for _, site in left if site is not None])
     groups: dict[tuple[int, str], list[tuple[Held, Site | None]]] = {}
     for held, site in left:
-        key = (id(held.module), "weight") if site is None else site.key
-        if key in excluded:
-            why: str | None = EXCLUDED
-        elif site is None:
-            called = census.kinds[id(held.module)].called
-            why = called if isinstance(called, str) else None
-        else:
-            why = obstacle(site) or census.useless.get(key)
-            why = why or ("tied to parameters of other modules: untie it first" if key in tied else None)
         order = len(KINDS) if site is None else KINDS.index(site.layer_class.kind)
-        groups.setdefault((order, why or ""), []).append((held, site))
+        groups.setdefault((order, _why_left(census, held, site, excluded, tied)), []).append((held, site))
     return tuple(_group(census, *key, groups[key]) for key in sorted(groups))
+
+
+def _why_left(census: Census, held: Held, site: Site | None, excluded: Collection[Key], tied: Collection[Key]) -> str:
+    """Return why no ``targets`` could get a matrix adapted; empty if some could, or it has no adapter layer."""
+    key = (id(held.module), "weight") if site is None else site.key
+    if key in excluded:
+        return EXCLUDED
+    if site is None:
+        called = census.kinds[id(held.module)].called
+        return called if isinstance(called, str) else ""
+    is_tied = "tied to parameters of other modules: untie it first" if key in tied else ""
+    return obstacle(site) or census.useless.get(key) or is_tied
 
 
 def _group(census: Census, order: int, why: str, members: Sequence[tuple[Held, Site | None]]) -> LeftOut:

@@ -66,51 +66,43 @@ def find_targets(model: nn.Module, targets: Pattern | None = None, exclude: Patt
 
 def select(census: Census, given: Pattern | None, exclude: Pattern | None, trained: Collection[str] = ()) -> Selection:
     """Return the weights selected by a pattern. A rule leaves out parameters in ``trained``, by FQN."""
-    model, visits = census.model, census.candidates
-    own = census.kinds[id(model)]
-    if (not visits and own.called is not None) or own.read:
+    own = census.kinds[id(census.model)]
+    if (not census.candidates and own.called is not None) or own.read:
         raise TargetError(
-            f"the model itself is a layer ({type(model).__name__}) and has no name within a model: "
+            f"the model itself is a layer ({type(census.model).__name__}) and has no name within a model: "
             "wrap it in a module, as in torch.nn.Sequential(layer), and adapt that"
         )
     pattern, rule, must_match = _resolve(census, given)
-    opens = must_match and is_names(pattern)
     is_rule = pattern in (ALL, ALL_LINEAR)
-    if is_rule:
-        found = [visit for visit in visits if (pattern == ALL and visit.entry is not None) or is_linear(visit)]
-    else:
-        asked = visits if must_match else [visit for visit in visits if visit.entry is None or is_linear(visit)]
-        found = [visit for visit in asked if _is_matched(visit, pattern, opens=opens)]
-    excluded, problems = ([], []) if exclude is None else _excluded(census, found, exclude)
+    candidates = _candidates(census, pattern, must_match=must_match)
+    excluded, problems = ([], []) if exclude is None else _excluded(census, candidates, exclude)
     excluded_keys = {visit.key for visit in excluded}
-    kept = [visit for visit in found if visit.key not in excluded_keys]
+    kept = [visit for visit in candidates if visit.key not in excluded_keys]
     if is_rule:
         chosen, skipped = _by_rule(census, kept, pattern)
         rule += _beside_head(census, chosen, trained)
     else:
-        chosen, skipped, refused = _matching(census, kept, pattern, opens=opens)
-        if given is None:
-            skipped |= _reasons(chosen, census.useless)
-        strays = _strays(census, found, pattern, exclude) if must_match else []
+        chosen, skipped, refused = _by_pattern(census, kept, pattern)
+        strays = _strays(census, candidates, pattern, exclude) if must_match else []
         wrong: list[Candidate | Held] = [*refused, *strays]
         problems += [refusal(census, matched) for matched in wrong]
-        reached = [*chosen, *excluded, *refused]
         if must_match:
-            names = {name for visit in reached for name in _names(visit, opens=opens)}
+            names = {name for visit in (*chosen, *excluded, *refused) for name in _names(visit, pattern)}
             names |= {held.fqn for held in strays}
             problems += missed(census, "targets", pattern, unmatched(pattern, names), _usual(census))
-        if not (reached or problems):
+        else:
+            skipped |= _reasons(chosen, census.useless)
+        if not (chosen or excluded or problems):
             problems.append(f"{rule} {NOTHING}; {inventory(census)}")
     raise_collected(TargetError, problems, doing="find the targets")
     rule += "" if exclude is None else ", without the excluded"
     chosen = [visit for visit in chosen if visit.fqn not in skipped]
     left: tuple[LeftOut, ...] = ()
-    if given is None or is_rule:
+    if is_rule or not must_match:  # the user has not said what is adapted
         alone = _left_alone(census, chosen, trained)
-        skipped |= alone
         chosen = [visit for visit in chosen if visit.fqn not in alone]
         wanted = {visit.key for visit in chosen}
-        skipped |= _heads(census, wanted)
+        skipped |= alone | _heads(census, wanted)
         left = left_out(census, wanted, skipped, excluded_keys, trained)
     if not chosen:
         raise TargetError(_nothing_left(census, rule, skipped, left))
@@ -123,7 +115,8 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
 def _resolve(census: Census, pattern: Pattern | None) -> tuple[Pattern, str, bool]:
     """Return the effective pattern, its description, and whether each of its entries must match."""
     if pattern is None and (default := default_targets(census)) is not None:
-        return *default, False
+        names, rule = default
+        return lambda fqn, module: matches(names, fqn, module), rule, False  # not what is inside of these
     if pattern is None or pattern == ALL_LINEAR:
         return ALL_LINEAR, "all linear layers", True
     if pattern == ALL:
@@ -135,41 +128,49 @@ def _resolve(census: Census, pattern: Pattern | None) -> tuple[Pattern, str, boo
     return tuple(pattern), f"the names {', '.join(pattern)}", True
 
 
-def _names(visit: Candidate, *, opens: bool) -> list[str]:
-    """Return the names by which a pattern may match a module: its FQN and, if ``opens``, its parents' names."""
-    return prefixes(visit.fqn) if opens else [visit.fqn]
+def _candidates(census: Census, pattern: Pattern, *, must_match: bool) -> list[Candidate]:
+    """Return what a rule is about or a pattern matches; a default matches no layers but linear ones."""
+    visits = census.candidates
+    if pattern in (ALL, ALL_LINEAR):
+        return [visit for visit in visits if (pattern == ALL and visit.entry is not None) or is_linear(visit)]
+    asked = visits if must_match else [visit for visit in visits if visit.entry is None or is_linear(visit)]
+    return [visit for visit in asked if _is_matched(visit, pattern)]
 
 
-def _is_matched(visit: Candidate, pattern: Pattern, *, opens: bool) -> bool:
-    return any(matches(pattern, name, visit.module) for name in _names(visit, opens=opens))
+def _names(visit: Candidate, pattern: Pattern) -> list[str]:
+    """Return the names by which a pattern may match a module: its FQN and, if the pattern is names, its parents'."""
+    return prefixes(visit.fqn) if is_names(pattern) else [visit.fqn]
 
 
-def _matching(
-    census: Census, found: Sequence[Candidate], pattern: Pattern, *, opens: bool
+def _is_matched(visit: Candidate, pattern: Pattern) -> bool:
+    return any(matches(pattern, name, visit.module) for name in _names(visit, pattern))
+
+
+def _by_pattern(
+    census: Census, matched: Sequence[Candidate], pattern: Pattern
 ) -> tuple[list[Candidate], dict[str, str], list[Candidate]]:
-    """Split matches into linear layers, other layers inside a named module (skipped), and other named layers."""
+    """Split matches into layers to adapt, others inside a named module (skipped, with reasons), and named others."""
     chosen, skipped, refused = [], {}, []
-    opened = holders(census) if opens else set()
-    for visit in found:
+    containers = holders(census) if is_names(pattern) else set()
+    for visit in matched:
         if isinstance(visit.entry, type):
             chosen.append(visit)
-        elif visit.fqn not in opened and (why := reason(census, visit)) is not None:
-            if opens and not matches(pattern, visit.fqn, visit.module):
+        elif visit.fqn not in containers and (why := reason(census, visit)) is not None:
+            if is_names(pattern) and not matches(pattern, visit.fqn, visit.module):
                 skipped[visit.fqn] = why
             else:
                 refused.append(visit)
     return chosen, skipped, refused
 
 
-def _strays(census: Census, found: Sequence[Candidate], pattern: Pattern, exclude: Pattern | None) -> list[Held]:
+def _strays(census: Census, candidates: Sequence[Candidate], pattern: Pattern, exclude: Pattern | None) -> list[Held]:
     """Return the parameters without an adapter layer that a regex or a name matches, and that no module stands for."""
-    told = {id(visit.module) for visit in found if visit.attribute == WEIGHT and reason(census, visit) is not None}
+    told = {id(visit.module) for visit in candidates if visit.attribute == WEIGHT and reason(census, visit) is not None}
     return [
         held
         for held in census.unserved
         if id(held.module) not in told and not callable(pattern) and matches(pattern, held.fqn, held.module)
-        if exclude is None
-        or not _is_matched(Candidate(held.fqn, held.module, held.attribute, None), exclude, opens=is_names(exclude))
+        if exclude is None or not _is_matched(Candidate(held.fqn, held.module, held.attribute, None), exclude)
     ]
 
 
@@ -232,13 +233,13 @@ def _nothing_left(census: Census, rule: str, skipped: Mapping[str, str], left: S
     return "; ".join([message, *([f"skipped: {shortened(reasons)}"] if reasons else []), *map(str, left)])
 
 
-def _excluded(census: Census, found: Sequence[Candidate], exclude: Pattern) -> tuple[list[Candidate], list[str]]:
+def _excluded(census: Census, candidates: Sequence[Candidate], exclude: Pattern) -> tuple[list[Candidate], list[str]]:
     """Return the modules that ``exclude`` matches, at all their places, and messages about entries without a match."""
     asked: Sequence[Candidate] = census.candidates
     if callable(exclude):
-        layers = {visit.key for visit in found if visit.entry is not None or reason(census, visit)}
+        layers = {visit.key for visit in candidates if visit.entry is not None or reason(census, visit)}
         asked = [visit for visit in asked if visit.key in layers]
-    matched = {visit.key for visit in asked if _is_matched(visit, exclude, opens=is_names(exclude))}
+    matched = {visit.key for visit in asked if _is_matched(visit, exclude)}
     closed = holders(census) if isinstance(exclude, str) else set()
     known = [fqn for fqn, *_ in (*census.candidates, *census.unserved) if fqn not in closed]
     problems = missed(census, "exclude", exclude, unmatched(exclude, known), _usual(census))

@@ -6,6 +6,7 @@ import gc
 import importlib
 import multiprocessing
 import multiprocessing.forkserver
+import os
 import pickle
 import sys
 import tempfile
@@ -27,6 +28,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 """Processes are forked from one that has imported what they need, which takes each longer than most of its tests."""
 
 SECONDS = 120
+WAIT = float(os.environ.get("PATIENCE", SECONDS))  # longer in tests/mutants, where the machine is busy
 """How long a call may take; processes that wait for each other for ever are stopped then."""
 
 LAW = settings(
@@ -59,7 +61,7 @@ class Processes:
         self.count = count
         self._running: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
-    def run(self, function: Callable[..., Result], *args: Any, seconds: float = SECONDS, **kwargs: Any) -> list[Result]:
+    def run(self, function: Callable[..., Result], *args: Any, seconds: float = WAIT, **kwargs: Any) -> list[Result]:
         """Call a function in every process at once and return what it returned, by rank."""
         self._start()
         call = pickle.dumps((function, args, kwargs))

@@ -50,10 +50,6 @@ def within(block: Callable[[Any, Path], Any]) -> Verb:
     return run
 
 
-def merged_for_good(model: Any, _: Path) -> object:
-    return randlora.merge(model)
-
-
 def remove_third(model: Any, _: Path) -> None:
     randlora.remove(model, "third")
 
@@ -82,7 +78,7 @@ VERBS: dict[str, Case] = {
         lambda model, place: randlora.load_all(model, place / "all"),
         lambda model, _: [randlora.remove(model, name) for name in ("third", "fourth")],
     ),
-    "merge": Case(merged_for_good, has_second=False),
+    "merge": Case(lambda model, _: randlora.merge(model), has_second=False),
     "merge reversibly": Case(merge_reversibly, lambda model, _: randlora.unmerge(model)),
     "merged": Case(within(lambda model, _: randlora.merged(model))),
     "merged_tensors": Case(lambda model, _: dict(randlora.merged_tensors(model))),

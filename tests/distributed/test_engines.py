@@ -355,3 +355,11 @@ def test_a_model_that_its_plan_splits(plan: Planned, tmp_path: Path) -> None:
     case = plan.written(tmp_path / "base")
     assert any(isinstance(each, DTensor) for each in case.split().parameters())
     require_as_one_process(case.engine(), case, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "engine"), [("llama", "ZeRO-3"), ("mixtral", OF_EXPERTS), ("llama", "FSDP2")])
+def test_a_model_of_transformers(name: str, engine: str, tmp_path: Path) -> None:
+    config = PLANS[name].config | {"tie_word_embeddings": name == "llama"}
+    case = replace(PLANS[name], config=config, adapter={"targets": "all-linear"}).written(tmp_path / "base")
+    case = replace(case, dtype=torch.float32)  # ZeRO-3 refuses float64 where the processor computes in fp16
+    require_as_one_process(ENGINES[engine], case, tmp_path)

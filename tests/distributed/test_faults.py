@@ -7,7 +7,6 @@ import importlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,7 +31,6 @@ from randlora.model import merge
 from randlora.sharded import places
 from tests.distributed.engines import ENGINES, built_spread, flattened, sharded, split
 from tests.distributed.processes import in_four, in_two, in_two_of_zero, on_all
-from tests.distributed.test_engines import PLANS
 from tests.distributed.trained import Drawn, Net, gathered, held
 from tests.model_directories import contents
 from tests.pages import snippet
@@ -194,9 +192,9 @@ def test_a_merge_that_is_interrupted_is_undone() -> None:
 
 
 @pytest.mark.parametrize("engine", GATHER)
-def test_an_error_in_one_block_of_merged_does_not_wait_for_others_nor_they_for_it(engine: str) -> None:
+def test_blocks_of_merged_wait_for_no_other_at_their_end_and_none_is_entered_while_one_is_open(engine: str) -> None:
     run = ENGINES[engine].make(DRAWN)
-    model, has_failed = getattr(run, "module", run), False
+    model, has_failed, first = getattr(run, "module", run), False, ExitStack()
     with restored(model):
         with suppress(ZeroDivisionError), randlora.merged(model):
             if dist.get_rank() == 0:
@@ -210,12 +208,6 @@ def test_an_error_in_one_block_of_merged_does_not_wait_for_others_nor_they_for_i
         except ZeroDivisionError:
             has_failed = True
         assert on_all(has_failed) == [False, True], "which it may tell at once"
-
-
-@pytest.mark.parametrize("engine", GATHER)
-def test_a_block_of_merged_that_is_open_in_one_process_alone_is_refused_in_all(engine: str) -> None:
-    run = ENGINES[engine].make(DRAWN)
-    model, first = getattr(run, "module", run), ExitStack()
     with restored(model):
         first.enter_context(randlora.merged(model))
         if dist.get_rank() == 0:
@@ -334,8 +326,7 @@ def test_a_torch_that_hides_what_is_sharded_is_missed_loudly() -> None:
     DRAWN.adapt(model)
 
 
-def test_rows_of_a_flattened_model_are_saved_where_they_are_whole() -> None:
-    torch.manual_seed(0)
+def test_a_flattened_model_is_refused_in_all_processes_but_for_what_is_whole(tmp_path: Path) -> None:
     plain = nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 6))
     randlora.inject(plain, r=2, train_rows={"0": [3, 5]})
     expected, model = randlora.adapter_state(plain), flattened(plain)
@@ -343,9 +334,6 @@ def test_rows_of_a_flattened_model_are_saved_where_they_are_whole() -> None:
         randlora.adapter_state(model)
     with model.summon_full_params(model):
         assert randlora.adapter_state(model).metadata == expected.metadata
-
-
-def test_a_model_that_is_flattened_is_refused_in_all_processes(tmp_path: Path) -> None:
     model = flattened(Drawn().adapted())
     inner: Any = model.module
     for verb in (randlora.merged_tensors, lambda each: randlora.files.save_merged(each, tmp_path / "out")):
@@ -450,7 +438,7 @@ def test_one_process_writes_and_all_learn_of_errors(order: str, tmp_path: Path) 
             case "shard":
                 fully_shard(model, mesh=mesh["data" if "split" in order else "tensor"])
     (tmp_path / "file").touch()
-    save_module = importlib.import_module("randlora.checkpoint.save")  # the package has a function of this name
+    save_module = importlib.import_module("randlora.checkpoint.save")
     written = mock.Mock(side_effect=save_module.staged_files)
     with mock.patch.object(save_module, "staged_files", written):
         saved = randlora.save(model, tmp_path / "adapter")
@@ -465,19 +453,3 @@ def test_one_process_writes_and_all_learn_of_errors(order: str, tmp_path: Path) 
     tensors = randlora.adapter_state(model).tensors
     assert {bool(value.any()) for name, value in tensors.items() if "lambda" in name} == {False}
     assert (tmp_path / "other" / "adapter_model.safetensors").exists()
-
-
-@pytest.mark.parametrize(("name", "engine"), [("llama", "ZeRO-3"), ("mixtral", "ZeRO-3, experts"), ("llama", "FSDP2")])
-def test_a_model_of_transformers_is_written_for_it_to_load(name: str, engine: str, tmp_path: Path) -> None:
-    config = PLANS[name].config | {"tie_word_embeddings": name == "llama"}
-    case = replace(PLANS[name], config=config, adapter={"targets": "all-linear"}).written(tmp_path / "base")
-    case = replace(case, dtype=torch.float32)  # ZeRO-3 refuses float64 where the processor computes in fp16
-    one, model = case.adapted(), ENGINES[engine].make(case)
-    randlora.files.save_merged(model, tmp_path / "out", max_shard_size=4000)
-    if dist.get_rank() == 0:
-        randlora.files.save_merged(one, tmp_path / "one", max_shard_size=4000)
-        assert contents(tmp_path / "out") == contents(tmp_path / "one")
-        loaded, inputs = replace(case, place=tmp_path / "out").build(), case.batch(0, 0)
-        with torch.no_grad(), randlora.merged(one):
-            assert torch.equal(loaded(*inputs), one(*inputs))
-    dist.barrier()

@@ -39,6 +39,24 @@ NAMES: dict[str, Callable[[int], list[str | None]]] = {
     "none": lambda rank: [None if rank else "default"] * 3,
 }
 
+
+def require_trained_alike(one: Any, run: Any, case: Drawn, names: Callable[[int], list[str | None]]) -> None:
+    before = values(one, only_trained=True)
+    for each, ranks in ((one, range(2)), (run, [dist.get_rank()])):
+        is_zero = hasattr(each, "backward")
+        optimizer = each if is_zero else optimizer_of(each)
+        for step in range(2):
+            for own in ranks:
+                with routed(each, names(own)):
+                    loss = case.loss(each(*case.batch(own, step)), own) / len(ranks)
+                    (each if is_zero else loss).backward(*[loss] if is_zero else [])
+            optimizer.step()
+            optimizer.zero_grad()
+    found = values(getattr(run, "module", run), only_trained=True)
+    assert distance(found, values(one, only_trained=True)) <= 1e-6
+    assert distance(found, before) > 1e-3
+
+
 EACH_ROUTED = (("FSDP2", "rotated"), ("FSDP2 first", "others"), ("DDP, unused", "others"), ("ZeRO-3", "equal"))
 
 
@@ -54,21 +72,7 @@ def test_rows_that_are_routed_run_with_the_bits_of_one_process_and_train_alike(e
         for expected, found in zip(*outputs, strict=True):
             assert torch.equal(found, expected)
             assert not torch.equal(found[0], found[2])
-    is_zero, before = hasattr(model, "backward"), values(one, only_trained=True)
-    optimizers = [optimizer_of(one), model if is_zero else optimizer_of(model)]
-    for step in range(2):
-        for own in range(2):
-            with routed(one, NAMES[names](own)):
-                (two.loss(one(*two.batch(own, step)), own) / 2).backward()
-        with routed(model, NAMES[names](rank)):
-            loss = two.loss(model(*two.batch(rank, step)), rank)
-            (model if is_zero else loss).backward(*[loss] if is_zero else [])
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    trained = values(getattr(model, "module", model), only_trained=True)
-    assert distance(trained, values(one, only_trained=True)) <= 1e-6
-    assert distance(trained, before) > 1e-3
+    require_trained_alike(one, model, two, NAMES[names])
 
 
 def partly(case: Drawn) -> Any:
@@ -140,21 +144,12 @@ def test_what_a_process_lacks_in_a_block_of_a_pool_stops_all_and_changes_nothing
 
 def test_an_adapter_that_no_row_has_does_not_matter() -> None:
     """Such as one that is sharded, where the rows are of others that are whole in each process."""
-    one, model, rank = DRAWN.adapted(), sharded(DRAWN.adapted()), dist.get_rank()
+    one, model = DRAWN.adapted(), sharded(DRAWN.adapted())
     for each in (one, model):
         for name in ("b", "c"):
             randlora.inject(each, name=name, **DRAWN.options(), trainable=True)
             filled(each, name)
-    before = values(one, only_trained=True)
-    for each, ranks in ((one, range(2)), (model, [rank])):
-        optimizer = optimizer_of(each)
-        for own in ranks:
-            with routed(each, ["c" if own else "b"] * 3):
-                (DRAWN.loss(each(*DRAWN.batch(own, 0)), own) / len(ranks)).backward()
-        optimizer.step()
-    trained = values(model, only_trained=True)
-    assert distance(trained, values(one, only_trained=True)) <= 1e-6
-    assert distance(trained, before) > 1e-3
+    require_trained_alike(one, model, DRAWN, lambda own: ["c" if own else "b"] * 3)
 
 
 @torch.no_grad()

@@ -78,6 +78,16 @@ def options(engine: str) -> dict[str, Any]:
     return given | {"use_cpu": False, "deepspeed": engine_config}
 
 
+def resumed_values(through: Any, rest: Any, checkpoint: Path) -> Any:
+    """Return what a whole run has trained, which one that goes on from its checkpoint has too, in all processes."""
+    rest.train(resume_from_checkpoint=str(checkpoint))
+    losses, resumed = ([each.get("loss") for each in own.state.log_history] for own in (through, rest))
+    assert losses == resumed
+    found = [all_bits(randlora.adapter_state(each.model).tensors) for each in (through, rest)]
+    assert all(each == found[0] for of_rank in on_all(found) for each in of_rank)
+    return found[0]
+
+
 @in_two
 @pytest.mark.parametrize(
     "engine", ["ddp", "fsdp FULL_STATE_DICT", further("fsdp SHARDED_STATE_DICT"), "zero 2", "zero 3"]
@@ -98,14 +108,10 @@ def test_a_run_is_resumed_from_checkpoints_without_the_base(tmp_path: Path, engi
         with mock.patch.object(randlora, "save", side_effect=randlora.save) as saved:
             through.train()
         dist.barrier()
-        rest = trainer()
-        rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-        losses, resumed = ([each.get("loss") for each in own.state.log_history] for own in (through, rest))
-        assert losses == resumed
+        found = resumed_values(through, trainer(), tmp_path / "checkpoint-2")
         loaded = plain_model()
         randlora.load(loaded, tmp_path / "checkpoint-4", trainable=True)
-        found = [all_bits(randlora.adapter_state(each).tensors) for each in (through.model, rest.model, loaded)]
-        assert all(each == found[0] for of_rank in on_all(found) for each in of_rank)
+        assert all_bits(randlora.adapter_state(loaded).tensors) == found
     wrapped = {"ddp": "DistributedDataParallel", "fsdp": "FSDPLlamaForCausalLM", "zero": "DeepSpeedEngine"}
     assert wrapped[name] in {type(through.model_wrapped).__name__, type(through.model).__name__}
     assert name != "ddp" or on_all(saved.call_count) == [2, 0]
@@ -190,17 +196,12 @@ def test_a_stock_trainer_resumes_and_says_if_it_writes_no_adapter(tmp_path: Path
             given = arguments(TrainingArguments, tmp_path / "run", **options(engine))
             return Trainer(adapted_model(train_also=["norm"], dropout=0.1), given, train_dataset=rows())
 
-        through, rest = trainer(), None
+        through = trainer()
         with warnings.catch_warnings(record=True, action="always") as caught:
             through.train()
             through.save_model(str(tmp_path / "end"))
         dist.barrier()
-        rest = trainer()
-        rest.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
-        losses, resumed = ([each.get("loss") for each in own.state.log_history] for own in (through, rest))
-        assert losses == resumed
-        found = [all_bits(randlora.adapter_state(each.model).tensors) for each in (through, rest)]
-        assert all(each == found[0] for of_rank in on_all(found) for each in of_rank)
+        found = resumed_values(through, trainer(), tmp_path / "run/checkpoint-2")
         said = [str(each.message) for each in caught if "wrote no adapter" in str(each.message)]
         is_silent = has_adapter or dist.get_rank() or engine.startswith("fsdp")
         assert len(said) == (0 if is_silent else 3)
@@ -213,7 +214,7 @@ def test_a_stock_trainer_resumes_and_says_if_it_writes_no_adapter(tmp_path: Path
         if has_adapter:
             loaded = plain_model()
             randlora.load(loaded, tmp_path / "end", trainable=True)
-            assert all_bits(randlora.adapter_state(loaded).tensors) == found[0]
+            assert all_bits(randlora.adapter_state(loaded).tensors) == found
 
 
 def make(kind: str, directory: Path, train_also: list[str], given: dict[str, Any]) -> Any:

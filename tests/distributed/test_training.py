@@ -146,16 +146,15 @@ def test_a_model_in_float64_that_is_spread_is_adapted_whatever_the_processor_com
     assert {each.dtype for name, each in found.items() if "norm" in name} == {torch.float64}
 
 
-@pytest.mark.parametrize("has_all", [True, False], ids=["all", "trained"])
 @pytest.mark.parametrize("stage", ["2", "3"])
 @in_two_of_zero
-def test_a_checkpoint_of_deepspeed_resumes_a_run(tmp_path: Path, stage: str, *, has_all: bool) -> None:
+def test_a_checkpoint_of_deepspeed_without_the_base_resumes_a_run(tmp_path: Path, stage: str) -> None:
     case, rank = Drawn(train_also=("norm",)), dist.get_rank()
     through, rest = (zero(case.adapted(), stage) for _ in range(2))
     trained(through, case, rank, 1)
-    through.save_checkpoint(str(tmp_path), exclude_frozen_parameters=not has_all)
+    through.save_checkpoint(str(tmp_path), exclude_frozen_parameters=True)
     expected = trained(through, case, rank, 2)
-    path, _ = rest.load_checkpoint(str(tmp_path), load_module_strict=has_all)
+    path, _ = rest.load_checkpoint(str(tmp_path), load_module_strict=False)
     assert path is not None
     assert trained(rest, case, rank, 2) == expected
     assert distance(values(rest.module), values(through.module)) == 0

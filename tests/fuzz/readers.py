@@ -16,10 +16,10 @@ import randlora
 from randlora.bases.spec import Shape
 from randlora.checkpoint.peft_layout import basis_keys
 from randlora.checkpoint.read import AdapterFile, read_adapter
-from randlora.checkpoint.save import adapter_files
 from randlora.disk.replace import write_files
 from randlora.errors import RandLoRAError
 from randlora.files import convert, inspect, merge, verify
+from randlora.files.convert import adapter_files, tensors_of
 from randlora.files.merge import FileMergeReport
 from randlora.files.model_directory import read_model_directory
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE
@@ -84,7 +84,7 @@ def _check_values(file: AdapterFile) -> None:
 
 
 def _check_rewritten(file: AdapterFile, root: Path) -> None:
-    tensors = file.tensors()
+    tensors = tensors_of(file)
     for r, pair in file.bases.items():
         tensors |= zip(basis_keys(r, (file.header.bases if file.header else file.bases).keys()), pair, strict=True)
     write_files(adapter_files(root / "again", file.fields, tensors, file.header))
@@ -99,7 +99,7 @@ def _check_rewritten(file: AdapterFile, root: Path) -> None:
 def _check_same(file: AdapterFile, again: AdapterFile) -> None:
     assert again.options == file.options
     assert (again.config.seed, again.config.dropout) == (file.config.seed, file.config.dropout)
-    assert all_bits(again.tensors()) == all_bits(file.tensors())
+    assert all_bits(tensors_of(again)) == all_bits(tensors_of(file))
 
 
 def _check_loaded(file: AdapterFile, source: Path, root: Path) -> None:

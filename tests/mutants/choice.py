@@ -145,18 +145,8 @@ def _lines_of_calls(path: Path) -> set[int]:
 
 def _enclosing(module: ast.Module, line: int) -> list[ast.stmt]:
     """Return the statements that a line is part of, from the outermost in."""
-    path: list[ast.stmt] = []
-    inner: list[ast.AST] = [module]
-    while inner:
-        node = inner.pop()
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.stmt):
-                if _first(child) <= line <= (child.end_lineno or 0):
-                    path.append(child)
-                    inner = [child]
-            else:
-                inner.append(child)  # a case, or a handler of exceptions
-    return path
+    statements = (node for node in ast.walk(module) if isinstance(node, ast.stmt))
+    return [each for each in statements if _first(each) <= line <= (each.end_lineno or 0)]
 
 
 def _first(statement: ast.stmt) -> int:

@@ -87,6 +87,7 @@ def _as_child(copy: Copy, sender: Connection, cpu: int, function: Callable[..., 
     sys.dont_write_bytecode = cpu != resource.RLIM_INFINITY
     os.environ |= {
         "PYTHONPATH": str(copy.root),
+        "PATIENCE": "600",  # of distributed tests, which take longer while they are measured
         "PYTHONDONTWRITEBYTECODE": "1" if sys.dont_write_bytecode else "",
         "TORCHINDUCTOR_CACHE_DIR": str(copy.place / "inductor"),
         "HYPOTHESIS_STORAGE_DIRECTORY": str(copy.place / "hypothesis"),

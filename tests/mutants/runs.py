@@ -20,8 +20,6 @@ from tests.mutants.copies import Copy
 UNWRITTEN = "ignore::pytest.PytestAssertRewriteWarning"  # plugins were imported before
 ARGUMENTS = ("-q", "--tb=short", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-W", UNWRITTEN)
 OPTIONS: dict[str, Any] = {"source": ["randlora"], "config_file": False, "messages": False}
-PATIENCE = 600
-"""Seconds for a call of a distributed test's process, which takes longer while it is measured or the machine busy."""
 
 
 def run(copy: Copy, plugin: object, *arguments: str) -> int:
@@ -60,9 +58,9 @@ class Contexts:
         processes = sys.modules["tests.distributed.processes"].Processes
         run = processes.run
 
-        def measured(group: Any, function: Callable[..., Any], *args: Any, seconds: float = 0, **kwargs: Any) -> Any:
+        def measured(group: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             call = pickle.dumps((function, args, kwargs))
-            answers = run(group, traced, self.directory, self.now, call, seconds=max(seconds, PATIENCE))
+            answers = run(group, traced, self.directory, self.now, call)
             self.seconds[self.now] += sum(used for _, used in answers)
             return [answer for answer, _ in answers]
 
@@ -120,13 +118,6 @@ class Chosen:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = sorted((item for item in items if item.nodeid in self.rank), key=lambda item: self.rank[item.nodeid])
-
-    def pytest_collection_finish(self) -> None:
-        """Have the distributed tests wait for each other longer, because the machine may be busy."""
-        if "tests.distributed.processes" in sys.modules:
-            processes = sys.modules["tests.distributed.processes"].Processes
-            run = processes.run
-            processes.run = lambda *args, seconds=0, **kwargs: run(*args, seconds=max(seconds, PATIENCE), **kwargs)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if report.failed:

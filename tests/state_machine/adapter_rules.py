@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.errors import AdapterError, MergeError, RandLoRAError, TargetError
-from randlora.model.train_also import METHOD
+from randlora.model.instance_methods import CONVERT
 from randlora.state import ATTRIBUTE
 from tests.kit import all_bits, bits, untouched
 from tests.state_machine.recipes import NAMES, Factors, Recipe, factors, maybe, names, recipes, which
@@ -40,7 +40,7 @@ def assert_classes_are(model: nn.Module, truth: Truth) -> None:
         if fqn not in adapted:
             more = vars(module).keys() ^ vars(plain).keys()
             kept = {ATTRIBUTE} if truth.adapters else set[str]()
-            kept |= {METHOD} if any(each.copies for each in truth.adapters.values()) else set()
+            kept |= {CONVERT} if any(each.copies for each in truth.adapters.values()) else set()
             assert more == (set() if fqn else kept), f"{fqn} has {more}"
 
 

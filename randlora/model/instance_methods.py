@@ -1,6 +1,7 @@
-"""What ``save_pretrained`` of an adapted model does: it writes the adapter or refuses, and never the wrong model.
+"""Methods that an adapted model has instead of its class's, to save and to convert all of it.
 
-A library's own method, found by its name, would write the base weights, which load as the model without its adapters.
+``save_pretrained`` writes the adapter or refuses, and never the wrong model. A library's own method, found by its name,
+would write the base weights, which load as the model without its adapters.
 """
 
 from __future__ import annotations
@@ -164,3 +165,43 @@ def unguard_saving(census: Census) -> None:
                 del vars(module)[name]
             else:
                 vars(module)[name] = guard.own
+
+
+CONVERT = "_apply"
+"""The method of torch through which all conversions go, and those of every module around the model."""
+
+
+class Converter:
+    """Replaces the method of a model, which it does not keep alive, to convert the copies held aside like the model."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        """Replace the method of a model, ``None`` for one that is not known."""
+        self.model: Callable[[], nn.Module | None] = weakref.ref(model) if model is not None else lambda: None
+
+    def __call__(self, convert: Any, *args: Any, **kwargs: Any) -> Any:
+        """Convert the model, then what is held aside."""
+        model = self.model()
+        if model is None:
+            raise AdapterError(
+                "cannot convert a shallow copy of an adapted model that is gone, or what was copied or pickled from a "
+                "shallow copy: convert the model, or make its copy with copy.deepcopy"
+            )
+        result = getattr(type(model), CONVERT)(model, convert, *args, **kwargs)
+        if (state := attached_state(model)) is not None:
+            state.convert_aside(convert)
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Converter, (self.model(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Converter:
+        """Return one for the model's copy, which is not known if a shallow copy of the model is copied."""
+        return Converter(memo.get(id(self.model())))
+
+
+def watch_conversions(model: nn.Module, state: ModelState | None) -> None:
+    """Have a model convert what is held aside if its adapters train copies of parameters, and else nothing more."""
+    if state is not None and state.replaced:
+        vars(model).setdefault(CONVERT, Converter(model))
+    elif isinstance(vars(model).get(CONVERT), Converter):
+        del vars(model)[CONVERT]
