@@ -223,7 +223,7 @@ def test_the_table_has_a_row_for_every_registered_kind() -> None:
     served = {type(adapter_layer(model[0])) for model in models if randlora.inject(model, r=3, targets="all")}
     registered = {entry for name, entry in registry._layers.items() if not name.startswith("tests.")}
     elsewhere = (ReadWeight, CodesAdapter, EetqAdapter, HQQAdapter)  # see tests/test_quantized_libraries.py
-    rows = {entry for entry in registered if not (isinstance(entry, str) or issubclass(entry, elsewhere))}
+    rows = {entry for entry in registered if not (isinstance(entry, registry.Refusal) or issubclass(entry, elsewhere))}
     known = {*registry.BY_WEIGHT.values()} - {TorchaoPackedAdapter}  # see tests/test_quantized_libraries.py
     rows |= known if any(kind.library == "torchao" for kind in LAYER_KINDS) else set()
     assert {layer for layer in served if not layer.__module__.startswith("tests.")} == rows
@@ -295,7 +295,7 @@ def test_an_entry_goes_by_the_type_of_the_weight_else_by_the_nearest_class_whose
     ]
     assert [registry.find_layer(layer) for layer, _ in found] == [entry for _, entry in found]
     registry.refuse_layer(Renamed, "it is of no use: exclude it")
-    assert registry.find_layer(marked(Renamed(2, 2))) == "it is of no use: exclude it"
+    assert registry.find_layer(marked(Renamed(2, 2))) == registry.Refusal("it is of no use: exclude it")
 
 
 @pytest.mark.parametrize(("what", "got"), [("pair", "got tuple"), ("half", r"got a tensor of shape \(3, 2\)")])

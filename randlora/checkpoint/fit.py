@@ -13,7 +13,7 @@ from randlora.checkpoint.read import AdapterFile
 from randlora.disk.formats import Entry
 from randlora.errors import CheckpointError, ConfigError, raise_collected, spelled
 from randlora.layers.in_place import plain_class
-from randlora.layers.registry import find_layer
+from randlora.layers.registry import Refusal, find_layer
 from randlora.model.train_also import find_tables, table_problems
 from randlora.places import is_hooked
 from randlora.targets.census import Census, Shapes, Site, shapes_of, sizes
@@ -55,8 +55,8 @@ def named_sites(census: Census, file: AdapterFile) -> tuple[Site, ...]:
         elif fqn not in modules:
             problems.append(f"the model has no layer {fqn}")
         else:
-            reason = find_layer(modules[fqn])
-            why = f"cannot be adapted: {reason}" if isinstance(reason, str) else "has no weight that can be adapted"
+            kind, why = find_layer(modules[fqn]), "has no weight that can be adapted"
+            why = f"cannot be adapted: {kind.reason}" if isinstance(kind, Refusal) else why
             problems.append(f"{fqn} ({type(modules[fqn]).__name__}) {why}")
     problems = prefix_problems(file, sites) or problems
     raise_collected(CheckpointError, problems, doing=_fitting(census, file))

@@ -21,7 +21,14 @@ Layer = TypeVar("Layer", bound=type[AdapterLayer])
 KINDS = ("linear", "attention", "convolution", "embedding", "experts")
 """The kinds of weights, in the order in which reports list them."""
 
-_layers: dict[str, type[AdapterLayer] | str] = {}
+
+class Refusal(NamedTuple):
+    """Stands in place of an adapter layer for modules that cannot be adapted."""
+
+    reason: str  # as a phrase that follows the module's name
+
+
+_layers: dict[str, type[AdapterLayer] | Refusal] = {}
 _readers: dict[str, dict[str, type[AdapterLayer]]] = {}
 _by_parameter: dict[str, list[tuple[Callable[[nn.Module, Tensor], bool], type[AdapterLayer]]]] = {}
 
@@ -66,7 +73,7 @@ def register_layer(base_type: type[nn.Module] | str) -> Callable[[Layer], Layer]
 
 def refuse_layer(base_type: type[nn.Module] | str, reason: str) -> None:
     """Register the reason why layers of a type cannot be adapted, as a phrase that follows the layer's name."""
-    _layers[qualified_name(base_type)] = reason
+    _layers[qualified_name(base_type)] = Refusal(reason)
 
 
 BY_WEIGHT: dict[str, type[AdapterLayer]] = {}
@@ -110,7 +117,7 @@ FORMS: dict[str, type[AdapterLayer]] = {}
 class Kinds(NamedTuple):
     """The adapter layers of one module."""
 
-    called: type[AdapterLayer] | str | None  # as `find_layer` returns it
+    called: type[AdapterLayer] | Refusal | None  # as `find_layer` returns it
     read: tuple[type[AdapterLayer], ...]  # of other parameters that code reads
 
 
@@ -120,15 +127,15 @@ def find_kinds(module: nn.Module) -> Kinds:
     return Kinds(_called(module, names), _read(module, names))
 
 
-def find_layer(module: nn.Module) -> type[AdapterLayer] | str | None:
-    """Return the adapter layer of a module's type, the reason why it cannot be adapted, or ``None`` if unknown."""
+def find_layer(module: nn.Module) -> type[AdapterLayer] | Refusal | None:
+    """Return the adapter layer of a module's type, a refusal if it cannot be adapted, or ``None`` if it is unknown."""
     return _called(module, qualified_names(type(module)))
 
 
-def _called(module: nn.Module, names: tuple[str, ...]) -> type[AdapterLayer] | str | None:
+def _called(module: nn.Module, names: tuple[str, ...]) -> type[AdapterLayer] | Refusal | None:
     if (name := next(filter(_layers.__contains__, names), None)) is None:
         return None
-    if not isinstance(entry := _layers[name], type):
+    if isinstance(entry := _layers[name], Refusal):
         return entry
     weight = type(_weight_or_source(module, "weight"))
     if weight is not nn.Parameter:
@@ -145,7 +152,7 @@ def _read(module: nn.Module, names: tuple[str, ...]) -> tuple[type[AdapterLayer]
     for name in names:
         if (entry := _readers.get(name)) is not None:
             return tuple(kind for kind in entry.values() if _weight_or_source(module, kind.attribute) is not None)
-        if isinstance(_layers.get(name), str):
+        if isinstance(_layers.get(name), Refusal):
             return ()
     own = module._parameters.keys()  # TorchScript's parameters are no dict, and have keys() alone
     names_read = [name for name in own if name in _by_parameter]

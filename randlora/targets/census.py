@@ -18,7 +18,7 @@ from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import InPlace, adapter_layers_of
-from randlora.layers.registry import FINDERS, Kinds, Verdict, find_kinds, find_layer
+from randlora.layers.registry import FINDERS, Kinds, Refusal, Verdict, find_kinds, find_layer
 from randlora.places import Place, identities
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
@@ -100,7 +100,7 @@ def sizes(shape: Sequence[int]) -> str:
 PARTS = frozenset({"lora_A", "lora_B", "lora_a", "lora_b", "lora_down", "lora_up", "vera_A", "vera_B"})
 """Names of modules that hold a matrix of an adapter, in any library or in users' code."""
 
-ANOTHERS = "by its name it is part of another adapter, not a layer of the model"
+ANOTHERS = Refusal("by its name it is part of another adapter, not a layer of the model")
 
 
 class Visit(NamedTuple):
@@ -116,7 +116,7 @@ class Candidate(NamedTuple):
     fqn: str
     module: nn.Module  # or the one that has the parameter
     attribute: str
-    entry: type[AdapterLayer] | str | None  # why it cannot have an adapter layer, or None for an unknown type of module
+    entry: type[AdapterLayer] | Refusal | None  # `None` for an unknown type of module
 
     @property
     def key(self) -> Key:

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from randlora.config import Pattern
 from randlora.errors import SHOWN, spelled
 from randlora.layers.in_place import class_obstacle, plain_class
-from randlora.layers.registry import KINDS
+from randlora.layers.registry import KINDS, Refusal
 from randlora.layers.weight import COMPUTED, split_obstacle
 from randlora.places import identities, loaded_modules, place_of
 from randlora.targets.census import Candidate, Census, Held, Key, Site
@@ -229,7 +229,7 @@ def left_out(
 ) -> tuple[LeftOut, ...]:
     """Return the matrices that are not adapted (by key), skipped or trained (by FQN), by kind and reason."""
     passed = [visit for visit in census.candidates if visit.fqn in skipped]
-    refused = {id(visit.module) for visit in passed if isinstance(visit.entry, str)}
+    refused = {id(visit.module) for visit in passed if isinstance(visit.entry, Refusal)}
     told = {*chosen, *(visit.key for visit in passed if isinstance(visit.entry, type))}
     left: list[tuple[Held, Site | None]] = []
     for places in census.matrices:
@@ -252,7 +252,7 @@ def _why_left(census: Census, held: Held, site: Site | None, excluded: Collectio
         return EXCLUDED
     if site is None:
         called = census.kinds[id(held.module)].called
-        return called if isinstance(called, str) else ""
+        return called.reason if isinstance(called, Refusal) else ""
     is_tied = "tied to parameters of other modules: untie it first" if key in tied else ""
     return obstacle(site) or census.useless.get(key) or is_tied
 
@@ -304,7 +304,7 @@ def holders(census: Census) -> set[str]:
 def reason(census: Census, visit: Candidate) -> str | None:
     """Return why a module cannot be adapted. ``None`` if it can be, is a container, or has no matrix."""
     if visit.entry is not None:
-        return visit.entry if isinstance(visit.entry, str) else None
+        return visit.entry.reason if isinstance(visit.entry, Refusal) else None
     parameters = [parameter for parameter in visit.module._parameters.values() if parameter is not None]
     has_matrix = any(is_lazy(parameter) or parameter.ndim >= 2 for parameter in parameters)
     if has_matrix and not census.kinds[id(visit.module)].read:
@@ -314,8 +314,8 @@ def reason(census: Census, visit: Candidate) -> str | None:
 
 def refusal(census: Census, matched: Candidate | Held) -> str:
     """Return the message about a matched module that cannot be adapted, or a parameter without an adapter layer."""
-    if isinstance(matched, Candidate) and matched.entry is not None:
-        return f"{matched.fqn} ({plain_class(matched.module).__name__}) cannot be adapted: {matched.entry}"
+    if isinstance(matched, Candidate) and isinstance(matched.entry, Refusal):
+        return f"{matched.fqn} ({plain_class(matched.module).__name__}) cannot be adapted: {matched.entry.reason}"
     what = _described(matched) if isinstance(matched, Held) else reason(census, matched)
     return f"{matched.fqn} is {what}: narrow the pattern, give {spelled('exclude', [matched.fqn])}, or {REGISTER}"
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from randlora.config import Pattern, RandLoRAConfig
 from randlora.errors import AdapterError, TargetError, raise_collected, spelled
+from randlora.layers.registry import Refusal
 from randlora.targets.census import WEIGHT, Candidate, Census, Held, Key, Site
 from randlora.targets.left_out import (
     ALL,
@@ -176,7 +177,7 @@ def _strays(census: Census, candidates: Sequence[Candidate], pattern: Pattern, e
 
 def _by_rule(census: Census, visits: Sequence[Candidate], rule: Pattern) -> tuple[list[Candidate], dict[str, str]]:
     """Split what ``"all"`` or ``"all-linear"`` is about into what is adapted and what is skipped, with the reasons."""
-    skipped = {visit.fqn: visit.entry for visit in visits if isinstance(visit.entry, str)}
+    skipped = {visit.fqn: visit.entry.reason for visit in visits if isinstance(visit.entry, Refusal)}
     skipped |= _reasons(visits, census.useless)
     skipped |= _reasons(visits, {visit.key: HEAD for visit in visits if _is_in_head(census, visit)})
     if rule == ALL:  # "all-linear" refuses what cannot be adapted
@@ -347,7 +348,7 @@ def _by_names(census: Census) -> tuple[Pattern, str] | None:
 def is_linear(visit: Candidate) -> bool:
     """Whether a module or weight is, or looks like, a linear layer or a projection of attention."""
     entry = visit.entry
-    return isinstance(entry, str) or (entry is not None and entry.kind in LINEAR_KINDS)
+    return isinstance(entry, Refusal) or (entry is not None and entry.kind in LINEAR_KINDS)
 
 
 def _named(visits: Iterable[Candidate], names: Sequence[str], what: str) -> tuple[Pattern, str] | None:
