@@ -530,7 +530,7 @@ def test_layers_take_the_ways_that_were_measured_fastest() -> None:
         pair.written = pair.write_out()
     assert small.max_dim * small.min_dim == SMALL_WEIGHT
     used: list[tuple[Any, Any]] = [(square, 16), (square, 17), (small, 4), (square, 1.0)]
-    is_dense = [isinstance(operation._dense_if_small(pair, tokens, "auto"), DensePair) for pair, tokens in used]
+    is_dense = [isinstance(operation._pair(pair, None, None, (), tokens, "auto"), DensePair) for pair, tokens in used]
     assert is_dense == [True, False, True, False]
 
 

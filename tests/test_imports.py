@@ -202,6 +202,25 @@ def test_the_public_names_are_complete_and_sorted() -> None:
         assert defined_in is None or defined_in.__name__.startswith("randlora."), name
 
 
+MODULES = {
+    "bases": "BasisBank BasisSpec",
+    "checkpoint": "AdapterState",
+    "config": "ByPattern LayerOptions",
+    "errors": "RandLoRAError",
+    "files": "load_model",
+    "layers": "AdapterLayer register_layer",
+    "readers": "ReadWeight",
+    "report": "Report",
+    "serving": "AdapterPool combine routed",
+}
+
+
+@pytest.mark.parametrize(("module", "names"), MODULES.items())
+def test_names_are_in_the_modules_that_the_changelog_names(module: str, names: str) -> None:
+    found = importlib.import_module(f"randlora.{module}")
+    assert {*names.split()} <= {*dir(found)}
+
+
 def test_the_version_is_the_projects_and_the_package_says_that_it_is_typed() -> None:
     assert randlora.__version__ == PROJECT["version"]
     assert (PACKAGE / "py.typed").read_bytes() == b""

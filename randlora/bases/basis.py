@@ -283,6 +283,11 @@ class BasisBank:
     def __len__(self) -> int:
         return len(self._bases)
 
+    @property
+    def nbytes(self) -> int:
+        """Total bytes of the bases in storage."""
+        return sum(basis.nbytes for basis in self._bases)
+
     def find(self, spec: BasisSpec, *, used: tuple[int, int] | None = None) -> Basis | None:
         """Return bases in the bank with the bits of a spec, or ``None``.
 

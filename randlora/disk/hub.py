@@ -95,8 +95,8 @@ def upload(
             except library.errors.EntryNotFoundError:
                 is_allowed = True
             allowed += [name] * is_allowed
-        what = {"allow_patterns": allowed, "commit_message": "Upload a RandLoRA adapter"}
-        api.upload_folder(repo_id=repo_id, folder_path=directory, **what)
+        message = "Upload a RandLoRA adapter"
+        api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=allowed, commit_message=message)
     return str(url)
 
 

@@ -80,7 +80,7 @@ def _output(*inputs: Any) -> Tensor:
     """Compute the output, ``(tokens, out)``, from the arguments of the autograd function."""
     rows, weight, bias, lam, gamma, scaling, pair, basis_A, basis_B, other_arguments, compute, is_wide = inputs
     tokens = rows.shape[0]
-    pair = _dense_if_small(_pair(pair, basis_A, basis_B, other_arguments), tokens, compute)
+    pair = _pair(pair, basis_A, basis_B, other_arguments, tokens, compute)
     way = chosen_forward(tokens, pair, is_wide=is_wide, has_weight=weight is not None, compute=compute)
     if bias is not None and bias.dtype != pair.B.dtype:
         bias = bias.to(pair.B.dtype)
@@ -99,15 +99,12 @@ def chosen_forward(tokens: int, pair: Pair, *, is_wide: bool, has_weight: bool, 
     return forward_way(Sizes(tokens, pair.shape, is_wide, has_weight)) if is_known(tokens) else "factored"
 
 
-def _pair(pair: Pair | None, basis_A: Any, basis_B: Any, other_arguments: tuple[Any, ...]) -> Pair:
-    """Return the pair that was passed to the autograd function, made again if it was passed as its tensors."""
-    if pair is not None:
-        return pair
-    return BlockPair(basis_A, basis_B, *other_arguments) if other_arguments else DensePair(basis_A, basis_B)
-
-
-def _dense_if_small(pair: Pair, tokens: int, compute: Compute) -> Pair:
-    """Return the pair, or its dense copy if it has one and the product is small."""
+def _pair(
+    pair: Pair | None, basis_A: Any, basis_B: Any, other_arguments: tuple[Any, ...], tokens: int, compute: Compute
+) -> Pair:
+    """Return the pair, made again if it was passed as its tensors, or its dense copy if the product is small."""
+    if pair is None:
+        pair = BlockPair(basis_A, basis_B, *other_arguments) if other_arguments else DensePair(basis_A, basis_B)
     if pair.written is None or compute != "auto" or not is_known(tokens):
         return pair
     return pair.written if tokens * pair.max_dim * pair.min_dim <= SMALL_WORK else pair
@@ -142,7 +139,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lam, gamma, basis_A, basis_B = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_lam, needs_gamma, *others = ctx.needs_input_grad
     needs_diagonals, tokens = needs_lam or needs_gamma, grad.shape[0]
-    pair = _dense_if_small(_pair(ctx.pair, basis_A, basis_B, ctx.other_arguments), tokens, ctx.compute)
+    pair = _pair(ctx.pair, basis_A, basis_B, ctx.other_arguments, tokens, ctx.compute)
     x_way: Way = "factored" if ctx.compute == "auto" else ctx.compute
     diagonals_way = x_way
     if ctx.compute == "auto" and is_known(tokens):

@@ -131,7 +131,7 @@ class AdapterLayer(StoredWeight):
     def diagonals_of(self, owner: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
         """Return Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, of one adapter, or stacks of them; or rows."""
         modules: dict[str, Any] = owner._modules
-        return tuple(modules[held].randlora_named(name) for held in self.names)
+        return tuple([modules[held].randlora_named(name) for held in self.names])
 
     @classmethod
     def fresh_diagonals(cls, owner: nn.Module, shape: Shape, r: int, init: Init) -> tuple[Tensor, Tensor]:
@@ -243,14 +243,14 @@ class AdapterLayer(StoredWeight):
         lam, gamma = self.diagonals_at(owner, site_adapter)
         return Update(site_adapter.basis, lam, gamma, site_adapter.scaling * factor, site_adapter.shape)
 
-    def diagonals_at(self, owner: nn.Module, site_adapter: Any) -> list[nn.Parameter]:
+    def diagonals_at(self, owner: nn.Module, site_adapter: Any) -> tuple[nn.Parameter, ...]:
         """Return what `diagonals_of` does of an adapter, in compiled code by its position, without reading its name."""
-        modules: dict[str, Any] = owner._modules
         if torch.compiler.is_dynamo_compiling() and site_adapter.position is not None:
+            modules: dict[str, Any] = owner._modules
             found = [modules[held].randlora_at(site_adapter.position) for held in self.names]
             if all(each is not None for each in found):  # else they are found by name alone
-                return found
-        return [modules[held].randlora_named(site_adapter.adapter.name) for held in self.names]
+                return tuple(found)
+        return self.diagonals_of(owner, site_adapter.adapter.name)
 
     def seat(self, owner: nn.Module) -> None:
         """Rebuild the list of adapters that act here. Call after any change of what is active or merged."""
