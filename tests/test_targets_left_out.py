@@ -226,10 +226,12 @@ def test_all_skips_with_the_reason_what_all_linear_and_names_refuse(make: Any, r
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("rule", [None, "all-linear", "all"])
-def test_a_rule_skips_a_layer_without_entries(rule: str | None) -> None:
+def test_a_rule_skips_a_layer_without_entries_and_names_refuse_it(rule: str | None) -> None:
     model = nn.ModuleDict({"body": nn.Linear(8, 8), "out": nn.Linear(8, 0), "into": nn.Linear(0, 8)})
     report = randlora.plan(model, r=4, targets=rule)
     assert (report.targets, report.skipped) == (("body",), {"out": "has no entries", "into": "has no entries"})
+    with untouched(model), pytest.raises(TargetError, match=r"out \(Linear\) has no entries: exclude it"):
+        randlora.inject(model, r=4, targets=["body", "out"])
 
 
 @pytest.mark.parametrize("how", ["parameter", "storage", "on meta"])

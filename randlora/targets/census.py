@@ -235,9 +235,13 @@ class Census:
     @cached_property
     def useless(self) -> dict[Key, str]:
         """Why rules leave out layers whose adapters would be wrong or could not be trained, by `Site.key`."""
+        return self._readings["untrained"] | self.uncalled | self.empty
+
+    @cached_property
+    def empty(self) -> dict[Key, str]:
+        """Say of matrices that they have no entries, by `Site.key`."""
         matrices = [held for held in self.parameters if not is_lazy(held.tensor) and held.tensor.dim() > 1]
-        empty = {(id(held.module), held.attribute): "has no entries" for held in matrices if not held.tensor.numel()}
-        return self._readings["untrained"] | self.uncalled | empty
+        return {(id(held.module), held.attribute): "has no entries" for held in matrices if not held.tensor.numel()}
 
     @cached_property
     def read(self) -> dict[Key, str]:

@@ -59,9 +59,8 @@ def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str
                 f"{site.fqn} is offloaded by accelerate together with everything in {offloaded[id(site.owner)]}, which "
                 "would then miss the values of the adapter: offload the model after adapting it"
             )
-        elif site.key in census.uncalled:
-            name = plain_class(site.owner).__name__
-            problems.append(f"{site.fqn} ({name}) {census.uncalled[site.key]}: exclude it")
+        elif (why := census.uncalled.get(site.key) or census.empty.get(site.key)) is not None:
+            problems.append(f"{site.fqn} ({plain_class(site.owner).__name__}) {why}: exclude it")
         elif dropout and (site.key in census.read or not site.layer_class.takes_dropout(site.owner)):
             problems.append(
                 f"{site.fqn} is a weight that other code reads, and {dropout=} cannot reach its input: "
