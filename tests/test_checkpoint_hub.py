@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -278,6 +279,18 @@ def test_only_the_two_files_are_downloaded(pushed: Hub, tmp_path: Path, monkeypa
     point_client_at(NOBODY, monkeypatch)
     loads("user/repo", HEADED)
     assert pushed.requests == []
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_process_that_has_imported_nothing_of_the_hubs_library_downloads(
+    pushed: Hub, tmp_path: Path, without_transformers: dict[str, str], is_known: bool
+) -> None:
+    apart = {"HF_ENDPOINT": pushed.url, "HF_HUB_CACHE": str(tmp_path / "apart"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "randlora", "inspect", "user/repo" if is_known else "user/none"]
+    done = subprocess.run(command, env=without_transformers | apart, capture_output=True, text=True, check=False)
+    said = "error: there is no such path, and the Hub's repository 'user/none' cannot be downloaded: check its name"
+    assert (done.returncode, said in done.stderr, "format" in done.stdout) == (int(not is_known), not is_known, is_known)
 
 
 def test_a_push_uploads_what_the_directory_holds_of_the_adapter_and_nothing_else(hub: Hub, tmp_path: Path) -> None:

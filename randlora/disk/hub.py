@@ -31,7 +31,7 @@ def is_on_hub(source: object) -> TypeGuard[str]:
 def require_hub(repo_id: str) -> ModuleType:
     """Return huggingface_hub, or raise a `CheckpointError` if it is not installed."""
     try:
-        import huggingface_hub  # noqa: PLC0415  (optional)
+        import huggingface_hub.errors  # noqa: PLC0415  (optional, and no attribute before it is imported)
     except ImportError as error:
         needs = f"{repo_id!r} can only mean a repository on the Hub, which needs huggingface_hub"
         raise CheckpointError(f"{needs}: {how_to_install('hub')}") from error
