@@ -10,7 +10,7 @@ import randlora
 from benchmarks import scale
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import optimizers, pages, prose, summary
-from benchmarks.quality.pieces import SMALLEST
+from benchmarks.quality.pieces import OVERVIEW
 from benchmarks.quality.runs import KEPT, read_runs
 from benchmarks.results import Results, Row
 from benchmarks.targets import TARGETS, faster, only_in_full, only_on, passed_over, verdicts, within
@@ -59,7 +59,7 @@ def test_a_page_shows_the_runs_that_are_kept_whose_best_rates_are_inside_of_thei
                 is_swept = place["group"] != "rule" and contestant != "frozen"  # whose others have other names, or none
                 assert not is_swept or min(tried) < summary.best(task, own).lr < max(tried), (task.name, contestant)
                 if task.name in quality.TASKS:
-                    seeds = 10 if contestant in SMALLEST else 5
+                    seeds = 10 if contestant in OVERVIEW else 5
                     assert summary.best(task, own).seeds == seeds, (task.name, contestant)
                     assert {point.seeds for point in own} <= {5, 10}, (task.name, contestant)
                     fewest = {"curves": 4, "relatives": 4}.get(place["group"], 1 if contestant == "frozen" else 3)

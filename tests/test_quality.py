@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +87,16 @@ def test_the_smallest_adapter_is_the_one_with_the_fewest_parameters_within_a_poi
         for name, trained in (("dense 2", 20), ("dense 4", 10), ("rsLoRA 32", 5))
         for run in made_runs(name, [0.795] * 5)
     ]
+    later = [replace(run, key=replace(run.key, seed=run.key.seed + 5)) for run in made_runs("full", [0.7] * 5)]
     methods = {"dense": "ours", "LoRA": "LoRA", "rsLoRA": "rsLoRA"}
-    assert summary.smallest([(TASK, runs)], methods, "full").splitlines()[2:] == [
+    assert summary.smallest([(TASK, [*runs, *later])], methods, "full").splitlines()[2:] == [  # by the seeds of both
         "| ours | 10: -0.5 (-0.5 to -0.5) |",
         "| LoRA | none |",
         "| rsLoRA | at most 5: -0.5 (-0.5 to -0.5) |",  # no smaller one was tried
     ]
+    losses = [replace(run, found={"loss": run.found["accuracy"], "drift": 0.0}) for run in runs]
+    table = summary.smallest([(quality.TASKS["word problems"], losses)], methods, "full")
+    assert table.splitlines()[3] == "| LoRA | 1: +0.100 (0.100 to 0.100) |"
 
 
 def test_a_sweep_goes_beyond_its_edges_then_halves_the_steps_beside_the_best_which_validation_chooses() -> None:
@@ -161,7 +166,8 @@ def test_a_share_of_the_rule_loses_to_the_best_of_all_rates_whose_cliff_is_ten_p
     monkeypatch.setattr(pieces, "KEPT", tmp_path)
     rates = PIECES["rule of tweets"].rates["dense, by the rule"]
     runs = [*made_runs("dense", [0.75] * 5, 1.0 / 384), *made_runs("dense", [0.6] * 5, 2.0 / 384)]
-    for lr, metric in zip(rates, (0.7, 0.8, 0.78), strict=True):
+    runs += made_runs("dense", [0.8] * 5 + [0.9] * 5, rates[1])  # whose later seeds others have not
+    for lr, metric in zip(rates[::2], (0.7, 0.78), strict=True):
         runs += made_runs("dense, by the rule", [metric] * 5, lr)
     for run in runs:
         add_run(tmp_path / "tweets.jsonl", run)

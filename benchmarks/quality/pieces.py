@@ -6,7 +6,7 @@ interrupted, and several processes may make different pieces at once.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,9 +15,9 @@ from benchmarks.quality.contestants import CURVES
 from benchmarks.quality.digits import DIGITS_TASK
 from benchmarks.quality.docstrings import DOCSTRINGS_TASK
 from benchmarks.quality.fashion import CLOTHES_TASK
-from benchmarks.quality.runs import KEPT, read_runs
+from benchmarks.quality.runs import KEPT, Run, read_runs
 from benchmarks.quality.sentiment import REVIEWS_TASK, TWEETS_TASK
-from benchmarks.quality.summary import CHOOSING, best, points_of, whole
+from benchmarks.quality.summary import CHOOSING, best, gain_of, points_of, whole
 from benchmarks.quality.sums import SUMS_TASK
 from benchmarks.quality.task import Prepared, Task
 from benchmarks.results import in_markdown
@@ -77,15 +77,21 @@ EARLIER = (TWEETS_TASK, REVIEWS_TASK, WORDS_TASK)
 LONGER_TASKS = [*longer(CLOTHES_TASK, fashion.prepare), *longer(DOCSTRINGS_TASK, DOCSTRINGS_TASK.prepare)]
 BUT_CLOTHES = (DIGITS_TASK, DOCSTRINGS_TASK, *EARLIER)
 """Those whose default adapter is larger than the smallest, which on clothes it is."""
-SMALLEST = ("full fine-tuning", "LoRA 1", "dense 1", "block 1")
-"""The contestants of the curves of which README says something, with ten seeds."""
-OTHERS = tuple(name for name in CURVES if name not in SMALLEST)
-FIRST = ("LoRA 4", "dense 4", "block 4", "LoRA 32", "rsLoRA 32", "dense 32")
+OVERVIEW = (
+    *("full fine-tuning", "LoRA 1", "dense 1", "block 1", "LoRA 32", "rsLoRA 32"),
+    *("dense, Λ alone 1", "block, Λ alone 1"),
+)
+"""The contestants of which README says something, with ten seeds."""
+OTHERS = tuple(name for name in CURVES if name not in OVERVIEW)
+FIRST = ("LoRA 4", "dense 4", "block 4", "dense 32")
 """Those that show the shape of a curve, on tasks that are dear."""
-FURTHER = ("LoRA 2", "dense 2", "LoRA 8", "dense 8", "LoRA 16", "dense 16")
+FURTHER = (
+    *("LoRA 2", "dense 2", "LoRA 8", "dense 8", "LoRA 16", "dense 16"),
+    *("rsLoRA 8", "block 8", "rsLoRA 16", "block 16", "block 32", "block 2"),
+)
 """The sizes between and beyond, on the same."""
-ALONE = ("dense, Λ alone 1", "block, Λ alone 1")
-"""Of Λ alone, those whose products are not as dear as all others together."""
+LARGER_ALONE = ("dense, Λ alone 4", "block, Λ alone 4")
+"""Of Λ alone, what is compared on two tasks only."""
 PIECES: dict[str, Piece] = {
     "rule of clothes": of_rule(CLOTHES_TASK, "dense", "block", "dense, s = 2"),
     "rule of sums": of_rule(SUMS_TASK, "dense", "dense, s = 2", "dense, s = 0.5"),
@@ -99,16 +105,14 @@ PIECES: dict[str, Piece] = {
     },
     "curves of digits": Piece("curves", DIGITS_TASK, OTHERS),
     "relatives of digits": Piece("relatives", DIGITS_TASK),
-    "lambda of digits": Piece("lambda", DIGITS_TASK, screening=2),
     **{f"curves of {task.name}": Piece("curves", task, OTHERS, screening=2) for task in CHEAP[1:]},
     "relatives of docstrings": Piece("relatives", DOCSTRINGS_TASK, screening=2),
-    "lambda of clothes": Piece("lambda", CLOTHES_TASK, screening=2),
+    **{f"lambda of {task.name}": Piece("lambda", task, LARGER_ALONE, screening=2) for task in CHEAP[:2]},
     **{
-        f"smallest of {task.name}": Piece("curves", task, SMALLEST, seeds=10, screening=2)
+        f"overview of {task.name}": Piece("curves", task, OVERVIEW, seeds=10, screening=2)
         for task in (*CHEAP, *EARLIER)
     },
     **{f"curves of {task.name}": Piece("curves", task, FIRST, screening=2) for task in EARLIER},
-    **{f"lambda of {task.name}": Piece("lambda", task, ALONE, screening=2) for task in (DOCSTRINGS_TASK, *EARLIER)},
     "placed of word problems": Piece("placed", WORDS_TASK, screening=2),
     **{f"further curves of {task.name}": Piece("curves", task, FURTHER, screening=2) for task in EARLIER},
 }
@@ -118,7 +122,8 @@ PIECES: dict[str, Piece] = {
 def losses_of_rule() -> str:
     """Write a table in Markdown: how many points, or .01 of loss, each share loses to the best of all rates kept.
 
-    Rates are times m̃ / √(20 / s). The cliff is the lowest above the best that loses ten points.
+    Rates are times m̃ / √(20 / s), and losses over the seeds of both. The cliff is the lowest above the best that loses
+    ten points.
     """
     lines = []
     for piece in (piece for piece in PIECES.values() if piece.group == "rule"):
@@ -126,15 +131,20 @@ def losses_of_rule() -> str:
         for name in piece.contestants:
             plain = name.removesuffix(", by the rule")
             own = [run for run in kept if run.key.contestant in (name, plain)]
-            points = points_of(piece.task, own)
-            if any(point.contestant == name for point in points):
-                unit = unit_of(piece.task, plain)
-                first = best(piece.task, points_of(piece.task, whole(own)))
-                sign = 100 if piece.task.is_better_if_larger else -100
-                lost = [(point.lr / unit, sign * (first.metric[0] - point.metric[0])) for point in points]
-                cliff = min((rate for rate, loss in lost if rate > first.lr / unit and loss >= 10), default=None)
-                near = {share: loss for share in SHARES for rate, loss in lost if abs(rate / share - 1) < 0.01}
-                cells = [f"{near[share]:.1f}" if share in near else "" for share in SHARES]
-                ends = f"{first.lr / unit:.2f}", "" if cliff is None else f"{cliff:.2f}"
-                lines.append([f"{piece.task.name}, {plain}", *cells, *ends])
+            if any(run.key.contestant == name for run in own):
+                cells = losses_of(piece.task, own, unit_of(piece.task, plain))
+                lines.append([f"{piece.task.name}, {plain}", *cells])
     return in_markdown(["", *(f"{share:g}" for share in SHARES), "best", "cliff"], lines)
+
+
+def losses_of(task: Task, runs: Sequence[Run], unit: float) -> list[str]:
+    """Write the losses of each share to the best rate of some runs, that rate and the cliff, in shares of 1."""
+    by_rate: dict[float, dict[int, Run]] = {}
+    for run in runs:
+        by_rate.setdefault(run.key.lr, {})[run.key.seed] = run
+    first = best(task, points_of(task, whole(runs))).lr
+    lost = {lr / unit: 100 * gain_of(task, by_rate[first], own).mean for lr, own in by_rate.items()}
+    cliff = min((rate for rate, loss in lost.items() if rate > first / unit and not loss < 10), default=None)
+    near = {share: loss for share in SHARES for rate, loss in lost.items() if abs(rate / share - 1) < 0.01}
+    cells = [f"{near[share]:.1f}" if share in near else "" for share in SHARES]
+    return [*cells, f"{first / unit:.2f}", "" if cliff is None else f"{cliff:.2f}"]

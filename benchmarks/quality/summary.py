@@ -244,14 +244,12 @@ def smallest(tasks: Tasks, methods: Mapping[str, str], reference: str) -> str:
     """Write a table in Markdown: of each method the smallest size at most a point, or .01, behind a reference.
 
     The contestants of a method are those whose names begin with its name. A cell has the trained parameters, and the
-    gain over the reference; *at most* where smaller sizes of the method were not run.
+    gain over the reference, over the seeds of both; *at most* where smaller sizes of the method were not run.
     """
     lines = [[label] for label in methods.values()]
     for task, runs in tasks:
         trained = {run.key.contestant: run.trained for run in runs}
-        means = {name: best(task, own).metric[0] for name, own in by_contestant(points_of(task, runs)).items()}
-        sign = 1 if task.is_better_if_larger else -1
-        near = [name for name in trained if sign * (means[name] - means[reference]) >= -WITHIN]
+        near = [name for name in trained if gain(task, runs, name, reference).mean >= -WITHIN]
         for line, method in zip(lines, methods, strict=True):
             sizes = [name for name in trained if name.startswith(f"{method} ")]
             own = min((name for name in near if name in sizes), key=trained.__getitem__, default=None)
