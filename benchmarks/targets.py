@@ -89,7 +89,7 @@ def of_the_pool(case: str) -> tuple[Target, ...]:
 
 def growing(axis: str, smaller: int, larger: int, *verbs: str) -> tuple[Target, ...]:
     """Ask that time and memory grow with the 1.2th power of a number at most: they are to be linear."""
-    share = round((larger / smaller) ** 1.2, 1)
+    share = round((larger / smaller) ** 1.2, 2)
     return tuple(
         within("growth", f"{axis}, {verb}, {what}", str(larger), share, of=str(smaller))
         for verb in verbs
@@ -97,16 +97,17 @@ def growing(axis: str, smaller: int, larger: int, *verbs: str) -> tuple[Target, 
     )
 
 
+ON_LAYERS = (
+    *("inject", "inject by names", "adapter_state", "save", "load", "activate in half of the layers", "activate"),
+    *("check", "save_merged", "merge", "unmerge", "merge for good", "eject"),
+)
+ON_ADAPTERS = ("inject one more", "activate the last", "remove the last", "save_all", "load_all")
+"""What must grow linearly with a model's layers, and with its adapters."""
+
 ON_A_CPU = (
-    *growing(
-        *("layers", 250, 1000),
-        *("inject", "inject by names", "adapter_state", "save", "load", "activate in half of the layers", "activate"),
-        *("check", "save_merged", "merge", "unmerge", "merge for good", "eject"),
-    ),
-    *growing(
-        *("adapters", 10, 100),
-        *("inject one more", "activate the last", "remove the last", "save_all", "load_all"),
-    ),
+    *growing("layers", 250, 1000, *ON_LAYERS),
+    *growing("adapters", 10, 100, *ON_ADAPTERS),
+    *only_in_full(*growing("layers", 1000, 5000, *ON_LAYERS), *growing("adapters", 100, 300, *ON_ADAPTERS)),
     within("peft_faults", "all faults", "randlora", 0.0, of="tried"),
     Target("peft_faults", "all faults", "PEFT", "tried", at_least=1.0),  # as the documentation says of PEFT 0.21.2
     faster("step", "float32, T = 8192, 1024→1024", "dense", 2.1),
