@@ -54,7 +54,7 @@ WHOLE = {name: label for name, label in METHODS.items() if "alone" not in name}
 """Those that have all sizes."""
 PAIRS = {
     **{f"{ROWS[f'{own} 1']} over LoRA, r = 1": (f"{own} 1", "LoRA 1") for own in ("dense", "block", "dense, Λ alone")},
-    **{f"`dense`, as large as LoRA, r = {rank}, over it": (f"dense {rank}", f"LoRA {rank}") for rank in (4, 32)},
+    "`dense`, as large as LoRA, r = 32, over it": ("dense 32", "LoRA 32"),
     "`dense`, as large as LoRA, r = 1, over rsLoRA, r = 32": ("dense 1", "rsLoRA 32"),
     "`dense`, as large as LoRA, r = 1, over full fine-tuning": ("dense 1", "full fine-tuning"),
 }

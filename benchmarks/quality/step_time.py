@@ -1,4 +1,4 @@
-"""The processor's time of a step, over that of a LoRA of equal size: ``python -m benchmarks.quality.step_time``.
+"""The processor's time of a step, over that of PEFT's LoRA of equal size: ``python -m benchmarks.quality.step_time``.
 
 All that have one reference take some steps in turn, in one process, so that whatever else the machine does hits all
 alike. Only ratios are kept.
@@ -26,8 +26,10 @@ STEPS, ROUNDS = 4, 15
 MEASURED: Mapping[str, Contestant] = {
     name: contestant for group in ("main", "curves", "relatives") for name, contestant in GROUPS[group].items()
 }
-SHOWN = {*ROWS, *GROUPS["relatives"]}
-"""Those of the tables on pages; others are references alone."""
+SHOWN = {*ROWS, *GROUPS["relatives"]} - {"full fine-tuning"}
+"""The adapters of the tables on pages; others are references alone."""
+BESIDE_PEFT = [name for name in SIX if name != "clothes"]
+"""The tasks whose LoRA is PEFT's."""
 
 
 def reference_of(name: str) -> str:
@@ -61,7 +63,7 @@ def main(
 ) -> None:
     """Measure all that are not kept yet."""
     torch.set_num_threads(1)
-    for name in (name for name in SIX if re.fullmatch(task, name)):
+    for name in (name for name in BESIDE_PEFT if re.fullmatch(task, name)):
         known = {run.key.contestant for run in runs_of(name)[1]}
         shown = [each for each in MEASURED if each in SHOWN and each in known]
         for reference in dict.fromkeys(map(reference_of, shown)):

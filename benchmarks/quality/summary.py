@@ -268,7 +268,10 @@ def best_rates(tasks: Tasks) -> str:
         for line, contestant in zip(lines, names, strict=True):
             point = best(task, curves[contestant]) if contestant in curves else None
             line.append(f"{point.lr:g} ({_plain(task, point.metric[0])})" if point else "")
-    return in_markdown(["", *(task.name for task, _ in tasks)], lines)
+    steps = [steps_of(name, [task for task, _ in tasks]) for name in names]
+    if all(steps):
+        lines = [[*line, step] for line, step in zip(lines, steps, strict=True)]
+    return in_markdown(["", *(task.name for task, _ in tasks), "step"][: len(lines[0])], lines)
 
 
 def rates_of(task: Task, runs: Sequence[Run]) -> str:
