@@ -109,6 +109,18 @@ def test_the_rate_to_try_first_is_near_the_best_of_each_task() -> None:
         assert 0.5 <= first_learning_rate(20.0, width) / best <= 2, name
 
 
+def test_the_reasons_for_the_first_rate_are_those_of_its_table() -> None:
+    page = Path("docs/learning_rate.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- losses of rule of six tasks -->\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if not line.startswith("| sums")]
+    low, ours, high = (max(float(row[at]) for row in rows if "alone" not in row[0]) for at in (1, 2, 3))
+    cliff = min(float(row[5]) for row in rows if row[5])
+    words = " ".join(page.split())
+    assert f"the lowest is {cliff / 0.3:.1f} times as high, and {cliff / 0.5:.1f} times as high as 0.5." in words
+    assert f"In its worst row 0.3 loses {ours}, 0.5 loses {high} and 0.2 {low}, but for Λ alone." in words
+    assert ours < high < low
+
+
 def test_muon_has_one_rate_at_the_widths_of_the_page() -> None:
     found: dict[tuple[str, float], list[float]] = {}
     for run in read_runs(optimizers.FILE):
