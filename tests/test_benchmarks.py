@@ -88,13 +88,14 @@ def test_numbers_of_sentences_are_made_of_runs_and_what_cannot_be_told_apart_is_
     ]
     told += ["| twice |\n| is 9 times as good |\n", f"They are level{level}.", f"It cannot be distinguished{better}.\n"]
     worse = better.replace("dense over LoRA, equal size", "LoRA, equal size over dense")
-    told += [f"Neither can be distinguished{level}{better}.", f"It gains{worse}."]
+    told += [f"Neither can be distinguished{level}{better}.", f"It gains{worse}.", "RandLoRA beats LoRA everywhere."]
     assert [found.partition(":")[0] for found in prose.problems(" ".join(told), pages.runs_of)] == [
         "does not say that a difference is not distinguishable from none",
         *["no comment says what this number is of"] * 3,
         "does not say that a difference is not distinguishable from none",
         *["no comment says what cannot be distinguished"] * 2,
         "a comment names the worse one first",
+        "no comment says by what methods are compared",
     ]
     unsaid = f"They cannot be distinguished, 1{level}. 5 points<!--by others-->.\n\n## What it rests on\n\n3 points.\n"
     assert prose.problems(unsaid, pages.runs_of) == []

@@ -31,6 +31,10 @@ NO_PROSE = re.compile(
 """Tables of runs, code, and sections whose runs are of others, in a table that names where they are, or not kept."""
 BARE = re.compile(r"\d\s±\s\d|\d\s(?:points?|times|percent|%)(?!\w)|\.\d\sbits|\d\sof\s(?:accuracy|loss)\b")
 """A measured value, difference or ratio."""
+JUDGED = re.compile(
+    r"(?=.*(?:LoRA|fine-tuning|KRAdapter|`dense`|`block`)).*\b(?:better|worse|beats?|ruins?|level)\b", re.S
+)
+"""A comparison of methods in words."""
 BY_OTHERS = "<!--by others-->"
 """What says that the numbers of a sentence are not of our runs."""
 
@@ -57,6 +61,8 @@ def problems(page: str, runs_of: RunsOf) -> list[str]:
         is_level = [not interval.is_distinguishable for _, interval in gains]
         if BARE.search(CLAIM.sub("", sentence)) and BY_OTHERS not in sentence:
             found.append(f"no comment says what this number is of: {sentence}")
+        if not claims and JUDGED.match(sentence) and BY_OTHERS not in sentence:
+            found.append(f"no comment says by what methods are compared: {sentence}")
         if "distinguish" not in sentence and any(is_level):
             found.append(f"does not say that a difference is not distinguishable from none: {sentence}")
         if "distinguish" in sentence and not (is_level and all(is_level)):
