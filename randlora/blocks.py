@@ -28,7 +28,7 @@ class ForwardCall(NamedTuple):
     kwargs: dict[str, Any]
 
 
-class Rows(NamedTuple):
+class BatchRows(NamedTuple):
     """The arguments of a forward, some of which have the rows of the batch."""
 
     args: tuple[Any, ...]
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
         return {key: values[key] for key in self.axes}
 
     @classmethod
-    def first(cls, args: tuple[Any, ...], kwargs: dict[str, Any], module: str) -> Rows:
+    def first(cls, args: tuple[Any, ...], kwargs: dict[str, Any], module: str) -> BatchRows:
         """Find the rows, assuming them in the first dimension of the input and of every equally long tensor."""
         given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
         tensors = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.dim()}

@@ -387,8 +387,8 @@ def same_options(verb: Callable[_Arguments, Any]) -> Callable[[Callable[..., _Re
 
 def _unknown_option(option: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(option, known, n=3)
-    listed = f"the nearest options are {', '.join(near)}" if near else f"the options are {', '.join(known)}"
-    advice = OPTION_ADVICE.get(option, f"use {option}=" if option in OPTIONS else listed)
+    choices = f"the nearest options are {', '.join(near)}" if near else f"the options are {', '.join(known)}"
+    advice = OPTION_ADVICE.get(option, f"use {option}=" if option in OPTIONS else choices)
     used = re.match(r"use (\w+)=", advice)
     if "source" in known and used and used[1] not in known:
         advice = "leave it out: files say how their adapter was made"

@@ -134,8 +134,8 @@ def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:
         *words, last = dict.fromkeys(word for choice in choices for word in _words(choice).split(" or "))
         options = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
         near = difflib.get_close_matches(value, options, n=1) if isinstance(value, str) else []
-        meant = f": did you mean {typed(near[0])}?" if near else ""
-        yield f"{name} must be {', '.join(words)}{' or ' if words else ''}{last}, got {shortly(value)}{meant}"
+        suggestion = f": did you mean {typed(near[0])}?" if near else ""
+        yield f"{name} must be {', '.join(words)}{' or ' if words else ''}{last}, got {shortly(value)}{suggestion}"
     elif all(problems for _, problems in found):
         yield from found[0][1]
     elif any(get_origin(choice) is os.PathLike for choice in choices) and _is_no_path(value):

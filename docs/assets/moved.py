@@ -13,6 +13,7 @@ MOVED = {
     "architecture_calls.md#what-happens-in-randlorafilesmerge": "architecture.md#what-happens-in-randlorafilesmerge",
     "architecture_calls.md#what-happens-in-a-forward-pass": "architecture.md#what-happens-in-a-forward-pass",
     "architecture.md#four-ideas": "architecture.md#words",
+    "architecture.md#three-ideas": "architecture.md#words",
     "benchmarks.md#accuracy-against-drift": "results.md#how-it-was-measured",
     "benchmarks_memory.md": "benchmarks.md#memory",
     "benchmarks_memory.md#experts": "benchmarks_more.md#experts",
@@ -25,6 +26,7 @@ MOVED = {
     "benchmarks_targets.md": "benchmarks_more.md",
     "measured_elsewhere.md#time-on-gpus": "benchmarks.md#on-gpus-by-others",
     "cli.md#the-other-commands": "cli.md",
+    "cli.md#demo": "quickstart.md",
     "cli_files.md": "cli.md",
     "cli_plan.md": "cli.md#plan",
     "measured_elsewhere.md": "results.md#larger-models-measured-by-others",
@@ -89,6 +91,7 @@ MOVED = {
     "merging.md#layers-with-a-custom-forward": "merging.md#permanently",
     "merging.md#half-precision": "merging.md#permanently",
     "merging.md#memory": "merging.md#permanently",
+    "merging.md#on-disk-and-for-a-rollout-engine": "merging.md#on-disk",
     "merging_disk.md": "merging.md#on-disk",
     "adapters.md#adapters-of-other-libraries": "adapters.md#threads-copies-dtypes",
     "adapters.md#wrappers-copies-dtypes": "adapters.md#threads-copies-dtypes",
@@ -113,6 +116,7 @@ MOVED = {
     "index.md#when-randlora-helps": "index.md#when",
     "index.md#why-this-library": "index.md#why",
     "troubleshooting.md#the-loss-barely-falls": "troubleshooting.md#the-loss-does-not-decrease",
+    "troubleshooting.md#the-adapters-are-merged": "merging.md",
     "other_trainers.md#what-this-was-tested-with": "other_trainers.md#ms-swift",
     "compiling.md#switching-adapters": "compiling.md#compiling-and-exporting",
     "quickstart.md#choose-the-layers": "targets.md",
@@ -124,6 +128,7 @@ MOVED = {
     "api/saving.md": "api/model.md",
     "api/layers.md": "api/files.md",
     "api/errors.md": "api/files.md",
+    "api/files.md#reports": "api/files.md",
 }
 """Pages that are gone and where they lead, and sections that are elsewhere now.
 

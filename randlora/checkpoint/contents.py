@@ -107,7 +107,7 @@ class AdapterToSave:
             site.fqn: site_adapter.options for site, site_adapter in site_adapters.items() if not site.layer.is_rows
         }
         renamed = replace(adapter, options=options, rows=rows)
-        values, problems = _values(view.state, renamed, sites, dtype), _problems(view, adapter, bases)
+        values, problems = _values(view.state, renamed, sites, dtype), _saving_problems(view, adapter, bases)
         return cls(view.census, view.state, renamed, sites, bases, values, problems)
 
     @cached_property
@@ -263,7 +263,7 @@ def _values(
     return values
 
 
-def _problems(view: View, adapter: Adapter, bases: StoredAs) -> list[str]:
+def _saving_problems(view: View, adapter: Adapter, bases: StoredAs) -> list[str]:
     problems = lost_parts(view.census, view.state, [adapter])
     if bases == "seed" and any(basis.stored is not None for basis in adapter.bases.values()):
         problems.append("its bases came from a file, and no seed reproduces them: save with bases='stored'")

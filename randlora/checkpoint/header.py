@@ -281,12 +281,12 @@ def parse_header(text: str, tensors: Mapping[str, Tensor]) -> Header:
         raise CheckpointError(f"the file's header is damaged ({error}): get an undamaged copy") from error
     if seal != seal_of(facts, tensors).digest:
         raise CheckpointError("the file's contents do not match its checksum, it was damaged: get an undamaged copy")
-    if (problem := next(_problems(header), None)) is not None:
+    if (problem := next(_contradictions(header), None)) is not None:
         raise CheckpointError(f"the file's header is damaged ({problem}): randlora.save wrote no such file")
     return header
 
 
-def _problems(header: Header) -> Iterator[str]:
+def _contradictions(header: Header) -> Iterator[str]:
     """Yield what contradicts itself in a header whose types are right."""
     for fqn, shape in header.shapes.items():
         if not (len(shape) in (2, 3) and all(size > 0 for size in shape)):

@@ -300,6 +300,6 @@ def repo_of(name: str | None) -> str | None:
 
 def name_of(model: nn.Module) -> str | None:
     """Return the name or the directory from which a model was loaded, if the model knows."""
-    holders = (getattr(model, "config", None), model)
-    names = (getattr(holder, field, None) for holder in holders for field in ("_name_or_path", "name_or_path"))
+    config_and_model = getattr(model, "config", None), model
+    names = (getattr(each, field, None) for each in config_and_model for field in ("_name_or_path", "name_or_path"))
     return next((name for name in names if isinstance(name, str) and name), None)

@@ -56,7 +56,7 @@ COMMANDS = {
         "my-adapter for-pipeline --to lora --format diffusers",
     ),
 }
-"""The commands: the first line of the verb's docstring, and examples without the program and the command."""
+"""The commands: the first line of the docstring, with Print for Return, and examples without program and command."""
 
 FORM: dict[str, Any] = {
     "pretty_exceptions_enable": False,

@@ -132,9 +132,9 @@ def open_adapter(
         transposed = None if file.header is None else file.header.transposed
     else:
         model = open_base(base, base_revision)
-        slots, known = fit_base(model, file, prefix).slots_of(file), model.all_shapes
-        shapes = shapes_in(slots)
-        transposed = tuple(fqn for fqn, slot in slots.items() if slot.layer_class.is_transposed)
+        weights, known = fit_base(model, file, prefix).weights_of(file), model.all_shapes
+        shapes = shapes_in(weights)
+        transposed = tuple(fqn for fqn, weight in weights.items() if weight.layer_class.is_transposed)
     file, bases = adapter_bases(file, shapes, known)
     return OpenAdapter(directory, file, shapes, bases, transposed, known)
 
@@ -151,7 +151,7 @@ def open_fitted(
 ) -> tuple[OpenAdapter, BaseFit]:
     """Fit an adapter that was read to a base model, and add its bases to the bank, unless it has them already."""
     fit = fit_base(base, file, prefix)
-    shapes = shapes_in(fit.slots)
+    shapes = shapes_in(fit.weights)
     by_r = by_rank(shapes, fit.file.options)
     file, bases = file_bases(fit.file, by_r, bank, base.all_shapes)
     for r, own in by_r.items():
@@ -205,7 +205,7 @@ class Base(NamedTuple):
         return [*(shape[-2:] for shape in shapes), *((shape[0], math.prod(shape[1:])) for shape in shapes)]
 
 
-class Slot(NamedTuple):
+class WeightInFiles(NamedTuple):
     """The tensors that contain an adapted weight, several if it is shared, and the ``shape`` of its update.
 
     ``layer_class`` converts an update of this shape to their layout.
@@ -225,19 +225,19 @@ class BaseFit:
     """
 
     file: AdapterFile
-    slots: Mapping[str, Slot]
+    weights: Mapping[str, WeightInFiles]
     trained: Mapping[str, tuple[str, ...]]
     converted: Sequence[str] = ()
 
-    def slots_of(self, file: AdapterFile) -> dict[str, Slot]:
+    def weights_of(self, file: AdapterFile) -> dict[str, WeightInFiles]:
         """Return where the weights are by the names that the adapter has in its file."""
         names = dict(zip(self.file.values, file.values, strict=True))
-        return {names[fqn]: slot for fqn, slot in self.slots.items()}
+        return {names[fqn]: weight for fqn, weight in self.weights.items()}
 
 
-def shapes_in(slots: Mapping[str, Slot]) -> Shapes:
+def shapes_in(weights: Mapping[str, WeightInFiles]) -> Shapes:
     """Return the shapes of the updates by FQN."""
-    return {fqn: slot.shape for fqn, slot in slots.items()}
+    return {fqn: weight.shape for fqn, weight in weights.items()}
 
 
 def open_base(source: str | os.PathLike[str], revision: str | None = None, *, needs_weights: bool = True) -> Base:
@@ -266,7 +266,7 @@ def fit_base(base: Base, file: AdapterFile, prefix: str | None = None) -> BaseFi
     codes = {fqn for fqn, names in fit.trained.items() if base.codes.keys() & set(names)}
     stored = {fqn: names for fqn, names in fit.trained.items() if names and fqn not in codes}
     own |= {fqn: entries[names[0]] for fqn, names in stored.items()}
-    problems += [*misfits(fit.file, shapes_in(fit.slots)), *trained_misfits(own, fit.file)]
+    problems += [*misfits(fit.file, shapes_in(fit.weights)), *trained_misfits(own, fit.file)]
     problems += [f"{fqn} is quantized here, and was trained as {fit.file.trained[fqn].dtype}" for fqn in codes]
     raise_collected(CheckpointError, problems, doing=f"fit the adapter to {str(base.directory.path)!r}")
     return fit
@@ -280,7 +280,7 @@ def _fit_model(
     sites = named_sites(model.census, file)
     file = without_repeats(model.census, file)
     problems = obstacles(model.census, sites, file.config.dropout)
-    slots, converted = dict[str, Slot](), [fqn for fqn in file.trained if fqn in model.converted]
+    weights, converted = dict[str, WeightInFiles](), [fqn for fqn in file.trained if fqn in model.converted]
     fqns = {id(held.tensor): held.fqn for held in reversed(model.census.parameters)}  # the first of a tied one
     for site in sites:
         if site.weight is None:
@@ -289,9 +289,9 @@ def _fit_model(
         if names := model.names_of(site.weight):
             if names[0] not in base.codes and (stored := entries[names[0]].shape) != shape:
                 problems.append(f"{site.fqn} has shape {stored} in the files, {shape} by its config.json")
-            slots[site.fqn] = Slot(names, site.shape_with(file.config), site.layer_class)
+            weights[site.fqn] = WeightInFiles(names, site.shape_with(file.config), site.layer_class)
         elif fqns[id(site.weight)] in model.converted:
-            slots[site.fqn] = Slot((), site.shape_with(file.config), site.layer_class)
+            weights[site.fqn] = WeightInFiles((), site.shape_with(file.config), site.layer_class)
             converted.append(site.fqn)
         else:
             problems.append(f"the model has no layer {site.fqn} in its files")
@@ -299,7 +299,7 @@ def _fit_model(
     trained = {fqn: by_fqn.get(fqn, ()) for fqn in file.trained}
     if absent := [fqn for fqn, names in trained.items() if fqn in by_fqn and not names and fqn not in converted]:
         problems.append(f"the model's files have no {shortened(absent)}, which the adapter trained")
-    return BaseFit(file, slots, trained, converted), problems
+    return BaseFit(file, weights, trained, converted), problems
 
 
 def _fit_names(
@@ -307,7 +307,7 @@ def _fit_names(
 ) -> tuple[BaseFit, list[str]]:
     known = {*entries, *(name.removesuffix(".weight") for name in entries)}
     file = with_prefix(file, prefix, known)
-    slots: dict[str, Slot] = {}
+    weights: dict[str, WeightInFiles] = {}
     places: dict[str, str] = {}
     problems = prefix_problems(file, known)
     for fqn in [] if problems else file.values:
@@ -319,11 +319,11 @@ def _fit_names(
         elif (other := places.setdefault(name, fqn)) != fqn:
             problems.append(f"{other} and {fqn} are both {name}, which cannot hold both adapters")
         else:
-            slots[fqn] = found
-    return BaseFit(file, slots, {fqn: (fqn,) if fqn in entries else () for fqn in file.trained}), problems
+            weights[fqn] = found
+    return BaseFit(file, weights, {fqn: (fqn,) if fqn in entries else () for fqn in file.trained}), problems
 
 
-def _stated(file: AdapterFile, fqn: str, entry: Entry) -> Slot | str:
+def _stated(file: AdapterFile, fqn: str, entry: Entry) -> WeightInFiles | str:
     """Return where a weight is stored in the layout that the adapter states, or why it cannot be said."""
     header, shape = file.header, entry.shape
     trained: Shape = () if header is None else header.shapes[fqn]
@@ -333,11 +333,11 @@ def _stated(file: AdapterFile, fqn: str, entry: Entry) -> Slot | str:
         if len(shape) == 3 and header.kinds.get(fqn) == "experts":
             stack: Shape = (shape[0], shape[2], shape[1]) if is_transposed else shape
             kind = FORMS["transposed stack" if is_transposed else "stack"]
-            return Slot((entry.name,), stack[-len(trained) :], kind)
+            return WeightInFiles((entry.name,), stack[-len(trained) :], kind)
     elif header is not None and len(shape) == 2 and shape[0] != shape[1]:
         is_transposed = trained == shape[::-1]
     if len(shape) > 2 and len(trained) == 2:
-        return Slot((entry.name,), (shape[0], math.prod(shape[1:])), FORMS["kernel"])
+        return WeightInFiles((entry.name,), (shape[0], math.prod(shape[1:])), FORMS["kernel"])
     if len(shape) != 2:
         return f"has shape {shape}, expected a matrix"
     if is_transposed is None:
@@ -346,6 +346,6 @@ def _stated(file: AdapterFile, fqn: str, entry: Entry) -> Slot | str:
     if len(trained) == 3 and (trained[0] * trained[1], trained[2]) == matrix:
         matrix = trained  # matrices that lie one above the other
     if is_transposed:
-        return Slot((entry.name,), matrix, Conv1DAdapter)
+        return WeightInFiles((entry.name,), matrix, Conv1DAdapter)
     # a parameter, such as an `in_proj_weight`, may be split
-    return Slot((entry.name,), matrix, FORMS["in_proj_weight"] if entry.name == fqn else LinearAdapter)
+    return WeightInFiles((entry.name,), matrix, FORMS["in_proj_weight"] if entry.name == fqn else LinearAdapter)

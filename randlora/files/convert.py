@@ -331,7 +331,7 @@ def join(
     require_types(join, locals())
     target, opened = Path(out), [open_adapter(part) for part in parts]
     directories = tuple(part.directory for part in opened)
-    problems = [*_problems(opened), *out_problems(target, directories, overwrite=overwrite)]
+    problems = [*_part_problems(opened), *out_problems(target, directories, overwrite=overwrite)]
     raise_collected(CheckpointError, problems, doing="join")
     whole = _joined(opened)
     fields, tensors, header, _ = contents_as("native", whole)
@@ -339,7 +339,7 @@ def join(
     return JoinReport(target, directories, len(whole.file.values), nbytes)
 
 
-def _problems(parts: Sequence[OpenAdapter]) -> list[str]:
+def _part_problems(parts: Sequence[OpenAdapter]) -> list[str]:
     if len(parts) < 2:
         return [f"expected two or more parts, got {len(parts)}"]
     if problems := [

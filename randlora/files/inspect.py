@@ -365,7 +365,7 @@ def verify(
         except CheckpointError as error:
             checks.append(Check("base", "failed", str(error)))
         else:
-            shapes = shapes_in(fit.slots_of(file))
+            shapes = shapes_in(fit.weights_of(file))
             words = f"{base} has all {len(shapes)} layers, in the shapes of the adapter"
             checks.append(Check("base", "passed", words))
     progress(2, 3, "drawing the bases")

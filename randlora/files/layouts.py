@@ -273,12 +273,12 @@ def low_rank(adapter: OpenAdapter, rank: int | None, tolerance: float | None, pr
     progress(len(shapes), len(shapes), "done")
     layers = sorted((lora.layer for lora in loras), key=lambda layer: -layer.relative_error)
     if lossy := [layer for layer in layers if layer.relative_error > accepted]:
-        listed = shortened([f"{layer.fqn} {layer.relative_error:.3g}" for layer in lossy], LISTED)
+        errors = shortened([f"{layer.fqn} {layer.relative_error:.3g}" for layer in lossy], LISTED)
         choice = "the full rank" if rank is None else spelled("rank", rank)
         remedy = "" if rank is None else "a larger rank, no rank for the smallest within the tolerance, or "
         raise ConfigError(
             f"cannot convert to LoRA: with {choice}, {len(lossy)} of {len(layers)} layers have a relative error above "
-            f"{spelled('tolerance', accepted)} ({listed}); the largest is {lossy[0].relative_error:.4g}: "
+            f"{spelled('tolerance', accepted)} ({errors}); the largest is {lossy[0].relative_error:.4g}: "
             f"give {remedy}a larger tolerance"
         )
     return loras

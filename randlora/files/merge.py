@@ -275,10 +275,10 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
                     f"an adapter before it trained {', '.join(repeated)} too, and the model can hold only one of them"
                 )
         changes.notes.extend(f"{name}: {note}" for note in (*adapter.file.doubts, *stream_notes(adapter.file)))
-        for fqn, slot in fit.slots.items():
+        for fqn, weight in fit.weights.items():
             update = adapter.update(fqn, factor)
-            for tensor in slot.names:
-                changes.merged.setdefault(tensor, Merging(fqn, slot.layer_class)).updates.append(update)
+            for tensor in weight.names:
+                changes.merged.setdefault(tensor, Merging(fqn, weight.layer_class)).updates.append(update)
         for fqn, names in fit.trained.items():
             if fqn not in rows:
                 changes.replaced.update(dict.fromkeys(names, fit.file.trained[fqn]))

@@ -174,7 +174,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def adapted(
     weight: Tensor | WriteOut | None, pair: Pair, lam: Tensor, gamma: Tensor, scaling: float, *, is_wide: bool
-) -> Adapted:
+) -> AdaptedWeight:
     """Return weight and update of one layer, with Λ and Γ in at least the dtype of A, and the weight in that of B."""
     wide, dtype, factor = pair.A.dtype, pair.B.dtype, scaling
     if lam.dtype != wide:
@@ -184,12 +184,12 @@ def adapted(
     if dtype not in WIDE and scaling != 1:
         lam, factor = lam * scaling, 1.0
     if weight is None or (isinstance(weight, Tensor) and weight.dtype == dtype):
-        return Adapted(weight, pair, lam, gamma, factor, scaling, is_wide)
+        return AdaptedWeight(weight, pair, lam, gamma, factor, scaling, is_wide)
     own = weight.to(dtype) if isinstance(weight, Tensor) else weight(dtype)
-    return Adapted(own, pair, lam, gamma, factor, scaling, is_wide, owns_weight=True)
+    return AdaptedWeight(own, pair, lam, gamma, factor, scaling, is_wide, owns_weight=True)
 
 
-class Adapted(NamedTuple):
+class AdaptedWeight(NamedTuple):
     """``weight + update`` of one layer, ``(out, in)``, as an operand of products."""
 
     weight: Tensor | None  # ``None`` for the update alone

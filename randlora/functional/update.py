@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from randlora.functional.operation import Adapted, Diagonals, adapted, adapted_linear
+from randlora.functional.operation import AdaptedWeight, Diagonals, adapted, adapted_linear
 from randlora.functional.pairs import Pair
 from randlora.functional.scratch import in_dtype, is_transformed, without_autocast
 
@@ -43,7 +43,7 @@ def _form_update(lam: Tensor, gamma: Tensor, scaling: float, ids: Tensor | None,
     return torch.stack([_update_alone(*each, scaling, pair, is_wide).total() for each in zip(lam, gamma, strict=True)])
 
 
-def _update_alone(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, is_wide: bool) -> Adapted:  # noqa: FBT001
+def _update_alone(lam: Tensor, gamma: Tensor, scaling: float, pair: Pair, is_wide: bool) -> AdaptedWeight:  # noqa: FBT001
     return adapted(None, pair, lam, gamma, scaling, is_wide=is_wide)
 
 

@@ -71,7 +71,7 @@ class RandLoRAPlugin(BasePlugin):  # type: ignore[misc]
     def register(self, cfg: Any) -> None:
         """Raise an error for options that axolotl would ignore or take differently, before anything is loaded."""
         if cfg.get("adapter") == NAME:
-            raise_collected(AdapterError, _problems(cfg), doing=f"train with adapter: {NAME}")
+            raise_collected(AdapterError, _config_problems(cfg), doing=f"train with adapter: {NAME}")
 
     def load_adapter(
         self,
@@ -105,7 +105,7 @@ def _merging(cfg: Any) -> str:
     return f"randlora merge {cfg.get('output_dir')} MERGED_DIR --base {cfg.get('base_model')}"
 
 
-def _problems(cfg: Any) -> list[str]:
+def _config_problems(cfg: Any) -> list[str]:
     """Return what in a config would be ignored, or mean something else, with what to do instead."""
     given = {name for name, value in cfg.items() if value}
     found = []

@@ -51,7 +51,7 @@ def send_adapter(model: nn.Module, name: str | None = None, *, group: Any = None
     try:
         if dist.get_rank(group) >= 0:  # a member of the group
             _broadcast(sent, group, sender)
-            problems = _problems(None, group)
+            problems = _gathered_problems(None, group)
     except Exception as error:  # which the processes outside of the group wait for
         failed = failed or error
     with together(model, writes=False):
@@ -83,9 +83,9 @@ def receive_adapter(model: nn.Module, name: str | None = None, *, group: Any = N
     try:
         _take(model, name, sent)
     except Exception as error:  # of which the sender is told
-        _problems(str(error), group)
+        _gathered_problems(str(error), group)
         raise
-    _problems(None, group)
+    _gathered_problems(None, group)
 
 
 def _broadcast(sent: Any, group: Any, sender: int) -> Any:
@@ -96,7 +96,7 @@ def _broadcast(sent: Any, group: Any, sender: int) -> Any:
     return held[0]
 
 
-def _problems(problem: str | None, group: Any) -> list[str]:
+def _gathered_problems(problem: str | None, group: Any) -> list[str]:
     """Return the problems of all processes of a group; a collective."""
     problems: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, problem, group)

@@ -53,9 +53,11 @@ class RandLoRAEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl carrie
         super().__init__(*args, **kwargs)
         self._has_adapter = self._is_lora or not self.engine_config.forward_only
         if self._has_adapter:
-            raise_collected(ConfigError, self._problems(), doing="train with verl's engine of the vendor randlora")
+            raise_collected(
+                ConfigError, self._config_problems(), doing="train with verl's engine of the vendor randlora"
+            )
 
-    def _problems(self) -> list[str]:
+    def _config_problems(self) -> list[str]:
         """Return what in the config would be ignored, or mean something else, with what to do instead."""
         model, saves, found = self.model_config, self.checkpoint_config or {}, []
         if not self._is_lora:

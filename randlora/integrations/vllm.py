@@ -15,7 +15,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layer
 
 from randlora.errors import MergeError
 from randlora.files.save_merged import NAMES_IN_MEMORY, not_written, saved_as
-from randlora.model.merged_tensors import Entry, MergedTensors, Share, quantized_site
+from randlora.model.merged_tensors import MergedTensors, Share, StateDictEntry, quantized_site
 from randlora.model.view import together
 
 DOING = "send the merged weights to vLLM"
@@ -76,7 +76,7 @@ class MergedSource(WeightSource):  # type: ignore[misc]  # vLLM carries no types
     def _tensors(self) -> MergedTensors:
         tensors = MergedTensors.of(self._model, self._dtype, doing=DOING)
         trained = {id(own) for adapter in tensors.state.adapters.values() for own in adapter.trained.values()}
-        left_out, entries = not_written(tensors.census), dict[object, Entry]()
+        left_out, entries = not_written(tensors.census), dict[object, StateDictEntry]()
         for entry in tensors.entries:
             fqn, module, attribute = entry
             held = module._parameters.get(attribute, module._buffers.get(attribute))

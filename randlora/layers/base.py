@@ -100,7 +100,7 @@ class AdapterLayer(StoredWeight):
     is_read: ClassVar[bool] = False
     as_read: ClassVar[type[AdapterLayer] | None] = None
     is_rows: ClassVar[bool] = False
-    holders: ClassVar[tuple[type[Diagonal], ...]] = (Lambda, Gamma)  # under `names`
+    diagonal_classes: ClassVar[tuple[type[Diagonal], ...]] = (Lambda, Gamma)  # under `names`
     tied: tuple[nn.Module, ...] = ()
 
     def __init__(self, owner: nn.Module, state: ModelState) -> None:

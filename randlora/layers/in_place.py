@@ -252,9 +252,9 @@ def set_casts(owner: nn.Module, casts: dict[str, torch.dtype]) -> None:
 
 def attach(owner: nn.Module, layer: AdapterLayer) -> None:
     """Attach an adapter layer, which has no adapters yet, to a module, and to others that have the same weight."""
-    for each in layer.owners(owner):  # a holder of its own each: torch's functional_call restores no shared module
+    for each in layer.owners(owner):  # diagonals of its own each: torch's functional_call restores no shared module
         diagonals: dict[str, nn.Module] = {
-            name: kind(layer) for kind, name in zip(layer.holders, layer.names, strict=True)
+            name: kind(layer) for kind, name in zip(layer.diagonal_classes, layer.names, strict=True)
         }
         for diagonal in diagonals.values():
             diagonal.training = owner.training

@@ -83,7 +83,7 @@ class RowsAdapter(AdapterLayer):
     kind: ClassVar[str] = "embedding"
     is_read: ClassVar[bool] = True
     is_rows: ClassVar[bool] = True
-    holders: ClassVar[tuple[type[Diagonal], ...]] = (Rows,)
+    diagonal_classes: ClassVar[tuple[type[Diagonal], ...]] = (Rows,)
 
     def __init__(self, owner: nn.Module, state: ModelState, tied: Sequence[nn.Module] = ()) -> None:
         """Create it for a module, and all that share its weight."""

@@ -71,7 +71,7 @@ def merged_tensors(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ite
     return found.each(lambda fqn, tensor: (fqn, tensor), Share.PART)
 
 
-class Entry(NamedTuple):
+class StateDictEntry(NamedTuple):
     """One entry of the state dict: a parameter or buffer of a module."""
 
     fqn: str
@@ -79,7 +79,7 @@ class Entry(NamedTuple):
     attribute: str
 
 
-def _entries(census: Census) -> list[Entry]:
+def _entries(census: Census) -> list[StateDictEntry]:
     """Return the entries of a model in the order of its state dict, where a quantized layer counts as a plain one."""
     entries = []
     for prefix, module in census.prefixed:
@@ -88,7 +88,7 @@ def _entries(census: Census) -> list[Entry]:
         else:
             names = [name for name, parameter in module._parameters.items() if parameter is not None]
             names += [name for name, _ in saved_buffers(module)]
-        entries += [Entry(f"{prefix}{name}", module, name) for name in names]
+        entries += [StateDictEntry(f"{prefix}{name}", module, name) for name in names]
     return entries
 
 
@@ -114,7 +114,7 @@ class MergedTensors:
     state: ModelState
     census: Census  # of the model given, without wrappers around it
     ranks: Ranks | None  # which all iterate
-    entries: list[Entry]
+    entries: list[StateDictEntry]
     dtype: torch.dtype | None  # of all floating tensors
     into: Into
 
@@ -151,7 +151,7 @@ class MergedTensors:
             while taken:
                 yield taken.pop()
 
-    def on_meta(self, entry: Entry) -> Tensor:
+    def on_meta(self, entry: StateDictEntry) -> Tensor:
         """Return a tensor without values, of the shape and the dtype in which an entry is yielded."""
         _, module, attribute = entry
         held: Any = module._parameters.get(attribute, module._buffers.get(attribute))
@@ -170,7 +170,7 @@ class MergedTensors:
         state = self.state
         return self.root.__dict__.get(ATTRIBUTE), state.active, dict(state.merged), state.is_disabled
 
-    def _value(self, entry: Entry, share: Share) -> Tensor | None:
+    def _value(self, entry: StateDictEntry, share: Share) -> Tensor | None:
         """Return a value in the dtype that its module computes with, or ``None`` if a different process computes it."""
         fqn, module, attribute = entry
         site, quantized = self.census.sites_by_key.get((id(module), attribute)), quantized_site(self.census, module)

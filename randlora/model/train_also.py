@@ -45,9 +45,9 @@ def select_parameters(census: Census, names: str | Sequence[str]) -> list[str]:
 
 def select_buffers(census: Census, names: str | Sequence[str]) -> list[str]:
     """Return the FQNs of the buffers in modules that a regex or a list of names matches, or with an FQN in a list."""
-    listed = () if isinstance(names, str) else names
+    exact = () if isinstance(names, str) else names
     return _first_names(
-        census.buffers, lambda fqn: fqn in listed or any(matches_name(names, prefix) for prefix in prefixes(fqn)[:-1])
+        census.buffers, lambda fqn: fqn in exact or any(matches_name(names, prefix) for prefix in prefixes(fqn)[:-1])
     )
 
 

@@ -287,8 +287,8 @@ def is_misread(codes: Tensor, state: Any) -> bool:
     count = state.shape.numel()
     pairs = codes.contiguous().view(torch.uint8).flatten()
     levels = state.code[torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[:count].int()]
-    meant = levels * _absmax(state).repeat_interleave(state.blocksize)[:count]
-    return not torch.allclose(meant.view(state.shape), write_out_4bit(codes, state))
+    expected = levels * _absmax(state).repeat_interleave(state.blocksize)[:count]
+    return not torch.allclose(expected.view(state.shape), write_out_4bit(codes, state))
 
 
 def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tensor, Any]:

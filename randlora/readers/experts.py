@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from randlora.bases.spec import Shape
-from randlora.blocks import Rows
+from randlora.blocks import BatchRows
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional import Compute
@@ -58,7 +58,7 @@ class Experts(ReadWeight):
         return matrix if config.experts == "shared" else (_shape(cls.weight_of(owner))[0], *matrix)
 
     @classmethod
-    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows:
         """Return which arguments have the rows: the tokens in order, and the experts that each token goes to."""
         rows = super().rows_of(owner, args, kwargs)
         given = [*args, *kwargs.values()]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from randlora.functional import Compute, Diagonals, Pair
 from randlora.functional.cost import ALWAYS, Shape, Sizes
-from randlora.functional.operation import Adapted, adapted
+from randlora.functional.operation import AdaptedWeight, adapted
 from randlora.functional.scratch import in_dtype, without_autocast
 
 ENTRIES = 2**22
@@ -44,7 +44,7 @@ class Groups(NamedTuple):
     scaling: float
     is_wide: bool
 
-    def parts(self, lam: Tensor, gamma: Tensor) -> Iterator[tuple[slice, Tensor, Adapted]]:
+    def parts(self, lam: Tensor, gamma: Tensor) -> Iterator[tuple[slice, Tensor, AdaptedWeight]]:
         """Yield slices of the tokens with the matrix of each token, and their updates with a Λ and a Γ for each."""
         shape, tokens = self.pair.shape, sum(self.counts)
         matrices = torch.arange(len(self.counts), device=lam.device)

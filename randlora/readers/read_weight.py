@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from randlora.bases.spec import Shape
-from randlora.blocks import ForwardCall, Rows
+from randlora.blocks import BatchRows, ForwardCall
 from randlora.config import RandLoRAConfig
 from randlora.errors import AdapterError
 from randlora.functional import update_rows
@@ -47,9 +47,9 @@ class ReadWeight(AdapterLayer):
         return False
 
     @classmethod
-    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows:
         """Return which arguments of the owner's forward have the rows of the batch."""
-        return Rows.first(args, kwargs, plain_class(owner).__name__)
+        return BatchRows.first(args, kwargs, plain_class(owner).__name__)
 
     def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the output of the owner's forward, which reads its weights."""
@@ -151,7 +151,7 @@ class ProjectionAdapter(ReadWeight):
         return delta
 
     @classmethod
-    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows:
         """Return which arguments have the rows. ``batch_first`` says where; a mask may have a row for each head."""
         base = plain_class(owner)
         given = inspect.signature(base.forward).bind(owner, *args, **kwargs).arguments
@@ -170,7 +170,7 @@ class ProjectionAdapter(ReadWeight):
                     axes[name] = 0, value.shape[0] // x.shape[axis]
             elif isinstance(value, Tensor):
                 axes[name] = (0, 1) if name == "key_padding_mask" else (axis, 1)
-        return Rows((), dict(given), axes, x.shape[axis], x.device, (axis, 0), is_declared=True)
+        return BatchRows((), dict(given), axes, x.shape[axis], x.device, (axis, 0), is_declared=True)
 
 
 @register_layer("open_clip.transformer.Attention")
@@ -256,7 +256,7 @@ class ConvolutionAdapter(ReadWeight):
         return delta
 
     @classmethod
-    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+    def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows:
         """Return which arguments have the rows of the batch. Raises an error if the input has no batch."""
         x: Tensor = args[0] if args else kwargs["input"]
         if x.dim() != len(owner.kernel_size) + 2:

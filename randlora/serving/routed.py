@@ -44,7 +44,7 @@ GROWING = "mask", "past", "cache"
 REPEATING = "num_beams", "num_return_sequences"
 """Options with which ``generate`` makes several sequences of each row, one after the other."""
 
-TIMES: ContextVar[int] = ContextVar("TIMES", default=0)
+SEQUENCES_PER_ROW: ContextVar[int] = ContextVar("SEQUENCES_PER_ROW", default=0)
 """How many sequences the ``generate`` that this thread or task is in makes of each row; 0 outside of it."""
 
 
@@ -278,15 +278,15 @@ def _generate(method: _Method, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     model: Any = method.module
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     configs = given, getattr(model, "generation_config", None)  # not every model that generates has one
-    before = times = TIMES.get()
+    before = times = SEQUENCES_PER_ROW.get()
     for name in REPEATING:  # given by name or in a config, or the model's own
         values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         times = max(times, next((value for value in values if value is not None), 1))
-    TIMES.set(times)
+    SEQUENCES_PER_ROW.set(times)
     try:
         return method.own(*args, **kwargs)
     finally:
-        TIMES.set(before)
+        SEQUENCES_PER_ROW.set(before)
 
 
 def _refuse_to_sort(method: _Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:  # noqa: ARG001
@@ -330,7 +330,7 @@ def _tensors(inputs: Mapping[Any, Any]) -> Iterator[tuple[Any, Tensor]]:
 
 def _times(routing: Routing, shape: torch.Size, name: str) -> int:
     """Return how many times the batch of a call of a module has each row, one after the other."""
-    rows, size, times = len(routing.index), shape[0], TIMES.get()
+    rows, size, times = len(routing.index), shape[0], SEQUENCES_PER_ROW.get()
     if size == rows or (times and (size == rows * times or (size % rows == 0 and routing.is_uniform))):
         return size // rows
     if times and size % rows == 0:

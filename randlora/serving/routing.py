@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from randlora.blocks import Rows
+from randlora.blocks import BatchRows
 from randlora.errors import AdapterError
 from randlora.serving.labels import MIXED, NONE, Label, filled, first_dimension, merged, merged_along, nothing, unknown
 from randlora.serving.tracking import RowTracking
@@ -160,7 +160,7 @@ def layout_of(routing: Routing, layer: Any, value: Tensor, module: str, *, featu
     return _followed(routing, layer, label, shape, module)
 
 
-def layout_of_rows(routing: Routing, layer: Any, rows: Rows, module: str) -> tuple[Layout, Rows]:
+def layout_of_rows(routing: Routing, layer: Any, rows: BatchRows, module: str) -> tuple[Layout, BatchRows]:
     """Return where the rows of a batch are in the arguments of a module, and which of its arguments have them."""
     shape, tracking = torch.Size([rows.size]), _tracking(routing, layer)
     key = (layer, "arguments"), routing.batch, next(iter(rows.given.values())).shape

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from randlora.blocks import ForwardCall, Rows, Run
+from randlora.blocks import BatchRows, ForwardCall, Run
 from randlora.errors import AdapterError
 from randlora.functional import Diagonals, Pair, update_rows
 from randlora.layers.base import AdapterLayer, input_of, require_product
@@ -198,7 +198,7 @@ def _factors(
     return pair, [update.diagonals(like.device) for update in updates], updates[0].is_wide
 
 
-def _select(rows: Rows, positions: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _select(rows: BatchRows, positions: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a forward for some of the rows."""
 
     def selected(key: int | str, value: Any) -> Any:
@@ -212,7 +212,7 @@ def _select(rows: Rows, positions: Tensor) -> tuple[tuple[Any, ...], dict[str, A
     return args, {name: selected(name, value) for name, value in rows.kwargs.items()}
 
 
-def _join(rows: Rows, outputs: list[Any], order: Tensor) -> Any:
+def _join(rows: BatchRows, outputs: list[Any], order: Tensor) -> Any:
     """Return the output for the whole batch, given the outputs for parts of it and where each row is in them."""
 
     def joined(parts: Sequence[Any], axis: int) -> Any:

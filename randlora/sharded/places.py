@@ -53,7 +53,7 @@ def all_fsdp_modules(model: nn.Module) -> list[Any]:
     return fsdp_modules([*(states or ())])
 
 
-class Shard(Place):
+class Sharded(Place):
     """The place of a `DTensor`: this process's shard, written in place, as `fully_shard` would ignore a new one."""
 
     exchanges = "values"
@@ -169,9 +169,9 @@ def meshes(parameters: Iterable[object]) -> list[Any]:
 class Mesh(Keeper):
     """Keeps parameters in shards over the processes of a device mesh."""
 
-    def place_at(self, tensor: Tensor) -> Shard | None:
+    def place_at(self, tensor: Tensor) -> Sharded | None:
         """Return the place of a `DTensor`."""
-        return Shard(tensor) if is_dtensor(tensor) else None
+        return Sharded(tensor) if is_dtensor(tensor) else None
 
     def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:  # noqa: ARG002  # both alike
         """Return the processes of the largest mesh over which the parameters are sharded."""

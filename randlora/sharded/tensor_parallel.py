@@ -23,7 +23,7 @@ from randlora.layers.base import AdapterLayer
 from randlora.layers.scopes import forward_of
 from randlora.layers.update import Update
 from randlora.layers.weight import SPLITTERS, Split, Splitter, StoredWeight
-from randlora.sharded.places import Shard, is_dtensor, is_split
+from randlora.sharded.places import Sharded, is_dtensor, is_split
 
 
 class LocalPiece(NamedTuple):
@@ -107,7 +107,7 @@ def on_mesh(update: Update, mesh: Any, grads: list[Any]) -> Update:
 
 def region_here(layer: type[StoredWeight] | StoredWeight, weight: Any) -> Region:
     """Return the part of the update for this process's part of a `DTensor`, a weight of a kind of layer."""
-    return layer.region_of(tuple(weight.shape), Shard(weight).part)
+    return layer.region_of(tuple(weight.shape), Sharded(weight).part)
 
 
 def local_product(update: Update, x: Tensor, region: Region, compute: Compute) -> Tensor:
@@ -179,7 +179,7 @@ class SplitOnMesh(Split):
 
         weight, mesh, shape = self._weight, self._weight.device_mesh, self._weight.shape
         parts = [on_mesh(update, mesh, sums_of(weight)) for update in updates]
-        local = self._layer.part_with_updates(weight.to_local(), Shard(weight).part, tuple(shape), parts)
+        local = self._layer.part_with_updates(weight.to_local(), Sharded(weight).part, tuple(shape), parts)
         return DTensor.from_local(local, mesh, weight.placements, run_check=False, shape=shape, stride=weight.stride())
 
 

@@ -295,7 +295,7 @@ def layer_names(census: Census) -> list[str]:
     return [visit.fqn for visit in census.candidates if isinstance(visit.entry, type)]
 
 
-def holders(census: Census) -> set[str]:
+def container_names(census: Census) -> set[str]:
     """Return the FQNs of the modules that contain such layers or weights."""
     return {name for fqn in layer_names(census) for name in prefixes(fqn)[:-1]}
 
@@ -353,7 +353,7 @@ def _advice(census: Census, argument: str, pattern: Pattern, entry: str, usual: 
         return f", only {shortened(only, LISTED)}"
     visits = census.candidates
     only = [f"{visit.fqn} ({plain_class(visit.module).__name__})" for visit in visits if matches_name(name, visit.fqn)]
-    known = [visit.fqn for visit in visits] if argument == "exclude" else [*layers, *holders(census)]
+    known = [visit.fqn for visit in visits] if argument == "exclude" else [*layers, *container_names(census)]
     advice = suggestion(argument, entry, known, [*usual, *layers]) or inventory(census)
     return f"{f', only {shortened(only, LISTED)}' if only else ''}; {advice}"
 

@@ -77,16 +77,16 @@ def nearest_names(entry: str, fqns: Iterable[str]) -> str:
     """Return other names that end with ``entry``, or are most similar to it by last components, or the first ones."""
     known = [fqn for fqn in fqns if fqn != entry]
     ending = [fqn for fqn in known if has_suffix(fqn, entry)]
-    listed = [*dict.fromkeys(ending or (known if "." in entry else map(last_part, known)))]
-    return ", ".join(difflib.get_close_matches(entry, listed, n=NEAREST, cutoff=0.4) or listed[:NEAREST])
+    choices = [*dict.fromkeys(ending or (known if "." in entry else map(last_part, known)))]
+    return ", ".join(difflib.get_close_matches(entry, choices, n=NEAREST, cutoff=0.4) or choices[:NEAREST])
 
 
 def suggestion(argument: str, entry: str, fqns: Sequence[str], layers: Iterable[str] = ()) -> str:
     """Return a suggestion for a regex or name without a match: similar names, and all short names of ``layers``."""
     names = [name for name in re.split(r"[\s,|()]+", entry.replace("\\.", ".")) if name]
     if names and all(any(has_suffix(fqn, name) for fqn in fqns) for name in names):
-        meant = spelled(argument, names)
-        return f"did you mean {meant}? A string is a regex for full names, a list has names or suffixes"
+        as_list = spelled(argument, names)
+        return f"did you mean {as_list}? A string is a regex for full names, a list has names or suffixes"
     short = [*dict.fromkeys(map(last_part, layers))]
     if short and (len(names) != 1 or "." not in entry or re.search(r"[^\w.]", entry)):
         similar = difflib.get_close_matches(last_part(entry), [*dict.fromkeys(map(last_part, fqns))], n=NEAREST)

@@ -17,8 +17,8 @@ from randlora.targets.left_out import (
     LINEAR_KINDS,
     NOTHING,
     LeftOut,
+    container_names,
     foreign_adapters,
-    holders,
     inventory,
     left_out,
     missed,
@@ -152,7 +152,7 @@ def _by_pattern(
 ) -> tuple[list[Candidate], dict[str, str], list[Candidate]]:
     """Split matches into layers to adapt, others inside a named module (skipped, with reasons), and named others."""
     chosen, skipped, refused = [], {}, []
-    containers = holders(census) if is_names(pattern) else set()
+    containers = container_names(census) if is_names(pattern) else set()
     for visit in matched:
         if isinstance(visit.entry, type):
             chosen.append(visit)
@@ -241,7 +241,7 @@ def _excluded(census: Census, candidates: Sequence[Candidate], exclude: Pattern)
         layers = {visit.key for visit in candidates if visit.entry is not None or reason(census, visit)}
         asked = [visit for visit in asked if visit.key in layers]
     matched = {visit.key for visit in asked if _is_matched(visit, exclude)}
-    closed = holders(census) if isinstance(exclude, str) else set()
+    closed = container_names(census) if isinstance(exclude, str) else set()
     known = [fqn for fqn, *_ in (*census.candidates, *census.unserved) if fqn not in closed]
     problems = missed(census, "exclude", exclude, unmatched(exclude, known), _usual(census))
     return [visit for visit in census.candidates if visit.key in matched], problems

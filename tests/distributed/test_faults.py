@@ -72,7 +72,7 @@ def test_a_merge_that_fails_in_one_process_is_undone_in_all(engine: str) -> None
     model, rows = getattr(run, "module", run), DRAWN.batch(dist.get_rank(), 5)
     expected = run(*rows).detach()
     gathers = GATHER[engine.partition(",")[0]]
-    writes = "write", places.Shard if engine == "FSDP2" else places.Spread
+    writes = "write", places.Sharded if engine == "FSDP2" else places.Spread
     faults: list[tuple[tuple[str, Any], int]] = [
         (gathers, 0),
         (gathers, 1),

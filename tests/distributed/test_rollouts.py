@@ -186,13 +186,13 @@ def test_an_end_that_cannot_take_part_is_told_of_to_all_who_would_wait_for_it() 
         with pytest.raises(RandLoRAError, match="this process is not in the group"):
             receive_adapter(model, group=without_last)
     assert on_all(randlora.adapter_state(model).metadata) == before
-    own = rollouts._problems
+    own = rollouts._gathered_problems
 
     def lost(*args: Any) -> None:
         own(*args)
         raise RuntimeError("the connection is lost")
 
-    losing = mock.patch.object(rollouts, "_problems", lost) if rank == 0 else nullcontext()
+    losing = mock.patch.object(rollouts, "_gathered_problems", lost) if rank == 0 else nullcontext()
     with losing, pytest.raises(RuntimeError, match="is lost") if rank < 2 else nullcontext():
         (send_adapter if rank < 2 else receive_adapter)(model, group=ends)
 
