@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.byobnet import RepVggBlock
+from timm.models.repvit import ConvNorm
+from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.nn import functional as F
 from torch.nn.utils import fusion, prune
 
 import randlora
+from randlora.errors import AdapterError
 from tests.kit import adapt, same_bits
 from tests.models import llama
 
@@ -76,6 +80,22 @@ def test_a_layer_is_fused_with_a_norm_without_its_update_until_it_is_merged(kind
     assert not torch.allclose(fuse(layer, norm)(x), expected, rtol=0.1, atol=0.1)
     randlora.merge(model)
     torch.testing.assert_close(fuse(layer, norm)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [RepVggBlock, ConvNorm])
+def test_timm_makes_layers_for_inference_without_updates_until_they_are_merged(block: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 4, 5, 5), adapt(nn.Sequential(block(4, 4)).eval(), spread=0.5, r=2, targets="all")
+    with randlora.disabled(model):
+        plain = model(x)
+    expected = model(x)
+    assert not torch.allclose(plain, expected, rtol=0.1, atol=0.1)
+    made: Any = reparameterize_model(model)
+    torch.testing.assert_close(made[0](x), plain, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AdapterError, match="no longer has adapter"):
+        made(x)
+    randlora.merge(model)
+    torch.testing.assert_close(reparameterize_model(model)(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_forward_set_on_an_adapted_layer_adds_updates_only_if_it_calls_the_one_that_was_there() -> None:
