@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
@@ -162,6 +163,17 @@ def test_a_config_alone_plans_as_the_model_and_says_that_nothing_else_was_read(
                 patch.setattr(f"randlora.files.transformers_model.{name}", 2)
             with pytest.raises(CheckpointError, match=message):
                 files.plan(source)
+
+
+def test_a_plan_of_files_is_of_the_class_that_they_name_and_one_of_a_model_on_meta_of_any(tmp_path: Path) -> None:
+    write(LLAMA.build(), tmp_path)
+    with pytest.raises(TargetError, match=r"train_also=.score. matches no module or parameter"):
+        files.plan(tmp_path, 4, train_also="score")
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    report = randlora.plan(model, 4, train_also="score")
+    assert (report.train_also, report.targets) == (("score.weight",), files.plan(tmp_path, 4).targets)
 
 
 def test_a_plan_may_be_of_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

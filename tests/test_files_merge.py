@@ -322,6 +322,23 @@ def test_the_files_are_those_of_merging_and_saving(name: str, tmp_path: Path) ->
     assert not (kinds["unexpected_keys"])
 
 
+CONVERTED: dict[str, Callable[[], Any]] = {
+    "gate_up_proj": MODELS["experts one by one"][0],
+    "q_proj": lambda: tiny("nomic_bert", "NomicBertModel"),
+}
+
+
+@pytest.mark.parametrize("is_trained", [False, True], ids=["adapted", "trained"])
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_is_converted_as_it_is_loaded_is_not_merged_on_disk(name: str, is_trained: bool, tmp_path: Path) -> None:
+    model, trained = CONVERTED[name](), {"targets": "all-linear", "exclude": [name], "train_also": [name]}
+    base, adapter = write(model, tmp_path / "base"), tmp_path / "adapter"
+    adapter_of(model, adapter, **trained if is_trained else {"targets": [name]})
+    with pytest.raises(CheckpointError, match=rf"the files do not have \S+{name}\S*, .*load_model.*save_merged"):
+        files.merge(adapter, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", quantized.MODELS[:2], ids=lambda kind: kind.name)
 def test_a_quantized_model_is_written_as_the_plain_one_that_it_stands_for(kind: RealModel, tmp_path: Path) -> None:
     model: Any = adapted(quantized.quantized_model(kind, quantized.NF4), targets=kind.targets)

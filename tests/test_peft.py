@@ -278,6 +278,16 @@ def test_classes_of_peft_that_find_the_base_model_load_our_files(name: str, tmp_
         torch.testing.assert_close(every_output(theirs, inputs), every_output(ours, inputs))
 
 
+def test_an_adapter_beside_its_base_is_loaded_with_it_by_transformers_and_nothing_warns_of_that(tmp_path: Path) -> None:
+    model: Any = LLAMA.build()
+    model.save_pretrained(tmp_path)
+    randlora.inject(model, peer.R, targets=LLAMA.targets, stream=peer.peft_draw("dense"))
+    assert randlora.save(fill(model), tmp_path, bases="stored").notes == ()
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert {name.rsplit(".")[-1] for name, _ in loaded.named_parameters() if "randlora" in name} == {"default"}
+    torch.testing.assert_close(every_output(loaded, LLAMA.inputs()), every_output(model, LLAMA.inputs()))
+
+
 def every_output(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     with torch.no_grad():
         found: tuple[Tensor, ...] = model(**inputs).to_tuple()

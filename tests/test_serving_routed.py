@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nested import nested_tensor
 from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
+from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
 import randlora
 from randlora.errors import AdapterError, MergeError
@@ -301,10 +302,12 @@ def reads_elsewhere(layer: Any) -> None:
 
 X = torch.randn(4, 4)
 LLAMA4 = Llama4TextConfig(hidden_size=4, intermediate_size=8, num_local_experts=2)
+SWITCH = transformers.SwitchTransformersConfig(d_model=4, d_ff=8, num_experts=2)
 UNBATCHED = r" was given an input of shape .4, 4., which has no"
 WITHOUT_ROWS: list[tuple[Callable[[], nn.Module], Callable[[Any], object], str]] = [
     (lambda: Llama4TextExperts(LLAMA4), lambda module: module(X), "sorted by expert"),
     (lambda: Llama4TextExperts(LLAMA4), lambda module: module(X, X[:, 0]), "sorted by expert"),
+    (lambda: SwitchTransformersSparseMLP(SWITCH), lambda module: module(X[:, None]), "sorted by values of the batch"),
     (lambda: nn.Conv1d(4, 4, 3), lambda module: module(X), f"Conv1d{UNBATCHED} batch"),
     (lambda: nn.MultiheadAttention(4, 2), lambda module: module(X, X, X), f"Attention{UNBATCHED}"),
     (lambda: nn.Linear(4, 4), lambda module: module(X.to_sparse()), r"nor sparse, .*Linear was given.*x\.to_dense\(\)"),

@@ -156,6 +156,28 @@ def test_rows_that_a_model_repeats_itself_in_generate_are_an_error() -> None:
         torch.testing.assert_close(model.generate(ids), expected)
 
 
+def test_sequences_that_are_packed_into_one_row_are_of_one_adapter() -> None:
+    model, ids = with_adapters(models.llama()), torch.randint(3, 60, (2, 4))
+    packed: Any = {"input_ids": ids.view(1, 8), "position_ids": torch.arange(4).repeat(1, 2), "use_cache": False}
+    with torch.no_grad():
+        expected = each_alone(model, "ab", lambda: model(ids).logits)
+        for name, logits in expected.items():
+            with routed(model, [name]):
+                torch.testing.assert_close(model(**packed).logits.view_as(logits), logits, rtol=1e-4, atol=1e-4)
+        with routed(model, ["a", "b"]), pytest.raises(AdapterError, match=r"names for 2 rows, .* which has 1"):
+            model(**packed)
+
+
+def test_what_is_made_of_items_is_taken_for_the_row_that_it_is_put_into() -> None:
+    def of_items(x: Tensor) -> Tensor:
+        return torch.tensor([row.sum().item() for row in x.flip(0)])[:, None, None].expand_as(x)
+
+    x = torch.randn(ROWS, 5, 6)
+    for arrange, is_right in ((lambda x: x.sum((1, 2)).flip(0)[:, None, None].expand_as(x), True), (of_items, False)):
+        model = with_adapters(Arranging(arrange, lambda y: y.flip(0)))
+        assert rows_are_right(model, lambda: model(x)) is is_right  # noqa: B023
+
+
 def test_only_the_first_call_of_a_kind_is_followed() -> None:
     model, ids = with_adapters(models.llama()), torch.randint(3, 60, (ROWS, 5))
     hooks = [{**module._forward_hooks} for module in model.modules()]

@@ -198,6 +198,18 @@ def test_the_code_of_the_page_splits_and_adapts(tmp_path: Path) -> None:
             each(ids)
 
 
+@in_two
+@pytest.mark.parametrize("table", ["rows", "columns"])
+@pytest.mark.parametrize("is_split_first", [True, False])
+def test_rows_of_a_table_that_is_split_are_refused(is_split_first: bool, table: str) -> None:
+    inject = partial(randlora.inject, r=3, targets=["up"], train_rows={"embed": [1, 2]})
+    model, steps = Net(8, 12, 11), (inject, partial(split, table=table))
+    for step in steps[::-1] if is_split_first else steps:
+        step(model)
+    with pytest.raises(AdapterError, match=r"split by tensor parallelism: .* use train_also"):
+        model(IDS)
+
+
 ONLY_EXPERTS = {"targets": ".*experts.*"}
 
 
