@@ -87,7 +87,7 @@ FIRST = ("LoRA 4", "dense 4", "block 4", "dense 32")
 """Those that show the shape of a curve, on tasks that are dear."""
 FURTHER = (
     *("LoRA 2", "dense 2", "LoRA 8", "dense 8", "LoRA 16", "dense 16"),
-    *("rsLoRA 8", "block 8", "rsLoRA 16", "block 16", "block 32", "block 2"),
+    *("rsLoRA 8", "block 8", "block 32"),
 )
 """The sizes between and beyond, on the same."""
 LARGER_ALONE = ("dense, Λ alone 4", "block, Λ alone 4")
