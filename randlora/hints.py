@@ -40,7 +40,6 @@ ADVICE = {
         ("learning_rate", "lr"),
         "leave it out: the optimizer or the trainer has it, and report.learning_rate is a first one",
     ),
-    "rank": "use r=, the rank of one basis: a smaller r trains more parameters",
     "rank_pattern": _BY_PATTERN.format("r", "r"),
     "revision": "leave it out, and give it to randlora.load",
     "save_projection": 'use the argument bases="stored" of save()',
@@ -49,6 +48,9 @@ ADVICE = {
     "use_dora": "leave it out: an update has full rank already",
     "use_rslora": "leave it out, and give alpha=: randlora.equivalent_alpha(…, use_rslora=True) computes it",
     "very_sparse": 'use basis="very_sparse"',
+    **dict.fromkeys(
+        ("lora_r", "lora_rank", "rank"), "use r=, the rank of one basis: a smaller r trains more parameters"
+    ),
     **dict.fromkeys(("bias", "lora_bias"), 'use train_also=, which takes the names of biases: train_also=r".*\\.bias"'),
     **dict.fromkeys(("init_lora_weights", "init_weights"), 'use init="lambda" or init="gamma"'),
     **dict.fromkeys(
@@ -80,6 +82,7 @@ CALLS = {
     ),
     **dict.fromkeys(("disable_adapter", "disable_adapters"), "with randlora.disabled(model):"),
     "AdapterCallback": "randlora.integrations.lightning.AdapterCallback(…)",
+    "AdapterCheckpoints": "randlora.integrations.transformers.AdapterTrainer(…), or inherit AdapterCheckpoints there",
     "AdapterTrainer": "randlora.integrations.transformers.AdapterTrainer(…)",
     "TaskType": "randlora.inject(model), which needs no type of task",
     "add_adapter": "randlora.inject(model, name=…)",

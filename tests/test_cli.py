@@ -237,6 +237,11 @@ def test_every_command_is_in_the_help_and_on_the_page_and_takes_no_word_that_it_
 UNREAD = {
     "plan model --basis dens": "--basis must be one of dense, sparse, very_sparse, block, got dens: did you mean",
     "plan model --dtype bfloat": "--dtype must be one of float32, bfloat16, float16, float64, got bfloat: did you mean",
+    "plan model --seed x": ", got x",  # after typer's words, which versions of it choose otherwise
+    "plan model --tokens 1.5": ", got 1.5",
+    "plan model --blocks 2 x": ", got 2 x",
+    "convert adapter out --to lora --rank x": ", got x",
+    "merge adapter other out --base model --scale 1 --scale x": ", got 1 x",
     "plan model --alpha 0": "--alpha must be positive, got 0:",  # and is not taken for none
     "plan model --blocks 2 2": "--blocks needs --basis block, got dense",
     "plan model --like-lora 0": "--like-lora must be the rank of a LoRA, a positive integer, got 0",
@@ -251,6 +256,7 @@ UNREAD = {
     "merge adapter adapter out --base model": "an adapter is named twice",
     "merge adapter adapter out --base model --scale 1 --scale 2": "an adapter is given twice",
     "merge --base model": "Missing argument 'ADAPTERS'",
+    "merge adapter --base model": "Missing argument 'OUT'. ╰",
     "convert": "Missing argument 'DIRECTORY'",
 }
 

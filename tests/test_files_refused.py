@@ -142,8 +142,10 @@ CALLS: list[tuple[type[Exception], str, Call]] = [
     (CheckpointError, r"^no such directory: .*nothing$", lambda: files.verify("adapter", "nothing")),
     (CheckpointError, r"the update of model\.layers\.0.* is too large", too_large),
     (CheckpointError, "no such directory: .*nothing", plan("nothing")),
-    (CheckpointError, "is not a directory", plan("bert/config.json")),
-    (CheckpointError, "holds an adapter, not a model", plan("adapter")),
+    (CheckpointError, "config.json is a file: give the directory bert$", plan("bert/config.json")),
+    (CheckpointError, "model.safetensors is a file: give the directory base$", merge(base="base/model.safetensors")),
+    (CheckpointError, "README.md is not a directory: expected a directory with model", plan("adapter/README.md")),
+    (CheckpointError, "an adapter, not a model: expected .*index.json, or config.json alone$", plan("adapter")),
 ]
 
 

@@ -30,7 +30,7 @@ from randlora.errors import (
     raise_collected,
 )
 from randlora.hints import CALLS
-from tests.checkpoint_files import LINEAR, trained
+from tests.checkpoint_files import LINEAR, TENSORS_FILE, trained
 from tests.hostile_files import model_directory, our_adapter
 from tests.kit import untouched
 from tests.model_directories import contents, save_model
@@ -123,7 +123,7 @@ def test_an_option_that_a_call_does_not_have_is_answered_in_its_own_name(verb: A
 def test_every_option_of_pefts_configs_and_every_call_is_answered() -> None:
     own = inspect.signature(randlora.inject).parameters.keys()
     theirs = {field.name for config in (peft.LoraConfig, peft.RandLoraConfig) for field in fields(config)}
-    assert theirs - own <= OPTION_ADVICE.keys()
+    assert theirs - own | {"lora_r", "lora_rank"} <= OPTION_ADVICE.keys()
     assert not OPTION_ADVICE.keys() & own
     with pytest.raises(OptionError) as caught:
         randlora.inject(small(), **peft.LoraConfig(target_modules=["0"], use_dora=True).to_dict())
@@ -132,6 +132,8 @@ def test_every_option_of_pefts_configs_and_every_call_is_answered() -> None:
     for answer in OPTION_ADVICE.values():
         assert {*re.findall(r"(\w+)=", answer)} <= known | {"use_rslora"}
         assert answer.startswith(("use ", "leave it out"))
+    in_reference = Path("docs/api/model.md").read_text("utf-8")
+    assert {*re.findall(r"^::: randlora\.integrations\.\w+\.([A-Z]\w+)", in_reference, re.MULTILINE)} < CALLS.keys()
     for name in CALLS:
         with pytest.raises(AttributeError, match=f"'{name}': call ") as said:
             getattr(randlora, name)
@@ -176,11 +178,14 @@ def test_options_that_adapters_or_optimizers_have_are_answered_by_what_loads() -
 def test_injecting_before_loading_and_saving_to_the_name_of_a_file_are_answered(tmp_path: Path) -> None:
     model = small()
     randlora.inject(model, 2)
-    file = tmp_path / "a" / "adapter.safetensors"
+    folder = tmp_path / "a"
+    file = folder / "adapter.safetensors"
+    files = {folder / f"x{end}": folder / "x" for end in (".bin", ".pt", ".pth")} | {file: folder / "adapter"}
     verbs: tuple[Any, ...] = (randlora.save, randlora.save_all)
     for verb in verbs:
-        with pytest.raises(CheckpointError, match=f"a file's: give '{re.escape(str(file.with_suffix('')))}'$"):
-            verb(model, file)
+        for name, meant in (files | {folder / TENSORS_FILE: folder}).items():
+            with pytest.raises(CheckpointError, match=f"a file's: give '{re.escape(str(meant))}'$"):
+                verb(model, name)
     assert not [*tmp_path.iterdir()]
     file.mkdir(parents=True)  # a directory may have such a name
     randlora.save(model, file)

@@ -259,6 +259,10 @@ AUTO: dict[str, tuple[Any, RealModel, str | None]] = {  # each with the head, wi
         *(peft.AutoPeftModelForQuestionAnswering, task("QuestionAnswering", "Bert", "query", "value")),
         "qa_outputs",
     ),
+    "words": (
+        *(peft.AutoPeftModelForTokenClassification, task("TokenClassification", "Bert", "query", "value")),
+        "classifier",
+    ),
 }
 
 

@@ -204,8 +204,9 @@ class _Writing:
             if not is_repo_id(self.hub):
                 problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {shortly(self.hub)}")
             require_hub(self.hub)
-        if self.root.suffix == ".safetensors" and not self.root.is_dir():
-            problems.append(f"expected the name of a directory, got a file's: give {str(self.root.with_suffix(''))!r}")
+        if self.root.suffix in (".safetensors", ".bin", ".pt", ".pth") and not self.root.is_dir():
+            meant = self.root.parent if self.root.name == TENSORS_FILE else self.root.with_suffix("")
+            problems.append(f"expected the name of a directory, got a file's: give {str(meant)!r}")
         problems += [
             f"{str(directory)!r} is a file or a broken link: expected the name of a directory"
             for directory in dict.fromkeys((self.root, *self.directories))

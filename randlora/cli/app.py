@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import randlora
-from randlora.cli import FILES_ERROR, USAGE_ERROR, complain
+from randlora.cli import FILES_ERROR, USAGE_ERROR, complain, visible
 from randlora.errors import ConfigError, RandLoRAError, TargetError
 
 COMMANDS = {
@@ -66,7 +66,10 @@ FORM: dict[str, Any] = {
 
 
 class Command(TyperCommand):
-    """Says which argument is missing if one word is given for several: the parser takes it for the last."""
+    """Says what was given for a bad value, and, if one word is for several arguments, which is missing.
+
+    The parser takes that word for the last one.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Return the words left, as the parser does."""
@@ -74,10 +77,13 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            given = self.make_parser(ctx).parse_args(words)[0]
+            given: Any = self.make_parser(ctx).parse_args(words)[0]
             arguments: list[Any] = [each for each in self.params if each.param_type_name == "argument"]
             if error.param is arguments[0] and given.get(arguments[-1].name):
                 error.param = arguments[-1]
+            elif typed := given.get(getattr(error.param, "name", None)):
+                words = [typed] if isinstance(typed, str) else typed
+                error.message = f"{error.message.rstrip('.')}, got {visible(' '.join(words))}"
             raise
 
 

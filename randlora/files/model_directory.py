@@ -149,7 +149,7 @@ def read_model_directory(path: Path, repo_id: str | None = None, *, needs_weight
         if may_lack and (repo_id is None or not has_file(repo_id, path.name, SINGLE_FILE)):
             return ModelDirectory(path, read_object(path / MODEL_CONFIG_FILE), ())
         if repo_id is None:
-            raise CheckpointError(_what_is_there_instead(path))
+            raise CheckpointError(_what_is_there_instead(path, needs_weights=needs_weights))
     files = sorted(set(weight_map.values())) or [SINGLE_FILE]
     has_config = os.path.lexists(path / MODEL_CONFIG_FILE)  # a link that leads nowhere is no model without a config
     config = read_object(path / MODEL_CONFIG_FILE) if has_config else {}
@@ -207,11 +207,14 @@ def _read_shards(path: Path, files: Iterable[str], repo_id: str | None) -> tuple
     return tuple(shards)
 
 
-def _what_is_there_instead(path: Path) -> str:
-    expected = f"expected a directory with {SINGLE_FILE} or {INDEX_FILE}"
+def _what_is_there_instead(path: Path, *, needs_weights: bool) -> str:
+    alone = "" if needs_weights else f", or {MODEL_CONFIG_FILE} alone"
+    expected = f"expected a directory with {SINGLE_FILE} or {INDEX_FILE}{alone}"
     if not is_there(path):
         return f"no such directory: {path}"
     if not path.is_dir():
+        if path.name in (SINGLE_FILE, *HEADS):
+            return f"{path} is a file: give the directory {path.parent}"
         return f"{path} is not a directory: {expected}"
     if is_there(path / CONFIG_FILE):
         return f"{path} holds an adapter, not a model: {expected}"
