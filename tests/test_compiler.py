@@ -319,7 +319,9 @@ def test_a_wrapper_is_not_adapted_under_the_names_it_gives(wrap: Callable[[nn.Mo
 
 
 @needs_export
-@pytest.mark.parametrize(("options", "strict"), [({}, False), ({"basis": "block"}, True)], ids=["dense", "block"])
+@pytest.mark.parametrize(
+    ("options", "strict"), [({}, False), further({"basis": "block"}, True)], ids=["dense", "block"]
+)
 def test_a_program_of_any_number_of_tokens_is_saved_loaded_and_trained_and_the_model_stays_as_it_was(
     options: dict[str, Any], strict: bool
 ) -> None:

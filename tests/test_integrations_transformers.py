@@ -22,6 +22,7 @@ import randlora
 from randlora.errors import AdapterError, CheckpointError
 from tests import trainers
 from tests.checkpoint_files import edit_fields, read_fields
+from tests.further import further
 from tests.hub_server import Hub
 from tests.kit import Bits, adapt, all_bits, bits, fill, same_bits, untouched
 from tests.trainers import ADAPTER_FILES, QUIET, adapted_model, files, plain_model, rows, tokenizer, trained_bits
@@ -142,7 +143,9 @@ TRAINERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize(
+    "kind", ["usual", "given", "of several adapters", further("made by a function"), further("of sentences")]
+)
 def test_a_resumed_run_goes_on_in_the_same_parameters_and_ends_with_the_same_bits(kind: str) -> None:
     through, rest, checkpoint = TRAINERS[kind](), TRAINERS[kind](), Path("run/checkpoint-2")
     through.train()

@@ -184,12 +184,13 @@ def switch_and_end(engine: Engine, case: Case, one: Any, run: Any) -> None:
     assert distance(values(model), values(plain)) == 0
 
 
+LIKE_OTHERS = ("DDP, static", "FSDP2, offloaded", "FSDP2 first, offloaded", "ZeRO-3, persistent")
+
+
 @settings(LAW, max_examples=1)
 @given(drawn=drawn_models)
 @example(drawn=Drawn(hidden=1, rows=9, r=4, basis="block", train_also=("norm",)))
-@pytest.mark.parametrize(
-    "engine", [further(name) if name in ("DDP, static", "FSDP2, offloaded") else name for name in IN_TWO]
-)
+@pytest.mark.parametrize("engine", [further(name) if name in LIKE_OTHERS else name for name in IN_TWO])
 def test_a_model_is_trained_saved_merged_and_ejected_as_in_one_process(
     engine: str, drawn: Drawn, tmp_path: Path
 ) -> None:

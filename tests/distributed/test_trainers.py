@@ -90,7 +90,7 @@ def resumed_values(through: Any, rest: Any, checkpoint: Path) -> Any:
 
 @in_two
 @pytest.mark.parametrize(
-    "engine", ["ddp", "fsdp FULL_STATE_DICT", further("fsdp SHARDED_STATE_DICT"), "zero 2", "zero 3"]
+    "engine", ["ddp", "fsdp FULL_STATE_DICT", further("fsdp SHARDED_STATE_DICT"), further("zero 2"), "zero 3"]
 )
 def test_a_run_is_resumed_from_checkpoints_without_the_base(tmp_path: Path, engine: str) -> None:
     name = engine.split(maxsplit=1)[0]
