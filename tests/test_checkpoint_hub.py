@@ -23,6 +23,7 @@ from randlora.targets.census import Census
 from tests import checkpoint_files as stored
 from tests import models
 from tests.checkpoint_files import CARD_FILE, CONFIG_FILE, HEADED, LINEAR, TENSORS_FILE, read_fields, refused, trained
+from tests.further import further
 from tests.hub_server import Hub, Repository, point_client_at
 from tests.kit import adapt, adapter_values, all_bits, fill, untouched
 from tests.peer import THEIR_WARNINGS, as_peft_draws, peft_draw
@@ -282,7 +283,7 @@ def test_only_the_two_files_are_downloaded(pushed: Hub, tmp_path: Path, monkeypa
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("is_known", [further(True), False])
 def test_a_process_that_has_imported_nothing_of_the_hubs_library_downloads(
     pushed: Hub, tmp_path: Path, without_transformers: dict[str, str], is_known: bool
 ) -> None:
