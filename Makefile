@@ -50,7 +50,7 @@ types: $(VENV)/.dev
 tests: $(VENV)/.dev  # the quick ones, in a minute and a half on two cores
 	$(BIN)/python -m pytest --numprocesses auto -m "not medium and not distributed and not slow"
 
-alone: $(VENV)/.dev  # the quick and the medium ones in one run: to collect them takes each worker 20 s
+alone: $(VENV)/.dev  # the quick and the medium ones in one run, so that each worker collects them once
 	$(BIN)/python -m pytest --numprocesses auto -m "not slow" --ignore tests/distributed
 
 medium: $(VENV)/.dev  # those that start processes, compile or train

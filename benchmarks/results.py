@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure as Picture
 from rich.table import Table
 
 from benchmarks.timing import Figure
@@ -111,6 +110,8 @@ class Results:
         (directory / f"{self.benchmark}.json").write_text(content, encoding="utf-8")
         (directory / f"{self.benchmark}.md").write_text(self.markdown(), encoding="utf-8")
         if curves := self._curves():
+            from matplotlib.figure import Figure as Picture  # noqa: PLC0415  (which takes a second to import)
+
             picture = Picture(figsize=(5.2 * len(curves), 4), layout="constrained")
             for axes, (axis, rows) in zip(
                 picture.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import importlib
 import pickle
 import re
 from collections.abc import Callable
@@ -12,9 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.byobnet import RepVggBlock
-from timm.models.repvit import ConvNorm
-from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.nn import functional as F
@@ -259,8 +257,12 @@ def test_a_layer_is_fused_with_a_norm_without_its_update_until_it_is_merged(kind
     torch.testing.assert_close(fuse(layer, norm)(x), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("block", [RepVggBlock, ConvNorm])
-def test_timm_makes_layers_for_inference_without_updates_until_they_are_merged(block: Callable[..., nn.Module]) -> None:
+@pytest.mark.parametrize("name", ["byobnet.RepVggBlock", "repvit.ConvNorm"])
+def test_timm_makes_layers_for_inference_without_updates_until_they_are_merged(name: str) -> None:
+    from timm.utils.model import reparameterize_model
+
+    file, _, kind = name.partition(".")
+    block = getattr(importlib.import_module(f"timm.models.{file}"), kind)
     torch.manual_seed(0)
     x, model = torch.randn(2, 4, 5, 5), adapt(nn.Sequential(block(4, 4)).eval(), spread=0.5, r=2, targets="all")
     with randlora.disabled(model):

@@ -16,7 +16,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.quality import figures, summary
+from benchmarks.quality import summary
 from benchmarks.quality.contestants import GROUPS, Contestant
 from benchmarks.quality.digits import DIGITS_TASK
 from benchmarks.quality.docstrings import DOCSTRINGS_TASK
@@ -91,6 +91,8 @@ def main(
             console.print(f"skipped {name}: {error}")
     if not found:
         raise typer.Exit(1)
+    from benchmarks.quality import figures  # noqa: PLC0415  (matplotlib, which takes a second)
+
     BUILD.mkdir(parents=True, exist_ok=True)
     for name, (each, runs) in found.items():
         tables = f"{summary.table_of(each, runs)}\n{summary.rates_of(each, runs)}"

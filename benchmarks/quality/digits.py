@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.quality.task import Prepared, Size, Targets, Task
@@ -29,6 +28,8 @@ LAYERS = r"vit\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
 @cache
 def read_digits() -> tuple[Tensor, Tensor]:
     """Return all images, ``(images, 1, 8, 8)`` from -1 to 1, and their labels."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415  (which takes two seconds to import)
+
     digits = load_digits()
     return torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1, torch.tensor(digits.target)
 

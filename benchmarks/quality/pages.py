@@ -10,7 +10,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from benchmarks.quality import figures, prose, summary
+from benchmarks.quality import prose, summary
 from benchmarks.quality.__main__ import TASKS, file_stem
 from benchmarks.quality.contestants import GROUPS
 from benchmarks.quality.pieces import losses_of_rule
@@ -110,6 +110,8 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
+    from benchmarks.quality import figures  # matplotlib, which takes a second
+
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     curves = [(TASKS[name], kept_runs(TASKS[name], "curves")) for name in SIX]

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import stdtrit
 
 LEVEL = 0.05
 
@@ -49,5 +49,5 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Diffe
     """Return how much more the first has than the second, each a value by seed, over the seeds that both have."""
     seeds = first.keys() & second.keys()
     mean, error = mean_and_error([first[seed] - second[seed] for seed in sorted(seeds)] or [math.nan])
-    limit = float(stats.t.ppf(1 - LEVEL / 2, len(seeds) - 1)) if len(seeds) > 1 else math.inf
+    limit = float(stdtrit(len(seeds) - 1, 1 - LEVEL / 2)) if len(seeds) > 1 else math.inf
     return Difference(mean, limit * error)
