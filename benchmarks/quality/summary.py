@@ -217,10 +217,16 @@ def overview(tasks: Tasks, rows: Mapping[str, str]) -> str:
             is_known = bool(cell) and math.isfinite(chosen[contestant].metric[0])
             is_bold = is_known and not gain(task, runs, first, contestant).is_distinguishable
             line.append(f"**{cell}**" if is_bold else cell)
-    if any(step_times := [steps_of(name, [task for task, _ in tasks]) for name in rows]):
-        lines = [[*line, step] for line, step in zip(lines, step_times, strict=True)]
+    steps = [steps_of(name, [task for task, _ in tasks]) for name in rows]
     titles = ["", *(f"{task.name}, {_title(task)}" for task, _ in tasks)]
-    return in_markdown([*titles, "step"][: len(lines[0])], lines)
+    return _with_steps(titles, lines, steps if any(steps) else ())
+
+
+def _with_steps(titles: Sequence[str], lines: Sequence[Sequence[str]], steps: Sequence[str]) -> str:
+    """Write a table in Markdown, with the steps of its lines in a last column if there are any."""
+    if not steps:
+        return in_markdown(titles, lines)
+    return in_markdown([*titles, "step"], [[*line, step] for line, step in zip(lines, steps, strict=True)])
 
 
 def steps_of(contestant: str, tasks: Collection[Task]) -> str:
@@ -269,9 +275,7 @@ def best_rates(tasks: Tasks) -> str:
             point = best(task, curves[contestant]) if contestant in curves else None
             line.append(f"{point.lr:g} ({_plain(task, point.metric[0])})" if point else "")
     steps = [steps_of(name, [task for task, _ in tasks]) for name in names]
-    if all(steps):
-        lines = [[*line, step] for line, step in zip(lines, steps, strict=True)]
-    return in_markdown(["", *(task.name for task, _ in tasks), "step"][: len(lines[0])], lines)
+    return _with_steps(["", *(task.name for task, _ in tasks)], lines, steps if all(steps) else ())
 
 
 def rates_of(task: Task, runs: Sequence[Run]) -> str:
@@ -286,10 +290,10 @@ def rates_of(task: Task, runs: Sequence[Run]) -> str:
     for contestant, own in by_contestant(points).items():
         cells = {point.lr: f"{_plain(task, point.metric[0])} ({point.drift[0]:.3f})" for point in own}
         bold = {lr: f"**{cell}**" if (contestant, lr) in chosen else cell for lr, cell in cells.items()}
-        lines.append([contestant, *(bold.get(lr, "") for lr in rates), steps_of(contestant, [task])])
-    width = None if any(line[-1] for line in lines) else -1
-    titles = [f"{_title(task)} (drift)", *(f"{lr:g}" for lr in rates), "step"]
-    return in_markdown(titles[:width], [line[:width] for line in lines])
+        lines.append([contestant, *(bold.get(lr, "") for lr in rates)])
+    steps = [steps_of(contestant, [task]) for contestant, *_ in lines]
+    titles = [f"{_title(task)} (drift)", *(f"{lr:g}" for lr in rates)]
+    return _with_steps(titles, lines, steps if any(steps) else ())
 
 
 def mean_seconds(runs: Sequence[Run], contestant: str) -> float:

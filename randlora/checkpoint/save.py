@@ -205,8 +205,8 @@ class _Writing:
                 problems.append(f"push_to_hub must be a repository on the Hub, 'user/repo', got {shortly(self.hub)}")
             require_hub(self.hub)
         if self.root.suffix in (".safetensors", ".bin", ".pt", ".pth") and not self.root.is_dir():
-            meant = self.root.parent if self.root.name == TENSORS_FILE else self.root.with_suffix("")
-            problems.append(f"expected the name of a directory, got a file's: give {str(meant)!r}")
+            suggested = self.root.parent if self.root.name == TENSORS_FILE else self.root.with_suffix("")
+            problems.append(f"expected the name of a directory, got a file's: give {str(suggested)!r}")
         problems += [
             f"{str(directory)!r} is a file or a broken link: expected the name of a directory"
             for directory in dict.fromkeys((self.root, *self.directories))

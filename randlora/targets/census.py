@@ -239,7 +239,7 @@ class Census:
 
     @cached_property
     def empty(self) -> dict[Key, str]:
-        """Say of matrices that they have no entries, by `Site.key`."""
+        """The matrices without entries, with a phrase that follows their names, by `Site.key`."""
         matrices = [held for held in self.parameters if not is_lazy(held.tensor) and held.tensor.dim() > 1]
         return {(id(held.module), held.attribute): "has no entries" for held in matrices if not held.tensor.numel()}
 

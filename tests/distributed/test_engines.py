@@ -185,6 +185,7 @@ def switch_and_end(engine: Engine, case: Case, one: Any, run: Any) -> None:
 
 
 LIKE_OTHERS = ("DDP, static", "FSDP2, offloaded", "FSDP2 first, offloaded", "ZeRO-3, persistent")
+"""Engines that another one stands for."""
 
 
 @settings(LAW, max_examples=1)
