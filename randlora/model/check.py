@@ -34,29 +34,18 @@ from randlora.targets.match import shortened
 
 Sites = Collection[AdaptedSite]
 
+SHARE = 0.5  # the norm of a random update, as a share of the norm of the weight
+SPREAD = 0.02  # the standard deviation of values in place of zero parameters, which would hide effects before them
+WIDENED = 2**32  # up to how many bytes, half precision is checked in float32, where small effects can be compared
+DEPTH = 8  # how deep an output is searched for tensors
+
+# merged and adapted may differ by this share of the effect, with float32 weights; with narrower or quantized ones
 EXACT, ROUNDED = 0.01, 0.1
-"""How far merged and adapted may differ, as a share of the effect: float32 weights; narrower or quantized weights."""
-
-SHARE = 0.5
-"""The norm of a random update, as a share of the norm of the weight."""
-
-WIDENED = 2**32
-"""Up to how many bytes, weights in half precision are checked in float32, where small effects can be compared."""
-
-SPREAD = 0.02
-"""The standard deviation of the values that replace zero parameters, which would hide effects before them."""
-
-DEPTH = 8
-"""How deep an output is searched for tensors."""
-
+# an output counts as exact within this many roundings of its norm; in half precision, within this share
 ROUNDING, LEAST_DIGITS = 64, 0.04
-"""An output counts as exact within this many roundings of its norm; in half precision, within this share."""
-
-NOISE_FACTOR = 4
-"""An effect on the output must exceed the distance between two equal runs this many times, or it may be noise."""
-
-ROUNDING_FACTOR = 10
-"""Likewise, merged and adapted outputs must differ this many times as much as two ways of computing an update do."""
+# how many times an effect must exceed the distance between two equal runs, or it may be noise; how many times a
+# difference between merged and adapted must exceed that between two ways of computing an update
+NOISE_FACTOR, ROUNDING_FACTOR = 4, 10
 
 HALVES = torch.float16, torch.bfloat16
 

@@ -21,11 +21,8 @@ from randlora.state import adapted_root
 from randlora.targets.census import Census, is_quantized, sizes
 from randlora.targets.match import shortened
 
-Facts = Mapping[str, str]
-"""What must be equal in all processes, in words, by what it is about."""
-
-VALUES = "the values of "
-"""The beginning of what only the processes that have values know."""
+Facts = Mapping[str, str]  # what must be equal in all processes, in words, by what it is about
+VALUES = "the values of "  # begins the names of what only the processes that have values know
 
 
 def check_ranks(model: nn.Module, *, values: bool = False, group: Any = None) -> None:

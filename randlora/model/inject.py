@@ -63,11 +63,8 @@ from randlora.targets.match import shortened
 from randlora.targets.options import one_config, r_like_lora, resolve, useless_options
 from randlora.targets.select import Selection, select
 
-CHECKED = ("active", "init", "save_pretrained", "trainable")
-"""Arguments of `inject` that are not in the table of options, and whose types are checked here."""
-
-FEW = 0.8
-"""The share of the work of dense bases below which a report names block bases."""
+CHECKED = ("active", "init", "save_pretrained", "trainable")  # arguments of `inject` that are not in `OPTIONS`
+FEW = 0.8  # the share of the work of dense bases below which a report names block bases
 
 
 @dataclass(frozen=True, eq=False)

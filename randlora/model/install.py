@@ -265,11 +265,8 @@ def _rounded(module: nn.Module) -> dict[str, torch.dtype]:
     return left
 
 
-ARGUMENT = "adapter_names"
-"""PEFT's argument for adapter names in a call. Models of transformers accept any argument and ignore this one."""
-
-NUMBER = int.from_bytes(b"randlora", "big")
-"""The fixed number of counting hooks in each module. If torch numbered them, compiled code would not be shared."""
+ARGUMENT = "adapter_names"  # PEFT's for a call; models of transformers accept any argument and ignore this one
+NUMBER = int.from_bytes(b"randlora", "big")  # of counting hooks; with torch's, compiled code would not be shared
 
 CHECKS: dict[Callable[[nn.Module, Any], None], Callable[[nn.Module], bool]] = {}
 """Forward pre-hooks that check calls of modules that contain adapted ones, each with which of them it is for."""

@@ -24,14 +24,9 @@ from randlora.targets.census import Census
 METHODS = ("save_pretrained", "save")
 """Guarded methods. The second only if a module also has the first, which calls it, as in a SentenceTransformer."""
 
-DIRECTORY = ("save_directory", "path", "output_path")
-"""Names of the first argument in different libraries."""
-
-DIAGONAL = "randlora_"
-"""The part that names of Λ and Γ have in common in a state dict."""
-
-CHECKPOINT = re.compile(r"checkpoint-\d+")
-"""The name of a checkpoint's directory from transformers' `Trainer`."""
+DIRECTORY = ("save_directory", "path", "output_path")  # names of the first argument in different libraries
+DIAGONAL = "randlora_"  # what names of Λ and Γ have in common in a state dict
+CHECKPOINT = re.compile(r"checkpoint-\d+")  # the name of a checkpoint's directory from transformers' `Trainer`
 
 WRITERS: list[Callable[[nn.Module, Path, Mapping[str, Any] | None], object]] = []
 """The last one, of a room above, saves the only adapter of a model to a directory, perhaps from a whole state dict."""
@@ -167,8 +162,7 @@ def unguard_saving(census: Census) -> None:
                 vars(module)[name] = guard.own
 
 
-CONVERT = "_apply"
-"""The method of torch through which all conversions go, and those of every module around the model."""
+CONVERT = "_apply"  # the method of torch that all conversions call, also those of every module around
 
 
 class Converter:

@@ -30,16 +30,11 @@ from randlora.report import FLOAT32_BYTES, as_bytes, table
 from randlora.targets.census import Census
 from randlora.targets.left_out import tied_names
 
-GATHERED_BLOCKS = 2
-"""Blocks that FSDP2 has gathered at once: the one that computes, and the next one, which is on its way."""
+GATHERED_BLOCKS = 2  # that FSDP2 has at once: the one that computes, and the next one, which is on its way
 HELD = ("weights", "parameters", "gradients", "optimizer", "bases", "communication", "activations")
-IN_FLIGHT = 2
-"""How many gradients as wide as the widest layer backward has at once."""
-BESIDE_A_LOGIT = 3 * FLOAT32_BYTES
-"""Bytes that a loss in float32 adds per logit at its peak: the logarithm of a probability, and two gradients."""
-BLOCK, LEVELS = 64, 16
-"""In bitsandbytes, 64 weights share a scale and a layer has 16 levels, both in float32. This is its default; scales may
-also be quantized."""
+IN_FLIGHT = 2  # gradients as wide as the widest layer that backward has at once
+BESIDE_A_LOGIT = 3 * FLOAT32_BYTES  # at the peak of a loss in float32: the logarithm of a probability, two gradients
+BLOCK, LEVELS = 64, 16  # of bitsandbytes: weights that share a scale, levels of a layer, all in float32 by default
 UNKNOWN = "not counted: attention that keeps its weights, convolutions' inputs, fragmentation, the context of a GPU"
 
 

@@ -32,9 +32,7 @@ HALF_RISKS = {
 }
 """What goes wrong when parameters are trained in a dtype of 16 bits."""
 
-MOST_NUMBERS = 65_536
-"""The size of the largest buffer whose changes are noticed. Statistics are small; masks and tables may be large."""
-
+MOST_NUMBERS = 65_536  # of a buffer whose changes are noticed: statistics are small; masks and tables may be large
 REMEDY = "keep these modules in eval() while training, or name them in train_also, with which they are saved"
 
 

@@ -24,14 +24,10 @@ from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
 from randlora.targets.match import prefixes
 
-Shapes = dict[str, Shape]
-"""Shapes of adapted weights by FQN."""
-
-Key = tuple[int, str]
-"""What identifies a weight, independent of its name: the id of its module, and the attribute."""
+Shapes = dict[str, Shape]  # of adapted weights, by FQN
+Key = tuple[int, str]  # what identifies a weight, whatever its name: the id of its module, and the attribute
 
 WEIGHT = AdapterLayer.attribute
-
 DEFAULT = RandLoRAConfig()
 
 

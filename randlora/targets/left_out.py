@@ -31,17 +31,12 @@ NOUNS = {
 EXCLUDED = "excluded"
 NO_LAYER = "for which there is no adapter layer"
 REGISTER = "register one with randlora.layers.register_layer (docs/extending.md)"
-LITTLE = 1e-4
-"""The share of a model's parameters below which a default warns."""
+LITTLE = 1e-4  # the share of a model's parameters below which a default warns
 DOUBT = "the default adapts only"
 NOTHING = "matches no layer or weight that can be adapted"
 LISTED = 5
-
-TIED_NAMES = "all_tied_weights_keys"
-"""The attribute in which models of transformers map each tied parameter to the one that it is tied to."""
-
-LIBRARIES = {"peft": "PEFT", "loralib": "loralib", "lycoris": "LyCORIS"}
-"""Names of libraries of adapters, by their package."""
+TIED_NAMES = "all_tied_weights_keys"  # in which transformers' models map each tied parameter to what it is tied to
+LIBRARIES = {"peft": "PEFT", "loralib": "loralib", "lycoris": "LyCORIS"}  # of adapters, by their package
 
 
 # What cannot be adapted, whatever pattern selects it

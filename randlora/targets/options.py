@@ -26,20 +26,18 @@ from randlora.hints import CALLS, require_types, shortly
 from randlora.targets.census import Site
 from randlora.targets.match import nearest_names, prefixes, shortened
 
-SMALL_RANK = 1024
-"""An r that costs little, whatever the layers."""
+SMALL_RANK = 1024  # an r that costs little, whatever the layers
 
+# with block bases, r is a multiple of this if possible: blocks divide r, and a prime r would allow few
 BLOCK_STEP = 8
-"""With ``block`` bases, r is a multiple of this if possible. Blocks divide r, and a prime r would allow few."""
+# the same if each layer has one basis, where the numbers of blocks in A and B may have no common divisor: 15 and 8
 LONE_BLOCK_STEP = 120
-"""The same if each layer has one basis, where the numbers of blocks in A and B may have no common divisor: 15 and 8."""
-
+# how far such a multiple may miss the wanted number of parameters, as a share of it, and any r, as a factor
 NEAR, OUT_OF_REACH = 0.1, 1.5
-"""How far such a multiple may miss the wanted number of parameters, as a share of it, and any r, as a factor."""
 
-FIRST_STEP, LONE_FIRST_STEP, LARGEST_RATE = 0.3, 0.5, 1e-2
-"""Adam's first step with the default alpha, as a share of Γ's initial value, 1 / min_dim; the same where Λ alone is
-trained; and the largest learning rate to try first."""
+# Adam's first step with the default alpha, as a share of Γ's initial value, 1 / min_dim; the same for Λ alone
+FIRST_STEP, LONE_FIRST_STEP = 0.3, 0.5
+LARGEST_RATE = 1e-2  # to try first
 
 
 def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, LayerOptions], list[str]]:

@@ -298,14 +298,11 @@ DIFFUSERS_NAMES = (
 )
 """Names of attention projections in diffusers' models, including outputs, as in its training scripts."""
 
-LANGUAGE_MODEL = "language_model"
-"""The name of the module in transformers' multimodal models that reads the encoders' outputs and writes text."""
+LANGUAGE_MODEL = "language_model"  # in transformers' multimodal models, what reads the encoders' outputs
 
+# names of a model's direct children that are output heads; those that are usually new, for the user's task
 HEAD_NAMES = frozenset({"classifier", "embed_out", "head", "heads", "lm_head", "qa_outputs", "score"})
-"""Names of a model's direct children that are output heads."""
-
-NEW_HEADS = HEAD_NAMES & {"classifier", "head", "heads", "qa_outputs", "score"}
-"""Names of heads that are usually new, with random values, for the user's task."""
+NEW_HEADS = HEAD_NAMES - {"embed_out", "lm_head"}
 
 
 def default_targets(census: Census) -> tuple[Pattern, str] | None:
