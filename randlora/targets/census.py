@@ -248,9 +248,9 @@ class Census:
     def _readings(self) -> dict[Verdict, dict[Key, str]]:
         """What `Reading.why` says, by verdict and `Site.key`. If one reader is a problem, all are."""
         found: dict[Verdict, dict[Key, str]] = {"only where read": {}, "untrained": {}, "never": {}}
-        for module in self.modules:
-            for child, why, verdict in (reading for find in FINDERS for reading in find(module)):
-                found[verdict][id(child), WEIGHT] = why
+        readings = (reading for module in self.modules for find in FINDERS for reading in find(module))
+        for child, why, verdict in readings:
+            found[verdict][id(child), WEIGHT] = why
         where_read = found["only where read"].items()
         found["only where read"] = {key: why for key, why in where_read if key not in found["never"]}
         return found
@@ -275,14 +275,13 @@ class Census:
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """All submodules and all other parameters that are adapted where they are read, at each of their places."""
-        found = []
+        found: list[Candidate] = []
         for fqn, module in self.visits:
             called, readers = self.kinds[id(module)]
+            own = [Candidate(fqn, module, WEIGHT, called)]
+            own += [Candidate(kind.site_fqn(fqn), module, kind.attribute, kind) for kind in readers]
             is_foreign = not PARTS.isdisjoint(fqn.split("."))
-            found.append(Candidate(fqn, module, WEIGHT, ANOTHERS if is_foreign else called))
-            for kind in readers:
-                name = kind.site_fqn(fqn)
-                found.append(Candidate(name, module, kind.attribute, ANOTHERS if is_foreign else kind))
+            found += [each._replace(entry=ANOTHERS) for each in own] if is_foreign else own
         return tuple(found)
 
     @cached_property

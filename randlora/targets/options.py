@@ -43,8 +43,7 @@ LARGEST_RATE = 1e-2  # to try first
 def resolve(config: RandLoRAConfig, fqns: Sequence[str]) -> tuple[dict[str, LayerOptions], list[str]]:
     """Return r and alpha of each target, or else messages about patterns and targets without a match or effect."""
     (ranks, problems), (alphas, more) = by_target("r", config.r, fqns), by_target("alpha", config.alpha, fqns)
-    options = {} if problems or more else {fqn: _options(ranks[fqn], alphas[fqn]) for fqn in fqns}
-    return options, problems + more
+    return {} if problems or more else _options(ranks, alphas, fqns), problems + more
 
 
 def useless_options(shapes: Mapping[str, Shape], options: Mapping[str, LayerOptions], train: Train) -> list[str]:
@@ -74,11 +73,12 @@ def options_listed(config: RandLoRAConfig, fqns: Iterable[str]) -> dict[str, Lay
     fqns = list(fqns)
     ranks: Mapping[str, int] = config.r if isinstance(config.r, Mapping) else dict.fromkeys(fqns, config.r)
     alphas = config.alpha if isinstance(config.alpha, Mapping) else dict.fromkeys(fqns, config.alpha)
-    return {fqn: _options(ranks[fqn], alphas[fqn]) for fqn in fqns}
+    return _options(ranks, alphas, fqns)
 
 
-def _options(r: int, alpha: float | None) -> LayerOptions:
-    return LayerOptions(r, ALPHA_PER_RANK * r if alpha is None else float(alpha))
+def _options(ranks: Mapping[str, int], alphas: Mapping[str, Any], fqns: Iterable[str]) -> dict[str, LayerOptions]:
+    pairs = ((fqn, ranks[fqn], alphas[fqn]) for fqn in fqns)
+    return {fqn: LayerOptions(r, ALPHA_PER_RANK * r if alpha is None else float(alpha)) for fqn, r, alpha in pairs}
 
 
 def one_or_all(values: Mapping[str, Any]) -> Any:
@@ -148,9 +148,6 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
     def size(r: int) -> int:
         return sum(count * count_trainable(shape, r, config.train) for shape, count in shapes.items())
 
-    def distance(r: int) -> int:
-        return abs(size(r) - wanted)
-
     widest = max(min(shape[-2:]) for shape in shapes)  # above which Λ and Γ add no rank, and below which Λ alone loses
     matrices = sum(count * math.prod(shape[:-2]) for shape, count in shapes.items())
     least, most = (1, widest) if config.train == "both" else (widest, LARGEST_RANK)
@@ -162,7 +159,7 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
         first, last = ends(step)
         if config.train == "lambda":  # of which each matrix trains r numbers
             return max(first, min(last, round(wanted / matrices / step) * step))
-        return min(range(first, last + 1, step), key=distance)
+        return min(range(first, last + 1, step), key=lambda r: abs(size(r) - wanted))
 
     divided_by = math.lcm(*config.blocks or (1,))
     found = nearest(divided_by)
@@ -175,7 +172,7 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
     step = BLOCK_STEP if config.train == "both" else LONE_BLOCK_STEP
     if config.basis == "block" and config.blocks is None and most >= step:
         multiple = nearest(step)
-        return multiple if distance(multiple) <= NEAR * wanted else found
+        return multiple if abs(size(multiple) - wanted) <= NEAR * wanted else found
     return found
 
 
@@ -191,12 +188,7 @@ def first_learning_rate(scaling: float, min_dim: int, lambda_rank: float | None 
 
 
 def equivalent_alpha(
-    lora_r: int,
-    lora_alpha: float,
-    r: int = 32,
-    *,
-    shape: tuple[int, int] | None = None,
-    use_rslora: bool = False,
+    lora_r: int, lora_alpha: float, r: int = 32, *, shape: tuple[int, int] | None = None, use_rslora: bool = False
 ) -> float:
     """Return the alpha with which the first step of Adam is as large as with LoRA at the same learning rate.
 
@@ -212,8 +204,7 @@ def equivalent_alpha(
         shape: ``(out_features, in_features)`` of a layer. ``None`` means any layer with
             ``in_features <= out_features``. In other layers, the first step is then too large by a factor of
             ``sqrt(in_features / out_features)``.
-        use_rslora: Whether LoRA's update is scaled by ``lora_alpha / sqrt(lora_r)`` instead, as with PEFT's option of
-            this name.
+        use_rslora: Whether LoRA's update is scaled by ``lora_alpha / sqrt(lora_r)`` instead, as in PEFT.
 
     Returns:
         The alpha for ``inject(model, r=r, alpha=...)``.
@@ -259,7 +250,12 @@ def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
         if not (type(like_lora) is int and 0 < like_lora <= LARGEST_RANK):
             got = shortly(like_lora)
             raise ConfigError(f"{named('like_lora')} must be the rank of a LoRA, a positive integer, got {got}")
-        given["r"] = _multiple_of(given.get("blocks"))
+        blocks: Any = given.get("blocks")
+        are_counts = isinstance(blocks, tuple | list) and all(type(count) is int and count > 0 for count in blocks)
+        given["r"] = math.lcm(*blocks) if are_counts else 1  # of which the r that is chosen later is a multiple
+        if given["r"] > LARGEST_RANK:
+            needs = f"{named('like_lora')} needs an r that both blocks divide"
+            raise ConfigError(f"{needs}, and there is none up to {LARGEST_RANK}")
     built = RandLoRAConfig(**given)
     if config is None:
         return built
@@ -268,13 +264,3 @@ def one_config(arguments: Mapping[str, Any]) -> RandLoRAConfig:
     if r is not None or built != RandLoRAConfig():
         raise ConfigError("give either config= or single options: dataclasses.replace(config, r=16) changes one")
     return config
-
-
-def _multiple_of(blocks: Any) -> int:
-    """Return the least r that blocks divide; the r that is chosen later is a multiple of it."""
-    if not (isinstance(blocks, tuple | list) and all(type(count) is int and count > 0 for count in blocks)):
-        return 1
-    if (least := math.lcm(*blocks)) > LARGEST_RANK:
-        needs = f"{named('like_lora')} needs an r that both blocks divide"
-        raise ConfigError(f"{needs}, and there is none up to {LARGEST_RANK}")
-    return least
