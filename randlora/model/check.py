@@ -1,7 +1,4 @@
-"""`check`: whether every adapted weight has an effect, gradients, and the same effect once merged.
-
-The model runs on copies of its tensors with random values of Λ and Γ, adapted and merged, and outputs are compared.
-"""
+"""`check`: whether every adapted weight has an effect, gradients, and the same effect once merged."""
 
 from __future__ import annotations
 
@@ -91,7 +88,7 @@ def check(model: nn.Module, /, *args: Any, **kwargs: Any) -> CheckReport:
     Raises:
         AdapterError: If the model has no adapter or none is active, adapters are merged or disabled, weights are
             sharded, offloaded or have no values, or the forward returns no dense floating tensor.
-        Exception: Whatever the model's forward raises in evaluation mode.
+        Exception: What the model's forward raises in evaluation mode.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
@@ -155,12 +152,13 @@ def _checked(view: View, trial: _Trial) -> CheckReport:
         for site in view.census.adapted
         if not (site in faults or site.layer.is_rows)
     }
-    for site in (site for site, problems in faults.items() if not problems):
+    faultless = [site for site, problems in faults.items() if not problems]
+    for site in faultless:
         if site not in seen.trained and site not in seen.moved:
             unchecked[site.fqn] = "this input does not reach it"
         elif site in seen.unclear:
             unchecked[site.fqn] = "its effect is not larger than rounding, so merged and adapted cannot be compared"
-    checked = tuple(site.fqn for site, problems in faults.items() if not problems and site.fqn not in unchecked)
+    checked = tuple(site.fqn for site in faultless if site.fqn not in unchecked)
     found = tuple(problem for problems in faults.values() for problem in problems)
     return CheckReport(found, unchecked, checked, (*notes, *seen.notes))
 
@@ -188,14 +186,11 @@ class _Findings:
         if not self._base:
             raise AdapterError("cannot check: the forward returns no dense floating tensor, such as logits, to compare")
         self._jitter = {path: NOISE_FACTOR * far for path, far in _distances(self._base, trial.run(())).items()}
-        self._floors = {
-            path: max(
-                self._jitter.get(path, 0.0),
-                min(ROUNDING * torch.finfo(output.dtype).eps, LEAST_DIGITS)
-                * _distance(output, torch.zeros_like(output)),
-            )
-            for path, output in self._base.items()
-        }
+        self._floors = dict[str, float]()
+        for path, output in self._base.items():
+            digits = min(ROUNDING * torch.finfo(output.dtype).eps, LEAST_DIGITS)
+            least = digits * _distance(output, torch.zeros_like(output))
+            self._floors[path] = max(self._jitter.get(path, 0.0), least)
         self.trained, self.ran, self.notes = set[AdaptedSite](), set[AdaptedSite](), list[str]()
         for mode in ("evaluation", "training"):
             try:
@@ -366,10 +361,8 @@ class _Trial:
 
     def is_wide(self, on: Sites) -> bool:
         """Whether the weights are neither quantized nor run in half precision."""
-        return not any(
-            site.layer.is_quantized or site.weight is None or (site.weight.dtype.itemsize < 4 and not self._widens)
-            for site in on
-        )
+        weights = [None if site.layer.is_quantized else site.weight for site in on]
+        return all(each is not None and (self._widens or each.dtype.itemsize >= 4) for each in weights)
 
     @contextmanager
     def _trying(self, on: Iterable[AdaptedSite], *, training: bool) -> Iterator[None]:

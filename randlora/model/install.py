@@ -26,7 +26,7 @@ from randlora.places import loaded_modules, place_at
 from randlora.ranks import agree
 from randlora.replaced import CASTS, ReplacedParameter, whole_shape
 from randlora.state import ATTRIBUTE, Adapter, ModelState, SavePretrained, SiteAdapter, attached_state
-from randlora.targets.census import AdaptedSite, Census, Site, sizes
+from randlora.targets.census import AdaptedSite, Census, Site, shapes_of, sizes
 from randlora.targets.left_out import computed_weights, offloaded_with
 from randlora.targets.match import prefixes, shortened
 
@@ -80,7 +80,7 @@ def add(
     census: Census,
     state: ModelState,
     adapter: Adapter,
-    sites: Iterable[Site],
+    sites: Sequence[Site],
     *,
     replaced: Mapping[str, ReplacedParameter],
     active: bool,
@@ -97,17 +97,12 @@ def add(
     problems = [f"one adapter trains rows of {fqn}, and another one all of it: use two models" for fqn in sorted(both)]
     raise_collected(AdapterError, [*shared_slots(state, every, replaced), *problems], doing="add it")
     added: list[tuple[Site, AdapterLayer, SiteAdapter | SiteRows, tuple[Tensor, ...]]] = []
-    shapes = dict[str, Shape]()
+    shapes = shapes_of(sites, adapter.config)
     for site in sites:
         layer = site.adapter_layer or site.layer_class(site.owner, state)
-        site_adapter = adapter.at(site.fqn, site.shape_with(adapter.config))
-        diagonals = (
-            values[site.fqn]
-            if values
-            else layer.fresh_diagonals(site.owner, site_adapter.shape, site_adapter.options.r, adapter.init)
-        )
-        added.append((site, layer, site_adapter, diagonals))
-        shapes[site.fqn] = site_adapter.shape
+        shape, r = shapes[site.fqn], adapter.options[site.fqn].r
+        diagonals = values[site.fqn] if values else layer.fresh_diagonals(site.owner, shape, r, adapter.init)
+        added.append((site, layer, adapter.at(site.fqn, shape), diagonals))
     added += [table.to_add(adapter, state, own) for table, own in rows]
     with all_or_nothing(census, state, [site for site, *_ in added], replaced.values()):
         if not state.adapters:

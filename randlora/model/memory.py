@@ -1,7 +1,4 @@
-"""`training_memory`: the bytes that training an adapter takes on each device, as sums over the layers of a model.
-
-Nothing is run. `tests/test_model_memory.py` compares the sums with measurements.
-"""
+"""`training_memory`: the bytes that training an adapter takes on each device, as sums over the layers of a model."""
 
 from __future__ import annotations
 
@@ -31,7 +28,6 @@ from randlora.targets.census import Census
 from randlora.targets.left_out import tied_names
 
 GATHERED_BLOCKS = 2  # that FSDP2 has at once: the one that computes, and the next one, which is on its way
-HELD = ("weights", "parameters", "gradients", "optimizer", "bases", "communication", "activations")
 IN_FLIGHT = 2  # gradients as wide as the widest layer that backward has at once
 BESIDE_A_LOGIT = 3 * FLOAT32_BYTES  # at the peak of a loss in float32: the logarithm of a probability, two gradients
 BLOCK, LEVELS = 64, 16  # of bitsandbytes: weights that share a scale, levels of a layer, all in float32 by default
@@ -77,8 +73,7 @@ class TrainingMemory(Setup):
             of one block. With ``"ddp"``, the buckets, which are as large as the gradients.
         activations: Tensors kept from forward to backward. With activation checkpointing, the input of each block.
         logits: The output of the model's head, and the float32 tensors of transformers' loss.
-        backward: The most that the backward of a block takes. With activation checkpointing, this includes the
-            activations of the block.
+        backward: The most that the backward of a block takes, with its activations if they are checkpointed.
     """
 
     weights: int
@@ -94,8 +89,9 @@ class TrainingMemory(Setup):
     @property
     def total(self) -> int:
         """The most that a device holds at once. Logits are freed before a block computes backward."""
-        held: list[int] = [getattr(self, name) for name in HELD]
-        return sum(held) + max(self.logits, self.backward)
+        trained = self.parameters + self.gradients + self.optimizer
+        held = self.weights + trained + self.bases + self.communication + self.activations
+        return held + max(self.logits, self.backward)
 
     def __str__(self) -> str:
         spread = f"each of {self.devices} devices, {self.strategy}" if self.devices > 1 else "one device"
@@ -149,8 +145,7 @@ def training_memory(
             (the entries of module lists) are gathered when they compute.
         tokens: Tokens of a step on each device, to count activations and logits.
         dtype: The dtype in which the model is held and computes. ``None`` means the dtype of each parameter.
-        optimizer_states: Numbers that the optimizer keeps for each trained parameter: two for AdamW, one for SGD with
-            momentum.
+        optimizer_states: Numbers that the optimizer keeps for each parameter: two for AdamW, one for SGD with momentum.
         checkpointing: Whether backward recomputes blocks, so that only one block at a time keeps its activations.
         load_in_4bit: Whether bitsandbytes holds linear layers in 4 bits, as in a model that transformers loads with
             ``BitsAndBytesConfig(load_in_4bit=True)``. Embeddings and the output head are not quantized.
@@ -180,10 +175,9 @@ def memory_of(
         plan = make_plan(view, asked)
     census = plan.census
     fqns = {id(held.tensor): held.fqn for held in reversed(census.parameters)}
-    coded = [site for site in census.sites if site.layer_class.is_quantized]
-    stored = {
-        fqns[id(site.weight)]: site.layer_class.nbytes_of(site.owner) for site in coded if id(site.weight) in fqns
-    } | {**stored}
+    coded = {id(site.weight): site for site in census.sites if site.layer_class.is_quantized}
+    sizes = {fqns[key]: site.layer_class.nbytes_of(site.owner) for key, site in coded.items() if key in fqns}
+    stored = sizes | {**stored}
     if setup.load_in_4bit:
         if stored or coded:  # codes may be buffers
             option = spelled("load_in_4bit", value=True)
@@ -254,10 +248,8 @@ def _parts_of(
         for site in plan.selection.sites
         for shape in diagonal_shapes(site.shape_with(adapter.config), adapter.options[site.fqn].r)
     ]
-    copies = [
-        _Part(block(fqn), tuple(each.shape), max(itemsize(each), FLOAT32_BYTES))
-        for fqn, each in adapter.parameters.items()
-    ]
+    sizes = {fqn: max(itemsize(each), FLOAT32_BYTES) for fqn, each in adapter.parameters.items()}
+    copies = [_Part(block(fqn), tuple(adapter.parameters[fqn].shape), size) for fqn, size in sizes.items()]
     rows = [_Part(block(each.fqn), (len(each.rows), each.weight.shape[-1]), FLOAT32_BYTES) for each in plan.tables]
     if adapter.config.train == "lambda":  # each Γ follows its Λ
         own, diagonals = own + diagonals[1::2], diagonals[::2]
@@ -354,22 +346,18 @@ def _block_of(census: Census) -> Callable[[str], str]:
 
 
 def planned_codes(census: Census) -> dict[str, int]:
-    """Return the bytes that weights would have that transformers loads in 4 bits, with their scales, by FQN."""
-    # not the head, the last layer, tied ones, and what the class keeps in float32
+    """Return the bytes that weights would have that transformers loads in 4 bits, with their scales, by FQN.
+
+    It leaves alone the head, the last layer, tied ones, and what the class keeps in float32.
+    """
     last = census.parameters[-1].fqn.removesuffix(".weight") if census.parameters else ""
     kept: Any = getattr(census.model, "_keep_in_fp32_modules", None)
-    names = [last, *(kept or ())]
-    inner = [site for site in census.sites if site.owner is not census.head]
-    sites = [
-        each for each in inner if plain_class(each.owner) is nn.Linear or issubclass(each.layer_class, Conv1DAdapter)
-    ]
-    tied = tied_names(census, sites)
-    counts = {
-        f"{site.fqn}.weight": math.prod(site.shape)
-        for site in sites
-        if site.key not in tied
-        and not any(site.fqn.endswith(name) or f"{site.fqn}.".startswith(f"{name}.") for name in names)
-    }
-    return {
-        fqn: math.ceil(count / 2) + FLOAT32_BYTES * (math.ceil(count / BLOCK) + LEVELS) for fqn, count in counts.items()
-    }
+    names, tied, planned = [last, *(kept or ())], tied_names(census, census.sites), dict[str, int]()
+    for site in census.sites:
+        is_linear = plain_class(site.owner) is nn.Linear or issubclass(site.layer_class, Conv1DAdapter)
+        is_kept = any(site.fqn.endswith(name) or f"{site.fqn}.".startswith(f"{name}.") for name in names)
+        if is_linear and not is_kept and site.owner is not census.head and site.key not in tied:
+            count = math.prod(site.shape)
+            scales = math.ceil(count / BLOCK) + LEVELS
+            planned[f"{site.fqn}.weight"] = math.ceil(count / 2) + FLOAT32_BYTES * scales
+    return planned
