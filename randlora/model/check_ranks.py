@@ -68,12 +68,8 @@ def check_ranks(model: nn.Module, *, values: bool = False, group: Any = None) ->
     if len({digest for _, digest in by_rank.values()}) > 1:
         facts_by_rank = _gathered(facts, group)
         found = {what: difference({rank: every[what] for rank, every in facts_by_rank.items()}) for what in facts}
-        what = "models" if found["models"] else "adapters"
-        raise_collected(
-            AdapterError,
-            [problem for problem in found.values() if problem],
-            doing=f"go on: the ranks have different {what}",
-        )
+        what, problems = "models" if found["models"] else "adapters", [*filter(None, found.values())]
+        raise_collected(AdapterError, problems, doing=f"go on: the ranks have different {what}")
 
 
 def _gathered(own: object, group: Any) -> dict[int, Any]:

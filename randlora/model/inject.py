@@ -1,7 +1,4 @@
-"""`inject`, `plan` and `eject`: adding an adapter to a model's layers, and removing all adapters.
-
-Planning and checking come first, do not change the model, and raise one error for all problems.
-"""
+"""`inject`, `plan` and `eject`: adding an adapter to a model's layers, and removing all adapters."""
 
 from __future__ import annotations
 

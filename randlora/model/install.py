@@ -172,10 +172,8 @@ def lost_sites(census: Census, adapters: Iterable[Adapter]) -> list[str]:
     """Return messages about weights that have lost an adapter because the module was replaced or resized."""
     layers: dict[int, list[AdapterLayer]] = {}
     for site in census.adapted:
-        sharing = (
-            [held.module for held in census.parameters if held.tensor is site.weight] if site.layer.is_rows else ()
-        )
-        if {*(owners := site.layer.owners(site.owner))} == {site.owner, *sharing}:
+        owners, parameters = site.layer.owners(site.owner), census.parameters if site.layer.is_rows else ()
+        if {*owners} == {site.owner, *(held.module for held in parameters if held.tensor is site.weight)}:
             for owner in owners:
                 layers.setdefault(id(owner), []).append(site.layer)
     visits = [(fqn, module, layer) for fqn, module in census.visits for layer in layers.get(id(module), ())]

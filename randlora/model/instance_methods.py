@@ -103,7 +103,7 @@ class SaveGuard:
                 "randlora.integrations.transformers, or call randlora.save(model, directory) in all processes"
             )
             return
-        if not is_shared:
+        if values is not None and not is_shared:
             _require_own_values(module, values)
         WRITERS[-1](root, Path(given[0]), values if is_shared else None)
         if is_checkpoint and values is None and "is_main_process" in kwargs:  # engines have checkpoints that resume
@@ -120,10 +120,8 @@ class SaveGuard:
             )
 
 
-def _require_own_values(module: nn.Module, given: Mapping[str, Any] | None) -> None:
+def _require_own_values(module: nn.Module, given: Mapping[str, Any]) -> None:
     """Refuse a state dict that has other values of Λ and Γ than the model, such as averages, which are not written."""
-    if given is None:
-        return
     for name, value in module.state_dict().items():
         if DIAGONAL in name and (name not in given or not torch.equal(value, given[name].to(value))):
             raise AdapterError(
@@ -153,13 +151,10 @@ def unguard_saving(census: Census) -> None:
     """Restore the original methods of every module."""
     for module in census.modules:
         for name in METHODS:
-            guard = vars(module).get(name)
-            if not isinstance(guard, SaveGuard):
-                continue
-            if guard.own is None:
+            if isinstance(guard := vars(module).get(name), SaveGuard):
                 del vars(module)[name]
-            else:
-                vars(module)[name] = guard.own
+                if guard.own is not None:
+                    vars(module)[name] = guard.own
 
 
 CONVERT = "_apply"  # the method of torch that all conversions call, also those of every module around

@@ -92,9 +92,6 @@ def adapters(model: nn.Module) -> list[AdapterInfo]:
     Args:
         model: Any model.
 
-    Returns:
-        The name, options and state of each adapter. Each prints as a few lines.
-
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> _ = randlora.inject(model, r=8)
@@ -130,9 +127,6 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[nn.P
         model: A model with adapters.
         name: The name of one adapter, for an optimizer of its own; ``None`` means all.
 
-    Returns:
-        The parameters to pass to an optimizer.
-
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> _ = randlora.inject(model, r=4)
@@ -158,10 +152,9 @@ def trainable_parameters(model: nn.Module, name: str | None = None) -> list[nn.P
             advice = f"call randlora.set_trainable(model, {adapters[0].name!r})"
             raise AdapterError(f"no adapter is trainable, so an optimizer would have nothing to do ({names}): {advice}")
         copies = {id(copy): fqn for adapter in adapters for fqn, copy in adapter.parameters.items()}
-        halves = [each for each in trained if each.dtype.itemsize < FLOAT32_BYTES]
-        dtypes = {each.dtype for each in halves if id(each) not in copies}
-        narrowed = [(copies[id(each)], each.dtype) for each in halves if id(each) in copies]
-        narrow = [fqn for fqn, dtype in narrowed if dtype != copy_dtype(state.replaced[fqn])]
+        halves = [(copies.get(id(each)), each.dtype) for each in trained if each.dtype.itemsize < FLOAT32_BYTES]
+        dtypes = {dtype for fqn, dtype in halves if fqn is None}
+        narrow = [fqn for fqn, dtype in halves if fqn is not None and dtype != copy_dtype(state.replaced[fqn])]
         if dtypes:
             warn(
                 f"Λ and Γ are in {', '.join(map(str, dtypes))}, as after model.half(), where small steps are lost: "

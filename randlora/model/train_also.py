@@ -113,13 +113,11 @@ def copy_dtype(entry: ReplacedParameter) -> torch.dtype:
 
 def planned_copies(replaced: Mapping[str, ReplacedParameter]) -> dict[str, Tensor]:
     """Return stand-ins for copies before they exist: the model's own tensors, or empty ones of a different dtype."""
-    dtypes = {fqn: copy_dtype(entry) for fqn, entry in replaced.items()}
-    return {
-        fqn: entry.original
-        if entry.original.dtype == dtypes[fqn]
-        else nn.Parameter(entry.original.detach().to("meta", dtypes[fqn]))
-        for fqn, entry in replaced.items()
-    }
+    copies = {}
+    for fqn, entry in replaced.items():
+        own, dtype = entry.original, copy_dtype(entry)
+        copies[fqn] = own if own.dtype == dtype else nn.Parameter(own.detach().to("meta", dtype))
+    return copies
 
 
 def half_notes(adapter: Adapter) -> list[str]:
@@ -138,17 +136,12 @@ def lost_parameters(state: ModelState, adapters: Iterable[Adapter]) -> list[str]
     problems = []
     for adapter in adapters:
         for fqn, copy in adapter.trained.items():
-            if state.replaced[fqn].is_lost:
-                problems.append(
-                    f"{fqn}, which adapter {adapter.name!r} trains, is no longer in the model: put it back, or remove "
-                    "the adapter"
-                )
-            elif adapter.is_active and not state.replaced[fqn].fits(copy):
-                now = sizes(state.replaced[fqn].original.shape)
-                problems.append(
-                    f"the shape of {fqn}, which adapter {adapter.name!r} trains, was {sizes(copy.shape)} and is {now}: "
-                    "remove the adapter and load one with the new shape"
-                )
+            what, entry = f"{fqn}, which adapter {adapter.name!r} trains,", state.replaced[fqn]
+            if entry.is_lost:
+                problems.append(f"{what} is no longer in the model: put it back, or remove the adapter")
+            elif adapter.is_active and not entry.fits(copy):
+                change = f"was {sizes(copy.shape)} and is {sizes(entry.original.shape)}"
+                problems.append(f"the shape of {what} {change}: remove the adapter and load one with the new shape")
     return problems
 
 
@@ -183,9 +176,7 @@ def moved_note(census: Census, state: ModelState, adapters: Iterable[Adapter], w
     own = {held.fqn: held.tensor for held in census.buffers if held.fqn not in owned}
     own |= {fqn: entry.original for fqn, entry in state.replaced.items() if fqn in own}
     moved = [fqn for fqn, now in own.items() if _is_small(now) and _differs(now, state.buffers_before.get(fqn))]
-    if not moved:
-        return []
-    return [f"{shortened(moved)} moved since the model was adapted: {where}; next time {REMEDY}"]
+    return [f"{shortened(moved)} moved since the model was adapted: {where}; next time {REMEDY}"] if moved else []
 
 
 def _is_small(buffer: Tensor) -> bool:

@@ -179,8 +179,7 @@ def r_like_lora(sites: Collection[Site], lora_r: int, config: RandLoRAConfig) ->
 def first_learning_rate(scaling: float, min_dim: int, lambda_rank: float | None = None) -> float:
     """Return the learning rate to try first, ``0.3 / min_dim * sqrt(20 / scaling)`` but at most 1e-2; see its page.
 
-    For an adapter of Λ alone, as large as a LoRA of ``lambda_rank``, ``0.5 / max(1, lambda_rank)`` takes the place of
-    0.3.
+    For Λ alone, as large as a LoRA of ``lambda_rank``, ``0.5 / max(1, lambda_rank)`` takes the place of 0.3.
     """
     step = FIRST_STEP if lambda_rank is None else LONE_FIRST_STEP / max(1.0, lambda_rank)
     size = abs(scaling) / ALPHA_PER_RANK

@@ -85,8 +85,7 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
     else:
         chosen, skipped, refused = _by_pattern(census, kept, pattern)
         strays = _strays(census, candidates, pattern, exclude) if must_match else []
-        wrong: list[Candidate | Held] = [*refused, *strays]
-        problems += [refusal(census, matched) for matched in wrong]
+        problems += [refusal(census, visit) for visit in refused] + [refusal(census, held) for held in strays]
         if must_match:
             names = {name for visit in (*chosen, *excluded, *refused) for name in _names(visit, pattern)}
             names |= {held.fqn for held in strays}
@@ -106,7 +105,9 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
         skipped |= alone | _heads(census, wanted)
         left = left_out(census, wanted, skipped, excluded_keys, trained)
     if not chosen:
-        raise TargetError(_nothing_left(census, rule, skipped, left))
+        found = f"give {spelled('targets')} that match a layer; {inventory(census)}"
+        reasons = [f"skipped: {shortened([f'{fqn} ({why})' for fqn, why in skipped.items()])}"] if skipped else []
+        raise TargetError("; ".join([f"{rule}: no layer is left to adapt", found, *reasons, *map(str, left)]))
     wanted = {visit.key for visit in chosen}
     sites = tuple(site for site in census.sites if site.key in wanted)
     skipped = {fqn: why for fqn, why in skipped.items() if not {fqn, f"{fqn}.weight"} & {*trained}}
@@ -226,12 +227,6 @@ def _beside_head(census: Census, chosen: Sequence[Candidate], trained: Collectio
 
 def _is_in_head(census: Census, held: Candidate | Held) -> bool:
     return held.module is census.head or held.fqn.partition(".")[0] in HEAD_NAMES
-
-
-def _nothing_left(census: Census, rule: str, skipped: Mapping[str, str], left: Sequence[LeftOut]) -> str:
-    message = f"{rule}: no layer is left to adapt; give {spelled('targets')} that match a layer; {inventory(census)}"
-    reasons = [f"{fqn} ({why})" for fqn, why in skipped.items()]
-    return "; ".join([message, *([f"skipped: {shortened(reasons)}"] if reasons else []), *map(str, left)])
 
 
 def _excluded(census: Census, candidates: Sequence[Candidate], exclude: Pattern) -> tuple[list[Candidate], list[str]]:
