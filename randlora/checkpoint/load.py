@@ -33,7 +33,7 @@ from randlora.functional.scratch import without_modes
 from randlora.hints import require_types
 from randlora.model.install import add, lost_parts
 from randlora.model.switch import remove
-from randlora.model.train_also import copy_dtype, find_tables, half_notes, moving_note, replacements
+from randlora.model.train_also import copy_dtype, find_tables, replacements, training_notes
 from randlora.model.view import View, collective, opened, opened_to_add
 from randlora.places import NOT_LASTING, Kept, Place, has_values, place_at, values_within
 from randlora.ranks import agree, agreeing, raise_on_every_rank
@@ -242,7 +242,7 @@ def _added(
     rows = [file.trained[fqn].to(table.weight.device) for fqn, table in zip(file.rows, tables, strict=True)]
     values = {site.fqn: file.diagonals(site.fqn, site.layer_class.device_beside(site.owner)) for site in sites}
     if trainable:
-        notes += [*moving_note(census, adapter.buffers), *half_notes(adapter)]
+        notes += training_notes(census, adapter)
     report = adapter_report(census, adapter, shapes, is_active=active, is_trainable=trainable, notes=notes)
     add(
         census,

@@ -30,6 +30,7 @@ from randlora.targets.left_out import computed_weights, tie_problems
 from randlora.targets.match import shortened
 
 Sites = Collection[AdaptedSite]
+SiteAdapters = dict[AdaptedSite, list[SiteAdapter]]
 
 SHARE = 0.5  # the norm of a random update, as a share of the norm of the weight
 SPREAD = 0.02  # the standard deviation of values in place of zero parameters, which would hide effects before them
@@ -308,13 +309,7 @@ class _Trial:
     """A model that runs on copies of its tensors, with random values of Λ and Γ of the active adapters."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        view: View,
-        site_adapters: dict[AdaptedSite, list[SiteAdapter]],
-        arguments: tuple[tuple[Any, ...], dict[str, Any]],
-        *,
-        widens: bool,
+        self, model: nn.Module, view: View, site_adapters: SiteAdapters, arguments: tuple[Any, ...], *, widens: bool
     ) -> None:
         """Draw the values. If ``widens``, half precision is copied to float32."""
         self.model, self.sites, self.ran = model, [*site_adapters], set[AdaptedSite]()
@@ -433,11 +428,8 @@ def _has_digits(tensor: Tensor) -> bool:
 
 def _distances(first: Output, second: Output) -> dict[str, float]:
     """Return the norm of the difference of the tensors that both outputs have, in the same shape."""
-    return {
-        path: _distance(value, second[path])
-        for path, value in first.items()
-        if path in second and second[path].shape == value.shape
-    }
+    shared = [path for path, value in first.items() if path in second and second[path].shape == value.shape]
+    return {path: _distance(first[path], second[path]) for path in shared}
 
 
 def _distance(first: Tensor, second: Tensor) -> float:

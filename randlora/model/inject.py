@@ -38,15 +38,14 @@ from randlora.model.train_also import (
     copy_dtype,
     find_tables,
     first_values,
-    half_notes,
     misplaced_copies,
-    moving_note,
     planned_copies,
     replacements,
     select_buffers,
     select_parameters,
     table_problems,
     train_also_problems,
+    training_notes,
 )
 from randlora.model.view import View, all_or_nothing, collective, opened, opened_to_add
 from randlora.places import has_values, place_at, whole
@@ -87,7 +86,7 @@ class Plan:
             which = f" of r={', '.join(new)}" if self.shared else ""
             notes.append(f"its bases{which} are additional: those of the other adapters cannot be shared: {others}")
         if self.trainable:
-            notes += [*moving_note(self.census, self.adapter.buffers), *half_notes(self.adapter)]
+            notes += training_notes(self.census, self.adapter)
         shapes = shapes_of(self.selection.sites, self.adapter.config)
         if self.trainable and self.adapter.config.basis == "dense" and (share := self._block_share(shapes)) < FEW:
             notes.append(f"dense bases: basis='block' would take about {share:.1f} of the work")
@@ -341,13 +340,6 @@ def make_plan(view: View, asked: Mapping[str, Any]) -> Plan:
     replaced = replacements(census, state, also)
     adapter = Adapter(asked["name"], config, bases, options, selection.rule, trained=planned_copies(replaced))
     adapter.rows |= {table.fqn: table.rows for table in tables}
-    return Plan(
-        census,
-        state,
-        adapter,
-        selection,
-        shared,
-        replaced,
-        tables,
-        **{name: not state.adapters if asked[name] is None else asked[name] for name in ("active", "trainable")},
-    )
+    is_first = not state.adapters
+    active, trainable = (is_first if asked[name] is None else asked[name] for name in ("active", "trainable"))
+    return Plan(census, state, adapter, selection, shared, replaced, tables, active=active, trainable=trainable)

@@ -120,9 +120,14 @@ def planned_copies(replaced: Mapping[str, ReplacedParameter]) -> dict[str, Tenso
     return copies
 
 
-def half_notes(adapter: Adapter) -> list[str]:
-    """Return a note on each dtype of 16 bits in which an adapter trains parameters that cannot be in float32."""
-    return [
+def training_notes(census: Census, adapter: Adapter) -> list[str]:
+    """Return notes on what would be trained in 16 bits, or move in training and not be part of the adapter."""
+    has = {held.fqn.rpartition(".")[0] for held in census.buffers if held.fqn in adapter.buffers}
+    norms = [(fqn, module) for fqn, module in census.visits if isinstance(module, _NormBase) and fqn not in has]
+    fqns = [fqn for fqn, norm in norms if norm.track_running_stats and norm.running_mean is not None]
+    have, what = "has" if len(fqns) == 1 else "have", "running statistics, which move in train mode and are not part of"
+    notes = [f"{shortened(fqns)} {have} {what} the adapter: {REMEDY}"] if fqns else []
+    return notes + [
         f"{shortened(fqns)} {'is' if len(fqns) == 1 else 'are'} trained in {dtype}, the model's dtype, unlike Λ and Γ, "
         f"because it is sharded already, or no cast can be put between it and the code that reads it: {risk}; load "
         "the model in float32 and train under torch.autocast, or inject before sharding"
@@ -153,15 +158,6 @@ def misplaced_copies(census: Census, state: ModelState) -> list[ReplacedParamete
         slots = {held.fqn: (held.module, held.attribute) for held in tied}
         found += [ReplacedParameter(slots, entry.original, entry.installed)] if slots else []
     return found
-
-
-def moving_note(census: Census, owned: Collection[str]) -> list[str]:
-    """Return a note on torch's norms with buffers that training would change and no adapter has a copy of."""
-    has = {held.fqn.rpartition(".")[0] for held in census.buffers if held.fqn in owned}
-    norms = [(fqn, module) for fqn, module in census.visits if isinstance(module, _NormBase) and fqn not in has]
-    fqns = [fqn for fqn, norm in norms if norm.track_running_stats and norm.running_mean is not None]
-    have, what = "has" if len(fqns) == 1 else "have", "running statistics, which move in train mode and are not part of"
-    return [f"{shortened(fqns)} {have} {what} the adapter: {REMEDY}"] if fqns else []
 
 
 @torch.inference_mode(mode=False)

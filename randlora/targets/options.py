@@ -102,15 +102,13 @@ def by_target(name: str, option: Any, fqns: Sequence[str]) -> tuple[dict[str, An
     takers: dict[str, list[tuple[str, frozenset[str]]]] = {}
     problems = []
     for pattern, value in option.items():
-        matched, unmet = _matching(pattern, fqns, by_part)
+        what, (matched, unmet) = f"{named(name)}={{{pattern!r}: …}}", _matching(pattern, fqns, by_part)
         if unmet:
-            problems.append(f"{named(name)}={{{pattern!r}: …}} {unmet}")
+            problems.append(f"{what} {unmet}")
             continue
         own = frozenset(matched)
         if wider := [other for other, taken in takers.get(matched[0], ()) if taken > own and option[other] != value]:
-            problems.append(
-                f"{named(name)}={{{pattern!r}: …}} matches only what {wider[0]!r} took: put it before {wider[0]!r}"
-            )
+            problems.append(f"{what} matches only what {wider[0]!r} took: put it before {wider[0]!r}")
         for fqn in matched:
             takers.setdefault(fqn, []).append((pattern, own))
             found.setdefault(fqn, value)

@@ -302,8 +302,7 @@ NEW_HEADS = HEAD_NAMES - {"embed_out", "lm_head"}
 
 def default_targets(census: Census) -> tuple[Pattern, str] | None:
     """Return the pattern of the layers adapted by default, and what it selects; ``None`` without usable attention."""
-    default = _by_names(census)
-    if default is None:
+    if (default := _by_names(census)) is None:
         return None
     keys = {visit.key for visit in census.candidates if matches(default[0], visit.fqn, visit.module) and visit.entry}
     tied = tied_names(census, [site for site in census.sites if site.key in keys])
