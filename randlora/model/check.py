@@ -46,9 +46,7 @@ ROUNDING, LEAST_DIGITS = 64, 0.04
 NOISE_FACTOR, ROUNDING_FACTOR = 4, 10
 
 HALVES = torch.float16, torch.bfloat16
-
-Output = dict[str, Tensor]
-"""The dense floating tensors in a forward's output, by their places in it."""
+Output = dict[str, Tensor]  # the dense floating tensors in a forward's output, by their places in it
 
 Fault = Literal["unused", "read past", "no gradient", "merged differs"]
 

@@ -6,11 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from randlora.bases.basis import Basis
 from randlora.bases.kinds import block_share
@@ -35,7 +34,6 @@ from randlora.hints import require_types
 from randlora.model.install import add, detach_all, require_detachable, restore_originals
 from randlora.model.train_also import (
     Table,
-    copy_dtype,
     find_tables,
     first_values,
     misplaced_copies,
@@ -45,12 +43,13 @@ from randlora.model.train_also import (
     select_parameters,
     table_problems,
     train_also_problems,
+    trained_copies,
     training_notes,
 )
 from randlora.model.view import View, all_or_nothing, collective, opened, opened_to_add
-from randlora.places import has_values, place_at, whole
-from randlora.ranks import agree, run_collectives
-from randlora.replaced import ReplacedParameter, like
+from randlora.places import has_values
+from randlora.ranks import agree
+from randlora.replaced import ReplacedParameter
 from randlora.report import Report, adapter_report, by_reason, next_steps
 from randlora.state import Adapter, ModelState, SavePretrained, require_unused
 from randlora.targets.census import Census, Shapes, shapes_of
@@ -209,7 +208,7 @@ def inject(
                 adapter.bases[rank].matrices()  # drawn now, so that errors are raised before the model changes
         if callable(adapter.config.targets) or callable(adapter.config.exclude):  # which cannot be pickled or saved
             adapter.config = replace(adapter.config, targets=report.targets, exclude=None)
-        adapter.trained |= _copies(planned)
+        adapter.trained |= trained_copies(planned.replaced, requires_grad=planned.trainable)
         add(
             view.census,
             view.state,
@@ -234,19 +233,6 @@ def _valueless_note(census: Census) -> list[str]:
     ]
     advice = "set it after to_empty, or build the model under accelerate's init_empty_weights"
     return [f"no values: {shortened(names)} on the meta device, and state dicts leave it out; {advice}"] * bool(names)
-
-
-def _copies(planned: Plan) -> dict[str, Tensor]:
-    """Return copies of what an adapter trains beside Λ and Γ; of a sharded parameter, of this process's part."""
-    values: dict[str, Tensor] = {fqn: entry.original for fqn, entry in planned.replaced.items()}
-    others = {fqn: each for fqn, each in values.items() if place_at(each).exchanges != "values"}
-    agree()
-    values |= zip(others, run_collectives(partial(whole, each) for each in others.values()), strict=True)
-    copies = {}
-    for fqn, entry in planned.replaced.items():
-        copy = values[fqn].detach().to(copy_dtype(entry), copy=True)
-        copies[fqn] = like(entry.original, copy, requires_grad=planned.trainable)
-    return copies
 
 
 @same_options(inject)

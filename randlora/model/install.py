@@ -35,9 +35,7 @@ LOST = (
     "model before adapting it"
 )
 
-Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]
-"""Adapters of weights: for each, the module, its adapter layer, and the adapter's name."""
-
+Parts = Sequence[tuple[nn.Module, AdapterLayer, str]]  # of adapters: a module, its adapter layer, the adapter's name
 
 ENGINES: list[Engine] = []
 

@@ -203,20 +203,16 @@ def set_trainable(model: nn.Module, names: str | Iterable[str], trainable: bool 
         census, state = view.census, view.state
         raise_collected(AdapterError, state.unknown(named), doing=doing)
         chosen = [state.adapters[name] for name in named]
+        sites = [(site, name) for site in census.adapted for name in named if name in site.layer.adapters]
         if trainable:
-            sites = [(site, name) for site in census.adapted for name in named if name in site.layer.adapters]
             parts = [(site.owner, site.layer, name) for site, name in sites]
             copies = [state.replaced[fqn] for adapter in chosen for fqn in adapter.parameters]
             for engine in ENGINES:
                 engine.require_averaged(census.model, parts, copies)
         parameters = [*adapter_parameters(census, *chosen)]
         alone = {adapter.name for adapter in chosen if adapter.config.train == "lambda"}
-        fixed = {
-            id(parameter)
-            for site in census.adapted
-            for name in alone & site.layer.adapters.keys()
-            for parameter in site.layer.diagonals_of(site.owner, name)[1:]
-        }
+        gammas = [site.layer.diagonals_of(site.owner, name)[1:] for site, name in sites if name in alone]
+        fixed = {id(parameter) for each in gammas for parameter in each}
         with all_or_nothing(census, state, flags=parameters):
             for parameter in parameters:
                 set_requires_grad(parameter, trainable and id(parameter) not in fixed)

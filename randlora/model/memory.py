@@ -346,10 +346,8 @@ def _block_of(census: Census) -> Callable[[str], str]:
 
 
 def planned_codes(census: Census) -> dict[str, int]:
-    """Return the bytes that weights would have that transformers loads in 4 bits, with their scales, by FQN.
-
-    It leaves alone the head, the last layer, tied ones, and what the class keeps in float32.
-    """
+    """Return the bytes that weights would have that transformers loads in 4 bits, with their scales, by FQN."""
+    # not the head, the last layer, tied ones, and what the class keeps in float32
     last = census.parameters[-1].fqn.removesuffix(".weight") if census.parameters else ""
     kept: Any = getattr(census.model, "_keep_in_fp32_modules", None)
     names, tied, planned = [last, *(kept or ())], tied_names(census, census.sites), dict[str, int]()

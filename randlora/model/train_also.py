@@ -20,7 +20,7 @@ from randlora.layers.in_place import can_cast, plain_class
 from randlora.layers.rows import RowsAdapter, SiteRows
 from randlora.places import has_values, is_whole, place_at, values_within, whole, whole_only_inside
 from randlora.ranks import agree, run_collectives
-from randlora.replaced import ReplacedParameter, whole_shape
+from randlora.replaced import ReplacedParameter, like, whole_shape
 from randlora.state import Adapter, ModelState
 from randlora.targets.census import WEIGHT, Census, Held, Site, is_quantized, sizes
 from randlora.targets.left_out import obstacle, offloaded_copies
@@ -120,6 +120,19 @@ def planned_copies(replaced: Mapping[str, ReplacedParameter]) -> dict[str, Tenso
     return copies
 
 
+def trained_copies(replaced: Mapping[str, ReplacedParameter], *, requires_grad: bool) -> dict[str, Tensor]:
+    """Return copies of the model's own tensors; of a sharded parameter, of this process's part. A collective."""
+    values = {fqn: entry.original for fqn, entry in replaced.items()}
+    others = {fqn: each for fqn, each in values.items() if place_at(each).exchanges != "values"}
+    agree()
+    values |= zip(others, run_collectives(partial(whole, each) for each in others.values()), strict=True)
+    copies = {}
+    for fqn, entry in replaced.items():
+        copy = values[fqn].detach().to(copy_dtype(entry), copy=True)
+        copies[fqn] = like(entry.original, copy, requires_grad=requires_grad)
+    return copies
+
+
 def training_notes(census: Census, adapter: Adapter) -> list[str]:
     """Return notes on what would be trained in 16 bits, or move in training and not be part of the adapter."""
     has = {held.fqn.rpartition(".")[0] for held in census.buffers if held.fqn in adapter.buffers}
@@ -171,7 +184,8 @@ def moved_note(census: Census, state: ModelState, adapters: Iterable[Adapter], w
     owned = {fqn for adapter in adapters for fqn in adapter.buffers}
     own = {held.fqn: held.tensor for held in census.buffers if held.fqn not in owned}
     own |= {fqn: entry.original for fqn, entry in state.replaced.items() if fqn in own}
-    moved = [fqn for fqn, now in own.items() if _is_small(now) and _differs(now, state.buffers_before.get(fqn))]
+    small = {fqn: now for fqn, now in own.items() if fqn in state.buffers_before and _is_small(now)}
+    moved = [fqn for fqn, now in small.items() if _differs(now, state.buffers_before[fqn])]
     return [f"{shortened(moved)} moved since the model was adapted: {where}; next time {REMEDY}"] if moved else []
 
 
@@ -179,9 +193,7 @@ def _is_small(buffer: Tensor) -> bool:
     return type(buffer) is Tensor and not is_lazy(buffer) and has_values(buffer) and buffer.numel() <= MOST_NUMBERS
 
 
-def _differs(now: Tensor, before: Tensor | None) -> bool:
-    if before is None:
-        return False
+def _differs(now: Tensor, before: Tensor) -> bool:
     held, value = before.to(now.dtype), now.detach().cpu()
     return held.shape != value.shape or not bool(((held == value) | (held.isnan() & value.isnan())).all())
 

@@ -245,6 +245,8 @@ def _excluded(census: Census, candidates: Sequence[Candidate], exclude: Pattern)
 TARGET_PRESETS: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("bart", "gemma", "gemma2", "gemma3_text", "gpt_neo", "gptj", "llama"), ("q_proj", "v_proj")),
     **dict.fromkeys(("llama4", "mistral", "mixtral", "opt", "qwen2", "qwen3", "stablelm"), ("q_proj", "v_proj")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    **dict.fromkeys(("mt5", "t5"), ("q", "v")),
     **dict.fromkeys(("bert", "electra", "layoutlm", "roberta", "xlm-roberta"), ("query", "value")),
     **dict.fromkeys(("RefinedWeb", "RefinedWebModel", "bloom", "chatglm", "falcon", "gpt_neox"), ("query_key_value",)),
     **dict.fromkeys(  # as `LANGUAGE_MODEL`, under a name that the encoders of CLIP and its kin have too
@@ -262,17 +264,13 @@ TARGET_PRESETS: dict[str, str | tuple[str, ...]] = {
     "deberta-v2": ("query_proj", "value_proj"),
     "funnel": ("q_head", "v_head"),
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "gpt2": ("c_attn",),
-    "gpt_bigcode": ("c_attn",),
     "levit": r".*\.(queries|keys_values|queries_keys_values)\.linear",
     "mpt": ("Wqkv",),
-    "mt5": ("q", "v"),
     "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "phi": ("q_proj", "v_proj", "fc1", "fc2"),
     "phi4_multimodal": ("qkv_proj",),  # of its language model
     "rwkv": ("key", "value", "receptance", "output"),
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
-    "t5": ("q", "v"),
 }
 """Suffixes (or a regex) of the layers adapted by default; an entry may name layers of only some variants."""
 
