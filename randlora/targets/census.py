@@ -17,7 +17,7 @@ from randlora.config import RandLoRAConfig
 from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
-from randlora.layers.in_place import InPlace, adapter_layers_of
+from randlora.layers.in_place import adapter_layers_of
 from randlora.layers.registry import FINDERS, Kinds, Refusal, Verdict, find_kinds, find_layer
 from randlora.places import Place, identities
 from randlora.replaced import unwrapped, whole_shape
@@ -221,12 +221,9 @@ class Census:
     @cached_property
     def uncalled(self) -> dict[Key, str]:
         """Why adapters of layers would be wrong because a module uses the weight differently, by `Site.key`."""
-        sites, read = self.sites_by_key, self._readings["only where read"]
-        return {
-            key: why
-            for key, why in self.read.items()
-            if key in sites and not (key in read and sites[key].layer_class.is_read)
-        }
+        sites = self.sites_by_key
+        served = {key for key in self._readings["only where read"] if key in sites and sites[key].layer_class.is_read}
+        return {key: why for key, why in self.read.items() if key in sites and key not in served}
 
     @cached_property
     def useless(self) -> dict[Key, str]:
@@ -297,6 +294,11 @@ class Census:
         """All weights that have a class of adapter layer, each once."""
         return tuple(self.sites_by_key.values())
 
+    def sites_of(self, candidates: Iterable[Candidate]) -> tuple[Site, ...]:
+        """Return the sites that some candidates are occurrences of."""
+        keys = {each.key for each in candidates}
+        return tuple(site for site in self.sites if site.key in keys)
+
     @cached_property
     def sites_by_fqn(self) -> dict[str, Site]:
         """All weights that have a class of adapter layer, by FQN, at each of their places."""
@@ -334,7 +336,7 @@ class Census:
         """All adapted weights, each once, of which those with trained rows may have several modules."""
         found: dict[AdapterLayer, AdaptedSite] = {}
         for fqn, module in self.first_visits:
-            for layer in module.randlora.values() if isinstance(module, InPlace) else ():
+            for layer in adapter_layers_of(module).values():
                 found.setdefault(layer, AdaptedSite(type(layer).site_fqn(fqn), module, type(layer), layer))
         return tuple(found.values())
 

@@ -57,9 +57,9 @@ def obstacles(census: Census, sites: Sequence[Site], dropout: float) -> list[str
         elif (why := census.uncalled.get(site.key) or census.empty.get(site.key)) is not None:
             problems.append(f"{site.fqn} ({plain_class(site.owner).__name__}) {why}: exclude it")
         elif dropout and (site.key in census.read or not site.layer_class.takes_dropout(site.owner)):
+            advice = "omit dropout, or exclude this weight"
             problems.append(
-                f"{site.fqn} is a weight that other code reads, and {dropout=} cannot reach its input: "
-                "omit dropout, or exclude this weight"
+                f"{site.fqn} is a weight that other code reads, and {dropout=} cannot reach its input: {advice}"
             )
         else:
             sound.append(site)
@@ -106,11 +106,8 @@ def computed_weights(sites: Iterable[Site]) -> list[str]:
 def tie_problems(census: Census, sites: Sequence[Site]) -> list[str]:
     """Return messages about weights that are tied to other modules."""
     tied = tied_names(census, [site for site in sites if not site.layer_class.is_rows])
-    return [
-        f"the weight of {site.fqn} is tied to {', '.join(tied[site.key])}: untie it, or exclude the layer"
-        for site in sites
-        if site.key in tied
-    ]
+    found = [(site.fqn, ", ".join(tied[site.key])) for site in sites if site.key in tied]
+    return [f"the weight of {fqn} is tied to {others}: untie it, or exclude the layer" for fqn, others in found]
 
 
 def tied_names(census: Census, sites: Iterable[Site]) -> dict[Key, list[str]]:
@@ -254,15 +251,11 @@ def _why_left(census: Census, held: Held, site: Site | None, excluded: Collectio
 def _group(census: Census, order: int, why: str, members: Sequence[tuple[Held, Site | None]]) -> LeftOut:
     kind = KINDS[order] if order < len(KINDS) else None
     count = sum(census.count_numbers(held) for held, _ in members)
-    return LeftOut(
-        kind=kind,
-        owner=shortened(sorted({plain_class(held.module).__name__ for held, _ in members})) if kind is None else None,
-        fqns=tuple(dict.fromkeys(held.fqn if site is None else site.fqn for held, site in members)),
-        parameters=count,
-        share=count / census.size if census.size else 0.0,
-        targets=None if kind is None or why else ALL_LINEAR if kind in LINEAR_KINDS else ALL,
-        reason=why or None,
-    )
+    share = count / census.size if census.size else 0.0
+    owner = shortened(sorted({plain_class(held.module).__name__ for held, _ in members})) if kind is None else None
+    fqns = tuple(dict.fromkeys(held.fqn if site is None else site.fqn for held, site in members))
+    targets = None if kind is None or why else ALL_LINEAR if kind in LINEAR_KINDS else ALL
+    return LeftOut(kind, owner, fqns, count, share, targets, why or None)
 
 
 def doubt(census: Census, sites: Sequence[Site], groups: Sequence[LeftOut]) -> str:

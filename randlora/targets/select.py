@@ -108,10 +108,8 @@ def select(census: Census, given: Pattern | None, exclude: Pattern | None, train
         found = f"give {spelled('targets')} that match a layer; {inventory(census)}"
         reasons = [f"skipped: {shortened([f'{fqn} ({why})' for fqn, why in skipped.items()])}"] if skipped else []
         raise TargetError("; ".join([f"{rule}: no layer is left to adapt", found, *reasons, *map(str, left)]))
-    wanted = {visit.key for visit in chosen}
-    sites = tuple(site for site in census.sites if site.key in wanted)
     skipped = {fqn: why for fqn, why in skipped.items() if not {fqn, f"{fqn}.weight"} & {*trained}}
-    return Selection(sites, rule, skipped, left, is_default=given is None)
+    return Selection(census.sites_of(chosen), rule, skipped, left, is_default=given is None)
 
 
 def _resolve(census: Census, pattern: Pattern | None) -> tuple[Pattern, str, bool]:
@@ -182,8 +180,7 @@ def _by_rule(census: Census, visits: Sequence[Candidate], rule: Pattern) -> tupl
     skipped |= _reasons(visits, census.useless)
     skipped |= _reasons(visits, {visit.key: HEAD for visit in visits if _is_in_head(census, visit)})
     if rule == ALL:  # "all-linear" refuses what cannot be adapted
-        keys = {visit.key for visit in visits if visit.fqn not in skipped}
-        sites = [site for site in census.sites if site.key in keys]
+        sites = census.sites_of(visit for visit in visits if visit.fqn not in skipped)
         skipped |= {site.fqn: why for site in sites if (why := obstacle(site)) is not None}
     passed = {visit.key for visit in visits if visit.fqn in skipped}
     return [visit for visit in visits if visit.key not in passed], skipped
@@ -196,8 +193,7 @@ def _reasons(visits: Sequence[Candidate], why: Mapping[Key, str]) -> dict[str, s
 
 def _left_alone(census: Census, visits: Sequence[Candidate], trained: Collection[str]) -> dict[str, str]:
     """Return which weights that a rule chose are not adapted: trained beside, or shared by modules."""
-    keys = {visit.key for visit in visits}
-    sites = [site for site in census.sites if site.key in keys]
+    sites = census.sites_of(visits)
     why = {key: f"tied to {', '.join(names)}" for key, names in tied_names(census, sites).items()}
     beside = {id(held.tensor) for held in census.parameters if held.fqn in trained}
     return _reasons(visits, why | {site.key: TRAINED for site in sites if id(site.weight) in beside})
@@ -302,9 +298,9 @@ def default_targets(census: Census) -> tuple[Pattern, str] | None:
     """Return the pattern of the layers adapted by default, and what it selects; ``None`` without usable attention."""
     if (default := _by_names(census)) is None:
         return None
-    keys = {visit.key for visit in census.candidates if matches(default[0], visit.fqn, visit.module) and visit.entry}
-    tied = tied_names(census, [site for site in census.sites if site.key in keys])
-    return None if keys and census.uncalled.keys() | tied.keys() >= keys else default
+    visits = [visit for visit in census.candidates if matches(default[0], visit.fqn, visit.module) and visit.entry]
+    unfit = census.uncalled.keys() | tied_names(census, census.sites_of(visits)).keys()
+    return None if visits and all(visit.key in unfit for visit in visits) else default
 
 
 def _usual(census: Census) -> Iterator[str]:
