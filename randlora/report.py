@@ -204,8 +204,6 @@ def adapter_report(
     *,
     is_active: bool = True,
     is_trainable: bool = True,
-    skipped: Mapping[str, str] | None = None,
-    left_out: tuple[LeftOut, ...] = (),
     notes: Sequence[str] = (),
 ) -> Report:
     """Return the report of one adapter of a model, with these layers, whether it has been added or not."""
@@ -237,8 +235,6 @@ def adapter_report(
         train_also=tuple(adapter.parameters),
         train_rows=dict(adapter.rows),
         buffers=tuple(adapter.buffers),
-        skipped=dict(skipped or {}),
-        left_out=left_out,
         learning_rate=first_learning_rate(scaling, typical_min_dim(rows), lambda_rank) if is_trainable else None,
         lora_rank=lora_rank,
         notes=(*notes, *_notes(census, adapter, shapes, is_trainable=is_trainable)),

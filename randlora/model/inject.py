@@ -89,19 +89,10 @@ class Plan:
         shapes = shapes_of(self.selection.sites, self.adapter.config)
         if self.trainable and self.adapter.config.basis == "dense" and (share := self._block_share(shapes)) < FEW:
             notes.append(f"dense bases: basis='block' would take about {share:.1f} of the work")
-        report = adapter_report(
-            self.census,
-            self.adapter,
-            shapes,
-            is_active=self.active,
-            is_trainable=self.trainable,
-            skipped=self.selection.skipped,
-            left_out=self.selection.left_out,
-            notes=notes,
-        )
-        if not self.selection.is_default:
-            return report
-        return replace(report, warning=doubt(self.census, self.selection.sites, report.left_out))
+        acts, trains, left_out = self.active, self.trainable, self.selection.left_out
+        report = adapter_report(self.census, self.adapter, shapes, is_active=acts, is_trainable=trains, notes=notes)
+        warning = doubt(self.census, self.selection.sites, left_out) if self.selection.is_default else ""
+        return replace(report, skipped=dict(self.selection.skipped), left_out=left_out, warning=warning)
 
     def _block_share(self, shapes: Shapes) -> float:
         """Return how much of the work of its dense bases block bases would take, except in tables."""
@@ -179,9 +170,6 @@ def inject(
             adapter, as `randlora.save` does; ``"error"`` raises an error that says what to call; ``"model"`` writes the
             base model. ``None`` uses the choice of the model's other adapters, or else ``"adapter"`` with a warning at
             each call. While the adapters are merged, all but ``"model"`` raise an error.
-
-    Returns:
-        A report with the figures as fields. It prints as a table.
 
     Raises:
         ConfigError: For invalid options.
