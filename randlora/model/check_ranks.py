@@ -43,8 +43,7 @@ def check_ranks(model: nn.Module, *, values: bool = False, group: Any = None) ->
             stages have different layers.
 
     Raises:
-        AdapterError: In every process, if something differs. The message says what differs first, which ranks have
-            what, and what else differs.
+        AdapterError: In every process, if something differs. The message says what, and which ranks have what.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
@@ -90,15 +89,11 @@ def difference(by_rank: Mapping[int, Facts]) -> str:
     if not differing:
         return ""
     first, *rest = differing
-    return f"{first}: {_by_value(differing[first])}" + (f"; also different: {shortened(rest)}" if rest else "")
-
-
-def _by_value(texts: Mapping[int, str]) -> str:
-    """Return what which ranks have: ``"r=4 on rank 0; r=8 on ranks 1, 2"``."""
     ranks: dict[str, list[str]] = {}
-    for rank, text in texts.items():
+    for rank, text in differing[first].items():
         ranks.setdefault(text, []).append(str(rank))
-    return "; ".join(f"{text} on rank{'s' if len(own) > 1 else ''} {', '.join(own)}" for text, own in ranks.items())
+    which = [f"{text} on rank{'s' if len(own) > 1 else ''} {', '.join(own)}" for text, own in ranks.items()]
+    return f"{first}: {'; '.join(which)}" + (f"; also different: {shortened(rest)}" if rest else "")
 
 
 def _adapter_facts(view: View, *, with_values: bool) -> Iterator[tuple[str, str]]:

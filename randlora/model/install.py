@@ -1,12 +1,9 @@
-"""Adding one adapter to a model, removing all of them, and watching the calls. Only this changes a model's modules.
-
-A feature registers an `Engine`, which is told what an adapter trains, and checks of calls.
-"""
+"""Adding one adapter to a model, removing all of them, and watching the calls. Only this changes a model's modules."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -160,9 +157,8 @@ def offloaded_diagonals(census: Census, sites: Iterable[Site] | None = None) -> 
     ]
 
 
-def lost_parts(census: Census, state: ModelState, adapters: Iterable[Adapter]) -> list[str]:
+def lost_parts(census: Census, state: ModelState, adapters: Collection[Adapter]) -> list[str]:
     """Return messages about weights and parameters of adapters that are missing or changed in the model."""
-    adapters = [*adapters]
     return [*lost_sites(census, adapters), *lost_parameters(state, adapters)]
 
 
@@ -232,7 +228,10 @@ def detach_all(census: Census, state: ModelState) -> tuple[str, ...]:
         if CASTS in vars(module):
             set_casts(module, _rounded(module))
     now = census.again()
-    unwatch(now)
+    for module in now.modules:
+        if module._forward_pre_hooks:
+            _remove(module, check_call, *CHECKS)
+    _count(now)
     for held in now.parameters:
         if held.fqn in state.required_grad:  # else it was added later
             set_requires_grad(held.tensor, state.required_grad[held.fqn])
@@ -311,14 +310,6 @@ def watch(census: Census) -> None:
         for check, where in CHECKS.items():
             if where(module) and check not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(check)
-    _count(census)
-
-
-def unwatch(census: Census) -> None:
-    """Stop watching a model without adapters, except modules in which a parameter is still cast as it is read."""
-    for module in census.modules:
-        if module._forward_pre_hooks:
-            _remove(module, check_call, *CHECKS)
     _count(census)
 
 

@@ -145,15 +145,12 @@ def training_memory(
             (the entries of module lists) are gathered when they compute.
         tokens: Tokens of a step on each device, to count activations and logits.
         dtype: The dtype in which the model is held and computes. ``None`` means the dtype of each parameter.
-        optimizer_states: Numbers that the optimizer keeps for each parameter: two for AdamW, one for SGD with momentum.
+        optimizer_states: Numbers that the optimizer has per trained parameter: 2 for AdamW, 1 for SGD with momentum.
         checkpointing: Whether backward recomputes blocks, so that only one block at a time keeps its activations.
         load_in_4bit: Whether bitsandbytes holds linear layers in 4 bits, as in a model that transformers loads with
             ``BitsAndBytesConfig(load_in_4bit=True)``. Embeddings and the output head are not quantized.
         config: As for `randlora.inject`.
         **options: The other options of `RandLoRAConfig`.
-
-    Returns:
-        The sizes as fields. Prints as a table that also says what is not counted.
 
     Raises:
         ConfigError: If numbers are negative, or ``load_in_4bit`` is given for a model that is quantized already.

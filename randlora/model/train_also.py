@@ -20,7 +20,7 @@ from randlora.layers.in_place import can_cast, plain_class
 from randlora.layers.rows import RowsAdapter, SiteRows
 from randlora.places import has_values, is_whole, place_at, values_within, whole, whole_only_inside
 from randlora.ranks import agree, run_collectives
-from randlora.replaced import ReplacedParameter, like, whole_shape
+from randlora.replaced import ReplacedParameter, Slot, like, whole_shape
 from randlora.state import Adapter, ModelState
 from randlora.targets.census import WEIGHT, Census, Held, Site, is_quantized, sizes
 from randlora.targets.left_out import obstacle, offloaded_copies
@@ -92,13 +92,13 @@ def train_also_problems(
 
 def replacements(census: Census, state: ModelState, fqns: Iterable[str]) -> dict[str, ReplacedParameter]:
     """Return the model's own parameters and buffers with these names, and their places, even if copies are in use."""
-    by_fqn = {held.fqn: held.tensor for held in census.tensors}
-    found = {}
-    for fqn in fqns:
-        own = by_fqn[fqn]
-        slots = {held.fqn: (held.module, held.attribute) for held in census.tensors if held.tensor is own}
-        found[fqn] = state.replaced.get(fqn) or ReplacedParameter(slots, own, own)
-    return found
+    own = {held.fqn: held.tensor for held in census.tensors}
+    known = state.replaced
+    return {fqn: known.get(fqn) or ReplacedParameter(_slots(census, own[fqn]), own[fqn], own[fqn]) for fqn in fqns}
+
+
+def _slots(census: Census, tensor: Tensor) -> dict[str, Slot]:
+    return {held.fqn: (held.module, held.attribute) for held in census.tensors if held.tensor is tensor}
 
 
 def copy_dtype(entry: ReplacedParameter) -> torch.dtype:
@@ -165,12 +165,9 @@ def lost_parameters(state: ModelState, adapters: Iterable[Adapter]) -> list[str]
 
 def misplaced_copies(census: Census, state: ModelState) -> list[ReplacedParameter]:
     """Return the copies that are no longer where the parameter was, such as in a module that was moved."""
-    found = []
-    for entry in (entry for entry in state.replaced.values() if entry.is_lost):
-        tied = [held for held in census.tensors if held.tensor is entry.installed]
-        slots = {held.fqn: (held.module, held.attribute) for held in tied}
-        found += [ReplacedParameter(slots, entry.original, entry.installed)] if slots else []
-    return found
+    lost = [entry for entry in state.replaced.values() if entry.is_lost]
+    found = [ReplacedParameter(_slots(census, entry.installed), entry.original, entry.installed) for entry in lost]
+    return [entry for entry in found if entry.slots]
 
 
 @torch.inference_mode(mode=False)
