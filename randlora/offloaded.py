@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from randlora.errors import MergeError
 from randlora.layers.in_place import plain_class
 from randlora.places import Keeper, Place
+from randlora.replaced import table_of
 
-HOOK = "_hf_hook"
-"""The attribute of a module in which accelerate keeps its hook, or several hooks combined."""
+HOOK = "_hf_hook"  # the attribute of a module in which accelerate keeps its hook, or several hooks combined
 
 
 class StoredAt(NamedTuple):
@@ -74,9 +74,8 @@ class Offloaded(Place):
 
     @property
     def _tensor(self) -> Tensor:
-        found = _tensor(self._owner, self._attribute)
-        assert found is not None, "it is offloaded"
-        return found
+        tensor: Tensor = table_of(self._owner, self._attribute)[self._attribute]
+        return tensor
 
 
 def offloading_hooks(module: nn.Module) -> Iterator[Any]:
@@ -88,11 +87,6 @@ def offloading_hooks(module: nn.Module) -> Iterator[Any]:
     for each in getattr(hook, "hooks", [hook]):
         if isinstance(each, AlignDevicesHook) and each.offload:
             yield each
-
-
-def _tensor(owner: nn.Module, attribute: str) -> Tensor | None:
-    held = owner._parameters.get(attribute)
-    return owner._buffers.get(attribute) if held is None else held
 
 
 def _entry(weights_map: Any, name: str) -> StoredAt | None:
@@ -120,7 +114,7 @@ class Offloading(Keeper):
             return None
         entries = [_entry(hook.weights_map, attribute) for hook in hooks]
         found = tuple(entry for entry in entries if entry is not None)
-        if _tensor(owner, attribute) is None or not found or len(found) < len(entries):
+        if len(found) < len(entries) or table_of(owner, attribute).get(attribute) is None:
             return None
         device = hooks[-1].execution_device
         device = torch.device("cpu") if device is None else torch.empty(0, device=device).device
