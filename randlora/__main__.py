@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from randlora.errors import how_to_install
 
-NEEDED = frozenset({"rich", "typer"})
-
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; see `randlora.cli.app.main`."""
@@ -16,7 +14,7 @@ def main(args: Sequence[str] | None = None) -> int:
         from randlora.cli import app  # noqa: PLC0415 (the library itself works without typer and rich)
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
-        if missing not in NEEDED:
+        if missing not in ("rich", "typer"):
             raise
         sys.stderr.write(f"error: the command line needs {missing}: {how_to_install('cli')}\n")
         return 1

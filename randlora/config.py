@@ -24,34 +24,25 @@ Stream = Literal["torch", "torch-2.11", "portable"]
 InProj = Literal["packed", "split"]
 Experts = Literal["each", "shared"]
 
-Init = Literal["lambda", "gamma"]
-"""Which of Λ and Γ starts at zero and moves first."""
-Train = Literal["both", "lambda"]
-"""Which of Λ and Γ is trained."""
-
+Init = Literal["lambda", "gamma"]  # which of Λ and Γ starts at zero and moves first
+Train = Literal["both", "lambda"]  # which of Λ and Γ is trained
 Strategy = Literal["ddp", "fsdp2"]
 
-Names = str | Sequence[str]
-"""A regex for whole names, or names and suffixes of names."""
-Pattern = Names | Callable[[str, Any], bool]
-"""`Names`, or a function of a name and a module."""
-TableRows = Mapping[str, Sequence[int]]
-"""Numbers of rows, by the names of the embeddings or heads that have them."""
+Names = str | Sequence[str]  # a regex for whole names, or names and suffixes of names
+Pattern = Names | Callable[[str, Any], bool]  # of a name and a module
+TableRows = Mapping[str, Sequence[int]]  # numbers of rows, by the names of the embeddings or heads that have them
+Source = str | os.PathLike[str]  # a path, or a repository on the Hub
+Factor = (
+    float | Mapping[str, float]
+)  # of an active adapter's update: for all layers, or by FQN; 0 means it does not act
+Check = Callable[[Any], str]  # returns what a value of the right type does not meet, or an empty string
 
-Source = str | os.PathLike[str]
-"""A path, or a repository on the Hub."""
-Check = Callable[[Any], str]
-"""Returns the requirement that a value of the right type does not meet, or an empty string."""
-
-NO_REGEX = re.error, OverflowError, RecursionError
-"""Errors of the module ``re`` for text that is not a regular expression, counts too far, or is nested too deeply."""
-
-Factor = float | Mapping[str, float]
-"""The factor of an active adapter's update: one for all layers, or one for each by FQN. 0 means it does not act."""
+NO_REGEX = re.error, OverflowError, RecursionError  # of ``re``: no regex, counts too far, nested too deeply
 
 _Number = TypeVar("_Number", bound=float | Sequence[int])
-
 _Value = TypeVar("_Value")
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 def between(words: str, least: float, largest: float) -> Check:
@@ -170,17 +161,9 @@ def described(options: Mapping[str, LayerOptions]) -> dict[str, str]:
     return words
 
 
-ALPHA_PER_RANK = 20.0
-"""The default alpha is 20·r, which is PEFT's 640 for r = 32."""
-
-LARGEST_RANK = 2**20
-"""The largest r. Above min_dim, a larger r adds no rank, and no layer is as wide as this."""
-
-LARGEST_FACTOR = 1e15
-"""The largest alpha, and the largest factor of an adapter. Their product times zero is zero in any dtype."""
-
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+ALPHA_PER_RANK = 20.0  # the default alpha is 20·r, which is PEFT's 640 for r = 32
+LARGEST_RANK = 2**20  # above min_dim, a larger r adds no rank, and no layer is as wide as this
+LARGEST_FACTOR = 1e15  # of an adapter, and the largest alpha: their product times zero is zero in any dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-SHOWN, OPTIONS_SHOWN = 5, 100
-"""How many problems of one call are shown in full: with layers, tensors or files; with options."""
+SHOWN, OPTIONS_SHOWN = 5, 100  # problems of one call in full: with layers, tensors or files; with options
 
 
 def how_to_install(extra: str) -> str:

@@ -118,9 +118,7 @@ def require_types(function: Callable[..., object], arguments: Mapping[str, objec
 
 _hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
-
-RIGHT = {(kind, kind) for kind in (bool, int, str)}
-"""Classes and type hints of which every value is right, and need not be looked at."""
+RIGHT = {(kind, kind) for kind in (bool, int, str)}  # classes and hints of which every value is right: no need to look
 
 
 def mistyped(value: object, hint: Any, name: str) -> Iterator[str]:

@@ -20,13 +20,11 @@ from torch.nn.parameter import is_lazy
 from randlora.functional.region import Spans, take_spans
 from randlora.ranks import Ranks
 
-Part = tuple[Spans, ...]
-"""The part of a parameter that a process holds: which entries of each dimension."""
+Part = tuple[Spans, ...]  # the part of a parameter that a process holds: which entries of each dimension
 
 Exchanges = Literal["parameters", "values", "nothing"]
 """Whether a parameter can be replaced, or must stay and take the values of its replacement (because its keeper would
 not see a new one), or neither."""
-
 
 NOT_LASTING = "is partitioned by ZeRO-3, whose optimizer has copies of the values and would write them back"
 
@@ -167,8 +165,7 @@ class Plain(Whole):
         self._owner._parameters[self._attribute] = values
 
 
-_asked: dict[str, list[Callable[..., Any]]] = defaultdict(list)
-"""The methods of keepers by name, in the order of registration."""
+_asked: dict[str, list[Callable[..., Any]]] = defaultdict(list)  # methods of keepers by name, as they registered
 
 
 class Keeper:

@@ -50,8 +50,7 @@ class _Block(NamedTuple):
         return any(one in self.known for one in seen)
 
 
-_BLOCK: ContextVar[_Block | None] = ContextVar("_BLOCK", default=None)
-"""The outermost open block of this thread."""
+_BLOCK: ContextVar[_Block | None] = ContextVar("_BLOCK", default=None)  # the outermost that is open in this thread
 
 
 def agreeing() -> Ranks | None:

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from randlora.places import place_at, place_of, values_within, whole, whole_only_inside
 
-Slot = tuple[nn.Module, str]
-"""A module and the name of one of its parameters or buffers."""
+Slot = tuple[nn.Module, str]  # a module and the name of one of its parameters or buffers
 
-CASTS = "randlora_casts"
-"""The attribute of a module with the dtypes that it computes with, by the names of parameters in different ones."""
+CASTS = "randlora_casts"  # of a module: the dtypes that it computes with, by the names of parameters in different ones
 
 WRAPPED_AS = {
     "FullyShardedDataParallel": "_fsdp_wrapped_module",

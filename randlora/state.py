@@ -32,8 +32,7 @@ from randlora.replaced import ReplacedParameter, like, path_to
 
 ATTRIBUTE = "randlora_state"
 
-SavePretrained = Literal["adapter", "error", "model"]
-"""What ``save_pretrained`` of an adapted model does: see `randlora.inject`."""
+SavePretrained = Literal["adapter", "error", "model"]  # what it does for an adapted model: see `randlora.inject`
 
 CHANGING = threading.RLock()
 """Held by the thread that checks and changes a model. Two threads merging one model at once would lose its weights."""
