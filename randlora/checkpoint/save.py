@@ -110,7 +110,7 @@ def save(
     require_types(save, locals())
     root = Path(directory)
     adapters = to_save(model, [name], bases, dtype, doing=_saving_to(root))
-    (report,) = _write_each(adapters, [root], root, hub=push_to_hub, results=results)
+    (report,) = _Writing(adapters, [root], root, push_to_hub, results).run()
     return report
 
 
@@ -158,29 +158,12 @@ def save_all(
         problems.append("no adapter is named")
     raise_collected(CheckpointError, problems, doing=_saving_to(root))
     directories = [root if name == IN_ROOT else root / name for name in chosen]
-    return _write_each(to_save(model, chosen, bases, dtype, doing=_saving_to(root)), directories, root, hub=push_to_hub)
+    adapters = to_save(model, chosen, bases, dtype, doing=_saving_to(root))
+    return _Writing(adapters, directories, root, push_to_hub).run()
 
 
 def _saving_to(root: Path) -> str:
     return f"save to {str(root)!r}"
-
-
-def _write_each(
-    adapters: Sequence[AdapterToSave],
-    directories: Sequence[Path],
-    root: Path,
-    *,
-    hub: str | None = None,
-    results: Results = None,
-) -> list[SaveReport]:
-    """Write the files of some adapters, one value after the other; a collective if there are several processes."""
-    with ExitStack() as hidden, ExitStack() as being_written:
-        writing = _Writing(adapters, directories, root, hub, results)
-        on_first_rank(partial(writing.begin, hidden))
-        steps = [*writing.steps(being_written)]
-        agree()  # before anything is gathered
-        run_collectives(steps)
-        return on_first_rank(partial(writing.end, hidden))
 
 
 @dataclass
@@ -190,12 +173,21 @@ class _Writing:
     adapters: Sequence[AdapterToSave]
     directories: Sequence[Path]
     root: Path
-    hub: str | None
-    results: Results
+    hub: str | None = None
+    results: Results = None
     tensors: list[TensorFile] = field(default_factory=list)
     cards: list[Callable[[], object]] = field(default_factory=list)  # which write what is known once all is gathered
     notes: list[tuple[str, ...]] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+
+    def run(self) -> list[SaveReport]:
+        """Write the files, one value after the other; a collective if there are several processes."""
+        with ExitStack() as hidden, ExitStack() as being_written:
+            on_first_rank(partial(self.begin, hidden))
+            steps = [*self.steps(being_written)]
+            agree()  # before anything is gathered
+            run_collectives(steps)
+            return on_first_rank(partial(self.end, hidden))
 
     def begin(self, hidden: ExitStack) -> None:
         """Check what can be checked before a value is gathered, and begin all files, in hidden directories."""
@@ -223,11 +215,18 @@ class _Writing:
             self.tensors.append(TensorFile(path, adapter.tensors, lambda: adapter.seal.metadata))
 
         def begin_card(path: Path) -> None:
-            subfolder = None if directory == self.root else directory.name
-            self.cards.append(lambda: _write_card(path, adapter, self.results, self.hub, subfolder))
+            subfolder = f', subfolder="{directory.name}"' if self.hub and directory != self.root else ""
+            place = f'"{self.hub or "path/to/this/directory"}"{subfolder}'
+            self.cards.append(lambda: _write_card(path, adapter, self.results, place))
 
-        card = directory / CARD_FILE
-        is_own = os.path.lexists(card) and not is_generated(card)  # which the user has written
+        card, writers, of_results = directory / CARD_FILE, {TENSORS_FILE: begin_tensors}, list[str]()
+        if not os.path.lexists(card) or is_generated(card):
+            writers[CARD_FILE] = begin_card
+            if not self.results and RESULTS in _lines(card):
+                lost = "README.md had results of the replaced adapter, and has none now"
+                of_results.append(f"{lost}: pass results= to save for this one")
+        elif self.results:  # the user has written it
+            of_results.append("README.md is not a generated model card, so the results are not written into it")
         census, state, own = adapter.census, adapter.state, adapter.adapter
         elsewhere = "they are not in the files, so a model that loads the adapter computes something different"
         self.notes.append((
@@ -235,9 +234,8 @@ class _Writing:
             *untied_by_peft(census, own.trained),
             *_left_out(census, state),
             *moved_note(census, state, [own], elsewhere),
-            *_results_note(card, self.results),
+            *of_results,
         ))
-        writers = {TENSORS_FILE: begin_tensors} if is_own else {TENSORS_FILE: begin_tensors, CARD_FILE: begin_card}
         return files_of(directory, writers, adapter.fields, has_header=True)
 
     def steps(self, being_written: ExitStack) -> Iterator[Callable[[], object]]:
@@ -283,7 +281,7 @@ def _save_only(model: nn.Module, directory: Path, values: Mapping[str, Tensor] |
         return save(model, directory)
     own = given_values(model, values)
     raise_collected(CheckpointError, own.problems, doing=_saving_to(directory))
-    (report,) = _write_each([own], [directory], directory)
+    (report,) = _Writing([own], [directory], directory).run()
     return report
 
 
@@ -292,11 +290,9 @@ WRITERS.append(_save_only)
 
 def _left_out(census: Census, state: ModelState) -> list[str]:
     """Return a note on parameters that require grad and belong to no adapter, such as in a module added later."""
-    if state.is_merged:  # when a quantized layer may have others
-        return []
     trained = {id(copy) for adapter in state.adapters.values() for copy in adapter.trained.values()}
     left = [held.fqn for held in census.parameters if held.tensor.requires_grad and id(held.tensor) not in trained]
-    if not left:
+    if not left or state.is_merged:  # when a quantized layer may have others
         return []
     return [f"{shortened(left)} requires grad and belongs to no adapter, so it is not in the files: see train_also"]
 
@@ -320,14 +316,10 @@ def files_of(
     return Files(directory, {**tensors, CONFIG_FILE: write}, withdrawn=None if has_header else CONFIG_FILE)
 
 
-def _write_card(
-    path: Path, adapter: AdapterToSave, results: Results, repo_id: str | None, subfolder: str | None
-) -> None:
-    """Write a model card. ``subfolder`` is the place of the files in the repository."""
+def _write_card(path: Path, adapter: AdapterToSave, results: Results, place: str) -> None:
+    """Write a model card, in which ``place`` is given to `load`."""
     base, notes = repo_of(adapter.fields[BASE_FIELD]), adapter.peft_notes()
     figures = _figures(adapter_report(adapter.census, adapter.adapter, adapter.header.shapes), adapter)
-    place = f'"{repo_id or "path/to/this/directory"}"'
-    place += f', subfolder="{subfolder}"' if repo_id and subfolder else ""
     # what the Hub reads, in YAML, of which JSON strings are a part
     of_base = [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"] if base else []
     front_matter = ["---", *of_base, "library_name: randlora", "tags:", "- randlora", "---"]
@@ -351,15 +343,6 @@ def _write_card(
 def is_generated(path: Path) -> bool:
     """Whether a README.md is a generated model card that still has its mark."""
     return MARK in _lines(path)
-
-
-def _results_note(path: Path, results: Results) -> list[str]:
-    """Return a note if a save with these results does not write them into the model card, or removes earlier ones."""
-    if results and os.path.lexists(path) and not is_generated(path):
-        return ["README.md is not a generated model card, so the results are not written into it"]
-    if not results and is_generated(path) and RESULTS in _lines(path):
-        return ["README.md had results of the replaced adapter, and has none now: pass results= to save for this one"]
-    return []
 
 
 def _lines(path: Path) -> list[str]:
