@@ -16,14 +16,7 @@ from randlora.checkpoint.bases import file_bases, stream_notes
 from randlora.checkpoint.contents import AdapterState, file_of
 from randlora.checkpoint.fit import fit_sites, with_prefix, without_repeats
 from randlora.checkpoint.header import BasisRecord, Header
-from randlora.checkpoint.peft_layout import (
-    BASE_FIELD,
-    CONFIG_FILE,
-    NEUTRAL_FIELDS,
-    TENSORS_FILE,
-    kept_fields,
-    mismatch,
-)
+from randlora.checkpoint.peft_layout import BASE_FIELD, CONFIG_FILE, NEUTRAL_FIELDS, TENSORS_FILE, kept_fields, mismatch
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream, by_rank, explain_options
 from randlora.disk.formats import is_there
@@ -45,6 +38,7 @@ from randlora.targets.match import nearest_names, shortened
 
 Source = str | os.PathLike[str] | AdapterState
 """A directory, the safetensors file in it, a repository on the Hub, or what `randlora.adapter_state` returns."""
+Sources = Mapping[str, Source] | Mapping[str | None, Source]  # by the name of an adapter; None means the only one
 
 
 class Found(NamedTuple):
@@ -138,9 +132,7 @@ def load(
     require_types(load, {option: value for option, value in locals().items() if option != "name"})
     with opened_to_add(model, [name], "load") as view:
         found = read_source(source, revision=revision, subfolder=subfolder, stream=stream)
-        return _added(
-            view, name, found, trainable=trainable, active=active, prefix=prefix, save_pretrained=save_pretrained
-        )
+        return _added(view, name, found, prefix, trainable=trainable, active=active, save_pretrained=save_pretrained)
 
 
 @collective(writes=True)
@@ -211,10 +203,10 @@ def _added(
     view: View,
     name: str,
     found: Found,
+    prefix: str | None = None,
     *,
     trainable: bool = False,
     active: bool | None = None,
-    prefix: str | None = None,
     save_pretrained: SavePretrained | None = None,
 ) -> Report:
     census, state = view.census, view.state
@@ -232,9 +224,9 @@ def _added(
     tables, _ = find_tables(census, file.rows)
     adapter = Adapter(name, file.config, bases, layer_options, rule, peft_fields=kept_fields(file.fields))
     adapter.rows |= {table.fqn: table.rows for table in tables}
-    unknown = sorted(set(adapter.peft_fields) - set(NEUTRAL_FIELDS))
     notes = [*doubts, *stream_notes(file), *next_steps(name, is_active=active, is_trainable=True)]
-    notes += [f"fields kept but not understood: {', '.join(unknown)}"] if unknown else []
+    if unknown := sorted(adapter.peft_fields.keys() - NEUTRAL_FIELDS):
+        notes.append(f"fields kept but not understood: {', '.join(unknown)}")
     replaced = replacements(census, state, [fqn for fqn in file.trained if fqn not in file.rows])
     for fqn, entry in replaced.items():
         own = file.trained[fqn].to(device=entry.original.device, dtype=copy_dtype(entry))
@@ -309,16 +301,14 @@ def swap(
 
 @collective(writes=True)
 @torch.inference_mode(mode=False)
-def swap_each(model: nn.Module, sources: Mapping[str, Source] | Mapping[str | None, Source], **options: Any) -> None:
+def swap_each(model: nn.Module, sources: Sources, **options: Any) -> None:
     """Swap the values of several adapters, by name, as `swap` does: all of them, or none."""
     with swapped(model, sources, **options):
         pass
 
 
 @contextmanager
-def swapped(
-    model: nn.Module, sources: Mapping[str, Source] | Mapping[str | None, Source], **options: Any
-) -> Iterator[None]:
+def swapped(model: nn.Module, sources: Sources, **options: Any) -> Iterator[None]:
     """Swap the values of several adapters before the block. If it raises, none are swapped."""
     with opened(model, "swap the values of an adapter") as view:
         planned = [_planned(view, name, source, **options) for name, source in sources.items()]
@@ -347,16 +337,11 @@ def _planned(
             raise CheckpointError("randlora.save did not write these files: call randlora.load")
     advice = "make it with the options that it was saved with, or load it as a separate adapter, with a different name="
     shapes = shapes_of([site for site in sites if not site.layer.is_rows], adapter.config)
-    differences = _differences(adapter, file, file.header, shapes)
-    problems = [f"{difference}: {advice}" for difference in differences]
-    parameters: list[Tensor] = [
-        *chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites)
-    ]
-    problems += [
-        f"{site.fqn} {NOT_LASTING}: load a checkpoint of DeepSpeed, with engine.load_checkpoint(directory)"
-        for site in sites[:1]
-        if not all(place_at(diagonal).is_lasting for diagonal in parameters)
-    ]
+    problems = [f"{difference}: {advice}" for difference in _differences(adapter, file, file.header, shapes)]
+    parameters = list[Tensor](chain.from_iterable(site.layer.diagonals_of(site.owner, adapter.name) for site in sites))
+    if not all(place_at(diagonal).is_lasting for diagonal in parameters):
+        remedy = "load a checkpoint of DeepSpeed, with engine.load_checkpoint(directory)"
+        problems.append(f"{sites[0].fqn} {NOT_LASTING}: {remedy}")
     parameters += adapter.trained.values()
     if not all(map(has_values, parameters)):
         problems.append("the adapter has no values to write to (meta or fake): materialize the model first")
@@ -401,7 +386,7 @@ def _differences(adapter: Adapter, file: AdapterFile, header: Header, shapes: Sh
         for lacking, names in (("files have", own - other), ("adapter has", other - own)):
             if names:
                 yield f"the {lacking} no {what} {shortened(sorted(names))}"
-    own_shapes = dict(shapes) | {fqn: tuple(whole_shape(copy)) for fqn, copy in adapter.trained.items()}
+    own_shapes = dict(shapes) | {fqn: whole_shape(copy) for fqn, copy in adapter.trained.items()}
     saved = dict(header.shapes) | {fqn: tuple(file.trained[fqn].shape) for fqn in parameters | set(file.buffers)}
     for fqn in [fqn for fqn in own_shapes if fqn in saved]:
         if own_shapes[fqn] != saved[fqn]:
