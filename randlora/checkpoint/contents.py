@@ -24,6 +24,7 @@ from randlora.checkpoint.peft_layout import (
     value_keys,
 )
 from randlora.checkpoint.read import FLOATING, AdapterFile, disagreements, flaw_of, sort_contents
+from randlora.config import LayerOptions
 from randlora.disk.formats import LONGEST_NAME, Planned
 from randlora.errors import CheckpointError, ConfigError, raise_collected
 from randlora.hints import mistyped, require_types
@@ -96,16 +97,13 @@ class AdapterToSave:
         """Return one adapter of a model; ``None`` means the only one."""
         adapter = view.state.adapter(name)
         sites = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
-        # a module used in several places may have another name now, if one of them is gone or new
-        site_adapters = {site: site.layer.adapters[adapter.name] for site in sites}
-        rows = {
-            f"{site.fqn}.weight": adapter.rows[site_adapter.fqn]
-            for site, site_adapter in site_adapters.items()
-            if site.layer.is_rows
-        }
-        options = {
-            site.fqn: site_adapter.options for site, site_adapter in site_adapters.items() if not site.layer.is_rows
-        }
+        options, rows = dict[str, LayerOptions](), dict[str, tuple[int, ...]]()
+        for site in sites:  # which may have another name now, if one of the places of a module is gone or new
+            site_adapter = site.layer.adapters[adapter.name]
+            if site.layer.is_rows:
+                rows[f"{site.fqn}.weight"] = adapter.rows[site_adapter.fqn]
+            else:
+                options[site.fqn] = site_adapter.options
         renamed = replace(adapter, options=options, rows=rows)
         values, problems = _values(view.state, renamed, sites, dtype), _saving_problems(view, adapter, bases)
         return cls(view.census, view.state, renamed, sites, bases, values, problems)
@@ -246,14 +244,14 @@ def _values(
 ) -> dict[str, Value]:
     values = {}
     for site in sites:
-        site_adapter = site.layer.adapters[adapter.name]
-        if (rows := adapter.rows.get(fqn := f"{site.fqn}.weight")) is not None and site.layer.is_rows:
-            (own,), size = site.layer.diagonals_of(site.owner, adapter.name), (len(rows), site_adapter.shape[-1])
+        site_adapter, diagonals = site.layer.adapters[adapter.name], site.layer.diagonals_of(site.owner, adapter.name)
+        if site.layer.is_rows:
+            fqn = f"{site.fqn}.weight"
+            (own,), size = diagonals, (len(adapter.rows[fqn]), site_adapter.shape[-1])
             values[trained_key(fqn, adapter.options)] = Value(f"rows of {fqn}", own, size, is_diagonal=True)
             continue
         shapes = diagonal_shapes(site_adapter.shape, site_adapter.options.r)
         keys = value_keys(site.fqn, adapter.options)
-        diagonals = site.layer.diagonals_of(site.owner, adapter.name)
         for key, letter, diagonal, shape in zip(keys, "ΛΓ", diagonals, shapes, strict=True):
             values[key] = Value(f"{letter} of {site.fqn}", diagonal, shape, is_diagonal=True, wanted=dtype)
     for fqn, parameter in adapter.trained.items():
