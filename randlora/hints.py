@@ -31,15 +31,22 @@ WORDS: dict[Any, str] = {
 
 _BY_PATTERN = 'use {}=, which takes a mapping from patterns: {}={{"q_proj": 64, ".*": 16}}'
 
-ADVICE = {
+
+def _by_name(advice: Mapping[str, str]) -> dict[str, str]:
+    """Return advice for each name, given by several names at a time, with spaces between them."""
+    return {name: text for names, text in advice.items() for name in names.split()}
+
+
+ADVICE = _by_name({
     "adapter_name": "use name=",
     "alpha_pattern": _BY_PATTERN.format("alpha", "alpha"),
+    "bias lora_bias": 'use train_also=, which takes the names of biases: train_also=r".*\\.bias"',
     "fan_in_fan_out": "leave it out: layers that store their weight transposed are recognized",
     "inference_mode": "use trainable=False",
-    **dict.fromkeys(
-        ("learning_rate", "lr"),
-        "leave it out: the optimizer or the trainer has it, and report.learning_rate is a first one",
-    ),
+    "init_lora_weights init_weights": 'use init="lambda" or init="gamma"',
+    "layers_pattern layers_to_transform": "use targets=, which takes names and regexes of whole layers",
+    "learning_rate lr": "leave it out: the optimizer or the trainer has it, and report.learning_rate is a first one",
+    "lora_r lora_rank rank": "use r=, the rank of one basis: a smaller r trains more parameters",
     "rank_pattern": _BY_PATTERN.format("r", "r"),
     "revision": "leave it out, and give it to randlora.load",
     "save_projection": 'use the argument bases="stored" of save()',
@@ -48,46 +55,26 @@ ADVICE = {
     "use_dora": "leave it out: an update has full rank already",
     "use_rslora": "leave it out, and give alpha=: randlora.equivalent_alpha(…, use_rslora=True) computes it",
     "very_sparse": 'use basis="very_sparse"',
-    **dict.fromkeys(
-        ("lora_r", "lora_rank", "rank"), "use r=, the rank of one basis: a smaller r trains more parameters"
-    ),
-    **dict.fromkeys(("bias", "lora_bias"), 'use train_also=, which takes the names of biases: train_also=r".*\\.bias"'),
-    **dict.fromkeys(("init_lora_weights", "init_weights"), 'use init="lambda" or init="gamma"'),
-    **dict.fromkeys(
-        ("layers_pattern", "layers_to_transform"), "use targets=, which takes names and regexes of whole layers"
-    ),
-    **dict.fromkeys(
-        (
-            *("alora_invocation_tokens", "arrow_config", "auto_mapping", "autocast_adapter_dtype"),
-            *("base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "kasa_config"),
-            *("layer_replication", "loftq_config", "lora_ga_config", "low_cpu_mem_usage", "megatron_config"),
-            *("megatron_core", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "runtime_config"),
-            *("task_type", "use_bdlora", "use_qalora", "velora_config"),
-        ),
-        "leave it out: RandLoRA needs nothing like it",
-    ),
-}
+    "alora_invocation_tokens arrow_config auto_mapping autocast_adapter_dtype base_model_name_or_path corda_config "
+    "ensure_weight_tying eva_config kasa_config layer_replication loftq_config lora_ga_config low_cpu_mem_usage "
+    "megatron_config megatron_core monteclora_config peft_type peft_version qalora_group_size runtime_config task_type "
+    "use_bdlora use_qalora velora_config": "leave it out: RandLoRA needs nothing like it",
+})
 """Advice about options of PEFT and other libraries that have no entry in the table here."""
 
-CALLS = {
-    **dict.fromkeys(
-        ("AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForSequenceClassification"),
-        "randlora.files.load_model(directory)",
-    ),
-    **dict.fromkeys(
-        ("LoraConfig", "RandLoraConfig"), "randlora.inject(model, r=32, targets=…), or randlora.RandLoRAConfig"
-    ),
-    **dict.fromkeys(
-        ("PeftModel", "from_pretrained", "load_adapter", "load_peft_weights"), "randlora.load(model, directory)"
-    ),
-    **dict.fromkeys(("disable_adapter", "disable_adapters"), "with randlora.disabled(model):"),
+CALLS = _by_name({
     "AdapterCallback": "randlora.integrations.lightning.AdapterCallback(…)",
     "AdapterCheckpoints": "randlora.integrations.transformers.AdapterTrainer(…), or inherit AdapterCheckpoints there",
     "AdapterTrainer": "randlora.integrations.transformers.AdapterTrainer(…)",
+    "AutoPeftModel AutoPeftModelForCausalLM": "randlora.files.load_model(directory)",
+    "AutoPeftModelForSequenceClassification": "randlora.files.load_model(directory)",
+    "LoraConfig RandLoraConfig": "randlora.inject(model, r=32, targets=…), or randlora.RandLoRAConfig",
+    "PeftModel from_pretrained load_adapter load_peft_weights": "randlora.load(model, directory)",
     "TaskType": "randlora.inject(model), which needs no type of task",
     "add_adapter": "randlora.inject(model, name=…)",
     "add_weighted_adapter": "randlora.serving.combine(model, {…: 0.5, …: 0.5}, name=…)",
     "delete_adapter": "randlora.remove(model, name)",
+    "disable_adapter disable_adapters": "with randlora.disabled(model):",
     "get_peft_model": "randlora.inject(model), which changes the model in place and returns a report",
     "get_peft_model_state_dict": "randlora.adapter_state(model)",
     "hotswap_adapter": "randlora.swap(model, source)",
@@ -103,7 +90,7 @@ CALLS = {
     "set_requires_grad": "randlora.set_trainable(model, name)",
     "unload": "randlora.eject(model)",
     "unmerge_adapter": "randlora.unmerge(model)",
-}
+})
 """The calls to use instead of names that PEFT has and this library does not have."""
 
 IN_PLACE = "calls change the model and return a report: write randlora.inject(model), not model = randlora.inject(…)"
