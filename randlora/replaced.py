@@ -143,8 +143,9 @@ class ReplacedParameter:
         """Return it as the model has it now: in different modules with the same names, or in parts if it was untied."""
         parts: dict[int, dict[str, Slot]] = {}
         for fqn in self.slots:
-            if (slot := _slot(root, fqn)) is not None:
-                parts.setdefault(id(table_of(*slot)[slot[1]]), {})[fqn] = slot
+            modules, attribute = path_to(root, fqn), fqn.rpartition(".")[2]
+            if modules and (held := table_of(modules[-1], attribute).get(attribute)) is not None:
+                parts.setdefault(id(held), {})[fqn] = modules[-1], attribute
         if not parts:
             return [ReplacedParameter(self.slots, self.original, self.installed, is_lost=True)]
         return [ReplacedParameter(slots, self.original, self.installed) for slots in parts.values()]
@@ -153,14 +154,13 @@ class ReplacedParameter:
     def adopt(self) -> None:
         """If code has replaced `installed` by `live`, make `live` the installed one, in the same role."""
         was, live = self.installed, self.live
+        is_new = live is not was
         if self.original is was:
             self.original = live
-        elif whole_shape(live) != whole_shape(self.original) and (
-            live is not was or _may_be_whole(live, self.original)
-        ):
+        elif whole_shape(live) != whole_shape(self.original) and (is_new or _may_be_whole(live, self.original)):
             # the own values of a module that was put in or resized later are those that it has when that is noticed
             self.original = like(live, live.detach().clone())
-        if live is not was and was.requires_grad:
+        if is_new and was.requires_grad:
             live.requires_grad = True
         self.installed = live
 
@@ -172,10 +172,3 @@ class ReplacedParameter:
 def _may_be_whole(parameter: Tensor, original: Tensor) -> bool:
     is_left = whole_only_inside(parameter) is not None or not parameter.numel()
     return not is_left and parameter.dim() == original.dim()
-
-
-def _slot(root: nn.Module, fqn: str) -> Slot | None:
-    """Return where a model has a parameter of this name now, or ``None``."""
-    modules, attribute = path_to(root, fqn), fqn.rpartition(".")[2]
-    found = modules and table_of(modules[-1], attribute).get(attribute) is not None
-    return (modules[-1], attribute) if found else None
