@@ -119,11 +119,8 @@ class Report(NotTheModel):
         lora_rank = f"{self.lora_rank:,.0f}" if self.lora_rank >= 10 else f"{self.lora_rank:.2g}"
         alphas = dict.fromkeys(f"{row.alpha:g}" for row in self.rows)
         is_alone = self.config.train == "lambda"
-        head = [
-            f"RandLoRA adapter {self.name!r}: alpha={', '.join(alphas)}",
-            *map(str, self.specs),
-            f"targets: {self.rule}",
-        ]
+        title = f"RandLoRA adapter {self.name!r}: alpha={', '.join(alphas)}"
+        head = [title, *map(str, self.specs), f"targets: {self.rule}"]
         text = [
             f"{trains} {self.trainable_parameters:,} of {self.total_parameters:,} parameters ({self.share:.2%})",
             f"{layers} adapted, about LoRA r = {lora_rank} in size, {acts}, {trains}" + ", Λ alone" * is_alone,
@@ -250,12 +247,9 @@ def typical_min_dim(rows: Sequence[ShapeRow]) -> int:
 
 def next_steps(name: str, *, is_active: bool, is_trainable: bool) -> list[str]:
     """Return notes on how to activate and train an adapter that is inactive or frozen."""
-    notes = []
-    if not is_active:
-        notes.append(f"inactive: call randlora.activate(model, {name!r}) to add its update")
-    if not is_trainable:
-        notes.append(f"frozen: call randlora.set_trainable(model, {name!r}) to train it")
-    return notes
+    inactive = [] if is_active else [f"inactive: call randlora.activate(model, {name!r}) to add its update"]
+    frozen = [] if is_trainable else [f"frozen: call randlora.set_trainable(model, {name!r}) to train it"]
+    return inactive + frozen
 
 
 def _notes(census: Census, adapter: Adapter, shapes: Shapes, *, is_trainable: bool) -> Iterator[str]:
@@ -304,10 +298,9 @@ def shape_rows(shapes: Shapes, kinds: Mapping[str, str], adapter: Adapter) -> tu
 
 def _row_table(rows: Sequence[ShapeRow]) -> list[str]:
     """Return the table of rows, without the columns of kinds and alphas where these would say nothing."""
-    plain = {"kind"} if all(row.kind == "linear" for row in rows) else set()
-    plain |= {"alpha"} if len({row.alpha for row in rows}) == 1 else set()
+    says = {"kind": any(row.kind != "linear" for row in rows), "alpha": len({row.alpha for row in rows}) != 1}
     cells = [dict(zip(HEADINGS, astuple(row), strict=True)) | {"alpha": f"{row.alpha:g}"} for row in rows]
-    shown = [heading for heading in HEADINGS if heading not in plain]
+    shown = [heading for heading in HEADINGS if says.get(heading, True)]
     return table(shown, [[row[heading] for heading in shown] for row in cells])
 
 
@@ -324,11 +317,9 @@ def as_lines(parts: Iterable[str]) -> str:
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """Return the lines of a table, right-aligned, with thousands separators."""
-    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [headings, *cells]
-    ]
+    lines = [headings, *([f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.rjust, line, widths)) for line in lines]
 
 
 def as_bytes(count: float) -> str:
