@@ -33,6 +33,7 @@ from randlora.checkpoint.read import AdapterFile
 from randlora.disk.formats import Planned
 from randlora.errors import CheckpointError, ConfigError, spelled
 
+Dims = tuple[int, int]  # max_dim and min_dim
 Known = Callable[[], Iterable[Shape]]  # returns the shapes of all layers of a model; called only if they matter
 
 FREE_ENTRIES = 2**22  # that are drawn for any file, in a part of a second: as many as a weight of 2048 x 2000 needs
@@ -85,7 +86,7 @@ def _spec_of_rank(file: AdapterFile, r: int, shapes: Sequence[Shape]) -> BasisSp
     return spec if stored is None else replace(spec, max_dim=len(stored[1]), min_dim=stored[0].shape[-1])
 
 
-def _bases_of_rank(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: BasisBank) -> Basis:
+def _bases_of_rank(file: AdapterFile, spec: BasisSpec, used: Dims, bank: BasisBank) -> Basis:
     """Return the bases of one r, as `file_bases` does, of which layers use so much."""
     stored, record = file.bases.get(spec.r), None if file.header is None else file.header.bases[spec.r]
     if record is not None and not record.is_reproducible:
@@ -95,8 +96,8 @@ def _bases_of_rank(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], ba
     others = peft_streams(spec.kind) if spec.stream in PEFT_STREAMS else ()
     for candidate in (spec, *(replace(spec, stream=stream) for stream in others if stream != spec.stream)):
         present = bank.find(candidate)
-        is_large_enough = present is not None and all(map(operator.ge, present.extent, used))
-        basis = present if present is not None and is_large_enough else _drawn(candidate, used)
+        if (basis := present) is None or not all(map(operator.ge, basis.extent, used)):
+            basis = _drawn(candidate, used)
         if stored is not None and not _equal(basis, stored, used):
             continue
         if record is None:  # nothing else to compare with
@@ -115,7 +116,7 @@ def _bases_of_rank(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], ba
     )
 
 
-def _drawn(spec: BasisSpec, used: tuple[int, int]) -> Basis:
+def _drawn(spec: BasisSpec, used: Dims) -> Basis:
     """Draw bases for layers of these dims, not the bank's own, which must not grow before all is checked."""
     basis = Basis(spec)
     try:
@@ -126,7 +127,7 @@ def _drawn(spec: BasisSpec, used: tuple[int, int]) -> Basis:
     return basis
 
 
-def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: BasisBank) -> Basis:
+def _as_stored(file: AdapterFile, spec: BasisSpec, used: Dims, bank: BasisBank) -> Basis:
     """Return bases with the values in the file, which no seed reproduces, or equal ones that the bank has."""
     if spec.r not in file.bases:
         raise CheckpointError("the file holds no bases, and no seed reproduces them: save with bases='stored'")
@@ -141,7 +142,7 @@ def _as_stored(file: AdapterFile, spec: BasisSpec, used: tuple[int, int], bank: 
     return next(equal, basis)
 
 
-def _equal(basis: Basis, stored: tuple[Tensor, Tensor], used: tuple[int, int]) -> bool:
+def _equal(basis: Basis, stored: tuple[Tensor, Tensor], used: Dims) -> bool:
     """Return whether the values in the file that layers use are the drawn ones, comparing some rows at a time."""
     max_dim, min_dim = used
     used_A, used_B = stored[0][:, 0, :min_dim], stored[1][:max_dim, : count_bases(min_dim, basis.spec.r)]
@@ -159,9 +160,7 @@ def count_entries(r: int, max_dim: int, min_dim: int) -> int:
     return r * min_dim + max_dim * count_bases(min_dim, r) * r
 
 
-def require_drawable(
-    drawn: Iterable[tuple[BasisSpec, tuple[int, int]]], file: AdapterFile, known: Known | None
-) -> None:
+def require_drawable(drawn: Iterable[tuple[BasisSpec, Dims]], file: AdapterFile, known: Known | None) -> None:
     """Raise a `CheckpointError` if bases are larger than layers of the model, or what the file has, may need.
 
     ``drawn`` has each r's and the dims that layers use. Without a model, those of all r together count.
@@ -206,7 +205,7 @@ def _rows(basis: Basis, index: int, shape: tuple[int, int, int]) -> Iterator[Ten
         yield rows[:, : shape[1] * shape[2]].clone()  # those kept in float32 are the basis itself
 
 
-def stored_dims(basis: Basis, rectangle: tuple[int, int]) -> tuple[int, int]:
+def stored_dims(basis: Basis, rectangle: Dims) -> Dims:
     """Return the ``(max_dim, min_dim)`` that `stored_bases` stores of bases for which PEFT would draw ``rectangle``."""
     spec, (max_dim, min_dim) = basis.spec, rectangle
     return rectangle if spec.is_prefix_stable else (min(spec.max_dim, max_dim), min(spec.min_dim, min_dim))
