@@ -14,13 +14,12 @@ from typing import TypeGuard
 from randlora.disk.formats import is_there
 from randlora.errors import CheckpointError, how_to_install
 
-REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 LIBRARY = {"library_name": "randlora", "library_version": version("randlora")}
 
 
 def is_repo_id(name: str) -> bool:
     """Whether a name has the form of a repository on the Hub, ``"user/repo"``."""
-    return REPO_ID.fullmatch(name) is not None
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None
 
 
 def is_on_hub(source: object) -> TypeGuard[str]:
@@ -78,11 +77,7 @@ def read_header(repo_id: str, revision: str, file: str) -> tuple[list[tuple[str,
 
 
 def upload(
-    directory: Path,
-    repo_id: str,
-    files: Sequence[str],
-    generated: Sequence[str],
-    may_replace: Callable[[Path], bool],
+    directory: Path, repo_id: str, files: Sequence[str], generated: Sequence[str], may_replace: Callable[[Path], bool]
 ) -> str:
     """Upload files to a repository, and ``generated`` ones where they ``may_replace`` those there; return its URL."""
     library, allowed = require_hub(repo_id), [*files]
