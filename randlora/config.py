@@ -32,9 +32,7 @@ Names = str | Sequence[str]  # a regex for whole names, or names and suffixes of
 Pattern = Names | Callable[[str, Any], bool]  # of a name and a module
 TableRows = Mapping[str, Sequence[int]]  # numbers of rows, by the names of the embeddings or heads that have them
 Source = str | os.PathLike[str]  # a path, or a repository on the Hub
-Factor = (
-    float | Mapping[str, float]
-)  # of an active adapter's update: for all layers, or by FQN; 0 means it does not act
+Factor = float | Mapping[str, float]  # of an active adapter's update, or of each layer's by FQN; at 0 it does not act
 Check = Callable[[Any], str]  # returns what a value of the right type does not meet, or an empty string
 
 NO_REGEX = re.error, OverflowError, RecursionError  # of ``re``: no regex, counts too far, nested too deeply
@@ -364,8 +362,7 @@ def further_options(
 
 def same_options(verb: Callable[_Arguments, Any]) -> Callable[[Callable[..., _Result]], Callable[_Arguments, _Result]]:
     """Return `further_options` of ``verb`` for a function that has no others, which a type checker sees too."""
-    decorate: Callable[..., Any] = further_options(verb)
-    return decorate
+    return further_options(verb)  # type: ignore[return-value]
 
 
 def _unknown_option(option: str, known: Iterable[str]) -> str:
