@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -307,12 +307,10 @@ def write_tensor_file(
 def header_bytes(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
     """Return the length and the header of a file with these tensors in this order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    start = 0
-    for tensor in tensors:
-        end = start + tensor.nbytes
+    ends = accumulate((tensor.nbytes for tensor in tensors), initial=0)
+    for tensor, offsets in zip(tensors, pairwise(ends), strict=True):
         name = _NAMES[tensor.dtype]
-        header[tensor.name] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
+        header[tensor.name] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": list(offsets)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
