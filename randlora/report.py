@@ -258,10 +258,8 @@ def _notes(census: Census, adapter: Adapter, shapes: Shapes, *, is_trainable: bo
         sides = {fqn: min(shape[-2:]) for fqn, shape in shapes.items() if adapter.options[fqn].r == r}
         blocks = basis.spec.blocks
         if blocks and (split := [fqn for fqn, side in sides.items() if not reach_all(blocks, count_bases(side, r))]):
-            yield (
-                f"blocks={blocks} leave entries of the update always zero in {shortened(split)}, which have few bases: "
-                "a new adapter leaves none by default"
-            )
+            zero = f"blocks={blocks} leave entries of the update always zero in {shortened(split)}"
+            yield f"{zero}, which have few bases: a new adapter leaves none by default"
     if is_trainable and any(census.sites_by_fqn[fqn].layer_class.is_quantized for fqn in shapes):
         if any(held.tensor.dtype.itemsize < FLOAT32_BYTES for held in census.parameters if is_norm(held.module)):
             yield "quantized, with norms in 16 bits: call randlora.prepare_quantized(model) before inject"

@@ -147,10 +147,8 @@ class ModelState:
         if self.runs and isinstance(self._innermost, Run | None):
             left = f"in a block of {self.runs[-1].words} the adapters of a copy or a pickle of the model are inactive"
             if get_spawning_popen() is not None:
-                raise AdapterError(
-                    f"{left}, so that a process spawned here would run the model without them: start it before the "
-                    "block, and open a block in it"
-                )
+                advice = "start it before the block, and open a block in it"
+                raise AdapterError(f"{left}, so that a process spawned here would run the model without them: {advice}")
             warn(f"{left}: make it outside of the block, or activate or route them in the copy")
         return {**self.__dict__, "disabled": [None] * len(self.disabled), "runs": [], "around": {}, "ended": []}
 

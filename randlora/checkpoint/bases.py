@@ -110,10 +110,9 @@ def _bases_of_rank(file: AdapterFile, spec: BasisSpec, used: Dims, bank: BasisBa
     assert file.header is not None, "bases without a header are found or stored"
     assert record is not None, "a file with a header has a record for each r"
     here, then = torch.__version__.split("+")[0], file.header.torch_version or "of an unknown version"
-    raise CheckpointError(
-        f"the {spec} drawn here, by torch {here}, have the SHA-256 {digests[0][:12]}…, and had "
-        f"{record.digest[:12]}… when the adapter was saved with torch {then}: save it there with bases='stored'"
-    )
+    have = f"the {spec} drawn here, by torch {here}, have the SHA-256 {digests[0][:12]}…"
+    had = f"had {record.digest[:12]}… when the adapter was saved with torch {then}"
+    raise CheckpointError(f"{have}, and {had}: save it there with bases='stored'")
 
 
 def _drawn(spec: BasisSpec, used: Dims) -> Basis:

@@ -230,10 +230,8 @@ def _record(kind: Any, facts: dict[str, Any], place: str, problems: list[str]) -
 def _config(facts: dict[str, Any], problems: list[str]) -> RandLoRAConfig | None:
     """Return options as a header has them, which lists names: nothing in a file is a pattern."""
     if unknown := sorted(facts.keys() - OPTIONS.keys()):
-        raise CheckpointError(
-            f"this randlora does not know {shortened(unknown)}: was the file written by a newer version? Else get an "
-            "undamaged copy"
-        )
+        advice = "was the file written by a newer version? Else get an undamaged copy"
+        raise CheckpointError(f"this randlora does not know {shortened(unknown)}: {advice}")
     problems += [f"config has no {name}" for name, option in OPTIONS.items() if option.since == 1 and name not in facts]
     patterns = {name: facts.get(name) for name in ("targets", "exclude", "train_also")}
     problems += [f"config.{name} must be a list or None" for name, value in patterns.items() if isinstance(value, str)]
@@ -252,9 +250,8 @@ def upgrade(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a header of any version as a header of the newest has them, after checking the version."""
     found = facts["format_version"]
     if type(found) is not int or not 1 <= found <= NEWEST:
-        raise CheckpointError(
-            f"the file has format version {found!r:.80}, this library reads versions 1 to {NEWEST}: install one for it"
-        )
+        known = f"this library reads versions 1 to {NEWEST}"
+        raise CheckpointError(f"the file has format version {found!r:.80}, {known}: install one for it")
     newest = {"torch_version": None, "transposed": None, **facts}  # which the first files lack
     if found == 1:
         names = [_name(part) for part in fields(BasisRecord)]
