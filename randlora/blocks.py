@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from randlora.errors import AdapterError
 
-BLOCKS: ContextVar[tuple[object, ...]] = ContextVar("BLOCKS", default=())
-"""The blocks in which active adapters do not act that this thread, or this task of asyncio, is in."""
+BLOCKS: ContextVar[tuple[object, ...]] = ContextVar("BLOCKS", default=())  # those that this thread or task is in
 
 
 class ForwardCall(NamedTuple):
