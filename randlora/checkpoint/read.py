@@ -189,10 +189,9 @@ def _unreadable(directory: Path, reason: str | None) -> CheckpointError:
     # PEFT saves an adapter that is not called "default" one level down
     places = directory.glob(f"*/{CONFIG_FILE}") if is_there(directory) else ()
     inside = ", ".join(sorted(place.parent.name for place in places))
-    return CheckpointError(
-        f"cannot read {directory / CONFIG_FILE} ({reason}): expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"
-        f"{f'; there are some inside it: {inside}' if inside else ''}"
-    )
+    expected = f"expected a directory with {CONFIG_FILE} and {TENSORS_FILE}"
+    expected += f"; there are some inside it: {inside}" if inside else ""
+    return CheckpointError(f"cannot read {directory / CONFIG_FILE} ({reason}): {expected}")
 
 
 def _header_text(shard: Shard) -> str | None:
@@ -287,10 +286,9 @@ def _shape_problems(file: AdapterFile) -> list[str]:
             or lam.shape != (*gamma.shape[:-2], r, gamma.shape[-2])
             or gamma.shape[-2] != count_bases(gamma.shape[-1], r)
         ):
-            problems.append(
-                f"{fqn} has randlora_lambda {tuple(lam.shape)} and randlora_gamma {tuple(gamma.shape)}: "
-                f"expected ({r}, num_bases) and (num_bases, min_dim) with num_bases = ceil(min_dim / {r})"
-            )
+            found = f"randlora_lambda {tuple(lam.shape)} and randlora_gamma {tuple(gamma.shape)}"
+            expected = f"({r}, num_bases) and (num_bases, min_dim) with num_bases = ceil(min_dim / {r})"
+            problems.append(f"{fqn} has {found}: expected {expected}")
     for r, (basis_A, basis_B) in file.bases.items():
         shape_A, shape_B = tuple(basis_A.shape), tuple(basis_B.shape)
         min_dim = shape_A[-1] if shape_A else 0
