@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -309,11 +309,21 @@ def swap_each(model: nn.Module, sources: Sources, **options: Any) -> None:
 
 @contextmanager
 def swapped(model: nn.Module, sources: Sources, **options: Any) -> Iterator[None]:
-    """Swap the values of several adapters before the block. If it raises, none are swapped."""
-    with opened(model, "swap the values of an adapter") as view:
+    """Swap the values of several adapters before the block, in place. If any process raises in it, none are swapped."""
+    with opened(model, "swap the values of an adapter") as view, torch.no_grad():
         planned = [_planned(view, name, source, **options) for name, source in sources.items()]
-        with _written(chain.from_iterable(values for _, _, values in planned)):
+        kept: list[tuple[Place, Kept]] = []
+        try:
+            for parameter, value in chain.from_iterable(values for _, _, values in planned):
+                place = place_at(parameter)
+                kept.append((place, place.keep()))
+                place.write(value if place.part is None else values_within(value, place.part))
+            agree()
             yield
+        except BaseException:
+            for place, before in reversed(kept):
+                place.restore(before.values)
+            raise
         for adapter, fields, _ in planned:
             adapter.peft_fields = fields
 
@@ -351,24 +361,6 @@ def _planned(
     values = [value for site in sites for value in (rows.get(site.fqn) or file.values[site.fqn])]
     values += [file.trained[fqn] for fqn in adapter.trained]
     return adapter, kept_fields(file.fields), [*zip(parameters, values, strict=True)]
-
-
-@contextmanager
-def _written(values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Write whole values into parameters, in place; all of them in all processes, or none, as if the block raises."""
-    kept: list[tuple[Place, Kept]] = []
-    with torch.no_grad():
-        try:
-            for parameter, value in values:
-                place = place_at(parameter)
-                kept.append((place, place.keep()))
-                place.write(value if place.part is None else values_within(value, place.part))
-            agree()
-            yield
-        except BaseException:
-            for place, before in reversed(kept):
-                place.restore(before.values)
-            raise
 
 
 def _differences(adapter: Adapter, file: AdapterFile, header: Header, shapes: Shapes) -> Iterator[str]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import randlora
 from randlora import ranks
-from randlora.checkpoint.load import _written, swapped
+from randlora.checkpoint.load import swapped
 from randlora.layers.base import AdapterLayer
 from randlora.model import merge, merged_tensors
 from randlora.model.view import all_or_nothing, opened, opened_to_add, together, unchanged_if_raised
@@ -115,7 +115,7 @@ AROUND = {
     inspect.unwrap(each).__code__
     for each in (
         *(together, opened, opened_to_add, all_or_nothing, unchanged_if_raised),
-        *(merge._restored_if_raised, swapped, _written),
+        *(merge._restored_if_raised, swapped),
     )
 }
 """Blocks around a verb: what can fail in them is in other functions, and at their end nothing is left to do."""
