@@ -205,8 +205,7 @@ class _Writing:
             if os.path.lexists(directory) and not directory.is_dir()
         ]
         raise_collected(CheckpointError, problems, doing=_saving_to(self.root))
-        planned = [*map(self._plan, self.adapters, self.directories)]
-        self.sizes = hidden.enter_context(staged_files(*planned))
+        self.sizes = hidden.enter_context(staged_files(*map(self._plan, self.adapters, self.directories)))
 
     def _plan(self, adapter: AdapterToSave, directory: Path) -> Files:
         """Plan the files of one adapter: all but the values in them is known before a value is gathered."""
