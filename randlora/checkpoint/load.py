@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +42,9 @@ Source = str | os.PathLike[str] | AdapterState
 Sources = Mapping[str, Source] | Mapping[str | None, Source]  # by the name of an adapter; None means the only one
 
 
-class Found(NamedTuple):
-    """An adapter that was read."""
-
-    file: AdapterFile
-    where: str  # it was taken from, for messages
-    rule: str  # by which its targets are chosen, for reports
-
-
 def read_source(
     source: Source, *, revision: str | None = None, subfolder: str | None = None, stream: Stream | None = None
-) -> Found:
+) -> AdapterFile:
     """Read an adapter, without a model. Errors name what it was taken from."""
     where = "the state of an adapter" if isinstance(source, AdapterState) else repr(str(source))
     with refusing(f"load {where}"):
@@ -59,10 +52,10 @@ def read_source(
             place = f"{subfolder} of {source}" if subfolder else f"{source}"
             rule = f"the names in {place} at {revision}" if revision else f"the names in {place}"
             with without_modes():
-                return Found(read_adapter(locate(source, revision, subfolder), stream), where, rule)
+                return replace(read_adapter(locate(source, revision, subfolder), stream), where=where, rule=rule)
         if given := [option for option in (revision, subfolder, stream) if option is not None]:
             raise CheckpointError(f"it has no revision, subfolder or stream, got {given[0]!r}")
-        return Found(file_of(source), where, f"the names in {where}")
+        return replace(file_of(source), where=where, rule=f"the names in {where}")
 
 
 IN_ROOT = "default"  # the adapter whose files are not in a subdirectory, in PEFT's layout of several adapters
@@ -183,7 +176,7 @@ def load_all(
 
 @collective(writes=True)
 @torch.inference_mode(mode=False)
-def add_all(model: nn.Module, found: Mapping[str, Found], **options: Any) -> list[Report]:
+def add_all(model: nn.Module, found: Mapping[str, AdapterFile], **options: Any) -> list[Report]:
     """Add adapters that were read to a model under these names: all of them, or none if one cannot be added."""
     reports: list[Report] = []
     with opened_to_add(model, found, "load") as view:
@@ -202,7 +195,7 @@ def add_all(model: nn.Module, found: Mapping[str, Found], **options: Any) -> lis
 def _added(
     view: View,
     name: str,
-    found: Found,
+    found: AdapterFile,
     prefix: str | None = None,
     *,
     trainable: bool = False,
@@ -212,17 +205,16 @@ def _added(
     census, state = view.census, view.state
     active = not state.adapters if active is None else active
     with refusing(f"load {found.where}"):
-        file = with_prefix(found.file, prefix, census.sites_by_fqn)
+        file = with_prefix(found, prefix, census.sites_by_fqn)
         sites = fit_sites(census, file)
         file = without_repeats(census, file)
         shapes = shapes_of(sites, file.config)
         with without_modes():
             file, bases = file_bases(file, by_rank(shapes, file.options), state.bank, census.shapes)
     doubts = _warn_of_doubts(census.model, file)
-    rule = f"{found.rule}, {file.renaming}" if file.renaming else found.rule
     layer_options = {fqn: file.options[fqn] for fqn in shapes}
     tables, _ = find_tables(census, file.rows)
-    adapter = Adapter(name, file.config, bases, layer_options, rule, peft_fields=kept_fields(file.fields))
+    adapter = Adapter(name, file.config, bases, layer_options, file.rule, peft_fields=kept_fields(file.fields))
     adapter.rows |= {table.fqn: table.rows for table in tables}
     notes = [*doubts, *stream_notes(file), *next_steps(name, is_active=active, is_trainable=True)]
     if unknown := sorted(adapter.peft_fields.keys() - NEUTRAL_FIELDS):
@@ -342,7 +334,7 @@ def _planned(
     found = read_source(source, **place)
     doing += f" for those of {found.where}"
     with refusing(doing):
-        file = without_repeats(census, with_prefix(found.file, prefix, census.sites_by_fqn))
+        file = without_repeats(census, with_prefix(found, prefix, census.sites_by_fqn))
         if file.header is None:
             raise CheckpointError("randlora.save did not write these files: call randlora.load")
     advice = "make it with the options that it was saved with, or load it as a separate adapter, with a different name="

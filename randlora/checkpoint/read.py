@@ -60,7 +60,8 @@ class AdapterFile:
     bases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """A, ``(r, 1, min_dim)``, and B, ``(max_dim, num_bases, r)``, by r."""
     doubts: tuple[str, ...] = ()  # warnings about the files
-    renaming: str = ""  # how names differ from the names in the file
+    where: str = ""  # it was taken from, for messages
+    rule: str = ""  # by which its targets are chosen, for reports
     stream: Stream | None = None  # of the bases, if the caller gave it
 
     @property
@@ -109,7 +110,7 @@ class AdapterFile:
             header=header,
             values={rename(fqn): pair for fqn, pair in self.values.items()},
             trained={rename(fqn): tensor for fqn, tensor in self.trained.items()},
-            renaming=how,
+            rule=f"{self.rule}, {how}",
         )
 
 
