@@ -5,12 +5,12 @@ from importlib.util import find_spec as _find_spec
 import randlora.layers as _layers  # noqa: F401  (importing it registers every kind of layer)
 from randlora import errors as errors
 from randlora import files as files
-from randlora.checkpoint import adapter_state as adapter_state
-from randlora.checkpoint import load as load
-from randlora.checkpoint import load_all as load_all
-from randlora.checkpoint import save as save
-from randlora.checkpoint import save_all as save_all
-from randlora.checkpoint import swap as swap
+from randlora.checkpoint.contents import adapter_state as adapter_state
+from randlora.checkpoint.load import load as load
+from randlora.checkpoint.load import load_all as load_all
+from randlora.checkpoint.load import swap as swap
+from randlora.checkpoint.save import save as save
+from randlora.checkpoint.save import save_all as save_all
 from randlora.config import RandLoRAConfig as RandLoRAConfig
 from randlora.model.check import check as check
 from randlora.model.check_ranks import check_ranks as check_ranks
