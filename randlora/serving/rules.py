@@ -72,18 +72,15 @@ Rule = Callable[[Call], Labels]
 def labels_of(call: Call) -> Labels:
     """Return the label of the output of a call, or a label for each output."""
     rule = RULES.get(call.name, RULES.get(call.name.rstrip("_")))  # in place or not
-    return (rule or _general_rule(call))(call)
-
-
-def _general_rule(call: Call) -> Rule:
-    for names, rule in PATTERNS.items():
-        if re.search(names, call.name):
-            return rule
+    if rule is None:
+        rule = next((rule for names, rule in PATTERNS.items() if re.search(names, call.name)), None)
+    if rule is not None:
+        return rule(call)
     if torch.Tag.pointwise in getattr(call.func, "tags", ()):
-        return _pointwise
-    first = call.values[0] if call.values else None
+        return _pointwise(call)
+    first = next(iter(call.given.values()), None)
     alias = call.func._schema.arguments[0].alias_info if isinstance(first, Tensor) else None
-    return _unknown if alias is None or alias.is_write else _view
+    return _unknown(call) if alias is None or alias.is_write else _view(call)
 
 
 def _padded(label: Label, dims: int) -> Label:
@@ -126,9 +123,8 @@ def _copied(call: Call) -> Label | None:
 def _view(call: Call) -> Labels:
     """Return the labels of views, by viewing rows that take no memory."""
     x, label = call.first, call.of(call.first)
-    output = tensors_of(call.output)
     if call.name in RESHAPES:
-        return label.changed(reshaped(label.rows, x.shape, output[0].shape))
+        return label.changed(reshaped(label.rows, x.shape, tensors_of(call.output)[0].shape))
     rows = label.rows.expand(x.shape)
     if call.name == "aten::as_strided":
         if x.numel() > MOST or not x.is_contiguous() or x.storage_offset():
@@ -139,15 +135,10 @@ def _view(call: Call) -> Labels:
         return label.changed(shrunk(rows))
     if any(isinstance(value, Tensor) for value in call.values[1:]):
         return _unknown(call)
-    views = tensors_of(call.again(rows))
-    has_chosen = call.has_read and call.name in CHOICES
-    found = [label.changed(shrunk(view)) for view in views]
-    return [_chosen(each) if has_chosen and each.rows.numel() != label.rows.numel() else each for each in found]
-
-
-def _chosen(label: Label) -> Label:
-    """Mark rows that values which Python has read may have chosen."""
-    return label._replace(by_values=True)
+    found = [label.changed(shrunk(view)) for view in tensors_of(call.again(rows))]
+    if call.has_read and call.name in CHOICES:  # the values that Python has read may have chosen them
+        return [each._replace(by_values=each.by_values or each.rows.numel() != label.rows.numel()) for each in found]
+    return found
 
 
 def _dims(call: Call) -> list[int]:
@@ -156,22 +147,16 @@ def _dims(call: Call) -> list[int]:
         return [*range(count - len(normalized), count)]
     if dims is None or dims == []:
         return [*range(count)]
-    return [dim % count if count else 0 for dim in ([dims] if isinstance(dims, int) else dims)]
-
-
-def _reduced(call: Call) -> Label:
-    """Return the rows of sums, maxima and the like along some dimensions."""
-    x, dims, output = call.first, _dims(call), tensors_of(call.output)[0]
-    label = merged_along(call.of(x), dims if x.dim() else [])
-    if output.dim() == x.dim():
-        return label
-    kept = [size for dim, size in enumerate(label.rows.shape) if dim not in dims]
-    return label.changed(label.rows.reshape(kept))
+    return [dim % count for dim in ([dims] if isinstance(dims, int) else dims)] if count else []
 
 
 def _along(call: Call) -> Label:
-    """Return the rows where each entry is computed from all along some dimensions, as in a softmax, norm or sort."""
-    return merged_along(call.of(call.first), _dims(call)) if call.first.dim() else call.of(call.first)
+    """Return the rows where each entry is computed from all along some dimensions, as a sum, softmax, norm or sort."""
+    x, dims = call.first, _dims(call)
+    label = merged_along(call.of(x), dims)
+    if tensors_of(call.output)[0].dim() == x.dim():
+        return label
+    return label.changed(label.rows.reshape([size for dim, size in enumerate(label.rows.shape) if dim not in dims]))
 
 
 def _batch_normalized(call: Call) -> Label | None:
@@ -189,10 +174,9 @@ def _by_example(call: Call) -> Label:
         return _unknown(call)
     label = merged_along(call.of(x), range(1, x.dim()))
     label = label.changed(label.rows.reshape(-1, *[1] * (output.dim() - 1)))
-    others = [
-        merged_along(call.of(each), range(each.dim())) for each in tensors_of(call.values)[1:] if call.label(each)
-    ]
-    return merged([label, *(_padded(each.changed(each.rows.flatten()), 1) for each in others)])
+    weights = [each for each in tensors_of(call.values)[1:] if call.label(each)]
+    others = [merged_along(call.of(each), range(each.dim())) for each in weights]
+    return merged([label, *(each.changed(each.rows.flatten()) for each in others)])
 
 
 def _by_last_dimension(call: Call) -> Label:
@@ -228,11 +212,9 @@ def _attention(call: Call) -> Label:
         *(merged_along(call.of(each), [each.dim() - 2, each.dim() - 1]) for each in (key, value)),
         *(merged_along(call.of(each), [each.dim() - 1]) for each in mask),
     ]
-    known = [label for label in labels if not label.is_none]
-    fitting = [label for label in known if label.rows.dim() < 3 or fits(label.rows, query.shape)]
-    if len(fitting) < len(known):  # fewer heads of keys than of queries, whose rows differ
-        return _unknown(call)
-    return _together(known, query.dim())
+    if not all(label.is_none or label.rows.dim() < 3 or fits(label.rows, query.shape) for label in labels):
+        return _unknown(call)  # fewer heads of keys than of queries, whose rows differ
+    return _together(labels, query.dim())
 
 
 def _repeated(call: Call) -> Label:
@@ -259,13 +241,11 @@ def _put_around(call: Call) -> Label:
 def _joined(call: Call) -> Label | None:
     """Return the rows of tensors side by side; what depends on no row belongs to the rows that it is put beside."""
     tensors = [each for each in call.given["tensors"] if each.dim() != 1 or each.numel()]
-    labels = [call.of(each) for each in tensors]
-    dim, sizes = call.given["dim"], [1] * len(tensors)
-    dim %= tensors[0].dim() + (call.name == "aten::stack")
-    if call.name == "aten::stack":
+    labels, is_stacked = [call.of(each) for each in tensors], call.name == "aten::stack"
+    dim = call.given["dim"] % (tensors[0].dim() + is_stacked)
+    sizes = [1 if is_stacked else each.shape[dim] for each in tensors]
+    if is_stacked:
         labels = [label.changed(label.rows.unsqueeze(dim)) for label in labels]
-    else:
-        sizes = [each.shape[dim] for each in tensors]
     known = [label for label in labels if not label.is_none]
     if not known:
         return None
@@ -305,26 +285,19 @@ def _indices(call: Call) -> tuple[list[Tensor | None], list[Label | None]]:
 def _taken(call: Call) -> Label | None:
     """Return the rows of entries that are taken by their indices."""
     indices, labels = _indices(call)
-    x = call.first
     chosen = _of_indices(call, indices, labels)
-    if (label := call.label(x)) is None:
+    if (label := call.label(call.first)) is None:
         return chosen
-    found = _taken_rows(x, label, indices, labels, has_read=call.has_read)
+    found = _taken_rows(label, indices, labels, has_read=call.has_read)
     return found if found.by_values or chosen is None else merged([found, chosen])
 
 
-def _taken_rows(
-    x: Tensor, label: Label, indices: list[Tensor | None], labels: list[Label | None], *, has_read: bool
-) -> Label:
-    rows, used = label.rows, [*indices, *[None] * (x.dim() - len(indices))]
-    matters = [rows.shape[dim] > 1 for dim in range(x.dim())]
-    own = [
-        slice(None) if index is None else index if matter else torch.zeros_like(index)
-        for index, matter in zip(used, matters, strict=True)
-    ]
-    by_values = any(matter and label is not None for matter, label in zip(matters, labels, strict=False))
-    by_values = by_values or (has_read and any(matters[dim] for dim, index in enumerate(indices) if index is not None))
-    return label._replace(rows=shrunk(rows[tuple(own)]), by_values=label.by_values or by_values)
+def _taken_rows(label: Label, indices: list[Tensor | None], of_indices: list[Label | None], *, has_read: bool) -> Label:
+    rows, by_values, own = label.rows, label.by_values, list[Any]()
+    for size, index, of_index in zip(rows.shape, indices, of_indices, strict=False):
+        own.append(slice(None) if index is None else index if size > 1 else torch.zeros_like(index))
+        by_values |= size > 1 and index is not None and (has_read or of_index is not None)
+    return label._replace(rows=shrunk(rows[tuple(own)]), by_values=by_values)
 
 
 def _of_indices(call: Call, indices: list[Tensor | None], labels: list[Label | None]) -> Label | None:
@@ -332,9 +305,7 @@ def _of_indices(call: Call, indices: list[Tensor | None], labels: list[Label | N
     known = [label for label in labels if label is not None]
     if not known:
         return None
-    together = merged(known)
-    count = max(index.dim() for index in indices if index is not None)
-    together = _padded(together, count)
+    together = _padded(merged(known), max(index.dim() for index in indices if index is not None))
     where = [dim for dim, index in enumerate(indices) if index is not None]
     before = where[0] if where == [*range(where[0], where[-1] + 1)] else 0
     after = call.output.dim() - before - together.rows.dim()
@@ -377,7 +348,7 @@ def _put(call: Call) -> Label | None:
     adds = bool(call.given.get("accumulate")) or "index_add" in call.name
     if of_source is None:
         return call.label(x) if not any(labels) else _put_by_mask(call)
-    at = _taken_rows(x, was, indices, labels, has_read=call.has_read)
+    at = _taken_rows(was, indices, labels, has_read=call.has_read)
     probe = torch.empty((), device="meta").expand(x.shape)
     shape = probe[tuple(slice(None) if index is None else index.to("meta") for index in indices)].shape
     new = _padded(of_source, len(shape))
@@ -404,7 +375,7 @@ def _put(call: Call) -> Label | None:
         places = torch.arange(rows.numel(), device="cpu").view(rows.shape)[where]
         rows.view(-1)[places[lost]] = MIXED
     found = marked([was, both], shrunk(rows))
-    return _chosen(found) if any(label is not None for label in labels) else found
+    return found._replace(by_values=found.by_values or any(label is not None for label in labels))
 
 
 def _put_by_mask(call: Call) -> Label:
@@ -448,13 +419,10 @@ NAMES: dict[Rule, str] = {
     ),
     _copied: "copy fill",
     _view: "_unsafe_view unsafe_split unsafe_split_with_sizes",
-    _reduced: (
-        "sum mean amax amin max min argmax argmin var std var_mean std_mean norm linalg_vector_norm prod any all "
-        "logsumexp count_nonzero aminmax"
-    ),
     _along: (
-        "_softmax _log_softmax _safe_softmax native_layer_norm _fused_rms_norm cumsum cumprod logcumsumexp sort topk "
-        "glu _fft_c2c _fft_r2c _fft_c2r"
+        "sum mean amax amin max min argmax argmin var std var_mean std_mean norm linalg_vector_norm prod any all "
+        "logsumexp count_nonzero aminmax _softmax _log_softmax _safe_softmax native_layer_norm _fused_rms_norm cumsum "
+        "cumprod logcumsumexp sort topk glu _fft_c2c _fft_r2c _fft_c2r"
     ),
     _batch_normalized: "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit",
     _by_example: "im2col col2im",
