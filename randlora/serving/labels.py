@@ -101,39 +101,30 @@ def merged(labels: Sequence[Label]) -> Label:
     """Return the label of entries that are each computed from one entry of several tensors, after broadcasting."""
     if len(labels) == 1:
         return labels[0]
-    doubtful = [label for label in labels if label.by_values or label.assumed_by]
     rows, marks = torch.full((), NONE, device="cpu"), Label(torch.empty(0, device="cpu"))
-    for label in labels:
-        if not label.by_values and not label.assumed_by:
-            rows = _both(rows, label.rows)
-    for label in doubtful:
-        both = _both(rows, label.rows)
+    for label in sorted(labels, key=lambda label: label.by_values or bool(label.assumed_by)):  # the certain ones first
+        is_either = (label.rows == NONE) | (label.rows == rows)
+        both = torch.where(rows == NONE, label.rows, torch.where(is_either, rows, MIXED))
         if label.assumed_by and bool(((both == MIXED) & (rows != MIXED) & (label.rows != MIXED)).any()):
             raise AdapterError(
                 f"an adapted {label.assumed_by} was given an input that is the same for all rows of the batch, and its "
                 "output is combined with several of them: routed cannot tell which adapter to use; exclude the layer "
                 "when the adapter is made, or activate one adapter at a time"
             )
-        if bool(((rows == NONE) & (both != NONE)).any()):
+        if (label.by_values or label.assumed_by) and bool(((rows == NONE) & (both != NONE)).any()):
             marks = marked([marks, label], marks.rows)
         rows = both
     return marks._replace(rows=shrunk(rows), why=marked(labels, rows).why)
 
 
-def marked(labels: Iterable[Label], rows: Tensor) -> Label:
+def marked(labels: Sequence[Label], rows: Tensor) -> Label:
     """Return a label with these rows, and each mark that any of the labels has."""
-    each = [*labels]
     return Label(
         rows,
-        any(label.by_values for label in each),
-        next((label.assumed_by for label in each if label.assumed_by), ""),
-        next((label.why for label in each if label.why), ""),
+        any(label.by_values for label in labels),
+        next((label.assumed_by for label in labels if label.assumed_by), ""),
+        next((label.why for label in labels if label.why), ""),
     )
-
-
-def _both(first: Tensor, second: Tensor) -> Tensor:
-    is_first = (second == NONE) | (first == second)
-    return torch.where(first == NONE, second, torch.where(is_first, first, MIXED))
 
 
 def reshaped(rows: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
