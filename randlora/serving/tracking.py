@@ -97,15 +97,15 @@ class RowTracking(TorchDispatchMode):
             self.read(args[0])
         outputs = tensors_of(output)
         given = tensors_of([*args, *kwargs.values()])
-        if any(map(self.label, given)) and not outputs:
-            for each in _written(func, args, kwargs):
-                self._label(given, [each], unknown(each.dim(), str(func)), str(func))
-        elif any(map(self.label, given)):
+        if not any(map(self.label, given)):
+            for each in outputs:
+                self._remember(each)
+        elif outputs:
             call = Call(*_bound(func, args, kwargs), output, self.label, self.has_read)
             self._label(given, outputs, labels_of(call), call.name)
         else:
-            for each in outputs:
-                self._remember(each)
+            for each in _written(func, args, kwargs):
+                self._label(given, [each], unknown(each.dim(), str(func)), str(func))
         return output
 
     def _label(self, given: list[Tensor], outputs: list[Tensor], labels: Labels, name: str) -> None:
@@ -189,10 +189,5 @@ def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[st
     if not isinstance(func, torch._ops.OpOverload):
         name = getattr(func, "__name__", str(func))
         return name, func, {**{f"{index}": value for index, value in enumerate(args)}, **kwargs}
-    given = {}
-    for index, argument in enumerate(func._schema.arguments):
-        if index < len(args):
-            given[argument.name] = args[index]
-        else:
-            given[argument.name] = kwargs.get(argument.name, argument.default_value)
-    return func._schema.name, func, given
+    defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+    return func._schema.name, func, {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
