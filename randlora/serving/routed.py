@@ -185,20 +185,16 @@ class _Entries:
         routing = self.routing
         if self.state.run is not routing or kwargs is None:  # the innermost block of this thread counts
             return
-        call = routing.call
         if torch.compiler.is_compiling():
             raise AdapterError(
                 "a program cannot be exported or compiled in a block of routed: export one adapter, or merge it; "
                 "compile before the block, in which compiled models run uncompiled"
             )
-        # an interrupt may have left a call of this module running, and one inside of it
-        if call is not None and all(each.module is not module for each in routing.calls()):
+        running = [call.module for call in routing.calls()]
+        if running and module not in running:  # an interrupt may have left one of this module, and one inside of it
             return
         self.leave()
-        self._enter(module, {**dict(enumerate(args)), **kwargs})
-
-    def _enter(self, module: nn.Module, inputs: dict[Any, Any]) -> None:
-        routing, name = self.routing, type(module).__name__
+        name, inputs = type(module).__name__, {**dict(enumerate(args)), **kwargs}
         tensors = [*_tensors(inputs)]
         if not tensors:
             raise AdapterError(f"routed expects a tensor with a batch, but {name} was called without one")
@@ -222,9 +218,8 @@ class _Entries:
         call = self.routing.call
         if call is None or call.module is not module:
             return
-        was_followed = call.tracking is not None
         self.leave()
-        if was_followed and output is not None:
+        if call.tracking is not None and output is not None:
             self.routing.followed.add(call.kind)
 
     def leave(self) -> None:

@@ -52,7 +52,7 @@ class Routing:
         self.keeps = True  # whether Λ and Γ may be kept: gathering sharded ones hides changes of their values
         self.layouts: dict[tuple[Any, int, torch.Size], Any] = {}  # by layer, size of the batch and shape of the input
         self.refused: dict[Any, str] = {}  # why the rows of a layer are unknown
-        self.by_bases: dict[tuple[int, int], Any] = {}  # the tokens of each layer, for `randlora.serving.run`
+        self.by_bases: dict[tuple[int, int], tuple[Any, list[Any]]] = {}  # a layer's tokens, for `randlora.serving.run`
         self.kept: dict[tuple[int, int], Any] = {}  # Λ and Γ of each layer, for `randlora.serving.stacked`
         self.followed: set[tuple[Any, ...]] = set()  # the kinds of calls that were followed
         self.watch: Callable[..., object] | None = None  # is given the output of each layer, for `check_rows`
@@ -170,8 +170,7 @@ def layout_of_rows(routing: Routing, layer: Any, rows: BatchRows, module: str) -
     else:
         labels = {name: tracking.label(value) for name, value in rows.given.items()}
         known = {name: label for name, label in labels.items() if label is not None and not label.is_none}
-        names = {*([] if known else rows.axes), *known}
-        routing.layouts[key] = names
+        names = routing.layouts[key] = {*(known or rows.axes)}
         along = [
             filled(merged_along(label, [dim for dim in range(label.rows.dim()) if dim != rows.axes[name][0]]))
             for name, label in known.items()
@@ -187,37 +186,30 @@ def layout_of_rows(routing: Routing, layer: Any, rows: BatchRows, module: str) -
 
 def _tracking(routing: Routing, layer: Any) -> RowTracking | None:
     """Return what follows the running call, if anything does. Refuse a layer whose rows were unknown before."""
-    call = routing.call
     if (message := routing.refused.get(layer)) is not None and not routing.is_uniform:
         raise AdapterError(message)
-    return None if call is None or routing.is_uniform else call.tracking
+    return None if (call := routing.call) is None else call.tracking
 
 
 def _found(routing: Routing, layer: Any, shape: torch.Size, module: str) -> Layout:
     """Return the layout of an input that was not followed, of a different length, or of a layer called directly."""
+    was_given = f"an adapted {module} was given an input of shape {(*shape, '...')}"
+    known = (each for (owner, batch, _), each in routing.layouts.items() if owner is layer and batch == routing.batch)
     if routing.is_uniform:
-        layout = routing.layout(shape, torch.zeros((1,) * len(shape), dtype=torch.long, device="cpu"))
+        rows = torch.zeros((1,) * len(shape), dtype=torch.long, device="cpu")
+    elif (before := [*known]) or routing.call is not None:
+        longer = [each.rows for each in before if _is_longer(each, shape)]
+        if not longer or any(each.shape != longer[0].shape for each in longer):
+            raise AdapterError(
+                f"{was_given} in a call whose inputs have the shapes of an earlier one, in which it was given none of "
+                "that length: begin another block of routed"
+            )
+        rows = longer[0]
+    elif shape[:1] == routing.index.shape:  # called outside of any other module of the model
+        rows = first_dimension(shape).rows
     else:
-        before = [
-            each for (known, batch, _), each in routing.layouts.items() if known is layer and batch == routing.batch
-        ]
-        if not before and routing.call is None:  # called outside of any other module of the model
-            if shape[:1] != routing.index.shape:
-                raise AdapterError(
-                    f"an adapted {module} was given an input of shape {(*shape, '...')}, whose first dimension is not "
-                    f"the batch of {routing.batch}: {ADVICE}"
-                )
-            layout = routing.layout(shape, first_dimension(shape).rows)
-        else:
-            found = [each for each in before if _is_longer(each, shape)]
-            if not found or any(each.rows.shape != found[0].rows.shape for each in found):
-                raise AdapterError(
-                    f"an adapted {module} was given an input of shape {(*shape, '...')} in a call whose inputs have "
-                    "the shapes of an earlier one, in which it was given none of that length: begin another block of "
-                    "routed"
-                )
-            layout = routing.layout(shape, found[0].rows)
-    routing.layouts[layer, routing.batch, shape] = layout
+        raise AdapterError(f"{was_given}, whose first dimension is not the batch of {routing.batch}: {ADVICE}")
+    layout = routing.layouts[layer, routing.batch, shape] = routing.layout(shape, rows)
     return layout
 
 
@@ -267,12 +259,10 @@ def follow(routing: Routing, layer: Any, value: Any, layout: Layout, axis: int =
     if routing.watch is not None and isinstance(value, Tensor):
         routing.watch(layer, value, layout, axis)
     call = routing.call
-    if call is None or call.tracking is None or not isinstance(value, Tensor):
-        return
-    rows = layout.rows
-    after = value.dim() - axis - rows.dim()
-    label = Label(rows.reshape(*[1] * axis, *rows.shape, *[1] * after), assumed_by=call.assumed_by)
-    call.tracking.set(value, label)
+    if call is not None and call.tracking is not None and isinstance(value, Tensor):
+        after = value.dim() - axis - layout.rows.dim()
+        rows = layout.rows.reshape(*[1] * axis, *layout.rows.shape, *[1] * after)
+        call.tracking.set(value, Label(rows, assumed_by=call.assumed_by))
 
 
 def unfollowed(routing: Routing) -> AbstractContextManager[None]:
