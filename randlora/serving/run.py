@@ -98,11 +98,8 @@ class RowByRow(Routing, Run):
             rows, total = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
             for group in self._by_bases(layer, layout, x.device):
                 own = group.of(rows).to(output.dtype)
-                if owner.training and any(site_adapter.adapter.config.dropout for site_adapter in group.site_adapters):
-                    split = zip(own.split(group.counts), group.site_adapters, strict=True)
-                    own = torch.cat([
-                        F.dropout(each, site_adapter.adapter.config.dropout) for each, site_adapter in split
-                    ])
+                if owner.training and any(rates := [each.adapter.config.dropout for each in group.site_adapters]):
+                    own = torch.cat([*map(F.dropout, own.split(group.counts), rates)])
                 total = group.onto(total, self._product(layer, owner, group, own))
             result = total.view(output.shape)
         follow(self, layer, result, layout)
@@ -141,12 +138,11 @@ class RowByRow(Routing, Run):
         layout, rows = layout_of_rows(self, layer, given, module)
         with unfollowed(self):
             ordered = self.sorted(layout, rows.device)
-            outputs, start = [], 0
-            for adapter, count in zip(ordered.adapters, ordered.counts, strict=True):
-                args, kwargs = _select(rows, ordered.order[start : start + count])
+            outputs = []
+            for adapter, positions in zip(ordered.adapters, ordered.order.split(ordered.counts), strict=True):
+                args, kwargs = _select(rows, positions)
                 with self.choosing(adapter):
                     outputs.append(forward.call(*args, **kwargs))
-                start += count
             output = _join(rows, outputs, ordered.order.argsort())
         for index, each in enumerate(output if isinstance(output, tuple) else [output]):
             follow(self, layer, each, layout, rows.output_axes[min(index, 1)])
@@ -156,10 +152,9 @@ class RowByRow(Routing, Run):
         """Return the tokens that have an update here, grouped by adapters on the same bases."""
         ordered = self.sorted(layout, device)
         key = id(layer.adapters), id(ordered)  # both live as long as the block
-        known: tuple[Any, list[Routed]] | None = self.by_bases.get(key)
-        if known is None:
-            known = self.by_bases[key] = layer.adapters, _found_by_bases(layer.adapters, ordered)
-        return known[1]
+        if key not in self.by_bases:
+            self.by_bases[key] = layer.adapters, _found_by_bases(layer.adapters, ordered)
+        return self.by_bases[key][1]
 
     def _product(self, layer: AdapterLayer, owner: nn.Module, group: Routed, own: Tensor) -> Tensor:
         """Return the product of tokens, ``(tokens, in_features)``, with the updates of their adapters."""
@@ -226,18 +221,16 @@ def _join(rows: BatchRows, outputs: list[Any], order: Tensor) -> Any:
 
 @torch.inference_mode(mode=False)  # a later call may need gradients
 def _found_by_bases(site_adapters: Mapping[str, SiteAdapter], ordered: Sorted) -> list[Routed]:
-    found: dict[int, tuple[list[Tensor], list[SiteAdapter], list[int]]] = {}
-    start = 0
-    for name, count in zip(ordered.adapters, ordered.counts, strict=True):
+    found: dict[int, tuple[list[Tensor], list[SiteAdapter]]] = {}
+    for name, some in zip(ordered.adapters, ordered.order.split(ordered.counts), strict=True):
         if name is not None and (site_adapter := site_adapters.get(name)) is not None:
-            positions, own, counts = found.setdefault(id(site_adapter.basis), ([], [], []))
-            positions.append(ordered.order[start : start + count])
+            positions, own = found.setdefault(id(site_adapter.basis), ([], []))
+            positions.append(some)
             own.append(site_adapter)
-            counts.append(count)
-        start += count
     groups = []
-    for positions, own, counts in found.values():
+    for positions, own in found.values():
+        counts = tuple(map(len, positions))
         is_all = sum(counts) == len(ordered.order)
         where = (None if ordered.is_in_order else ordered.order) if is_all else torch.cat(positions)
-        groups.append(Routed(where, [site_adapter.adapter.name for site_adapter in own], own, tuple(counts)))
+        groups.append(Routed(where, [site_adapter.adapter.name for site_adapter in own], own, counts))
     return groups
