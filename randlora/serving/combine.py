@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from randlora.model.view import collective, opened, opened_to_add
 from randlora.places import has_values
 from randlora.ranks import agree, run_collectives
 from randlora.report import Report, adapter_report, next_steps
-from randlora.state import Adapter, ModelState
+from randlora.state import Adapter
 from randlora.targets.census import AdaptedSite, shapes_of, sizes
 from randlora.targets.left_out import obstacles
 from randlora.targets.match import shortened
@@ -72,7 +71,10 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
         root = found.root
     with opened_to_add(root, [name], "combine adapters into") as view:
         census, state = view.census, view.state
-        sources = _sources(state, adapters)
+        if not isinstance(adapters, Mapping) or not adapters:
+            raise AdapterError(f"expected a mapping from names of adapters to factors, got {shortly(adapters)}")
+        raise_collected(AdapterError, factor_problems(state, adapters), doing="combine")
+        sources = [state.adapters[name] for name in adapters]
         names = {source.name for source in sources}
         sites = [site for site in census.adapted if not (site.layer.is_rows or names.isdisjoint(site.layer.adapters))]
         problems = [*lost_parts(census, state, sources), *offloaded_diagonals(census)]
@@ -88,14 +90,6 @@ def combine(model: nn.Module, adapters: Mapping[str, float], *, name: str) -> Re
         report = adapter_report(census, adapter, shapes, is_active=False, is_trainable=False, notes=notes)
         add(census, state, adapter, sites, replaced={}, active=False, trainable=False, values=values)
         return report
-
-
-def _sources(state: ModelState, adapters: object) -> list[Adapter]:
-    """Return the adapters that are summed, in the order given."""
-    if not isinstance(adapters, Mapping) or not adapters:
-        raise AdapterError(f"expected a mapping from names of adapters to factors, got {shortly(adapters)}")
-    raise_collected(AdapterError, factor_problems(state, adapters), doing="combine")
-    return [state.adapters[name] for name in adapters]
 
 
 def _form_problems(sites: Iterable[AdaptedSite], sources: Sequence[Adapter]) -> list[str]:
@@ -116,12 +110,8 @@ def _form_problems(sites: Iterable[AdaptedSite], sources: Sequence[Adapter]) -> 
             elif other is source and not basis.spec.is_of(first.config, r):
                 problems.append(f"{source.name!r} is on {basis.spec}, but {first.name!r} has no such bases: {INSTEAD}")
     for site in sites:
-        site_adapters = {
-            source.name: site_adapter
-            for source in sources
-            if (site_adapter := site.layer.adapters.get(source.name)) is not None
-        }
-        wanted = site.shape_with(first.config)
+        here, wanted = site.layer.adapters, site.shape_with(first.config)
+        site_adapters = {source.name: here[source.name] for source in sources if source.name in here}
         problems += [
             f"{name!r} adapts {site.fqn} as {sizes(site_adapter.shape)}, and one like {first.name!r} as "
             f"{sizes(wanted)}: combine adapters of equal in_proj and experts"
@@ -191,7 +181,7 @@ def summed(updates: Sequence[Update], scaling: float) -> tuple[Tensor, Tensor, b
     one. The sum is an update if, for each basis, the sum of these matrices has rank one again. It then keeps the Γ of
     the largest term (if all other Γ are multiples of it), or its Λ likewise.
     """
-    dtype = functools.reduce(torch.promote_types, [update.lam.dtype for update in updates], torch.float32)
+    dtype = reduce(torch.promote_types, [update.lam.dtype for update in updates], torch.float32)
     at = torch.device("cpu") if updates[0].lam.device.type == "mps" else updates[0].lam.device  # it has no float64
     # both are (terms, …, bases, features)
     lam = torch.stack([update.lam.detach().to(at, torch.float64) * (update.scaling / scaling) for update in updates]).mT

@@ -69,8 +69,7 @@ class AdapterPool:
             raise ConfigError(f"max_loaded must be at least 1, got {max_loaded}")
         self._model, self._max, self._prefix = model, max_loaded, prefix
         self._directory = None if isinstance(sources, Mapping) else Path(sources)
-        self._sources: dict[str, Source] = {}
-        self._sources.update(sources if isinstance(sources, Mapping) else adapters_in(Path(sources)))
+        self._sources: dict[str, Source] = {**(sources if isinstance(sources, Mapping) else adapters_in(Path(sources)))}
         self._using = threading.RLock()
         self._pinned: list[str] = []
         self._loaded: dict[str, Adapter] = {}  # those used last at the end
@@ -137,7 +136,11 @@ class AdapterPool:
                 present = adapted_root(self._model)[1].adapters if wanted else {}
                 self._loaded = {name: own for name, own in self._loaded.items() if name not in wanted}
                 self._loaded |= {name: present[name] for name in wanted}
-                self._make_room()
+                unused = [name for name in self._loaded if name not in self._pinned]
+                with together(self._model, writes=True), alone():
+                    for name in unused[: max(0, len(self._loaded) - self._max)]:
+                        remove(self._model, name)
+                        del self._loaded[name]
                 yield
             finally:
                 for name in wanted:
@@ -167,11 +170,3 @@ class AdapterPool:
                 for name in reversed(names[: len(reports)]):
                     remove(self._model, name)
             raise
-
-    def _make_room(self) -> None:
-        """Remove the adapters that are too many."""
-        unused = [name for name in self._loaded if name not in self._pinned]
-        with together(self._model, writes=True), alone():
-            for name in unused[: max(0, len(self._loaded) - self._max)]:
-                remove(self._model, name)
-                del self._loaded[name]
