@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,11 +95,11 @@ def save_merged(
     if not all(engine.is_first_copy(model) for engine in ENGINES):
         return FileMergeReport(out, dict(factors), merged, (), 0, 0, dtype, ())
     with ExitStack() as stack:
-        writing = _Writing(tensors, limit, stack)
-        notes = on_first_rank(partial(writing.begin, out))
-        for _ in tensors.each(writing.add, Share.WHOLE if ranks is None or ranks.is_first else Share.NONE):
+        writer = _Writer(tensors, limit, stack)
+        notes = on_first_rank(partial(writer.begin, out))
+        for _ in tensors.each(writer.add, Share.WHOLE if ranks is None or ranks.is_first else Share.NONE):
             pass
-        shards, nbytes = on_first_rank(writing.end)
+        shards, nbytes = on_first_rank(writer.end)
     return FileMergeReport(out, dict(factors), merged, (), shards, nbytes, dtype, notes)
 
 
@@ -115,24 +114,31 @@ def _bytes_of(size: int | str) -> int:
     return found
 
 
-class _Writing:
-    """The writing of a merged model, whose directory appears when the stack is closed without an error."""
+class _Writer:
+    """Writes a merged model, in files of at most ``limit`` bytes and their index. A larger tensor has a file alone.
+
+    The directory appears when the stack is closed without an error.
+    """
 
     saved: Saved
-    writer: ModelWriter
+    directory: Path
 
     def __init__(self, tensors: MergedTensors, limit: int, stack: ExitStack) -> None:
         self.tensors, self.limit, self.stack = tensors, limit, stack
         self.left_out = not_written(tensors.census)
+        self.waiting: dict[str, Planned] = {}
+        self.files: list[list[str]] = []  # the names of the tensors of each, which has its number
+        self.nbytes = 0  # of all tensors
+        self.written = 0  # of those in files
 
     def begin(self, out: Path) -> tuple[str, ...]:
         """Open the directory, write the config into it, and return notes."""
         if os.path.lexists(out):
             raise MergeError(f"cannot {DOING}: {out} exists: choose a different name, or remove it")
         tensors = self.tensors
-        self.writer = ModelWriter(self.stack.enter_context(new_directory(out)), self.limit)
+        self.directory = self.stack.enter_context(new_directory(out))
         self.saved, notes = saved_as(tensors)
-        notes += _write_config(tensors.census.model, self.writer.directory, tensors.dtype)
+        notes += _write_config(tensors.census.model, self.directory, tensors.dtype)
         state, census = tensors.state, Census.of(tensors.root)
         active = [adapter for adapter in state.adapters.values() if adapter.is_active]
         notes += untrained_notes(census, state, active)
@@ -146,38 +152,14 @@ class _Writing:
         if tensor.dtype not in TORCH_DTYPES.values():
             raise MergeError(f"cannot {DOING}: {fqn} has {tensor.dtype}, which safetensors files do not hold")
         for part in self.saved(fqn, tensor.detach().to("cpu")).items():
-            self.writer.add(Planned.whole(*part))
+            planned = Planned.whole(*part)
+            if self.waiting and self.nbytes + planned.nbytes > self.written + self.limit:
+                self._write_file()
+            self.waiting[planned.name] = planned
+            self.nbytes += planned.nbytes
 
     def end(self) -> tuple[int, int]:
         """Write what is left and the index, and return how many files there are and the size of their tensors."""
-        self.writer.end(self.tensors.census.size)
-        self.stack.close()
-        return len(self.writer.files), self.writer.nbytes
-
-
-@dataclass
-class ModelWriter:
-    """Writes a model's weights into a directory, in files of at most ``limit`` bytes, and then their index.
-
-    A larger tensor has a file alone.
-    """
-
-    directory: Path
-    limit: int
-    waiting: dict[str, Planned] = field(default_factory=dict)
-    files: list[list[str]] = field(default_factory=list)  # the names of the tensors of each, which has its number
-    nbytes: int = 0  # of all tensors
-    written: int = 0  # of those in files
-
-    def add(self, tensor: Planned) -> None:
-        """Take a tensor for the next file."""
-        if self.waiting and self.nbytes + tensor.nbytes > self.written + self.limit:
-            self._write_file()
-        self.waiting[tensor.name] = tensor
-        self.nbytes += tensor.nbytes
-
-    def end(self, total_parameters: int) -> None:
-        """Write the last file, give all files their names, and write the index if there are several."""
         self._write_file()
         count, places = len(self.files), dict[str, str]()
         for number, tensors in enumerate(self.files):
@@ -185,9 +167,11 @@ class ModelWriter:
             (self.directory / str(number)).rename(self.directory / name)
             places |= dict.fromkeys(tensors, name)
         if count > 1:
-            metadata = {"total_parameters": total_parameters, "total_size": self.nbytes}
+            metadata = {"total_parameters": self.tensors.census.size, "total_size": self.nbytes}
             index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
             write_json(self.directory / INDEX_FILE, index)
+        self.stack.close()
+        return count, self.nbytes
 
     def _write_file(self) -> None:
         tensors, self.waiting = [*self.waiting.values()], {}
@@ -197,17 +181,15 @@ class ModelWriter:
 
 
 def not_written(census: Census) -> set[str]:
-    """Return the names of the entries of a state dict that transformers does not write: tied ones, and what it says."""
-    return _tied_away(census) | {*(getattr(census.model, "_keys_to_ignore_on_save", None) or ())}
+    """Return the names of the entries of a state dict that transformers does not write: what it says, and tied ones.
 
-
-def _tied_away(census: Census) -> set[str]:
-    """Return the names of parameters that transformers ties to others and that are still tied; files may lack them."""
+    Those are the parameters that transformers ties to others and that are still tied; files may lack them.
+    """
     by_fqn = {held.fqn: held for held in census.parameters}
     pairs = [(source, name) for source, *names in named_groups(census) for name in names]
-    return {
-        name for source, name in pairs if {source, name} <= by_fqn.keys() and are_tied(by_fqn[source], by_fqn[name])
-    }
+    here = [(by_fqn[source], by_fqn[name]) for source, name in pairs if {source, name} <= by_fqn.keys()]
+    tied = {other.fqn for one, other in here if are_tied(one, other)}
+    return tied | {*(getattr(census.model, "_keys_to_ignore_on_save", None) or ())}
 
 
 def _write_config(model: nn.Module, directory: Path, dtype: torch.dtype | None) -> list[str]:
