@@ -51,9 +51,6 @@ TRANSPOSED = (
     "wrong, so merge for llama.cpp"
 )
 
-LORA_CONFIG_KEY = "lora_adapter_metadata"
-"""Where diffusers has the fields of PEFT's configuration in a file's metadata."""
-
 CARRIED_FIELDS = ("auto_mapping", BASE_FIELD, "fan_in_fan_out", "modules_to_save", "revision", "task_type")
 """Fields that have the same meaning for a LoRA."""
 
@@ -122,7 +119,7 @@ def layout_problems(adapter: OpenAdapter, layout: Layout) -> list[str]:
     others = stacks or {fqn: f"of kind {kind}" for fqn, kind in adapter.kinds.items()}
     problems = [f"{fqn} is {what}, and only linear layers are converted" for fqn, what in others.items()]
     if layout == "peft":
-        keys = {key for fqn in shapes for key in _peft_keys(fqn)}
+        keys = {key for fqn in shapes for key in _keys(MODEL_PREFIX + fqn)}
         taken = [fqn for fqn in trained if trained_key(fqn, shapes) in keys]
         problems += [f"{fqn} would have the name of a factor of an update: rename it" for fqn in taken]
     elif trained:
@@ -158,8 +155,7 @@ def peft_files(directory: Path, adapter: OpenAdapter, loras: Sequence[Lora], *, 
         )
         notes = [mixed, *notes]
     for lora in loras:
-        fqn = lora.layer.fqn
-        tensors |= zip(_peft_keys(fqn), lora.padded(ranks[fqn]), strict=True)
+        tensors |= zip(_keys(MODEL_PREFIX + lora.layer.fqn), lora.padded(ranks[lora.layer.fqn]), strict=True)
     fields = _fields(adapter, ranks)
     if rows:
         fields[ROWS_FIELD] = {fqn.removesuffix(".weight"): [*own] for fqn, own in rows.items()}
@@ -181,11 +177,10 @@ def diffusers_files(directory: Path, loras: Sequence[Lora], component: Component
     rank = max(lora.layer.rank for lora in loras)
     tensors: dict[str, Tensor] = {}
     for lora in loras:
-        path = f"{component}.{lora.layer.fqn}"
-        tensors |= zip((f"{path}.lora_A.weight", f"{path}.lora_B.weight"), lora.padded(rank), strict=True)
+        tensors |= zip(_keys(f"{component}.{lora.layer.fqn}"), lora.padded(rank), strict=True)
     config = {"lora_alpha": rank, "r": rank, "target_modules": _regex(lora.layer.fqn for lora in loras)}
     packed = {f"{component}.{name}": value for name, value in config.items()}
-    metadata = {**METADATA, LORA_CONFIG_KEY: json.dumps(packed, sort_keys=True)}
+    metadata = {**METADATA, "lora_adapter_metadata": json.dumps(packed, sort_keys=True)}
     note = f"for {component!r} of a pipeline: {spelled('component')} names a different one of its models"
     return _files("diffusers", directory, tensors, metadata, None), [note, *_padding_notes(loras)]
 
@@ -208,8 +203,8 @@ def _padding_notes(loras: Sequence[Lora]) -> list[str]:
     return [note] if len(ranks) > 1 else []
 
 
-def _peft_keys(fqn: str) -> tuple[str, str]:
-    return f"{MODEL_PREFIX}{fqn}.lora_A.weight", f"{MODEL_PREFIX}{fqn}.lora_B.weight"
+def _keys(path: str) -> tuple[str, str]:
+    return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
 
 
 def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -271,13 +266,13 @@ def low_rank(adapter: OpenAdapter, rank: int | None, tolerance: float | None, pr
         loras.append(Lora(layer, lora_A, lora_B))
         del update  # before the next one is computed
     progress(len(shapes), len(shapes), "done")
-    layers = sorted((lora.layer for lora in loras), key=lambda layer: -layer.relative_error)
-    if lossy := [layer for layer in layers if layer.relative_error > accepted]:
+    if lossy := [lora.layer for lora in loras if lora.layer.relative_error > accepted]:
+        lossy.sort(key=lambda layer: -layer.relative_error)
         errors = shortened([f"{layer.fqn} {layer.relative_error:.3g}" for layer in lossy], LISTED)
         choice = "the full rank" if rank is None else spelled("rank", rank)
         remedy = "" if rank is None else "a larger rank, no rank for the smallest within the tolerance, or "
         raise ConfigError(
-            f"cannot convert to LoRA: with {choice}, {len(lossy)} of {len(layers)} layers have a relative error above "
+            f"cannot convert to LoRA: with {choice}, {len(lossy)} of {len(loras)} layers have a relative error above "
             f"{spelled('tolerance', accepted)} ({errors}); the largest is {lossy[0].relative_error:.4g}: "
             f"give {remedy}a larger tolerance"
         )
@@ -296,12 +291,13 @@ def of_rank(matrix: Tensor, rank: int) -> LowRank:
     """Return the nearest matrix of a given rank, padded with zeros if the matrix has a lower one."""
     smaller, wanted = min(matrix.shape), rank + OVERSAMPLING
     is_exact = smaller <= EXACT_UP_TO or wanted * WORTHWHILE > smaller
-    return _truncated(matrix, *(_exact(matrix) if is_exact else _randomized(matrix, wanted)), rank)
+    parts = torch.linalg.svd(matrix, full_matrices=False) if is_exact else _randomized(matrix, wanted)
+    return _truncated(matrix, *parts, rank)
 
 
 def within(matrix: Tensor, tolerance: float) -> LowRank:
     """Return the matrix of the smallest rank whose relative error is within a tolerance, or else the full rank."""
-    left, values, right = _exact(matrix)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     # the squared error of each rank from 1: the sum of the squares after it, which is not a difference of large numbers
     squares = values.double().square().flip(0).cumsum(0).flip(0)
     errors = torch.cat([squares[1:], squares.new_zeros(1)])
@@ -323,11 +319,6 @@ def spectral_norm(matrix: Tensor) -> float:
     if min(matrix.shape) <= EXACT_UP_TO:
         return float(torch.linalg.svdvals(matrix)[0])
     return float(_randomized(matrix, OVERSAMPLING)[1][0])
-
-
-def _exact(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left, values, right
 
 
 def _randomized(matrix: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
