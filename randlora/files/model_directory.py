@@ -60,12 +60,6 @@ Progress = Callable[[int, int, str], object]
 LARGEST_CARRIED = 2**30
 """The size above which a file is treated as weights in an unknown format."""
 
-BLOBS = "blobs"
-"""The directory beside the one of all snapshots to which links in the Hub's cache lead."""
-
-ADAPTER_PREFIX = "adapter_"
-DTYPE_FIELDS = frozenset({"dtype", "torch_dtype"})
-
 
 def no_progress(done: int, total: int, doing: str) -> None:
     """Ignore the progress."""
@@ -182,10 +176,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
     found = index.get("weight_map")
-    if isinstance(found, dict) and found:
-        files = found.values()
-        if all(isinstance(file, str) and Path(file).name == file for file in files):  # not in another directory
-            return found
+    files = found.values() if isinstance(found, dict) else ()
+    if files and all(isinstance(file, str) and Path(file).name == file for file in files):  # not in another directory
+        return found
     raise CheckpointError(
         f"{path / INDEX_FILE} is damaged: expected 'weight_map' with a file of the directory for each tensor"
     )
@@ -238,12 +231,10 @@ def find_companions(directory: ModelDirectory) -> Companions:
     """
     own = {shard.path for shard in directory.shards} | {directory.path / INDEX_FILE}
     root = Path(os.path.realpath(directory.path))
-    blobs = [parent / BLOBS for parent in [*root.parents][:2]]  # where the Hub's cache has all files
-    carried: list[Path] = []
-    left_out: list[Path] = []
-    problems = []
+    blobs = [parent / "blobs" for parent in [*root.parents][:2]]  # to which the links in the Hub's cache lead
+    carried, left_out, problems = list[Path](), list[Path](), list[str]()
     for path in _files(directory.path):
-        if path in own or path.name.startswith(ADAPTER_PREFIX):
+        if path in own or path.name.startswith("adapter_"):
             continue
         try:
             is_weights = path.name.endswith(WEIGHT_SUFFIXES) or require_regular(path).st_size > LARGEST_CARRIED
@@ -267,23 +258,23 @@ def copy_companion(source: Path, destination: Path) -> None:
 
 
 def copy_config(source: Path, destination: Path, dtype: torch.dtype) -> None:
-    """Copy ``config.json`` with a different dtype."""
-    write_json(destination, _with_dtype(read_object(source), dtype))
+    """Copy ``config.json`` with a different dtype, also in the configs inside."""
+    name = str(dtype).removeprefix("torch.")
+
+    def changed(config: Any) -> Any:
+        if not isinstance(config, dict):
+            return config
+        return {
+            key: name if key in ("dtype", "torch_dtype") and value is not None else changed(value)
+            for key, value in config.items()
+        }
+
+    write_json(destination, changed(read_object(source)))
 
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file as transformers does."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _with_dtype(config: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(config, dict):
-        return config
-    name = str(dtype).removeprefix("torch.")
-    return {
-        key: name if key in DTYPE_FIELDS and value is not None else _with_dtype(value, dtype)
-        for key, value in config.items()
-    }
 
 
 def _files(root: Path) -> Iterator[Path]:
