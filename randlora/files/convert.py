@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from dataclasses import fields as fields_of
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,9 +149,19 @@ def convert(
     """
     require_types(convert, locals())
     source, target = Path(directory), Path(out)
-    inputs = [source, *([] if base is None else [base])]
-    problems = _option_problems(to, format, rank, tolerance, component, same_rank=same_rank)
+    problems, lora = [], spelled("to", "lora")
+    if to != "lora" and (rank is not None or tolerance is not None):
+        problems.append(f"{spelled('rank')} and {spelled('tolerance')} are for {lora}: {typed(to)} is exact")
+    if to != "lora" and (format is not None or same_rank):
+        problems.append(f"{spelled('format')} and {spelled('same_rank')} are for {lora}, not {typed(to)}")
+    if component is not None and format != "diffusers":
+        problems.append(f"{spelled('component')} is for {lora} with {spelled('format', 'diffusers')}")
+    if rank is not None and rank <= 0:
+        problems.append(f"{named('rank')} must be a positive integer, got {rank}")
+    if tolerance is not None and not 0 <= tolerance <= 1:
+        problems.append(f"{named('tolerance')} must be a number in [0, 1], got {typed(tolerance)}")
     raise_collected(ConfigError, problems, doing="convert")
+    inputs = [source, *([] if base is None else [base])]
     raise_collected(CheckpointError, out_problems(target, inputs, overwrite=overwrite), doing="convert")
     layout = format or "peft"
     if beside := [name for other, name in WEIGHTS.items() if other != layout and (target / name).exists()]:
@@ -182,10 +191,7 @@ def tensors_of(file: AdapterFile) -> dict[str, Tensor]:
 
 
 def adapter_files(
-    directory: Path,
-    fields: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    header: Header | None,
+    directory: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Header | None
 ) -> Files:
     """Return an adapter's files, to be written. Tensors must be contiguous and on the CPU."""
     planned = [Planned.whole(*item) for item in tensors.items()]
@@ -201,29 +207,6 @@ def _written(files: Files) -> int:
         card.unlink()
         flush(files.directory)
     return nbytes
-
-
-def _option_problems(
-    to: Format,
-    layout: Layout | None,
-    rank: int | None,
-    tolerance: float | None,
-    component: Component | None,
-    *,
-    same_rank: bool,
-) -> list[str]:
-    problems, lora = [], spelled("to", "lora")
-    if to != "lora" and (rank is not None or tolerance is not None):
-        problems.append(f"{spelled('rank')} and {spelled('tolerance')} are for {lora}: {typed(to)} is exact")
-    if to != "lora" and (layout is not None or same_rank):
-        problems.append(f"{spelled('format')} and {spelled('same_rank')} are for {lora}, not {typed(to)}")
-    if component is not None and layout != "diffusers":
-        problems.append(f"{spelled('component')} is for {lora} with {spelled('format', 'diffusers')}")
-    if rank is not None and rank <= 0:
-        problems.append(f"{named('rank')} must be a positive integer, got {rank}")
-    if tolerance is not None and not 0 <= tolerance <= 1:
-        problems.append(f"{named('tolerance')} must be a number in [0, 1], got {typed(tolerance)}")
-    return problems
 
 
 def contents_as(
@@ -355,9 +338,7 @@ def _part_problems(parts: Sequence[OpenAdapter]) -> list[str]:
     specs: dict[int, tuple[OpenAdapter, BasisSpec]] = {}
     trained: dict[str, tuple[OpenAdapter, Tensor]] = {}
     for part in parts:  # of which the first with an option, a layer, bases or a tensor is compared with the others
-        own = {
-            f.name: getattr(part.file.config, f.name) for f in fields_of(part.file.config) if f.name not in OF_LAYERS
-        }
+        own = {name: value for name, value in vars(part.file.config).items() if name not in OF_LAYERS}
         for name, value in {**own, "the base model": part.file.fields.get(BASE_FIELD)}.items():
             first, expected = options.setdefault(name, (part, value))
             if value != expected:
