@@ -19,14 +19,7 @@ from torch import Tensor
 from randlora.bases.basis import Basis, BasisBank
 from randlora.bases.spec import Shape, sliced_dims
 from randlora.checkpoint.bases import Known, file_bases
-from randlora.checkpoint.fit import (
-    misfits,
-    named_sites,
-    prefix_problems,
-    trained_misfits,
-    with_prefix,
-    without_repeats,
-)
+from randlora.checkpoint.fit import misfits, named_sites, prefix_problems, trained_misfits, with_prefix, without_repeats
 from randlora.checkpoint.read import AdapterFile, locate, read_adapter
 from randlora.config import Stream, by_rank
 from randlora.disk.formats import Entry

@@ -290,9 +290,11 @@ class LowRank(NamedTuple):
 def of_rank(matrix: Tensor, rank: int) -> LowRank:
     """Return the nearest matrix of a given rank, padded with zeros if the matrix has a lower one."""
     smaller, wanted = min(matrix.shape), rank + OVERSAMPLING
-    is_exact = smaller <= EXACT_UP_TO or wanted * WORTHWHILE > smaller
-    parts = torch.linalg.svd(matrix, full_matrices=False) if is_exact else _randomized(matrix, wanted)
-    return _truncated(matrix, *parts, rank)
+    if smaller <= EXACT_UP_TO or wanted * WORTHWHILE > smaller:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        left, values, right = _randomized(matrix, wanted)
+    return _truncated(matrix, left, values, right, rank)
 
 
 def within(matrix: Tensor, tolerance: float) -> LowRank:

@@ -16,16 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from randlora.checkpoint.peft_layout import CONFIG_FILE
-from randlora.disk.formats import (
-    Entry,
-    Shard,
-    is_there,
-    open_regular,
-    read_json,
-    read_shard,
-    require_regular,
-    shard_of,
-)
+from randlora.disk.formats import Entry, Shard, is_there, open_regular, read_json, read_shard, require_regular, shard_of
 from randlora.disk.hub import has_file, is_on_hub, local_path, read_header
 from randlora.errors import CheckpointError, raise_collected
 from randlora.targets.match import shortened
@@ -175,10 +166,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
-    found = index.get("weight_map")
-    files = found.values() if isinstance(found, dict) else ()
-    if files and all(isinstance(file, str) and Path(file).name == file for file in files):  # not in another directory
-        return found
+    files = index.get("weight_map")
+    files = files if isinstance(files, dict) else {}
+    if files and all(isinstance(file, str) and Path(file).name == file for file in files.values()):  # of the directory
+        return files
     raise CheckpointError(
         f"{path / INDEX_FILE} is damaged: expected 'weight_map' with a file of the directory for each tensor"
     )
