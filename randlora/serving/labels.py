@@ -44,10 +44,6 @@ class Label(NamedTuple):
         """Whether no entry depends on a row."""
         return bool((self.rows == NONE).all())
 
-    def changed(self, rows: Tensor) -> Label:
-        """Return a label with different rows and the same marks."""
-        return self._replace(rows=rows)
-
 
 def first_dimension(shape: Sequence[int]) -> Label:
     """Return the label of a tensor that has one row for each entry of its first dimension."""
@@ -94,7 +90,7 @@ def merged_along(label: Label, dims: Iterable[int]) -> Label:
             highest = rows.amax(dim, keepdim=True)
             lowest = torch.where(rows >= 0, rows, highest).amin(dim, keepdim=True)
             rows = torch.where((rows == MIXED).any(dim, keepdim=True) | (lowest != highest), MIXED, highest)
-    return label.changed(shrunk(rows))
+    return label._replace(rows=shrunk(rows))
 
 
 def merged(labels: Sequence[Label]) -> Label:
@@ -155,5 +151,5 @@ def filled(label: Label) -> Label:
             others = [other for other in range(label.rows.dim()) if other != dim]
             own = merged_along(label, others).rows
             if own.shape[dim] == size and bool((own >= 0).all()):
-                return label.changed(shrunk(torch.where(label.rows == NONE, own, label.rows)))
+                return label._replace(rows=shrunk(torch.where(label.rows == NONE, own, label.rows)))
     return label

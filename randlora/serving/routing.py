@@ -176,7 +176,7 @@ def layout_of_rows(routing: Routing, layer: Any, rows: BatchRows, module: str) -
             for name, label in known.items()
             if rows.axes[name][1] == 1
         ]
-        each = [label.changed(label.rows.flatten()) for label in along]
+        each = [label._replace(rows=label.rows.flatten()) for label in along]
         label = merged(each) if each else _assumed(routing, tracking, shape, module)
         layout = _followed(routing, layer, label, shape, module)
     if rows.is_declared:

@@ -72,9 +72,7 @@ Rule = Callable[[Call], Labels]
 def labels_of(call: Call) -> Labels:
     """Return the label of the output of a call, or a label for each output."""
     rule = RULES.get(call.name, RULES.get(call.name.rstrip("_")))  # in place or not
-    if rule is None:
-        rule = next((rule for names, rule in PATTERNS.items() if re.search(names, call.name)), None)
-    if rule is not None:
+    if rule := rule or next((rule for names, rule in PATTERNS.items() if re.search(names, call.name)), None):
         return rule(call)
     if torch.Tag.pointwise in getattr(call.func, "tags", ()):
         return _pointwise(call)
@@ -85,7 +83,7 @@ def labels_of(call: Call) -> Labels:
 
 def _padded(label: Label, dims: int) -> Label:
     """Return a label with as many dimensions as its tensor has after broadcasting."""
-    return label.changed(label.rows[(None,) * (dims - label.rows.dim())])
+    return label._replace(rows=label.rows[(None,) * (dims - label.rows.dim())])
 
 
 def _unknown(call: Call) -> Label:
@@ -94,7 +92,7 @@ def _unknown(call: Call) -> Label:
     dims = tensors_of(call.output)[0].dim()
     if not labels or any(label.rows.numel() != 1 for label in labels):
         return unknown(dims, call.name)
-    return merged([label.changed(label.rows.reshape((1,) * dims)) for label in labels])
+    return merged([label._replace(rows=label.rows.reshape((1,) * dims)) for label in labels])
 
 
 def _nothing(call: Call) -> None:  # noqa: ARG001
@@ -124,7 +122,7 @@ def _view(call: Call) -> Labels:
     """Return the labels of views, by viewing rows that take no memory."""
     x, label = call.first, call.of(call.first)
     if call.name in RESHAPES:
-        return label.changed(reshaped(label.rows, x.shape, tensors_of(call.output)[0].shape))
+        return label._replace(rows=reshaped(label.rows, x.shape, tensors_of(call.output)[0].shape))
     rows = label.rows.expand(x.shape)
     if call.name == "aten::as_strided":
         if x.numel() > MOST or not x.is_contiguous() or x.storage_offset():
@@ -132,10 +130,10 @@ def _view(call: Call) -> Labels:
         rows = rows.contiguous()
     if call.name in ("aten::view_as_real", "aten::view_as_complex"):
         rows = rows.unsqueeze(-1) if call.name.endswith("real") else rows[..., 0]
-        return label.changed(shrunk(rows))
+        return label._replace(rows=shrunk(rows))
     if any(isinstance(value, Tensor) for value in call.values[1:]):
         return _unknown(call)
-    found = [label.changed(shrunk(view)) for view in tensors_of(call.again(rows))]
+    found = [label._replace(rows=shrunk(view)) for view in tensors_of(call.again(rows))]
     if call.has_read and call.name in CHOICES:  # the values that Python has read may have chosen them
         return [each._replace(by_values=each.by_values or each.rows.numel() != label.rows.numel()) for each in found]
     return found
@@ -156,7 +154,8 @@ def _along(call: Call) -> Label:
     label = merged_along(call.of(x), dims)
     if tensors_of(call.output)[0].dim() == x.dim():
         return label
-    return label.changed(label.rows.reshape([size for dim, size in enumerate(label.rows.shape) if dim not in dims]))
+    kept = [size for dim, size in enumerate(label.rows.shape) if dim not in dims]
+    return label._replace(rows=label.rows.reshape(kept))
 
 
 def _batch_normalized(call: Call) -> Label | None:
@@ -173,10 +172,10 @@ def _by_example(call: Call) -> Label:
     if x.dim() != {"aten::im2col": 4, "aten::col2im": 3}.get(call.name, output.dim()):
         return _unknown(call)
     label = merged_along(call.of(x), range(1, x.dim()))
-    label = label.changed(label.rows.reshape(-1, *[1] * (output.dim() - 1)))
+    label = label._replace(rows=label.rows.reshape(-1, *[1] * (output.dim() - 1)))
     weights = [each for each in tensors_of(call.values)[1:] if call.label(each)]
     others = [merged_along(call.of(each), range(each.dim())) for each in weights]
-    return merged([label, *(each.changed(each.rows.flatten()) for each in others)])
+    return merged([label, *(each._replace(rows=each.rows.flatten()) for each in others)])
 
 
 def _by_last_dimension(call: Call) -> Label:
@@ -193,7 +192,7 @@ def _product(call: Call) -> Label:
     left = merged_along(call.of(first), [first.dim() - 1])
     right = merged_along(call.of(second), [max(second.dim() - 2, 0)])
     if second.dim() == 1:
-        left = left.changed(left.rows.squeeze(-1))
+        left = left._replace(rows=left.rows.squeeze(-1))
     return _together([left, right, *map(call.of, more)], call.output.dim())
 
 
@@ -220,14 +219,14 @@ def _attention(call: Call) -> Label:
 def _repeated(call: Call) -> Label:
     label, repeats = _padded(call.of(call.first), len(call.given["repeats"])), call.given["repeats"]
     own = [times if size > 1 else 1 for times, size in zip(repeats, label.rows.shape, strict=True)]
-    return label.changed(label.rows.repeat(own))
+    return label._replace(rows=label.rows.repeat(own))
 
 
 def _moved(call: Call) -> Label:
     """Return the rows of what is turned around along some dimensions."""
     label = call.of(call.first)
     is_flat = not call.given["dims"]  # entries roll from row to row
-    return label.changed(shrunk(call.again(label.rows.expand(call.first.shape) if is_flat else label.rows)))
+    return label._replace(rows=shrunk(call.again(label.rows.expand(call.first.shape) if is_flat else label.rows)))
 
 
 def _put_around(call: Call) -> Label:
@@ -235,7 +234,7 @@ def _put_around(call: Call) -> Label:
     own: list[int] = []
     for index, dim in enumerate(range(label.rows.dim() - 1, label.rows.dim() - 1 - len(pad) // 2, -1)):
         own += pad[2 * index : 2 * index + 2] if label.rows.shape[dim] > 1 else [0, 0]
-    return label.changed(torch.nn.functional.pad(label.rows, own, value=NONE) if any(own) else label.rows)
+    return label._replace(rows=torch.nn.functional.pad(label.rows, own, value=NONE) if any(own) else label.rows)
 
 
 def _joined(call: Call) -> Label | None:
@@ -245,7 +244,7 @@ def _joined(call: Call) -> Label | None:
     dim = call.given["dim"] % (tensors[0].dim() + is_stacked)
     sizes = [1 if is_stacked else each.shape[dim] for each in tensors]
     if is_stacked:
-        labels = [label.changed(label.rows.unsqueeze(dim)) for label in labels]
+        labels = [label._replace(rows=label.rows.unsqueeze(dim)) for label in labels]
     known = [label for label in labels if not label.is_none]
     if not known:
         return None
@@ -311,14 +310,14 @@ def _of_indices(call: Call, indices: list[Tensor | None], labels: list[Label | N
     after = call.output.dim() - before - together.rows.dim()
     if after < 0:
         return _unknown(call)
-    return together.changed(together.rows.view(*[1] * before, *together.rows.shape, *[1] * after))
+    return together._replace(rows=together.rows.view(*[1] * before, *together.rows.shape, *[1] * after))
 
 
 def _looked_up(call: Call) -> Label | None:
     label = call.label(call.given["indices"])
     if call.label(call.given["weight"]) is not None:
         return _unknown(call)
-    return None if label is None else label.changed(label.rows.unsqueeze(-1))
+    return None if label is None else label._replace(rows=label.rows.unsqueeze(-1))
 
 
 def _gathered(call: Call) -> Label | None:
@@ -332,7 +331,7 @@ def _gathered(call: Call) -> Label | None:
         if other != dim and rows.shape[other] > size:
             rows = rows.narrow(other, 0, size)
     if rows.shape[dim] == 1:
-        return label.changed(rows)
+        return label._replace(rows=rows)
     if index.numel() > MOST:
         return _unknown(call)
     sizes = [size if other != dim else x.shape[dim] for other, size in enumerate(index.shape)]
@@ -363,7 +362,7 @@ def _put(call: Call) -> Label | None:
     among = [size for position, size in enumerate(both.rows.shape) if position not in place.values()]
     has_rows_around = any(size > 1 for size in sizes) and all(was.rows.shape[dim] == 1 for dim in taken)
     if has_rows_around and all(size == 1 for size in among):
-        return merged([was, both.changed(both.rows.reshape(sizes))])  # what is around belongs to them too
+        return merged([was, both._replace(rows=both.rows.reshape(sizes))])  # what is around belongs to them too
     sizes = [max(was.rows.shape[dim], sizes[dim]) if dim in place else x.shape[dim] for dim in range(x.dim())]
     if torch.Size(sizes).numel() > MOST:
         return _unknown(call)
@@ -386,7 +385,7 @@ def _put_by_mask(call: Call) -> Label:
     if mask is None or mask.dtype not in (torch.bool, torch.uint8):
         return _unknown(call)
     label, after = call.of(mask), x.dim() - where[0] - mask.dim()
-    of_mask = label.changed(label.rows.view(*[1] * where[0], *label.rows.shape, *[1] * after))
+    of_mask = label._replace(rows=label.rows.view(*[1] * where[0], *label.rows.shape, *[1] * after))
     return _together([call.of(x), of_mask], x.dim())
 
 

@@ -138,7 +138,7 @@ class RowTracking(TorchDispatchMode):
             for each, rows in ((alias, old), (written, label.rows)):
                 flat.as_strided(each.shape, each.stride(), each.storage_offset()).copy_(rows.expand(each.shape))
             view = flat.as_strided(alias.shape, alias.stride(), alias.storage_offset())
-            new = marks.changed(shrunk(view))
+            new = marks._replace(rows=shrunk(view))
         elif alias.dim() == written.dim() and label.rows.numel() > 1 and fits(label.rows, alias.shape):
             new = label if was is None else merged([was, label])
         else:
