@@ -159,13 +159,16 @@ class _Hook:
 
 
 class _Entries:
-    """The hooks that watch, in one block, the calls of each module with adapted layers inside."""
+    """The hooks that watch, in one block, the calls of each module that has adapted ones inside and is none itself."""
 
     def __init__(self, root: nn.Module, state: ModelState, routing: RowByRow) -> None:
         self.state, self.routing = state, routing
         self.handles: list[RemovableHandle] = []
         self.methods: list[_Method] = []
-        for module in _around_adapted(root):
+        for module in root.modules():
+            is_adapted = module is not root and adapter_layers_of(module)
+            if is_adapted or not any(map(adapter_layers_of, module.modules())):
+                continue
             libraries = {parent.__module__.partition(".")[0] for parent in type(module).__mro__}
             for (library, name), call in METHODS.items():
                 if library in libraries and hasattr(type(module), name):
@@ -297,15 +300,6 @@ METHODS: dict[tuple[str, str], Callable[..., Any]] = {
     **dict.fromkeys([("sentence_transformers", "encode"), ("sentence_transformers", "predict")], _refuse_to_sort),
 }
 """What is called in place of methods of a library's models."""
-
-
-def _around_adapted(root: nn.Module) -> list[nn.Module]:
-    """Return the modules that have adapted ones inside, and are none themselves."""
-    return [
-        module
-        for module in root.modules()
-        if (module is root or not adapter_layers_of(module)) and any(map(adapter_layers_of, module.modules()))
-    ]
 
 
 def _tensors(inputs: Mapping[Any, Any]) -> Iterator[tuple[Any, Tensor]]:
