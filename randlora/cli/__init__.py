@@ -19,14 +19,9 @@ FILES_ERROR, USAGE_ERROR = 1, 2
 """Exit codes: for errors with files and failed checks, and for command lines that cannot be used."""
 
 
-def show(value: object) -> None:
-    """Print a result as text."""
-    typer.echo(visible(str(value)))
-
-
-def show_json(value: object) -> None:
-    """Print a result as one JSON object."""
-    typer.echo(visible(json.dumps(plain(value), indent=2, ensure_ascii=False)))
+def show(text: str) -> None:
+    """Print a result."""
+    typer.echo(visible(text))
 
 
 def complain(message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 import warnings
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 import randlora
 from randlora import files
-from randlora.cli import FILES_ERROR, plain, show, show_json, visible
+from randlora.cli import FILES_ERROR, plain, show, visible
 from randlora.errors import ConfigError, named, on_command_line, spelled, typed
 from randlora.files.adapter import open_base
 from randlora.files.model_directory import no_progress
@@ -42,8 +43,6 @@ AS_JSON = Parameter(
     annotation=Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")],
 )
 
-SETUP = tuple(field.name for field in fields(Setup))
-
 Printed = tuple[str, dict[str, Any]]
 """A result as text and as JSON."""
 
@@ -62,7 +61,7 @@ def callback(name: str, summary: str, *examples: str) -> Callable[..., None]:
         with on_command_line(arguments):
             values = {name: None if words in (None, []) else taken[name][1](words) for name, words in given.items()}
             text, facts = action(**values)
-        show_json(facts) if as_json else show(text)
+        show(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else text)
         if facts.get("passed") is False:
             raise typer.Exit(FILES_ERROR)
 
@@ -106,7 +105,8 @@ def _words_for(name: str, kinds: Sequence[Any]) -> tuple[Any, Callable[[Any], An
     if Mapping in inside:
         number = inside[Mapping][-1]
         if get_origin(number) is Sequence:
-            return list[str], partial(_by_name, name, _integers), {"metavar": "NAME=NUMBER,NUMBER"}
+            numbers = partial(_by_name, name, lambda text: [*map(int, text.split(","))])
+            return list[str], numbers, {"metavar": "NAME=NUMBER,NUMBER"}
         return list[str], partial(_by_name, name, number), {"metavar": "NUMBER|NAME=NUMBER"}
     if Sequence in inside and str in kinds:
         return list[str], partial(_names_or_regex, name), {"metavar": "NAMES|REGEX"}
@@ -149,10 +149,6 @@ def _by_name(name: str, number: Callable[[str], Any], given: Sequence[str]) -> A
     return values if split[0][1] else values[""]
 
 
-def _integers(text: str) -> list[int]:
-    return [*map(int, text.split(","))]
-
-
 def _dtype(name: str, given: str) -> Any:
     if wrong := [*mistyped(given, Dtype, named(name))]:
         raise ConfigError(wrong[0])
@@ -186,7 +182,7 @@ def _merge(adapters: Sequence[str], *, scale: Sequence[float] | None = None, **g
 
 def _plan(**given: Any) -> Printed:
     """Return the report and the memory, for which the headers are read once."""
-    setup = {name: given.pop(name) for name in SETUP}
+    setup = {field.name: given.pop(field.name) for field in fields(Setup)}
     base = open_base(given.pop("directory"), given.pop("revision"), needs_weights=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", DOUBT, UserWarning)  # the report says it
