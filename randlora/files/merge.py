@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +149,10 @@ def merge(
         with refusing(f"merge {str(adapter)!r}"):
             opened[str(adapter)] = directory, read_adapter(directory, stream), factor
     if base is None:
-        base = _base_of({adapter: file for adapter, (_, file, _) in opened.items()})
+        base = named_base({adapter: file for adapter, (_, file, _) in opened.items()})
+        if not (is_there(Path(base)) or is_on_hub(base)):
+            give = f"give {spelled('base')}, a directory or a repository"
+            raise CheckpointError(f"the base model {base!r}, which the adapter names, is not there: {give}")
     problems = out_problems(destination, [base, *factors], overwrite=overwrite)
     raise_collected(MergeError, problems, doing="merge")
     model = open_base(base, base_revision)
@@ -175,24 +177,14 @@ def merge(
     )
 
 
-def _factors(adapters: Sources) -> dict[Source, float]:
+def _factors(adapters: Sources) -> dict[str | Path, float]:
     if isinstance(adapters, str | os.PathLike):
         adapters = [adapters]
     given = adapters if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
-    factors: dict[Source, float] = {
-        source if is_on_hub(source) else Path(source): factor for source, factor in given.items()
-    }
+    factors = {source if is_on_hub(source) else Path(source): factor for source, factor in given.items()}
     if len({os.path.realpath(source) for source in factors}) < len(adapters):
         raise ConfigError("cannot merge: an adapter is named twice; give it one factor instead")
     return factors
-
-
-def _base_of(adapters: Mapping[str, AdapterFile]) -> str:
-    base = named_base(adapters)
-    if not (is_there(Path(base)) or is_on_hub(base)):
-        give = f"give {spelled('base')}, a directory or a repository"
-        raise CheckpointError(f"the base model {base!r}, which the adapter names, is not there: {give}")
-    return base
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,14 +201,13 @@ class Changes:
     """The changes that adapters make to the tensors of a checkpoint, whose headers are ``entries``.
 
     Tensors in ``merged`` are merged into, and tensors in ``replaced`` get new values, which may be merged into too. At
-    last ``rows`` replace some. Of what is ``claimed``, no further adapter can give values.
+    last ``rows`` replace some.
     """
 
     entries: Mapping[str, Entry]
     merged: dict[str, Merging] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    claimed: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     def planned(self, entry: Entry, dtype: torch.dtype | None) -> Planned:
@@ -252,11 +243,8 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, float]], prefix: str | None) -> Changes:
-    """Fit adapters to a checkpoint, draw their bases, and return which tensors they change.
-
-    ``adapters`` are their directories, files and the factors of their updates, by the names that messages give them.
-    """
-    bank, changes = BasisBank(), Changes(base.directory.entries)
+    """Return which tensors of a checkpoint some adapters change, given directory, file and factor of each by name."""
+    bank, changes, claimed = BasisBank(), Changes(base.directory.entries), set[str]()
     for name, (directory, file, factor) in adapters.items():
         with refusing(f"merge {name!r}"):
             if _has_other_head(base, file):
@@ -267,10 +255,9 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
                     f"the files do not have {shortened(fit.converted)} in one tensor each: {IN_MEMORY}"
                 )
             rows = fit.file.rows
-            claims = {
-                f"row {row} of {fqn}" for fqn, own in rows.items() for row in own
-            } | fit.trained.keys() - rows.keys()
-            if repeated := sorted(claims & changes.claimed):
+            claims = {f"row {row} of {fqn}" for fqn, own in rows.items() for row in own}
+            claims |= fit.trained.keys() - rows.keys()
+            if repeated := sorted(claims & claimed):
                 raise CheckpointError(
                     f"an adapter before it trained {', '.join(repeated)} too, and the model can hold only one of them"
                 )
@@ -280,22 +267,21 @@ def find_changes(base: Base, adapters: Mapping[str, tuple[Path, AdapterFile, flo
             for tensor in weight.names:
                 changes.merged.setdefault(tensor, Merging(fqn, weight.layer_class)).updates.append(update)
         for fqn, names in fit.trained.items():
-            if fqn not in rows:
-                changes.replaced.update(dict.fromkeys(names, fit.file.trained[fqn]))
-            for tensor in names if fqn in rows else ():
-                changes.rows.setdefault(tensor, []).append((torch.tensor(rows[fqn]), fit.file.trained[fqn]))
-        changes.claimed.update(claims)
+            for tensor in names:
+                if fqn in rows:
+                    changes.rows.setdefault(tensor, []).append((torch.tensor(rows[fqn]), fit.file.trained[fqn]))
+                else:
+                    changes.replaced[tensor] = fit.file.trained[fqn]
+        claimed |= claims
     if both := sorted(changes.rows.keys() & (changes.replaced.keys() | changes.merged.keys())):
         what = f"one adapter trains rows of {shortened(both)}, and another one trains or adapts all of it"
         raise CheckpointError(f"cannot merge: {what}: merge them into two models")
     dtypes = {name: changes.entries[name].dtype for name in (*changes.merged, *changes.replaced, *changes.rows)}
     # 8-bit floats may have scales, and would lose most of an update; integers are codes, except for buffers
-    if narrow := [
-        name
-        for name, dtype in dtypes.items()
-        if (dtype.itemsize == 1 if dtype.is_floating_point else name in changes.merged)
-    ]:
-        what = f"8-bit floats or integers: {shortened(narrow)}"
+    narrow = {name for name, dtype in dtypes.items() if dtype.is_floating_point and dtype.itemsize == 1}
+    coded = {name for name in changes.merged if not dtypes[name].is_floating_point}
+    if narrow or coded:
+        what = f"8-bit floats or integers: {shortened([name for name in dtypes if name in narrow | coded])}"
         raise MergeError(f"cannot merge: {what}; convert the model to a wider floating dtype first")
     return changes
 
@@ -323,7 +309,8 @@ def _write(
     """Write the new checkpoint. Returns the size of its weights, and which files were not copied."""
     companions = find_companions(directory)
     written = {*companions.carried, Path(INDEX_FILE), *(Path(shard.path.name) for shard in directory.shards)}
-    if others := _others(out, written):
+    found = {path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    if others := [str(path) for path in sorted(found - written) if not MODEL_FILE.fullmatch(str(path))]:
         lost = f"{out} holds other files, which would be lost: {shortened(others)}"
         raise MergeError(f"cannot merge: {lost}; choose a different name")
     shards = [(shard, [changes.planned(entry, dtype) for entry in shard.entries]) for shard in directory.shards]
@@ -338,27 +325,18 @@ def _write(
     with new_directory(out, overwrite=overwrite) as scratch:
         for shard, tensors in shards:
             write_tensor_file(scratch / shard.path.name, tensors, shard.metadata, wrote)
-        if directory.index is not None:
-            _write_index(scratch, directory, directory.index, nbytes)
+        if (index := directory.index) is not None:
+            places = {entry.name: shard.path.name for shard in directory.shards for entry in shard.entries}
+            new_index = {**index, "weight_map": dict(sorted(places.items()))}
+            if isinstance(metadata := index.get("metadata"), dict) and nbytes != directory.nbytes:
+                new_index["metadata"] = {**metadata, "total_size": nbytes}
+            if new_index == index:  # which keeps its form
+                copy_companion(directory.path / INDEX_FILE, scratch / INDEX_FILE)
+            else:
+                write_json(scratch / INDEX_FILE, new_index)
         for path in companions.carried:
             if path == Path(MODEL_CONFIG_FILE) and dtype is not None:
                 copy_config(directory.path / path, scratch / path, dtype)
             else:
                 copy_companion(directory.path / path, scratch / path)
     return nbytes, companions.left_out
-
-
-def _write_index(out: Path, directory: ModelDirectory, index: Mapping[str, Any], nbytes: int) -> None:
-    places = {entry.name: shard.path.name for shard in directory.shards for entry in shard.entries}
-    written = {**index, "weight_map": dict(sorted(places.items()))}
-    if isinstance(metadata := index.get("metadata"), dict) and nbytes != directory.nbytes:
-        written["metadata"] = {**metadata, "total_size": nbytes}
-    if written == index:
-        copy_companion(directory.path / INDEX_FILE, out / INDEX_FILE)
-    else:
-        write_json(out / INDEX_FILE, written)
-
-
-def _others(out: Path, written: Collection[Path]) -> list[str]:
-    found = [path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return [str(path) for path in sorted(found) if path not in written and not MODEL_FILE.fullmatch(str(path))]
