@@ -186,11 +186,7 @@ def diffusers_files(directory: Path, loras: Sequence[Lora], component: Component
 
 
 def _files(
-    layout: Layout,
-    directory: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    fields: Mapping[str, Any] | None,
+    layout: Layout, directory: Path, tensors: dict[str, Tensor], metadata: dict[str, str], fields: dict[str, Any] | None
 ) -> Files:
     planned = [Planned.whole(*item) for item in tensors.items()]
     write = partial(write_tensor_file, tensors=planned, metadata=metadata)
@@ -210,10 +206,15 @@ def _keys(path: str) -> tuple[str, str]:
 def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return the JSON. Every scaling is ``alpha / rank = 1``, so the product of the factors is the update."""
     own, rank = adapter.file.fields, max(ranks.values())
-    bias = own.get("bias", "none")
+    bias, targets = own.get("bias", "none"), own.get("target_modules")
+    # the adapter's fields name the layers if they are a list that fits, else a regex does
+    names = [name for name in targets if isinstance(name, str)] if isinstance(targets, list) else []
+    fits = all(any(has_suffix(fqn, name) for name in names) for fqn in ranks)
     fields = {
         **{name: own.get(name) for name in CARRIED_FIELDS},
-        **_targets(own, tuple(ranks)),
+        "target_modules": names if fits else _regex(ranks),
+        "layers_to_transform": own.get("layers_to_transform") if fits else None,
+        "layers_pattern": own.get("layers_pattern") if fits else None,
         "alpha_pattern": {},
         "bias": "lora_only" if bias == "randlora_only" else bias,
         "fan_in_fan_out": bool(own.get("fan_in_fan_out")),
@@ -230,16 +231,6 @@ def _fields(adapter: OpenAdapter, ranks: Mapping[str, int]) -> dict[str, Any]:
         **pattern_fields({fqn: LayerOptions(own_rank, float(own_rank)) for fqn, own_rank in ranks.items()}),
     }
     return dict(sorted(fields.items()))
-
-
-def _targets(fields: Mapping[str, Any], fqns: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that name the layers: the adapter's fields if they are a list that fits, else a regex."""
-    named = fields.get("target_modules")
-    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    if all(any(has_suffix(fqn, name) for name in names) for fqn in fqns):
-        kept = {name: fields.get(name) for name in ("layers_to_transform", "layers_pattern")}
-        return {"target_modules": names, **kept}
-    return {"target_modules": _regex(fqns), "layers_to_transform": None, "layers_pattern": None}
 
 
 def _regex(fqns: Iterable[str]) -> str:
