@@ -235,12 +235,14 @@ def _in_own_dtypes(model: nn.Module) -> Iterator[None]:
 
 def saved_as(tensors: MergedTensors) -> tuple[Saved, list[str]]:
     """Return what writes an entry under transformers' names, and notes."""
-    model, transposed = tensors.census.model, _transposed(tensors.census)
+    model, conv1d = tensors.census.model, getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
+    replaced = [(prefix, vars(module).get("source_cls")) for prefix, module in tensors.census.prefixed]
+    # weights of quantized layers that took the place of a `Conv1D`
+    transposed = {f"{prefix}weight" for prefix, source in replaced if source and issubclass(source, conv1d)}
     itself: Saved = lambda fqn, tensor: {fqn: tensor.T if fqn in transposed else tensor}  # noqa: E731
     modeling, loading = (sys.modules.get(f"transformers.{name}") for name in ("modeling_utils", "core_model_loading"))
     undo: Any = getattr(loading, "revert_weight_conversion", None)
-    kind = getattr(modeling, "PreTrainedModel", ())
-    if undo is None or not isinstance(model, kind):
+    if undo is None or not isinstance(model, getattr(modeling, "PreTrainedModel", ())):
         return itself, []
     left_out = not_written(tensors.census)
     entries = {entry.fqn: tensors.on_meta(entry) for entry in tensors.entries if entry.fqn not in left_out}
@@ -254,13 +256,6 @@ def saved_as(tensors: MergedTensors) -> tuple[Saved, list[str]]:
         return itself, [NAMES_IN_MEMORY]
     changed = {fqn for fqn, parts in alone.items() if [*parts] != [fqn]}
     return lambda fqn, tensor: undo(model, {fqn: tensor}) if fqn in changed else itself(fqn, tensor), []
-
-
-def _transposed(census: Census) -> set[str]:
-    """Return the names of weights of quantized layers that replaced transformers' `Conv1D`."""
-    kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
-    sources = {prefix: vars(module).get("source_cls") for prefix, module in census.prefixed}
-    return {f"{prefix}weight" for prefix, source in sources.items() if source is not None and issubclass(source, kind)}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

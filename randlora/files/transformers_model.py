@@ -60,7 +60,7 @@ class TransformersModel:
     names: dict[int, tuple[str, ...]] = field(default_factory=dict)
     converted: set[str] = field(default_factory=set)
 
-    def names_of(self, parameter: Tensor | None) -> tuple[str, ...]:
+    def names_of(self, parameter: Tensor) -> tuple[str, ...]:
         """Return the names of the tensors that hold a parameter or buffer unchanged."""
         return self.names.get(id(parameter), ())
 
@@ -152,13 +152,12 @@ def _offline() -> Iterator[None]:
     except ImportError:
         yield
         return
-    flags = vars(constants)
-    before = flags["HF_HUB_OFFLINE"]
-    flags["HF_HUB_OFFLINE"] = True
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        flags["HF_HUB_OFFLINE"] = before
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager
@@ -171,9 +170,8 @@ def _bounded(tensors: int) -> Iterator[None]:
         nonlocal left
         left -= threading.get_ident() == thread  # others may build what they like
         if left < 0:
-            raise CheckpointError(
-                f"it makes more than {most:,} modules and parameters for {tensors} tensors in the files"
-            )
+            made = f"more than {most:,} modules and parameters"
+            raise CheckpointError(f"it makes {made} for {tensors} tensors in the files")
 
     with _offline(), ExitStack() as hooks:
         hooks.callback(registration.register_module_module_registration_hook(count).remove)
@@ -294,7 +292,10 @@ def _base_model(
     revision = {"revision": options["revision"]} if "revision" in options else {}
     labels = {name: options.pop(name) for name in LABELS if name in options}
     if not labels and isinstance(known, ModelClass):
-        labels = _labels_of(known)
+        labels = {} if known.problem_type is None else {"problem_type": known.problem_type}
+        if known.labels is not None:
+            label2id = {label: index for index, label in enumerate(known.labels)}
+            labels |= {"id2label": dict(enumerate(known.labels)), "label2id": label2id}
     try:
         config = transformers.AutoConfig.from_pretrained(base, **revision, **labels, trust_remote_code=False)
         model_class = _class_of(transformers, config, known)
@@ -311,15 +312,6 @@ def _base_model(
     return model, found
 
 
-def _labels_of(known: ModelClass) -> dict[str, Any]:
-    """Return the fields that a config of transformers has for a model with the labels of a class."""
-    fields: dict[str, Any] = {} if known.problem_type is None else {"problem_type": known.problem_type}
-    if known.labels is None:
-        return fields
-    label2id = {label: index for index, label in enumerate(known.labels)}
-    return {**fields, "id2label": dict(enumerate(known.labels)), "label2id": label2id}
-
-
 def _require_complete(base: str, found: Mapping[str, Any], trained: Collection[str]) -> None:
     """Refuse a model some of whose values are neither from its files nor trained: transformers draws them at random."""
     missing = sorted(set(found["missing_keys"]).difference(trained))
@@ -328,6 +320,5 @@ def _require_complete(base: str, found: Mapping[str, Any], trained: Collection[s
     problems += [f"its files have a different shape of {shortened(mismatched)}"] if mismatched else []
     problems += found["error_msgs"]
     advice = "values would be random: give base= with complete files, or create the model yourself, then load"
-    raise_collected(
-        CheckpointError, [f"{problem} ({advice})" for problem in problems], doing=f"load the base model {base!r}"
-    )
+    problems = [f"{problem} ({advice})" for problem in problems]
+    raise_collected(CheckpointError, problems, doing=f"load the base model {base!r}")
