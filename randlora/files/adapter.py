@@ -278,16 +278,15 @@ def _fit_model(
     for site in sites:
         if site.weight is None:
             continue  # computed, which is an obstacle
-        shape = tuple(site.weight.shape)
-        if names := model.names_of(site.weight):
-            if names[0] not in base.codes and (stored := entries[names[0]].shape) != shape:
-                problems.append(f"{site.fqn} has shape {stored} in the files, {shape} by its config.json")
-            weights[site.fqn] = WeightInFiles(names, site.shape_with(file.config), site.layer_class)
-        elif fqns[id(site.weight)] in model.converted:
-            weights[site.fqn] = WeightInFiles((), site.shape_with(file.config), site.layer_class)
-            converted.append(site.fqn)
-        else:
+        shape, names = tuple(site.weight.shape), model.names_of(site.weight)
+        if not names and fqns[id(site.weight)] not in model.converted:
             problems.append(f"the model has no layer {site.fqn} in its files")
+            continue
+        if not names:
+            converted.append(site.fqn)
+        elif names[0] not in base.codes and (stored := entries[names[0]].shape) != shape:
+            problems.append(f"{site.fqn} has shape {stored} in the files, {shape} by its config.json")
+        weights[site.fqn] = WeightInFiles(names, site.shape_with(file.config), site.layer_class)
     by_fqn = model.names_by_fqn
     trained = {fqn: by_fqn.get(fqn, ()) for fqn in file.trained}
     if absent := [fqn for fqn, names in trained.items() if fqn in by_fqn and not names and fqn not in converted]:
