@@ -144,17 +144,13 @@ class AdapterSummary:
 
     def _layers(self) -> list[str]:
         layers = self.layers
-        sizes = {
-            "matrices": [layer.matrices for layer in layers],
-            "in": ["?" if layer.in_features is None else layer.in_features for layer in layers],
-            "out": ["?" if layer.out_features is None else layer.out_features for layer in layers],
-        }
-        if not any(layer.matrices > 1 for layer in layers):
-            del sizes["matrices"]
+        matrices = {"matrices": [layer.matrices for layer in layers]}
         options = {name: [f"{getattr(layer, name):g}" for layer in layers] for name in LayerOptions._fields}
         columns = {
             "layer": [layer.fqn for layer in layers],
-            **sizes,
+            **(matrices if any(layer.matrices > 1 for layer in layers) else {}),
+            "in": ["?" if layer.in_features is None else layer.in_features for layer in layers],
+            "out": ["?" if layer.out_features is None else layer.out_features for layer in layers],
             **{name: values for name, values in options.items() if len({*values}) > 1},
             "num_bases": [layer.num_bases for layer in layers],
             "trainable": [layer.trainable for layer in layers],
