@@ -22,9 +22,9 @@ from randlora.functional.cost import Compute as Compute
 from randlora.functional.operation import Diagonals as Diagonals
 from randlora.functional.operation import WriteOut as WriteOut
 from randlora.functional.operation import adapted_linear as adapted_linear
+from randlora.functional.operation import delta_weight as delta_weight
+from randlora.functional.operation import update_norm as update_norm
+from randlora.functional.operation import update_rows as update_rows
 from randlora.functional.pairs import BlockPair as BlockPair
 from randlora.functional.pairs import DensePair as DensePair
 from randlora.functional.pairs import Pair as Pair
-from randlora.functional.update import delta_weight as delta_weight
-from randlora.functional.update import update_norm as update_norm
-from randlora.functional.update import update_rows as update_rows

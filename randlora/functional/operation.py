@@ -1,4 +1,4 @@
-"""A frozen linear layer with one adapter: the products of a training step, and their autograd function."""
+"""A frozen linear layer with one adapter, and its update alone: the products of a training step, and gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from randlora.functional import scratch
 from randlora.functional.cost import SMALL_WORK, Compute, Sizes, Way, backward_ways, forward_way
 from randlora.functional.pairs import BlockPair, DensePair, Pair
-from randlora.functional.scratch import in_dtype, is_forward_mode, is_in_transform, is_traced
+from randlora.functional.scratch import in_dtype
 
 WIDE = (torch.float32, torch.float64)
 
@@ -56,7 +56,7 @@ def adapted_linear(
     run: Callable[..., Tensor] = _output  # plain operations, which torch differentiates in any nesting of transforms
     # as one object, whose tensors are no arguments, so that saved-tensor hooks such as save_on_cpu see none
     bases: tuple[Any, ...] = pair, None, None, ()
-    if is_in_transform() or is_forward_mode():
+    if scratch.is_in_transform() or scratch.is_forward_mode():
         pass
     elif torch.compiler.is_compiling():  # every tensor must be an argument, and a symbolic scaling multiply one here
         run, lam, scaling = _AdaptedLinear.apply, lam * scaling, 1.0
@@ -69,7 +69,7 @@ def adapted_linear(
             or x.requires_grad
             or any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in (weight, bias))
         )
-        and not is_traced()  # a trace fails where two functions use a tensor that is no argument, as the bases are
+        and not scratch.is_traced()  # a trace fails where two functions use a tensor that is no argument, as bases are
     ):
         run = _AdaptedLinear.apply
     output = run(rows, weight, bias, lam, gamma, scaling, *bases, compute, is_wide)
@@ -291,9 +291,104 @@ class AdaptedWeight(NamedTuple):
     def _terms_to_large(self, terms: Tensor, onto: Tensor | None) -> Tensor:
         """Multiply ``(tokens, r, num_bases)`` by Λ, the factor and ``UB.T``, and add ``onto``."""
         flat = (self.lam * terms).flatten(1)
-        return self.pair.flat_to_large(scratch.in_dtype(flat, self.pair.B.dtype), onto, self.factor)
+        return self.pair.flat_to_large(in_dtype(flat, self.pair.B.dtype), onto, self.factor)
 
     def _by_term_to_small(self, by_term: Tensor, onto: Tensor | None) -> Tensor:
         """Multiply ``(tokens, num_bases, min_dim)`` by Γ and the factor, sum over the terms, and add ``onto``."""
         total = scratch.plus(onto, (by_term * self.gamma).sum(1), self.factor)
-        return scratch.in_dtype(total, self.pair.B.dtype)
+        return in_dtype(total, self.pair.B.dtype)
+
+
+def delta_weight(pair: Pair, diagonals: Diagonals, *, is_wide: bool, ids: Tensor | None = None) -> Tensor:
+    """Compute the update of a weight, or of the part that the pair and Γ are slices for, in the dtype of B.
+
+    Stacks of Λ and Γ give a stack, and indices, ``(ids,)``, only these rows. ``is_wide`` says whether the input of the
+    whole weight has ``min_dim`` features. Only Λ, Γ and a reference to the bases are saved for backward.
+    """
+    lam, gamma, _ = diagonals
+    if torch.is_grad_enabled() and (lam.requires_grad or gamma.requires_grad) and not scratch.is_transformed():
+        update: Tensor = _FormUpdate.apply(*diagonals, ids, pair, is_wide)  # type: ignore[no-untyped-call]
+        return update
+    return _form_update(*diagonals, ids, pair, is_wide)
+
+
+def _form_update(lam: Tensor, gamma: Tensor, scaling: float, ids: Tensor | None, pair: Pair, is_wide: bool) -> Tensor:  # noqa: FBT001
+    """Compute one update after the other: a batch of them would need as many times the memory in between."""
+
+    def alone(lam: Tensor, gamma: Tensor) -> AdaptedWeight:
+        return adapted(None, pair, lam, gamma, scaling, is_wide=is_wide)
+
+    if ids is not None:
+        return alone(lam, gamma).rows(ids)
+    if lam.dim() == 2:
+        return alone(lam, gamma).total()
+    if scratch.is_transformed():  # one set of operators, however many matrices there are
+        return torch.vmap(lambda lam, gamma: alone(lam, gamma).total())(lam, gamma)
+    return torch.stack([alone(*each).total() for each in zip(lam, gamma, strict=True)])
+
+
+class _FormUpdate(torch.autograd.Function):
+    """`_form_update`. Plain autograd would keep rows of UB, and ``2·min_dim²`` numbers a matrix for UA."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        lam, gamma, ctx.scaling, ids, ctx.pair, ctx.is_wide = inputs
+        ctx.save_for_backward(lam, gamma, ids)
+        return _form_update(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        lam, gamma, ids = ctx.saved_tensors
+
+        def of(lam: Tensor, gamma: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+            update = adapted(None, ctx.pair, lam, gamma, ctx.scaling, is_wide=ctx.is_wide)
+            return update.gradients_from_update(grad) if ids is None else update.gradients_from_rows(ids, grad)
+
+        with scratch.without_autocast(grad.device.type):  # it may be on in backward alone
+            if lam.dim() == 2:
+                grad_lam, grad_gamma = of(lam, gamma, grad)
+            else:
+                of_matrices = [of(*each) for each in zip(lam, gamma, grad, strict=True)]
+                grad_lam, grad_gamma = (torch.stack(grads) for grads in zip(*of_matrices, strict=True))
+            return in_dtype(grad_lam, lam.dtype), in_dtype(grad_gamma, gamma.dtype), None, None, None, None
+
+
+def update_norm(squared_A: Tensor, squared_B: Tensor, diagonals: Diagonals) -> Tensor:
+    """Compute the norm that an update would have if its terms were orthogonal, without forming the update.
+
+    They nearly are, because the columns of UB are random. The squares are those of A, ``(r, min_dim)``, and the sums of
+    those of the columns of UB, ``(r, num_bases)``. A norm of 0 has the gradient 0, as in `torch.linalg.vector_norm`.
+    """
+    lam, gamma, scaling = diagonals
+    dtype = torch.promote_types(torch.promote_types(lam.dtype, gamma.dtype), squared_A.dtype)
+    of_rows = squared_A.to(dtype) @ gamma.to(dtype).square().mT
+    squared = (lam.to(dtype).square() * squared_B * of_rows).sum()
+    is_zero = squared == 0
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squared).sqrt()) * abs(scaling)
+
+
+def update_rows(ids: Tensor, pair: Pair, diagonals: Diagonals, *, num_rows: int, is_wide: bool) -> Tensor:
+    """Compute the rows of an update with some indices, ``(*ids.shape, columns)``, in the dtype of B.
+
+    The indices are integers of any shape, less than ``num_rows``; ``is_wide`` is as for `delta_weight`. Only Λ, Γ, the
+    indices and a reference to the bases are saved for backward, and for a table with fewer rows than columns a matrix
+    with one row of the table's width for each index.
+    """
+    device = ids.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # the dtype of B is the one to compute in
+        with torch.autocast(device, enabled=False):
+            return update_rows(ids, pair, diagonals, num_rows=num_rows, is_wide=is_wide)
+    flat = ids.reshape(-1)
+    if flat.size(0) >= num_rows:  # the whole update is not larger than the result
+        return F.embedding(ids, delta_weight(pair, diagonals, is_wide=is_wide))
+    rows: Tensor
+    if not is_wide:
+        columns = torch.arange(num_rows, device=ids.device)
+        chosen = (flat.unsqueeze(1) == columns).to(pair.B.dtype)
+        rows = adapted_linear(chosen, pair, diagonals, is_wide=True)
+    elif device == "cpu" and not scratch.is_transformed():
+        different, places = flat.unique(return_inverse=True)
+        rows = F.embedding(places, delta_weight(pair, diagonals, is_wide=True, ids=different))
+    else:  # elsewhere the program would wait for the number of different indices
+        rows = delta_weight(pair, diagonals, is_wide=True, ids=flat)
+    return rows.view(*ids.shape, rows.shape[1])
