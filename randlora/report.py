@@ -16,7 +16,7 @@ from randlora.bases.spec import BasisSpec, count_bases, count_trainable, reach_a
 from randlora.config import Factor, RandLoRAConfig
 from randlora.errors import spelled
 from randlora.hints import NotTheModel
-from randlora.layers.update import RoundingLoss
+from randlora.layers.weight import RoundingLoss
 from randlora.replaced import whole_shape
 from randlora.state import Adapter
 from randlora.targets.census import Census, Shapes, is_norm

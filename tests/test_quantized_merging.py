@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 import randlora
 from randlora.errors import ConfigError, MergeError
-from randlora.layers.update import Quantized
+from randlora.layers.weight import Quantized
 from tests.codes import assert_rounded_to_nearest
 from tests.kit import adapt, all_bits, fill, same_bits, untouched
 from tests.laws import assert_close, plain, update_of

@@ -14,7 +14,7 @@ from randlora.bases.spec import BasisSpec
 from randlora.errors import AdapterError
 from randlora.functional import BlockPair, Compute, adapted_linear, delta_weight
 from randlora.functional.region import Region, Sides, Spans, all_of, take_spans
-from randlora.layers.update import Update
+from randlora.layers.weight import Update
 from randlora.sharded.places import fewest_spans
 from tests.further import further
 from tests.read_kinds import READ_KINDS, ReadKind

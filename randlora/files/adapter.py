@@ -30,7 +30,7 @@ from randlora.files.transformers_model import TransformersModel, build_model
 from randlora.layers.base import AdapterLayer
 from randlora.layers.linear import Conv1DAdapter, LinearAdapter
 from randlora.layers.registry import FORMS
-from randlora.layers.update import Update, sum_updates
+from randlora.layers.weight import Update, sum_updates
 from randlora.targets.census import Shapes, sizes
 from randlora.targets.left_out import obstacles
 from randlora.targets.match import shortened

@@ -41,7 +41,7 @@ from randlora.files.transformers_model import named_base
 from randlora.hints import require_types
 from randlora.layers.base import AdapterLayer
 from randlora.layers.rows import RowsAdapter
-from randlora.layers.update import Update
+from randlora.layers.weight import Update
 from randlora.model.mergeable import require_finite
 from randlora.report import as_bytes, as_lines, with_factor
 from randlora.targets.match import shortened

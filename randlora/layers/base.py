@@ -15,8 +15,7 @@ from randlora.blocks import ForwardCall
 from randlora.config import Init
 from randlora.functional import WriteOut, adapted_linear, delta_weight
 from randlora.layers.diagonals import Diagonal, Gamma, Lambda, diagonal_shapes, initial_values
-from randlora.layers.update import Update, sum_updates
-from randlora.layers.weight import StoredWeight, split_of
+from randlora.layers.weight import StoredWeight, Update, split_of, sum_updates
 from randlora.places import whole
 from randlora.ranks import run_collectives
 from randlora.state import ModelState, SiteAdapter

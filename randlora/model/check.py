@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from randlora.blocks import uncompiled
 from randlora.errors import AdapterError, raise_collected
 from randlora.functional import Compute
-from randlora.layers.update import Into
+from randlora.layers.weight import Into
 from randlora.model.install import offloaded_diagonals
 from randlora.model.mergeable import TOLERANCE, differences_from_product, model_dtype, quantized_since, weight_problems
 from randlora.model.view import WRAPPERS, View, holding_copies, is_held_together, opened

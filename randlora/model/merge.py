@@ -19,7 +19,7 @@ from randlora.config import Factor
 from randlora.errors import ConfigError, MergeError, raise_collected, warn
 from randlora.hints import listed, require_types, shortly
 from randlora.layers.base import AdapterLayer
-from randlora.layers.update import Into, Quantized, RoundingLoss
+from randlora.layers.weight import Into, Quantized, RoundingLoss
 from randlora.model.install import detach_all, lost_parts, merged_sites, require_detachable, restore_originals
 from randlora.model.mergeable import (
     differences_from_product,

@@ -21,8 +21,7 @@ from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import plain_class
 from randlora.layers.registry import find_layer
 from randlora.layers.scopes import run_forward
-from randlora.layers.update import Into, Quantized, rounded_sum
-from randlora.layers.weight import COMPUTED
+from randlora.layers.weight import COMPUTED, Into, Quantized, rounded_sum
 from randlora.model.view import holding_copies
 from randlora.places import Plain, Whole, place_at, whole_only_inside
 from randlora.state import ExchangedWeight, ModelState, attached_state

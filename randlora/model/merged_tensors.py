@@ -16,7 +16,7 @@ from randlora.errors import ConfigError, MergeError, raise_collected
 from randlora.layers.base import AdapterLayer
 from randlora.layers.in_place import plain_class
 from randlora.layers.scopes import cast
-from randlora.layers.update import Into
+from randlora.layers.weight import Into
 from randlora.model.install import lost_parts
 from randlora.model.mergeable import (
     differences_from_product,

@@ -14,7 +14,7 @@ from randlora.errors import AdapterError
 from randlora.layers.base import AdapterLayer, input_of
 from randlora.layers.in_place import change_class, detach_obstacle, plain_class
 from randlora.layers.linear import LinearAdapter
-from randlora.layers.update import Into, Merged, RoundingLoss
+from randlora.layers.weight import Into, Merged, RoundingLoss
 from randlora.places import Kept, Place, place_at
 
 NOT_HERE = "has no values (its weight is on the meta device or offloaded): load the model's weights first"

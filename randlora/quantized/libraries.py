@@ -20,7 +20,7 @@ from randlora.errors import AdapterError
 from randlora.layers.base import input_of
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.registry import BY_WEIGHT, qualified_names, refuse_layer, register_layer
-from randlora.layers.update import Into
+from randlora.layers.weight import Into
 from randlora.model.install import CHECKS
 from randlora.places import Keeper, Place
 from randlora.quantized.layer import NOT_HERE, ForwardOnly, QuantizedLayer, twin_of

@@ -15,7 +15,7 @@ from randlora.functional import Compute, adapted_linear
 from randlora.functional.operation import chosen_forward
 from randlora.functional.scratch import without_autocast
 from randlora.layers.base import autocast_dtype, is_plain_tensor, product_dtype
-from randlora.layers.update import Update, rounded_sum, sum_updates
+from randlora.layers.weight import Update, rounded_sum, sum_updates
 from randlora.places import has_values
 from randlora.readers.products import chosen_all_at_once, grouped_update, summed_linear
 

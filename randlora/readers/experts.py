@@ -21,8 +21,7 @@ from randlora.functional import Compute
 from randlora.functional.region import Region
 from randlora.functional.scratch import is_transformed
 from randlora.layers.registry import FORMS, register_layer, register_parameter
-from randlora.layers.update import Update
-from randlora.layers.weight import split_of
+from randlora.layers.weight import Update, split_of
 from randlora.readers.adapted_stack import AdaptedStack, Own, Parts, Shared
 from randlora.readers.read_weight import ReadWeight
 

@@ -23,8 +23,7 @@ from randlora.layers.in_place import adapter_layers_of, plain_class
 from randlora.layers.linear import FORWARD, LinearAdapter
 from randlora.layers.registry import FORMS, refuse_layer, register_layer
 from randlora.layers.scopes import cast, read_so_far, run_forward
-from randlora.layers.update import Update
-from randlora.layers.weight import split_of
+from randlora.layers.weight import Update, split_of
 
 LOOKUP = nn.Embedding.forward  # read on import, in case it is replaced later
 PROJECTIONS = 3  # query, key and value

@@ -13,7 +13,7 @@ from randlora.bases.basis import Basis
 from randlora.config import ALPHA_PER_RANK
 from randlora.errors import AdapterError, raise_collected
 from randlora.hints import shortly
-from randlora.layers.update import Update
+from randlora.layers.weight import Update
 from randlora.model.install import add, lost_parts, offloaded_diagonals
 from randlora.model.switch import factor_problems
 from randlora.model.view import collective, opened, opened_to_add

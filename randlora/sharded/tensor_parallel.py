@@ -21,8 +21,7 @@ from randlora.functional import Compute, adapted_linear, update_rows
 from randlora.functional.region import Region, entries_of
 from randlora.layers.base import AdapterLayer
 from randlora.layers.scopes import forward_of
-from randlora.layers.update import Update
-from randlora.layers.weight import SPLITTERS, Split, Splitter, StoredWeight
+from randlora.layers.weight import SPLITTERS, Split, Splitter, StoredWeight, Update
 from randlora.sharded.places import Sharded, is_dtensor, is_split
 
 
