@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -38,7 +37,7 @@ from randlora.model.mergeable import (
     weight_problems,
 )
 from randlora.model.train_also import moved_note, untrained_notes
-from randlora.model.view import View, all_or_nothing, collective, opened, require_own, together
+from randlora.model.view import all_or_nothing, collective, opened, require_own, together
 from randlora.places import Kept
 from randlora.ranks import agree, alone, run_collectives
 from randlora.report import MergeReport
@@ -94,90 +93,73 @@ def merge(
         UserWarning: If rounding to codes loses more than a tenth of an update, as it mostly does in 4 bits.
     """
     with opened(model, None, writes=True) as view:
+        census, state = view.census, view.state
         names = None if adapters is None else listed(adapters)
-        planned = _planned(view, names, quantized, dtype, reversible=reversible)
-        with _restored_if_raised(planned.first) as kept:
-            report = _merge(view, planned, kept)
+        factors = {name: each for name, each in state.active_unmerged.items() if names is None or name in names}
+        sites = [site for site in census.adapted if site.layer.factors(factors)]
+        first = [site for site in sites if site.layer.original is None]
+        require_types(merge, {"reversible": reversible, "quantized": quantized})
+        raise_collected(ConfigError, option_problems(quantized, dtype), doing="merge")
+        into = Into(quantized, dtype or model_dtype(census))
+        require_own(census, state, "merge")
+        raise_collected(MergeError, name_problems(state, names), doing="merge")
+        merging = [state.adapters[name] for name in factors]
+        lost = lost_parts(census, state, merging)
+        values = [*tie_problems(census, sites), *weight_problems(first, into), *remerge_problems(sites)]
+        differences = {} if values else differences_from_product(first)  # of weights that have values
+        problems = state_problems(state, sites, factors, reversible=reversible)
+        problems += [*replaced_problems(state), *lost, *values, *product_problems(differences)]
+        if state.is_merged and state.merge_options != (quantized, dtype):
+            problems.append(
+                "others are merged with different options: give the same quantized and dtype, or unmerge them"
+            )
+        raise_collected(MergeError, problems, doing="merge")
+        if not reversible:
+            require_detachable(census, "merge")
+        untried = [site for site, difference in differences.items() if difference is None]
+        notes = (
+            *merge_notes(view.root, first, untried, into, reversible=reversible),  # before merging changes classes
+            *untrained_notes(census, state, merging),
+            *moved_note(
+                census, state, merging, "the merged model has them as they are now, and no file of the adapter"
+            ),
+        )
+        with _restored_if_raised(first) as kept:
+            active = _in_order(state, state.merged | factors)
+            rounding = _write_all_merged(sites, active, into)
+            _warn_if_lossy(rounding)
+            targets = tuple(site.fqn for site in sites)
+            copied = {name: copy(factor) for name, factor in factors.items()}
+            report = MergeReport(copied, targets, reversible=reversible, rounding=rounding, notes=notes)
+            if not state.active_unmerged.keys() - factors.keys():
+                for basis in state.bank:
+                    basis.release()  # a merged model does not use them
+            if reversible:
+                if not state.is_merged:
+                    guards = [each.register_load_state_dict_pre_hook(_refuse_loading) for each in census.around_adapted]
+                    guards.append(view.root.register_forward_hook(refuse_backward))
+                    guards.append(view.root.register_forward_pre_hook(require_merged_weights))
+                    state.merge_guards = guards
+                state.merged, state.merge_options, state.merge_report = active, (quantized, dtype), report
+                state.exchanged = exchanged_weights(census)
+                for site in sites:
+                    site.layer.seat(site.owner)
+            else:
+                kept |= {site.layer: site.layer.original for site in sites}
+                for site in sites:
+                    site.layer.keep_merged(site.owner)
+                detach_all(census, state)
             agree()  # before it is certain that nothing is to be restored
             return report
 
 
-class MergePlan(NamedTuple):
-    """A merge that has been checked."""
-
-    adapters: dict[str, Factor]
-    sites: list[AdaptedSite]  # the weights that these act on
-    first: list[AdaptedSite]  # those of them that are not merged into yet
-    into: Into
-    reversible: bool
-    options: tuple[Quantized, torch.dtype | None]  # as given
-    notes: tuple[str, ...]
-
-
-def _planned(
-    view: View, names: list[str] | None, quantized: Quantized, dtype: torch.dtype | None, *, reversible: bool
-) -> MergePlan:
-    census, state = view.census, view.state
-    adapters = {name: each for name, each in state.active_unmerged.items() if names is None or name in names}
-    sites = [site for site in census.adapted if site.layer.factors(adapters)]
-    require_types(merge, {"reversible": reversible, "quantized": quantized})
-    raise_collected(ConfigError, option_problems(quantized, dtype), doing="merge")
-    into = Into(quantized, dtype or model_dtype(census))
-    require_own(census, state, "merge")
-    raise_collected(MergeError, name_problems(state, names), doing="merge")
-    merging = [state.adapters[name] for name in adapters]
-    lost = lost_parts(census, state, merging)
-    first = [site for site in sites if site.layer.original is None]
-    values = [*tie_problems(census, sites), *weight_problems(first, into), *remerge_problems(sites)]
-    differences = {} if values else differences_from_product(first)  # of weights that have values
-    problems = state_problems(state, sites, adapters, reversible=reversible)
-    problems += [*replaced_problems(state), *lost, *values, *product_problems(differences)]
-    if state.is_merged and state.merge_options != (quantized, dtype):
-        problems.append("others are merged with different options: give the same quantized and dtype, or unmerge them")
-    raise_collected(MergeError, problems, doing="merge")
-    if not reversible:
-        require_detachable(census, "merge")
-    untried = [site for site, difference in differences.items() if difference is None]
-    notes = (
-        *merge_notes(view.root, first, untried, into, reversible=reversible),  # before merging, which changes classes
-        *untrained_notes(census, state, merging),
-        *moved_note(census, state, merging, "the merged model has them as they are now, and no file of the adapter"),
-    )
-    return MergePlan(adapters, sites, first, into, reversible, (quantized, dtype), notes)
-
-
-def _merge(view: View, planned: MergePlan, kept: dict[AdapterLayer, Kept | None]) -> MergeReport:
-    census, state, sites = view.census, view.state, planned.sites
-    active = _in_order(state, state.merged | planned.adapters)
-    rounding = _write_all_merged(sites, active, planned.into)
+def _warn_if_lossy(rounding: Mapping[str, RoundingLoss]) -> None:
     if lossy := {fqn: loss.relative for fqn, loss in rounding.items() if loss.relative > LOSSY}:
         warn(
             f"rounding to codes loses up to {max(lossy.values()):.0%} of the update of {shortened([*lossy])}: merge "
             "with quantized='dequantize', or merge the saved adapter into the base that is not quantized, with "
             "randlora.files.merge"
         )
-    factors = {name: copy(factor) for name, factor in planned.adapters.items()}
-    targets = tuple(site.fqn for site in sites)
-    report = MergeReport(factors, targets, reversible=planned.reversible, rounding=rounding, notes=planned.notes)
-    if not state.active_unmerged.keys() - planned.adapters.keys():
-        for basis in state.bank:
-            basis.release()  # a merged model does not use them
-    if planned.reversible:
-        if not state.is_merged:
-            guarded = census.around_adapted
-            state.merge_guards = [each.register_load_state_dict_pre_hook(_refuse_loading) for each in guarded]
-            state.merge_guards.append(view.root.register_forward_hook(refuse_backward))
-            state.merge_guards.append(view.root.register_forward_pre_hook(require_merged_weights))
-        state.merged, state.merge_options, state.merge_report = active, planned.options, report
-        state.exchanged = exchanged_weights(census)
-        for site in sites:
-            site.layer.seat(site.owner)
-        return report
-    kept |= {site.layer: site.layer.original for site in sites}
-    for site in sites:
-        site.layer.keep_merged(site.owner)
-    detach_all(census, state)
-    return report
 
 
 def _in_order(state: ModelState, weights: Mapping[str, Factor]) -> dict[str, Factor]:

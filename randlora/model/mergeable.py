@@ -71,15 +71,13 @@ def state_problems(
         problems.append(
             f"{', '.join(left)} would be lost: save and remove {which} adapters, or merge with reversible=True"
         )
-    copies = {
-        id(copy): (name, fqn)
-        for name in state.active_unmerged.keys() - names
-        for fqn, copy in state.adapters[name].trained.items()
-    }
-    trained = [copies[id(site.weight)] for site in sites if id(site.weight) in copies]
+    weights = {id(site.weight) for site in sites}
     return problems + [
         f"{name!r} would not be merged, but trains a copy of {fqn}, which is merged into: merge it too"
-        for name, fqn in trained
+        for name in state.active_unmerged
+        if name not in names
+        for fqn, copy in state.adapters[name].trained.items()
+        if id(copy) in weights
     ]
 
 
@@ -221,10 +219,10 @@ def _refuse(gradient: Tensor) -> None:  # noqa: ARG001  # a hook's signature
 
 def exchanged_weights(census: Census) -> list[ExchangedWeight]:
     """Return the parameters that a reversible merge exchanged."""
-    merged = [site for site in census.adapted if site.layer.original is not None and site.layer.original.place is None]
     return [
         ExchangedWeight(site.owner._parameters, site.layer, site.owner._parameters.get(site.layer.attribute))
-        for site in merged
+        for site in census.adapted
+        if site.layer.original is not None and site.layer.original.place is None
     ]
 
 
@@ -286,13 +284,11 @@ def difference_from_product(site: AdaptedSite) -> float | None:
     """Return how far the effect of a change of the weight differs from the product, as a share; ``None`` if untried."""
     owner, layer = site.owner, site.layer
     weight = layer.find_weight(owner)
-    if weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.numel():
+    is_plain = not layer.is_quantized and isinstance(site.place, Plain)
+    if not is_plain or weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.numel():
         return None
-    if layer.is_quantized or not isinstance(site.place, Plain):
-        return None
-    generator = torch.Generator("cpu").manual_seed(0)
-    out_features, in_features = layer.shape[-2:]
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    generator, wide = torch.Generator("cpu").manual_seed(0), torch.promote_types(weight.dtype, torch.float32)
+    out_features, in_features = layer.shape
 
     def drawn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device="cpu").to(weight.device, wide)
