@@ -68,7 +68,7 @@ def start_ours(kind: str) -> dict[str, float]:
     report = randlora.inject(model, r=RANK, alpha=ALPHA, targets=LLAMA_TARGETS, basis=kind)  # type: ignore[arg-type]
     basis = BasisBank().acquire(randlora.adapters(model)[0].specs[0])
     basis.extend(14336, 4096)
-    held = sum(matrix.nbytes for matrix in basis.matrices())
+    held = sum(matrix.values.nbytes for matrix in basis.matrices())
     seconds, peak = time.perf_counter() - start, peak_bytes() - before
     return {
         "seconds": seconds,

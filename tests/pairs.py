@@ -43,6 +43,6 @@ def case(form: str, out_features: int, in_features: int, r: int) -> Case:
                 for j in range(i % stride, basis.shape[1], stride):
                     basis[i, j] = held[i, j // stride]
         A, B = (held.unflatten(0, (-1, size)).transpose(0, 1) for held, size in zip(values, (c, b), strict=True))
-        pair = BlockPair(A, B, num_bases, max_dim, min_dim)
+        pair = BlockPair(A, B, num_bases, max_dim, min_dim, (c, b, r // c))
     diagonals = Diagonals(_random(r, num_bases), _random(num_bases, min_dim), 0.7)
     return Case(pair, basis_A.unsqueeze(1), basis_B.unflatten(1, (num_bases, r)), diagonals)

@@ -229,22 +229,22 @@ class Basis:
         The hashed bytes are a line with both shapes, then the dense A and B row by row as little-endian float32.
         """
         self.extend(max_dim, min_dim)
-        if (max_dim, min_dim) in self._digests:
-            return self._digests[max_dim, min_dim]
+        if (digest := self._digests.get((max_dim, min_dim))) is not None:
+            return digest
         columns_B = count_bases(min_dim, self.spec.r) * self.spec.r
         basis_A, basis_B = self.matrices()
-        digest = hashlib.sha256(f"A {self.spec.r}x{min_dim} B {max_dim}x{columns_B}\n".encode())
+        hashed = hashlib.sha256(f"A {self.spec.r}x{min_dim} B {max_dim}x{columns_B}\n".encode())
         with without_modes():
             for matrix, rows, columns in ((basis_A, self.spec.r, min_dim), (basis_B, max_dim, columns_B)):
                 for chunk in matrix.dense_chunks(rows):
-                    digest.update(chunk[:, :columns].contiguous().numpy().astype("<f4", copy=False).tobytes())
-        return self._digests.setdefault((max_dim, min_dim), digest.hexdigest())
+                    hashed.update(chunk[:, :columns].contiguous().numpy().astype("<f4", copy=False).tobytes())
+        return self._digests.setdefault((max_dim, min_dim), hashed.hexdigest())
 
     @property
     def nbytes(self) -> int:
         """Bytes in storage, or the bytes once drawn. Working copies are not counted."""
         if self.stored is not None:
-            return sum(matrix.nbytes for matrix in self.stored)
+            return sum(matrix.values.nbytes for matrix in self.stored)
         return self.spec.nbytes(*self.extent)
 
     def _write_out(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

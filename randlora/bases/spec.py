@@ -183,11 +183,6 @@ class CompactMatrix:
     scale: float = 1.0
     stride: int = 1
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored values."""
-        return self.values.nbytes
-
     def to_dense(self, *, device: torch.device | str, dtype: torch.dtype) -> Tensor:
         """Return the dense matrix, ``(rows, columns)``, which is exact in float32 and wider."""
         values = self.values.to(device=device, dtype=dtype)

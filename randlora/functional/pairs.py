@@ -135,19 +135,12 @@ class BlockPair:
     written: DensePair | None = None  # the same bases, for products of at most SMALL_WORK
 
     def __init__(
-        self,
-        A: Tensor,
-        B: Tensor,
-        num_bases: int,
-        max_dim: int,
-        min_dim: int,
-        blocks: tuple[int, int, int] | None = None,
+        self, A: Tensor, B: Tensor, num_bases: int, max_dim: int, min_dim: int, blocks: tuple[int, int, int]
     ) -> None:
         """Hold the bases of one layer. ``blocks`` is ``(c, b, r/c)``; under a compiler tensor sizes may be symbols."""
         self.A, self.B = A, B
-        self.num_bases, self.max_dim, self.min_dim = num_bases, max_dim, min_dim
-        self._c, self._b, self._rows = (A.size(0), B.size(0), A.size(1)) if blocks is None else blocks
-        self.other_arguments = num_bases, max_dim, min_dim, (self._c, self._b, self._rows)
+        self.other_arguments = num_bases, max_dim, min_dim, blocks
+        self.num_bases, self.max_dim, self.min_dim, (self._c, self._b, self._rows) = self.other_arguments
         self._width, self._height = -(-min_dim // self._c), -(-max_dim // self._b)
         self.r = self._c * self._rows
         self.hidden = self.r * num_bases

@@ -28,10 +28,8 @@ def may_be_kept() -> bool:
     return count_modes() > 0 and not all(isinstance(mode, Observer) for mode in _get_current_dispatch_mode_stack())
 
 
-def without_modes() -> AbstractContextManager[object]:
-    """Return a context in which no mode is active, for tensors that must be real."""
-    return _disable_current_modes()
-
+without_modes = _disable_current_modes
+"""Return a context in which no mode is active, for tensors that must be real."""
 
 # Private, but the only way to ask, and what torch's own `Function.apply` asks. Without it everything runs as under a
 # transform, which is correct but slower; tests/test_functional.py fails if torch renames it.

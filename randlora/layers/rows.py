@@ -158,8 +158,7 @@ class RowsAdapter(AdapterLayer):
 
     def rows(self, owner: nn.Module, site_rows: Any) -> Tensor:
         """Return the trained rows of one adapter."""
-        (rows,) = self.diagonals_at(owner, site_rows)
-        return rows
+        return self.diagonals_at(owner, site_rows)[0]
 
     def read(self, owner: nn.Module) -> Tensor:
         """Return the table with the rows of the active adapters, a copy."""

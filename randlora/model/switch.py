@@ -202,10 +202,13 @@ def set_compute(model: nn.Module, compute: Compute = "auto") -> None:
 
 
 def _resolved_factors(state: ModelState, names: Any) -> dict[str, Factor]:
-    given = _by_name(state, names)
+    named = listed(names)
+    raise_collected(AdapterError, state.unknown(named), doing="activate")  # which may have no hash
+    if not isinstance(names, Mapping) and len(set(named)) < len(named):
+        raise AdapterError(f"each adapter can be named once, got {named}: give a factor, as in {{'a': 2.0}}, instead")
+    given: dict[str, Any] = dict(names if isinstance(names, Mapping) else dict.fromkeys(named, 1.0))
     raise_collected(AdapterError, factor_problems(state, given, by_layer=True), doing="activate")
-    factors: dict[str, Factor] = {}
-    problems = []
+    factors, problems = dict[str, Factor](), list[str]()
     for name, factor in given.items():
         fqns = state.adapters[name].targets
         numbers, unmet = by_target(f"names[{name!r}]", factor, fqns)
@@ -235,13 +238,3 @@ def factor_problems(state: ModelState, factors: Mapping[str, Any], *, by_layer: 
         elif abs(float(number)) > LARGEST_FACTOR:
             problems.append(f"{of} must be at most {LARGEST_FACTOR:g} in size, got {shortly(number)}")
     return problems
-
-
-def _by_name(state: ModelState, names: Any) -> dict[str, Any]:
-    named = listed(names)
-    raise_collected(AdapterError, state.unknown(named), doing="activate")  # which may have no hash
-    if isinstance(names, Mapping):
-        return dict(names)
-    if len(set(named)) < len(named):
-        raise AdapterError(f"each adapter can be named once, got {named}: give a factor, as in {{'a': 2.0}}, instead")
-    return dict.fromkeys(named, 1.0)

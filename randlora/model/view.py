@@ -113,7 +113,25 @@ def opened_to_add(model: nn.Module, names: Iterable[str], doing: str) -> Iterato
     with CHANGING:
         settle(model)
         census = Census.of(model)
-        state = _extensible_state(census, doing)
+        if (attribute := held_at(model, WRAPPERS)) is not None:
+            raise AdapterError(
+                f"cannot {doing} in a {type(model).__name__}: call this on the wrapped model.{attribute}"
+            )
+        if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
+            raise AdapterError(f"cannot {doing}: the model already has an attribute {ATTRIBUTE}; rename it")
+        raise_collected(AdapterError, foreign_adapters(census), doing=doing)
+        is_faking = count_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        if is_faking or any(isinstance(held.tensor, FakeTensor) for held in census.parameters):
+            raise AdapterError(
+                f"cannot {doing}: FakeTensorMode makes tensors without values: leave it, and build the model on "
+                "torch.device('meta')"
+            )
+        state = attached_state(model) or ModelState()
+        state.adopt_parameters(model)
+        require_own(census, state, doing)
+        if unfit := [held.fqn for held in census.parameters if not held.tensor.is_leaf]:
+            raise AdapterError(f"cannot {doing}: {unfit[0]} is not a leaf tensor and cannot be frozen; detach it")
+        require_unmerged(state, doing)
         for name in names:
             # torch.export writes the names of parameters as code
             is_name = isinstance(name, str) and name and name.isprintable() and "." not in name
@@ -131,29 +149,6 @@ def opened_to_add(model: nn.Module, names: Iterable[str], doing: str) -> Iterato
                     "different name"
                 )
         yield View(model, state, census)
-
-
-def _extensible_state(census: Census, doing: str) -> ModelState:
-    """Return the model's state, or a new one, after checking that adapters can be added."""
-    model = census.model
-    if (attribute := held_at(model, WRAPPERS)) is not None:
-        raise AdapterError(f"cannot {doing} in a {type(model).__name__}: call this on the wrapped model.{attribute}")
-    if attached_state(model) is None and has_attribute(model, ATTRIBUTE):
-        raise AdapterError(f"cannot {doing}: the model already has an attribute {ATTRIBUTE}; rename it")
-    raise_collected(AdapterError, foreign_adapters(census), doing=doing)
-    is_faking = count_modes() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    if is_faking or any(isinstance(held.tensor, FakeTensor) for held in census.parameters):
-        raise AdapterError(
-            f"cannot {doing}: FakeTensorMode makes tensors without values: leave it, and build the model on "
-            "torch.device('meta')"
-        )
-    state = attached_state(model) or ModelState()
-    state.adopt_parameters(model)
-    require_own(census, state, doing)
-    if unfit := [held.fqn for held in census.parameters if not held.tensor.is_leaf]:
-        raise AdapterError(f"cannot {doing}: {unfit[0]} is not a leaf tensor and cannot be frozen; detach it")
-    require_unmerged(state, doing)
-    return state
 
 
 def require_own(census: Census, state: ModelState, doing: str) -> None:
