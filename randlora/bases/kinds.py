@@ -241,10 +241,7 @@ TOO_SMALL = 256 * 256
 
 
 def block_share(layers: Mapping[tuple[int, int, int], int]) -> float:
-    """Return how much of the work of dense bases block bases take in a step, given a number of matrices by sizes.
-
-    The sizes are ``(in_features, out_features, r)``. Small matrices count as equal.
-    """
+    """Return the share of the work of dense bases that block bases take in a step, given counts by ``(in, out, r)``."""
     smaller: dict[int, set[int]] = {}
     for *sides, r in layers:
         smaller.setdefault(r, set()).add(min(sides))
@@ -259,10 +256,7 @@ def block_share(layers: Mapping[tuple[int, int, int], int]) -> float:
 
 
 def block_parts(max_dim: int, min_dim: int, r: int, blocks: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return ``(rows, columns)`` of each submatrix in which an update of ``block`` bases may be nonzero.
-
-    With many bases there is one part, the whole matrix. A single part may have zeros too; see `reach_all`.
-    """
+    """Return ``(rows, columns)`` of each submatrix in which an update may be nonzero; see also `reach_all`."""
     c, b = blocks
     num_bases = count_bases(min_dim, r)
     parts: list[tuple[set[int], set[int]]] = []  # remainders of their rows and columns

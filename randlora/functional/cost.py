@@ -24,11 +24,8 @@ ON_GPU = {torch.bfloat16: 400.0, torch.float16: 400.0, torch.float32: 80.0, torc
 MORE_OPERATORS = 5 * 2**15
 """The cost of the extra operators of few_tokens in backward, as entries that a pass reads in the same time."""
 SMALL_WORK = 2**20
-"""Multiply-adds up to which a dense product takes no longer than one in blocks.
-
-Measured on a CPU, forward and backward of square layers in four and eight blocks: dense bases are 1.1 times faster at
-16 tokens and 256², 1.2 times at one token and 512², and slower from 16 tokens on at 384².
-"""
+"""Multiply-adds up to which a dense product takes no longer than one in blocks, measured on a CPU with backward: for 16
+tokens and 256², or one token and 512², it is 1.1 to 1.2 times faster, and slower from 16 tokens and 384² on."""
 SMALL_WEIGHT = SMALL_WORK // 4
 """Entries of the largest weight for which a dense copy of block bases is kept."""
 

@@ -127,20 +127,16 @@ class AdapterLayer(StoredWeight):
         """Return the modules that hold this adapter layer: one of them, and those that share its weight."""
         return [*dict.fromkeys((owner, *self.tied))]
 
-    def diagonals_of(self, owner: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
+    def diagonals_of(self, owner: Any, name: str) -> tuple[nn.Parameter, ...]:
         """Return Λ, ``(r, num_bases)``, and Γ, ``(num_bases, min_dim)``, of one adapter, or stacks of them; or rows."""
-        modules: dict[str, Any] = owner._modules
-        return tuple([modules[held].randlora_named(name) for held in self.names])
+        return tuple([owner._modules[held].randlora_named(name) for held in self.names])
 
     @classmethod
     def fresh_diagonals(cls, owner: nn.Module, shape: Shape, r: int, init: Init) -> tuple[Tensor, Tensor]:
         """Return the initial Λ and Γ in float32 on the weight's device, or stacks of them; see `initial_values`."""
-        device, values = cls.device_beside(owner), initial_values(init, shape)
-        lam, gamma = (
-            torch.full(size, value, dtype=torch.float32, device=device)
-            for size, value in zip(diagonal_shapes(shape, r), values, strict=True)
-        )
-        return lam, gamma
+        (of_lam, of_gamma), (lam, gamma) = diagonal_shapes(shape, r), initial_values(init, shape)
+        full = partial(torch.full, dtype=torch.float32, device=cls.device_beside(owner))
+        return full(of_lam, lam), full(of_gamma, gamma)
 
     @classmethod
     def beside(cls, owner: nn.Module) -> list[object]:  # noqa: ARG003  # for quantized layers
@@ -242,11 +238,10 @@ class AdapterLayer(StoredWeight):
         lam, gamma = self.diagonals_at(owner, site_adapter)
         return Update(site_adapter.basis, lam, gamma, site_adapter.scaling * factor, site_adapter.shape)
 
-    def diagonals_at(self, owner: nn.Module, site_adapter: Any) -> tuple[nn.Parameter, ...]:
+    def diagonals_at(self, owner: Any, site_adapter: Any) -> tuple[nn.Parameter, ...]:
         """Return what `diagonals_of` does of an adapter, in compiled code by its position, without reading its name."""
         if torch.compiler.is_dynamo_compiling() and site_adapter.position is not None:
-            modules: dict[str, Any] = owner._modules
-            found = [modules[held].randlora_at(site_adapter.position) for held in self.names]
+            found = [owner._modules[held].randlora_at(site_adapter.position) for held in self.names]
             if all(each is not None for each in found):  # else they are found by name alone
                 return tuple(found)
         return self.diagonals_of(owner, site_adapter.adapter.name)
@@ -289,9 +284,8 @@ class AdapterLayer(StoredWeight):
         """Return the sum of the updates of some adapters, given with factors, in float32 or wider, as the weight."""
         updates = self.whole_updates(owner, weights)
         dtype = torch.promote_types(self.weight_of(owner).dtype, torch.float32)
-        return sum_updates(
-            updates, self.shape, device=self.device_beside(owner), dtype=dtype, as_one_matrix=self.as_one_matrix
-        )
+        device, as_one_matrix = self.device_beside(owner), self.as_one_matrix
+        return sum_updates(updates, self.shape, device=device, dtype=dtype, as_one_matrix=as_one_matrix)
 
     def whole_updates(self, owner: nn.Module, weights: dict[str, float]) -> list[Update]:
         """Return the updates of some adapters with all values of Λ and Γ; a collective if these are sharded."""

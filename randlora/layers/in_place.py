@@ -202,8 +202,7 @@ def class_obstacle(owner: nn.Module, layer_class: type[AdapterLayer]) -> str | N
         return f"is a {own.__name__}, a TorchScript module, whose class cannot change: adapt it before scripting"
     if taken := [name for name in ("randlora", *layer_class.parameter_names()) if has_attribute(owner, name)]:
         return f"already has an attribute {taken[0]}, where an adapter would be held: rename it, or exclude the layer"
-    error = _subclass_error(own, (layer_class.attribute,) if layer_class.is_read else (), Adapted)
-    if error is None:
+    if (error := _subclass_error(own, (layer_class.attribute,) if layer_class.is_read else (), Adapted)) is None:
         return None
     return f"is a {own.__name__}, whose class cannot be replaced by a subclass ({error}): use a different class"
 

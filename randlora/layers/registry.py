@@ -118,21 +118,12 @@ class Kinds(NamedTuple):
     """The adapter layers of one module."""
 
     called: type[AdapterLayer] | Refusal | None  # as `find_layer` returns it
-    read: tuple[type[AdapterLayer], ...]  # of other parameters that code reads
-
-
-def find_kinds(module: nn.Module) -> Kinds:
-    """Return the adapter layers of a module."""
-    names = qualified_names(type(module))
-    return Kinds(_called(module, names), _read(module, names))
+    read: tuple[type[AdapterLayer], ...]  # as `find_readers` does
 
 
 def find_layer(module: nn.Module) -> type[AdapterLayer] | Refusal | None:
     """Return the adapter layer of a module's type, a refusal if it cannot be adapted, or ``None`` if it is unknown."""
-    return _called(module, qualified_names(type(module)))
-
-
-def _called(module: nn.Module, names: tuple[str, ...]) -> type[AdapterLayer] | Refusal | None:
+    names = qualified_names(type(module))
     if (name := next(filter(_layers.__contains__, names), None)) is None:
         return None
     if isinstance(entry := _layers[name], Refusal):
@@ -148,8 +139,9 @@ def _called(module: nn.Module, names: tuple[str, ...]) -> type[AdapterLayer] | R
     return entry if entry.as_read is None or is_inherited else entry.as_read
 
 
-def _read(module: nn.Module, names: tuple[str, ...]) -> tuple[type[AdapterLayer], ...]:
-    for name in names:
+def find_readers(module: nn.Module) -> tuple[type[AdapterLayer], ...]:
+    """Return the adapter layers of the other parameters of a module, which code reads."""
+    for name in qualified_names(type(module)):
         if (entry := _readers.get(name)) is not None:
             return tuple(kind for kind in entry.values() if _weight_or_source(module, kind.attribute) is not None)
         if isinstance(_layers.get(name), Refusal):

@@ -89,13 +89,10 @@ def sum_updates(
 
 
 def rounded_sum(weight: Tensor, delta: Tensor) -> Tensor:
-    """Return ``weight + delta``, added in the wider dtype and rounded once, in the weight's dtype and memory format.
-
-    ``delta`` has the shape of the weight, a shape that broadcasts to it, or the shape of the weight viewed as a matrix.
-    """
+    """Return weight + delta, in storage layout, added in the wider dtype and rounded once, in the weight's dtype."""
     if delta.numel() == weight.numel():
         delta = delta.reshape(weight.shape)
-    total = (weight.to(delta.dtype) + delta).to(weight.dtype)
+    total = (weight.to(delta.dtype) + delta).to(weight.dtype)  # in the weight's memory format too
     return total if total.stride() == weight.stride() else total.contiguous()
 
 
@@ -226,10 +223,7 @@ class StoredWeight(ABC):
 
     @classmethod
     def with_updates(cls, weight: Tensor, updates: Sequence[Update], region: Region | None = None) -> Tensor:
-        """Return a weight, or its part in a region, plus some updates, added in float32 or wider and rounded once.
-
-        This is the arithmetic of merging, in memory and on disk.
-        """
+        """Return a weight, or its part in a region, plus some updates, added in float32 or wider, rounded once."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         delta = cls.summed(updates, region, device=weight.device, dtype=dtype)
         return rounded_sum(weight, cls.in_storage_layout(delta))

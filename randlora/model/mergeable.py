@@ -190,7 +190,7 @@ def refuse_backward(root: nn.Module, args: object, output: Any) -> Any:  # noqa:
 def _guarded(output: Any, *, always: bool) -> Any:
     """Return an output whose tensors, ``always`` or if they require grad, depend on a leaf that refuses a gradient."""
     guard = partial(_guarded, always=always)
-    if is_plain_tensor(output) and (output.requires_grad or (always and output.is_floating_point())):
+    if is_plain_tensor(output) and (output.requires_grad or always):
         leaf = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
         leaf.register_hook(_refuse)
         return output - leaf  # -0.0 + 0.0 would be 0.0

@@ -31,7 +31,7 @@ from randlora.model.mergeable import (
 from randlora.model.view import WRAPPERS, collective, opened, require_own
 from randlora.places import place_of, settle, whole, whole_only_inside, why_incomplete
 from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank, run_collectives
-from randlora.replaced import unwrapped, whole_shape
+from randlora.replaced import table_of, unwrapped, whole_shape
 from randlora.state import ATTRIBUTE, CHANGING, ModelState
 from randlora.targets.census import Census, Site, is_quantized, saved_buffers
 from randlora.targets.left_out import tie_problems
@@ -154,7 +154,7 @@ class MergedTensors:
     def on_meta(self, entry: StateDictEntry) -> Tensor:
         """Return a tensor without values, of the shape and the dtype in which an entry is yielded."""
         _, module, attribute = entry
-        held: Any = module._parameters.get(attribute, module._buffers.get(attribute))
+        held: Any = table_of(module, attribute).get(attribute)
         if (site := quantized_site(self.census, module)) is None:
             shape, dtype = whole_shape(held), held.dtype
         else:
@@ -222,10 +222,9 @@ class MergedTensors:
 
 
 def _held(module: nn.Module, attribute: str) -> Tensor:
-    tensors: dict[str, Any] = module._parameters if attribute in module._parameters else module._buffers
     values = place_of(module, attribute).whole().detach()
     # the memory of what is whole only inside a block is freed as the block ends
-    return values if whole_only_inside(tensors[attribute]) is None else values.clone()
+    return values if whole_only_inside(table_of(module, attribute)[attribute]) is None else values.clone()
 
 
 def _require_mergeable(census: Census, state: ModelState, doing: str) -> None:
@@ -252,13 +251,12 @@ def _value_problems(census: Census) -> list[str]:
         elif is_codes and (site is None or not site.layer_class.is_quantized):
             problems.append(f"{held.fqn} {_unreadable(held.module)}")
     problems += [f"{site.fqn} {_unreadable(site.owner)}" for site in census.sites if site.layer_class.is_forward_only]
-    for prefix, module in census.prefixed:
-        problems += [
-            f"{prefix}{attribute} {NOT_HERE}"
-            for attribute, buffer in saved_buffers(module)
-            if not _is_here(module, attribute, buffer)
-        ]
-    return problems
+    return problems + [
+        f"{prefix}{attribute} {NOT_HERE}"
+        for prefix, module in census.prefixed
+        for attribute, buffer in saved_buffers(module)
+        if not _is_here(module, attribute, buffer)
+    ]
 
 
 def _unreadable(module: nn.Module) -> str:

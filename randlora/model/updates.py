@@ -129,8 +129,7 @@ def limit_norms(model: nn.Module, limit: Factor, *, name: str | None = None) -> 
 
 def _sites_of(view: View, name: str | None, doing: str) -> tuple[Adapter, list[AdaptedSite]]:
     adapter = view.state.adapter(name)
-    every = [site for site in view.census.adapted if adapter.name in site.layer.adapters]
-    sites = [site for site in every if not site.layer.is_rows]
+    sites = [site for site in view.census.adapted if adapter.name in site.layer.adapters and not site.layer.is_rows]
     raise_collected(AdapterError, lost_sites(view.census, [adapter]), doing=doing)
     _require_readable(view, sites, doing)
     return adapter, sites
@@ -156,9 +155,9 @@ def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
 
 
 def _limits(limit: Any, fqns: list[str]) -> dict[str, float]:
-    problems = []
-    for pattern, number in (limit if isinstance(limit, Mapping) else {"": limit}).items():
-        of = f" of {pattern!r}" if isinstance(limit, Mapping) else ""
+    problems, by_pattern = [], isinstance(limit, Mapping)
+    for pattern, number in (limit if by_pattern else {"": limit}).items():
+        of = f" of {pattern!r}" if by_pattern else ""
         is_number = isinstance(number, Real) and not isinstance(number, bool)
         if not isinstance(pattern, str):
             problems.append(f"the limit must have patterns of layers as keys, got {shortly(pattern)}")

@@ -215,14 +215,14 @@ def all_or_nothing(
 def unchanged_if_raised(
     objects: Iterable[object], tensors: Iterable[Tensor], flags: Iterable[Tensor] = ()
 ) -> Iterator[None]:
-    """If the block raises, restore objects as `_Attributes` does, the data and flags of tensors, and further flags."""
-    before, tensors = _Attributes(objects), [*tensors]
+    """If the block raises, restore objects as `_remembered` says, the data and flags of tensors, and further flags."""
+    restore, tensors = _remembered(objects), [*tensors]
     required_grad = [(each, each.requires_grad) for each in (*tensors, *flags)]
     data = [(each, own) for each in tensors if not is_lazy(each) and type(own := each.data) is Tensor]
     try:
         yield
     except BaseException:
-        before.restore()
+        restore()
         for tensor, own in data:
             if tensor.data_ptr() != own.data_ptr() or tensor.dtype != own.dtype:
                 tensor.data = own
@@ -240,31 +240,28 @@ def set_requires_grad(tensor: Tensor, flag: bool) -> None:  # noqa: FBT001
         tensor.requires_grad = flag  # the method does not work on uninitialized parameters
 
 
-class _Attributes:
-    """The classes and the attributes of some objects, and the entries of attributes that are dicts or lists."""
+def _remembered(objects: Iterable[object]) -> Callable[[], None]:
+    """Return what restores the classes and attributes of objects, and the entries of attributes that are containers."""
+    # few containers, and none for the many that are empty: the garbage collector goes through each again and again
+    held = [*{id(each): each for each in objects if each is not None}.values()]
+    classes, attributes_of = [type(each) for each in held], [dict(vars(each)) for each in held]
+    every = (value for attributes in attributes_of for value in attributes.values())
+    containers = [value for value in every if isinstance(value, dict | list)]
+    entries_of = [(dict if isinstance(each, dict) else list)(each) if each else None for each in containers]
 
-    def __init__(self, objects: Iterable[object]) -> None:
-        # in a few long lists, because Python's garbage collector goes through each container again and again
-        self._objects = [*{id(each): each for each in objects if each is not None}.values()]
-        self._classes = [type(each) for each in self._objects]
-        self._attributes = [dict(vars(each)) for each in self._objects]
-        every = (value for attributes in self._attributes for value in attributes.values())
-        self._containers = [value for value in every if isinstance(value, dict | list)]
-        self._entries = [  # most are empty
-            (dict(each) if isinstance(each, dict) else list(each)) if each else None for each in self._containers
-        ]
-
-    def restore(self) -> None:
-        for each, kind, attributes in zip(self._objects, self._classes, self._attributes, strict=True):
+    def restore() -> None:
+        for each, kind, attributes in zip(held, classes, attributes_of, strict=True):
             if type(each) is not kind:
                 object.__setattr__(each, "__class__", kind)
             each.__dict__.clear()
             each.__dict__.update(attributes)
-        for container, entries in zip(self._containers, self._entries, strict=True):
+        for container, entries in zip(containers, entries_of, strict=True):
             if [*map(id, _flat(container))] != [*map(id, _flat(entries))]:  # what cannot change has not
                 container.clear()
                 if entries:
                     container.update(entries) if isinstance(container, dict) else container.extend(entries)
+
+    return restore
 
 
 def _flat(entries: Any) -> tuple[Any, ...]:
@@ -281,7 +278,7 @@ def holding_copies(
     module holds, stay, as do values of tensors on the meta device or of a subclass, which cannot be copied.
     """
     inside = [*model.modules()]
-    before = _Attributes((*inside, *others))
+    restore = _remembered((*inside, *others))
     tables: list[Any] = [table for each in inside for table in (each._parameters, each._buffers) if table]
     held = {id(each): each for table in tables for each in table.values() if each is not None and not is_lazy(each)}
     plain = {key: each for key, each in held.items() if type(each.data) is Tensor and not each.is_meta}
@@ -296,7 +293,7 @@ def holding_copies(
                     table[name] = copies.get(id(tensor), tensor)
             yield
         finally:
-            before.restore()
+            restore()
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
 

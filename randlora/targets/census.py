@@ -18,7 +18,7 @@ from randlora.errors import TargetError
 from randlora.layers.base import AdapterLayer
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import adapter_layers_of
-from randlora.layers.registry import FINDERS, Kinds, Refusal, Verdict, find_kinds, find_layer
+from randlora.layers.registry import FINDERS, Kinds, Refusal, Verdict, find_layer, find_readers
 from randlora.places import Place, identities
 from randlora.replaced import unwrapped, whole_shape
 from randlora.state import require_module
@@ -267,7 +267,7 @@ class Census:
     @cached_property
     def kinds(self) -> dict[int, Kinds]:
         """The adapter layers that the registry has for each module, by id."""
-        return {id(module): find_kinds(module) for module in self.modules}
+        return {id(module): Kinds(find_layer(module), find_readers(module)) for module in self.modules}
 
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
