@@ -22,7 +22,7 @@ from randlora.functional.scratch import is_transformed
 from randlora.layers.base import AdapterLayer, input_of, product_dtype
 from randlora.layers.diagonals import Diagonal
 from randlora.layers.in_place import FORWARDS, plain_class
-from randlora.layers.linear import FORWARD
+from randlora.layers.linear import FORWARD, LinearAdapter
 from randlora.layers.scopes import run_forward
 from randlora.layers.weight import split_of
 from randlora.places import place_of, whole
@@ -84,6 +84,7 @@ class RowsAdapter(AdapterLayer):
     is_read: ClassVar[bool] = True
     is_rows: ClassVar[bool] = True
     diagonal_classes: ClassVar[tuple[type[Diagonal], ...]] = (Rows,)
+    in_storage_layout = staticmethod(LinearAdapter.in_storage_layout)  # unchanged, (rows, width)
 
     def __init__(self, owner: nn.Module, state: ModelState, tied: Sequence[nn.Module] = ()) -> None:
         """Create it for a module, and all that share its weight."""
@@ -96,11 +97,6 @@ class RowsAdapter(AdapterLayer):
         """Return the sizes of a row and of a column of the table."""
         rows, width = whole_shape(RowsAdapter.weight_of(owner))
         return width, rows
-
-    @staticmethod
-    def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return the update unchanged, ``(rows, width)``."""
-        return delta
 
     @classmethod
     def parameter_names(cls) -> tuple[str, ...]:
@@ -163,9 +159,8 @@ class RowsAdapter(AdapterLayer):
     def read(self, owner: nn.Module) -> Tensor:
         """Return the table with the rows of the active adapters, a copy."""
         active: list[Any] = self.active()
-        return self.with_updates(
-            self.weight_of(owner), [(site_rows.numbers, self.rows(owner, site_rows)) for site_rows, _ in active]
-        )
+        updates = [(site_rows.numbers, self.rows(owner, site_rows)) for site_rows, _ in active]
+        return self.with_updates(self.weight_of(owner), updates)
 
     @classmethod
     def with_updates(cls, weight: Tensor, updates: Sequence[Any], region: Region | None = None) -> Tensor:

@@ -224,11 +224,7 @@ def merged(
 
     One block of a model can be open at a time. It merges the adapters that are active and not merged yet, and unmerges
     these at its end. Other threads may run the model in it. If the model is sharded, all processes enter it together.
-
-    Args:
-        model: A model with adapters.
-        quantized: See `merge`.
-        dtype: See `merge`.
+    The arguments are those of `merge`.
 
     Yields:
         The report of the merge, or of the last one if everything is already merged.

@@ -32,8 +32,7 @@ def activate(model: nn.Module, names: str | Iterable[str] | Mapping[str, Factor]
 
     `set_trainable` sets which adapters are trained. If an adapter has the factor 0 in a layer, the layer computes as
     without it, at no cost. Parameters of ``train_also`` and ``train_rows`` have no factor: those of an active adapter
-    are used.
-    If the model is sharded, all processes call this together.
+    are used. If the model is sharded, all processes call this together.
 
     Args:
         model: A model with adapters.
@@ -75,9 +74,6 @@ def disabled(model: nn.Module) -> AbstractContextManager[Any]:
 
     Blocks can be nested. The previous state is restored on exit, even after an exception. If you copy the model inside
     the block, the adapters stay inactive in the copy. If the model is sharded, all processes enter the block together.
-
-    Args:
-        model: A model with adapters.
 
     Raises:
         AdapterError: If the model has no adapter, or its adapters are merged. On exit, if accelerate has offloaded
@@ -130,10 +126,6 @@ def remove(model: nn.Module, name: str) -> None:
     """Remove one adapter, in place, without changing the output of others. Removing the last one is `eject`.
 
     If the model is sharded, all processes call this together.
-
-    Args:
-        model: A model with adapters.
-        name: The adapter to remove.
 
     Raises:
         AdapterError: If the model has no such adapter, its adapters are merged, or an open block of

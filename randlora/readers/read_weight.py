@@ -135,6 +135,7 @@ class ProjectionAdapter(ReadWeight):
 
     kind = "attention"
     is_read_once = True
+    in_storage_layout = staticmethod(LinearAdapter.in_storage_layout)
 
     @classmethod
     def features(cls, owner: nn.Module) -> tuple[int, int]:
@@ -143,11 +144,6 @@ class ProjectionAdapter(ReadWeight):
         assert weight is not None, "is_held_by() asks for a weight"
         out_features, in_features = getattr(weight, "ds_shape", weight.shape)
         return int(in_features), int(out_features)
-
-    @staticmethod
-    def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return the update unchanged, ``(out_features, in_features)``."""
-        return delta
 
     @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows:
@@ -239,6 +235,7 @@ class ConvolutionAdapter(ReadWeight):
     """
 
     kind: ClassVar[str] = "convolution"
+    in_storage_layout = staticmethod(LinearAdapter.in_storage_layout)  # entries are in the kernel's order
 
     @staticmethod
     def features(owner: nn.Module) -> tuple[int, int]:
@@ -248,11 +245,6 @@ class ConvolutionAdapter(ReadWeight):
         if owner.transposed:
             first, second = second, first
         return second // owner.groups * math.prod(owner.kernel_size), first
-
-    @staticmethod
-    def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return the update unchanged. Its entries are in the order of the kernel's entries."""
-        return delta
 
     @classmethod
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows:
@@ -293,17 +285,13 @@ class EmbeddingAdapter(ReadWeight):
 
     kind: ClassVar[str] = "embedding"
     is_called: ClassVar[bool] = True
+    in_storage_layout = staticmethod(LinearAdapter.in_storage_layout)
 
     @staticmethod
     def features(owner: nn.Module) -> tuple[int, int]:
         """Return ``(embedding_dim, num_embeddings)``, the sizes of a row and of a column of the table."""
         assert isinstance(owner, nn.Embedding)
         return int(owner.embedding_dim), int(owner.num_embeddings)
-
-    @staticmethod
-    def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return the update unchanged, ``(num_embeddings, embedding_dim)``."""
-        return delta
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
