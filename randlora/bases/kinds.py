@@ -277,27 +277,19 @@ def _sliced(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, s
     rows, columns = sides
     if not (_begin_with_blocks(rows, b) and _begin_with_blocks(columns, c)):
         return _without_blocks(spec, basis_A, basis_B, num_bases, sides)
-    blocks_A = take_spans(basis_A, tuple((start // c, math.ceil(stop / c)) for start, stop in columns), 1)
+    in_blocks = tuple((start // c, math.ceil(stop / c)) for start, stop in columns)
     padded = tuple((start, start + math.ceil((stop - start) / b) * b) for start, stop in rows)
-    blocks_B = take_spans(basis_B, padded, 0)[:, : num_bases * spec.r // b]
-    pair = BlockPair(
-        blocks_A.unflatten(0, (-1, c)).transpose(0, 1).contiguous(),
-        blocks_B.unflatten(0, (-1, b)).transpose(0, 1),
-        num_bases,
-        entries_of(rows),
-        entries_of(columns),
-        (c, b, spec.r // c),
-    )
-    if entries_of(rows) * entries_of(columns) <= SMALL_WEIGHT:
+    A = take_spans(basis_A, in_blocks, 1).unflatten(0, (-1, c)).transpose(0, 1).contiguous()
+    B = take_spans(basis_B, padded, 0)[:, : num_bases * spec.r // b].unflatten(0, (-1, b)).transpose(0, 1)
+    pair = BlockPair(A, B, num_bases, entries_of(rows), entries_of(columns), (c, b, spec.r // c))
+    if pair.max_dim * pair.min_dim <= SMALL_WEIGHT:
         pair.written = pair.write_out()
     return pair
 
 
 def _begin_with_blocks(spans: Spans, blocks: int) -> bool:
     """Whether each span begins where blocks begin, and still does with the spans one after the other."""
-    return all(start % blocks == 0 for start, _ in spans) and all(
-        (stop - start) % blocks == 0 for start, stop in spans[:-1]
-    )
+    return not any(start % blocks for start, _ in spans) and not any(stop % blocks for _, stop in spans[:-1])
 
 
 def _without_blocks(spec: BasisSpec, basis_A: Tensor, basis_B: Tensor, num_bases: int, sides: Sides) -> Pair:

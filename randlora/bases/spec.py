@@ -139,8 +139,7 @@ def count_trainable(shape: Shape, r: int, train: Train = "both") -> int:
 
 def default_stream(kind: BasisKind) -> Stream:
     """Return the stream of a kind if a config gives none."""
-    default, *_ = KINDS[kind].draws
-    return default
+    return next(iter(KINDS[kind].draws))
 
 
 def peft_streams(kind: BasisKind) -> tuple[Stream, ...]:

@@ -161,8 +161,7 @@ class AdapterLayer(StoredWeight):
     def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the output of the owner's forward, ``base_forward``, plus the outputs of the active adapters."""
         state = self.state
-        if self.own_forward is not None:
-            base_forward = self.own_forward
+        base_forward = self.own_forward or base_forward
         if state.runs and (run := state.run) is not None and run.takes_over:
             return run.product(self, ForwardCall(owner, base_forward, args, kwargs))
         active = self.acting if self.activation.is_current and not state.disabled else self.active()

@@ -177,7 +177,10 @@ class MergedTensors:
         if site is not None and (site.adapter_layer is not None or site.layer_class.is_quantized):
             value = self._weight(fqn, site, share)
         elif quantized is not None and attribute == "bias":
-            value = self._bias(quantized)
+            layer = self._layer(quantized)
+            bias = _held(module, "bias") if "bias" in module._parameters else layer.bias_of(module)
+            assert bias is not None, "it is an entry"
+            value = bias if plain_class(module) is nn.Linear else bias.to(self._plain_dtype(layer, module))
         else:
             value = _held(module, attribute)
         return None if value is None else cast(module, attribute, value)
@@ -186,7 +189,13 @@ class MergedTensors:
         layer, owner = self._layer(site), site.owner
         if not self.state.is_merged and (factors := layer.factors(self.state.active)):
             if share is Share.PART or (layer.is_quantized and share is Share.WHOLE):
-                return require_finite(fqn, self._from_parts(layer, owner, factors))
+                place, merged = layer.place_in(owner), layer.compute_merged(owner, factors, self.into).weight
+                if place.part is not None:
+                    stored = place.stored(merged)
+                    assert stored is not None, "it is a part of the weight"
+                    agree()  # or the others would wait for this process's part
+                    merged = whole(stored)
+                return require_finite(fqn, merged)
             if layer.is_quantized:  # every process has all codes
                 layer.whole_updates(owner, factors)
                 return None
@@ -198,21 +207,6 @@ class MergedTensors:
         if layer.is_quantized and plain_class(owner) is not nn.Linear:  # which a merge may make it
             return layer.written_out(owner).to(self._plain_dtype(layer, owner))
         return _held(owner, layer.attribute)
-
-    def _from_parts(self, layer: AdapterLayer, owner: nn.Module, factors: dict[str, float]) -> Tensor:
-        place, merged = layer.place_in(owner), layer.compute_merged(owner, factors, self.into).weight
-        if place.part is None:
-            return merged
-        stored = place.stored(merged)
-        assert stored is not None, "it is a part of the weight"
-        agree()  # or the others would wait for this process's part
-        return whole(stored)
-
-    def _bias(self, site: Site) -> Tensor:
-        layer = self._layer(site)
-        bias = _held(site.owner, "bias") if "bias" in site.owner._parameters else layer.bias_of(site.owner)
-        assert bias is not None, "it is an entry"
-        return bias if plain_class(site.owner) is nn.Linear else bias.to(self._plain_dtype(layer, site.owner))
 
     def _layer(self, site: Site) -> AdapterLayer:
         return site.adapter_layer or site.layer_class(site.owner, self.state)

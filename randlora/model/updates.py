@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -50,7 +50,7 @@ def delta_weight(model: nn.Module, fqn: str, *, name: str | None = None) -> Tens
         if fqn not in sites:
             raise TargetError(f"{fqn!r} is not adapted; the nearest adapted layers are {nearest_names(fqn, sites)}")
         site = sites[fqn]
-        _require_readable(view, [site], doing)
+        raise_collected(AdapterError, [*offloaded_diagonals(view.census), *computed_weights([site])], doing=doing)
         factors = site.layer.factors(view.state.active) if name is None else {view.state.adapter(name).name: 1.0}
         agree()
         return site.layer.delta_weight(site.owner, factors)
@@ -131,12 +131,8 @@ def _sites_of(view: View, name: str | None, doing: str) -> tuple[Adapter, list[A
     adapter = view.state.adapter(name)
     sites = [site for site in view.census.adapted if adapter.name in site.layer.adapters and not site.layer.is_rows]
     raise_collected(AdapterError, lost_sites(view.census, [adapter]), doing=doing)
-    _require_readable(view, sites, doing)
-    return adapter, sites
-
-
-def _require_readable(view: View, sites: Iterable[AdaptedSite], doing: str) -> None:
     raise_collected(AdapterError, [*offloaded_diagonals(view.census), *computed_weights(sites)], doing=doing)
+    return adapter, sites
 
 
 def _norms(adapter: Adapter, sites: list[AdaptedSite]) -> dict[str, Tensor]:
