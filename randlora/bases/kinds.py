@@ -71,10 +71,8 @@ def portable_signs(lanes: Lanes, stride: int, *, probability: float) -> Values: 
 
 
 def portable_uniform(lanes: Lanes, stride: int) -> Values:
-    """Return uniform numbers, scaled so that a matrix with one of them in ``stride`` entries has a mean square of 1.
-
-    A lane's upper 24 bits are mapped to the odd multiples of 2**-24 in (-1, 1), all exact in float32.
-    """
+    """Return uniform numbers, scaled so that a matrix with one of them in ``stride`` entries has a mean square of 1."""
+    # a lane's upper 24 bits are mapped to the odd multiples of 2**-24 in (-1, 1), all exact in float32
     odd = (lanes >> np.uint32(8)).astype(np.int32) * 2 + 1 - 2**24
     return odd.astype(np.float32) * np.float32(2.0**-24) * np.float32(math.sqrt(3 * stride))
 
@@ -104,20 +102,16 @@ def _deviation(spec: BasisSpec, count: int, total: float, squares: float) -> flo
 
 
 def since_2_12(numbers: Tensor, high: float) -> Tensor:
-    """Return the bfloat16 numbers that torch 2.12 and newer draw in [-high, high), from float32 numbers in [0, 1).
-
-    torch computes ``u * (high - low) + low``, which is ``high * (2u - 1)``, and only the product is rounded.
-    """
+    """Return the bfloat16 numbers that torch 2.12 and newer draw in [-high, high), from float32 numbers in [0, 1)."""
+    # torch computes u * (high - low) + low, which is high * (2u - 1), and only the product is rounded
     drawn = numbers.mul_(2).sub_(1).mul_(high).to(torch.bfloat16)
     highest = torch.tensor(high, dtype=torch.bfloat16, device="cpu")
     return drawn.masked_fill_(drawn == highest, -highest.item())  # which the interval leaves out
 
 
 def until_2_11(numbers: Tensor, high: float) -> Tensor:
-    """Return the bfloat16 numbers that torch 2.11 and older drew, from float32 numbers in [0, 1).
-
-    torch kept the low 8 of the 24 random bits, and rounded ``high`` to bfloat16 first. All but the last step is exact.
-    """
+    """Return the bfloat16 numbers that torch 2.11 and older drew, from float32 numbers in [0, 1)."""
+    # torch kept the low 8 of the 24 random bits, and rounded high to bfloat16 first; all but the last step is exact
     highest = torch.tensor(high, dtype=torch.bfloat16, device="cpu").item()
     return numbers.mul_(2**16).frac_().mul_(2).sub_(1).mul_(highest).to(torch.bfloat16)
 
@@ -130,14 +124,11 @@ def torch_uniform(
     *,
     rounded: Callable[[Tensor, float], Tensor],
 ) -> CompactMatrix:
-    """Draw Kaiming-uniform numbers (a = √5) as PEFT does: ``shape[1]`` draws of ``(rows, 1, width)``.
-
-    ``rounded`` is `since_2_12` or `until_2_11`. Sums are in float64, so that their order does not show in bfloat16.
-    """
+    """Draw Kaiming-uniform numbers (a = √5) as PEFT does: ``shape[1]`` draws of ``(rows, 1, width)``."""
     rows, draws, width = shape
     high = math.sqrt(3.0) * (math.sqrt(2 / 6) / math.sqrt(width))  # rounded as in `torch.nn.init.kaiming_uniform_`
     kept = torch.empty(keep, dtype=torch.bfloat16, device="cpu")
-    total = squares = 0.0
+    total = squares = 0.0  # in float64, so that their order does not show in bfloat16
     step = max(1, TORCH_CHUNK // width)
     for index, start in ((index, start) for index in range(draws) for start in range(0, rows, step)):
         chunk = min(step, rows - start), width

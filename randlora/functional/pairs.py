@@ -280,13 +280,11 @@ class BlockPair:
         return whole[: self.max_dim, : self.min_dim] if self._is_padded else whole
 
     def _tiles(self, matrix: Tensor, *, is_transposed: bool) -> Tensor:
-        """Split ``(max_dim, min_dim)`` or its transpose into tiles by remainders of rows and columns.
-
-        The tiles, ``(rows·columns of the grid, height, width)``, of one class of rows are interleaved row by row.
-        """
+        """Split ``(max_dim, min_dim)`` or its transpose into tiles by remainders, ``(tiles, height, width)``."""
         filled = _fill(matrix, *(self._sides[::-1] if is_transposed else self._sides))
         rows, columns = self._grid(is_transposed=is_transposed)
         width = filled.size(1) // columns
+        # in memory, the tiles of one class of rows are interleaved row by row
         return _transpose_rows(filled, width).reshape(-1, rows * columns, width).transpose(0, 1)
 
     def _grid(self, *, is_transposed: bool) -> tuple[int, int]:
@@ -305,16 +303,14 @@ class BlockPair:
 
 
 def _deal(matrix: Tensor, blocks: int) -> Tensor:
-    """Distribute columns to blocks in turn: ``(rows, n)`` to ``(blocks, rows, ceil(n / blocks))``, zero-padded.
-
-    The blocks of a row are adjacent in memory: it is written while it is in the cache, and bmm takes the row stride.
-    """
+    """Distribute columns to blocks in turn: ``(rows, n)`` to ``(blocks, rows, ceil(n / blocks))``, zero-padded."""
     if blocks == 1:
         return matrix.unsqueeze(0)
     width = -(-matrix.size(1) // blocks)
     filled = _fill(matrix, matrix.size(0), width * blocks)
     if scratch.is_transformed():  # a copy is for the compiler to make
         return filled.reshape(-1, width, blocks).permute(2, 0, 1)
+    # the blocks of a row are adjacent in memory: it is written while it is in the cache, and bmm takes the row stride
     return _transpose_rows(filled, width).transpose(0, 1)
 
 

@@ -140,8 +140,7 @@ class Adapted(InPlace):
 _Hosts = tuple[tuple[str, ...], type["InPlace"]]
 """The arguments of `adapted_class` beside the class."""
 
-_classes: WeakKeyDictionary[type[nn.Module], WeakValueDictionary[_Hosts, type[InPlace]]]
-_classes = WeakKeyDictionary()
+_classes = WeakKeyDictionary[type[nn.Module], WeakValueDictionary[_Hosts, type[InPlace]]]()
 """The classes that modules have. They keep neither themselves nor the classes that they are made of."""
 
 
