@@ -18,7 +18,8 @@ from randlora.layers.in_place import plain_class
 from randlora.places import Keeper, Place
 from randlora.replaced import table_of
 
-HOOK = "_hf_hook"  # the attribute of a module in which accelerate keeps its hook, or several hooks combined
+HOOK = "_hf_hook"
+"""The attribute of a module in which accelerate keeps its hook, or several hooks combined."""
 
 
 class StoredAt(NamedTuple):
@@ -46,9 +47,12 @@ class Offloaded(Place):
 
     is_loaded_on_call = True
 
-    def __init__(self, owner: nn.Module, attribute: str, entries: tuple[StoredAt, ...], device: torch.device) -> None:
-        """Take a module, the name of a parameter or buffer, its entries and the device that the module runs on."""
-        self._owner, self._attribute, self.entries, self._device = owner, attribute, entries, device
+    def __init__(
+        self, owner: nn.Module, attribute: str, tensor: Tensor, entries: list[StoredAt], device: torch.device
+    ) -> None:
+        """Take a module, its parameter or buffer by name, the entries and the device that the module runs on."""
+        self._owner, self._attribute, self._tensor = owner, attribute, tensor
+        self._entries, self._device = entries, device
 
     @property
     def identities(self) -> tuple[object, ...]:
@@ -58,11 +62,11 @@ class Offloaded(Place):
             for hook in offloading_hooks(self._owner)
             if self._attribute in hook.tied_params_names
         )
-        return (*(entry.identity for entry in self.entries), *tied)
+        return (*(entry.identity for entry in self._entries), *tied)
 
     def read(self) -> Tensor:
         """Return the values as the module's forward would get them."""
-        store, key = self.entries[-1]  # accelerate loads from one hook after the other
+        store, key = self._entries[-1]  # accelerate loads from one hook after the other
         values: Tensor = store[key]
         return values.detach().to(self._device, self._tensor.dtype)
 
@@ -71,11 +75,6 @@ class Offloaded(Place):
     def write(self, value: Tensor) -> None:  # noqa: ARG002
         """Refuse to write, because other models may read the same map or files."""
         raise MergeError("accelerate offloads the weight: call accelerate.hooks.remove_hook_from_submodules(model)")
-
-    @property
-    def _tensor(self) -> Tensor:
-        tensor: Tensor = table_of(self._owner, self._attribute)[self._attribute]
-        return tensor
 
 
 def offloading_hooks(module: nn.Module) -> Iterator[Any]:
@@ -112,13 +111,14 @@ class Offloading(Keeper):
         """
         if HOOK not in vars(owner) or not (hooks := list(offloading_hooks(owner))):
             return None
-        entries = [_entry(hook.weights_map, attribute) for hook in hooks]
-        found = tuple(entry for entry in entries if entry is not None)
-        if len(found) < len(entries) or table_of(owner, attribute).get(attribute) is None:
+        if (tensor := table_of(owner, attribute).get(attribute)) is None:
+            return None
+        entries = [entry for hook in hooks if (entry := _entry(hook.weights_map, attribute)) is not None]
+        if len(entries) < len(hooks):
             return None
         device = hooks[-1].execution_device
         device = torch.device("cpu") if device is None else torch.empty(0, device=device).device
-        return Offloaded(owner, attribute, found, torch.device("cpu") if device.type == "meta" else device)
+        return Offloaded(owner, attribute, tensor, entries, torch.device("cpu") if device.type == "meta" else device)
 
     def is_hooked(self, module: nn.Module) -> bool:
         """Whether a module has a hook of accelerate."""
