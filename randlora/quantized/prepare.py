@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +58,6 @@ class PreparationReport(NotTheModel):
         return "\n".join([*lines, *self.notes])
 
 
-@runtime_checkable
-class HasInputEmbeddings(Protocol):
-    """A transformers model with input embeddings."""
-
-    def get_input_embeddings(self) -> nn.Module | None:
-        """Return the input embedding."""
-
-
 def prepare_quantized(
     model: nn.Module,
     *,
@@ -93,9 +85,6 @@ def prepare_quantized(
             enabled already, it is not changed. transformers may also make inputs require grad.
         unpacked: Whether to keep bitsandbytes from repacking 4-bit weights in their first forward pass in evaluation
             mode, which it does on CPUs with AVX512-BF16: a repacked layer gives no gradient of its input.
-
-    Returns:
-        A report of the changes, and of steps that were not possible.
 
     Raises:
         AdapterError: If adapters are merged, or 4-bit weights were repacked before.
@@ -125,23 +114,26 @@ def prepare_quantized(
     ]
     raise_collected(AdapterError, [f"{fqn} {REPACKED}" for fqn in repacked], doing="prepare the model")
     with unchanged_if_raised(*_changeable(model)):
-        embeddings = _input_embeddings(model)
         notes = []
         if checkpointing and not _enable_checkpointing(model):
             notes.append(f"checkpointing stays off: {type(model).__name__} has no method for it")
         cast = _make_float32(visits) if full_precision else []
         inputs: tuple[str, ...] = ()
         if inputs_require_grad:
-            inputs = _let_outputs_require_grad(model, embeddings)
+            inputs = _let_outputs_require_grad(model)
             if not inputs:
                 notes.append("no embedding was found: for reentrant checkpointing, make the inputs require grad")
-        _keep_from_repacking(four_bits)
+        for visit in four_bits:
+            vars(visit.module)[MAY_REPACK] = False
+            layer = adapter_layers_of(visit.module).get("weight")
+            if isinstance(layer, Linear4bitAdapter):
+                layer.may_repack = False  # the value that ejecting restores
     return PreparationReport(
-        quantized=_fqns(visit for visit in visits if is_quantized(visit.module)),
-        cast=_fqns(cast),
+        quantized=tuple(visit.fqn for visit in visits if is_quantized(visit.module)),
+        cast=tuple(cast),
         input_gradients=inputs,
         checkpointing=_is_checkpointing(model),
-        unpacked=_fqns(four_bits),
+        unpacked=tuple(visit.fqn for visit in four_bits),
         notes=tuple(notes),
     )
 
@@ -158,20 +150,13 @@ def _changeable(model: nn.Module) -> tuple[list[object], list[Tensor]]:
     return objects, values
 
 
-def _let_outputs_require_grad(model: nn.Module, embeddings: Sequence[nn.Module]) -> tuple[str, ...]:
-    """Add a hook to embeddings, once, and return their FQNs."""
+def _let_outputs_require_grad(model: nn.Module) -> tuple[str, ...]:
+    """Add a hook to the input embeddings, once, and return their FQNs."""
+    embeddings = _input_embeddings(model)
     for module in embeddings:
         if require_grad not in module._forward_hooks.values():
             module.register_forward_hook(require_grad)
     return tuple(fqn for fqn, module in model.named_modules() if module in embeddings)
-
-
-def _keep_from_repacking(four_bits: Sequence[Visit]) -> None:
-    for visit in four_bits:
-        vars(visit.module)[MAY_REPACK] = False
-        layer = adapter_layers_of(visit.module).get("weight")
-        if isinstance(layer, Linear4bitAdapter):
-            layer.may_repack = False  # the value that ejecting restores
 
 
 def cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -196,8 +181,8 @@ def require_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> No
     output.requires_grad_(True)  # noqa: FBT003
 
 
-def _make_float32(visits: Sequence[Visit]) -> list[Visit]:
-    """Convert norms and dense linear layers to float32; return the changed modules, including tied ones."""
+def _make_float32(visits: Sequence[Visit]) -> list[str]:
+    """Convert norms and dense linear layers to float32; return the FQNs of changed modules, including tied ones."""
     raised = [visit for visit in visits if _is_norm_or_dense(visit.module)]
     halves = {id(tensor): tensor for visit in raised for tensor in _own_tensors(visit.module) if tensor.dtype in HALVES}
     if not halves:
@@ -206,7 +191,7 @@ def _make_float32(visits: Sequence[Visit]) -> list[Visit]:
         tensor.data = tensor.data.float()  # in place, so that tied parameters stay tied
     for visit in visits:
         _let_dtypes_meet(visit.module)
-    return [visit for visit in visits if any(id(tensor) in halves for tensor in _own_tensors(visit.module))]
+    return [visit.fqn for visit in visits if any(id(tensor) in halves for tensor in _own_tensors(visit.module))]
 
 
 def _is_norm_or_dense(module: nn.Module) -> bool:
@@ -247,9 +232,9 @@ def _input_embeddings(model: nn.Module) -> list[nn.Module]:
     """Return the input embeddings of the model and its submodules (text and image), else the first embedding."""
     found = []
     for module in model.modules():
-        if isinstance(module, HasInputEmbeddings):
+        if (get := getattr(module, "get_input_embeddings", None)) is not None:
             with suppress(NotImplementedError):  # transformers raises this if there are none
-                found.append(module.get_input_embeddings())
+                found.append(get())
     known = [module for module in found if module is not None]
     return known or list(islice((module for module in model.modules() if isinstance(module, nn.Embedding)), 1))
 
@@ -270,7 +255,3 @@ def _enable_checkpointing(model: nn.Module) -> bool:
 def _is_checkpointing(model: nn.Module) -> bool:
     """Whether a module has the flag that transformers sets for checkpointing."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def _fqns(visits: Iterable[Visit]) -> tuple[str, ...]:
-    return tuple(visit.fqn for visit in visits)
