@@ -63,7 +63,10 @@ class Linear4bitAdapter(QuantizedLayer):
     def nbytes_of(cls, owner: nn.Module) -> int:
         """Return the bytes of codes, scales and levels."""
         weight = owner.get_parameter("weight")
-        return weight.nbytes + nbytes_beside(quant_state(owner, weight))
+        if (state := quant_state(owner, weight)) is None:
+            return weight.nbytes
+        nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+        return weight.nbytes + sum(int(held.nbytes) for held in (state.absmax, state.code, *nested))
 
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
@@ -83,8 +86,7 @@ class Linear4bitAdapter(QuantizedLayer):
 
     def compute_dtype(self, owner: Any) -> torch.dtype | None:
         """Return the dtype that the layer computes in: as configured, else the dtype of its first input."""
-        dtype: torch.dtype | None = owner.compute_dtype
-        return dtype
+        return owner.compute_dtype  # type: ignore[no-any-return]
 
     def product(self, owner: Any, x: object) -> Product | None:
         """Return the product if the layer would dequantize its weight to multiply, so that the update can be added.
@@ -93,7 +95,9 @@ class Linear4bitAdapter(QuantizedLayer):
         """
         if not is_plain_tensor(x) or x.device != owner.weight.device or x.dim() == 0 or x.shape[-1] != self.shape[1]:
             return None
-        if not _may_lead_gradients(owner, x) or not owner.compute_type_is_set or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not owner.compute_type_is_set:
+            return None
+        if not (owner.training or x.requires_grad or is_in_transform()):  # in which requires_grad does not tell
             return None
         if x.device.type != "cpu" and x.numel() <= OWN_KERNELS_UP_TO * self.shape[1]:
             return None
@@ -176,14 +180,15 @@ class Linear8bitAdapter(QuantizedLayer):
         """Return ``None``: the layer quantizes its inputs and handles outliers separately."""
 
     def written_out(self, owner: Any, held: tuple[Any, None, None] | None = None) -> Tensor:
-        """Return the dequantized weight in float32."""
+        """Return the dequantized weight in float32. A code of 127 is the row's scale."""
         weight, scales = (owner.weight, _scales(owner)) if held is None else (held[0], held[0].SCB)
         assert scales is not None, "obstacle() asks for scales"
-        return write_out_8bit(weight.data, scales)
+        return weight.data.float() * (scales.float() * (1 / 127)).unsqueeze(1)  # type: ignore[no-any-return]
 
     def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[tuple[Any, None, None], float]:  # noqa: ARG002
-        """Quantize a weight to 8-bit codes, row by row."""
-        codes, scales = round_to_8bit(weight)
+        """Quantize a weight to 8-bit codes, row by row. Unlike bitsandbytes this does not round to float16."""
+        scales = weight.abs().amax(dim=1)
+        codes = (weight * torch.where(scales > 0, 127 / scales, 0).unsqueeze(1)).round().to(torch.int8)
         parameter = sys.modules[MODULE].Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)
         return (parameter, None, None), float(scales.max() / 127)
 
@@ -200,11 +205,6 @@ def _forward_of(kind: str) -> Callable[..., Tensor] | None:
     """Return the forward of a class of bitsandbytes, or ``None`` if it was replaced."""
     forward: Callable[..., Tensor] = getattr(sys.modules[MODULE], kind).forward
     return forward if forward.__module__ == MODULE else None
-
-
-def _may_lead_gradients(owner: nn.Module, x: Tensor) -> bool:
-    """Whether gradients may be needed. Under a `torch.func` transform, ``requires_grad`` of the input does not tell."""
-    return owner.training or x.requires_grad or (is_in_transform() and not torch.compiler.is_compiling())
 
 
 def _scales(owner: Any) -> Tensor | None:
@@ -234,16 +234,10 @@ def quant_state(layer: nn.Module, weight: Tensor) -> Any:
 def write_out_4bit(codes: Tensor, state: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """Dequantize 4-bit codes, in any storage dtype, to ``(out_features, in_features)``."""
     _require_order(state)
-    written = torch.ops.bitsandbytes.dequantize_4bit.default(
-        codes,
-        _absmax(state),
-        state.blocksize,
-        state.quant_type,
-        state.shape,
-        dtype if dtype in WRITABLE else torch.float32,
-    )
-    result: Tensor = written.to(dtype)
-    return result
+    wide = dtype if dtype in WRITABLE else torch.float32
+    dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
+    written: Tensor = dequantize(codes, _absmax(state), state.blocksize, state.quant_type, state.shape, wide)
+    return written.to(dtype)
 
 
 def _require_order(state: Any) -> None:
@@ -256,14 +250,6 @@ def _absmax(state: Any) -> Tensor:
 
     absmax: Tensor = state.absmax
     return bnb.dequantize_blockwise(absmax, state.state2).float() + state.offset if state.nested else absmax.float()
-
-
-def nbytes_beside(state: Any) -> int:
-    """Return the bytes of what a ``QuantState`` holds, or 0 if there is none."""
-    if state is None:
-        return 0
-    outer = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    return sum(int(held.nbytes) for held in (state.absmax, state.code, *outer))
 
 
 def unreadable(codes: Tensor, state: Any, shape: tuple[int, int]) -> str | None:
@@ -309,18 +295,6 @@ def round_to_4bit(weight: Tensor, like: Any, storage: torch.dtype) -> tuple[Tens
 def step_4bit(state: Any) -> float:
     """Return the widest gap between two neighboring levels, at the largest scale."""
     return float(state.code.sort().values.diff().max() * _absmax(state).max())
-
-
-def write_out_8bit(codes: Tensor, scales: Tensor) -> Tensor:
-    """Dequantize int8 codes, ``(out, in)``, to float32. A code of 127 is the row's scale; ``scales`` is ``(out,)``."""
-    return codes.float() * (scales.float() * (1 / 127)).unsqueeze(1)
-
-
-def round_to_8bit(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes of a weight, and the scale of each row. Unlike bitsandbytes this does not round to float16."""
-    scales = weight.abs().amax(dim=1)
-    per_level = torch.where(scales > 0, 127 / scales, 0)
-    return (weight * per_level.unsqueeze(1)).round().to(torch.int8), scales
 
 
 def is_repacked(state: Any) -> bool:

@@ -146,8 +146,7 @@ class QuantizedLayer(ForwardOnly):
         kind, x = plain_class(owner), input_of(owner, args, kwargs)
         runs_own = kind is not nn.Linear and self.own_forward is None and isinstance(x, Tensor)
         if runs_own and (twin := self.stand_in(owner, x)) is not None:
-            output: Tensor = kind.forward(twin, *args, **kwargs)
-            return output
+            return kind.forward(twin, *args, **kwargs)  # type: ignore[no-any-return]
         return super().base_output(owner, base_forward, *args, **kwargs)
 
     def stand_in(self, owner: nn.Module, x: Tensor) -> Any:
@@ -214,9 +213,8 @@ class QuantizedLayer(ForwardOnly):
             twin: Any = object.__new__(held.kind)
             twin.__dict__.update(owner.__dict__, _parameters=held.parameters, _buffers=held.buffers, **held.attributes)
         else:
-            twin = twin_of(owner)
-            held_beside = {name: vars(owner)[name] for name in self.kept if name in vars(owner)}
-            twin.__dict__.update({name: copy.copy(each) for name, each in held_beside.items() if not callable(each)})
+            twin, beside = twin_of(owner), {name: own for name, own in vars(owner).items() if name in self.kept}
+            twin.__dict__.update({name: copy.copy(own) for name, own in beside.items() if not callable(own)})
             self.put_in(twin, held)
         self.write_state(twin, destination, prefix)
 

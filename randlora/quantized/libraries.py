@@ -50,10 +50,7 @@ class EetqAdapter(ForwardOnly):
         return in_features, out_features
 
 
-refuse_layer(
-    "gptqmodel.nn_modules.qlinear.torch.TorchQuantEmbeddings",
-    "it is a quantized embedding: exclude it",
-)
+refuse_layer("gptqmodel.nn_modules.qlinear.torch.TorchQuantEmbeddings", "it is a quantized embedding: exclude it")
 FP4 = {"transformers.integrations.mxfp4": "Mxfp4GptOssExperts", "transformers.integrations.nvfp4": "NVFP4Linear"}
 WIDER = "through which no gradient passes: load the model with Mxfp4Config(dequantize=True), or without NVFP4Config"
 for fp4 in map(".".join, FP4.items()):
@@ -86,8 +83,7 @@ class HQQAdapter(QuantizedLayer):
     @classmethod
     def plain_forward(cls) -> Callable[..., Tensor] | None:
         """Return ``HQQLinear.forward``, which belongs to the chosen backend."""
-        forward: Callable[..., Tensor] = sys.modules[HQQ].HQQLinear.forward
-        return forward
+        return sys.modules[HQQ].HQQLinear.forward  # type: ignore[no-any-return]
 
     @classmethod
     def nbytes_of(cls, owner: Any) -> int:
@@ -99,8 +95,7 @@ class HQQAdapter(QuantizedLayer):
 
     def compute_dtype(self, owner: Any) -> torch.dtype | None:
         """Return the dtype that the layer computes in."""
-        dtype: torch.dtype | None = owner.compute_dtype
-        return dtype
+        return owner.compute_dtype  # type: ignore[no-any-return]
 
     def merge_obstacle(self, owner: Any, into: Into | None) -> str | None:
         """Return why the owner cannot be quantized again, or become a plain layer, or ``None``."""
@@ -113,8 +108,7 @@ class HQQAdapter(QuantizedLayer):
         twin = twin_of(owner)
         codes, meta = held or self.codes(owner)
         twin._parameters["W_q"], twin.meta = codes, dict(meta)  # dequantizing adds to it, and removes
-        weight: Tensor = twin.dequantize().float()
-        return weight
+        return twin.dequantize().float()  # type: ignore[no-any-return]
 
     def requantized(self, owner: Any, weight: Tensor) -> tuple[tuple[nn.Parameter, dict[str, Any]], float]:
         """Quantize a weight to codes of as many bits, with a scale for as many entries."""
@@ -161,10 +155,7 @@ class TorchaoAdapter(QuantizedLayer):
             return None
         return f"has a scale for each block of {weight.block_size}, expected one for each row, group or tensor"
 
-    @classmethod
-    def plain_forward(cls) -> Callable[..., Tensor] | None:
-        """Return ``nn.Linear.forward``."""
-        return LinearAdapter.plain_forward()
+    plain_forward = LinearAdapter.plain_forward
 
     @classmethod
     def nbytes_of(cls, owner: nn.Module) -> int:
@@ -182,8 +173,7 @@ class TorchaoAdapter(QuantizedLayer):
         options = (getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
         quantizes_input = any(option is not None for option in options) and isinstance(x, Tensor)
         if quantizes_input and torch.is_grad_enabled() and self.runs_plain_forward(owner):
-            output: Tensor = _Through.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-            return output
+            return _Through.apply(x, weight, bias)  # type: ignore[no-untyped-call, no-any-return]
         return super().base_output(owner, base_forward, *args, **kwargs)
 
     def written_out(self, owner: nn.Module, held: Any = None) -> Tensor:
@@ -204,8 +194,7 @@ class TorchaoAdapter(QuantizedLayer):
                 activation_quantization=own.activation_quantization,
             )
             return nn.Parameter(codes, requires_grad=False), float(codes.scale.max())
-        options = {"granularity": _granularity(own), "act_quant_kwargs": own.act_quant_kwargs}
-        step = 1.0
+        options, step = {"granularity": _granularity(own), "act_quant_kwargs": own.act_quant_kwargs}, 1.0
         if (dtype := own.qdata.dtype) != torch.int8:
             options |= {"float8_dtype": dtype, "mm_config": own.mm_config, "kernel_preference": own.kernel_preference}
             numbers = torch.finfo(dtype)
@@ -257,8 +246,7 @@ class Codes(Place):
 
     def read(self) -> Tensor:
         """Return the values, in the dtype that the weight had before it was quantized."""
-        values: Tensor = self._weight.dequantize()
-        return values
+        return self._weight.dequantize()  # type: ignore[no-any-return]
 
     whole = read
 
