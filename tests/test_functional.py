@@ -28,7 +28,7 @@ from randlora.functional import (
 from randlora.functional.cost import ON_CPU, ON_GPU, SMALL_WEIGHT, Sizes, Way, backward_ways, forward_way
 from randlora.functional.operation import adapted
 from randlora.functional.scratch import Observer, is_in_transform
-from randlora.readers.products import chosen_all_at_once, summed_linear
+from randlora.readers.adapted_stack import chosen_all_at_once, summed_linear
 from tests import reference
 from tests.further import further
 from tests.kit import same_bits

@@ -115,7 +115,7 @@ def test_a_grouped_product_all_at_once_equals_one_matrix_after_the_other(
     x, tokens = torch.randn(8, getattr(module, stack).shape[2]), sum(counts)  # the last rows have no matrix
     offs = torch.tensor(counts).cumsum(0).to(torch.int32)
     trained = [module.get_parameter(f"{stack}_randlora_{kind}.each") for kind in ("lambda", "gamma")]
-    monkeypatch.setattr("randlora.readers.products.ENTRIES", 1)  # several parts
+    monkeypatch.setattr("randlora.readers.adapted_stack.ENTRIES", 1)  # several parts
     results = []
     for at_once in (True, False):
         monkeypatch.setattr(adapted_stack, "chosen_all_at_once", lambda *_, at_once=at_once, **__: at_once)
