@@ -6,7 +6,6 @@ Reading an adapted stack returns an `AdaptedStack`, which forms no update of an 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from randlora.errors import AdapterError
 from randlora.functional import Compute
 from randlora.functional.region import Region
 from randlora.functional.scratch import is_transformed
+from randlora.layers.linear import LinearAdapter
 from randlora.layers.registry import FORMS, register_layer, register_parameter
 from randlora.layers.weight import Update, split_of
 from randlora.readers.adapted_stack import AdaptedStack, Own, Parts, Shared
@@ -35,6 +35,12 @@ class Experts(ReadWeight):
 
     kind = "experts"
     is_read_once = True  # code that takes one expert after the other reads the stack for each
+
+    @classmethod
+    def fits(cls, owner: nn.Module, weight: Tensor) -> bool:
+        """Whether a parameter is a stack that is stored in this way: transformers marks owners of transposed ones."""
+        is_marked = bool(owner.__dict__.get("is_transposed", False))
+        return not is_lazy(weight) and len(_shape(weight)) == 3 and is_marked is cls.is_transposed
 
     @classmethod
     def obstacle(cls, owner: nn.Module) -> str | None:
@@ -68,17 +74,12 @@ class Experts(ReadWeight):
             )
         return rows
 
-    @staticmethod
-    def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return the update unchanged; a shared one, ``(out, in)``, is broadcast to all experts."""
-        return delta
+    in_storage_layout = staticmethod(LinearAdapter.in_storage_layout)  # a shared one is broadcast to all experts
 
     def value(self, owner: nn.Module) -> Tensor:
         """Return the stack with its updates. For compiled and transformed code the sum is formed at once."""
         weight, active = self.weight_of(owner), self.active()
-        if not active:
-            return weight
-        if split_of(type(self), weight) is not None:
+        if not active or split_of(type(self), weight) is not None:
             return super().value(owner)
         updates = self.here([self.update(owner, site_adapter, factor) for site_adapter, factor in active])
         if is_transformed():
@@ -114,56 +115,42 @@ class TransposedExperts(Experts):
 
 
 FORMS.update({"stack": Experts, "transposed stack": TransposedExperts})
-
-
-def _is_stack(owner: nn.Module, weight: Tensor, *, is_transposed: bool = False) -> bool:
-    """Whether a parameter is a stack of weights ``(out, in)``, or transposed ones: transformers marks the latter."""
-    return (
-        not is_lazy(weight)
-        and len(_shape(weight)) == 3
-        and bool(owner.__dict__.get("is_transposed", False)) is is_transposed
-    )
-
-
-_is_transposed_stack = partial(_is_stack, is_transposed=True)
-
-
 LLAMA_4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"  # does not say that it is transposed
 
 
-@register_parameter(_is_stack)
+@register_parameter(Experts.fits)
 class _GateUpProj(Experts):
     attribute = "gate_up_proj"
 
 
-@register_parameter(_is_stack)
+@register_parameter(Experts.fits)
 class _GateProj(Experts):
     attribute = "gate_proj"
 
 
-@register_parameter(_is_stack)
+@register_parameter(Experts.fits)
 class _UpProj(Experts):
     attribute = "up_proj"
 
 
-@register_parameter(_is_stack)
+@register_parameter(Experts.fits)
 class _DownProj(Experts):
     attribute = "down_proj"
 
 
 @register_layer(LLAMA_4)
-@register_parameter(_is_transposed_stack)
+@register_parameter(TransposedExperts.fits)
 class _TransposedGateUpProj(TransposedExperts):
     attribute = "gate_up_proj"
 
 
-@register_parameter(_is_transposed_stack)
+@register_parameter(TransposedExperts.fits)
 class _TransposedUpProj(TransposedExperts):
     attribute = "up_proj"
 
 
 @register_layer(LLAMA_4)
-@register_parameter(_is_transposed_stack)
+@register_parameter(TransposedExperts.fits)
 class _TransposedDownProj(TransposedExperts):
     attribute = "down_proj"
 

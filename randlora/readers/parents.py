@@ -29,24 +29,12 @@ DIVIDED = (
 
 
 class Parent(NamedTuple):
-    """Linear layers whose weight their owner reads or changes.
+    """Linear layers whose weight their owner reads or changes."""
 
-    Attributes:
-        children: Their names in the owner.
-        when: When it reads or changes them, if not always.
-        where: Whether it reads or changes them, given the owner.
-        problem: Why no adapter of them is right, as a phrase after their name. Empty if an adapter may act on the
-            weight as it is read.
-    """
-
-    children: tuple[str, ...]
-    when: str = ""
-    where: Callable[[Any], bool] = lambda _owner: True
-    problem: str = ""
-
-
-def _joins_biases(owner: Any) -> bool:
-    return owner.q_bias is not None and not owner.qkv_bias_separate
+    children: tuple[str, ...]  # their names in the owner
+    when: str = ""  # it reads or changes them, if not always
+    where: Callable[[Any], bool] = lambda _owner: True  # whether it reads or changes them, given the owner
+    problem: str = ""  # why no adapter of them is right, as a phrase after their name; empty if it may act where read
 
 
 def _sums_slowly(owner: Any) -> bool:
@@ -80,7 +68,7 @@ _BY_NAMES: dict[tuple[str, ...], tuple[Parent, ...]] = {
         "timm.models.beit.Attention",
         "timm.models.eva.EvaAttention",
         "timm.models.swin_transformer_v2.WindowAttention",
-    ): (Parent(("qkv",), where=_joins_biases),),
+    ): (Parent(("qkv",), where=lambda owner: owner.q_bias is not None and not owner.qkv_bias_separate),),
     ("timm.models.naflexvit.NaFlexEmbeds",): (Parent(("proj",), "for patches of several sizes"),),
     ("diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioCausalAttention",): (
         Parent(("qkv",)),
@@ -155,7 +143,8 @@ def _readings_in(owner: nn.Module) -> list[Reading]:
     for kind in filter(PARENTS.__contains__, kinds):
         found += _readings_by(owner, PARENTS[kind])
     if any(name in owner._modules for name in JOINED):
-        found += [Reading(child, f"{reason}, {NO_EFFECT}", "never") for child, reason in _left_by_joining(owner)]
+        left = _left_by_joining(owner)
+        found += [Reading(owner.get_submodule(name), f"{reason}, {NO_EFFECT}", "never") for name, reason in left]
     return found
 
 
@@ -196,7 +185,7 @@ def _can_join(module: nn.Module) -> bool:
     return not {ATTENTION, OLDER_ATTENTION}.isdisjoint(qualified_names(type(module)))
 
 
-def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
+def _left_by_joining(attention: Any) -> Iterator[tuple[str, str]]:
     """Yield the projections that an attention does not call since they were joined or separated, with the reason."""
     held = attention._modules
     if not _can_join(attention):
@@ -207,14 +196,13 @@ def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
         if all(held.get(name) is not None for name in (joined, *parts)):
             unused, used = (parts, joined) if is_fused else ((joined,), ", ".join(parts))
             reason = f"is not called, because {plain_class(attention).__name__} calls {used} instead"
-            yield from ((held[name], reason) for name in unused)
+            yield from ((name, reason) for name in unused)
 
 
 def require_called(attention: nn.Module, args: Any) -> None:  # noqa: ARG001  # a hook's signature
     """Raise an error if an attention does not call its adapted projections any more; a forward pre-hook."""
-    for child, reason in _left_by_joining(attention):
-        if adapter_layers_of(child):
-            name = next(name for name, held in attention._modules.items() if held is child)
+    for name, reason in _left_by_joining(attention):
+        if adapter_layers_of(attention.get_submodule(name)):
             raise AdapterError(
                 f"{name} is adapted and {reason}: undo fuse_qkv_projections() or unfuse_qkv_projections(), which was "
                 "called after adapting, or eject the adapters first and adapt the layers that are called"

@@ -53,8 +53,7 @@ class ReadWeight(AdapterLayer):
     def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the output of the owner's forward, which reads its weights."""
         for layer in adapter_layers_of(owner).values():
-            assert isinstance(layer, ReadWeight), "others are called"
-            layer.weight_of(owner)
+            layer.weight_of(owner)  # or raise an error
         own = self.own_forward or base_forward
         if self.state.runs and (run := self.state.run) is not None and run.takes_over:
             inside = (each for module in owner.modules() for each in adapter_layers_of(module).values())
@@ -119,12 +118,11 @@ class ReadLinear(ReadWeight, LinearAdapter):
         kind = LinearAdapter if self.adds_to_output(owner) else ReadWeight
         return kind.forward(self, owner, base_forward, *args, **kwargs)
 
-    def base_output(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    def base_output(self, owner: Any, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the plain forward without adapters. The attribute is not read."""
         if not self.adds_to_output(owner):
             return super().base_output(owner, base_forward, *args, **kwargs)
-        bias: Any = owner.bias
-        return F.linear(input_of(owner, args, kwargs), cast(owner, "weight", self.weight_of(owner)), bias)
+        return F.linear(input_of(owner, args, kwargs), cast(owner, "weight", self.weight_of(owner)), owner.bias)
 
 
 LinearAdapter.as_read = ReadLinear
@@ -140,8 +138,7 @@ class ProjectionAdapter(ReadWeight):
     @classmethod
     def features(cls, owner: nn.Module) -> tuple[int, int]:
         """Return ``(in_features, out_features)``, from ``ds_shape`` if DeepSpeed's ZeRO-3 emptied the weight."""
-        weight = owner._parameters[cls.attribute]
-        assert weight is not None, "is_held_by() asks for a weight"
+        weight = cls.weight_of(owner)
         out_features, in_features = getattr(weight, "ds_shape", weight.shape)
         return int(in_features), int(out_features)
 
@@ -149,8 +146,7 @@ class ProjectionAdapter(ReadWeight):
     def rows_of(cls, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows:
         """Return which arguments have the rows. ``batch_first`` says where; a mask may have a row for each head."""
         base = plain_class(owner)
-        given = inspect.signature(base.forward).bind(owner, *args, **kwargs).arguments
-        del given["self"]
+        given = inspect.signature(partial(base.forward, owner)).bind(*args, **kwargs).arguments
         x: Tensor = next(iter(given.values()))
         axis = 0 if owner.batch_first else 1
         if x.dim() != 3:
@@ -160,11 +156,10 @@ class ProjectionAdapter(ReadWeight):
             )
         axes: dict[int | str, tuple[int, int]] = {}
         for name, value in given.items():
-            if name == "attn_mask":
-                if isinstance(value, Tensor) and value.dim() == 3:
-                    axes[name] = 0, value.shape[0] // x.shape[axis]
-            elif isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name != "attn_mask":
                 axes[name] = (0, 1) if name == "key_padding_mask" else (axis, 1)
+            elif isinstance(value, Tensor) and value.dim() == 3:
+                axes[name] = 0, value.shape[0] // x.shape[axis]
         return BatchRows((), dict(given), axes, x.shape[axis], x.device, (axis, 0), is_declared=True)
 
 
@@ -187,9 +182,8 @@ class InProjAdapter(ProjectionAdapter):
     def shape_of(cls, owner: nn.Module, config: RandLoRAConfig) -> Shape:
         """Return ``(3 * embed_dim, embed_dim)``, or ``(3, embed_dim, embed_dim)`` if the options say ``"split"``."""
         in_features, out_features = cls.features(owner)
-        if config.in_proj == "split":
-            return PROJECTIONS, out_features // PROJECTIONS, in_features
-        return out_features, in_features
+        is_split = config.in_proj == "split"
+        return (PROJECTIONS, out_features // PROJECTIONS, in_features) if is_split else (out_features, in_features)
 
     @staticmethod
     def as_one_matrix(delta: Tensor) -> Tensor:
@@ -238,9 +232,8 @@ class ConvolutionAdapter(ReadWeight):
     in_storage_layout = staticmethod(LinearAdapter.in_storage_layout)  # entries are in the kernel's order
 
     @staticmethod
-    def features(owner: nn.Module) -> tuple[int, int]:
+    def features(owner: Any) -> tuple[int, int]:
         """Return the sizes of a row and a column of the kernel as a matrix, even if DeepSpeed's ZeRO-3 emptied it."""
-        assert isinstance(owner, nn.modules.conv._ConvNd)
         first, second = int(owner.out_channels), int(owner.in_channels)
         if owner.transposed:
             first, second = second, first
@@ -288,9 +281,8 @@ class EmbeddingAdapter(ReadWeight):
     in_storage_layout = staticmethod(LinearAdapter.in_storage_layout)
 
     @staticmethod
-    def features(owner: nn.Module) -> tuple[int, int]:
+    def features(owner: Any) -> tuple[int, int]:
         """Return ``(embedding_dim, num_embeddings)``, the sizes of a row and of a column of the table."""
-        assert isinstance(owner, nn.Embedding)
         return int(owner.embedding_dim), int(owner.num_embeddings)
 
     @classmethod
@@ -299,9 +291,8 @@ class EmbeddingAdapter(ReadWeight):
         return LOOKUP
 
     @classmethod
-    def obstacle(cls, owner: nn.Module) -> str | None:
+    def obstacle(cls, owner: Any) -> str | None:
         """Return why the table cannot be adapted: its dtype is not floating, or its forward changes it."""
-        assert isinstance(owner, nn.Embedding)
         if owner.max_norm is None:
             return super().obstacle(owner)
         return (
@@ -309,9 +300,8 @@ class EmbeddingAdapter(ReadWeight):
             "frozen; renormalize the rows once and set max_norm to None, or exclude the layer"
         )
 
-    def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, owner: Any, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the embeddings of indices, ``(*indices.shape, embedding_dim)``, or an overridden forward's result."""
-        assert isinstance(owner, nn.Embedding)
         is_plain = self.runs_plain_forward(owner)
         if is_plain and self.state.runs and (run := self.state.run) is not None and run.takes_over:
             return run.rows(self, ForwardCall(owner, base_forward, args, kwargs))
