@@ -28,8 +28,7 @@ from randlora.sharded.places import all_fsdp_modules, flattening, fsdp_modules, 
 from randlora.state import ModelState
 from randlora.targets.match import shortened
 
-BUCKET = 2**24
-"""About how many numbers are averaged in one collective: 64 MiB in float32."""
+BUCKET = 2**24  # about how many numbers are averaged in one collective: 64 MiB in float32
 
 
 @torch.no_grad()
@@ -57,8 +56,7 @@ def average(parameters: Sequence[nn.Parameter], mesh: Any) -> None:
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Split parameters into lists with about `BUCKET` numbers each."""
-    bucket: list[nn.Parameter] = []
-    held = 0
+    bucket, held = list[nn.Parameter](), 0
     for parameter in parameters:
         bucket.append(parameter)
         held += parameter.numel()
@@ -81,8 +79,7 @@ class Averaging:
         self.meshes: dict[tuple[AdapterLayer, str], Any] = {}  # of each adapter of each weight
         self._root = root
         self._noticed: set[int] = set()
-        watched = dict.fromkeys([root, *fsdp_modules(root.modules())])
-        self._handles: list[RemovableHandle] = [each.register_forward_pre_hook(self) for each in watched]
+        self._handles = [each.register_forward_pre_hook(self) for each in {root, *fsdp_modules(root.modules())}]
 
     def __call__(self, part: nn.Module, *args: object) -> None:  # noqa: ARG002  # of a hook
         """Have the gradients averaged for all parameters that a part of the model trains now."""
@@ -113,11 +110,9 @@ class Averaging:
         following = [] if operation is None else [each for each, _ in operation.next_functions if each is not None]
         for each in following:
             _once_before(each, self._notice)
-        if not following:
-            self._noticed.clear()
-            self._average()
-
-    def _average(self) -> None:
+        if following:
+            return
+        self._noticed.clear()
         by_mesh: dict[Any, list[nn.Parameter]] = {}
         for parameter, mesh in self._trained(self._root):
             by_mesh.setdefault(mesh, []).append(parameter)

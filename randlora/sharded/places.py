@@ -28,17 +28,12 @@ def is_dtensor(value: object) -> TypeGuard[Any]:
 
 def fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
     """Return the given modules that `fully_shard` was called on."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(module, "FSDPModule", None)
-    return [] if kind is None else [each for each in modules if isinstance(each, kind)]
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return [each for each in modules if isinstance(each, kind)]
 
 
 def all_fsdp_modules(model: nn.Module) -> list[Any]:
-    """Return all modules of the program that `fully_shard` was called on.
-
-    Raises:
-        AdapterError: If this version of torch does not tell, and a part of the model is sharded.
-    """
+    """Return all modules of the program that `fully_shard` was called on, or raise an error if torch does not tell."""
     if "torch.distributed.fsdp" not in sys.modules:
         return []
     # private, but nothing else tells of a module around a model; it is loaded with FSDP2
@@ -77,19 +72,15 @@ class Sharded(Place):
 
     def read(self) -> Tensor:
         """Return the values of the shard, which share its memory."""
-        local: Tensor = self._parameter.detach().to_local()
-        return local
+        return self._parameter.detach().to_local()  # type: ignore[no-any-return]
 
     def whole(self) -> Tensor:
         """Return all values; a collective, through which gradients flow."""
-        own = self._parameter
-        if own.device.type == own.device_mesh.device_type:
-            values: Tensor = own.full_tensor()
-            return values
+        own, mesh_device = self._parameter, self._parameter.device_mesh.device_type
+        if own.device.type == mesh_device:
+            return own.full_tensor()  # type: ignore[no-any-return]
         # offloaded to the CPU by CPUOffloadPolicy, where NCCL does not communicate
-        local: Tensor = own.detach().to_local().to(own.device_mesh.device_type)
-        offloaded: Tensor = _like(own, local).full_tensor().to(own.device)
-        return offloaded
+        return sharded_like(own, self.read().to(mesh_device)).full_tensor().to(own.device)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
@@ -98,8 +89,7 @@ class Sharded(Place):
 
     def stored(self, values: Tensor) -> Tensor:
         """Return kept values in the form in which a state dict has the parameter."""
-        value: Tensor = _like(self._parameter, values)
-        return value
+        return sharded_like(self._parameter, values)  # type: ignore[no-any-return]
 
 
 def is_split(placement: Any) -> bool:
@@ -143,27 +133,10 @@ def _chunk(spans: Spans, chunks: int, index: int) -> Spans:
     return fewest_spans(found)
 
 
-def _like(parameter: Any, local: Tensor) -> Any:
+def sharded_like(parameter: Any, local: Tensor) -> Any:
     """Return a `DTensor` that is sharded as a parameter, given its shard."""
-    return type(parameter).from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
-def meshes(parameters: Iterable[object]) -> list[Any]:
-    """Return the device meshes that some parameters are sharded over, the largest first."""
-    sharded = [each for each in parameters if is_dtensor(each)]
-    found = {
-        id(each.device_mesh): each.device_mesh
-        for each in sharded
-        if not all(placement.is_replicate() for placement in each.placements)
-    }
-    return sorted(found.values(), key=lambda mesh: -int(mesh.size()))
+    whole = {"shape": parameter.shape, "stride": parameter.stride()}
+    return type(parameter).from_local(local, parameter.device_mesh, parameter.placements, run_check=False, **whole)
 
 
 class Mesh(Keeper):
@@ -175,9 +148,14 @@ class Mesh(Keeper):
 
     def ranks_of(self, parameters: Iterable[Tensor], *, is_written: bool) -> Ranks | None:  # noqa: ARG002  # both alike
         """Return the processes of the largest mesh over which the parameters are sharded."""
-        if not (found := meshes(parameters)):
+        found = {
+            id(each.device_mesh): each.device_mesh
+            for each in filter(is_dtensor, parameters)
+            if not all(placement.is_replicate() for placement in each.placements)
+        }
+        if not found:
             return None
-        largest, *others = found
+        largest, *others = sorted(found.values(), key=lambda mesh: -int(mesh.size()))
         held = set(largest.mesh.flatten().tolist())
         for mesh in others:
             if missing := sorted(set(mesh.mesh.flatten().tolist()) - held):
@@ -190,8 +168,7 @@ class Mesh(Keeper):
 
     def own_class(self, kind: type[nn.Module]) -> type[nn.Module]:
         """Return the class that `fully_shard` was called on, of which it makes a subclass called ``FSDP…``."""
-        module = sys.modules.get("torch.distributed.fsdp")
-        sharded = getattr(module, "FSDPModule", None)
+        sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
         return kind.__bases__[1] if sharded is not None and kind.__bases__[:1] == (sharded,) else kind
 
     def settle(self, model: nn.Module) -> None:
@@ -199,7 +176,7 @@ class Mesh(Keeper):
 
         The next forward discards them: values read from them may be stale, and values written to them are lost.
         """
-        if not isinstance(model, nn.Module) or not (sharded := all_fsdp_modules(model)):  # the caller refuses others
+        if not (sharded := all_fsdp_modules(model)):
             return
         within = {id(module) for module in model.modules()}
         for module in sharded:
@@ -220,11 +197,9 @@ def is_spread(value: Any) -> bool:
 def gathered(parameter: Any) -> Tensor:
     """Return all values of a parameter of ZeRO-3; a collective if they are not here."""
     if not is_spread(parameter):
-        here: Tensor = parameter.detach()
-        return here
+        return parameter.detach()  # type: ignore[no-any-return]
     with sys.modules["deepspeed"].zero.GatheredParameters([parameter]):
-        values: Tensor = parameter.detach().clone()
-    return values
+        return parameter.detach().clone()  # type: ignore[no-any-return]
 
 
 class _Pieces(NamedTuple):  # of a parameter: this process's, and all values if they were here
@@ -318,8 +293,7 @@ class Zero3(Keeper):
         spread: Any = next(filter(is_managed if is_written else is_spread, parameters), None)
         if spread is None:
             return None
-        group = spread.ds_process_group
-        return Ranks((group,), dist.get_rank(group) == 0)
+        return Ranks((spread.ds_process_group,), dist.get_rank(spread.ds_process_group) == 0)
 
 
 FLATTENED = "_fsdp_flattened"  # an attribute that FSDP sets on parameters
@@ -328,14 +302,8 @@ WHOLE = "FullyShardedDataParallel.summon_full_params"
 
 def flattening(model: nn.Module) -> Iterator[Any]:
     """Yield the `FullyShardedDataParallel` wrappers in a model, itself included."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(module, "FullyShardedDataParallel", ())
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     return (each for each in model.modules() if isinstance(each, kind))
-
-
-def _is_whole(wrapper: Any) -> bool:
-    names = wrapper.sharding_strategy.name, wrapper.training_state.name
-    return "NO_SHARD" in names or "SUMMON_FULL_PARAMS" in names
 
 
 class Flattening(Keeper):
@@ -348,7 +316,8 @@ class Flattening(Keeper):
     def why_incomplete(self, model: nn.Module) -> str | None:
         """Return why the values of flattened parameters are not here."""
         wrappers = [*flattening(model)]
-        if any(not _is_whole(each) for each in wrappers):
+        states = ({each.sharding_strategy.name, each.training_state.name} for each in wrappers)
+        if any(state.isdisjoint({"NO_SHARD", "SUMMON_FULL_PARAMS"}) for state in states):
             return (
                 "FullyShardedDataParallel leaves each process only a part of the values: call and iterate in a block "
                 f"of {WHOLE}(model), in every process, or shard the model with fully_shard instead"

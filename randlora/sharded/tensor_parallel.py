@@ -22,7 +22,7 @@ from randlora.functional.region import Region, entries_of
 from randlora.layers.base import AdapterLayer
 from randlora.layers.scopes import forward_of
 from randlora.layers.weight import SPLITTERS, Split, Splitter, StoredWeight, Update
-from randlora.sharded.places import Sharded, is_dtensor, is_split
+from randlora.sharded.places import Sharded, is_dtensor, is_split, sharded_like
 
 
 class LocalPiece(NamedTuple):
@@ -51,35 +51,28 @@ def sums_of(weight: Any) -> list[Any]:
     return [Partial() if is_split(placement) else Replicate() for placement in weight.placements]
 
 
-class Layout(NamedTuple):
-    """How the operands of a product are placed on the mesh of a weight, dimension by dimension of the mesh."""
+def layout_of(weight: Any, x: Any, inputs: int) -> tuple[list[Any], ...]:
+    """Return the placements of a product's operands on the mesh of a weight, by dimension of the mesh.
 
-    x: list[Any]
-    output: list[Any]
-    grad_x: list[Any]  # as a process computes it
-    diagonals: list[Any]  # the gradients of Λ and Γ, likewise
-
-
-def layout_of(weight: Any, x: Any, inputs: int) -> Layout:
-    """Return the layout of a product; ``inputs`` is the dimension of the weight that has its inputs."""
+    These are of x, of the output, and of the gradients of x, Λ and Γ (as one) that a process computes. ``inputs`` is
+    the dimension of the weight that has its inputs.
+    """
     from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415  # see above
 
     last = x.dim() - 1
-    layout = Layout([], [], [], [])
+    rows: list[tuple[Any, ...]] = []
     given = x.placements if is_dtensor(x) else [Replicate()] * weight.device_mesh.ndim
     for of_weight, of_x in zip(weight.placements, given, strict=True):
         if is_split(of_weight) and of_weight.dim == inputs:
             along = _split_at(of_weight, last)
-            each: tuple[Any, ...] = along, Partial(), along, Partial()
+            rows.append((along, Partial(), along, Partial()))
         elif is_split(of_weight):
-            each = Replicate(), _split_at(of_weight, last), Partial(), Partial()
+            rows.append((Replicate(), _split_at(of_weight, last), Partial(), Partial()))
         elif is_split(of_x) and of_x.dim != last:  # each process has some of the tokens
-            each = of_x, of_x, of_x, Partial()
+            rows.append((of_x, of_x, of_x, Partial()))
         else:
-            each = (Replicate(),) * 4
-        for placements, one in zip(layout, each, strict=True):
-            placements.append(one)
-    return layout
+            rows.append((Replicate(),) * 4)
+    return tuple([*of_one] for of_one in zip(*rows, strict=True))
 
 
 def _split_at(placement: Any, dim: int) -> Any:
@@ -93,13 +86,11 @@ def on_mesh(update: Update, mesh: Any, grads: list[Any]) -> Update:
     from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415
 
     def local(diagonal: Any) -> Tensor:
-        whole = [Replicate()] * mesh.ndim
         if is_dtensor(diagonal):
             replicated = diagonal.redistribute(placements=[Replicate()] * diagonal.device_mesh.ndim)
         else:
-            replicated = DTensor.from_local(diagonal, mesh, whole, run_check=False)
-        plain: Tensor = replicated.to_local(grad_placements=grads)
-        return plain
+            replicated = DTensor.from_local(diagonal, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return replicated.to_local(grad_placements=grads)  # type: ignore[no-any-return]
 
     return update._replace(lam=local(update.lam), gamma=local(update.gamma))
 
@@ -124,31 +115,27 @@ class SplitOnMesh(Split):
         """Take a weight of a kind of layer."""
         self._layer, self._weight = layer, weight
 
-    @property
-    def _region(self) -> Region:
-        """The part of an update for this process's part, which those who ask whether a weight is split do not need."""
-        return region_here(self._layer, self._weight)
-
     def product(self, update: Update, x: Any, compute: Compute) -> Any:
         """Return the product of an input, a `DTensor` on the mesh or whole in every process, with an update."""
         from torch.distributed.tensor import DTensor  # noqa: PLC0415
 
-        mesh, layout = self._weight.device_mesh, layout_of(self._weight, x, 0 if self._layer.is_transposed else 1)
+        mesh, inputs = self._weight.device_mesh, 0 if self._layer.is_transposed else 1
+        of_x, of_output, of_grad_x, of_diagonals = layout_of(self._weight, x, inputs)
         if not is_dtensor(x):
-            x = DTensor.from_local(x, mesh, layout.x, run_check=False)
-        elif list(x.placements) != layout.x:
-            x = x.redistribute(placements=layout.x)
-        local = x.to_local(grad_placements=layout.grad_x)
+            x = DTensor.from_local(x, mesh, of_x, run_check=False)
+        elif list(x.placements) != of_x:
+            x = x.redistribute(placements=of_x)
+        local = x.to_local(grad_placements=of_grad_x)
         shape = (*x.shape[:-1], update.shape[-2])
-        region = self._region
-        output = local_product(on_mesh(update, mesh, layout.diagonals).within(region), local, region, compute)
-        return _placed(output, mesh, layout.output, shape)
+        region = region_here(self._layer, self._weight)
+        output = local_product(on_mesh(update, mesh, of_diagonals).within(region), local, region, compute)
+        return _placed(output, mesh, of_output, shape)
 
     def rows(self, updates: Iterable[Update], ids: Any, padding_idx: int | None) -> Any:
         """Return the rows of a table with updates, ``(*ids.shape, columns)``, placed like the base's lookup."""
         from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415
 
-        weight, mesh, region = self._weight, self._weight.device_mesh, self._region
+        weight, mesh, region = self._weight, self._weight.device_mesh, region_here(self._layer, self._weight)
         ids = ids.full_tensor() if is_dtensor(ids) else ids
 
         def placed(placement: Any) -> Any:
@@ -174,20 +161,10 @@ class SplitOnMesh(Split):
 
     def value(self, updates: Iterable[Update]) -> Any:
         """Return the weight with updates, split in the same way."""
-        from torch.distributed.tensor import DTensor  # noqa: PLC0415  # there already
-
-        weight, mesh, shape = self._weight, self._weight.device_mesh, self._weight.shape
-        parts = [on_mesh(update, mesh, sums_of(weight)) for update in updates]
-        local = self._layer.part_with_updates(weight.to_local(), Sharded(weight).part, tuple(shape), parts)
-        return DTensor.from_local(local, mesh, weight.placements, run_check=False, shape=shape, stride=weight.stride())
-
-
-class Meshes(Splitter):
-    """Device meshes, over which tensor parallelism and `fully_shard` split weights."""
-
-    def split(self, layer: type[StoredWeight], weight: Tensor) -> SplitOnMesh | None:
-        """Return how to compute with a weight that is a `DTensor`."""
-        return SplitOnMesh(layer, weight) if is_dtensor(weight) else None
+        weight = self._weight
+        parts = [on_mesh(update, weight.device_mesh, sums_of(weight)) for update in updates]
+        own, part = weight.to_local(), Sharded(weight).part
+        return sharded_like(weight, self._layer.part_with_updates(own, part, tuple(weight.shape), parts))
 
 
 def _placed(local: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...]) -> Any:
@@ -221,12 +198,16 @@ def plan_of(forward: object) -> SplitPlan | None:
     held = inspect.getclosurevars(forward).nonlocals
     if not isinstance(style := held.get("self"), kind):
         return None
-    mesh = held["mesh"] if "mesh" in held else held.get("ep_mesh")
+    mesh = held.get("mesh", held.get("ep_mesh"))
     return SplitPlan(style, mesh, getattr(held.get("implementation"), "shares_batch", True))
 
 
-class Plans(Splitter):
-    """Plans of transformers."""
+class Meshes(Splitter):
+    """Device meshes, over which tensor parallelism, plans of transformers and `fully_shard` split weights."""
+
+    def split(self, layer: type[StoredWeight], weight: Tensor) -> SplitOnMesh | None:
+        """Return how to compute with a weight that is a `DTensor`."""
+        return SplitOnMesh(layer, weight) if is_dtensor(weight) else None
 
     def obstacle(self, owner: nn.Module, weight: Tensor, *, is_quantized: bool) -> str | None:
         """Return why a weight that a plan split cannot be adapted, as a phrase after its name, or ``None``."""
@@ -257,14 +238,13 @@ class Plans(Splitter):
             layer.piece = LocalPiece.of(weight, region_here(layer, weight))
         if around is None:
             adds = layer.is_called and layer.adds_to_output(owner)
-            within = _within(owner, layer, plan, forward_name) if adds else inner
-            around = _around(owner, within)
+            around = _around(owner, _within(owner, layer, plan, forward_name) if adds else inner)
         layer.adopted = inner, around
         owner.__dict__[forward_name] = around
         return True
 
 
-SPLITTERS.extend([Meshes(), Plans()])
+SPLITTERS.append(Meshes())
 
 
 def _within(owner: Any, layer: AdapterLayer, plan: SplitPlan, forward_name: str) -> Callable[..., Any]:
@@ -284,8 +264,7 @@ def _within(owner: Any, layer: AdapterLayer, plan: SplitPlan, forward_name: str)
     del owner.__dict__[forward_name]
     owner.__dict__["forward"] = forward
     plan.style.install_forward(owner, plan.mesh)
-    made: Callable[..., Any] = owner.__dict__.pop("forward")
-    return made
+    return owner.__dict__.pop("forward")  # type: ignore[no-any-return]
 
 
 def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
