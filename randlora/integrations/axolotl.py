@@ -13,6 +13,7 @@ axolotl builds the model, the data and the trainer. Written for the interface of
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from axolotl.core.trainers import AxolotlTrainer
@@ -27,9 +28,7 @@ from randlora.integrations.transformers import AdapterCheckpoints
 
 LOG = get_logger("axolotl.integrations.randlora")  # axolotl shows what loggers below its own name say
 
-NAME = "randlora"
-"""The value of ``adapter:``, and the name of the block with the options."""
-
+NAME = "randlora"  # the value of ``adapter:``, and the name of the block with the options
 CONFIG = tuple(inspect.signature(RandLoRAConfig).parameters)
 OPTIONS = tuple(name for name in inspect.signature(randlora.inject).parameters if name not in ("model", "config"))
 
@@ -45,9 +44,8 @@ class RandLoRAArgs(BaseModel):
     @classmethod
     def check(cls, options: dict[str, Any]) -> dict[str, Any]:
         """Check the options before a model is loaded. Names of layers are checked once it is loaded."""
-        given = {name: value for name, value in options.items() if name in CONFIG or name not in OPTIONS}
         try:
-            RandLoRAConfig(**given)
+            RandLoRAConfig(**{name: own for name, own in options.items() if name in CONFIG or name not in OPTIONS})
         except ConfigError as error:
             raise ValueError(str(error)) from error  # which pydantic reports with the name of the field
         return options
@@ -71,7 +69,7 @@ class RandLoRAPlugin(BasePlugin):  # type: ignore[misc]
     def register(self, cfg: Any) -> None:
         """Raise an error for options that axolotl would ignore or take differently, before anything is loaded."""
         if cfg.get("adapter") == NAME:
-            raise_collected(AdapterError, _config_problems(cfg), doing=f"train with adapter: {NAME}")
+            raise_collected(AdapterError, [*_config_problems(cfg)], doing=f"train with adapter: {NAME}")
 
     def load_adapter(
         self,
@@ -105,26 +103,24 @@ def _merging(cfg: Any) -> str:
     return f"randlora merge {cfg.get('output_dir')} MERGED_DIR --base {cfg.get('base_model')}"
 
 
-def _config_problems(cfg: Any) -> list[str]:
-    """Return what in a config would be ignored, or mean something else, with what to do instead."""
+def _config_problems(cfg: Any) -> Iterator[str]:
+    """Yield what in a config would be ignored, or mean something else, with what to do instead."""
     given = {name for name, value in cfg.items() if value}
-    found = []
     if "merge_lora" in given:
-        found.append(f"axolotl merge-lora merges only LoRA: {_merging(cfg)}")
+        yield f"axolotl merge-lora merges only LoRA: {_merging(cfg)}"
     if given & {"load_in_4bit", "load_in_8bit", "gptq"}:
-        found.append(
+        yield (
             "axolotl quantizes for load_in_4bit, load_in_8bit and gptq only with its own lora and qlora: leave them "
             "out, and give as base_model a checkpoint that is already quantized by bitsandbytes"
         )
     if given & {"rl", "reward_model", "process_reward_model"}:
-        found.append(
+        yield (
             "axolotl takes no trainer from a plugin for rl, reward_model and process_reward_model: use TRL's trainer "
             "with randlora.integrations.transformers.AdapterCheckpoints"
         )
     if lora := sorted(name for name in given if name.startswith(("lora_", "peft_")) and name != "lora_model_dir"):
-        found.append(f"{', '.join(lora)} are options of LoRA: give RandLoRA's in the block {NAME}:")
+        yield f"{', '.join(lora)} are options of LoRA: give RandLoRA's in the block {NAME}:"
     if {"lora_model_dir", NAME} <= given:
-        found.append(f"the adapter in lora_model_dir has its options already: leave out the block {NAME}:")
+        yield f"the adapter in lora_model_dir has its options already: leave out the block {NAME}:"
     if "unfrozen_parameters" in given:
-        found.append(f"unfrozen_parameters would not be saved with the adapter: use train_also in the block {NAME}:")
-    return found
+        yield f"unfrozen_parameters would not be saved with the adapter: use train_also in the block {NAME}:"

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import random
 import sys
-import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 import randlora
 from randlora.bases.spec import BasisSpec
-from randlora.errors import AdapterError, CheckpointError, raise_collected
+from randlora.errors import AdapterError, CheckpointError, raise_collected, warn
 from randlora.integrations.optimizers import check_optimizers
 from randlora.places import is_whole
 
@@ -54,10 +53,7 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
         >>> options = {"callbacks": [AdapterCallback()]}  # of a Trainer
     """
 
-    def __init__(self) -> None:
-        """Create the callback for one trainer."""
-        super().__init__()
-        self._buffers: dict[str, str] = {}
+    _buffers: dict[str, str]  # digests of the buffers as a run begins
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002  # Lightning's hook
         """Prepare a run before a checkpoint is loaded."""
@@ -79,10 +75,8 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002  # Lightning's hook
         """Check that there is an adapter."""
         if not randlora.adapters(pl_module):
-            raise AdapterError(
-                f"{type(pl_module).__name__} has no adapter: call randlora.inject before trainer.fit, or in "
-                "configure_model"
-            )
+            kind = type(pl_module).__name__
+            raise AdapterError(f"{kind} has no adapter: call randlora.inject before trainer.fit, or in configure_model")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check the optimizers, which Lightning has made now."""
@@ -92,17 +86,15 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
         """Leave everything that is not trained out of a checkpoint. Called in every process."""
         values, trained = checkpoint["state_dict"], _trained(pl_module)
         if values:  # other processes than the first may have none
-            missing = sorted(trained - values.keys())
-            raise_collected(CheckpointError, [f"{name} is not in it" for name in missing], doing="write a checkpoint")
-            sharded = next((name for name in trained if not is_whole(values[name])), None)
-            if sharded is not None:
+            missing = [f"{name} is not in it" for name in sorted(trained - values.keys())]
+            raise_collected(CheckpointError, missing, doing="write a checkpoint")
+            if sharded := [name for name in trained if not is_whole(values[name])]:
                 raise CheckpointError(
-                    f"{sharded} is sharded, and Lightning cannot load a part of a sharded checkpoint: give the "
+                    f"{sharded[0]} is sharded, and Lightning cannot load a part of a sharded checkpoint: give the "
                     "strategy save_distributed_checkpoint=False"
                 )
             changed = {name for name, own in pl_module.named_buffers() if self._buffers.get(name) != _digest(own)}
-            kept = trained | (changed & values.keys())
-            checkpoint["state_dict"] = {name: value for name, value in values.items() if name in kept}
+            checkpoint["state_dict"] = {name: values[name] for name in values if name in trained or name in changed}
         states = [_generators()]
         if trainer.world_size > 1:
             states *= trainer.world_size
@@ -115,13 +107,11 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
         states = checkpoint[ENTRY]["generators"]
         if len(states) == trainer.world_size:
             _set_generators(states[trainer.global_rank])
-            return
-        warnings.warn(
-            f"the checkpoint is from {len(states)} processes and this run has {trainer.world_size}: random numbers "
-            "will differ from those of an uninterrupted run",
-            UserWarning,
-            stacklevel=2,
-        )
+        else:
+            warn(
+                f"the checkpoint is from {len(states)} processes and this run has {trainer.world_size}: random "
+                "numbers will differ from those of an uninterrupted run"
+            )
 
 
 def _check_and_load(load: Any, module: Any, checkpoint: dict[str, Any]) -> None:
@@ -163,8 +153,7 @@ def _described(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _trained(module: nn.Module) -> set[str]:
-    named = module.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in named if parameter.requires_grad}
+    return {name for name, held in module.named_parameters(remove_duplicate=False) if held.requires_grad}
 
 
 def _digest(buffer: Tensor) -> str:

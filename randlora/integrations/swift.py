@@ -22,9 +22,7 @@ from randlora.errors import AdapterError
 from randlora.integrations.transformers import LoadsAdapters
 
 LOG = get_logger()
-
-NAME = "randlora"
-"""The value of ``--tuner_type``."""
+NAME = "randlora"  # the value of ``--tuner_type``
 
 
 class AdapterSeq2SeqTrainer(LoadsAdapters, Seq2SeqTrainer):  # type: ignore[misc]  # ms-swift carries no types
@@ -40,19 +38,20 @@ TRAINERS = {"causal_lm": AdapterSeq2SeqTrainer, "seq_cls": AdapterClassifierTrai
 
 
 def register(**options: Any) -> type[Tuner]:
-    """Register the tuner with ms-swift, and return it.
-
-    Args:
-        **options: Options of `randlora.inject`, such as ``r``, ``alpha`` and ``targets``.
-    """
+    """Register the tuner with ms-swift, with options of `randlora.inject` such as ``r`` and ``alpha``; return it."""
 
     class RandLoRATuner(Tuner):  # type: ignore[misc]
         """Adds, saves and loads a RandLoRA adapter."""
 
         @staticmethod
         def prepare_model(args: Any, model: nn.Module) -> nn.Module:
-            """Add a new adapter, and freeze the model."""
-            _require_trainer(args)
+            """Add a new adapter, and freeze the model. Only `TRAINERS` are let, which know an adapter's checkpoints."""
+            task = getattr(args, "rlhf_type", None) or args.task_type
+            if task not in TRAINERS:
+                raise AdapterError(
+                    f"cannot train {task} with tuner_type {NAME}: it trains {' and '.join(TRAINERS)}; for others use "
+                    "TRL's trainer with randlora.integrations.transformers.AdapterCheckpoints"
+                )
             _bring_trainers()
             LOG.info("%s", randlora.inject(model, **{"save_pretrained": "adapter", **options}))
             return model
@@ -72,16 +71,6 @@ def register(**options: Any) -> type[Tuner]:
 
     tuners_map[NAME] = RandLoRATuner
     return RandLoRATuner
-
-
-def _require_trainer(args: Any) -> None:
-    """Raise an error for a run whose trainer is none of `TRAINERS`, which know checkpoints of an adapter."""
-    task = getattr(args, "rlhf_type", None) or args.task_type
-    if task not in TRAINERS:
-        raise AdapterError(
-            f"cannot train {task} with tuner_type {NAME}: it trains {' and '.join(TRAINERS)}; for others use TRL's "
-            "trainer with randlora.integrations.transformers.AdapterCheckpoints"
-        )
 
 
 def _bring_trainers() -> None:

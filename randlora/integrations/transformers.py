@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,9 +39,6 @@ PRIVATE = ("_load_from_checkpoint", "_load_best_model", "_save_optimizer_and_sch
 SENT = "_iter_named_params"
 """The private method of TRL's `VLLMGeneration` that yields names and values of weights for vLLM, each tensor once."""
 
-WITH_BETA = frozenset({"GRPOTrainer", "RLOOTrainer"})
-"""TRL's trainers that take no ``ref_model`` and load one unless ``beta`` is 0."""
-
 
 class OptimizerCheck(TrainerCallback):  # type: ignore[misc]  # transformers carries no types
     """Checks the optimizer of a trainer, which makes it as training begins."""
@@ -55,21 +52,18 @@ class OptimizerCheck(TrainerCallback):  # type: ignore[misc]  # transformers car
         check_optimizers(given["model"], [given["optimizer"]], is_supervised=self.is_supervised)
 
 
-class LoadsAdapters:
-    """A mixin for a subclass of `transformers.Trainer` that loads the trained adapters from a checkpoint."""
+_Mixin: Any = object  # to be put before a `Trainer`, whose attributes it has
 
-    is_deepspeed_enabled: bool
-    model: Any
-    state: Any
-    add_callback: Callable[[Any], object]
-    pop_callback: Callable[[Any], object]
+
+class LoadsAdapters(_Mixin):  # type: ignore[misc]
+    """A mixin for a subclass of `transformers.Trainer` that loads the trained adapters from a checkpoint."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, after a check of the optimizer."""
         kinds = {base.__name__ for base in type(self).__mro__ if base.__module__.startswith("trl.")}
         self.pop_callback(OptimizerCheck)  # of an earlier call
         self.add_callback(OptimizerCheck(is_supervised=not kinds or "SFTTrainer" in kinds))
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the adapters that are trained from a checkpoint, in place."""
@@ -89,9 +83,9 @@ class LoadsAdapters:
     def _load_best_model(self) -> None:
         """Load the best checkpoint of the run; DeepSpeed's from its own files, which have copies of what is trained."""
         if self.is_deepspeed_enabled:
-            super()._load_best_model()  # type: ignore[misc]
-            return
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class AdapterCheckpoints(LoadsAdapters):
@@ -108,14 +102,6 @@ class AdapterCheckpoints(LoadsAdapters):
     adapters, unless a ``ref_model`` is given, so no second model is loaded. Trainers that sample with vLLM through
     TRL's `VLLMGeneration` send it the weights of `randlora.merged_tensors`.
     """
-
-    accelerator: Any
-    args: Any
-    is_fsdp_enabled: bool
-    lr_scheduler: Any
-    model_wrapped: Any
-    model_init: Any
-    optimizer: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raise an error for a new class in which a trainer, with its checkpoints, comes before the mixin."""
@@ -158,13 +144,9 @@ class AdapterCheckpoints(LoadsAdapters):
             _require_added(self.model)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _newest_complete(Path(self.args.output_dir))
-        if not self.is_deepspeed_enabled:
+        forgive = self.model.register_load_state_dict_post_hook if self.is_deepspeed_enabled else nullcontext
+        with forgive(_forgive_frozen):
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        hook = self.model.register_load_state_dict_post_hook(_forgive_frozen)
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            hook.remove()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002
         """Save the trained adapters, and what else a trainer saves. All processes of a run call this; one writes."""
@@ -181,7 +163,7 @@ class AdapterCheckpoints(LoadsAdapters):
                 processing.save_pretrained(directory)
             torch.save(self.args, directory / "training_args.bin")
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)  # type: ignore[attr-defined]
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the states of the optimizer and the scheduler without the base, which an engine would save beside it."""
@@ -191,11 +173,11 @@ class AdapterCheckpoints(LoadsAdapters):
             if self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
             return
-        engine = vars(self.model_wrapped) if self.is_deepspeed_enabled else {}
+        engine = self.model_wrapped.__dict__ if self.is_deepspeed_enabled else {}
         if engine:
             engine["save_checkpoint"] = partial(self.model_wrapped.save_checkpoint, exclude_frozen_parameters=True)
         try:
-            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            super()._save_optimizer_and_scheduler(output_dir)
         finally:
             engine.pop("save_checkpoint", None)
 
@@ -292,8 +274,7 @@ def _newest_complete(directory: Path) -> str:
 class Reference(nn.Module):
     """A model without some of its adapters, for a loss that compares with it. It calls the model and has no parameters.
 
-    Attributes:
-        trained: The adapters that are left out. Other active adapters remain active.
+    The ``trained`` adapters are left out. Other active adapters remain active.
     """
 
     trained: tuple[str, ...]
@@ -316,9 +297,7 @@ class Reference(nn.Module):
         with self._without_adapters():
             return self.policy(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the model without the adapters."""
-        return self(*args, **kwargs)
+    forward = __call__
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the weights that it computes with. From these, a trainer recognizes results computed before."""
@@ -349,7 +328,8 @@ def referring(trainer: Any, given: inspect.BoundArguments, reference: Reference)
     arguments: Any = given.arguments.get("args")
     takes_one = "ref_model" in given.signature.parameters and given.arguments.get("ref_model") is None
     kinds = {base.__name__ for base in type(trainer).__mro__ if base.__module__.startswith("trl.")}
-    beta = getattr(arguments, "beta", 0.0) if kinds & WITH_BETA else 0.0
+    loads_one = bool(kinds & {"GRPOTrainer", "RLOOTrainer"})  # which take none, and load one unless ``beta`` is 0
+    beta = getattr(arguments, "beta", 0.0) if loads_one else 0.0
     if not takes_one and not beta:
         yield
         return

@@ -34,17 +34,11 @@ from randlora.errors import ConfigError, MergeError, raise_collected
 NAME = "randlora"
 """The vendor, the value of ``target_modules``, and the block of ``model.lora`` with options of `randlora.inject`."""
 
-ADAPTER = "adapter"
-"""The directory of a checkpoint with the adapter's files, beside verl's own."""
-
-OF_LORA = ("lora_alpha", "exclude_modules", "target_parameters", "lora_adapter_path")
-"""Options of verl's model that only its own engine reads."""
-
-# For both strategies, or verl would silently take its own engine for fsdp.
-registered = EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"], vendor=NAME)
+ADAPTER = "adapter"  # the directory of a checkpoint with the adapter's files, beside verl's own
 
 
-@registered
+# for both strategies, or verl would silently take its own engine for fsdp
+@EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device=["cuda", "npu", "cpu"], vendor=NAME)
 class RandLoRAEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl carries no types
     """verl's engine of a language model under FSDP2, with a RandLoRA adapter in place of LoRA."""
 
@@ -53,43 +47,42 @@ class RandLoRAEngine(FSDPEngineWithLMHead):  # type: ignore[misc]  # verl carrie
         super().__init__(*args, **kwargs)
         self._has_adapter = self._is_lora or not self.engine_config.forward_only
         if self._has_adapter:
-            raise_collected(
-                ConfigError, self._config_problems(), doing="train with verl's engine of the vendor randlora"
-            )
+            doing = "train with verl's engine of the vendor randlora"
+            raise_collected(ConfigError, [*self._config_problems()], doing=doing)
 
-    def _config_problems(self) -> list[str]:
-        """Return what in the config would be ignored, or mean something else, with what to do instead."""
-        model, saves, found = self.model_config, self.checkpoint_config or {}, []
+    def _config_problems(self) -> Iterator[str]:
+        """Yield what in the config would be ignored, or mean something else, with what to do instead."""
+        model, saves = self.model_config, self.checkpoint_config or {}
         if not self._is_lora:
-            found.append("model.lora_rank is 0, with which verl trains the whole model: set it to r, such as 32")
+            yield "model.lora_rank is 0, with which verl trains the whole model: set it to r, such as 32"
         if model.target_modules != NAME:
-            found.append(
+            yield (
                 f"model.target_modules is {model.target_modules!r}: set it to {NAME}, with which verl's own engine "
                 "raises an error, instead of training LoRA where this one is not loaded"
             )
         if not model.lora.get("merge"):
-            found.append("model.lora.merge is False, with which verl's rollout expects LoRA: set it to True")
+            yield "model.lora.merge is False, with which verl's rollout expects LoRA: set it to True"
         if self.engine_config.strategy != "fsdp2":
-            found.append(f"actor.strategy is {self.engine_config.strategy}, FSDP's first version: set it to fsdp2")
+            yield f"actor.strategy is {self.engine_config.strategy}, FSDP's first version: set it to fsdp2"
         if self._qat_enabled:
-            found.append("qat would replace the adapted layers: leave it out")
+            yield "qat would replace the adapted layers: leave it out"
         if "hf_model" in (saves.get("save_contents") or ()):
-            found.append(
+            yield (
                 "hf_model in checkpoint.save_contents would be the model without the adapter: leave it out, and merge "
                 "the saved adapter by `randlora merge`"
             )
         if saves.get("save_lora_only"):
-            found.append(
+            yield (
                 "checkpoint.save_lora_only is for LoRA: leave it out, and model out of checkpoint.save_contents and "
                 "load_contents; the adapter is always saved"
             )
         fields = HFModelConfig.__dataclass_fields__
-        if given := [name for name in OF_LORA if getattr(model, name) != fields[name].default]:
-            found.append(
+        of_lora = "lora_alpha", "exclude_modules", "target_parameters", "lora_adapter_path"  # not read by this engine
+        if given := [name for name in of_lora if getattr(model, name) != fields[name].default]:
+            yield (
                 f"{', '.join(given)} would be ignored: give the options of randlora.inject in the block "
                 f"model.lora.{NAME}, and merge an adapter to start from into the model"
             )
-        return found
 
     def _build_lora_module(self, module: Any) -> Any:
         """Add the adapter, and freeze the model. Layers and options that match nothing raise an error."""
