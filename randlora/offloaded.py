@@ -18,8 +18,7 @@ from randlora.layers.in_place import plain_class
 from randlora.places import Keeper, Place
 from randlora.replaced import table_of
 
-HOOK = "_hf_hook"
-"""The attribute of a module in which accelerate keeps its hook, or several hooks combined."""
+HOOK = "_hf_hook"  # the attribute of a module in which accelerate keeps its hook, or several hooks combined
 
 
 class StoredAt(NamedTuple):
@@ -40,17 +39,14 @@ class StoredAt(NamedTuple):
 
 
 class Offloaded(Place):
-    """The place of a parameter or buffer that accelerate offloads: its entry in the map that a hook loads it from.
-
-    It has an entry for each hook of the module: a module used in two places has two.
-    """
+    """The place of a parameter or buffer that accelerate offloads: its entry in the map that a hook loads it from."""
 
     is_loaded_on_call = True
 
     def __init__(
         self, owner: nn.Module, attribute: str, tensor: Tensor, entries: list[StoredAt], device: torch.device
     ) -> None:
-        """Take a module, its parameter or buffer by name, the entries and the device that the module runs on."""
+        """Take a module, its parameter or buffer, an entry for each of its hooks, and the device that it runs on."""
         self._owner, self._attribute, self._tensor = owner, attribute, tensor
         self._entries, self._device = entries, device
 
@@ -67,8 +63,7 @@ class Offloaded(Place):
     def read(self) -> Tensor:
         """Return the values as the module's forward would get them."""
         store, key = self._entries[-1]  # accelerate loads from one hook after the other
-        values: Tensor = store[key]
-        return values.detach().to(self._device, self._tensor.dtype)
+        return store[key].detach().to(self._device, self._tensor.dtype)  # type: ignore[no-any-return]
 
     whole = read
 
@@ -109,9 +104,8 @@ class Offloading(Keeper):
 
         ``None`` too if it is loaded together with a whole module around it, or from a map of a different kind.
         """
-        if HOOK not in vars(owner) or not (hooks := list(offloading_hooks(owner))):
-            return None
-        if (tensor := table_of(owner, attribute).get(attribute)) is None:
+        tensor = table_of(owner, attribute).get(attribute)
+        if HOOK not in vars(owner) or tensor is None or not (hooks := list(offloading_hooks(owner))):
             return None
         entries = [entry for hook in hooks if (entry := _entry(hook.weights_map, attribute)) is not None]
         if len(entries) < len(hooks):

@@ -118,8 +118,7 @@ class QuantizedLayer(ForwardOnly):
     def requantized(self, owner: nn.Module, weight: Tensor) -> tuple[Any, float]:
         """Quantize a weight, ``(out_features, in_features)`` float32, in the same way as the owner's.
 
-        Returns:
-            Codes for `put_in`, and the widest gap between neighboring levels at the largest scale.
+        Return codes for `put_in`, and their `RoundingLoss.step`.
         """
 
     @abstractmethod

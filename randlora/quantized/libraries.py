@@ -28,8 +28,7 @@ from randlora.quantized.layer import NOT_HERE, ForwardOnly, QuantizedLayer, twin
 HQQ = "hqq.core.quantize"
 TORCHAO = "torchao.quantization"
 INT8, FLOAT8, INTX = f"{TORCHAO}.Int8Tensor", f"{TORCHAO}.Float8Tensor", f"{TORCHAO}.IntxUnpackedToInt8Tensor"
-ANY = "torchao.utils.TorchAOBaseTensor"
-"""The base class of weights, also of those whose codes are packed for kernels."""
+ANY = "torchao.utils.TorchAOBaseTensor"  # the base class of weights, also of those whose codes are packed for kernels
 
 
 @register_layer("gptqmodel.nn_modules.qlinear.BaseQuantLinear")
