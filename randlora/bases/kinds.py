@@ -225,10 +225,8 @@ def default_blocks(r: int, sides: Collection[int]) -> tuple[int, int]:
     return min(reversed(pairs), key=lambda blocks: r // blocks[0] + 2 * r // blocks[1])
 
 
-TOKENS = 2048
-"""Those of a step, for each matrix, for which the work of bases is compared."""
-TOO_SMALL = 256 * 256
-"""Entries of the largest weight of which steps take as long with either kind, whatever their work."""
+TOKENS = 2048  # those of a step, for each matrix, for which the work of bases is compared
+TOO_SMALL = 256 * 256  # entries of the largest weight of which steps take as long with either kind, whatever their work
 
 
 def block_share(layers: Mapping[tuple[int, int, int], int]) -> float:

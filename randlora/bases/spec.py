@@ -213,5 +213,4 @@ class CompactMatrix:
         return cls(matrix.to(torch.bfloat16) if is_brief else matrix, matrix.shape[1])
 
 
-Matrices = tuple[CompactMatrix, CompactMatrix]
-"""A, ``(r, min_dim)``, and B, ``(max_dim, num_bases·r)``."""
+Matrices = tuple[CompactMatrix, CompactMatrix]  # A, `(r, min_dim)`, and B, `(max_dim, num_bases·r)`

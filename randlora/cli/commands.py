@@ -43,8 +43,7 @@ AS_JSON = Parameter(
     annotation=Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")],
 )
 
-Printed = tuple[str, dict[str, Any]]
-"""A result as text and as JSON."""
+Printed = tuple[str, dict[str, Any]]  # a result as text and as JSON
 
 
 def callback(name: str, summary: str, *examples: str) -> Callable[..., None]:
@@ -206,8 +205,7 @@ def progress_bar() -> Iterator[Callable[[int, int, str], object]]:
         yield show_step
 
 
-ACTIONS: dict[str, Callable[..., Printed]] = {"plan": _plan, "merge": _merge}
-"""What is called in place of the verb."""
+ACTIONS: dict[str, Callable[..., Printed]] = {"plan": _plan, "merge": _merge}  # what is called in place of the verb
 
 DESCRIBED = {"plan": (randlora.inject, randlora.training_memory), "merge": (_merge,)}
 """Functions whose parameters a command has before its verb's, with their descriptions."""

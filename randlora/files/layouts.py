@@ -40,8 +40,7 @@ from randlora.targets.match import has_suffix, shortened
 
 Format = Literal["peft", "native", "lora"]
 Layout = Literal["peft", "diffusers"]
-Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]
-"""Attributes of diffusers' pipelines."""
+Component = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]  # attributes of diffusers' pipelines
 
 WEIGHTS: dict[Layout, str] = {"peft": TENSORS_FILE, "diffusers": "pytorch_lora_weights.safetensors"}
 """The files of the tensors, of which readers of a directory take the one with the name that they expect."""
@@ -61,8 +60,7 @@ BEGINNINGS: dict[Component, tuple[str, ...]] = {
 }
 """The first parts of names that only such a model of a pipeline has."""
 
-Planning = tuple[Files, list[str]]
-"""Files that are to be written, and notes for the user."""
+Planning = tuple[Files, list[str]]  # files that are to be written, and notes for the user
 
 EXACT_UP_TO = 1024  # the smaller dim up to which the exact decomposition takes half a second
 WORTHWHILE = 4  # a randomized one is faster only for ranks below 1 / 4 of the smaller dim

@@ -46,13 +46,11 @@ from randlora.model.mergeable import require_finite
 from randlora.report import as_bytes, as_lines, with_factor
 from randlora.targets.match import shortened
 
-Sources = Source | Sequence[Source] | Mapping[str, float] | Mapping[Path, float]
-"""One or several, or their factors."""
+Sources = Source | Sequence[Source] | Mapping[str, float] | Mapping[Path, float]  # one or several, or their factors
 
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """The names of files of weights that another merge may have left, which is replaced as a whole."""
-CASTABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that tensors are cast from and to."""
+CASTABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes that tensors are cast from and to
 
 IN_MEMORY = "load the model with randlora.files.load_model(adapter), then call randlora.files.save_merged(model, out)"
 

@@ -26,8 +26,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 QUANTIZATION = "quantization_config"
 
-HEADS = (MODEL_CONFIG_FILE, INDEX_FILE)
-"""The files to download if only a model's headers are needed."""
+HEADS = (MODEL_CONFIG_FILE, INDEX_FILE)  # the files to download if only a model's headers are needed
 
 WHOLE = ("model*.safetensors", "*.json", "*.jinja", "*.md", "*.model", "*.py", "*.tiktoken", "*.txt", "LICENSE*")
 """The files to download to merge into a model: weights in this format only, and the files around them."""
@@ -48,8 +47,7 @@ WEIGHT_SUFFIXES = (
 Progress = Callable[[int, int, str], object]
 """Called with the amount done, the total, and a description of the current step."""
 
-LARGEST_CARRIED = 2**30
-"""The size above which a file is treated as weights in an unknown format."""
+LARGEST_CARRIED = 2**30  # the size above which a file is treated as weights in an unknown format
 
 
 def no_progress(done: int, total: int, doing: str) -> None:

@@ -43,8 +43,7 @@ from randlora.replaced import CASTS
 from randlora.targets.census import Census
 from randlora.targets.left_out import are_tied, named_groups
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-"""The units of sizes, as in ``save_pretrained``."""
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # the units of sizes, as in `save_pretrained`
 
 DOING = "save the merged model"
 NAMES_IN_MEMORY = "tensors are named as in memory, which transformers reads; other programs may expect other names"

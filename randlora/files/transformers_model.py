@@ -36,12 +36,9 @@ INSTALL = "python -m pip install 'transformers>=5.0'"
 COUNTED = re.compile("layer|depth|block|stage")
 """Names of fields whose numbers a config counts to, or makes lists of, before there is a module."""
 MOST_COUNTED = 2**20
-FOR_ANY_MODEL = 2**12
-"""Modules and parameters that are made for any checkpoint, in about a second."""
-OF_A_CONFIG = 2**10
-"""Tensors that a config alone may mean. Of a checkpoint, they are known."""
-FOR_EACH_TENSOR = 2**4
-"""Those that are made for each tensor of the checkpoint: no class of transformers has four."""
+FOR_ANY_MODEL = 2**12  # modules and parameters that are made for any checkpoint, in about a second
+OF_A_CONFIG = 2**10  # tensors that a config alone may mean. Of a checkpoint, they are known
+FOR_EACH_TENSOR = 2**4  # those that are made for each tensor of the checkpoint: no class of transformers has four
 
 TIMM_NAMES = frozenset({"architecture", "backbone"})
 TIMM_READS = frozenset({"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"})

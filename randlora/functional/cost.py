@@ -11,14 +11,12 @@ import torch
 
 Compute = Literal["auto", "factored", "materialized"]
 Way = Literal["factored", "materialized", "few_tokens"]
-ALWAYS: tuple[Way, ...] = ("factored", "materialized")
-"""The ways that any number of tokens can take."""
+ALWAYS: tuple[Way, ...] = ("factored", "materialized")  # the ways that any number of tokens can take
 
 Shares = tuple[float, float, float]
 """The parts of the dense work of UA, UB and UB @ UA that products take: in blocks about 1/c, 1/b and 1/(b·c)."""
 
-ON_CPU = 40.0
-"""The multiply-adds that take as long as a pass over one entry of memory, measured."""
+ON_CPU = 40.0  # the multiply-adds that take as long as a pass over one entry of memory, measured
 ON_GPU = {torch.bfloat16: 400.0, torch.float16: 400.0, torch.float32: 80.0, torch.float64: 160.0}
 """From an H100's data sheet: 350 T multiply-adds a second in 16 bits, 33 T in float32 and float64, and 3.3 TB/s."""
 MORE_OPERATORS = 5 * 2**15
@@ -26,8 +24,7 @@ MORE_OPERATORS = 5 * 2**15
 SMALL_WORK = 2**20
 """Multiply-adds up to which a dense product takes no longer than one in blocks, measured on a CPU with backward: for 16
 tokens and 256², or one token and 512², it is 1.1 to 1.2 times faster, and slower from 16 tokens and 384² on."""
-SMALL_WEIGHT = SMALL_WORK // 4
-"""Entries of the largest weight for which a dense copy of block bases is kept."""
+SMALL_WEIGHT = SMALL_WORK // 4  # entries of the largest weight for which a dense copy of block bases is kept
 
 
 def pass_over(device_type: str, dtype: torch.dtype) -> float:

@@ -11,11 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Span = tuple[int, int]
-"""``(start, stop)``."""
+Span = tuple[int, int]  # `(start, stop)`
 
-Spans = tuple[Span, ...]
-"""Which entries of a dimension, in order; at least one span, which may be empty."""
+Spans = tuple[Span, ...]  # which entries of a dimension, in order; at least one span, which may be empty
 
 
 def all_of(size: int) -> Spans:

@@ -28,8 +28,7 @@ def may_be_kept() -> bool:
     return count_modes() > 0 and not all(isinstance(mode, Observer) for mode in _get_current_dispatch_mode_stack())
 
 
-without_modes = _disable_current_modes
-"""Return a context in which no mode is active, for tensors that must be real."""
+without_modes = _disable_current_modes  # a context in which no mode is active, for tensors that must be real
 
 # Private, but the only way to ask, and what torch's own `Function.apply` asks. Without it everything runs as under a
 # transform, which is correct but slower; tests/test_functional.py fails if torch renames it.
@@ -73,8 +72,7 @@ def may_overwrite() -> bool:
 ENTRIES_PER_THREAD = 2**17
 """Entries of a strip of UA for each thread. Measured on a CPU: fewer cost more operators than they save memory."""
 
-CACHED_ENTRIES = 2**20
-"""Entries of a strip that fit into a CPU's cache together with the results computed from them."""
+CACHED_ENTRIES = 2**20  # entries of a strip that fit into a CPU's cache together with the results computed from them
 
 
 def may_be_in_strips(tensor: Tensor) -> bool:

@@ -33,8 +33,7 @@ class AdapterClassifierTrainer(LoadsAdapters, Trainer):  # type: ignore[misc]
     """ms-swift's trainer of classifiers, which resumes from checkpoints of an adapter."""
 
 
-TRAINERS = {"causal_lm": AdapterSeq2SeqTrainer, "seq_cls": AdapterClassifierTrainer}
-"""The trainers by ``--task_type``."""
+TRAINERS = {"causal_lm": AdapterSeq2SeqTrainer, "seq_cls": AdapterClassifierTrainer}  # the trainers by `--task_type`
 
 
 def register(**options: Any) -> type[Tuner]:

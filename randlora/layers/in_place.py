@@ -137,8 +137,7 @@ class Adapted(InPlace):
         return layer.forward(self, super().forward, *args, **kwargs)
 
 
-_Hosts = tuple[tuple[str, ...], type["InPlace"]]
-"""The arguments of `adapted_class` beside the class."""
+_Hosts = tuple[tuple[str, ...], type["InPlace"]]  # the arguments of `adapted_class` beside the class
 
 _classes = WeakKeyDictionary[type[nn.Module], WeakValueDictionary[_Hosts, type[InPlace]]]()
 """The classes that modules have. They keep neither themselves nor the classes that they are made of."""

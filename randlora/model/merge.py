@@ -46,8 +46,7 @@ from randlora.targets.census import AdaptedSite, Census
 from randlora.targets.left_out import tie_problems
 from randlora.targets.match import shortened
 
-LOSSY = 0.1
-"""The share of the norm of an update that rounding to codes may lose without a warning."""
+LOSSY = 0.1  # the share of the norm of an update that rounding to codes may lose without a warning
 
 
 @collective(writes=True)

@@ -257,8 +257,7 @@ def require_merged_weights(root: nn.Module, args: object) -> None:  # noqa: ARG0
 TOLERANCE = 0.02
 """How far a forward may differ from the product, as a share of it. Results in 16 bits are within a quarter of this."""
 
-TOKENS = 2, 3
-"""The shape of the input that a forward is tried on, without its features."""
+TOKENS = 2, 3  # the shape of the input that a forward is tried on, without its features
 
 
 def differences_from_product(sites: Iterable[AdaptedSite]) -> dict[AdaptedSite, float | None]:

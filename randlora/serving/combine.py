@@ -26,8 +26,7 @@ from randlora.targets.left_out import obstacles
 from randlora.targets.match import shortened
 from randlora.targets.options import options_by_target
 
-ROUNDINGS = 16
-"""How many roundings of Λ and Γ a sum may be off and still count as exact."""
+ROUNDINGS = 16  # how many roundings of Λ and Γ a sum may be off and still count as exact
 
 INSTEAD = "activate the adapters with factors, which is exact, or merge one after the other"
 

@@ -19,11 +19,9 @@ from torch import Tensor
 
 from randlora.errors import AdapterError
 
-NONE = -1
-"""The number that stands for no row, in entries that depend on none, such as in a weight."""
+NONE = -1  # the number that stands for no row, in entries that depend on none, such as in a weight
 
-MIXED = -2
-"""The number that stands for several rows, or for unknown ones, in entries that depend on them."""
+MIXED = -2  # the number that stands for several rows, or for unknown ones, in entries that depend on them
 
 
 class Label(NamedTuple):

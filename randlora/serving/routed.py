@@ -35,8 +35,7 @@ from randlora.targets.census import Census
 BATCHES = "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids"
 """Names of inputs of transformers' models that have a batch."""
 
-WITHOUT_ROWS = ("cache_position",)
-"""Names of inputs without a batch, even if they have as many entries."""
+WITHOUT_ROWS = ("cache_position",)  # names of inputs without a batch, even if they have as many entries
 
 GROWING = "mask", "past", "cache"
 """Parts of the names of inputs that grow in each step of ``generate``, while their rows stay in place."""

@@ -19,8 +19,7 @@ from randlora.errors import AdapterError
 from randlora.serving.labels import MIXED, NONE, Label, filled, first_dimension, merged, merged_along, nothing, unknown
 from randlora.serving.tracking import RowTracking
 
-BASE = -1
-"""The adapter of rows that go through the base model alone."""
+BASE = -1  # the adapter of rows that go through the base model alone
 
 
 class Sorted(NamedTuple):

@@ -29,8 +29,7 @@ from randlora.serving.labels import (
     unknown,
 )
 
-MOST = 1 << 22
-"""For how many entries rows are written out, where operations take single entries."""
+MOST = 1 << 22  # for how many entries rows are written out, where operations take single entries
 
 
 @dataclass
