@@ -176,6 +176,15 @@ def test_a_new_head_is_loaded(
     assert failed == ["base"]
 
 
+@pytest.mark.parametrize("prefix", ["body", "body."])
+def test_a_new_head_that_was_trained_in_a_wrapper_is_loaded_without_the_prefix(prefix: str) -> None:
+    write(bert(transformers.BertModel), BASE)
+    model = SEQUENCES.from_pretrained(BASE, num_labels=3)
+    randlora.save(adapt(nn.ModuleDict({"body": model}), r=4, train_also=["classifier"]), ADAPTER)
+    loaded = load_model(ADAPTER, base=BASE, model_class=SEQUENCES, num_labels=3, prefix=prefix)
+    assert same_bits(logits(loaded, BERT), logits(model.eval(), BERT))
+
+
 def test_a_file_of_version_0_2_which_names_no_class_is_loaded_as_the_class_that_is_given() -> None:
     model = trained(bert(transformers.BertModel), SEQUENCES, ["classifier"])
     reseal(ADAPTER, model_class=None)

@@ -250,7 +250,9 @@ def load_model(
     if base_revision is not None:
         options["revision"] = base_revision
     model, found = _base_model(transformers, chosen, options, model_class or known, given=base is not None)
-    _require_complete(chosen, found, [*file.trained, *(f"{prefix}.{fqn}" for fqn in file.trained)])
+    dotted = f"{(prefix or '').removesuffix('.')}."
+    trained = {name for fqn in file.trained for name in (fqn, dotted + fqn, fqn.removeprefix(dotted))}
+    _require_complete(chosen, found, trained)
     load(model, directory, name=name, trainable=trainable, prefix=prefix, stream=stream)
     return model
 
