@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import huggingface_hub
@@ -21,7 +22,7 @@ import randlora
 from randlora import files
 from randlora.errors import CheckpointError, ConfigError, RandLoRAError, TargetError
 from randlora.files.model_directory import read_model_directory
-from randlora.files.transformers_model import build_model
+from randlora.files.transformers_model import build_model, offline
 from randlora.report import Report
 from randlora.targets.census import Census
 from tests import model_directories
@@ -258,6 +259,24 @@ def test_a_config_loads_no_code_and_asks_no_network(tmp_path: Path, monkeypatch:
     edit_json(tmp_path / "config.json", **code, **dict.fromkeys(names, "kernels-community/flash-attn"))
     monkeypatch.setattr(socket, "socket", None)
     assert files.plan(tmp_path, r=4) == plain
+
+
+def test_two_threads_that_stay_offline_leave_the_hub_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    begun, may_end = Event(), Event()
+
+    def plan_longer() -> None:
+        with offline():
+            begun.set()
+            may_end.wait()
+
+    other = Thread(target=plan_longer)
+    with offline():
+        other.start()
+        begun.wait(0.2)
+    may_end.set()
+    other.join()
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 TIMM: dict[str, Any] = {"architectures": ["TimmWrapperModel"]}

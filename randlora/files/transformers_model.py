@@ -141,20 +141,24 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is {value!r:.40}"
 
 
+HUB = threading.RLock()  # one block at a time: the last to end would else restore what the first had set
+
+
 @contextmanager
-def _offline() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """Within the block, keep all threads from contacting the Hub, if huggingface_hub is installed."""
     try:
         from huggingface_hub import constants  # noqa: PLC0415  (optional)
     except ImportError:
         yield
         return
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+    with HUB:
+        before = constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager
@@ -170,7 +174,7 @@ def _bounded(tensors: int) -> Iterator[None]:
             made = f"more than {most:,} modules and parameters"
             raise CheckpointError(f"it makes {made} for {tensors} tensors in the files")
 
-    with _offline(), ExitStack() as hooks:
+    with offline(), ExitStack() as hooks:
         hooks.callback(registration.register_module_module_registration_hook(count).remove)
         hooks.callback(registration.register_module_parameter_registration_hook(count).remove)
         yield
