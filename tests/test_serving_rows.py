@@ -519,6 +519,8 @@ UNFOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "index": lambda x: x[:, (x[0, 0] * 9).long() % 4],  # which the values of one row choose for all
     "index_put": lambda x: torch.zeros(4, 4).index_put((torch.arange(4), x[:, 0].argmax(-1)), torch.tensor(1.0)),
     "embedding": lambda x: F.embedding(torch.arange(4), x[:, 0]),
+    "masked_select": lambda x: x[:, 0].masked_select(torch.ones(4, dtype=torch.bool)),
+    "aten::masked_select": lambda x: x[:, 0, 0].masked_select(torch.ones(3, 4, dtype=torch.bool)),
     "foreach": lambda x: (z := torch.zeros(4, 4, 4), torch._foreach_add_([z], [x]))[0],
 }
 

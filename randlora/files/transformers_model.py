@@ -236,6 +236,7 @@ def load_model(
     """
     require_types(load_model, {"source": source, "name": name, "trainable": trainable, "revision": revision})
     require_types(load_model, {"base": base, "base_revision": base_revision, "model_class": model_class})
+    require_types(load_model, {"prefix": prefix, "stream": stream})
     refused = [name for name, value in SAFE.items() if options.get(name, value) is not value]
     if refused := [*refused, *(name for name in FIXED if name in options)]:
         raise ConfigError(f"{refused[0]} is not passed on: {BY_HAND}")

@@ -9,8 +9,10 @@ import functools
 import hashlib
 import random
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -53,7 +55,7 @@ class AdapterCallback(_Callback):  # type: ignore[misc]
         >>> options = {"callbacks": [AdapterCallback()]}  # of a Trainer
     """
 
-    _buffers: dict[str, str]  # digests of the buffers as a run begins
+    _buffers: Mapping[str, str] = MappingProxyType({})  # digests of the buffers as a run begins
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ARG002  # Lightning's hook
         """Prepare a run before a checkpoint is loaded."""

@@ -114,13 +114,14 @@ def prepare_quantized(
     ]
     raise_collected(AdapterError, [f"{fqn} {REPACKED}" for fqn in repacked], doing="prepare the model")
     with unchanged_if_raised(*_changeable(model)):
+        embeddings = _input_embeddings(model)  # may raise, so before all that reaches beyond modules, such as a config
         notes = []
         if checkpointing and not _enable_checkpointing(model):
             notes.append(f"checkpointing stays off: {type(model).__name__} has no method for it")
         cast = _make_float32(visits) if full_precision else []
         inputs: tuple[str, ...] = ()
         if inputs_require_grad:
-            inputs = _let_outputs_require_grad(model)
+            inputs = _let_outputs_require_grad(model, embeddings)
             if not inputs:
                 notes.append("no embedding was found: for reentrant checkpointing, make the inputs require grad")
         for visit in four_bits:
@@ -150,9 +151,8 @@ def _changeable(model: nn.Module) -> tuple[list[object], list[Tensor]]:
     return objects, values
 
 
-def _let_outputs_require_grad(model: nn.Module) -> tuple[str, ...]:
+def _let_outputs_require_grad(model: nn.Module, embeddings: list[nn.Module]) -> tuple[str, ...]:
     """Add a hook to the input embeddings, once, and return their FQNs."""
-    embeddings = _input_embeddings(model)
     for module in embeddings:
         if require_grad not in module._forward_hooks.values():
             module.register_forward_hook(require_grad)

@@ -32,7 +32,7 @@ class Parent(NamedTuple):
     """Linear layers whose weight their owner reads or changes."""
 
     children: tuple[str, ...]  # their names in the owner
-    when: str = ""  # it reads or changes them, if not always
+    when: str = ""  # when it does so, if not always
     where: Callable[[Any], bool] = lambda _owner: True  # whether it reads or changes them, given the owner
     problem: str = ""  # why no adapter of them is right, as a phrase after their name; empty if it may act where read
 
@@ -143,8 +143,7 @@ def _readings_in(owner: nn.Module) -> list[Reading]:
     for kind in filter(PARENTS.__contains__, kinds):
         found += _readings_by(owner, PARENTS[kind])
     if any(name in owner._modules for name in JOINED):
-        left = _left_by_joining(owner)
-        found += [Reading(owner.get_submodule(name), f"{reason}, {NO_EFFECT}", "never") for name, reason in left]
+        found += [Reading(child, f"{reason}, {NO_EFFECT}", "never") for child, reason in _left_by_joining(owner)]
     return found
 
 
@@ -185,7 +184,7 @@ def _can_join(module: nn.Module) -> bool:
     return not {ATTENTION, OLDER_ATTENTION}.isdisjoint(qualified_names(type(module)))
 
 
-def _left_by_joining(attention: Any) -> Iterator[tuple[str, str]]:
+def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
     """Yield the projections that an attention does not call since they were joined or separated, with the reason."""
     held = attention._modules
     if not _can_join(attention):
@@ -196,13 +195,14 @@ def _left_by_joining(attention: Any) -> Iterator[tuple[str, str]]:
         if all(held.get(name) is not None for name in (joined, *parts)):
             unused, used = (parts, joined) if is_fused else ((joined,), ", ".join(parts))
             reason = f"is not called, because {plain_class(attention).__name__} calls {used} instead"
-            yield from ((name, reason) for name in unused)
+            yield from ((held[name], reason) for name in unused)
 
 
 def require_called(attention: nn.Module, args: Any) -> None:  # noqa: ARG001  # a hook's signature
     """Raise an error if an attention does not call its adapted projections any more; a forward pre-hook."""
-    for name, reason in _left_by_joining(attention):
-        if adapter_layers_of(attention.get_submodule(name)):
+    for child, reason in _left_by_joining(attention):
+        if adapter_layers_of(child):
+            name = next(name for name, held in attention._modules.items() if held is child)
             raise AdapterError(
                 f"{name} is adapted and {reason}: undo fuse_qkv_projections() or unfuse_qkv_projections(), which was "
                 "called after adapting, or eject the adapters first and adapt the layers that are called"

@@ -158,7 +158,7 @@ class _Hook:
 
 
 class _Entries:
-    """The hooks that watch, in one block, the calls of each module that has adapted ones inside and is none itself."""
+    """The hooks that watch, in one block, the calls of each module that has adapted ones inside."""
 
     def __init__(self, root: nn.Module, state: ModelState, routing: RowByRow) -> None:
         self.state, self.routing = state, routing

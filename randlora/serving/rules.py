@@ -282,6 +282,8 @@ def _indices(call: Call) -> tuple[list[Tensor | None], list[Label | None]]:
 
 def _taken(call: Call) -> Label | None:
     """Return the rows of entries that are taken by their indices."""
+    if call.name == "aten::masked_select" and call.given["mask"].shape != call.first.shape:  # one broadcasts the other
+        return _unknown(call)
     indices, labels = _indices(call)
     chosen = _of_indices(call, indices, labels)
     if (label := call.label(call.first)) is None:

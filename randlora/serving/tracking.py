@@ -189,5 +189,7 @@ def _bound(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[st
     if not isinstance(func, torch._ops.OpOverload):
         name = getattr(func, "__name__", str(func))
         return name, func, {**{f"{index}": value for index, value in enumerate(args)}, **kwargs}
-    defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
-    return func._schema.name, func, {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+    arguments = func._schema.arguments
+    given = {argument.name: value for argument, value in zip(arguments, args, strict=False)}
+    defaults = {argument.name: argument.default_value for argument in arguments[len(args) :]}
+    return func._schema.name, func, {**given, **defaults, **kwargs}
