@@ -104,11 +104,10 @@ class Offloading(Keeper):
 
         ``None`` too if it is loaded together with a whole module around it, or from a map of a different kind.
         """
-        tensor = table_of(owner, attribute).get(attribute)
-        if HOOK not in vars(owner) or tensor is None or not (hooks := list(offloading_hooks(owner))):
+        if HOOK not in vars(owner) or not (hooks := list(offloading_hooks(owner))):
             return None
         entries = [entry for hook in hooks if (entry := _entry(hook.weights_map, attribute)) is not None]
-        if len(entries) < len(hooks):
+        if len(entries) < len(hooks) or (tensor := table_of(owner, attribute).get(attribute)) is None:
             return None
         device = hooks[-1].execution_device
         device = torch.device("cpu") if device is None else torch.empty(0, device=device).device

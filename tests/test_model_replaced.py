@@ -267,6 +267,15 @@ def test_what_needs_a_weight_that_is_computed_since_refuses_it_in_the_same_words
         assert bits(merged[0].weight) == own
 
 
+def test_a_weight_that_is_computed_since_is_refused_in_a_layer_with_a_forward_of_its_own() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].forward = lambda x: nn.functional.linear(x, model[0].weight, model[0].bias)
+    adapt(model, r=4)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(MergeError, match=COMPUTED):
+        [*randlora.merged_tensors(model)]
+
+
 IDS = torch.arange(10).view(2, 5)
 
 

@@ -301,7 +301,7 @@ def swap_each(model: nn.Module, sources: Sources, **options: Any) -> None:
 
 @contextmanager
 def swapped(model: nn.Module, sources: Sources, **options: Any) -> Iterator[None]:
-    """Swap the values of several adapters before the block, in place. If any process raises in it, none are swapped."""
+    """Swap the values of several adapters before the block, in place. If it raises, none are swapped."""
     with opened(model, "swap the values of an adapter") as view, torch.no_grad():
         planned = [_planned(view, name, source, **options) for name, source in sources.items()]
         kept: list[tuple[Place, Kept]] = []

@@ -25,7 +25,7 @@ class LinearAdapter(AdapterLayer):
 
     @staticmethod
     def in_storage_layout(delta: Tensor) -> Tensor:
-        """Return the update unchanged, ``(out_features, in_features)``."""
+        """Return the update unchanged."""
         return delta
 
     @classmethod

@@ -89,7 +89,7 @@ def sum_updates(
 
 
 def rounded_sum(weight: Tensor, delta: Tensor) -> Tensor:
-    """Return weight + delta, in storage layout, added in the wider dtype and rounded once, in the weight's dtype."""
+    """Return weight + delta, which may broadcast, added in the wider dtype and rounded once to the weight's."""
     if delta.numel() == weight.numel():
         delta = delta.reshape(weight.shape)
     total = (weight.to(delta.dtype) + delta).to(weight.dtype)  # in the weight's memory format too

@@ -1,4 +1,7 @@
-"""`check`: whether every adapted weight has an effect, gradients, and the same effect once merged."""
+"""`check`: whether every adapted weight has an effect, gradients, and the same effect once merged.
+
+The model runs with random values of Λ and Γ, adapted and merged, and the outputs are compared.
+"""
 
 from __future__ import annotations
 

@@ -347,11 +347,15 @@ def planned_codes(census: Census) -> dict[str, int]:
     # not the head, the last layer, tied ones, and what the class keeps in float32
     last = census.parameters[-1].fqn.removesuffix(".weight") if census.parameters else ""
     kept: Any = getattr(census.model, "_keep_in_fp32_modules", None)
-    names, tied, planned = [last, *(kept or ())], tied_names(census, census.sites), dict[str, int]()
-    for site in census.sites:
-        is_linear = plain_class(site.owner) is nn.Linear or issubclass(site.layer_class, Conv1DAdapter)
+    names, planned = [last, *(kept or ())], dict[str, int]()
+    inner = [site for site in census.sites if site.owner is not census.head]
+    sites = [
+        each for each in inner if plain_class(each.owner) is nn.Linear or issubclass(each.layer_class, Conv1DAdapter)
+    ]
+    tied = tied_names(census, sites)
+    for site in sites:
         is_kept = any(site.fqn.endswith(name) or f"{site.fqn}.".startswith(f"{name}.") for name in names)
-        if is_linear and not is_kept and site.owner is not census.head and site.key not in tied:
+        if not is_kept and site.key not in tied:
             count = math.prod(site.shape)
             scales = math.ceil(count / BLOCK) + LEVELS
             planned[f"{site.fqn}.weight"] = math.ceil(count / 2) + FLOAT32_BYTES * scales

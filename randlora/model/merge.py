@@ -123,7 +123,7 @@ def merge(
                 census, state, merging, "the merged model has them as they are now, and no file of the adapter"
             ),
         )
-        with _restored_if_raised(first) as kept:
+        with _restored_if_raised(first) as kept:  # all is checked; from here on, the model changes
             active = _in_order(state, state.merged | factors)
             rounding = _write_all_merged(sites, active, into)
             _warn_if_lossy(rounding)
@@ -223,7 +223,7 @@ def merged(
 
     One block of a model can be open at a time. It merges the adapters that are active and not merged yet, and unmerges
     these at its end. Other threads may run the model in it. If the model is sharded, all processes enter it together.
-    The arguments are those of `merge`.
+    ``quantized`` and ``dtype`` are as in `merge`.
 
     Yields:
         The report of the merge, or of the last one if everything is already merged.

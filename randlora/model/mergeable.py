@@ -283,8 +283,9 @@ def difference_from_product(site: AdaptedSite) -> float | None:
     """Return how far the effect of a change of the weight differs from the product, as a share; ``None`` if untried."""
     owner, layer = site.owner, site.layer
     weight = layer.find_weight(owner)
-    is_plain = not layer.is_quantized and isinstance(site.place, Plain)
-    if not is_plain or weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.numel():
+    if weight is None or type(weight.data) is not Tensor or weight.is_meta or not weight.numel():
+        return None
+    if layer.is_quantized or not isinstance(site.place, Plain):  # a computed weight has no place
         return None
     generator, wide = torch.Generator("cpu").manual_seed(0), torch.promote_types(weight.dtype, torch.float32)
     out_features, in_features = layer.shape

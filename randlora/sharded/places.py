@@ -33,7 +33,7 @@ def fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def all_fsdp_modules(model: nn.Module) -> list[Any]:
-    """Return all modules of the program that `fully_shard` was called on. Raises an error if torch hides a model's."""
+    """Return all modules of the program that `fully_shard` was called on. Raises an error if torch does not tell."""
     if "torch.distributed.fsdp" not in sys.modules:
         return []
     # private, but nothing else tells of a module around a model; it is loaded with FSDP2

@@ -203,6 +203,9 @@ def equivalent_alpha(
             ``sqrt(in_features / out_features)``.
         use_rslora: Whether LoRA's update is scaled by ``lora_alpha / sqrt(lora_r)`` instead, as in PEFT.
 
+    Returns:
+        The alpha for ``inject(model, r=r, alpha=...)``.
+
     Raises:
         ConfigError: For invalid values.
 
