@@ -113,8 +113,6 @@ class RowsAdapter(AdapterLayer):
             return "has a forward that was set on it: set it on its class, or after this call"
         if isinstance(owner, nn.Embedding) and (owner.max_norm is not None or owner.scale_grad_by_freq):
             return "changes its rows or their gradients by max_norm or scale_grad_by_freq: set them to None and False"
-        if (weight := cls.find_weight(owner)) is not None and split_of(cls, weight) is not None:
-            return "is split by tensor parallelism: use train_also"
         return super().obstacle(owner)
 
     def forward(self, owner: nn.Module, base_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
