@@ -332,7 +332,8 @@ def _gather_onto(onto: Tensor | None, parts: Tensor, columns: int, factor: float
 def _fill(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """Pad a matrix with zeros to a size."""
     below, beside = rows - matrix.size(0), columns - matrix.size(1)
-    return F.pad(matrix, (0, beside, 0, below)) if below or beside else matrix
+    sides = (0, beside, 0, below) if below else (0, beside)  # torch 2.6 refuses to add nothing to a side of size 0
+    return F.pad(matrix, sides) if below or beside else matrix
 
 
 def _put_together(tiles: Tensor, row_classes: int, column_classes: int) -> Tensor:
