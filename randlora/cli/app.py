@@ -77,12 +77,13 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            given: Any = self.make_parser(ctx).parse_args(words)[0]
+            parsed = self.make_parser(ctx).parse_args(words)[0]
+            given = {name: typed for name, typed in parsed.items() if isinstance(typed, Sequence)}  # or UNSET
             arguments: list[Any] = [each for each in self.params if each.param_type_name == "argument"]
             if error.param is arguments[0] and given.get(arguments[-1].name):
                 error.param = arguments[-1]
-            elif typed := given.get(getattr(error.param, "name", None)):
-                words = [typed] if isinstance(typed, str) else typed
+            elif typed := given.get(getattr(error.param, "name", "")):
+                words = [typed] if isinstance(typed, str) else [*typed]
                 error.message = f"{error.message.rstrip('.')}, got {visible(' '.join(words))}"
             raise
 
