@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -203,9 +204,10 @@ def adapter_files(
 def _written(files: Files) -> int:
     """Write an adapter's files, and return their size. A card that `randlora.save` made for the one before goes."""
     (nbytes,) = write_files(files)
-    if is_generated(card := files.directory / CARD_FILE):
-        card.unlink()
-        flush(files.directory)
+    with suppress(OSError):  # the new adapter is whole by now, and no program reads a card
+        if is_generated(card := files.directory / CARD_FILE):
+            card.unlink()
+            flush(files.directory)
     return nbytes
 
 

@@ -81,7 +81,7 @@ def _act(action: Callable[[], object], at: int | None, error: int | None, sendin
     def called(name: str, *paths: str, half: Callable[[], object] = lambda: None) -> None:
         calls.append(Call(name, paths))
         if len(calls) == at and error is not None:
-            raise OSError(error, os.strerror(error))
+            raise OSError(error, os.strerror(error), *paths[:1])  # as the system does
         if len(calls) == at:
             half()
             os.kill(os.getpid(), signal.SIGKILL)
