@@ -77,14 +77,14 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            parsed = self.make_parser(ctx).parse_args(words)[0]
-            given = {name: typed for name, typed in parsed.items() if isinstance(typed, Sequence)}  # or UNSET
+            parsed = self.make_parser(ctx).parse_args(words)[0].items()
+            given = {name: typed for name, typed in parsed if isinstance(typed, Sequence)}  # click has UNSET for none
             arguments: list[Any] = [each for each in self.params if each.param_type_name == "argument"]
             if error.param is arguments[0] and given.get(arguments[-1].name):
                 error.param = arguments[-1]
             elif typed := given.get(getattr(error.param, "name", "")):
-                words = [typed] if isinstance(typed, str) else [*typed]
-                error.message = f"{error.message.rstrip('.')}, got {visible(' '.join(words))}"
+                got = typed if isinstance(typed, str) else " ".join(typed)
+                error.message = f"{error.message.rstrip('.')}, got {visible(got)}"
             raise
 
 

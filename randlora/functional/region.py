@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 Span = tuple[int, int]  # `(start, stop)`
-
 Spans = tuple[Span, ...]  # which entries of a dimension, in order; at least one span, which may be empty
 
 
