@@ -13,7 +13,6 @@ from randlora.checkpoint.save import save as save
 from randlora.checkpoint.save import save_all as save_all
 from randlora.config import RandLoRAConfig as RandLoRAConfig
 from randlora.model.check import check as check
-from randlora.model.check_ranks import check_ranks as check_ranks
 from randlora.model.inject import eject as eject
 from randlora.model.inject import inject as inject
 from randlora.model.inject import plan as plan
@@ -39,3 +38,5 @@ if _find_spec("randlora.quantized") is not None:  # a feature, which could be de
     from randlora.quantized.prepare import prepare_quantized as prepare_quantized
 if _find_spec("randlora.serving") is not None:
     from randlora import serving as serving
+if _find_spec("randlora.sharded") is not None:
+    from randlora.sharded.check_ranks import check_ranks as check_ranks

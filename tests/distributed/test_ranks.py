@@ -16,8 +16,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import randlora
 from randlora.errors import AdapterError
-from randlora.model.check_ranks import difference
 from randlora.ranks import Ranks, agree, agreeing, raise_on_every_rank
+from randlora.sharded.check_ranks import difference
 from randlora.state import adapted_root, is_adapted
 from tests.distributed.engines import ENGINES, sharded
 from tests.distributed.processes import LAW, in_two, on_all
