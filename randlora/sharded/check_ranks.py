@@ -136,10 +136,8 @@ def _tensor_facts(name: str, tensors: Sequence[Tensor], *, with_values: bool) ->
     # else a tensor has no shape, or that of a part
     has_shape = not any(is_lazy(each) or whole_only_inside(each) is not None for each in tensors)
     shapes = [f", {sizes(whole_shape(each))}" if has_shape else "" for each in tensors]
-    texts = [
-        f"{each.dtype}{shape}, requires_grad={each.requires_grad}" for each, shape in zip(tensors, shapes, strict=True)
-    ]
-    yield name, " and ".join(texts)
+    shaped = zip(tensors, shapes, strict=True)
+    yield name, " and ".join(f"{each.dtype}{shape}, requires_grad={each.requires_grad}" for each, shape in shaped)
     if with_values and has_shape and all(has_values(each) and is_whole(each) for each in tensors):
         yield f"{VALUES}{name}", _digest(tensors)
 
