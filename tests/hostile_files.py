@@ -193,6 +193,7 @@ OURS: Rows = (
     (f"{ASKED} {2**14} x {2**14}", facts(basis__max_dim=2**14, basis__min_dim=2**14)),
     (f"{ASKED} {10**308}", facts(basis__max_dim=10**308, basis__min_dim=10**308)),
     (f"{LARGE}", facts(**WIDE, basis__max_dim=LARGE)),
+    ("expected at most 16,777,216: it is", lambda directory: os.truncate(directory / CONFIG_FILE, 2**24 + 1)),
     ("not JSON compliant", facts('"dropout": 0.0', '"dropout": 1e999')),
     ("an integer of 401000 digits", facts('"dropout": 0.0', f'"dropout": {NUMBER * 1000}')),
     ("nested deeper than 64 levels", facts('"dropout": 0.0', f'"more": {DEEP}, "dropout": 0.0')),

@@ -11,6 +11,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import randlora
 from randlora import files
@@ -21,7 +22,7 @@ from randlora.files.inspect import Verification
 from randlora.targets.select import find_targets
 from tests.checkpoint_files import CONFIG_FILE, TENSORS_FILE, basis_of, edit_fields, edit_tensors
 from tests.hub_server import Hub, Repository
-from tests.kit import fill
+from tests.kit import adapt, fill
 from tests.model_directories import HEADS, contents, edit_json, edit_model, save_adapter, save_model, stored, write
 from tests.models import BERT, GPT2, LLAMA, VIT, RealModel
 from tests.peer import ALPHA, THEIR_WARNINGS, R, base_directory, in_ours, our_directory, their_directory, told_stream
@@ -57,12 +58,20 @@ def test_what_we_saved_passes_and_is_as_in_the_model(kind: RealModel, options: d
     assert summary.writer == f"randlora {randlora.__version__}, format 1"
     assert summary.storage == ("stored in the file" if kind is GPT2 else "drawn from the seed")
     assert summary.nbytes == sum(len(contents(source)[name]) for name in (CONFIG_FILE, TENSORS_FILE))
+    (head,) = (line for line in str(summary).splitlines() if "num_bases" in line)
+    assert {*head.split()}.isdisjoint({"r", "alpha"}), "all layers have the same"
+    assert "bases: " not in str(summary), "they are on lines of their own"
     source = source.rename(tmp_path / os.fsdecode(b"caf\xe9"))  # no UTF-8
     assert {(each.frobenius, each.stable_rank) for each in files.inspect(source, norms=False).layers} == {(None, None)}
     found = files.verify(source, progress=lambda *news: told.append(news))
     assert outcomes(found) == {"files": "passed", "checksum": "passed", "bases": "passed"}
     assert str(found).endswith("is sound")
     assert told[-1][0] == told[-1][1]
+
+
+def test_layer_10_is_listed_after_layer_9(tmp_path: Path) -> None:
+    randlora.save(adapt(nn.Sequential(*(nn.Linear(3, 3) for _ in range(11)))), tmp_path)
+    assert [layer.fqn for layer in files.inspect(tmp_path).layers] == [*map(str, range(11))]
 
 
 def test_what_was_trained_beside_it_its_base_and_strange_fields_are_named(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ RESERVED = "not an attribute of ParameterDict or a keyword of Python"
 REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], type[RandLoRAError], str]] = [
     (containing_itself, {}, TargetError, r"contains itself: 0\.around is the model"),
     (computed, {"targets": ["2"]}, AdapterError, r"0\.weight is not a leaf tensor and cannot be frozen; detach it"),
-    (layers, {"r": 10**6}, ConfigError, "r=1000000 is larger than its layers, which are at most 8"),
+    (layers, {"r": 1025}, ConfigError, "r=1025 is larger than its layers, which are at most 8"),
     (layers, {"targets": ["0"], "alpha": -0.0}, ConfigError, r"alpha must be positive, got -?0:"),
     (layers, {"targets": ["0"], "alpha": {"0": -1e-30, ".*": 8}}, ConfigError, r"alpha must be positive, got -1e-30"),
     (lazy, {"targets": ["0"], "train_also": ["1"]}, TargetError, r"includes 1\.weight, which has no shape yet"),

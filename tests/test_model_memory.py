@@ -184,18 +184,24 @@ def test_a_quantized_weight_is_counted_as_it_is_stored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "basis"),
-    [(LLAMA, torch.float32, "sparse"), (GPT2, torch.float32, "block"), (GPT2, torch.bfloat16, "dense")],
+    ("kind", "dtype", "basis", "train"),
+    [
+        (LLAMA, torch.float32, "sparse", "both"),
+        (LLAMA, torch.float32, "dense", "lambda"),
+        (GPT2, torch.float32, "block", "both"),
+        (GPT2, torch.bfloat16, "dense", "both"),
+    ],
 )
-def test_what_is_held_is_that_of_a_trained_model(kind: RealModel, dtype: torch.dtype, basis: Any) -> None:
-    options: dict[str, Any] = {"basis": basis, "train_also": ["norm" if kind is LLAMA else "ln_f"]}
+def test_what_is_held_is_that_of_a_trained_model(kind: RealModel, dtype: torch.dtype, basis: Any, train: Any) -> None:
+    options: dict[str, Any] = {"basis": basis, "train": train, "train_also": ["norm" if kind is LLAMA else "ln_f"]}
     model: Any = kind.build()
     planned = memory(model, dtype=dtype, **options)
     with torch.device("meta"):
         assert planned == memory(kind.build(), dtype=dtype, **options)
     held = [*model.to(dtype).parameters(), *kind.build().buffers()]  # torch converts buffers too, transformers does not
-    assert planned.weights == sum(tensor.nbytes for tensor in held)
     randlora.inject(model, 4, **options)
+    held += [each for name, each in model.named_parameters() if "gamma" in name and train == "lambda"]
+    assert planned.weights == sum(tensor.nbytes for tensor in held)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters)
     model(input_ids=torch.randint(60, (2, 9))).logits.float().sum().backward()

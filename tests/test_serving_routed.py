@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from threading import Thread
 from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -419,6 +420,15 @@ def test_a_few_tokens_of_each_adapter_build_no_large_factor() -> None:
     few, many = ({part.way for part in stacked._parts((count, count), (1, 8, 8, 64), "cpu", None)} for count in (1, 64))
     assert few == {"by row"}
     assert many == {"whole"}
+
+
+def test_as_many_updates_are_computed_at_once_as_fit_into_the_memory_that_is_written() -> None:
+    stacked._parts.cache_clear()
+    with mock.patch.dict(stacked.AT_ONCE, cpu=1000):
+        parts = {way: stacked._parts((3,) * 7, (2, 4, 5, 8), "cpu", way) for way in get_args(Way)}
+    stacked._parts.cache_clear()
+    found = {way: [part.updates.stop - part.updates.start for part in each] for way, each in parts.items()}
+    assert found == {"whole": [3, 3, 1], "by row": [5, 2]}  # of 2·4·8 entries for each of 5 bases, or of 3 tokens
 
 
 # Real models in `generate`, and compiled ones

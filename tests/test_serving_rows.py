@@ -77,6 +77,7 @@ ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     ),
     "a token before": (lambda x: torch.cat([torch.ones(1, 1, 6).expand(ROWS, -1, -1), x], 1), lambda x: x[:, 1:]),
     "written into parts": (in_parts_after_a_token, lambda x: x[:, 1:]),
+    "beside nothing": (lambda x: torch.cat([x, x[:0].reshape(1, ROWS, 0, 6)[0]], 1), lambda x: x),
     "normalized": (lambda x: F.batch_norm(x, torch.zeros(ROWS), torch.ones(ROWS)), lambda x: x),
 }
 

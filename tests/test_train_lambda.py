@@ -168,6 +168,7 @@ def test_what_would_never_move_or_add_nothing_is_refused() -> None:
         randlora.inject(model, r=4, train="lambda", init="gamma")
     with untouched(model), pytest.raises(ConfigError, match="r=2000 is larger than its layers"):
         randlora.inject(model, r=2000)
+    randlora.plan(model, r=1024)  # which costs little, however narrow the layer
 
 
 @pytest.mark.filterwarnings("ignore:Specified to not save basis_A")

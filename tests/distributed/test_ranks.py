@@ -189,6 +189,7 @@ def test_other_values_are_found_where_asked_for(what: str) -> None:
 def test_what_only_one_process_has_is_not_compared_nor_are_statistics() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).to("meta" if dist.get_rank() else "cpu")
     randlora.inject(model, 2, targets=["0"], train_also=["1"])
+    model.append(nn.LazyLinear(3))  # without a shape yet
     randlora.check_ranks(model, values=True)
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
     for parameter in model.parameters():
