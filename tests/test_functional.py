@@ -524,6 +524,7 @@ def test_layers_take_the_ways_that_were_measured_fastest() -> None:
     expert = case("dense", 256, 256, 32).pair
     together = [chosen_all_at_once([each] * 2, expert.shape, is_wide=True, compute="auto") for each in (12, 13)]
     assert together == [True, False], "of a few tokens each"
+    assert not chosen_all_at_once([12] * 2, expert.shape, is_wide=True, compute="factored"), "it was asked for"
     square: Any = case("block(2,4)", 256, 256, 32).pair
     small: Any = case("block(2,4)", 512, 512, 32).pair
     for pair in (square, small):

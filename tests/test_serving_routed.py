@@ -431,6 +431,18 @@ def test_as_many_updates_are_computed_at_once_as_fit_into_the_memory_that_is_wri
     assert found == {"whole": [3, 3, 1], "by row": [5, 2]}  # of 2·4·8 entries for each of 5 bases, or of 3 tokens
 
 
+@pytest.mark.parametrize(("compute", "way"), [("auto", None), ("factored", "whole")])
+def test_the_factor_is_built_if_it_was_asked_for(compute: Compute, way: Way | None) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(4, 64)
+    for values, name in enumerate("ab"):
+        adapt(model, values=values, name=name)
+    randlora.set_compute(model, compute)
+    counted = mock.patch("randlora.serving.run.stacked_update", side_effect=stacked_update)
+    with torch.no_grad(), counted as computed, routed(model, ["a", "b", "a", "b"]):
+        model(x)
+    assert [call.kwargs["way"] for call in computed.call_args_list] == [way]
+
+
 # Real models in `generate`, and compiled ones
 
 TOKENS = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}

@@ -67,6 +67,7 @@ def in_parts_after_a_token(x: Tensor) -> Tensor:
     return found
 
 
+TABLE = torch.linspace(-1, 1, 12).view(6, 2)
 ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "tokens first": (lambda x: x.transpose(0, 1).flatten(0, 1), lambda x: x.unflatten(0, (-1, ROWS)).transpose(0, 1)),
     "interleaved": (lambda x: x.repeat_interleave(2, 0), lambda x: x.unflatten(0, (-1, 2)).mean(1)),
@@ -77,6 +78,7 @@ ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     ),
     "a token before": (lambda x: torch.cat([torch.ones(1, 1, 6).expand(ROWS, -1, -1), x], 1), lambda x: x[:, 1:]),
     "written into parts": (in_parts_after_a_token, lambda x: x[:, 1:]),
+    "looked up in columns": (lambda x: x + TABLE[:, (x.sum(-1) > 0).long()].permute(1, 2, 0), lambda x: x),
     "beside nothing": (lambda x: torch.cat([x, x[:0].reshape(1, ROWS, 0, 6)[0]], 1), lambda x: x),
     "normalized": (lambda x: F.batch_norm(x, torch.zeros(ROWS), torch.ones(ROWS)), lambda x: x),
 }
