@@ -282,3 +282,13 @@ def test_writing_to_a_stack_and_what_is_no_stack_of_matrices_are_refused(monkeyp
     model, match = nn.Sequential(Flat()), r"0\.w1 has shape \(8, 4\), expected a stack"
     with untouched(model), pytest.raises(randlora.errors.TargetError, match=match):
         randlora.inject(model, r=2, targets=["w1"])
+
+
+def test_a_sum_of_updates_that_was_formed_is_used_however_few_the_tokens() -> None:
+    owner: Any = adapt(nn.Sequential(nn.Linear(512, 512)), r=8)[0]
+    (layer,) = owner.randlora.values()
+    shared = adapted_stack.Shared([layer.update(owner, *layer.active()[0])])
+    place = torch.device("cpu"), torch.float32
+    assert not shared.is_worth_forming(1, *place, "auto")
+    shared.formed(*place)
+    assert shared.is_worth_forming(1, *place, "auto")
