@@ -234,9 +234,7 @@ def load_model(
         CheckpointError: If transformers is not installed, the adapter's files are damaged or name no base model, or
             the base model cannot be loaded, lacks values, or does not fit the adapter.
     """
-    require_types(load_model, {"source": source, "name": name, "trainable": trainable, "revision": revision})
-    require_types(load_model, {"base": base, "base_revision": base_revision, "model_class": model_class})
-    require_types(load_model, {"prefix": prefix, "stream": stream})
+    require_types(load_model, locals())
     refused = [name for name, value in SAFE.items() if options.get(name, value) is not value]
     if refused := [*refused, *(name for name in FIXED if name in options)]:
         raise ConfigError(f"{refused[0]} is not passed on: {BY_HAND}")

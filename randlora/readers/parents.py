@@ -143,7 +143,7 @@ def _readings_in(owner: nn.Module) -> list[Reading]:
     for kind in filter(PARENTS.__contains__, kinds):
         found += _readings_by(owner, PARENTS[kind])
     if any(name in owner._modules for name in JOINED):
-        found += [Reading(child, f"{reason}, {NO_EFFECT}", "never") for child, reason in _left_by_joining(owner)]
+        found += [Reading(child, f"{reason}, {NO_EFFECT}", "never") for _, child, reason in _left_by_joining(owner)]
     return found
 
 
@@ -184,8 +184,8 @@ def _can_join(module: nn.Module) -> bool:
     return not {ATTENTION, OLDER_ATTENTION}.isdisjoint(qualified_names(type(module)))
 
 
-def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the projections that an attention does not call since they were joined or separated, with the reason."""
+def _left_by_joining(attention: Any) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield the projections that an attention does not call since they were joined or separated: name, module, why."""
     held = attention._modules
     if not _can_join(attention):
         return
@@ -195,14 +195,13 @@ def _left_by_joining(attention: Any) -> Iterator[tuple[nn.Module, str]]:
         if all(held.get(name) is not None for name in (joined, *parts)):
             unused, used = (parts, joined) if is_fused else ((joined,), ", ".join(parts))
             reason = f"is not called, because {plain_class(attention).__name__} calls {used} instead"
-            yield from ((held[name], reason) for name in unused)
+            yield from ((name, held[name], reason) for name in unused)
 
 
 def require_called(attention: nn.Module, args: Any) -> None:  # noqa: ARG001  # a hook's signature
     """Raise an error if an attention does not call its adapted projections any more; a forward pre-hook."""
-    for child, reason in _left_by_joining(attention):
+    for name, child, reason in _left_by_joining(attention):
         if adapter_layers_of(child):
-            name = next(name for name, held in attention._modules.items() if held is child)
             raise AdapterError(
                 f"{name} is adapted and {reason}: undo fuse_qkv_projections() or unfuse_qkv_projections(), which was "
                 "called after adapting, or eject the adapters first and adapt the layers that are called"
