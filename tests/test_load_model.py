@@ -53,7 +53,7 @@ def test_base_and_adapter_are_loaded_as_they_are_or_as_is_said(saved: nn.Module)
     (adapter,) = randlora.adapters(model)
     assert (adapter.name, adapter.is_active, adapter.is_trainable) == ("default", True, False)
     with pytest.raises(CheckpointError, match=r"holds no values yet \(meta\)"):
-        load_model("adapter", device_map="meta")
+        load_model("adapter", device_map="meta", use_kernels=False)  # kernels of transformers 5.25 want a real device
     Path("elsewhere").mkdir()
     base = BASE.rename("elsewhere/base")
     model = load_model("adapter", base=base, name="other", trainable=True, dtype=torch.bfloat16)

@@ -183,10 +183,10 @@ STYLES = {
 
 
 class SplitPlan(NamedTuple):
-    """How transformers splits a layer: by which object, which has set its forward, over which mesh."""
+    """How transformers splits a layer: by which object, and with which options that has set its forward."""
 
     style: Any
-    mesh: Any
+    options: dict[str, Any]  # a mesh, and as of transformers 5.25 the config of the model
     shares_batch: bool  # whether the processes have the same batch
 
 
@@ -198,8 +198,8 @@ def plan_of(forward: object) -> SplitPlan | None:
     held = inspect.getclosurevars(forward).nonlocals
     if not isinstance(style := held.get("self"), kind):
         return None
-    mesh = held.get("mesh", held.get("ep_mesh"))
-    return SplitPlan(style, mesh, getattr(held.get("implementation"), "shares_batch", True))
+    options = {name: held[name] for name in ("mesh", "config") if name in held}
+    return SplitPlan(style, options, getattr(held.get("implementation"), "shares_batch", True))
 
 
 class Meshes(Splitter):
@@ -232,12 +232,12 @@ class Meshes(Splitter):
         others = [other.adopted for other in owner.randlora.values() if other.adopted is not None]
         inner, around = others[0] if others else (owner.__dict__[forward_name], None)
         plan, weight = plan_of(inner), layer.find_weight(owner)
-        if plan is None or not is_dtensor(weight):
+        adds = layer.is_called and layer.adds_to_output(owner)
+        if plan is None or not (adds or is_dtensor(weight)):
             return False
-        if weight.device_mesh.ndim == 1:  # else fully_shard splits it too
+        if is_dtensor(weight) and weight.device_mesh.ndim == 1:  # else fully_shard splits it too
             layer.piece = LocalPiece.of(weight, region_here(layer, weight))
         if around is None:
-            adds = layer.is_called and layer.adds_to_output(owner)
             around = _around(owner, _within(owner, layer, plan, forward_name) if adds else inner)
         layer.adopted = inner, around
         owner.__dict__[forward_name] = around
@@ -263,7 +263,7 @@ def _within(owner: Any, layer: AdapterLayer, plan: SplitPlan, forward_name: str)
 
     del owner.__dict__[forward_name]
     owner.__dict__["forward"] = forward
-    plan.style.install_forward(owner, plan.mesh)
+    plan.style.install_forward(owner, **plan.options)
     return owner.__dict__.pop("forward")  # type: ignore[no-any-return]
 
 
@@ -283,7 +283,7 @@ def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
             output = planned(*args, **kwargs)
             read = {(reader, attribute) for reader, attribute, with_grad, *_ in values if with_grad}
             for layer in owner.randlora.values() if torch.is_grad_enabled() else ():
-                if not layer.is_called and (id(owner), layer.attribute) not in read:
+                if layer.piece is not None and not layer.is_called and (id(owner), layer.attribute) not in read:
                     output = _taking_part(owner, layer, output)
         return output
 
@@ -292,7 +292,6 @@ def _around(owner: Any, planned: Callable[..., Any]) -> Callable[..., Any]:
 
 def _taking_part(owner: Any, layer: AdapterLayer, output: Tensor) -> Tensor:
     """Return an output that no update is in, whose backward takes part in the sums over processes nevertheless."""
-    assert layer.piece is not None, "its owner's forward is a plan's"
     for site_adapter, factor in layer.active():
         update = layer.piece.part(layer.update(owner, site_adapter, factor))
         output = output + 0 * (update.lam.sum() + update.gamma.sum()).to(output.dtype)

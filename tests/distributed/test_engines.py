@@ -326,21 +326,30 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6, "head_dim": 4}
 PACKED = {"model.layers.*.mlp.gate_up_proj": "packed_colwise", "model.layers.*.mlp.down_proj": "rowwise"}
 AUTO, WHOLE = {"tp_plan": "auto"}, {"tp_plan": "auto", "ep_size": 2}
+ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
+STACKS = {".gate_up_proj": "packed_colwise", ".down_proj": "rowwise", "": "moe_tp_experts"}
+PARTS = {  # of every expert; as of transformers 5.25 no model's own plan is this
+    "tp_plan": {f"model.layers.*.self_attn.{name}": style for name, style in ATTENTION.items()}
+    | {f"model.layers.*.mlp.experts{name}": style for name, style in STACKS.items()}
+}
 BLOCK = {"basis": "block", "blocks": (2, 2)}
+RANKS = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+LATENT = dict.fromkeys((*RANKS, "num_key_value_heads"), 4)
 WIDER = {"hidden_size": 24, "num_attention_heads": 6, "intermediate_size": 20}
 PLANS = {
     # of layers with a sum of outputs too, added once
     "llama": Planned("llama", {"attention_bias": True, "mlp_bias": True}, AUTO, {}),
-    "mixtral": Planned("mixtral", EXPERTS, AUTO, {}),
-    "mixtral, blocks": Planned("mixtral", EXPERTS, AUTO, BLOCK, "batched_mm"),
-    "qwen3_moe": Planned("qwen3_moe", QWEN | {"hidden_size": 8}, AUTO, {"experts": "shared"}),
+    "latent": Planned("minicpm3", LATENT, AUTO, {"targets": ".*(_proj|_mqa)"}),  # keys of all heads come from one layer
+    "mixtral": Planned("mixtral", EXPERTS, PARTS, {}),
+    "mixtral, blocks": Planned("mixtral", EXPERTS, PARTS, BLOCK, "batched_mm"),
+    "qwen3_moe": Planned("qwen3_moe", QWEN | {"hidden_size": 8}, PARTS, {"experts": "shared"}),
     "packed": Planned("phi3", {"pad_token_id": 0}, {"tp_plan": PACKED}, {}),
     "packed, narrow": Planned("phi3", {"pad_token_id": 0, "intermediate_size": 6}, {"tp_plan": PACKED}, BLOCK),
     "whole experts": Planned("mixtral", EXPERTS | WIDER | {"num_local_experts": 6}, WHOLE, {"basis": "sparse"}),
     "whole experts, shared": Planned("qwen3_moe", QWEN | {"num_experts": 2}, WHOLE, {"experts": "shared"}),
 }
 ON_TWO_DIMENSIONS = pytest.param(
-    Planned("mixtral", EXPERTS, AUTO | {"tp_size": 2, "fsdp_size": 2}, {}),
+    Planned("mixtral", EXPERTS, PARTS | {"tp_size": 2, "fsdp_size": 2}, {}),
     marks=[in_four, pytest.mark.slow],  # each process imports transformers
 )
 
