@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import _grouped_mm as grouped_product
+from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
 
 import randlora
 from randlora.layers import registry
@@ -83,6 +84,22 @@ def test_every_implementation_computes_and_trains_as_if_the_experts_were_changed
         enable({"use_reentrant": implementation == "eager"})
         model.train().enable_input_require_grads()
         torch.testing.assert_close(gradients(model), found[-1])
+
+
+@each_or_shared
+def test_the_experts_of_llama_4_are_transposed_and_do_not_say_so(experts: Any) -> None:
+    config = Llama4TextConfig(hidden_size=6, intermediate_size=5, num_local_experts=2)
+    model = nn.Sequential(Llama4TextExperts(config)).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    changed, x = copy.deepcopy(model), torch.randn(8, 6, dtype=torch.float64)
+    randlora.inject(model, r=2, alpha=2, targets=".*_proj", experts=experts)
+    fill(model, spread=0.3)
+    for name, (out, into) in {"0.gate_up_proj": (10, 6), "0.down_proj": (6, 5)}.items():
+        update = randlora.delta_weight(model, name)
+        assert update.shape[-2:] == (out, into)
+        changed.get_parameter(name).data += update.mT
+    torch.testing.assert_close(model(x), changed(x))
 
 
 @each_or_shared

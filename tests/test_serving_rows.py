@@ -80,7 +80,7 @@ ARRANGED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     "written into parts": (in_parts_after_a_token, lambda x: x[:, 1:]),
     "looked up in columns": (lambda x: x + TABLE[:, (x.sum(-1) > 0).long()].permute(1, 2, 0), lambda x: x),
     "strided": (lambda x: x.as_strided((ROWS, 2, 6), (6 * ROWS, 6, 1)), lambda x: x),
-    "beside nothing": (lambda x: torch.cat([x, x[:0].reshape(1, ROWS, 0, 6)[0]], 1), lambda x: x),
+    "beside nothing": (lambda x: torch.cat([x, (x[..., :1] * torch.ones(0)).view(ROWS, 0, 6)], 1), lambda x: x),
     "normalized": (lambda x: F.batch_norm(x, torch.zeros(ROWS), torch.ones(ROWS)), lambda x: x),
 }
 
