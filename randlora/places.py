@@ -185,7 +185,8 @@ def place_of(owner: nn.Module, attribute: str) -> Place:
         found: Place | None = ask(owner, attribute)
         if found is not None:
             return found
-    if (buffer := owner._buffers.get(attribute)) is not None:
+    buffers = owner._buffers  # without a get() in TorchScript's modules
+    if attribute in buffers and (buffer := buffers[attribute]) is not None:
         return place_at(buffer)
     parameter = owner._parameters[attribute]
     place = None if parameter is None else place_at(parameter)

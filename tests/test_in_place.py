@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.nn.utils import parametrize
 
 import randlora
 from randlora.errors import AdapterError, MergeError, TargetError
+from randlora.files import save_merged
 from randlora.layers import registry
 from randlora.layers.linear import LinearAdapter
 from randlora.layers.scopes import begin_call, end_call
@@ -251,6 +253,20 @@ def test_a_class_that_cannot_change_is_refused_with_the_reason(monkeypatch: pyte
     quantized = quantization.quantize_dynamic(model, {nn.Linear: own, nn.Embedding: of_tables})
     for target in "01":
         refuse(quantized, rf"{target} .* was quantized by torch\.ao", target)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # torch.jit warns of all
+def test_a_scripted_module_stays_beside_adapted_layers(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(12, 12), torch.jit.script(nn.Linear(12, 12))), torch.randn(3, 12)
+    assert randlora.training_memory(model, tokens=3, r=3, targets=["0"]).weights == 2 * 4 * (144 + 12)
+    assert randlora.prepare_quantized(model).unpacked == ()
+    adapt(model, r=3, targets=["0"])
+    expected, tensors = model(x), dict(randlora.merged_tensors(model))
+    save_merged(model, tmp_path / "merged")
+    assert randlora.check(model, x).checked == randlora.merge(model).targets == ("0",)
+    torch.testing.assert_close(model(x), expected)
+    for saved in (tensors, load_file(tmp_path / "merged/model.safetensors")):
+        torch.testing.assert_close(saved, dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("change", ["class", "parametrization"])

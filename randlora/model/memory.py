@@ -316,8 +316,9 @@ def _activation_bytes(
         width += last.in_features * (computes + (last.keeps_input and (is_gated or not computes)))
         kept[last.block] += dtype.itemsize * last.rows * width
     for visit in plan.census.first_visits:
-        weight = visit.module._parameters.get("weight")
-        if weight is not None and "RMSNorm" in type(visit.module).__name__:
+        if "RMSNorm" not in type(visit.module).__name__:
+            continue
+        if (weight := visit.module._parameters.get("weight")) is not None:
             kept[block(visit.fqn)] += tokens * weight.numel() * max(0, FLOAT32_BYTES - dtype.itemsize)
     weight = getattr(head, "weight", None)
     words = weight.shape[0] if isinstance(weight, Tensor) else 0

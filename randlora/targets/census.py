@@ -377,7 +377,7 @@ def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module's weight is quantized. Its dtype may be floating, so the module's type decides."""
-    layer_class, weight = find_layer(module), module._parameters.get("weight")
+    layer_class, weight = find_layer(module), dict(module.named_parameters(recurse=False)).get("weight")
     if isinstance(layer_class, type) and layer_class.is_quantized:
         return True
     is_foreign = type(weight).__module__.startswith("bitsandbytes.")  # as in bitsandbytes' embeddings
