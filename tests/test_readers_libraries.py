@@ -48,7 +48,9 @@ HARMLESS = {
     r"\.replace_with_bnb_linear$|\._process_model_after_weight_loading$|\._build_encoder$": "before a model is adapted",
     r"^diffusers\.pipelines\.cosmos\.mixed_precision\.": "weights of float8, which are refused",
     r"\.StableDiffusionModelEditingPipeline\.edit_model$": "puts another base weight there, to which updates add",
-    r"\.Fir(Down|Up)sample2D\.forward$": "the weight of a convolution, which is adapted as it is read",
+    r"\.Fir(Down|Up)sample2D\.forward$|\.causal_conv1d_forward$": (
+        "the weight of a convolution, which is adapted as it is read"
+    ),
     r"\.Mxfp4GptOssMLP\.forward$": "the router has a parameter of its own and is no linear layer",
     r"\.Deberta(V2)?LMPredictionHead\.forward$|\.PerceiverEmbeddingDecoder\.forward$": "the table of an embedding",
     r"\.Sam(HQ)?PromptEncoder\._embed_|\.OneFormer\w+\.(encode_text|forward)$": "the table of an embedding",
