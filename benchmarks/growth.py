@@ -14,6 +14,7 @@ from torch import nn
 
 import randlora
 from benchmarks.command import Settings, main
+from benchmarks.processes import in_own_process
 from benchmarks.results import Row
 from benchmarks.timing import Figure
 
@@ -111,8 +112,12 @@ def _peak_of(step: Callable[[], object]) -> int:
 
 
 def run(settings: Settings) -> Sequence[Row]:
-    """Measure two sizes, or all of them with --full."""
-    layers, adapters = (QUICK_LAYERS, QUICK_ADAPTERS) if settings.is_quick else (LAYERS, ADAPTERS)
+    """Measure two sizes, or all of them with --full, in a heap in which no other benchmark has left gaps."""
+    return in_own_process(_rows, settings.is_quick)
+
+
+def _rows(is_quick: bool) -> list[Row]:  # noqa: FBT001
+    layers, adapters = (QUICK_LAYERS, QUICK_ADAPTERS) if is_quick else (LAYERS, ADAPTERS)
     return [
         *grown("layers", by_layers, layers, repeats=REPEATS),
         *grown("adapters", by_adapters, adapters, repeats=REPEATS),
